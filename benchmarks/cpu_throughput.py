@@ -1,0 +1,176 @@
+"""Throughput of a mixed-adapter batch on a CPU: the plugin, stock vLLM, and the base model.
+
+    python benchmarks/cpu_throughput.py [--stock-rounds 1] [--rounds 5] [--json FILE]
+
+One run starts three engines with the same settings: LoRA off (`base`), LoRA with this plugin
+(`plugin`), LoRA with vLLM's own kernels (`stock`). Each round times the same requests on each,
+one engine after the other, so that a change of the machine's speed hits all of them; the
+prefix cache is cleared before every timing. Reported are medians over the rounds, and the
+medians of the ratios taken within a round.
+
+The load: SmolLM2-135M in bfloat16, 16 requests of 100 prompt tokens and 48 generated ones,
+spread over 8 adapters of ranks 8, 16, 32 and 64 on all seven projections, `max_lora_rank` 64.
+The adapters are random: their effect does not matter for the time they take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
+
+REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 100, 48
+RANKS = (8, 8, 16, 16, 32, 32, 64, 64)
+MAX_RANK = 64
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def write_random_adapter(folder: Path, model_config: dict, rank: int, seed: int) -> Path:
+    """Writes a PEFT checkpoint of a random adapter on all projections of a Llama-like model."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner = model_config["hidden_size"], model_config["intermediate_size"]
+    head = hidden // model_config["num_attention_heads"]
+    kv = head * model_config["num_key_value_heads"]
+    shapes = dict(
+        zip(
+            PROJECTIONS,
+            [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
+            + [(hidden, inner), (hidden, inner), (inner, hidden)],
+            strict=True,
+        )
+    )
+    random_numbers = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(model_config["num_hidden_layers"]):
+        for name, (columns, rows) in shapes.items():
+            block = "mlp" if name in PROJECTIONS[4:] else "self_attn"
+            key = f"base_model.model.model.layers.{layer}.{block}.{name}"
+            for part, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
+                values = torch.randn(shape, generator=random_numbers) * 0.01
+                tensors[f"{key}.{part}.weight"] = values.to(torch.bfloat16)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": PROJECTIONS}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def main() -> None:
+    """Runs the benchmark and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of base and plugin")
+    parser.add_argument("--stock-rounds", type=int, default=1, help="rounds that time stock too")
+    parser.add_argument("--compile", action="store_true", help="leave torch.compile on")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+
+    from base_model import build_base_model
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    model = build_base_model()
+    config = json.loads((model / "config.json").read_text())
+    numbers = random.Random(0)
+    prompts = [
+        {"prompt_token_ids": [numbers.randrange(1000, 40000) for _ in range(PROMPT_TOKENS)]}
+        for _ in range(REQUESTS)
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        adapters = [
+            LoRARequest(
+                f"adapter-{i}",
+                i + 1,
+                str(write_random_adapter(Path(scratch) / str(i), config, rank, seed=i)),
+            )
+            for i, rank in enumerate(RANKS)
+        ]
+        requests = [adapters[i % len(adapters)] for i in range(REQUESTS)]
+
+        def start(lora: bool, **additional: dict) -> LLM:
+            settings = dict(
+                model=str(model),
+                dtype="bfloat16",
+                enforce_eager=not options.compile,
+                max_model_len=256,
+                max_num_seqs=REQUESTS,
+                additional_config=additional,
+            )
+            if lora:
+                settings |= dict(
+                    enable_lora=True, max_loras=len(adapters), max_lora_rank=MAX_RANK
+                )
+            return LLM(**settings)
+
+        engines = {
+            "base": start(lora=False),
+            "plugin": start(lora=True),
+        }
+        if options.stock_rounds:
+            engines["stock"] = start(lora=True, multilora={"backend": "vllm"})
+
+        def seconds(name: str) -> float:
+            engine = engines[name]
+            engine.reset_prefix_cache()
+            lora = None if name == "base" else requests
+            begin = time.perf_counter()
+            outputs = engine.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
+            elapsed = time.perf_counter() - begin
+            assert sum(len(o.outputs[0].token_ids) for o in outputs) == REQUESTS * NEW_TOKENS
+            return elapsed
+
+        print(f"warming up {', '.join(engines)} ...", flush=True)
+        for name in ("base", "plugin"):
+            seconds(name)
+        rounds = []
+        for number in range(max(options.rounds, options.stock_rounds)):
+            names = [n for n in engines if n != "stock" or number < options.stock_rounds]
+            rounds.append({name: seconds(name) for name in names})
+            print(
+                f"round {number + 1}: " + ", ".join(f"{n} {t:.2f} s" for n, t in rounds[-1].items()),
+                flush=True,
+            )
+    report(rounds, options.json)
+
+
+def report(rounds: list[dict[str, float]], json_file: Path | None) -> None:
+    """Prints medians and ratios of the rounds' seconds."""
+    tokens = REQUESTS * NEW_TOKENS
+    print(f"\n| engine | seconds | output tokens/s |\n|---|---|---|")
+    for name in rounds[0]:
+        median = statistics.median(r[name] for r in rounds if name in r)
+        print(f"| {name} | {median:.2f} | {tokens / median:.0f} |")
+    ratios = {"plugin time / base time": [r["plugin"] / r["base"] for r in rounds]}
+    if "stock" in rounds[0]:
+        ratios["stock time / plugin time"] = [
+            r["stock"] / r["plugin"] for r in rounds if "stock" in r
+        ]
+    print()
+    for label, values in ratios.items():
+        print(
+            f"{label}: median {statistics.median(values):.2f} "
+            f"(min {min(values):.2f}, max {max(values):.2f}, {len(values)} rounds)"
+        )
+    if json_file:
+        figures = {"rounds": rounds, "ratios": ratios, "machine": platform.processor()}
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

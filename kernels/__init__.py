@@ -1,0 +1,31 @@
+"""Segmented LoRA kernels: many adapters in one batch, each row paying for its own rank only.
+
+    plan = BatchPlan.build(token_slots, max_loras)
+    lora_linear(y, x, lora_a, lora_b, ranks, plan)
+
+See `api` for shapes and semantics, `reference` for the specification in plain loops, and
+README.md for how the kernels work. This package knows nothing of vLLM.
+"""
+
+from multilora_kernels import reference
+from multilora_kernels.api import (
+    BACKENDS,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+    resolve_backend,
+)
+from multilora_kernels.native.compiler import NativeUnavailableError
+from multilora_kernels.plan import BatchPlan, PlanLayout
+
+__all__ = [
+    "BACKENDS",
+    "BatchPlan",
+    "NativeUnavailableError",
+    "PlanLayout",
+    "lora_expand",
+    "lora_linear",
+    "lora_shrink",
+    "reference",
+    "resolve_backend",
+]

@@ -1,0 +1,296 @@
+"""The public functions: argument checks, choice of backend, and the custom operators.
+
+Semantics, for tokens t with slot s(t) (-1: no adapter), slices i and r = ranks[i, s(t)]::
+
+    y[t, off_i : off_i + N_i] += scale * (x[t] @ A_i[s(t), :r].T) @ B_i[s(t), :, :r].T
+
+`reference.py` is the same in loops. Under `torch.compile` every call is one opaque operator
+of the library `multilora`; outside it the backend is called directly, which saves the
+dispatcher's time on every layer of every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from multilora_kernels import native, torch_backend
+from multilora_kernels.plan import BatchPlan, PlanLayout
+
+BACKENDS = ("auto", "native", "torch")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_layout = lru_cache(PlanLayout)
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> str:
+    """The backend that `backend` means on a device.
+
+    `auto` is `native` (the C kernels) on CPUs that can build it, else `torch`.
+
+    Raises:
+        ValueError: The backend is unknown, or does not run on this device.
+        NativeUnavailableError: `native` was asked for by name and cannot be had.
+    """
+    return _resolve(backend, torch.device(device).type)
+
+
+@torch.compiler.assume_constant_result
+def _resolve(backend: str, device_type: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "native" if device_type == "cpu" and native.is_available() else "torch"
+    if backend == "native":
+        if device_type != "cpu":
+            raise ValueError(f"the native backend runs on CPU tensors only, not on {device_type}")
+        native.load_library()
+    return backend
+
+
+def lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: BatchPlan,
+    *,
+    scale: float = 1.0,
+    offset: int = 0,
+    add_inputs: bool = True,
+    backend: str = "auto",
+) -> None:
+    """Adds each token's own adapter to a linear layer's output, in place on y.
+
+    Shapes: T tokens, K input width, N_i output width of slice i, S slots, R maximum rank.
+
+    Args:
+        y: of shape [T, W] with W >= offset + sum(N_i); float32, bfloat16 or float16.
+        x: of shape [T, K]; any of the three dtypes.
+        lora_a: per slice, of shape [S, R, K] or [S, 1, R, K].
+        lora_b: per slice, of shape [S, N_i, R] or [S, 1, N_i, R]; same dtype as lora_a.
+        ranks: int32 of shape [slices, S]; only that many ranks are read and computed, and the
+            weights past them may hold anything. 0: the slice is not adapted.
+        plan: the batch; its tokens past T are skipped, rows of x past its tokens left alone.
+        scale: factor of every product.
+        offset: first column of y.
+        add_inputs: if False, y's span is overwritten instead of added to, for every token of
+            the plan: by zeros where a token has no adapter or its rank is 0.
+        backend: `auto`, `native` or `torch`.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; the message names the argument.
+    """
+    backend, layout = _resolve(backend, x.device.type), plan.layout
+    _check(len(lora_a) == len(lora_b) > 0, "lora_a and lora_b must have the same slices", lora_a)
+    _check_weights("lora_a", lora_a, ranks, layout, columns=x.size(-1))
+    _check_weights("lora_b", lora_b, ranks, layout, columns=lora_a[0].size(-2))
+    _check_activations(y=y, x=x)
+    width = offset + sum(b.size(-2) for b in lora_b)
+    _check(y.size(1) >= width, f"y must have at least {width} columns", y.shape)
+    _linear(
+        y, x, lora_a, lora_b, ranks, plan.buffer, *_fields(layout), scale, offset, add_inputs, backend
+    )
+
+
+def lora_shrink(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: BatchPlan,
+    *,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> None:
+    """The first half of `lora_linear`: `h[i, t, :r] = scale * x[t] @ A_i[s(t), :r].T`.
+
+    Args:
+        h: of shape [slices, T, R]; overwritten for every token of the plan, by zeros past a
+            token's rank.
+        x, lora_a, ranks, plan, scale, backend: as for `lora_linear`.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; the message names the argument.
+    """
+    backend, layout = _resolve(backend, x.device.type), plan.layout
+    _check_weights("lora_a", lora_a, ranks, layout, columns=x.size(-1))
+    _check_activations(h=h[0], x=x)
+    expected = (len(lora_a), x.size(0), lora_a[0].size(-2))
+    _check(h.shape == expected, f"h must have shape {list(expected)}", h.shape)
+    _shrink(h, x, lora_a, ranks, plan.buffer, *_fields(layout), scale, backend)
+
+
+def lora_expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: BatchPlan,
+    *,
+    offset: int = 0,
+    add_inputs: bool = True,
+    backend: str = "auto",
+) -> None:
+    """The second half of `lora_linear`: `y[t, off_i:off_i+N_i] += h[i, t, :r] @ B_i[s(t), :, :r].T`.
+
+    Args:
+        h: of shape [slices, T, R].
+        y, lora_b, ranks, plan, offset, add_inputs, backend: as for `lora_linear`.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; the message names the argument.
+    """
+    backend, layout = _resolve(backend, y.device.type), plan.layout
+    _check_weights("lora_b", lora_b, ranks, layout, columns=h.size(-1))
+    _check_activations(y=y, h=h[0])
+    _check(h.size(0) == len(lora_b), f"h must have {len(lora_b)} slices", h.shape)
+    width = offset + sum(b.size(-2) for b in lora_b)
+    _check(y.size(1) >= width, f"y must have at least {width} columns", y.shape)
+    _expand(y, h, lora_b, ranks, plan.buffer, *_fields(layout), offset, add_inputs, backend)
+
+
+def _check(condition: bool, message: str, found: object) -> None:
+    if not condition:
+        shape = list(found) if isinstance(found, torch.Size) else found
+        raise ValueError(f"{message}, found {shape}")
+
+
+def _check_weights(
+    name: str,
+    weights: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+    *,
+    columns: int,
+) -> None:
+    dtype = weights[0].dtype
+    for i, w in enumerate(weights):
+        shape = w.shape
+        if (
+            shape[-1] != columns
+            or shape[0] != layout.max_loras
+            or w.dtype != dtype
+            or w.stride(-1) != 1
+            or not (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1))
+        ):
+            raise ValueError(
+                f"{name}[{i}] must have shape [{layout.max_loras}, rows, {columns}] (or with a 1 "
+                f"after the slots), dtype {dtype} and contiguous rows; found shape {list(shape)}, "
+                f"dtype {w.dtype}, strides {list(w.stride())}"
+            )
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, found {dtype}")
+    if ranks.shape != (len(weights), layout.max_loras) or ranks.dtype != torch.int32:
+        raise ValueError(
+            f"ranks must be int32 of shape [{len(weights)}, {layout.max_loras}], found "
+            f"{ranks.dtype} of shape {list(ranks.shape)}"
+        )
+
+
+def _check_activations(**tensors: torch.Tensor) -> None:
+    rows = None
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or tensor.stride(-1) != 1 or tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be 2-D with contiguous rows in float32, bfloat16 or float16; found "
+                f"shape {list(tensor.shape)}, strides {list(tensor.stride())}, {tensor.dtype}"
+            )
+        if rows is not None and tensor.size(0) != rows:
+            raise ValueError(
+                f"all activations must have the same tokens; found "
+                f"{ {key: list(value.shape) for key, value in tensors.items()} }"
+            )
+        rows = tensor.size(0)
+
+
+def _fields(layout: PlanLayout) -> tuple[int, int, int]:
+    return layout.max_tokens, layout.max_loras, layout.tile_rows
+
+
+def _module(backend: str) -> ModuleType:
+    return native if backend == "native" else torch_backend
+
+
+# The operators. Tensor arguments, then the plan's layout as integers: schemas know no classes.
+
+
+def _linear_op(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    max_tokens: int,
+    max_loras: int,
+    tile_rows: int,
+    scale: float,
+    offset: int,
+    add_inputs: bool,
+    backend: str,
+) -> None:
+    layout = _layout(max_tokens, max_loras, tile_rows)
+    _module(backend).lora_linear(
+        y, x, lora_a, lora_b, ranks, plan, layout, scale, offset, add_inputs
+    )
+
+
+def _shrink_op(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    max_tokens: int,
+    max_loras: int,
+    tile_rows: int,
+    scale: float,
+    backend: str,
+) -> None:
+    layout = _layout(max_tokens, max_loras, tile_rows)
+    _module(backend).lora_shrink(h, x, lora_a, ranks, plan, layout, scale)
+
+
+def _expand_op(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    lora_b: list[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    max_tokens: int,
+    max_loras: int,
+    tile_rows: int,
+    offset: int,
+    add_inputs: bool,
+    backend: str,
+) -> None:
+    layout = _layout(max_tokens, max_loras, tile_rows)
+    _module(backend).lora_expand(y, h, lora_b, ranks, plan, layout, offset, add_inputs)
+
+
+_library = torch.library.Library("multilora", "DEF")
+
+
+def _register(name: str, function, mutated: str):  # type: ignore[no-untyped-def]
+    schema = torch.library.infer_schema(function, mutates_args=[mutated])
+    _library.define(name + schema)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library._register_fake(name, lambda *args: None)
+    operator = getattr(torch.ops.multilora, name)
+
+    def call(*args):  # type: ignore[no-untyped-def]
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        return function(*args)
+
+    return call
+
+
+_linear = _register("lora_linear", _linear_op, "y")
+_shrink = _register("lora_shrink", _shrink_op, "h")
+_expand = _register("lora_expand", _expand_op, "y")

@@ -1,0 +1,241 @@
+"""The batch plan: which tokens each adapter slot covers, ready for a kernel to read.
+
+A plan is built on the host once per step and shared by every layer. It sorts the batch's
+tokens by adapter slot, so that the tokens of one adapter form one *run*, and cuts every run
+into *tiles* of at most `tile_rows` rows, the unit of work of a kernel::
+
+    token        0  1  2  3  4  5        order       1  4  0  2  5 | 3     (row -> token)
+    slot         1  0  1 -1  0  1        runs        slot 0: rows 0-1, slot 1: rows 2-4
+                                         tiles of 2  (0, row 0, 2) (1, row 2, 2) (1, row 4, 1)
+
+Rows without an adapter (slot -1) come last in `order` and belong to no tile.
+
+Everything lives in one int32 buffer whose shape depends only on `PlanLayout` (the largest
+token count, the number of slots, the tile size), never on the batch. On an accelerator one
+asynchronous copy brings it over; compiled code and captured graphs keep reading the same
+addresses, step after step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+HEADER_INTS = 16
+"""Length of the header; `PLAN_*` index it. `native/segment_gemm.c` reads the same fields."""
+PLAN_TOKENS, PLAN_ROWS, PLAN_RUNS, PLAN_TILES = range(4)
+
+DEFAULT_TILE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class PlanLayout:
+    """Where each part of a plan's buffer lies; equal for all plans of one engine.
+
+    Attributes:
+        max_tokens: The largest number of tokens a step may have.
+        max_loras: Number of adapter slots; token slots are in [-1, max_loras).
+        tile_rows: The largest number of rows in a tile.
+    """
+
+    max_tokens: int
+    max_loras: int
+    tile_rows: int = DEFAULT_TILE_ROWS
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_tokens", 1, 2**31 - 1),
+            ("max_loras", 1, 2**15 - 2),
+            ("tile_rows", 1, 256),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+
+    @cached_property
+    def max_tiles(self) -> int:
+        """The most tiles a batch can have: full ones, and one partial tile per run."""
+        return self.max_tokens // self.tile_rows + min(self.max_loras, self.max_tokens)
+
+    @cached_property
+    def order(self) -> slice:
+        """int32 [max_tokens]: the token of each row, adapters' rows first."""
+        return slice(HEADER_INTS, HEADER_INTS + self.max_tokens)
+
+    @cached_property
+    def tile_slot(self) -> slice:
+        """int32 [max_tiles]: the adapter slot of each tile."""
+        return slice(self.order.stop, self.order.stop + self.max_tiles)
+
+    @cached_property
+    def tile_start(self) -> slice:
+        """int32 [max_tiles]: the first row of each tile."""
+        return slice(self.tile_slot.stop, self.tile_slot.stop + self.max_tiles)
+
+    @cached_property
+    def tile_length(self) -> slice:
+        """int32 [max_tiles]: the number of rows of each tile."""
+        return slice(self.tile_start.stop, self.tile_start.stop + self.max_tiles)
+
+    @cached_property
+    def run_slot(self) -> slice:
+        """int32 [max_loras]: the adapter slot of each run, ascending."""
+        return slice(self.tile_length.stop, self.tile_length.stop + self.max_loras)
+
+    @cached_property
+    def run_start(self) -> slice:
+        """int32 [max_loras]: the first row of each run."""
+        return slice(self.run_slot.stop, self.run_slot.stop + self.max_loras)
+
+    @cached_property
+    def run_length(self) -> slice:
+        """int32 [max_loras]: the number of rows of each run."""
+        return slice(self.run_start.stop, self.run_start.stop + self.max_loras)
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the whole buffer in int32 elements."""
+        return self.run_length.stop
+
+
+class BatchPlan:
+    """A step's plan in one int32 buffer that keeps its address from step to step.
+
+    Attributes:
+        layout: Where the parts of the buffer lie.
+        buffer: int32 tensor of shape [layout.size] on the device the kernels run on.
+    """
+
+    def __init__(self, layout: PlanLayout, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        device = torch.device(device)
+        self._host = torch.zeros(layout.size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.buffer = self._host if device.type == "cpu" else self._host.to(device)
+        self._ints = self._host.numpy()
+        self._arange = np.arange(layout.max_tiles, dtype=np.int32)
+
+    @classmethod
+    def build(
+        cls,
+        token_slots: Sequence[int] | npt.NDArray[np.integer],
+        max_loras: int,
+        *,
+        tile_rows: int = DEFAULT_TILE_ROWS,
+        device: torch.device | str = "cpu",
+    ) -> BatchPlan:
+        """A plan for one batch, in a buffer that just fits it.
+
+        Args:
+            token_slots: The adapter slot of each token, of shape [tokens]; -1 for none.
+            max_loras: Number of adapter slots.
+            tile_rows: The largest number of rows in a tile.
+            device: Where the kernels run.
+
+        Raises:
+            ValueError: A slot is outside [-1, max_loras), or the shape is not [tokens].
+        """
+        slots = np.asarray(token_slots)
+        plan = cls(PlanLayout(max(1, len(slots)), max_loras, tile_rows), device)
+        plan.update(slots)
+        return plan
+
+    def update(self, token_slots: npt.NDArray[np.integer]) -> None:
+        """Replaces the plan's contents by those for a new batch.
+
+        A stable radix sort and a few vector operations; no loop over tokens.
+
+        Args:
+            token_slots: The adapter slot of each token, integers of shape [tokens], tokens at
+                most `layout.max_tokens`; -1 for a token without adapter.
+
+        Raises:
+            ValueError: The shape or a slot is out of bounds. The plan is then unchanged.
+        """
+        layout, ints = self.layout, self._ints
+        if token_slots.ndim != 1 or len(token_slots) > layout.max_tokens:
+            raise ValueError(
+                f"token_slots must have shape [tokens] with at most {layout.max_tokens} tokens, "
+                f"got shape {list(token_slots.shape)}"
+            )
+        # 16-bit keys: numpy's stable sort of them is a radix sort, linear in the tokens.
+        keys = token_slots.astype(np.int16)
+        tokens = len(keys)
+        try:
+            counts = np.bincount(keys + 1, minlength=layout.max_loras + 1)
+        except ValueError:
+            counts = np.empty(0)
+        if len(counts) != layout.max_loras + 1:
+            raise ValueError(
+                f"token slots must be between -1 and {layout.max_loras - 1}, got "
+                f"{token_slots.min()} to {token_slots.max()}"
+            )
+        rows = tokens - int(counts[0])
+        if rows:
+            by_slot = keys.argsort(kind="stable")
+            base = layout.order.start
+            ints[base : base + rows] = by_slot[tokens - rows :]
+            ints[base + rows : base + tokens] = by_slot[: tokens - rows]
+            runs, tiles = self._write_runs_and_tiles(counts[1:])
+        else:
+            ints[layout.order][:tokens] = np.arange(tokens, dtype=np.int32)
+            runs = tiles = 0
+        ints[:4] = (tokens, rows, runs, tiles)
+        if self.buffer is not self._host:
+            self.buffer.copy_(self._host, non_blocking=True)
+
+    def _write_runs_and_tiles(self, rows_per_slot: npt.NDArray[np.int64]) -> tuple[int, int]:
+        layout, ints = self.layout, self._ints
+        slots = rows_per_slot.nonzero()[0]
+        lengths = rows_per_slot[slots]
+        ends = lengths.cumsum()
+        starts = ends - lengths
+        runs = len(slots)
+        for part, values in (
+            (layout.run_slot, slots),
+            (layout.run_start, starts),
+            (layout.run_length, lengths),
+        ):
+            ints[part.start : part.start + runs] = values
+        size = layout.tile_rows
+        if lengths.max() > size:
+            per_run = (lengths + (size - 1)) // size
+            tile_ends = per_run.cumsum()
+            tiles = int(tile_ends[-1])
+            within = self._arange[:tiles] - (tile_ends - per_run).repeat(per_run)
+            slots = slots.repeat(per_run)
+            lengths = np.minimum(lengths.repeat(per_run) - within * size, size)
+            starts = starts.repeat(per_run) + within * size
+        else:
+            tiles = runs
+        for part, values in (
+            (layout.tile_slot, slots),
+            (layout.tile_start, starts),
+            (layout.tile_length, lengths),
+        ):
+            ints[part.start : part.start + tiles] = values
+        return runs, tiles
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the batch, with and without adapter."""
+        return int(self._ints[PLAN_TOKENS])
+
+    @property
+    def rows(self) -> int:
+        """Tokens with an adapter."""
+        return int(self._ints[PLAN_ROWS])
+
+    @property
+    def runs(self) -> int:
+        """Active adapters."""
+        return int(self._ints[PLAN_RUNS])
+
+    @property
+    def tiles(self) -> int:
+        """Tiles over all runs."""
+        return int(self._ints[PLAN_TILES])

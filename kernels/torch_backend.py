@@ -1,0 +1,98 @@
+"""The plain PyTorch backend: one product per run and slice, on any device.
+
+Slower than the native kernels where many adapters have few tokens each, but it needs nothing
+beyond PyTorch. It reads the plan on the host, which on an accelerator waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from multilora_kernels.plan import PLAN_ROWS, PLAN_RUNS, PLAN_TOKENS, PlanLayout
+
+
+def lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    offset: int,
+    add_inputs: bool,
+) -> None:
+    """See `multilora_kernels.lora_linear`; arguments are valid."""
+    h = torch.empty(
+        len(lora_a), x.size(0), lora_a[0].size(-2), dtype=torch.float32, device=x.device
+    )
+    lora_shrink(h, x, lora_a, ranks, plan, layout, scale)
+    lora_expand(y, h, lora_b, ranks, plan, layout, offset, add_inputs)
+
+
+def lora_shrink(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+) -> None:
+    """See `multilora_kernels.lora_shrink`; arguments are valid."""
+    h.zero_()
+    host_ranks = ranks.tolist()
+    for slot, rows in _runs(plan, layout, x.size(0)):
+        own = x[rows].float()
+        for i, a in enumerate(lora_a):
+            if r := host_ranks[i][slot]:
+                weights = a.flatten(0, -3)[slot, :r].float()
+                h[i, rows, :r] = (own @ weights.T * scale).to(h.dtype)
+
+
+def lora_expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    offset: int,
+    add_inputs: bool,
+) -> None:
+    """See `multilora_kernels.lora_expand`; arguments are valid."""
+    if not add_inputs:
+        covered = layout.order.start + int(plan[PLAN_TOKENS])
+        rows = plan[layout.order.start : covered].long()
+        width = sum(b.size(-2) for b in lora_b)
+        y[rows[rows < y.size(0)], offset : offset + width] = 0
+    host_ranks = ranks.tolist()
+    for slot, rows in _runs(plan, layout, y.size(0)):
+        start = offset
+        for i, b in enumerate(lora_b):
+            if r := host_ranks[i][slot]:
+                weights = b.flatten(0, -3)[slot, :, :r].float()
+                span = slice(start, start + b.size(-2))
+                delta = h[i, rows, :r].float() @ weights.T
+                y[rows, span] = (y[rows, span].float() + delta).to(y.dtype)
+            start += b.size(-2)
+
+
+def _runs(
+    plan: torch.Tensor, layout: PlanLayout, tokens: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each run's slot and the tokens it covers, those at or past `tokens` left out."""
+    count = int(plan[PLAN_RUNS])
+    order = plan[layout.order][: int(plan[PLAN_ROWS])].long()
+    slots, starts, lengths = (
+        plan[part][:count].tolist()
+        for part in (layout.run_slot, layout.run_start, layout.run_length)
+    )
+    for slot, start, length in zip(slots, starts, lengths, strict=True):
+        rows = order[start : start + length]
+        rows = rows[rows < tokens]
+        if len(rows):
+            yield slot, rows

@@ -1,0 +1,262 @@
+"""Every backend against the float64 reference, over batches, ranks, shapes and dtypes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multilora_kernels import lora_expand, lora_linear, lora_shrink, native, reference
+
+from .problems import make_problem
+from .tolerances import assert_close
+
+BACKENDS = ["native", "torch"]
+BATCHES = {
+    "one-token": [2],
+    "one-token-no-adapter": [-1],
+    "one-adapter": [5] * 67,
+    "all-different": [3, 0, 7, 1, 6, 2, 5, 4],
+    "no-adapter": [-1] * 5,
+    "interleaved": [i % 6 - 1 for i in range(45)],
+    "long-and-short-runs": [0] * 300 + [1, 2, -1, 2] + [3] * 40,
+}
+MODEL_LAYERS = {
+    "plain": (24,),
+    "gate-up": (40, 40),
+    "qkv-gqa": (48, 16, 16),
+    "odd-widths": (5, 17, 33),
+}
+
+
+def run(problem, backend, **options) -> torch.Tensor:
+    y = problem.y.clone()
+    lora_linear(
+        y,
+        problem.x,
+        problem.lora_a,
+        problem.lora_b,
+        problem.ranks,
+        problem.plan,
+        backend=backend,
+        **options,
+    )
+    return y
+
+
+def assert_matches(actual: torch.Tensor, problem, **options) -> None:
+    assert_close(actual, problem.expected(**options), problem.magnitude(**options))
+
+
+def test_the_native_backend_is_built_here():
+    """Fails where the tests below would be about the fallback only."""
+    native.load_library()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("widths", MODEL_LAYERS.values(), ids=MODEL_LAYERS.keys())
+@pytest.mark.parametrize("token_slots", BATCHES.values(), ids=BATCHES.keys())
+def test_a_mixed_batch_matches_the_reference(token_slots, widths, backend):
+    problem = make_problem(token_slots, widths=widths)
+    assert_matches(run(problem, backend), problem)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_pair_of_dtypes(dtype, weight_dtype, backend):
+    problem = make_problem(
+        BATCHES["interleaved"], widths=(24, 9), dtype=dtype, weight_dtype=weight_dtype
+    )
+    assert_matches(run(problem, backend), problem)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [1, 3, 8, 12, 33, 64])
+def test_any_rank_up_to_the_maximum(rank, backend):
+    problem = make_problem([0, 1, 1, -1, 0] * 7, slots=2, max_rank=64, ranks=[[rank, 64]])
+    assert_matches(run(problem, backend), problem)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_mapping_ranks_and_shapes(backend, data):
+    slots = data.draw(st.integers(1, 6), "slots")
+    max_rank = data.draw(st.integers(1, 40), "max_rank")
+    widths = tuple(data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4), "widths"))
+    rank = st.integers(0, max_rank)
+    problem = make_problem(
+        data.draw(st.lists(st.integers(-1, slots - 1), min_size=1, max_size=120), "token_slots"),
+        slots=slots,
+        k=data.draw(st.integers(1, 70), "k"),
+        widths=widths,
+        max_rank=max_rank,
+        ranks=data.draw(
+            st.lists(
+                st.lists(rank, min_size=slots, max_size=slots),
+                min_size=len(widths),
+                max_size=len(widths),
+            ),
+            "ranks",
+        ),
+        extra_dimension=data.draw(st.booleans(), "extra_dimension"),
+    )
+    options = {
+        "offset": data.draw(st.integers(0, 3), "offset"),
+        "add_inputs": data.draw(st.booleans(), "add_inputs"),
+        "scale": data.draw(st.sampled_from([1.0, 0.25, -3.0]), "scale"),
+    }
+    if not options["add_inputs"]:
+        problem.y[:] = float("nan")  # whatever is to be overwritten must not be read
+        span = slice(options["offset"], options["offset"] + sum(widths))
+        actual, expected = run(problem, backend, **options), problem.expected(**options)
+        assert torch.isnan(actual[:, : span.start]).all()
+        assert torch.isnan(actual[:, span.stop :]).all()
+        assert_close(actual[:, span], expected[:, span], problem.magnitude(**options)[:, span])
+    else:
+        assert_matches(run(problem, backend, **options), problem, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_long_prefill_of_8192_tokens(backend):
+    slots = np.random.default_rng(1).integers(-1, 8, 8192)
+    problem = make_problem(slots.tolist(), k=24, widths=(16, 8), max_rank=8)
+    expected = problem.y.double()
+    delta = torch.zeros_like(expected)
+    for slot in range(8):  # the reference's loop over tokens, one adapter at a time
+        rows, start = torch.from_numpy(slots == slot), 0
+        for a, b, ranks in zip(problem.lora_a, problem.lora_b, problem.ranks, strict=True):
+            r = int(ranks[slot])
+            product = problem.x[rows].double() @ a[slot, 0, :r].double().T
+            delta[rows, start : start + b.shape[-2]] = product @ b[slot, 0, :, :r].double().T
+            start += b.shape[-2]
+    magnitude = expected.abs() + delta.abs().mean()
+    assert_close(run(problem, backend), expected + delta, magnitude)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_adapter_and_columns_outside_the_span_keep_their_bits(backend):
+    problem = make_problem(BATCHES["interleaved"], margin=4)
+    actual = run(problem, backend, offset=2)
+    base = torch.tensor(problem.token_slots) < 0
+    assert actual[base].equal(problem.y[base])
+    assert actual[:, :2].equal(problem.y[:, :2])
+    assert actual[:, 26:].equal(problem.y[:, 26:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rank_zero_leaves_its_slice_untouched(backend):
+    problem = make_problem([0, 1, 0], slots=2, widths=(8, 8), ranks=[[0, 4], [4, 0]])
+    actual = run(problem, backend)
+    assert actual[0, :8].equal(problem.y[0, :8])
+    assert actual[1, 8:16].equal(problem.y[1, 8:16])
+    assert_matches(actual, problem)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_halves_match_the_reference(dtype, backend):
+    problem = make_problem(BATCHES["long-and-short-runs"], widths=(20, 12), dtype=dtype)
+    h = torch.full((2, len(problem.token_slots), 16), float("nan"))
+    lora_shrink(
+        h, problem.x, problem.lora_a, problem.ranks, problem.plan, scale=0.5, backend=backend
+    )
+    expected_h = reference.lora_shrink(
+        problem.x.double(), problem.lora_a, problem.ranks, problem.token_slots, scale=0.5
+    )
+    assert_close(h, expected_h, expected_h.abs())
+    y = problem.y.clone()
+    lora_expand(y, h, problem.lora_b, problem.ranks, problem.plan, backend=backend)
+    assert_matches(y, problem, scale=0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_rows_of_x_and_y(backend):
+    problem = make_problem(BATCHES["interleaved"])
+    wide_x, wide_y = (torch.full((len(problem.token_slots), 90), 7.0) for _ in range(2))
+    wide_x[:, 5:45], wide_y[:, 9:36] = problem.x, problem.y
+    lora_linear(
+        wide_y[:, 9:36],
+        wide_x[:, 5:45],
+        problem.lora_a,
+        problem.lora_b,
+        problem.ranks,
+        problem.plan,
+        backend=backend,
+    )
+    assert_matches(wide_y[:, 9:36], problem)
+    assert (wide_y[:, :9] == 7).all()
+    assert (wide_y[:, 36:] == 7).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_of_the_plan_past_the_activations_are_skipped(backend):
+    problem = make_problem(BATCHES["interleaved"])
+    expected, magnitude = problem.expected()[:10], problem.magnitude()[:10]
+    problem.x, problem.y = problem.x[:10].clone(), problem.y[:10].clone()
+    assert_close(run(problem, backend), expected, magnitude)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_results_are_deterministic_and_do_not_depend_on_the_batch(dtype):
+    """A row alone, and in batches of any size and order, gets the same bits."""
+    token_slots = [i * 7 % 9 - 1 for i in range(61)]
+    problem = make_problem(token_slots, widths=(48, 16, 16), k=56, max_rank=40, dtype=dtype)
+    whole = run(problem, "native")
+    assert run(problem, "native").equal(whole)
+    for rows in ([0], [1], [60], [5, 4], list(range(20, 33)), list(range(60, -1, -1))):
+        part = make_problem(
+            [token_slots[r] for r in rows], widths=(48, 16, 16), k=56, max_rank=40, dtype=dtype
+        )
+        part.x, part.y = problem.x[rows].clone(), problem.y[rows].clone()
+        part.lora_a, part.lora_b, part.ranks = problem.lora_a, problem.lora_b, problem.ranks
+        assert run(part, "native").equal(whole[rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_native_results_do_not_depend_on_the_thread_count(threads):
+    problem = make_problem(BATCHES["long-and-short-runs"], widths=(48, 16, 16))
+    before = torch.get_num_threads()
+    expected = run(problem, "native")
+    try:
+        torch.set_num_threads(threads)
+        assert run(problem, "native").equal(expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bfloat16_stores_round_to_nearest_even_and_keep_infinities_and_nan():
+    values = [1.00390625, 1.01171875, 3.3895314e38, float("inf"), float("-inf"), float("nan"), -0.0]
+    problem = make_problem([0], slots=1, k=8, widths=(8,), ranks=[[1]], max_rank=1)
+    problem.x = torch.tensor([[1.0] + [0.0] * 7])
+    problem.lora_a = [torch.eye(1, 8).view(1, 1, 1, 8)]
+    problem.lora_b = [torch.tensor([*values, 2.5]).view(1, 1, 8, 1)]
+    problem.y = torch.empty(1, 11, dtype=torch.bfloat16)
+    actual = run(problem, "native", add_inputs=False)[0, :7]
+    expected = torch.tensor(values).to(torch.bfloat16)
+    assert actual[~actual.isnan()].equal(expected[~expected.isnan()])
+    assert actual.isnan().equal(expected.isnan())
+
+
+BAD_CALLS = {
+    "x-width": (lambda p: {"x": p.x[:, :-1]}, r"lora_a\[0\] must have shape \[8, rows, 39\]"),
+    "y-rows": (lambda p: {"y": p.y[:-1]}, "all activations must have the same tokens"),
+    "y-width": (lambda p: {"y": p.y[:, :20]}, "y must have at least 24 columns"),
+    "ranks-dtype": (lambda p: {"ranks": p.ranks.long()}, "ranks must be int32"),
+    "ranks-shape": (lambda p: {"ranks": p.ranks[:, :-1]}, r"ranks must be int32 of shape \[1, 8\]"),
+    "x-dtype": (lambda p: {"x": p.x.double()}, "x must be 2-D with contiguous rows in float32"),
+    "b-rank": (lambda p: {"lora_b": [p.lora_b[0][..., :-1]]}, r"lora_b\[0\] must have shape"),
+    "slices": (lambda p: {"lora_b": []}, "lora_a and lora_b must have the same slices"),
+    "backend": (lambda p: {"backend": "cuda"}, "unknown backend 'cuda'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_a_call_that_does_not_fit_is_refused_with_its_reason(change, message):
+    problem = make_problem([0, 1])
+    arguments = {
+        name: getattr(problem, name) for name in ("y", "x", "lora_a", "lora_b", "ranks", "plan")
+    }
+    with pytest.raises(ValueError, match=message):
+        lora_linear(**(arguments | change(problem)))

@@ -1,0 +1,95 @@
+"""The batch plan: every token with an adapter in exactly one tile of its own slot."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multilora_kernels import BatchPlan, PlanLayout
+
+BATCHES = {
+    "one-token": [0],
+    "no-adapter": [-1] * 9,
+    "one-adapter": [3] * 70,
+    "all-different": list(range(7, -1, -1)),
+    "interleaved": [i % 5 - 1 for i in range(101)],
+}
+
+
+def tiles_of(plan: BatchPlan) -> list[tuple[int, list[int]]]:
+    """Each tile's slot and tokens."""
+    ints, layout = plan.buffer.tolist(), plan.layout
+    order = ints[layout.order]
+    return [
+        (ints[layout.tile_slot][i], order[start : start + ints[layout.tile_length][i]])
+        for i, start in enumerate(ints[layout.tile_start][: plan.tiles])
+    ]
+
+
+def assert_covers(plan: BatchPlan, token_slots: list[int]) -> None:
+    seen: dict[int, int] = {}
+    for slot, tokens in tiles_of(plan):
+        assert 1 <= len(tokens) <= plan.layout.tile_rows
+        for token in tokens:
+            assert token not in seen
+            seen[token] = slot
+    assert seen == {t: s for t, s in enumerate(token_slots) if s >= 0}
+    order = plan.buffer[plan.layout.order][: plan.tokens].tolist()
+    assert sorted(order) == list(range(len(token_slots)))
+    assert plan.rows == len(seen)
+    assert plan.runs == len(set(seen.values()))
+    assert plan.tiles <= plan.layout.max_tiles
+
+
+@pytest.mark.parametrize("tile_rows", [1, 4, 32])
+@pytest.mark.parametrize("token_slots", BATCHES.values(), ids=BATCHES.keys())
+def test_tiles_cover_each_adapted_token_once(token_slots, tile_rows):
+    assert_covers(BatchPlan.build(token_slots, 8, tile_rows=tile_rows), token_slots)
+
+
+@given(
+    token_slots=st.lists(st.integers(-1, 5), min_size=1, max_size=300),
+    tile_rows=st.integers(1, 40),
+)
+@settings(max_examples=200, deadline=None)
+def test_tiles_cover_any_batch(token_slots, tile_rows):
+    assert_covers(BatchPlan.build(token_slots, 6, tile_rows=tile_rows), token_slots)
+
+
+def test_a_run_keeps_its_tokens_in_order():
+    plan = BatchPlan.build([2, 0, 2, -1, 2, 0], 3)
+    assert tiles_of(plan) == [(0, [1, 5]), (2, [0, 2, 4])]
+
+
+def test_the_buffer_keeps_its_address_and_forgets_the_last_batch():
+    plan = BatchPlan(PlanLayout(max_tokens=64, max_loras=4))
+    address = plan.buffer.data_ptr()
+    for token_slots in ([0, 1, 2, 3] * 16, [1], [-1, -1], [3, -1, 3]):
+        plan.update(np.array(token_slots))
+        assert_covers(plan, token_slots)
+        assert plan.buffer.data_ptr() == address
+
+
+@pytest.mark.parametrize("bad", [[0, 4], [-2, 0], [0, 9, -1]], ids=["slot-4", "slot-minus-2", "9"])
+def test_a_slot_out_of_range_is_refused_and_the_plan_unchanged(bad):
+    plan = BatchPlan(PlanLayout(max_tokens=8, max_loras=4))
+    plan.update(np.array([0, 1]))
+    before = plan.buffer.clone()
+    with pytest.raises(ValueError, match=r"between -1 and 3, got"):
+        plan.update(np.array(bad))
+    assert plan.buffer.equal(before)
+
+
+def test_more_tokens_than_the_layout_has_are_refused():
+    plan = BatchPlan(PlanLayout(max_tokens=2, max_loras=1))
+    with pytest.raises(ValueError, match=r"at most 2 tokens, got shape \[3\]"):
+        plan.update(np.array([0, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_tokens", 0), ("max_loras", 0), ("tile_rows", 257)]
+)
+def test_a_layout_out_of_bounds_is_refused(field, value):
+    sizes = {"max_tokens": 8, "max_loras": 2, "tile_rows": 32} | {field: value}
+    with pytest.raises(ValueError, match=f"{field} must be between"):
+        PlanLayout(**sizes)

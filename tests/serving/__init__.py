@@ -1,0 +1,1 @@
+"""Serving tests: real vLLM engines and servers, judged by PEFT + transformers."""

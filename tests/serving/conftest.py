@@ -1,0 +1,42 @@
+"""Environment and shared checkpoints of the serving tests."""
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+# vLLM and huggingface_hub read these on import, in this process and in the ones they start.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+if TYPE_CHECKING:
+    from .cases import Scenario
+
+_NEEDED = ("vllm", "transformers", "peft")
+
+
+def _require_serving_stack() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"serving tests need {', '.join(missing)}")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
+    """A tiny Llama, its nine adapters, and cases answered by PEFT."""
+    _require_serving_stack()
+    from .scenarios import llama_scenario
+
+    return llama_scenario(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
+    """A tiny Qwen2, its eight adapters, and cases answered by PEFT."""
+    _require_serving_stack()
+    from .scenarios import qwen2_scenario
+
+    return qwen2_scenario(tmp_path_factory.mktemp("qwen2"))

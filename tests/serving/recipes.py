@@ -1,0 +1,57 @@
+"""The kinds of adapter that the serving tests serve: one recipe per thing that can go wrong."""
+
+from dataclasses import dataclass, field
+
+MAX_RANK = 64
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """What distinguishes one adapter from another.
+
+    Attributes:
+        name: The name under which the adapter is served.
+        targets: PEFT's ``target_modules``.
+        rank: PEFT's ``r``.
+        alpha: PEFT's ``lora_alpha``.
+        gain: Size of an adapted module's delta, relative to the module's own output.
+        rslora: Scales by alpha over the root of the rank, instead of over the rank.
+        rank_pattern: Ranks that differ by module, as PEFT's field of that name.
+        alpha_pattern: Alphas that differ by module, as PEFT's field of that name.
+        layers: Only these layers are adapted; all of them where None.
+    """
+
+    name: str
+    targets: tuple[str, ...] = _LINEAR
+    rank: int = 8
+    alpha: int = 16
+    gain: float = 0.5
+    rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+
+
+LINEAR_RECIPES = (
+    AdapterRecipe("all-linear-r8"),
+    AdapterRecipe("qv-r5", targets=("q_proj", "v_proj"), rank=5, gain=0.8),
+    AdapterRecipe(
+        "patterns",
+        rank_pattern={"q_proj": 3, "layers.1.mlp.down_proj": 24, "gate_proj": 12},
+        alpha_pattern={"k_proj": 40, "layers.0.mlp.up_proj": 4},
+    ),
+    AdapterRecipe("rslora-r16", rank=16, rslora=True),
+    AdapterRecipe("max-rank-r64", rank=MAX_RANK, alpha=32),
+    AdapterRecipe("gate-only-r8", targets=("gate_proj",), gain=1.0),
+    AdapterRecipe("up-only-r8", targets=("up_proj",), gain=1.0),
+    AdapterRecipe("layer1-only-r8", layers=(1,), gain=0.8),
+)
+"""Adapters of linear layers only, which every base model takes."""
+
+EMBEDDING_RECIPE = AdapterRecipe(
+    "embedding-head-r8", targets=(*_ATTENTION, "embed_tokens", "lm_head")
+)
+"""Adapts the embedding and the head too: for base models whose class has vLLM embedding modules."""

@@ -1,0 +1,90 @@
+"""Builds scenarios: writes the checkpoints, and asks PEFT for the answers."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .cases import MIN_MARGIN, NEW_TOKENS, PROMPT_LENGTHS, Case, Continuation, Key, Prompt, Scenario
+from .peft_reference import reference_continuations
+from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES, AdapterRecipe
+from .tiny_adapters import write_adapter
+from .tiny_models import VOCAB_SIZE, write_llama, write_qwen2
+
+_CANDIDATES = 6
+
+
+def llama_scenario(root: Path) -> Scenario:
+    """A Llama with every recipe, the one for embedding and head included."""
+    return build_scenario(root, write_llama, (*LINEAR_RECIPES, EMBEDDING_RECIPE))
+
+
+def qwen2_scenario(root: Path) -> Scenario:
+    """A Qwen2 with the recipes for linear layers; vLLM lists no embedding modules for it."""
+    return build_scenario(root, write_qwen2, LINEAR_RECIPES)
+
+
+def build_scenario(
+    root: Path,
+    write_base: Callable[[Path], Path],
+    recipes: Sequence[AdapterRecipe],
+    *,
+    min_margin: float = MIN_MARGIN,
+    dtype: torch.dtype = torch.float32,
+) -> Scenario:
+    """Writes the checkpoints below ``root`` and answers the prompts with PEFT.
+
+    Args:
+        root: An empty directory.
+        write_base: Writes the base checkpoint into a directory.
+        recipes: The adapters to write.
+        min_margin: Least logit margin of every step of a case.
+        dtype: Type in which the reference computes.
+
+    Raises:
+        LookupError: No candidate prompt of some length can be a case of some adapter.
+    """
+    base = write_base(root / "base")
+    adapters = {
+        recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed)
+        for seed, recipe in enumerate(recipes)
+    }
+    prompts = _candidate_prompts()
+    truth = reference_continuations(base, adapters, prompts, NEW_TOKENS, dtype=dtype)
+    # Neighbours differ in their adapter, so that a batch taken from the front is mixed.
+    cases = [
+        _first_case(
+            name, [prompt for prompt in prompts if len(prompt) == length], truth, min_margin
+        )
+        for length in PROMPT_LENGTHS
+        for name in (None, *adapters)
+    ]
+    return Scenario(base, adapters, tuple(cases))
+
+
+def _first_case(
+    name: str | None, prompts: Sequence[Prompt], truth: Mapping[Key, Continuation], margin: float
+) -> Case:
+    """The first prompt whose continuation under ``name`` is decisive and unlike all others."""
+    for prompt in prompts:
+        answer = truth[name, prompt]
+        others = {
+            other.tokens for key, other in truth.items() if key[1] == prompt and key[0] != name
+        }
+        if answer.min_margin >= margin and answer.tokens not in others:
+            return Case(name, prompt, answer)
+    raise LookupError(
+        f"none of {len(prompts)} prompts of {len(prompts[0])} tokens is a case of {name!r}: each "
+        f"has a step with a logit margin under {margin}, or another adapter's continuation"
+    )
+
+
+def _candidate_prompts() -> list[Prompt]:
+    """Random prompts of each length; a scenario takes the first that fits each adapter."""
+    source = random.Random(0)
+    return [
+        tuple(source.randrange(VOCAB_SIZE) for _ in range(length))
+        for length in PROMPT_LENGTHS
+        for _ in range(_CANDIDATES)
+    ]

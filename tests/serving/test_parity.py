@@ -1,0 +1,142 @@
+"""An engine answers every request as PEFT does, whatever else is in its batch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .cases import PROMPT_LENGTHS, Case, Scenario
+from .engine import BLOCK_SIZE, answer, running_engine
+from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+    Answers = Mapping[str | None, Sequence[tuple[RequestOutput, Case]]]
+
+pytestmark = pytest.mark.serving
+
+# Float32 on both sides, other orders of summation: differences seen stay under 1e-4, while the loss
+# of one module's delta in one layer moves some log-probability of every scenario by more than 1.
+LOGPROB_ATOL = 5e-4
+
+LINEAR_NAMES = (None, *(recipe.name for recipe in LINEAR_RECIPES))
+ALL_NAMES = (*LINEAR_NAMES, EMBEDDING_RECIPE.name)
+
+
+def adapter_id(name: str | None) -> str:
+    return name or "base"
+
+
+def answers_by_adapter(llm: "LLM", scenario: Scenario, cases: Sequence[Case]) -> "Answers":
+    """Sends the cases as one batch and sorts the outputs by adapter."""
+    outputs = answer(llm, scenario, cases)
+    pairs = list(zip(outputs, cases, strict=True))
+    return {
+        name: [pair for pair in pairs if pair[1].adapter == name]
+        for name in (None, *scenario.adapters)
+    }
+
+
+def assert_all_as_peft(answers: "Answers") -> None:
+    wrong = {}
+    for name, pairs in answers.items():
+        try:
+            assert_as_peft(pairs)
+        except AssertionError as error:
+            wrong[adapter_id(name)] = str(error)
+    assert not wrong
+
+
+def assert_as_peft(pairs: "Sequence[tuple[RequestOutput, Case]]") -> None:
+    """Equal tokens; log-probabilities of the likeliest tokens within ``LOGPROB_ATOL``."""
+    assert pairs
+    for output, case in pairs:
+        completion = output.outputs[0]
+        where = f"{adapter_id(case.adapter)}, prompt of {len(case.prompt)} tokens"
+        assert tuple(completion.token_ids) == case.expected.tokens, where
+        for step, (found, expected) in enumerate(
+            zip(completion.logprobs, case.expected.top, strict=True)
+        ):
+            # By rank, not by token: the last of the top tokens may be a near tie.
+            ranked = sorted((entry.logprob for entry in found.values()), reverse=True)
+            assert ranked == pytest.approx(list(expected.values()), abs=LOGPROB_ATOL), (
+                f"{where}, step {step}"
+            )
+
+
+@pytest.fixture(scope="class")
+def llama_engine(llama: Scenario) -> "Iterator[LLM]":
+    with running_engine(llama.base) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="class")
+def llama_answers(llama_engine: "LLM", llama: Scenario) -> "Answers":
+    return answers_by_adapter(llama_engine, llama, llama.cases)
+
+
+@pytest.fixture(scope="class")
+def qwen2_answers(qwen2: Scenario) -> "Iterator[Answers]":
+    with running_engine(qwen2.base) as llm:
+        yield answers_by_adapter(llm, qwen2, qwen2.cases)
+
+
+class TestLlama:
+    """Nine adapters over four slots and six host places, prefix caching on."""
+
+    @pytest.mark.parametrize("name", ALL_NAMES, ids=adapter_id)
+    def test_one_mixed_batch_answers_as_peft(
+        self, llama_answers: "Answers", name: str | None
+    ) -> None:
+        assert_as_peft(llama_answers[name])
+
+    def test_cached_prefixes_are_reused_and_stay_with_their_adapter(
+        self, llama_engine: "LLM", llama: Scenario, llama_answers: "Answers"
+    ) -> None:
+        long = [case for case in llama.cases if case.adapter and len(case.prompt) > BLOCK_SIZE]
+        again = answers_by_adapter(llama_engine, llama, long)
+        for name in llama.adapters:
+            assert_as_peft(again[name])
+            assert [output.num_cached_tokens for output, _ in again[name]] == [BLOCK_SIZE]
+
+    def test_an_adapter_is_itself_again_after_each_eviction(
+        self, llama_engine: "LLM", llama: Scenario
+    ) -> None:
+        """One adapter at a time, round and round: each finds its place taken by another."""
+        for length in PROMPT_LENGTHS[1:3]:
+            for name in llama.adapters:
+                case = next(c for c in llama.cases_of(name) if len(c.prompt) == length)
+                assert_as_peft([(answer(llama_engine, llama, [case])[0], case)])
+
+    def test_base_requests_stay_base_while_adapters_fill_the_slots(
+        self, llama_engine: "LLM", llama: Scenario, llama_answers: "Answers"
+    ) -> None:
+        cases = llama.cases_of(None)
+        assert_as_peft(list(zip(answer(llama_engine, llama, cases), cases, strict=True)))
+
+
+class TestQwen2:
+    """Biases on q, k and v beneath the adapters."""
+
+    @pytest.mark.parametrize("name", LINEAR_NAMES, ids=adapter_id)
+    def test_one_mixed_batch_answers_as_peft(
+        self, qwen2_answers: "Answers", name: str | None
+    ) -> None:
+        assert_as_peft(qwen2_answers[name])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # 24 tokens a step: a 40-token prompt takes several steps, each shared with decodes.
+        pytest.param(
+            {"max_num_batched_tokens": 24, "enable_prefix_caching": False}, id="chunked-prefill"
+        ),
+        # vLLM's CPU platform turns compilation off where LoRA is on; its GPU platforms do not.
+        pytest.param({"enforce_eager": False}, id="torch-compile"),
+    ],
+)
+def test_execution_modes_answer_as_peft(llama: Scenario, overrides: dict[str, Any]) -> None:
+    with running_engine(llama.base, **overrides) as llm:
+        assert_all_as_peft(answers_by_adapter(llm, llama, llama.cases))

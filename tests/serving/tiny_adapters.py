@@ -1,0 +1,56 @@
+"""Writes a recipe as an adapter checkpoint, by PEFT itself and in PEFT's own file layout."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
+
+from .recipes import AdapterRecipe
+
+
+def write_adapter(base: Path, path: Path, recipe: AdapterRecipe, *, seed: int) -> Path:
+    """Writes an adapter for the base checkpoint in ``base``, with non-zero A and B.
+
+    Args:
+        base: Directory of the base checkpoint.
+        path: Directory to write ``adapter_config.json`` and ``adapter_model.safetensors`` into.
+        recipe: The adapter's shape.
+        seed: Seeds the weights.
+
+    Returns:
+        ``path``.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=list(recipe.targets),
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        use_rslora=recipe.rslora,
+        rank_pattern=dict(recipe.rank_pattern),
+        alpha_pattern=dict(recipe.alpha_pattern),
+        layers_to_transform=list(recipe.layers) if recipe.layers is not None else None,
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    generator = torch.Generator().manual_seed(seed)
+    for _, module in sorted(model.named_modules(), key=lambda item: item[0]):
+        if isinstance(module, LoraLayer):
+            _randomise(module, recipe.gain, generator)
+    model.save_pretrained(path)
+    return path
+
+
+def _randomise(layer: LoraLayer, gain: float, generator: torch.Generator) -> None:
+    """Fills A and B so that the scaled delta has ``gain`` times the size of the layer's output."""
+    weight = layer.get_base_layer().weight
+    if layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        fan_in = 1
+    else:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        fan_in = weight.shape[1]
+    output_std = weight.std().item() * fan_in**0.5
+    b_std = gain * output_std / (layer.scaling["default"] * a.shape[0] ** 0.5)
+    a.data.copy_(torch.randn(a.shape, generator=generator) / fan_in**0.5)
+    b.data.copy_(torch.randn(b.shape, generator=generator) * b_std)

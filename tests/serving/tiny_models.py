@@ -1,0 +1,105 @@
+"""Tiny random base models, written as ordinary Hugging Face checkpoints.
+
+The sizes are awkward on purpose (a hidden size, a vocabulary and an MLP width that are no powers
+of two), as real checkpoints are after sharding. The weights are scaled far from a trained model's
+initialisation so that greedy decoding wanders instead of settling into a loop: attention is sharp,
+every block moves the residual stream, and logits have a standard deviation of about
+``LOGIT_STD``, which keeps the best token clear of the second best.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+VOCAB_SIZE = 300
+LOGIT_STD = 6.0
+
+# Standard deviation of a projection's output for an input of unit variance.
+_GAINS = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 3.0, "down_proj": 3.0, "lm_head": LOGIT_STD}
+
+
+def write_llama(path: Path, *, seed: int = 0) -> Path:
+    """Writes a three-layer Llama: 8 heads, 2 key-value heads, untied embeddings, no biases."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=96,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return _write(LlamaForCausalLM, config, path, seed)
+
+
+def write_qwen2(path: Path, *, seed: int = 1) -> Path:
+    """Writes a two-layer Qwen2: 4 heads, 2 key-value heads, biases on q, k and v.
+
+    vLLM derives a Qwen2 head's size from the hidden size, and its CPU attention takes no head
+    below 32: four heads are what a hidden size of 128 leaves room for.
+    """
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=208,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return _write(Qwen2ForCausalLM, config, path, seed)
+
+
+def _write(
+    build: Callable[[LlamaConfig | Qwen2Config], PreTrainedModel],
+    config: LlamaConfig | Qwen2Config,
+    path: Path,
+    seed: int,
+) -> Path:
+    model = build(config).to(torch.float32)
+    _randomise(model, torch.Generator().manual_seed(seed))
+    model.save_pretrained(path)
+    _write_tokenizer(path)
+    return path
+
+
+def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Fills every parameter in place, in the order of the model's parameter names."""
+    for name, parameter in sorted(model.named_parameters()):
+        module, _, kind = name.rpartition(".")
+        leaf = module.rpartition(".")[2]
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in leaf:
+            value = 1.0 + 0.1 * noise
+        elif kind == "bias":
+            value = 0.5 * noise
+        elif leaf == "embed_tokens":
+            value = noise
+        else:
+            value = noise * _GAINS.get(leaf, 1.0) / parameter.shape[1] ** 0.5
+        parameter.data.copy_(value)
+
+
+def _write_tokenizer(path: Path) -> None:
+    """Writes a tokenizer of the words ``t0 t1 …``, one a token id."""
+    vocabulary = {f"t{token}": token for token in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(path)

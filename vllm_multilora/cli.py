@@ -1,0 +1,38 @@
+"""The `vllm-multilora` command; each subcommand is one function that returns an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_multilora import __version__
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from vllm_multilora.integration.doctor import diagnose
+
+    return diagnose()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; `argv` defaults to the process's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-multilora", description="Multi-tenant LoRA serving for vLLM."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say whether vLLM sees the plugin, and what will run",
+        description="Checks the installation: is the plugin seen by vLLM, which vLLM and platform "
+        "are there, which patches are in place, which kernels will run. Exits with 1 if the plugin "
+        "would not act.",
+    )
+    doctor.set_defaults(run=_doctor)
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

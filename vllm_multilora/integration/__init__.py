@@ -1,0 +1,1 @@
+"""Everything that touches vLLM; no other package of this project imports it."""

