@@ -10,6 +10,8 @@ README.md for how the kernels work. This package knows nothing of vLLM.
 from multilora_kernels import reference
 from multilora_kernels.api import (
     BACKENDS,
+    PreparedLinear,
+    column_major,
     lora_expand,
     lora_linear,
     lora_shrink,
@@ -17,12 +19,16 @@ from multilora_kernels.api import (
 )
 from multilora_kernels.native.compiler import NativeUnavailableError
 from multilora_kernels.plan import BatchPlan, PlanLayout
+from multilora_kernels.triton_availability import TritonUnavailableError
 
 __all__ = [
     "BACKENDS",
     "BatchPlan",
     "NativeUnavailableError",
     "PlanLayout",
+    "PreparedLinear",
+    "TritonUnavailableError",
+    "column_major",
     "lora_expand",
     "lora_linear",
     "lora_shrink",

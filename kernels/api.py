@@ -17,10 +17,10 @@ from types import ModuleType
 
 import torch
 
-from multilora_kernels import native, torch_backend
+from multilora_kernels import native, torch_backend, triton_availability
 from multilora_kernels.plan import BatchPlan, PlanLayout
 
-BACKENDS = ("auto", "native", "torch")
+BACKENDS = ("auto", "native", "torch", "triton", "triton-invariant")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _layout = lru_cache(PlanLayout)
@@ -29,11 +29,15 @@ _layout = lru_cache(PlanLayout)
 def resolve_backend(backend: str, device: torch.device | str) -> str:
     """The backend that `backend` means on a device.
 
-    `auto` is `native` (the C kernels) on CPUs that can build it, else `torch`.
+    `auto` is `native` (the C kernels) on CPUs that can build it, `triton` on CUDA and ROCm
+    devices where Triton is installed, else `torch`. `triton-invariant` is `triton` with blocks
+    that do not depend on the batch, so that a row's bits do not either.
 
     Raises:
         ValueError: The backend is unknown, or does not run on this device.
         NativeUnavailableError: `native` was asked for by name and cannot be had.
+        TritonUnavailableError: Triton cannot be had, or runs as an interpreter where it must not
+            or does not where it must.
     """
     return _resolve(backend, torch.device(device).type)
 
@@ -43,11 +47,18 @@ def _resolve(backend: str, device_type: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "native" if device_type == "cpu" and native.is_available() else "torch"
+        if device_type == "cuda" and triton_availability.is_installed():
+            backend = "triton"
+        elif device_type == "cpu" and native.is_available():
+            backend = "native"
+        else:
+            backend = "torch"
     if backend == "native":
         if device_type != "cpu":
             raise ValueError(f"the native backend runs on CPU tensors only, not on {device_type}")
         native.load_library()
+    if backend in ("triton", "triton-invariant"):
+        triton_availability.require(device_type)
     return backend
 
 
@@ -72,7 +83,8 @@ def lora_linear(
         y: of shape [T, W] with W >= offset + sum(N_i); float32, bfloat16 or float16.
         x: of shape [T, K]; any of the three dtypes.
         lora_a: per slice, of shape [S, R, K] or [S, 1, R, K].
-        lora_b: per slice, of shape [S, N_i, R] or [S, 1, N_i, R]; same dtype as lora_a.
+        lora_b: per slice, of shape [S, N_i, R] or [S, 1, N_i, R]; same dtype as lora_a. Rows
+            or columns are contiguous; on CPUs columns are faster (`column_major`).
         ranks: int32 of shape [slices, S]; only that many ranks are read and computed, and the
             weights past them may hold anything. 0: the slice is not adapted.
         plan: the batch; its tokens past T are skipped, rows of x past its tokens left alone.
@@ -80,16 +92,16 @@ def lora_linear(
         offset: first column of y.
         add_inputs: if False, y's span is overwritten instead of added to, for every token of
             the plan: by zeros where a token has no adapter or its rank is 0.
-        backend: `auto`, `native` or `torch`.
+        backend: one of `BACKENDS`; see `resolve_backend`.
 
     Raises:
         ValueError: A shape, dtype or device does not fit; the message names the argument.
     """
     backend, layout = _resolve(backend, x.device.type), plan.layout
-    _check(len(lora_a) == len(lora_b) > 0, "lora_a and lora_b must have the same slices", lora_a)
-    _check_weights("lora_a", lora_a, ranks, layout, columns=x.size(-1))
-    _check_weights("lora_b", lora_b, ranks, layout, columns=lora_a[0].size(-2))
+    _check_linear_weights(lora_a, lora_b, ranks, layout)
     _check_activations(y=y, x=x)
+    columns = lora_a[0].size(-1)
+    _check(x.size(1) == columns, f"x must have {columns} columns, as lora_a has", x.shape)
     width = offset + sum(b.size(-2) for b in lora_b)
     _check(y.size(1) >= width, f"y must have at least {width} columns", y.shape)
     _linear(
@@ -146,12 +158,92 @@ def lora_expand(
         ValueError: A shape, dtype or device does not fit; the message names the argument.
     """
     backend, layout = _resolve(backend, y.device.type), plan.layout
-    _check_weights("lora_b", lora_b, ranks, layout, columns=h.size(-1))
+    _check_weights("lora_b", lora_b, ranks, layout, columns=h.size(-1), by_column=True)
     _check_activations(y=y, h=h[0])
     _check(h.size(0) == len(lora_b), f"h must have {len(lora_b)} slices", h.shape)
     width = offset + sum(b.size(-2) for b in lora_b)
     _check(y.size(1) >= width, f"y must have at least {width} columns", y.shape)
     _expand(y, h, lora_b, ranks, plan.buffer, *_fields(layout), offset, add_inputs, backend)
+
+
+class PreparedLinear:
+    """`lora_linear` for one layer: weights are checked and described once, then run per batch.
+
+    What a serving engine calls in every layer of every step. An instance must not be run by
+    two threads at the same time.
+
+    Args:
+        lora_a, lora_b, ranks, scale, add_inputs, backend: as for `lora_linear`. The tensors are
+            kept, not copied: their contents may change between runs.
+        layout: the layout of the plans to come.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        lora_a: Sequence[torch.Tensor],
+        lora_b: Sequence[torch.Tensor],
+        ranks: torch.Tensor,
+        layout: PlanLayout,
+        *,
+        scale: float = 1.0,
+        add_inputs: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        backend = _resolve(backend, ranks.device.type)
+        _check_linear_weights(lora_a, lora_b, ranks, layout)
+        self._columns = lora_a[0].size(-1)
+        self._width = sum(b.size(-2) for b in lora_b)
+        self._layout = layout
+        if backend == "native":
+            call = native.Call(
+                native.LINEAR, lora_a, lora_b, ranks, layout, scale=scale, overwrite=not add_inputs
+            )
+            self._run = call.run
+        else:
+            module, kept = _module(backend), (tuple(lora_a), tuple(lora_b), ranks)
+
+            def run(plan: torch.Tensor, *, x: torch.Tensor, y: torch.Tensor) -> None:
+                module.lora_linear(y, x, *kept, plan, layout, scale, 0, add_inputs)
+
+            self._run = run
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor, plan: BatchPlan) -> None:
+        """Computes a batch in place on y; shapes as for `lora_linear`.
+
+        Raises:
+            ValueError: A shape, dtype or stride does not fit, or the plan has another layout.
+        """
+        _check_activations(y=y, x=x)
+        if x.size(1) != self._columns or y.size(1) < self._width or plan.layout != self._layout:
+            raise ValueError(
+                f"expected x of shape [tokens, {self._columns}], y of shape [tokens, >= "
+                f"{self._width}] and a plan of {self._layout}; found {list(x.shape)}, "
+                f"{list(y.shape)} and {plan.layout}"
+            )
+        self._run(plan.buffer, x=x, y=y)
+
+
+def column_major(lora_b: torch.Tensor) -> torch.Tensor:
+    """A zeroed tensor of lora_b's shape and dtype, stored so that its columns are contiguous.
+
+    The native kernels stream the first r columns of B: stored this way they read exactly r
+    contiguous pieces, and nothing has to be transposed on the way.
+    """
+    return torch.zeros_like(lora_b.transpose(-1, -2).contiguous()).transpose(-1, -2)
+
+
+def _check_linear_weights(
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+) -> None:
+    _check(len(lora_a) == len(lora_b) > 0, "lora_a and lora_b must have the same slices", lora_a)
+    _check_weights("lora_a", lora_a, ranks, layout, columns=lora_a[0].size(-1))
+    _check_weights("lora_b", lora_b, ranks, layout, columns=lora_a[0].size(-2), by_column=True)
 
 
 def _check(condition: bool, message: str, found: object) -> None:
@@ -167,6 +259,7 @@ def _check_weights(
     layout: PlanLayout,
     *,
     columns: int,
+    by_column: bool = False,
 ) -> None:
     dtype = weights[0].dtype
     for i, w in enumerate(weights):
@@ -175,12 +268,13 @@ def _check_weights(
             shape[-1] != columns
             or shape[0] != layout.max_loras
             or w.dtype != dtype
-            or w.stride(-1) != 1
+            or not (w.stride(-1) == 1 or (by_column and w.stride(-2) == 1))
             or not (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1))
         ):
             raise ValueError(
                 f"{name}[{i}] must have shape [{layout.max_loras}, rows, {columns}] (or with a 1 "
-                f"after the slots), dtype {dtype} and contiguous rows; found shape {list(shape)}, "
+                f"after the slots), dtype {dtype} and contiguous rows"
+                f"{' or columns' if by_column else ''}; found shape {list(shape)}, "
                 f"dtype {w.dtype}, strides {list(w.stride())}"
             )
     if dtype not in DTYPES:
@@ -213,7 +307,17 @@ def _fields(layout: PlanLayout) -> tuple[int, int, int]:
 
 
 def _module(backend: str) -> ModuleType:
-    return native if backend == "native" else torch_backend
+    if backend == "native":
+        return native
+    if backend == "triton":
+        from multilora_kernels import triton  # only where it is used: it is not always installed
+
+        return triton
+    if backend == "triton-invariant":
+        from multilora_kernels.triton import invariant
+
+        return invariant
+    return torch_backend
 
 
 # The operators. Tensor arguments, then the plan's layout as integers: schemas know no classes.

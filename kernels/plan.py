@@ -28,7 +28,7 @@ import torch
 
 HEADER_INTS = 16
 """Length of the header; `PLAN_*` index it. `native/segment_gemm.c` reads the same fields."""
-PLAN_TOKENS, PLAN_ROWS, PLAN_RUNS, PLAN_TILES = range(4)
+PLAN_TOKENS, PLAN_ROWS, PLAN_RUNS, PLAN_TILES, PLAN_LONGEST = range(5)
 
 DEFAULT_TILE_ROWS = 32
 
@@ -180,15 +180,15 @@ class BatchPlan:
             base = layout.order.start
             ints[base : base + rows] = by_slot[tokens - rows :]
             ints[base + rows : base + tokens] = by_slot[: tokens - rows]
-            runs, tiles = self._write_runs_and_tiles(counts[1:])
+            runs, tiles, longest = self._write_runs_and_tiles(counts[1:])
         else:
             ints[layout.order][:tokens] = np.arange(tokens, dtype=np.int32)
-            runs = tiles = 0
-        ints[:4] = (tokens, rows, runs, tiles)
+            runs = tiles = longest = 0
+        ints[:5] = (tokens, rows, runs, tiles, longest)
         if self.buffer is not self._host:
             self.buffer.copy_(self._host, non_blocking=True)
 
-    def _write_runs_and_tiles(self, rows_per_slot: npt.NDArray[np.int64]) -> tuple[int, int]:
+    def _write_runs_and_tiles(self, rows_per_slot: npt.NDArray[np.int64]) -> tuple[int, int, int]:
         layout, ints = self.layout, self._ints
         slots = rows_per_slot.nonzero()[0]
         lengths = rows_per_slot[slots]
@@ -202,7 +202,8 @@ class BatchPlan:
         ):
             ints[part.start : part.start + runs] = values
         size = layout.tile_rows
-        if lengths.max() > size:
+        longest = int(lengths.max())
+        if longest > size:
             per_run = (lengths + (size - 1)) // size
             tile_ends = per_run.cumsum()
             tiles = int(tile_ends[-1])
@@ -218,7 +219,7 @@ class BatchPlan:
             (layout.tile_length, lengths),
         ):
             ints[part.start : part.start + tiles] = values
-        return runs, tiles
+        return runs, tiles, min(longest, size)
 
     @property
     def tokens(self) -> int:

@@ -1,17 +1,23 @@
 /* Segment GEMM for CPUs: y[t] += (x[t] @ A[slot(t)]^T) @ B[slot(t)]^T, per run of tokens.
  *
  * The plan (multilora_kernels.plan) sorts a batch's tokens by adapter slot and cuts every
- * slot's run into tiles. A panel is a group of whole tiles with at most PANEL_ROWS rows; for
- * each panel three phases run, every phase split over the OpenMP threads:
+ * slot's run into tiles. A panel is a group of whole tiles with at most PANEL_ROWS rows. Each
+ * panel takes two phases, with a barrier between them:
  *
- *   gather   rows of x, in sorted order, widened to float32            -> xs [rows, K]
- *   shrink   dot products with the first r rows of A                    -> h  [slice, rows, R]
- *   expand   B transposed 16 columns at a time, then outer products     -> y  in place
+ *   shrink   h[row, slice, :r] = dot products of the row of x with the first r rows of A
+ *   expand   y[row] += sum over j < r of h[row, slice, j] * column j of B
  *
- * Only the first r = rank(slice, slot) rows of A and columns of B are read, so cost follows
- * the true ranks. Each output element is the sum of the same products in the same order
- * whatever the batch around it looks like: results are deterministic, and a row's bits do not
- * depend on the other rows.
+ * A phase's work is the list of (tile, slice) pairs, each with a cost that follows from its
+ * rows, its true rank and the slice's width. Every thread takes one contiguous share of the
+ * total cost, cutting pairs by rank or column where a share ends: no queue, no atomics, and one
+ * adapter with many tokens is shared between threads as well as many adapters with one each.
+ *
+ * Only the first r = rank(slice, slot) rows of A and columns of B are read, so time follows
+ * the true ranks. B's columns are contiguous if the caller stores it so (b_col_stride == 1,
+ * r whole columns are streamed); if its rows are, blocks of it are transposed on the way.
+ *
+ * Each output element is the sum of the same products in the same order whatever the batch,
+ * the layout of B or the number of threads: a row's bits do not depend on the other rows.
  *
  * Plain C11 with the vector extensions that GCC and Clang share; 8 float32 lanes throughout,
  * which compilers map to one AVX register or two NEON ones. No Python or torch headers: the
@@ -27,11 +33,21 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(_OPENMP)
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+#define THREAD_INDEX omp_get_thread_num()
+#define THREAD_COUNT omp_get_num_threads()
+#else
+#define THREAD_INDEX 0
+#define THREAD_COUNT 1
+#endif
+
 #define LANES 8
-#define NB 16          /* output columns transposed and kept at a time */
-#define PANEL_ROWS 256 /* bounds the scratch memory: rows * (K + slices * R) floats */
-#define RANK_UNIT 24   /* rows of A per work unit of the shrink phase */
-#define COL_UNIT 64    /* output columns per work unit of the expand phase */
+#define NB 32          /* output columns per step of the expand phase */
+#define PANEL_ROWS 256 /* bounds the memory for h: rows * slices * R floats */
+#define MAX_TILE_ROWS 256
+#define RANK_STEP 3 /* rows of A per dot-product block */
 #define MAX_SLICES 16
 
 typedef float f32v __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -46,24 +62,25 @@ enum { PLAN_TOKENS = 0, PLAN_ROWS = 1, PLAN_RUNS = 2, PLAN_TILES = 3 };
 enum mode { MODE_LINEAR = 0, MODE_SHRINK = 1, MODE_EXPAND = 2 };
 
 struct slice {
-    int64_t a, a_slot_stride, a_row_stride; /* address; strides in elements */
-    int64_t b, b_slot_stride, b_row_stride;
+    int64_t a, a_slot_stride, a_row_stride;               /* address; strides in elements */
+    int64_t b, b_slot_stride, b_row_stride, b_col_stride; /* one of the last two is 1 */
     int64_t cols;   /* output columns N_i */
-    int64_t offset; /* first output column in y */
-    int64_t h, h_row_stride; /* this slice's buffer for the shrink and expand halves */
+    int64_t offset; /* first of them, from y_offset on */
 };
 
 struct lora_call {
-    int64_t mode, threads, slices;
-    int64_t x, x_row_stride, x_dtype, k;
-    int64_t y, y_row_stride, y_dtype;
-    int64_t h_dtype, max_rank, weight_dtype;
-    int64_t tokens;    /* rows of x (or h) and y; plan entries at or past it are skipped */
-    int64_t overwrite; /* 1: y = delta instead of y += delta, also for rows without adapter */
-    int64_t plan, order, tile_slot, tile_start, tile_rows;
+    /* What a layer's weights fix once. */
+    int64_t mode, slices, k, max_rank, weight_dtype;
     int64_t ranks, ranks_stride; /* int32 [slices, slots] */
-    int64_t scratch;
+    int64_t overwrite;           /* 1: y = delta instead of y += delta, for every row */
     double scale;
+    /* What changes from call to call. */
+    int64_t threads, scratch;
+    int64_t tokens; /* rows of x (or h) and y; plan entries at or past it are skipped */
+    int64_t x, x_row_stride, x_dtype;
+    int64_t y, y_row_stride, y_dtype, y_offset;
+    int64_t h, h_slice_stride, h_row_stride, h_dtype; /* for the shrink and expand halves */
+    int64_t plan, order, tile_slot, tile_start, tile_rows;
     struct slice slice[MAX_SLICES];
 };
 
@@ -184,12 +201,12 @@ static void gather_row(float *out, const void *in, int64_t start, int64_t n, int
 INLINE void dot_block(const int rows, const int ranks, const float *x, int64_t ldx,
                       const void *a, int64_t a_start, int64_t lda, int64_t k, float scale,
                       float *h, int64_t ldh, const int dtype) {
-    f32v acc[4][3];
+    f32v acc[4][RANK_STEP];
     for (int m = 0; m < rows; m++)
         for (int n = 0; n < ranks; n++) acc[m][n] = (f32v){0};
     int64_t i = 0;
     for (; i + LANES <= k; i += LANES) {
-        f32v w[3];
+        f32v w[RANK_STEP];
         for (int n = 0; n < ranks; n++) w[n] = load(a, a_start + n * lda + i, dtype);
         for (int m = 0; m < rows; m++) {
             f32v v = load(x, m * ldx + i, F32);
@@ -210,8 +227,8 @@ INLINE void dot_rows(const int rows, const float *x, int64_t ldx, const void *a,
                      int64_t lda, int64_t k, int64_t ranks, float scale, float *h, int64_t ldh,
                      const int dtype) {
     int64_t n = 0;
-    for (; n + 3 <= ranks; n += 3)
-        dot_block(rows, 3, x, ldx, a, a_start + n * lda, lda, k, scale, h + n, ldh, dtype);
+    for (; n + RANK_STEP <= ranks; n += RANK_STEP)
+        dot_block(rows, RANK_STEP, x, ldx, a, a_start + n * lda, lda, k, scale, h + n, ldh, dtype);
     for (; n < ranks; n++)
         dot_block(rows, 1, x, ldx, a, a_start + n * lda, lda, k, scale, h + n, ldh, dtype);
 }
@@ -241,7 +258,7 @@ static void shrink_unit(const float *x, int64_t ldx, int64_t rows, const void *a
         shrink_typed(x, ldx, rows, a, a_start, lda, k, ranks, scale, h, ldh, F16);
 }
 
-/* ---- expand: NB columns of B, transposed once, against every row of the tile ---- */
+/* ---- expand: NB columns of y at a time, sums over j kept in registers ---- */
 
 #define SHUF(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 
@@ -264,245 +281,351 @@ INLINE void transpose8(f32v r[8]) {
 }
 
 /* bt[j][0..NB) = column j of NB rows of B, for the first `rank` columns; absent rows are 0. */
-INLINE void transpose_columns(float *bt, const void *b, int64_t b_start, int64_t ldb, int64_t rows,
-                              int64_t rank, const int dtype) {
+INLINE void transpose_typed(float *bt, const void *b, int64_t b_start, int64_t ldb, int64_t rows,
+                            int64_t rank, const int dtype) {
     for (int64_t j = 0; j < rank; j += LANES) {
         int64_t n = min64(LANES, rank - j);
-        for (int half = 0; half < NB / LANES; half++) {
+        for (int part = 0; part < NB; part += LANES) {
             f32v block[LANES];
             for (int i = 0; i < LANES; i++) {
-                int64_t row = half * LANES + i;
-                if (row >= rows) block[i] = (f32v){0};
-                else if (n == LANES) block[i] = load(b, b_start + row * ldb + j, dtype);
-                else block[i] = load_part(b, b_start + row * ldb + j, n, dtype);
+                int64_t at = b_start + (part + i) * ldb + j;
+                if (part + i >= rows) block[i] = (f32v){0};
+                else if (n == LANES) block[i] = load(b, at, dtype);
+                else block[i] = load_part(b, at, n, dtype);
             }
             transpose8(block);
-            for (int i = 0; i < n; i++) store(bt, (j + i) * NB + half * LANES, block[i], F32);
+            for (int i = 0; i < n; i++) store(bt, (j + i) * NB + part, block[i], F32);
         }
     }
 }
 
-INLINE void outer_rows(const int rows, const float *h, int64_t ldh, const float *bt, int64_t rank,
-                       char *const *y, int64_t col, int64_t cols, int add, const int y_dtype) {
-    f32v acc[6][2];
-    for (int m = 0; m < rows; m++) acc[m][0] = acc[m][1] = (f32v){0};
-    for (int64_t j = 0; j < rank; j++) {
-        f32v b0 = load(bt, j * NB, F32), b1 = load(bt, j * NB + LANES, F32);
-        for (int m = 0; m < rows; m++) {
-            f32v v = broadcast(h[m * ldh + j]);
-            acc[m][0] = mul_add(v, b0, acc[m][0]);
-            acc[m][1] = mul_add(v, b1, acc[m][1]);
+static void transpose_columns(float *bt, const void *b, int64_t b_start, int64_t ldb, int64_t rows,
+                              int64_t rank, int dtype) {
+    if (dtype == F32) transpose_typed(bt, b, b_start, ldb, rows, rank, F32);
+    else if (dtype == BF16) transpose_typed(bt, b, b_start, ldb, rows, rank, BF16);
+    else transpose_typed(bt, b, b_start, ldb, rows, rank, F16);
+}
+
+/* ROWS x VECS vectors of y: their first `cols` columns, against rank rows of bt. */
+INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t ldh,
+                        const void *bt, int64_t bt_start, int64_t ldbt, int64_t rank,
+                        void *const *y, int64_t col, int64_t cols, int add, const int b_dtype,
+                        const int y_dtype) {
+    f32v acc[6][NB / LANES];
+    for (int m = 0; m < rows; m++)
+        for (int n = 0; n < vecs; n++) acc[m][n] = (f32v){0};
+    if (cols >= vecs * LANES) {
+        for (int64_t j = 0; j < rank; j++) {
+            int64_t at = bt_start + j * ldbt;
+            /* The next columns: rows of bt are too far apart for the hardware to foresee. */
+            for (int n = 0; n < vecs * LANES; n += 64 / (int)width_of(b_dtype))
+                __builtin_prefetch((const char *)bt + (size_t)(at + NB + n) * width_of(b_dtype));
+            f32v b[NB / LANES];
+            for (int n = 0; n < vecs; n++) b[n] = load(bt, at + n * LANES, b_dtype);
+            for (int m = 0; m < rows; m++) {
+                f32v v = broadcast(h[m * ldh + j]);
+                for (int n = 0; n < vecs; n++) acc[m][n] = mul_add(v, b[n], acc[m][n]);
+            }
         }
+    } else {
+        for (int64_t j = 0; j < rank; j++)
+            for (int n = 0; n * LANES < cols; n++) {
+                int64_t at = bt_start + j * ldbt + n * LANES, left = cols - n * LANES;
+                f32v b = left >= LANES ? load(bt, at, b_dtype) : load_part(bt, at, left, b_dtype);
+                for (int m = 0; m < rows; m++)
+                    acc[m][n] = mul_add(broadcast(h[m * ldh + j]), b, acc[m][n]);
+            }
     }
     for (int m = 0; m < rows; m++) {
         if (!y[m]) continue;
-        for (int half = 0; half < 2; half++) {
-            int64_t n = cols - half * LANES, at = col + half * LANES;
-            f32v v = acc[m][half];
-            if (n >= LANES) {
+        for (int n = 0; n < vecs; n++) {
+            int64_t left = cols - n * LANES, at = col + n * LANES;
+            f32v v = acc[m][n];
+            if (left >= LANES) {
                 if (add) v += load(y[m], at, y_dtype);
                 store(y[m], at, v, y_dtype);
-            } else if (n > 0) {
-                if (add) v += load_part(y[m], at, n, y_dtype);
-                store_part(y[m], at, n, v, y_dtype);
+            } else if (left > 0) {
+                if (add) v += load_part(y[m], at, left, y_dtype);
+                store_part(y[m], at, left, v, y_dtype);
             }
         }
     }
 }
 
-INLINE void outer_typed(const float *h, int64_t ldh, int64_t rows, const float *bt, int64_t rank,
-                        char *const *y, int64_t col, int64_t cols, int add, const int y_dtype) {
+/* All rows of a tile against NB columns; few rows use wide blocks, many rows tall ones. */
+INLINE void outer_typed(const float *h, int64_t ldh, int64_t rows, const void *bt,
+                        int64_t bt_start, int64_t ldbt, int64_t rank, void *const *y, int64_t col,
+                        int64_t cols, int add, const int b_dtype, const int y_dtype) {
     int64_t m = 0;
-    for (; m + 6 <= rows; m += 6)
-        outer_rows(6, h + m * ldh, ldh, bt, rank, y + m, col, cols, add, y_dtype);
-    if (m + 4 <= rows) {
-        outer_rows(4, h + m * ldh, ldh, bt, rank, y + m, col, cols, add, y_dtype);
-        m += 4;
+    for (; m + 4 <= rows;) {
+        int tall = m + 6 <= rows;
+        for (int64_t c = 0; c < cols; c += 2 * LANES) {
+            if (tall)
+                outer_block(6, 2, h + m * ldh, ldh, bt, bt_start + c, ldbt, rank, y + m, col + c,
+                            cols - c, add, b_dtype, y_dtype);
+            else
+                outer_block(4, 2, h + m * ldh, ldh, bt, bt_start + c, ldbt, rank, y + m, col + c,
+                            cols - c, add, b_dtype, y_dtype);
+        }
+        m += tall ? 6 : 4;
     }
     if (m + 2 <= rows) {
-        outer_rows(2, h + m * ldh, ldh, bt, rank, y + m, col, cols, add, y_dtype);
+        outer_block(2, 4, h + m * ldh, ldh, bt, bt_start, ldbt, rank, y + m, col, cols, add,
+                    b_dtype, y_dtype);
         m += 2;
     }
-    if (m < rows) outer_rows(1, h + m * ldh, ldh, bt, rank, y + m, col, cols, add, y_dtype);
+    if (m < rows)
+        outer_block(1, 4, h + m * ldh, ldh, bt, bt_start, ldbt, rank, y + m, col, cols, add,
+                    b_dtype, y_dtype);
 }
 
-static void expand_unit(const float *h, int64_t ldh, int64_t rows, const void *b, int64_t b_start,
-                        int64_t ldb, int64_t rank, float *bt, char *const *y, int64_t col,
-                        int64_t cols, int add, int dtype, int y_dtype) {
-    if (dtype == F32) transpose_columns(bt, b, b_start, ldb, cols, rank, F32);
-    else if (dtype == BF16) transpose_columns(bt, b, b_start, ldb, cols, rank, BF16);
-    else transpose_columns(bt, b, b_start, ldb, cols, rank, F16);
-    if (y_dtype == F32) outer_typed(h, ldh, rows, bt, rank, y, col, cols, add, F32);
-    else if (y_dtype == BF16) outer_typed(h, ldh, rows, bt, rank, y, col, cols, add, BF16);
-    else outer_typed(h, ldh, rows, bt, rank, y, col, cols, add, F16);
+#define OUTER(B_DTYPE, Y_DTYPE)                                                                   \
+    outer_typed(h, ldh, rows, bt, bt_start, ldbt, rank, y, col, cols, add, B_DTYPE, Y_DTYPE)
+
+static void outer_columns(const float *h, int64_t ldh, int64_t rows, const void *bt,
+                          int64_t bt_start, int64_t ldbt, int64_t rank, void *const *y,
+                          int64_t col, int64_t cols, int add, int b_dtype, int y_dtype) {
+    if (y_dtype == F32) {
+        if (b_dtype == F32) OUTER(F32, F32);
+        else if (b_dtype == BF16) OUTER(BF16, F32);
+        else OUTER(F16, F32);
+    } else if (y_dtype == BF16) {
+        if (b_dtype == F32) OUTER(F32, BF16);
+        else if (b_dtype == BF16) OUTER(BF16, BF16);
+        else OUTER(F16, BF16);
+    } else {
+        if (b_dtype == F32) OUTER(F32, F16);
+        else if (b_dtype == BF16) OUTER(BF16, F16);
+        else OUTER(F16, F16);
+    }
 }
 
-/* ---- the phases over one panel; each is a work-shared loop inside one parallel region ---- */
+/* ---- a thread's share of a phase ---- */
 
 struct panel {
     int64_t first_tile, last_tile; /* tiles [first, last) */
-    int64_t first_row, rows;       /* rows in sorted order */
+    int64_t first_row;             /* in sorted order */
 };
 
-INLINE int rank_of(const struct lora_call *c, int64_t slice, int64_t slot) {
+struct thread {
+    int64_t index, count;
+    float *tile; /* own scratch: a tile's rows of x or h in float32 */
+    float *bt;   /* own scratch: transposed columns of B */
+    int64_t gathered; /* which rows `tile` holds, to gather them once; -1 for none */
+};
+
+INLINE int64_t rank_of(const struct lora_call *c, int64_t slice, int64_t slot) {
     return ((const int32_t *)c->ranks)[slice * c->ranks_stride + slot];
+}
+
+INLINE int32_t entry(int64_t table, int64_t index) { return ((const int32_t *)table)[index]; }
+
+INLINE void *row_of(int64_t base, int64_t row, int64_t stride, int dtype) {
+    return (char *)base + (size_t)(row * stride) * width_of(dtype);
 }
 
 static void zero_span(void *base, int64_t index, int64_t n, int dtype) {
     memset((char *)base + (size_t)index * width_of(dtype), 0, (size_t)n * width_of(dtype));
 }
 
-static void run_gather(const struct lora_call *c, const struct panel *p, float *xs, float *hs) {
-    const int32_t *order = (const int32_t *)c->order;
-    int64_t ldx = round_up(c->k, LANES), ldh = round_up(c->max_rank, LANES);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < p->rows; row++) {
-        int64_t token = order[p->first_row + row];
+/* Cost of a pair: weights are read once and used for every row; 4 stands for the reading. */
+INLINE int64_t cost_of(const struct lora_call *c, int64_t tile, int64_t rank, int64_t width) {
+    return (rank + 1) * width * (4 + entry(c->tile_rows, tile));
+}
+
+/* The part [from, to) of `size` steps of `step` that falls into this thread's share, for a pair
+ * whose cost lies at [begin, begin + cost) of the phase's total. Neighbours cut alike. */
+INLINE void share_of(const struct thread *t, int64_t total, int64_t begin, int64_t cost,
+                     int64_t size, int64_t step, int64_t *from, int64_t *to) {
+    int64_t low = total / t->count * t->index - begin;
+    int64_t high = t->index + 1 == t->count ? total : total / t->count * (t->index + 1);
+    high -= begin;
+    *from = low <= 0 ? 0 : low >= cost ? size : size * low / cost / step * step;
+    *to = high <= 0 ? 0 : high >= cost ? size : size * high / cost / step * step;
+}
+
+static void gather_tile(const struct lora_call *c, struct thread *t, int64_t tile, int64_t slice) {
+    int64_t key = c->mode == MODE_EXPAND ? tile * c->slices + slice : tile;
+    if (t->gathered == key) return;
+    t->gathered = key;
+    int64_t start = entry(c->tile_start, tile), rows = entry(c->tile_rows, tile);
+    for (int64_t m = 0; m < rows; m++) {
+        int64_t token = entry(c->order, start + m);
         if (token >= c->tokens) continue;
-        if (c->mode == MODE_EXPAND) {
-            for (int64_t s = 0; s < c->slices; s++)
-                gather_row(hs + (s * PANEL_ROWS + row) * ldh, (const void *)c->slice[s].h,
-                           token * c->slice[s].h_row_stride, c->max_rank, (int)c->h_dtype);
-        } else {
-            gather_row(xs + row * ldx, (const void *)c->x, token * c->x_row_stride, c->k,
-                       (int)c->x_dtype);
-        }
+        if (c->mode == MODE_EXPAND)
+            gather_row(t->tile + m * round_up(c->max_rank, LANES), (const void *)c->h,
+                       slice * c->h_slice_stride + token * c->h_row_stride, c->max_rank,
+                       (int)c->h_dtype);
+        else
+            gather_row(t->tile + m * round_up(c->k, LANES), (const void *)c->x,
+                       token * c->x_row_stride, c->k, (int)c->x_dtype);
     }
 }
 
-static void run_shrink(const struct lora_call *c, const struct panel *p, const float *xs,
-                       float *hs) {
-    const int32_t *tile_slot = (const int32_t *)c->tile_slot;
-    const int32_t *tile_start = (const int32_t *)c->tile_start;
-    const int32_t *tile_rows = (const int32_t *)c->tile_rows;
-    int64_t ldx = round_up(c->k, LANES), ldh = round_up(c->max_rank, LANES);
-    int64_t per_slice = (c->max_rank + RANK_UNIT - 1) / RANK_UNIT, per_tile = per_slice * c->slices;
-    int64_t units = (p->last_tile - p->first_tile) * per_tile;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < units; unit++) {
-        int64_t tile = p->first_tile + unit / per_tile;
-        int64_t s = unit % per_tile / per_slice, first = unit % per_slice * RANK_UNIT;
-        int64_t slot = tile_slot[tile], row = tile_start[tile] - p->first_row;
-        int64_t ranks = min64(RANK_UNIT, rank_of(c, s, slot) - first);
-        if (ranks <= 0) continue;
-        const struct slice *w = &c->slice[s];
-        shrink_unit(xs + row * ldx, ldx, tile_rows[tile], (const void *)w->a,
-                    slot * w->a_slot_stride + first * w->a_row_stride, w->a_row_stride, c->k, ranks,
-                    (float)c->scale, hs + (s * PANEL_ROWS + row) * ldh + first, ldh,
-                    (int)c->weight_dtype);
+/* Ranks [from, to) of one pair, into hs or, for the shrink half alone, the caller's h. */
+static void shrink_pair(const struct lora_call *c, struct thread *t, const struct panel *p,
+                        float *hs, int64_t tile, int64_t s, int64_t from, int64_t to) {
+    const struct slice *w = &c->slice[s];
+    int64_t slot = entry(c->tile_slot, tile), start = entry(c->tile_start, tile);
+    int64_t rows = entry(c->tile_rows, tile), ldh = round_up(c->max_rank, LANES);
+    int64_t ldx = round_up(c->k, LANES);
+    float *h = hs + ((start - p->first_row) * c->slices + s) * ldh;
+    gather_tile(c, t, tile, s);
+    shrink_unit(t->tile, ldx, rows, (const void *)w->a,
+                slot * w->a_slot_stride + from * w->a_row_stride, w->a_row_stride, c->k, to - from,
+                (float)c->scale, h + from, c->slices * ldh, (int)c->weight_dtype);
+}
+
+static void write_h(const struct lora_call *c, const struct panel *p, const float *hs, int64_t tile,
+                    int64_t s) {
+    int64_t start = entry(c->tile_start, tile), ldh = round_up(c->max_rank, LANES);
+    int64_t rank = rank_of(c, s, entry(c->tile_slot, tile));
+    for (int64_t m = 0; m < entry(c->tile_rows, tile); m++) {
+        int64_t token = entry(c->order, start + m), i = 0;
+        if (token >= c->tokens) continue;
+        const float *from = hs + ((start + m - p->first_row) * c->slices + s) * ldh;
+        int64_t to = s * c->h_slice_stride + token * c->h_row_stride;
+        for (; i + LANES <= rank; i += LANES)
+            store((void *)c->h, to + i, load(from, i, F32), (int)c->h_dtype);
+        if (i < rank)
+            store_part((void *)c->h, to + i, rank - i, load_part(from, i, rank - i, F32),
+                       (int)c->h_dtype);
+        zero_span((void *)c->h, to + rank, c->max_rank - rank, (int)c->h_dtype);
     }
 }
 
-static void run_expand(const struct lora_call *c, const struct panel *p, const float *hs) {
-    const int32_t *order = (const int32_t *)c->order;
-    const int32_t *tile_slot = (const int32_t *)c->tile_slot;
-    const int32_t *tile_start = (const int32_t *)c->tile_start;
-    const int32_t *tile_rows = (const int32_t *)c->tile_rows;
-    int64_t ldh = round_up(c->max_rank, LANES), per_tile = 0;
-    int64_t first_unit[MAX_SLICES + 1];
-    for (int64_t s = 0; s < c->slices; s++) {
-        first_unit[s] = per_tile;
-        per_tile += (c->slice[s].cols + COL_UNIT - 1) / COL_UNIT;
-    }
-    first_unit[c->slices] = per_tile;
-    float bt[NB * ldh] __attribute__((aligned(64)));
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < (p->last_tile - p->first_tile) * per_tile; unit++) {
-        int64_t tile = p->first_tile + unit / per_tile, within = unit % per_tile, s = 0;
-        while (within >= first_unit[s + 1]) s++;
-        const struct slice *w = &c->slice[s];
-        int64_t slot = tile_slot[tile], start = tile_start[tile], rows = tile_rows[tile];
-        int64_t rank = rank_of(c, s, slot);
-        int64_t col = (within - first_unit[s]) * COL_UNIT, end = min64(w->cols, col + COL_UNIT);
-        if (rank <= 0 && !c->overwrite) continue;
-        char *y[PANEL_ROWS];
-        for (int64_t m = 0; m < rows; m++) {
-            int64_t token = order[start + m];
-            y[m] = token < c->tokens ? (char *)c->y + (size_t)(token * c->y_row_stride) *
-                                                          width_of((int)c->y_dtype)
-                                     : NULL;
-        }
-        for (; col < end; col += NB)
-            expand_unit(hs + (s * PANEL_ROWS + start - p->first_row) * ldh, ldh, rows,
-                        (const void *)w->b, slot * w->b_slot_stride + col * w->b_row_stride,
-                        w->b_row_stride, rank, bt, y, w->offset + col, min64(NB, w->cols - col),
-                        !c->overwrite, (int)c->weight_dtype, (int)c->y_dtype);
-    }
-}
-
-/* Shrink alone: h[slice][token] = products, then zeros up to the buffer's width. */
-static void run_scatter(const struct lora_call *c, const struct panel *p, const float *hs) {
-    const int32_t *order = (const int32_t *)c->order;
-    const int32_t *tile_slot = (const int32_t *)c->tile_slot;
-    const int32_t *tile_start = (const int32_t *)c->tile_start;
-    const int32_t *tile_rows = (const int32_t *)c->tile_rows;
+/* Columns [from, to) of one pair. */
+static void expand_pair(const struct lora_call *c, struct thread *t, const struct panel *p,
+                        const float *hs, int64_t tile, int64_t s, int64_t from, int64_t to) {
+    const struct slice *w = &c->slice[s];
+    int64_t slot = entry(c->tile_slot, tile), start = entry(c->tile_start, tile);
+    int64_t rows = entry(c->tile_rows, tile), rank = rank_of(c, s, slot);
     int64_t ldh = round_up(c->max_rank, LANES);
-#pragma omp for schedule(static)
+    const float *h = hs + ((start - p->first_row) * c->slices + s) * ldh;
+    int64_t h_stride = c->slices * ldh;
+    if (c->mode == MODE_EXPAND) {
+        gather_tile(c, t, tile, s);
+        h = t->tile;
+        h_stride = ldh;
+    }
+    void *y[MAX_TILE_ROWS];
+    for (int64_t m = 0; m < rows; m++) {
+        int64_t token = entry(c->order, start + m);
+        y[m] = token < c->tokens ? row_of(c->y, token, c->y_row_stride, (int)c->y_dtype) : NULL;
+    }
+    for (int64_t col = from; col < to; col += NB) {
+        const void *bt = (const void *)w->b;
+        int64_t bt_start = slot * w->b_slot_stride + col * w->b_row_stride;
+        int64_t ldbt = w->b_col_stride, cols = min64(NB, to - col);
+        int dtype = (int)c->weight_dtype;
+        if (w->b_row_stride != 1) {
+            transpose_columns(t->bt, bt, bt_start, w->b_row_stride, cols, rank, dtype);
+            bt = t->bt, bt_start = 0, ldbt = NB, dtype = F32;
+        }
+        outer_columns(h, h_stride, rows, bt, bt_start, ldbt, rank, y,
+                      c->y_offset + w->offset + col, cols, !c->overwrite, dtype, (int)c->y_dtype);
+    }
+}
+
+static void run_shrink(const struct lora_call *c, struct thread *t, const struct panel *p,
+                       float *hs) {
+    int64_t total = 0, begin = 0, from, to;
     for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
-        for (int64_t m = 0; m < tile_rows[tile]; m++) {
-            int64_t row = tile_start[tile] + m, token = order[row];
-            if (token >= c->tokens) continue;
-            for (int64_t s = 0; s < c->slices; s++) {
-                const float *from = hs + (s * PANEL_ROWS + row - p->first_row) * ldh;
-                int64_t rank = rank_of(c, s, tile_slot[tile]), i = 0;
-                int64_t to = token * c->slice[s].h_row_stride;
-                void *h = (void *)c->slice[s].h;
-                for (; i + LANES <= rank; i += LANES)
-                    store(h, to + i, load(from, i, F32), (int)c->h_dtype);
-                if (i < rank)
-                    store_part(h, to + i, rank - i, load_part(from, i, rank - i, F32),
-                               (int)c->h_dtype);
-                zero_span(h, to + rank, c->max_rank - rank, (int)c->h_dtype);
-            }
+        for (int64_t s = 0; s < c->slices; s++)
+            total += cost_of(c, tile, rank_of(c, s, entry(c->tile_slot, tile)), 1);
+    for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
+        for (int64_t s = 0; s < c->slices; s++) {
+            int64_t rank = rank_of(c, s, entry(c->tile_slot, tile));
+            int64_t cost = cost_of(c, tile, rank, 1);
+            share_of(t, total, begin, cost, rank, RANK_STEP, &from, &to);
+            if (from < to) shrink_pair(c, t, p, hs, tile, s, from, to);
+            begin += cost;
         }
 }
 
-/* Rows that no adapter covers, where the caller asked for y = delta (or a whole h). */
-static void run_zero(const struct lora_call *c) {
-    const int32_t *plan = (const int32_t *)c->plan, *order = (const int32_t *)c->order;
-#pragma omp for schedule(static)
-    for (int64_t row = plan[PLAN_ROWS]; row < plan[PLAN_TOKENS]; row++) {
-        int64_t token = order[row];
+static void run_expand(const struct lora_call *c, struct thread *t, const struct panel *p,
+                       const float *hs) {
+    int64_t total = 0, begin = 0, from, to;
+    for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
+        for (int64_t s = 0; s < c->slices; s++)
+            total += cost_of(c, tile, rank_of(c, s, entry(c->tile_slot, tile)), c->slice[s].cols);
+    for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
+        for (int64_t s = 0; s < c->slices; s++) {
+            int64_t cols = c->slice[s].cols, rank = rank_of(c, s, entry(c->tile_slot, tile));
+            int64_t cost = cost_of(c, tile, rank, cols);
+            share_of(t, total, begin, cost, cols, NB, &from, &to);
+            if (from < to && (rank > 0 || c->overwrite)) expand_pair(c, t, p, hs, tile, s, from, to);
+            begin += cost;
+        }
+}
+
+/* Rows that no adapter covers, where the caller asked for y = delta (or for a whole h). */
+static void run_zero(const struct lora_call *c, const struct thread *t) {
+    int64_t tokens = entry(c->plan, PLAN_TOKENS);
+    for (int64_t row = entry(c->plan, PLAN_ROWS) + t->index; row < tokens; row += t->count) {
+        int64_t token = entry(c->order, row);
         if (token >= c->tokens) continue;
         for (int64_t s = 0; s < c->slices; s++) {
             const struct slice *w = &c->slice[s];
             if (c->mode == MODE_SHRINK)
-                zero_span((void *)w->h, token * w->h_row_stride, c->max_rank, (int)c->h_dtype);
+                zero_span((void *)c->h, s * c->h_slice_stride + token * c->h_row_stride,
+                          c->max_rank, (int)c->h_dtype);
             else
-                zero_span((void *)c->y, token * c->y_row_stride + w->offset, w->cols,
+                zero_span((void *)c->y, token * c->y_row_stride + c->y_offset + w->offset, w->cols,
                           (int)c->y_dtype);
         }
     }
 }
 
-/* Floats of scratch that a call with these sizes needs. */
-int64_t multilora_scratch_floats(int64_t k, int64_t slices, int64_t max_rank) {
-    return PANEL_ROWS * (round_up(k, LANES) + slices * round_up(max_rank, LANES));
+static int64_t shared_floats(int64_t slices, int64_t max_rank) {
+    return PANEL_ROWS * slices * round_up(max_rank, LANES);
 }
 
-void multilora_run(const struct lora_call *c) {
-    const int32_t *plan = (const int32_t *)c->plan;
-    const int32_t *tile_start = (const int32_t *)c->tile_start;
-    const int32_t *tile_rows = (const int32_t *)c->tile_rows;
-    int64_t tiles = plan[PLAN_TILES];
-    int64_t zero = (c->overwrite || c->mode == MODE_SHRINK) && plan[PLAN_ROWS] < plan[PLAN_TOKENS];
+static int64_t thread_floats(int64_t k, int64_t max_rank, int64_t tile_rows) {
+    int64_t width = round_up(k > max_rank ? k : max_rank, LANES);
+    return round_up(tile_rows * width + NB * round_up(max_rank, LANES), 16);
+}
+
+/* Floats of scratch that a call with these sizes needs. */
+int64_t multilora_scratch_floats(int64_t k, int64_t slices, int64_t max_rank, int64_t tile_rows,
+                                 int64_t threads) {
+    return shared_floats(slices, max_rank) + threads * thread_floats(k, max_rank, tile_rows);
+}
+
+void multilora_run(const struct lora_call *c, int64_t tile_rows) {
+    int64_t tiles = entry(c->plan, PLAN_TILES);
+    int zero = (c->overwrite || c->mode == MODE_SHRINK) &&
+               entry(c->plan, PLAN_ROWS) < entry(c->plan, PLAN_TOKENS);
     if (tiles == 0 && !zero) return;
-    float *xs = (float *)c->scratch;
-    float *hs = xs + (c->mode == MODE_EXPAND ? 0 : PANEL_ROWS * round_up(c->k, LANES));
+    float *hs = (float *)c->scratch;
 #pragma omp parallel num_threads((int)c->threads)
     {
+        struct thread t = {.index = THREAD_INDEX, .count = THREAD_COUNT, .gathered = -1};
+        t.tile = hs + shared_floats(c->slices, c->max_rank) +
+                 t.index * thread_floats(c->k, c->max_rank, tile_rows);
+        t.bt = t.tile + tile_rows * round_up(c->k > c->max_rank ? c->k : c->max_rank, LANES);
         struct panel p = {0};
-        if (zero) run_zero(c);
+        if (zero) run_zero(c, &t);
         while (p.last_tile < tiles) {
+            int64_t rows = 0;
             p.first_tile = p.last_tile;
-            p.first_row = tile_start[p.first_tile];
-            p.rows = 0;
-            while (p.last_tile < tiles && p.rows + tile_rows[p.last_tile] <= PANEL_ROWS)
-                p.rows += tile_rows[p.last_tile++];
-            run_gather(c, &p, xs, hs);
-            if (c->mode != MODE_EXPAND) run_shrink(c, &p, xs, hs);
-            if (c->mode == MODE_SHRINK) run_scatter(c, &p, hs);
-            else run_expand(c, &p, hs);
+            p.first_row = entry(c->tile_start, p.first_tile);
+            while (p.last_tile < tiles && rows + entry(c->tile_rows, p.last_tile) <= PANEL_ROWS)
+                rows += entry(c->tile_rows, p.last_tile++);
+            if (c->mode != MODE_EXPAND) {
+                run_shrink(c, &t, &p, hs);
+#pragma omp barrier
+            }
+            if (c->mode == MODE_SHRINK) {
+                int64_t pairs = (p.last_tile - p.first_tile) * c->slices;
+                for (int64_t i = t.index; i < pairs; i += t.count)
+                    write_h(c, &p, hs, p.first_tile + i / c->slices, i % c->slices);
+            } else {
+                run_expand(c, &t, &p, hs);
+            }
+            if (p.last_tile < tiles && c->mode != MODE_EXPAND) {
+#pragma omp barrier
+            }
         }
     }
 }

@@ -240,7 +240,7 @@ def test_bfloat16_stores_round_to_nearest_even_and_keep_infinities_and_nan():
 
 
 BAD_CALLS = {
-    "x-width": (lambda p: {"x": p.x[:, :-1]}, r"lora_a\[0\] must have shape \[8, rows, 39\]"),
+    "x-width": (lambda p: {"x": p.x[:, :-1]}, "x must have 40 columns"),
     "y-rows": (lambda p: {"y": p.y[:-1]}, "all activations must have the same tokens"),
     "y-width": (lambda p: {"y": p.y[:, :20]}, "y must have at least 24 columns"),
     "ranks-dtype": (lambda p: {"ranks": p.ranks.long()}, "ranks must be int32"),

@@ -20,6 +20,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from multilora_kernels import column_major
 from vllm_multilora.integration.mapping import BatchMapping
 from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
 
@@ -67,6 +68,9 @@ class MultiLoRAModelManager(LRUCacheLoRAModelManager):
         self._shrink_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
         for layer, module in ranked:
+            if isinstance(module, BaseLinearLayerWithLoRA) and self.device.type == "cpu":
+                # vLLM addresses the slots through this attribute; how they are stored is ours.
+                module.lora_b_stacked = tuple(column_major(b) for b in module.lora_b_stacked)
             module.set_mapping(
                 module.punica_wrapper.for_layer(
                     self._shrink_ranks[layer.rows], self._expand_ranks[layer.rows]

@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
-from multilora_kernels import BatchPlan, PlanLayout, lora_expand, lora_linear, lora_shrink
+from multilora_kernels import (
+    BatchPlan,
+    PlanLayout,
+    PreparedLinear,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+)
 from vllm_multilora.integration.mapping import BatchMapping
 
 if TYPE_CHECKING:
@@ -82,8 +89,12 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
         self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
         self.shrink_ranks: torch.Tensor | None = None
         self.expand_ranks: torch.Tensor | None = None
+        self._prepared: PreparedLinear | None = None
+        self._prepared_for: tuple[torch.Tensor, ...] | None = None
 
-    def for_layer(self, shrink_ranks: torch.Tensor, expand_ranks: torch.Tensor) -> MultiLoRAPunicaWrapper:
+    def for_layer(
+        self, shrink_ranks: torch.Tensor, expand_ranks: torch.Tensor
+    ) -> MultiLoRAPunicaWrapper:
         """This wrapper for one layer, whose true ranks it reads from the given tensors.
 
         Args:
@@ -135,12 +146,23 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
         **kwargs: Any,
     ) -> None:
         """`y += scale * (x @ A.T) @ B.T`, each row with its own adapter; all slices at once."""
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        ranks = self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2))
+        if add_inputs and scale == 1.0 and not torch.compiler.is_compiling():
+            # The path of every layer and step: a layer's weights are described once.
+            if self._prepared is None or self._prepared_for is not lora_b_stacked:
+                self._prepared = PreparedLinear(
+                    lora_a_stacked, lora_b_stacked, ranks, self.plan.layout, backend=self.backend
+                )
+                self._prepared_for = lora_b_stacked
+            self._prepared(y, x, self.plan)
+            return
         lora_linear(
-            y.view(-1, y.shape[-1]),
-            x.view(-1, x.shape[-1]),
+            y,
+            x,
             lora_a_stacked,
             lora_b_stacked,
-            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
+            ranks,
             self.plan,
             scale=scale,
             add_inputs=add_inputs,

@@ -1,0 +1,106 @@
+"""Blocks computed from a workload. Not tuned: see README.md beside the kernels."""
+
+from __future__ import annotations
+
+from multilora_kernels.configs.model import (
+    MIN_BLOCK,
+    ExpandConfig,
+    ShrinkConfig,
+    Workload,
+    power_of_two_down,
+    power_of_two_up,
+)
+
+# Token counts up to which a block of so many rows is taken. A decode batch has few tokens an
+# adapter, and the weights' bytes decide; the more tokens, the more often a wide block is full.
+_BLOCK_M = ((128, 16), (512, 32), (2048, 64))
+_LARGEST_BLOCK_M = 128
+_LARGEST_BLOCK_R = 64
+
+# Nobody on the host knows how many adapters a small batch has. The split is chosen as if there
+# were so many blocks of tokens: too many parts cost more in planes than they win.
+_ASSUMED_BLOCKS = 4
+_PROGRAMS_PER_PROCESSOR = 2
+_SHORTEST_PART = 256
+_MOST_PARTS = 8
+
+
+def default_shrink(workload: Workload) -> ShrinkConfig:
+    """Blocks for `x @ A.T`: enough parts of K to occupy the device, and no more."""
+    block_m = _block_m(workload.tokens)
+    block_r = _block_r(workload.max_rank)
+    programs = workload.slices * -(-workload.max_rank // block_r) * _blocks(workload, block_m)
+    wanted = power_of_two_down(_PROGRAMS_PER_PROCESSOR * workload.processors // programs)
+    most = min(_MOST_PARTS, max(1, workload.width // _SHORTEST_PART))
+    block_k = (128 if block_m <= 32 else 64) * 2 // max(2, workload.item_size)
+    return ShrinkConfig(
+        block_m=block_m,
+        block_r=block_r,
+        block_k=min(block_k, max(MIN_BLOCK, power_of_two_up(workload.width))),
+        split_k=max(1, min(wanted, most)),
+        num_warps=8 if block_m >= 128 else 4,
+        num_stages=3,
+    )
+
+
+def default_expand(workload: Workload) -> ExpandConfig:
+    """Blocks for `h @ B.T`: narrower ones where few columns would leave processors idle."""
+    block_m = _block_m(workload.tokens)
+    if workload.item_size == 4:
+        # No tensor cores: every thread keeps whole rows of both factors in registers.
+        block_m = min(block_m, 64)
+        return ExpandConfig(
+            block_m=block_m,
+            block_n=32,
+            block_r=MIN_BLOCK,
+            num_warps=8 if block_m == 64 else 4,
+            num_stages=2,
+        )
+    idle = workload.width // 64 * _blocks(workload, block_m) < workload.processors
+    return ExpandConfig(
+        block_m=block_m,
+        block_n=32 if idle else 64,
+        # Long batches are read once, so the widest block; short ones rather have more programs
+        # at a time on a processor, and a high rank takes two steps.
+        block_r=min(64 if block_m >= 64 else 32, _block_r(workload.max_rank)),
+        num_warps=8 if block_m >= 64 else 4,
+        num_stages=2,
+    )
+
+
+def invariant_shrink(workload: Workload) -> ShrinkConfig:
+    """Blocks that depend on the weights only, so that a row's sum is cut the same everywhere."""
+    return ShrinkConfig(
+        block_m=64,
+        block_r=_block_r(workload.max_rank),
+        block_k=64 * 2 // max(2, workload.item_size),
+        split_k=max(1, min(8, power_of_two_down(workload.width // 1024))),
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def invariant_expand(workload: Workload) -> ExpandConfig:
+    """As `invariant_shrink`, for the second half."""
+    return ExpandConfig(
+        block_m=64,
+        block_n=32 if workload.item_size == 4 else 64,
+        block_r=MIN_BLOCK if workload.item_size == 4 else min(32, _block_r(workload.max_rank)),
+        num_warps=8,
+        num_stages=2,
+    )
+
+
+def _block_m(tokens: int) -> int:
+    for most_tokens, block_m in _BLOCK_M:
+        if tokens <= most_tokens:
+            return block_m
+    return _LARGEST_BLOCK_M
+
+
+def _block_r(max_rank: int) -> int:
+    return min(_LARGEST_BLOCK_R, max(MIN_BLOCK, power_of_two_up(max_rank)))
+
+
+def _blocks(workload: Workload, block_m: int) -> int:
+    return max(workload.tokens // block_m, min(workload.tokens, _ASSUMED_BLOCKS))

@@ -1,0 +1,105 @@
+"""The Triton backend, for CUDA and ROCm devices and, in Triton's interpreter, for CPU tensors.
+
+`shrink`, `expand` and `combine` hold one kernel each beside its launcher, `product` puts them
+together; `README.md` explains them. Nothing here reads device memory on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from multilora_kernels.plan import PlanLayout
+from multilora_kernels.triton.combine import prepare_combine
+from multilora_kernels.triton.expand import expand_kernel
+from multilora_kernels.triton.launch import device_facts
+from multilora_kernels.triton.product import expand_launch, shrink_launch
+
+INTERPRETED = isinstance(expand_kernel, InterpretedFunction)
+"""Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this was imported."""
+
+__all__ = ["INTERPRETED", "lora_expand", "lora_linear", "lora_shrink"]
+
+
+def lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    offset: int,
+    add_inputs: bool,
+    batch_invariant: bool = False,
+) -> None:
+    """See `multilora_kernels.lora_linear`; arguments are valid."""
+    if not x.size(0):
+        return
+    facts = device_facts(x.device)
+    planes, launch = shrink_launch(x, lora_a, ranks, plan, layout, scale, batch_invariant, facts)
+    launch.run()
+    expand_launch(
+        y,
+        planes,
+        lora_b,
+        ranks,
+        plan,
+        layout,
+        offset,
+        add_inputs,
+        batch_invariant,
+        facts,
+        after_shrink=True,
+    ).run()
+
+
+def lora_shrink(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    batch_invariant: bool = False,
+) -> None:
+    """See `multilora_kernels.lora_shrink`; arguments are valid."""
+    if not x.size(0):
+        return
+    facts = device_facts(x.device)
+    planes, launch = shrink_launch(x, lora_a, ranks, plan, layout, scale, batch_invariant, facts)
+    launch.run()
+    prepare_combine(h, planes, ranks, plan, layout, facts).run()
+
+
+def lora_expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    offset: int,
+    add_inputs: bool,
+    batch_invariant: bool = False,
+) -> None:
+    """See `multilora_kernels.lora_expand`; arguments are valid. Copies h if not contiguous."""
+    if not y.size(0):
+        return
+    expand_launch(
+        y,
+        h.contiguous().unsqueeze(0),
+        lora_b,
+        ranks,
+        plan,
+        layout,
+        offset,
+        add_inputs,
+        batch_invariant,
+        device_facts(y.device),
+        after_shrink=False,
+    ).run()

@@ -1,0 +1,128 @@
+"""Adds up the planes of a split shrink where the caller wants `h` itself.
+
+Only `lora_shrink` needs it: layers that shard the rank dimension gather `h` between the halves,
+and full-weight heads take it as their result. `lora_linear` adds the planes while expanding.
+"""
+
+# Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
+# ruff: noqa: N803
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from multilora_kernels.plan import PlanLayout
+from multilora_kernels.triton.launch import DeviceFacts, Launch, lanes, launch_options
+from multilora_kernels.triton.tiles import base_rows, count_parts, load_part, load_tokens, round_up
+
+BLOCK_M, BLOCK_N, NUM_WARPS = 16, 64, 4
+
+
+def prepare_combine(
+    h: torch.Tensor,
+    planes: torch.Tensor,
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    facts: DeviceFacts,
+) -> Launch:
+    """The launch that writes h for every token of the plan, zeros past a token's rank.
+
+    Args:
+        h: of shape [slices, T, R], any of the three dtypes; overwritten.
+        planes: what `shrink`, launched just before, returned.
+        ranks: As for `multilora_kernels.lora_shrink`.
+        plan: The plan's buffer.
+        layout: Its layout.
+        facts: The device.
+    """
+    split_k, slices, tokens, max_rank = planes.shape
+    programs = slices * triton.cdiv(max_rank, BLOCK_N)
+    return Launch(
+        combine_kernel,
+        (programs, lanes(programs, tokens, layout, BLOCK_M, facts)),
+        {
+            "h": h,
+            "planes": planes,
+            "ranks": ranks,
+            "plan": plan,
+            "tokens": tokens,
+            "tile_slot": layout.tile_slot.start,
+            "max_tiles": layout.max_tiles,
+            "h_slice": h.stride(0),
+            "h_row": h.stride(1),
+            "ranks_slice": ranks.stride(0),
+            "ranks_slot": ranks.stride(1),
+        },
+        {
+            "SLICES": slices,
+            "R": max_rank,
+            "SPLIT_K": split_k,
+            "BLOCK_M": BLOCK_M,
+            "BLOCK_N": BLOCK_N,
+            "PDL": facts.pdl,
+        },
+        launch_options(NUM_WARPS, 1, pdl=facts.pdl),
+    )
+
+
+@triton.jit(do_not_specialize=["tokens", "tile_slot", "max_tiles", "h_slice"])
+def combine_kernel(
+    h,  # [slices, tokens, R]
+    planes,  # float32 [SPLIT_K, slices, tokens, R]
+    ranks,  # int32 [slices, slots]
+    plan,
+    tokens,
+    tile_slot,
+    max_tiles,
+    h_slice,
+    h_row,
+    ranks_slice,
+    ranks_slot,
+    SLICES: tl.constexpr,
+    R: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (slices x column blocks, lanes); a lane does every lanes-th unit of work."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    slice_id = tl.program_id(0) // tl.cdiv(R, BLOCK_N)
+    column = tl.program_id(0) % tl.cdiv(R, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < R
+    h += slice_id * h_slice.to(tl.int64) + column
+    tiles, parts = count_parts(plan, BLOCK_M)
+    for part in tl.range(tl.program_id(1), parts, tl.num_programs(1), num_stages=1):
+        slot, start, rows = load_part(plan, part, tiles, tile_slot, max_tiles, BLOCK_M)
+        if rows > 0:
+            rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
+            token, live = load_tokens(plan, start, rows, tokens, BLOCK_M)
+            row = planes + (slice_id.to(tl.int64) * tokens + token) * R
+            at = row[:, None] + column[None, :]
+            loaded = column < round_up(rank, 4 if R % 4 == 0 else 1)
+            computed = live[:, None] & loaded[None, :]
+            total = tl.load(at, mask=computed, other=0.0)
+            for _ in tl.range(1, SPLIT_K, num_stages=1):
+                at += tokens.to(tl.int64) * (SLICES * R)
+                total += tl.load(at, mask=computed, other=0.0)
+            total = tl.where(column[None, :] < rank, total, 0.0)
+            tl.store(
+                h[None, :] + (token * h_row)[:, None],
+                total.to(h.dtype.element_ty),
+                mask=live[:, None] & inside[None, :],
+            )
+    first, count = base_rows(plan)
+    for done in tl.range(
+        tl.program_id(1) * BLOCK_M, count, tl.num_programs(1) * BLOCK_M, num_stages=1
+    ):
+        token, live = load_tokens(plan, first + done, count - done, tokens, BLOCK_M)
+        tl.store(
+            h[None, :] + (token * h_row)[:, None],
+            tl.zeros((BLOCK_M, BLOCK_N), dtype=h.dtype.element_ty),
+            mask=live[:, None] & inside[None, :],
+        )

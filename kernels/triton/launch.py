@@ -1,0 +1,99 @@
+"""What a launch needs to know of the device, and how many programs it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from multilora_kernels.configs.model import MIN_BLOCK, power_of_two_up
+from multilora_kernels.plan import PlanLayout
+
+# Programs that one multiprocessor holds at once, at the four warps of most configurations. More
+# lanes than fill the device would only be programs that wait for their turn.
+RESIDENT_PROGRAMS = 16
+_MAX_LANES = 65_535  # what a grid's second axis takes
+_INTERPRETER_PROCESSORS = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is started with; `report` compiles from the same.
+
+    Attributes:
+        kernel: The Triton function.
+        grid: Programs on the two axes.
+        arguments: Tensors and numbers by parameter name.
+        constants: Compile-time parameters by name.
+        options: Warps, stages and the like.
+    """
+
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """Attributes of a device that decide how a kernel is launched.
+
+    Attributes:
+        architecture: The name of its configuration table, such as `sm_90` or `gfx942`.
+        processors: Streaming multiprocessors (compute units).
+        pdl: Whether a kernel may start before its predecessor has ended (programmatic
+            dependent launch).
+    """
+
+    architecture: str
+    processors: int
+    pdl: bool
+
+
+@lru_cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    """The facts of a CUDA or ROCm device, or of Triton's interpreter for `cpu`."""
+    if device.type == "cpu":
+        return DeviceFacts("interpreter", _INTERPRETER_PROCESSORS, pdl=False)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        architecture = properties.gcnArchName.split(":")[0]
+        return DeviceFacts(architecture, properties.multi_processor_count, pdl=False)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    return DeviceFacts(architecture, properties.multi_processor_count, pdl=properties.major >= 9)
+
+
+def rows_per_program(block_m: int, layout: PlanLayout) -> int:
+    """The configured block of tokens, but no longer than the plan's tiles can fill."""
+    return min(block_m, max(MIN_BLOCK, power_of_two_up(layout.tile_rows)))
+
+
+def lanes(programs: int, tokens: int, layout: PlanLayout, block_m: int, facts: DeviceFacts) -> int:
+    """How many programs share a batch's tiles, for each of the `programs` of the first axis.
+
+    A function of shapes alone: a captured graph keeps it for whatever batch it replays. Any
+    number is correct, since a lane goes on to further tiles until none is left.
+
+    Args:
+        programs: The grid's first axis.
+        tokens: Rows of the activations.
+        layout: The plan's layout.
+        block_m: Rows that a program takes at a time.
+        facts: The device.
+    """
+    most_parts = tokens // block_m + min(layout.max_loras, tokens)
+    enough = -(-RESIDENT_PROGRAMS * facts.processors // programs)
+    return max(1, min(most_parts, enough, _MAX_LANES))
+
+
+def launch_options(num_warps: int, num_stages: int, *, pdl: bool = False) -> dict[str, int]:
+    """Options of a Triton launch."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    # ROCm's Triton does not know the option, so it is named only where it is wanted.
+    return options | {"launch_pdl": True} if pdl else options

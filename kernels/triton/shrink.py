@@ -1,0 +1,204 @@
+"""The first half, `h = scale * x @ A.T`: a block of tokens against a block of A's rows.
+
+A program owns (slice, block of ranks, part of K) and walks over its share of the batch's tiles.
+The product over one part of K goes to that part's own plane of `h`, so programs never add to
+the same place: no atomics, nothing to zero, the same sum in the same order every time. Only the
+columns below a slot's rank are written, and only they are read later.
+"""
+
+# Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
+# ruff: noqa: N803, N806
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from multilora_kernels.configs import MIN_BLOCK, ShrinkConfig
+from multilora_kernels.plan import PlanLayout
+from multilora_kernels.triton.launch import (
+    DeviceFacts,
+    Launch,
+    lanes,
+    launch_options,
+    rows_per_program,
+)
+from multilora_kernels.triton.tiles import count_parts, dot, load_part, load_tokens
+
+_MIN_BLOCK = tl.constexpr(MIN_BLOCK)
+
+
+def prepare_shrink(
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    config: ShrinkConfig,
+    facts: DeviceFacts,
+) -> tuple[torch.Tensor, Launch]:
+    """The launch for all slices, to be run, and the memory that it writes.
+
+    Returns:
+        float32 of shape [parts of K, slices, T, R]; the sum over the first dimension is h. What
+        lies past a token's rank, and the rows of tokens without adapter, are never written.
+    """
+    tokens, k = x.shape
+    max_rank = lora_a[0].size(-2)
+    block_m = rows_per_program(config.block_m, layout)
+    # Parts of K are whole blocks, equally many for all parts but the last.
+    blocks = triton.cdiv(k, config.block_k)
+    chunk = triton.cdiv(blocks, min(config.split_k, blocks))
+    split_k = triton.cdiv(blocks, chunk)
+    planes = torch.empty(
+        split_k, len(lora_a), tokens, max_rank, dtype=torch.float32, device=x.device
+    )
+    programs = split_k * len(lora_a) * triton.cdiv(max_rank, config.block_r)
+    launch = Launch(
+        shrink_kernel,
+        (programs, lanes(programs, tokens, layout, block_m, facts)),
+        {
+            "planes": planes,
+            "x": x,
+            "a_slices": tuple(lora_a),
+            "ranks": ranks,
+            "plan": plan,
+            "tokens": tokens,
+            "tile_slot": layout.tile_slot.start,
+            "max_tiles": layout.max_tiles,
+            "scale": scale,
+            "x_row": x.stride(0),
+            "ranks_slice": ranks.stride(0),
+            "ranks_slot": ranks.stride(1),
+        },
+        {
+            "A_SLOT": tuple(a.stride(0) for a in lora_a),
+            "A_ROW": tuple(a.stride(-2) for a in lora_a),
+            "K": k,
+            "R": max_rank,
+            "BLOCK_M": block_m,
+            "BLOCK_R": config.block_r,
+            "BLOCK_K": config.block_k,
+            "CHUNK": chunk * config.block_k,
+            "SPLIT_K": split_k,
+            "PDL": facts.pdl,
+        },
+        launch_options(config.num_warps, config.num_stages),
+    )
+    return planes, launch
+
+
+@triton.jit(do_not_specialize=["tokens", "tile_slot", "max_tiles"])
+def shrink_kernel(
+    planes,  # float32 [SPLIT_K, slices, tokens, R]
+    x,  # [tokens, K]
+    a_slices,  # per slice [slots, R, K]
+    ranks,  # int32 [slices, slots]
+    plan,
+    tokens,
+    tile_slot,
+    max_tiles,
+    scale,
+    x_row,
+    ranks_slice,
+    ranks_slot,
+    A_SLOT: tl.constexpr,  # per slice, elements from slot to slot
+    A_ROW: tl.constexpr,  # per slice, elements from row to row
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,  # elements of K in a part, a multiple of BLOCK_K
+    SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (slices x blocks of R x SPLIT_K, lanes); a lane does every lanes-th unit of work."""
+    if PDL:
+        # The second half's programs may take their places as soon as the last ones of this half
+        # have theirs; they wait for the results themselves.
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    split = program % SPLIT_K
+    first_r = program // SPLIT_K % tl.cdiv(R, BLOCK_R) * BLOCK_R
+    slice_id = program // (SPLIT_K * tl.cdiv(R, BLOCK_R))
+    tiles, parts = count_parts(plan, BLOCK_M)
+    for part in tl.range(tl.program_id(1), parts, tl.num_programs(1), num_stages=1):
+        slot, start, rows = load_part(plan, part, tiles, tile_slot, max_tiles, BLOCK_M)
+        rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
+        width = tl.minimum(rank - first_r, BLOCK_R)
+        if (rows > 0) & (width > 0):
+            token, live = load_tokens(plan, start, rows, tokens, BLOCK_M)
+            a = a_slices[0] + slot * A_SLOT[0]
+            a_row = A_ROW[0]
+            for i in tl.static_range(1, len(A_SLOT)):
+                if slice_id == i:
+                    a = a_slices[i] + slot * A_SLOT[i]
+                if A_ROW[i] != A_ROW[0]:
+                    a_row = tl.where(slice_id == i, A_ROW[i], a_row)
+            a += first_r.to(tl.int64) * a_row
+            plane = split * len(A_SLOT) + slice_id
+            h = planes + (plane.to(tl.int64) * tokens + token) * R + first_r
+            # One body per power of two up to BLOCK_R, so that a low rank in a server of high
+            # ranks multiplies a narrow block and not a wide one of zeros.
+            for halvings in tl.static_range(0, 8):
+                if BLOCK_R >> halvings >= _MIN_BLOCK:
+                    _shrink_block(
+                        h,
+                        x + token * x_row,
+                        a,
+                        a_row,
+                        live,
+                        width,
+                        split * CHUNK,
+                        scale,
+                        K,
+                        BLOCK_M,
+                        BLOCK_R >> halvings,
+                        BLOCK_K,
+                        CHUNK,
+                        SPLIT_K,
+                    )
+
+
+@triton.jit
+def _shrink_block(
+    h,  # pointers to the rows' first column, [BLOCK_M]
+    x,  # pointers to the rows, [BLOCK_M]
+    a,  # pointer to the first row
+    a_row,
+    live,
+    width,
+    first_k,
+    scale,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """`h[:, :width] = scale * x[:, part of K] @ a[:width, part of K].T`, if BLOCK just fits."""
+    HALF: tl.constexpr = BLOCK // 2 if BLOCK > _MIN_BLOCK else 0
+    if (width > HALF) & (width <= BLOCK):
+        k = first_k + tl.arange(0, BLOCK_K)
+        r = tl.arange(0, BLOCK)
+        x_block = x[:, None] + k[None, :]
+        a_block = a + r[None, :] * a_row + k[:, None]
+        product = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
+        for done in range(0, CHUNK, BLOCK_K):
+            x_mask = live[:, None]
+            a_mask = r[None, :] < width
+            if CHUNK * SPLIT_K != K:
+                x_mask &= k[None, :] + done < K
+                a_mask &= k[:, None] + done < K
+            xs = tl.load(x_block + done, mask=x_mask, other=0.0)
+            weights = tl.load(a_block + done, mask=a_mask, other=0.0)
+            product = dot(xs, weights, product)
+        mask = live[:, None] & (r[None, :] < width)
+        tl.store(h[:, None] + r[None, :], product * scale, mask=mask)
