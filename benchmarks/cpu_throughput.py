@@ -85,7 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of base and plugin")
     parser.add_argument("--stock-rounds", type=int, default=1, help="rounds that time stock too")
-    parser.add_argument("--dtype", default=fastest_dtype(), help="model dtype (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default=fastest_dtype(), help="model dtype (default: %(default)s)"
+    )
     parser.add_argument("--compile", action="store_true", help="leave torch.compile on")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
@@ -124,9 +126,7 @@ def main() -> None:
                 additional_config=additional,
             )
             if lora:
-                settings |= dict(
-                    enable_lora=True, max_loras=len(adapters), max_lora_rank=MAX_RANK
-                )
+                settings |= dict(enable_lora=True, max_loras=len(adapters), max_lora_rank=MAX_RANK)
             return LLM(**settings)
 
         engines = {
@@ -154,7 +154,8 @@ def main() -> None:
             names = [n for n in engines if n != "stock" or number < options.stock_rounds]
             rounds.append({name: seconds(name) for name in names})
             print(
-                f"round {number + 1}: " + ", ".join(f"{n} {t:.2f} s" for n, t in rounds[-1].items()),
+                f"round {number + 1}: "
+                + ", ".join(f"{n} {t:.2f} s" for n, t in rounds[-1].items()),
                 flush=True,
             )
     report(rounds, options.json)
@@ -163,7 +164,7 @@ def main() -> None:
 def report(rounds: list[dict[str, float]], json_file: Path | None) -> None:
     """Prints medians and ratios of the rounds' seconds."""
     tokens = REQUESTS * NEW_TOKENS
-    print(f"\n| engine | seconds | output tokens/s |\n|---|---|---|")
+    print("\n| engine | seconds | output tokens/s |\n|---|---|---|")
     for name in rounds[0]:
         median = statistics.median(r[name] for r in rounds if name in r)
         print(f"| {name} | {median:.2f} | {tokens / median:.0f} |")

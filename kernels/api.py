@@ -16,7 +16,6 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
-
 from multilora_kernels import native, torch_backend, triton_availability
 from multilora_kernels.plan import BatchPlan, PlanLayout
 
@@ -105,7 +104,17 @@ def lora_linear(
     width = offset + sum(b.size(-2) for b in lora_b)
     _check(y.size(1) >= width, f"y must have at least {width} columns", y.shape)
     _linear(
-        y, x, lora_a, lora_b, ranks, plan.buffer, *_fields(layout), scale, offset, add_inputs, backend
+        y,
+        x,
+        lora_a,
+        lora_b,
+        ranks,
+        plan.buffer,
+        *_fields(layout),
+        scale,
+        offset,
+        add_inputs,
+        backend,
     )
 
 

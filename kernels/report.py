@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton import INTERPRETED
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.launch import DeviceFacts, Launch
 from multilora_kernels.triton.product import expand_launch, shrink_launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 # Architecture: streaming multiprocessors, for the computed defaults (A100, H100, B200).
 ARCHITECTURES = {80: 108, 90: 132, 100: 148}
@@ -104,6 +103,7 @@ class Compiled:
         spilled_bytes: Local memory per thread; anything but 0 is a spill.
         loads: Bytes of a thread's load instruction -> how many such instructions.
         tensor_core: Tensor-core instructions.
+        pdl: Whether it takes part in programmatic dependent launch.
     """
 
     case: str
@@ -114,6 +114,7 @@ class Compiled:
     shared_bytes: int
     spilled_bytes: int
     tensor_core: int
+    pdl: bool
     loads: dict[int, int] = field(default_factory=dict)
 
 
@@ -134,9 +135,7 @@ def launches(case: Case, architecture: int) -> Iterator[Launch]:
     ranks = empty(len(case.widths), slots, dtype=torch.int32)
     plan = empty(layout.size, dtype=torch.int32)
     x, y = empty(case.tokens, case.k), empty(case.tokens, sum(case.widths))
-    planes, launch = shrink_launch(
-        x, lora_a, ranks, plan, layout, 1.0, case.batch_invariant, facts
-    )
+    planes, launch = shrink_launch(x, lora_a, ranks, plan, layout, 1.0, case.batch_invariant, facts)
     yield launch
     yield expand_launch(
         y,
@@ -189,6 +188,7 @@ def compile_launch(case: Case, launch: Launch, architecture: int) -> Compiled:
         shared_bytes=compiled.metadata.shared,
         spilled_bytes=stack,
         tensor_core=len(_TENSOR_CORE.findall(ptx)),
+        pdl="griddepcontrol" in ptx,
         loads=dict(sorted(loads.items(), reverse=True)),
     )
 
@@ -226,7 +226,11 @@ def _specialise(
 
 def _blocks(launch: Launch) -> str:
     letters = {"BLOCK_M": "m", "BLOCK_N": "n", "BLOCK_R": "r", "BLOCK_K": "k", "SPLIT_K": "split "}
-    words = [f"{short}{launch.constants[key]}" for key, short in letters.items() if key in launch.constants]
+    words = [
+        f"{short}{launch.constants[key]}"
+        for key, short in letters.items()
+        if key in launch.constants
+    ]
     options = launch.options
     return f"{' '.join(words)}, {options['num_warps']} warps, {options['num_stages']} stages"
 
@@ -246,14 +250,15 @@ def _resource_usage(cubin: bytes) -> str:
 def table(results: list[Compiled]) -> str:
     """The results as a table in Markdown."""
     rows = [
-        "| sm | kernel | case | blocks | registers | shared KiB | spilled | loads (bytes x count) | tensor core |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| sm | kernel | case | blocks | registers | shared KiB | spilled | loads (bytes x count) | tensor core | PDL |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         loads = ", ".join(f"{size} x {count}" for size, count in r.loads.items())
         rows.append(
             f"| {r.architecture} | {r.kernel} | {r.case} | {r.blocks} | {r.registers} | "
-            f"{r.shared_bytes / 1024:.1f} | {r.spilled_bytes} | {loads} | {r.tensor_core} |"
+            f"{r.shared_bytes / 1024:.1f} | {r.spilled_bytes} | {loads} | {r.tensor_core} | "
+            f"{'yes' if r.pdl else 'no'} |"
         )
     return "\n".join(rows)
 

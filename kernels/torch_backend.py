@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-
 from multilora_kernels.plan import PLAN_ROWS, PLAN_RUNS, PLAN_TOKENS, PlanLayout
 
 

@@ -29,6 +29,8 @@ def default_shrink(workload: Workload) -> ShrinkConfig:
     """Blocks for `x @ A.T`: enough parts of K to occupy the device, and no more."""
     block_m = _block_m(workload.tokens)
     block_r = _block_r(workload.max_rank)
+    if workload.item_size == 4:  # no tensor cores, and twice the registers for the factors
+        block_m, block_r = min(block_m, 64), min(block_r, 32)
     programs = workload.slices * -(-workload.max_rank // block_r) * _blocks(workload, block_m)
     wanted = power_of_two_down(_PROGRAMS_PER_PROCESSOR * workload.processors // programs)
     most = min(_MOST_PARTS, max(1, workload.width // _SHORTEST_PART))
@@ -38,7 +40,7 @@ def default_shrink(workload: Workload) -> ShrinkConfig:
         block_r=block_r,
         block_k=min(block_k, max(MIN_BLOCK, power_of_two_up(workload.width))),
         split_k=max(1, min(wanted, most)),
-        num_warps=8 if block_m >= 128 else 4,
+        num_warps=8 if block_m >= 128 or (block_m == 64 and workload.item_size == 4) else 4,
         num_stages=3,
     )
 

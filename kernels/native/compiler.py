@@ -56,7 +56,9 @@ def load_library() -> ctypes.PyDLL:
     try:
         return ctypes.PyDLL(str(library))
     except OSError as error:
-        raise NativeUnavailableError(f"cannot load the compiled kernels {library}: {error}") from None
+        raise NativeUnavailableError(
+            f"cannot load the compiled kernels {library}: {error}"
+        ) from None
 
 
 def _make_openmp_visible() -> None:
@@ -127,7 +129,11 @@ def _run(command: list[str]) -> None:
 
 def _fingerprint(command: list[str]) -> str:
     version = subprocess.run(
-        [*command, "--version"], capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False
+        [*command, "--version"],
+        capture_output=True,
+        text=True,
+        timeout=_COMPILE_SECONDS,
+        check=False,
     ).stdout
     digest = hashlib.sha256(SOURCE.read_bytes())
     for part in (" ".join(command), version, " ".join(_FLAGS), platform.machine(), _cpu_features()):

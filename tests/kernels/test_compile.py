@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-
 from multilora_kernels import lora_linear
 
 from .problems import make_problem

@@ -7,9 +7,9 @@ import os
 from importlib.metadata import entry_points, version
 
 import torch
-
 from multilora_kernels import NativeUnavailableError
 from multilora_kernels.native import load_library
+
 from vllm_multilora import __version__
 from vllm_multilora.integration.version import SUPPORTED_TEXT, installed_version, is_supported
 
@@ -56,7 +56,9 @@ def diagnose() -> int:
     print()
     for problem in problems:
         print(f"problem: {problem}")
-    print("The plugin would not act fully." if problems else "Ready: vllm serve MODEL --enable-lora")
+    print(
+        "The plugin would not act fully." if problems else "Ready: vllm serve MODEL --enable-lora"
+    )
     return 1 if problems else 0
 
 

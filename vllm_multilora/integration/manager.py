@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from multilora_kernels import column_major
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     ClassificationHeadWithLoRA,
@@ -20,7 +23,6 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from multilora_kernels import column_major
 from vllm_multilora.integration.mapping import BatchMapping
 from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
 
@@ -103,6 +105,15 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     """vLLM's worker manager over `MultiLoRAModelManager`."""
 
     _manager_cls = MultiLoRAModelManager
+
+    @contextmanager
+    def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
+        """Within it, output layers get prompts' rows; see `OutputRows.from_prompts`."""
+        with ExitStack() as stack:
+            for wrapper in self._adapter_manager.punica_wrapper_mapping.values():
+                if isinstance(wrapper, MultiLoRAPunicaWrapper):
+                    stack.enter_context(wrapper.output_rows.from_prompts(hidden_states))
+            yield
 
     def activate_batch(
         self,

@@ -105,6 +105,20 @@ def _set_active_loras_replacement(original: Callable[..., Any]) -> Callable[...,
     return set_active_loras
 
 
+def _prompt_logprobs_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_prompt_logprobs(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_multilora.integration.manager import MultiLoRAWorkerManager
+
+        manager = getattr(self, "lora_manager", None)
+        if not isinstance(manager, MultiLoRAWorkerManager):
+            return original(self, hidden_states, *args, **kwargs)
+        with manager.rows_from_prompts(hidden_states):
+            return original(self, hidden_states, *args, **kwargs)
+
+    return get_prompt_logprobs
+
+
 CHECKED = "0.32"
 
 PATCHES: tuple[Patch, ...] = (
@@ -160,6 +174,16 @@ PATCHES: tuple[Patch, ...] = (
         checked=CHECKED,
         until="vLLM's LoRAMapping holds arrays.",
         replace=_set_active_loras_replacement,
+    ),
+    Patch(
+        name="prompt-logprobs",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
+        why="vLLM sends a prompt's rows through the output layer with the mapping of the sampled "
+        "rows: on CPUs the engine dies of it, elsewhere lm_head adapters meet the wrong rows. "
+        "Tells our wrapper that the rows are tokens of the step.",
+        checked=CHECKED,
+        until="vLLM sets the LoRA mapping for prompt_logprobs.",
+        replace=_prompt_logprobs_replacement,
     ),
 )
 

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
-
 from multilora_kernels import (
     BatchPlan,
     PlanLayout,
@@ -23,40 +21,13 @@ from multilora_kernels import (
     lora_linear,
     lora_shrink,
 )
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
 from vllm_multilora.integration.mapping import BatchMapping
+from vllm_multilora.integration.output_rows import OutputRows
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from vllm.lora.layers import LoRAMapping
-
-
-class _SamplerPlan:
-    """The plan over the rows that reach the logits, built when a step first needs it."""
-
-    def __init__(self, layout: PlanLayout, device: torch.device | str) -> None:
-        self._plan = BatchPlan(layout, device)
-        self._slots: npt.NDArray[np.int64] | None = None
-
-    def set(self, slots: npt.NDArray[np.int64]) -> None:
-        self._slots = slots
-
-    def get(self, rows: int) -> BatchPlan:
-        """The plan for the step's rows.
-
-        Raises:
-            RuntimeError: The layer's input has other rows than the step's mapping: nobody can
-                say which adapter they belong to. One adapter for all of them is fine.
-        """
-        if self._slots is not None:
-            self._plan.update(self._slots)
-            self._slots = None
-        if rows > self._plan.tokens:
-            raise RuntimeError(
-                f"an adapted output layer got {rows} rows, but the step's adapter mapping has "
-                f"{self._plan.tokens}: prompt_logprobs cannot be combined with an adapter of "
-                "the output layer (lm_head)"
-            )
-        return self._plan
 
 
 class MultiLoRAPunicaWrapper(PunicaWrapperBase):
@@ -85,7 +56,7 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
         self.max_loras = lora_config.max_loras
         layout = PlanLayout(max_num_batched_tokens, self.max_loras)
         self.plan = BatchPlan(layout, device)
-        self._sampler_plan = _SamplerPlan(layout, device)
+        self.output_rows = OutputRows(layout, device)
         self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
         self.shrink_ranks: torch.Tensor | None = None
         self.expand_ranks: torch.Tensor | None = None
@@ -124,7 +95,7 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
             token_slots = np.array([slot_of[max(i, 0)] for i in mapping.index_mapping], np.int64)
             sampler_slots = np.array([slot_of[max(i, 0)] for i in mapping.prompt_mapping], np.int64)
         self.plan.update(token_slots)
-        self._sampler_plan.set(sampler_slots)
+        self.output_rows.set_step(token_slots, sampler_slots)
         # What is left of vLLM's own metadata: embedding layers read the one, full-weight
         # classification heads the other.
         tokens, rows = len(token_slots), len(sampler_slots)
@@ -246,7 +217,7 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
             (lora_a_stacked,),
             (lora_b_stacked[..., : y.size(-1), :],),
             self._ranks(self.shrink_ranks, 1, lora_a_stacked.size(-2)),
-            self._sampler_plan.get(x.size(0)),
+            self.output_rows.plan(x),
             scale=scale,
             backend=self.backend,
         )
@@ -266,7 +237,7 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
             x,
             (weight_stacked,),
             self._ranks(None, 1, weight_stacked.size(-2)),
-            self._sampler_plan.get(x.size(0)),
+            self.output_rows.plan(x),
             backend=self.backend,
         )
         y.copy_(self._select_full_linear_output(y, head[0], bias_stacked, module_enabled))

