@@ -8,7 +8,7 @@ one engine after the other, so that a change of the machine's speed hits all of 
 prefix cache is cleared before every timing. Reported are medians over the rounds, and the
 medians of the ratios taken within a round.
 
-The load: SmolLM2-135M in bfloat16, 16 requests of 100 prompt tokens and 48 generated ones,
+The load: SmolLM2-135M, 16 requests of 100 prompt tokens and 48 generated ones,
 spread over 8 adapters of ranks 8, 16, 32 and 64 on all seven projections, `max_lora_rank` 64.
 The adapters are random: their effect does not matter for the time they take.
 """
@@ -49,8 +49,10 @@ def write_random_adapter(folder: Path, model_config: dict, rank: int, seed: int)
     shapes = dict(
         zip(
             PROJECTIONS,
-            [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
-            + [(hidden, inner), (hidden, inner), (inner, hidden)],
+            [
+                *((hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)),
+                *((hidden, inner), (hidden, inner), (inner, hidden)),
+            ],
             strict=True,
         )
     )
@@ -85,10 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of base and plugin")
     parser.add_argument("--stock-rounds", type=int, default=1, help="rounds that time stock too")
-    parser.add_argument(
-        "--dtype", default=fastest_dtype(), help="model dtype (default: %(default)s)"
-    )
-    parser.add_argument("--compile", action="store_true", help="leave torch.compile on")
+    parser.add_argument("--dtype", default=fastest_dtype(), help="(default here: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
 
@@ -117,16 +116,20 @@ def main() -> None:
         requests = [adapters[i % len(adapters)] for i in range(REQUESTS)]
 
         def start(lora: bool, **additional: dict) -> LLM:
-            settings = dict(
-                model=str(model),
-                dtype=options.dtype,
-                enforce_eager=not options.compile,
-                max_model_len=256,
-                max_num_seqs=REQUESTS,
-                additional_config=additional,
-            )
+            settings = {
+                "model": str(model),
+                "dtype": options.dtype,
+                "enforce_eager": True,
+                "max_model_len": 256,
+                "max_num_seqs": REQUESTS,
+                "additional_config": additional,
+            }
             if lora:
-                settings |= dict(enable_lora=True, max_loras=len(adapters), max_lora_rank=MAX_RANK)
+                settings |= {
+                    "enable_lora": True,
+                    "max_loras": len(adapters),
+                    "max_lora_rank": MAX_RANK,
+                }
             return LLM(**settings)
 
         engines = {
@@ -153,11 +156,8 @@ def main() -> None:
         for number in range(max(options.rounds, options.stock_rounds)):
             names = [n for n in engines if n != "stock" or number < options.stock_rounds]
             rounds.append({name: seconds(name) for name in names})
-            print(
-                f"round {number + 1}: "
-                + ", ".join(f"{n} {t:.2f} s" for n, t in rounds[-1].items()),
-                flush=True,
-            )
+            times = ", ".join(f"{name} {time:.2f} s" for name, time in rounds[-1].items())
+            print(f"round {number + 1}: {times}", flush=True)
     report(rounds, options.json)
 
 

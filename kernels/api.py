@@ -133,7 +133,12 @@ def lora_shrink(
     Args:
         h: of shape [slices, T, R]; overwritten for every token of the plan, by zeros past a
             token's rank.
-        x, lora_a, ranks, plan, scale, backend: as for `lora_linear`.
+        x: as for `lora_linear`, like all that follow.
+        lora_a: per slice.
+        ranks: true ranks.
+        plan: the batch.
+        scale: factor of every product.
+        backend: which kernels.
 
     Raises:
         ValueError: A shape, dtype or device does not fit; the message names the argument.
@@ -157,11 +162,17 @@ def lora_expand(
     add_inputs: bool = True,
     backend: str = "auto",
 ) -> None:
-    """The second half of `lora_linear`: `y[t, off_i:off_i+N_i] += h[i, t, :r] @ B_i[s(t), :, :r].T`.
+    """The second half: `y[t, off_i : off_i + N_i] += h[i, t, :r] @ B_i[s(t), :, :r].T`.
 
     Args:
+        y: as for `lora_linear`, like all but h.
         h: of shape [slices, T, R].
-        y, lora_b, ranks, plan, offset, add_inputs, backend: as for `lora_linear`.
+        lora_b: per slice.
+        ranks: true ranks.
+        plan: the batch.
+        offset: first column of y.
+        add_inputs: add to y, or overwrite.
+        backend: which kernels.
 
     Raises:
         ValueError: A shape, dtype or device does not fit; the message names the argument.

@@ -10,6 +10,9 @@ into *tiles* of at most `tile_rows` rows, the unit of work of a kernel::
 
 Rows without an adapter (slot -1) come last in `order` and belong to no tile.
 
+The header also holds the rows of the longest tile: kernels whose blocks are shorter than
+`tile_rows` learn from it how many parts to cut a tile into.
+
 Everything lives in one int32 buffer whose shape depends only on `PlanLayout` (the largest
 token count, the number of slots, the tile size), never on the batch. On an accelerator one
 asynchronous copy brings it over; compiled code and captured graphs keep reading the same
@@ -83,24 +86,9 @@ class PlanLayout:
         return slice(self.tile_start.stop, self.tile_start.stop + self.max_tiles)
 
     @cached_property
-    def run_slot(self) -> slice:
-        """int32 [max_loras]: the adapter slot of each run, ascending."""
-        return slice(self.tile_length.stop, self.tile_length.stop + self.max_loras)
-
-    @cached_property
-    def run_start(self) -> slice:
-        """int32 [max_loras]: the first row of each run."""
-        return slice(self.run_slot.stop, self.run_slot.stop + self.max_loras)
-
-    @cached_property
-    def run_length(self) -> slice:
-        """int32 [max_loras]: the number of rows of each run."""
-        return slice(self.run_start.stop, self.run_start.stop + self.max_loras)
-
-    @cached_property
     def size(self) -> int:
         """Length of the whole buffer in int32 elements."""
-        return self.run_length.stop
+        return self.tile_length.stop
 
 
 class BatchPlan:
@@ -116,7 +104,11 @@ class BatchPlan:
         device = torch.device(device)
         self._host = torch.zeros(layout.size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.buffer = self._host if device.type == "cpu" else self._host.to(device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._ints = self._host.numpy()
+        self._tile_slot = self._ints[layout.tile_slot]
+        self._tile_start = self._ints[layout.tile_start]
+        self._tile_length = self._ints[layout.tile_length]
         self._arange = np.arange(layout.max_tiles, dtype=np.int32)
 
     @classmethod
@@ -165,44 +157,38 @@ class BatchPlan:
         # 16-bit keys: numpy's stable sort of them is a radix sort, linear in the tokens.
         keys = token_slots.astype(np.int16)
         tokens = len(keys)
-        try:
-            counts = np.bincount(keys + 1, minlength=layout.max_loras + 1)
-        except ValueError:
-            counts = np.empty(0)
-        if len(counts) != layout.max_loras + 1:
+        counts = _count(keys, layout.max_loras)
+        if counts is None:
             raise ValueError(
                 f"token slots must be between -1 and {layout.max_loras - 1}, got "
                 f"{token_slots.min()} to {token_slots.max()}"
             )
+        if self._copied is not None:
+            # The host may be a step ahead of the device: the last contents must have left first.
+            self._copied.synchronize()
         rows = tokens - int(counts[0])
         if rows:
             by_slot = keys.argsort(kind="stable")
             base = layout.order.start
             ints[base : base + rows] = by_slot[tokens - rows :]
             ints[base + rows : base + tokens] = by_slot[: tokens - rows]
-            runs, tiles, longest = self._write_runs_and_tiles(counts[1:])
+            runs, tiles, longest = self._write_tiles(counts[1:])
         else:
             ints[layout.order][:tokens] = np.arange(tokens, dtype=np.int32)
             runs = tiles = longest = 0
         ints[:5] = (tokens, rows, runs, tiles, longest)
         if self.buffer is not self._host:
             self.buffer.copy_(self._host, non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
 
-    def _write_runs_and_tiles(self, rows_per_slot: npt.NDArray[np.int64]) -> tuple[int, int, int]:
-        layout, ints = self.layout, self._ints
+    def _write_tiles(self, rows_per_slot: npt.NDArray[np.intp]) -> tuple[int, int, int]:
+        size = self.layout.tile_rows
         slots = rows_per_slot.nonzero()[0]
         lengths = rows_per_slot[slots]
-        ends = lengths.cumsum()
-        starts = ends - lengths
-        runs = len(slots)
-        for part, values in (
-            (layout.run_slot, slots),
-            (layout.run_start, starts),
-            (layout.run_length, lengths),
-        ):
-            ints[part.start : part.start + runs] = values
-        size = layout.tile_rows
-        longest = int(lengths.max())
+        starts = lengths.cumsum() - lengths
+        runs = tiles = len(slots)
+        longest = int(np.maximum.reduce(lengths))
         if longest > size:
             per_run = (lengths + (size - 1)) // size
             tile_ends = per_run.cumsum()
@@ -211,14 +197,9 @@ class BatchPlan:
             slots = slots.repeat(per_run)
             lengths = np.minimum(lengths.repeat(per_run) - within * size, size)
             starts = starts.repeat(per_run) + within * size
-        else:
-            tiles = runs
-        for part, values in (
-            (layout.tile_slot, slots),
-            (layout.tile_start, starts),
-            (layout.tile_length, lengths),
-        ):
-            ints[part.start : part.start + tiles] = values
+        self._tile_slot[:tiles] = slots
+        self._tile_start[:tiles] = starts
+        self._tile_length[:tiles] = lengths
         return runs, tiles, min(longest, size)
 
     @property
@@ -240,3 +221,12 @@ class BatchPlan:
     def tiles(self) -> int:
         """Tiles over all runs."""
         return int(self._ints[PLAN_TILES])
+
+
+def _count(keys: npt.NDArray[np.int16], max_loras: int) -> npt.NDArray[np.intp] | None:
+    """How often each slot from -1 on occurs; None if one is out of range."""
+    try:
+        counts = np.bincount(keys + 1, minlength=max_loras + 1)
+    except ValueError:  # numpy refuses negative numbers, here slots below -1
+        return None
+    return counts if len(counts) == max_loras + 1 else None

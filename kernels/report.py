@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be there and shows what came out.
 
-    python -m multilora_kernels.report [--arch 90] [--json]
+    python -m multilora_kernels.report [--arch 90] [--case "qkv decode"] [--json]
 
 For every configuration: registers and shared memory of a program, bytes spilled to local memory,
 widths of the loads from global memory, tensor-core instructions. The launches compiled are those
@@ -66,6 +66,10 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     batch_invariant: bool = False
     by_column: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, R {self.max_rank}, T {self.tokens}"
 
 
 _QKV, _GATE_UP = (4096, (4096, 1024, 1024)), (8192, (28672, 28672))
@@ -180,7 +184,7 @@ def compile_launch(case: Case, launch: Launch, architecture: int) -> Compiled:
     for size in _ASYNC_COPY.findall(ptx):
         loads[int(size, 0)] += 1
     return Compiled(
-        case=f"{case.name}, R {case.max_rank}, T {case.tokens}",
+        case=case.title,
         kernel=launch.kernel.__name__.removesuffix("_kernel"),
         architecture=architecture,
         blocks=_blocks(launch),
@@ -250,7 +254,8 @@ def _resource_usage(cubin: bytes) -> str:
 def table(results: list[Compiled]) -> str:
     """The results as a table in Markdown."""
     rows = [
-        "| sm | kernel | case | blocks | registers | shared KiB | spilled | loads (bytes x count) | tensor core | PDL |",
+        "| sm | kernel | case | blocks | registers | shared KiB | spilled | loads (bytes x count) "
+        "| tensor core | PDL |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -267,13 +272,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Compiles everything; returns 1 if something spills or takes too much shared memory."""
     parser = argparse.ArgumentParser(prog="python -m multilora_kernels.report", description=__doc__)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
-    parser.add_argument("--case", help="only cases whose name contains this")
+    parser.add_argument("--case", action="append", help="only cases that begin with this")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     chosen = parser.parse_args(arguments)
     results = []
     for architecture in chosen.arch or ARCHITECTURES:
         for case in CASES:
-            if chosen.case is None or chosen.case in case.name:
+            if chosen.case is None or case.title.startswith(tuple(chosen.case)):
                 for launch in launches(case, architecture):
                     results.append(compile_launch(case, launch, architecture))
     if chosen.json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from multilora_kernels.plan import PLAN_ROWS, PLAN_RUNS, PLAN_TOKENS, PlanLayout
+from multilora_kernels.plan import PLAN_ROWS, PLAN_TILES, PLAN_TOKENS, PlanLayout
 
 
 def lora_linear(
@@ -84,14 +84,13 @@ def _runs(
     plan: torch.Tensor, layout: PlanLayout, tokens: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Each run's slot and the tokens it covers, those at or past `tokens` left out."""
-    count = int(plan[PLAN_RUNS])
+    count = int(plan[PLAN_TILES])
     order = plan[layout.order][: int(plan[PLAN_ROWS])].long()
-    slots, starts, lengths = (
-        plan[part][:count].tolist()
-        for part in (layout.run_slot, layout.run_start, layout.run_length)
-    )
-    for slot, start, length in zip(slots, starts, lengths, strict=True):
-        rows = order[start : start + length]
+    lengths: dict[int, int] = {}  # of the runs: a run's tiles follow each other
+    slots, tile_lengths = plan[layout.tile_slot][:count], plan[layout.tile_length][:count]
+    for slot, length in zip(slots.tolist(), tile_lengths.tolist(), strict=True):
+        lengths[slot] = lengths.get(slot, 0) + length
+    for slot, rows in zip(lengths, order.split(list(lengths.values())), strict=True):
         rows = rows[rows < tokens]
         if len(rows):
             yield slot, rows

@@ -9,7 +9,6 @@ the home folder builds its own.
 from __future__ import annotations
 
 import ctypes
-import glob
 import hashlib
 import logging
 import os
@@ -71,9 +70,9 @@ def _make_openmp_visible() -> None:
     if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return
     packages = Path(torch.__file__).parent
-    for pattern in (packages / "lib", packages.parent / "torch.libs"):
-        for candidate in sorted(glob.glob(str(pattern / "lib[gi]omp*.so*"))):
-            if hasattr(ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL), "GOMP_parallel"):
+    for folder in (packages / "lib", packages.parent / "torch.libs"):
+        for candidate in sorted(folder.glob("lib[gi]omp*.so*")):
+            if hasattr(ctypes.CDLL(str(candidate), mode=ctypes.RTLD_GLOBAL), "GOMP_parallel"):
                 return
     raise NativeUnavailableError(
         "PyTorch's OpenMP runtime (libgomp or libiomp5) was not found beside torch in "
@@ -113,7 +112,7 @@ def _build() -> Path:
     return library
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False
@@ -125,16 +124,11 @@ def _run(command: list[str]) -> None:
             f"`{' '.join(command)}` failed with exit status {done.returncode}:\n"
             f"{done.stderr.strip()[-2000:]}"
         )
+    return done.stdout
 
 
 def _fingerprint(command: list[str]) -> str:
-    version = subprocess.run(
-        [*command, "--version"],
-        capture_output=True,
-        text=True,
-        timeout=_COMPILE_SECONDS,
-        check=False,
-    ).stdout
+    version = _run([*command, "--version"])
     digest = hashlib.sha256(SOURCE.read_bytes())
     for part in (" ".join(command), version, " ".join(_FLAGS), platform.machine(), _cpu_features()):
         digest.update(part.encode())

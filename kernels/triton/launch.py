@@ -14,7 +14,7 @@ from multilora_kernels.plan import PlanLayout
 # lanes than fill the device would only be programs that wait for their turn.
 RESIDENT_PROGRAMS = 16
 _MAX_LANES = 65_535  # what a grid's second axis takes
-_INTERPRETER_PROCESSORS = 1
+_INTERPRETER_PROCESSORS = 16  # enough for the defaults to split K, as they do on a GPU
 
 
 @dataclass(frozen=True)

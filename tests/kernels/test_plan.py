@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from multilora_kernels import BatchPlan, PlanLayout
+from multilora_kernels.plan import PLAN_LONGEST
 
 BATCHES = {
     "one-token": [0],
@@ -38,6 +39,8 @@ def assert_covers(plan: BatchPlan, token_slots: list[int]) -> None:
     assert plan.rows == len(seen)
     assert plan.runs == len(set(seen.values()))
     assert plan.tiles <= plan.layout.max_tiles
+    longest = max((len(tokens) for _, tokens in tiles_of(plan)), default=0)
+    assert plan.buffer[PLAN_LONGEST] == longest
 
 
 @pytest.mark.parametrize("tile_rows", [1, 4, 32])

@@ -21,6 +21,7 @@ from multilora_kernels import triton as backend
 from multilora_kernels.configs import default_expand, default_shrink
 from multilora_kernels.configs.model import Workload
 from multilora_kernels.triton.launch import Launch
+from triton.runtime import interpreter
 
 from .problems import Problem, make_problem
 from .tolerances import assert_close
@@ -186,7 +187,7 @@ def test_rank_zero_leaves_its_slice_untouched():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_halves_match_the_reference(dtype):
-    problem = problem_here(ZIPF + [-1, -1], widths=(20, 12), k=600, dtype=dtype)
+    problem = problem_here([*ZIPF, -1, -1], widths=(20, 12), k=600, dtype=dtype)
     weights = problem.ranks, problem.plan
     h = torch.empty(2, len(problem.token_slots), 16, device=DEVICE)
     lora_shrink(h, problem.x, problem.lora_a, *weights, scale=0.5, backend="triton")
@@ -263,15 +264,34 @@ def test_two_runs_give_the_same_bits(k):
     assert run(problem).equal(run(problem))
 
 
+@pytest.fixture
+def _dot_by_columns(monkeypatch):
+    """Products summed as a GPU does, the same way in every row of a block.
+
+    The interpreter multiplies with BLAS, where a row's bits depend on its place in the block.
+    """
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = d.data.copy()
+        for column in range(a.data.shape[1]):
+            total += a.data[:, column, None] * b.data[None, column]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.usefixtures("_dot_by_columns")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_invariant_results_do_not_depend_on_the_batch(dtype):
     """A row alone, and in batches of any size and order, gets the same bits."""
-    token_slots = [i * 7 % 9 - 1 for i in range(150)]
+    token_slots = [i * 7 % 5 - 1 for i in range(150)]
     options = {"widths": (48, 16), "k": 2100, "max_rank": 40, "dtype": dtype, "tokens": 256}
+    options |= {"slots": 4, "tile_rows": 64}
     problem = problem_here(token_slots, **options)
+    problem.y = problem.y.float()  # rounding to 16 bits would hide a difference
     whole = run(problem, "triton-invariant")
     assert_matches(whole, problem)
-    for rows in ([0], [149], [5, 4], list(range(20, 33)), list(range(149, 60, -1))):
+    for rows in ([0], [6, 4], list(range(149, 60, -1))):
         part = problem_here([token_slots[r] for r in rows], **options)
         part.x, part.y = problem.x[rows].clone(), problem.y[rows].clone()
         part.lora_a, part.lora_b, part.ranks = problem.lora_a, problem.lora_b, problem.ranks

@@ -82,7 +82,9 @@ def _is_resource_tracker(process: psutil.Process) -> bool:
         return False
 
 
-def answer(llm: "LLM", scenario: Scenario, cases: Sequence[Case]) -> "list[RequestOutput]":
+def answer(
+    llm: "LLM", scenario: Scenario, cases: Sequence[Case], *, new_tokens: int = NEW_TOKENS
+) -> "list[RequestOutput]":
     """Sends all cases to the engine at once and returns its outputs in the same order."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -91,7 +93,7 @@ def answer(llm: "LLM", scenario: Scenario, cases: Sequence[Case]) -> "list[Reque
         [{"prompt_token_ids": list(case.prompt)} for case in cases],
         SamplingParams(
             temperature=0.0,
-            max_tokens=NEW_TOKENS,
+            max_tokens=new_tokens,
             ignore_eos=True,
             logprobs=TOP_LOGPROBS,
             detokenize=False,

@@ -38,7 +38,9 @@ def built(tmp_path_factory) -> Path:
     program = (
         "import sys\n"
         "from setuptools import build_meta\n"
-        "build_meta.build_sdist(sys.argv[1]); build_meta.build_wheel(sys.argv[1])\n"
+        "folder = sys.argv[1]  # setuptools replaces sys.argv\n"
+        "build_meta.build_sdist(folder)\n"
+        "build_meta.build_wheel(folder)\n"
     )
     subprocess.run(
         [sys.executable, "-c", program, str(folder)], cwd=source, check=True, capture_output=True
@@ -66,7 +68,8 @@ def test_the_wheel_holds_sources_and_data(built):
 
 def test_the_sdist_holds_what_the_wheel_is_built_from(built):
     [sdist] = built.glob("*.tar.gz")
-    names = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "kernels/native/segment_gemm.c"} <= names
 
 
@@ -74,16 +77,16 @@ def test_an_unpacked_wheel_works_from_another_folder(built, tmp_path):
     [wheel] = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
-        "import multilora_kernels, torch\n"
-        "assert multilora_kernels.__file__.startswith(%r), multilora_kernels.__file__\n"
+        "import multilora_kernels, sys, torch\n"
+        "assert multilora_kernels.__file__.startswith(sys.argv[1])\n"
         "plan = multilora_kernels.BatchPlan.build([0], 1)\n"
         "y, one = torch.zeros(1, 8), torch.ones\n"
         "multilora_kernels.lora_linear(y, one(1, 8), [one(1, 2, 8)], [one(1, 8, 2)],\n"
         "    torch.tensor([[2]], dtype=torch.int32), plan, backend='native')\n"
         "print(y[0, 0].item())\n"
-    ) % str(tmp_path / "site")
+    )
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, str(tmp_path / "site")],
         cwd=tmp_path,
         env={
             "PYTHONPATH": str(tmp_path / "site"),

@@ -1,9 +1,9 @@
-"""Whether the plugin acts for a given engine, and with which backend: one answer for all patches."""
+"""Whether the plugin acts for an engine, and with which backend: one answer for all patches."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from multilora_kernels import resolve_backend
 
@@ -19,8 +19,13 @@ logger = logging.getLogger(__name__)
 
 def settings_of(vllm_config: VllmConfig) -> MultiLoRAConfig:
     """The plugin's settings of an engine; see `MultiLoRAConfig.from_additional_config`."""
+    return MultiLoRAConfig.from_additional_config(_additional(vllm_config))
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    # vLLM also allows a platform's own object there; such an engine has no settings of ours.
     additional = vllm_config.additional_config
-    return MultiLoRAConfig.from_additional_config(additional if additional else {})
+    return additional if isinstance(additional, dict) else {}
 
 
 def is_active(vllm_config: VllmConfig) -> bool:
@@ -58,7 +63,7 @@ def kernel_backend(vllm_config: VllmConfig) -> str:
 def announce(vllm_config: VllmConfig) -> None:
     """Checks the settings of a new engine and logs, once, what the plugin will do."""
     settings = settings_of(vllm_config)
-    given = (vllm_config.additional_config or {}).get(CONFIG_KEY)
+    given = _additional(vllm_config).get(CONFIG_KEY)
     if vllm_config.lora_config is None:
         if given:
             logger.warning(

@@ -56,10 +56,11 @@ def diagnose() -> int:
     print()
     for problem in problems:
         print(f"problem: {problem}")
-    print(
-        "The plugin would not act fully." if problems else "Ready: vllm serve MODEL --enable-lora"
-    )
-    return 1 if problems else 0
+    if problems:
+        print("The plugin would not act as it should.")
+        return 1
+    print("Ready: vllm serve MODEL --enable-lora")
+    return 0
 
 
 def _check_entry_point() -> list[str]:

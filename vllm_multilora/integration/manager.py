@@ -73,10 +73,10 @@ class MultiLoRAModelManager(LRUCacheLoRAModelManager):
             if isinstance(module, BaseLinearLayerWithLoRA) and self.device.type == "cpu":
                 # vLLM addresses the slots through this attribute; how they are stored is ours.
                 module.lora_b_stacked = tuple(column_major(b) for b in module.lora_b_stacked)
+            wrapper = module.punica_wrapper
+            assert isinstance(wrapper, MultiLoRAPunicaWrapper)
             module.set_mapping(
-                module.punica_wrapper.for_layer(
-                    self._shrink_ranks[layer.rows], self._expand_ranks[layer.rows]
-                )
+                wrapper.for_layer(self._shrink_ranks[layer.rows], self._expand_ranks[layer.rows])
             )
             self._ranked.append(layer)
 

@@ -22,16 +22,28 @@ class OutputRows:
     """
 
     def __init__(self, layout: PlanLayout, device: torch.device | str) -> None:
-        self._plan = BatchPlan(layout, device)
+        self._own_plan = BatchPlan(layout, device)
+        self._token_plan = self._own_plan
         self._token_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._sampler_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._planned: npt.NDArray[np.int64] | None = None
         self._hidden_states: torch.Tensor | None = None
 
     def set_step(
-        self, token_slots: npt.NDArray[np.int64], sampler_slots: npt.NDArray[np.int64]
+        self,
+        token_plan: BatchPlan,
+        token_slots: npt.NDArray[np.int64],
+        sampler_slots: npt.NDArray[np.int64],
     ) -> None:
-        """Takes over a step's slots per token and per sampled row; -1 for no adapter."""
+        """Takes over a step.
+
+        Args:
+            token_plan: The plan over all tokens.
+            token_slots: The slot of each token; -1 for no adapter.
+            sampler_slots: The slot of each sampled row; the same object as `token_slots` if
+                every token is sampled, and then the same plan serves both.
+        """
+        self._token_plan = token_plan
         self._token_slots, self._sampler_slots = token_slots, sampler_slots
         self._planned = None
 
@@ -62,10 +74,12 @@ class OutputRows:
                 f"an output layer with LoRA got {x.size(0)} rows, but the step's adapter mapping "
                 f"covers {len(slots)}"
             )
-        if self._planned is None or self._planned is not slots:
-            self._plan.update(slots)
+        if slots is self._token_slots:
+            return self._token_plan
+        if self._planned is not slots:
+            self._own_plan.update(slots)
             self._planned = slots
-        return self._plan
+        return self._own_plan
 
     def _first_token(self, x: torch.Tensor) -> int | None:
         """The token that x's first row is the hidden state of, if x is a part of them."""

@@ -56,6 +56,8 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
         self.max_loras = lora_config.max_loras
         layout = PlanLayout(max_num_batched_tokens, self.max_loras)
         self.plan = BatchPlan(layout, device)
+        self._embedding_offsets = self._embeddings_indices.numpy()
+        self._sampler_slots = self._sampler_indices.numpy()
         self.output_rows = OutputRows(layout, device)
         self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
         self.shrink_ranks: torch.Tensor | None = None
@@ -90,18 +92,21 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
         slot_of[0] = -1
         if isinstance(mapping, BatchMapping):
             slots = np.array([slot_of[i] for i in mapping.ids.tolist()], dtype=np.int64)
-            token_slots, sampler_slots = slots.repeat(mapping.tokens), slots.repeat(mapping.samples)
+            token_slots = slots.repeat(mapping.tokens)
+            # In decoding every token is sampled: then one plan serves both.
+            every_token = np.array_equal(mapping.tokens, mapping.samples)
+            sampler_slots = token_slots if every_token else slots.repeat(mapping.samples)
         else:
             token_slots = np.array([slot_of[max(i, 0)] for i in mapping.index_mapping], np.int64)
             sampler_slots = np.array([slot_of[max(i, 0)] for i in mapping.prompt_mapping], np.int64)
         self.plan.update(token_slots)
-        self.output_rows.set_step(token_slots, sampler_slots)
+        self.output_rows.set_step(self.plan, token_slots, sampler_slots)
         # What is left of vLLM's own metadata: embedding layers read the one, full-weight
         # classification heads the other.
         tokens, rows = len(token_slots), len(sampler_slots)
-        offsets = np.maximum(token_slots, 0) * vocab_size
-        self._embeddings_indices[:tokens] = torch.from_numpy(offsets)
-        self._sampler_indices[:rows] = torch.from_numpy(sampler_slots)
+        np.maximum(token_slots, 0, out=self._embedding_offsets[:tokens])
+        self._embedding_offsets[:tokens] *= vocab_size
+        self._sampler_slots[:rows] = sampler_slots
         self.indices_len[:] = (tokens, rows, rows, tokens)
 
     def add_lora_linear(
@@ -142,13 +147,14 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
 
     def add_shrink(
         self,
-        y: torch.Tensor,
+        y: tuple[torch.Tensor, ...] | torch.Tensor,
         x: torch.Tensor,
         lora_a_stacked: tuple[torch.Tensor, ...],
         scale: float,
         **kwargs: Any,
     ) -> None:
         """`y[i] = scale * x @ A_i.T`, finished for every row: layers that shard ranks gather y."""
+        assert isinstance(y, torch.Tensor), "y must be one tensor [slices, tokens, ranks]"
         lora_shrink(
             y,
             x.view(-1, x.shape[-1]),
@@ -162,7 +168,7 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
     def add_expand(
         self,
         y: torch.Tensor,
-        x: torch.Tensor,
+        x: tuple[torch.Tensor, ...] | torch.Tensor,
         lora_b_stacked: tuple[torch.Tensor, ...],
         output_slices: tuple[int, ...],
         offset_start: int = 0,
@@ -170,6 +176,7 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
         **kwargs: Any,
     ) -> None:
         """`y[:, offset_i:] += x[i] @ B_i.T`, from column `offset_start` on."""
+        assert isinstance(x, torch.Tensor), "x must be one tensor [slices, tokens, ranks]"
         lora_expand(
             y.view(-1, y.shape[-1]),
             x,

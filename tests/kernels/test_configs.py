@@ -1,0 +1,146 @@
+"""Configurations: computed defaults within bounds, tables that are checked when they are read."""
+
+import itertools
+import json
+
+import pytest
+from multilora_kernels.configs import (
+    ConfigTableError,
+    ExpandConfig,
+    ShrinkConfig,
+    Workload,
+    choice,
+    choose_expand,
+    choose_shrink,
+    default_expand,
+    default_shrink,
+    load_table,
+)
+
+SHRINK = {
+    "block_m": 32,
+    "block_r": 16,
+    "block_k": 64,
+    "split_k": 5,
+    "num_warps": 2,
+    "num_stages": 4,
+}
+EXPAND = {"block_m": 16, "block_r": 16, "block_n": 256, "num_warps": 8, "num_stages": 1}
+WORKLOAD = Workload(
+    tokens=64,
+    width=4096,
+    slices=3,
+    max_rank=64,
+    item_size=2,
+    architecture="sm_90",
+    processors=132,
+)
+
+
+def table(**changes) -> dict:
+    return {
+        "architecture": "sm_90",
+        "shrink": [{"max_tokens": 64, "max_rank": 64, "config": SHRINK}],
+        "expand": [{"config": EXPAND}],
+    } | changes
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.setenv("MULTILORA_CONFIG_DIR", str(tmp_path))
+    choice.choose_shrink.cache_clear()
+    choice.choose_expand.cache_clear()
+
+    def write(content, name: str = "sm_90") -> None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / f"{name}.json").write_text(text)
+
+    yield write
+    choice.choose_shrink.cache_clear()
+    choice.choose_expand.cache_clear()
+
+
+def changed(workload: Workload, **values) -> Workload:
+    return Workload(**(vars(workload) | values))
+
+
+def test_every_workload_has_a_valid_default():
+    sizes = itertools.product(
+        [1, 16, 512, 8192], [1, 100, 4096, 57344], [1, 3], [1, 8, 100, 512], [2, 4], [1, 132]
+    )
+    for tokens, width, slices, max_rank, item_size, processors in sizes:
+        workload = Workload(tokens, width, slices, max_rank, item_size, "sm_90", processors)
+        for half in (default_shrink, default_expand):  # a config checks itself
+            assert half(workload).block_m <= max(16, tokens)
+        for half in (choose_shrink, choose_expand):
+            half(workload, batch_invariant=True)
+
+
+def test_invariant_blocks_do_not_depend_on_the_tokens_or_the_table(write):
+    for half in (choose_shrink, choose_expand):
+        before = half(WORKLOAD, batch_invariant=True)
+        write(table())
+        half.cache_clear()
+        for tokens in (1, 64, 8192):
+            assert half(changed(WORKLOAD, tokens=tokens), batch_invariant=True) == before
+
+
+def test_the_first_entry_that_holds_the_workload_is_taken(write):
+    wider = {"max_tokens": 8192, "config": SHRINK | {"split_k": 9}}
+    write(table(shrink=[table()["shrink"][0], wider]))
+    assert choose_shrink(WORKLOAD) == ShrinkConfig(**SHRINK)
+    assert choose_shrink(changed(WORKLOAD, tokens=128)).split_k == 9
+    assert choose_shrink(changed(WORKLOAD, max_rank=128)).split_k == 9
+    assert choose_expand(WORKLOAD) == ExpandConfig(**EXPAND)
+
+
+def test_without_an_entry_or_a_table_the_default_is_computed(write):
+    write(table(expand=[]))
+    large = changed(WORKLOAD, tokens=16384)
+    assert choose_shrink(large) == default_shrink(large)
+    assert choose_expand(WORKLOAD) == default_expand(WORKLOAD)
+    other = changed(WORKLOAD, architecture="gfx942")
+    assert choose_shrink(other) == default_shrink(other)
+
+
+BAD_TABLES = {
+    "not-json": ("{", "cannot be read as JSON"),
+    "not-an-object": ([], "the table must be a JSON object, found list"),
+    "missing-half": (
+        {"architecture": "sm_90", "shrink": []},
+        "the table must have .* missing: expand",
+    ),
+    "unknown-key": (table(note="x"), "the table must have .* unknown: note"),
+    "wrong-architecture": (
+        table(architecture="sm_80"),
+        "architecture must be 'sm_90', as the file is named, found 'sm_80'",
+    ),
+    "entries-not-a-list": (table(expand={}), "expand must be a list, found dict"),
+    "unknown-limit": (
+        table(expand=[{"max_token": 3, "config": EXPAND}]),
+        r"expand\[0\] must have .* unknown: max_token",
+    ),
+    "limit-not-positive": (
+        table(expand=[{"max_tokens": 0, "config": EXPAND}]),
+        r"expand\[0\].max_tokens must be a positive integer, found 0",
+    ),
+    "config-of-the-other-half": (
+        table(expand=[{"config": SHRINK}]),
+        r"expand\[0\].config must have .* missing: block_n; unknown: block_k, split_k",
+    ),
+    "not-a-power-of-two": (
+        table(expand=[{"config": EXPAND | {"block_n": 48}}]),
+        r"expand\[0\].config: block_n must be a power of two from 16 to 512, got 48",
+    ),
+    "not-an-integer": (
+        table(expand=[{"config": EXPAND | {"num_stages": True}}]),
+        r"expand\[0\].config: num_stages must be an integer from 1 to 8, got True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TABLES.values(), ids=BAD_TABLES.keys())
+def test_a_table_that_is_not_valid_is_refused_with_file_and_place(write, content, message):
+    write(content)
+    with pytest.raises(ConfigTableError, match=rf"sm_90\.json: {message}"):
+        load_table("sm_90")

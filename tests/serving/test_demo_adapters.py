@@ -1,0 +1,128 @@
+"""The demo's trained adapters on SmolLM2: one mixed batch, answered as PEFT answers."""
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .cases import Case, Scenario
+from .engine import answer, running_engine
+from .server import VllmServer
+
+pytestmark = pytest.mark.serving
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+NEW_TOKENS = 24
+BFLOAT16_TOKENS = 6
+# Both sides round every layer's output to 8 bits, at other places: over the five likeliest tokens
+# of the steps before the first near tie, differences seen are below 0.15.
+BFLOAT16_LOGPROB_ATOL = 0.3
+SETTINGS = {
+    "skip_tokenizer_init": False,
+    "max_loras": 4,
+    "max_cpu_loras": 4,
+    "max_lora_rank": 32,
+    "max_model_len": 256,
+}
+
+
+def scenario(new_tokens: int, dtype: str) -> Scenario:
+    import torch
+    from transformers import AutoTokenizer
+
+    from .peft_reference import PeftReference
+
+    sys.path.insert(0, str(DEMO))
+    try:
+        from base_model import build_base_model
+        from prompts import CUSTOMERS
+    finally:
+        sys.path.remove(str(DEMO))
+    base = build_base_model()
+    adapters = {c.adapter: DEMO / "adapters" / c.adapter for c in CUSTOMERS if c.adapter}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    reference = PeftReference(base, adapters, dtype=getattr(torch, dtype))
+    cases = []
+    for customer in CUSTOMERS:
+        prompt = tuple(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": customer.prompt}],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        )
+        [expected] = reference.generate(customer.adapter, [prompt], new_tokens)
+        cases.append(Case(customer.adapter, prompt, expected))
+    return Scenario(base, adapters, tuple(cases))
+
+
+@pytest.fixture(scope="module")
+def float32_scenario() -> Scenario:
+    return scenario(NEW_TOKENS, "float32")
+
+
+@pytest.fixture(scope="module")
+def offline_tokens(float32_scenario: Scenario) -> list[tuple[int, ...]]:
+    with running_engine(float32_scenario.base, **SETTINGS) as llm:
+        outputs = answer(llm, float32_scenario, float32_scenario.cases, new_tokens=NEW_TOKENS)
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def served_tokens(float32_scenario: Scenario, tmp_path_factory) -> Iterator[list[tuple[int, ...]]]:
+    with VllmServer(
+        float32_scenario.base,
+        *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "256", "--max-num-seqs", "16"),
+        *("--enable-lora", "--max-loras", "4", "--max-lora-rank", "32"),
+        *("--lora-modules", *(f"{n}={p}" for n, p in float32_scenario.adapters.items())),
+        log=tmp_path_factory.mktemp("server") / "vllm.log",
+    ) as server:
+
+        def complete(case: Case) -> tuple[int, ...]:
+            response = server.post(
+                "/v1/completions",
+                {
+                    "model": case.adapter or "base",
+                    "prompt": list(case.prompt),
+                    "max_tokens": NEW_TOKENS,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "return_token_ids": True,
+                },
+            )
+            assert response.status_code == 200, f"{response.text}\n{server.log_tail()}"
+            return tuple(response.json()["choices"][0]["token_ids"])
+
+        with ThreadPoolExecutor(len(float32_scenario.cases)) as pool:
+            yield list(pool.map(complete, float32_scenario.cases))
+
+
+@pytest.mark.parametrize("index", range(5), ids=lambda i: f"customer-{i}")
+def test_offline_in_float32_every_token_is_pefts(float32_scenario, offline_tokens, index):
+    assert offline_tokens[index] == float32_scenario.cases[index].expected.tokens
+
+
+@pytest.mark.parametrize("index", range(5), ids=lambda i: f"customer-{i}")
+def test_over_http_in_float32_every_token_is_pefts(float32_scenario, served_tokens, index):
+    assert served_tokens[index] == float32_scenario.cases[index].expected.tokens
+
+
+def test_in_bfloat16_log_probabilities_agree():
+    expected = scenario(BFLOAT16_TOKENS, "bfloat16")
+    with running_engine(expected.base, **SETTINGS | {"dtype": "bfloat16"}) as llm:
+        outputs = answer(llm, expected, expected.cases, new_tokens=BFLOAT16_TOKENS)
+    for output, case in zip(outputs, expected.cases, strict=True):
+        compared = 0
+        for step, (found, top) in enumerate(
+            zip(output.outputs[0].logprobs, case.expected.top, strict=True)
+        ):
+            ranked = sorted((entry.logprob for entry in found.values()), reverse=True)[: len(top)]
+            assert ranked == pytest.approx(list(top.values()), abs=BFLOAT16_LOGPROB_ATOL)
+            compared += 1
+            if output.outputs[0].token_ids[step] != case.expected.tokens[step]:
+                assert case.expected.margins[step] < BFLOAT16_LOGPROB_ATOL
+                break  # from here on the two answer different prompts
+        assert compared

@@ -1,0 +1,144 @@
+"""When the plugin acts, and that vLLM is untouched when it does not."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from .cases import Scenario
+from .engine import running_engine
+
+pytestmark = pytest.mark.serving
+
+STOCK = ("LRUCacheWorkerLoRAManager", "PunicaWrapperCPU")
+OURS = ("MultiLoRAWorkerManager", "MultiLoRAPunicaWrapper")
+
+
+def lora_classes(worker: Any) -> tuple[str, str] | None:
+    """Runs in the worker: the classes that hold and compute its adapters; None without LoRA."""
+    manager = getattr(worker.model_runner, "lora_manager", None)
+    if manager is None:
+        return None
+    wrapper = next(iter(manager._adapter_manager.punica_wrapper_mapping.values()))
+    return type(manager).__name__, type(wrapper).__name__
+
+
+@pytest.fixture
+def vllm_version(tmp_path, monkeypatch):
+    """Makes the engine's processes, and this one, see another version of vLLM's metadata."""
+
+    def pretend(version: str) -> None:
+        folder = tmp_path / f"vllm-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "overrides", "expected"),
+    [
+        pytest.param(None, {}, {}, OURS, id="on-by-default"),
+        pytest.param(None, {}, {"enable_lora": False}, None, id="lora-off"),
+        pytest.param(None, {"enabled": False}, {}, STOCK, id="switched-off"),
+        pytest.param(None, {"backend": "vllm"}, {}, STOCK, id="vllms-kernels"),
+        pytest.param("0.99.0", {}, {}, STOCK, id="unsupported-vllm"),
+        pytest.param("0.99.0", {"enabled": True}, {}, OURS, id="unsupported-vllm-forced"),
+    ],
+)
+def test_the_plugin_acts_when_it_should(
+    llama: Scenario, vllm_version, monkeypatch, version, settings, overrides, expected
+):
+    if version:
+        vllm_version(version)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    with running_engine(
+        llama.base, additional_config={"multilora": settings} if settings else {}, **overrides
+    ) as llm:
+        assert llm.collective_rpc(lora_classes) == [expected]
+
+
+def test_prompt_log_probabilities_use_each_prompts_own_adapter(llama: Scenario):
+    """Stock's engine dies of this request on CPUs; it must not hurt anyone here."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from .recipes import EMBEDDING_RECIPE
+
+    name = EMBEDDING_RECIPE.name
+    request = LoRARequest(name, llama.adapter_id(name), str(llama.adapters[name]))
+    adapted = next(c for c in llama.cases_of(name) if len(c.prompt) == 7)
+    base = next(c for c in llama.cases_of(None) if len(c.prompt) == 7)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=1, prompt_logprobs=3, logprobs=3, detokenize=False
+    )
+
+    def prompt_logprobs(output: Any) -> list[list[float]]:
+        steps = output.prompt_logprobs[1:]
+        return [sorted((e.logprob for e in step.values()), reverse=True)[:3] for step in steps]
+
+    with running_engine(llama.base, enable_prefix_caching=False) as llm:
+
+        def ask(*cases: Any) -> list[Any]:
+            return llm.generate(
+                [{"prompt_token_ids": list(c.prompt)} for c in cases],
+                sampling,
+                lora_request=[request if c.adapter else None for c in cases],
+                use_tqdm=False,
+            )
+
+        together = [prompt_logprobs(output) for output in ask(adapted, base, adapted)]
+        alone = [prompt_logprobs(ask(case)[0]) for case in (adapted, base)]
+        # What a prompt's last row says of the next token is known from sampling.
+        longer = type(adapted)(
+            adapted.adapter, (*adapted.prompt, adapted.expected.tokens[0]), adapted.expected
+        )
+        last = prompt_logprobs(ask(longer)[0])[-1]
+    for found, expected in zip(together, (alone[0], alone[1], alone[0]), strict=True):
+        for row, own in zip(found, expected, strict=True):
+            assert row == pytest.approx(own, abs=1e-4)
+    assert last == pytest.approx(list(adapted.expected.top[0].values())[:3], abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bakend": "torch"}, "did you mean 'backend'"),
+        ({"backend": "cuda"}, "must be one of auto, native, torch, vllm, got 'cuda'"),
+    ],
+    ids=["unknown-setting", "unknown-backend"],
+)
+def test_a_wrong_setting_stops_the_engine_with_one_sentence(llama: Scenario, settings, message):
+    from vllm import LLM
+
+    with pytest.raises(ValueError, match=message):
+        LLM(str(llama.base), enable_lora=True, additional_config={"multilora": settings})
+
+
+def test_the_flags_are_on_vllm_serve():
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "--help=multilora"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert "--multilora-backend {auto,native,torch,vllm}" in done.stdout, done.stderr[-2000:]
+    assert "--no-multilora" in done.stdout
+
+
+def test_the_doctor_finds_everything_in_place():
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_multilora.cli", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "seen by vLLM" in done.stdout
+    assert "MISSING" not in done.stdout
+    assert "native (" in done.stdout
