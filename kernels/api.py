@@ -16,6 +16,7 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
+
 from multilora_kernels import native, torch_backend, triton_availability
 from multilora_kernels.plan import BatchPlan, PlanLayout
 

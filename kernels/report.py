@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton import INTERPRETED
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.launch import DeviceFacts, Launch
 from multilora_kernels.triton.product import expand_launch, shrink_launch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 # Architecture: streaming multiprocessors, for the computed defaults (A100, H100, B200).
 ARCHITECTURES = {80: 108, 90: 132, 100: 148}
@@ -90,6 +91,7 @@ CASES = (
     Case("qkv prefill fp16", *_QKV, max_rank=64, tokens=8192, dtype=torch.float16),
     Case("qkv decode fp32", *_QKV, max_rank=64, tokens=64, dtype=torch.float32),
     Case("qkv prefill fp32", *_QKV, max_rank=64, tokens=8192, dtype=torch.float32),
+    Case("qkv fp32, invariant", *_QKV, 64, 64, dtype=torch.float32, batch_invariant=True),
 )
 
 

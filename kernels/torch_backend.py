@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+
 from multilora_kernels.plan import PLAN_ROWS, PLAN_TILES, PLAN_TOKENS, PlanLayout
 
 

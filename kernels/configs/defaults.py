@@ -29,18 +29,21 @@ def default_shrink(workload: Workload) -> ShrinkConfig:
     """Blocks for `x @ A.T`: enough parts of K to occupy the device, and no more."""
     block_m = _block_m(workload.tokens)
     block_r = _block_r(workload.max_rank)
-    if workload.item_size == 4:  # no tensor cores, and twice the registers for the factors
-        block_m, block_r = min(block_m, 64), min(block_r, 32)
+    if workload.item_size == 4:
+        # No tensor cores: every thread keeps whole rows of both factors in registers.
+        block_m, block_r = min(block_m, 32), min(block_r, 32)
     programs = workload.slices * -(-workload.max_rank // block_r) * _blocks(workload, block_m)
     wanted = power_of_two_down(_PROGRAMS_PER_PROCESSOR * workload.processors // programs)
     most = min(_MOST_PARTS, max(1, workload.width // _SHORTEST_PART))
-    block_k = (128 if block_m <= 32 else 64) * 2 // max(2, workload.item_size)
+    block_k = 128 if block_m <= 32 else 64
+    if workload.item_size == 4:
+        block_k = 64 if block_m == MIN_BLOCK else 32
     return ShrinkConfig(
         block_m=block_m,
         block_r=block_r,
         block_k=min(block_k, max(MIN_BLOCK, power_of_two_up(workload.width))),
         split_k=max(1, min(wanted, most)),
-        num_warps=8 if block_m >= 128 or (block_m == 64 and workload.item_size == 4) else 4,
+        num_warps=8 if block_m >= 128 else 4,
         num_stages=3,
     )
 
@@ -49,7 +52,6 @@ def default_expand(workload: Workload) -> ExpandConfig:
     """Blocks for `h @ B.T`: narrower ones where few columns would leave processors idle."""
     block_m = _block_m(workload.tokens)
     if workload.item_size == 4:
-        # No tensor cores: every thread keeps whole rows of both factors in registers.
         block_m = min(block_m, 64)
         return ExpandConfig(
             block_m=block_m,
@@ -65,17 +67,18 @@ def default_expand(workload: Workload) -> ExpandConfig:
         # Long batches are read once, so the widest block; short ones rather have more programs
         # at a time on a processor, and a high rank takes two steps.
         block_r=min(64 if block_m >= 64 else 32, _block_r(workload.max_rank)),
-        num_warps=8 if block_m >= 64 else 4,
+        num_warps=8 if block_m >= 32 else 4,
         num_stages=2,
     )
 
 
 def invariant_shrink(workload: Workload) -> ShrinkConfig:
     """Blocks that depend on the weights only, so that a row's sum is cut the same everywhere."""
+    wide = workload.item_size == 4
     return ShrinkConfig(
-        block_m=64,
-        block_r=_block_r(workload.max_rank),
-        block_k=64 * 2 // max(2, workload.item_size),
+        block_m=32 if wide else 64,
+        block_r=min(32 if wide else 64, _block_r(workload.max_rank)),
+        block_k=32 if wide else 64,
         split_k=max(1, min(8, power_of_two_down(workload.width // 1024))),
         num_warps=4,
         num_stages=3,

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 
 import torch
+
 from multilora_kernels.native.compiler import NativeUnavailableError, load_library
 from multilora_kernels.plan import PlanLayout
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from triton.runtime.interpreter import InterpretedFunction
+
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import expand_kernel
 from multilora_kernels.triton.launch import device_facts
 from multilora_kernels.triton.product import expand_launch, shrink_launch
-from triton.runtime.interpreter import InterpretedFunction
 
 INTERPRETED = isinstance(expand_kernel, InterpretedFunction)
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this was imported."""

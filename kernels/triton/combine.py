@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.launch import DeviceFacts, Launch, lanes, launch_options
 from multilora_kernels.triton.tiles import base_rows, count_parts, load_part, load_tokens, round_up

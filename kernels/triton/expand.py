@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.launch import (
@@ -149,9 +150,6 @@ def expand_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (column blocks of all slices, lanes); a lane does every lanes-th unit of work."""
-    if PDL:
-        # Returns when every program of the first half has ended and its stores are visible.
-        tl.extra.cuda.gdc_wait()
     # Which slice this program's column block lies in, and where the slice begins in y.
     block = tl.program_id(0)
     slice_id = block * 0
@@ -204,6 +202,7 @@ def expand_kernel(
                         BLOCK_N,
                         BLOCK_R,
                         BLOCK_R >> halvings,
+                        PDL,
                     )
         elif OVERWRITE:
             _store_zeros(y, y_row, plan, start, rows, tokens, inside, BLOCK_M, BLOCK_N)
@@ -215,6 +214,10 @@ def expand_kernel(
             _store_zeros(
                 y, y_row, plan, first + done, count - done, tokens, inside, BLOCK_M, BLOCK_N
             )
+    if PDL:
+        # Programs without work wait too: a kernel launched next waits for this one only, and
+        # must find the first half ended as well.
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -236,6 +239,7 @@ def _expand_block(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`y += sum(planes)[:, :rank] @ b[:, :rank].T`, if BLOCK is the one for this rank."""
     HALF: tl.constexpr = BLOCK // 2 if BLOCK > _MIN_BLOCK else 0
@@ -259,6 +263,7 @@ def _expand_block(
             SPLIT_K,
             BLOCK,
             OUT,
+            PDL,
         )
         if (R > BLOCK_R) & (BLOCK == BLOCK_R):
             for first in range(BLOCK, rank, BLOCK):
@@ -278,6 +283,7 @@ def _expand_block(
                     SPLIT_K,
                     BLOCK,
                     OUT,
+                    False,  # the first block has waited
                 )
         mask = live[:, None] & inside[None, :]
         if not OVERWRITE:
@@ -302,9 +308,17 @@ def _add_product(
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
     OUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`product + sum(planes)[:, first:first + BLOCK] @ b[:, first:first + BLOCK].T`."""
     r = first + tl.arange(0, BLOCK)
+    b_block = b[None, :] + r[:, None] * b_column
+    b_mask = inside[None, :] & (r < round_up(rank, GRAIN))[:, None]
+    weights = tl.load(b_block, mask=b_mask, other=0.0)
+    if PDL:
+        # Returns when the first half has ended and its stores are visible. All that came before,
+        # the weights included, was loaded while it still ran.
+        tl.extra.cuda.gdc_wait()
     h_block = h[:, None] + r[None, :]
     h_mask = live[:, None] & (r < round_up(rank, 4 if R % 4 == 0 else 1))[None, :]
     total = tl.load(h_block, mask=h_mask, other=0.0).to(tl.float32)
@@ -312,9 +326,6 @@ def _add_product(
     for _ in tl.range(1, SPLIT_K, num_stages=1):
         h_block += tokens.to(tl.int64) * (SLICES * R)
         total += tl.load(h_block, mask=h_mask, other=0.0)
-    b_block = b[None, :] + r[:, None] * b_column
-    b_mask = inside[None, :] & (r < round_up(rank, GRAIN))[:, None]
-    weights = tl.load(b_block, mask=b_mask, other=0.0)
     # Past the rank lies whatever the memory held, even NaN: both factors must be zero there.
     total = tl.where(r[None, :] < rank, total, 0.0)
     weights = tl.where(r[:, None] < rank, weights, 0.0)

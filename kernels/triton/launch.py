@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
 from multilora_kernels.configs.model import MIN_BLOCK, power_of_two_up
 from multilora_kernels.plan import PlanLayout
 

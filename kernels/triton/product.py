@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from multilora_kernels.configs import Workload, choose_expand, choose_shrink
 from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.plan import PlanLayout

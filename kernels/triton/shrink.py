@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+
 from multilora_kernels.configs import MIN_BLOCK, ShrinkConfig
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.launch import (

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from multilora_kernels.plan import HEADER_INTS, PLAN_LONGEST, PLAN_ROWS, PLAN_TILES, PLAN_TOKENS
 
 _HEADER_INTS = tl.constexpr(HEADER_INTS)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
 from multilora_kernels import BatchPlan, reference
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from multilora_kernels import lora_linear
 
 from .problems import make_problem

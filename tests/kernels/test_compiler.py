@@ -1,6 +1,7 @@
 """Building the C kernels: cached, and every failure says what to do."""
 
 import pytest
+
 from multilora_kernels import NativeUnavailableError
 from multilora_kernels.native import compiler
 

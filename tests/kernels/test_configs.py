@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+
 from multilora_kernels.configs import (
     ConfigTableError,
     ExpandConfig,

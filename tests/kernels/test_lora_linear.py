@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from multilora_kernels import lora_expand, lora_linear, lora_shrink, native, reference
 
 from .problems import make_problem

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from multilora_kernels import BatchPlan, PlanLayout
 from multilora_kernels.plan import PLAN_LONGEST
 

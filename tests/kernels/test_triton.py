@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
+
 from multilora_kernels import (
     BatchPlan,
     PlanLayout,
@@ -21,7 +23,6 @@ from multilora_kernels import triton as backend
 from multilora_kernels.configs import default_expand, default_shrink
 from multilora_kernels.configs.model import Workload
 from multilora_kernels.triton.launch import Launch
-from triton.runtime import interpreter
 
 from .problems import Problem, make_problem
 from .tolerances import assert_close

@@ -16,9 +16,11 @@ pytestmark = pytest.mark.serving
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 NEW_TOKENS = 24
 BFLOAT16_TOKENS = 6
-# Both sides round every layer's output to 8 bits, at other places: over the five likeliest tokens
-# of the steps before the first near tie, differences seen are below 0.15.
+# Both sides round every layer's output and the logits to 8 bits, at other places; logits between 16
+# and 32 are then 0.125 apart. So the likeliest tokens are compared, those of at least 1 %.
 BFLOAT16_LOGPROB_ATOL = 0.3
+COMPARED_LOGPROB = -4.6
+
 SETTINGS = {
     "skip_tokenizer_init": False,
     "max_loras": 4,
@@ -115,14 +117,12 @@ def test_in_bfloat16_log_probabilities_agree():
     with running_engine(expected.base, **SETTINGS | {"dtype": "bfloat16"}) as llm:
         outputs = answer(llm, expected, expected.cases, new_tokens=BFLOAT16_TOKENS)
     for output, case in zip(outputs, expected.cases, strict=True):
-        compared = 0
-        for step, (found, top) in enumerate(
-            zip(output.outputs[0].logprobs, case.expected.top, strict=True)
-        ):
-            ranked = sorted((entry.logprob for entry in found.values()), reverse=True)[: len(top)]
-            assert ranked == pytest.approx(list(top.values()), abs=BFLOAT16_LOGPROB_ATOL)
-            compared += 1
-            if output.outputs[0].token_ids[step] != case.expected.tokens[step]:
+        tokens = output.outputs[0].token_ids
+        for step, found in enumerate(output.outputs[0].logprobs):
+            ranked = sorted((entry.logprob for entry in found.values()), reverse=True)
+            likely = [p for p in case.expected.top[step].values() if p >= COMPARED_LOGPROB]
+            assert ranked[: len(likely)] == pytest.approx(likely, abs=BFLOAT16_LOGPROB_ATOL)
+            if tokens[step] != case.expected.tokens[step]:
+                # A near tie fell the other way; from here on the two continue other prompts.
                 assert case.expected.margins[step] < BFLOAT16_LOGPROB_ATOL
-                break  # from here on the two answer different prompts
-        assert compared
+                break

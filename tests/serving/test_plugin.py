@@ -45,8 +45,8 @@ def vllm_version(tmp_path, monkeypatch):
         pytest.param(None, {}, {"enable_lora": False}, None, id="lora-off"),
         pytest.param(None, {"enabled": False}, {}, STOCK, id="switched-off"),
         pytest.param(None, {"backend": "vllm"}, {}, STOCK, id="vllms-kernels"),
-        pytest.param("0.99.0", {}, {}, STOCK, id="unsupported-vllm"),
-        pytest.param("0.99.0", {"enabled": True}, {}, OURS, id="unsupported-vllm-forced"),
+        pytest.param("0.99.0+cpu", {}, {}, STOCK, id="unsupported-vllm"),
+        pytest.param("0.99.0+cpu", {"enabled": True}, {}, OURS, id="unsupported-vllm-forced"),
     ],
 )
 def test_the_plugin_acts_when_it_should(

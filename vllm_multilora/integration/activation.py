@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from multilora_kernels import resolve_backend
-
 from vllm_multilora import __version__
 from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
 from vllm_multilora.integration.version import SUPPORTED_TEXT, installed_version, is_supported

@@ -7,9 +7,9 @@ import os
 from importlib.metadata import entry_points, version
 
 import torch
+
 from multilora_kernels import NativeUnavailableError
 from multilora_kernels.native import load_library
-
 from vllm_multilora import __version__
 from vllm_multilora.integration.version import SUPPORTED_TEXT, installed_version, is_supported
 

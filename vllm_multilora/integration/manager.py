@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from multilora_kernels import column_major
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     ClassificationHeadWithLoRA,
@@ -23,6 +22,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from multilora_kernels import column_major
 from vllm_multilora.integration.mapping import BatchMapping
 from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
 

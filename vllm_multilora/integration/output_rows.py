@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from multilora_kernels import BatchPlan, PlanLayout
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
 from multilora_kernels import (
     BatchPlan,
     PlanLayout,
@@ -21,8 +23,6 @@ from multilora_kernels import (
     lora_linear,
     lora_shrink,
 )
-from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
-
 from vllm_multilora.integration.mapping import BatchMapping
 from vllm_multilora.integration.output_rows import OutputRows
 
