@@ -43,7 +43,7 @@ test: lint $(STAMP) ## all tests, the ones with real vLLM included
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP) ## tests without vLLM engines: under two minutes
-	$(BIN)/python -m pytest -m "not serving"
+	$(BIN)/python -m pytest -m "not serving and not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

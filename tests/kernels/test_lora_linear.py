@@ -79,7 +79,7 @@ def test_any_rank_up_to_the_maximum(rank, backend):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_mapping_ranks_and_shapes(backend, data):
     slots = data.draw(st.integers(1, 6), "slots")

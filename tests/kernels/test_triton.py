@@ -259,6 +259,7 @@ def test_offsets_past_2_to_the_31_elements():
     assert_close(y.contiguous(), expected, magnitude)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [40, 1100])
 def test_two_runs_give_the_same_bits(k):
     problem = problem_here(ZIPF, widths=(40, 16), k=k, dtype=torch.bfloat16)
@@ -281,6 +282,7 @@ def _dot_by_columns(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_dot_by_columns")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_invariant_results_do_not_depend_on_the_batch(dtype):

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # compiles for three architectures
+
 # One short and one long batch in model dtype, as most steps are, and the two special cases.
 CASES = ["qkv decode, R 64", "qkv prefill, R 64, T 8192", "qkv invariant"]
 
