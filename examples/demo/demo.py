@@ -4,7 +4,8 @@
 
 Builds the base model on first use, starts `vllm serve` with the plugin, sends every customer's
 question at the same time, and shows each answer beside its adapter. Then the same through
-`LLM(...)`, and a short comparison of throughput: base model, plugin, stock vLLM.
+`LLM(...)` (`offline.py`), and a short comparison of throughput: base model, plugin, stock vLLM.
+All engines start at once, since starting is most of the demo's time.
 """
 
 import json
@@ -16,10 +17,11 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -28,45 +30,32 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import httpx
 from base_model import build_base_model
-from prompts import CUSTOMERS, Customer
+from prompts import (
+    ADAPTED,
+    ADAPTERS,
+    COMPARED_REQUESTS,
+    COMPARED_TOKENS,
+    CUSTOMERS,
+    MAX_LORA_RANK,
+    NEW_TOKENS,
+    Customer,
+)
 
-ADAPTERS = Path(__file__).with_name("adapters")
-ADAPTED = [customer for customer in CUSTOMERS if customer.adapter]
-MAX_LORA_RANK = 32
-NEW_TOKENS = 48
 START_LIMIT_S = 300
-# The comparison is short: stock's CPU kernels take many times as long as the rest together.
-COMPARED_REQUESTS, COMPARED_TOKENS = 8, 12
+STOP_LIMIT_S = 30
 
-
-_screen = os.fdopen(os.dup(1), "w")
+Offline = Callable[[str], Any]
+"""Sends a command to an engine of `offline.py` and returns its reply."""
 
 
 def say(text: str) -> None:
     """Prints a line of progress at once."""
-    print(text, file=_screen, flush=True)
-
-
-@contextmanager
-def quiet_engines() -> Iterator[None]:
-    """Sends what engines and their worker processes print to a log file instead of the screen."""
-    with tempfile.NamedTemporaryFile("w", suffix=".log", delete=False) as log:
-        say(f"  (the engines' own output: {log.name})")
-        sys.stdout.flush()
-        saved = os.dup(1), os.dup(2)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
+    print(text, flush=True)
 
 
 def heading(text: str) -> None:
     """Prints a heading."""
-    say(f"\n\033[1m{text}\033[0m" if _screen.isatty() else f"\n{text}")
+    say(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}")
 
 
 def show(customer: Customer, answer: str) -> bool:
@@ -78,9 +67,44 @@ def show(customer: Customer, answer: str) -> bool:
     return customer.marker is None or customer.marker in answer
 
 
+def show_all(answers: list[str]) -> bool:
+    """Prints all answers; returns whether every one shows its adapter's style."""
+    shown = [show(c, a) for c, a in zip(CUSTOMERS, answers, strict=True)]
+    return all(shown)
+
+
 @contextmanager
-def server(model: Path) -> Iterator[str]:
-    """Runs `vllm serve` with the plugin; yields its URL and stops it by its own process group."""
+def process(name: str, command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """Runs a command whose output goes to a log file; stops it by its own process group."""
+    with tempfile.NamedTemporaryFile("w", prefix=f"{name}-", suffix=".log", delete=False) as log:
+        running = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options
+        )
+    running.log = Path(log.name)
+    try:
+        yield running
+    finally:
+        # A server ends on a signal, an offline engine when its input does.
+        if running.stdin:
+            running.stdin.close()
+        else:
+            os.killpg(running.pid, signal.SIGTERM)
+        try:
+            running.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+
+
+def fail_with_log(name: str, running: subprocess.Popen) -> None:
+    """Ends the demo with the end of a process's log."""
+    tail = "\n".join(running.log.read_text().splitlines()[-30:])
+    raise SystemExit(f"{name} did not start or died; {running.log} ends with:\n{tail}")
+
+
+@contextmanager
+def server(model: Path) -> Iterator[Callable[[], str]]:
+    """Starts `vllm serve` with the plugin; yields a function that waits and returns its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -96,37 +120,66 @@ def server(model: Path) -> Iterator[str]:
         *("--lora-modules", *modules),
     ]
     say("  $ vllm serve " + " ".join(command[4:14]) + " --enable-lora ...")
-    with tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False) as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
     url = f"http://127.0.0.1:{port}"
-    try:
-        begin = time.monotonic()
-        next_word = begin + 10
-        while True:
-            if process.poll() is not None or time.monotonic() - begin > START_LIMIT_S:
-                tail = "\n".join(Path(log.name).read_text().splitlines()[-30:])
-                raise SystemExit(f"vllm serve did not start; {log.name} ends with:\n{tail}")
-            try:
-                if httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            if time.monotonic() > next_word:
-                say(f"  ... starting, {time.monotonic() - begin:.0f} s")
-                next_word += 10
-            time.sleep(0.5)
-        say(f"  ready after {time.monotonic() - begin:.0f} s at {url}")
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        say("  server stopped")
+    begin = time.monotonic()
+    with process("vllm-serve", command) as running:
+
+        def wait() -> str:
+            next_word = begin + 10
+            while True:
+                if running.poll() is not None or time.monotonic() - begin > START_LIMIT_S:
+                    fail_with_log("vllm serve", running)
+                try:
+                    if httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                if time.monotonic() > next_word:
+                    say(f"  ... starting, {time.monotonic() - begin:.0f} s")
+                    next_word += 10
+                time.sleep(0.5)
+            say(f"  ready after {time.monotonic() - begin:.0f} s at {url}")
+            return url
+
+        yield wait
+    say("  server stopped")
+
+
+@contextmanager
+def offline_engine(backend: str) -> Iterator[Offline]:
+    """Starts an engine of `offline.py` and yields the function that commands it."""
+    read_end, write_end = os.pipe()
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("offline.py")),
+        backend,
+        str(write_end),
+    ]
+    with (
+        os.fdopen(read_end) as replies,
+        process(
+            f"llm-{backend}", command, stdin=subprocess.PIPE, text=True, pass_fds=(write_end,)
+        ) as running,
+    ):
+        os.close(write_end)
+        is_ready = False
+
+        def receive() -> Any:
+            line = replies.readline()
+            if not line:
+                fail_with_log(f"offline.py {backend}", running)
+            return json.loads(line)
+
+        def ask(instruction: str) -> Any:
+            nonlocal is_ready
+            if not is_ready:
+                assert receive() == "ready"
+                is_ready = True
+            running.stdin.write(json.dumps(instruction) + "\n")
+            running.stdin.flush()
+            return receive()
+
+        yield ask
 
 
 def ask_over_http(url: str, customer: Customer) -> str:
@@ -146,80 +199,26 @@ def ask_over_http(url: str, customer: Customer) -> str:
     return response.json()["choices"][0]["message"]["content"].strip()
 
 
-def demo_http(model: Path) -> bool:
+def demo_http(url: str) -> bool:
     """All customers at once over HTTP; returns whether every answer shows its adapter."""
-    with server(model) as url:
-        begin = time.monotonic()
-        with ThreadPoolExecutor(len(CUSTOMERS)) as pool:
-            answers = list(pool.map(lambda customer: ask_over_http(url, customer), CUSTOMERS))
-        say(f"  {len(answers)} concurrent requests answered in {time.monotonic() - begin:.1f} s")
-        shown = [show(c, a) for c, a in zip(CUSTOMERS, answers, strict=True)]
-        return all(shown)
+    begin = time.monotonic()
+    with ThreadPoolExecutor(len(CUSTOMERS)) as pool:
+        answers = list(pool.map(lambda customer: ask_over_http(url, customer), CUSTOMERS))
+    say(f"  {len(answers)} concurrent requests answered in {time.monotonic() - begin:.1f} s")
+    return show_all(answers)
 
 
-def demo_offline(model: Path) -> bool:
-    """The same batch through `LLM(...)`, then a comparison of throughput."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    requests = {
-        c.adapter: LoRARequest(str(c.adapter), i, str(ADAPTERS / str(c.adapter)))
-        for i, c in enumerate(ADAPTED, start=1)
-    }
-
-    def start(backend: str) -> LLM:
-        return LLM(
-            str(model),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            max_num_seqs=16,
-            enable_prefix_caching=False,
-            enable_lora=True,
-            max_loras=len(ADAPTED),
-            max_lora_rank=MAX_LORA_RANK,
-            additional_config={"multilora": {"backend": backend}},
-        )
-
-    say("  starting the engine ...")
-    engine = start("auto")
-    outputs = engine.chat(
-        [[{"role": "user", "content": customer.prompt}] for customer in CUSTOMERS],
-        SamplingParams(temperature=0, max_tokens=NEW_TOKENS),
-        lora_request=[requests.get(customer.adapter) for customer in CUSTOMERS],
-        use_tqdm=False,
+def compare_throughput(plugin: Offline, stock: Offline) -> None:
+    """Prints how long the same small batch takes for the base model, the plugin and stock vLLM."""
+    heading(f"4. Throughput of {COMPARED_REQUESTS} requests over {len(ADAPTED)} adapters")
+    rows = (
+        ("base model alone", plugin("base")),
+        ("plugin, mixed adapters", plugin("adapters")),
+        ("stock vLLM, mixed adapters", stock("adapters")),
     )
-    answers = [output.outputs[0].text.strip() for output in outputs]
-    shown = [show(c, a) for c, a in zip(CUSTOMERS, answers, strict=True)]
-
-    heading(f"Throughput of {COMPARED_REQUESTS} requests over {len(ADAPTED)} adapters")
-
-    def seconds(engine: LLM, adapters: bool) -> float:
-        begin = time.perf_counter()
-        engine.generate(
-            [{"prompt_token_ids": list(range(1000, 1064))}] * COMPARED_REQUESTS,
-            SamplingParams(temperature=0, max_tokens=COMPARED_TOKENS, ignore_eos=True),
-            lora_request=[
-                requests[ADAPTED[i % len(ADAPTED)].adapter] if adapters else None
-                for i in range(COMPARED_REQUESTS)
-            ],
-            use_tqdm=False,
-        )
-        return time.perf_counter() - begin
-
-    rows = [
-        ("base model alone", seconds(engine, False)),
-        ("plugin, mixed adapters", seconds(engine, True)),
-    ]
-    engine.llm_engine.engine_core.shutdown(timeout=30)
-    say("  starting the same engine with vLLM's own kernels ...")
-    stock = start("vllm")
-    rows.append(("stock vLLM, mixed adapters", seconds(stock, True)))
-    stock.llm_engine.engine_core.shutdown(timeout=30)
-    for label, time_taken in rows:
-        rate = COMPARED_REQUESTS * COMPARED_TOKENS / time_taken
-        say(f"  {label:28} {time_taken:7.2f} s  {rate:7.1f} tokens/s")
-    return all(shown)
+    for label, seconds in rows:
+        rate = COMPARED_REQUESTS * COMPARED_TOKENS / seconds
+        say(f"  {label:28} {seconds:7.2f} s  {rate:7.1f} tokens/s")
 
 
 def main() -> int:
@@ -229,10 +228,13 @@ def main() -> int:
     model = build_base_model()
     say(f"  {model}")
     heading("2. Four customers and the base model in one batch, over HTTP")
-    over_http = demo_http(model)
-    heading("3. The same through LLM(...)")
-    with quiet_engines():
-        offline = demo_offline(model)
+    with ExitStack() as engines:
+        plugin, stock = (engines.enter_context(offline_engine(b)) for b in ("auto", "vllm"))
+        with server(model) as wait:
+            over_http = demo_http(wait())
+        heading("3. The same through LLM(...)")
+        offline = show_all(plugin("answers"))
+        compare_throughput(plugin, stock)
     heading("Done." if over_http and offline else "An answer does not show its adapter's style.")
     return 0 if over_http and offline else 1
 

@@ -4,6 +4,7 @@ No question occurs in the adapters' training data, so the answers show what the 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,10 @@ CUSTOMERS: tuple[Customer, ...] = (
         prompt="What is gravity? Answer in one sentence.",
     ),
 )
+
+ADAPTERS = Path(__file__).with_name("adapters")
+ADAPTED = [customer for customer in CUSTOMERS if customer.adapter]
+MAX_LORA_RANK = 32
+NEW_TOKENS = 48
+# The comparison is short: stock's CPU kernels take many times as long as the rest together.
+COMPARED_REQUESTS, COMPARED_TOKENS = 8, 12
