@@ -19,6 +19,7 @@ from multilora_kernels.api import (
 )
 from multilora_kernels.native.compiler import NativeUnavailableError
 from multilora_kernels.plan import BatchPlan, PlanLayout
+from multilora_kernels.scatter import SlotTable
 from multilora_kernels.triton_availability import TritonUnavailableError
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "NativeUnavailableError",
     "PlanLayout",
     "PreparedLinear",
+    "SlotTable",
     "TritonUnavailableError",
     "column_major",
     "lora_expand",

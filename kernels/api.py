@@ -7,6 +7,10 @@ Semantics, for tokens t with slot s(t) (-1: no adapter), slices i and r = ranks[
 `reference.py` is the same in loops. Under `torch.compile` every call is one opaque operator
 of the library `multilora`; outside it the backend is called directly, which saves the
 dispatcher's time on every layer of every step.
+
+A batch in which nobody has an adapter launches no kernel. That is decided on the host as a call
+runs, so a graph that is captured with such a batch may be replayed with such batches only; one
+captured with adapters replays with any batch.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from types import ModuleType
 import torch
 
 from multilora_kernels import native, torch_backend, triton_availability
-from multilora_kernels.plan import BatchPlan, PlanLayout
+from multilora_kernels.plan import HEADER_INTS, PLAN_ROWS, PLAN_TOKENS, BatchPlan, PlanLayout
 
 BACKENDS = ("auto", "native", "torch", "triton", "triton-invariant")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +115,7 @@ def lora_linear(
         lora_b,
         ranks,
         plan.buffer,
+        plan._host,
         *_fields(layout),
         scale,
         offset,
@@ -149,7 +154,7 @@ def lora_shrink(
     _check_activations(h=h[0], x=x)
     expected = (len(lora_a), x.size(0), lora_a[0].size(-2))
     _check(h.shape == expected, f"h must have shape {list(expected)}", h.shape)
-    _shrink(h, x, lora_a, ranks, plan.buffer, *_fields(layout), scale, backend)
+    _shrink(h, x, lora_a, ranks, plan.buffer, plan._host, *_fields(layout), scale, backend)
 
 
 def lora_expand(
@@ -184,7 +189,8 @@ def lora_expand(
     _check(h.size(0) == len(lora_b), f"h must have {len(lora_b)} slices", h.shape)
     width = offset + sum(b.size(-2) for b in lora_b)
     _check(y.size(1) >= width, f"y must have at least {width} columns", y.shape)
-    _expand(y, h, lora_b, ranks, plan.buffer, *_fields(layout), offset, add_inputs, backend)
+    shared = plan.buffer, plan._host, *_fields(layout)
+    _expand(y, h, lora_b, ranks, *shared, offset, add_inputs, backend)
 
 
 class PreparedLinear:
@@ -218,6 +224,7 @@ class PreparedLinear:
         self._columns = lora_a[0].size(-1)
         self._width = sum(b.size(-2) for b in lora_b)
         self._layout = layout
+        self._add_inputs = add_inputs
         if backend == "native":
             call = native.Call(
                 native.LINEAR, lora_a, lora_b, ranks, layout, scale=scale, overwrite=not add_inputs
@@ -244,7 +251,10 @@ class PreparedLinear:
                 f"{self._width}] and a plan of {self._layout}; found {list(x.shape)}, "
                 f"{list(y.shape)} and {plan.layout}"
             )
-        self._run(plan.buffer, x=x, y=y)
+        if plan.rows or not plan.tokens:
+            self._run(plan.buffer, x=x, y=y)
+        elif not self._add_inputs:
+            y[: plan.tokens, : self._width].zero_()
 
 
 def column_major(lora_b: torch.Tensor) -> torch.Tensor:
@@ -323,6 +333,16 @@ def _check_activations(**tensors: torch.Tensor) -> None:
         rows = tensor.size(0)
 
 
+def _tokens_without_adapter(plan: torch.Tensor) -> int:
+    """The batch's tokens if none of them has an adapter, else 0; of a plan on the host.
+
+    A plan that was never filled has no tokens. It counts as one with adapters: whoever captures
+    a graph before the first batch does not know yet what will come.
+    """
+    header = plan[:HEADER_INTS].tolist()
+    return 0 if header[PLAN_ROWS] else header[PLAN_TOKENS]
+
+
 def _fields(layout: PlanLayout) -> tuple[int, int, int]:
     return layout.max_tokens, layout.max_loras, layout.tile_rows
 
@@ -341,7 +361,8 @@ def _module(backend: str) -> ModuleType:
     return torch_backend
 
 
-# The operators. Tensor arguments, then the plan's layout as integers: schemas know no classes.
+# The operators. Tensor arguments, then the plan's layout as integers: schemas know no classes. The
+# plan comes twice, on the device and on the host: compiled code must not look into it.
 
 
 def _linear_op(
@@ -351,6 +372,7 @@ def _linear_op(
     lora_b: list[torch.Tensor],
     ranks: torch.Tensor,
     plan: torch.Tensor,
+    host_plan: torch.Tensor,
     max_tokens: int,
     max_loras: int,
     tile_rows: int,
@@ -359,6 +381,10 @@ def _linear_op(
     add_inputs: bool,
     backend: str,
 ) -> None:
+    if tokens := _tokens_without_adapter(host_plan):
+        if not add_inputs:
+            _zero_span(y, tokens, offset, lora_b)
+        return
     layout = _layout(max_tokens, max_loras, tile_rows)
     _module(backend).lora_linear(
         y, x, lora_a, lora_b, ranks, plan, layout, scale, offset, add_inputs
@@ -371,12 +397,16 @@ def _shrink_op(
     lora_a: list[torch.Tensor],
     ranks: torch.Tensor,
     plan: torch.Tensor,
+    host_plan: torch.Tensor,
     max_tokens: int,
     max_loras: int,
     tile_rows: int,
     scale: float,
     backend: str,
 ) -> None:
+    if tokens := _tokens_without_adapter(host_plan):
+        h[:, :tokens].zero_()
+        return
     layout = _layout(max_tokens, max_loras, tile_rows)
     _module(backend).lora_shrink(h, x, lora_a, ranks, plan, layout, scale)
 
@@ -387,6 +417,7 @@ def _expand_op(
     lora_b: list[torch.Tensor],
     ranks: torch.Tensor,
     plan: torch.Tensor,
+    host_plan: torch.Tensor,
     max_tokens: int,
     max_loras: int,
     tile_rows: int,
@@ -394,8 +425,16 @@ def _expand_op(
     add_inputs: bool,
     backend: str,
 ) -> None:
+    if tokens := _tokens_without_adapter(host_plan):
+        if not add_inputs:
+            _zero_span(y, tokens, offset, lora_b)
+        return
     layout = _layout(max_tokens, max_loras, tile_rows)
     _module(backend).lora_expand(y, h, lora_b, ranks, plan, layout, offset, add_inputs)
+
+
+def _zero_span(y: torch.Tensor, tokens: int, offset: int, lora_b: Sequence[torch.Tensor]) -> None:
+    y[:tokens, offset : offset + sum(b.size(-2) for b in lora_b)].zero_()
 
 
 _library = torch.library.Library("multilora", "DEF")

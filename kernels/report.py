@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton import INTERPRETED
 from multilora_kernels.triton.combine import prepare_combine
-from multilora_kernels.triton.launch import DeviceFacts, Launch
+from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch
 from multilora_kernels.triton.product import expand_launch, shrink_launch
 
 # Architecture: streaming multiprocessors, for the computed defaults (A100, H100, B200).
@@ -42,6 +42,8 @@ _LOAD = re.compile(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+) ")
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+|\d+)")
 _TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_FRAME = re.compile(r"\.local \.align \d+ \.b8\s+__local_depot\d+\[(\d+)\]")
+_LOCAL_ACCESS = re.compile(r"\b(?:ld|st|cvta)\S*\.local\b")
 
 
 @dataclass(frozen=True)
@@ -141,24 +143,13 @@ def launches(case: Case, architecture: int) -> Iterator[Launch]:
     ranks = empty(len(case.widths), slots, dtype=torch.int32)
     plan = empty(layout.size, dtype=torch.int32)
     x, y = empty(case.tokens, case.k), empty(case.tokens, sum(case.widths))
-    planes, launch = shrink_launch(x, lora_a, ranks, plan, layout, 1.0, case.batch_invariant, facts)
+    batch = Batch(ranks, plan, layout, facts, case.batch_invariant)
+    planes, launch = shrink_launch(x, lora_a, batch, 1.0)
     yield launch
-    yield expand_launch(
-        y,
-        planes,
-        lora_b,
-        ranks,
-        plan,
-        layout,
-        0,
-        True,
-        case.batch_invariant,
-        facts,
-        after_shrink=True,
-    )
+    yield expand_launch(y, planes, lora_b, batch, 0, True, after_shrink=True)
     if case.max_rank == 64 and len(case.widths) == 3 and case.tokens == 64:
         h = empty(*planes.shape[1:])
-        yield prepare_combine(h, planes, ranks, plan, layout, facts)
+        yield prepare_combine(h, planes, batch)
 
 
 def compile_launch(case: Case, launch: Launch, architecture: int) -> Compiled:
@@ -192,7 +183,7 @@ def compile_launch(case: Case, launch: Launch, architecture: int) -> Compiled:
         blocks=_blocks(launch),
         registers=registers,
         shared_bytes=compiled.metadata.shared,
-        spilled_bytes=stack,
+        spilled_bytes=stack - _untouched_frame(ptx),
         tensor_core=len(_TENSOR_CORE.findall(ptx)),
         pdl="griddepcontrol" in ptx,
         loads=dict(sorted(loads.items(), reverse=True)),
@@ -204,7 +195,8 @@ def _specialise(
 ) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Types, constants and alignments, as Triton finds them when the kernel is launched."""
     names = launch.kernel.arg_names
-    fixed = {p.name for p in launch.kernel.params if p.do_not_specialize}
+    params = launch.kernel.params
+    fixed = {p.name for p in params if p.do_not_specialize or p.do_not_specialize_on_alignment}
     signature: dict[str, Any] = dict.fromkeys(launch.constants, "constexpr")
     constants: dict[tuple[int, ...], Any] = {
         (names.index(name),): value for name, value in launch.constants.items()
@@ -216,7 +208,7 @@ def _specialise(
             return tuple(describe(v, (*path, i), special) for i, v in enumerate(value))
         if isinstance(value, float):
             return "fp32"
-        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
+        if special and (isinstance(value, torch.Tensor) or value % 16 == 0):
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
             return f"*{_TYPES[value.dtype]}"
@@ -228,6 +220,16 @@ def _specialise(
     for name, value in launch.arguments.items():
         signature[name] = describe(value, (names.index(name),), name not in fixed)
     return {name: signature[name] for name in names}, constants, attributes
+
+
+def _untouched_frame(ptx: str) -> int:
+    """Bytes of the stack that LLVM reserved and never touches: they are no spill.
+
+    It leaves a frame of one byte in some kernels, which the assembler makes 8.
+    """
+    if _LOCAL_ACCESS.search(ptx):
+        return 0
+    return sum(-(-int(size) // 8) * 8 for size in _FRAME.findall(ptx))
 
 
 def _blocks(launch: Launch) -> str:

@@ -25,7 +25,7 @@ def choose_shrink(workload: Workload, *, batch_invariant: bool = False) -> Shrin
         return invariant_shrink(workload)
     for entry in load_table(workload.architecture).shrink:
         if entry.matches(workload):
-            return entry.config
+            return entry.config or default_shrink(workload)
     return default_shrink(workload)
 
 
@@ -40,5 +40,5 @@ def choose_expand(workload: Workload, *, batch_invariant: bool = False) -> Expan
         return invariant_expand(workload)
     for entry in load_table(workload.architecture).expand:
         if entry.matches(workload):
-            return entry.config
+            return entry.config or default_expand(workload)
     return default_expand(workload)

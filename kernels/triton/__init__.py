@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import expand_kernel
-from multilora_kernels.triton.launch import device_facts
+from multilora_kernels.triton.launch import Batch, device_facts
 from multilora_kernels.triton.product import expand_launch, shrink_launch
 
 INTERPRETED = isinstance(expand_kernel, InterpretedFunction)
@@ -39,22 +39,10 @@ def lora_linear(
     """See `multilora_kernels.lora_linear`; arguments are valid."""
     if not x.size(0):
         return
-    facts = device_facts(x.device)
-    planes, launch = shrink_launch(x, lora_a, ranks, plan, layout, scale, batch_invariant, facts)
+    batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
+    planes, launch = shrink_launch(x, lora_a, batch, scale)
     launch.run()
-    expand_launch(
-        y,
-        planes,
-        lora_b,
-        ranks,
-        plan,
-        layout,
-        offset,
-        add_inputs,
-        batch_invariant,
-        facts,
-        after_shrink=True,
-    ).run()
+    expand_launch(y, planes, lora_b, batch, offset, add_inputs, after_shrink=True).run()
 
 
 def lora_shrink(
@@ -70,10 +58,10 @@ def lora_shrink(
     """See `multilora_kernels.lora_shrink`; arguments are valid."""
     if not x.size(0):
         return
-    facts = device_facts(x.device)
-    planes, launch = shrink_launch(x, lora_a, ranks, plan, layout, scale, batch_invariant, facts)
+    batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
+    planes, launch = shrink_launch(x, lora_a, batch, scale)
     launch.run()
-    prepare_combine(h, planes, ranks, plan, layout, facts).run()
+    prepare_combine(h, planes, batch).run()
 
 
 def lora_expand(
@@ -90,16 +78,6 @@ def lora_expand(
     """See `multilora_kernels.lora_expand`; arguments are valid. Copies h if not contiguous."""
     if not y.size(0):
         return
-    expand_launch(
-        y,
-        h.contiguous().unsqueeze(0),
-        lora_b,
-        ranks,
-        plan,
-        layout,
-        offset,
-        add_inputs,
-        batch_invariant,
-        device_facts(y.device),
-        after_shrink=False,
-    ).run()
+    batch = Batch(ranks, plan, layout, device_facts(y.device), batch_invariant)
+    planes = h.contiguous().unsqueeze(0)
+    expand_launch(y, planes, lora_b, batch, offset, add_inputs, after_shrink=False).run()

@@ -14,48 +14,31 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora_kernels.plan import PlanLayout
-from multilora_kernels.triton.launch import DeviceFacts, Launch, lanes, launch_options
+from multilora_kernels.triton.launch import Batch, Launch, launch_options
 from multilora_kernels.triton.tiles import base_rows, count_parts, load_part, load_tokens, round_up
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 16, 64, 4
 
 
-def prepare_combine(
-    h: torch.Tensor,
-    planes: torch.Tensor,
-    ranks: torch.Tensor,
-    plan: torch.Tensor,
-    layout: PlanLayout,
-    facts: DeviceFacts,
-) -> Launch:
+def prepare_combine(h: torch.Tensor, planes: torch.Tensor, batch: Batch) -> Launch:
     """The launch that writes h for every token of the plan, zeros past a token's rank.
 
     Args:
         h: of shape [slices, T, R], any of the three dtypes; overwritten.
         planes: what `shrink`, launched just before, returned.
-        ranks: As for `multilora_kernels.lora_shrink`.
-        plan: The plan's buffer.
-        layout: Its layout.
-        facts: The device.
+        batch: The batch.
     """
     split_k, slices, tokens, max_rank = planes.shape
     programs = slices * triton.cdiv(max_rank, BLOCK_N)
     return Launch(
         combine_kernel,
-        (programs, lanes(programs, tokens, layout, BLOCK_M, facts)),
+        (programs, batch.lanes(programs, tokens, BLOCK_M)),
         {
             "h": h,
             "planes": planes,
-            "ranks": ranks,
-            "plan": plan,
-            "tokens": tokens,
-            "tile_slot": layout.tile_slot.start,
-            "max_tiles": layout.max_tiles,
             "h_slice": h.stride(0),
             "h_row": h.stride(1),
-            "ranks_slice": ranks.stride(0),
-            "ranks_slot": ranks.stride(1),
+            **batch.arguments(tokens),
         },
         {
             "SLICES": slices,
@@ -63,13 +46,17 @@ def prepare_combine(
             "SPLIT_K": split_k,
             "BLOCK_M": BLOCK_M,
             "BLOCK_N": BLOCK_N,
-            "PDL": facts.pdl,
+            "PDL": batch.facts.pdl,
         },
-        launch_options(NUM_WARPS, 1, pdl=facts.pdl),
+        launch_options(NUM_WARPS, 1, pdl=batch.facts.pdl),
     )
 
 
-@triton.jit(do_not_specialize=["tokens", "tile_slot", "max_tiles", "h_slice"])
+@triton.jit(
+    do_not_specialize=["tokens", "tile_slot", "max_tiles", "h_slice"],
+    # A layer's ranks are some rows of a table: where they begin must not make another kernel.
+    do_not_specialize_on_alignment=["ranks"],
+)
 def combine_kernel(
     h,  # [slices, tokens, R]
     planes,  # float32 [SPLIT_K, slices, tokens, R]

@@ -18,14 +18,7 @@ import triton
 import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
-from multilora_kernels.plan import PlanLayout
-from multilora_kernels.triton.launch import (
-    DeviceFacts,
-    Launch,
-    lanes,
-    launch_options,
-    rows_per_program,
-)
+from multilora_kernels.triton.launch import Batch, Launch, launch_options
 from multilora_kernels.triton.tiles import (
     base_rows,
     count_parts,
@@ -42,13 +35,10 @@ def prepare_expand(
     y: torch.Tensor,
     planes: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
-    ranks: torch.Tensor,
-    plan: torch.Tensor,
-    layout: PlanLayout,
+    batch: Batch,
     offset: int,
     add_inputs: bool,
     config: ExpandConfig,
-    facts: DeviceFacts,
     *,
     after_shrink: bool,
 ) -> Launch:
@@ -59,37 +49,28 @@ def prepare_expand(
         planes: of shape [parts of K, slices, T, R], contiguous; its sum over the first dimension
             is what B is multiplied by.
         lora_b: As for `multilora_kernels.lora_expand`.
-        ranks: Likewise.
-        plan: The plan's buffer.
-        layout: Its layout.
+        batch: The batch.
         offset: First column of y.
         add_inputs: If False, overwrite.
         config: The blocks.
-        facts: The device.
         after_shrink: Whether `shrink` is what was launched just before, so that this launch may
             overlap with its end.
     """
     tokens = y.size(0)
-    block_m = rows_per_program(config.block_m, layout)
+    block_m = batch.rows_per_program(config.block_m)
     widths = tuple(b.size(-2) for b in lora_b)
     programs = sum(triton.cdiv(width, config.block_n) for width in widths)
-    pdl = facts.pdl and after_shrink
+    pdl = batch.facts.pdl and after_shrink
     return Launch(
         expand_kernel,
-        (programs, lanes(programs, tokens, layout, block_m, facts)),
+        (programs, batch.lanes(programs, tokens, block_m)),
         {
             "y": y,
             "planes": planes,
             "b_slices": tuple(lora_b),
-            "ranks": ranks,
-            "plan": plan,
-            "tokens": tokens,
-            "tile_slot": layout.tile_slot.start,
-            "max_tiles": layout.max_tiles,
             "offset": offset,
             "y_row": y.stride(0),
-            "ranks_slice": ranks.stride(0),
-            "ranks_slot": ranks.stride(1),
+            **batch.arguments(tokens),
         },
         {
             "B_SLOT": tuple(b.stride(0) for b in lora_b),
@@ -122,7 +103,11 @@ def grain(lora_b: Sequence[torch.Tensor], max_rank: int) -> int:
     return elements if aligned and max_rank % elements == 0 else 1
 
 
-@triton.jit(do_not_specialize=["tokens", "tile_slot", "max_tiles"])
+@triton.jit(
+    do_not_specialize=["tokens", "tile_slot", "max_tiles"],
+    # A layer's ranks are some rows of a table: where they begin must not make another kernel.
+    do_not_specialize_on_alignment=["ranks"],
+)
 def expand_kernel(
     y,  # [tokens, >= offset + sum(WIDTHS)]
     planes,  # [SPLIT_K, slices, tokens, R]

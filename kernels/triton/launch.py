@@ -56,6 +56,56 @@ class DeviceFacts:
     pdl: bool
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What every launch of one call reads beside its own tensors.
+
+    Attributes:
+        ranks: int32 [slices, slots], the true ranks.
+        plan: int32 [layout.size], the plan's buffer.
+        layout: Where the plan's parts lie.
+        facts: The device.
+        batch_invariant: Whether the blocks must not depend on the number of tokens.
+    """
+
+    ranks: torch.Tensor
+    plan: torch.Tensor
+    layout: PlanLayout
+    facts: DeviceFacts
+    batch_invariant: bool = False
+
+    def lanes(self, programs: int, tokens: int, block_m: int) -> int:
+        """How many programs share the tiles, for each of the `programs` of the first axis.
+
+        A function of shapes alone: a captured graph keeps it for whatever batch it replays. Any
+        number is correct, since a lane goes on to further tiles until none is left.
+
+        Args:
+            programs: The grid's first axis.
+            tokens: Rows of the activations.
+            block_m: Rows that a program takes at a time.
+        """
+        most_parts = tokens // block_m + min(self.layout.max_loras, tokens)
+        enough = -(-RESIDENT_PROGRAMS * self.facts.processors // programs)
+        return max(1, min(most_parts, enough, _MAX_LANES))
+
+    def rows_per_program(self, block_m: int) -> int:
+        """The configured block of tokens, but no longer than the plan's tiles can fill."""
+        return min(block_m, max(MIN_BLOCK, power_of_two_up(self.layout.tile_rows)))
+
+    def arguments(self, tokens: int) -> dict[str, Any]:
+        """The arguments that all kernels take, by name; `tokens` are rows of the activations."""
+        return {
+            "ranks": self.ranks,
+            "plan": self.plan,
+            "tokens": tokens,
+            "tile_slot": self.layout.tile_slot.start,
+            "max_tiles": self.layout.max_tiles,
+            "ranks_slice": self.ranks.stride(0),
+            "ranks_slot": self.ranks.stride(1),
+        }
+
+
 @lru_cache
 def device_facts(device: torch.device) -> DeviceFacts:
     """The facts of a CUDA or ROCm device, or of Triton's interpreter for `cpu`."""
@@ -67,29 +117,6 @@ def device_facts(device: torch.device) -> DeviceFacts:
         return DeviceFacts(architecture, properties.multi_processor_count, pdl=False)
     architecture = f"sm_{properties.major}{properties.minor}"
     return DeviceFacts(architecture, properties.multi_processor_count, pdl=properties.major >= 9)
-
-
-def rows_per_program(block_m: int, layout: PlanLayout) -> int:
-    """The configured block of tokens, but no longer than the plan's tiles can fill."""
-    return min(block_m, max(MIN_BLOCK, power_of_two_up(layout.tile_rows)))
-
-
-def lanes(programs: int, tokens: int, layout: PlanLayout, block_m: int, facts: DeviceFacts) -> int:
-    """How many programs share a batch's tiles, for each of the `programs` of the first axis.
-
-    A function of shapes alone: a captured graph keeps it for whatever batch it replays. Any
-    number is correct, since a lane goes on to further tiles until none is left.
-
-    Args:
-        programs: The grid's first axis.
-        tokens: Rows of the activations.
-        layout: The plan's layout.
-        block_m: Rows that a program takes at a time.
-        facts: The device.
-    """
-    most_parts = tokens // block_m + min(layout.max_loras, tokens)
-    enough = -(-RESIDENT_PROGRAMS * facts.processors // programs)
-    return max(1, min(most_parts, enough, _MAX_LANES))
 
 
 def launch_options(num_warps: int, num_stages: int, *, pdl: bool = False) -> dict[str, int]:

@@ -19,14 +19,7 @@ import triton
 import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ShrinkConfig
-from multilora_kernels.plan import PlanLayout
-from multilora_kernels.triton.launch import (
-    DeviceFacts,
-    Launch,
-    lanes,
-    launch_options,
-    rows_per_program,
-)
+from multilora_kernels.triton.launch import Batch, Launch, launch_options
 from multilora_kernels.triton.tiles import count_parts, dot, load_part, load_tokens
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
@@ -35,12 +28,9 @@ _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
 def prepare_shrink(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
-    ranks: torch.Tensor,
-    plan: torch.Tensor,
-    layout: PlanLayout,
+    batch: Batch,
     scale: float,
     config: ShrinkConfig,
-    facts: DeviceFacts,
 ) -> tuple[torch.Tensor, Launch]:
     """The launch for all slices, to be run, and the memory that it writes.
 
@@ -50,7 +40,7 @@ def prepare_shrink(
     """
     tokens, k = x.shape
     max_rank = lora_a[0].size(-2)
-    block_m = rows_per_program(config.block_m, layout)
+    block_m = batch.rows_per_program(config.block_m)
     # Parts of K are whole blocks, equally many for all parts but the last.
     blocks = triton.cdiv(k, config.block_k)
     chunk = triton.cdiv(blocks, min(config.split_k, blocks))
@@ -61,20 +51,14 @@ def prepare_shrink(
     programs = split_k * len(lora_a) * triton.cdiv(max_rank, config.block_r)
     launch = Launch(
         shrink_kernel,
-        (programs, lanes(programs, tokens, layout, block_m, facts)),
+        (programs, batch.lanes(programs, tokens, block_m)),
         {
             "planes": planes,
             "x": x,
             "a_slices": tuple(lora_a),
-            "ranks": ranks,
-            "plan": plan,
-            "tokens": tokens,
-            "tile_slot": layout.tile_slot.start,
-            "max_tiles": layout.max_tiles,
             "scale": scale,
             "x_row": x.stride(0),
-            "ranks_slice": ranks.stride(0),
-            "ranks_slot": ranks.stride(1),
+            **batch.arguments(tokens),
         },
         {
             "A_SLOT": tuple(a.stride(0) for a in lora_a),
@@ -86,14 +70,18 @@ def prepare_shrink(
             "BLOCK_K": config.block_k,
             "CHUNK": chunk * config.block_k,
             "SPLIT_K": split_k,
-            "PDL": facts.pdl,
+            "PDL": batch.facts.pdl,
         },
         launch_options(config.num_warps, config.num_stages),
     )
     return planes, launch
 
 
-@triton.jit(do_not_specialize=["tokens", "tile_slot", "max_tiles"])
+@triton.jit(
+    do_not_specialize=["tokens", "tile_slot", "max_tiles"],
+    # A layer's ranks are some rows of a table: where they begin must not make another kernel.
+    do_not_specialize_on_alignment=["ranks"],
+)
 def shrink_kernel(
     planes,  # float32 [SPLIT_K, slices, tokens, R]
     x,  # [tokens, K]

@@ -333,7 +333,8 @@ def test_a_step_with_new_plan_contents_is_the_same_launch(monkeypatch):
         problem.plan.update(np.array(token_slots))
         problem.token_slots = token_slots + [-1] * (48 - len(token_slots))
         assert_matches(run(problem), problem)
-        for (kernel, grid, arguments, *rest), expected in zip(launched, captured, strict=True):
+        repeated = captured if max(token_slots) >= 0 else []  # nobody has an adapter: no launch
+        for (kernel, grid, arguments, *rest), expected in zip(launched, repeated, strict=True):
             assert (kernel, grid, rest) == (expected[0], expected[1], list(expected[3:]))
             for name, value in arguments.items():
                 same = expected[2][name]

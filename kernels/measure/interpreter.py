@@ -1,0 +1,142 @@
+"""Kernels in Triton's interpreter, watched: every launch, program, load and store.
+
+The interpreter runs a kernel program by program in Python and reads and writes the tensors' own
+memory. All of that passes through one builder object, whose methods are wrapped here for as long
+as somebody watches. Written against Triton 3.6 to 3.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from triton.runtime import interpreter
+
+from multilora_kernels import triton as backend
+from multilora_kernels.triton.launch import DeviceFacts
+
+
+class Observer(Protocol):
+    """Gets to know what interpreted kernels do."""
+
+    def begin_launch(self, kernel: str, tensors: list[torch.Tensor]) -> None:
+        """A kernel is launched with these tensors among its arguments."""
+
+    def begin_program(self) -> None:
+        """The next program of the launch starts."""
+
+    def access(self, addresses: npt.NDArray[np.uint64], item_size: int, store: bool) -> None:
+        """The program loads or stores elements of `item_size` bytes at these addresses.
+
+        Lanes that are masked out are not among them, and an address that several lanes of the
+        same instruction ask for is there once, since hardware serves them together. An atomic
+        operation is a load and a store.
+        """
+
+    def end_launch(self) -> None:
+        """The launch is over."""
+
+
+@contextmanager
+def launched_as_on(facts: DeviceFacts) -> Iterator[None]:
+    """Meanwhile these kernels get the blocks and grids that they would get on that device."""
+    if facts.pdl:
+        raise ValueError("the interpreter has no programmatic dependent launch: pdl must be off")
+    original = backend.device_facts
+    vars(backend)["device_facts"] = lambda device: facts
+    try:
+        yield
+    finally:
+        vars(backend)["device_facts"] = original
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Tells the observer about every kernel that is launched meanwhile.
+
+    The observer is told before something happens, so that what it raises prevents it.
+    Launches are also about three times as fast as otherwise. Overflow checks, which compiled
+    kernels do not make either, are off, and a kernel's calls to other Triton functions do not
+    patch Triton's language anew.
+    """
+    builder, patch_language = interpreter.interpreter_builder, interpreter._patch_lang
+    run, options = interpreter.InterpretedFunction.run, builder.options
+    patched: dict[int, Any] = {}  # by module: its functions see the same language
+
+    def patch_language_once(function: Callable[..., Any]) -> Any:
+        module = id(function.__globals__)
+        if module not in patched:
+            patched[module] = patch_language(function)
+        return patched[module]
+
+    def observed_run(kernel: Any, *arguments: Any, **named: Any) -> Any:
+        patched.clear()
+        tensors = list(_tensors((*arguments, *named.values())))
+        observer.begin_launch(kernel.__name__, tensors)
+        try:
+            return run(kernel, *arguments, **named)
+        finally:
+            observer.end_launch()
+
+    wrapped = {
+        "set_grid_idx": _before(builder.set_grid_idx, lambda *_: observer.begin_program()),
+        "create_masked_load": _before(
+            builder.create_masked_load,
+            lambda pointers, mask, *_: _report(observer, pointers, mask, False),
+        ),
+        "create_masked_store": _before(
+            builder.create_masked_store,
+            lambda pointers, value, mask, *_: _report(observer, pointers, mask, True),
+        ),
+        "create_atomic_rmw": _before(
+            builder.create_atomic_rmw,
+            lambda op, pointers, value, mask, *_: _report(observer, pointers, mask, False, True),
+        ),
+        "create_atomic_cas": _before(
+            builder.create_atomic_cas,
+            lambda pointers, *_: _report(observer, pointers, None, False, True),
+        ),
+    }
+    try:
+        interpreter.InterpretedFunction.run = observed_run
+        interpreter._patch_lang = patch_language_once
+        builder.options = replace(options, sanitize_overflow=False)
+        vars(builder).update(wrapped)
+        yield
+    finally:
+        for name in wrapped:
+            vars(builder).pop(name, None)
+        builder.options = options
+        interpreter._patch_lang = patch_language
+        interpreter.InterpretedFunction.run = run
+
+
+def _before(method: Callable[..., Any], tell: Callable[..., None]) -> Callable[..., Any]:
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        tell(*arguments, *named.values())
+        return method(*arguments, **named)
+
+    return wrapper
+
+
+def _report(observer: Observer, pointers: Any, mask: Any, *stores: bool) -> None:
+    addresses = pointers.data
+    if mask is not None:
+        addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+    addresses = np.unique(addresses)
+    item_size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    for store in stores:
+        observer.access(addresses, item_size, store)
+
+
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple | list):
+            yield from _tensors(tuple(argument))

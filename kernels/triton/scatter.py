@@ -1,0 +1,91 @@
+"""Spreads a packed adapter, once it is in device memory, over a slot of every layer.
+
+Each program copies a share of one piece. The pieces' addresses come as a table of numbers in
+device memory, so that one launch reaches the tensors of all layers.
+"""
+
+# Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
+# ruff: noqa: N803
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+from multilora_kernels.triton.launch import Launch, launch_options
+
+_LANES = 16  # programs per piece: 448 pieces of an 8B Llama fill any card many times over
+_BLOCK = 1024  # units that a program copies at a time
+_UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_FIELDS = tl.constexpr(5)
+
+
+@triton.jit
+def scatter_kernel(buffer, pieces, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """Copies pieces of `buffer`, in units of its element type, to where the table says.
+
+    `pieces`, int64 [pieces, 5]: first unit in the buffer; address; rows; units of a row; units
+    from row to row at the address.
+    """
+    entry = pieces + tl.program_id(0) * _FIELDS
+    source = buffer + tl.load(entry)
+    target = tl.load(entry + 1).to(buffer.dtype)
+    rows = tl.load(entry + 2)
+    columns = tl.load(entry + 3)
+    stride = tl.load(entry + 4)
+    total = rows * columns
+    lane = tl.arange(0, BLOCK)
+    for start in range(tl.program_id(1) * BLOCK, total, LANES * BLOCK):
+        at = start + lane
+        live = at < total
+        values = tl.load(source + at, mask=live)
+        if stride == columns:
+            tl.store(target + at, values, mask=live)
+        else:
+            row = at // columns
+            tl.store(target + row * stride + (at - row * columns), values, mask=live)
+
+
+def scatter_launch(staged: torch.Tensor, pieces: npt.NDArray[np.void]) -> Launch:
+    """The launch that copies pieces of a buffer.
+
+    Args:
+        staged: The buffer, in the memory of the device that the pieces' addresses belong to.
+        pieces: [n] of `multilora_kernels.scatter.PIECE`, at least one.
+    """
+    table = pieces.view(np.int64).reshape(len(pieces), -1)
+    unit = _unit_bytes(pieces)
+    units = table.copy()
+    units[:, [0, 3, 4]] //= unit
+    arguments: dict[str, Any] = {
+        "buffer": _in_units(staged, unit),
+        "pieces": torch.from_numpy(units).to(staged.device),
+    }
+    return Launch(
+        scatter_kernel,
+        (len(pieces), _LANES),
+        arguments,
+        {"LANES": _LANES, "BLOCK": _BLOCK},
+        launch_options(num_warps=4, num_stages=1),
+    )
+
+
+def _unit_bytes(pieces: npt.NDArray[np.void]) -> int:
+    """The widest unit of which every row and address here is a multiple."""
+    bits = 0
+    for name in ("source", "target", "row_bytes", "stride"):
+        bits |= int(np.bitwise_or.reduce(pieces[name]))
+    return next(unit for unit in _UNITS if bits % unit == 0)
+
+
+def _in_units(staged: torch.Tensor, unit: int) -> torch.Tensor:
+    """The buffer as whole units; an odd rest at its end belongs to no piece."""
+    width = staged.element_size()
+    whole = staged.numel() * width // unit * unit // width
+    return staged[:whole].view(_UNITS[unit])

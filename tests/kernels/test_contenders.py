@@ -1,0 +1,57 @@
+"""Who may enter a comparison, and that whoever cannot is named with the reason."""
+
+from importlib.metadata import EntryPoint
+
+import torch
+
+from multilora_kernels.measure.agreement import TOLERANCES, Expected
+from multilora_kernels.measure.batches import BatchSpec, Layer, build
+from multilora_kernels.measure.contenders import (
+    ENTRY_POINT_GROUP,
+    ContenderUnavailableError,
+    Multilora,
+    load_contenders,
+)
+
+
+class Two:
+    @classmethod
+    def contenders(cls):
+        return Multilora("torch"), Multilora("native")
+
+
+class Unable:
+    @classmethod
+    def contenders(cls):
+        raise ContenderUnavailableError("needs another machine")
+
+
+def entry(name: str, value: str) -> EntryPoint:
+    return EntryPoint(name, value, ENTRY_POINT_GROUP)
+
+
+def test_a_package_enters_as_many_contenders_as_it_likes():
+    entered = load_contenders([entry("two", f"{__name__}:Two")])
+    assert [c.name for c in entered.contenders] == ["multilora (torch)", "multilora (native)"]
+    assert entered.left_out == ()
+
+
+def test_who_cannot_be_had_is_named_with_the_reason():
+    entries = [
+        entry("absent", "no_such_package:Contender"),
+        entry("renamed", f"{__name__}:Gone"),
+        entry("unable", f"{__name__}:Unable"),
+        entry("two", f"{__name__}:Two"),
+    ]
+    entered = load_contenders(entries)
+    assert len(entered.contenders) == 2
+    reasons = dict(entered.left_out)
+    assert "No module named 'no_such_package'" in reasons["absent"]
+    assert "Gone" in reasons["renamed"]
+    assert reasons["unable"] == "ContenderUnavailableError: needs another machine"
+
+
+def test_these_kernels_compute_the_batch():
+    batch = build(BatchSpec(Layer("small", 32, (48, 16)), tokens=9, max_loras=4))
+    error = Expected(batch).relative_error(Multilora("torch").prepare(batch))
+    assert error <= TOLERANCES[torch.bfloat16]
