@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_multilora import __version__
+from vllm_multilora.cache import simulate_command
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -30,6 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "would not act.",
     )
     doctor.set_defaults(run=_doctor)
+    simulate = commands.add_parser(
+        "simulate",
+        help="replay a trace against the adapter cache under every policy",
+        description="Says how often requests would have found their adapter in a slot or in host "
+        "memory, what was loaded, copied and evicted, and how far each policy is from the best "
+        "possible. The cache is the server's own code.",
+    )
+    simulate_command.add_arguments(simulate)
+    simulate.set_defaults(run=simulate_command.run)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 

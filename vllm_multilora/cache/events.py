@@ -1,0 +1,32 @@
+"""What happens in the cache, for those who count it: metrics and simulation."""
+
+from __future__ import annotations
+
+from vllm_multilora.cache.states import Tier
+
+
+class CacheEvents:
+    """Receives the cache's events; every method does nothing until overridden.
+
+    A look-up is counted when an adapter joins the running batch, not in each of its steps. Every
+    GPU miss is followed by one CPU hit (the host copy was there) or one CPU miss (it had to be
+    loaded for this use). Events come after the change that they tell of.
+    """
+
+    def hit(self, tier: Tier, adapter_id: int) -> None:
+        """The tier had the adapter when a step needed it."""
+
+    def miss(self, tier: Tier, adapter_id: int) -> None:
+        """The tier did not have the adapter when a step needed it."""
+
+    def loaded(self, adapter_id: int, size: int) -> None:
+        """The adapter entered the CPU tier from disk with `size` bytes."""
+
+    def load_failed(self, adapter_id: int, reason: str) -> None:
+        """Loading the adapter failed."""
+
+    def activated(self, adapter_id: int, slot: int, size: int) -> None:
+        """The adapter got a slot; `size` bytes are to be copied there."""
+
+    def evicted(self, tier: Tier, adapter_id: int) -> None:
+        """The adapter left the tier to make room; not told of unloading or lost weights."""

@@ -1,0 +1,127 @@
+"""Request traces from files: which adapter was asked for, in which order.
+
+A trace is CSV with a header line, or JSON lines. Columns or keys: `time` (a number in any unit,
+it orders the requests), `adapter` (its name) and, optionally, `bytes` (its size in host memory).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_multilora.errors import MultiLoRAError
+
+
+class TraceError(MultiLoRAError, ValueError):
+    """A trace or a table of sizes cannot be used; the message names file and line."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests in the order of their arrival.
+
+    Attributes:
+        requests: The adapter of each request.
+        sizes: Bytes of those adapters whose size the trace states.
+    """
+
+    requests: tuple[str, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The distinct adapters, in the order of their first requests."""
+        return tuple(dict.fromkeys(self.requests))
+
+
+def read_trace(path: Path) -> Trace:
+    """Reads a `.csv` or `.jsonl` trace; requests of the same time keep their order.
+
+    Raises:
+        TraceError: The file cannot be read, or a line is wrong.
+    """
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise TraceError(f"{path}: a trace must end in .csv, .jsonl or .ndjson")
+    arrivals: list[tuple[float, str]] = []
+    sizes: dict[str, int] = {}
+    try:
+        for line, row in reader(path):
+            where = f"{path}, line {line}"
+            arrivals.append((_time(row, where), _adapter(row, where)))
+            _note_size(row, arrivals[-1][1], sizes, where)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(f"{path}: cannot be read: {error}") from error
+    if not arrivals:
+        raise TraceError(f"{path}: holds no request")
+    arrivals.sort(key=lambda arrival: arrival[0])
+    return Trace(tuple(adapter for _, adapter in arrivals), sizes)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        lacking = [name for name in ("time", "adapter") if name not in (reader.fieldnames or ())]
+        if lacking:
+            found = ", ".join(reader.fieldnames or ()) or "nothing"
+            raise TraceError(
+                f"{path}, line 1: the header lacks {' and '.join(lacking)} (found: {found}; "
+                "expected: time, adapter and optionally bytes)"
+            )
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise TraceError(f"{path}, line {line}: no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise TraceError(f"{path}, line {line}: expected a JSON object, got {row!r}")
+            yield line, row
+
+
+def _time(row: Mapping[str, Any], where: str) -> float:
+    found = row.get("time")
+    try:
+        time = math.nan if found is None or isinstance(found, bool) else float(found)
+    except (TypeError, ValueError):
+        time = math.nan
+    if not math.isfinite(time):
+        raise TraceError(f"{where}: time must be a finite number, got {found!r}")
+    return time
+
+
+def _adapter(row: Mapping[str, Any], where: str) -> str:
+    found = row.get("adapter")
+    if not isinstance(found, str) or not found:
+        raise TraceError(f"{where}: adapter must be a name, got {found!r}")
+    return found
+
+
+def _note_size(row: Mapping[str, Any], adapter: str, sizes: dict[str, int], where: str) -> None:
+    found = row.get("bytes")
+    if found is None or found == "":
+        return
+    try:
+        size = 0 if isinstance(found, bool | float) else int(found)
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise TraceError(f"{where}: bytes must be a positive integer, got {found!r}")
+    if sizes.setdefault(adapter, size) != size:
+        raise TraceError(
+            f"{where}: adapter {adapter!r} has {size} bytes here and {sizes[adapter]} before; an "
+            "adapter has one size"
+        )
