@@ -2,7 +2,7 @@
 
 The wheel carries C source, not binaries: one wheel serves every platform, and the compiler
 may use all of the processor's vector instructions. The shared library is cached by a hash of
-the source, the compiler and the processor's features, so an update or another machine sharing
+the sources, the compiler and the processor's features, so an update or another machine sharing
 the home folder builds its own.
 """
 
@@ -24,6 +24,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("segment_gemm.c")
+MOVE_SOURCES = tuple(Path(__file__).with_name(name) for name in ("blocks.c", "scatter.c"))
+"""What moves adapters: from their files into host memory, and from there into slots."""
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
 _COMPILE_SECONDS = 120
 
@@ -60,6 +62,16 @@ def load_library() -> ctypes.PyDLL:
         ) from None
 
 
+@lru_cache(maxsize=1)
+def load_releasing_library() -> ctypes.CDLL:
+    """The same library through calls that release the GIL: for those of milliseconds.
+
+    Raises:
+        NativeUnavailableError: As for `load_library`.
+    """
+    return ctypes.CDLL(load_library()._name)
+
+
 def _make_openmp_visible() -> None:
     """Lets the library find PyTorch's own OpenMP runtime.
 
@@ -89,7 +101,7 @@ def _build() -> Path:
             "`apt-get install gcc`, to use the native CPU kernels"
         )
     command = compiler.split()
-    library = cache_dir() / f"segment_gemm-{_fingerprint(command)}.so"
+    library = cache_dir() / f"kernels-{_fingerprint(command)}.so"
     if library.exists():
         return library
     try:
@@ -103,13 +115,19 @@ def _build() -> Path:
     try:
         # Linking apart from compiling, so that -fopenmp adds no OpenMP runtime of its own.
         built = Path(build_dir) / library.name
-        _run([*command, *_FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", f"{built}.o"])
-        _run([*command, "-shared", f"{built}.o", "-o", str(built)])
+        objects = [str(Path(build_dir) / f"{source.stem}.o") for source in _sources()]
+        for source, compiled in zip(_sources(), objects, strict=True):
+            _run([*command, *_FLAGS, "-fopenmp", "-c", str(source), "-o", compiled])
+        _run([*command, "-shared", *objects, "-o", str(built)])
         built.replace(library)  # atomic: another process may be building the same one
         logger.info("Compiled the native CPU kernels with %s: %s", compiler, library)
     finally:
         shutil.rmtree(build_dir, ignore_errors=True)
     return library
+
+
+def _sources() -> tuple[Path, ...]:
+    return SOURCE, *MOVE_SOURCES
 
 
 def _run(command: list[str]) -> str:
@@ -129,7 +147,7 @@ def _run(command: list[str]) -> str:
 
 def _fingerprint(command: list[str]) -> str:
     version = _run([*command, "--version"])
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _sources()))
     for part in (" ".join(command), version, " ".join(_FLAGS), platform.machine(), _cpu_features()):
         digest.update(part.encode())
     return digest.hexdigest()[:16]

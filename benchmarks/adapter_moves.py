@@ -1,0 +1,295 @@
+"""Time to load an adapter from disk and to put it into a slot: this plugin against stock vLLM.
+
+    python benchmarks/adapter_moves.py [--rank 16] [--rounds 9] [--dtype bfloat16]
+
+The adapter covers every projection of an 8B Llama: 32 layers, hidden 4096, 1024 for keys and
+values, 14336 in the MLP. Stock is vLLM's own code: `PEFTHelper.from_local_dir`,
+`LoRAModel.from_local_checkpoint` and the manager's merge for loading, `set_lora` of its real
+layers for activation. Their base weights have no memory; their slots do.
+
+Both sides run in one process, in turn, and each round gives one ratio; medians count. The file is
+in the page cache. Stock maps the file and leaves the reading of lora_a to the first activation, so
+"load and first activation" is what a request waits for an adapter that is on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from safetensors.torch import save_file
+
+from multilora_kernels import column_major
+from multilora_kernels.scatter import SlotTable
+from vllm_multilora.adapters import (
+    AdapterCheckpoint,
+    ModelLayout,
+    PackedAdapter,
+    SliceLayout,
+    pack,
+)
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD, MLP = 32, 4096, 32, 8, 128, 14336
+SLOTS = 2
+PROJECTIONS = {
+    "self_attn.q_proj": (HIDDEN, HEADS * HEAD),
+    "self_attn.k_proj": (HIDDEN, KV_HEADS * HEAD),
+    "self_attn.v_proj": (HIDDEN, KV_HEADS * HEAD),
+    "self_attn.o_proj": (HEADS * HEAD, HIDDEN),
+    "mlp.gate_proj": (HIDDEN, MLP),
+    "mlp.up_proj": (HIDDEN, MLP),
+    "mlp.down_proj": (MLP, HIDDEN),
+}
+PACKED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": (),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": (),
+}
+
+
+def write_adapter(folder: Path, rank: int, dtype: torch.dtype) -> int:
+    """Writes an adapter as PEFT does; returns the bytes of its tensors."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, (inputs, outputs) in PROJECTIONS.items():
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            for part, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                values = torch.rand(shape, generator=generator).sub_(0.5)
+                tensors[f"{module}.lora_{part}.weight"] = values.to(dtype)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 24,  # a scaling of 1 would spare both sides a multiplication
+        "target_modules": sorted(name.rpartition(".")[2] for name in PROJECTIONS),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+class Stock:
+    """vLLM's way, over its own layers."""
+
+    def __init__(self, folder: Path, max_rank: int) -> None:
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.config.lora import LoRAConfig
+        from vllm.distributed import (
+            ensure_model_parallel_initialized,
+            init_distributed_environment,
+        )
+        from vllm.lora.model_manager import LoRAModelManager
+
+        self._folder = folder
+        self._config = LoRAConfig(
+            max_lora_rank=max_rank, max_loras=SLOTS, lora_dtype=torch.bfloat16
+        )
+        with set_current_vllm_config(VllmConfig()):
+            if not torch.distributed.is_initialized():
+                init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+                ensure_model_parallel_initialized(1, 1)
+            self.modules = self._layers()
+        # Only what the merge reads, so that no model and no engine are needed.
+        manager: Any = object.__new__(LoRAModelManager)
+        manager.modules = self.modules
+        manager.packed_modules = {
+            f"model.layers.{layer}.{name}": [f"model.layers.{layer}.{part}" for part in parts]
+            for layer in range(LAYERS)
+            for name, parts in PACKED.items()
+            if parts
+        }
+        manager.is_pooling_model = manager._is_moe = manager._is_non_gated_moe = False
+        manager._enable_moe_shared_loras = manager._enable_mixed_moe_lora_format = False
+        self._manager = manager
+        self._expected = {name.rpartition(".")[2] for name in PROJECTIONS}
+
+    def _layers(self) -> dict[str, Any]:
+        from vllm.lora import layers as lora
+        from vllm.model_executor.layers import linear
+
+        made: dict[str, tuple[Callable[[], Any], type]] = {
+            "self_attn.qkv_proj": (
+                lambda: linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, bias=False),
+                lora.MergedQKVParallelLinearWithLoRA,
+            ),
+            "self_attn.o_proj": (
+                lambda: linear.RowParallelLinear(HEADS * HEAD, HIDDEN, bias=False),
+                lora.RowParallelLinearWithLoRA,
+            ),
+            "mlp.gate_up_proj": (
+                lambda: linear.MergedColumnParallelLinear(HIDDEN, [MLP, MLP], bias=False),
+                lora.MergedColumnParallelLinearWithLoRA,
+            ),
+            "mlp.down_proj": (
+                lambda: linear.RowParallelLinear(MLP, HIDDEN, bias=False),
+                lora.RowParallelLinearWithLoRA,
+            ),
+        }
+        modules = {}
+        for layer in range(LAYERS):
+            for name, (base, wrapper) in made.items():
+                with torch.device("meta"):
+                    module = wrapper(base())
+                module.device = torch.device("cpu")
+                module.create_lora_weights(SLOTS, self._config)
+                modules[f"model.layers.{layer}.{name}"] = module
+        return modules
+
+    def load(self) -> Any:
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+
+        helper = PEFTHelper.from_local_dir(str(self._folder), None)
+        helper.validate_legal(self._config)
+        model = LoRAModel.from_local_checkpoint(
+            str(self._folder),
+            self._expected,
+            helper,
+            lora_model_id=1,
+            device="cpu",
+            dtype=torch.bfloat16,
+        )
+        self._manager._create_merged_loras_inplace(model)
+        return model
+
+    def activate(self, model: Any, slot: int) -> None:
+        for name, module in self.modules.items():
+            weights = model.get_lora(name)
+            module.set_lora(slot, weights.lora_a, weights.lora_b)
+
+
+class Ours:
+    """This plugin's way, over slots as it keeps them on CPUs (`columns`) or on GPUs."""
+
+    def __init__(self, folder: Path, max_rank: int, *, columns: bool) -> None:
+        self._folder = folder
+        shapes = [
+            (f"model.layers.{layer}.{name}", inputs, outputs)
+            for layer in range(LAYERS)
+            for name, (inputs, outputs) in PROJECTIONS.items()
+        ]
+        self.layout = ModelLayout(
+            slices=tuple(
+                SliceLayout(name, row, inputs, outputs, (0, inputs), (0, outputs))
+                for row, (name, inputs, outputs) in enumerate(shapes)
+            ),
+            max_rank=max_rank,
+            dtype=torch.bfloat16,
+            columns_first=columns,
+        )
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(SLOTS, 1, *shape, dtype=torch.bfloat16)
+
+        self.lora_a = [zeros(max_rank, inputs) for _, inputs, _ in shapes]
+        self.lora_b = [zeros(outputs, max_rank) for _, _, outputs in shapes]
+        if columns:
+            self.lora_b = [column_major(b) for b in self.lora_b]
+        self._slots = SlotTable(self.lora_a, self.lora_b)
+
+    def load(self) -> PackedAdapter:
+        with AdapterCheckpoint.open(self._folder) as checkpoint:
+            return pack(checkpoint, self.layout)
+
+    def activate(self, packed: PackedAdapter, slot: int) -> None:
+        self._slots.scatter(
+            packed.buffer,
+            slot,
+            packed.rows,
+            packed.a_ranks,
+            packed.ranks,
+            packed.a_offsets,
+            packed.b_offsets,
+        )
+
+
+def same_weights(stock: Stock, ours: Ours, slot: int, rank: int) -> bool:
+    """Whether both sides' slots hold the same bits, where kernels read them."""
+    rows = iter(range(len(ours.lora_a)))
+    return all(
+        torch.equal(module.lora_a_stacked[i][slot, 0, :rank], ours.lora_a[row][slot, 0, :rank])
+        and torch.equal(
+            module.lora_b_stacked[i][slot, 0, :, :rank], ours.lora_b[row][slot, 0, :, :rank]
+        )
+        for module in stock.modules.values()
+        for i in range(module.n_slices)
+        for row in (next(rows),)
+    )
+
+
+def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    """How long a call takes, and what it returns."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def compare(folder: Path, rank: int, max_rank: int, rounds: int, columns: bool) -> list[str]:
+    """Rows of the table for one size of slots."""
+    sides = {"stock": Stock(folder, max_rank), "ours": Ours(folder, max_rank, columns=columns)}
+    steps = ("load", "first activation", "load and first activation", "later activation")
+    times: dict[str, dict[str, list[float]]] = {
+        side: {step: [] for step in steps} for side in sides
+    }
+    for turn in range(-1, rounds):  # the first warms up
+        for name, side in list(sides.items())[:: 1 if turn % 2 else -1]:
+            load, adapter = seconds(side.load)
+            first, _ = seconds(lambda side=side, adapter=adapter: side.activate(adapter, 0))
+            later, _ = seconds(lambda side=side, adapter=adapter: side.activate(adapter, 1))
+            if turn >= 0:
+                for step, took in zip(steps, (load, first, load + first, later), strict=True):
+                    times[name][step].append(took * 1e3)
+            del adapter
+    if not same_weights(sides["stock"], sides["ours"], 1, rank):
+        raise RuntimeError("the two sides do not hold the same weights")
+    rows = []
+    for step in steps:
+        stock, ours = times["stock"][step], times["ours"][step]
+        ratios = sorted(s / o for s, o in zip(stock, ours, strict=True))
+        rows.append(
+            f"| {max_rank} | {step} | {statistics.median(stock):.1f} | "
+            f"{statistics.median(ours):.1f} | {statistics.median(ratios):.1f} "
+            f"({ratios[0]:.1f} to {ratios[-1]:.1f}) |"
+        )
+    return rows
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rank", type=int, default=16, help="the adapter's rank")
+    parser.add_argument("--max-rank", type=int, action="append", help="default: 16 and 64")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtype", default="bfloat16", help="of the adapter's file")
+    parser.add_argument("--by-row", action="store_true", help="B by rows, as in slots on GPUs")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = write_adapter(folder, chosen.rank, getattr(torch, chosen.dtype))
+        print(
+            f"rank {chosen.rank}, {chosen.dtype}, {size / 1e6:.1f} MB; bfloat16 slots, B by "
+            f"{'rows' if chosen.by_row else 'columns'}; {torch.get_num_threads()} threads; median "
+            f"of {chosen.rounds} rounds\n"
+        )
+        print("| slots for rank | step | stock, ms | ours, ms | stock / ours |")
+        print("|---|---|---|---|---|")
+        for max_rank in chosen.max_rank or (16, 64):
+            for row in compare(
+                folder, chosen.rank, max_rank, chosen.rounds, columns=not chosen.by_row
+            ):
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+/* Copies a packed adapter into a slot: many matrices, from one buffer, in one call.
+ *
+ * The bytes of all pieces are one long line, of which each thread copies one contiguous share.
+ * A piece whose rows follow each other in the slot too is cut anywhere, another between rows.
+ * The stores bypass the cache where the processor can: what is copied is larger than the caches,
+ * and fetching every line of the slot only to overwrite it would cost as much as reading.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if defined(_OPENMP)
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+#define THREAD_INDEX omp_get_thread_num()
+#define THREAD_COUNT omp_get_num_threads()
+#else
+#define THREAD_INDEX 0
+#define THREAD_COUNT 1
+#endif
+
+#define LINE 64
+#define STREAMED_FROM 4096 /* bytes of one copy; shorter ones are left to memcpy */
+#define PAGE 4096
+#define PAGES 4 /* copied line by line in turn: more requests under way, a third less time */
+
+/* Mirrored by PIECE in kernels/scatter.py. All in bytes. */
+struct piece {
+    int64_t from; /* in the buffer, where the rows lie one after the other */
+    int64_t to;   /* address of the first row in the slot */
+    int64_t rows, row_bytes;
+    int64_t stride; /* from row to row in the slot */
+};
+
+#if defined(__SSE2__)
+static inline void stream_line(char *to, const char *from) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+    for (int i = 0; i < LINE; i += 32)
+        _mm256_stream_si256((__m256i *)(to + i), _mm256_loadu_si256((const __m256i *)(from + i)));
+#else
+    for (int i = 0; i < LINE; i += 16)
+        _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+#endif
+}
+#endif
+
+static void copy(char *restrict to, const char *restrict from, size_t bytes) {
+#if defined(__SSE2__)
+    if (bytes >= STREAMED_FROM) {
+        size_t head = (size_t)(-(uintptr_t)to & (LINE - 1));
+        memcpy(to, from, head);
+        to += head, from += head, bytes -= head;
+        for (; bytes >= PAGES * PAGE; to += PAGES * PAGE, from += PAGES * PAGE, bytes -= PAGES * PAGE)
+            for (size_t at = 0; at < PAGE; at += LINE)
+                for (size_t i = at; i < PAGES * PAGE; i += PAGE) stream_line(to + i, from + i);
+        for (; bytes >= LINE; to += LINE, from += LINE, bytes -= LINE) stream_line(to, from);
+    }
+#endif
+    memcpy(to, from, bytes);
+}
+
+/* Bytes [first, last) of a piece; whole rows where they are apart in the slot. */
+static void copy_part(const struct piece *p, const char *buffer, int64_t first, int64_t last) {
+    const char *from = buffer + p->from;
+    if (p->stride == p->row_bytes) {
+        copy((char *)p->to + first, from + first, (size_t)(last - first));
+        return;
+    }
+    int64_t end = (last + p->row_bytes - 1) / p->row_bytes;
+    for (int64_t row = (first + p->row_bytes - 1) / p->row_bytes; row < end; row++)
+        copy((char *)p->to + row * p->stride, from + row * p->row_bytes, (size_t)p->row_bytes);
+}
+
+void multilora_scatter(const struct piece *pieces, int64_t count, const char *buffer,
+                       int64_t threads) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; i++) total += pieces[i].rows * pieces[i].row_bytes;
+#pragma omp parallel num_threads((int)threads)
+    {
+        int64_t first = total / THREAD_COUNT * THREAD_INDEX / LINE * LINE, begin = 0;
+        int64_t last = total / THREAD_COUNT * (THREAD_INDEX + 1) / LINE * LINE;
+        if (THREAD_INDEX + 1 == THREAD_COUNT) last = total;
+        for (int64_t i = 0; i < count && begin < last; i++) {
+            int64_t bytes = pieces[i].rows * pieces[i].row_bytes;
+            int64_t from = first > begin ? first - begin : 0;
+            int64_t to = last - begin < bytes ? last - begin : bytes;
+            if (from < to) copy_part(&pieces[i], buffer, from, to);
+            begin += bytes;
+        }
+#if defined(__SSE2__)
+        _mm_sfence();
+#endif
+    }
+}

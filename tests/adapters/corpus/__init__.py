@@ -1,0 +1,22 @@
+"""Adapters for the tiny Llama of the serving tests: good ones, and each way of being bad.
+
+`BAD` and `VALID` hold them by name; each writes itself into a folder. They need no model: what the
+base accepts is `llama_layout.LAYOUT`.
+"""
+
+from . import bad_config, bad_files, bad_headers, bad_tensors, valid_variants
+from .cases import BAD, VALID, BadAdapter, ValidAdapter
+from .llama_layout import LAYOUT
+
+__all__ = [
+    "BAD",
+    "LAYOUT",
+    "VALID",
+    "BadAdapter",
+    "ValidAdapter",
+    "bad_config",
+    "bad_files",
+    "bad_headers",
+    "bad_tensors",
+    "valid_variants",
+]

@@ -1,0 +1,228 @@
+"""Adapters that are unusual in one way, and right."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from .cases import valid
+from .draft import (
+    CONFIG,
+    PREFIX,
+    Q0,
+    Draft,
+    add_embedding,
+    add_head,
+    good,
+    name_of,
+    set_rank,
+)
+from .headers import rewrite
+from .llama_layout import HIDDEN, LAYERS, MAX_RANK, MODULES, VOCABULARY
+
+
+@valid()
+def plain(draft: Draft) -> None:
+    """Nothing unusual."""
+
+
+@valid()
+def one_module(draft: Draft) -> Draft:
+    return good([Q0], target_modules=[Q0])
+
+
+@valid()
+def gate_only(draft: Draft) -> Draft:
+    return good([m for m in MODULES if m.endswith("gate_proj")])
+
+
+@valid()
+def rank_one(draft: Draft) -> Draft:
+    return good(rank=1)
+
+
+@valid()
+def rank_odd(draft: Draft) -> Draft:
+    return good(rank=13)
+
+
+@valid()
+def rank_at_the_limit(draft: Draft) -> Draft:
+    return good(rank=MAX_RANK)
+
+
+@valid()
+def rslora(draft: Draft) -> Draft:
+    return good(rank=16, use_rslora=True)
+
+
+@valid()
+def rank_pattern_by_suffix(draft: Draft) -> None:
+    draft.config["rank_pattern"] = {"q_proj": 4, "layers.1.mlp.down_proj": 24}
+    for layer in range(LAYERS):
+        set_rank(draft, f"model.layers.{layer}.self_attn.q_proj", 4)
+    set_rank(draft, "model.layers.1.mlp.down_proj", 24)
+
+
+@valid()
+def rank_pattern_by_expression(draft: Draft) -> None:
+    draft.config["rank_pattern"] = {r"model\.layers\.[01]\.self_attn\.v_proj": 5}
+    for layer in (0, 1):
+        set_rank(draft, f"model.layers.{layer}.self_attn.v_proj", 5)
+
+
+@valid()
+def alpha_pattern(draft: Draft) -> None:
+    draft.config["alpha_pattern"] = {"k_proj": 40, "layers.0.mlp.up_proj": 4.5}
+
+
+@valid()
+def alpha_a_fraction(draft: Draft) -> None:
+    draft.config["lora_alpha"] = 12.5
+
+
+@valid()
+def alpha_negative(draft: Draft) -> None:
+    draft.config["lora_alpha"] = -16
+
+
+@valid()
+def targets_an_expression(draft: Draft) -> None:
+    draft.config["target_modules"] = r".*\.(self_attn|mlp)\.[a-z]+_proj"
+
+
+@valid()
+def targets_all_linear(draft: Draft) -> None:
+    draft.config["target_modules"] = "all-linear"
+
+
+@valid()
+def targets_beyond_the_tensors(draft: Draft) -> Draft:
+    targets = ["q_proj", "out_proj"]  # the base has no out_proj, and PEFT did not mind
+    return good([m for m in MODULES if m.endswith("q_proj")], target_modules=targets)
+
+
+@valid()
+def one_layer(draft: Draft) -> Draft:
+    modules = [m for m in MODULES if ".layers.1." in m]
+    return good(modules, layers_to_transform=1, layers_pattern="layers")
+
+
+@valid()
+def some_layers(draft: Draft) -> Draft:
+    return good([m for m in MODULES if ".layers.1." not in m], layers_to_transform=[0, 2])
+
+
+@valid()
+def bfloat16(draft: Draft) -> None:
+    draft.tensors = {n: t.to(torch.bfloat16) for n, t in draft.tensors.items()}
+
+
+@valid()
+def float16(draft: Draft) -> None:
+    draft.tensors = {n: t.to(torch.float16) for n, t in draft.tensors.items()}
+
+
+@valid()
+def dtypes_mixed(draft: Draft) -> None:
+    for name in draft.tensors:
+        if ".lora_B." in name:
+            draft.tensors[name] = draft.tensors[name].to(torch.bfloat16)
+
+
+@valid()
+def embedding(draft: Draft) -> None:
+    add_embedding(draft)
+
+
+@valid()
+def head(draft: Draft) -> None:
+    add_head(draft)
+
+
+@valid(read_by_peft=False)
+def embedding_with_a_copy_of_the_base(draft: Draft) -> None:
+    """As PEFT writes beside an adapted embedding; PEFT would put this one into its base."""
+    add_embedding(draft)
+    name = f"{PREFIX}model.embed_tokens.base_layer.weight"
+    generator = torch.Generator().manual_seed(0)
+    draft.tensors[name] = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+
+
+@valid()
+def initialised_orthogonally(draft: Draft) -> None:
+    draft.config["init_lora_weights"] = "orthogonal"
+
+
+@valid()
+def fan_in_fan_out(draft: Draft) -> None:
+    draft.config["fan_in_fan_out"] = True
+
+
+@valid(read_by_peft=False)
+def optional_keys_null(draft: Draft) -> None:
+    draft.config |= dict.fromkeys(
+        ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "use_dora")
+    )
+
+
+@valid()
+def few_keys(draft: Draft) -> None:
+    keys = ("peft_type", "r", "lora_alpha", "target_modules")
+    draft.config = {key: draft.config[key] for key in keys}
+
+
+@valid()
+def keys_of_the_future(draft: Draft) -> None:
+    draft.config |= {"some_new_option": None, "auto_mapping": None, "inference_mode": True}
+
+
+@valid()
+def unset_features(draft: Draft) -> None:
+    draft.config |= {
+        "use_dora": False,
+        "lora_bias": False,
+        "layer_replication": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "use_bdlora": None,
+        "trainable_token_indices": None,
+    }
+
+
+@valid()
+def some_values_zero(draft: Draft) -> None:
+    """As B is before training: the module changes nothing."""
+    draft.tensors[name_of(Q0, "B")].zero_()
+
+
+@valid()
+def metadata_absent(draft: Draft) -> None:
+    draft.metadata = None
+
+
+@valid()
+def tensors_in_another_order(draft: Draft) -> None:
+    rewrite(draft, lambda header: dict(reversed(header.items())))
+
+
+@valid()
+def config_beyond_ascii(draft: Draft) -> None:
+    """Letters beyond ASCII, unescaped."""
+    draft.config["base_model_name_or_path"] = "modèle/日本語"
+
+    def unescape(folder: Path) -> None:
+        text = json.dumps(draft.config, ensure_ascii=False)
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+
+    draft.afterwards.append(unescape)
+
+
+@valid(read_by_peft=False)
+def names_without_prefix(draft: Draft) -> None:
+    draft.rename(lambda name: name.removeprefix(PREFIX))
+
+
+@valid(read_by_peft=False)
+def peft_type_absent(draft: Draft) -> None:
+    del draft.config["peft_type"]

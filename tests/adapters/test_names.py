@@ -1,0 +1,65 @@
+"""Tensor names: what vLLM accepts is accepted, and read the same way."""
+
+import pytest
+from vllm.lora.utils import parse_fine_tuned_lora_name
+
+from vllm_multilora.adapters import TensorRole, parse_tensor_name
+from vllm_multilora.adapters.names import full_head, is_base_embedding
+
+AS_VLLM = [
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+    "model.layers.3.mlp.down_proj.lora_B.weight",
+    "base_model.model.lm_head.lora_A.weight",
+    "base_model.model.model.embed_tokens.lora_embedding_A",
+    "model.embed_tokens.lora_embedding_B",
+    "base_model.model.model.layers.0.mlp.experts.7.gate_proj.lora_A.weight",
+    "base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight",
+    "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight",
+]
+
+
+@pytest.mark.parametrize("name", AS_VLLM)
+def test_lora_tensors_are_read_as_vllm_reads_them(name):
+    role = parse_tensor_name(name)
+    assert (role.module, role.part == "A") == parse_fine_tuned_lora_name(name)
+    assert role.embedding == ("embedding" in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("base_model.model.q_proj.lora_A.default.weight", TensorRole("q_proj", "A")),
+        ("model.q_proj.lora_B.my-adapter.weight", TensorRole("model.q_proj", "B")),
+        ("base_model.model.embed.lora_embedding_A.default", TensorRole("embed", "A", True)),
+    ],
+)
+def test_the_adapters_name_in_peft_may_stand_in_between(name, role):
+    assert parse_tensor_name(name) == role
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "lora_A.weight",
+        "lora_embedding_A",
+        "base_model.model.score.weight",
+        "base_model.model.model.embed_tokens.base_layer.weight",
+        "base_model.model.q_proj.lora_magnitude_vector.weight",
+        "base_model.model.q_proj.lora_A.bias",
+        "base_model.model.q_proj.lora_A",
+        "base_model.model.q_proj.weight",
+    ],
+)
+def test_other_tensors_are_no_lora_tensors(name):
+    assert parse_tensor_name(name) is None
+
+
+def test_heads_and_copies_of_base_embeddings_are_recognised():
+    assert full_head("base_model.model.score.weight") == "score"
+    assert full_head("base_model.model.classifier.bias") == "classifier"
+    assert full_head("base_model.model.lm_head.weight") is None
+    assert full_head("score") is None
+    assert is_base_embedding("base_model.model.model.embed_tokens.base_layer.weight")
+    assert not is_base_embedding("base_model.model.model.embed_tokens.weight")

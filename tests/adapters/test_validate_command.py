@@ -1,0 +1,82 @@
+"""`vllm-multilora validate`: exit status, table and JSON, with the layout given."""
+
+import argparse
+import json
+
+import pytest
+
+from vllm_multilora.adapters import validate_command
+from vllm_multilora.errors import MultiLoRAError
+
+from .corpus import BAD, LAYOUT, VALID
+
+
+def command(*argv: str, layout_of=lambda _: LAYOUT) -> int:
+    parser = argparse.ArgumentParser()
+    validate_command.add_arguments(parser)
+    return validate_command.run(parser.parse_args([*argv, "--model", "tiny/llama"]), layout_of)
+
+
+@pytest.fixture
+def good(tmp_path) -> str:
+    return str(VALID["plain"].write(tmp_path / "good"))
+
+
+@pytest.fixture
+def bad(tmp_path) -> str:
+    return str(BAD["wrong-in-four-ways"].write(tmp_path / "bad"))
+
+
+def test_good_adapters_exit_with_zero(good, capsys):
+    assert command(good) == 0
+    table = capsys.readouterr().out
+    assert f"{good}  ok\n" in table
+    assert table.endswith("1 adapters, 0 cannot be served\n")
+
+
+def test_one_bad_adapter_exits_with_one_and_every_problem_is_told(good, bad, capsys):
+    assert command(good, bad) == 1
+    table = capsys.readouterr().out
+    for code in BAD["wrong-in-four-ways"].codes:
+        assert f" invalid  {code.value} " in table
+    assert table.count("\n- ") == 4
+    assert "'use_dora' is True, expected unset" in table
+    assert any(line.split() == [good, "ok"] for line in table.splitlines())
+
+
+def test_json_is_the_only_thing_printed(good, bad, capsys):
+    assert command(good, bad, "--json", "--max-lora-rank", "64") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["model"], report["max_lora_rank"]) == ("tiny/llama", 64)
+    first, second = report["adapters"]
+    assert first == {"path": good, "valid": True, "problems": []}
+    assert (second["path"], second["valid"]) == (bad, False)
+    assert [problem["code"] for problem in second["problems"]] == [
+        code.value for code in BAD["wrong-in-four-ways"].codes
+    ]
+    assert set(second["problems"][0]) == {
+        "code",
+        "file",
+        "where",
+        "found",
+        "expected",
+        "message",
+        "hint",
+        "count",
+    }
+
+
+def test_weights_are_left_unread_if_asked(tmp_path):
+    folder = str(BAD["a-with-one-nan"].write(tmp_path / "nan"))
+    assert command(folder) == 1
+    assert command(folder, "--no-check-finite") == 0
+
+
+def test_a_base_model_that_cannot_be_had_exits_with_two(good, capsys):
+    def fail(_: argparse.Namespace):
+        raise MultiLoRAError("no such model")
+
+    assert command(good, layout_of=fail) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "vllm-multilora validate: no such model\n"

@@ -1,0 +1,299 @@
+"""`adapter_config.json`: the parts that decide how an adapter is computed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from vllm_multilora.adapters.errors import AdapterFormatError
+from vllm_multilora.adapters.patterns import (
+    MOST_PATTERNS,
+    PatternError,
+    PatternMatcher,
+    check_expression,
+    check_pattern,
+)
+from vllm_multilora.adapters.problems import Code, Problem, shown
+
+_Value = TypeVar("_Value")
+
+_MOST_RANK = 1 << 20  # more than any model is wide; keeps scalings within floats
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA adapter's configuration, as PEFT writes it.
+
+    Attributes:
+        rank: `r`, of modules that no pattern names.
+        alpha: `lora_alpha`, likewise.
+        target_modules: As in the file: names, or one regular expression; None if it is null.
+        rslora: Whether the scaling is alpha / sqrt(rank) instead of alpha / rank
+            (rank-stabilised LoRA, https://arxiv.org/abs/2312.03732).
+        rank_pattern: Pattern of module names -> rank.
+        alpha_pattern: Pattern of module names -> alpha.
+        modules_to_save: Modules that the checkpoint holds whole.
+        bias: `none`, `all` or `lora_only`: which of the base model's biases were trained.
+        dora: Whether it is a DoRA adapter, which has magnitudes beside A and B.
+        base_model: `base_model_name_or_path`: what it was trained on, in its author's words.
+        raw: Everything in the file.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] | str | None = None
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    dora: bool = False
+    base_model: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def read(cls, text: str | bytes, where: str) -> tuple[AdapterConfig | None, list[Problem]]:
+        """Reads a configuration and says all that is wrong with its keys.
+
+        Args:
+            text: The file's content.
+            where: What problems call it, such as its path.
+
+        Returns:
+            The configuration, None if there are problems; and these.
+        """
+        try:
+            # As PEFT and vLLM read it; `json` alone would take other encodings of bytes too.
+            raw = json.loads(text.decode() if isinstance(text, bytes) else text)
+        except (ValueError, RecursionError) as error:
+            problem = Problem.at(
+                Code.CONFIG_NOT_JSON,
+                where,
+                "",
+                f"not valid JSON: {error}",
+                "what PEFT's save_pretrained writes",
+                hint="save the adapter again",
+            )
+            return None, [problem]
+        if not isinstance(raw, dict):
+            problem = Problem.at(
+                Code.CONFIG_NOT_JSON,
+                where,
+                "",
+                f"a JSON {type(raw).__name__}",
+                "an object with the keys 'r', 'lora_alpha' and 'target_modules'",
+                verb="holds",
+            )
+            return None, [problem]
+        reader = _Reader(raw, where)
+        config = reader.config()
+        return (None if reader.problems else config), reader.problems
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> AdapterConfig:
+        """Reads a configuration, as `read` does.
+
+        Raises:
+            AdapterFormatError: It is no JSON object, or keys have values that PEFT would not
+                have written.
+        """
+        config, problems = cls.read(text, where)
+        if config is None:
+            raise AdapterFormatError.of(*problems)
+        return config
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module, by its name in the checkpoint without PEFT's prefix.
+
+        Raises:
+            AdapterFormatError: The patterns take too long to match.
+        """
+        return self._match("rank_pattern", self._ranks, module, self.rank)
+
+    def scaling(self, module: str) -> float:
+        """The factor of B @ A for a module, by its name as for `rank_of`.
+
+        Raises:
+            AdapterFormatError: The patterns take too long to match.
+        """
+        rank = self.rank_of(module)
+        alpha = self._match("alpha_pattern", self._alphas, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    @cached_property
+    def _ranks(self) -> PatternMatcher[int]:
+        return PatternMatcher(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> PatternMatcher[float]:
+        return PatternMatcher(self.alpha_pattern)
+
+    def _match(
+        self, key: str, matcher: PatternMatcher[_Value], module: str, default: _Value
+    ) -> _Value:
+        try:
+            value = matcher.get(module)
+        except PatternError as error:
+            problem = Problem.at(
+                Code.CONFIG_PATTERN,
+                "adapter_config.json",
+                key,
+                f"a list of patterns with which {error}",
+                "the ends of module names, such as 'q_proj'",
+            )
+            raise AdapterFormatError.of(problem) from None
+        return default if value is None else value
+
+
+class _Reader:
+    """Takes keys from a configuration and notes precisely what is wrong with each."""
+
+    def __init__(self, raw: dict[str, Any], where: str) -> None:
+        self.problems: list[Problem] = []
+        self._raw = raw
+        self._where = where
+
+    def config(self) -> AdapterConfig:
+        if self._raw.get("peft_type") not in (None, "LORA"):
+            self._refuse("peft_type", "'LORA'", code=Code.UNSUPPORTED_PEFT_TYPE)
+        config = AdapterConfig(
+            rank=self._rank("r", self._required("r", "a positive whole number")),
+            alpha=self._alpha("lora_alpha", self._required("lora_alpha", "a number")),
+            target_modules=self._target_modules(),
+            rslora=self._flag("use_rslora"),
+            rank_pattern=self._patterns("rank", self._rank),
+            alpha_pattern=self._patterns("alpha", self._alpha),
+            modules_to_save=self._names("modules_to_save") or (),
+            bias=self._bias(),
+            dora=self._flag("use_dora"),
+            base_model=self._base_model(),
+            raw=self._raw,
+        )
+        self._check_unused()
+        return config
+
+    def _refuse(
+        self, key: str, expected: str, *, at: str = "", found: str = "", code: Code | None = None
+    ) -> None:
+        """Notes that a key, or the entry `at` of one, has a wrong value."""
+        where = f"{key}[{shown(at)}]" if at else key
+        name = where if at else repr(key)
+        found = found or shown(self._raw.get(key))
+        message = f"{self._where}: {name} is {found}, expected {expected}"
+        self.problems.append(
+            Problem(code or Code.CONFIG_VALUE, self._where, where, found, expected, message)
+        )
+
+    def _required(self, key: str, expected: str) -> Any:
+        if key not in self._raw:
+            self._refuse(key, expected, found="missing", code=Code.CONFIG_KEY_MISSING)
+            return 1  # any valid value: the configuration is not going to be used
+        return self._raw[key]
+
+    def _rank(self, key: str, value: Any, at: str = "") -> int:
+        if type(value) is int and 0 < value <= _MOST_RANK:
+            return value
+        large = type(value) is int and value > _MOST_RANK
+        expected = f"at most {_MOST_RANK}" if large else "a positive whole number"
+        self._refuse(key, expected, at=at, found=shown(value))
+        return 1
+
+    def _alpha(self, key: str, value: Any, at: str = "") -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self._refuse(key, "a number", at=at, found=shown(value))
+            return 1.0
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            self._refuse(key, "a finite number", at=at, found=shown(value))
+        return number
+
+    def _flag(self, key: str) -> bool:
+        value = self._raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            self._refuse(key, "true or false")
+        return bool(value)
+
+    def _bias(self) -> str:
+        value = self._raw.get("bias", "none")
+        if value not in ("none", "all", "lora_only"):
+            self._refuse("bias", "'none', 'all' or 'lora_only'")
+        return str(value)
+
+    def _target_modules(self) -> tuple[str, ...] | str | None:
+        value = self._required("target_modules", "a list of module names, or a text")
+        if isinstance(value, str):
+            try:
+                check_expression(value)
+            except PatternError as error:
+                self._refuse(
+                    "target_modules",
+                    "names, 'all-linear' or a regular expression",
+                    found=f"{shown(value)}, which {error}",
+                    code=Code.CONFIG_PATTERN,
+                )
+            return value
+        return self._names("target_modules", " or a text") if "target_modules" in self._raw else ()
+
+    def _names(self, key: str, or_what: str = "") -> tuple[str, ...] | None:
+        value = self._raw.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            self._refuse(key, f"a list of module names{or_what}")
+            return ()
+        return tuple(value)
+
+    def _check_unused(self) -> None:
+        """Keys that PEFT wants right, although serving does not depend on them.
+
+        Which layers and modules an adapter has is what its tensors say; `fan_in_fan_out` is about
+        how the base model stores its weights, and A and B are the same either way.
+        """
+        self._flag("fan_in_fan_out")
+        layers = self._raw.get("layers_to_transform")
+        numbers = layers if isinstance(layers, list) else [layers]
+        if layers is not None and not all(type(n) is int and n >= 0 for n in numbers):
+            self._refuse("layers_to_transform", "the number of a layer, or a list of numbers")
+
+    def _base_model(self) -> str | None:
+        value = self._raw.get("base_model_name_or_path")
+        if value is not None and not isinstance(value, str):
+            self._refuse("base_model_name_or_path", "the name of the base model")
+            return None
+        return value
+
+    def _patterns(self, what: str, read: Callable[[str, Any, str], _Value]) -> Mapping[str, _Value]:
+        key = f"{what}_pattern"
+        value = self._raw.get(key) or {}
+        if not isinstance(value, dict):
+            self._refuse(key, f"an object from patterns of module names to one {what} each")
+            return {}
+        if len(value) > MOST_PATTERNS:
+            self._refuse(key, f"at most {MOST_PATTERNS}", found=f"{len(value)} patterns")
+            return {}
+        found = {}
+        for pattern, entry in value.items():
+            try:
+                check_pattern(pattern)
+            except PatternError as error:
+                self.problems.append(
+                    Problem(
+                        Code.CONFIG_PATTERN,
+                        self._where,
+                        key,
+                        f"the key {shown(pattern)}, which {error}",
+                        "the end of a module's name, such as 'q_proj' or 'layers.3.mlp.up_proj'",
+                        f"{self._where}: {key!r} has the key {shown(pattern)}, which {error}; "
+                        "expected the end of a module's name, such as 'q_proj'",
+                    )
+                )
+            else:
+                found[pattern] = read(key, entry, pattern)
+        return found

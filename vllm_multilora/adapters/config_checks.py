@@ -1,0 +1,100 @@
+"""Whether an adapter's configuration asks for something that is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.names import HEADS
+from vllm_multilora.adapters.problems import Code, Problem, shown
+
+# What a setting changes, by key; each is supported only where it is unset. vLLM refuses some of
+# them, and ignores the others, which then gives other outputs than PEFT's.
+_UNSUPPORTED = {
+    "use_dora": "DoRA (weight-decomposed LoRA) computes something else than A and B",
+    "lora_bias": "a bias beside B is not supported",
+    "alora_invocation_tokens": "activated LoRA applies to a part of each prompt only",
+    "layer_replication": "the adapter belongs to a model with replicated layers",
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "use_qalora": "QALoRA is not supported",
+    "kasa_config": "KaSA has singular values between A and B and changes the base model's weights",
+    "arrow_config": "Arrow routes each token to several adapters",
+    "trainable_token_indices": "embeddings of single tokens are not served",
+}
+# Initialisations that only set the adapter's first weights. Any other one by name (PiSSA, OLoRA,
+# CorDA, LoftQ, ...) also changes the base model's weights, which the served ones are not.
+_PLAIN_INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+
+
+def config_problems(config: AdapterConfig, file: str, layout: ModelLayout) -> list[Problem]:
+    """What of a configuration the server cannot serve, whatever the tensors are.
+
+    Args:
+        config: A configuration without wrong values.
+        file: What problems call its file.
+        layout: What the base model accepts.
+    """
+    return [
+        *feature_problems(config, file),
+        *_saved_modules(config, file),
+        *_ranks(config, file, layout),
+    ]
+
+
+def feature_problems(config: AdapterConfig, file: str) -> list[Problem]:
+    """What a configuration asks for that LoRA serving here does not compute."""
+    found = [
+        _unsupported(file, key, config.raw[key], "unset", why)
+        for key, why in _UNSUPPORTED.items()
+        if config.raw.get(key)
+    ]
+    if config.bias != "none":
+        why = "biases trained with the adapter are not supported"
+        found.append(_unsupported(file, "bias", config.bias, "'none'", why))
+    start = config.raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _PLAIN_INITIALISATIONS:
+        why = (
+            "it changes the base model's weights as well; convert the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+        found.append(_unsupported(file, "init_lora_weights", start, "true", why))
+    return found
+
+
+def _unsupported(file: str, key: str, value: object, expected: str, why: str) -> Problem:
+    message = f"{file}: {key!r} is {shown(value)}, expected {expected}: {why}"
+    return Problem(Code.UNSUPPORTED_FEATURE, file, key, shown(value), expected, message)
+
+
+def _saved_modules(config: AdapterConfig, file: str) -> Iterable[Problem]:
+    refused = [name for name in config.modules_to_save if name not in HEADS]
+    if refused:
+        yield Problem.at(
+            Code.UNSUPPORTED_MODULES_TO_SAVE,
+            file,
+            "modules_to_save",
+            shown(refused),
+            f"none but {' and '.join(map(repr, HEADS))}",
+            hint="modules trained whole are served for classification heads only; train them as "
+            "LoRA targets, or merge them into the base model",
+        )
+
+
+def _ranks(config: AdapterConfig, file: str, layout: ModelLayout) -> Iterable[Problem]:
+    """Ranks over the limit, as vLLM counts them: also of patterns that fit no module."""
+    ranks = {"r": config.rank} | {
+        f"rank_pattern[{shown(pattern)}]": rank for pattern, rank in config.rank_pattern.items()
+    }
+    too_large = {key: rank for key, rank in ranks.items() if rank > layout.max_rank}
+    if too_large:
+        key, rank = max(too_large.items(), key=lambda item: item[1])
+        yield Problem.at(
+            Code.RANK_TOO_LARGE,
+            file,
+            key,
+            str(rank),
+            f"at most {layout.max_rank}",
+            hint=f"start the server with --max-lora-rank {rank} or more",
+            others=len(too_large) - 1,
+        )

@@ -1,0 +1,38 @@
+"""What can be wrong with an adapter's files; each message names the file and the tensor or key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from vllm_multilora.adapters.problems import Problem
+from vllm_multilora.errors import MultiLoRAError
+
+
+class AdapterError(MultiLoRAError):
+    """Base class: this adapter cannot be had; others are not concerned.
+
+    Attributes:
+        problems: What is wrong in fields, where it was found by validation or while opening.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+    @classmethod
+    def of(cls, *problems: Problem) -> Self:
+        """The error of one or more problems, one a line."""
+        return cls("\n".join(map(str, problems)), problems)
+
+
+class AdapterFormatError(AdapterError, ValueError):
+    """The adapter's files hold something that cannot be served; trying again does not help."""
+
+
+class AdapterReadError(AdapterError, OSError):
+    """The adapter's files could not be read, or changed meanwhile; a later try may succeed."""
+
+
+class AdapterNotFoundError(AdapterError, FileNotFoundError):
+    """The adapter's folder or one of its files is missing."""

@@ -1,0 +1,130 @@
+"""What the running base model accepts of an adapter on this worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+BLOCK_BYTES = 64
+"""Blocks of a packed adapter begin at multiples of this: a cache line, a vector register."""
+
+
+@dataclass(frozen=True)
+class SliceLayout:
+    """One slice of one layer: what the whole model has, and what this worker keeps of it.
+
+    Attributes:
+        name: The module's name in checkpoints, after `ModelLayout.rename`, such as
+            `model.layers.0.self_attn.q_proj`. Slices that share a name are all cut from the
+            same two tensors.
+        row: This slice's row in the rank tables, counted over all slices of the model.
+        inputs: Columns of A in a checkpoint.
+        outputs: Rows of B in a checkpoint.
+        input_range: First column of A that this worker keeps, and one past the last.
+        output_range: First row of B that this worker keeps, and one past the last.
+        rank_range: First row of A that this worker keeps, and one past the last, where fully
+            sharded LoRA splits the rank between workers. None: all rows.
+    """
+
+    name: str
+    row: int
+    inputs: int
+    outputs: int
+    input_range: tuple[int, int]
+    output_range: tuple[int, int]
+    rank_range: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for what, (first, last), size in (
+            ("input_range", self.input_range, self.inputs),
+            ("output_range", self.output_range, self.outputs),
+        ):
+            if not 0 <= first < last <= size:
+                raise ValueError(
+                    f"{self.name}: {what} ({first}, {last}) is not a part of [0, {size})"
+                )
+
+    def rows_of_a(self, rank: int) -> tuple[int, int]:
+        """The rows [first, last) of an A of this rank that the worker keeps; may be none."""
+        if self.rank_range is None:
+            return 0, rank
+        first, last = self.rank_range
+        return min(first, rank), min(last, rank)
+
+
+@dataclass(frozen=True)
+class SpecialShape:
+    """Sizes of an embedding or an output head, which vLLM fills in itself.
+
+    Attributes:
+        inputs: Columns of A in a checkpoint: an embedding's vocabulary, a head's hidden size.
+        outputs: Rows of B in a checkpoint: an embedding's hidden size, a head's vocabulary.
+        embedding: Whether it is an embedding.
+    """
+
+    inputs: int
+    outputs: int
+    embedding: bool
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """All slices of the base model that packed adapters fill.
+
+    Attributes:
+        slices: In any order.
+        max_rank: The largest rank that the slots have room for.
+        dtype: Of the slots.
+        columns_first: Whether the slots hold B by columns, [r, outputs], as those on CPUs do,
+            rather than by rows.
+        rename: A module's name in a checkpoint -> its name here. None: the base model leaves
+            this module out on purpose (layers for speculative decoding, say).
+        special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
+            experts): they, and everything below them, are no part of a packed adapter.
+        special_shapes: Of those special modules whose A and B have known shapes.
+    """
+
+    slices: tuple[SliceLayout, ...]
+    max_rank: int
+    dtype: torch.dtype
+    columns_first: bool
+    rename: Callable[[str], str | None] = str
+    special: frozenset[str] = frozenset()
+    special_shapes: Mapping[str, SpecialShape] = field(default_factory=dict)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, tuple[SliceLayout, ...]]:
+        """The slices that each module's tensors are cut into."""
+        found: dict[str, tuple[SliceLayout, ...]] = {}
+        for part in self.slices:
+            found[part.name] = (*found.get(part.name, ()), part)
+        return found
+
+    def is_special(self, module: str) -> bool:
+        """Whether a module (its name here) is served by vLLM itself, or lies below one that is."""
+        while module and module not in self.special:
+            module = module.rpartition(".")[0]
+        return bool(module)
+
+    def largest_bytes(self) -> int:
+        """Bytes of a packed adapter that has the largest rank on every slice."""
+        return sum(
+            block_bytes(rows * columns, self.dtype)
+            for part in self.slices
+            for rows, columns in self.block_shapes(part, self.max_rank)
+        )
+
+    def block_shapes(self, part: SliceLayout, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of a slice's A and B in a packed adapter, [rows, columns] as they are stored."""
+        first, last = part.rows_of_a(rank)
+        outputs = part.output_range[1] - part.output_range[0]
+        inputs = part.input_range[1] - part.input_range[0]
+        return (last - first, inputs), (rank, outputs) if self.columns_first else (outputs, rank)
+
+
+def block_bytes(elements: int, dtype: torch.dtype) -> int:
+    """Bytes that a block takes in a packed adapter, up to where the next one begins."""
+    return -(-elements * dtype.itemsize // BLOCK_BYTES) * BLOCK_BYTES

@@ -1,0 +1,63 @@
+"""Which of a checkpoint's tensors fill which slices of the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters.config_checks import config_problems
+from vllm_multilora.adapters.errors import AdapterFormatError
+from vllm_multilora.adapters.folder import CONFIG_NAME
+from vllm_multilora.adapters.header import TensorInfo
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.tensor_checks import check_tensors
+
+
+@dataclass(frozen=True)
+class MatchedModule:
+    """A module's two tensors, found to fit.
+
+    Attributes:
+        name: The module's name in the layout.
+        a_name: The name of A in the file.
+        b_name: The name of B in the file.
+        a: A, [rank, inputs].
+        b: B, [outputs, rank].
+        rank: The true rank.
+        scaling: The factor of B @ A.
+    """
+
+    name: str
+    a_name: str
+    b_name: str
+    a: TensorInfo
+    b: TensorInfo
+    rank: int
+    scaling: float
+
+
+def match(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> list[MatchedModule]:
+    """Finds the tensors of every module that packed adapters fill, and checks that they fit.
+
+    Tensors of modules that vLLM serves itself are checked and passed over, those of modules that
+    the base model leaves out on purpose only the latter.
+
+    Raises:
+        AdapterFormatError: The adapter does not fit; its `problems` say all that is wrong,
+            except with the weights' values.
+    """
+    config = checkpoint.config
+    problems = config_problems(config, str(checkpoint.path / CONFIG_NAME), layout)
+    report = check_tensors(checkpoint.tensors, config, layout, str(checkpoint.tensors_path))
+    problems += report.problems
+    if problems:
+        raise AdapterFormatError.of(*problems)
+    matched = []
+    for module in report.modules:
+        if layout.is_special(module.name):
+            continue
+        a_name, b_name = module.tensors["A"], module.tensors["B"]
+        a, b = checkpoint.tensors[a_name], checkpoint.tensors[b_name]
+        scaling = config.scaling(module.module)
+        matched.append(MatchedModule(module.name, a_name, b_name, a, b, a.shape[0], scaling))
+    return matched

@@ -1,0 +1,68 @@
+"""The names that PEFT gives to an adapter's tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+_PREFIX = "base_model.model."
+_PARTS: dict[str, Literal["A", "B"]] = {"lora_A": "A", "lora_B": "B"}
+_EMBEDDING_PARTS: dict[str, Literal["A", "B"]] = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
+HEADS = ("score", "classifier")
+_BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+
+
+@dataclass(frozen=True)
+class TensorRole:
+    """What a LoRA tensor is.
+
+    Attributes:
+        module: The adapted module as the checkpoint calls it, without PEFT's prefix.
+        part: `A` or `B`.
+        embedding: Whether it belongs to an embedding, whose A is [r, vocabulary].
+    """
+
+    module: str
+    part: Literal["A", "B"]
+    embedding: bool = False
+
+
+def parse_tensor_name(name: str) -> TensorRole | None:
+    """Reads the name of a tensor in a PEFT checkpoint.
+
+    Accepted are `<module>.lora_A.weight` and `<module>.lora_embedding_A` (and B), with or without
+    PEFT's prefix `base_model.model.`, and with or without the name that the adapter had in PEFT
+    (`lora_A.default.weight`, `lora_embedding_A.default`).
+
+    Returns:
+        The tensor's role, or None if it is no LoRA tensor: a base weight, a full module
+        (`modules_to_save`), DoRA's magnitudes.
+    """
+    parts = name.removeprefix(_PREFIX).split(".")
+    # Ends, with where the module's name stops: with an adapter name in between and without.
+    for at in (-2, -3):
+        if len(parts) > -at and parts[-1] == "weight" and parts[at] in _PARTS:
+            return TensorRole(".".join(parts[:at]), _PARTS[parts[at]])
+    for at in (-1, -2):
+        if len(parts) > -at and parts[at] in _EMBEDDING_PARTS:
+            return TensorRole(".".join(parts[:at]), _EMBEDDING_PARTS[parts[at]], embedding=True)
+    return None
+
+
+def is_base_embedding(name: str) -> bool:
+    """Whether a tensor is a copy of the base model's own embedding, which nobody needs.
+
+    PEFT saves it beside adapters of embeddings (`save_embedding_layers`); vLLM ignores it too.
+    """
+    return name.endswith(_BASE_EMBEDDINGS)
+
+
+def full_head(name: str) -> str | None:
+    """The classification head that a tensor is the full weight or bias of, as vLLM names it.
+
+    Of the modules that PEFT can save whole (`modules_to_save`), vLLM serves these alone.
+    """
+    parts = name.split(".")
+    if len(parts) > 1 and parts[-1] in ("weight", "bias") and parts[-2] in HEADS:
+        return parts[-2]
+    return None

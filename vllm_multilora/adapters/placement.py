@@ -1,0 +1,179 @@
+"""Which module of the base model each of a checkpoint's tensors belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.missing_modules import MissingModules
+from vllm_multilora.adapters.names import (
+    HEADS,
+    TensorRole,
+    full_head,
+    is_base_embedding,
+    parse_tensor_name,
+)
+from vllm_multilora.adapters.problem_list import ProblemList
+from vllm_multilora.adapters.problems import Code, shown_name
+
+
+@dataclass(frozen=True)
+class FoundModule:
+    """What the file has for one module that the base model serves.
+
+    Attributes:
+        module: The module's name in the checkpoint, without PEFT's prefix.
+        name: Its name in the layout.
+        tensors: The names of its tensors by part, `A` and `B`; one may be missing.
+    """
+
+    module: str
+    name: str
+    tensors: dict[str, str] = field(default_factory=dict)
+
+
+class Placement:
+    """Sorts a checkpoint's tensors by module and notes those that have no place.
+
+    Tensors of modules that the base model leaves out on purpose are passed over.
+
+    Args:
+        tensors: Their names.
+        config: The adapter's configuration; None, if it is broken.
+        layout: What the base model accepts.
+        problems: Where problems are noted.
+
+    Attributes:
+        modules: The modules that the base model serves, by name in the layout.
+        heads: Tensors of classification heads saved whole.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[str],
+        config: AdapterConfig | None,
+        layout: ModelLayout,
+        problems: ProblemList,
+    ) -> None:
+        self.modules: dict[str, FoundModule] = {}
+        self.heads: list[str] = []
+        self._config = config
+        self._layout = layout
+        self._missing = MissingModules(layout, config)
+        self._problems = problems
+        self._unknown: list[tuple[str, str, str]] = []
+        self._left_out = 0
+        for tensor in tensors:
+            if not is_base_embedding(tensor):
+                self._place(tensor)
+        self._report_unknown()
+
+    def _place(self, tensor: str) -> None:
+        """Finds the module of a tensor."""
+        role = parse_tensor_name(tensor)
+        if role is None:
+            head = full_head(tensor)
+            if head is None or not self._layout.is_special(head):
+                self._refuse_name(tensor)
+            elif self._config and head not in self._config.modules_to_save:
+                self._problems.add(
+                    Code.UNKNOWN_TENSOR,
+                    tensor,
+                    f"{head} saved whole",
+                    f"{head!r} in 'modules_to_save' of adapter_config.json",
+                )
+            else:
+                self.heads.append(tensor)
+            return
+        name = self._layout.rename(role.module)
+        if name is None:
+            self._left_out += 1
+        elif self._layout.is_special(name) or name in self._layout.by_name:
+            self._add(role, name, tensor)
+        else:
+            self._unknown.append((tensor, role.module, name))
+
+    def _add(self, role: TensorRole, name: str, tensor: str) -> None:
+        if role.embedding and not self._layout.is_special(name):
+            self._problems.add(
+                Code.UNKNOWN_TENSOR,
+                tensor,
+                "named as an embedding's",
+                "lora_A.weight or lora_B.weight: the base model's module is a linear layer",
+                hint=self._missing.hint,
+            )
+            return
+        found = self.modules.setdefault(name, FoundModule(role.module, name))
+        other = found.tensors.setdefault(role.part, tensor)
+        if found.module != role.module or other != tensor:
+            first = shown_name(found.tensors.get(role.part, found.module))
+            self._problems.add(
+                Code.DUPLICATE_TENSOR,
+                tensor,
+                f"beside {first}, and both belong to the base model's {shown_name(name)}",
+                f"one lora_{role.part}",
+                cause="duplicate",
+            )
+
+    def _refuse_name(self, tensor: str) -> None:
+        """A tensor that is no A or B; said once if the configuration says it already."""
+        raw = self._config.raw if self._config else {}
+        kind, said = "no LoRA tensor", False
+        last = tensor.rpartition(".")[2]
+        if ".lora_magnitude_vector" in tensor:
+            kind, said = "a magnitude of DoRA", bool(raw.get("use_dora"))
+        elif tensor.endswith(".lora_B.bias"):
+            kind, said = "a bias of lora_B", bool(raw.get("lora_bias"))
+        elif last == "bias":
+            kind, said = "a bias of the base model", raw.get("bias", "none") != "none"
+        elif last == "weight":
+            # Modules to save other than heads have been refused with the configuration.
+            saved = self._config.modules_to_save if self._config else ()
+            kind, said = "a full weight", any(name not in HEADS for name in saved)
+        if not said:
+            self._problems.add(
+                Code.UNKNOWN_TENSOR,
+                tensor,
+                kind,
+                "lora_A.weight and lora_B.weight of the base model's modules, and nothing else",
+                hint="save the adapter again as plain LoRA",
+            )
+
+    def _report_unknown(self) -> None:
+        placed = self.modules or self._left_out
+        if not placed and not self._unknown and not self.heads and not self._problems:
+            self._problems.add(
+                Code.NO_LORA_TENSORS,
+                "",
+                "no lora_A and no lora_B",
+                "a LoRA adapter",
+                verb="has",
+                hint="save the adapter again with PEFT's save_pretrained",
+            )
+        if self._unknown and not placed and not self._explained():
+            tensor, module, _ = self._unknown[0]
+            self._problems.add(
+                Code.NO_MATCHING_MODULES,
+                tensor,
+                f"for {shown_name(module)}, and none of the {len(self._unknown)} LoRA tensors is "
+                "for a module that the base model has",
+                f"modules such as {', '.join(list(self._layout.by_name)[:2])}",
+                hint=self._missing.hint,
+            )
+            return
+        for tensor, _, name in self._unknown:
+            absence = self._missing.explain(name)
+            self._problems.add(
+                absence.code,
+                tensor,
+                absence.found,
+                absence.expected,
+                hint=absence.hint,
+                cause="layers" if absence.code == Code.LAYER_OUT_OF_RANGE else None,
+            )
+
+    def _explained(self) -> bool:
+        """Whether there is more to say of the first unknown module than that it is unknown."""
+        return self._missing.explain(self._unknown[0][2]).code != Code.UNKNOWN_MODULE

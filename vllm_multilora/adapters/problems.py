@@ -1,0 +1,147 @@
+"""What is wrong with an adapter, in words for people and in fields for programs."""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+_MOST_SHOWN = 160
+
+
+class Code(StrEnum):
+    """Kinds of problem; the values are stable, so that programs may compare them."""
+
+    FOLDER_MISSING = "folder-missing"
+    FILE_MISSING = "file-missing"
+    FILE_UNREADABLE = "file-unreadable"
+    FILE_CHANGED = "file-changed"
+    FILE_TOO_LARGE = "file-too-large"
+    NOT_A_FILE = "not-a-file"
+    NOT_SAFETENSORS = "not-safetensors"
+
+    CONFIG_NOT_JSON = "config-not-json"
+    CONFIG_KEY_MISSING = "config-key-missing"
+    CONFIG_VALUE = "config-value"
+    CONFIG_PATTERN = "config-pattern"
+    UNSUPPORTED_FEATURE = "unsupported-feature"
+    UNSUPPORTED_PEFT_TYPE = "unsupported-peft-type"
+    UNSUPPORTED_MODULES_TO_SAVE = "unsupported-modules-to-save"
+    RANK_TOO_LARGE = "rank-too-large"
+
+    HEADER_TOO_LARGE = "header-too-large"
+    HEADER_NOT_JSON = "header-not-json"
+    HEADER_ENTRY = "header-entry"
+    HEADER_OFFSETS = "header-offsets"
+    FILE_SIZE = "file-size"
+    TOO_MANY_TENSORS = "too-many-tensors"
+
+    NO_LORA_TENSORS = "no-lora-tensors"
+    NO_MATCHING_MODULES = "no-matching-modules"
+    UNKNOWN_MODULE = "unknown-module"
+    MERGED_MODULE = "merged-module"
+    LAYER_OUT_OF_RANGE = "layer-out-of-range"
+    UNKNOWN_TENSOR = "unknown-tensor"
+    DUPLICATE_TENSOR = "duplicate-tensor"
+    HALF_MISSING = "half-missing"
+    WRONG_DTYPE = "wrong-dtype"
+    EMPTY_TENSOR = "empty-tensor"
+    WRONG_SHAPE = "wrong-shape"
+    WRONG_VOCABULARY = "wrong-vocabulary"
+    RANKS_DIFFER = "ranks-differ"
+    RANK_NOT_AS_CONFIGURED = "rank-not-as-configured"
+    NOT_FINITE = "not-finite"
+    OVERFLOW = "overflow"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One cause for which an adapter cannot be served.
+
+    Attributes:
+        code: Its kind.
+        file: The file it is in, or the adapter's folder.
+        where: The tensor or the JSON key; empty where the file as a whole is meant.
+        found: What is there.
+        expected: What should be there.
+        message: All of this as a sentence, beginning with the file.
+        hint: What to do about it; may be empty.
+        count: How many tensors or keys have it; `where` is the first of them.
+    """
+
+    code: Code
+    file: str
+    where: str
+    found: str
+    expected: str
+    message: str
+    hint: str = ""
+    count: int = 1
+
+    @classmethod
+    def at(
+        cls,
+        code: Code,
+        file: str,
+        where: str,
+        found: str,
+        expected: str,
+        *,
+        verb: str = "is",
+        hint: str = "",
+        others: int = 0,
+    ) -> Problem:
+        """A problem whose sentence is "<file>: <where> is <found>, expected <expected>".
+
+        Keys and tensors are named as they are; a file as a whole has no `where`.
+
+        Args:
+            code: As the attribute.
+            file: As the attribute.
+            where: As the attribute.
+            found: As the attribute.
+            expected: As the attribute.
+            verb: What stands between `where` and `found`.
+            hint: As the attribute.
+            others: How many more tensors or keys have the same problem.
+        """
+        more = f" ({others} more like this)" if others else ""
+        subject = f"{file}: {where}" if where else file
+        message = f"{subject} {verb} {found}, expected {expected}{more}"
+        return cls(code, file, where, found, expected, message, hint, 1 + others)
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self) | {"code": str(self.code)}
+
+
+class _Shortener(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = _MOST_SHOWN
+        self.maxdict = self.maxlist = self.maxtuple = 6
+        self.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """A value of a file as messages show it: short, printable, and as Python writes it.
+
+    Files come from strangers: a value may be long or deeply nested, and hold characters that
+    cannot be encoded.
+    """
+    return _printable(_Shortener().repr(value))
+
+
+def shown_name(name: str) -> str:
+    """A tensor's or module's name as messages show it: short, printable, without quotes."""
+    if len(name) > _MOST_SHOWN:
+        name = f"{name[: _MOST_SHOWN // 2]}...{name[-_MOST_SHOWN // 2 :]}"
+    return _printable(name)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]

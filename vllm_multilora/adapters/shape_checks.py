@@ -1,0 +1,200 @@
+"""Whether tensors fit the modules that they belong to: types, sizes and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.header import TensorInfo
+from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
+from vllm_multilora.adapters.missing_modules import MissingModules
+from vllm_multilora.adapters.placement import FoundModule, Placement
+from vllm_multilora.adapters.problem_list import ProblemList
+from vllm_multilora.adapters.problems import Code
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_ORDER = {"A": "[rank, inputs]", "B": "[outputs, rank]"}
+
+
+def check_shapes(
+    placement: Placement,
+    tensors: Mapping[str, TensorInfo],
+    config: AdapterConfig | None,
+    layout: ModelLayout,
+    problems: ProblemList,
+) -> None:
+    """Checks the tensors of modules that the base model serves.
+
+    Args:
+        placement: The modules.
+        tensors: What the header says, by name.
+        config: The configuration; None, if it is broken, leaves out what depends on it.
+        layout: What the base model accepts.
+        problems: Where problems are noted.
+    """
+    check = _Check(tensors, config, layout, problems)
+    for head in placement.heads:
+        check.content(head)
+    misfits = [misfit for m in placement.modules.values() for misfit in check.module(m)]
+    # Where most modules have other sizes than the base model's, the cause is one.
+    modules = {misfit.module for misfit in misfits}
+    cause = "base model" if 1 < len(modules) > len(placement.modules) // 2 else None
+    for misfit in misfits:
+        misfit.add_to(problems, MissingModules(layout, config).hint, cause)
+
+
+class _Check:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        config: AdapterConfig | None,
+        layout: ModelLayout,
+        problems: ProblemList,
+    ) -> None:
+        self._tensors = tensors
+        self._config = config
+        self._layout = layout
+        self._problems = problems
+
+    def module(self, module: FoundModule) -> Iterator[_Misfit]:
+        """Checks a module's tensors; yields those whose shapes do not fit the base model."""
+        sound = True
+        for part, missing in (("A", "B"), ("B", "A")):
+            if missing not in module.tensors:
+                self._problems.add(
+                    Code.HALF_MISSING,
+                    module.tensors[part],
+                    f"there without its lora_{missing}",
+                    "both",
+                    hint="the checkpoint is incomplete: save it again",
+                )
+                sound = False
+        for tensor in module.tensors.values():
+            sound &= self.content(tensor)
+        sizes = self._sizes(module)
+        if not sound or sizes is None:
+            return
+        a, b = (self._tensors[module.tensors[part]].shape for part in "AB")
+        fits = True
+        for part, shape, own, size in (("A", a, 1, sizes.inputs), ("B", b, 0, sizes.outputs)):
+            tensor = module.tensors[part]
+            if len(shape) != 2:
+                self._problems.add(
+                    Code.WRONG_SHAPE,
+                    tensor,
+                    f"the shape {list(shape)}",
+                    "two dimensions",
+                    verb="has",
+                )
+                fits = False
+            elif shape[own] != size:
+                yield _Misfit(
+                    tensor, module.name, part, shape, size, self._is_vocabulary(module, part)
+                )
+                fits = False
+        if fits:
+            self._ranks(module, a[0], b[1])
+
+    def content(self, tensor: str) -> bool:
+        info = self._tensors[tensor]
+        if info.dtype not in WEIGHT_DTYPES:
+            self._problems.add(
+                Code.WRONG_DTYPE,
+                tensor,
+                str(info.dtype),
+                f"one of {', '.join(map(str, WEIGHT_DTYPES))}",
+                hint="convert the adapter's weights",
+            )
+            return False
+        if info.begin == info.end:
+            self._problems.add(
+                Code.EMPTY_TENSOR,
+                tensor,
+                f"no elements (shape {list(info.shape)})",
+                "a weight",
+                verb="has",
+                hint="the checkpoint was saved from a sharded model without gathering it: save it "
+                "again with its weights",
+            )
+            return False
+        return True
+
+    def _sizes(self, module: FoundModule) -> SliceLayout | SpecialShape | None:
+        """The base model's sizes; None where only vLLM knows them (experts)."""
+        if self._layout.is_special(module.name):
+            return self._layout.special_shapes.get(module.name)
+        return self._layout.by_name[module.name][0]
+
+    def _is_vocabulary(self, module: FoundModule, part: str) -> bool:
+        shape = self._layout.special_shapes.get(module.name)
+        return shape is not None and shape.embedding == (part == "A")
+
+    def _ranks(self, module: FoundModule, of_a: int, of_b: int) -> None:
+        tensor = module.tensors["A"]
+        if of_a != of_b:
+            self._problems.add(
+                Code.RANKS_DIFFER,
+                module.tensors["B"],
+                f"the rank {of_b}",
+                f"{of_a}, as lora_A",
+                verb="has",
+                hint="the checkpoint mixes two adapters: save it again",
+            )
+            return
+        rank = self._config.rank_of(module.module) if self._config else of_a
+        if rank != of_a:
+            self._problems.add(
+                Code.RANK_NOT_AS_CONFIGURED,
+                tensor,
+                f"the rank {of_a}",
+                f"{rank}, which adapter_config.json gives its module",
+                verb="has",
+                hint="'r' and 'rank_pattern' must be those that the adapter was trained with: "
+                "scalings follow from them",
+            )
+        if of_a > self._layout.max_rank and (rank != of_a or self._config is None):
+            self._problems.add(
+                Code.RANK_TOO_LARGE,
+                tensor,
+                f"the rank {of_a}",
+                f"at most {self._layout.max_rank}",
+                verb="has",
+                hint=f"start the server with --max-lora-rank {of_a} or more",
+            )
+
+
+@dataclass(frozen=True)
+class _Misfit:
+    """A tensor whose size is not the base model's."""
+
+    tensor: str
+    module: str
+    part: str
+    shape: tuple[int, ...]
+    size: int
+    vocabulary: bool
+
+    def add_to(self, problems: ProblemList, hint: str, cause: str | None) -> None:
+        side = "inputs" if self.part == "A" else "outputs"
+        rows, columns = self.shape
+        expected = [rows, self.size] if self.part == "A" else [self.size, columns]
+        if self.vocabulary:
+            code, what = Code.WRONG_VOCABULARY, f"a vocabulary of {self.size}"
+        else:
+            code, what = Code.WRONG_SHAPE, f"{self.size} {side}"
+        if (rows if self.part == "A" else columns) == self.size:
+            hint = f"lora_{self.part} seems to be transposed: PEFT writes {_ORDER[self.part]}"
+            expected = [columns, rows]
+        problems.add(
+            code,
+            self.tensor,
+            f"the shape {list(self.shape)}",
+            f"{expected}: the base model's {self.module} has {what}",
+            verb="has",
+            hint=hint,
+            cause=cause or f"{self.module.rpartition('.')[2]} {self.part} {self.shape}",
+        )
