@@ -115,7 +115,7 @@ def lora_linear(
         lora_b,
         ranks,
         plan.buffer,
-        plan._host,
+        plan.host,
         *_fields(layout),
         scale,
         offset,
@@ -154,7 +154,7 @@ def lora_shrink(
     _check_activations(h=h[0], x=x)
     expected = (len(lora_a), x.size(0), lora_a[0].size(-2))
     _check(h.shape == expected, f"h must have shape {list(expected)}", h.shape)
-    _shrink(h, x, lora_a, ranks, plan.buffer, plan._host, *_fields(layout), scale, backend)
+    _shrink(h, x, lora_a, ranks, plan.buffer, plan.host, *_fields(layout), scale, backend)
 
 
 def lora_expand(
@@ -189,7 +189,7 @@ def lora_expand(
     _check(h.size(0) == len(lora_b), f"h must have {len(lora_b)} slices", h.shape)
     width = offset + sum(b.size(-2) for b in lora_b)
     _check(y.size(1) >= width, f"y must have at least {width} columns", y.shape)
-    shared = plan.buffer, plan._host, *_fields(layout)
+    shared = plan.buffer, plan.host, *_fields(layout)
     _expand(y, h, lora_b, ranks, *shared, offset, add_inputs, backend)
 
 

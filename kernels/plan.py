@@ -102,10 +102,10 @@ class BatchPlan:
     def __init__(self, layout: PlanLayout, device: torch.device | str = "cpu") -> None:
         self.layout = layout
         device = torch.device(device)
-        self._host = torch.zeros(layout.size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.buffer = self._host if device.type == "cpu" else self._host.to(device)
+        self.host = torch.zeros(layout.size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.buffer = self.host if device.type == "cpu" else self.host.to(device)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._ints = self._host.numpy()
+        self._ints = self.host.numpy()
         self._tile_slot = self._ints[layout.tile_slot]
         self._tile_start = self._ints[layout.tile_start]
         self._tile_length = self._ints[layout.tile_length]
@@ -177,8 +177,8 @@ class BatchPlan:
             ints[layout.order][:tokens] = np.arange(tokens, dtype=np.int32)
             runs = tiles = longest = 0
         ints[:5] = (tokens, rows, runs, tiles, longest)
-        if self.buffer is not self._host:
-            self.buffer.copy_(self._host, non_blocking=True)
+        if self.buffer is not self.host:
+            self.buffer.copy_(self.host, non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
 

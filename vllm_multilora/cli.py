@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from vllm_multilora import __version__
+from vllm_multilora.adapters import validate_command
 from vllm_multilora.cache import simulate_command
 
 
@@ -14,6 +16,24 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from vllm_multilora.integration.doctor import diagnose
 
     return diagnose()
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    # vLLM logs to standard output, where the table or the JSON belongs.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_multilora.integration.offline_layout import offline_layout
+
+    return validate_command.run(
+        arguments,
+        lambda given: offline_layout(
+            given.model,
+            max_lora_rank=given.max_lora_rank,
+            dtype=given.dtype,
+            lora_dtype=given.lora_dtype,
+            trust_remote_code=given.trust_remote_code,
+        ),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     simulate_command.add_arguments(simulate)
     simulate.set_defaults(run=simulate_command.run)
+    validate = commands.add_parser(
+        "validate",
+        help="say whether adapters can be served over a base model",
+        description="Checks adapters as the server does when they are registered, without the base "
+        "model's weights. Exits with 0 if all can be served, with 1 if one cannot, with 2 if that "
+        "cannot be told.",
+    )
+    validate_command.add_arguments(validate)
+    validate.set_defaults(run=_validate)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 

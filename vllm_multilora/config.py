@@ -18,7 +18,12 @@ from vllm_multilora.errors import ConfigError
 CONFIG_KEY = "multilora"
 """The key of vLLM's `additional_config` under which the settings travel."""
 
-BACKENDS = ("auto", "native", "torch", "vllm")
+BACKENDS = ("auto", "native", "torch", "triton", "vllm")
+
+_NOT_INVARIANT = {
+    "torch": "plain PyTorch's sums depend on the batch",
+    "vllm": "for vLLM's own kernels set VLLM_BATCH_INVARIANT=1 instead",
+}
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,22 @@ class MultiLoRAConfig:
     Attributes:
         enabled: True or False switch the plugin on or off. None, the default, is on with the
             vLLM versions that the plugin supports and off, with a message, with others.
-        backend: What computes the adapters' products. `native`: C kernels on CPUs; `torch`:
-            plain PyTorch; `vllm`: vLLM's own, for comparison; `auto`: the best for the
-            platform.
+        backend: What computes the adapters' products. `native`: C kernels on CPUs; `triton`:
+            Triton kernels on NVIDIA and AMD GPUs; `torch`: plain PyTorch; `vllm`: vLLM's own,
+            for comparison; `auto`: the best for the platform.
+        batch_invariant: Whether an adapter's product for a token must have the same bits in any
+            batch. vLLM's own VLLM_BATCH_INVARIANT=1, which does the same for the base model,
+            switches it on as well.
+        cache_policy: Which adapter gives up its place: `lru`, `lfu`, `slru`, `gdsf`, one that an
+            installed package offers, or `module:Class`.
+        cpu_cache_gib: GiB of host memory for adapters, shared by the engine's workers on a
+            machine. None: no limit in bytes where `--max-cpu-loras` is given, else 10 % of the
+            machine's memory.
+        async_loading: Whether adapters are loaded in the background, while other requests go on.
+        loader_threads: Threads that load, in each worker.
+        load_timeout_s: Seconds after which a load is given up and its requests fail.
+        pin: Names of adapters that keep their slot once they have one; fewer than there are
+            slots.
     """
 
     enabled: bool | None = field(
@@ -46,8 +64,74 @@ class MultiLoRAConfig:
         metadata={
             "flag": "--multilora-backend",
             "choices": BACKENDS,
-            "help": "What computes the adapters' products: native (C kernels, CPU), torch (plain "
-            "PyTorch), vllm (stock, for comparison), or auto (the best for the platform).",
+            "help": "What computes the adapters' products: native (C kernels, CPU), triton (NVIDIA "
+            "and AMD GPUs), torch (plain PyTorch), vllm (stock, for comparison), or auto (the best "
+            "for the platform).",
+        },
+    )
+    batch_invariant: bool = field(
+        default=False,
+        metadata={
+            "flag": "--multilora-batch-invariant",
+            "help": "Give an adapter's product for a token the same bits in any batch, at some "
+            "speed on GPUs. VLLM_BATCH_INVARIANT=1 does the same for the base model, and includes "
+            "this.",
+        },
+    )
+    cache_policy: str = field(
+        default="lru",
+        metadata={
+            "flag": "--multilora-cache-policy",
+            "metavar": "NAME",
+            "help": "Which adapter gives up its place when room is needed: lru, lfu, slru, gdsf, a "
+            "policy of an installed package, or module:Class.",
+        },
+    )
+    cpu_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "flag": "--multilora-cpu-cache-gib",
+            "metavar": "GIB",
+            "type": float,
+            "help": "Host memory for adapters in GiB, shared by the engine's workers on a machine. "
+            "Without it, --max-cpu-loras is the only limit; without either, 10 %% of the machine's "
+            "memory.",
+        },
+    )
+    async_loading: bool = field(
+        default=True,
+        metadata={
+            "flag": "--multilora-async-loading",
+            "help": "Load adapters in the background, while other requests go on (the default); "
+            "--no-multilora-async-loading makes the engine wait, as vLLM does.",
+        },
+    )
+    loader_threads: int = field(
+        default=2,
+        metadata={
+            "flag": "--multilora-loader-threads",
+            "metavar": "N",
+            "type": int,
+            "help": "Threads that load adapters, in each worker.",
+        },
+    )
+    load_timeout_s: float = field(
+        default=60.0,
+        metadata={
+            "flag": "--multilora-load-timeout-s",
+            "metavar": "SECONDS",
+            "type": float,
+            "help": "Seconds after which a load is given up and its requests fail.",
+        },
+    )
+    pin: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "flag": "--multilora-pin",
+            "metavar": "NAME",
+            "action": "append",
+            "help": "An adapter that keeps its slot once it has one; may be given several times, "
+            "for fewer adapters than --max-loras.",
         },
     )
 
@@ -60,6 +144,49 @@ class MultiLoRAConfig:
             raise ConfigError(
                 f"{CONFIG_KEY}.backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
             )
+        if not isinstance(self.batch_invariant, bool):
+            raise ConfigError(
+                f"{CONFIG_KEY}.batch_invariant must be true or false, got {self.batch_invariant!r}"
+            )
+        if self.batch_invariant and self.backend in _NOT_INVARIANT:
+            raise ConfigError(
+                f"{CONFIG_KEY}.batch_invariant does not go with the backend {self.backend!r}: "
+                f"{_NOT_INVARIANT[self.backend]}. Choose the backend 'auto', 'native' or 'triton', "
+                f"or leave batch_invariant out"
+            )
+        if not isinstance(self.cache_policy, str) or not self.cache_policy:
+            raise ConfigError(
+                f"{CONFIG_KEY}.cache_policy must be the name of a policy, got {self.cache_policy!r}"
+            )
+        gib = self.cpu_cache_gib
+        if gib is not None and (
+            isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 < gib < float("inf")
+        ):
+            raise ConfigError(f"{CONFIG_KEY}.cpu_cache_gib must be a positive number, got {gib!r}")
+        if not isinstance(self.async_loading, bool):
+            raise ConfigError(
+                f"{CONFIG_KEY}.async_loading must be true or false, got {self.async_loading!r}"
+            )
+        threads = self.loader_threads
+        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 64:
+            raise ConfigError(
+                f"{CONFIG_KEY}.loader_threads must be a whole number from 1 to 64, got {threads!r}"
+            )
+        timeout = self.load_timeout_s
+        if (
+            isinstance(timeout, bool)
+            or not isinstance(timeout, int | float)
+            or not 0 < timeout <= 86_400
+        ):
+            raise ConfigError(
+                f"{CONFIG_KEY}.load_timeout_s must be a number of seconds above 0 and at most a "
+                f"day, got {timeout!r}"
+            )
+        names = self.pin
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
+            raise ConfigError(f"{CONFIG_KEY}.pin must be a list of adapter names, got {names!r}")
+        # JSON has lists only; the settings are hashable.
+        object.__setattr__(self, "pin", tuple(dict.fromkeys(names)))
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> MultiLoRAConfig:

@@ -1,11 +1,17 @@
-"""Loads that go on only when a test lets them, and a record of what was loaded and told."""
+"""Loaders for tests: loads that go on only when let, and a record of what was loaded and told."""
 
 import threading
 import time
 from collections import defaultdict
+from contextlib import contextmanager
+
+from vllm_multilora.cache.loader import BackgroundLoader
 
 PATIENCE_S = 20.0
 """How long a test waits for a thread before it fails; never reached when all is well."""
+
+HANG_S = 0.2
+"""When a load is given up; long enough for one that does not hang, on a busy machine."""
 
 
 class Gate:
@@ -79,3 +85,41 @@ def eventually(condition):
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.001)
+
+
+@contextmanager
+def make_loader(gate, told, **options):
+    settings = {
+        "threads": 2,
+        "staged_limit": 8,
+        "timeout_s": PATIENCE_S,
+        "retry_delay_s": PATIENCE_S,
+    }
+    loader = BackgroundLoader(gate.load, on_done=told, **(settings | options))
+    try:
+        yield loader
+    finally:
+        gate.open_all()
+        assert loader.close(PATIENCE_S)
+
+
+@contextmanager
+def waiting(loader, adapter_id, **options):
+    """A thread that waits for an adapter; its outcome is in the list once the block is left."""
+    outcome = []
+
+    def wait():
+        try:
+            outcome.append(loader.wait(adapter_id, adapter_id, timeout_s=PATIENCE_S, **options))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    yield outcome
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def loader_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("multilora-load-")]

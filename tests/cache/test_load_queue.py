@@ -1,7 +1,7 @@
 """The loader's logic without threads and with a clock that the test moves."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -139,6 +139,16 @@ def test_a_forgotten_loads_failure_is_not_held_against_the_adapter(queue):
     queue.forget(1)
     queue.finish(old, TORN, 1.0)
     assert queue.failure(1, 1.0) is None
+
+
+def test_one_who_waited_for_an_older_load_does_not_take_the_newer(queue):
+    old = queue.hurry(1, "request", 0.0)
+    queue.finish(queue.start(0.0), "old weights", 0.0)
+    assert queue.take(1) == "old weights"
+    queue.want(1, "request", 0.0)
+    queue.finish(queue.start(0.0), "new weights", 0.0)
+    queue.take_shared(old)
+    assert queue.take(1) == "new weights"
 
 
 def test_loads_past_their_time_fail_and_make_room(queue):
@@ -302,5 +312,10 @@ class QueueMachine(RuleBasedStateMachine):
 def test_any_sequence_of_calls_keeps_the_queues_promises():
     run_state_machine_as_test(
         QueueMachine,
-        settings=settings(max_examples=60, stateful_step_count=30, deadline=None),
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
     )

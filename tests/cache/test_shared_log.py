@@ -1,9 +1,10 @@
 """The log's rings, in memory of one process: order, overflow, torn and corrupt entries."""
 
+import sys
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_multilora.cache import shared_log
@@ -158,6 +159,15 @@ def test_a_spoilt_head_costs_events_but_not_the_log(head):
     assert log.reader.drain() == [(0, Ready(1, 4))]
 
 
+@pytest.fixture
+def _threads_take_turns_all_the_time():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("_threads_take_turns_all_the_time")
 def test_threads_of_a_process_may_write_at_the_same_time():
     log = Log(capacity=4096)
     start = threading.Barrier(4)
@@ -233,6 +243,7 @@ def test_a_long_message_is_cut_between_characters(text):
     assert event.failure.message == cut.decode()
 
 
+@settings(deadline=None)
 @given(text=st.text(), limit=st.integers(3, 40))
 def test_any_text_is_cut_to_valid_utf8_that_fits(text, limit):
     cut = cut_utf8(text, limit)
@@ -246,6 +257,7 @@ def test_a_file_name_that_is_no_utf8_can_be_told_of():
     assert cut_utf8("adapters/\udcff", 40) == b"adapters/?"
 
 
+@settings(deadline=None)
 @given(
     event=st.one_of(
         st.builds(Ready, st.integers(-(1 << 63), (1 << 63) - 1), st.integers(0, (1 << 64) - 1)),

@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+# Tests look into the workers by sending them functions.
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 if TYPE_CHECKING:
     from .cases import Scenario
@@ -40,3 +42,12 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     from .scenarios import qwen2_scenario
 
     return qwen2_scenario(tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
+    """A tiny Llama, forty adapters of ranks from 8 to 64, and a case of each answered by PEFT."""
+    _require_serving_stack()
+    from .scenarios import fleet_scenario
+
+    return fleet_scenario(tmp_path_factory.mktemp("fleet"))

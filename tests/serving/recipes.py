@@ -55,3 +55,9 @@ EMBEDDING_RECIPE = AdapterRecipe(
     "embedding-head-r8", targets=(*_ATTENTION, "embed_tokens", "lm_head")
 )
 """Adapts the embedding and the head too: for base models whose class has vLLM embedding modules."""
+
+FLEET_RECIPES = tuple(
+    AdapterRecipe(f"customer-{number}", rank=rank, alpha=2 * rank)
+    for number, rank in zip(range(40), (8, 16, 24, 32, 64) * 8, strict=True)
+)
+"""Customers in numbers: more than any tier of a test server holds."""

@@ -8,7 +8,7 @@ import torch
 
 from .cases import MIN_MARGIN, NEW_TOKENS, PROMPT_LENGTHS, Case, Continuation, Key, Prompt, Scenario
 from .peft_reference import reference_continuations
-from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES, AdapterRecipe
+from .recipes import EMBEDDING_RECIPE, FLEET_RECIPES, LINEAR_RECIPES, AdapterRecipe
 from .tiny_adapters import write_adapter
 from .tiny_models import VOCAB_SIZE, write_llama, write_qwen2
 
@@ -25,11 +25,18 @@ def qwen2_scenario(root: Path) -> Scenario:
     return build_scenario(root, write_qwen2, LINEAR_RECIPES)
 
 
+def fleet_scenario(root: Path) -> Scenario:
+    """A Llama with many adapters of ranks from 8 to 64, and one case each."""
+    # With so many there is always one to which few prompts have a decisive answer.
+    return build_scenario(root, write_llama, FLEET_RECIPES, lengths=(11,), min_margin=0.02)
+
+
 def build_scenario(
     root: Path,
     write_base: Callable[[Path], Path],
     recipes: Sequence[AdapterRecipe],
     *,
+    lengths: Sequence[int] = PROMPT_LENGTHS,
     min_margin: float = MIN_MARGIN,
     dtype: torch.dtype = torch.float32,
 ) -> Scenario:
@@ -39,6 +46,7 @@ def build_scenario(
         root: An empty directory.
         write_base: Writes the base checkpoint into a directory.
         recipes: The adapters to write.
+        lengths: Of the prompts, in tokens; one case of each for every adapter.
         min_margin: Least logit margin of every step of a case.
         dtype: Type in which the reference computes.
 
@@ -50,14 +58,14 @@ def build_scenario(
         recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed)
         for seed, recipe in enumerate(recipes)
     }
-    prompts = _candidate_prompts()
+    prompts = _candidate_prompts(lengths)
     truth = reference_continuations(base, adapters, prompts, NEW_TOKENS, dtype=dtype)
     # Neighbours differ in their adapter, so that a batch taken from the front is mixed.
     cases = [
         _first_case(
             name, [prompt for prompt in prompts if len(prompt) == length], truth, min_margin
         )
-        for length in PROMPT_LENGTHS
+        for length in lengths
         for name in (None, *adapters)
     ]
     return Scenario(base, adapters, tuple(cases))
@@ -80,11 +88,11 @@ def _first_case(
     )
 
 
-def _candidate_prompts() -> list[Prompt]:
+def _candidate_prompts(lengths: Sequence[int]) -> list[Prompt]:
     """Random prompts of each length; a scenario takes the first that fits each adapter."""
     source = random.Random(0)
     return [
         tuple(source.randrange(VOCAB_SIZE) for _ in range(length))
-        for length in PROMPT_LENGTHS
+        for length in lengths
         for _ in range(_CANDIDATES)
     ]

@@ -107,7 +107,7 @@ def test_prompt_log_probabilities_use_each_prompts_own_adapter(llama: Scenario):
     ("settings", "message"),
     [
         ({"bakend": "torch"}, "did you mean 'backend'"),
-        ({"backend": "cuda"}, "must be one of auto, native, torch, vllm, got 'cuda'"),
+        ({"backend": "cuda"}, "must be one of auto, native, torch, triton, vllm, got 'cuda'"),
     ],
     ids=["unknown-setting", "unknown-backend"],
 )
@@ -126,7 +126,7 @@ def test_the_flags_are_on_vllm_serve():
         timeout=180,
         check=False,
     )
-    assert "--multilora-backend {auto,native,torch,vllm}" in done.stdout, done.stderr[-2000:]
+    assert "--multilora-backend {auto,native,torch,triton,vllm}" in done.stdout, done.stderr[-2000:]
     assert "--no-multilora" in done.stdout
 
 

@@ -13,22 +13,40 @@ def test_without_settings_the_defaults_hold(additional):
 
 def test_settings_are_taken_over():
     config = MultiLoRAConfig.from_additional_config(
-        {"multilora": {"enabled": False, "backend": "torch"}}
+        {"multilora": {"enabled": False, "backend": "triton", "batch_invariant": True}}
     )
-    assert config == MultiLoRAConfig(enabled=False, backend="torch")
+    assert config == MultiLoRAConfig(enabled=False, backend="triton", batch_invariant=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "triton"])
+def test_batch_invariance_goes_with_backends_that_have_it(backend):
+    assert MultiLoRAConfig(backend=backend, batch_invariant=True).batch_invariant
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"bakend": "torch"}, r"unknown setting 'bakend' .*did you mean 'backend'\?"),
-        ({"zzz": 1}, r"unknown setting 'zzz' in multilora \(known: enabled, backend\)"),
+        ({"zzz": 1}, r"unknown setting 'zzz' in multilora \(known: enabled, backend, .*\)"),
         ({"backend": "cuda"}, "multilora.backend must be one of auto, native, .* got 'cuda'"),
         ({"backend": None}, "multilora.backend must be one of .* got None"),
         ({"enabled": "yes"}, "multilora.enabled must be true, false or null, got 'yes'"),
+        ({"batch_invariant": 1}, "multilora.batch_invariant must be true or false, got 1"),
+        ({"batch_invariant": True, "backend": "torch"}, "'torch': plain PyTorch's sums depend on"),
+        ({"batch_invariant": True, "backend": "vllm"}, "'vllm': .* set VLLM_BATCH_INVARIANT=1"),
         ("torch", r'additional_config\["multilora"\] must be a mapping .* got \'torch\''),
     ],
-    ids=["typo", "unknown", "backend", "null-backend", "enabled", "no-mapping"],
+    ids=[
+        "typo",
+        "unknown",
+        "backend",
+        "null-backend",
+        "enabled",
+        "batch-invariant",
+        "invariant-torch",
+        "invariant-vllm",
+        "no-mapping",
+    ],
 )
 def test_a_wrong_setting_is_one_clear_sentence(settings, message):
     with pytest.raises(ConfigError, match=message):

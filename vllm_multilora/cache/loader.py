@@ -58,7 +58,8 @@ class BackgroundLoader(Generic[R, T]):
     the same adapter: at the end of the load, or at once where the adapter is staged already or has
     failed a moment ago. Calls come one at a time, in the order in which things ended, from a
     loader's thread or one that calls `want`, and without a lock of the loader held. None begins
-    after the adapter was dropped. `on_done` must be quick and must not wait for those who call the loader.
+    after the adapter was dropped. `on_done` must be quick and must not wait for those who call
+    the loader.
 
     All methods may be called from any thread, `on_done` included.
 

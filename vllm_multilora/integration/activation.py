@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from multilora_kernels import resolve_backend
 from vllm_multilora import __version__
 from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
+from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.version import SUPPORTED_TEXT, installed_version, is_supported
 
 if TYPE_CHECKING:
@@ -36,26 +37,87 @@ def is_active(vllm_config: VllmConfig) -> bool:
 
 
 def kernel_backend(vllm_config: VllmConfig) -> str:
-    """The backend that computes this engine's adapters: `native`, `torch` or `vllm`.
-
-    `vllm` where the plugin is not active and where it has nothing better than stock for the
-    platform yet.
+    """The backend that computes this engine's adapters; `vllm` where the plugin is not active.
 
     Raises:
+        ConfigError: The settings and the platform do not go together.
         NativeUnavailableError: `native` was asked for by name and cannot be built.
+        TritonUnavailableError: `triton` was asked for, or is needed, and cannot run here.
     """
+    from vllm import envs
+    from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
     if not is_active(vllm_config):
         return "vllm"
-    backend = settings_of(vllm_config).backend
-    if current_platform.is_cpu():
-        return "vllm" if backend == "vllm" else resolve_backend(backend, "cpu")
-    if backend in ("auto", "vllm"):
-        return "vllm"
-    raise ValueError(
-        f"--multilora-backend {backend} runs on CPUs only, and vLLM's platform here is "
-        f"{current_platform.device_type}; leave the flag out to use vLLM's own kernels"
+    # ROCm's devices are CUDA devices to PyTorch, and so to the kernels.
+    on_gpu = current_platform.is_cuda_alike()
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    return choose_backend(
+        settings_of(vllm_config),
+        "cuda" if on_gpu else current_platform.device_type,
+        vllm_batch_invariant=getattr(envs, "VLLM_BATCH_INVARIANT", False),
+        captures_graphs=on_gpu and graphs not in (None, CUDAGraphMode.NONE),
+    )
+
+
+def choose_backend(
+    settings: MultiLoRAConfig,
+    device_type: str,
+    *,
+    vllm_batch_invariant: bool = False,
+    captures_graphs: bool = False,
+) -> str:
+    """What the settings mean on a device.
+
+    Args:
+        settings: The plugin's settings; it is active.
+        device_type: PyTorch's name for the device; `cuda` includes ROCm.
+        vllm_batch_invariant: Whether vLLM itself runs in its batch-invariant mode.
+        captures_graphs: Whether vLLM captures CUDA graphs.
+
+    Returns:
+        `native`, `torch`, `triton` or `triton-invariant`, or `vllm` where there is nothing better
+        than vLLM's own.
+
+    Raises:
+        ConfigError: The settings do not go together with the device.
+        ValueError: The backend is one for another device.
+        NativeUnavailableError: As for `kernel_backend`.
+        TritonUnavailableError: As for `kernel_backend`.
+    """
+    backend = settings.backend
+    if backend == "vllm":
+        return backend
+    invariant = settings.batch_invariant or vllm_batch_invariant
+    if device_type not in ("cpu", "cuda"):
+        if backend == "auto" and not settings.batch_invariant:
+            return "vllm"
+        raise ConfigError(
+            f"vllm-multilora has kernels for CPUs and for NVIDIA and AMD GPUs, and vLLM's platform "
+            f"here is {device_type!r}: leave --multilora-backend and --multilora-batch-invariant "
+            f"out to use vLLM's own kernels"
+        )
+    if settings.batch_invariant and device_type == "cuda" and backend == "auto":
+        backend = "triton"
+    resolved = resolve_backend(backend, device_type)
+    if device_type == "cuda" and resolved == "torch":
+        if backend == "auto":
+            return "vllm"
+        if captures_graphs:
+            raise ConfigError(
+                "the backend 'torch' reads each batch's plan on the host, which CUDA graphs cannot "
+                "capture: choose --multilora-backend triton, or add --enforce-eager"
+            )
+    if not invariant or resolved == "native":
+        return resolved
+    if resolved == "triton":
+        return "triton-invariant"
+    source = "--multilora-batch-invariant" if settings.batch_invariant else "VLLM_BATCH_INVARIANT=1"
+    better = "native, which needs a C compiler on the path" if device_type == "cpu" else "triton"
+    raise ConfigError(
+        f"{source} needs kernels whose sums do not depend on the batch, and the backend here is "
+        f"{resolved!r}: choose --multilora-backend {better}"
     )
 
 
@@ -80,9 +142,10 @@ def announce(vllm_config: VllmConfig) -> None:
         )
     elif not is_active(vllm_config):
         logger.info("vllm-multilora is switched off (--no-multilora).")
-    else:
+    elif (backend := kernel_backend(vllm_config)) == "vllm" and settings.backend == "auto":
         logger.info(
-            "vllm-multilora %s is active; LoRA kernels: %s.",
+            "vllm-multilora %s has no kernels for this platform: vLLM's own compute its adapters.",
             __version__,
-            kernel_backend(vllm_config),
         )
+    else:
+        logger.info("vllm-multilora %s is active; LoRA kernels: %s.", __version__, backend)

@@ -8,9 +8,11 @@ from importlib.metadata import entry_points, version
 
 import torch
 
-from multilora_kernels import NativeUnavailableError
+from multilora_kernels import NativeUnavailableError, TritonUnavailableError
 from multilora_kernels.native import load_library
 from vllm_multilora import __version__
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.activation import choose_backend
 from vllm_multilora.integration.version import SUPPORTED_TEXT, installed_version, is_supported
 
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "multilora"
@@ -45,7 +47,8 @@ def diagnose() -> int:
     from vllm.platforms import current_platform
 
     print(f"platform        {current_platform.device_name or current_platform.device_type}")
-    print(f"kernels         {_kernels(current_platform.is_cpu(), problems)}")
+    device = "cuda" if current_platform.is_cuda_alike() else current_platform.device_type
+    print(f"kernels         {_kernels(device, problems)}")
     print("patches")
     from vllm_multilora.integration.patches import PATCHES, apply_patches
 
@@ -76,12 +79,17 @@ def _check_entry_point() -> list[str]:
     return []
 
 
-def _kernels(on_cpu: bool, problems: list[str]) -> str:
-    if not on_cpu:
-        return "vllm (this version brings kernels for CPUs only; vLLM's own run here)"
+def _kernels(device_type: str, problems: list[str]) -> str:
+    """What the default settings mean on a device, in words."""
+    if device_type == "cpu":
+        try:
+            return f"native ({load_library()._name})"
+        except NativeUnavailableError as error:
+            problems.append(f"native kernels: {error}")
+            return "torch (slower; see below)"
     try:
-        library = load_library()
-    except NativeUnavailableError as error:
-        problems.append(f"native kernels: {error}")
-        return "torch (slower; see below)"
-    return f"native ({library._name})"
+        backend = choose_backend(MultiLoRAConfig(), device_type)
+    except TritonUnavailableError as error:
+        problems.append(f"Triton kernels: {error}")
+        return "none (see below)"
+    return "vllm (no others for this platform)" if backend == "vllm" else backend

@@ -22,9 +22,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "vllm-multilora", "Multi-tenant LoRA serving (plugin vllm-multilora)."
     )
     for setting in fields(MultiLoRAConfig):
-        options = {key: setting.metadata[key] for key in ("choices", "help", "type")
-                   if key in setting.metadata}  # fmt: skip
-        if "choices" not in options and "type" not in options:
+        options = {key: value for key, value in setting.metadata.items() if key != "flag"}
+        if not options.keys() - {"help"}:
             options["action"] = argparse.BooleanOptionalAction
         group.add_argument(
             setting.metadata["flag"],

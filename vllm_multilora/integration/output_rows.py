@@ -6,14 +6,26 @@ each request, but for `prompt_logprobs` all tokens of one prompt at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from multilora_kernels import BatchPlan, PlanLayout
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _warn_of_unknown_rows() -> None:
+    logger.warning(
+        "An output layer got more rows than the step's adapter mapping covers; adapters of "
+        "lm_head are not applied to the surplus. Please report which vLLM feature is in use."
+    )
 
 
 class OutputRows:
@@ -26,6 +38,7 @@ class OutputRows:
         self._own_plan = BatchPlan(layout, device)
         self._token_plan = self._own_plan
         self._token_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._request_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._sampler_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._planned: npt.NDArray[np.int64] | None = None
         self._hidden_states: torch.Tensor | None = None
@@ -45,7 +58,25 @@ class OutputRows:
                 every token is sampled, and then the same plan serves both.
         """
         self._token_plan = token_plan
-        self._token_slots, self._sampler_slots = token_slots, sampler_slots
+        self._token_slots = token_slots
+        self._request_slots = self._sampler_slots = sampler_slots
+        self._planned = None
+
+    def set_counts(self, counts: npt.NDArray[np.integer]) -> None:
+        """Says how many rows each request samples, where the step's mapping had one each.
+
+        vLLM's second model runner describes a step so, whatever number of drafted tokens is
+        verified in it, and describes it anew only when the mapping changes.
+
+        Args:
+            counts: [requests], the rows of each request.
+        """
+        if len(counts) != len(self._request_slots):
+            return
+        one_each = bool((counts == 1).all())
+        self._sampler_slots = (
+            self._request_slots if one_each else self._request_slots.repeat(counts)
+        )
         self._planned = None
 
     @contextmanager
@@ -64,17 +95,14 @@ class OutputRows:
     def plan(self, x: torch.Tensor) -> BatchPlan:
         """The plan over the rows of an output layer's input x of shape [rows, width].
 
-        Raises:
-            RuntimeError: x has other rows than the step: nobody can say whose they are.
+        Rows beyond those that the step's mapping covers get no adapter in this layer, as in stock
+        vLLM: nobody can say whose they are.
         """
         slots = self._sampler_slots
         if (first := self._first_token(x)) is not None:
             slots = self._token_slots[first : first + x.size(0)]
         if len(slots) < x.size(0):
-            raise RuntimeError(
-                f"an output layer with LoRA got {x.size(0)} rows, but the step's adapter mapping "
-                f"covers {len(slots)}"
-            )
+            _warn_of_unknown_rows()
         if slots is self._token_slots:
             return self._token_plan
         if self._planned is not slots:

@@ -4,15 +4,27 @@ One wrapper serves a model (a multimodal model has one per tower as well). `for_
 shallow copy per layer that shares the plans and index buffers and adds the layer's true ranks.
 Layers that keep the shared wrapper, such as classification heads, are computed at the full
 `max_lora_rank`: vLLM zeroes what an adapter does not fill, so that is correct, only slower.
+
+On a GPU a step costs one asynchronous copy for the plan, one more where the model has embedding
+layers with LoRA and one where it has classification heads; nothing waits for the device. All
+buffers keep their addresses, so a CUDA graph captured with any adapters replays with any others.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    ClassificationHeadWithLoRA,
+    FusedMoEWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from multilora_kernels import (
@@ -23,14 +35,20 @@ from multilora_kernels import (
     lora_linear,
     lora_shrink,
 )
+from multilora_kernels.plan import DEFAULT_TILE_ROWS
 from vllm_multilora.integration.mapping import BatchMapping
 from vllm_multilora.integration.output_rows import OutputRows
+from vllm_multilora.integration.punica_moe import ExpertLayers
+from vllm_multilora.integration.staged_rows import StagedRows
 
 if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
 
+# The longest block of tokens that the Triton kernels take; they cut shorter ones out of a tile.
+_TRITON_TILE_ROWS = 128
 
-class MultiLoRAPunicaWrapper(PunicaWrapperBase):
+
+class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
     """Computes every adapter of a mixed batch with `multilora_kernels`.
 
     Args:
@@ -53,17 +71,45 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
     ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
         self.backend = backend
-        self.max_loras = lora_config.max_loras
-        layout = PlanLayout(max_num_batched_tokens, self.max_loras)
+        self.max_loras, self.max_batches = lora_config.max_loras, max_batches
+        tile_rows = _TRITON_TILE_ROWS if backend.startswith("triton") else DEFAULT_TILE_ROWS
+        layout = PlanLayout(max_num_batched_tokens, self.max_loras, tile_rows)
         self.plan = BatchPlan(layout, device)
-        self._embedding_offsets = self._embeddings_indices.numpy()
-        self._sampler_slots = self._sampler_indices.numpy()
         self.output_rows = OutputRows(layout, device)
+        # What is left of vLLM's own metadata: embedding layers read the one, full-weight
+        # classification heads the other. Both are prepared until adopt_layers() knows better.
+        self._embedding_offsets = StagedRows(max_num_batched_tokens, device)
+        self._sampler_slots = StagedRows(max_num_batched_tokens, device)
+        self._embeddings_indices = self._embedding_offsets.buffer
+        self._sampler_indices = self._sampler_slots.buffer
+        self._has_embeddings = self._has_heads = True
+        self._lora_config = lora_config
         self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
         self.shrink_ranks: torch.Tensor | None = None
         self.expand_ranks: torch.Tensor | None = None
         self._prepared: PreparedLinear | None = None
-        self._prepared_for: tuple[torch.Tensor, ...] | None = None
+        self._prepared_for: tuple[tuple[torch.Tensor, ...], bool] | None = None
+
+    def adopt_layers(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
+        """Learns which layers use this wrapper, so that a step prepares what they read and no more.
+
+        Args:
+            layers: All of them, before the first step.
+        """
+        layers = list(layers)
+
+        def has(kind: type[BaseLayerWithLoRA]) -> bool:
+            return any(isinstance(layer, kind) for layer in layers)
+
+        self._has_embeddings = has(VocabParallelEmbeddingWithLoRA)
+        self._has_heads = has(ClassificationHeadWithLoRA)
+        if has(FusedMoEWithLoRA):
+            self._pass_experts_to_stock(
+                self.plan.layout.max_tokens,
+                self.max_batches,
+                self.device,
+                lora_config=self._lora_config,
+            )
 
     def for_layer(
         self, shrink_ranks: torch.Tensor, expand_ranks: torch.Tensor
@@ -97,16 +143,18 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
             every_token = np.array_equal(mapping.tokens, mapping.samples)
             sampler_slots = token_slots if every_token else slots.repeat(mapping.samples)
         else:
-            token_slots = np.array([slot_of[max(i, 0)] for i in mapping.index_mapping], np.int64)
-            sampler_slots = np.array([slot_of[max(i, 0)] for i in mapping.prompt_mapping], np.int64)
+            token_slots = _slots_of(mapping.index_mapping, slot_of)
+            sampler_slots = _slots_of(mapping.prompt_mapping, slot_of)
+            if np.array_equal(token_slots, sampler_slots):
+                sampler_slots = token_slots
         self.plan.update(token_slots)
         self.output_rows.set_step(self.plan, token_slots, sampler_slots)
-        # What is left of vLLM's own metadata: embedding layers read the one, full-weight
-        # classification heads the other.
+        if self._has_embeddings:
+            self._embedding_offsets.update(np.maximum(token_slots, 0) * vocab_size)
+        if self._has_heads:
+            self._sampler_slots.update(sampler_slots)
+        self._update_experts(token_slots)
         tokens, rows = len(token_slots), len(sampler_slots)
-        np.maximum(token_slots, 0, out=self._embedding_offsets[:tokens])
-        self._embedding_offsets[:tokens] *= vocab_size
-        self._sampler_slots[:rows] = sampler_slots
         self.indices_len[:] = (tokens, rows, rows, tokens)
 
     def add_lora_linear(
@@ -124,13 +172,23 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
         """`y += scale * (x @ A.T) @ B.T`, each row with its own adapter; all slices at once."""
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         ranks = self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2))
-        if add_inputs and scale == 1.0 and not torch.compiler.is_compiling():
+        if scale == 1.0 and not torch.compiler.is_compiling():
             # The path of every layer and step: a layer's weights are described once.
-            if self._prepared is None or self._prepared_for is not lora_b_stacked:
+            if (
+                self._prepared is None
+                or self._prepared_for is None
+                or self._prepared_for[0] is not lora_b_stacked
+                or self._prepared_for[1] != add_inputs
+            ):
                 self._prepared = PreparedLinear(
-                    lora_a_stacked, lora_b_stacked, ranks, self.plan.layout, backend=self.backend
+                    lora_a_stacked,
+                    lora_b_stacked,
+                    ranks,
+                    self.plan.layout,
+                    add_inputs=add_inputs,
+                    backend=self.backend,
                 )
-                self._prepared_for = lora_b_stacked
+                self._prepared_for = lora_b_stacked, add_inputs
             self._prepared(y, x, self.plan)
             return
         lora_linear(
@@ -259,3 +317,10 @@ class MultiLoRAPunicaWrapper(PunicaWrapperBase):
                 (slices, self.max_loras), rank, dtype=torch.int32, device=self.device
             )
         return self._full_ranks[key]
+
+
+def _slots_of(ids: Sequence[int], slot_of: dict[int, int]) -> npt.NDArray[np.int64]:
+    """The slot of each entry of one of vLLM's tuples; 0 and less are requests without adapter."""
+    distinct, position = np.unique(np.array(ids, dtype=np.int64), return_inverse=True)
+    slots = np.array([slot_of[max(i, 0)] for i in distinct.tolist()], dtype=np.int64)
+    return slots[position]

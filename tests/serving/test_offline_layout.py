@@ -1,0 +1,93 @@
+"""The layout found without weights is the one that a worker has."""
+
+import pytest
+import torch
+
+from tests.adapters.corpus import LAYOUT
+from tests.adapters.corpus.llama_layout import MODULES
+
+from . import tiny_models
+
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
+
+UNKNOWN = ("model.layers.9.self_attn.q_proj", "model.layers.0.self_attn.qkv_proj", "score", "x")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def folder(request, tmp_path_factory):
+    write = {"llama": tiny_models.write_llama, "qwen2": tiny_models.write_qwen2}[request.param]
+    return write(tmp_path_factory.mktemp(request.param))
+
+
+def worker_layout(folder, rank: int):
+    """The layout of a worker's own manager, over a model with weights."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from vllm_multilora.integration.model_manager import MultiLoRAModelManager
+    from vllm_multilora.integration.offline_layout import _one_worker
+    from vllm_multilora.integration.patches import apply_patches
+
+    apply_patches()
+    config = EngineArgs(
+        model=str(folder),
+        enable_lora=True,
+        max_loras=2,
+        max_lora_rank=rank,
+        enforce_eager=True,
+        max_model_len=64,
+    ).create_engine_config()
+    with set_current_vllm_config(config), _one_worker():
+        with set_default_torch_dtype(config.model_config.dtype):
+            model = initialize_model(config)
+        manager = MultiLoRAModelManager(
+            model=model,
+            max_num_seqs=4,
+            max_num_batched_tokens=64,
+            vocab_size=config.model_config.get_vocab_size(),
+            lora_config=config.lora_config,
+            device=torch.device("cpu"),
+            vllm_config=config,
+        )
+        return manager.layout
+
+
+def test_it_is_that_of_a_worker(folder):
+    from vllm_multilora.integration.offline_layout import offline_layout
+
+    (folder / "model.safetensors").rename(folder / "weights.away")
+    try:
+        offline = offline_layout(str(folder), max_lora_rank=64)
+    finally:
+        (folder / "weights.away").rename(folder / "model.safetensors")
+    worker = worker_layout(folder, 64)
+    assert offline.slices == worker.slices
+    assert offline.special == worker.special
+    assert offline.special_shapes == worker.special_shapes
+    assert (offline.max_rank, offline.dtype) == (worker.max_rank, worker.dtype)
+    for name in (*offline.by_name, *offline.special, *UNKNOWN):
+        assert offline.rename(name) == worker.rename(name)
+
+
+def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
+    from vllm_multilora.integration.offline_layout import offline_layout
+
+    model = str(tiny_models.write_llama(tmp_path))
+    found = offline_layout(model, max_lora_rank=64, dtype="float32")
+    assert found.by_name == LAYOUT.by_name
+    assert found.special == LAYOUT.special
+    assert found.special_shapes == LAYOUT.special_shapes
+    assert (found.max_rank, found.dtype) == (LAYOUT.max_rank, LAYOUT.dtype)
+    assert [found.rename(module) for module in MODULES] == list(MODULES)
+
+
+def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
+    from vllm_multilora.integration.offline_layout import BaseModelError, offline_layout
+
+    with pytest.raises(BaseModelError, match="does not take the base model"):
+        offline_layout(str(tmp_path))
+    model = str(tiny_models.write_llama(tmp_path / "model"))
+    with pytest.raises(BaseModelError, match="max_lora_rank"):
+        offline_layout(model, max_lora_rank=7)

@@ -1,0 +1,241 @@
+"""What a step costs the punica wrapper: which copies it makes, and that nothing waits or moves."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = pytest.mark.serving  # imports vLLM
+
+SLOTS = [5, None, 9, 3]
+MAX_TOKENS, VOCABULARY = 64, 1000
+
+
+def make_wrapper(device: str = "cpu", backend: str = "torch") -> Any:
+    from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+
+    lora_config = SimpleNamespace(max_loras=len(SLOTS), specialize_active_lora=False)
+    return MultiLoRAPunicaWrapper(MAX_TOKENS, 8, device, backend=backend, lora_config=lora_config)
+
+
+def tuples(lengths: list[int], adapters: list[int]) -> Any:
+    """A mapping as vLLM builds it: an entry per token, and one per sampled row."""
+    from vllm.lora.layers import LoRAMapping
+
+    return LoRAMapping(tuple(np.repeat(adapters, lengths)), tuple(adapters), is_prefill=True)
+
+
+def arrays(lengths: list[int], adapters: list[int]) -> Any:
+    from vllm.lora.layers.utils import LoRAMappingType
+
+    from vllm_multilora.integration.mapping import BatchMapping
+
+    return BatchMapping(np.array(adapters), np.array(lengths), None, LoRAMappingType.LANGUAGE)
+
+
+def step(wrapper: Any, lengths: list[int], adapters: list[int], mapping=tuples) -> None:
+    wrapper.update_metadata(mapping(lengths, adapters), SLOTS, len(SLOTS) + 1, VOCABULARY)
+
+
+def layer(kind: str) -> Any:
+    """A layer of one of vLLM's classes, without weights: the wrapper asks for its class only."""
+    from vllm.lora import layers
+
+    return object.__new__(getattr(layers, kind))
+
+
+LINEAR, LOGITS = "ColumnParallelLinearWithLoRA", "LogitsProcessorWithLoRA"
+EMBEDDING, HEAD = "VocabParallelEmbeddingWithLoRA", "ClassificationHeadWithLoRA"
+
+
+@pytest.mark.parametrize("mapping", [tuples, arrays])
+def test_what_vllms_layers_read_of_a_step(mapping):
+    wrapper = make_wrapper()
+    step(wrapper, [2, 1, 3], [9, 0, 5], mapping)
+    slots = [2, 2, -1, 0, 0, 0]
+    assert (wrapper.plan.tokens, wrapper.plan.rows, wrapper.plan.runs) == (6, 5, 2)
+    offsets = [max(slot, 0) * VOCABULARY for slot in slots]
+    assert wrapper._embeddings_indices[:6].tolist() == offsets
+    assert wrapper.sampler_indices.tolist() == [2, -1, 0]
+
+
+@pytest.mark.parametrize("mapping", [tuples, arrays])
+def test_in_decoding_one_plan_serves_tokens_and_sampled_rows(mapping):
+    wrapper = make_wrapper()
+    step(wrapper, [1, 1, 1], [9, 0, 5], mapping)
+    assert wrapper.output_rows.plan(torch.empty(3, 4)) is wrapper.plan
+    step(wrapper, [1, 2], [9, 5], mapping)
+    assert wrapper.output_rows.plan(torch.empty(2, 4)) is not wrapper.plan
+
+
+def test_padding_rows_have_valid_embedding_offsets_before_and_after_a_step():
+    """A captured graph looks up its padding rows too."""
+    wrapper = make_wrapper()
+    last = (len(SLOTS) - 1) * VOCABULARY
+    assert wrapper._embeddings_indices.eq(0).all()
+    step(wrapper, [30, 30], [3, 9])
+    step(wrapper, [1], [5])
+    assert wrapper._embeddings_indices.shape == (MAX_TOKENS,)
+    assert wrapper._embeddings_indices.ge(0).logical_and(wrapper._embeddings_indices <= last).all()
+
+
+class Traffic(TorchDispatchMode):
+    """Records every operation that a device would see; `meta` stands for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        touched = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)]
+        result = func(*args, **(kwargs or {}))
+        if any(t.device.type == "meta" for t in touched) and not func.is_view:
+            # copy_(destination, source, non_blocking)
+            self.seen.append((func.overloadpacket.__name__, len(args) > 2 and bool(args[2])))
+        return result
+
+
+COPY = ("copy_", True)
+
+
+@pytest.mark.parametrize("mapping", [tuples, arrays])
+@pytest.mark.parametrize(
+    ("kinds", "copies"),
+    [
+        ([LINEAR, LOGITS], 1),
+        ([LINEAR, EMBEDDING], 2),
+        ([LINEAR, HEAD], 2),
+        ([LINEAR, EMBEDDING, LOGITS, HEAD], 3),
+    ],
+    ids=["linear", "embedding", "head", "all"],
+)
+def test_a_step_is_asynchronous_copies_and_nothing_else(kinds, copies, mapping):
+    wrapper = make_wrapper("meta", "triton")
+    wrapper.adopt_layers([layer(kind) for kind in kinds])
+    for lengths, adapters in ([2, 1, 3], [9, 0, 5]), ([1, 1], [3, 3]), ([4], [0]):
+        with Traffic() as traffic:
+            step(wrapper, lengths, adapters, mapping)
+        assert traffic.seen == [COPY] * copies
+
+
+def test_a_step_before_the_layers_are_known_prepares_for_all_of_them():
+    wrapper = make_wrapper("meta", "triton")
+    with Traffic() as traffic:
+        step(wrapper, [2, 1], [9, 0])
+    assert traffic.seen == [COPY] * 3
+
+
+def test_buffers_keep_their_addresses_for_captured_graphs():
+    wrapper = make_wrapper()
+    own = wrapper.for_layer(torch.zeros(1, 4).int(), torch.zeros(1, 4).int())
+
+    def addresses() -> list[int]:
+        buffers = wrapper.plan.buffer, wrapper._embeddings_indices, wrapper._sampler_indices
+        return [buffer.data_ptr() for buffer in buffers]
+
+    before = addresses()
+    for lengths, adapters in ([2, 1], [9, 5]), ([1] * 8, [3] * 8), ([60], [0]):
+        step(wrapper, lengths, adapters)
+        assert addresses() == before
+        assert own.plan is wrapper.plan
+        assert own._embeddings_indices.data_ptr() == before[1]
+
+
+def test_values_are_staged_only_after_the_last_ones_have_left():
+    """The host may run a step ahead: it must not overwrite what is still being copied."""
+    from vllm_multilora.integration.staged_rows import StagedRows
+
+    rows = StagedRows(4, "meta")
+    log: list[Any] = []
+    rows._copied = SimpleNamespace(
+        synchronize=lambda: log.append(("wait", rows._host.tolist())),
+        record=lambda: log.append(("copied", rows._host.tolist())),
+    )
+    rows.update(np.array([1, 2]))
+    rows.update(np.array([7]))
+    assert log == [
+        ("wait", [0, 0, 0, 0]),
+        ("copied", [1, 2, 0, 0]),
+        ("wait", [1, 2, 0, 0]),
+        ("copied", [7, 2, 0, 0]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "tile_rows"),
+    [("native", 32), ("torch", 32), ("triton", 128), ("triton-invariant", 128)],
+)
+def test_tiles_are_as_long_as_the_backends_longest_blocks(backend, tile_rows):
+    wrapper = make_wrapper(backend=backend)
+    assert wrapper.plan.layout.tile_rows == tile_rows
+
+
+@pytest.fixture
+def vllms_gpu_wrapper(monkeypatch):
+    """Makes vLLM choose its wrapper for GPUs, on this machine's CPU."""
+    from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+    from vllm.lora.punica_wrapper import punica_gpu, punica_selector
+
+    monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", LoRAKernelMeta, raising=False)
+    platform = SimpleNamespace(
+        get_punica_wrapper=lambda: "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
+    )
+    monkeypatch.setattr(punica_selector, "current_platform", platform)
+    return punica_gpu.PunicaWrapperGPU
+
+
+class TestExpertLayers:
+    """MoE layers: vLLM's own kernels, with the metadata that they read."""
+
+    @pytest.mark.parametrize("kind", ["FusedMoEWithLoRA", "FusedMoE3DWithLoRA"])
+    @pytest.mark.parametrize("adapters", [[9, 0, 5], [0, 0, 0], [3, 3, 3]], ids=str)
+    def test_the_metadata_is_what_vllm_prepares(self, vllms_gpu_wrapper, kind, adapters):
+        ours = make_wrapper()
+        ours.adopt_layers([layer(LINEAR), layer(kind)])
+        lora_config = SimpleNamespace(max_loras=len(SLOTS), specialize_active_lora=False)
+        stock = vllms_gpu_wrapper(MAX_TOKENS, 8, "cpu", lora_config=lora_config)
+        for lengths in ([30, 1, 1], [2, 1, 3]):
+            step(ours, lengths, adapters)
+            step(stock, lengths, adapters)
+            found = ours.token_mapping_meta.meta_args(sum(lengths), False)
+            expected = stock.token_mapping_meta.meta_args(sum(lengths), False)
+            if stock.token_mapping_meta.no_lora_flag_cpu:
+                found, expected = found[2:], expected[2:]  # vLLM leaves the tokens' part as it is
+            for one, other in zip(found, expected, strict=True):
+                assert one.equal(other)
+
+    def test_the_metadata_is_made_on_the_host_and_only_copied(self, vllms_gpu_wrapper):
+        wrapper = make_wrapper("meta", "triton")
+        wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
+        with Traffic() as traffic:
+            step(wrapper, [2, 1, 3], [9, 0, 5])
+        assert {name for name, _ in traffic.seen} == {"copy_", "fill_"}
+        assert all(asynchronous for name, asynchronous in traffic.seen if name == "copy_")
+
+    @pytest.mark.parametrize(
+        "method",
+        ["moe_lora_align_block_size", "add_lora_fused_moe", "add_lora_w13", "add_lora_w2"],
+    )
+    def test_calls_reach_vllms_wrapper(self, vllms_gpu_wrapper, monkeypatch, method):
+        wrapper = make_wrapper()
+        wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
+        calls = []
+
+        def record(self, *args, **kwargs):
+            calls.append((type(self), args, kwargs))
+            return "result"
+
+        monkeypatch.setattr(vllms_gpu_wrapper, method, record)
+        assert getattr(wrapper, method)(1, 2, add_inputs=False) == "result"
+        assert calls == [(vllms_gpu_wrapper, (1, 2), {"add_inputs": False})]
+
+    def test_a_model_without_expert_layers_has_no_such_wrapper(self, vllms_gpu_wrapper):
+        wrapper = make_wrapper()
+        wrapper.adopt_layers([layer(LINEAR)])
+        step(wrapper, [2], [9])
+        assert getattr(wrapper, "token_mapping_meta", None) is None
+        with pytest.raises(AttributeError, match="was given no expert layers"):
+            wrapper.add_lora_w13()

@@ -1,0 +1,149 @@
+"""After the warm-up no step meets a Triton kernel that would have to be compiled first."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.serving  # imports vLLM
+
+SLOTS, RANK, HIDDEN, VOCABULARY = 5, 16, 96, 150
+MAX_TOKENS, MAX_BATCHES = 700, 20
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def variants(monkeypatch) -> set:
+    """The variants of kernels that were launched; nothing runs."""
+    from multilora_kernels.triton.launch import Launch
+
+    seen: set = set()
+
+    def note(launch: Launch) -> None:
+        options = vars(launch.kernel) if DEVICE == "cuda" else launch.kernel.kwargs
+        fixed = options["do_not_specialize"] + options["do_not_specialize_on_alignment"]
+        arguments = [
+            (name, kind_of(value, name not in fixed)) for name, value in launch.arguments.items()
+        ]
+        facts = (*arguments, *launch.constants.items(), *launch.options.items())
+        seen.add((launch.kernel.fn.__name__, facts))
+
+    monkeypatch.setattr(Launch, "run", note)
+    return seen
+
+
+def kind_of(value: Any, special: bool) -> Any:
+    """What Triton compiles anew for."""
+    if isinstance(value, tuple):
+        return tuple(kind_of(each, special) for each in value)
+    if isinstance(value, torch.Tensor):
+        return value.dtype, special and value.data_ptr() % 16 == 0
+    return special and isinstance(value, int) and (value == 1, value % 16 == 0)
+
+
+def stacked(*shape: int) -> torch.Tensor:
+    return torch.zeros(SLOTS, *shape, dtype=torch.bfloat16, device=DEVICE)
+
+
+def make_layer(kind: str, a: Any, b: Any, **attributes: Any) -> Any:
+    """A layer of one of vLLM's classes with the attributes that matter here."""
+    from vllm.lora import layers
+
+    layer = object.__new__(getattr(layers, kind))
+    torch.nn.Module.__init__(layer)
+    layer.lora_a_stacked, layer.lora_b_stacked = a, b
+    layer.lora_config = SimpleNamespace(fully_sharded_loras=attributes.pop("sharded", False))
+    layer._enable_aux_cuda_stream = attributes.pop("aside", False)
+    layer.output_slices = tuple(each.size(-2) for each in b) if isinstance(b, tuple) else ()
+    return layer
+
+
+def make_layers() -> dict[str, Any]:
+    def linear(*widths: int, k: int = HIDDEN, a_rank: int = RANK) -> tuple:
+        a = tuple(stacked(1, a_rank, k) for _ in widths)
+        return a, tuple(stacked(1, width, RANK) for width in widths)
+
+    return {
+        "qkv": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
+        "qkv of the next layer": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
+        "odd": make_layer("RowParallelLinearWithLoRA", *linear(51, k=75)),
+        "aside": make_layer("ColumnParallelLinearWithLoRA", *linear(160), aside=True),
+        "sharded": make_layer(
+            "ColumnParallelLinearWithShardedLoRA", *linear(80, a_rank=8), sharded=True
+        ),
+        "embedding": make_layer(
+            "VocabParallelEmbeddingWithLoRA", stacked(VOCABULARY, RANK), stacked(1, HIDDEN, RANK)
+        ),
+        "logits": make_layer(
+            "LogitsProcessorWithLoRA", stacked(1, RANK, HIDDEN), stacked(1, VOCABULARY, RANK)
+        ),
+    }
+
+
+def call_as_vllm_does(layers: dict[str, Any], tokens: int, outputs: int) -> None:
+    def activations(rows: int, width: int) -> torch.Tensor:
+        return torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
+
+    def half(rank: int) -> torch.Tensor:
+        return torch.zeros(1, tokens, rank, device=DEVICE)
+
+    for name in ("qkv", "qkv of the next layer", "odd", "aside"):
+        layer = layers[name]
+        a, b = layer.lora_a_stacked, layer.lora_b_stacked
+        options = {"add_inputs": False} if name == "aside" else {}
+        layer.punica_wrapper.add_lora_linear(
+            activations(tokens, sum(layer.output_slices)),
+            activations(tokens, a[0].size(-1)),
+            a,
+            b,
+            1.0,
+            layer.output_slices,
+            **options,
+        )
+    layer = layers["sharded"]
+    layer.punica_wrapper.add_shrink(half(8), activations(tokens, HIDDEN), layer.lora_a_stacked, 1.0)
+    layer.punica_wrapper.add_expand(
+        activations(tokens, 80), half(RANK), layer.lora_b_stacked, layer.output_slices
+    )
+    layer = layers["embedding"]
+    layer.punica_wrapper.add_lora_embedding(
+        activations(tokens, HIDDEN), activations(tokens, RANK), layer.lora_b_stacked
+    )
+    layer = layers["logits"]
+    layer.punica_wrapper.add_lora_logits(
+        activations(outputs, 192), activations(outputs, HIDDEN), layer.lora_a_stacked,
+        layer.lora_b_stacked, 1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-invariant"])
+def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, backend):
+    from vllm.lora.layers import LoRAMapping
+
+    from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+    from vllm_multilora.integration.warm_up import warm_up
+
+    wrapper = MultiLoRAPunicaWrapper(
+        MAX_TOKENS, MAX_BATCHES, DEVICE, backend=backend,
+        lora_config=SimpleNamespace(max_loras=SLOTS),
+    )  # fmt: skip
+    layers = make_layers()
+    table = torch.zeros(20, SLOTS, dtype=torch.int32, device=DEVICE)
+    for row, layer in enumerate(layers.values()):
+        slices = len(layer.output_slices) or 1
+        ranks = table[row : row + slices]  # aligned for the first, not for the next
+        layer.set_mapping(wrapper.for_layer(ranks, ranks))
+    warm_up(layers.values())
+    warmed = set(variants)
+    assert {kernel for kernel, _ in warmed} == {"shrink_kernel", "expand_kernel", "combine_kernel"}
+    for tokens in (1, 2, 3, 5, 8, 13, 31, 64, 100, 129, 257, 512, 513, MAX_TOKENS):
+        outputs = min(tokens, MAX_BATCHES)
+        lengths = [tokens // outputs] * outputs
+        lengths[-1] += tokens - sum(lengths)
+        adapters = [1 + i % SLOTS for i in range(outputs)]
+        mapping = LoRAMapping(tuple(np.repeat(adapters, lengths)), tuple(adapters))
+        wrapper.update_metadata(mapping, list(range(1, SLOTS + 1)), SLOTS + 1, VOCABULARY)
+        call_as_vllm_does(layers, tokens, outputs)
+        assert variants == warmed, f"a step of {tokens} tokens"

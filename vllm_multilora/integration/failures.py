@@ -1,0 +1,76 @@
+"""How a failed load reaches the client whose request it fails, and nobody else.
+
+The engine core ends the request with vLLM's own finish reason for errors; the reason travels as
+the output's stop reason, which vLLM carries through unread, and is taken out again in the process
+that answers: as an HTTP status and message there, as finish reason and text for `LLM.generate`.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine import FinishReason
+
+from vllm_multilora.cache.load_failures import FailureKind, LoadFailure
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+_PREFIX = "multilora-load-failure:"
+
+_STATUS = {
+    FailureKind.GONE: HTTPStatus.NOT_FOUND,
+    FailureKind.INVALID: HTTPStatus.BAD_REQUEST,
+    FailureKind.UNREADABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+    FailureKind.NO_MEMORY: HTTPStatus.SERVICE_UNAVAILABLE,
+    FailureKind.TIMEOUT: HTTPStatus.SERVICE_UNAVAILABLE,
+    FailureKind.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+
+def to_stop_reason(failure: LoadFailure, adapter: LoRARequest) -> str:
+    """A failure as the text that travels with a request's last output.
+
+    Files are named without the adapter's folder, which is the operator's affair: vLLM takes paths
+    out of what it tells clients, file names and all.
+    """
+    message = failure.message.replace(f"{adapter.lora_path.rstrip('/')}/", "")
+    return (
+        f"{_PREFIX}{failure.kind.value}:"
+        f"adapter {adapter.lora_name!r} could not be loaded: {message}"
+    )
+
+
+def from_stop_reason(stop_reason: Any) -> LoadFailure | None:
+    """The failure in a stop reason; None if it is another kind of stop."""
+    if not isinstance(stop_reason, str) or not stop_reason.startswith(_PREFIX):
+        return None
+    kind, _, message = stop_reason.removeprefix(_PREFIX).partition(":")
+    return LoadFailure(FailureKind(kind), message)
+
+
+def http_error(failure: LoadFailure) -> GracefulHTTPError:
+    """What a server answers: 404 gone, 400 invalid, 503 where a later try may help."""
+    return GracefulHTTPError(failure.message, _STATUS[failure.kind])
+
+
+def deliver_failures(engine_core_outputs: list[Any], request_states: dict[str, Any]) -> None:
+    """Turns failures among a step's outputs into what their requests' readers understand.
+
+    Args:
+        engine_core_outputs: As the engine core sent them; stop reasons become plain text.
+        request_states: vLLM's request states by internal request id.
+    """
+    for output in engine_core_outputs:
+        if output.finish_reason is not FinishReason.ERROR:
+            continue
+        failure = from_stop_reason(output.stop_reason)
+        if failure is None:
+            continue
+        output.stop_reason = failure.message
+        state = request_states.get(output.request_id)
+        if state is not None and state.queue is not None:
+            # An exception in the queue is what the reader gets, before any output.
+            state.queue.put(http_error(failure))

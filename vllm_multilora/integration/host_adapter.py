@@ -1,0 +1,163 @@
+"""An adapter in host memory, ready for a slot: the packed part and what vLLM fills in itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.utils import get_adapter_absolute_path
+
+from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters.folder import TENSORS_NAME
+from vllm_multilora.adapters.names import is_base_embedding, parse_tensor_name
+from vllm_multilora.adapters.packed import PackedAdapter, pack
+from vllm_multilora.adapters.tensor_file import Fingerprint
+
+if TYPE_CHECKING:
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.model_manager import MultiLoRAModelManager
+
+
+# vLLM's own checks of an adapter; which of them exist depends on the version.
+_CHECKS = (
+    "_validate_moe_lora_format",  # from 0.32
+    "_validate_modules_to_save",  # to 0.32
+    "_validate_token_classification_lora",  # to 0.32
+    "_validate_classification_head_lora",  # from 0.33, for the two before
+)
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """An adapter's host copy; read-only.
+
+    Attributes:
+        packed: The linear layers' part.
+        special: The rest (embeddings, output heads, experts) in vLLM's own form; None if the
+            adapter has nothing of the kind.
+        fingerprint: Tells whether the files have changed since.
+    """
+
+    packed: PackedAdapter
+    special: LoRAModel | None
+    fingerprint: Fingerprint | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory, at true rank."""
+        return self.packed.nbytes + sum(tensor.nbytes for tensor in _tensors(self.special))
+
+
+def _tensors(model: LoRAModel | None) -> Iterator[torch.Tensor]:
+    if model is None:
+        return
+    for weights in model.loras.values():
+        for part in (weights.lora_a, weights.lora_b):
+            yield from (t for t in (part if isinstance(part, list) else [part]) if t is not None)
+    for module in model.modules_to_save.values():
+        yield from (t for t in (module.weight, module.bias) if t is not None)
+
+
+class HostAdapterLoader:
+    """Reads adapters from disk for one worker.
+
+    Args:
+        manager: The model manager whose model the adapters are for.
+        max_position_embeddings: As vLLM's `PEFTHelper` wants it.
+        model_class: vLLM's class for what it fills in itself.
+    """
+
+    def __init__(
+        self,
+        manager: MultiLoRAModelManager,
+        max_position_embeddings: int | None,
+        model_class: type[LoRAModel],
+    ) -> None:
+        self._manager = manager
+        self._max_position_embeddings = max_position_embeddings
+        self._model_class = model_class
+
+    def load(self, request: LoRARequest) -> HostAdapter:
+        """Reads an adapter; nothing of the running model changes.
+
+        Raises:
+            LoRAAdapterNotFoundError: There are no such files.
+            AdapterError: The files are damaged or do not fit the base model.
+            ValueError: vLLM does not serve this kind of adapter.
+        """
+        if getattr(request, "tensorizer_config_dict", None):  # vLLM 0.31
+            raise ValueError(
+                f"adapter {request.lora_name!r} is in the tensorizer format, which is not "
+                "supported: save it as adapter_model.safetensors"
+            )
+        try:
+            folder = get_adapter_absolute_path(request.lora_path)
+            # Before vLLM reads the configuration: what is wrong is said better here.
+            with AdapterCheckpoint.open(Path(folder)) as checkpoint:
+                helper = PEFTHelper.from_local_dir(folder, self._max_position_embeddings)
+                helper.validate_legal(self._manager.lora_config)
+                return HostAdapter(
+                    packed=pack(
+                        checkpoint, self._manager.layout, pin=self._manager.device.type != "cpu"
+                    ),
+                    special=self._special(checkpoint, request, helper),
+                    fingerprint=checkpoint.fingerprint,
+                )
+        except FileNotFoundError as error:
+            # The server's routes know this error by its type and wording.
+            not_found = LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+            not_found.message = f"{not_found}: {error}"
+            raise not_found from error
+
+    def has_changed(self, request: LoRARequest, adapter: HostAdapter) -> bool:
+        """Whether an adapter's file is another one than it was loaded from; so if it is gone."""
+        path = Path(get_adapter_absolute_path(request.lora_path)) / TENSORS_NAME
+        try:
+            return Fingerprint.of(path.stat()) != adapter.fingerprint
+        except OSError:
+            return True
+
+    def _special(
+        self, checkpoint: AdapterCheckpoint, request: LoRARequest, helper: PEFTHelper
+    ) -> LoRAModel | None:
+        """What the packed part leaves out, read and validated by vLLM's own classes."""
+        manager, layout = self._manager, self._manager.layout
+        tensors: dict[str, torch.Tensor] = {}
+        for name, info in checkpoint.tensors.items():
+            role = parse_tensor_name(name)
+            module = layout.rename(role.module) if role else None
+            if is_base_embedding(name) or (
+                role and (module is None or not layout.is_special(module))
+            ):
+                continue
+            tensors[name] = torch.empty(info.shape, dtype=info.dtype)
+            checkpoint.read_into(name, tensors[name])
+        if not tensors:
+            return None
+        model: Any = manager.model
+        lora_config: Any = manager.lora_config
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        special = self._model_class.from_lora_tensors(
+            lora_model_id=request.lora_int_id,
+            tensors=tensors,
+            peft_helper=helper,
+            device="cpu",
+            dtype=lora_config.lora_dtype,
+            model_vocab_size=manager.vocab_size,
+            weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
+            skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+        )
+        special.is_3d_lora_weight = request.is_3d_lora_weight
+        for name in _CHECKS:
+            if check := getattr(manager, name, None):
+                check(special)
+        if special.loras:
+            manager._create_merged_loras_inplace(special)
+        return special

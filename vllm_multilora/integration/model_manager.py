@@ -1,0 +1,255 @@
+"""The model's side of the LoRA manager: its slots, and the true ranks of what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    LogitsProcessorWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.model_manager import LoRAModelManager
+
+from multilora_kernels import SlotTable, column_major
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.integration.heads import ClassificationHead
+from vllm_multilora.integration.host_adapter import HostAdapter
+from vllm_multilora.integration.layout import running_layout
+from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+from vllm_multilora.integration.warm_up import warm_up
+
+
+@dataclass(frozen=True)
+class _RankedLayer:
+    """A layer that fills its own slots and whose true ranks are tracked.
+
+    Attributes:
+        rows: Its slices' rows in the rank tables.
+        first_rank: The first rank of lora_a that this worker holds; not 0 only where tensor
+            parallelism shards the rank dimension.
+        held_ranks: How many ranks of lora_a this worker holds.
+    """
+
+    rows: slice
+    first_rank: int
+    held_ranks: int
+
+
+class MultiLoRAModelManager(LoRAModelManager):
+    """Fills slots from host copies and tells every layer's wrapper the true ranks.
+
+    Which adapter gets which slot is the worker manager's decision: vLLM's own methods for adding
+    and activating adapters, inherited from the base class, are not used.
+
+    Attributes:
+        layout: What the model accepts of an adapter.
+    """
+
+    layout: ModelLayout
+    punica_wrapper_mapping: dict[str, MultiLoRAPunicaWrapper]  # type: ignore[assignment]
+
+    def __init__(self, *, vllm_config: Any, **kwargs: Any) -> None:
+        # `_create_lora_modules`, which the constructor calls, wants to know.
+        self._is_partial = vllm_config.parallel_config.pipeline_parallel_size > 1
+        super().__init__(vllm_config=vllm_config, **kwargs)
+
+    def _create_lora_modules(self) -> None:
+        super()._create_lora_modules()
+        on_cpu = self.device.type == "cpu"
+        found = running_layout(self, columns_first=on_cpu, partial=self._is_partial)
+        self.layout, self._special = found.layout, found.special
+        rows = 0
+        layers: list[tuple[Any, slice]] = []
+        for module in found.packed.values():
+            if on_cpu:
+                # vLLM addresses the slots through this attribute; how they are stored is ours.
+                module.lora_b_stacked = tuple(column_major(b) for b in module.lora_b_stacked)
+            layers.append((module, slice(rows, rows + module.n_slices)))
+            rows += module.n_slices
+        self._slots = SlotTable(
+            [a for module in found.packed.values() for a in module.lora_a_stacked],
+            [b for module in found.packed.values() for b in module.lora_b_stacked],
+        )
+        self._ranked: dict[str, _RankedLayer] = {}
+        for name, special in found.special.items():
+            if _is_ranked(special):
+                slices = getattr(special, "n_slices", 1)
+                shard = special.lora_a_stacked[0].shape[-2] if _shards_ranks(special) else 0
+                self._ranked[name] = _RankedLayer(
+                    slice(rows, rows + slices),
+                    first_rank=special.tp_rank * shard if shard else 0,
+                    held_ranks=shard or self.lora_config.max_lora_rank,
+                )
+                layers.append((special, self._ranked[name].rows))
+                rows += slices
+        self._held_ranks = np.array(
+            [a.shape[-2] for layer, _ in layers for a in _stacked_a(layer)], dtype=np.int32
+        )
+        shape = (rows, self.lora_slots)
+        self._shrink_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        for shared in {id(w): w for w in self.punica_wrapper_mapping.values()}.values():
+            shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
+        for layer, own in layers:
+            wrapper = layer.punica_wrapper
+            assert isinstance(wrapper, MultiLoRAPunicaWrapper)
+            layer.set_mapping(wrapper.for_layer(self._shrink_ranks[own], self._expand_ranks[own]))
+        if not on_cpu:
+            warm_up(self.modules.values())
+        # Slots of special layers that hold something; the others need no clearing.
+        self._filled: set[tuple[str, int]] = set()
+
+    @property
+    def special_slot_bytes(self) -> int:
+        """Bytes of one slot in all layers that fill their slots themselves."""
+        stacked = [
+            tensor
+            for module in self._special.values()
+            for part in (module.lora_a_stacked, module.lora_b_stacked)
+            for tensor in (part if isinstance(part, tuple | list) else (part,))
+        ]
+        return sum(tensor.nbytes for tensor in stacked) // self.lora_slots
+
+    def fill_slot(self, slot: int, lora_id: int, adapter: HostAdapter) -> None:
+        """Copies an adapter into a slot of every layer.
+
+        What the slot held before is not cleared where the true ranks, which are written here too,
+        keep the kernels from reading it.
+        """
+        packed, special = adapter.packed, adapter.special
+        expand = np.zeros(len(self._expand_ranks), dtype=np.int32)
+        shrink = np.zeros(len(self._shrink_ranks), dtype=np.int32)
+        expand[packed.rows], shrink[packed.rows] = packed.ranks, packed.a_ranks
+        self._slots.scatter(
+            packed.buffer,
+            slot,
+            packed.rows,
+            packed.a_ranks,
+            packed.ranks,
+            packed.a_offsets,
+            packed.b_offsets,
+        )
+        for name, module in self._special.items():
+            weights = self._fill_special(slot, name, module, special)
+            if weights is not None and (layer := self._ranked.get(name)):
+                ranks = _true_ranks(weights, layer.rows.stop - layer.rows.start)
+                expand[layer.rows] = ranks
+                shrink[layer.rows] = np.clip(ranks - layer.first_rank, 0, layer.held_ranks)
+        self._write_ranks(slot, shrink, expand)
+        self.lora_index_to_id[slot] = lora_id
+
+    def _fill_special(
+        self, slot: int, name: str, module: BaseLayerWithLoRA, special: LoRAModel | None
+    ) -> LoRALayerWeights | None:
+        weights = self._get_lora_layer_weights(special, name) if special else None
+        if weights is None and name in self._ranked:
+            return None  # rank 0: whatever lies there is not read
+        head = None
+        if isinstance(module, ClassificationHead) and special:
+            head = self._get_module_to_save_weights(special, name)
+        if weights is None and head is None and (name, slot) not in self._filled:
+            return None
+        if isinstance(module, ClassificationHead):
+            if head is None:
+                module.reset_module_to_save(slot)
+            else:
+                module.set_module_to_save(slot, head.weight, head.bias)
+        if weights is None:
+            module.reset_lora(slot)
+        else:
+            module.set_lora(slot, weights.lora_a, weights.lora_b)
+        if weights is None and head is None:
+            self._filled.discard((name, slot))
+        else:
+            self._filled.add((name, slot))
+        return weights
+
+    def fill_with_dummy(self, slot: int, lora_id: int, rank: int) -> None:
+        """Makes a slot look like an adapter of a rank in every layer; its weights stay."""
+        ranks = np.full_like(self._held_ranks, rank)
+        self._write_ranks(slot, np.minimum(ranks, self._held_ranks), ranks)
+        self.lora_index_to_id[slot] = lora_id
+
+    def _write_ranks(
+        self, slot: int, shrink: npt.NDArray[np.int32], expand: npt.NDArray[np.int32]
+    ) -> None:
+        for table, values in ((self._shrink_ranks, shrink), (self._expand_ranks, expand)):
+            host = torch.from_numpy(values)
+            if self.device.type != "cpu":
+                host = host.pin_memory()
+            table[:, slot].copy_(host, non_blocking=True)
+
+    def empty_slot(self, slot: int) -> None:
+        """Nobody's slot from now on; no row of a batch may name it until it is filled again."""
+        self.lora_index_to_id[slot] = None
+
+    def empty_all_slots(self) -> None:
+        """Nobody's slots, all of them."""
+        self.lora_index_to_id[:] = [None] * self.lora_slots
+        self._last_mapping = None
+        self._last_slot_layout = None
+
+    @contextmanager
+    def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
+        """Within it, output layers get prompts' rows; see `OutputRows.from_prompts`."""
+        with ExitStack() as stack:
+            for wrapper in self.punica_wrapper_mapping.values():
+                stack.enter_context(wrapper.output_rows.from_prompts(hidden_states))
+            yield
+
+    def set_sampled_rows(self, counts: npt.NDArray[np.integer]) -> None:
+        """Says how many rows of each request reach the output layers; see `OutputRows`."""
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper.output_rows.set_counts(counts)
+
+    def forget_contents(self) -> None:
+        """The slots' memory was lost: layers that fill their slots themselves clear them next."""
+        self.empty_all_slots()
+        self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}
+
+
+def _is_ranked(module: BaseLayerWithLoRA) -> bool:
+    """Whether our wrapper tracks ranks for a layer; others are computed at the full rank.
+
+    Classification heads are not: vLLM compares their wrapper's identity with the model's.
+    """
+    kinds = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
+    return isinstance(module, kinds) and not isinstance(module, ClassificationHead)
+
+
+def _stacked_a(module: BaseLayerWithLoRA) -> Sequence[torch.Tensor]:
+    """The slots' lora_a, one tensor for each of the layer's rows in the rank tables."""
+    stacked = module.lora_a_stacked
+    if isinstance(module, VocabParallelEmbeddingWithLoRA):  # [slots, vocabulary, ranks]
+        return [stacked.transpose(-1, -2)]
+    return [stacked] if isinstance(stacked, torch.Tensor) else list(stacked)
+
+
+def _shards_ranks(module: BaseLayerWithLoRA) -> bool:
+    """Whether this layer holds only a share of lora_a's ranks (`fully_sharded_loras`)."""
+    return (
+        isinstance(module, BaseLinearLayerWithLoRA)
+        and module.lora_a_stacked[0].shape[-2] < module.lora_b_stacked[0].shape[-1]
+    )
+
+
+def _true_ranks(weights: LoRALayerWeights, slices: int) -> npt.NDArray[np.int32]:
+    """The rank of each slice; 0 where the adapter leaves a slice alone."""
+    if isinstance(weights.lora_a, list):
+        ranks = [0 if a is None else a.shape[0] for a in weights.lora_a]
+        if len(ranks) != slices:
+            # The layer splits some of these into several slices; which ones is its affair.
+            ranks = [max(ranks)] * slices
+    else:
+        ranks = [weights.lora_a.shape[0]] * slices
+    return np.array(ranks, dtype=np.int32)

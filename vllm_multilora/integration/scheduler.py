@@ -1,0 +1,203 @@
+"""The scheduler's part: requests run when their adapter is ready and has a slot, or fail alone.
+
+vLLM schedules up to `max_loras` different adapters in a step, whichever they are, and leaves it to
+the model step to load what is missing. The mixin, over whichever scheduler class vLLM chose,
+
+- holds a request back until its adapter is in host memory on every rank;
+- ends the requests of an adapter that cannot be had, with the reason, and no others;
+- leaves pinned adapters their slots, and has the other adapters take turns.
+
+A request that is held back stays where it is in vLLM's waiting queue, as one does that waits for
+its grammar to be compiled: order, priorities, preemption and aborts are vLLM's own.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_multilora.cache.load_failures import LoadFailure
+from vllm_multilora.cache.readiness import Standing
+from vllm_multilora.cache.turns import SlotTurns
+from vllm_multilora.integration.activation import kernel_backend, settings_of
+from vllm_multilora.integration.failures import to_stop_reason
+
+if TYPE_CHECKING:
+    from vllm_multilora.integration.adapter_gate import AdapterGate
+
+_IDLE_S = 0.001
+
+
+class AdapterAwareMixin:
+    """A scheduler that knows which adapters are ready and who has slots."""
+
+    if TYPE_CHECKING:
+        running: list[Request]
+        requests: dict[str, Request]
+
+    def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
+        self._gate: AdapterGate | None = None
+        self._pinned_names = frozenset(settings_of(vllm_config).pin)
+        self._pinned_ids: set[int] = set()
+        self._slots: int = vllm_config.lora_config.max_loras
+        self._turns = SlotTurns()
+        self._failing: dict[str, LoadFailure] = {}
+        self._is_holding = False
+
+    # What the engine core tells
+
+    def attach_gate(self, gate: AdapterGate) -> None:
+        """From now on requests wait for their adapters."""
+        self._gate = gate
+
+    def pin_adapter(self, lora_id: int) -> None:
+        """From now on the adapter keeps its slot."""
+        self._pinned_ids.add(lora_id)
+
+    def remove_adapter(self, lora_id: int) -> None:
+        """The adapter is gone, and so is its pin; one that was pinned by name keeps it."""
+        self._pinned_ids.discard(lora_id)
+        if self._gate is not None:
+            self._gate.forget(lora_id)
+
+    # What vLLM calls
+
+    def add_request(self, request: Request) -> None:
+        """Takes a request in, and has its adapter loaded if it is not there."""
+        super().add_request(request)  # type: ignore[misc]
+        if self._gate is not None and request.lora_request is not None:
+            self._gate.want(request.lora_request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Schedules a step."""
+        if self._gate is not None:
+            self._gate.poll()
+        active = {
+            lora.lora_int_id
+            for lora in (request.lora_request for request in self.running)
+            if lora is not None and not self._is_pinned(lora)
+        }
+        pins = len(self._pinned_names) + len(self._pinned_ids)
+        self._turns.begin_step(active, max(1, self._slots - pins))
+        self._is_holding = False
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self._is_holding and not output.total_num_scheduled_tokens and not self._failing:
+            # Nothing to do until an adapter has arrived: do not ask the workers for empty steps
+            # as fast as they can answer.
+            time.sleep(_IDLE_S)
+        return output
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        return self._may_run(request) and super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+
+    def _may_run(self, request: Request) -> bool:
+        lora = request.lora_request
+        if lora is None:
+            return True
+        if self._gate is not None:
+            standing = self._gate.standing(lora)
+            if standing is Standing.FAILED:
+                failure = self._gate.failure(lora.lora_int_id)
+                assert failure is not None
+                self._failing[request.request_id] = failure
+                return False
+            if standing is not Standing.READY:
+                self._is_holding = True
+                return False
+        return self._is_pinned(lora) or self._turns.admit(lora.lora_int_id)
+
+    def _is_pinned(self, lora: Any) -> bool:
+        if lora.lora_name in self._pinned_names:
+            self._pinned_ids.discard(lora.lora_int_id)  # pinned by call as well: one slot
+            return True
+        return lora.lora_int_id in self._pinned_ids
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Takes in a step's results; requests whose adapter has failed end without them."""
+        failed = self._end_failed()
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        for client, output in failed:
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
+        return outputs
+
+    def _end_failed(self) -> list[tuple[int, EngineCoreOutput]]:
+        """Ends requests whose adapter cannot be had, waiting ones and running ones."""
+        if self._gate is None:
+            return []
+        self._gate.poll()
+        failing, self._failing = self._failing, {}
+        lost = self._gate.take_lost()
+        # A worker was without an adapter and could not read it again. The tokens of its requests
+        # in this step, and in one that is under way, were computed without it: they are thrown
+        # away, cached blocks included.
+        for request in self.running if lost else ():
+            lora = request.lora_request
+            if lora is not None and lora.lora_int_id in lost:
+                failing[request.request_id] = lost[lora.lora_int_id]
+                self._uncache(request.request_id)
+        if not failing:
+            return []
+        ended = self.finish_requests(set(failing), RequestStatus.FINISHED_ERROR)
+        return [(r.client_index, _last_output(r, failing[r.request_id])) for r in ended]
+
+    def _uncache(self, request_id: str) -> None:
+        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
+        blocks = {block for group in manager.get_block_ids(request_id) for block in group}
+        manager.evict_blocks(blocks)
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
+        """Ends requests from outside a step; the last one that waits for an adapter drops it."""
+        waiting = {
+            request.lora_request.lora_int_id
+            for request in map(self.requests.get, _as_ids(request_ids, self.requests))
+            if request is not None
+            and request.lora_request is not None
+            and request.status is not RequestStatus.RUNNING
+        }
+        ended = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
+        if self._gate is not None and waiting:
+            wanted = {r.lora_request.lora_int_id for r in self.requests.values() if r.lora_request}
+            for lora_id in waiting - wanted:
+                self._gate.drop(lora_id)
+        return ended
+
+
+def _as_ids(request_ids: Any, all_requests: dict[str, Request]) -> list[str]:
+    if request_ids is None:
+        return list(all_requests)
+    return [request_ids] if isinstance(request_ids, str) else list(request_ids)
+
+
+def _last_output(request: Request, failure: LoadFailure) -> EngineCoreOutput:
+    assert request.lora_request is not None
+    return EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        stop_reason=to_stop_reason(failure, request.lora_request),
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+    )
+
+
+@lru_cache
+def adapter_aware(scheduler: type) -> type:
+    """A scheduler class that makes an `AdapterAwareMixin` of itself where the plugin is active.
+
+    Where it is not, an instance is exactly of the class given.
+    """
+
+    class AdapterAwareScheduler(AdapterAwareMixin, scheduler):
+        def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
+            if vllm_config.lora_config is None or kernel_backend(vllm_config) == "vllm":
+                return scheduler(*args, vllm_config=vllm_config, **kwargs)
+            return super().__new__(cls)
+
+    name = f"AdapterAware{scheduler.__name__}"
+    AdapterAwareScheduler.__name__ = AdapterAwareScheduler.__qualname__ = name
+    return AdapterAwareScheduler

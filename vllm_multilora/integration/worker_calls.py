@@ -1,0 +1,70 @@
+"""What the engine core asks of its workers, as functions that vLLM sends to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.cache.load_failures import LoadFailure
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
+
+
+def _manager(worker: Any) -> MultiLoRAWorkerManager:
+    return worker.model_runner.lora_manager
+
+
+def has_our_manager(worker: Any) -> bool:
+    """Whether the worker's LoRA manager is ours (a patch may have found no target)."""
+    from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
+
+    return isinstance(getattr(worker.model_runner, "lora_manager", None), MultiLoRAWorkerManager)
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Start to load an adapter in the background; the answer comes through the readiness log."""
+
+    request: LoRARequest
+    serial: int
+
+    def carry_out(self, manager: MultiLoRAWorkerManager) -> None:
+        manager.prefetch(self.request, self.serial)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Put an adapter that was loaded for its registration into free host memory, if there is."""
+
+    lora_id: int
+
+    def carry_out(self, manager: MultiLoRAWorkerManager) -> None:
+        manager.keep_staged(self.lora_id)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Nobody waits for an adapter any more."""
+
+    lora_id: int
+
+    def carry_out(self, manager: MultiLoRAWorkerManager) -> None:
+        manager.drop_staged(self.lora_id)
+
+
+Order = Prefetch | Keep | Drop
+
+
+def carry_out(worker: Any, orders: list[Order]) -> None:
+    """Carries out what has come together since the last call; quick, nothing is loaded here."""
+    manager = _manager(worker)
+    for order in orders:
+        order.carry_out(manager)
+
+
+def ensure(worker: Any, request: LoRARequest) -> LoadFailure | None:
+    """Loads an adapter now, while the engine waits; returns why it cannot be had."""
+    return _manager(worker).ensure(request)
