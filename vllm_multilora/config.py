@@ -47,6 +47,11 @@ class MultiLoRAConfig:
         async_loading: Whether adapters are loaded in the background, while other requests go on.
         loader_threads: Threads that load, in each worker.
         load_timeout_s: Seconds after which a load is given up and its requests fail.
+        unload_timeout_s: Seconds that an unloaded adapter's running requests have to end.
+        allowed_roots: Folders below which adapters must lie; anywhere where there are none.
+        allow_pickle: Whether adapters in `adapter_model.bin` or `.pt` are read too, with
+            PyTorch's restricted unpickler.
+        check_finite: Whether NaN and infinity in an adapter's weights are looked for.
         pin: Names of adapters that keep their slot once they have one; fewer than there are
             slots.
     """
@@ -124,6 +129,40 @@ class MultiLoRAConfig:
             "help": "Seconds after which a load is given up and its requests fail.",
         },
     )
+    unload_timeout_s: float = field(
+        default=60.0,
+        metadata={
+            "flag": "--multilora-unload-timeout-s",
+            "metavar": "SECONDS",
+            "type": float,
+            "help": "Seconds that an unloaded adapter's running requests have to end; then they "
+            "are ended.",
+        },
+    )
+    allowed_roots: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "flag": "--multilora-allowed-roots",
+            "metavar": "DIR",
+            "action": "append",
+            "help": "Adapters load only from below this folder, links resolved; may be given "
+            "several times. Without it, from anywhere.",
+        },
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={
+            "flag": "--multilora-allow-pickle",
+            "help": "Read adapter_model.bin and .pt too, with PyTorch's restricted unpickler.",
+        },
+    )
+    check_finite: bool = field(
+        default=True,
+        metadata={
+            "flag": "--multilora-check-finite",
+            "help": "Refuse adapters with NaN or infinity in their weights (the default).",
+        },
+    )
     pin: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -163,30 +202,30 @@ class MultiLoRAConfig:
             isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 < gib < float("inf")
         ):
             raise ConfigError(f"{CONFIG_KEY}.cpu_cache_gib must be a positive number, got {gib!r}")
-        if not isinstance(self.async_loading, bool):
-            raise ConfigError(
-                f"{CONFIG_KEY}.async_loading must be true or false, got {self.async_loading!r}"
-            )
+        for name in ("async_loading", "allow_pickle", "check_finite"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{CONFIG_KEY}.{name} must be true or false, got {value!r}")
         threads = self.loader_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 64:
             raise ConfigError(
                 f"{CONFIG_KEY}.loader_threads must be a whole number from 1 to 64, got {threads!r}"
             )
-        timeout = self.load_timeout_s
-        if (
-            isinstance(timeout, bool)
-            or not isinstance(timeout, int | float)
-            or not 0 < timeout <= 86_400
-        ):
-            raise ConfigError(
-                f"{CONFIG_KEY}.load_timeout_s must be a number of seconds above 0 and at most a "
-                f"day, got {timeout!r}"
-            )
-        names = self.pin
-        if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
-            raise ConfigError(f"{CONFIG_KEY}.pin must be a list of adapter names, got {names!r}")
-        # JSON has lists only; the settings are hashable.
-        object.__setattr__(self, "pin", tuple(dict.fromkeys(names)))
+        for name in ("load_timeout_s", "unload_timeout_s"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value <= 86_400:
+                raise ConfigError(
+                    f"{CONFIG_KEY}.{name} must be a number of seconds above 0 and at most a day, "
+                    f"got {value!r}"
+                )
+        for name, what in (("pin", "adapter names"), ("allowed_roots", "folders")):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not all(
+                isinstance(value, str) and value for value in values
+            ):
+                raise ConfigError(f"{CONFIG_KEY}.{name} must be a list of {what}, got {values!r}")
+            # JSON has lists only; the settings are hashable.
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> MultiLoRAConfig:

@@ -19,6 +19,7 @@ class Code(StrEnum):
     FILE_CHANGED = "file-changed"
     FILE_TOO_LARGE = "file-too-large"
     NOT_A_FILE = "not-a-file"
+    NOT_ALLOWED = "not-allowed"
     NOT_SAFETENSORS = "not-safetensors"
 
     CONFIG_NOT_JSON = "config-not-json"

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_multilora.cache.load_failures import LoadFailedError, LoadFailure
+from vllm_multilora.cache.load_failures import LoadFailure
 from vllm_multilora.cache.readiness import Readiness, Standing
 from vllm_multilora.cache.readiness_events import Failed
 from vllm_multilora.cache.readiness_log import ReadinessLog
 from vllm_multilora.integration import worker_calls
+from vllm_multilora.integration.failures import AdapterRefusedError
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -184,9 +185,10 @@ class BackgroundGate:
                 assert failure is not None
                 del self._registrations[lora_id]
                 self.forget(lora_id)
+                error = _refused(self._call, lora_id, failure)
                 self._outbox.append(worker_calls.Drop(lora_id))
                 for future in futures:
-                    future.set_exception(LoadFailedError(lora_id, failure))
+                    future.set_exception(error)
 
     def _keep_waking(self) -> None:
         """Has the main thread look at the log while registrations wait: it may be idle."""
@@ -250,8 +252,14 @@ class BlockingGate:
             future.set_result(True)
         else:
             failure = self._failures.pop(request.lora_int_id)
-            future.set_exception(LoadFailedError(request.lora_int_id, failure))
+            future.set_exception(_refused(self._call, request.lora_int_id, failure))
         return future
+
+
+def _refused(call: Call, lora_id: int, failure: LoadFailure) -> AdapterRefusedError:
+    """The error of a registration, with all problems that some worker has found."""
+    found = call(worker_calls.problems, args=(lora_id,))
+    return AdapterRefusedError(lora_id, failure, next(filter(None, found), []))
 
 
 def create_log(instance_id: str, ranks: int) -> ReadinessLog:

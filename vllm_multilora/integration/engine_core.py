@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,6 @@ from vllm_multilora.integration.adapter_gate import (
 from vllm_multilora.integration.scheduler import AdapterAwareMixin
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
 
@@ -115,3 +114,26 @@ def register(
         time.sleep(_POLL_S)
         gate.poll()
     return future.result()
+
+
+def unregister(
+    engine_core: Any, lora_id: int, original: Callable[..., bool]
+) -> bool | Future[bool]:
+    """Removes an adapter: vLLM's `remove_lora`, once no request uses the adapter any more.
+
+    Returns:
+        Whether the adapter was known; as a future as for `register`.
+    """
+    gate = gate_of(engine_core)
+    if gate is None:
+        return original(engine_core, lora_id)
+    future: Future[bool] = Future()
+
+    def remove() -> None:
+        gate.forget(lora_id)
+        engine_core.scheduler.remove_adapter(lora_id)
+        future.set_result(original(engine_core, lora_id))
+
+    limit_s = settings_of(engine_core.vllm_config).unload_timeout_s
+    engine_core.scheduler.retire_adapter(lora_id, limit_s, remove)
+    return future if hasattr(engine_core, "input_queue") else future.result(timeout=0)

@@ -7,20 +7,24 @@ that answers: as an HTTP status and message there, as finish reason and text for
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
-from vllm_multilora.cache.load_failures import FailureKind, LoadFailure
+from vllm_multilora.cache.load_failures import FailureKind, LoadFailedError, LoadFailure
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _PREFIX = "multilora-load-failure:"
 
-_STATUS = {
+REFUSAL_MARK = "\nmultilora-refused:"
+"""Separates a refusal's sentences from its fields."""
+
+STATUS = {
     FailureKind.GONE: HTTPStatus.NOT_FOUND,
     FailureKind.INVALID: HTTPStatus.BAD_REQUEST,
     FailureKind.UNREADABLE: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -36,11 +40,16 @@ def to_stop_reason(failure: LoadFailure, adapter: LoRARequest) -> str:
     Files are named without the adapter's folder, which is the operator's affair: vLLM takes paths
     out of what it tells clients, file names and all.
     """
-    message = failure.message.replace(f"{adapter.lora_path.rstrip('/')}/", "")
+    message = without_folder(failure.message, adapter)
     return (
         f"{_PREFIX}{failure.kind.value}:"
         f"adapter {adapter.lora_name!r} could not be loaded: {message}"
     )
+
+
+def without_folder(text: str, adapter: LoRARequest) -> str:
+    """A text with the files of an adapter's folder named alone."""
+    return text.replace(f"{adapter.lora_path.rstrip('/')}/", "")
 
 
 def from_stop_reason(stop_reason: Any) -> LoadFailure | None:
@@ -53,7 +62,7 @@ def from_stop_reason(stop_reason: Any) -> LoadFailure | None:
 
 def http_error(failure: LoadFailure) -> GracefulHTTPError:
     """What a server answers: 404 gone, 400 invalid, 503 where a later try may help."""
-    return GracefulHTTPError(failure.message, _STATUS[failure.kind])
+    return GracefulHTTPError(failure.message, STATUS[failure.kind])
 
 
 def deliver_failures(engine_core_outputs: list[Any], request_states: dict[str, Any]) -> None:
@@ -74,3 +83,22 @@ def deliver_failures(engine_core_outputs: list[Any], request_states: dict[str, A
         if state is not None and state.queue is not None:
             # An exception in the queue is what the reader gets, before any output.
             state.queue.put(http_error(failure))
+
+
+class AdapterRefusedError(LoadFailedError):
+    """An adapter could not be registered; says all that is wrong, for people and for programs.
+
+    The text is all that reaches another process, so it carries the fields along at its end.
+    """
+
+    def __init__(self, lora_id: int, failure: LoadFailure, problems: list[dict[str, Any]]) -> None:
+        super().__init__(lora_id, failure)
+        self.problems = problems
+        self._fields = json.dumps({"kind": failure.kind.value, "problems": problems})
+
+    def __str__(self) -> str:
+        messages = [
+            f"{problem['message']}; {problem['hint']}" if problem["hint"] else problem["message"]
+            for problem in self.problems
+        ]
+        return "\n".join(messages or [self.failure.message]) + REFUSAL_MARK + self._fields

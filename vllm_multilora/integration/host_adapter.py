@@ -12,11 +12,16 @@ from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.utils import get_adapter_absolute_path
 
+from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters.errors import AdapterError, AdapterFormatError
 from vllm_multilora.adapters.folder import TENSORS_NAME
 from vllm_multilora.adapters.names import is_base_embedding, parse_tensor_name
 from vllm_multilora.adapters.packed import PackedAdapter, pack
 from vllm_multilora.adapters.tensor_file import Fingerprint
+from vllm_multilora.adapters.validation import validate
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.pickled import as_safetensors, pickled_tensors
 
 if TYPE_CHECKING:
     from vllm.lora.lora_model import LoRAModel
@@ -66,12 +71,13 @@ def _tensors(model: LoRAModel | None) -> Iterator[torch.Tensor]:
 
 
 class HostAdapterLoader:
-    """Reads adapters from disk for one worker.
+    """Reads adapters from disk for one worker; called from several threads.
 
     Args:
         manager: The model manager whose model the adapters are for.
         max_position_embeddings: As vLLM's `PEFTHelper` wants it.
         model_class: vLLM's class for what it fills in itself.
+        settings: The plugin's.
     """
 
     def __init__(
@@ -79,13 +85,20 @@ class HostAdapterLoader:
         manager: MultiLoRAModelManager,
         max_position_embeddings: int | None,
         model_class: type[LoRAModel],
+        settings: MultiLoRAConfig,
     ) -> None:
         self._manager = manager
         self._max_position_embeddings = max_position_embeddings
         self._model_class = model_class
+        self._roots = AllowedRoots(settings.allowed_roots)
+        self._allow_pickle = settings.allow_pickle
+        self._check_finite = settings.check_finite
+        # What has been found, by adapter number. Each entry is written by one thread at a time.
+        self._checked: dict[int, Fingerprint] = {}
+        self._problems: dict[int, list[dict[str, Any]]] = {}
 
     def load(self, request: LoRARequest) -> HostAdapter:
-        """Reads an adapter; nothing of the running model changes.
+        """Reads and checks an adapter; nothing of the running model changes.
 
         Raises:
             LoRAAdapterNotFoundError: There are no such files.
@@ -97,24 +110,49 @@ class HostAdapterLoader:
                 f"adapter {request.lora_name!r} is in the tensorizer format, which is not "
                 "supported: save it as adapter_model.safetensors"
             )
+        self._problems.pop(request.lora_int_id, None)
         try:
-            folder = get_adapter_absolute_path(request.lora_path)
-            # Before vLLM reads the configuration: what is wrong is said better here.
-            with AdapterCheckpoint.open(Path(folder)) as checkpoint:
-                helper = PEFTHelper.from_local_dir(folder, self._max_position_embeddings)
-                helper.validate_legal(self._manager.lora_config)
-                return HostAdapter(
-                    packed=pack(
-                        checkpoint, self._manager.layout, pin=self._manager.device.type != "cpu"
-                    ),
-                    special=self._special(checkpoint, request, helper),
-                    fingerprint=checkpoint.fingerprint,
-                )
-        except FileNotFoundError as error:
+            folder = Path(get_adapter_absolute_path(request.lora_path))
+            self._roots.require(folder)
+            pickled = pickled_tensors(folder) if self._allow_pickle else None
+            if pickled is None:
+                return self._load(folder, request)
+            with as_safetensors(folder, pickled) as converted:
+                return self._load(converted, request)
+        except AdapterError as error:
+            self._problems[request.lora_int_id] = [p.as_dict() for p in error.problems]
+            if not isinstance(error, FileNotFoundError):
+                raise
             # The server's routes know this error by its type and wording.
             not_found = LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
             not_found.message = f"{not_found}: {error}"
             raise not_found from error
+
+    def _load(self, folder: Path, request: LoRARequest) -> HostAdapter:
+        # Opened before vLLM reads the configuration: what is wrong is said better here.
+        with AdapterCheckpoint.open(folder) as checkpoint:
+            if self._check_finite and self._checked.get(request.lora_int_id) != (
+                checkpoint.fingerprint
+            ):
+                # Weights that were found good once are not looked through again.
+                problems = validate(checkpoint, self._manager.layout)
+                if problems:
+                    raise AdapterFormatError.of(*problems)
+                self._checked[request.lora_int_id] = checkpoint.fingerprint
+            packed = pack(checkpoint, self._manager.layout, pin=self._manager.device.type != "cpu")
+            helper = PEFTHelper.from_local_dir(str(folder), self._max_position_embeddings)
+            helper.validate_legal(self._manager.lora_config)
+            special = self._special(checkpoint, request, helper)
+            return HostAdapter(packed, special, checkpoint.fingerprint)
+
+    def problems(self, lora_id: int) -> list[dict[str, Any]]:
+        """All that was wrong with an adapter when it was read last, as `Problem.as_dict`."""
+        return self._problems.get(lora_id, [])
+
+    def forget(self, lora_id: int) -> None:
+        """The adapter was removed."""
+        self._checked.pop(lora_id, None)
+        self._problems.pop(lora_id, None)
 
     def has_changed(self, request: LoRARequest, adapter: HostAdapter) -> bool:
         """Whether an adapter's file is another one than it was loaded from; so if it is gone."""

@@ -206,20 +206,57 @@ def _scheduler_class_replacement(original: Callable[..., Any]) -> Callable[..., 
     return get_scheduler_cls
 
 
-def _telling_scheduler(method: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An engine core's method on an adapter that, where it succeeds, tells the scheduler too."""
+def _pin_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def pin_lora(self: Any, lora_id: int) -> bool:
+        done = original(self, lora_id)
+        if done and (tell := getattr(self.scheduler, "pin_adapter", None)):
+            tell(lora_id)
+        return done
 
-    def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def on_adapter(self: Any, lora_id: int) -> bool:
-            done = original(self, lora_id)
-            if done and (tell := getattr(self.scheduler, method, None)):
-                tell(lora_id)
-            return done
+    return pin_lora
 
-        return on_adapter
 
-    return replacement
+def _remove_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        from vllm_multilora.integration.engine_core import unregister
+
+        return unregister(self, lora_id, original)
+
+    return remove_lora
+
+
+def _load_route_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        from vllm_multilora.integration import registration
+
+        if registration.acts_for(self):
+            return await registration.load_adapter(self, request, base_model_name)
+        return await original(self, request, base_model_name)
+
+    return load_lora_adapter
+
+
+def _unload_route_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        from vllm_multilora.integration import registration
+
+        if registration.acts_for(self):
+            return await registration.unload_adapter(self, request)
+        return await original(self, request)
+
+    return unload_lora_adapter
+
+
+def _hash_keys_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def lora_hash_keys(request: Any) -> list[Any]:
+        return [(*key, request.lora_request.lora_int_id) for key in original(request)]
+
+    return lora_hash_keys
 
 
 def _executor_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -417,15 +454,43 @@ PATCHES: tuple[Patch, ...] = (
         why="Tells the scheduler of the pin.",
         checked=CHECKED,
         until="As scheduler-class.",
-        replace=_telling_scheduler("pin_adapter"),
+        replace=_pin_replacement,
     ),
     Patch(
-        name="unpin",
+        name="remove-lora",
         target="vllm.v1.engine.core:EngineCore.remove_lora",
-        why="Removing an adapter takes its pin back; tells the scheduler.",
+        why="vLLM takes an adapter away from requests that use it, which then read it again. "
+        "Waits until they have ended, for a limited time.",
         checked=CHECKED,
-        until="As scheduler-class.",
-        replace=_telling_scheduler("remove_adapter"),
+        until="vLLM's remove_lora waits for running requests.",
+        replace=_remove_replacement,
+    ),
+    Patch(
+        name="load-route",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+        why="vLLM answers a bad adapter with HTTP 500 and a reload with a mixture of old and new "
+        "weights. Answers with the right status and all problems, and gives every version a "
+        "number of its own.",
+        checked=CHECKED,
+        until="vLLM validates adapters at registration and versions reloads.",
+        replace=_load_route_replacement,
+    ),
+    Patch(
+        name="unload-route",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter",
+        why="vLLM forgets the name and keeps slot and memory. Frees them.",
+        checked=CHECKED,
+        until="vLLM's unload removes the adapter from the workers.",
+        replace=_unload_route_replacement,
+    ),
+    Patch(
+        name="prefix-cache-keys",
+        target="vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
+        why="Cached prefixes are found by an adapter's name and path, so that new weights at the "
+        "same path get blocks of the old ones. Adds the adapter's number, which a reload changes.",
+        checked=CHECKED,
+        until="vLLM's keys tell versions of an adapter apart.",
+        replace=_hash_keys_replacement,
     ),
     Patch(
         name="executor",

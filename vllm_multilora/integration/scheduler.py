@@ -14,13 +14,14 @@ its grammar to be compiled: order, priorities, preemption and aborts are vLLM's 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_multilora.cache.load_failures import LoadFailure
+from vllm_multilora.cache.load_failures import FailureKind, LoadFailure
 from vllm_multilora.cache.readiness import Standing
 from vllm_multilora.cache.turns import SlotTurns
 from vllm_multilora.integration.activation import kernel_backend, settings_of
@@ -47,6 +48,7 @@ class AdapterAwareMixin:
         self._slots: int = vllm_config.lora_config.max_loras
         self._turns = SlotTurns()
         self._failing: dict[str, LoadFailure] = {}
+        self._leaving: dict[int, tuple[float, Callable[[], None]]] = {}
         self._is_holding = False
 
     # What the engine core tells
@@ -65,6 +67,31 @@ class AdapterAwareMixin:
         if self._gate is not None:
             self._gate.forget(lora_id)
 
+    def retire_adapter(self, lora_id: int, limit_s: float, then: Callable[[], None]) -> None:
+        """Calls `then` once no request uses an adapter.
+
+        Args:
+            lora_id: The adapter; nobody sends requests for it any more.
+            limit_s: Seconds after which requests that still use it are ended.
+            then: Called between two steps, perhaps at once.
+        """
+        self._leaving[lora_id] = (time.monotonic() + limit_s, then)
+        self._retire()
+
+    def _retire(self) -> None:
+        if not self._leaving:
+            return
+        users = {r.lora_request.lora_int_id for r in self.requests.values() if r.lora_request}
+        for lora_id, (deadline, then) in list(self._leaving.items()):
+            if lora_id not in users:
+                del self._leaving[lora_id]
+                then()
+            elif time.monotonic() > deadline:
+                failure = LoadFailure(FailureKind.GONE, "it was unloaded")
+                for request in self.requests.values():
+                    if request.lora_request and request.lora_request.lora_int_id == lora_id:
+                        self._failing[request.request_id] = failure
+
     # What vLLM calls
 
     def add_request(self, request: Request) -> None:
@@ -75,6 +102,7 @@ class AdapterAwareMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedules a step."""
+        self._retire()
         if self._gate is not None:
             self._gate.poll()
         active = {
@@ -123,6 +151,7 @@ class AdapterAwareMixin:
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         for client, output in failed:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
+        self._retire()  # the engine may be idle from now on
         return outputs
 
     def _end_failed(self) -> list[tuple[int, EngineCoreOutput]]:

@@ -68,3 +68,8 @@ def carry_out(worker: Any, orders: list[Order]) -> None:
 def ensure(worker: Any, request: LoRARequest) -> LoadFailure | None:
     """Loads an adapter now, while the engine waits; returns why it cannot be had."""
     return _manager(worker).ensure(request)
+
+
+def problems(worker: Any, lora_id: int) -> list[dict[str, Any]]:
+    """All that is wrong with an adapter that could not be loaded."""
+    return _manager(worker).problems(lora_id)

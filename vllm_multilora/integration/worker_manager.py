@@ -86,7 +86,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         self._cache = self._new_cache()
         self._pinned_names = frozenset(settings.pin)
         self._reader = HostAdapterLoader(
-            manager, self.max_position_embeddings, self._lora_model_cls
+            manager, self.max_position_embeddings, self._lora_model_cls, settings
         )
         self._load_timeout_s = settings.load_timeout_s
         self._loader: BackgroundLoader[LoRARequest, HostAdapter] = BackgroundLoader(
@@ -290,6 +290,10 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         if lora_id in self._requests and lora_id not in (*self._host, *self._cache.pinned):
             self._forget(lora_id)  # on disk only: whoever wants it names it again
 
+    def problems(self, lora_id: int) -> list[dict[str, Any]]:
+        """All that was wrong with an adapter's files when they were read last."""
+        return self._reader.problems(lora_id)
+
     def _release(self, lora_id: int) -> None:
         if lora_id in self._held:
             self._held.discard(lora_id)
@@ -381,6 +385,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             return False
         self._forget(adapter_id)
         self._loader.forget(adapter_id)
+        self._reader.forget(adapter_id)
         self._serials.pop(adapter_id, None)
         return True
 

@@ -1,0 +1,232 @@
+"""The routes for loading and unloading adapters: exact answers, freed memory, clean reloads."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from .cases import NEW_TOKENS, Case, Scenario
+from .recipes import LINEAR_RECIPES
+from .server import VllmServer
+
+pytestmark = pytest.mark.serving
+
+BASE = "base"
+NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES)
+# Longer than a block of the prefix cache.
+LENGTH = 40
+
+
+@dataclass(frozen=True)
+class Deployment:
+    server: VllmServer
+    scenario: Scenario
+    root: Path
+
+    def case(self, name: str) -> Case:
+        return next(c for c in self.scenario.cases_of(name) if len(c.prompt) == LENGTH)
+
+    def put(self, source: str, folder: str) -> Path:
+        """The files of an adapter, in a folder that adapters may come from."""
+        target = self.root / folder
+        shutil.rmtree(target, ignore_errors=True)
+        return Path(shutil.copytree(self.scenario.adapters[source], target))
+
+    def load(self, name: str, path: Path | str, **options: object) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": str(path), **options}
+        return self.server.post("/v1/load_lora_adapter", body)
+
+    def unload(self, name: str) -> httpx.Response:
+        return self.server.post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def ask(self, model: str, case: Case, new_tokens: int = NEW_TOKENS) -> httpx.Response:
+        return self.server.post(
+            "/v1/completions",
+            {
+                "model": model,
+                "prompt": list(case.prompt),
+                "max_tokens": new_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            },
+        )
+
+    def assert_serves(self, model: str, case: Case) -> None:
+        response = self.ask(model, case)
+        assert response.status_code == 200, f"{response.text}\n{self.server.log_tail()}"
+        assert tuple(response.json()["choices"][0]["token_ids"]) == case.expected.tokens
+
+
+@pytest.fixture(scope="module")
+def deployment(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    root = tmp_path_factory.mktemp("allowed")
+    with VllmServer(
+        llama.base,
+        *("--served-model-name", BASE),
+        *("--dtype", "float32", "--enforce-eager", "--seed", "0", "--block-size", "32"),
+        *("--max-model-len", "128", "--max-num-seqs", "16"),
+        *("--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-lora-rank", "64"),
+        *("--multilora-allowed-roots", str(root)),
+        log=tmp_path_factory.mktemp("registration") / "vllm.log",
+        env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+    ) as server:
+        yield Deployment(server, llama, root)
+
+
+def test_a_loaded_adapter_serves_at_once_and_an_unloaded_one_no_more(
+    deployment: Deployment,
+) -> None:
+    case = deployment.case(NAMES[0])
+    assert deployment.load("acme", deployment.put(NAMES[0], "acme")).status_code == 200
+    deployment.assert_serves("acme", case)
+    assert deployment.load("acme", deployment.root / "acme").status_code == 400  # has been loaded
+    assert deployment.unload("acme").status_code == 200
+    assert deployment.ask("acme", case).status_code == 404
+    assert deployment.unload("acme").status_code == 404
+    assert deployment.load("acme", deployment.root / "acme").status_code == 200
+    deployment.assert_serves("acme", case)
+    deployment.unload("acme")
+
+
+def test_all_problems_of_a_bad_adapter_are_told_at_once(deployment: Deployment) -> None:
+    folder = deployment.put(NAMES[0], "bad")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"r": 4 * config["r"], "use_dora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    response = deployment.load("bad", folder)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["code"] == 400
+    assert error["param"] == "lora_path"
+    codes = {problem["code"] for problem in error["problems"]}
+    assert {"rank-not-as-configured", "unsupported-feature"} <= codes
+    for problem in error["problems"]:
+        assert problem["file"]
+        assert problem["message"] in error["message"]
+    assert "use_dora" in error["message"]
+    assert deployment.ask("bad", deployment.case(NAMES[0])).status_code == 404
+
+
+def test_a_missing_adapter_is_not_found(deployment: Deployment) -> None:
+    response = deployment.load("nobody", deployment.root / "nobody")
+    assert response.status_code == 404
+    assert "nobody" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("way", ["elsewhere", "dots", "link", "linked-file", "hub-name"])
+def test_adapters_come_from_the_allowed_folders_only(
+    deployment: Deployment, tmp_path: Path, way: str
+) -> None:
+    outside = shutil.copytree(deployment.scenario.adapters[NAMES[0]], tmp_path / "outside")
+    path: Path | str = outside
+    if way == "dots":
+        path = f"{deployment.root}/{'../' * len(deployment.root.parts)}{str(outside)[1:]}"
+    elif way == "link":
+        path = deployment.root / "link"
+        path.unlink(missing_ok=True)
+        path.symlink_to(outside)
+    elif way == "linked-file":
+        path = deployment.put(NAMES[0], "linked")
+        (path / "adapter_model.safetensors").unlink()
+        (path / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    elif way == "hub-name":
+        path = "somebody/adapter"
+    response = deployment.load("intruder", path)
+    assert response.status_code == 403, response.text
+    assert deployment.ask("intruder", deployment.case(NAMES[0])).status_code == 404
+
+
+def test_pickled_weights_are_refused(deployment: Deployment) -> None:
+    folder = deployment.put(NAMES[0], "pickled")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    response = deployment.load("pickled", folder)
+    assert response.status_code in (400, 404)
+    assert "pickled weights can run code" in response.json()["error"]["message"]
+
+
+def test_a_reload_serves_the_new_weights_whatever_is_cached(deployment: Deployment) -> None:
+    """From the same path, with the prefix cache full of blocks of the old weights."""
+    old, new = deployment.case(NAMES[0]), deployment.case(NAMES[4])
+    folder = deployment.put(NAMES[0], "versions")
+    assert deployment.load("versions", folder).status_code == 200
+    for _ in range(2):
+        deployment.assert_serves("versions", old)
+        deployment.ask("versions", new)  # caches the new case's prompt under the old weights
+    deployment.put(NAMES[4], "versions")
+    assert deployment.load("versions", folder, load_inplace=True).status_code == 200
+    deployment.assert_serves("versions", new)
+    deployment.unload("versions")
+
+
+def test_a_failed_reload_leaves_the_old_version_serving(deployment: Deployment) -> None:
+    case = deployment.case(NAMES[1])
+    folder = deployment.put(NAMES[1], "stays")
+    assert deployment.load("stays", folder).status_code == 200
+    (folder / "adapter_model.safetensors").write_bytes(b"half an upload")
+    assert deployment.load("stays", folder, load_inplace=True).status_code == 400
+    deployment.put(NAMES[1], "stays")
+    deployment.assert_serves("stays", case)
+    deployment.unload("stays")
+
+
+def test_requests_in_flight_end_on_the_weights_they_began_with(deployment: Deployment) -> None:
+    """While a name is reloaded with other weights, again and again."""
+    sources = (NAMES[0], NAMES[4])
+    cases = [deployment.case(source) for source in sources]
+    folder = deployment.put(sources[0], "flips")
+    assert deployment.load("flips", folder).status_code == 200
+    stop = threading.Event()
+
+    def reload() -> int:
+        count = 0
+        while not stop.is_set():
+            count += 1
+            deployment.put(sources[count % 2], "flips")
+            assert deployment.load("flips", folder, load_inplace=True).status_code == 200
+        return count
+
+    def ask(number: int) -> bool:
+        """Whether an answer is that of one version or the other from end to end."""
+        case = cases[number % 2]
+        found = tuple(deployment.ask("flips", case).json()["choices"][0]["token_ids"])
+        return found == case.expected.tokens or found == others[number % 2]
+
+    # What each case's prompt gives under the other version.
+    others = []
+    for version in (1, 0):
+        deployment.put(sources[version], "flips")
+        deployment.load("flips", folder, load_inplace=True)
+        response = deployment.ask("flips", cases[1 - version])
+        others.append(tuple(response.json()["choices"][0]["token_ids"]))
+    with ThreadPoolExecutor(5) as pool:
+        reloading = pool.submit(reload)
+        answers = list(pool.map(ask, range(40)))
+        stop.set()
+        assert reloading.result() > 1
+    assert all(answers)
+    deployment.unload("flips")
+
+
+def test_unloading_lets_running_requests_end(deployment: Deployment) -> None:
+    case = deployment.case(NAMES[2])
+    assert deployment.load("leaves", deployment.put(NAMES[2], "leaves")).status_code == 200
+    deployment.assert_serves("leaves", case)
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(deployment.ask, "leaves", case, 80) for _ in range(3)]
+        assert deployment.unload("leaves").status_code == 200
+        for future in running:
+            response = future.result()
+            # Those that had not been accepted when the name went are refused.
+            assert response.status_code in (200, 404)
+            if response.status_code == 200:
+                tokens = tuple(response.json()["choices"][0]["token_ids"])
+                assert len(tokens) == 80
+                assert tokens[:NEW_TOKENS] == case.expected.tokens
+    assert deployment.server.get("/health").status_code == 200

@@ -1,0 +1,155 @@
+"""The API server's part: vLLM's routes for loading and unloading adapters, with exact answers.
+
+An adapter that is loaded again under its name gets a new number. Requests in flight end on the
+old weights, new ones begin on the new, the old version is unloaded once nobody uses it, and a
+reload that fails leaves it serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.lora.request import LoRARequest
+
+from vllm_multilora.adapters.allowed_roots import AllowedRoots
+from vllm_multilora.cache.load_failures import FailureKind
+from vllm_multilora.integration.activation import kernel_backend, settings_of
+from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterErrorInfo(ErrorInfo):
+    """vLLM's error with all problems of an adapter."""
+
+    problems: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class AdapterErrorResponse(ErrorResponse):
+    """vLLM's error response with all problems of an adapter."""
+
+    error: AdapterErrorInfo
+
+
+def acts_for(models: OpenAIServingModels) -> bool:
+    """Whether the plugin is active in the engine behind a server."""
+    vllm_config = getattr(models.engine_client, "vllm_config", None)
+    return (
+        vllm_config is not None
+        and vllm_config.lora_config is not None
+        and kernel_backend(vllm_config) != "vllm"
+    )
+
+
+async def load_adapter(
+    models: Any, request: Any, base_model_name: str | None
+) -> ErrorResponse | str:
+    """`POST /v1/load_lora_adapter`: reads and checks an adapter, and serves it from now on.
+
+    Answers 400 with all problems where the adapter is bad, 403 where its path is not allowed, 404
+    where there is none, 503 where it could not be read.
+    """
+    name, path = request.lora_name, request.lora_path
+    async with models.lora_resolver_lock[name]:
+        refusal = await models._check_load_lora_adapter_request(request)
+        if refusal is not None:
+            return refusal
+        if not AllowedRoots(settings_of(models.engine_client.vllm_config).allowed_roots).allows(
+            path
+        ):
+            return _error(
+                HTTPStatus.FORBIDDEN,
+                f"adapter {name!r}: its path is outside the folders that adapters may come from",
+            )
+        # Always a new number: what was computed with an older version is never taken for this.
+        lora = LoRARequest(
+            lora_name=name,
+            lora_int_id=models.lora_id_counter.inc(1),
+            lora_path=path,
+            is_3d_lora_weight=request.is_3d_lora_weight,
+        )
+        if base_model_name is not None and models.is_base_model(base_model_name):
+            lora.base_model_name = base_model_name
+        try:
+            await models.engine_client.add_lora(lora)
+        except Exception as error:
+            return _refusal(lora, str(error))
+        previous = models.lora_requests.get(name)
+        models.lora_requests[name] = lora
+        logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, path)
+        if previous is not None:
+            _in_background(_remove(models, previous))
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+
+async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
+    """`POST /v1/unload_lora_adapter`: refuses new requests at once, and frees the memory.
+
+    Answers when the adapter's running requests have ended, or have been ended, and its slot and
+    host memory are free in every worker.
+    """
+    async with models.lora_resolver_lock[request.lora_name]:
+        refusal = await models._check_unload_lora_adapter_request(request)
+        if refusal is not None:
+            return refusal
+        lora = models.lora_requests.pop(request.lora_name)
+    await _remove(models, lora)
+    logger.info("Removed LoRA adapter: name '%s'", lora.lora_name)
+    return f"Success: LoRA adapter '{lora.lora_name}' removed successfully."
+
+
+async def _remove(models: Any, lora: LoRARequest) -> None:
+    await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
+
+
+_tasks: set[asyncio.Task[None]] = set()
+
+
+def _in_background(work: Any) -> None:
+    task = asyncio.create_task(work)
+    _tasks.add(task)  # the event loop keeps weak references only
+    task.add_done_callback(_tasks.discard)
+
+
+def _refusal(lora: LoRARequest, text: str) -> ErrorResponse:
+    """The answer to an adapter that the engine refused with a text."""
+    message, mark, fields = text.partition(REFUSAL_MARK)
+    if not mark:
+        return _error(HTTPStatus.INTERNAL_SERVER_ERROR, f"adapter {lora.lora_name!r}: {text}")
+    found = json.loads(fields)
+    kind = FailureKind(found["kind"])
+    problems = [
+        {
+            key: without_folder(value, lora) if isinstance(value, str) else value
+            for key, value in problem.items()
+        }
+        for problem in found["problems"]
+    ]
+    is_forbidden = any(problem["code"] == "not-allowed" for problem in problems)
+    status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[kind]
+    # What vLLM's utility call puts before the message is of no use to a client.
+    message = without_folder(message.removeprefix("Call to add_lora method failed: "), lora)
+    return _error(status, f"adapter {lora.lora_name!r}: {message}", problems)
+
+
+def _error(
+    status: HTTPStatus, message: str, problems: list[dict[str, Any]] | None = None
+) -> AdapterErrorResponse:
+    return AdapterErrorResponse(
+        error=AdapterErrorInfo(
+            message=message,
+            type=status.phrase,
+            param="lora_path",
+            code=status.value,
+            problems=problems or [],
+        )
+    )
