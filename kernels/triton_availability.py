@@ -41,6 +41,15 @@ def require(device_type: str) -> None:
         )
     from multilora_kernels import triton
 
+    if triton.INTERPRETED != _language_is_interpreted():
+        interpreted, compiled = "these kernels were", "Triton itself was"
+        if not triton.INTERPRETED:
+            interpreted, compiled = compiled, interpreted
+        raise TritonUnavailableError(
+            f"{interpreted} imported with {INTERPRET_VARIABLE}=1 and {compiled} without it, so "
+            f"that neither mode works: set or unset it before anything imports Triton (torch and "
+            f"vLLM do), best where the process is started"
+        )
     if device_type == "cpu" and not triton.INTERPRETED:
         found = os.environ.get(INTERPRET_VARIABLE, "not set")
         raise TritonUnavailableError(
@@ -53,3 +62,11 @@ def require(device_type: str) -> None:
             f"Triton was imported with {INTERPRET_VARIABLE}=1, which runs kernels on the CPU: "
             f"unset it and start again"
         )
+
+
+def _language_is_interpreted() -> bool:
+    """Whether Triton's own functions run in the interpreter: decided as Triton is imported."""
+    import triton.language
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(triton.language.cdiv, InterpretedFunction)

@@ -11,39 +11,57 @@ from multilora_kernels.configs.model import (
     power_of_two_up,
 )
 
+SHORT_BATCH = 128
+"""Tokens up to which a batch counts as one of decoding."""
+
 # Token counts up to which a block of so many rows is taken. A decode batch has few tokens an
 # adapter, and the weights' bytes decide; the more tokens, the more often a wide block is full.
-_BLOCK_M = ((128, 16), (512, 32), (2048, 64))
+_BLOCK_M = ((SHORT_BATCH, 16), (512, 32), (2048, 64))
 _LARGEST_BLOCK_M = 128
 _LARGEST_BLOCK_R = 64
 
-# Nobody on the host knows how many adapters a small batch has. The split is chosen as if there
-# were so many blocks of tokens: too many parts cost more in planes than they win.
+# Nobody on the host knows how many adapters a small batch has. Blocks are chosen as if there were
+# so many blocks of tokens: too many parts cost more in planes than they win.
 _ASSUMED_BLOCKS = 4
 _PROGRAMS_PER_PROCESSOR = 2
 _SHORTEST_PART = 256
+
+# Every column block of the second half reads all planes of h again, in a short batch. Against the
+# weights of an adapter with one token these are 2 * parts / block_n * N / (K + N) of the bytes:
+# 6 % with 4 parts and 64 columns where the layer's sides are equal. The processors that more
+# parts would occupy get blocks of fewer ranks instead, which read x once more each. A longer K
+# may be cut more often: such layers have a shorter N.
+_MOST_PARTS_SHORT = 4
+_COLUMNS_OF_A_PART = 2048
+_RANK_BLOCKS = 4
 _MOST_PARTS = 8
 
 
 def default_shrink(workload: Workload) -> ShrinkConfig:
     """Blocks for `x @ A.T`: enough parts of K to occupy the device, and no more."""
-    block_m = _block_m(workload.tokens)
-    block_r = _block_r(workload.max_rank)
+    short = workload.tokens <= SHORT_BATCH
+    # Never 128 rows: more blocks of tokens occupy the device better than more parts of K do, for
+    # these read A from the cache once more, and those write and read one more plane of h.
+    block_m = min(64, _block_m(workload.tokens))
+    block_r = _block_r(-(-workload.max_rank // _RANK_BLOCKS) if short else workload.max_rank)
     if workload.item_size == 4:
         # No tensor cores: every thread keeps whole rows of both factors in registers.
         block_m, block_r = min(block_m, 32), min(block_r, 32)
+        block_k = 64 if block_m == MIN_BLOCK else 32
+    elif block_m == MIN_BLOCK and block_r <= 32:
+        block_k = 256  # few rows of A are long ones, or too few bytes would be under way
+    else:
+        block_k = 128 if block_m <= 32 else 64
     programs = workload.slices * -(-workload.max_rank // block_r) * _blocks(workload, block_m)
     wanted = power_of_two_down(_PROGRAMS_PER_PROCESSOR * workload.processors // programs)
-    most = min(_MOST_PARTS, max(1, workload.width // _SHORTEST_PART))
-    block_k = 128 if block_m <= 32 else 64
-    if workload.item_size == 4:
-        block_k = 64 if block_m == MIN_BLOCK else 32
+    most = max(_MOST_PARTS_SHORT, workload.width // _COLUMNS_OF_A_PART) if short else _MOST_PARTS
+    most = min(most, _MOST_PARTS, workload.width // _SHORTEST_PART)
     return ShrinkConfig(
         block_m=block_m,
         block_r=block_r,
         block_k=min(block_k, max(MIN_BLOCK, power_of_two_up(workload.width))),
         split_k=max(1, min(wanted, most)),
-        num_warps=8 if block_m >= 128 else 4,
+        num_warps=4,
         num_stages=3,
     )
 
@@ -60,10 +78,9 @@ def default_expand(workload: Workload) -> ExpandConfig:
             num_warps=8 if block_m == 64 else 4,
             num_stages=2,
         )
-    idle = workload.width // 64 * _blocks(workload, block_m) < workload.processors
     return ExpandConfig(
         block_m=block_m,
-        block_n=32 if idle else 64,
+        block_n=_block_n(workload, block_m),
         # Long batches are read once, so the widest block; short ones rather have more programs
         # at a time on a processor, and a high rank takes two steps.
         block_r=min(64 if block_m >= 64 else 32, _block_r(workload.max_rank)),
@@ -105,6 +122,15 @@ def _block_m(tokens: int) -> int:
 
 def _block_r(max_rank: int) -> int:
     return min(_LARGEST_BLOCK_R, max(MIN_BLOCK, power_of_two_up(max_rank)))
+
+
+def _block_n(workload: Workload, block_m: int) -> int:
+    blocks, processors = _blocks(workload, block_m), workload.processors
+    # A short batch may have fewer blocks of tokens than assumed.
+    many = processors * (_PROGRAMS_PER_PROCESSOR if workload.tokens <= SHORT_BATCH else 1)
+    if workload.width // 128 * blocks >= many:
+        return 128
+    return 64 if workload.width // 64 * blocks >= processors else 32
 
 
 def _blocks(workload: Workload, block_m: int) -> int:

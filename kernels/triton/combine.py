@@ -1,7 +1,9 @@
-"""Adds up the planes of a split shrink where the caller wants `h` itself.
+"""Adds up the planes of a split shrink: where the caller wants `h` itself, and for long batches.
 
-Only `lora_shrink` needs it: layers that shard the rank dimension gather `h` between the halves,
-and full-weight heads take it as their result. `lora_linear` adds the planes while expanding.
+`lora_shrink` returns the sum: layers that shard the rank dimension gather `h` between the halves,
+and full-weight heads take it as their result. `lora_linear` adds the planes while expanding, and
+does so once beforehand where each of many column blocks would read them again. Both sums have the
+same bits: the same order, the same rounding.
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
@@ -14,19 +16,48 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora_kernels.configs.defaults import SHORT_BATCH
+from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.triton.launch import Batch, Launch, launch_options
 from multilora_kernels.triton.tiles import base_rows, count_parts, load_part, load_tokens, round_up
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 16, 64, 4
 
+# What one launch more is taken to cost, in bytes that the second-level cache could deliver
+# meanwhile: a microsecond or two at some terabytes a second. An estimate, not measured.
+_LAUNCH_BYTES = 8 << 20
 
-def prepare_combine(h: torch.Tensor, planes: torch.Tensor, batch: Batch) -> Launch:
-    """The launch that writes h for every token of the plan, zeros past a token's rank.
+
+def pays_before_expand(planes: torch.Tensor, column_blocks: int, kept: torch.dtype) -> bool:
+    """Whether a sum beforehand saves the second half more bytes than its launch is worth.
+
+    Answered from shapes alone, and as if all ranks were the highest. A short batch stays at two
+    launches: the fewer its bytes, the more a launch counts.
+
+    Args:
+        planes: of shape [parts of K, slices, T, R], float32.
+        column_blocks: Blocks of columns of all slices, each of which reads its slice's h.
+        kept: The type that the sum would be kept in.
+    """
+    parts, slices, tokens, max_rank = planes.shape
+    if tokens <= SHORT_BATCH:
+        return False
+    in_planes, in_sum = parts * planes.element_size(), kept.itemsize
+    saved = column_blocks * (in_planes - in_sum) - slices * (in_planes + in_sum)
+    return power_of_two_up(tokens) * max_rank * saved > _LAUNCH_BYTES
+
+
+def prepare_combine(
+    h: torch.Tensor, planes: torch.Tensor, batch: Batch, *, zeros: bool = True
+) -> Launch:
+    """The launch that writes h.
 
     Args:
         h: of shape [slices, T, R], any of the three dtypes; overwritten.
         planes: what `shrink`, launched just before, returned.
         batch: The batch.
+        zeros: Whether to write zeros for every other token of the plan and past a token's rank.
+            If not, nothing is written there.
     """
     split_k, slices, tokens, max_rank = planes.shape
     programs = slices * triton.cdiv(max_rank, BLOCK_N)
@@ -46,6 +77,7 @@ def prepare_combine(h: torch.Tensor, planes: torch.Tensor, batch: Batch) -> Laun
             "SPLIT_K": split_k,
             "BLOCK_M": BLOCK_M,
             "BLOCK_N": BLOCK_N,
+            "ZEROS": zeros,
             "PDL": batch.facts.pdl,
         },
         launch_options(NUM_WARPS, 1, pdl=batch.facts.pdl),
@@ -74,10 +106,12 @@ def combine_kernel(
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ZEROS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (slices x column blocks, lanes); a lane does every lanes-th unit of work."""
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     slice_id = tl.program_id(0) // tl.cdiv(R, BLOCK_N)
     column = tl.program_id(0) % tl.cdiv(R, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -98,18 +132,20 @@ def combine_kernel(
                 at += tokens.to(tl.int64) * (SLICES * R)
                 total += tl.load(at, mask=computed, other=0.0)
             total = tl.where(column[None, :] < rank, total, 0.0)
+            written = inside if ZEROS else column < rank
             tl.store(
                 h[None, :] + (token * h_row)[:, None],
                 total.to(h.dtype.element_ty),
+                mask=live[:, None] & written[None, :],
+            )
+    if ZEROS:
+        first, count = base_rows(plan)
+        for done in tl.range(
+            tl.program_id(1) * BLOCK_M, count, tl.num_programs(1) * BLOCK_M, num_stages=1
+        ):
+            token, live = load_tokens(plan, first + done, count - done, tokens, BLOCK_M)
+            tl.store(
+                h[None, :] + (token * h_row)[:, None],
+                tl.zeros((BLOCK_M, BLOCK_N), dtype=h.dtype.element_ty),
                 mask=live[:, None] & inside[None, :],
             )
-    first, count = base_rows(plan)
-    for done in tl.range(
-        tl.program_id(1) * BLOCK_M, count, tl.num_programs(1) * BLOCK_M, num_stages=1
-    ):
-        token, live = load_tokens(plan, first + done, count - done, tokens, BLOCK_M)
-        tl.store(
-            h[None, :] + (token * h_row)[:, None],
-            tl.zeros((BLOCK_M, BLOCK_N), dtype=h.dtype.element_ty),
-            mask=live[:, None] & inside[None, :],
-        )

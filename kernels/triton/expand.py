@@ -2,7 +2,8 @@
 
 The grid's first axis runs over the column blocks of all slices, one slice after the other, so a
 narrow slice (k and v under grouped-query attention) brings only the blocks that it has. A program
-adds up the planes of `h` from the split product, always in the same order, on its way.
+adds up the planes of `h` from the split product, always in the same order, on its way; in a long
+batch `combine` has done so before, since all column blocks need the same sum.
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
+from multilora_kernels.triton.combine import pays_before_expand, prepare_combine
 from multilora_kernels.triton.launch import Batch, Launch, launch_options
 from multilora_kernels.triton.tiles import (
     base_rows,
@@ -42,7 +44,7 @@ def prepare_expand(
     *,
     after_shrink: bool,
 ) -> Launch:
-    """The launch for all slices, to be run.
+    """The launch for all slices, to be run; it may bring one that adds up the planes before it.
 
     Args:
         y: of shape [T, W], changed in place.
@@ -54,13 +56,20 @@ def prepare_expand(
         add_inputs: If False, overwrite.
         config: The blocks.
         after_shrink: Whether `shrink` is what was launched just before, so that this launch may
-            overlap with its end.
+            overlap with its end, and `planes` are what it returned.
     """
     tokens = y.size(0)
     block_m = batch.rows_per_program(config.block_m)
     widths = tuple(b.size(-2) for b in lora_b)
     programs = sum(triton.cdiv(width, config.block_n) for width in widths)
     pdl = batch.facts.pdl and after_shrink
+    before = None
+    # The type that h is multiplied in.
+    kept = y.dtype if y.dtype == lora_b[0].dtype else planes.dtype
+    if after_shrink and pays_before_expand(planes, programs, kept):
+        h = torch.empty(planes.shape[1:], dtype=kept, device=planes.device)
+        before = prepare_combine(h, planes, batch, zeros=False)
+        planes = h.unsqueeze(0)
     return Launch(
         expand_kernel,
         (programs, batch.lanes(programs, tokens, block_m)),
@@ -87,6 +96,7 @@ def prepare_expand(
             "PDL": pdl,
         },
         launch_options(config.num_warps, config.num_stages, pdl=pdl),
+        before,
     )
 
 
@@ -305,7 +315,8 @@ def _add_product(
         # the weights included, was loaded while it still ran.
         tl.extra.cuda.gdc_wait()
     h_block = h[:, None] + r[None, :]
-    h_mask = live[:, None] & (r < round_up(rank, 4 if R % 4 == 0 else 1))[None, :]
+    H_GRAIN: tl.constexpr = 128 // h.dtype.element_ty.primitive_bitwidth
+    h_mask = live[:, None] & (r < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1))[None, :]
     total = tl.load(h_block, mask=h_mask, other=0.0).to(tl.float32)
     # Pipelining this loop would keep a copy of the planes in shared memory for nothing.
     for _ in tl.range(1, SPLIT_K, num_stages=1):

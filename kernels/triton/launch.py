@@ -28,6 +28,7 @@ class Launch:
         arguments: Tensors and numbers by parameter name.
         constants: Compile-time parameters by name.
         options: Warps, stages and the like.
+        before: A launch that this one needs the results of; run just before it.
     """
 
     kernel: Any
@@ -35,8 +36,11 @@ class Launch:
     arguments: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, int]
+    before: Launch | None = None
 
     def run(self) -> None:
+        if self.before is not None:
+            self.before.run()
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 

@@ -19,6 +19,9 @@ from .corpus import LAYOUT
 from .corpus.draft import CONFIG, PREFIX, Q0, WEIGHTS, good
 from .corpus.headers import join, split
 
+# Python says so of some expressions that it may read otherwise one day.
+pytestmark = pytest.mark.filterwarnings("ignore:Possible (nested set|set):FutureWarning")
+
 # What a check may take beside a multiple of the files: chunks of weights, compiled patterns.
 FIXED_BYTES, BYTES_PER_BYTE = 8 << 20, 40
 

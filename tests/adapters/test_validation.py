@@ -51,8 +51,13 @@ def test_a_valid_adapter_has_no_problem_and_is_packed(case, tmp_path):
 def test_the_corpus_is_large_and_covers_every_code():
     assert len(BAD) >= 60
     assert len(VALID) >= 20
-    # Of these no folder can be an example: they are about limits, permissions and moments.
-    elsewhere = {Code.FILE_UNREADABLE, Code.FILE_CHANGED, Code.TOO_MANY_TENSORS}
+    # Of these no folder can be an example: they are about limits, permissions, places and moments.
+    elsewhere = {
+        Code.FILE_UNREADABLE,
+        Code.FILE_CHANGED,
+        Code.TOO_MANY_TENSORS,
+        Code.NOT_ALLOWED,
+    }
     assert {code for case in BAD.values() for code in case.codes} | elsewhere == set(Code)
 
 

@@ -383,6 +383,7 @@ def test_a_layer_is_two_launches(monkeypatch):
 
 def test_on_a_cpu_the_backend_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(triton_availability, "_language_is_interpreted", lambda: False)
     with pytest.raises(TritonUnavailableError, match="TRITON_INTERPRET=1 must be set before"):
         triton_availability.require("cpu")
 

@@ -59,12 +59,13 @@ class CacheView:
 def _start_recording(worker: Any) -> None:
     manager = worker.model_runner.lora_manager
     manager.remove_all_adapters()
-    manager._cache = manager._new_cache(events=Recorder())
+    manager.tiers.cache._events = recorder = Recorder()
+    manager.tiers.cache._look_ups._events = recorder
 
 
 def _look(worker: Any) -> CacheView:
     manager = worker.model_runner.lora_manager
-    cache = manager._cache
+    cache = manager.tiers.cache
     recorder = cache._events
     events, recorder.events = tuple(recorder.events), []
     return CacheView(
@@ -72,7 +73,7 @@ def _look(worker: Any) -> CacheView:
         model_slots=tuple(manager._adapter_manager.lora_index_to_id),
         host=cache.cpu_adapters,
         host_bytes=cache.cpu_bytes,
-        buffer_bytes=sum(adapter.nbytes for adapter in manager._host.values()),
+        buffer_bytes=sum(adapter.nbytes for adapter in manager.tiers.host.values()),
         events=events,
     )
 

@@ -54,13 +54,13 @@ def _load_with_fault(manager: Any, victim: int, fault: str, request: Any) -> Any
             raise MemoryError("cannot allocate the adapter")
         elif fault == "disk error":
             raise OSError(5, "Input/output error")
-    return manager._reader.load(request)
+    return manager.tiers.reader.load(request)
 
 
 def _inject(victim: int, fault: str, worker: Any) -> None:
     manager = worker.model_runner.lora_manager
-    manager._loader._load = functools.partial(_load_with_fault, manager, victim, fault)
-    manager._loader.forget(victim)
+    manager.tiers.loader._load = functools.partial(_load_with_fault, manager, victim, fault)
+    manager.tiers.loader.forget(victim)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_a_fault_ends_the_adapters_requests_and_no_others(
 def _lose_silently(victim: int, path: str, worker: Any) -> None:
     """The host copy goes and the engine is not told, as if it had asked a moment too early."""
     manager = worker.model_runner.lora_manager
-    say, manager._say = manager._say, lambda event: None
+    say, manager.tiers._say = manager.tiers._say, lambda event: None
     manager.remove_adapter(victim)
-    manager._say = say
+    manager.tiers._say = say
     Path(path).rename(path + ".away")
 
 

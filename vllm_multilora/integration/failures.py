@@ -11,10 +11,15 @@ import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, LoRAAdapterNotFoundError
 from vllm.v1.engine import FinishReason
 
-from vllm_multilora.cache.load_failures import FailureKind, LoadFailedError, LoadFailure
+from vllm_multilora.cache.load_failures import (
+    FailureKind,
+    LoadFailedError,
+    LoadFailure,
+    classify_failure,
+)
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -63,6 +68,13 @@ def from_stop_reason(stop_reason: Any) -> LoadFailure | None:
 def http_error(failure: LoadFailure) -> GracefulHTTPError:
     """What a server answers: 404 gone, 400 invalid, 503 where a later try may help."""
     return GracefulHTTPError(failure.message, STATUS[failure.kind])
+
+
+def classify(error: BaseException) -> FailureKind:
+    """The kind of failure that an exception of a load stands for, vLLM's own among them."""
+    return (
+        FailureKind.GONE if isinstance(error, LoRAAdapterNotFoundError) else classify_failure(error)
+    )
 
 
 def deliver_failures(engine_core_outputs: list[Any], request_states: dict[str, Any]) -> None:

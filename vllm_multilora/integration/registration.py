@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+GRACE_S = 5.0
+"""How long a request may be on its way from its adapter's name to the engine."""
+
+
 class AdapterErrorInfo(ErrorInfo):
     """vLLM's error with all problems of an adapter."""
 
@@ -87,7 +91,7 @@ async def load_adapter(
         models.lora_requests[name] = lora
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, path)
         if previous is not None:
-            _in_background(_remove(models, previous))
+            _in_background(_remove_later(models, previous))
         return f"Success: LoRA adapter '{name}' added successfully."
 
 
@@ -103,12 +107,19 @@ async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
             return refusal
         lora = models.lora_requests.pop(request.lora_name)
     await _remove(models, lora)
+    _in_background(_remove_later(models, lora))
     logger.info("Removed LoRA adapter: name '%s'", lora.lora_name)
     return f"Success: LoRA adapter '{lora.lora_name}' removed successfully."
 
 
 async def _remove(models: Any, lora: LoRARequest) -> None:
     await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
+
+
+async def _remove_later(models: Any, lora: LoRARequest) -> None:
+    """Removes an adapter when requests that had found its name have reached the engine."""
+    await asyncio.sleep(GRACE_S)
+    await _remove(models, lora)
 
 
 _tasks: set[asyncio.Task[None]] = set()

@@ -10,11 +10,11 @@ from vllm_multilora.cache.load_failures import LoadFailure
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
+    from vllm_multilora.integration.adapter_tiers import AdapterTiers
 
 
-def _manager(worker: Any) -> MultiLoRAWorkerManager:
-    return worker.model_runner.lora_manager
+def _tiers(worker: Any) -> AdapterTiers:
+    return worker.model_runner.lora_manager.tiers
 
 
 def has_our_manager(worker: Any) -> bool:
@@ -31,8 +31,8 @@ class Prefetch:
     request: LoRARequest
     serial: int
 
-    def carry_out(self, manager: MultiLoRAWorkerManager) -> None:
-        manager.prefetch(self.request, self.serial)
+    def carry_out(self, tiers: AdapterTiers) -> None:
+        tiers.prefetch(self.request, self.serial)
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Keep:
 
     lora_id: int
 
-    def carry_out(self, manager: MultiLoRAWorkerManager) -> None:
-        manager.keep_staged(self.lora_id)
+    def carry_out(self, tiers: AdapterTiers) -> None:
+        tiers.keep_staged(self.lora_id)
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Drop:
 
     lora_id: int
 
-    def carry_out(self, manager: MultiLoRAWorkerManager) -> None:
-        manager.drop_staged(self.lora_id)
+    def carry_out(self, tiers: AdapterTiers) -> None:
+        tiers.drop_staged(self.lora_id)
 
 
 Order = Prefetch | Keep | Drop
@@ -60,16 +60,16 @@ Order = Prefetch | Keep | Drop
 
 def carry_out(worker: Any, orders: list[Order]) -> None:
     """Carries out what has come together since the last call; quick, nothing is loaded here."""
-    manager = _manager(worker)
+    tiers = _tiers(worker)
     for order in orders:
-        order.carry_out(manager)
+        order.carry_out(tiers)
 
 
 def ensure(worker: Any, request: LoRARequest) -> LoadFailure | None:
     """Loads an adapter now, while the engine waits; returns why it cannot be had."""
-    return _manager(worker).ensure(request)
+    return _tiers(worker).ensure(request)
 
 
 def problems(worker: Any, lora_id: int) -> list[dict[str, Any]]:
     """All that is wrong with an adapter that could not be loaded."""
-    return _manager(worker).problems(lora_id)
+    return _tiers(worker).problems(lora_id)
