@@ -15,7 +15,7 @@ TORCH := torch==2.13.0+cpu torchvision==0.28.0+cpu
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test test-fast lint bench-cpu bench-plan clean
+.PHONY: help install demo test test-fast lint bench-cpu bench-plan bench-adapters bench-kernels bench-isolation clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -55,6 +55,18 @@ bench-cpu: $(STAMP) ## throughput on this CPU: base model, plugin, stock vLLM
 
 bench-plan: $(STAMP) ## time to prepare a step's metadata, ours against vLLM's
 	$(BIN)/python benchmarks/plan_cost.py
+
+bench-adapters: $(STAMP) ## disk to host memory to slot, ours against vLLM's; the cache's cost per step
+	$(BIN)/python benchmarks/adapter_moves.py
+	$(BIN)/python benchmarks/cache_step.py
+	$(BIN)/python benchmarks/readiness_cost.py
+
+bench-isolation: $(STAMP) ## what running streams notice of other customers' cold adapters
+	$(BIN)/python benchmarks/cold_loads.py
+
+bench-kernels: $(STAMP) ## the Triton kernels against vLLM's: time on a GPU, counted work without
+	$(BIN)/python -m multilora_kernels.bench
+	$(BIN)/python -m multilora_kernels.work
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
