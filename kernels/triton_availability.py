@@ -41,7 +41,7 @@ def require(device_type: str) -> None:
         )
     from multilora_kernels import triton
 
-    if triton.INTERPRETED != _language_is_interpreted():
+    if _language_is_interpreted() != triton.INTERPRETED:
         interpreted, compiled = "these kernels were", "Triton itself was"
         if not triton.INTERPRETED:
             interpreted, compiled = compiled, interpreted

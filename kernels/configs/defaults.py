@@ -16,8 +16,11 @@ SHORT_BATCH = 128
 
 # Token counts up to which a block of so many rows is taken. A decode batch has few tokens an
 # adapter, and the weights' bytes decide; the more tokens, the more often a wide block is full.
-_BLOCK_M = ((SHORT_BATCH, 16), (512, 32), (2048, 64))
-_LARGEST_BLOCK_M = 128
+# Not 128 rows for the longest: in the second half, 128 x 128 sums would leave a processor registers
+# for one program only; in the first, more blocks of tokens occupy the device better than more
+# parts of K do, for these read A from the cache once more, and those add planes to h.
+_BLOCK_M = ((SHORT_BATCH, 16), (512, 32))
+_LARGEST_BLOCK_M = 64
 _LARGEST_BLOCK_R = 64
 
 # Nobody on the host knows how many adapters a small batch has. Blocks are chosen as if there were
@@ -40,9 +43,7 @@ _MOST_PARTS = 8
 def default_shrink(workload: Workload) -> ShrinkConfig:
     """Blocks for `x @ A.T`: enough parts of K to occupy the device, and no more."""
     short = workload.tokens <= SHORT_BATCH
-    # Never 128 rows: more blocks of tokens occupy the device better than more parts of K do, for
-    # these read A from the cache once more, and those write and read one more plane of h.
-    block_m = min(64, _block_m(workload.tokens))
+    block_m = _block_m(workload.tokens)
     block_r = _block_r(-(-workload.max_rank // _RANK_BLOCKS) if short else workload.max_rank)
     if workload.item_size == 4:
         # No tensor cores: every thread keeps whole rows of both factors in registers.
@@ -53,9 +54,11 @@ def default_shrink(workload: Workload) -> ShrinkConfig:
     else:
         block_k = 128 if block_m <= 32 else 64
     programs = workload.slices * -(-workload.max_rank // block_r) * _blocks(workload, block_m)
-    wanted = power_of_two_down(_PROGRAMS_PER_PROCESSOR * workload.processors // programs)
-    most = max(_MOST_PARTS_SHORT, workload.width // _COLUMNS_OF_A_PART) if short else _MOST_PARTS
-    most = min(most, _MOST_PARTS, workload.width // _SHORTEST_PART)
+    # A program of a long batch has many bytes under way by itself.
+    enough = workload.processors * (_PROGRAMS_PER_PROCESSOR if short else 1)
+    wanted = power_of_two_down(enough // programs)
+    most = _most_parts(workload.width) if short else _MOST_PARTS
+    most = min(most, workload.width // _SHORTEST_PART)
     return ShrinkConfig(
         block_m=block_m,
         block_r=block_r,
@@ -70,7 +73,6 @@ def default_expand(workload: Workload) -> ExpandConfig:
     """Blocks for `h @ B.T`: narrower ones where few columns would leave processors idle."""
     block_m = _block_m(workload.tokens)
     if workload.item_size == 4:
-        block_m = min(block_m, 64)
         return ExpandConfig(
             block_m=block_m,
             block_n=32,
@@ -96,7 +98,7 @@ def invariant_shrink(workload: Workload) -> ShrinkConfig:
         block_m=32 if wide else 64,
         block_r=min(32 if wide else 64, _block_r(workload.max_rank)),
         block_k=32 if wide else 64,
-        split_k=max(1, min(8, power_of_two_down(workload.width // 1024))),
+        split_k=max(1, min(_most_parts(workload.width), power_of_two_down(workload.width // 1024))),
         num_warps=4,
         num_stages=3,
     )
@@ -122,6 +124,10 @@ def _block_m(tokens: int) -> int:
 
 def _block_r(max_rank: int) -> int:
     return min(_LARGEST_BLOCK_R, max(MIN_BLOCK, power_of_two_up(max_rank)))
+
+
+def _most_parts(width: int) -> int:
+    return min(_MOST_PARTS, max(_MOST_PARTS_SHORT, width // _COLUMNS_OF_A_PART))
 
 
 def _block_n(workload: Workload, block_m: int) -> int:

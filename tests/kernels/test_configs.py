@@ -17,6 +17,7 @@ from multilora_kernels.configs import (
     default_shrink,
     load_table,
 )
+from multilora_kernels.measure.batches import LAYERS
 
 SHRINK = {
     "block_m": 32,
@@ -75,6 +76,23 @@ def test_every_workload_has_a_valid_default():
             assert half(workload).block_m <= max(16, tokens)
         for half in (choose_shrink, choose_expand):
             half(workload, batch_invariant=True)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True], ids=["default", "invariant"])
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_decoding_reads_little_of_h_beside_the_weights(layer, batch_invariant):
+    """Per rank of an adapter with one token: every column block reads a float32 of each part."""
+    for tokens in (1, 16, 128):
+        shrink = choose_shrink(
+            changed(WORKLOAD, tokens=tokens, width=layer.inputs, slices=len(layer.outputs)),
+            batch_invariant=batch_invariant,
+        )
+        expand = choose_expand(
+            changed(WORKLOAD, tokens=tokens, width=sum(layer.outputs), slices=len(layer.outputs)),
+            batch_invariant=batch_invariant,
+        )
+        weights = 2 * sum(layer.inputs + width for width in layer.outputs)
+        assert 4 * shrink.split_k * sum(layer.outputs) / expand.block_n <= 0.15 * weights
 
 
 def test_invariant_blocks_do_not_depend_on_the_tokens_or_the_table(write):

@@ -1,5 +1,8 @@
 """The Triton kernels against the float64 reference; in the interpreter where there is no GPU."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +25,8 @@ from multilora_kernels import (
 from multilora_kernels import triton as backend
 from multilora_kernels.configs import default_expand, default_shrink
 from multilora_kernels.configs.model import Workload
+from multilora_kernels.triton import expand
+from multilora_kernels.triton.combine import pays_before_expand
 from multilora_kernels.triton.launch import Launch
 
 from .problems import Problem, make_problem
@@ -259,6 +264,63 @@ def test_offsets_past_2_to_the_31_elements():
     assert_close(y.contiguous(), expected, magnitude)
 
 
+@pytest.fixture(params=[False, True], ids=["sum-in-expand", "sum-before"])
+def sum_before(request, monkeypatch) -> bool:
+    """Where the planes are added up, whatever pays."""
+    monkeypatch.setattr(expand, "pays_before_expand", lambda *_: request.param)
+    return request.param
+
+
+TYPES = {
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32": (torch.float32, torch.float32),
+    "bfloat16-weights": (torch.float32, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), TYPES.values(), ids=TYPES.keys())
+def test_a_sum_beforehand_has_the_same_bits(monkeypatch, dtype, weight_dtype):
+    """An adapter's rank neither ends a block nor a load, and some tokens have no adapter."""
+    ranks = [[13, 24, 3], [0, 9, 24]]
+    options = {"widths": (40, 24), "k": 1100, "max_rank": 24, "slots": 3, "ranks": ranks}
+    problem = problem_here(
+        [0, 1, -1, 2] * 9, dtype=dtype, weight_dtype=weight_dtype, tile_rows=16, **options
+    )
+    results = []
+    for before in (False, True):
+        monkeypatch.setattr(expand, "pays_before_expand", lambda *_, answer=before: answer)
+        results.append(run(problem))
+        assert_matches(results[-1], problem)
+    assert results[0].equal(results[1])
+
+
+def test_a_sum_beforehand_is_one_launch_between_the_halves(monkeypatch, sum_before):
+    kernels = []
+    start = Launch.run
+
+    def record(launch: Launch) -> None:
+        start(launch)
+        kernels.append((launch.kernel.__name__, launch.constants["SPLIT_K"]))
+
+    monkeypatch.setattr(Launch, "run", record)
+    run(problem_here(INTERLEAVED, k=1100))
+    between = [("combine_kernel", 4)] if sum_before else []
+    last = 1 if sum_before else 4
+    assert kernels == [("shrink_kernel", 4), *between, ("expand_kernel", last)]
+
+
+def test_planes_are_summed_beforehand_where_many_column_blocks_would_read_them():
+    def pays(parts: int, tokens: int, rank: int, blocks: int, kept=torch.bfloat16) -> bool:
+        return pays_before_expand(torch.empty(parts, 1, tokens, rank, device="meta"), blocks, kept)
+
+    assert pays(8, 256, 64, 32)
+    assert pays(1, 8192, 64, 32)  # half the bytes, at 16 bits
+    assert not pays(1, 8192, 64, 32, kept=torch.float32)
+    assert not pays(8, 256, 64, 1)
+    assert not pays(8, 256, 8, 32)
+    assert not pays(8, 128, 64, 448)  # decoding
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [40, 1100])
 def test_two_runs_give_the_same_bits(k):
@@ -311,6 +373,7 @@ REPLAYS = {
 }
 
 
+@pytest.mark.usefixtures("sum_before")
 def test_a_step_with_new_plan_contents_is_the_same_launch(monkeypatch):
     """What a captured graph repeats: same kernels, grids, numbers and addresses, any batch."""
     problem = problem_here([0, 1, 2, -1] * 12, widths=(40, 16))
@@ -321,7 +384,7 @@ def test_a_step_with_new_plan_contents_is_the_same_launch(monkeypatch):
         arguments = {
             name: value
             for name, value in launch.arguments.items()
-            if name not in ("planes", "y")  # new tensors in eager mode
+            if name not in ("planes", "h", "y")  # new tensors in eager mode
         }
         launched.append((launch.kernel, launch.grid, arguments, launch.constants, launch.options))
         start(launch)
@@ -349,6 +412,7 @@ def _equal(one: object, other: object) -> bool:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+@pytest.mark.usefixtures("sum_before")
 @pytest.mark.parametrize("kind", ["triton", "triton-invariant"])
 def test_a_captured_graph_replays_with_any_batch(kind):
     problem = problem_here([0, 1, 2, -1] * 12, widths=(40, 16), dtype=torch.bfloat16)
@@ -386,6 +450,34 @@ def test_on_a_cpu_the_backend_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(triton_availability, "_language_is_interpreted", lambda: False)
     with pytest.raises(TritonUnavailableError, match="TRITON_INTERPRET=1 must be set before"):
         triton_availability.require("cpu")
+
+
+@pytest.mark.parametrize(
+    ("at_first", "later", "device"),
+    [
+        pytest.param("0", "1", "cpu", id="set"),
+        pytest.param("1", "0", "cuda", id="unset", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mode_that_changed_after_triton_was_imported_is_refused(at_first, later, device):
+    """Triton's own functions would be in one mode and these kernels in the other."""
+    script = (
+        "import os, triton.language\n"
+        f"os.environ['TRITON_INTERPRET'] = '{later}'\n"
+        "from multilora_kernels import triton_availability as here\n"
+        "try:\n"
+        f"    here.require('{device}')\n"
+        "except here.TritonUnavailableError as error:\n"
+        "    print(error)\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": at_first}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    ours, tritons = "these kernels were", "Triton itself was"
+    one, other = (ours, tritons) if later == "1" else (tritons, ours)
+    assert f"{one} imported with TRITON_INTERPRET=1 and {other} without it" in done.stdout
+    assert "before anything imports Triton" in done.stdout
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):

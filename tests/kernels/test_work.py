@@ -163,6 +163,26 @@ def test_a_layer_reads_its_true_ranks_and_nothing_more(batch):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("case", "launches"),
+    [
+        ("decode, rank 64", 2),
+        ("prefill, mixed ranks", 3),
+        pytest.param("decode, 8 of 64 slots", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_what_lies_between_the_halves_is_a_small_part_of_the_traffic(case, launches):
+    """At most 15 % of what must move: weights up to the true ranks, x, and y in and out."""
+    batch = build(work.CASES[case], dtype=work.DTYPE)
+    counted = work.count_contender(Multilora(), batch).work
+    own = counted.traffic["intermediate"]
+    y_bytes = batch.y.numel() * batch.y.element_size()
+    required = work.required_weight_bytes(batch) + batch.x.nbytes + 2 * y_bytes
+    assert 0 < own.loaded + own.stored <= 0.15 * required
+    assert len(counted.launches) == launches
+
+
+@interpreted
 def test_a_batch_without_adapters_starts_nothing():
     counted = work.count_contender(Multilora(), build(replace(SPEC, active=0), dtype=work.DTYPE))
     assert counted.work.kernels == 0

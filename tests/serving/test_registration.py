@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+
+from tests.adapters.corpus import BAD
 
 from .cases import NEW_TOKENS, Case, Scenario
 from .recipes import LINEAR_RECIPES
@@ -112,6 +115,27 @@ def test_all_problems_of_a_bad_adapter_are_told_at_once(deployment: Deployment) 
         assert problem["message"] in error["message"]
     assert "use_dora" in error["message"]
     assert deployment.ask("bad", deployment.case(NAMES[0])).status_code == 404
+
+
+def test_every_bad_adapter_of_the_corpus_is_refused_and_harms_nobody(
+    deployment: Deployment,
+) -> None:
+    good = deployment.case(NAMES[3])
+    assert deployment.load("good", deployment.put(NAMES[3], "good")).status_code == 200
+    wrong = {}
+    for name, case in BAD.items():
+        folder = case.write(deployment.root / f"corpus-{name}")
+        response = deployment.load("bad", folder)
+        error = response.json()["error"]
+        codes = [problem["code"] for problem in error.get("problems", ())]
+        is_exact = codes == [str(code) for code in case.codes] and case.file in error["message"]
+        if response.status_code == 403:  # a link to outside is refused before it is looked at
+            is_exact = codes == ["not-allowed"]
+        if response.status_code not in (400, 403, 404) or not is_exact:
+            wrong[name] = response.text
+        deployment.assert_serves("good", good)
+    assert not wrong
+    deployment.unload("good")
 
 
 def test_a_missing_adapter_is_not_found(deployment: Deployment) -> None:
@@ -231,3 +255,26 @@ def test_unloading_lets_running_requests_end(deployment: Deployment) -> None:
                 assert len(tokens) == 80
                 assert tokens[:NEW_TOKENS] == case.expected.tokens
     assert deployment.server.get("/health").status_code == 200
+
+
+def test_memory_does_not_grow_with_adapters_that_came_and_went(deployment: Deployment) -> None:
+    """The thousand cycles of benchmarks/registration_cycles.py, in small."""
+    folders = [deployment.put(name, f"cycle-{name}") for name in NAMES]
+
+    def cycle(number: int) -> None:
+        name, folder = f"cycle-{number}", folders[number % len(folders)]
+        assert deployment.load(name, folder).status_code == 200
+        assert deployment.ask(name, deployment.case(NAMES[0]), new_tokens=2).status_code == 200
+        assert deployment.unload(name).status_code == 200
+
+    def resident() -> int:
+        parent = psutil.Process(deployment.server.pid)
+        processes = [parent, *parent.children(recursive=True)]
+        return sum(process.memory_info().rss for process in processes)
+
+    for number in range(20):
+        cycle(number)
+    before = resident()
+    for number in range(20, 100):
+        cycle(number)
+    assert resident() < 1.02 * before

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from vllm_multilora.cache.load_failures import FailureKind, LoadFailure
+from vllm_multilora.cache.thread_placement import step_aside
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,10 @@ class LoadThreads:
         return not any(thread.is_alive() for thread in others)
 
     def _start(self, name: str, run: Callable[[], None]) -> None:
-        thread = threading.Thread(target=run, name=f"multilora-load-{name}", daemon=True)
+        def run_aside() -> None:
+            step_aside()
+            run()
+
+        thread = threading.Thread(target=run_aside, name=f"multilora-load-{name}", daemon=True)
         thread.start()
         self._known = {known for known in self._known if known.is_alive()} | {thread}

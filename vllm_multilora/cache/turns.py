@@ -1,14 +1,17 @@
 """Who gets a slot when more adapters want one than there are, and for how long.
 
 Requests of adapters that have slots keep arriving, and a scheduler that always admits them never
-frees a slot for the others. So adapters take turns: once somebody has been kept waiting for
-`patience` steps, the adapters that have had their slots for the longest are closed, one for each
-that waits too long: no new request of theirs is admitted until their running ones have ended and
-the slot has gone on.
+frees a slot for the others. So adapters take turns. An adapter that has been kept waiting for
+`patience` steps is overdue: for each overdue one, the adapter that has had its slot for the longest
+is closed, so that no new request of it is admitted, and the next slot that becomes free is kept for
+the one that has waited longest.
 
-Bound: an adapter that is ready gets a slot after at most `patience` steps plus the steps that the
-running requests of the adapters then closed take to end, if fewer adapters wait than there are
-slots; otherwise after as many such turns as it takes to serve those that have waited longer.
+Bound: an adapter that begins to wait while `n` others do gets a slot within
+`patience` + ceil((n + 1) / S) * L steps, with S slots and requests that run for at most L steps:
+the patience, and then as many turns as it takes to serve those before it. Whoever comes later waits
+behind it, whatever the order of the scheduler's queue, and so does the next request of an adapter
+that has had its turn. It has to come for its slot: requests that wait for tokens or memory beside
+it are the scheduler's affair.
 """
 
 from __future__ import annotations
@@ -29,15 +32,22 @@ class SlotTurns:
     def __init__(self, patience: int = PATIENCE_STEPS) -> None:
         self._patience = patience
         self._step = 0
-        self._slots = 0
         self._since: dict[int, int] = {}  # adapters with slots -> step since when
-        self._waiting: dict[int, tuple[int, int]] = {}  # -> first and last step kept waiting
+        self._waiting: dict[int, int] = {}  # -> step since when, longest first
         self._closed: frozenset[int] = frozenset()
+        # Free slots of this step: the adapters they are kept for, and how many anybody may have.
+        self._next: set[int] = set()
+        self._free = 0
 
     @property
     def closed(self) -> frozenset[int]:
         """The adapters that are to give up their slots."""
         return self._closed
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """The adapters that are kept waiting, longest first."""
+        return tuple(self._waiting)
 
     def begin_step(self, active: Iterable[int], slots: int) -> None:
         """A step is being scheduled.
@@ -47,27 +57,33 @@ class SlotTurns:
             slots: How many of them can have slots.
         """
         self._step += 1
-        self._slots = slots
         self._since = {adapter_id: self._since.get(adapter_id, self._step) for adapter_id in active}
-        # Nobody has asked on its behalf for a while: its requests were aborted or are done.
-        self._waiting = {
-            adapter_id: (first, last)
-            for adapter_id, (first, last) in self._waiting.items()
-            if self._step - last <= self._patience and adapter_id not in self._since
-        }
-        overdue = sum(self._step - first >= self._patience for first, _ in self._waiting.values())
+        overdue = [
+            adapter_id
+            for adapter_id, first in self._waiting.items()
+            if self._step - first >= self._patience
+        ]
         free = max(0, slots - len(self._since))
+        self._next = set(overdue[:free])
+        self._free = free - len(self._next)
         longest = sorted(self._since, key=lambda adapter_id: (self._since[adapter_id], adapter_id))
-        self._closed = frozenset(longest[: max(0, overdue - free)])
+        self._closed = frozenset(longest[: len(overdue) - len(self._next)])
 
     def admit(self, adapter_id: int) -> bool:
         """Whether a waiting request of an adapter may run now; asked in the queue's order."""
         if adapter_id in self._since:
             return adapter_id not in self._closed
-        if len(self._since) < self._slots:
-            self._since[adapter_id] = self._step
-            self._waiting.pop(adapter_id, None)
-            return True
-        first, _ = self._waiting.get(adapter_id, (self._step, 0))
-        self._waiting[adapter_id] = (first, self._step)
-        return False
+        if adapter_id in self._next:
+            self._next.remove(adapter_id)
+        elif self._free:
+            self._free -= 1
+        else:
+            self._waiting.setdefault(adapter_id, self._step)
+            return False
+        self._since[adapter_id] = self._step
+        self._waiting.pop(adapter_id, None)
+        return True
+
+    def forget(self, adapter_id: int) -> None:
+        """No request of the adapter waits for a slot any more: none is kept for it."""
+        self._waiting.pop(adapter_id, None)

@@ -119,7 +119,7 @@ class BackgroundGate:
             self._readiness.update(drained)
             for lora_id in self._readiness.to_ask_again():
                 self._ask(self._requests[lora_id])
-            self._settle_registrations()
+        self._settle_registrations()
         self._send()
 
     def _send(self) -> None:
@@ -173,9 +173,11 @@ class BackgroundGate:
         return future
 
     def _settle_registrations(self) -> None:
-        for lora_id, (_, futures) in list(self._registrations.items()):
+        for lora_id, (request, futures) in list(self._registrations.items()):
             standing = self._readiness.state(lora_id)
-            if standing is Standing.READY:
+            if standing is Standing.UNKNOWN:  # lost or removed while it was being registered
+                self._ask(request)
+            elif standing is Standing.READY:
                 del self._registrations[lora_id]
                 self._outbox.append(worker_calls.Keep(lora_id))
                 for future in futures:

@@ -130,7 +130,7 @@ class HostAdapterLoader:
 
     def _load(self, folder: Path, request: LoRARequest) -> HostAdapter:
         # Opened before vLLM reads the configuration: what is wrong is said better here.
-        with AdapterCheckpoint.open(folder) as checkpoint:
+        with self._open(folder) as checkpoint:
             if self._check_finite and self._checked.get(request.lora_int_id) != (
                 checkpoint.fingerprint
             ):
@@ -144,6 +144,14 @@ class HostAdapterLoader:
             helper.validate_legal(self._manager.lora_config)
             special = self._special(checkpoint, request, helper)
             return HostAdapter(packed, special, checkpoint.fingerprint)
+
+    def _open(self, folder: Path) -> AdapterCheckpoint:
+        try:
+            return AdapterCheckpoint.open(folder)
+        except AdapterError as error:
+            # The first thing wrong; what else is?
+            problems = validate(folder, self._manager.layout, check_finite=False)
+            raise type(error).of(*problems) if problems else error from None
 
     def problems(self, lora_id: int) -> list[dict[str, Any]]:
         """All that was wrong with an adapter when it was read last, as `Problem.as_dict`."""

@@ -121,7 +121,8 @@ class AdapterAwareMixin:
         return output
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        return self._may_run(request) and super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+        # In this order: a request that waits for its grammar, say, must not take a slot meanwhile.
+        return super()._handle_blocked_waiting_request(request) and self._may_run(request)  # type: ignore[misc]
 
     def _may_run(self, request: Request) -> bool:
         lora = request.lora_request
@@ -129,13 +130,14 @@ class AdapterAwareMixin:
             return True
         if self._gate is not None:
             standing = self._gate.standing(lora)
-            if standing is Standing.FAILED:
-                failure = self._gate.failure(lora.lora_int_id)
-                assert failure is not None
-                self._failing[request.request_id] = failure
-                return False
             if standing is not Standing.READY:
-                self._is_holding = True
+                self._turns.forget(lora.lora_int_id)  # no slot is kept for what cannot use it
+                if standing is Standing.FAILED:
+                    failure = self._gate.failure(lora.lora_int_id)
+                    assert failure is not None
+                    self._failing[request.request_id] = failure
+                else:
+                    self._is_holding = True
                 return False
         return self._is_pinned(lora) or self._turns.admit(lora.lora_int_id)
 
@@ -189,10 +191,12 @@ class AdapterAwareMixin:
             and request.status is not RequestStatus.RUNNING
         }
         ended = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
-        if self._gate is not None and waiting:
+        if waiting:
             wanted = {r.lora_request.lora_int_id for r in self.requests.values() if r.lora_request}
             for lora_id in waiting - wanted:
-                self._gate.drop(lora_id)
+                self._turns.forget(lora_id)
+                if self._gate is not None:
+                    self._gate.drop(lora_id)
         return ended
 
 
