@@ -146,7 +146,10 @@ def launches(case: Case, architecture: int) -> Iterator[Launch]:
     batch = Batch(ranks, plan, layout, facts, case.batch_invariant)
     planes, launch = shrink_launch(x, lora_a, batch, 1.0)
     yield launch
-    yield expand_launch(y, planes, lora_b, batch, 0, True, after_shrink=True)
+    expand = expand_launch(y, planes, lora_b, batch, 0, True, after_shrink=True)
+    if expand.before is not None:
+        yield expand.before
+    yield expand
     if case.max_rank == 64 and len(case.widths) == 3 and case.tokens == 64:
         h = empty(*planes.shape[1:])
         yield prepare_combine(h, planes, batch)

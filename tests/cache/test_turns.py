@@ -130,6 +130,14 @@ def test_the_adapter_that_had_its_slot_for_longest_is_closed_after_the_patience(
     assert scheduler.turns.closed == {B}
 
 
+def test_nobody_is_closed_for_one_that_has_a_free_slot_waiting() -> None:
+    scheduler = Scheduler(SlotTurns(PATIENCE), slots=2)
+    scheduler.run_step((B, PATIENCE + 3))
+    scheduler.run_step((A, 100), (W, 1))
+    assert scheduler.steps_until(W, (A, 1)) == PATIENCE + 2
+    assert not scheduler.turns.closed
+
+
 def test_a_slot_that_was_made_free_goes_to_the_one_that_waited() -> None:
     """Though requests of the one that gave it up are always before it in the queue."""
     scheduler = saturated(1)

@@ -15,7 +15,7 @@ from vllm_multilora.cache.readiness_log import ReadinessLog, attach_writer
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from vllm_multilora.integration.adapter_gate import BackgroundGate, BlockingGate
+    from vllm_multilora.integration.adapter_gate import BlockingGate
 
 pytestmark = pytest.mark.serving
 

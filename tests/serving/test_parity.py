@@ -130,8 +130,14 @@ class TestQwen2:
     "overrides",
     [
         # 24 tokens a step: a 40-token prompt takes several steps, each shared with decodes.
+        # Adapters loaded while the engine waits, as where workers are on other machines.
         pytest.param(
-            {"max_num_batched_tokens": 24, "enable_prefix_caching": False}, id="chunked-prefill"
+            {
+                "max_num_batched_tokens": 24,
+                "enable_prefix_caching": False,
+                "additional_config": {"multilora": {"async_loading": False}},
+            },
+            id="chunked-prefill-and-blocking-loads",
         ),
         # vLLM's CPU platform turns compilation off where LoRA is on; its GPU platforms do not.
         pytest.param({"enforce_eager": False}, id="torch-compile"),

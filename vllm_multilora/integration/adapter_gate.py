@@ -40,7 +40,13 @@ _MOST_UNREAD = 2
 
 
 class AdapterGate(Protocol):
-    """What the scheduler asks before it admits a request."""
+    """What the scheduler asks before it admits a request.
+
+    Attributes:
+        blocks: Whether asking for an adapter's standing may keep everybody waiting.
+    """
+
+    blocks: bool
 
     def want(self, request: LoRARequest) -> None:
         """A request for the adapter has arrived."""
@@ -81,6 +87,8 @@ class BackgroundGate:
         wake: Makes the main thread come to `poll` soon, though the engine may be idle; None
             where nobody waits for the engine while it is.
     """
+
+    blocks = False
 
     def __init__(
         self, call: Call, log: ReadinessLog, ranks: int, wake: Callable[[], None] | None
@@ -213,6 +221,8 @@ class BlockingGate:
     Args:
         call: The executor's `collective_rpc`.
     """
+
+    blocks = True
 
     def __init__(self, call: Call) -> None:
         self._call = call

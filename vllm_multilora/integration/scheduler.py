@@ -28,6 +28,8 @@ from vllm_multilora.integration.activation import kernel_backend, settings_of
 from vllm_multilora.integration.failures import to_stop_reason
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
     from vllm_multilora.integration.adapter_gate import AdapterGate
 
 _IDLE_S = 0.001
@@ -128,20 +130,31 @@ class AdapterAwareMixin:
         lora = request.lora_request
         if lora is None:
             return True
-        if self._gate is not None:
-            standing = self._gate.standing(lora)
-            if standing is not Standing.READY:
-                self._turns.forget(lora.lora_int_id)  # no slot is kept for what cannot use it
-                if standing is Standing.FAILED:
-                    failure = self._gate.failure(lora.lora_int_id)
-                    assert failure is not None
-                    self._failing[request.request_id] = failure
-                else:
-                    self._is_holding = True
-                return False
+        if self._gate is None:
+            return self._has_turn(lora)
+        if self._gate.blocks:
+            # Nothing is loaded, with everybody waiting, for a request that has no slot yet.
+            return self._has_turn(lora) and self._is_ready(lora, request)
+        return self._is_ready(lora, request) and self._has_turn(lora)
+
+    def _has_turn(self, lora: LoRARequest) -> bool:
         return self._is_pinned(lora) or self._turns.admit(lora.lora_int_id)
 
-    def _is_pinned(self, lora: Any) -> bool:
+    def _is_ready(self, lora: LoRARequest, request: Request) -> bool:
+        assert self._gate is not None
+        standing = self._gate.standing(lora)
+        if standing is Standing.READY:
+            return True
+        self._turns.forget(lora.lora_int_id)  # no slot is kept for what cannot use it
+        if standing is Standing.FAILED:
+            failure = self._gate.failure(lora.lora_int_id)
+            assert failure is not None
+            self._failing[request.request_id] = failure
+        else:
+            self._is_holding = True
+        return False
+
+    def _is_pinned(self, lora: LoRARequest) -> bool:
         if lora.lora_name in self._pinned_names:
             self._pinned_ids.discard(lora.lora_int_id)  # pinned by call as well: one slot
             return True
