@@ -51,6 +51,8 @@ class PeftReference:
         Returns:
             One continuation per prompt, in order.
         """
+        if self._peft is not None and adapter is not None:
+            self._peft.set_adapter(adapter)  # slow with many adapters: not for every step
         found: dict[int, Continuation] = {}
         for length in sorted({len(prompt) for prompt in prompts}):
             rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
@@ -86,7 +88,6 @@ class PeftReference:
             with self._peft.disable_adapter():
                 output = self._peft(input_ids=sequences, use_cache=False)
         else:
-            self._peft.set_adapter(adapter)
             output = self._peft(input_ids=sequences, use_cache=False)
         return output.logits[:, -1].float()
 

@@ -1,6 +1,7 @@
 """More adapters with requests than slots: all are served, at about the same pace."""
 
 import itertools
+import random
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.serving
 
 SLOTS, ADAPTERS = 3, 6
-REQUESTS_EACH = 40
+REQUESTS_EACH = 60
+MOST_STEPS = 20_000
+"""Several times what a fair engine takes."""
 STEPS_ON_TOP = 4
 """What vLLM's pipeline adds: a step from request to schedule, and one from result to slot."""
 
@@ -98,14 +101,19 @@ def stepper(fleet: Scenario, monkeypatch: pytest.MonkeyPatch, **settings: Any) -
 def test_adapters_that_share_slots_wait_alike(
     fleet: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every adapter has two requests at all times, a new one as soon as one is answered."""
+    """Every adapter has four requests at all times, a new one as soon as one is answered.
+
+    They are of many lengths, so that an adapter with a slot hardly ever leaves it by itself.
+    """
+    lengths = random.Random(0)
     names = [f"customer-{number}" for number in range(ADAPTERS)]
     with stepper(fleet, monkeypatch, max_loras=SLOTS, max_cpu_loras=ADAPTERS) as engine:
         while min(len(engine.latencies[name]) for name in names) < REQUESTS_EACH:
             for name in names:
-                while engine.pending(name) < 2:
-                    engine.submit(name)
+                while engine.pending(name) < 4:
+                    engine.submit(name, new_tokens=lengths.randint(1, NEW_TOKENS))
             engine.run_step()
+            assert engine.step < MOST_STEPS, {n: len(engine.latencies[n]) for n in names}
     means = {name: mean(engine.latencies[name]) for name in names}
     assert max(means.values()) < 2 * min(means.values()), means
 

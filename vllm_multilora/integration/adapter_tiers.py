@@ -210,6 +210,10 @@ class AdapterTiers:
         if lora_id in self._requests and lora_id not in (*self.host, *self.cache.pinned):
             self._forget(lora_id)  # on disk only: whoever wants it names it again
 
+    def detach_log(self) -> None:
+        """From now on the engine core waits for answers instead of reading them."""
+        self._log = None
+
     def problems(self, lora_id: int) -> list[dict[str, Any]]:
         """All that was wrong with an adapter's files when they were read last."""
         return self.reader.problems(lora_id)

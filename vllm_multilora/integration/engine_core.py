@@ -82,6 +82,7 @@ def _make_gate(engine_core: Any) -> AdapterGate | None:
         return None
     log = getattr(executor, "multilora_log", None)
     if log is None:
+        executor.collective_rpc(worker_calls.without_log)
         return BlockingGate(executor.collective_rpc)
     inputs: Any = getattr(engine_core, "input_queue", None)
 

@@ -24,6 +24,11 @@ def has_our_manager(worker: Any) -> bool:
     return isinstance(getattr(worker.model_runner, "lora_manager", None), MultiLoRAWorkerManager)
 
 
+def without_log(worker: Any) -> None:
+    """Nobody reads the readiness log: some worker could not open it."""
+    _tiers(worker).detach_log()
+
+
 @dataclass(frozen=True)
 class Prefetch:
     """Start to load an adapter in the background; the answer comes through the readiness log."""
