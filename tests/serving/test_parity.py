@@ -139,8 +139,6 @@ class TestQwen2:
             },
             id="chunked-prefill-and-blocking-loads",
         ),
-        # vLLM's CPU platform turns compilation off where LoRA is on; its GPU platforms do not.
-        pytest.param({"enforce_eager": False}, id="torch-compile"),
     ],
 )
 def test_execution_modes_answer_as_peft(llama: Scenario, overrides: dict[str, Any]) -> None:
