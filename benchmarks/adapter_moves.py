@@ -203,15 +203,7 @@ class Ours:
             return pack(checkpoint, self.layout)
 
     def activate(self, packed: PackedAdapter, slot: int) -> None:
-        self._slots.scatter(
-            packed.buffer,
-            slot,
-            packed.rows,
-            packed.a_ranks,
-            packed.ranks,
-            packed.a_offsets,
-            packed.b_offsets,
-        )
+        packed.scatter_into(self._slots, slot)
 
 
 def same_weights(stock: Stock, ours: Ours, slot: int, rank: int) -> bool:

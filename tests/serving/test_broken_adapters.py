@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from .cases import NEW_TOKENS, Case, Scenario
+from . import completions
+from .cases import Case, Scenario
 from .recipes import LINEAR_RECIPES
 from .server import VllmServer
 
@@ -36,23 +37,10 @@ class Deployment:
         return next(c for c in self.scenario.cases_of(name) if len(c.prompt) == LENGTH)
 
     def ask(self, model: str, case: Case, **options: object) -> httpx.Response:
-        return self.server.post(
-            "/v1/completions",
-            {
-                "model": model,
-                "prompt": list(case.prompt),
-                "max_tokens": NEW_TOKENS,
-                "temperature": 0,
-                "ignore_eos": True,
-                "return_token_ids": True,
-                **options,
-            },
-        )
+        return completions.ask(self.server, model, case, **options)
 
     def assert_serves(self, model: str, case: Case) -> None:
-        response = self.ask(model, case)
-        assert response.status_code == 200, f"{response.text}\n{self.server.log_tail()}"
-        assert tuple(response.json()["choices"][0]["token_ids"]) == case.expected.tokens
+        completions.assert_serves(self.server, model, case)
 
     def evict_victim(self) -> None:
         """More other adapters than the server's host memory holds."""

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .cases import NEW_TOKENS, Case, Scenario
+from .cases import Case, Scenario
+from .completions import ask, token_ids
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from .server import VllmServer
 
@@ -31,21 +32,10 @@ def server(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def complete(server: VllmServer, case: Case) -> tuple[int, ...]:
     """The token ids of the server's completion of one case."""
-    response = server.post(
-        "/v1/completions",
-        {
-            "model": case.adapter or BASE,
-            "prompt": list(case.prompt),
-            "max_tokens": NEW_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        },
-    )
+    response = ask(server, case.adapter or BASE, case)
     assert response.status_code == 200, f"{response.text}\n{server.log_tail()}"
-    body = response.json()
-    assert body["model"] == (case.adapter or BASE)
-    return tuple(body["choices"][0]["token_ids"])
+    assert response.json()["model"] == (case.adapter or BASE)
+    return token_ids(response)
 
 
 @pytest.fixture(scope="module")

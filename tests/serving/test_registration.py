@@ -14,6 +14,7 @@ import pytest
 
 from tests.adapters.corpus import BAD
 
+from . import completions
 from .cases import NEW_TOKENS, Case, Scenario
 from .recipes import LINEAR_RECIPES
 from .server import VllmServer
@@ -48,23 +49,11 @@ class Deployment:
     def unload(self, name: str) -> httpx.Response:
         return self.server.post("/v1/unload_lora_adapter", {"lora_name": name})
 
-    def ask(self, model: str, case: Case, new_tokens: int = NEW_TOKENS) -> httpx.Response:
-        return self.server.post(
-            "/v1/completions",
-            {
-                "model": model,
-                "prompt": list(case.prompt),
-                "max_tokens": new_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "return_token_ids": True,
-            },
-        )
+    def ask(self, model: str, case: Case, **options: object) -> httpx.Response:
+        return completions.ask(self.server, model, case, **options)
 
     def assert_serves(self, model: str, case: Case) -> None:
-        response = self.ask(model, case)
-        assert response.status_code == 200, f"{response.text}\n{self.server.log_tail()}"
-        assert tuple(response.json()["choices"][0]["token_ids"]) == case.expected.tokens
+        completions.assert_serves(self.server, model, case)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +198,7 @@ def test_requests_in_flight_end_on_the_weights_they_began_with(deployment: Deplo
     def answer(number: int) -> tuple[int, ...]:
         response = deployment.ask("flips", cases[number % 2])
         assert response.status_code == 200, response.text
-        return tuple(response.json()["choices"][0]["token_ids"])
+        return completions.token_ids(response)
 
     possible: list[set[tuple[int, ...]]] = [set(), set()]
     for folder in folders:
@@ -244,14 +233,14 @@ def test_unloading_lets_running_requests_end(deployment: Deployment) -> None:
     assert deployment.load("leaves", deployment.put(NAMES[2], "leaves")).status_code == 200
     deployment.assert_serves("leaves", case)
     with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(deployment.ask, "leaves", case, 80) for _ in range(3)]
+        running = [pool.submit(deployment.ask, "leaves", case, max_tokens=80) for _ in range(3)]
         assert deployment.unload("leaves").status_code == 200
         for future in running:
             response = future.result()
             # Those that had not been accepted when the name went are refused.
             assert response.status_code in (200, 404)
             if response.status_code == 200:
-                tokens = tuple(response.json()["choices"][0]["token_ids"])
+                tokens = completions.token_ids(response)
                 assert len(tokens) == 80
                 assert tokens[:NEW_TOKENS] == case.expected.tokens
     assert deployment.server.get("/health").status_code == 200
@@ -264,7 +253,7 @@ def test_memory_does_not_grow_with_adapters_that_came_and_went(deployment: Deplo
     def cycle(number: int) -> None:
         name, folder = f"cycle-{number}", folders[number % len(folders)]
         assert deployment.load(name, folder).status_code == 200
-        assert deployment.ask(name, deployment.case(NAMES[0]), new_tokens=2).status_code == 200
+        assert deployment.ask(name, deployment.case(NAMES[0]), max_tokens=2).status_code == 200
         assert deployment.unload(name).status_code == 200
 
     def resident() -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from multilora_kernels import SlotTable
 from multilora_kernels.blocks import BLOCK, DTYPES, BlockReadError, read_blocks
 from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
 from vllm_multilora.adapters.errors import AdapterReadError
@@ -42,6 +43,18 @@ class PackedAdapter:
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self.buffer.nbytes
+
+    def scatter_into(self, slots: SlotTable, slot: int) -> None:
+        """Copies the adapter into a slot of every layer; see `SlotTable.scatter`."""
+        slots.scatter(
+            self.buffer,
+            slot,
+            self.rows,
+            self.a_ranks,
+            self.ranks,
+            self.a_offsets,
+            self.b_offsets,
+        )
 
 
 def pack(

@@ -174,7 +174,6 @@ class BackgroundGate:
             self._ask(request)
         else:
             self.want(request)
-        self._settle_registrations()
         self.poll()
         if not future.done() and self._wake is not None:
             self._keep_waking()

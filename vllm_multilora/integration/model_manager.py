@@ -130,15 +130,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         expand = np.zeros(len(self._expand_ranks), dtype=np.int32)
         shrink = np.zeros(len(self._shrink_ranks), dtype=np.int32)
         expand[packed.rows], shrink[packed.rows] = packed.ranks, packed.a_ranks
-        self._slots.scatter(
-            packed.buffer,
-            slot,
-            packed.rows,
-            packed.a_ranks,
-            packed.ranks,
-            packed.a_offsets,
-            packed.b_offsets,
-        )
+        packed.scatter_into(self._slots, slot)
         for name, module in self._special.items():
             weights = self._fill_special(slot, name, module, special)
             if weights is not None and (layer := self._ranked.get(name)):
