@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreRequestType
 
 from vllm_multilora.cache.readiness_log import ReadinessLog
 from vllm_multilora.cache.shared_segment import SharedSegmentError
-from vllm_multilora.integration import worker_calls
+from vllm_multilora.integration import prefix_keys, worker_calls
 from vllm_multilora.integration.activation import kernel_backend, settings_of
 from vllm_multilora.integration.adapter_gate import (
     AdapterGate,
@@ -42,6 +42,8 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
         vllm_config: Of the engine.
     """
     executor.multilora_log = log = _create_log(vllm_config)
+    if kernel_backend(vllm_config) != "vllm":
+        prefix_keys.tells_versions_apart = True
     try:
         yield
     except BaseException:

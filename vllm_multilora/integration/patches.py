@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_multilora.integration import prefix_keys
 from vllm_multilora.integration.patching import Patch
 
 
@@ -254,7 +255,10 @@ def _unload_route_replacement(original: Callable[..., Any]) -> Callable[..., Any
 def _hash_keys_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def lora_hash_keys(request: Any) -> list[Any]:
-        return [(*key, request.lora_request.lora_int_id) for key in original(request)]
+        keys = original(request)
+        if not prefix_keys.tells_versions_apart:
+            return keys
+        return [(*key, request.lora_request.lora_int_id) for key in keys]
 
     return lora_hash_keys
 
