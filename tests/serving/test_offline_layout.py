@@ -71,6 +71,20 @@ def test_it_is_that_of_a_worker(folder):
         assert offline.rename(name) == worker.rename(name)
 
 
+def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
+    """vLLM shares rotary embeddings between models; one without memory would end the next."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    from vllm_multilora.integration.offline_layout import offline_layout
+
+    shared = rotary_embedding._ROPE_DICT
+    before = dict(shared)
+    shared["of another model"] = "kept"
+    offline_layout(str(tiny_models.write_llama(tmp_path)))
+    assert shared.pop("of another model") == "kept"
+    assert shared == before
+
+
 def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
     from vllm_multilora.integration.offline_layout import offline_layout
 

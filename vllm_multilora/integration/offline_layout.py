@@ -17,6 +17,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LoRAModelManager
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import supports_lora, supports_multimodal
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -72,7 +73,7 @@ def offline_layout(
 def _wrapped(config: VllmConfig) -> LoRAModelManager:
     """A manager of the model without weights."""
     dtype: Any = config.model_config.dtype  # a torch.dtype by now
-    with set_default_torch_dtype(dtype), torch.device("meta"):
+    with set_default_torch_dtype(dtype), torch.device("meta"), _own_rotary_embeddings():
         model = initialize_model(config)
     if not supports_lora(model):
         raise BaseModelError(f"vLLM has no LoRA for {type(model).__name__}")
@@ -101,6 +102,19 @@ class _UnrunnableManager(LoRAModelManager):
             key = self.mm_mapping.language_model[0]
         nothing: Any = object()
         self.punica_wrapper_mapping = {key: nothing}
+
+
+@contextmanager
+def _own_rotary_embeddings() -> Iterator[None]:
+    """Keeps embeddings without memory out of the cache that all models of a process share."""
+    cache = rotary_embedding._ROPE_DICT
+    of_others = dict(cache)
+    cache.clear()
+    try:
+        yield
+    finally:
+        cache.clear()
+        cache.update(of_others)
 
 
 @contextmanager
