@@ -1,0 +1,118 @@
+"""Where a route leads: to an adapter, to one of several in shares, or to one by a value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm_multilora.routing.errors import NoCaseError
+from vllm_multilora.routing.facts import RequestFacts, Source
+from vllm_multilora.routing.shares import sticky_choice, turn_choice
+
+Turns = Counter[str]
+"""How many requests each split has divided that named no customer."""
+
+
+class Target(Protocol):
+    """Where a request may be led."""
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+        """The names that may answer the request: the first that is available does.
+
+        Raises:
+            NoCaseError: The route has no answer for such a request.
+        """
+
+    def names(self) -> Iterator[str]:
+        """Every name that may answer some request."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter, or the base model by a name that it is served under."""
+
+    name: str
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+        return (self.name,)
+
+    def names(self) -> Iterator[str]:
+        yield self.name
+
+
+@dataclass(frozen=True)
+class Split:
+    """Several adapters in shares.
+
+    Attributes:
+        place: The split's own place in the routes file; splits at different places divide
+            customers independently.
+        weights: Of each name, relative to each other.
+        sticky: What says who the customer is. Where a request does not, requests take turns.
+    """
+
+    place: str
+    weights: Mapping[str, float]
+    sticky: Source
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+        customer = self.sticky.value(facts)
+        if customer is not None:
+            return (sticky_choice(customer, self.weights, self.place),)
+        turn = turns[self.place]
+        turns[self.place] += 1
+        return (turn_choice(turn, self.weights),)
+
+    def names(self) -> Iterator[str]:
+        yield from self.weights
+
+
+@dataclass(frozen=True)
+class Cases:
+    """One target for each value of something that the request says.
+
+    Attributes:
+        place: The choice's place in the routes file.
+        by: Where the value is.
+        cases: The targets, by value in lower case.
+        default: For all other requests, those without value among them.
+    """
+
+    place: str
+    by: Source
+    cases: Mapping[str, Target]
+    default: Target | None
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+        for value in self.by.wanted(facts):
+            if value in self.cases:
+                return self.cases[value].candidates(facts, turns)
+        if self.default is not None:
+            return self.default.candidates(facts, turns)
+        raise NoCaseError(
+            f"{self.place} chooses by {self.by.text} and has no default: found "
+            f"{self.by.value(facts) or 'no value'!r}, expected one of {', '.join(self.cases)}"
+        )
+
+    def names(self) -> Iterator[str]:
+        for target in self.cases.values():
+            yield from target.names()
+        if self.default is not None:
+            yield from self.default.names()
+
+
+@dataclass(frozen=True)
+class WithFallback:
+    """A target, and who answers where it is unavailable."""
+
+    target: Target
+    fallback: tuple[str, ...]
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.target.candidates(facts, turns), *self.fallback)))
+
+    def names(self) -> Iterator[str]:
+        yield from self.target.names()
+        yield from self.fallback
