@@ -1,0 +1,66 @@
+"""Slots, totals and what they are worth in KV cache."""
+
+import pytest
+
+from tests.adapters.checkpoints import MODULES
+from vllm_multilora.planning.kv_cache import KvCache
+from vllm_multilora.planning.plan import Plan
+from vllm_multilora.planning.slot_memory import LayerMemory, SlotMemory
+from vllm_multilora.planning.units import readable
+
+from .models import HEAD_WIDTHS, MODEL, TWO_WORKERS
+
+WIDTHS = sum(inputs + outputs for _, inputs, outputs in MODULES) + HEAD_WIDTHS
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("count", [1, 5])
+def test_slots_add_up(rank, count):
+    assert MODEL.by_rank[rank].total(count) == 8 + count * (48 + 2 * rank * WIDTHS)
+
+
+def test_numbered_layers_are_shown_together_but_only_if_they_are_alike():
+    def layer(number, size):
+        return LayerMemory(f"model.layers.{number}.mlp.up", (), size)
+
+    memory = SlotMemory(8, (layer(0, 10), layer(10, 10), layer(2, 30)), (), 0)
+    found = [(group.name, group.layers, group.slot_bytes) for group in memory.groups()]
+    assert found == [("model.layers.*.mlp.up", 2, 20), ("model.layers.*.mlp.up", 1, 30)]
+
+
+def test_an_experts_number_is_one_too_and_a_name_with_digits_is_none():
+    layers = tuple(LayerMemory(f"h.{i}.experts.{i}.w1", (), 1) for i in range(3))
+    assert [group.name for group in SlotMemory(8, layers, (), 0).groups()] == ["h.*.experts.*.w1"]
+
+
+def test_tokens_and_requests():
+    # 90 tokens in blocks of 32 take three blocks, room for 96.
+    cache = KvCache(request_bytes=96 * 1000, request_tokens=96, model_len=90)
+    assert cache.token_bytes == 1000
+    assert (cache.tokens(999), cache.tokens(1000), cache.tokens(96_999)) == (0, 1, 96)
+    assert cache.requests(48_000) == 0.5
+
+
+def test_every_worker_keeps_its_own_host_copies():
+    assert Plan(MODEL, 3, 16).host_least == 3 * 16_000
+    assert Plan(TWO_WORKERS, 3, 16).host_least == 2 * 3 * 16_000
+
+
+def test_what_is_left_of_a_gpu():
+    plan = Plan(MODEL, 3, 16, gpu_bytes=4 * 2**30, utilization=0.5)
+    assert plan.budget == 2 * 2**30 - MODEL.weight_bytes
+    assert Plan(MODEL, 3, 16).budget is None
+
+
+def test_the_settings_asked_for_are_among_those_compared():
+    plan = Plan(MODEL, 3, 64)
+    assert plan.slot_counts == (1, 3, 4, 16, 64)
+    assert plan.compared_ranks == (8, 16, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(83_886_080, "80.0 MiB"), (1_477_705_728, "1.38 GiB"), (2048, "2.0 KiB"), (0, "0.0 KiB")],
+)
+def test_sizes_are_readable(size, text):
+    assert readable(size) == text

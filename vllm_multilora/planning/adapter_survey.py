@@ -1,0 +1,135 @@
+"""What a directory's adapters need: ranks, modules, host memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters.errors import AdapterError
+from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
+from vllm_multilora.adapters.layout import ModelLayout, block_bytes
+from vllm_multilora.adapters.matching import match
+from vllm_multilora.adapters.names import is_base_embedding, parse_tensor_name
+from vllm_multilora.adapters.problems import Problem
+from vllm_multilora.adapters.validation import validate
+from vllm_multilora.errors import MultiLoRAError
+
+
+class SurveyError(MultiLoRAError):
+    """A directory has no adapters to look at."""
+
+
+@dataclass(frozen=True)
+class SurveyedAdapter:
+    """An adapter that the base model accepts.
+
+    Attributes:
+        name: Its folder's.
+        rank: The rank that slots must have for it.
+        ranks: The true rank of every module that packed adapters fill, by the layout's names.
+        special: Its modules that vLLM fills itself.
+        special_elements: Elements of their tensors.
+    """
+
+    name: str
+    rank: int
+    ranks: tuple[tuple[str, int], ...]
+    special: frozenset[str]
+    special_elements: int
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """All modules that it adapts."""
+        return self.special | {name for name, _ in self.ranks}
+
+    def host_bytes(self, layout: ModelLayout) -> int:
+        """Bytes of one worker's host copy."""
+        packed = sum(
+            block_bytes(rows * columns, layout.dtype)
+            for name, rank in self.ranks
+            for part in layout.by_name[name]
+            for rows, columns in layout.block_shapes(part, rank)
+        )
+        return packed + self.special_elements * layout.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A directory's adapters.
+
+    Attributes:
+        adapters: Those that the base model accepts, by name.
+        refused: What is wrong with the others, by name.
+    """
+
+    adapters: tuple[SurveyedAdapter, ...]
+    refused: tuple[tuple[str, tuple[Problem, ...]], ...] = ()
+
+
+def survey_adapters(directory: Path, layout: ModelLayout) -> Survey:
+    """Looks at every adapter below a directory; weights are not read.
+
+    Args:
+        directory: Its sub-folders are adapters, or it is one itself.
+        layout: What the base model accepts, with slots of the largest rank that can be had.
+
+    Raises:
+        SurveyError: There is no such directory, or no adapter in it.
+    """
+    adapters, refused = [], []
+    for folder in _folders(directory):
+        try:
+            with AdapterCheckpoint.open(folder) as checkpoint:
+                adapters.append(_look_at(checkpoint, layout))
+        except AdapterError as error:
+            problems = validate(folder, layout, check_finite=False) or error.problems
+            refused.append((folder.name, tuple(problems)))
+    return Survey(tuple(adapters), tuple(refused))
+
+
+def _folders(directory: Path) -> list[Path]:
+    try:
+        if _is_adapter(directory):
+            return [directory]
+        folders = sorted(folder for folder in directory.iterdir() if _is_adapter(folder))
+    except OSError as error:
+        raise SurveyError(
+            f"{directory} is no directory that can be read ({error.strerror}): --adapters expects "
+            "a folder whose sub-folders are adapters"
+        ) from error
+    if not folders:
+        raise SurveyError(
+            f"{directory} has no sub-folder with {CONFIG_NAME} or {TENSORS_NAME}: --adapters "
+            "expects a folder whose sub-folders are adapters"
+        )
+    return folders
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).is_file() or (folder / TENSORS_NAME).is_file()
+
+
+def _look_at(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> SurveyedAdapter:
+    ranks = tuple((module.name, module.rank) for module in match(checkpoint, layout))
+    special = list(_special_tensors(checkpoint, layout))
+    return SurveyedAdapter(
+        checkpoint.path.name,
+        rank=max(checkpoint.config.rank, *(rank for _, rank in ranks), 1),
+        ranks=ranks,
+        special=frozenset(module for module, _ in special),
+        special_elements=sum(elements for _, elements in special),
+    )
+
+
+def _special_tensors(
+    checkpoint: AdapterCheckpoint, layout: ModelLayout
+) -> Iterator[tuple[str, int]]:
+    """The module and the elements of every tensor that is no part of a packed adapter."""
+    for name, info in checkpoint.tensors.items():
+        role = parse_tensor_name(name)
+        module = layout.rename(role.module) if role else None
+        if module and layout.is_special(module) and not is_base_embedding(name):
+            yield module, math.prod(info.shape)

@@ -1,0 +1,33 @@
+"""What memory means to the KV cache: tokens and requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """What requests take of one worker's KV cache.
+
+    Attributes:
+        request_bytes: Of a request of `model_len` tokens, in whole blocks, in all layers.
+        request_tokens: The tokens that these blocks have room for.
+        model_len: The longest request (`max_model_len`).
+    """
+
+    request_bytes: int
+    request_tokens: int
+    model_len: int
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of a token, over the longest request: layers with sliding windows take less."""
+        return self.request_bytes / self.request_tokens
+
+    def tokens(self, size: int) -> int:
+        """Whole tokens that fit into so many bytes, as vLLM counts them when it starts."""
+        return size * self.request_tokens // self.request_bytes
+
+    def requests(self, size: int) -> float:
+        """Requests of `model_len` tokens that fit into so many bytes."""
+        return size / self.request_bytes
