@@ -1,0 +1,47 @@
+"""A server of HTTP answers, for the commands that ask one."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+Answer = tuple[int, str]
+
+
+@dataclass
+class Site:
+    """Answers by path; each is called with the query and the headers."""
+
+    url: str
+    answers: dict[str, Callable[[dict[str, str], dict[str, str]], Answer]] = field(
+        default_factory=dict
+    )
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """An HTTP server on a port of its own that answers as the test says."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            parts = urlsplit(self.path)
+            query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+            answer = found.answers.get(parts.path, lambda *_: (404, '{"detail":"Not Found"}'))
+            status, body = answer(query, dict(self.headers))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = Site(f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield found
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,130 @@
+"""`vllm-multilora advise` against a server and against a Prometheus, both made of paper."""
+
+import json
+import re
+from collections.abc import Sequence
+
+import pytest
+
+from vllm_multilora.cli import main
+from vllm_multilora.operations.snapshots import NAMES, WANTED, Snapshot, parse_exposition
+
+from .conftest import Site
+from .exposition import FakeServer
+
+
+def busy_server(site: Site) -> FakeServer:
+    """A server with two slots, asked for another customer at every scrape."""
+    server = FakeServer(slots=2, wanted=3)
+
+    def metrics(*_: object) -> tuple[int, str]:
+        server.ask(f"customer-{len(server.requests)}")
+        server.evictions = {"gpu": len(server.requests)}
+        return 200, server.text()
+
+    site.answers["/metrics"] = metrics
+    return server
+
+
+def test_a_server_that_needs_more_slots(site, capsys):
+    busy_server(site)
+    assert main(["advise", "--url", site.url + "/", "--window", "0.5"]) == 1
+    out = capsys.readouterr().out
+    # Customers 1 to 5 came while it was watched: customer-0's request was before.
+    assert out.startswith("max-loras-low: raise --max-loras from 2 to 6")
+    assert "rule  max_loras = adapters active within 5 minutes + 20 %" in out
+
+
+def test_findings_as_json(site, capsys):
+    busy_server(site)
+    assert main(["advise", "--url", site.url, "--window", "0.5", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["max_loras"] == 2
+    assert found["peak_wanted"] == 3
+    codes = {finding["code"] for finding in found["findings"]}
+    assert "max-loras-low" in codes
+
+
+def test_a_healthy_server(site, capsys):
+    server = FakeServer(slots=4, requests={"a": 5}, adapters=[("a", "gpu", 16, False)])
+    site.answers["/metrics"] = lambda *_: (200, server.text())
+    assert main(["advise", "--url", site.url, "--window", "0.3"]) == 0
+    assert capsys.readouterr().out.startswith("Nothing to change: 0 requests")
+
+
+def as_prometheus(seen: Sequence[Snapshot], query: dict[str, str]) -> str:
+    """What Prometheus would answer to a range query, had it scraped the snapshots."""
+    peaks = re.match(r"max_over_time\((\S+)\{", query["query"])
+    wanted = {peaks[1]} if peaks else NAMES - {WANTED}
+    step, start = float(query["step"]), float(query["start"])
+    assert start + step * (len(seen) - 1) <= float(query["end"])
+    rows: dict[object, dict] = {}
+    for index, snap in enumerate(seen):
+        for series, value in snap.samples.items():
+            if series.name not in wanted:
+                continue
+            labels = dict(series.labels) | {"job": "vllm", "instance": "gpu7:8000"}
+            if not peaks:  # functions drop the name
+                labels["__name__"] = series.name
+            row = rows.setdefault(series, {"metric": labels, "values": []})
+            row["values"].append([start + index * step, str(value)])
+    return json.dumps({"status": "success", "data": {"result": list(rows.values())}})
+
+
+@pytest.fixture
+def prometheus(site) -> Site:
+    server = FakeServer(slots=2)
+    seen = []
+    for index in range(21):  # 300 s in steps of 15
+        server.ask(f"customer-{index % 5}")
+        server.wanted = index % 5
+        server.evictions = {"gpu": 40 * index}
+        seen.append(parse_exposition(server.text(), 0))
+    queries = []
+
+    def answer(query: dict[str, str], _: object) -> tuple[int, str]:
+        queries.append(query["query"])
+        return 200, as_prometheus(seen, query)
+
+    site.answers["/api/v1/query_range"] = answer
+    site.queries = queries
+    return site
+
+
+def test_a_past_window_of_prometheus(prometheus, capsys):
+    assert main(["advise", "--prometheus", prometheus.url, "--match", 'job="vllm"', "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["window_s"] == 300
+    assert found["active"] == 5
+    assert found["peak_wanted"] == 4
+    assert found["requests"] == 20
+    [finding] = found["findings"]
+    assert finding["change"] == "raise --max-loras from 2 to 6"
+    assert "2.67 adapters a second" in finding["seen"]
+    assert all('job="vllm"' in query for query in prometheus.queries)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--url", "localhost:8000"], "expected http://HOST:PORT"),
+        (["--url", "{url}"], "/metrics answers 404"),
+        (["--url", "http://127.0.0.1:9"], "cannot be reached"),
+        (["--prometheus", "{url}"], "/api/v1/query_range answers 404"),
+        (["--prometheus", "{url}", "--window", "86401"], "a day) at most"),
+        (["--url", "{url}", "--window", "0"], "--window must be a positive number"),
+        (["--url", "{url}", "--match", 'job="a"'], "--match chooses among"),
+    ],
+)
+def test_what_cannot_be_told_is_a_status_of_its_own(site, arguments, message, capsys):
+    given = [argument.format(url=site.url) for argument in arguments]
+    assert main(["advise", *given]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_a_server_without_the_plugin(site, capsys):
+    site.answers["/metrics"] = lambda *_: (200, "python_info 1.0\n")
+    assert main(["advise", "--url", site.url, "--window", "0.2"]) == 2
+    assert "is this a vLLM server with vllm-multilora and --enable-lora" in capsys.readouterr().err

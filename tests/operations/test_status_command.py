@@ -1,0 +1,121 @@
+"""`vllm-multilora status`: what a server says of its adapters, as a table and as JSON."""
+
+import json
+
+import pytest
+
+from vllm_multilora.cli import main
+from vllm_multilora.operations.status_table import screen, table
+
+NOW = 1_800_000_000.0
+
+
+def adapter(name: str, **fields: object) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "lora_adapter",
+        "int_id": 1,
+        "path": f"/adapters/{name}",
+        "state": "disk",
+        "tier": "disk",
+        "slot": None,
+        "rank": None,
+        "bytes": 0,
+        "pinned": False,
+        "requests": 0,
+        "hits": 0,
+        "loads": 0,
+        "last_used": None,
+        "last_error": None,
+        **fields,
+    }
+
+
+LISTING = {
+    "object": "list",
+    "data": [
+        adapter("cold"),
+        adapter("broken", state="failed", last_error="adapter_config.json is missing"),
+        adapter(
+            "hot",
+            state="gpu",
+            tier="gpu",
+            slot=3,
+            rank=16,
+            bytes=84_000_000,
+            pinned=True,
+            requests=1200,
+            hits=40,
+            last_used=NOW - 125,
+        ),
+    ],
+    "slots": {"total": 8, "free": 7},
+    "cpu": {"adapters": 1, "bytes": 84_000_000, "bytes_limit": 2e9, "adapters_limit": None},
+}
+
+
+def test_the_table_has_the_nearest_adapters_first_and_errors_below():
+    lines = table(LISTING, now=NOW)
+    assert lines[:3] == [
+        "slots        1 of 8",
+        "host memory  1 adapters, 84 MB of 2000 MB",
+        "registered   3",
+    ]
+    header, hot, broken, cold = (line.split() for line in lines[4:8])
+    assert header[:3] == ["ADAPTER", "STATE", "SLOT"]
+    assert " ".join(hot) == "hot gpu 3 16 84 yes 1200 40 2 min ago /adapters/hot"
+    assert broken[:2] == ["broken", "failed"]
+    assert " ".join(cold) == "cold disk 0 0 /adapters/cold"
+    assert lines[8:] == ["", "broken: adapter_config.json is missing"]
+
+
+def test_the_screen_is_cleared_and_filled_no_further_than_it_goes():
+    text = screen([f"line {i} {'x' * 50}" for i in range(10)], width=10, height=5)
+    assert text.startswith("\x1b[H\x1b[2J")
+    assert text.splitlines()[-1] == "... 7 more"[:10]
+    assert len(text.splitlines()) == 4
+    assert all(len(line) <= 10 for line in text.removeprefix("\x1b[H\x1b[2J").splitlines())
+
+
+def test_once(site, capsys):
+    site.answers["/v1/lora_adapters"] = lambda *_: (200, json.dumps(LISTING))
+    assert main(["status", "--url", site.url]) == 0
+    assert capsys.readouterr().out.startswith("slots        1 of 8\n")
+    assert main(["status", "--url", site.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == LISTING
+
+
+def test_watching_goes_on_until_the_server_is_gone(site, capsys):
+    answers = [(200, json.dumps(LISTING))] * 3 + [(503, "shutting down")]
+    site.answers["/v1/lora_adapters"] = lambda *_: answers.pop(0)
+    assert main(["status", "--url", site.url, "--watch", "0.01", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert [json.loads(line) for line in captured.out.splitlines()] == [LISTING] * 3
+    assert "answers 503: shutting down" in captured.err
+
+
+def test_the_key_of_a_guarded_server(site, capsys, monkeypatch):
+    def guarded(_: object, headers: dict[str, str]) -> tuple[int, str]:
+        known = headers.get("Authorization") == "Bearer secret"
+        return (200, json.dumps(LISTING)) if known else (401, "Unauthorized")
+
+    site.answers["/v1/lora_adapters"] = guarded
+    assert main(["status", "--url", site.url]) == 2
+    assert "--api-key" in capsys.readouterr().err
+    assert main(["status", "--url", site.url, "--api-key", "secret"]) == 0
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert main(["status", "--url", site.url]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, "Not Found"), "is it a vLLM server with vllm-multilora and --enable-lora?"),
+        ((200, "hello"), "something else than JSON"),
+        ((200, "{}"), "something else than a list of adapters"),
+    ],
+)
+def test_servers_that_do_not_say(site, answer, message, capsys):
+    site.answers["/v1/lora_adapters"] = lambda *_: answer
+    assert main(["status", "--url", site.url]) == 2
+    assert message in capsys.readouterr().err

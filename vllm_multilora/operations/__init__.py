@@ -1,0 +1,4 @@
+"""Watching servers from outside: what is where, and what to change about it.
+
+Clients of a server's HTTP routes and of Prometheus, and the rules that judge what they see.
+"""

@@ -1,0 +1,119 @@
+"""`vllm-multilora advise`: watches a server for a while and says what to change about it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.operations.advisor import advise
+from vllm_multilora.operations.findings import Finding
+from vllm_multilora.operations.http_client import base_url
+from vllm_multilora.operations.observations import ACTIVITY_WINDOW_S, Observations
+from vllm_multilora.operations.snapshots import LONGEST_HISTORY_S, Snapshot, history, scrape
+from vllm_multilora.operations.watching import observe
+
+HEALTHY, ADVICE, FAILED = 0, 1, 2
+_MOST_INTERVAL_S = 5.0
+_LEAST_SCRAPES = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--url", help="a server to watch for the window, from now on, such as http://localhost:8000"
+    )
+    source.add_argument(
+        "--prometheus",
+        metavar="URL",
+        help="a Prometheus that has watched the server, such as http://localhost:9090: looks at "
+        "the window that ends now",
+    )
+    parser.add_argument(
+        "--window",
+        type=float,
+        default=ACTIVITY_WINDOW_S,
+        metavar="SECONDS",
+        help="how long to look (default: %(default).0f); in less, no adapter is called idle",
+    )
+    parser.add_argument(
+        "--match",
+        default="",
+        metavar="LABELS",
+        help='with --prometheus: which of its servers, as job="vllm",instance="gpu7:8000"',
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0 if there is nothing to change, 1 if there is, 2 if that cannot be told.
+    """
+    try:
+        seen = observe(_snapshots(arguments))
+    except MultiLoRAError as error:
+        print(f"vllm-multilora advise: {error}", file=sys.stderr)
+        return FAILED
+    findings = advise(seen)
+    if arguments.json:
+        print(json.dumps(_as_json(seen, findings), indent=2))
+    else:
+        print("\n\n".join(map(str, findings)) or _nothing_to_change(seen))
+    return ADVICE if findings else HEALTHY
+
+
+def _snapshots(arguments: argparse.Namespace) -> list[Snapshot]:
+    if not 0 < arguments.window < float("inf"):
+        raise MultiLoRAError(
+            f"--window must be a positive number of seconds, got {arguments.window}"
+        )
+    if arguments.prometheus:
+        if arguments.window > LONGEST_HISTORY_S:
+            raise MultiLoRAError(
+                f"--window may be {LONGEST_HISTORY_S:.0f} s (a day) at most with --prometheus, got "
+                f"{arguments.window:.0f}"
+            )
+        return history(
+            base_url(arguments.prometheus), arguments.window, arguments.match, now=time.time()
+        )
+    if arguments.match:
+        raise MultiLoRAError("--match chooses among the servers of a --prometheus")
+    return _watch(base_url(arguments.url), arguments.window)
+
+
+def _watch(url: str, window_s: float) -> list[Snapshot]:
+    """Scrapes a server from now until the window is over."""
+    interval = min(_MOST_INTERVAL_S, window_s / _LEAST_SCRAPES)
+    seen = [scrape(url)]
+    if sys.stderr.isatty():
+        print(f"watching {url} for {window_s:.0f} s ...", file=sys.stderr)
+    end = time.monotonic() + window_s
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(interval, left))
+        seen.append(scrape(url))
+    return seen
+
+
+def _nothing_to_change(seen: Observations) -> str:
+    requests = sum(seen.requests.values())
+    return (
+        f"Nothing to change: {requests:.0f} requests for {len(seen.requests)} adapters in "
+        f"{seen.window_s:.0f} s, {seen.active} active within five minutes, {seen.slots} slots."
+    )
+
+
+def _as_json(seen: Observations, findings: list[Finding]) -> dict[str, object]:
+    return {
+        "window_s": round(seen.window_s, 3),
+        "max_loras": seen.slots,
+        "max_lora_rank": seen.max_rank,
+        "active": seen.active,
+        "peak_wanted": seen.peak_wanted,
+        "requests": sum(seen.requests.values()),
+        "findings": [finding.as_dict() for finding in findings],
+    }

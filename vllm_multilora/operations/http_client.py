@@ -1,0 +1,74 @@
+"""GET requests to servers and to Prometheus, with errors that an operator understands."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from vllm_multilora.errors import MultiLoRAError
+
+TIMEOUT_S = 30.0
+_SHOWN = 200
+
+
+class UnreachableError(MultiLoRAError):
+    """A server gave no usable answer."""
+
+
+def base_url(text: str) -> str:
+    """A server's address as paths are appended to it.
+
+    Raises:
+        UnreachableError: It is no HTTP address.
+    """
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UnreachableError(
+            f"{text!r} is no address of a server: expected http://HOST:PORT or https://HOST:PORT"
+        )
+    return text.rstrip("/")
+
+
+def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | None = None) -> str:
+    """The body of a GET.
+
+    Args:
+        url: The address without query.
+        query: The query's parameters.
+        api_key: Sent as bearer token, where there is one.
+
+    Raises:
+        UnreachableError: Nobody answers there, or with another status than 200.
+    """
+    full = f"{url}?{urlencode(query)}" if query else url
+    request = urllib.request.Request(full)
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            body: bytes = response.read()
+    except urllib.error.HTTPError as error:
+        answer = error.read().decode(errors="replace").strip()[:_SHOWN]
+        hint = "; give the server's key with --api-key" if error.code == 401 else ""
+        raise UnreachableError(f"{url} answers {error.code}: {answer}{hint}") from error
+    except OSError as error:  # URLError, a time limit, a broken connection
+        raise UnreachableError(f"{url} cannot be reached: {error}") from error
+    return body.decode(errors="replace")
+
+
+def get_json(url: str, query: dict[str, str] | None = None, *, api_key: str | None = None) -> Any:
+    """The JSON of a GET; see `get_text`.
+
+    Raises:
+        UnreachableError: As for `get_text`, or the answer is no JSON.
+    """
+    text = get_text(url, query, api_key=api_key)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UnreachableError(
+            f"{url} answers with something else than JSON: {text[:_SHOWN]!r}"
+        ) from error
