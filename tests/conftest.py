@@ -5,6 +5,9 @@ here, before any test module. Some tests start processes that must not inherit t
 is set for the import only, and again by the tests that launch kernels.
 """
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -12,3 +15,15 @@ if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import multilora_kernels.triton  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _log_records_reach_pytest() -> Iterator[None]:
+    """Once vLLM has loaded the plugin in this process, log lines go vLLM's way and no other."""
+    loggers = [logging.getLogger(name) for name in ("vllm_multilora", "multilora_kernels")]
+    parents = [logger.parent for logger in loggers]
+    for logger in loggers:
+        logger.parent = logging.getLogger()
+    yield
+    for logger, parent in zip(loggers, parents, strict=True):
+        logger.parent = parent

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from vllm_multilora import __version__
 from vllm_multilora.adapters import validate_command
 from vllm_multilora.cache import simulate_command
+from vllm_multilora.operations import advise_command, status_command
+from vllm_multilora.planning import plan_command
+from vllm_multilora.planning.base_model import BaseModel
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -31,9 +34,36 @@ def _validate(arguments: argparse.Namespace) -> int:
             max_lora_rank=given.max_lora_rank,
             dtype=given.dtype,
             lora_dtype=given.lora_dtype,
+            lora_target_modules=given.lora_target_modules,
             trust_remote_code=given.trust_remote_code,
         ),
     )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+    def costs_of(given: argparse.Namespace) -> BaseModel:
+        from vllm_multilora.integration.offline_costs import offline_costs
+        from vllm_multilora.integration.offline_model import Server
+
+        modules = given.lora_target_modules
+        return offline_costs(
+            Server(
+                given.model,
+                max_lora_rank=given.max_lora_rank,
+                tensor_parallel_size=given.tensor_parallel_size,
+                fully_sharded_loras=given.fully_sharded_loras,
+                lora_target_modules=None if modules is None else tuple(modules),
+                dtype=given.dtype,
+                lora_dtype=given.lora_dtype,
+                max_model_len=given.max_model_len,
+                trust_remote_code=given.trust_remote_code,
+            )
+        )
+
+    return plan_command.run(arguments, costs_of)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +90,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     simulate_command.add_arguments(simulate)
     simulate.set_defaults(run=simulate_command.run)
+    advise = commands.add_parser(
+        "advise",
+        help="say what to change about a running server, and why",
+        description="Watches a server, or asks a Prometheus that has watched it, and compares what "
+        "it sees with the rules for serving many adapters. Exits with 0 if there is nothing to "
+        "change, with 1 if there is, with 2 if that cannot be told.",
+    )
+    advise_command.add_arguments(advise)
+    advise.set_defaults(run=advise_command.run)
+    status = commands.add_parser(
+        "status",
+        help="show every adapter of a running server: where it is, and how it is used",
+        description="Shows what GET /v1/lora_adapters of a server says. Exits with 2 if that "
+        "cannot be had.",
+    )
+    status_command.add_arguments(status)
+    status.set_defaults(run=status_command.run)
+    plan = commands.add_parser(
+        "plan",
+        help="say what adapter slots cost, before a server is started",
+        description="Says, to the byte, what a setting of --max-loras and --max-lora-rank takes of "
+        "a GPU's memory and so of the KV cache, and what a directory's adapters need. Only the "
+        "base model's config.json is read. Exits with 2 if the costs cannot be told.",
+    )
+    plan_command.add_arguments(plan)
+    plan.set_defaults(run=_plan)
     validate = commands.add_parser(
         "validate",
         help="say whether adapters can be served over a base model",

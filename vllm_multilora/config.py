@@ -20,6 +20,8 @@ CONFIG_KEY = "multilora"
 
 BACKENDS = ("auto", "native", "torch", "triton", "vllm")
 
+_LISTS = {"pin": "adapter names", "allowed_roots": "folders", "adapter_dir": "folders"}
+
 _NOT_INVARIANT = {
     "torch": "plain PyTorch's sums depend on the batch",
     "vllm": "for vLLM's own kernels set VLLM_BATCH_INVARIANT=1 instead",
@@ -49,9 +51,15 @@ class MultiLoRAConfig:
         load_timeout_s: Seconds after which a load is given up and its requests fail.
         unload_timeout_s: Seconds that an unloaded adapter's running requests have to end.
         allowed_roots: Folders below which adapters must lie; anywhere where there are none.
+        adapter_dir: Directories of which a server serves every sub-folder with an adapter under the
+            folder's name, from its first use on.
         allow_pickle: Whether adapters in `adapter_model.bin` or `.pt` are read too, with
             PyTorch's restricted unpickler.
         check_finite: Whether NaN and infinity in an adapter's weights are looked for.
+        routes: File of routes: public model names that lead to adapters by share or by what the
+            request says. Only for HTTP servers.
+        metrics_max_adapters: Most adapters whose names are values of the label `lora_name` in
+            metrics; all others are counted together as `__other__`.
         pin: Names of adapters that keep their slot once they have one; fewer than there are
             slots.
     """
@@ -149,6 +157,16 @@ class MultiLoRAConfig:
             "several times. Without it, from anywhere.",
         },
     )
+    adapter_dir: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "flag": "--multilora-adapter-dir",
+            "metavar": "DIR",
+            "action": "append",
+            "help": "Serve every sub-folder with an adapter under the folder's name, from its "
+            "first use on; new, changed and removed ones are noticed. May be given several times.",
+        },
+    )
     allow_pickle: bool = field(
         default=False,
         metadata={
@@ -161,6 +179,26 @@ class MultiLoRAConfig:
         metadata={
             "flag": "--multilora-check-finite",
             "help": "Refuse adapters with NaN or infinity in their weights (the default).",
+        },
+    )
+    routes: str | None = field(
+        default=None,
+        metadata={
+            "flag": "--multilora-routes",
+            "metavar": "FILE",
+            "help": "YAML or JSON file of routes: public model names that lead to adapters by "
+            "share, by language or by whatever the request says, with fallbacks. Read again when "
+            "it changes. Only for servers: LLM() names adapters itself.",
+        },
+    )
+    metrics_max_adapters: int = field(
+        default=200,
+        metadata={
+            "flag": "--multilora-metrics-max-adapters",
+            "metavar": "N",
+            "type": int,
+            "help": "Adapters with series of their own in the LoRA metrics; the others are counted "
+            'together as lora_name="__other__".',
         },
     )
     pin: tuple[str, ...] = field(
@@ -210,6 +248,12 @@ class MultiLoRAConfig:
             raise ConfigError(
                 f"{CONFIG_KEY}.loader_threads must be a whole number from 1 to 64, got {threads!r}"
             )
+        most = self.metrics_max_adapters
+        if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= 100_000:
+            raise ConfigError(
+                f"{CONFIG_KEY}.metrics_max_adapters must be a whole number from 0 to 100000, got "
+                f"{most!r}"
+            )
         for name in ("load_timeout_s", "unload_timeout_s"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -218,7 +262,11 @@ class MultiLoRAConfig:
                     f"{CONFIG_KEY}.{name} must be a number of seconds above 0 and at most a day, "
                     f"got {value!r}"
                 )
-        for name, what in (("pin", "adapter names"), ("allowed_roots", "folders")):
+        if self.routes is not None and (not isinstance(self.routes, str) or not self.routes):
+            raise ConfigError(
+                f"{CONFIG_KEY}.routes must be the path of a file, got {self.routes!r}"
+            )
+        for name, what in _LISTS.items():
             values = getattr(self, name)
             if not isinstance(values, list | tuple) or not all(
                 isinstance(value, str) and value for value in values

@@ -18,10 +18,12 @@ from vllm_multilora.adapters import (
     pack,
     validate,
 )
+from vllm_multilora.adapters.placement import left_out_modules
 
 from .corpus import BAD, LAYOUT, VALID
-from .corpus.draft import good, name_of
+from .corpus.draft import V1, good, name_of
 from .corpus.headers import rewrite
+from .corpus.llama_layout import MODULES
 
 
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD)
@@ -51,12 +53,15 @@ def test_a_valid_adapter_has_no_problem_and_is_packed(case, tmp_path):
 def test_the_corpus_is_large_and_covers_every_code():
     assert len(BAD) >= 60
     assert len(VALID) >= 20
-    # Of these no folder can be an example: they are about limits, permissions, places and moments.
+    # Of these no folder can be an example: they are about limits, permissions, places, moments and
+    # the server's settings.
     elsewhere = {
         Code.FILE_UNREADABLE,
         Code.FILE_CHANGED,
         Code.TOO_MANY_TENSORS,
         Code.NOT_ALLOWED,
+        Code.NOTHING_APPLIED,
+        Code.NOT_PICKLED_TENSORS,
     }
     assert {code for case in BAD.values() for code in case.codes} | elsewhere == set(Code)
 
@@ -180,3 +185,62 @@ def test_opening_reports_every_problem_of_the_configuration(tmp_path):
     assert len(caught.value.problems) == 3
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.problems) == (str(caught.value), caught.value.problems)
+
+
+def without(*kinds: str, **changes: object):
+    """The layout of a server that applies adapters to other kinds of module only."""
+    return replace(
+        LAYOUT,
+        slices=tuple(part for part in LAYOUT.slices if not part.name.endswith(kinds)),
+        rename=lambda module: None if module.endswith(kinds) else module,
+        **changes,
+    )
+
+
+def test_an_adapter_of_which_nothing_would_be_applied_is_refused(tmp_path):
+    """Its requests would be answered by the base model."""
+    attention = [name for name in MODULES if "self_attn" in name]
+    folder = good(attention).write(tmp_path / "attention")
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj")
+    layout = without(*kinds, targets=("gate_proj", "up_proj", "down_proj"))
+    [problem] = validate(folder, layout)
+    assert problem.code == Code.NOTHING_APPLIED
+    assert problem.where == name_of("model.layers.0.self_attn.k_proj", "A")
+    assert "as all 12 modules of the adapter are (k_proj, o_proj, q_proj, v_proj)" in problem.found
+    assert "gate_proj, up_proj, down_proj" in problem.expected
+    assert "--lora-target-modules gate_proj up_proj down_proj" in problem.hint
+    with AdapterCheckpoint.open(folder) as checkpoint, pytest.raises(AdapterFormatError):
+        pack(checkpoint, layout)
+
+
+def test_an_adapter_of_layers_that_no_request_comes_through_is_refused(tmp_path):
+    folder = good().write(tmp_path / "adapter")
+    [problem] = validate(folder, replace(LAYOUT, rename=lambda module: None))
+    assert problem.code == Code.NOTHING_APPLIED
+    assert "--lora-target-modules" not in problem.hint
+
+
+def test_an_adapter_of_which_something_is_applied_is_served_without_the_rest(tmp_path):
+    folder = good().write(tmp_path / "adapter")
+    layout = without("q_proj", "v_proj", targets=("k_proj",))
+    assert validate(folder, layout) == []
+    with AdapterCheckpoint.open(folder) as checkpoint:
+        left_out = left_out_modules(checkpoint.tensors, layout)
+        assert left_out == [name for name in MODULES if name.endswith(("q_proj", "v_proj"))]
+        assert len(pack(checkpoint, layout).rows) == len(MODULES) - len(left_out)
+        assert left_out_modules(checkpoint.tensors, LAYOUT) == []
+
+
+def test_an_adapter_of_another_workers_layers_is_accepted_here(tmp_path):
+    """Under pipeline parallelism: that worker checks it, and applies it."""
+    folder = good([V1]).write(tmp_path / "adapter")
+    here = replace(
+        LAYOUT,
+        slices=tuple(part for part in LAYOUT.slices if ".layers.1." not in part.name),
+        rename=lambda module: None if ".layers.1." in module else module,
+        elsewhere=lambda module: ".layers.1." in module,
+    )
+    assert validate(folder, here) == []
+    with AdapterCheckpoint.open(folder) as checkpoint:
+        assert pack(checkpoint, here).nbytes == 0
+        assert left_out_modules(checkpoint.tensors, here) == []

@@ -89,6 +89,24 @@ class CacheModel:
             self.states[activation.adapter_id] = GPU
         self.step = set(step)
 
+    def place(self, adapter_id: int, activation: Activation | None) -> None:
+        """Checks a placement ahead of a step and takes it over."""
+        free = sorted(set(range(self.slots)) - set(self.slot_of.values()))
+        idle = [i for i in self.slot_of if not self.protected(i)]
+        if adapter_id in self.slot_of or adapter_id not in self.sizes or not (free or idle):
+            assert activation is None
+            return
+        assert activation is not None
+        assert activation.adapter_id == adapter_id
+        if free:
+            assert (activation.slot, activation.displaced) == (free[0], None)
+        else:
+            assert activation.displaced in idle
+            assert self.slot_of.pop(activation.displaced) == activation.slot
+            self.states[activation.displaced] = CPU
+        self.slot_of[adapter_id] = activation.slot
+        self.states[adapter_id] = GPU
+
     def clear_slots(self) -> None:
         for adapter_id in self.slot_of:
             self.states[adapter_id] = CPU

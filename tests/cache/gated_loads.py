@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections import defaultdict
 from contextlib import contextmanager
 
@@ -87,6 +88,9 @@ def eventually(condition):
         time.sleep(0.001)
 
 
+_of_others: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
 @contextmanager
 def make_loader(gate, told, **options):
     settings = {
@@ -95,6 +99,8 @@ def make_loader(gate, told, **options):
         "timeout_s": PATIENCE_S,
         "retry_delay_s": PATIENCE_S,
     }
+    _of_others.clear()
+    _of_others.update(threading.enumerate())
     loader = BackgroundLoader(gate.load, on_done=told, **(settings | options))
     try:
         yield loader
@@ -122,4 +128,6 @@ def waiting(loader, adapter_id, **options):
 
 
 def loader_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("multilora-load-")]
+    """The threads of the loader made last; engines of other tests may have left theirs."""
+    threads = [t for t in threading.enumerate() if t not in _of_others]
+    return [t for t in threads if t.name.startswith("multilora-load-")]

@@ -99,6 +99,38 @@ def test_cleared_slots_are_filled_again_by_the_same_step():
 # Host memory
 
 
+def test_a_slot_is_given_ahead_of_the_step_that_needs_it():
+    cache = make_cache(slots=2, loaded=[1, 2, 3])
+    steps(cache, [1])
+    assert cache.place_ahead(2) == Activation(2, 1, None)
+    assert cache.place_ahead(2) is None  # it has one
+    assert cache.begin_step([1, 2]) == ()
+
+
+def test_a_slot_given_ahead_is_nobodys_that_the_current_step_or_a_request_needs():
+    cache = make_cache(slots=3, loaded=[1, 2, 3, 4])
+    steps(cache, [2, 3], [1])
+    cache.hold(2)
+    assert cache.place_ahead(4) == Activation(4, 1, displaced=3)
+    cache.hold(4)
+    assert cache.place_ahead(3) is None
+    assert cache.slots == (2, 4, 1)
+
+
+def test_a_slot_given_ahead_goes_to_a_step_that_needs_it_more():
+    cache = make_cache(slots=2, loaded=[1, 2, 3])
+    steps(cache, [1])
+    cache.place_ahead(2)
+    assert cache.begin_step([1, 3]) == (Activation(3, 1, displaced=2),)
+
+
+def test_nothing_is_placed_that_is_not_in_host_memory():
+    cache = make_cache(slots=2)
+    cache.register(1)
+    assert cache.place_ahead(1) is None
+    assert cache.place_ahead(9) is None
+
+
 def test_registration_takes_free_room_only():
     cache = make_cache(slots=1, adapters=2, loaded=[1])
     assert load(cache, 2, evict=False) == Admission(admitted=True)
@@ -300,6 +332,31 @@ def test_an_adapter_loaded_for_a_request_is_a_cpu_miss_once():
         "miss cpu 2",
         "hit cpu 1",
     ]
+
+
+def test_a_look_up_ahead_of_a_step_is_the_steps_look_up():
+    events = Recorder()
+    cache = make_cache(slots=1, loaded=[1], events=events)
+    events.take()
+    cache.place_ahead(1)
+    assert events.take() == ["miss gpu 1", "miss cpu 1", f"activated 1 in 0 of {MIB}"]
+    steps(cache, [1])
+    assert events.take() == []
+    steps(cache, [], [1])
+    assert events.take() == ["hit gpu 1"]
+
+
+def test_a_look_up_ahead_counts_for_nothing_once_the_slot_is_lost():
+    events = Recorder()
+    cache = make_cache(slots=1, loaded=[1, 2], events=events)
+    cache.place_ahead(1)
+    steps(cache, [2], [])
+    events.take()
+    cache.place_ahead(1)
+    cache.clear_slots()
+    events.take()
+    steps(cache, [1])
+    assert events.take()[:2] == ["miss gpu 1", "hit cpu 1"]
 
 
 def test_a_load_for_a_request_that_never_ran_is_no_later_miss():

@@ -119,6 +119,12 @@ class CacheMachine(RuleBasedStateMachine):
         most = self.model.slots + 1
         self.begin(data.draw(st.sets(st.sampled_from(ready), max_size=most)))
 
+    @precondition(lambda self: self.model.states)
+    @rule(data=st.data())
+    def place_ahead(self, data):
+        adapter_id = self.pick(data, *AdapterState)
+        self.model.place(adapter_id, self.call("place_ahead", adapter_id))
+
     @rule(step=STEPS)
     def begin_any_step(self, step):
         self.begin(step)

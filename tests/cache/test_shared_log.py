@@ -12,10 +12,12 @@ from vllm_multilora.cache.load_failures import FailureKind, LoadFailure
 from vllm_multilora.cache.readiness_events import (
     ENTRY_BYTES,
     MESSAGE_BYTES,
+    Displaced,
     Failed,
     Lost,
     Missed,
     MissedReason,
+    Placed,
     Ready,
     cut_utf8,
     decode,
@@ -29,6 +31,8 @@ CORRUPT = Missed(MissedReason.CORRUPT)
 EVENTS = [
     Ready(1, 7),
     Lost(2),
+    Placed(4, 1 << 40),
+    Displaced(-4),
     Failed(3, 8, LoadFailure(FailureKind.NO_MEMORY, "läuft über")),
     Failed(4, 9, LoadFailure(FailureKind.GONE, "")),
 ]

@@ -8,18 +8,20 @@ from .server import VllmServer
 
 def ask(server: VllmServer, model: str, case: Case, **options: object) -> httpx.Response:
     """Asks a model or adapter for the greedy continuation of a case's prompt."""
-    return server.post(
-        "/v1/completions",
-        {
-            "model": model,
-            "prompt": list(case.prompt),
-            "max_tokens": NEW_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            **options,
-        },
-    )
+    return server.post("/v1/completions", body(model, case, **options))
+
+
+def body(model: str, case: Case, **options: object) -> dict[str, object]:
+    """The body of such a request."""
+    return {
+        "model": model,
+        "prompt": list(case.prompt),
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **options,
+    }
 
 
 def token_ids(response: httpx.Response) -> tuple[int, ...]:

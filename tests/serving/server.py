@@ -30,6 +30,7 @@ class VllmServer:
         *args: Further arguments of ``vllm serve``.
         log: File that takes the server's standard output and error.
         env: Environment variables that replace or join this process's.
+        api_key: What clients must give; requests made here do.
         start_timeout: Seconds until the server has to be healthy.
         stop_timeout: Seconds between SIGTERM and SIGKILL to the process group.
         request_timeout: Seconds until a request has to be answered.
@@ -44,6 +45,7 @@ class VllmServer:
         *args: str,
         log: Path,
         env: Mapping[str, str] | None = None,
+        api_key: str | None = None,
         start_timeout: float = 180.0,
         stop_timeout: float = 30.0,
         request_timeout: float = 120.0,
@@ -56,11 +58,16 @@ class VllmServer:
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *args,
         ]
-        self._env = {**os.environ, **(env or {})}
+        key = {"VLLM_API_KEY": api_key} if api_key else {}
+        # Tests read the log; commands run in this process may have made vLLM quieter.
+        self._env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **key, **(env or {})}
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
         # Straight to the loopback address, whatever proxies the environment names.
-        self._client = httpx.Client(base_url=self.url, timeout=request_timeout, trust_env=False)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(
+            base_url=self.url, timeout=request_timeout, trust_env=False, headers=headers
+        )
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

@@ -4,9 +4,15 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.test_pickled import Bomb
+from vllm_multilora.metrics.definitions import LOAD_DURATION
+from vllm_multilora.metrics.definitions import SLOTS as SLOTS_IN_ALL
 
 from .cache_probe import CacheProbe, CacheView
 from .cases import Case, Scenario
@@ -64,7 +70,7 @@ def engine(fleet: Scenario) -> "Iterator[LLM]":
         max_cpu_loras=HOST_PLACES,
         # Answers that come from cached prefixes would not use the adapter's weights.
         enable_prefix_caching=False,
-        additional_config={"multilora": {"pin": ["customer-30"]}},
+        additional_config={"multilora": {"pin": ["customer-30"], "allow_pickle": True}},
     ) as llm:
         yield llm
 
@@ -191,8 +197,37 @@ def test_new_files_are_read_where_the_request_says_so(
     assert_answers_as_peft(engine, deployed, [after])
 
 
+def test_pickled_weights_are_served_as_peft_computes_them_where_they_are_allowed(
+    engine: "LLM", fleet: Scenario, probe: CacheProbe, tmp_path: Path
+) -> None:
+    case = case_of(fleet, 3)
+    folder = Path(shutil.copytree(fleet.adapters["customer-3"], tmp_path / "pickled"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    deployed = Scenario(fleet.base, {"pickled": folder}, ())
+    assert engine.llm_engine.add_lora(lora_request(deployed, "pickled"))
+    assert_answers_as_peft(engine, deployed, [Case("pickled", case.prompt, case.expected)])
+
+
+def test_a_malicious_pickle_is_refused_where_pickles_are_allowed(
+    engine: "LLM", fleet: Scenario, probe: CacheProbe, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(fleet.adapters["customer-4"], tmp_path / "malicious"))
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(Bomb(tmp_path / "executed"), folder / "adapter_model.bin")
+    deployed = Scenario(fleet.base, {"malicious": folder}, ())
+    with pytest.raises(Exception, match="without running code"):
+        engine.llm_engine.add_lora(lora_request(deployed, "malicious"))
+    assert not (tmp_path / "executed").exists()
+    assert_answers_as_peft(engine, fleet, [case_of(fleet, 4)])
+
+
+@pytest.mark.parametrize(
+    ("fully_sharded", "rounds"), [(False, 2), (True, 1)], ids=["sharded", "fully-sharded"]
+)
 def test_two_ranks_answer_as_peft_and_decide_alike(
-    fleet: Scenario, monkeypatch: pytest.MonkeyPatch
+    fleet: Scenario, monkeypatch: pytest.MonkeyPatch, fully_sharded: bool, rounds: int
 ) -> None:
     # vLLM binds each rank to a NUMA node of its own; a small machine has one.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -203,18 +238,38 @@ def test_two_ranks_answer_as_peft_and_decide_alike(
         max_cpu_loras=HOST_PLACES,
         enable_prefix_caching=False,
         tensor_parallel_size=2,
+        fully_sharded_loras=fully_sharded,
+        disable_log_stats=False,
     ) as llm:
         probe = CacheProbe(llm)
-        for seed in range(2):
+        for seed in range(rounds):
             assert_answers_as_peft(llm, fleet, shuffled(fleet, seed))
         first, second = probe.look()
-    assert first == second
+        reads, _ = llm.collective_rpc(files_read)
+        metrics = llm.get_metrics()
+    # One rank reports.
+    assert [m.value for m in metrics if m.name == SLOTS_IN_ALL.name] == [SLOTS]
+    counts = {m.labels["source"]: m.count for m in metrics if m.name == LOAD_DURATION.name}
+    assert counts["disk"] == reads
+    assert decisions(first) == decisions(second)
     assert first.slots == first.model_slots
-    assert_half_of_each(fleet, first)
-
-
-def assert_half_of_each(fleet: Scenario, view: CacheView) -> None:
-    """A rank keeps its own slices: half of B where columns are split, of A where rows are."""
     names = list(fleet.adapters)
-    whole = sum(true_rank_bytes(fleet.adapters[names[lora_id - 1]]) for lora_id in view.host)
-    assert 0.5 * whole < view.host_bytes < 0.8 * whole
+    whole = sum(true_rank_bytes(fleet.adapters[names[lora_id - 1]]) for lora_id in first.host)
+    if fully_sharded:
+        # Every number is on one rank only; low ranks of A are all on the first.
+        assert first.host_bytes + second.host_bytes == pytest.approx(whole, rel=0.05)
+    else:
+        # Half of B where columns are split and half of A where rows are; the rest is on both.
+        assert first == second
+        assert 0.5 * whole < first.host_bytes < 0.8 * whole
+
+
+def files_read(worker: Any) -> int:
+    """How often a rank has read an adapter."""
+    usage = worker.model_runner.lora_manager.tiers.usage
+    return sum(usage.of(lora_id).loads for lora_id in range(100))
+
+
+def decisions(view: CacheView) -> tuple[object, ...]:
+    """What a rank's cache has decided, whatever its part of an adapter weighs."""
+    return view.slots, view.host, [(kind, adapter_id) for kind, adapter_id, _ in view.events]

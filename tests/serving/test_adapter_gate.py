@@ -9,7 +9,14 @@ import pytest
 
 from vllm_multilora.cache.load_failures import FailureKind, LoadFailure
 from vllm_multilora.cache.readiness import Standing
-from vllm_multilora.cache.readiness_events import Failed, Lost, Ready
+from vllm_multilora.cache.readiness_events import (
+    Displaced,
+    Event,
+    Failed,
+    Lost,
+    Placed,
+    Ready,
+)
 
 from .gate_fakes import PROBLEM, Engine, Executor, lora
 
@@ -209,6 +216,67 @@ def test_a_registration_survives_the_loss_of_its_adapter(engine: Engine, loss: s
     engine.say(Ready(1, engine.newest_serial(1)))
     engine.gate.poll()
     assert future.result(0) is True
+
+
+def test_an_adapter_is_placed_once_every_rank_has_said_so(engine: Engine) -> None:
+    engine.load(1)
+    assert not engine.gate.is_placed(1)
+    assert not engine.gate.is_placed(1)
+    engine.gate.place(frozenset({2}))
+    (order,) = engine.executor.calls.pop()
+    assert (order.lora_id, order.needed) == (1, frozenset({2}))
+    engine.say(Placed(1, order.serial), ranks=(0,))
+    engine.gate.poll()
+    assert not engine.gate.is_placed(1)
+    engine.say(Placed(1, order.serial), ranks=(1,))
+    engine.gate.poll()
+    assert engine.gate.is_placed(1)
+    engine.gate.place(frozenset())
+    assert engine.executor.take() == []
+
+
+@pytest.mark.parametrize("event", [Displaced(1), Lost(1)])
+def test_an_adapter_without_its_slot_is_asked_for_anew(engine: Engine, event: Event) -> None:
+    place(engine, 1)
+    engine.say(event, ranks=(1,))
+    engine.gate.poll()
+    assert not engine.gate.is_placed(1)
+    engine.gate.place(frozenset())
+    assert engine.executor.take() == [("Place", 1)]
+
+
+def test_leaving_a_slot_is_not_leaving_host_memory(engine: Engine) -> None:
+    place(engine, 1)
+    engine.say(Displaced(1))
+    engine.gate.poll()
+    assert engine.gate.standing(lora(1)) is Standing.READY
+
+
+def test_placements_that_may_have_ended_unheard_are_asked_for_anew(engine: Engine) -> None:
+    place(engine, 1)
+    for _ in range(20):  # more than the ring holds
+        engine.say(Displaced(7), ranks=(0,))
+    engine.gate.poll()
+    assert not engine.gate.is_placed(1)
+
+
+def test_a_forgotten_adapter_is_not_placed(engine: Engine) -> None:
+    engine.load(1)
+    assert not engine.gate.is_placed(1)
+    engine.gate.forget(1)
+    engine.gate.place(frozenset())
+    assert engine.executor.take() == []
+
+
+def place(engine: Engine, number: int) -> None:
+    """Has an adapter loaded and placed on all ranks."""
+    engine.load(number)
+    assert not engine.gate.is_placed(number)
+    engine.gate.place(frozenset())
+    (order,) = engine.executor.calls.pop()
+    engine.say(Placed(number, order.serial))
+    engine.gate.poll()
+    assert engine.gate.is_placed(number)
 
 
 @pytest.fixture

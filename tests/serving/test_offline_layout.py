@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tests.adapters.corpus import LAYOUT
+from tests.adapters.corpus.draft import good
 from tests.adapters.corpus.llama_layout import MODULES
+from vllm_multilora.adapters import Code, validate
 
 from . import tiny_models
 
@@ -19,15 +21,16 @@ def folder(request, tmp_path_factory):
     return write(tmp_path_factory.mktemp(request.param))
 
 
-def worker_layout(folder, rank: int):
+def worker_layout(folder, rank: int, *, layers_elsewhere: tuple[int, ...] = ()):
     """The layout of a worker's own manager, over a model with weights."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.models.utils import PPMissingLayer
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     from vllm_multilora.integration.model_manager import MultiLoRAModelManager
-    from vllm_multilora.integration.offline_layout import _one_worker
+    from vllm_multilora.integration.offline_model import one_worker
     from vllm_multilora.integration.patches import apply_patches
 
     apply_patches()
@@ -39,9 +42,11 @@ def worker_layout(folder, rank: int):
         enforce_eager=True,
         max_model_len=64,
     ).create_engine_config()
-    with set_current_vllm_config(config), _one_worker():
+    with set_current_vllm_config(config), one_worker():
         with set_default_torch_dtype(config.model_config.dtype):
             model = initialize_model(config)
+        for layer in layers_elsewhere:
+            model.model.layers[layer] = PPMissingLayer()
         manager = MultiLoRAModelManager(
             model=model,
             max_num_seqs=4,
@@ -69,6 +74,39 @@ def test_it_is_that_of_a_worker(folder):
     assert (offline.max_rank, offline.dtype) == (worker.max_rank, worker.dtype)
     for name in (*offline.by_name, *offline.special, *UNKNOWN):
         assert offline.rename(name) == worker.rename(name)
+
+
+def test_a_worker_knows_what_others_have_from_what_nobody_has(tmp_path):
+    """Under pipeline parallelism, where it has a part of the layers only."""
+    folder = tiny_models.write_llama(tmp_path)
+    layout = worker_layout(folder, 64, layers_elsewhere=(0, 2))
+    assert {name.split(".")[2] for name in layout.by_name} == {"1"}
+    here, other = "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"
+    assert (layout.rename(here), layout.elsewhere(here)) == (here, False)
+    assert (layout.rename(other), layout.elsewhere(other)) == (None, True)
+    beyond = "model.layers.7.mlp.up_proj"
+    assert (layout.rename(beyond), layout.elsewhere(beyond)) == (beyond, False)
+    for strange in ("transformer.h.0.attn.c_attn", "visual.blocks.0.attn.qkv"):
+        assert (layout.rename(strange), layout.elsewhere(strange)) == (None, False)
+
+
+def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(tmp_path):
+    from vllm_multilora.integration.offline_layout import offline_layout
+
+    layout = offline_layout(
+        str(tiny_models.write_llama(tmp_path / "model")),
+        max_lora_rank=64,
+        lora_target_modules=("o_proj", "gate_proj"),
+    )
+    # vLLM adapts a fused layer whole, whichever part of it is named.
+    kinds = {name.rpartition(".")[2] for name in layout.by_name}
+    assert kinds == {"o_proj", "gate_proj", "up_proj"}
+    served = good().write(tmp_path / "served")
+    assert validate(served, layout) == []
+    attention = [name for name in MODULES if name.endswith(("q_proj", "v_proj"))]
+    [problem] = validate(good(attention).write(tmp_path / "refused"), layout)
+    assert problem.code == Code.NOTHING_APPLIED
+    assert "--lora-target-modules o_proj gate_proj" in problem.hint
 
 
 def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):

@@ -1,9 +1,12 @@
 """An engine answers every request as PEFT does, whatever else is in its batch."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from vllm_multilora.metrics.definitions import LOAD_DURATION, REQUEST_WAIT, REQUESTS
 
 from .cases import PROMPT_LENGTHS, Case, Scenario
 from .engine import BLOCK_SIZE, answer, running_engine
@@ -141,6 +144,16 @@ class TestQwen2:
         ),
     ],
 )
-def test_execution_modes_answer_as_peft(llama: Scenario, overrides: dict[str, Any]) -> None:
-    with running_engine(llama.base, **overrides) as llm:
+def test_execution_modes_answer_as_peft_and_count_requests(
+    llama: Scenario, overrides: dict[str, Any]
+) -> None:
+    with running_engine(llama.base, disable_log_stats=False, **overrides) as llm:
         assert_all_as_peft(answers_by_adapter(llm, llama, llama.cases))
+        metrics = llm.get_metrics()
+    asked = Counter(case.adapter for case in llama.cases if case.adapter is not None)
+    counted = {m.labels["lora_name"]: m.value for m in metrics if m.name == REQUESTS.name}
+    assert counted == asked
+    (waits,) = (m for m in metrics if m.name == REQUEST_WAIT.name)
+    assert waits.count == sum(asked.values())
+    (reads,) = (m for m in metrics if m.name == LOAD_DURATION.name and m.labels["source"] == "disk")
+    assert reads.count >= len(asked)

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -16,6 +20,7 @@ from tests.adapters.corpus import BAD
 
 from . import completions
 from .cases import NEW_TOKENS, Case, Scenario
+from .engine import answer, running_engine
 from .recipes import LINEAR_RECIPES
 from .server import VllmServer
 
@@ -25,6 +30,10 @@ BASE = "base"
 NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES)
 # Longer than a block of the prefix cache.
 LENGTH = 40
+LONGEST = 16384
+MOST_TOKENS = LONGEST - 100
+# Many times what the short requests of these tests take.
+UNLOAD_TIMEOUT_S = 5
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,38 @@ class Deployment:
     def unload(self, name: str) -> httpx.Response:
         return self.server.post("/v1/unload_lora_adapter", {"lora_name": name})
 
+    def adapters(self) -> dict[str, Any]:
+        """What the server says of its adapters, slots and host memory."""
+        response = self.server.get("/v1/lora_adapters")
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def await_running(self, name: str, requests: int) -> None:
+        """Returns when an adapter has so many requests in the engine, and a slot."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            (row,) = (row for row in self.adapters()["data"] if row["id"] == name)
+            if row["requests"] == requests and row["state"] == "gpu":
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{name} never had {requests} requests:\n{self.server.log_tail()}")
+
+    def tokens_until(self, over: threading.Event, model: str, case: Case) -> list[int]:
+        """A stream's tokens until something is over, and twenty more, which must still come."""
+        body = completions.body(model, case, max_tokens=MOST_TOKENS, stream=True)
+        tokens: list[int] = []
+        more = 20
+        with (
+            httpx.Client(trust_env=False, verify=False, timeout=60) as client,
+            client.stream("POST", f"{self.server.url}/v1/completions", json=body) as response,
+        ):
+            for line in filter(None, response.iter_lines()):
+                tokens += tokens_of([json.loads(line.removeprefix("data: "))])
+                more -= over.is_set()
+                if not more:
+                    return tokens
+        raise AssertionError(f"the stream ended after {len(tokens)} tokens")
+
     def ask(self, model: str, case: Case, **options: object) -> httpx.Response:
         return completions.ask(self.server, model, case, **options)
 
@@ -56,16 +97,27 @@ class Deployment:
         completions.assert_serves(self.server, model, case)
 
 
+def with_long_context(base: Path, path: Path) -> Path:
+    """The same model, so that a stream can outlast the time limit of an unload."""
+    shutil.copytree(base, path)
+    config = json.loads((path / "config.json").read_text())
+    config["max_position_embeddings"] = LONGEST
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 @pytest.fixture(scope="module")
 def deployment(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     root = tmp_path_factory.mktemp("allowed")
     with VllmServer(
-        llama.base,
+        with_long_context(llama.base, tmp_path_factory.mktemp("long") / "base"),
         *("--served-model-name", BASE),
         *("--dtype", "float32", "--enforce-eager", "--seed", "0", "--block-size", "32"),
-        *("--max-model-len", "128", "--max-num-seqs", "16"),
+        *("--max-model-len", str(LONGEST), "--max-num-seqs", "16"),
         *("--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-lora-rank", "64"),
+        *("--stream-interval", "20"),  # so that clients keep up with long streams
         *("--multilora-allowed-roots", str(root)),
+        *("--multilora-unload-timeout-s", str(UNLOAD_TIMEOUT_S)),
         log=tmp_path_factory.mktemp("registration") / "vllm.log",
         env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     ) as server:
@@ -164,18 +216,41 @@ def test_pickled_weights_are_refused(deployment: Deployment) -> None:
     assert "pickled weights can run code" in response.json()["error"]["message"]
 
 
-def test_a_reload_serves_the_new_weights_whatever_is_cached(deployment: Deployment) -> None:
-    """From the same path, with the prefix cache full of blocks of the old weights."""
+def test_a_reload_serves_the_new_weights_whatever_is_cached(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same path, with the prefix cache full of blocks of the old weights.
+
+    The answers are PEFT's, and those of an engine that never had the old weights.
+    """
     old, new = deployment.case(NAMES[0]), deployment.case(NAMES[4])
+    prompts = [deployment.case(name) for name in NAMES]
     folder = deployment.put(NAMES[0], "versions")
     assert deployment.load("versions", folder).status_code == 200
     for _ in range(2):
         deployment.assert_serves("versions", old)
-        deployment.ask("versions", new)  # caches the new case's prompt under the old weights
+        for case in prompts:  # caches every prompt under the old weights
+            deployment.ask("versions", case)
     deployment.put(NAMES[4], "versions")
     assert deployment.load("versions", folder, load_inplace=True).status_code == 200
     deployment.assert_serves("versions", new)
+    answers = [completions.token_ids(deployment.ask("versions", case)) for case in prompts]
     deployment.unload("versions")
+    assert answers == answers_of_a_fresh_engine(deployment.scenario, folder, prompts, monkeypatch)
+
+
+def answers_of_a_fresh_engine(
+    scenario: Scenario, adapter: Path, prompts: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, ...]]:
+    """What an adapter says to each prompt in an engine that has just been started."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
+    deployed = Scenario(scenario.base, {"versions": adapter}, ())
+    with running_engine(scenario.base) as llm:
+        return [
+            tuple(output.outputs[0].token_ids)
+            for case in prompts  # one at a time, as the server was asked
+            for output in answer(llm, deployed, [Case("versions", case.prompt, case.expected)])
+        ]
 
 
 def test_a_failed_reload_leaves_the_old_version_serving(deployment: Deployment) -> None:
@@ -246,6 +321,63 @@ def test_unloading_lets_running_requests_end(deployment: Deployment) -> None:
     assert deployment.server.get("/health").status_code == 200
 
 
+def test_requests_that_outlast_the_time_limit_of_an_unload_are_ended_with_a_reason(
+    deployment: Deployment,
+) -> None:
+    """Another customer's stream goes on, memory is free, and the name can be used again."""
+    names = {"endless": NAMES[0], "other": NAMES[1]}
+    for name, source in names.items():
+        assert deployment.load(name, deployment.put(source, name)).status_code == 200
+    endless, other = (deployment.case(source) for source in names.values())
+    with ThreadPoolExecutor(3) as pool:
+        # At a third of a millisecond a token, and no engine is as fast, they outlast the limit.
+        streams = [
+            pool.submit(deployment.ask, "endless", endless, max_tokens=MOST_TOKENS, stream=True)
+            for _ in range(2)
+        ]
+        over = threading.Event()
+        untouched = pool.submit(deployment.tokens_until, over, "other", other)
+        deployment.await_running("endless", 2)
+        deployment.await_running("other", 1)
+        before = deployment.adapters()
+        began = time.monotonic()
+        assert deployment.unload("endless").status_code == 200
+        took = time.monotonic() - began
+        after = deployment.adapters()
+        ended = [events_of(stream.result()) for stream in streams]
+        over.set()
+        going_on = untouched.result()
+    assert UNLOAD_TIMEOUT_S <= took < 4 * UNLOAD_TIMEOUT_S
+    # What earlier tests have unloaded may have gone meanwhile too.
+    assert "endless" not in {row["id"] for row in after["data"]}
+    assert after["slots"]["free"] > before["slots"]["free"]
+    assert after["cpu"]["adapters"] < before["cpu"]["adapters"]
+    assert after["cpu"]["bytes"] < before["cpu"]["bytes"]
+    for events in ended:
+        tokens, error = tokens_of(events[:-1]), events[-1]["error"]
+        assert tokens[:NEW_TOKENS] == list(endless.expected.tokens)
+        assert error["code"] == 404
+        assert "adapter 'endless' was unloaded" in error["message"]
+        assert f"within the {UNLOAD_TIMEOUT_S} s" in error["message"]
+        assert "--multilora-unload-timeout-s" in error["message"]
+    assert going_on[:NEW_TOKENS] == list(other.expected.tokens)
+    assert deployment.load("endless", deployment.put(NAMES[4], "again")).status_code == 200
+    deployment.assert_serves("endless", deployment.case(NAMES[4]))
+    for name in names:
+        deployment.unload(name)
+
+
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """A stream's events, without the one that only says that it is over."""
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def tokens_of(events: list[dict[str, Any]]) -> list[int]:
+    return [token for event in events for token in event["choices"][0]["token_ids"] or ()]
+
+
 def test_memory_does_not_grow_with_adapters_that_came_and_went(deployment: Deployment) -> None:
     """The thousand cycles of benchmarks/registration_cycles.py, in small."""
     folders = [deployment.put(name, f"cycle-{name}") for name in NAMES]
@@ -267,3 +399,34 @@ def test_memory_does_not_grow_with_adapters_that_came_and_went(deployment: Deplo
     for number in range(20, 100):
         cycle(number)
     assert resident() < 1.02 * before
+
+
+def test_the_example_of_continuous_deployment(deployment: Deployment) -> None:
+    """A good version is switched to; a bad one changes nothing, and says why."""
+    old, new = deployment.case(NAMES[0]), deployment.case(NAMES[4])
+    deployment.load("deployed", deployment.put(NAMES[0], "deployed-v1"))
+    versions = [deployment.put(NAMES[4], f"deployed-v{number}") for number in (2, 3)]
+    (versions[1] / "adapter_model.safetensors").write_bytes(b"half an upload")
+    example = Path(__file__).parents[2] / "examples" / "patterns" / "continuous_deployment.py"
+
+    def deploy(folder: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *(sys.executable, str(example), "--url", deployment.server.url),
+                *("--name", "deployed", "--path", str(folder), "--check", "t1 t2 t3"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    deployment.assert_serves("deployed", old)
+    assert deploy(versions[0]).returncode == 0
+    deployment.assert_serves("deployed", new)
+    refused = deploy(versions[1])
+    assert refused.returncode == 1
+    assert "adapter_model.safetensors" in refused.stderr
+    deployment.assert_serves("deployed", new)
+    assert deployment.ask("deployed-candidate", new).status_code == 404
+    deployment.unload("deployed")

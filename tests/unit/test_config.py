@@ -34,6 +34,7 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         ({"batch_invariant": 1}, "multilora.batch_invariant must be true or false, got 1"),
         ({"batch_invariant": True, "backend": "torch"}, "'torch': plain PyTorch's sums depend on"),
         ({"batch_invariant": True, "backend": "vllm"}, "'vllm': .* set VLLM_BATCH_INVARIANT=1"),
+        ({"routes": 7}, "multilora.routes must be the path of a file, got 7"),
         ("torch", r'additional_config\["multilora"\] must be a mapping .* got \'torch\''),
     ],
     ids=[
@@ -45,6 +46,7 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         "batch-invariant",
         "invariant-torch",
         "invariant-vllm",
+        "routes",
         "no-mapping",
     ],
 )

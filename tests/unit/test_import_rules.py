@@ -12,7 +12,12 @@ FLOORS = (
     ("vllm_multilora.errors", "vllm_multilora.config"),
     ("vllm_multilora.adapters",),
     ("vllm_multilora.cache",),
-    ("vllm_multilora.metrics", "vllm_multilora.planner", "vllm_multilora.routing"),
+    (
+        "vllm_multilora.metrics",
+        "vllm_multilora.planning",
+        "vllm_multilora.routing",
+        "vllm_multilora.operations",
+    ),
     ("vllm_multilora.integration",),
     ("vllm_multilora.plugin", "vllm_multilora.cli"),
 )

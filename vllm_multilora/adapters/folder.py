@@ -16,6 +16,8 @@ from vllm_multilora.adapters.problems import Code, Problem, shown_name
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
+PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt")
+"""What `torch.save` is used for; read only where the settings allow it."""
 
 _EXPECTED = f"an adapter folder that holds {CONFIG_NAME} and {TENSORS_NAME}"
 _MOST_NAMED = 5

@@ -80,8 +80,12 @@ class ModelLayout:
         dtype: Of the slots.
         columns_first: Whether the slots hold B by columns, [r, outputs], as those on CPUs do,
             rather than by rows.
-        rename: A module's name in a checkpoint -> its name here. None: the base model leaves
-            this module out on purpose (layers for speculative decoding, say).
+        rename: A module's name in a checkpoint -> its name here. None: nothing here is adapted
+            under that name, on purpose: the base model or the server leaves the module out (layers
+            for speculative decoding, say), or another worker has it.
+        elsewhere: Whether a module that `rename` has None for is adapted by another worker.
+        targets: The modules that the server restricts adapters to (`--lora-target-modules`);
+            None: all that the base model supports.
         special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
             experts): they, and everything below them, are no part of a packed adapter.
         special_shapes: Of those special modules whose A and B have known shapes.
@@ -92,6 +96,8 @@ class ModelLayout:
     dtype: torch.dtype
     columns_first: bool
     rename: Callable[[str], str | None] = str
+    elsewhere: Callable[[str], bool] = lambda module: False
+    targets: tuple[str, ...] | None = None
     special: frozenset[str] = frozenset()
     special_shapes: Mapping[str, SpecialShape] = field(default_factory=dict)
 

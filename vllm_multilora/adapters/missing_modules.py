@@ -96,7 +96,7 @@ class MissingModules:
         return Absence(
             Code.UNKNOWN_MODULE,
             f"for the module {shown_name(kind)}",
-            f"modules that the base model has ({', '.join(self._kinds)})",
+            f"modules that the base model has ({', '.join(self.kinds)})",
             self.hint,
         )
 
@@ -111,6 +111,7 @@ class MissingModules:
         return last
 
     @cached_property
-    def _kinds(self) -> list[str]:
+    def kinds(self) -> list[str]:
+        """The last parts of the modules' names that the base model has, a dozen at most."""
         names = [*self._layout.by_name, *sorted(self._layout.special)]
         return list(dict.fromkeys(name.rpartition(".")[2] for name in names))[:12]

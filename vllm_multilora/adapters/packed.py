@@ -44,7 +44,7 @@ class PackedAdapter:
         """Bytes of the buffer."""
         return self.buffer.nbytes
 
-    def scatter_into(self, slots: SlotTable, slot: int) -> None:
+    def scatter_into(self, slots: SlotTable, slot: int, *, threads: int | None = None) -> None:
         """Copies the adapter into a slot of every layer; see `SlotTable.scatter`."""
         slots.scatter(
             self.buffer,
@@ -54,6 +54,7 @@ class PackedAdapter:
             self.ranks,
             self.a_offsets,
             self.b_offsets,
+            threads=threads,
         )
 
 

@@ -34,10 +34,22 @@ class FoundModule:
     tensors: dict[str, str] = field(default_factory=dict)
 
 
+def left_out_modules(tensors: Iterable[str], layout: ModelLayout) -> list[str]:
+    """The modules of an adapter, by their names there, that no worker adapts.
+
+    Args:
+        tensors: The names of the adapter's tensors.
+        layout: What the base model accepts.
+    """
+    roles = map(parse_tensor_name, tensors)
+    modules = dict.fromkeys(role.module for role in roles if role is not None)
+    return [m for m in modules if layout.rename(m) is None and not layout.elsewhere(m)]
+
+
 class Placement:
     """Sorts a checkpoint's tensors by module and notes those that have no place.
 
-    Tensors of modules that the base model leaves out on purpose are passed over.
+    Tensors of modules that are left out on purpose are passed over, unless there are no others.
 
     Args:
         tensors: Their names.
@@ -64,7 +76,8 @@ class Placement:
         self._missing = MissingModules(layout, config)
         self._problems = problems
         self._unknown: list[tuple[str, str, str]] = []
-        self._left_out = 0
+        self._left_out: dict[str, str] = {}  # a tensor of each such module
+        self._is_adapted_elsewhere = False
         for tensor in tensors:
             if not is_base_embedding(tensor):
                 self._place(tensor)
@@ -89,7 +102,10 @@ class Placement:
             return
         name = self._layout.rename(role.module)
         if name is None:
-            self._left_out += 1
+            if self._layout.elsewhere(role.module):
+                self._is_adapted_elsewhere = True
+            else:
+                self._left_out.setdefault(role.module, tensor)
         elif self._layout.is_special(name) or name in self._layout.by_name:
             self._add(role, name, tensor)
         else:
@@ -142,8 +158,11 @@ class Placement:
             )
 
     def _report_unknown(self) -> None:
-        placed = self.modules or self._left_out
-        if not placed and not self._unknown and not self.heads and not self._problems:
+        adapted = self.modules or self.heads or self._is_adapted_elsewhere
+        if not adapted and not self._unknown and not self._problems:
+            if self._left_out:
+                self._refuse_without_effect()
+                return
             self._problems.add(
                 Code.NO_LORA_TENSORS,
                 "",
@@ -152,6 +171,7 @@ class Placement:
                 verb="has",
                 hint="save the adapter again with PEFT's save_pretrained",
             )
+        placed = self.modules or self._left_out or self._is_adapted_elsewhere
         if self._unknown and not placed and not self._explained():
             tensor, module, _ = self._unknown[0]
             self._problems.add(
@@ -173,6 +193,22 @@ class Placement:
                 hint=absence.hint,
                 cause="layers" if absence.code == Code.LAYER_OUT_OF_RANGE else None,
             )
+
+    def _refuse_without_effect(self) -> None:
+        """Every module is left out: whoever named the adapter would be answered by the base."""
+        kinds = dict.fromkeys(module.rpartition(".")[2] for module in self._left_out)
+        targets = self._layout.targets
+        self._problems.add(
+            Code.NOTHING_APPLIED,
+            next(iter(self._left_out.values())),
+            f"for a module that is left out here, as all {len(self._left_out)} modules of the "
+            f"adapter are ({shown_name(', '.join(kinds))})",
+            f"one of the modules that adapters change here ({', '.join(self._missing.kinds)})",
+            hint=f"the server has --lora-target-modules {' '.join(targets)}: serve the adapter "
+            "where its modules are among them"
+            if targets is not None
+            else "the base model's requests never come through these modules: train others",
+        )
 
     def _explained(self) -> bool:
         """Whether there is more to say of the first unknown module than that it is unknown."""

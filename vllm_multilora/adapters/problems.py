@@ -21,6 +21,7 @@ class Code(StrEnum):
     NOT_A_FILE = "not-a-file"
     NOT_ALLOWED = "not-allowed"
     NOT_SAFETENSORS = "not-safetensors"
+    NOT_PICKLED_TENSORS = "not-pickled-tensors"
 
     CONFIG_NOT_JSON = "config-not-json"
     CONFIG_KEY_MISSING = "config-key-missing"
@@ -40,6 +41,7 @@ class Code(StrEnum):
 
     NO_LORA_TENSORS = "no-lora-tensors"
     NO_MATCHING_MODULES = "no-matching-modules"
+    NOTHING_APPLIED = "nothing-applied"
     UNKNOWN_MODULE = "unknown-module"
     MERGED_MODULE = "merged-module"
     LAYER_OUT_OF_RANGE = "layer-out-of-range"

@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as the server will have it: values must not overflow (default: the base model's)",
     )
     parser.add_argument(
+        "--lora-target-modules",
+        nargs="+",
+        metavar="MODULE",
+        help="as the server will have it, after the folders: an adapter of which these leave "
+        "nothing is refused (default: all that the base model supports)",
+    )
+    parser.add_argument(
         "--check-finite",
         action=argparse.BooleanOptionalAction,
         default=True,

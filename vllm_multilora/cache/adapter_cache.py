@@ -99,9 +99,19 @@ class AdapterCache:
         return tuple(self._gpu.slots)
 
     @property
+    def budget(self) -> CpuBudget:
+        """The limits of the CPU tier."""
+        return self._cpu.budget
+
+    @property
     def cpu_bytes(self) -> int:
         """Bytes of all host copies, those of adapters in slots included."""
         return self._cpu.bytes
+
+    @property
+    def cpu_count(self) -> int:
+        """Number of adapters with a host copy, those in slots included."""
+        return len(self._cpu.sizes)
 
     @property
     def cpu_adapters(self) -> tuple[int, ...]:
@@ -254,6 +264,29 @@ class AdapterCache:
         self._placed = step
         return activations
 
+    def place_ahead(self, adapter_id: int) -> Activation | None:
+        """Gives an adapter a slot before a step needs it, at no other one's expense.
+
+        Adapters of the current step, held and pinned ones keep theirs. Nothing holds the slot
+        for the newcomer: a step that needs more slots than are left takes it again.
+
+        Returns:
+            The copy to make; None if the adapter has a slot already, has no host copy, or no slot
+            can be spared.
+        """
+        if adapter_id in self._gpu.slot_of or adapter_id not in self._cpu.sizes:
+            return None
+        slot = self._gpu.spare_slot(self._protection)
+        if slot is None:
+            return None
+        displaced = self._gpu.slots[slot]
+        if displaced is not None:
+            self._leave_slot(displaced, evicted=True)
+        self._look_ups.count_ahead(adapter_id)
+        activation = Activation(adapter_id, slot, displaced)
+        self._take_slot(activation)
+        return activation
+
     def end_step(self) -> None:
         """The step is over: its adapters are protected no longer."""
         self._protection.step = frozenset()
@@ -322,6 +355,7 @@ class AdapterCache:
     def _move(self, adapter_id: int, to: AdapterState) -> None:
         require_transition(adapter_id, self.state(adapter_id), to)
         self._states[adapter_id] = to
+        self._events.moved(adapter_id, to)
 
     def _require_known(self, adapter_id: int) -> None:
         if adapter_id not in self._states:
@@ -342,6 +376,7 @@ class AdapterCache:
     def _leave_slot(self, adapter_id: int, *, evicted: bool = False) -> int:
         self._move(adapter_id, AdapterState.CPU)
         slot = self._gpu.leave(adapter_id)
+        self._look_ups.left_slot(adapter_id)
         self._placed = None
         if evicted:
             self._events.evicted(Tier.GPU, adapter_id)

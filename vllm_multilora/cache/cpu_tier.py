@@ -16,19 +16,20 @@ class CpuTier(PolicyTier):
     """Adapters with a host copy, those in slots among them.
 
     Attributes:
+        budget: Its limits.
         sizes: Bytes of each adapter's host copy.
         bytes: Their sum.
     """
 
     def __init__(self, policy: CachePolicy, budget: CpuBudget) -> None:
         super().__init__(policy)
-        self._budget = budget
+        self.budget = budget
         self.sizes: dict[int, int] = {}
         self.bytes = 0
 
     def has_room(self, size: int) -> bool:
         """Whether `size` more bytes fit without evicting anything."""
-        return self._budget.fits(len(self.sizes) + 1, self.bytes + size)
+        return self.budget.fits(len(self.sizes) + 1, self.bytes + size)
 
     def take(self, adapter_id: int, size: int) -> None:
         self.sizes[adapter_id] = size
@@ -58,12 +59,12 @@ class CpuTier(PolicyTier):
         evictable = [i for i in sorted(self.sizes) if i not in protection]
         adapters = len(self.sizes) - len(evictable)
         kept = self.bytes - sum(self.sizes[i] for i in evictable)
-        if not self._budget.fits(adapters + 1, kept + size):
+        if not self.budget.fits(adapters + 1, kept + size):
             raise self._full(adapter_id, size, adapters, kept, protection)
         without_slot = [i for i in evictable if i not in in_slots]
         victims: list[int] = []
         occupied = self.bytes
-        while not self._budget.fits(len(self.sizes) - len(victims) + 1, occupied + size):
+        while not self.budget.fits(len(self.sizes) - len(victims) + 1, occupied + size):
             pool = without_slot if len(victims) < len(without_slot) else evictable
             victim = self._choose(pool, victims)
             victims.append(victim)
@@ -74,13 +75,13 @@ class CpuTier(PolicyTier):
         self, adapter_id: int, size: int, adapters: int, kept: int, protection: Protection
     ) -> CacheFullError:
         need = f"no room in host memory for adapter {adapter_id} ({size / MIB:.1f} MiB)"
-        if not self._budget.fits(1, size):
+        if not self.budget.fits(1, size):
             return CacheFullError(
-                f"{need}: it alone is larger than the budget ({self._budget}); raise "
+                f"{need}: it alone is larger than the budget ({self.budget}); raise "
                 "--multilora-cpu-cache-gib"
             )
         return CacheFullError(
-            f"{need} within the budget ({self._budget}): {adapters} adapters with "
+            f"{need} within the budget ({self.budget}): {adapters} adapters with "
             f"{kept / MIB:.1f} MiB are in use ({protection.describe(self.sizes)}); raise "
             "--max-cpu-loras or --multilora-cpu-cache-gib, or unpin adapters"
         )

@@ -62,6 +62,13 @@ class GpuTier(PolicyTier):
             )
         return candidates
 
+    def spare_slot(self, protection: Protection) -> int | None:
+        """A free slot, or that of an unprotected adapter which the policy would give up."""
+        if free := self.free_slots():
+            return free[0]
+        idle = tuple(i for i in sorted(self.slot_of) if i not in protection)
+        return self.slot_of[self._choose(idle, ())] if idle else None
+
     def victims(self, candidates: tuple[int, ...], needed: int) -> tuple[int, ...]:
         """The policy's choice of that many candidates, in the order chosen. Changes nothing."""
         victims: list[int] = []

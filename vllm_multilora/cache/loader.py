@@ -73,6 +73,9 @@ class BackgroundLoader(Generic[R, T]):
             a load.
         on_done: Told of every want that is over: the adapter and the report.
         classify: The kind of failure that an exception of `load` is.
+        on_end: Told of every load that has ended or was given up, wanted or not: the request,
+            what was loaded or why it was not, and seconds. It is called with the loader's lock
+            held: it must be quick, must not raise and must not call the loader.
         clock: Seconds; only differences count.
 
     Raises:
@@ -89,6 +92,7 @@ class BackgroundLoader(Generic[R, T]):
         retry_delay_s: float,
         on_done: Callable[[int, LoadReport[R]], None],
         classify: Callable[[BaseException], FailureKind] = classify_failure,
+        on_end: Callable[[R, T | LoadFailure, float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         for name, count in (("threads", threads), ("staged_limit", staged_limit)):
@@ -100,6 +104,7 @@ class BackgroundLoader(Generic[R, T]):
             raise ValueError(f"retry_delay_s must be zero or more seconds, got {retry_delay_s}")
         self._load = load
         self._classify = classify
+        self._on_end = on_end
         self._clock = clock
         # Guards everything below, and is notified of every change of it. Held for bookkeeping
         # only: never while an adapter loads or `on_done` runs.
@@ -276,7 +281,11 @@ class BackgroundLoader(Generic[R, T]):
 
     def _return_from(self, load: Load[R, T], outcome: T | LoadFailure) -> bool:
         """Books the end of a load; whether its thread is to go on serving."""
-        serves = self._threads.take_back() if load.hanging else True
+        if load.hanging:  # given up, and told of, before
+            serves = self._threads.take_back()
+        else:
+            serves = True
+            self._tell_end(load, outcome)
         self._reports.add(load.adapter_id, self._queue.finish(load, outcome, self._clock()))
         self._changed.notify_all()
         return serves
@@ -290,8 +299,16 @@ class BackgroundLoader(Generic[R, T]):
         if stalled is not None:
             ended += self._queue.fail_queued(stalled, now)
         for load, report in ended:
+            if load.failure is not None:
+                self._tell_end(load, load.failure)
             self._reports.add(load.adapter_id, report)
         self._changed.notify_all()
+
+    def _tell_end(self, load: Load[R, T], outcome: T | LoadFailure) -> None:
+        if self._on_end is not None:
+            now = self._clock()
+            started_at = now if load.started_at is None else load.started_at
+            self._on_end(load.request, outcome, now - started_at)
 
     # What follows is called without the lock.
 

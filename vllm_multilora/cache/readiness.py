@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vllm_multilora.cache.load_failures import LoadFailure
-from vllm_multilora.cache.readiness_events import Event, Failed, Lost, Missed, Ready
+from vllm_multilora.cache.readiness_events import Failed, Lost, Missed, Ready
+
+Told = Ready | Failed | Lost | Missed
+"""What counts for readiness."""
 
 
 class Standing(enum.Enum):
@@ -94,7 +97,7 @@ class Readiness:
         """
         return sorted(adapter_id for adapter_id, asked in self._asked.items() if asked.unsure)
 
-    def update(self, drained: Iterable[tuple[int, Event | Missed]]) -> set[int]:
+    def update(self, drained: Iterable[tuple[int, Told]]) -> set[int]:
         """Takes in what ranks have said, in order; the adapters whose state is another now."""
         before: dict[int, Standing] = {}
         for rank, event in drained:
@@ -106,7 +109,7 @@ class Readiness:
                 self._apply(rank, event, adapter_id)
         return {adapter_id for adapter_id, old in before.items() if self.state(adapter_id) != old}
 
-    def _apply(self, rank: int, event: Event | Missed, adapter_id: int) -> None:
+    def _apply(self, rank: int, event: Told, adapter_id: int) -> None:
         asked = self._asked.get(adapter_id)
         if asked is None:
             return

@@ -57,6 +57,30 @@ class Lost:
     adapter_id: int
 
 
+@dataclass(frozen=True)
+class Placed:
+    """The rank has done what it can to have the adapter in a slot before a step needs it.
+
+    Attributes:
+        adapter_id: The adapter.
+        serial: The number of the request to place it that this answers.
+    """
+
+    adapter_id: int
+    serial: int
+
+
+@dataclass(frozen=True)
+class Displaced:
+    """The adapter has left its slot on the rank.
+
+    Attributes:
+        adapter_id: The adapter.
+    """
+
+    adapter_id: int
+
+
 class MissedReason(enum.Enum):
     """Why events of a rank did not arrive.
 
@@ -80,7 +104,7 @@ class Missed:
     reason: MissedReason
 
 
-Event = Ready | Failed | Lost
+Event = Ready | Failed | Lost | Placed | Displaced
 
 _SEQUENCE = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
@@ -89,7 +113,7 @@ _MESSAGE_AT = _SEQUENCE.size + _CHECKSUM.size + _FACTS.size
 MESSAGE_BYTES = ENTRY_BYTES - _MESSAGE_AT
 """Most bytes of a failure's message."""
 
-_READY, _FAILED, _LOST = 1, 2, 3
+_READY, _FAILED, _LOST, _PLACED, _DISPLACED = 1, 2, 3, 4, 5
 # The numbers on the wire; all ranks run the same code, so their order may change.
 _KINDS = tuple(FailureKind)
 
@@ -103,8 +127,11 @@ def encode(event: Event, sequence: int) -> bytes:
     serial, kind, message = 0, 0, b""
     if isinstance(event, Lost):
         number = _LOST
+    elif isinstance(event, Displaced):
+        number = _DISPLACED
     else:
-        number, serial = _READY, event.serial
+        number = _PLACED if isinstance(event, Placed) else _READY
+        serial = event.serial
         if isinstance(event, Failed):
             number, kind = _FAILED, _KINDS.index(event.failure.kind)
             message = cut_utf8(event.failure.message, MESSAGE_BYTES)
@@ -140,6 +167,10 @@ def decode(entry: bytes) -> Event | None:
         return Ready(adapter_id, serial)
     if number == _LOST:
         return Lost(adapter_id)
+    if number == _PLACED:
+        return Placed(adapter_id, serial)
+    if number == _DISPLACED:
+        return Displaced(adapter_id)
     if number == _FAILED and kind < len(_KINDS):
         message = entry[_MESSAGE_AT:end].decode("utf-8", "replace")
         return Failed(adapter_id, serial, LoadFailure(_KINDS[kind], message))

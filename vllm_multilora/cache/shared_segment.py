@@ -20,15 +20,15 @@ import stat
 import tempfile
 from pathlib import Path
 
+from vllm_multilora.cache.process_stamps import ProcessStamp
 from vllm_multilora.errors import MultiLoRAError
 
 logger = logging.getLogger(__name__)
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "vllm-multilora-"
-_NAME = re.compile(re.escape(_PREFIX) + r"(?P<space>\d+)-(?P<pid>\d+)-(?P<started>\d+)-.+")
+_NAME = re.compile(re.escape(_PREFIX) + ProcessStamp.PATTERN + r"-.+")
 _INSTANCE_CHARACTERS = 48
-_DEAD_STATES = ("Z", "X")
 
 
 class SharedSegmentError(MultiLoRAError, OSError):
@@ -106,13 +106,16 @@ def open_segment(path: Path) -> mmap.mmap:
 
 def segment_name(instance_id: str) -> str:
     """The file name of this process's segment for an instance."""
+    return f"{_PREFIX}{ProcessStamp.own()}-{file_name_part(instance_id)}"
+
+
+def file_name_part(instance_id: str) -> str:
+    """An instance's id as a part of a file's name; different ids stay different."""
     safe = re.sub(r"[^A-Za-z0-9_.]", "_", instance_id)
     if safe != instance_id or not 0 < len(safe) <= _INSTANCE_CHARACTERS:
-        # Different ids stay different where the safe form is the same.
         digest = hashlib.sha256(instance_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         safe = f"{safe[:_INSTANCE_CHARACTERS]}-{digest}"
-    pid = os.getpid()
-    return f"{_PREFIX}{_process_namespace()}-{pid}-{_start_time(pid) or 0}-{safe}"
+    return safe
 
 
 def remove_stale_segments(folder: Path) -> list[Path]:
@@ -124,8 +127,6 @@ def remove_stale_segments(folder: Path) -> list[Path]:
     Returns:
         The files removed.
     """
-    if _start_time(os.getpid()) is None:
-        return []  # No /proc: nothing can be known of any process.
     removed = []
     for path in sorted(folder.glob(f"{_PREFIX}*")):
         try:
@@ -145,26 +146,6 @@ def _is_stale(path: Path) -> bool:
     name = _NAME.fullmatch(path.name)
     return (
         name is not None
-        and int(name["space"]) == _process_namespace()
         and path.lstat().st_uid == os.geteuid()
-        and _start_time(int(name["pid"])) != int(name["started"])
+        and ProcessStamp(int(name["space"]), int(name["pid"]), int(name["started"])).is_dead()
     )
-
-
-def _process_namespace() -> int:
-    """The inode of this process's namespace of process ids; 0 where there is no /proc."""
-    try:
-        return Path("/proc/self/ns/pid").stat().st_ino
-    except FileNotFoundError:
-        return 0
-
-
-def _start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did; None: it is dead."""
-    try:
-        facts = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The command's name, in parentheses, may hold anything; the fields are counted after it.
-    fields = facts[facts.rindex(b")") + 2 :].split()
-    return None if fields[0].decode() in _DEAD_STATES else int(fields[19])

@@ -13,13 +13,21 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_multilora.cache.load_failures import LoadFailure
 from vllm_multilora.cache.readiness import Readiness, Standing
-from vllm_multilora.cache.readiness_events import Failed
+from vllm_multilora.cache.readiness_events import (
+    Displaced,
+    Event,
+    Failed,
+    Lost,
+    Missed,
+    Placed,
+    Ready,
+)
 from vllm_multilora.cache.readiness_log import ReadinessLog
 from vllm_multilora.integration import worker_calls
 from vllm_multilora.integration.failures import AdapterRefusedError
@@ -56,6 +64,19 @@ class AdapterGate(Protocol):
 
     def standing(self, request: LoRARequest) -> Standing:
         """Whether the adapter is ready on all ranks; asks for it if nobody has."""
+
+    def is_placed(self, lora_id: int) -> bool:
+        """Whether a ready adapter has its slots, as far as it can before a step has it.
+
+        Where it has not, and it was not asked for, the next `place` asks.
+        """
+
+    def place(self, needed: frozenset[int]) -> None:
+        """Has adapters brought into slots that nobody needs, beside the steps.
+
+        Args:
+            needed: The adapters of the step that has just been scheduled.
+        """
 
     def failure(self, lora_id: int) -> LoadFailure | None:
         """Why an adapter could not be loaded; None unless its standing is FAILED."""
@@ -96,6 +117,9 @@ class BackgroundGate:
         self._call = call
         self._log = log
         self._readiness = Readiness(ranks)
+        # Slots instead of host memory: READY is placed.
+        self._placements = Readiness(ranks)
+        self._to_place: dict[int, int] = {}
         self._requests: dict[int, LoRARequest] = {}
         self._lost: dict[int, LoadFailure] = {}
         self._outbox: list[worker_calls.Order] = []
@@ -124,10 +148,40 @@ class BackgroundGate:
                 if isinstance(event, Failed) and event.serial == LOST_IN_STEP:
                     self._lost[event.adapter_id] = event.failure
                     self._readiness.forget(event.adapter_id)
-            self._readiness.update(drained)
+            self._readiness.update(
+                (rank, event)
+                for rank, event in drained
+                if not isinstance(event, Placed | Displaced)
+            )
             for lora_id in self._readiness.to_ask_again():
                 self._ask(self._requests[lora_id])
+            self._update_placements(drained)
         self._settle_registrations()
+        self._send()
+
+    def _update_placements(self, drained: Iterable[tuple[int, Event | Missed]]) -> None:
+        for rank, event in drained:
+            if isinstance(event, Placed):
+                self._placements.update([(rank, Ready(event.adapter_id, event.serial))])
+            elif isinstance(event, Displaced | Lost):
+                self._placements.update([(rank, Lost(event.adapter_id))])
+            elif isinstance(event, Missed):
+                self._placements.update([(rank, event)])
+        for lora_id in self._placements.to_ask_again():
+            self._placements.forget(lora_id)
+
+    def is_placed(self, lora_id: int) -> bool:
+        standing = self._placements.state(lora_id)
+        if standing is Standing.UNKNOWN:
+            self._to_place[lora_id] = self._placements.ask(lora_id)
+        return standing is Standing.READY
+
+    def place(self, needed: frozenset[int]) -> None:
+        self._outbox += [
+            worker_calls.Place(lora_id, serial, needed)
+            for lora_id, serial in self._to_place.items()
+        ]
+        self._to_place.clear()
         self._send()
 
     def _send(self) -> None:
@@ -164,6 +218,8 @@ class BackgroundGate:
 
     def forget(self, lora_id: int) -> None:
         self._readiness.forget(lora_id)
+        self._placements.forget(lora_id)
+        self._to_place.pop(lora_id, None)
         self._requests.pop(lora_id, None)
 
     def register(self, request: LoRARequest) -> Future[bool]:
@@ -242,6 +298,12 @@ class BlockingGate:
                 return Standing.READY
             self._failures[lora_id] = failures[0]
         return Standing.FAILED
+
+    def is_placed(self, lora_id: int) -> bool:
+        return True  # a step that has it brings it there
+
+    def place(self, needed: frozenset[int]) -> None:
+        """Nothing is ever asked for."""
 
     def failure(self, lora_id: int) -> LoadFailure | None:
         return self._failures.get(lora_id)

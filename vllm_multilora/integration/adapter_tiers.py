@@ -7,6 +7,7 @@ the three in step. All methods are for the worker's main thread; `_report` runs 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_multilora.cache import (
+    Activation,
     AdapterCache,
     AdapterState,
     CacheFullError,
@@ -24,12 +26,22 @@ from vllm_multilora.cache import (
 from vllm_multilora.cache.load_failures import FailureKind, LoadFailedError, LoadFailure
 from vllm_multilora.cache.load_queue import LoadReport
 from vllm_multilora.cache.loader import BackgroundLoader
-from vllm_multilora.cache.readiness_events import Event, Failed, Lost, Ready
+from vllm_multilora.cache.readiness_events import (
+    Displaced,
+    Event,
+    Failed,
+    Lost,
+    Placed,
+    Ready,
+)
 from vllm_multilora.cache.shared_log import LogWriter
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.adapter_gate import LOST_IN_STEP
+from vllm_multilora.integration.adapter_observer import AdapterObserver
 from vllm_multilora.integration.failures import classify
 from vllm_multilora.integration.host_adapter import HostAdapter, HostAdapterLoader
+from vllm_multilora.integration.slot_copies import SlotCopies
+from vllm_multilora.metrics.recorder import Recorder
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -48,12 +60,14 @@ class AdapterTiers:
     Args:
         slots: The model's slots.
         reader: Reads adapters.
-        new_cache: Makes the cache.
+        new_cache: Makes the cache, given who is told of its events.
         settings: The plugin's.
         log: Where the engine core learns what is ready; None where it waits instead.
+        recorder: Records metrics; None where this worker does not.
 
     Attributes:
         cache: Who is in which tier.
+        usage: How each adapter has been used.
         host: The host copies.
         loader: Reads in the background.
         reader: What it reads with.
@@ -64,11 +78,17 @@ class AdapterTiers:
         self,
         slots: MultiLoRAModelManager,
         reader: HostAdapterLoader,
-        new_cache: Callable[[], AdapterCache],
+        new_cache: Callable[..., AdapterCache],
         settings: MultiLoRAConfig,
         log: LogWriter | None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.cache = new_cache()
+        self._requests: dict[int, LoRARequest] = {}
+        self._observer = AdapterObserver(
+            self._requests, recorder, new_cache, slots.lora_config.max_lora_rank
+        )
+        self.cache = self._observer.cache
+        self.usage = self._observer.usage
         self.host: dict[int, HostAdapter] = {}
         self.reader = reader
         self.removals = 0
@@ -81,12 +101,16 @@ class AdapterTiers:
             retry_delay_s=RETRY_DELAY_S,
             on_done=self._report,
             classify=classify,
+            on_end=self._observer.load_ended,
         )
         self._slots = slots
+        self._copies = SlotCopies(slots, self._observer.copied)
         self._log = log
         self._load_timeout_s = settings.load_timeout_s
         self._pinned_names = frozenset(settings.pin)
-        self._requests: dict[int, LoRARequest] = {}
+        # The adapter registered last, where it found no room: whoever registers one mostly asks
+        # for it next. At most one, until another adapter is loaded.
+        self._spare: dict[int, HostAdapter] = {}
         # Kept by `ensure` until a step has used them.
         self._held: set[int] = set()
         # Written by the main thread, read by the loader's: the newest question about an adapter.
@@ -120,15 +144,29 @@ class AdapterTiers:
         lora_id = request.lora_int_id
         try:
             with gpu_sync_allowed():
-                adapter = self.loader.take(lora_id) or self.loader.wait(
+                adapter = self._take_read(lora_id) or self.loader.wait(
                     lora_id, request, timeout_s=self._load_timeout_s
                 )
             self._admit(lora_id, adapter, evict=True)
         except LoadFailedError as error:
             return error.failure
         except CacheFullError as error:
-            return LoadFailure(FailureKind.NO_MEMORY, str(error))
+            failure = LoadFailure(FailureKind.NO_MEMORY, str(error))
+            self._observer.load_failed(lora_id, failure)
+            return failure
         return None
+
+    def _take_read(self, lora_id: int) -> HostAdapter | None:
+        """An adapter that was read and is not in host memory's tier yet."""
+        return self._spare.pop(lora_id, None) or self.loader.take(lora_id)
+
+    def _put_aside(self, lora_id: int, adapter: HostAdapter) -> None:
+        self._drop_spare()
+        self._spare[lora_id] = adapter
+
+    def _drop_spare(self) -> None:
+        if self._spare:
+            self._copies.release([self._spare.popitem()[1]])
 
     def _admit(self, lora_id: int, adapter: HostAdapter, *, evict: bool) -> bool:
         """Takes an adapter that was read into the CPU tier; whether there was room."""
@@ -138,6 +176,7 @@ class AdapterTiers:
             self._drop(victim)
         if admission.admitted:
             self.host[lora_id] = adapter
+            self._drop_spare()
         return admission.admitted
 
     def _reload_if_changed(self, request: LoRARequest) -> None:
@@ -151,12 +190,24 @@ class AdapterTiers:
             self._forget(request.lora_int_id)
 
     def place(self, adapter_ids: set[int]) -> None:
-        """Gives a step's adapters, all in host memory, their slots."""
+        """Gives the adapters of a step that begins, all in host memory, their slots."""
+        self._observer.step(adapter_ids)
+        self._give_slots(adapter_ids)
+
+    def _give_slots(self, adapter_ids: set[int]) -> None:
         for activation in self.cache.begin_step(adapter_ids):
+            if activation.displaced is not None:
+                self._say(Displaced(activation.displaced))
+            self._copies.finish([activation.slot])
+            begin = time.perf_counter()
             with gpu_sync_allowed():
                 self._slots.fill_slot(
                     activation.slot, activation.adapter_id, self.host[activation.adapter_id]
                 )
+            self._observer.copied(activation.adapter_id, time.perf_counter() - begin)
+        if self._copies:
+            self._copies.finish(map(self.cache.slot_of, adapter_ids))
+        self._observer.settle()
         for lora_id in self._held & adapter_ids:
             self._release(lora_id)
 
@@ -170,12 +221,53 @@ class AdapterTiers:
         lora_id = request.lora_int_id
         self._note(request)
         self._serials[lora_id] = serial
-        if lora_id in self.host and not request.load_inplace:
+        if request.load_inplace:
+            # What was read before is not what is asked for.
+            self._spare.pop(lora_id, None)
+            self.loader.forget(lora_id)
+        elif lora_id in self.host or lora_id in self._spare:
             self._say(Ready(lora_id, serial))
             return
-        if request.load_inplace:
-            self.loader.forget(lora_id)  # what was read before is not what is asked for
         self.loader.want(lora_id, request)
+
+    def place_ahead(self, lora_id: int, serial: int, needed: frozenset[int]) -> None:
+        """Copies an adapter into a slot beside the steps, if one can be spared.
+
+        The answer goes to the readiness log, under the serial number, when the copy is there; at
+        once where none is made: a step that has the adapter will make it.
+
+        Args:
+            lora_id: The adapter; it was read.
+            serial: Of the request to place it.
+            needed: Adapters of the next step, which keep their places.
+        """
+        kept = [i for i in needed if self.cache.state(i) is not AdapterState.GONE]
+        for needed_id in kept:
+            self.cache.hold(needed_id)
+        try:
+            activation = self._make_place(lora_id)
+        finally:
+            for needed_id in kept:
+                self.cache.release(needed_id)
+
+        def tell() -> None:
+            self._say(Placed(lora_id, serial))
+
+        if activation is None:
+            tell()
+            return
+        if activation.displaced is not None:
+            self._say(Displaced(activation.displaced))
+        with gpu_sync_allowed():
+            self._copies.start(activation.slot, lora_id, self.host[lora_id], tell)
+
+    def _make_place(self, lora_id: int) -> Activation | None:
+        if lora_id not in self.host and (adapter := self._take_read(lora_id)):
+            try:
+                self._admit(lora_id, adapter, evict=True)
+            except CacheFullError:
+                self._put_aside(lora_id, adapter)
+        return self.cache.place_ahead(lora_id)
 
     def ensure(self, request: LoRARequest) -> LoadFailure | None:
         """Loads an adapter now and keeps it until a step has used it; returns why it cannot be."""
@@ -186,6 +278,7 @@ class AdapterTiers:
         if lora_id not in self._held:
             self.cache.hold(lora_id)
             self._held.add(lora_id)
+        self._observer.settle()
         return None
 
     def keep_staged(self, lora_id: int) -> None:
@@ -200,6 +293,7 @@ class AdapterTiers:
                 self._forget(lora_id)
                 self._note(request)
             if not self._admit(lora_id, adapter, evict=False):
+                self._put_aside(lora_id, adapter)
                 self._say(Lost(lora_id))
         self._release(lora_id)
 
@@ -210,9 +304,22 @@ class AdapterTiers:
         if lora_id in self._requests and lora_id not in (*self.host, *self.cache.pinned):
             self._forget(lora_id)  # on disk only: whoever wants it names it again
 
+    def settle(self) -> None:
+        """All orders that came together are carried out."""
+        self._observer.settle()
+
+    @property
+    def requests(self) -> Mapping[int, LoRARequest]:
+        """The adapters that this worker knows, by number."""
+        return self._requests
+
     def detach_log(self) -> None:
         """From now on the engine core waits for answers instead of reading them."""
         self._log = None
+
+    def request(self, lora_id: int) -> LoRARequest | None:
+        """What an adapter is read from and called; None if it is not known."""
+        return self._requests.get(lora_id)
 
     def problems(self, lora_id: int) -> list[dict[str, Any]]:
         """All that was wrong with an adapter's files when they were read last."""
@@ -263,6 +370,7 @@ class AdapterTiers:
                 self._forget(lora_id)
                 self._note(request)
             self._admit(lora_id, adapter, evict=False)
+        self._observer.settle()
 
     def _note(self, request: LoRARequest) -> None:
         """Makes an adapter known; another one under its number takes its place."""
@@ -275,12 +383,13 @@ class AdapterTiers:
         if request.lora_name in self._pinned_names and lora_id not in self.cache.pinned:
             try:
                 self.cache.pin(lora_id)
+                self._observer.pinned(lora_id)
             except PinLimitError as error:
                 logger.warning("%s", error)
 
     def _drop(self, lora_id: int) -> None:
         """Lets go of a host copy, and of the slot if the adapter had one."""
-        del self.host[lora_id]
+        self._copies.release([self.host.pop(lora_id)])
         self._say(Lost(lora_id))
         slots = self._slots.lora_index_to_id
         if lora_id in slots:
@@ -294,19 +403,24 @@ class AdapterTiers:
         slot = self.cache.remove(lora_id)
         if slot is not None:
             self._slots.empty_slot(slot)
-        if self.host.pop(lora_id, None) is not None:
+        if lora_id in self.host:
+            self._copies.release([self.host.pop(lora_id)])
             self._say(Lost(lora_id))
+        if lora_id in self._spare:
+            self._drop_spare()
         self.loader.drop(lora_id)
         self._requests.pop(lora_id, None)
 
     def remove(self, lora_id: int) -> bool:
         """Forgets an adapter and frees its slot and memory; False if it is not known."""
+        self.usage.forget(lora_id)
         if self.cache.state(lora_id) is AdapterState.GONE:
             return False
         self._forget(lora_id)
         self.loader.forget(lora_id)
         self.reader.forget(lora_id)
         self._serials.pop(lora_id, None)
+        self._observer.settle()
         return True
 
     def remove_all(self) -> None:
@@ -337,10 +451,17 @@ class AdapterTiers:
         if lora_id not in self.host and (failure := self._load_now(request)):
             raise LoadFailedError(lora_id, failure)
         self.cache.pin(lora_id)
+        self._observer.pinned(lora_id)
         with suppress(SlotsExhaustedError, MissingAdaptersError):
-            self.place({*step, lora_id})
+            self._give_slots({*step, lora_id})
+        self._observer.settle()
 
     def slots_lost(self) -> None:
         """The slots' memory did not survive (sleep mode): adapters are copied there again."""
+        for lora_id in self.cache.slots:
+            if lora_id is not None:
+                self._say(Displaced(lora_id))
+        self._copies.finish(range(len(self.cache.slots)))
         self.cache.clear_slots()
         self._slots.forget_contents()
+        self._observer.settle()

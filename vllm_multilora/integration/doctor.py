@@ -50,9 +50,10 @@ def diagnose() -> int:
     device = "cuda" if current_platform.is_cuda_alike() else current_platform.device_type
     print(f"kernels         {_kernels(device, problems)}")
     print("patches")
-    from vllm_multilora.integration.patches import PATCHES, apply_patches
+    from vllm_multilora.integration.patches import PATCHES
 
-    for patch, applied in zip(PATCHES, apply_patches().values(), strict=True):
+    for patch in PATCHES:
+        applied = patch.apply()
         print(f"  {'in place' if applied else 'MISSING '}  {patch.name:15} {patch.target}")
         if not applied:
             problems.append(f"patch {patch.name!r} has no target in this vLLM")

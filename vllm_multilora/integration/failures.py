@@ -8,6 +8,7 @@ that answers: as an HTTP status and message there, as finish reason and text for
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _PREFIX = "multilora-load-failure:"
+
+watchers: list[Callable[[LoRARequest, LoadFailure], None]] = []
+"""Called in the process that answers, with an adapter whose load has failed requests."""
 
 REFUSAL_MARK = "\nmultilora-refused:"
 """Separates a refusal's sentences from its fields."""
@@ -46,10 +50,22 @@ def to_stop_reason(failure: LoadFailure, adapter: LoRARequest) -> str:
     out of what it tells clients, file names and all.
     """
     message = without_folder(failure.message, adapter)
-    return (
-        f"{_PREFIX}{failure.kind.value}:"
-        f"adapter {adapter.lora_name!r} could not be loaded: {message}"
+    return _stop_reason(
+        failure.kind, f"adapter {adapter.lora_name!r} could not be loaded: {message}"
     )
+
+
+def unloaded_stop_reason(adapter: LoRARequest, limit_s: float) -> str:
+    """The text of a request that had not ended when its adapter had to go."""
+    return _stop_reason(
+        FailureKind.GONE,
+        f"adapter {adapter.lora_name!r} was unloaded, and this request did not end within the "
+        f"{limit_s:g} s that running requests have then (--multilora-unload-timeout-s)",
+    )
+
+
+def _stop_reason(kind: FailureKind, message: str) -> str:
+    return f"{_PREFIX}{kind.value}:{message}"
 
 
 def without_folder(text: str, adapter: LoRARequest) -> str:
@@ -92,6 +108,9 @@ def deliver_failures(engine_core_outputs: list[Any], request_states: dict[str, A
             continue
         output.stop_reason = failure.message
         state = request_states.get(output.request_id)
+        if state is not None and state.lora_request is not None:
+            for watch in watchers:
+                watch(state.lora_request, failure)
         if state is not None and state.queue is not None:
             # An exception in the queue is what the reader gets, before any output.
             state.queue.put(http_error(failure))

@@ -34,7 +34,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
-    """Moves the flags that were given into `additional_config`, over what is there already."""
+    """Moves the flags that were given into `additional_config`, over what is there already.
+
+    The arguments' own is changed too: with several API servers vLLM sends the arguments to each,
+    which reads them before it has loaded its plugins.
+    """
     given = {
         setting.name: value
         for setting in fields(MultiLoRAConfig)
@@ -43,4 +47,4 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
     if given:
         additional = dict(engine_args.additional_config or {})
         additional[CONFIG_KEY] = {**additional.get(CONFIG_KEY, {}), **given}
-        engine_args.additional_config = additional
+        engine_args.additional_config = args.additional_config = additional

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vllm_multilora.adapters.errors import AdapterError, AdapterFormatError
 from vllm_multilora.adapters.folder import TENSORS_NAME
 from vllm_multilora.adapters.names import is_base_embedding, parse_tensor_name
 from vllm_multilora.adapters.packed import PackedAdapter, pack
+from vllm_multilora.adapters.placement import left_out_modules
 from vllm_multilora.adapters.tensor_file import Fingerprint
 from vllm_multilora.adapters.validation import validate
 from vllm_multilora.config import MultiLoRAConfig
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
     from vllm_multilora.integration.model_manager import MultiLoRAModelManager
 
+
+logger = logging.getLogger(__name__)
 
 # vLLM's own checks of an adapter; which of them exist depends on the version.
 _CHECKS = (
@@ -58,6 +62,12 @@ class HostAdapter:
     def nbytes(self) -> int:
         """Bytes of host memory, at true rank."""
         return self.packed.nbytes + sum(tensor.nbytes for tensor in _tensors(self.special))
+
+    @property
+    def rank(self) -> int:
+        """The highest rank in it."""
+        packed = int(self.packed.ranks.max(initial=0))
+        return packed if self.special is None else max(packed, self.special.rank)
 
 
 def _tensors(model: LoRAModel | None) -> Iterator[torch.Tensor]:
@@ -90,12 +100,13 @@ class HostAdapterLoader:
         self._manager = manager
         self._max_position_embeddings = max_position_embeddings
         self._model_class = model_class
-        self._roots = AllowedRoots(settings.allowed_roots)
+        self._roots = AllowedRoots.of(settings)
         self._allow_pickle = settings.allow_pickle
         self._check_finite = settings.check_finite
         # What has been found, by adapter number. Each entry is written by one thread at a time.
         self._checked: dict[int, Fingerprint] = {}
         self._problems: dict[int, list[dict[str, Any]]] = {}
+        self._said: set[int] = set()
 
     def load(self, request: LoRARequest) -> HostAdapter:
         """Reads and checks an adapter; nothing of the running model changes.
@@ -117,8 +128,9 @@ class HostAdapterLoader:
             pickled = pickled_tensors(folder) if self._allow_pickle else None
             if pickled is None:
                 return self._load(folder, request)
+            fingerprint = Fingerprint.of(pickled.stat())
             with as_safetensors(folder, pickled) as converted:
-                return self._load(converted, request)
+                return replace(self._load(converted, request), fingerprint=fingerprint)
         except AdapterError as error:
             self._problems[request.lora_int_id] = [p.as_dict() for p in error.problems]
             if not isinstance(error, FileNotFoundError):
@@ -139,11 +151,28 @@ class HostAdapterLoader:
                 if problems:
                     raise AdapterFormatError.of(*problems)
                 self._checked[request.lora_int_id] = checkpoint.fingerprint
+            self._say_what_is_left_out(checkpoint, request)
             packed = pack(checkpoint, self._manager.layout, pin=self._manager.device.type != "cpu")
             helper = PEFTHelper.from_local_dir(str(folder), self._max_position_embeddings)
             helper.validate_legal(self._manager.lora_config)
             special = self._special(checkpoint, request, helper)
             return HostAdapter(packed, special, checkpoint.fingerprint)
+
+    def _say_what_is_left_out(self, checkpoint: AdapterCheckpoint, request: LoRARequest) -> None:
+        """Warns, once, of an adapter that is served without some of its modules."""
+        if request.lora_int_id in self._said:
+            return
+        self._said.add(request.lora_int_id)
+        left_out = left_out_modules(checkpoint.tensors, self._manager.layout)
+        if left_out:
+            targets = self._manager.layout.targets
+            logger.warning(
+                "Adapter %r is served without %d of its modules (%s), which are left out %s.",
+                request.lora_name,
+                len(left_out),
+                ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in left_out)),
+                "by --lora-target-modules" if targets is not None else "of this base model",
+            )
 
     def _open(self, folder: Path) -> AdapterCheckpoint:
         try:
@@ -161,10 +190,13 @@ class HostAdapterLoader:
         """The adapter was removed."""
         self._checked.pop(lora_id, None)
         self._problems.pop(lora_id, None)
+        self._said.discard(lora_id)
 
     def has_changed(self, request: LoRARequest, adapter: HostAdapter) -> bool:
         """Whether an adapter's file is another one than it was loaded from; so if it is gone."""
-        path = Path(get_adapter_absolute_path(request.lora_path)) / TENSORS_NAME
+        folder = Path(get_adapter_absolute_path(request.lora_path))
+        pickled = pickled_tensors(folder) if self._allow_pickle else None
+        path = pickled or folder / TENSORS_NAME
         try:
             return Fingerprint.of(path.stat()) != adapter.fingerprint
         except OSError:

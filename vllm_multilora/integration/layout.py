@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from vllm.lora.layers.column_parallel_linear import (
 )
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.integration.heads import ClassificationHead
@@ -53,16 +54,12 @@ class RunningLayout:
     special: dict[str, BaseLayerWithLoRA]
 
 
-def running_layout(
-    manager: LoRAModelManager, *, columns_first: bool, partial: bool = False
-) -> RunningLayout:
+def running_layout(manager: LoRAModelManager, *, columns_first: bool) -> RunningLayout:
     """The layout of a manager's model, read from its LoRA layers.
 
     Args:
         manager: Its modules have been created.
         columns_first: Whether the slots of linear layers hold B by columns.
-        partial: Whether this worker holds only a part of the model's layers (pipeline
-            parallelism): an adapter's modules that are not found are then other workers' affair.
     """
     slices: list[SliceLayout] = []
     packed: dict[str, BaseLinearLayerWithLoRA] = {}
@@ -79,12 +76,16 @@ def running_layout(
     )
     names = {part.name for part in slices} | special_names
     lora_config: Any = manager.lora_config
+    naming = _Names(manager, names)
+    targets = getattr(lora_config, "target_modules", None)
     layout = ModelLayout(
         slices=tuple(slices),
         max_rank=lora_config.max_lora_rank,
         dtype=lora_config.lora_dtype,
         columns_first=columns_first,
-        rename=_renaming(manager, names, partial),
+        rename=naming.rename,
+        elsewhere=naming.elsewhere,
+        targets=tuple(targets) if targets is not None else None,
         special=special_names,
         special_shapes={
             name: shape for name, module in special.items() if (shape := _special_shape(module))
@@ -189,34 +190,67 @@ def _range(numbers: torch.Tensor) -> _Range:
     return first, last
 
 
-def _renaming(
-    manager: LoRAModelManager, names: set[str], partial: bool
-) -> Callable[[str], str | None]:
-    """From a module's name in a checkpoint to its name in the running model."""
-    model = manager.model
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is not None:
-        mapper = mapper.get_rename_mapper()
-    text_names = _text_names(manager, names)
-    skipped = tuple(getattr(model, "lora_skip_prefixes", None) or ())
+class _Names:
+    """From modules' names in a checkpoint to what becomes of them in the running model.
 
-    def rename(module: str) -> str | None:
-        if any(f".{prefix}" in module or module.startswith(prefix) for prefix in skipped):
+    Args:
+        manager: Its modules have been created.
+        names: Modules that this worker adapts.
+    """
+
+    def __init__(self, manager: LoRAModelManager, names: set[str]) -> None:
+        model = manager.model
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._mapper = mapper.get_rename_mapper() if mapper is not None else None
+        self._manager = manager
+        self._names = names
+        self._text_names = _text_names(manager, names)
+        self._skipped = tuple(getattr(model, "lora_skip_prefixes", None) or ())
+        # Under pipeline parallelism: what other workers have, and what this one does.
+        self._others = tuple(
+            f"{name}." for name, part in model.named_modules() if isinstance(part, PPMissingLayer)
+        )
+        self._roots = {name for name, _ in model.named_children()}
+
+    def rename(self, module: str) -> str | None:
+        """As `ModelLayout.rename`."""
+        if self._is_skipped(module):
             return None
-        if mapper is not None:
-            tensor = f"base_model.model.{module}.lora_A.weight"
-            module = parse_fine_tuned_lora_name(tensor, mapper)[0]
-        if module in names:
+        module = self._mapped(module)
+        if module in self._names:
             return module
-        if module in text_names:
-            return text_names[module]
-        if manager.is_pooling_model and f"model.{module}" in names:
+        if module in self._text_names:
+            return self._text_names[module]
+        if self._manager.is_pooling_model and f"model.{module}" in self._names:
             return f"model.{module}"
-        if partial or not manager._match_target_modules(module):
-            return None
-        return module
+        return None if self._is_others(module) or not self._is_target(module) else module
 
-    return rename
+    def elsewhere(self, module: str) -> bool:
+        """As `ModelLayout.elsewhere`."""
+        if self._is_skipped(module):
+            return False
+        module = self._mapped(module)
+        names = (module, f"model.{module}") if self._manager.is_pooling_model else (module,)
+        is_others = any(f"{name}.".startswith(self._others) for name in names)
+        return is_others and self._is_target(module)
+
+    def _is_skipped(self, module: str) -> bool:
+        return any(f".{prefix}" in module or module.startswith(prefix) for prefix in self._skipped)
+
+    def _mapped(self, module: str) -> str:
+        if self._mapper is None:
+            return module
+        tensor = f"base_model.model.{module}.lora_A.weight"
+        return parse_fine_tuned_lora_name(tensor, self._mapper)[0]
+
+    def _is_target(self, module: str) -> bool:
+        return self._manager._match_target_modules(module)
+
+    def _is_others(self, module: str) -> bool:
+        """Whether another worker has a module, or may have: this one has nothing of the kind."""
+        if not self._others:
+            return False
+        return f"{module}.".startswith(self._others) or module.split(".")[0] not in self._roots
 
 
 def _text_names(manager: LoRAModelManager, names: set[str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from vllm_multilora.integration.heads import ClassificationHead
 from vllm_multilora.integration.host_adapter import HostAdapter
 from vllm_multilora.integration.layout import running_layout
 from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+from vllm_multilora.integration.slot_buffers import layer_bytes, wrapper_bytes
 from vllm_multilora.integration.warm_up import warm_up
 
 
@@ -58,15 +59,10 @@ class MultiLoRAModelManager(LoRAModelManager):
     layout: ModelLayout
     punica_wrapper_mapping: dict[str, MultiLoRAPunicaWrapper]  # type: ignore[assignment]
 
-    def __init__(self, *, vllm_config: Any, **kwargs: Any) -> None:
-        # `_create_lora_modules`, which the constructor calls, wants to know.
-        self._is_partial = vllm_config.parallel_config.pipeline_parallel_size > 1
-        super().__init__(vllm_config=vllm_config, **kwargs)
-
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
         on_cpu = self.device.type == "cpu"
-        found = running_layout(self, columns_first=on_cpu, partial=self._is_partial)
+        found = running_layout(self, columns_first=on_cpu)
         self.layout, self._special = found.layout, found.special
         rows = 0
         layers: list[tuple[Any, slice]] = []
@@ -82,7 +78,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         )
         self._ranked: dict[str, _RankedLayer] = {}
         for name, special in found.special.items():
-            if _is_ranked(special):
+            if is_ranked(special):
                 slices = getattr(special, "n_slices", 1)
                 shard = special.lora_a_stacked[0].shape[-2] if _shards_ranks(special) else 0
                 self._ranked[name] = _RankedLayer(
@@ -110,27 +106,43 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._filled: set[tuple[str, int]] = set()
 
     @property
+    def allocated_bytes(self) -> int:
+        """Bytes on the device of all slots and of what the plugin keeps beside them."""
+        wrappers = {id(w): w for w in self.punica_wrapper_mapping.values()}.values()
+        tables = self._shrink_ranks.nbytes + self._expand_ranks.nbytes
+        layers = sum(map(layer_bytes, self.modules.values()))
+        return layers + tables + sum(map(wrapper_bytes, wrappers))
+
+    @property
     def special_slot_bytes(self) -> int:
-        """Bytes of one slot in all layers that fill their slots themselves."""
-        stacked = [
-            tensor
-            for module in self._special.values()
-            for part in (module.lora_a_stacked, module.lora_b_stacked)
-            for tensor in (part if isinstance(part, tuple | list) else (part,))
-        ]
-        return sum(tensor.nbytes for tensor in stacked) // self.lora_slots
+        """Bytes of one slot's weights in all layers that fill their slots themselves."""
+        dtype: Any = self.lora_config.lora_dtype
+        layers = self._special.values()
+        return sum(layer_bytes(layer, dtype) for layer in layers) // self.lora_slots
 
     def fill_slot(self, slot: int, lora_id: int, adapter: HostAdapter) -> None:
-        """Copies an adapter into a slot of every layer.
+        """Copies an adapter into a slot of every layer."""
+        self.assign_slot(slot, lora_id, adapter)
+        self.copy_weights(slot, adapter)
 
-        What the slot held before is not cleared where the true ranks, which are written here too,
+    def copy_weights(self, slot: int, adapter: HostAdapter, *, threads: int | None = None) -> None:
+        """The bulk of filling a slot: the linear layers' weights.
+
+        May run on any thread, as long as no step uses the slot; on a GPU it is queued on the
+        thread's current stream.
+        """
+        adapter.packed.scatter_into(self._slots, slot, threads=threads)
+
+    def assign_slot(self, slot: int, lora_id: int, adapter: HostAdapter) -> None:
+        """All of filling a slot but the linear layers' weights.
+
+        What the slot held before is not cleared where the true ranks, which are written here,
         keep the kernels from reading it.
         """
         packed, special = adapter.packed, adapter.special
         expand = np.zeros(len(self._expand_ranks), dtype=np.int32)
         shrink = np.zeros(len(self._shrink_ranks), dtype=np.int32)
         expand[packed.rows], shrink[packed.rows] = packed.ranks, packed.a_ranks
-        packed.scatter_into(self._slots, slot)
         for name, module in self._special.items():
             weights = self._fill_special(slot, name, module, special)
             if weights is not None and (layer := self._ranked.get(name)):
@@ -210,7 +222,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}
 
 
-def _is_ranked(module: BaseLayerWithLoRA) -> bool:
+def is_ranked(module: BaseLayerWithLoRA) -> bool:
     """Whether our wrapper tracks ranks for a layer; others are computed at the full rank.
 
     Classification heads are not: vLLM compares their wrapper's identity with the model's.

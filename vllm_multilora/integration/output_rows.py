@@ -43,6 +43,11 @@ class OutputRows:
         self._planned: npt.NDArray[np.int64] | None = None
         self._hidden_states: torch.Tensor | None = None
 
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The plan's own buffer on the device."""
+        return self._own_plan.buffer
+
     def set_step(
         self,
         token_plan: BatchPlan,

@@ -1,334 +1,16 @@
 """The ledger: every change that this plugin makes to vLLM, in one place.
 
 All patches are put in place when vLLM loads its plugins, in every process, before any setting
-is known. Each replacement asks `activation.py` whether the plugin acts for the engine at hand
-and otherwise calls vLLM's original, so that without LoRA, with `--no-multilora` or with an
-unsupported vLLM everything runs as if the package were not installed.
+is known; in modules that the process has not imported yet, as soon as it does. Each replacement
+asks `activation.py` whether the plugin acts for the engine at hand and otherwise calls vLLM's
+original, so that without LoRA, with `--no-multilora` or with an unsupported vLLM everything runs
+as if the package were not installed.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-from vllm_multilora.integration import prefix_keys
 from vllm_multilora.integration.patching import Patch
-
-
-def _flags_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_cli_args(parser: Any) -> Any:
-        from vllm_multilora.integration.flags import add_flags
-
-        parser = original(parser)
-        add_flags(parser)
-        return parser
-
-    return add_cli_args
-
-
-def _from_cli_args_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def from_cli_args(cls: type, args: Any) -> Any:
-        from vllm_multilora.integration.flags import merge_flags
-
-        engine_args = original(cls, args)
-        merge_flags(args, engine_args)
-        return engine_args
-
-    return from_cli_args
-
-
-def _engine_config_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_multilora.integration.activation import (
-            announce,
-            kernel_backend,
-            settings_of,
-        )
-        from vllm_multilora.integration.cache_settings import (
-            check_cache_settings,
-            lift_default_count,
-        )
-
-        vllm_config = original(self, *args, **kwargs)
-        announce(vllm_config)
-        if kernel_backend(vllm_config) != "vllm":
-            check_cache_settings(settings_of(vllm_config), vllm_config)
-            lift_default_count(self, vllm_config)
-        return vllm_config
-
-    return create_engine_config
-
-
-def _punica_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def get_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
-        from vllm.config import get_current_vllm_config
-
-        from vllm_multilora.integration.activation import kernel_backend
-
-        backend = kernel_backend(get_current_vllm_config())
-        if backend == "vllm":
-            return original(*args, **kwargs)
-        from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
-
-        return MultiLoRAPunicaWrapper(*args, backend=backend, **kwargs)
-
-    return get_punica_wrapper
-
-
-def _worker_manager_replacement(original: type) -> Callable[..., Any]:
-    @functools.wraps(original, updated=())
-    def make_worker_manager(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_multilora.integration.activation import kernel_backend
-
-        # Our manager fills slots for our kernels; stock ones need stock's cleared slots.
-        if kernel_backend(vllm_config) == "vllm" or not PUNICA_WRAPPER.is_applied():
-            return original(vllm_config, *args, **kwargs)
-        from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
-
-        return MultiLoRAWorkerManager(vllm_config, *args, **kwargs)
-
-    return make_worker_manager
-
-
-def _set_active_loras_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def set_active_loras(
-        self: Any,
-        input_batch: Any,
-        num_scheduled_tokens: Any,
-        num_sampled_tokens: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
-
-        manager = getattr(self, "lora_manager", None)
-        if isinstance(manager, MultiLoRAWorkerManager):
-            manager.activate_batch(
-                input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kwargs
-            )
-        else:
-            original(self, input_batch, num_scheduled_tokens, num_sampled_tokens, *args, **kwargs)
-
-    return set_active_loras
-
-
-def _prompt_logprobs_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def get_prompt_logprobs(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
-
-        manager = getattr(self, "lora_manager", None)
-        if not isinstance(manager, MultiLoRAWorkerManager):
-            return original(self, hidden_states, *args, **kwargs)
-        with manager.model_manager.rows_from_prompts(hidden_states):
-            return original(self, hidden_states, *args, **kwargs)
-
-    return get_prompt_logprobs
-
-
-def _prompt_scores_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def compute(self: Any, logits_fn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_multilora.integration.model_manager import MultiLoRAModelManager
-
-        manager = getattr(getattr(logits_fn, "__self__", None), "lora_manager", None)
-        if not isinstance(manager, MultiLoRAModelManager):
-            return original(self, logits_fn, hidden_states, *args, **kwargs)
-        with manager.rows_from_prompts(hidden_states):
-            return original(self, logits_fn, hidden_states, *args, **kwargs)
-
-    return compute
-
-
-def _sample_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def sample(self: Any, hidden_states: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        import numpy as np
-
-        from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
-
-        manager = getattr(self, "lora_manager", None)
-        if isinstance(manager, MultiLoRAWorkerManager):
-            manager.model_manager.set_sampled_rows(np.diff(input_batch.cu_num_logits_np))
-        return original(self, hidden_states, input_batch, *args, **kwargs)
-
-    return sample
-
-
-def _lora_inputs_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def make_lora_inputs(
-        self: Any, req_ids: list[str], idx_mapping: Any, num_scheduled_tokens: Any
-    ) -> tuple[Any, Any, Any]:
-        from vllm.lora.layers.utils import LoRAMappingType
-
-        from vllm_multilora.integration.mapping import BatchMapping
-
-        mapping = BatchMapping(
-            self.lora_ids[idx_mapping], num_scheduled_tokens, None, LoRAMappingType.LANGUAGE
-        )
-        return mapping, mapping, self.get_activate_loras(req_ids)
-
-    return make_lora_inputs
-
-
-def _set_active_loras_from_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def set_active_loras(
-        self: Any, prompts: Any, tokens: Any, requests: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        from vllm_multilora.integration.mapping import BatchMapping
-        from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
-
-        if isinstance(prompts, BatchMapping):
-            manager = getattr(self, "lora_manager", None)
-            if isinstance(manager, MultiLoRAWorkerManager):
-                manager.set_active_adapters(requests, prompts)
-                return
-            prompts, tokens = prompts.prompt_mapping, prompts.index_mapping
-        original(self, prompts, tokens, requests, *args, **kwargs)
-
-    return set_active_loras
-
-
-def _scheduler_class_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def get_scheduler_cls(self: Any) -> type:
-        from vllm_multilora.integration.scheduler import adapter_aware
-
-        return adapter_aware(original(self))
-
-    return get_scheduler_cls
-
-
-def _pin_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def pin_lora(self: Any, lora_id: int) -> bool:
-        done = original(self, lora_id)
-        if done and (tell := getattr(self.scheduler, "pin_adapter", None)):
-            tell(lora_id)
-        return done
-
-    return pin_lora
-
-
-def _remove_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def remove_lora(self: Any, lora_id: int) -> Any:
-        from vllm_multilora.integration.engine_core import unregister
-
-        return unregister(self, lora_id, original)
-
-    return remove_lora
-
-
-def _load_route_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        from vllm_multilora.integration import registration
-
-        if registration.acts_for(self):
-            return await registration.load_adapter(self, request, base_model_name)
-        return await original(self, request, base_model_name)
-
-    return load_lora_adapter
-
-
-def _unload_route_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    async def unload_lora_adapter(self: Any, request: Any) -> Any:
-        from vllm_multilora.integration import registration
-
-        if registration.acts_for(self):
-            return await registration.unload_adapter(self, request)
-        return await original(self, request)
-
-    return unload_lora_adapter
-
-
-def _hash_keys_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def lora_hash_keys(request: Any) -> list[Any]:
-        keys = original(request)
-        if not prefix_keys.tells_versions_apart:
-            return keys
-        return [(*key, request.lora_request.lora_int_id) for key in keys]
-
-    return lora_hash_keys
-
-
-def _executor_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_multilora.integration.engine_core import starting_workers
-
-        with starting_workers(self, vllm_config):
-            original(self, vllm_config, *args, **kwargs)
-
-    return init
-
-
-def _add_request_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_multilora.integration.engine_core import gate_of
-
-        gate_of(self)
-        return original(self, *args, **kwargs)
-
-    return add_request
-
-
-def _add_lora_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_lora(self: Any, lora_request: Any) -> Any:
-        from vllm_multilora.integration.engine_core import register
-
-        return register(self, lora_request, original)
-
-    return add_lora
-
-
-def _client_request_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def handle_client_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gate = getattr(self, "multilora_gate", None)
-        if gate is not None:
-            gate.poll()
-        return original(self, *args, **kwargs)
-
-    return handle_client_request
-
-
-def _outputs_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_multilora.integration.failures import deliver_failures
-
-        deliver_failures(engine_core_outputs, self.request_states)
-        return original(self, engine_core_outputs, *args, **kwargs)
-
-    return process_outputs
-
-
-def _wake_up_replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def wake_up(self: Any, tags: list[str] | None = None) -> None:
-        from vllm_multilora.integration.worker_manager import MultiLoRAWorkerManager
-
-        original(self, tags)
-        manager = getattr(self.model_runner, "lora_manager", None)
-        if isinstance(manager, MultiLoRAWorkerManager) and (tags is None or "weights" in tags):
-            manager.slots_lost()
-
-    return wake_up
-
+from vllm_multilora.integration.replacements import engine, server, worker
 
 CHECKED = "0.31 to 0.33"
 
@@ -339,7 +21,7 @@ PUNICA_WRAPPER = Patch(
     "Returns ours when the plugin is active and has kernels for the platform.",
     checked=CHECKED,
     until="vLLM selects punica wrappers through a registry.",
-    replace=_punica_replacement,
+    replace=worker.punica,
 )
 
 PATCHES: tuple[Patch, ...] = (
@@ -349,7 +31,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM has no hook for a plugin's own flags on `vllm serve`; adds the --multilora ones.",
         checked=CHECKED,
         until="vLLM lets plugins add arguments.",
-        replace=_flags_replacement,
+        replace=server.flags,
     ),
     Patch(
         name="flag-values",
@@ -358,7 +40,7 @@ PATCHES: tuple[Patch, ...] = (
         "every process.",
         checked=CHECKED,
         until="vLLM lets plugins add arguments.",
-        replace=_from_cli_args_replacement,
+        replace=server.from_cli_args,
     ),
     Patch(
         name="settings-check",
@@ -367,7 +49,7 @@ PATCHES: tuple[Patch, ...] = (
         "sentence at start-up, for `vllm serve` and `LLM(...)` alike.",
         checked=CHECKED,
         until="vLLM lets plugins validate their part of additional_config.",
-        replace=_engine_config_replacement,
+        replace=server.engine_config,
     ),
     PUNICA_WRAPPER,
     Patch(
@@ -377,7 +59,7 @@ PATCHES: tuple[Patch, ...] = (
         "the three-tier cache and tells the kernels the true rank of every module and slot.",
         checked=CHECKED,
         until="vLLM makes the LoRA manager class configurable.",
-        replace=_worker_manager_replacement,
+        replace=worker.worker_manager,
     ),
     Patch(
         name="batch-mapping",
@@ -386,7 +68,7 @@ PATCHES: tuple[Patch, ...] = (
         "them several times a step. Hands arrays per request to our manager instead.",
         checked=CHECKED,
         until="vLLM's LoRAMapping holds arrays.",
-        replace=_set_active_loras_replacement,
+        replace=worker.set_active_loras,
     ),
     Patch(
         name="prompt-logprobs",
@@ -396,7 +78,7 @@ PATCHES: tuple[Patch, ...] = (
         "Tells our wrapper that the rows are tokens of the step.",
         checked=CHECKED,
         until="vLLM sets the LoRA mapping for prompt_logprobs.",
-        replace=_prompt_logprobs_replacement,
+        replace=worker.prompt_logprobs,
     ),
     Patch(
         name="batch-inputs",
@@ -404,7 +86,7 @@ PATCHES: tuple[Patch, ...] = (
         why="As batch-mapping, for vLLM's second model runner.",
         checked=CHECKED,
         until="As batch-mapping.",
-        replace=_lora_inputs_replacement,
+        replace=worker.lora_inputs,
     ),
     Patch(
         name="batch-inputs-taken",
@@ -412,7 +94,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Takes what batch-inputs makes; spells it out for stock managers.",
         checked=CHECKED,
         until="As batch-mapping.",
-        replace=_set_active_loras_from_inputs,
+        replace=worker.set_active_loras_from_inputs,
     ),
     Patch(
         name="prompt-logprobs-2",
@@ -421,7 +103,7 @@ PATCHES: tuple[Patch, ...] = (
         why="As prompt-logprobs, for vLLM's second model runner.",
         checked=CHECKED,
         until="As prompt-logprobs.",
-        replace=_prompt_scores_replacement,
+        replace=worker.prompt_scores,
     ),
     Patch(
         name="prompt-scores-2",
@@ -430,7 +112,7 @@ PATCHES: tuple[Patch, ...] = (
         why="As prompt-logprobs, for the scores of given tokens.",
         checked=CHECKED,
         until="As prompt-logprobs.",
-        replace=_prompt_scores_replacement,
+        replace=worker.prompt_scores,
     ),
     Patch(
         name="sampled-rows",
@@ -439,7 +121,7 @@ PATCHES: tuple[Patch, ...] = (
         "speculative decoding samples several. Tells our wrapper how many.",
         checked=CHECKED,
         until="vLLM's LoRA mapping covers all sampled rows.",
-        replace=_sample_replacement,
+        replace=worker.sample,
     ),
     Patch(
         name="scheduler-class",
@@ -450,7 +132,7 @@ PATCHES: tuple[Patch, ...] = (
         "others' requests keep coming. See `scheduler`.",
         checked=CHECKED,
         until="vLLM's scheduler knows which adapters are ready and who has slots.",
-        replace=_scheduler_class_replacement,
+        replace=engine.scheduler_class,
     ),
     Patch(
         name="pin",
@@ -458,7 +140,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Tells the scheduler of the pin.",
         checked=CHECKED,
         until="As scheduler-class.",
-        replace=_pin_replacement,
+        replace=engine.pin,
     ),
     Patch(
         name="remove-lora",
@@ -467,7 +149,7 @@ PATCHES: tuple[Patch, ...] = (
         "Waits until they have ended, for a limited time.",
         checked=CHECKED,
         until="vLLM's remove_lora waits for running requests.",
-        replace=_remove_replacement,
+        replace=engine.remove,
     ),
     Patch(
         name="load-route",
@@ -477,7 +159,7 @@ PATCHES: tuple[Patch, ...] = (
         "number of its own.",
         checked=CHECKED,
         until="vLLM validates adapters at registration and versions reloads.",
-        replace=_load_route_replacement,
+        replace=server.load_route,
     ),
     Patch(
         name="unload-route",
@@ -485,7 +167,89 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM forgets the name and keeps slot and memory. Frees them.",
         checked=CHECKED,
         until="vLLM's unload removes the adapter from the workers.",
-        replace=_unload_route_replacement,
+        replace=server.unload_route,
+    ),
+    Patch(
+        name="server-start",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.init_static_loras",
+        why="vLLM has no hook in an API server that is about to serve; looks at the adapter "
+        "directories and reads the routes there.",
+        checked=CHECKED,
+        until="vLLM calls plugins when an API server starts.",
+        replace=server.server_start,
+    ),
+    Patch(
+        name="model-names",
+        target="vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+        why="vLLM's resolvers are asked for names that it does not know, but only where clients "
+        "may load adapters too, and their failures lose status and reason. Finds adapters of "
+        "the adapter directories, and answers as a registration would; before that, puts an "
+        "adapter's name in the place of a route's.",
+        checked=CHECKED,
+        until="vLLM's resolvers work without VLLM_ALLOW_RUNTIME_LORA_UPDATING and may refuse.",
+        replace=server.model_names,
+    ),
+    Patch(
+        name="model-names-pooling",
+        target="vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
+        why="As model-names, for embeddings, scores and the like.",
+        checked=CHECKED,
+        until="As model-names.",
+        replace=server.pooling_names,
+    ),
+    Patch(
+        name="models-list",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
+        why="Lists the routes beside the adapters.",
+        checked=CHECKED,
+        until="vLLM has model aliases that lead to adapters.",
+        replace=server.models_list,
+    ),
+    Patch(
+        name="registration-names",
+        target="vllm.entrypoints.openai.models.serving:"
+        "OpenAIServingModels._check_load_lora_adapter_request",
+        why="Refuses to register an adapter under a route's name, where it could not be reached.",
+        checked=CHECKED,
+        until="As models-list.",
+        replace=server.registration_names,
+    ),
+    Patch(
+        name="middleware",
+        target="vllm.entrypoints.launchers.app:init_entrypoints_middleware",
+        why="vLLM looks model names up without HTTP at hand. Brings the request's headers to the "
+        "routes, and the adapter that they chose into the answer's headers; only where there "
+        "are routes.",
+        checked=CHECKED,
+        until="As models-list.",
+        replace=server.middleware,
+    ),
+    Patch(
+        name="lora-ids",
+        target="vllm.v1.worker.gpu.lora_utils:LoraState.__init__",
+        why="vLLM's second model runner keeps adapters' numbers in 32 bits; those of adapter "
+        "directories, which servers find without asking each other, need more.",
+        checked=CHECKED,
+        until="vLLM keeps them in 64 bits, as its first model runner does.",
+        replace=worker.lora_ids,
+    ),
+    Patch(
+        name="status-route",
+        target="vllm.entrypoints.serve.lora.api_router:attach_router",
+        why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
+        "all others out. Adds GET /v1/lora_adapters.",
+        checked=CHECKED,
+        until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
+        replace=server.status_route,
+    ),
+    Patch(
+        name="adapter-status",
+        target="vllm.v1.engine.core:EngineCore.collective_rpc",
+        why="An API server can send workers nothing but the names of their own methods. Answers "
+        "one more name, for status-route, with what the workers tell of their adapters.",
+        checked=CHECKED,
+        until="As status-route.",
+        replace=engine.collective_rpc,
     ),
     Patch(
         name="prefix-cache-keys",
@@ -494,7 +258,7 @@ PATCHES: tuple[Patch, ...] = (
         "same path get blocks of the old ones. Adds the adapter's number, which a reload changes.",
         checked=CHECKED,
         until="vLLM's keys tell versions of an adapter apart.",
-        replace=_hash_keys_replacement,
+        replace=engine.hash_keys,
     ),
     Patch(
         name="executor",
@@ -503,7 +267,7 @@ PATCHES: tuple[Patch, ...] = (
         "start.",
         checked=CHECKED,
         until="As scheduler-class.",
-        replace=_executor_replacement,
+        replace=engine.executor,
     ),
     Patch(
         name="add-request",
@@ -511,7 +275,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Gives the scheduler its view of that log, before its first request.",
         checked=CHECKED,
         until="As scheduler-class.",
-        replace=_add_request_replacement,
+        replace=engine.add_request,
     ),
     Patch(
         name="add-lora",
@@ -520,7 +284,7 @@ PATCHES: tuple[Patch, ...] = (
         "background and answers when that is done.",
         checked=CHECKED,
         until="vLLM loads adapters in the background.",
-        replace=_add_lora_replacement,
+        replace=engine.add_lora,
     ),
     Patch(
         name="client-requests",
@@ -529,7 +293,7 @@ PATCHES: tuple[Patch, ...] = (
         "for a registration.",
         checked=CHECKED,
         until="As add-lora.",
-        replace=_client_request_replacement,
+        replace=engine.client_request,
     ),
     Patch(
         name="failed-requests",
@@ -538,7 +302,25 @@ PATCHES: tuple[Patch, ...] = (
         "the status and the reason of a failed load in their place.",
         checked=CHECKED,
         until="vLLM carries a status and a reason with a failed request.",
-        replace=_outputs_replacement,
+        replace=server.outputs,
+    ),
+    Patch(
+        name="stat-loggers",
+        target="vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        why="vLLM has one LoRA metric. Has the process that shows an engine's metrics show ours "
+        "too, in LLM.get_metrics() and, with one API server, on /metrics.",
+        checked=CHECKED,
+        until="vLLM counts loads, evictions and requests by adapter.",
+        replace=server.stat_loggers,
+    ),
+    Patch(
+        name="metrics-of-several-servers",
+        target="prometheus_client.multiprocess:MultiProcessCollector.collect",
+        why="With several API servers, /metrics shows what this collector finds in vLLM's folder, "
+        "in a registry made anew for each answer. Has it find ours too.",
+        checked=CHECKED,
+        until="As stat-loggers.",
+        replace=server.multiprocess,
     ),
     Patch(
         name="wake-up",
@@ -547,15 +329,12 @@ PATCHES: tuple[Patch, ...] = (
         "nothing. Has the adapters copied into their slots again.",
         checked=CHECKED,
         until="vLLM restores adapter slots after a sleep.",
-        replace=_wake_up_replacement,
+        replace=worker.wake_up,
     ),
 )
 
 
-def apply_patches() -> dict[str, bool]:
-    """Puts every patch in place; safe to call again.
-
-    Returns:
-        For each patch's name, whether it is in place.
-    """
-    return {patch.name: patch.apply() for patch in PATCHES}
+def apply_patches() -> None:
+    """Puts every patch in place, now or as soon as its target is imported; safe to call again."""
+    for patch in PATCHES:
+        patch.apply_on_import()

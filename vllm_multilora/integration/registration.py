@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Coroutine
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +68,7 @@ async def load_adapter(
         refusal = await models._check_load_lora_adapter_request(request)
         if refusal is not None:
             return refusal
-        if not AllowedRoots(settings_of(models.engine_client.vllm_config).allowed_roots).allows(
-            path
-        ):
+        if not AllowedRoots.of(settings_of(models.engine_client.vllm_config)).allows(path):
             return _error(
                 HTTPStatus.FORBIDDEN,
                 f"adapter {name!r}: its path is outside the folders that adapters may come from",
@@ -83,15 +82,14 @@ async def load_adapter(
         )
         if base_model_name is not None and models.is_base_model(base_model_name):
             lora.base_model_name = base_model_name
-        try:
-            await models.engine_client.add_lora(lora)
-        except Exception as error:
-            return _refusal(lora, str(error))
+        refusal = await admit(models, lora)
+        if refusal is not None:
+            return refusal
         previous = models.lora_requests.get(name)
         models.lora_requests[name] = lora
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, path)
         if previous is not None:
-            _in_background(_remove_later(models, previous))
+            in_background(remove_later(models, previous))
         return f"Success: LoRA adapter '{name}' added successfully."
 
 
@@ -106,32 +104,46 @@ async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
         if refusal is not None:
             return refusal
         lora = models.lora_requests.pop(request.lora_name)
-    await _remove(models, lora)
-    _in_background(_remove_later(models, lora))
+    await remove(models, lora)
+    in_background(remove_later(models, lora))
     logger.info("Removed LoRA adapter: name '%s'", lora.lora_name)
     return f"Success: LoRA adapter '{lora.lora_name}' removed successfully."
 
 
-async def _remove(models: Any, lora: LoRARequest) -> None:
+async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
+    """Has the engine read and check an adapter; returns why it cannot be served."""
+    try:
+        await models.engine_client.add_lora(lora)
+    except Exception as error:
+        return _refusal(lora, str(error))
+    return None
+
+
+async def remove(models: Any, lora: LoRARequest) -> None:
+    """Frees an adapter's slot and host memory; returns when its running requests have ended."""
     await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
 
 
-async def _remove_later(models: Any, lora: LoRARequest) -> None:
+async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S) -> None:
     """Removes an adapter when requests that had found its name have reached the engine."""
-    await asyncio.sleep(GRACE_S)
-    await _remove(models, lora)
+    await asyncio.sleep(delay_s)
+    current = models.lora_requests.get(lora.lora_name)
+    # A folder that was put back as it was has the number that it had.
+    if current is None or current.lora_int_id != lora.lora_int_id:
+        await remove(models, lora)
 
 
 _tasks: set[asyncio.Task[None]] = set()
 
 
-def _in_background(work: Any) -> None:
+def in_background(work: Coroutine[Any, Any, None]) -> None:
+    """Does some work without anybody waiting for it."""
     task = asyncio.create_task(work)
     _tasks.add(task)  # the event loop keeps weak references only
     task.add_done_callback(_tasks.discard)
 
 
-def _refusal(lora: LoRARequest, text: str) -> ErrorResponse:
+def _refusal(lora: LoRARequest, text: str) -> AdapterErrorResponse:
     """The answer to an adapter that the engine refused with a text."""
     message, mark, fields = text.partition(REFUSAL_MARK)
     if not mark:

@@ -60,7 +60,19 @@ class Drop:
         tiers.drop_staged(self.lora_id)
 
 
-Order = Prefetch | Keep | Drop
+@dataclass(frozen=True)
+class Place:
+    """Copy an adapter into a spare slot, beside the steps; the answer comes through the log."""
+
+    lora_id: int
+    serial: int
+    needed: frozenset[int]
+
+    def carry_out(self, tiers: AdapterTiers) -> None:
+        tiers.place_ahead(self.lora_id, self.serial, self.needed)
+
+
+Order = Prefetch | Keep | Drop | Place
 
 
 def carry_out(worker: Any, orders: list[Order]) -> None:
@@ -68,6 +80,7 @@ def carry_out(worker: Any, orders: list[Order]) -> None:
     tiers = _tiers(worker)
     for order in orders:
         order.carry_out(tiers)
+    tiers.settle()
 
 
 def ensure(worker: Any, request: LoRARequest) -> LoadFailure | None:

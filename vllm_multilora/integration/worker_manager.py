@@ -32,7 +32,9 @@ from vllm_multilora.integration.adapter_tiers import AdapterTiers
 from vllm_multilora.integration.cache_settings import cpu_budget
 from vllm_multilora.integration.host_adapter import HostAdapterLoader
 from vllm_multilora.integration.mapping import BatchMapping
+from vllm_multilora.integration.metrics import worker_recorder
 from vllm_multilora.integration.model_manager import MultiLoRAModelManager
+from vllm_multilora.integration.start_report import report_slots
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +68,21 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             vllm_config,
             largest_adapter=manager.layout.largest_bytes() + manager.special_slot_bytes,
         )
+        report_slots(manager, budget, vllm_config)
         new_cache = partial(
             AdapterCache, slots=manager.lora_slots, budget=budget, policy=settings.cache_policy
         )
         reader = HostAdapterLoader(
             manager, self.max_position_embeddings, self._lora_model_cls, settings
         )
-        self.tiers = AdapterTiers(manager, reader, new_cache, settings, _attach_to_log(vllm_config))
+        self.tiers = AdapterTiers(
+            manager,
+            reader,
+            new_cache,
+            settings,
+            _attach_to_log(vllm_config),
+            worker_recorder(vllm_config),
+        )
         self._step: Mapping[int, LoRARequest] = {}
         self._removals = 0
         self._failed: frozenset[int] = frozenset()

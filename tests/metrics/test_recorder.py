@@ -1,0 +1,121 @@
+"""Recording: bounded in names and in bytes, and never in the way."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from vllm_multilora.metrics import definitions as defined
+from vllm_multilora.metrics.adapter_info import TIERS, AdapterInfo
+from vllm_multilora.metrics.names import OTHER, BoundedNames
+from vllm_multilora.metrics.recorder import Recorder
+from vllm_multilora.metrics.route_counts import RouteCounts, count_route
+from vllm_multilora.metrics.series_file import SeriesFile, SeriesFileFullError
+
+from .readings import recorder, shown
+
+
+def test_the_first_names_have_labels_of_their_own_and_keep_them() -> None:
+    names = BoundedNames(2)
+    assert [names.label(n) for n in ("a", "b", "c", "a", "c", "b")] == [
+        *("a", "b", OTHER),
+        *("a", OTHER, "b"),
+    ]
+    assert BoundedNames(0).label("a") == OTHER
+
+
+def test_ten_thousand_names_make_as_many_series_as_are_allowed(tmp_path: Path) -> None:
+    record = recorder(tmp_path, most=3)
+    for number in range(10_000):
+        record.series(defined.REQUESTS, record.names.label(f"customer-{number}")).inc()
+    found = shown(tmp_path)
+    assert len(found) == 4
+    assert found[f"vllm:lora_requests_by_adapter{{engine=0,lora_name={OTHER}}}"] == 9_997
+
+
+def test_a_file_has_room_for_all_series_of_its_adapters(tmp_path: Path) -> None:
+    record = recorder(tmp_path, most=200)
+    for definition in defined.ALL:
+        for number in range(201) if "lora_name" in definition.labels else (0,):
+            values = [
+                f"customer-{number:08d}" if label == "lora_name" else "unreadable"
+                for label in definition.labels
+            ]
+            if definition.kind is defined.Kind.HISTOGRAM:
+                record.histogram(definition, *values).observe(1.0)
+            elif definition is not defined.INFO:
+                record.series(definition, *values).inc()
+    requests = [name for name in shown(tmp_path) if name.startswith(defined.REQUESTS.name)]
+    assert len(requests) == 201
+
+
+def test_a_full_file_takes_no_more_series_and_harms_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = recorder(tmp_path, most=0)
+    with caplog.at_level(logging.WARNING):
+        for number in range(2_000):
+            record.series_at((defined.REQUESTS.name, f"{number}" * 20)).inc()
+    found = shown(tmp_path)
+    assert 0 < len(found) < 2_000
+    assert set(found.values()) == {1.0}
+    assert len(caplog.records) == 1
+    assert {path.stat().st_size for path in tmp_path.iterdir()} == {(1 << 16) + 6 * 256}
+
+
+def test_a_file_that_exists_is_not_written_over(tmp_path: Path) -> None:
+    first = recorder(tmp_path)
+    first.series(defined.ACTIVE).set(3)
+    with pytest.raises(FileExistsError, match="already"):
+        recorder(tmp_path)
+    assert shown(tmp_path) == {"vllm:lora_adapters_active{engine=0}": 3}
+
+
+def test_a_key_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    file = SeriesFile(tmp_path / "f.series", 100)
+    file.cell(("short",))
+    with pytest.raises(SeriesFileFullError):
+        file.cell(("a key that is far longer than the room that is left for it",))
+    assert file.cell(("short",)) == '["short"]'
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("rank", [0, 1, 8, 100_000])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_info_survives_being_a_number(tier: str, rank: int, pinned: bool) -> None:
+    info = AdapterInfo(tier, rank, pinned)
+    assert AdapterInfo.decode(info.encode()) == info
+
+
+def test_no_number_stands_for_no_info() -> None:
+    assert AdapterInfo.decode(0.0) is None
+
+
+def test_routes_are_counted_from_the_start_of_metrics_on(tmp_path: Path) -> None:
+    def make() -> Recorder:
+        return recorder(tmp_path, "server", engine="")
+
+    counts = RouteCounts()
+    counts.count("assistant", "v2", "share")  # metrics are off: nothing happens
+    counts.start(make)
+    assert list(tmp_path.iterdir()) == []  # a file comes with the first count
+    for _ in range(2):
+        counts.count("assistant", "v2", "share")
+    assert shown(tmp_path) == {
+        "vllm:lora_route_requests_total{lora_name=v2,reason=share,route=assistant}": 2
+    }
+
+
+def test_a_request_does_not_fail_for_being_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = RouteCounts()
+
+    def make() -> Recorder:
+        raise OSError("no room")
+
+    counts.start(make)
+    monkeypatch.setattr("vllm_multilora.metrics.route_counts.COUNTS", counts)
+    count_route("assistant", "v2")
+    count_route("assistant", "v2")  # the place was tried once
+    assert "could not be counted" in caplog.text

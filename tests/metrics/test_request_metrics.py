@@ -1,0 +1,71 @@
+"""Requests by adapter: accepted, unfinished, and how long their adapter kept them waiting."""
+
+from pathlib import Path
+
+from vllm_multilora.metrics.request_metrics import RequestMetrics
+
+from .readings import recorder, shown
+
+WANTED = "vllm:lora_adapters_wanted{engine=0}"
+WAITS = "vllm:lora_request_wait_seconds"
+
+
+class Requests:
+    def __init__(self, folder: Path) -> None:
+        self.now = 100.0
+        self.metrics = RequestMetrics(recorder(folder, "engine"), clock=lambda: self.now)
+
+    def accept(self, request_id: str, adapter: str, *, is_ready: bool = True) -> None:
+        self.metrics.accept(request_id, ord(adapter), adapter, is_ready=is_ready)
+
+    def finish(self, request_id: str, adapter: str) -> None:
+        self.metrics.finish(request_id, ord(adapter))
+
+
+def test_requests_are_counted_when_they_are_accepted(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    for number, adapter in enumerate("aab"):
+        requests.accept(f"{number}", adapter)
+        requests.finish(f"{number}", adapter)
+    found = shown(tmp_path)
+    assert found["vllm:lora_requests_by_adapter{engine=0,lora_name=a}"] == 2
+    assert found["vllm:lora_requests_by_adapter{engine=0,lora_name=b}"] == 1
+
+
+def test_an_adapter_is_wanted_while_it_has_an_unfinished_request(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    wanted = []
+    for act, *what in (
+        *((requests.accept, "1", "a"), (requests.accept, "2", "a"), (requests.accept, "3", "b")),
+        *((requests.finish, "1", "a"), (requests.finish, "2", "a"), (requests.finish, "3", "b")),
+    ):
+        act(*what)  # type: ignore[operator]
+        wanted.append(shown(tmp_path)[WANTED])
+    assert wanted == [1, 1, 2, 2, 1, 0]
+
+
+def test_a_request_waits_until_its_adapter_is_there(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    requests.accept("ready", "a")
+    requests.accept("early", "b", is_ready=False)
+    requests.now += 2
+    requests.accept("late", "b", is_ready=False)
+    assert requests.metrics.waiting == ("early",)
+    requests.now += 2
+    requests.metrics.settled(ord("b"))
+    requests.metrics.settled(ord("b"))
+    assert requests.metrics.waiting == ()
+    found = shown(tmp_path)
+    assert found[f"{WAITS}_count{{engine=0}}"] == 3
+    assert found[f"{WAITS}_sum{{engine=0}}"] == 6
+    assert found[f"{WAITS}_bucket{{engine=0,le=0.001}}"] == 1
+
+
+def test_a_request_that_is_given_up_while_it_waits_is_no_wait(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    requests.accept("1", "a", is_ready=False)
+    requests.finish("1", "a")
+    assert requests.metrics.waiting == ()
+    found = shown(tmp_path)
+    assert found[f"{WAITS}_count{{engine=0}}"] == 0
+    assert found[WANTED] == 0

@@ -1,0 +1,340 @@
+"""One API server's table of names follows its adapter directories; the engine is a stand-in."""
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+
+from vllm_multilora.adapters.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
+from vllm_multilora.integration import adapter_directory, registration
+from vllm_multilora.integration.adapter_directory import DirectoryServer
+from vllm_multilora.integration.failures import REFUSAL_MARK
+
+pytestmark = pytest.mark.serving
+
+BASE = "base"
+
+
+class Engine:
+    """Reads an adapter as the text of its weights; "bad" and "away" cannot be had."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, str] = {}
+        self.read: list[str] = []
+        self.engine_core = self
+
+    async def add_lora(self, lora: LoRARequest) -> bool:
+        if lora.lora_int_id in self.held:
+            return True
+        content = (Path(lora.lora_path) / "adapter_model.safetensors").read_text()
+        self.read.append(f"{lora.lora_name}: {content}")
+        for text, kind in (("bad", "invalid"), ("away", "unreadable")):
+            if content == text:
+                problem = {"code": "x", "file": "f", "message": f"{text} weights", "hint": ""}
+                fields = json.dumps({"kind": kind, "problems": [problem]})
+                raise RuntimeError(f"{text} weights{REFUSAL_MARK}{fields}")
+        self.held[lora.lora_int_id] = content
+        return True
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        return self.held.pop(lora_id, None) is not None
+
+
+class Models:
+    """What `DirectoryServer` uses of vLLM's `OpenAIServingModels`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine_client = engine
+        self.lora_requests: dict[str, LoRARequest] = {}
+        self.lora_resolver_lock: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def is_base_model(self, name: str) -> bool:
+        return name == BASE
+
+
+class Site:
+    """A directory, an engine, and API servers over both."""
+
+    def __init__(self, root: Path, servers: int = 1) -> None:
+        self.root = root
+        self.engine = Engine()
+        self.models = [Models(self.engine) for _ in range(servers)]
+        self.servers = [
+            DirectoryServer(models, AdapterDirectories([str(root)], AllowedRoots((), [root])))
+            for models in self.models
+        ]
+
+    def put(self, name: str, weights: str | None = "good") -> None:
+        (self.root / name).mkdir(exist_ok=True)
+        (self.root / name / "adapter_config.json").write_text("{}")
+        if weights is not None:
+            (self.root / name / "adapter_model.safetensors").write_text(weights)
+
+    def take(self, name: str) -> None:
+        for file in (self.root / name).iterdir():
+            file.unlink()
+        (self.root / name).rmdir()
+
+    async def look(self, server: int = 0, times: int = 2) -> None:
+        """Has a server scan until what has changed counts, and do what follows from it."""
+        for _ in range(times):
+            await self.servers[server].scan()
+            await settle()
+
+    async def ask(self, name: str, server: int = 0) -> Any:
+        """A request: the weights that answer it, or the status of the refusal."""
+        refusal = await self.servers[server].prepare(name)
+        if refusal is not None:
+            return refusal.error.code
+        lora = self.models[server].lora_requests.get(name)
+        return None if lora is None else self.engine.held.get(lora.lora_int_id, "not loaded")
+
+
+async def settle() -> None:
+    """Lets background work go on until there is nothing left to do but to wait."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+@pytest.fixture(autouse=True)
+def without_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_directory, "_GRACE_S", 0.0)
+    monkeypatch.setattr(registration, "GRACE_S", 0.0)
+
+
+def test_all_names_are_known_and_nothing_is_read_before_its_first_use(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        for number in range(20):
+            site.put(f"customer-{number}", f"weights {number}")
+        await site.look(times=1)
+        assert len(site.models[0].lora_requests) == 20
+        assert site.engine.read == []
+        for _ in range(2):
+            assert await site.ask("customer-7") == "weights 7"
+        assert site.engine.read == ["customer-7: weights 7"]
+
+    run(scenario())
+
+
+def test_a_new_folder_is_found_by_its_first_request(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        await site.look(times=1)
+        assert await site.ask("acme") is None
+        site.put("acme", "one")
+        assert await site.ask("acme") == "one"
+        assert list(site.models[0].lora_requests) == ["acme"]
+
+    run(scenario())
+
+
+def test_many_first_requests_read_an_adapter_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "one")
+        assert await asyncio.gather(*(site.ask("acme") for _ in range(50))) == ["one"] * 50
+        assert site.engine.read == ["acme: one"]
+
+    run(scenario())
+
+
+def test_a_changed_folder_is_reloaded_and_the_old_version_freed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "one")
+        await site.look(times=1)
+        assert await site.ask("acme") == "one"
+        site.put("acme", "version two")
+        await site.look(times=1)
+        assert await site.ask("acme") == "one"  # it may still be being written
+        await site.look(times=1)
+        assert await site.ask("acme") == "version two"
+        await settle()
+        assert list(site.engine.held.values()) == ["version two"]
+
+    run(scenario())
+
+
+def test_a_version_that_is_refused_replaces_nothing_and_is_read_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "good")
+        await site.look(times=1)
+        assert await site.ask("acme") == "good"
+        site.put("acme", "bad")
+        await site.look(times=6)
+        assert await site.ask("acme") == "good"
+        assert site.engine.read == ["acme: good", "acme: bad"]
+        site.put("acme", "better")
+        await site.look()
+        assert await site.ask("acme") == "better"
+
+    run(scenario())
+
+
+def test_a_version_that_the_storage_withholds_is_tried_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "good")
+        await site.look(times=1)
+        assert await site.ask("acme") == "good"
+        site.put("acme", "away")
+        await site.look(times=4)
+        assert site.engine.read == ["acme: good", *["acme: away"] * 3]
+        assert await site.ask("acme") == "good"
+
+    run(scenario())
+
+
+def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "bad")
+        await site.look()
+        for _ in range(3):
+            assert await site.ask("acme") == 400
+        assert site.engine.read == ["acme: bad"]
+        site.put("acme", "now good")
+        assert await site.ask("acme") == "now good"
+
+    run(scenario())
+
+
+def test_a_removed_folder_is_forgotten_and_freed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme")
+        site.put("globex")
+        await site.look(times=1)
+        assert await site.ask("acme") == "good"
+        site.take("acme")
+        site.take("globex")
+        await site.look()
+        assert await site.ask("acme") is None
+        assert site.models[0].lora_requests == {}
+        assert site.engine.held == {}
+
+    run(scenario())
+
+
+def test_a_folder_that_comes_back_as_it_was_is_not_freed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(adapter_directory, "_GRACE_S", 0.1)
+        site = Site(tmp_path)
+        site.put("acme")
+        assert await site.ask("acme") == "good"
+        (tmp_path / "acme").rename(tmp_path / ".acme")
+        await site.look()
+        assert await site.ask("acme") is None
+        (tmp_path / ".acme").rename(tmp_path / "acme")
+        assert await site.ask("acme") == "good"
+        await asyncio.sleep(0.2)
+        assert await site.ask("acme") == "good"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("name", [BASE, "registered"])
+def test_a_name_that_is_taken_stays_with_its_owner(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        owner = LoRARequest("registered", 1, "/elsewhere")
+        site.models[0].lora_requests["registered"] = owner
+        site.put(name)
+        await site.look(times=3)
+        assert await site.ask(name) in (None, "not loaded")
+        assert site.models[0].lora_requests == {"registered": owner}
+        assert site.engine.read == []
+        if name == "registered":  # its folder takes over once it has been unloaded
+            del site.models[0].lora_requests["registered"]
+            assert await site.ask(name) == "good"
+
+    run(scenario())
+    assert caplog.text.count("is not served: another model has its name") == 1
+
+
+def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "one")
+        assert await site.ask("acme") == "one"
+        request = SimpleNamespace(lora_name="acme")
+        models: Any = site.models[0]
+        models._check_unload_lora_adapter_request = nothing_wrong
+        assert "removed" in await registration.unload_adapter(models, request)
+        assert site.engine.held == {}
+        assert await site.ask("acme") is None
+        await site.look()
+        assert await site.ask("acme") is None
+        site.put("acme", "version two")
+        await site.look()
+        assert await site.ask("acme") == "version two"
+
+    async def nothing_wrong(request: Any) -> None:
+        return None
+
+    run(scenario())
+
+
+def test_api_servers_agree_without_asking_each_other(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path, servers=2)
+        site.put("acme", "one")
+        for server in range(2):
+            await site.look(server, times=1)
+            assert await site.ask("acme", server) == "one"
+        assert site.engine.read == ["acme: one"]
+        site.put("acme", "version two")
+        await site.look(0)
+        assert await site.ask("acme", 0) == "version two"
+        for server in range(2):
+            await site.look(server)
+            assert await site.ask("acme", server) == "version two"
+        assert list(site.engine.held.values()) == ["version two"]
+        assert all(number >= FIRST_NUMBER for number in site.engine.held)
+
+    run(scenario())
+
+
+def test_a_server_that_has_not_used_an_adapter_keeps_what_another_serves(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path, servers=2)
+        site.put("acme", "good")
+        for server in range(2):
+            await site.look(server, times=1)
+        assert await site.ask("acme", 0) == "good"
+        site.put("acme", "bad")
+        for server in range(2):
+            await site.look(server)
+        assert await site.ask("acme", 1) == "good"
+
+    run(scenario())
+
+
+def test_second_model_runner_s_adapter_numbers_have_room() -> None:
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    from vllm_multilora.integration.patches import apply_patches
+
+    apply_patches()
+    state = LoraState(max_num_reqs=2)
+    state.add_request("request", 1, LoRARequest("acme", 2**53 - 1, "/adapters/acme"))
+    assert state.lora_ids.tolist() == [0, 2**53 - 1]

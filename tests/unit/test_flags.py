@@ -1,0 +1,45 @@
+"""The flags of `vllm serve`: settings of the engine, and of every API server."""
+
+import argparse
+import pickle
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_multilora.integration.flags import add_flags, merge_flags
+
+
+def parse(*argv, additional_config=None):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    args.additional_config = additional_config
+    return args, SimpleNamespace(additional_config=additional_config)
+
+
+def test_flags_that_are_not_given_leave_no_trace():
+    args, engine_args = parse()
+    merge_flags(args, engine_args)
+    assert engine_args.additional_config is None
+    assert args.additional_config is None
+
+
+def test_flags_win_over_the_additional_config_and_leave_the_rest_of_it():
+    given = {"other": 1, "multilora": {"backend": "torch", "loader_threads": 3}}
+    args, engine_args = parse("--multilora-backend", "native", additional_config=given)
+    merge_flags(args, engine_args)
+    assert engine_args.additional_config == {
+        "other": 1,
+        "multilora": {"backend": "native", "loader_threads": 3},
+    }
+    assert given["multilora"]["backend"] == "torch"
+
+
+def test_every_api_server_gets_the_flags():
+    """One of several is sent the arguments, and makes its engine's before the flags are known."""
+    args, engine_args = parse("--multilora-routes", "routes.yaml")
+    merge_flags(args, engine_args)
+    sent = pickle.loads(pickle.dumps(args))
+    assert sent.additional_config == {"multilora": {"routes": "routes.yaml"}}

@@ -1,0 +1,141 @@
+"""Shows the values of all processes of an engine to Prometheus: reads their files and adds up."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from vllm_multilora.metrics.adapter_info import AdapterInfo
+from vllm_multilora.metrics.definitions import ALL, BY_NAME, INFO, Definition, Kind
+from vllm_multilora.metrics.recorder import MODEL_NAME
+from vllm_multilora.metrics.series_file import (
+    FileName,
+    Key,
+    UnreadableSeriesFileError,
+    parse_key,
+    read_series,
+)
+
+logger = logging.getLogger(__name__)
+
+_Labels = tuple[tuple[str, str], ...]
+_Values = dict[tuple[_Labels, Key], float]
+_cached_key = lru_cache(maxsize=65_536)(parse_key)
+
+
+class LoRACollector(Collector):
+    """The LoRA metrics of one engine (with data parallelism: of all its parts).
+
+    What was counted by a process that has ended still counts. What a gauge says holds only as long
+    as its process lives, and of two processes with the same role the younger one's holds.
+
+    A file that cannot be read is left out, and nothing raised here reaches the registry: whatever
+    is wrong with these metrics, the others are shown.
+    """
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._has_failed = False
+
+    def show(self, folder: Path) -> None:
+        """From now on shows the values in this folder, and no longer those in another."""
+        self._folder = folder
+
+    def describe(self) -> Iterable[Metric]:
+        """All metrics without values: the registry asks for their names."""
+        return [_empty(definition) for definition in ALL]
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics that have values."""
+        if self._folder is None:
+            return []
+        try:
+            return list(_merge(self._folder))
+        except Exception:
+            if not self._has_failed:
+                logger.exception("The LoRA metrics cannot be shown; the others are.")
+            self._has_failed = True
+            return []
+
+
+def _merge(folder: Path) -> Iterator[Metric]:
+    values: dict[str, _Values] = defaultdict(lambda: defaultdict(float))
+    files = sorted(_files(folder), key=lambda entry: entry[0].writer.started)
+    holders = {(name.role, name.engine): name for name, _ in files if not name.writer.is_dead()}
+    for name, path in files:
+        holds = holders.get((name.role, name.engine)) == name
+        labels: _Labels = ()
+        for key, value in _read(path):
+            if key[0] == MODEL_NAME:
+                engine = (("engine", name.engine),) if name.engine else ()
+                labels = ((MODEL_NAME, key[1]), *engine)
+            elif (definition := BY_NAME.get(key[0])) is not None and (definition.keeps or holds):
+                values[key[0]][labels, key[1:]] += value
+    for definition in ALL:
+        if definition.name in values:
+            yield _metric(definition, values[definition.name])
+
+
+def _files(folder: Path) -> Iterator[tuple[FileName, Path]]:
+    for path in folder.glob(f"*{FileName.SUFFIX}"):
+        try:
+            yield FileName.parse(path.name), path
+        except ValueError:
+            continue  # none of ours
+
+
+def _read(path: Path) -> list[tuple[Key, float]]:
+    try:
+        return [(_cached_key(key), value) for key, value in read_series(path)]
+    except FileNotFoundError:
+        return []  # the engine is ending
+    except (OSError, UnreadableSeriesFileError, ValueError) as error:
+        logger.warning("LoRA metrics of one process are left out: %s", error)
+        return []
+
+
+def _empty(definition: Definition) -> Metric:
+    # The library knows counters by their name without `_total`.
+    is_counter = definition.kind is Kind.COUNTER
+    name = definition.name.removesuffix("_total") if is_counter else definition.name
+    return Metric(name, definition.help, definition.kind.value)
+
+
+def _metric(definition: Definition, values: _Values) -> Metric:
+    metric = _empty(definition)
+    if definition.kind is Kind.HISTOGRAM:
+        _add_histograms(metric, definition, values)
+        return metric
+    for (common, own), value in sorted(values.items()):
+        if definition is INFO:
+            info = AdapterInfo.decode(value)
+            if info is not None:
+                labels = {**dict(common), "lora_name": own[0], **info.labels()}
+                metric.add_sample(definition.name, labels, 1.0)
+            continue
+        labels = {**dict(common), **dict(zip(definition.labels, own, strict=True))}
+        metric.add_sample(definition.name, labels, value)
+    return metric
+
+
+def _add_histograms(metric: Metric, definition: Definition, values: _Values) -> None:
+    own_labels = len(definition.labels)
+    series: dict[tuple[_Labels, Key], dict[str, float]] = defaultdict(dict)
+    for (common, key), value in sorted(values.items()):
+        series[common, key[:own_labels]][key[own_labels]] = value
+    for (common, own), parts in series.items():
+        labels = {**dict(common), **dict(zip(definition.labels, own, strict=True))}
+        count = 0.0
+        for bound in (*definition.buckets, float("inf")):
+            count += parts.get(repr(bound), 0.0)
+            bucket = {**labels, "le": floatToGoString(bound)}
+            metric.add_sample(f"{definition.name}_bucket", bucket, count)
+        metric.add_sample(f"{definition.name}_count", labels, count)
+        metric.add_sample(f"{definition.name}_sum", labels, parts.get("sum", 0.0))

@@ -1,0 +1,143 @@
+"""Counts and measures in one process, into its file."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from pathlib import Path
+
+from vllm_multilora.cache.process_stamps import ProcessStamp
+from vllm_multilora.metrics.definitions import Definition
+from vllm_multilora.metrics.names import BoundedNames
+from vllm_multilora.metrics.series_file import FileName, Key, SeriesFile, SeriesFileFullError
+
+logger = logging.getLogger(__name__)
+
+MODEL_NAME = "model_name"
+"""Key, followed by the name, under which a file tells what its series are labelled with."""
+
+_FIXED_BYTES = 1 << 16
+_BYTES_PER_ADAPTER = 6 * 256
+
+
+class Series:
+    """One number that can be added to or set; from any thread.
+
+    Args:
+        file: Where it is kept; None where there was no room.
+        cell: Its place there.
+    """
+
+    __slots__ = ("_cell", "_file", "_value")
+
+    def __init__(self, file: SeriesFile | None, cell: str) -> None:
+        self._file = file
+        self._cell = cell
+        self._value = 0.0
+
+    def inc(self, amount: float = 1.0) -> None:
+        """Adds to it."""
+        if (file := self._file) is not None:
+            with file.lock:
+                self._value += amount
+                file.write(self._cell, self._value)
+
+    def set(self, value: float) -> None:
+        """Replaces it."""
+        if (file := self._file) is not None:
+            with file.lock:
+                self._value = value
+                file.write(self._cell, value)
+
+
+class Histogram:
+    """Counts observations by bucket, and their sum; from any thread.
+
+    Args:
+        bounds: Upper bounds of the buckets but the last, ascending.
+        buckets: A series for each, and one for what is above.
+        total: The series of the sum.
+    """
+
+    __slots__ = ("_bounds", "_buckets", "_total")
+
+    def __init__(self, bounds: tuple[float, ...], buckets: list[Series], total: Series) -> None:
+        self._bounds = bounds
+        self._buckets = buckets
+        self._total = total
+
+    def observe(self, value: float) -> None:
+        """Counts an observation."""
+        self._buckets[bisect_left(self._bounds, value)].inc()
+        self._total.inc(value)
+
+
+class Recorder:
+    """The metrics of one process.
+
+    Args:
+        folder: The engine's; see `folder`.
+        role: What the process is, one word.
+        engine: vLLM's number of the engine; empty for a server.
+        model_name: The base model as it is served.
+        max_adapters: Most adapters with a label of their own.
+
+    Attributes:
+        names: The labels of adapters.
+
+    Raises:
+        OSError: The file cannot be made.
+    """
+
+    def __init__(
+        self, folder: Path, *, role: str, engine: str, model_name: str, max_adapters: int
+    ) -> None:
+        name = FileName(role, engine, ProcessStamp.own())
+        size = _FIXED_BYTES + (max_adapters + 1) * _BYTES_PER_ADAPTER
+        self.names = BoundedNames(max_adapters)
+        self._file = SeriesFile(folder / str(name), size)
+        self._series: dict[Key, Series] = {}
+        self._histograms: dict[Key, Histogram] = {}
+        self._is_full = False
+        self.series_at((MODEL_NAME, model_name))
+
+    def series(self, definition: Definition, *labels: str) -> Series:
+        """A counter's or gauge's series with these values of its labels; 0 if it is new."""
+        return self.series_at((definition.name, *labels))
+
+    def histogram(self, definition: Definition, *labels: str) -> Histogram:
+        """A histogram with these values of its labels."""
+        key = (definition.name, *labels)
+        histogram = self._histograms.get(key)
+        if histogram is None:
+            bounds = (*definition.buckets, float("inf"))
+            histogram = self._histograms[key] = Histogram(
+                definition.buckets,
+                [self.series_at((*key, repr(bound))) for bound in bounds],
+                self.series_at((*key, "sum")),
+            )
+        return histogram
+
+    def series_at(self, key: Key) -> Series:
+        """The series under a key."""
+        series = self._series.get(key)
+        if series is not None:
+            return series
+        with self._file.lock:
+            series = self._series.get(key)
+            if series is None:
+                series = self._series[key] = self._new_series(key)
+        return series
+
+    def _new_series(self, key: Key) -> Series:
+        try:
+            return Series(self._file, self._file.cell(key))
+        except SeriesFileFullError as error:
+            if not self._is_full:
+                logger.warning("Some LoRA metrics are missing from now on: %s.", error)
+            self._is_full = True
+            return Series(None, "")
+
+    def close(self) -> None:
+        """Ends recording; what was recorded stays."""
+        self._file.close()

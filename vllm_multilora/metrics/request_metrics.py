@@ -1,0 +1,66 @@
+"""What an engine core records of requests by adapter: accepted, unfinished, kept waiting."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from vllm_multilora.metrics import definitions as defined
+from vllm_multilora.metrics.recorder import Recorder
+
+
+class RequestMetrics:
+    """Follows requests from their arrival in the engine to their end; one thread.
+
+    Args:
+        recorder: Records.
+        clock: Seconds; only differences count.
+    """
+
+    def __init__(self, recorder: Recorder, clock: Callable[[], float] = time.monotonic) -> None:
+        self._recorder = recorder
+        self._clock = clock
+        self._unfinished: Counter[int] = Counter()
+        # Arrivals of requests whose adapter is not there yet.
+        self._waiting: dict[int, dict[str, float]] = {}
+        self._wait = recorder.histogram(defined.REQUEST_WAIT)
+        self._wanted = recorder.series(defined.WANTED)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """For each adapter that is waited for, one request that waits."""
+        return tuple(next(iter(requests)) for requests in self._waiting.values())
+
+    def accept(self, request_id: str, adapter_id: int, name: str, *, is_ready: bool) -> None:
+        """A request was taken in.
+
+        Args:
+            request_id: The request.
+            adapter_id: Its adapter.
+            name: The adapter's name.
+            is_ready: Whether the adapter is in host memory on every worker.
+        """
+        self._recorder.series(defined.REQUESTS, self._recorder.names.label(name)).inc()
+        self._unfinished[adapter_id] += 1
+        self._wanted.set(len(self._unfinished))
+        if is_ready:
+            self._wait.observe(0.0)
+        else:
+            self._waiting.setdefault(adapter_id, {})[request_id] = self._clock()
+
+    def settled(self, adapter_id: int) -> None:
+        """An adapter has arrived, or cannot be had: its requests have stopped waiting for it."""
+        now = self._clock()
+        for since in self._waiting.pop(adapter_id, {}).values():
+            self._wait.observe(now - since)
+
+    def finish(self, request_id: str, adapter_id: int) -> None:
+        """A request has ended, however."""
+        waiting = self._waiting.get(adapter_id)
+        if waiting is not None and waiting.pop(request_id, None) is not None and not waiting:
+            del self._waiting[adapter_id]
+        self._unfinished[adapter_id] -= 1
+        if self._unfinished[adapter_id] <= 0:
+            del self._unfinished[adapter_id]
+        self._wanted.set(len(self._unfinished))
