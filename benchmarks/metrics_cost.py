@@ -1,0 +1,207 @@
+"""What the LoRA metrics cost: microseconds a step, and throughput with them on and off.
+
+    python benchmarks/metrics_cost.py [--rounds 5] [--json FILE] [--no-engines]
+
+The first table times what is recorded, each in its own loop; minimum over repeats. `step` is all
+that a step of a running batch records; the rest happens when a request or an adapter comes or goes.
+`scrape` is what reading the files of an engine with 200 adapters takes of an API server.
+
+The second part starts two engines with the same settings, metrics on (`on`: vLLM's statistics,
+its own metrics among them, are on in both) and off, and times the same requests on each, turn by
+turn; reported are medians, and the medians of the ratios taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
+
+from vllm_multilora.cache import AdapterCache, CpuBudget
+from vllm_multilora.metrics import definitions as defined
+from vllm_multilora.metrics.adapter_info import AdapterInfo
+from vllm_multilora.metrics.collector import LoRACollector
+from vllm_multilora.metrics.recorder import Recorder
+from vllm_multilora.metrics.request_metrics import RequestMetrics
+from vllm_multilora.metrics.tier_metrics import TierMetrics
+
+ADAPTERS = 200
+RUNS = 1_000
+REPEATS = 100
+REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 16, 48
+RANKS = (8, 8, 16, 16, 32, 32, 64, 64)
+
+
+def microseconds(act: Callable[[], object], runs: int = RUNS) -> float:
+    """Least time of one call."""
+    return min(timeit.repeat(act, number=runs, repeat=REPEATS)) / runs * 1e6
+
+
+def recording_costs(folder: Path) -> dict[str, float]:
+    """Microseconds by what is recorded."""
+
+    def make(role: str) -> Recorder:
+        return Recorder(folder, role=role, engine="0", model_name="base", max_adapters=ADAPTERS)
+
+    names = {number: f"customer-{number}" for number in range(ADAPTERS)}
+    recorder = make("worker")
+    tiers = TierMetrics(recorder, names.get, lambda number: 16)
+    cache = AdapterCache(slots=16, budget=CpuBudget(adapters=ADAPTERS), events=tiers)
+    tiers.begin(cache, max_rank=64)
+    requests = RequestMetrics(make("engine"))
+    for number, name in names.items():
+        cache.register(number)
+        cache.start_loading(number)
+        tiers.read(name, 0.02)
+        cache.finish_loading(number, 1 << 20, evict=False)
+        recorder.series_at((defined.INFO.name, name)).set(AdapterInfo("cpu", 16, False).encode())
+        requests.accept(name, number, name, is_ready=True)
+        requests.finish(name, number)
+    tiers.settle(cache)
+
+    def step() -> None:
+        tiers.step(8)
+        tiers.settle(cache)
+
+    def request() -> None:
+        requests.accept("a request", 7, "customer-7", is_ready=True)
+        requests.finish("a request", 7)
+
+    def move() -> None:
+        tiers.copied(7, 0.005)
+        tiers.moved(7, cache.state(7))
+        tiers.settle(cache)
+
+    collector = LoRACollector()
+    collector.show(folder)
+    return {
+        "step": microseconds(step),
+        "request, from its arrival to its end": microseconds(request),
+        "adapter copied into a slot": microseconds(move),
+        f"scrape, {ADAPTERS} adapters": microseconds(lambda: list(collector.collect()), runs=3),
+    }
+
+
+def throughput(rounds: int) -> list[dict[str, float]]:
+    """Seconds for the same requests with metrics on and off, by round."""
+    from base_model import build_base_model
+    from cpu_throughput import fastest_dtype, write_random_adapter
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    model = build_base_model()
+    config = json.loads((model / "config.json").read_text())
+    numbers = random.Random(0)
+    prompts = [
+        {"prompt_token_ids": [numbers.randrange(1000, 40000) for _ in range(PROMPT_TOKENS)]}
+        for _ in range(REQUESTS)
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        adapters = [
+            LoRARequest(
+                f"adapter-{i}",
+                i + 1,
+                str(write_random_adapter(Path(scratch) / str(i), config, rank, seed=i)),
+            )
+            for i, rank in enumerate(RANKS)
+        ]
+        requests = [adapters[i % len(adapters)] for i in range(REQUESTS)]
+
+        def start(*, metrics: bool) -> LLM:
+            # Where there is no folder, nothing is recorded: as with --disable-log-stats, but with
+            # vLLM's own statistics the same on both sides.
+            from vllm_multilora.integration import metrics as integration
+
+            settings: dict[str, Any] = {
+                "dtype": fastest_dtype(),
+                "enforce_eager": True,
+                "max_model_len": 256,
+                "max_num_seqs": REQUESTS,
+                "enable_lora": True,
+                "max_loras": len(adapters),
+                "max_lora_rank": max(RANKS),
+                "disable_log_stats": False,
+            }
+            make_folder = integration.make_folder
+            if not metrics:
+                integration.make_folder = lambda vllm_config: None
+            try:
+                return LLM(str(model), **settings)
+            finally:
+                integration.make_folder = make_folder
+
+        # The one with metrics last: a process shows its newest engine's.
+        engines = {"off": start(metrics=False), "on": start(metrics=True)}
+
+        def seconds(name: str) -> float:
+            engine = engines[name]
+            engine.reset_prefix_cache()
+            begin = time.perf_counter()
+            engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
+            return time.perf_counter() - begin
+
+        for name in engines:
+            seconds(name)
+        found = []
+        for number in range(rounds):
+            order = list(engines) if number % 2 else list(reversed(engines))
+            found.append({name: seconds(name) for name in order})
+            print(f"round {number + 1}: {found[-1]}", flush=True)
+        counted = {
+            m.labels["lora_name"] for m in engines["on"].get_metrics() if "by_adapter" in m.name
+        }
+        assert len(counted) == len(adapters), "the engine that should record did not"
+        for engine in engines.values():
+            engine.llm_engine.engine_core.shutdown(timeout=30.0)
+        return found
+
+
+def main() -> None:
+    """Runs the benchmark and prints its tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of both engines")
+    parser.add_argument("--no-engines", action="store_true", help="time the recording alone")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        costs = recording_costs(Path(scratch))
+    print("| recorded | microseconds |\n|---|---|")
+    for what, cost in costs.items():
+        print(f"| {what} | {cost:.1f} |")
+    figures: dict[str, Any] = {"microseconds": costs}
+    if not options.no_engines:
+        rounds = throughput(options.rounds)
+        ratios = [r["on"] / r["off"] for r in rounds]
+        print("\n| metrics | output tokens/s |\n|---|---|")
+        for name in ("off", "on"):
+            median = statistics.median(r[name] for r in rounds)
+            print(f"| {name} | {REQUESTS * NEW_TOKENS / median:.0f} |")
+        print(
+            f"\ntime on / time off: median {statistics.median(ratios):.3f} "
+            f"(min {min(ratios):.3f}, max {max(ratios):.3f}, {len(ratios)} rounds)"
+        )
+        figures |= {"rounds": rounds, "ratios": ratios}
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

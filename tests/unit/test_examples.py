@@ -1,0 +1,142 @@
+"""The examples that no test runs: files are read, flags exist, links lead somewhere."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.flags import add_flags, merge_flags
+from vllm_multilora.routing.parsing import parse_routes
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MANIFESTS = sorted((EXAMPLES / "kubernetes").glob("*.yaml"))
+READMES = sorted(EXAMPLES.rglob("README.md"))
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+OBJECTS = [(path.name, found) for path in MANIFESTS for found in documents(path)]
+
+
+def settings_of(arguments: list[str]) -> MultiLoRAConfig:
+    """The plugin's settings in a command line of `vllm serve`.
+
+    Raises:
+        SystemExit: A `--multilora` flag does not exist or has a value that it does not take.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser)
+    known, others = parser.parse_known_args(arguments)
+    if wrong := [other for other in others if other.startswith("--multilora")]:
+        parser.error(f"no such flags: {wrong}")
+    engine_args = SimpleNamespace(additional_config={})
+    merge_flags(known, engine_args)
+    return MultiLoRAConfig.from_additional_config(engine_args.additional_config)
+
+
+def containers() -> list[dict[str, Any]]:
+    return [
+        container
+        for _, found in OBJECTS
+        if found["kind"] == "Deployment"
+        for container in found["spec"]["template"]["spec"]["containers"]
+    ]
+
+
+def test_the_manifests_use_current_apis() -> None:
+    apis = {(found["apiVersion"], found["kind"]) for _, found in OBJECTS}
+    assert apis == {
+        ("v1", "ConfigMap"),
+        ("v1", "PersistentVolumeClaim"),
+        ("v1", "Service"),
+        ("v1", "ServiceAccount"),
+        ("apps/v1", "Deployment"),
+        ("rbac.authorization.k8s.io/v1", "Role"),
+        ("rbac.authorization.k8s.io/v1", "RoleBinding"),
+        ("gateway.networking.k8s.io/v1", "Gateway"),
+        ("gateway.networking.k8s.io/v1", "HTTPRoute"),
+        ("inference.networking.k8s.io/v1", "InferencePool"),
+    }
+
+
+def test_the_manifests_name_each_other_s_objects() -> None:
+    names = {(found["kind"], found["metadata"]["name"]) for _, found in OBJECTS}
+    assert len(names) == len(OBJECTS)
+    pods = [found["spec"]["template"] for _, found in OBJECTS if found["kind"] == "Deployment"]
+    labels = [pod["metadata"]["labels"] for pod in pods]
+    for _, found in OBJECTS:
+        if found["kind"] in ("Service", "InferencePool", "Deployment"):
+            selector = found["spec"]["selector"]
+            assert any(
+                label.items() >= selector.get("matchLabels", selector).items() for label in labels
+            )
+        if found["kind"] == "InferencePool":
+            assert ("Service", found["spec"]["endpointPickerRef"]["name"]) in names
+        if found["kind"] == "HTTPRoute":
+            for rule in found["spec"]["rules"]:
+                for backend in rule["backendRefs"]:
+                    assert (backend["kind"], backend["name"]) in names
+    for pod in pods:
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        for volume in volumes.values():
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in names
+            if "persistentVolumeClaim" in volume:
+                claim = volume["persistentVolumeClaim"]["claimName"]
+                assert ("PersistentVolumeClaim", claim) in names
+        for container in pod["spec"]["containers"]:
+            assert volumes.keys() >= {mount["name"] for mount in container["volumeMounts"]}
+
+
+def test_what_the_config_maps_hold_is_yaml() -> None:
+    held = {
+        name: text
+        for _, found in OBJECTS
+        if found["kind"] == "ConfigMap"
+        for name, text in found["data"].items()
+    }
+    assert parse_routes("routes.yaml", held["routes.yaml"]).targets
+    picker = yaml.safe_load(held["config.yaml"])
+    plugins = {plugin["type"] for plugin in picker["plugins"]}
+    (profile,) = picker["schedulingProfiles"]
+    weights = {use["pluginRef"]: use.get("weight", 0) for use in profile["plugins"]}
+    assert weights.keys() <= plugins
+    assert max(weights, key=lambda name: weights[name]) == "lora-affinity-scorer"
+
+
+def test_the_manifests_flags_are_ones_that_the_plugin_takes() -> None:
+    (vllm,) = (container for container in containers() if container["name"] == "vllm")
+    settings = settings_of(vllm["args"])
+    mounts = tuple(mount["mountPath"] for mount in vllm["volumeMounts"])
+    assert settings.adapter_dir == ("/adapters",)
+    for path in (*settings.adapter_dir, settings.routes):
+        assert path.startswith(mounts)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_flags_and_links_of_the_descriptions_exist(path: Path) -> None:
+    text = path.read_text()
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "--multilora" in line:
+                settings_of(shlex.split(line, comments=True))
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_the_image_is_a_supported_vllm() -> None:
+    from vllm_multilora.integration.version import is_supported
+
+    dockerfile = (EXAMPLES / "docker" / "Dockerfile").read_text()
+    base = re.search(r"^FROM vllm/vllm-openai:v(\S+)", dockerfile, re.MULTILINE)
+    assert base is not None
+    assert is_supported(base[1])
