@@ -7,6 +7,7 @@ import pytest
 
 from vllm_multilora.cache.load_queue import LoadReport
 from vllm_multilora.cache.loader import BackgroundLoader
+from vllm_multilora.cache.thread_placement import NICENESS, step_aside
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
@@ -39,3 +40,18 @@ def test_loads_may_use_processors_that_the_process_is_not_bound_to() -> None:
     assert loader.close(10)
     assert seen == [{min(allowed)} | os.sched_getaffinity(os.getppid())]
     assert len(seen[0]) > 1
+
+
+def test_a_thread_that_steps_aside_yields_to_the_others() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    seen: list[int] = []
+
+    def run() -> None:
+        step_aside()
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [min(own + NICENESS, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
