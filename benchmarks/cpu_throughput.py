@@ -25,12 +25,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 100, 48
 RANKS = (8, 8, 16, 16, 32, 32, 64, 64)
@@ -82,6 +86,30 @@ def fastest_dtype() -> str:
     return "bfloat16" if "avx512_bf16" in flags or "bf16" in flags.split() else "float32"
 
 
+def random_prompts(tokens: int) -> list[dict[str, list[int]]]:
+    """The prompts of all requests, of that many tokens each; the same in every run."""
+    numbers = random.Random(0)
+    return [
+        {"prompt_token_ids": [numbers.randrange(1000, 40000) for _ in range(tokens)]}
+        for _ in range(REQUESTS)
+    ]
+
+
+def requested_adapters(folder: Path, model_config: dict) -> list[LoRARequest]:
+    """Each request's adapter, one of `RANKS` after the other; written into the folder."""
+    from vllm.lora.request import LoRARequest
+
+    adapters = [
+        LoRARequest(
+            f"adapter-{i}",
+            i + 1,
+            str(write_random_adapter(folder / str(i), model_config, rank, seed=i)),
+        )
+        for i, rank in enumerate(RANKS)
+    ]
+    return [adapters[i % len(adapters)] for i in range(REQUESTS)]
+
+
 def main() -> None:
     """Runs the benchmark and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,27 +121,14 @@ def main() -> None:
 
     from base_model import build_base_model
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
     model = build_base_model()
     config = json.loads((model / "config.json").read_text())
-    numbers = random.Random(0)
-    prompts = [
-        {"prompt_token_ids": [numbers.randrange(1000, 40000) for _ in range(PROMPT_TOKENS)]}
-        for _ in range(REQUESTS)
-    ]
+    prompts = random_prompts(PROMPT_TOKENS)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        adapters = [
-            LoRARequest(
-                f"adapter-{i}",
-                i + 1,
-                str(write_random_adapter(Path(scratch) / str(i), config, rank, seed=i)),
-            )
-            for i, rank in enumerate(RANKS)
-        ]
-        requests = [adapters[i % len(adapters)] for i in range(REQUESTS)]
+        requests = requested_adapters(Path(scratch), config)
 
         def start(lora: bool, **additional: dict) -> LLM:
             settings = {
@@ -127,7 +142,7 @@ def main() -> None:
             if lora:
                 settings |= {
                     "enable_lora": True,
-                    "max_loras": len(adapters),
+                    "max_loras": len(RANKS),
                     "max_lora_rank": MAX_RANK,
                 }
             return LLM(**settings)

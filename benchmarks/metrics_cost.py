@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 
+from cpu_throughput import (
+    MAX_RANK,
+    RANKS,
+    REQUESTS,
+    fastest_dtype,
+    random_prompts,
+    requested_adapters,
+)
+
 from vllm_multilora.cache import AdapterCache, CpuBudget
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.adapter_info import AdapterInfo
@@ -43,8 +51,7 @@ from vllm_multilora.metrics.tier_metrics import TierMetrics
 ADAPTERS = 200
 RUNS = 1_000
 REPEATS = 100
-REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 16, 48
-RANKS = (8, 8, 16, 16, 32, 32, 64, 64)
+PROMPT_TOKENS, NEW_TOKENS = 16, 48
 
 
 def microseconds(act: Callable[[], object], runs: int = RUNS) -> float:
@@ -100,29 +107,15 @@ def recording_costs(folder: Path) -> dict[str, float]:
 def throughput(rounds: int) -> list[dict[str, float]]:
     """Seconds for the same requests with metrics on and off, by round."""
     from base_model import build_base_model
-    from cpu_throughput import fastest_dtype, write_random_adapter
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
     model = build_base_model()
     config = json.loads((model / "config.json").read_text())
-    numbers = random.Random(0)
-    prompts = [
-        {"prompt_token_ids": [numbers.randrange(1000, 40000) for _ in range(PROMPT_TOKENS)]}
-        for _ in range(REQUESTS)
-    ]
+    prompts = random_prompts(PROMPT_TOKENS)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        adapters = [
-            LoRARequest(
-                f"adapter-{i}",
-                i + 1,
-                str(write_random_adapter(Path(scratch) / str(i), config, rank, seed=i)),
-            )
-            for i, rank in enumerate(RANKS)
-        ]
-        requests = [adapters[i % len(adapters)] for i in range(REQUESTS)]
+        requests = requested_adapters(Path(scratch), config)
 
         def start(*, metrics: bool) -> LLM:
             # Where there is no folder, nothing is recorded: as with --disable-log-stats, but with
@@ -135,8 +128,8 @@ def throughput(rounds: int) -> list[dict[str, float]]:
                 "max_model_len": 256,
                 "max_num_seqs": REQUESTS,
                 "enable_lora": True,
-                "max_loras": len(adapters),
-                "max_lora_rank": max(RANKS),
+                "max_loras": len(RANKS),
+                "max_lora_rank": MAX_RANK,
                 "disable_log_stats": False,
             }
             make_folder = integration.make_folder
@@ -167,7 +160,7 @@ def throughput(rounds: int) -> list[dict[str, float]]:
         counted = {
             m.labels["lora_name"] for m in engines["on"].get_metrics() if "by_adapter" in m.name
         }
-        assert len(counted) == len(adapters), "the engine that should record did not"
+        assert len(counted) == len(RANKS), "the engine that should record did not"
         for engine in engines.values():
             engine.llm_engine.engine_core.shutdown(timeout=30.0)
         return found

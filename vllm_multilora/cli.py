@@ -22,9 +22,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    # vLLM logs to standard output, where the table or the JSON belongs.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    _quieten_vllm()
     from vllm_multilora.integration.offline_layout import offline_layout
 
     return validate_command.run(
@@ -41,8 +39,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    _quieten_vllm()
 
     def costs_of(given: argparse.Namespace) -> BaseModel:
         from vllm_multilora.integration.offline_costs import offline_costs
@@ -64,6 +61,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         )
 
     return plan_command.run(arguments, costs_of)
+
+
+def _quieten_vllm() -> None:
+    """Called before vLLM is imported: it logs to standard output, where tables and JSON belong."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

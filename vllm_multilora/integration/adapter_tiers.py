@@ -7,7 +7,6 @@ the three in step. All methods are for the worker's main thread; `_report` runs 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -199,12 +198,10 @@ class AdapterTiers:
             if activation.displaced is not None:
                 self._say(Displaced(activation.displaced))
             self._copies.finish([activation.slot])
-            begin = time.perf_counter()
-            with gpu_sync_allowed():
+            with self._copies.timed(activation.adapter_id), gpu_sync_allowed():
                 self._slots.fill_slot(
                     activation.slot, activation.adapter_id, self.host[activation.adapter_id]
                 )
-            self._observer.copied(activation.adapter_id, time.perf_counter() - begin)
         if self._copies:
             self._copies.finish(map(self.cache.slot_of, adapter_ids))
         self._observer.settle()

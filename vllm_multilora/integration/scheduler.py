@@ -151,14 +151,13 @@ class AdapterAwareMixin:
         if self._gate is not None:
             self._gate.poll()
             self._note_arrivals(self._gate)
-        active = {
-            lora.lora_int_id
-            for lora in (request.lora_request for request in self.running)
-            if lora is not None and not self._is_pinned(lora)
+        running = {
+            r.lora_request.lora_int_id: r.lora_request for r in self.running if r.lora_request
         }
+        active = {lora_id for lora_id, lora in running.items() if not self._is_pinned(lora)}
         pins = len(self._pinned_names) + len(self._pinned_ids)
         self._turns.begin_step(active | self._placing, max(1, self._slots - pins))
-        self._running_ids = _adapters_of(self.running)
+        self._running_ids = frozenset(running)
         self._placing.clear()
         self._is_holding = False
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]

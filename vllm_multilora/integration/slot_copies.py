@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,9 +82,15 @@ class SlotCopies:
             error = future.exception()
             if error is not None and self._slots.lora_index_to_id[slot] == lora_id:
                 logger.error("Adapter %d is copied into its slot again", lora_id, exc_info=error)
-                begin = time.perf_counter()
-                self._slots.copy_weights(slot, adapter)
-                self._on_copied(lora_id, time.perf_counter() - begin)
+                with self.timed(lora_id):
+                    self._slots.copy_weights(slot, adapter)
+
+    @contextmanager
+    def timed(self, lora_id: int) -> Iterator[None]:
+        """Tells of the copy that is made in this block, unless it fails."""
+        begin = time.perf_counter()
+        yield
+        self._on_copied(lora_id, time.perf_counter() - begin)
 
     def release(self, adapters: list[HostAdapter]) -> None:
         """Gives host copies' memory back without keeping the caller: unmapping takes a while.
@@ -110,13 +117,12 @@ class SlotCopies:
         queued: Any,
         then: Callable[[], None],
     ) -> None:
-        begin = time.perf_counter()
         try:
-            if queued is None:
-                self._slots.copy_weights(slot, adapter, threads=1)
-            else:
-                self._copy_on_stream(slot, adapter, queued)
-            self._on_copied(lora_id, time.perf_counter() - begin)
+            with self.timed(lora_id):
+                if queued is None:
+                    self._slots.copy_weights(slot, adapter, threads=1)
+                else:
+                    self._copy_on_stream(slot, adapter, queued)
         finally:
             then()
 

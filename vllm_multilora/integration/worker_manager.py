@@ -40,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_PATH = "/not/a/real/path"
 
-RETRY_DELAY_S = 2.0
-"""How long a failed load answers for further requests: a broken adapter must not wear the disk."""
-
 
 class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     """Keeps adapters on disk, in host memory and in slots, as `AdapterCache` decides.
