@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.mmap_dict import MmapedDict, _read_all_values
 
 from vllm_multilora.cache.process_stamps import ProcessStamp
 
@@ -132,7 +132,9 @@ def read_series(path: Path) -> Iterator[tuple[str, float]]:
         UnreadableSeriesFileError: It is damaged.
     """
     try:
-        for key, value, _, _ in MmapedDict.read_all_values_from_file(str(path)):
+        # In one read, where the library's own way makes two: what is written in between would be
+        # in one part of the values and not in the other.
+        for key, value, _, _ in _read_all_values(path.read_bytes()):
             yield key, value
     except (RuntimeError, ValueError, IndexError, struct.error) as error:
         raise UnreadableSeriesFileError(f"{path}: {error}") from error
