@@ -68,6 +68,7 @@ bench-isolation: $(STAMP) ## what running streams notice of other customers' col
 bench-kernels: $(STAMP) ## the Triton kernels against vLLM's: time on a GPU, counted work without
 	$(BIN)/python -m multilora_kernels.bench
 	$(BIN)/python -m multilora_kernels.work
+	$(BIN)/python benchmarks/launch_cost.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,8 +9,9 @@ of the library `multilora`; outside it the backend is called directly, which sav
 dispatcher's time on every layer of every step.
 
 A batch in which nobody has an adapter launches no kernel. That is decided on the host as a call
-runs, so a graph that is captured with such a batch may be replayed with such batches only; one
-captured with adapters replays with any batch.
+runs. While a CUDA graph is being captured a call launches its kernels all the same, for the graph
+may be replayed with any batch; the plan knows better only if it was told that batches without
+adapters have graphs of their own (`BatchPlan.update`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from types import ModuleType
 import torch
 
 from multilora_kernels import native, torch_backend, triton_availability
-from multilora_kernels.plan import HEADER_INTS, PLAN_ROWS, PLAN_TOKENS, BatchPlan, PlanLayout
+from multilora_kernels.plan import (
+    HEADER_INTS,
+    PLAN_OWN_GRAPHS,
+    PLAN_ROWS,
+    PLAN_TOKENS,
+    BatchPlan,
+    PlanLayout,
+)
 
 BACKENDS = ("auto", "native", "torch", "triton", "triton-invariant")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -197,7 +205,8 @@ class PreparedLinear:
     """`lora_linear` for one layer: weights are checked and described once, then run per batch.
 
     What a serving engine calls in every layer of every step. An instance must not be run by
-    two threads at the same time.
+    two threads at the same time. On GPUs what a launch needs, beside a batch's own tensors, is
+    worked out once for each power of two of tokens and kept.
 
     Args:
         lora_a, lora_b, ranks, scale, add_inputs, backend: as for `lora_linear`. The tensors are
@@ -230,6 +239,12 @@ class PreparedLinear:
                 native.LINEAR, lora_a, lora_b, ranks, layout, scale=scale, overwrite=not add_inputs
             )
             self._run = call.run
+        elif backend.startswith("triton"):
+            self._run = (
+                _module(backend)
+                .prepare_linear(lora_a, lora_b, ranks, layout, scale, add_inputs)
+                .run
+            )
         else:
             module, kept = _module(backend), (tuple(lora_a), tuple(lora_b), ranks)
 
@@ -251,10 +266,10 @@ class PreparedLinear:
                 f"{self._width}] and a plan of {self._layout}; found {list(x.shape)}, "
                 f"{list(y.shape)} and {plan.layout}"
             )
-        if plan.rows or not plan.tokens:
+        if plan.rows or not (tokens := _tokens_to_skip(plan.host, y.device)):
             self._run(plan.buffer, x=x, y=y)
         elif not self._add_inputs:
-            y[: plan.tokens, : self._width].zero_()
+            y[:tokens, : self._width].zero_()
 
 
 def column_major(lora_b: torch.Tensor) -> torch.Tensor:
@@ -333,14 +348,21 @@ def _check_activations(**tensors: torch.Tensor) -> None:
         rows = tensor.size(0)
 
 
-def _tokens_without_adapter(plan: torch.Tensor) -> int:
-    """The batch's tokens if none of them has an adapter, else 0; of a plan on the host.
+def _tokens_to_skip(plan: torch.Tensor, device: torch.device) -> int:
+    """The batch's tokens if no kernel has to be launched for them, else 0; of a plan on the host.
 
     A plan that was never filled has no tokens. It counts as one with adapters: whoever captures
     a graph before the first batch does not know yet what will come.
     """
     header = plan[:HEADER_INTS].tolist()
-    return 0 if header[PLAN_ROWS] else header[PLAN_TOKENS]
+    if header[PLAN_ROWS] or (not header[PLAN_OWN_GRAPHS] and _is_capturing(device)):
+        return 0
+    return header[PLAN_TOKENS]
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph; asks the driver on GPUs only."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _fields(layout: PlanLayout) -> tuple[int, int, int]:
@@ -381,7 +403,7 @@ def _linear_op(
     add_inputs: bool,
     backend: str,
 ) -> None:
-    if tokens := _tokens_without_adapter(host_plan):
+    if tokens := _tokens_to_skip(host_plan, y.device):
         if not add_inputs:
             _zero_span(y, tokens, offset, lora_b)
         return
@@ -404,7 +426,7 @@ def _shrink_op(
     scale: float,
     backend: str,
 ) -> None:
-    if tokens := _tokens_without_adapter(host_plan):
+    if tokens := _tokens_to_skip(host_plan, h.device):
         h[:, :tokens].zero_()
         return
     layout = _layout(max_tokens, max_loras, tile_rows)
@@ -425,7 +447,7 @@ def _expand_op(
     add_inputs: bool,
     backend: str,
 ) -> None:
-    if tokens := _tokens_without_adapter(host_plan):
+    if tokens := _tokens_to_skip(host_plan, y.device):
         if not add_inputs:
             _zero_span(y, tokens, offset, lora_b)
         return

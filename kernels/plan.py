@@ -15,13 +15,13 @@ The header also holds the rows of the longest tile: kernels whose blocks are sho
 
 Everything lives in one int32 buffer whose shape depends only on `PlanLayout` (the largest
 token count, the number of slots, the tile size), never on the batch. On an accelerator one
-asynchronous copy brings it over; compiled code and captured graphs keep reading the same
-addresses, step after step.
+asynchronous copy brings it over, from a host buffer that is not the last step's (`staging`);
+compiled code and captured graphs keep reading the same addresses, step after step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,9 +29,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from multilora_kernels.staging import CopyEvent, StagingRing
+
 HEADER_INTS = 16
 """Length of the header; `PLAN_*` index it. `native/segment_gemm.c` reads the same fields."""
-PLAN_TOKENS, PLAN_ROWS, PLAN_RUNS, PLAN_TILES, PLAN_LONGEST = range(5)
+PLAN_TOKENS, PLAN_ROWS, PLAN_RUNS, PLAN_TILES, PLAN_LONGEST, PLAN_OWN_GRAPHS = range(6)
 
 DEFAULT_TILE_ROWS = 32
 
@@ -94,21 +96,33 @@ class PlanLayout:
 class BatchPlan:
     """A step's plan in one int32 buffer that keeps its address from step to step.
 
+    Args:
+        layout: Where the parts of the buffer lie.
+        device: Where the kernels run.
+        make_event: See `StagingRing`.
+
     Attributes:
         layout: Where the parts of the buffer lie.
         buffer: int32 tensor of shape [layout.size] on the device the kernels run on.
+        host: int32 tensor in host memory that begins with the same header; keeps its address too,
+            because compiled code holds on to it.
     """
 
-    def __init__(self, layout: PlanLayout, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: PlanLayout,
+        device: torch.device | str = "cpu",
+        *,
+        make_event: Callable[[], CopyEvent] | None = None,
+    ) -> None:
         self.layout = layout
-        device = torch.device(device)
-        self.host = torch.zeros(layout.size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.buffer = self.host if device.type == "cpu" else self.host.to(device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._ints = self.host.numpy()
-        self._tile_slot = self._ints[layout.tile_slot]
-        self._tile_start = self._ints[layout.tile_start]
-        self._tile_length = self._ints[layout.tile_length]
+        self.buffer = torch.zeros(layout.size, dtype=torch.int32, device=device)
+        self._staging: StagingRing | None = None
+        self.host = self.buffer
+        if self.buffer.device.type != "cpu":
+            self.host = torch.zeros(HEADER_INTS, dtype=torch.int32)
+            self._staging = StagingRing(self.buffer, make_event)
+        self._header = self.host.numpy()
         self._arange = np.arange(layout.max_tiles, dtype=np.int32)
 
     @classmethod
@@ -136,7 +150,7 @@ class BatchPlan:
         plan.update(slots)
         return plan
 
-    def update(self, token_slots: npt.NDArray[np.integer]) -> None:
+    def update(self, token_slots: npt.NDArray[np.integer], *, own_graphs: bool = False) -> None:
         """Replaces the plan's contents by those for a new batch.
 
         A stable radix sort and a few vector operations; no loop over tokens.
@@ -144,11 +158,14 @@ class BatchPlan:
         Args:
             token_slots: The adapter slot of each token, integers of shape [tokens], tokens at
                 most `layout.max_tokens`; -1 for a token without adapter.
+            own_graphs: Whether batches without adapters have CUDA graphs of their own: should
+                this be such a batch, and a graph be captured with it, then no kernel needs to be
+                in it. Without this word a captured graph holds all kernels.
 
         Raises:
             ValueError: The shape or a slot is out of bounds. The plan is then unchanged.
         """
-        layout, ints = self.layout, self._ints
+        layout = self.layout
         if token_slots.ndim != 1 or len(token_slots) > layout.max_tokens:
             raise ValueError(
                 f"token_slots must have shape [tokens] with at most {layout.max_tokens} tokens, "
@@ -163,26 +180,25 @@ class BatchPlan:
                 f"token slots must be between -1 and {layout.max_loras - 1}, got "
                 f"{token_slots.min()} to {token_slots.max()}"
             )
-        if self._copied is not None:
-            # The host may be a step ahead of the device: the last contents must have left first.
-            self._copied.synchronize()
+        ints = self._header if self._staging is None else self._staging.open()
         rows = tokens - int(counts[0])
         if rows:
             by_slot = keys.argsort(kind="stable")
             base = layout.order.start
             ints[base : base + rows] = by_slot[tokens - rows :]
             ints[base + rows : base + tokens] = by_slot[: tokens - rows]
-            runs, tiles, longest = self._write_tiles(counts[1:])
+            runs, tiles, longest = self._write_tiles(ints, counts[1:])
         else:
             ints[layout.order][:tokens] = np.arange(tokens, dtype=np.int32)
             runs = tiles = longest = 0
-        ints[:5] = (tokens, rows, runs, tiles, longest)
-        if self.buffer is not self.host:
-            self.buffer.copy_(self.host, non_blocking=True)
-            if self._copied is not None:
-                self._copied.record()
+        ints[:6] = (tokens, rows, runs, tiles, longest, own_graphs)
+        if self._staging is not None:
+            self._header[:] = ints[:HEADER_INTS]
+            self._staging.send(layout.size)
 
-    def _write_tiles(self, rows_per_slot: npt.NDArray[np.intp]) -> tuple[int, int, int]:
+    def _write_tiles(
+        self, ints: npt.NDArray[np.int32], rows_per_slot: npt.NDArray[np.intp]
+    ) -> tuple[int, int, int]:
         size = self.layout.tile_rows
         slots = rows_per_slot.nonzero()[0]
         lengths = rows_per_slot[slots]
@@ -197,30 +213,35 @@ class BatchPlan:
             slots = slots.repeat(per_run)
             lengths = np.minimum(lengths.repeat(per_run) - within * size, size)
             starts = starts.repeat(per_run) + within * size
-        self._tile_slot[:tiles] = slots
-        self._tile_start[:tiles] = starts
-        self._tile_length[:tiles] = lengths
+        ints[self.layout.tile_slot][:tiles] = slots
+        ints[self.layout.tile_start][:tiles] = starts
+        ints[self.layout.tile_length][:tiles] = lengths
         return runs, tiles, min(longest, size)
 
     @property
     def tokens(self) -> int:
         """Tokens in the batch, with and without adapter."""
-        return int(self._ints[PLAN_TOKENS])
+        return int(self._header[PLAN_TOKENS])
 
     @property
     def rows(self) -> int:
         """Tokens with an adapter."""
-        return int(self._ints[PLAN_ROWS])
+        return int(self._header[PLAN_ROWS])
 
     @property
     def runs(self) -> int:
         """Active adapters."""
-        return int(self._ints[PLAN_RUNS])
+        return int(self._header[PLAN_RUNS])
 
     @property
     def tiles(self) -> int:
         """Tiles over all runs."""
-        return int(self._ints[PLAN_TILES])
+        return int(self._header[PLAN_TILES])
+
+    @property
+    def own_graphs(self) -> bool:
+        """What `update` was told."""
+        return bool(self._header[PLAN_OWN_GRAPHS])
 
 
 def _count(keys: npt.NDArray[np.int16], max_loras: int) -> npt.NDArray[np.intp] | None:

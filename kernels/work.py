@@ -47,10 +47,14 @@ CASES: dict[str, BatchSpec] = {
     "decode, 8 of 64 slots": BatchSpec(_O, 16, "distinct", "mixed", max_loras=64, active=8),
     "decode, rank 64": BatchSpec(_O, 8, "distinct", 64, max_loras=8),
     "prefill, mixed ranks": BatchSpec(_O, 256, "distinct", "mixed", max_loras=4, run_length=64),
+    "prefill, mixed ranks, qkv": BatchSpec(
+        _QKV, 1088, "distinct", "mixed", max_loras=4, run_length=272
+    ),
     "no adapter": BatchSpec(_O, 16, "distinct", "mixed", max_loras=16, active=0),
 }
-"""Layers at their full size. The batches are small, for the interpreter takes milliseconds for a
-program: with more tokens and adapters all counts grow."""
+"""Layers at their full size. Most batches are small, for the interpreter takes milliseconds for a
+program: with more tokens and adapters all counts grow. The longest is one that fills the device
+without cutting K."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The Triton backend, for CUDA and ROCm devices and, in Triton's interpreter, for CPU tensors.
 
 `shrink`, `expand` and `combine` hold one kernel each beside its launcher, `product` puts them
-together; `README.md` explains them. Nothing here reads device memory on the host.
+together, `prepared` keeps them for a layer; `README.md` explains them. Nothing here reads device
+memory on the host.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import expand_kernel
 from multilora_kernels.triton.launch import Batch, device_facts
+from multilora_kernels.triton.prepared import PreparedLaunches
 from multilora_kernels.triton.product import expand_launch, shrink_launch
+from multilora_kernels.triton.shrink import kept_type
 
 INTERPRETED = isinstance(expand_kernel, InterpretedFunction)
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this was imported."""
 
-__all__ = ["INTERPRETED", "lora_expand", "lora_linear", "lora_shrink"]
+__all__ = ["INTERPRETED", "lora_expand", "lora_linear", "lora_shrink", "prepare_linear"]
 
 
 def lora_linear(
@@ -40,9 +43,25 @@ def lora_linear(
     if not x.size(0):
         return
     batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
-    planes, launch = shrink_launch(x, lora_a, batch, scale)
+    planes, launch = shrink_launch(x, lora_a, batch, scale, kept_type(y, lora_b))
     launch.run()
     expand_launch(y, planes, lora_b, batch, offset, add_inputs, after_shrink=True).run()
+
+
+def prepare_linear(
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    add_inputs: bool,
+    batch_invariant: bool = False,
+) -> PreparedLaunches:
+    """See `multilora_kernels.PreparedLinear`; arguments are valid."""
+    facts = device_facts(ranks.device)
+    return PreparedLaunches(
+        lora_a, lora_b, ranks, layout, scale, add_inputs, facts, batch_invariant=batch_invariant
+    )
 
 
 def lora_shrink(
@@ -59,7 +78,7 @@ def lora_shrink(
     if not x.size(0):
         return
     batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
-    planes, launch = shrink_launch(x, lora_a, batch, scale)
+    planes, launch = shrink_launch(x, lora_a, batch, scale, h.dtype)
     launch.run()
     prepare_combine(h, planes, batch).run()
 

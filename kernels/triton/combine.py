@@ -7,7 +7,7 @@ same bits: the same order, the same rounding.
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ import triton.language as tl
 from multilora_kernels.configs.defaults import SHORT_BATCH
 from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.triton.launch import Batch, Launch, launch_options
-from multilora_kernels.triton.tiles import base_rows, count_parts, load_part, load_tokens, round_up
+from multilora_kernels.triton.tiles import (
+    base_rows,
+    count_parts,
+    load_part,
+    load_tokens,
+    round_up,
+    store_grain,
+)
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 16, 64, 4
 
@@ -35,7 +42,7 @@ def pays_before_expand(planes: torch.Tensor, column_blocks: int, kept: torch.dty
     launches: the fewer its bytes, the more a launch counts.
 
     Args:
-        planes: of shape [parts of K, slices, T, R], float32.
+        planes: of shape [parts of K, slices, T, R].
         column_blocks: Blocks of columns of all slices, each of which reads its slice's h.
         kept: The type that the sum would be kept in.
     """
@@ -57,9 +64,10 @@ def prepare_combine(
         planes: what `shrink`, launched just before, returned.
         batch: The batch.
         zeros: Whether to write zeros for every other token of the plan and past a token's rank.
-            If not, nothing is written there.
+            If not, nothing is written for other tokens, nor past the 16 bytes in which a rank ends.
     """
     split_k, slices, tokens, max_rank = planes.shape
+    grain = store_grain(h)
     programs = slices * triton.cdiv(max_rank, BLOCK_N)
     return Launch(
         combine_kernel,
@@ -67,13 +75,14 @@ def prepare_combine(
         {
             "h": h,
             "planes": planes,
-            "h_slice": h.stride(0),
-            "h_row": h.stride(1),
+            "h_slice": h.stride(0) // grain,
+            "h_row": h.stride(1) // grain,
             **batch.arguments(tokens),
         },
         {
             "SLICES": slices,
             "R": max_rank,
+            "GRAIN": grain,
             "SPLIT_K": split_k,
             "BLOCK_M": BLOCK_M,
             "BLOCK_N": BLOCK_N,
@@ -85,24 +94,25 @@ def prepare_combine(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "tile_slot", "max_tiles", "h_slice"],
+    do_not_specialize=["tokens", "tile_slot", "max_tiles", "h_slice", "h_row"],
     # A layer's ranks are some rows of a table: where they begin must not make another kernel.
     do_not_specialize_on_alignment=["ranks"],
 )
 def combine_kernel(
     h,  # [slices, tokens, R]
-    planes,  # float32 [SPLIT_K, slices, tokens, R]
+    planes,  # [SPLIT_K, slices, tokens, R]
     ranks,  # int32 [slices, slots]
     plan,
     tokens,
     tile_slot,
     max_tiles,
-    h_slice,
-    h_row,
+    h_slice,  # in units of GRAIN elements
+    h_row,  # likewise: so the compiler sees rows that begin where a wide store may
     ranks_slice,
     ranks_slot,
     SLICES: tl.constexpr,
     R: tl.constexpr,
+    GRAIN: tl.constexpr,  # ranks that a wide store covers
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -116,7 +126,8 @@ def combine_kernel(
     slice_id = tl.program_id(0) // tl.cdiv(R, BLOCK_N)
     column = tl.program_id(0) % tl.cdiv(R, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < R
-    h += slice_id * h_slice.to(tl.int64) + column
+    h += slice_id * h_slice.to(tl.int64) * GRAIN + column
+    H_GRAIN: tl.constexpr = 128 // planes.dtype.element_ty.primitive_bitwidth
     tiles, parts = count_parts(plan, BLOCK_M)
     for part in tl.range(tl.program_id(1), parts, tl.num_programs(1), num_stages=1):
         slot, start, rows = load_part(plan, part, tiles, tile_slot, max_tiles, BLOCK_M)
@@ -125,16 +136,16 @@ def combine_kernel(
             token, live = load_tokens(plan, start, rows, tokens, BLOCK_M)
             row = planes + (slice_id.to(tl.int64) * tokens + token) * R
             at = row[:, None] + column[None, :]
-            loaded = column < round_up(rank, 4 if R % 4 == 0 else 1)
+            loaded = column < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1)
             computed = live[:, None] & loaded[None, :]
-            total = tl.load(at, mask=computed, other=0.0)
+            total = tl.load(at, mask=computed, other=0.0).to(tl.float32)
             for _ in tl.range(1, SPLIT_K, num_stages=1):
                 at += tokens.to(tl.int64) * (SLICES * R)
                 total += tl.load(at, mask=computed, other=0.0)
             total = tl.where(column[None, :] < rank, total, 0.0)
-            written = inside if ZEROS else column < rank
+            written = inside if ZEROS else column < round_up(rank, GRAIN)
             tl.store(
-                h[None, :] + (token * h_row)[:, None],
+                h[None, :] + (token * h_row * GRAIN)[:, None],
                 total.to(h.dtype.element_ty),
                 mask=live[:, None] & written[None, :],
             )
@@ -145,7 +156,7 @@ def combine_kernel(
         ):
             token, live = load_tokens(plan, first + done, count - done, tokens, BLOCK_M)
             tl.store(
-                h[None, :] + (token * h_row)[:, None],
+                h[None, :] + (token * h_row * GRAIN)[:, None],
                 tl.zeros((BLOCK_M, BLOCK_N), dtype=h.dtype.element_ty),
                 mask=live[:, None] & inside[None, :],
             )

@@ -2,8 +2,8 @@
 
 The grid's first axis runs over the column blocks of all slices, one slice after the other, so a
 narrow slice (k and v under grouped-query attention) brings only the blocks that it has. A program
-adds up the planes of `h` from the split product, always in the same order, on its way; in a long
-batch `combine` has done so before, since all column blocks need the same sum.
+adds up the planes of `h` from a split product, always in the same order, on its way; in a long
+batch `combine` may have done so before, since all column blocks need the same sum.
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
@@ -21,6 +21,7 @@ import triton.language as tl
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
 from multilora_kernels.triton.combine import pays_before_expand, prepare_combine
 from multilora_kernels.triton.launch import Batch, Launch, launch_options
+from multilora_kernels.triton.shrink import kept_type
 from multilora_kernels.triton.tiles import (
     base_rows,
     count_parts,
@@ -64,8 +65,7 @@ def prepare_expand(
     programs = sum(triton.cdiv(width, config.block_n) for width in widths)
     pdl = batch.facts.pdl and after_shrink
     before = None
-    # The type that h is multiplied in.
-    kept = y.dtype if y.dtype == lora_b[0].dtype else planes.dtype
+    kept = kept_type(y, lora_b)
     if after_shrink and pays_before_expand(planes, programs, kept):
         h = torch.empty(planes.shape[1:], dtype=kept, device=planes.device)
         before = prepare_combine(h, planes, batch, zeros=False)

@@ -14,13 +14,17 @@ from multilora_kernels.triton.shrink import prepare_shrink
 
 
 def shrink_launch(
-    x: torch.Tensor, lora_a: Sequence[torch.Tensor], batch: Batch, scale: float
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    batch: Batch,
+    scale: float,
+    kept: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, Launch]:
     """The first half; see `prepare_shrink`."""
     width, max_rank = lora_a[0].size(-1), lora_a[0].size(-2)
     workload = _workload(x, lora_a, width, max_rank, batch)
     config = choose_shrink(workload, batch_invariant=batch.batch_invariant)
-    return prepare_shrink(x, lora_a, batch, scale, config)
+    return prepare_shrink(x, lora_a, batch, scale, config, kept)
 
 
 def expand_launch(

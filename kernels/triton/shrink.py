@@ -2,8 +2,9 @@
 
 A program owns (slice, block of ranks, part of K) and walks over its share of the batch's tiles.
 The product over one part of K goes to that part's own plane of `h`, so programs never add to
-the same place: no atomics, nothing to zero, the same sum in the same order every time. Only the
-columns below a slot's rank are written, and only they are read later.
+the same place: no atomics, nothing to zero, the same sum in the same order every time. Where K
+is not cut, the one plane is `h` itself, and already has the type that B is multiplied in. Only
+the columns below a slot's rank count; what else is written ends the 16 bytes of a store.
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
@@ -20,7 +21,14 @@ import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ShrinkConfig
 from multilora_kernels.triton.launch import Batch, Launch, launch_options
-from multilora_kernels.triton.tiles import count_parts, dot, load_part, load_tokens
+from multilora_kernels.triton.tiles import (
+    count_parts,
+    dot,
+    load_part,
+    load_tokens,
+    round_up,
+    store_grain,
+)
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
 
@@ -31,12 +39,23 @@ def prepare_shrink(
     batch: Batch,
     scale: float,
     config: ShrinkConfig,
+    kept: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, Launch]:
     """The launch for all slices, to be run, and the memory that it writes.
 
+    Args:
+        x: of shape [T, K].
+        lora_a: As for `multilora_kernels.lora_shrink`.
+        batch: The batch.
+        scale: Factor of every product.
+        config: The blocks.
+        kept: The type that h will be rounded to in any case. None: x's, if lora_a has it too, or
+            float32; that is right where y has x's type and lora_b has lora_a's.
+
     Returns:
-        float32 of shape [parts of K, slices, T, R]; the sum over the first dimension is h. What
-        lies past a token's rank, and the rows of tokens without adapter, are never written.
+        of shape [parts of K, slices, T, R]: h itself in the type `kept` if there is one part, or
+        else float32, and the sum over the first dimension is h. What lies past a token's rank is
+        undefined; the rows of tokens without adapter are never written.
     """
     tokens, k = x.shape
     max_rank = lora_a[0].size(-2)
@@ -45,9 +64,11 @@ def prepare_shrink(
     blocks = triton.cdiv(k, config.block_k)
     chunk = triton.cdiv(blocks, min(config.split_k, blocks))
     split_k = triton.cdiv(blocks, chunk)
-    planes = torch.empty(
-        split_k, len(lora_a), tokens, max_rank, dtype=torch.float32, device=x.device
-    )
+    if kept is None:
+        kept = kept_type(x, lora_a)
+    # Parts are added up before they are rounded.
+    dtype = kept if split_k == 1 else torch.float32
+    planes = torch.empty(split_k, len(lora_a), tokens, max_rank, dtype=dtype, device=x.device)
     programs = split_k * len(lora_a) * triton.cdiv(max_rank, config.block_r)
     launch = Launch(
         shrink_kernel,
@@ -65,6 +86,7 @@ def prepare_shrink(
             "A_ROW": tuple(a.stride(-2) for a in lora_a),
             "K": k,
             "R": max_rank,
+            "GRAIN": store_grain(planes),
             "BLOCK_M": block_m,
             "BLOCK_R": config.block_r,
             "BLOCK_K": config.block_k,
@@ -77,13 +99,19 @@ def prepare_shrink(
     return planes, launch
 
 
+def kept_type(activations: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.dtype:
+    """The type that h is multiplied by B in: the one of y and B, or float32 if they differ."""
+    own = activations.dtype
+    return own if own == weights[0].dtype else torch.float32
+
+
 @triton.jit(
     do_not_specialize=["tokens", "tile_slot", "max_tiles"],
     # A layer's ranks are some rows of a table: where they begin must not make another kernel.
     do_not_specialize_on_alignment=["ranks"],
 )
 def shrink_kernel(
-    planes,  # float32 [SPLIT_K, slices, tokens, R]
+    planes,  # [SPLIT_K, slices, tokens, R]
     x,  # [tokens, K]
     a_slices,  # per slice [slots, R, K]
     ranks,  # int32 [slices, slots]
@@ -99,6 +127,7 @@ def shrink_kernel(
     A_ROW: tl.constexpr,  # per slice, elements from row to row
     K: tl.constexpr,
     R: tl.constexpr,
+    GRAIN: tl.constexpr,  # ranks that a wide store covers
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,6 +175,7 @@ def shrink_kernel(
                         split * CHUNK,
                         scale,
                         K,
+                        GRAIN,
                         BLOCK_M,
                         BLOCK_R >> halvings,
                         BLOCK_K,
@@ -165,6 +195,7 @@ def _shrink_block(
     first_k,
     scale,
     K: tl.constexpr,
+    GRAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -188,5 +219,6 @@ def _shrink_block(
             xs = tl.load(x_block + done, mask=x_mask, other=0.0)
             weights = tl.load(a_block + done, mask=a_mask, other=0.0)
             product = dot(xs, weights, product)
-        mask = live[:, None] & (r[None, :] < width)
-        tl.store(h[:, None] + r[None, :], product * scale, mask=mask)
+        # Past the width the product is zero, or NaN in a row of x that has one.
+        mask = live[:, None] & (r < round_up(width, GRAIN))[None, :]
+        tl.store(h[:, None] + r[None, :], (product * scale).to(h.dtype.element_ty), mask=mask)

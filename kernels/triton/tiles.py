@@ -12,6 +12,7 @@ so where no adapter has more than `BLOCK_M` tokens there are no second parts to 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,6 +24,17 @@ _ROWS = tl.constexpr(PLAN_ROWS)
 _TILES = tl.constexpr(PLAN_TILES)
 _TOKENS = tl.constexpr(PLAN_TOKENS)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def store_grain(h: torch.Tensor) -> int:
+    """Ranks that a 16-byte store to h covers; 1 where its rows are not laid out for such stores.
+
+    Args:
+        h: of shape [..., slices, T, R], with contiguous rows.
+    """
+    elements = 16 // h.element_size()
+    steps = h.size(-1), h.stride(-2), h.stride(-3)
+    return elements if all(step % elements == 0 for step in steps) else 1
 
 
 @triton.jit
@@ -65,10 +77,10 @@ def base_rows(plan):
 
 @triton.jit
 def round_up(rank, GRAIN: tl.constexpr):
-    """The rank as a load mask sees it: up to the next multiple of `GRAIN`.
+    """The rank as a mask sees it: up to the next multiple of `GRAIN`.
 
-    A mask that may end at any column would break every 16-byte load into single elements. So
-    loads go on to the end of the 16 bytes, inside the row, and the caller drops the excess.
+    A mask that may end at any column would break every 16-byte load or store into single elements.
+    So they go on to the end of the 16 bytes, inside the row, and who reads drops the excess.
     """
     return tl.cdiv(rank, GRAIN) * GRAIN
 

@@ -168,6 +168,7 @@ def test_a_layer_reads_its_true_ranks_and_nothing_more(batch):
     [
         ("decode, rank 64", 2),
         ("prefill, mixed ranks", 3),
+        pytest.param("prefill, mixed ranks, qkv", 2, marks=pytest.mark.slow),
         pytest.param("decode, 8 of 64 slots", 2, marks=pytest.mark.slow),
     ],
 )
@@ -180,6 +181,18 @@ def test_what_lies_between_the_halves_is_a_small_part_of_the_traffic(case, launc
     required = work.required_weight_bytes(batch) + batch.x.nbytes + 2 * y_bytes
     assert 0 < own.loaded + own.stored <= 0.15 * required
     assert len(counted.launches) == launches
+
+
+@interpreted
+def test_a_prefill_that_does_not_cut_k_is_two_launches_with_16_bits_between_them():
+    """Many column blocks read h, at the highest rank: float32 planes would be summed beforehand."""
+    layer = Layer("wide", 128, (4096,))
+    spec = BatchSpec(layer, 512, "distinct", 16, max_loras=4, max_rank=512, run_length=128)
+    counted = work.count_contender(Multilora(), build(spec, dtype=work.DTYPE)).work
+    assert [launch.kernel for launch in counted.launches] == ["shrink_kernel", "expand_kernel"]
+    own, column_blocks = counted.traffic["intermediate"], 4096 // 128
+    assert own.stored == 512 * 16 * 2
+    assert own.loaded == column_blocks * own.stored
 
 
 @interpreted

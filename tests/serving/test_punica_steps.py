@@ -121,6 +121,23 @@ def test_a_step_is_asynchronous_copies_and_nothing_else(kinds, copies, mapping):
         assert traffic.seen == [COPY] * copies
 
 
+@pytest.mark.parametrize(
+    ("lengths", "sampled", "copies"),
+    [([1, 1, 1], 3, 1), ([2, 1, 3], 3, 2)],
+    ids=["decode", "prefill"],
+)
+def test_an_output_layer_costs_a_copy_where_it_gets_other_rows_than_the_step(
+    lengths, sampled, copies
+):
+    wrapper = make_wrapper("meta", "triton")
+    wrapper.adopt_layers([layer(LINEAR), layer(LOGITS)])
+    with Traffic() as traffic:
+        step(wrapper, lengths, [9, 0, 5])
+        for _ in range(2):  # layers of one step share it
+            wrapper.output_rows.plan(torch.empty(sampled, 4))
+    assert traffic.seen == [COPY] * copies
+
+
 def test_a_step_before_the_layers_are_known_prepares_for_all_of_them():
     wrapper = make_wrapper("meta", "triton")
     with Traffic() as traffic:
@@ -144,24 +161,98 @@ def test_buffers_keep_their_addresses_for_captured_graphs():
         assert own._embeddings_indices.data_ptr() == before[1]
 
 
-def test_values_are_staged_only_after_the_last_ones_have_left():
-    """The host may run a step ahead: it must not overwrite what is still being copied."""
+def test_rows_are_staged_in_turn():
+    """The host may run steps ahead: it waits for the copy from a buffer that it uses again."""
+    from multilora_kernels.staging import BUFFERS
     from vllm_multilora.integration.staged_rows import StagedRows
 
-    rows = StagedRows(4, "meta")
-    log: list[Any] = []
-    rows._copied = SimpleNamespace(
-        synchronize=lambda: log.append(("wait", rows._host.tolist())),
-        record=lambda: log.append(("copied", rows._host.tolist())),
+    log: list[str] = []
+
+    def make_event() -> SimpleNamespace:
+        name = f"buffer {len(log)}"
+        log.append(name)
+        return SimpleNamespace(
+            synchronize=lambda: log.append(f"wait for {name}"),
+            record=lambda: log.append(f"copy from {name}"),
+        )
+
+    rows = StagedRows(4, "meta", make_event=make_event)
+    names, log[:] = list(log), []
+    assert len(names) == BUFFERS
+    for _ in range(2 * BUFFERS):
+        rows.update(np.array([1, 2]))
+    steps = [(log[i].removeprefix("wait for "), log[i + 1]) for i in range(0, len(log), 2)]
+    assert [copied for _, copied in steps] == [f"copy from {name}" for name, _ in steps]
+    assert {name for name, _ in steps[:BUFFERS]} == set(names)
+    assert steps[BUFFERS:] == steps[:BUFFERS]
+
+
+def config(*, specialize: bool = True, ubatching: bool = False, drafter: Any = None) -> Any:
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_specialize_lora=specialize),
+        parallel_config=SimpleNamespace(use_ubatching=ubatching),
+        speculative_config=drafter,
     )
-    rows.update(np.array([1, 2]))
-    rows.update(np.array([7]))
-    assert log == [
-        ("wait", [0, 0, 0, 0]),
-        ("copied", [1, 2, 0, 0]),
-        ("wait", [1, 2, 0, 0]),
-        ("copied", [7, 2, 0, 0]),
-    ]
+
+
+class TestGraphs:
+    """Which captured graphs may be without kernels: those of batches without adapters alone."""
+
+    @pytest.mark.parametrize(
+        ("vllm_config", "expected"),
+        [
+            (config(), True),
+            (config(specialize=False), False),
+            (config(ubatching=True), False),
+            (config(drafter="eagle"), False),
+            (SimpleNamespace(**vars(config()) | {"parallel_config": None}), False),
+            (SimpleNamespace(**vars(config()) | {"compilation_config": None}), False),
+            (None, False),
+        ],
+        ids=[
+            *("default", "one graph for all", "microbatches", "drafter"),
+            *("no word of microbatches", "no word of graphs", "no settings"),
+        ],
+    )
+    @pytest.mark.parametrize("mapping", [tuples, arrays])
+    def test_vllms_settings_decide(self, monkeypatch, vllm_config, expected, mapping):
+        from vllm_multilora.integration import punica
+
+        monkeypatch.setattr(punica, "get_current_vllm_config_or_none", lambda: vllm_config)
+        wrapper = make_wrapper()
+        step(wrapper, [2, 1], [0, 0], mapping)
+        assert wrapper.plan.own_graphs is expected
+
+    def test_graphs_of_a_tower_are_never_told_apart(self, monkeypatch):
+        from vllm.lora.layers.utils import LoRAMappingType
+
+        from vllm_multilora.integration import punica
+
+        monkeypatch.setattr(punica, "get_current_vllm_config_or_none", config)
+        wrapper = make_wrapper()
+        for kind in LoRAMappingType:
+            mapping = tuples([2], [0])
+            mapping.type = kind
+            wrapper.update_metadata(mapping, SLOTS, len(SLOTS) + 1, VOCABULARY)
+            assert wrapper.plan.own_graphs is (kind is LoRAMappingType.LANGUAGE)
+
+    @pytest.mark.parametrize("specialize", [True, False])
+    def test_a_layer_captured_without_adapters(self, monkeypatch, specialize):
+        from multilora_kernels import api, torch_backend
+        from vllm_multilora.integration import punica
+
+        calls: list[Any] = []
+        monkeypatch.setattr(torch_backend, "lora_linear", lambda *args: calls.append(args))
+        monkeypatch.setattr(api, "_is_capturing", lambda device: True)
+        monkeypatch.setattr(
+            punica, "get_current_vllm_config_or_none", lambda: config(specialize=specialize)
+        )
+        wrapper = make_wrapper()
+        a, b = (torch.zeros(4, 1, 8, 16),), (torch.zeros(4, 1, 24, 8),)
+        for adapters in ([0, 0], [0, 9]):
+            step(wrapper, [2, 1], adapters)
+            wrapper.add_lora_linear(torch.zeros(3, 24), torch.zeros(3, 16), a, b, 1.0, (24,))
+        assert len(calls) == (1 if specialize else 2)
 
 
 @pytest.mark.parametrize(

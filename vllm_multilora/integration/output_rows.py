@@ -31,7 +31,9 @@ def _warn_of_unknown_rows() -> None:
 class OutputRows:
     """The plan over an output layer's rows, built when such a layer first needs it in a step.
 
-    One instance is shared by all layers of a model.
+    Where its rows are not all tokens of the step, as in prefill, that is one more asynchronous
+    copy to the device; with `prompt_logprobs`, one for each prompt. One instance is shared by all
+    layers of a model.
     """
 
     def __init__(self, layout: PlanLayout, device: torch.device | str) -> None:

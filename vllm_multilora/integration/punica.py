@@ -6,8 +6,11 @@ Layers that keep the shared wrapper, such as classification heads, are computed 
 `max_lora_rank`: vLLM zeroes what an adapter does not fill, so that is correct, only slower.
 
 On a GPU a step costs one asynchronous copy for the plan, one more where the model has embedding
-layers with LoRA and one where it has classification heads; nothing waits for the device. All
-buffers keep their addresses, so a CUDA graph captured with any adapters replays with any others.
+layers with LoRA, one where it has classification heads, and one where an output layer with LoRA
+gets other rows than all tokens of the step, as in prefill (`OutputRows`); nothing waits for the
+device. All buffers keep their addresses, and a CUDA graph holds the kernels whatever batch it is
+captured with, so any graph replays with any batch. Left out are they only of graphs that vLLM
+replays for batches without adapters alone.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     ClassificationHeadWithLoRA,
     FusedMoEWithLoRA,
     VocabParallelEmbeddingWithLoRA,
 )
+from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from multilora_kernels import (
@@ -83,6 +88,7 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         self._embeddings_indices = self._embedding_offsets.buffer
         self._sampler_indices = self._sampler_slots.buffer
         self._has_embeddings = self._has_heads = True
+        self._own_graphs = _have_own_graphs(get_current_vllm_config_or_none())
         self._lora_config = lora_config
         self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
         self.shrink_ranks: torch.Tensor | None = None
@@ -147,7 +153,8 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
             sampler_slots = _slots_of(mapping.prompt_mapping, slot_of)
             if np.array_equal(token_slots, sampler_slots):
                 sampler_slots = token_slots
-        self.plan.update(token_slots)
+        own_graphs = self._own_graphs and mapping.type is LoRAMappingType.LANGUAGE
+        self.plan.update(token_slots, own_graphs=own_graphs)
         self.output_rows.set_step(self.plan, token_slots, sampler_slots)
         if self._has_embeddings:
             self._embedding_offsets.update(np.maximum(token_slots, 0) * vocab_size)
@@ -317,6 +324,22 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
                 (slices, self.max_loras), rank, dtype=torch.int32, device=self.device
             )
         return self._full_ranks[key]
+
+
+def _have_own_graphs(config: Any) -> bool:
+    """Whether vLLM captures separate graphs for batches without adapters, and keeps them apart.
+
+    Its model runners do for the language model, by default. Not told apart are graphs over
+    microbatches, found by their tokens, and a drafter's, which may share the embedding layer and
+    is captured with a batch without adapters. A version without one of these settings counts as
+    one that mixes them up: then graphs hold kernels that they could do without, and are right.
+    """
+    return (
+        config is not None
+        and getattr(config.compilation_config, "cudagraph_specialize_lora", False)
+        and not getattr(config.parallel_config, "use_ubatching", True)
+        and config.speculative_config is None
+    )
 
 
 def _slots_of(ids: Sequence[int], slot_of: dict[int, int]) -> npt.NDArray[np.int64]:

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from multilora_kernels.staging import CopyEvent, StagingRing
+
 
 class StagedRows:
     """An int64 tensor that keeps its address and gets a step's values by one asynchronous copy.
+
+    Args:
+        rows: The most rows of a step.
+        device: Where they are read.
+        make_event: See `StagingRing`.
 
     Attributes:
         buffer: int64 [rows] on the device. Rows past a step's values keep older ones, at first
             zeros: captured graphs read padding rows as well, and must find valid numbers there.
     """
 
-    def __init__(self, rows: int, device: torch.device | str) -> None:
-        device = torch.device(device)
-        self._host = torch.zeros(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._values = self._host.numpy()
-        self.buffer = self._host if device.type == "cpu" else self._host.to(device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+    def __init__(
+        self,
+        rows: int,
+        device: torch.device | str,
+        *,
+        make_event: Callable[[], CopyEvent] | None = None,
+    ) -> None:
+        self.buffer = torch.zeros(rows, dtype=torch.int64, device=device)
+        on_host = self.buffer.device.type == "cpu"
+        self._staging = None if on_host else StagingRing(self.buffer, make_event)
 
     def update(self, values: npt.NDArray[np.int64]) -> None:
         """Replaces the first `len(values)` rows, in the order of the current stream."""
         count = len(values)
-        if self._copied is not None:
-            # The host may be a step ahead of the device: the last values must have left first.
-            self._copied.synchronize()
-        self._values[:count] = values
-        if self.buffer is not self._host:
-            self.buffer[:count].copy_(self._host[:count], non_blocking=True)
-            if self._copied is not None:
-                self._copied.record()
+        if self._staging is None:
+            self.buffer.numpy()[:count] = values
+            return
+        self._staging.open()[:count] = values
+        self._staging.send(count)
