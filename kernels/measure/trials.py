@@ -160,11 +160,11 @@ class LayerOnBatch:
     def _check(self, chosen: tuple[ShrinkConfig, ExpandConfig], call: Call) -> None:
         try:
             for launch in self._launches(*chosen):
-                spilled = spilled_registers(launch)
-                if spilled:
-                    raise UnusableConfigError(
-                        f"{launch.kernel.__name__} spills {spilled} registers with {chosen}"
-                    )
+                for each in (launch.before, launch):
+                    if each is not None and (spilled := spilled_registers(each)):
+                        raise UnusableConfigError(
+                            f"{each.kernel.__name__} spills {spilled} registers with {chosen}"
+                        )
         except OutOfResources as reason:
             raise UnusableConfigError(f"{reason} ({chosen})") from reason
         error = self._expected.relative_error(call)
@@ -173,7 +173,10 @@ class LayerOnBatch:
 
 
 def spilled_registers(launch: Launch) -> int:
-    """Runs a launch and tells how many registers its program spills; 0 in the interpreter."""
+    """Runs a launch, but none before it, and tells how many registers its program spills.
+
+    0 in the interpreter.
+    """
     compiled = launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options)
     return 0 if compiled is None else compiled.n_spills
 

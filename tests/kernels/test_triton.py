@@ -1,38 +1,28 @@
 """The Triton kernels against the float64 reference; in the interpreter where there is no GPU."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from multilora_kernels import (
-    BatchPlan,
-    PlanLayout,
-    TritonUnavailableError,
     column_major,
     lora_expand,
     lora_linear,
     lora_shrink,
     reference,
-    resolve_backend,
-    triton_availability,
 )
-from multilora_kernels import triton as backend
 from multilora_kernels.configs import default_expand, default_shrink
 from multilora_kernels.configs.model import Workload
 from multilora_kernels.triton import expand
 from multilora_kernels.triton.combine import pays_before_expand
 from multilora_kernels.triton.launch import Launch
 
-from .problems import Problem, make_problem
 from .tolerances import assert_close
+from .triton_problems import DEVICE, assert_matches, poisoned_memory, problem_here, run, watched
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERLEAVED = [i % 6 - 1 for i in range(45)]
 ZIPF = np.minimum(np.random.default_rng(3).zipf(1.5, 77) - 1, 7).tolist()
 POPULARITY = {
@@ -52,43 +42,9 @@ WIDTHS = {
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    """Memory that a kernel gets is full of NaN, so that reading what nobody wrote shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def problem_here(token_slots: list[int], *, tile_rows: int = 32, tokens: int = 0, **options):
-    """A problem on the device of these tests, and a plan for it of a chosen layout."""
-    problem = make_problem(token_slots, **options)
-    slots = problem.ranks.size(1)
-    plan = BatchPlan(PlanLayout(max(tokens, len(token_slots)), slots, tile_rows), DEVICE)
-    plan.update(np.array(token_slots))
-    return replace(
-        problem,
-        x=problem.x.to(DEVICE),
-        y=problem.y.to(DEVICE),
-        lora_a=[a.to(DEVICE) for a in problem.lora_a],
-        lora_b=[b.to(DEVICE) for b in problem.lora_b],
-        ranks=problem.ranks.to(DEVICE),
-        plan=plan,
-    )
-
-
-def run(problem: Problem, backend: str = "triton", **options) -> torch.Tensor:
-    y = problem.y.clone()
-    weights = problem.lora_a, problem.lora_b, problem.ranks
-    lora_linear(y, problem.x, *weights, problem.plan, backend=backend, **options)
-    return y
-
-
-def assert_matches(actual: torch.Tensor, problem: Problem, **options) -> None:
-    assert_close(actual, problem.expected(**options), problem.magnitude(**options))
+def _watched_and_poisoned() -> Iterator[None]:
+    with poisoned_memory(), watched():
+        yield
 
 
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
@@ -271,29 +227,6 @@ def sum_before(request, monkeypatch) -> bool:
     return request.param
 
 
-TYPES = {
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float32": (torch.float32, torch.float32),
-    "bfloat16-weights": (torch.float32, torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize(("dtype", "weight_dtype"), TYPES.values(), ids=TYPES.keys())
-def test_a_sum_beforehand_has_the_same_bits(monkeypatch, dtype, weight_dtype):
-    """An adapter's rank neither ends a block nor a load, and some tokens have no adapter."""
-    ranks = [[13, 24, 3], [0, 9, 24]]
-    options = {"widths": (40, 24), "k": 1100, "max_rank": 24, "slots": 3, "ranks": ranks}
-    problem = problem_here(
-        [0, 1, -1, 2] * 9, dtype=dtype, weight_dtype=weight_dtype, tile_rows=16, **options
-    )
-    results = []
-    for before in (False, True):
-        monkeypatch.setattr(expand, "pays_before_expand", lambda *_, answer=before: answer)
-        results.append(run(problem))
-        assert_matches(results[-1], problem)
-    assert results[0].equal(results[1])
-
-
 def test_a_sum_beforehand_is_one_launch_between_the_halves(monkeypatch, sum_before):
     kernels = []
     start = Launch.run
@@ -311,123 +244,16 @@ def test_a_sum_beforehand_is_one_launch_between_the_halves(monkeypatch, sum_befo
 
 def test_planes_are_summed_beforehand_where_many_column_blocks_would_read_them():
     def pays(parts: int, tokens: int, rank: int, blocks: int, kept=torch.bfloat16) -> bool:
-        return pays_before_expand(torch.empty(parts, 1, tokens, rank, device="meta"), blocks, kept)
+        dtype = torch.float32 if parts > 1 else kept
+        planes = torch.empty(parts, 1, tokens, rank, dtype=dtype, device="meta")
+        return pays_before_expand(planes, blocks, kept)
 
     assert pays(8, 256, 64, 32)
-    assert pays(1, 8192, 64, 32)  # half the bytes, at 16 bits
+    assert not pays(1, 8192, 64, 32)  # the one plane is the sum
     assert not pays(1, 8192, 64, 32, kept=torch.float32)
     assert not pays(8, 256, 64, 1)
     assert not pays(8, 256, 8, 32)
     assert not pays(8, 128, 64, 448)  # decoding
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("k", [40, 1100])
-def test_two_runs_give_the_same_bits(k):
-    problem = problem_here(ZIPF, widths=(40, 16), k=k, dtype=torch.bfloat16)
-    assert run(problem).equal(run(problem))
-
-
-@pytest.fixture
-def _dot_by_columns(monkeypatch):
-    """Products summed as a GPU does, the same way in every row of a block.
-
-    The interpreter multiplies with BLAS, where a row's bits depend on its place in the block.
-    """
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        total = d.data.copy()
-        for column in range(a.data.shape[1]):
-            total += a.data[:, column, None] * b.data[None, column]
-        return interpreter.TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_dot_by_columns")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_invariant_results_do_not_depend_on_the_batch(dtype):
-    """A row alone, and in batches of any size and order, gets the same bits."""
-    token_slots = [i * 7 % 5 - 1 for i in range(150)]
-    options = {"widths": (48, 16), "k": 2100, "max_rank": 40, "dtype": dtype, "tokens": 256}
-    options |= {"slots": 4, "tile_rows": 64}
-    problem = problem_here(token_slots, **options)
-    problem.y = problem.y.float()  # rounding to 16 bits would hide a difference
-    whole = run(problem, "triton-invariant")
-    assert_matches(whole, problem)
-    for rows in ([0], [6, 4], list(range(149, 60, -1))):
-        part = problem_here([token_slots[r] for r in rows], **options)
-        part.x, part.y = problem.x[rows].clone(), problem.y[rows].clone()
-        part.lora_a, part.lora_b, part.ranks = problem.lora_a, problem.lora_b, problem.ranks
-        assert run(part, "triton-invariant").equal(whole[rows])
-
-
-REPLAYS = {
-    "another-order": [1, 0, 1, 2] * 12,
-    "more-adapters": [i % 8 for i in range(48)],
-    "fewer-adapters": [4] * 48,
-    "base-rows": [-1, 3] * 24,
-    "fewer-tokens": [2, 5, -1],
-    "no-adapter": [-1] * 48,
-}
-
-
-@pytest.mark.usefixtures("sum_before")
-def test_a_step_with_new_plan_contents_is_the_same_launch(monkeypatch):
-    """What a captured graph repeats: same kernels, grids, numbers and addresses, any batch."""
-    problem = problem_here([0, 1, 2, -1] * 12, widths=(40, 16))
-    launched = []
-    start = Launch.run
-
-    def record(launch: Launch) -> None:
-        arguments = {
-            name: value
-            for name, value in launch.arguments.items()
-            if name not in ("planes", "h", "y")  # new tensors in eager mode
-        }
-        launched.append((launch.kernel, launch.grid, arguments, launch.constants, launch.options))
-        start(launch)
-
-    monkeypatch.setattr(Launch, "run", record)
-    run(problem)
-    captured, launched[:] = list(launched), []
-    for token_slots in REPLAYS.values():
-        problem.plan.update(np.array(token_slots))
-        problem.token_slots = token_slots + [-1] * (48 - len(token_slots))
-        assert_matches(run(problem), problem)
-        repeated = captured if max(token_slots) >= 0 else []  # nobody has an adapter: no launch
-        for (kernel, grid, arguments, *rest), expected in zip(launched, repeated, strict=True):
-            assert (kernel, grid, rest) == (expected[0], expected[1], list(expected[3:]))
-            for name, value in arguments.items():
-                same = expected[2][name]
-                assert value is same if isinstance(value, torch.Tensor) else _equal(value, same)
-        launched.clear()
-
-
-def _equal(one: object, other: object) -> bool:
-    if isinstance(one, tuple):
-        return all(a is b for a, b in zip(one, other, strict=True))
-    return one == other
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
-@pytest.mark.usefixtures("sum_before")
-@pytest.mark.parametrize("kind", ["triton", "triton-invariant"])
-def test_a_captured_graph_replays_with_any_batch(kind):
-    problem = problem_here([0, 1, 2, -1] * 12, widths=(40, 16), dtype=torch.bfloat16)
-    original, y = problem.y.clone(), problem.y
-    weights = problem.lora_a, problem.lora_b, problem.ranks
-    lora_linear(y, problem.x, *weights, problem.plan, backend=kind)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        lora_linear(y, problem.x, *weights, problem.plan, backend=kind)
-    for token_slots in REPLAYS.values():
-        y.copy_(original)
-        problem.plan.update(np.array(token_slots))
-        problem.token_slots = token_slots + [-1] * (48 - len(token_slots))
-        graph.replay()
-        assert_matches(y, replace(problem, y=original))
 
 
 def test_the_grid_of_the_second_half_has_no_empty_column_blocks(monkeypatch):
@@ -443,53 +269,6 @@ def test_a_layer_is_two_launches(monkeypatch):
     monkeypatch.setattr(Launch, "run", lambda launch: kernels.append(launch.kernel.__name__))
     run(problem_here(INTERLEAVED, widths=(40, 16, 16, 8, 8)))
     assert kernels == ["shrink_kernel", "expand_kernel"]
-
-
-def test_on_a_cpu_the_backend_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(backend, "INTERPRETED", False)
-    monkeypatch.setattr(triton_availability, "_language_is_interpreted", lambda: False)
-    with pytest.raises(TritonUnavailableError, match="TRITON_INTERPRET=1 must be set before"):
-        triton_availability.require("cpu")
-
-
-@pytest.mark.parametrize(
-    ("at_first", "later", "device"),
-    [
-        pytest.param("0", "1", "cpu", id="set"),
-        pytest.param("1", "0", "cuda", id="unset", marks=pytest.mark.slow),
-    ],
-)
-def test_a_mode_that_changed_after_triton_was_imported_is_refused(at_first, later, device):
-    """Triton's own functions would be in one mode and these kernels in the other."""
-    script = (
-        "import os, triton.language\n"
-        f"os.environ['TRITON_INTERPRET'] = '{later}'\n"
-        "from multilora_kernels import triton_availability as here\n"
-        "try:\n"
-        f"    here.require('{device}')\n"
-        "except here.TritonUnavailableError as error:\n"
-        "    print(error)\n"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": at_first}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    ours, tritons = "these kernels were", "Triton itself was"
-    one, other = (ours, tritons) if later == "1" else (tritons, ours)
-    assert f"{one} imported with TRITON_INTERPRET=1 and {other} without it" in done.stdout
-    assert "before anything imports Triton" in done.stdout
-
-
-def test_without_triton_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(triton_availability, "is_installed", lambda: False)
-    with pytest.raises(TritonUnavailableError, match="pip install 'triton"):
-        triton_availability.require("cuda")
-    assert resolve_backend("auto", "cuda") == "torch"
-
-
-def test_a_device_that_triton_does_not_know_is_refused():
-    with pytest.raises(ValueError, match="not on meta"):
-        resolve_backend("triton", "meta")
 
 
 def test_defaults_split_k_only_while_the_device_is_not_full():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from multilora_kernels import triton as backend
 from multilora_kernels import tune
 from multilora_kernels.configs import (
     ExpandConfig,
@@ -46,13 +47,18 @@ from multilora_kernels.measure.trials import (
     workloads,
 )
 from multilora_kernels.measure.tuning import Task
+from multilora_kernels.triton import expand as second_half
 from multilora_kernels.triton.launch import DeviceFacts, Launch
 
 EFFORT = Effort(screening=5, finalists=3, final=20, validation=50)
 MARGINS = Margins(gain=0.03, errors=3.0, loss=0.05)
 SHARED_MEMORY = 99 * 1024
 FACTS = DeviceFacts("interpreter", 16, pdl=False)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+interpreted = pytest.mark.skipif(
+    not backend.INTERPRETED, reason="here these kernels are compiled, not interpreted"
+)
 
 WORKLOADS = [
     (layer, tokens, max_rank)
@@ -110,7 +116,7 @@ SMALL = Layer("small", 32, (16, 16))
 
 def layer_on_batch() -> LayerOnBatch:
     spec = held_out_specs(SMALL, range(3, 5), 2, 32)[3]
-    return LayerOnBatch(build(spec, dtype=torch.float32, seed=1), FACTS)
+    return LayerOnBatch(build(spec, DEVICE, torch.float32, seed=1), FACTS)
 
 
 def test_a_layer_runs_with_the_configurations_asked_for(monkeypatch):
@@ -145,6 +151,20 @@ def test_a_configuration_that_the_card_cannot_run_well_is_unusable(monkeypatch, 
         layer_on_batch().call(None, None)
 
 
+def test_a_sum_of_planes_before_the_second_half_is_looked_at_too(monkeypatch):
+    monkeypatch.setattr(second_half, "pays_before_expand", lambda *_: True)
+    looked_at, look = [], trials.spilled_registers
+
+    def spilled(launch: Launch) -> int:
+        looked_at.append(launch.kernel.__name__)
+        return look(launch) or 5 * (launch.kernel.__name__ == "combine_kernel")
+
+    monkeypatch.setattr(trials, "spilled_registers", spilled)
+    with pytest.raises(UnusableConfigError, match="combine_kernel spills 5 registers"):
+        layer_on_batch().call(None, None)
+    assert looked_at == ["shrink_kernel", "combine_kernel"]
+
+
 class PrefersBlocks:
     """A timer that likes one value of the configurations, and runs nothing."""
 
@@ -161,6 +181,7 @@ class PrefersBlocks:
         return [[time(call)] * repetitions for call in calls]
 
 
+@interpreted  # the table is the interpreter's
 def test_the_computed_defaults_run_whatever_table_is_in_force(configured, monkeypatch):
     """What the benchmark compares a table with."""
     config = ShrinkConfig(block_m=16, block_r=16, num_warps=4, num_stages=2, block_k=16, split_k=2)

@@ -4,7 +4,7 @@ The axes are those of a LoRA kernel's life in vLLM: one token or many for each r
 adapters, free slots, requests without an adapter, ranks and widths that no block divides.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -14,6 +14,8 @@ import torch
 
 if TYPE_CHECKING:
     from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 RELATIVE_RMS = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Error allowed in a sum, relative to the RMS of the same sum over absolute values."""
@@ -63,7 +65,7 @@ class Case:
 
         lora_config = SimpleNamespace(max_loras=len(self.slots))
         wrapper = MultiLoRAPunicaWrapper(
-            self.tokens + 9, len(self.lengths), "cpu", backend=backend, lora_config=lora_config
+            self.tokens + 9, len(self.lengths), DEVICE, backend=backend, lora_config=lora_config
         )
         tokens = tuple(np.repeat(self.adapters, self.lengths).tolist())
         mapping = LoRAMapping(tokens, self.adapters, is_prefill=True)
@@ -72,7 +74,7 @@ class Case:
 
     def random(self, *shape: int, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1000 * self.seed + seed)
-        return torch.randn(*shape, generator=generator).to(self.dtype)
+        return torch.randn(*shape, generator=generator).to(DEVICE, self.dtype)
 
     def lora_a(self) -> tuple[torch.Tensor, ...]:
         """Per slice, [slots, 1, rank, k]."""
@@ -87,7 +89,7 @@ class Case:
         )
 
 
-CASES = {
+_IN_FLOAT32 = {
     "one-token": Case((1,), (4,), (4,)),
     "one-token-no-adapter": Case((1,), (0,), (4,)),
     "decode-7-requests": Case((1,) * 7, (3, 1, 0, 3, 2, 0, 1), (1, 2, 3), rank=16),
@@ -103,14 +105,27 @@ CASES = {
     "gate-up": Case((5, 2), (2, 1), (1, 2), widths=(40, 40)),
     "qkv": Case((1, 6, 1, 3), (1, 2, 0, 1), (1, 2), k=96, widths=(96, 32, 32), rank=16),
     "qkv-odd": Case((9,), (1,), (1,), k=33, widths=(17, 5, 7), rank=9),
-    "bfloat16": Case((7, 1), (1, 2), (2, 1), widths=(40, 24), rank=24, dtype=torch.bfloat16),
-    "float16": Case((1, 7), (1, 0), (2, 1), widths=(64,), rank=16, dtype=torch.float16),
+    "rank-24": Case((7, 1), (1, 2), (2, 1), widths=(40, 24), rank=24),
+    "rank-128": Case((3, 1, 5), (1, 0, 2), (2, 1), k=72, widths=(72, 40), rank=128),
+    "rank-256": Case((2, 1, 1), (2, 1, 0), (1, 2), widths=(136,), rank=256),
+    "slots-64": Case((1,) * 8, (9, 64, 1, 0, 33, 64, 50, 2), tuple(range(1, 65)), k=40),
+    "slots-64-prefill": Case(
+        (5, 19, 2, 1), (64, 1, 0, 40), (*range(2, 65), 1), widths=(40, 8), rank=16
+    ),
 }
+
+_HALF_TYPES = (torch.bfloat16, torch.float16)
+CASES = _IN_FLOAT32 | {
+    f"{name}-{str(dtype).removeprefix('torch.')}": replace(case, dtype=dtype)
+    for i, (name, case) in enumerate(_IN_FLOAT32.items())
+    for dtype in [_HALF_TYPES[i % 2]]
+}
+"""Each in float32, and in one of the 16-bit types."""
 
 
 def shrunk(x: torch.Tensor, a: torch.Tensor, slots: list[int], scale: float = 1.0) -> torch.Tensor:
     """`scale * x[t] @ a[slot of t].T` in float64, zeros for rows without adapter."""
-    h = torch.zeros(len(slots), a.size(-2), dtype=torch.float64)
+    h = torch.zeros(len(slots), a.size(-2), dtype=torch.float64, device=x.device)
     for row, slot in enumerate(slots):
         if slot >= 0:
             h[row] = scale * x[row].double() @ a[slot, 0].double().T

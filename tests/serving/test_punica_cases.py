@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from .punica_cases import CASES, Case, assert_close, expanded, linear, shrunk
+from .punica_cases import CASES, DEVICE, Case, assert_close, expanded, linear, shrunk
 
 pytestmark = pytest.mark.serving  # imports vLLM
 
-BACKENDS = ["native", "torch", "triton"]
+BACKENDS = [*(["native"] if DEVICE == "cpu" else []), "torch", "triton"]
 VOCABULARY = 100  # what Case.wrapper tells the wrapper
 
 
@@ -54,7 +54,7 @@ def test_add_lora_linear_apart_from_the_base_output(case: Case, backend: str):
     """The call of vLLM's second stream: into zeros that are added to the base's output later."""
     a, b = case.lora_a(), case.lora_b()
     x = case.random(case.tokens, case.k, seed=20)
-    zeros = torch.zeros(case.tokens, sum(case.widths), dtype=case.dtype)
+    zeros = torch.zeros(case.tokens, sum(case.widths), dtype=case.dtype, device=DEVICE)
     out, wrapper = zeros.clone(), case.wrapper(backend)
     for _ in range(2):  # written, not added: the second call changes nothing
         wrapper.add_lora_linear(out, x, a, b, 1.0, case.widths, add_inputs=False)
@@ -79,7 +79,7 @@ def test_add_shrink_leaves_every_row_finished(case: Case, backend: str):
     """Ranks that are sharded over workers are gathered next: rows without adapter are zeros."""
     a, scale = case.lora_a(), 0.5
     x = case.random(case.tokens, case.k, seed=20)
-    h = torch.full((len(a), case.tokens, case.rank), float("nan"))
+    h = torch.full((len(a), case.tokens, case.rank), float("nan"), device=DEVICE)
     case.wrapper(backend).add_shrink(h, x, a, scale)
     expected = torch.stack([shrunk(x, w, case.token_slots, scale) for w in a])
     magnitude = [shrunk(*absolute(x, w), case.token_slots, scale) for w in a]
@@ -111,7 +111,8 @@ def test_add_expand(case: Case, backend: str, offset: int, add_inputs: bool):
 def test_an_embedding_layer(case: Case, backend: str):
     """As vLLM's layer does it: look up A's rows at the wrapper's offsets, then expand."""
     wrapper, width = case.wrapper(backend), case.widths[0]
-    ids = torch.randint(VOCABULARY, (case.tokens,), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (case.tokens,), generator=generator).to(DEVICE)
     a = case.random(len(case.slots), VOCABULARY, case.rank)
     (b,) = case.lora_b()[:1]
     y = case.random(case.tokens, width, seed=21)
@@ -154,7 +155,7 @@ def check_logits(case: Case, backend: str, *, columns: int) -> None:
 def test_apply_lora_full_linear_replaces_rows_of_adapters_with_a_head(backend: str):
     case = Case((2, 1, 3, 1), (1, 2, 0, 3), (3, 1, 2), k=40, widths=(5,), rank=5)
     weight, bias = case.random(3, 1, 5, 40), case.random(3, 5, seed=1)
-    enabled = torch.tensor([True, True, False])  # adapter 2 brings no head
+    enabled = torch.tensor([True, True, False], device=DEVICE)  # adapter 2 brings no head
     x, y = case.random(4, 40, seed=20), case.random(4, 5, seed=21)
     out = y.clone()
     case.wrapper(backend).apply_lora_full_linear(out, x, weight, bias, enabled)
@@ -190,7 +191,7 @@ def test_a_layer_reads_only_the_true_ranks(backend: str):
     """Weights past an adapter's rank are poisoned; a slice of rank 0 is not adapted at all."""
     case = CASES["qkv"]
     a, b = case.lora_a(), case.lora_b()
-    ranks = torch.tensor([[3, 16], [0, 5], [16, 0]], dtype=torch.int32)
+    ranks = torch.tensor([[3, 16], [0, 5], [16, 0]], dtype=torch.int32, device=DEVICE)
     clean_a, clean_b = ([w.clone() for w in weights] for weights in (a, b))
     for i, slot_ranks in enumerate(ranks.tolist()):
         for slot, rank in enumerate(slot_ranks):
