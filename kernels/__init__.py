@@ -7,7 +7,7 @@ See `api` for shapes and semantics, `reference` for the specification in plain l
 README.md for how the kernels work. This package knows nothing of vLLM.
 """
 
-from multilora_kernels import reference
+from multilora_kernels import host_memory, reference
 from multilora_kernels.api import (
     BACKENDS,
     PreparedLinear,
@@ -31,6 +31,7 @@ __all__ = [
     "SlotTable",
     "TritonUnavailableError",
     "column_major",
+    "host_memory",
     "lora_expand",
     "lora_linear",
     "lora_shrink",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels import SlotTable
+from multilora_kernels import SlotTable, host_memory
 from multilora_kernels.blocks import BLOCK, DTYPES, BlockReadError, read_blocks
 from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
 from vllm_multilora.adapters.errors import AdapterReadError
@@ -110,7 +110,11 @@ def pack(
         dtype=BLOCK,
     )
     order = np.argsort(table["file_offset"], kind="stable")
-    buffer = torch.empty(int(offsets[-1]), dtype=layout.dtype, pin_memory=pin)
+    size = int(offsets[-1])
+    if pin:
+        buffer = torch.empty(size, dtype=layout.dtype, pin_memory=True)
+    else:
+        buffer = host_memory.empty(size, layout.dtype)
     try:
         read_blocks(checkpoint.fileno(), table[order], buffer, threads=threads, backend=backend)
     except BlockReadError as error:

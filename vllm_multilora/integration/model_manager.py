@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 
-from multilora_kernels import SlotTable, column_major
+from multilora_kernels import SlotTable, host_memory
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.integration.heads import ClassificationHead
 from vllm_multilora.integration.host_adapter import HostAdapter
@@ -66,10 +66,9 @@ class MultiLoRAModelManager(LoRAModelManager):
         self.layout, self._special = found.layout, found.special
         rows = 0
         layers: list[tuple[Any, slice]] = []
+        if on_cpu:
+            _store_for_cpu(found.packed.values(), self.lora_config.lora_dtype)
         for module in found.packed.values():
-            if on_cpu:
-                # vLLM addresses the slots through this attribute; how they are stored is ours.
-                module.lora_b_stacked = tuple(column_major(b) for b in module.lora_b_stacked)
             layers.append((module, slice(rows, rows + module.n_slices)))
             rows += module.n_slices
         self._slots = SlotTable(
@@ -229,6 +228,25 @@ def is_ranked(module: BaseLayerWithLoRA) -> bool:
     """
     kinds = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
     return isinstance(module, kinds) and not isinstance(module, ClassificationHead)
+
+
+def _store_for_cpu(modules: Iterable[Any], dtype: Any) -> None:
+    """Allocates linear layers' slots anew: together in huge pages, and B's columns contiguous.
+
+    vLLM and the kernels address the slots through the layers' attributes; how they are stored is
+    ours. vLLM's are freed first: there may be no room for both.
+    """
+    modules = list(modules)
+    shapes = [
+        [[tuple(a.shape) for a in m.lora_a_stacked], [tuple(b.mT.shape) for b in m.lora_b_stacked]]
+        for m in modules
+    ]
+    for module in modules:
+        module.lora_a_stacked = module.lora_b_stacked = ()
+    slots = iter(host_memory.zeros([s for ab in shapes for part in ab for s in part], dtype))
+    for module, (a_shapes, b_shapes) in zip(modules, shapes, strict=True):
+        module.lora_a_stacked = tuple(next(slots) for _ in a_shapes)
+        module.lora_b_stacked = tuple(next(slots).mT for _ in b_shapes)
 
 
 def _stacked_a(module: BaseLayerWithLoRA) -> Sequence[torch.Tensor]:

@@ -1,0 +1,92 @@
+"""Large host tensors: what they hold, where they lie, and that they go back to the system."""
+
+import gc
+import mmap
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from multilora_kernels import host_memory
+from multilora_kernels.host_memory import HUGE_PAGE
+
+LARGE = 3 * HUGE_PAGE
+
+
+def mapping_flags(tensor: torch.Tensor) -> str:
+    """The flags of the mapping in which a tensor lies, as Linux shows them."""
+    address, inside = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line
+    raise AssertionError(f"no mapping holds {address:x}")
+
+
+def mapped_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [0, 1, 1000, LARGE // 2 + 1])
+def test_a_vector_can_be_written_to_its_end(elements: int, dtype: torch.dtype):
+    vector = host_memory.empty(elements, dtype)
+    assert vector.shape == (elements,)
+    assert vector.dtype == dtype
+    assert vector.untyped_storage().nbytes() == elements * dtype.itemsize
+    vector.fill_(3)
+    assert vector.sum(dtype=torch.float64) == 3 * elements
+
+
+def test_a_large_vector_begins_with_a_huge_page():
+    assert host_memory.empty(LARGE, torch.uint8).data_ptr() % HUGE_PAGE == 0
+
+
+@on_linux
+def test_large_tensors_ask_for_huge_pages():
+    assert " hg" in mapping_flags(host_memory.empty(LARGE, torch.uint8))
+    assert " hg" in mapping_flags(host_memory.zeros([(4, 5), (LARGE,)], torch.uint8)[0])
+
+
+def test_a_system_without_huge_pages_gives_small_ones(monkeypatch):
+    class Mapping(mmap.mmap):
+        def madvise(self, *args):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    vector = host_memory.empty(LARGE, torch.uint8)
+    assert int(vector.fill_(1).sum()) == LARGE
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_tensors_together_are_zeroed_and_apart(large: bool):
+    shapes = [(2, 1, 3, 5), (7,), (0, 4), (2, LARGE // 4) if large else (2, 3)]
+    tensors = host_memory.zeros(shapes, torch.bfloat16)
+    assert [tuple(t.shape) for t in tensors] == shapes
+    for number, tensor in enumerate(tensors, start=1):
+        assert tensor.is_contiguous()
+        assert not tensor.any()
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensor.fill_(number)
+    for number, tensor in enumerate(tensors, start=1):
+        assert (tensor == number).all()
+
+
+@on_linux
+def test_memory_is_returned_with_the_last_tensor():
+    size = 64 * HUGE_PAGE
+    first, last = host_memory.zeros([(8,), (size,)], torch.uint8)
+    before = mapped_bytes()
+    del last
+    gc.collect()
+    assert mapped_bytes() > before - size  # the first keeps it
+    del first
+    gc.collect()
+    assert mapped_bytes() <= before - size
