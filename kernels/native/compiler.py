@@ -23,9 +23,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("segment_gemm.c")
-MOVE_SOURCES = tuple(Path(__file__).with_name(name) for name in ("blocks.c", "scatter.c"))
+SOURCE_FOLDER = Path(__file__).parent
+SOURCE = SOURCE_FOLDER / "segment_gemm.c"
+MOVE_SOURCES = tuple(SOURCE_FOLDER / name for name in ("blocks.c", "scatter.c"))
 """What moves adapters: from their files into host memory, and from there into slots."""
+_INCLUDED = tuple(
+    SOURCE_FOLDER / name for name in ("vectors.h", "dot_products.h", "outer_products.h")
+)
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
 _COMPILE_SECONDS = 120
 
@@ -117,7 +121,8 @@ def _build() -> Path:
         built = Path(build_dir) / library.name
         objects = [str(Path(build_dir) / f"{source.stem}.o") for source in _sources()]
         for source, compiled in zip(_sources(), objects, strict=True):
-            _run([*command, *_FLAGS, "-fopenmp", "-c", str(source), "-o", compiled])
+            include = f"-I{SOURCE_FOLDER}"
+            _run([*command, *_FLAGS, "-fopenmp", include, "-c", str(source), "-o", compiled])
         _run([*command, "-shared", *objects, "-o", str(built)])
         built.replace(library)  # atomic: another process may be building the same one
         logger.info("Compiled the native CPU kernels with %s: %s", compiler, library)
@@ -147,7 +152,8 @@ def _run(command: list[str]) -> str:
 
 def _fingerprint(command: list[str]) -> str:
     version = _run([*command, "--version"])
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _sources()))
+    sources = (*_sources(), *_INCLUDED)
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     for part in (" ".join(command), version, " ".join(_FLAGS), platform.machine(), _cpu_features()):
         digest.update(part.encode())
     return digest.hexdigest()[:16]

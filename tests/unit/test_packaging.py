@@ -60,7 +60,7 @@ def test_the_wheel_holds_sources_and_data(built):
             ("kernels", "multilora_kernels/"),
             ("vllm_multilora", "vllm_multilora/"),
         )
-        for pattern in ("*.py", "*.c", "*.json")
+        for pattern in ("*.py", "*.c", "*.h", "*.json")
         for f in (ROOT / folder).rglob(pattern)
     }
     assert every <= names
