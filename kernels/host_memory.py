@@ -51,7 +51,8 @@ def zeros(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Ten
 
 def _map(size: int) -> tuple[mmap.mmap, int]:
     """New memory that may lie in huge pages, and where in it `size` bytes begin with one."""
-    memory = mmap.mmap(-1, size + HUGE_PAGE)
+    # Private: what processes may share never lies in huge pages as Linux is configured.
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)

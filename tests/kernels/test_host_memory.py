@@ -15,14 +15,15 @@ from multilora_kernels.host_memory import HUGE_PAGE
 LARGE = 3 * HUGE_PAGE
 
 
-def mapping_flags(tensor: torch.Tensor) -> str:
-    """The flags of the mapping in which a tensor lies, as Linux shows them."""
-    address, inside = tensor.data_ptr(), False
+def mapping(tensor: torch.Tensor) -> tuple[str, list[str]]:
+    """The permissions and flags of the mapping in which a tensor lies, as Linux shows them."""
+    address, permissions = tensor.data_ptr(), ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
             inside = int(found[1], 16) <= address < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return line
+            permissions = found[3] if inside else ""
+        elif permissions and line.startswith("VmFlags:"):
+            return permissions, line.split()[1:]
     raise AssertionError(f"no mapping holds {address:x}")
 
 
@@ -50,8 +51,13 @@ def test_a_large_vector_begins_with_a_huge_page():
 
 @on_linux
 def test_large_tensors_ask_for_huge_pages():
-    assert " hg" in mapping_flags(host_memory.empty(LARGE, torch.uint8))
-    assert " hg" in mapping_flags(host_memory.zeros([(4, 5), (LARGE,)], torch.uint8)[0])
+    for tensor in (
+        host_memory.empty(LARGE, torch.uint8),
+        host_memory.zeros([(4, 5), (LARGE,)], torch.uint8)[0],
+    ):
+        permissions, flags = mapping(tensor)
+        assert permissions == "rw-p"  # shared memory gets none by default
+        assert "hg" in flags
 
 
 def test_a_system_without_huge_pages_gives_small_ones(monkeypatch):

@@ -8,9 +8,9 @@ import threading
 NICENESS = 6
 """Above the process's own: about a fifth of a processor that the model wants too.
 
-Measured with `benchmarks/cold_loads.py` on two busy processors: steps beside loads take as long as
-steps without, and 1.4 times as long at the model's own priority; a cold request's first token comes
-a third later. With the lowest priority it can come seconds later.
+Measured with `benchmarks/cold_loads.py` on two busy processors: the slowest steps beside loads take
+as long as without, and 1.4 times as long at nearly the model's own priority. With the lowest
+priority a cold request's first token can come seconds later.
 """
 
 
