@@ -29,7 +29,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 from safetensors.torch import save_file
 
-from multilora_kernels import column_major
+from multilora_kernels import host_memory
 from multilora_kernels.scatter import SlotTable
 from vllm_multilora.adapters import (
     AdapterCheckpoint,
@@ -189,13 +189,14 @@ class Ours:
             columns_first=columns,
         )
 
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(SLOTS, 1, *shape, dtype=torch.bfloat16)
-
-        self.lora_a = [zeros(max_rank, inputs) for _, inputs, _ in shapes]
-        self.lora_b = [zeros(outputs, max_rank) for _, _, outputs in shapes]
+        shapes_a = [(SLOTS, 1, max_rank, inputs) for _, inputs, _ in shapes]
+        shapes_b = [(SLOTS, 1, outputs, max_rank) for _, _, outputs in shapes]
         if columns:
-            self.lora_b = [column_major(b) for b in self.lora_b]
+            shapes_b = [(*slot, rank, outputs) for *slot, outputs, rank in shapes_b]
+        slots = host_memory.zeros(shapes_a + shapes_b, torch.bfloat16)
+        self.lora_a, self.lora_b = slots[: len(shapes)], slots[len(shapes) :]
+        if columns:
+            self.lora_b = [b.mT for b in self.lora_b]
         self._slots = SlotTable(self.lora_a, self.lora_b)
 
     def load(self) -> PackedAdapter:
