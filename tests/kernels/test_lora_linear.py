@@ -6,7 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora_kernels import lora_expand, lora_linear, lora_shrink, native, reference
+from multilora_kernels import (
+    column_major,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+    native,
+    reference,
+)
 
 from .problems import make_problem
 from .tolerances import assert_close
@@ -198,11 +205,14 @@ def test_tokens_of_the_plan_past_the_activations_are_skipped(backend):
     assert_close(run(problem, backend), expected, magnitude)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_native_results_are_deterministic_and_do_not_depend_on_the_batch(dtype):
+@pytest.mark.parametrize("by_column", [False, True], ids=["by-row", "by-column"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_native_results_are_deterministic_and_do_not_depend_on_the_batch(dtype, by_column):
     """A row alone, and in batches of any size and order, gets the same bits."""
     token_slots = [i * 7 % 9 - 1 for i in range(61)]
     problem = make_problem(token_slots, widths=(48, 16, 16), k=56, max_rank=40, dtype=dtype)
+    if by_column:
+        problem.lora_b = [column_major(b).copy_(b) for b in problem.lora_b]
     whole = run(problem, "native")
     assert run(problem, "native").equal(whole)
     for rows in ([0], [1], [60], [5, 4], list(range(20, 33)), list(range(60, -1, -1))):
@@ -212,6 +222,28 @@ def test_native_results_are_deterministic_and_do_not_depend_on_the_batch(dtype):
         part.x, part.y = problem.x[rows].clone(), problem.y[rows].clone()
         part.lora_a, part.lora_b, part.ranks = problem.lora_a, problem.lora_b, problem.ranks
         assert run(part, "native").equal(whole[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("token_slots", [[3], [2, 1, 2], [1] * 9], ids=len)
+def test_native_results_do_not_depend_on_how_b_is_stored(token_slots, dtype):
+    """One or two rows stream whole columns, 2,048 at a time; more rows take blocks."""
+    problem = make_problem(token_slots, widths=(2100, 50), k=72, max_rank=40, dtype=dtype)
+    by_row = run(problem, "native")
+    assert_matches(by_row, problem)
+    problem.lora_b = [column_major(b).copy_(b) for b in problem.lora_b]
+    assert run(problem, "native").equal(by_row)
+
+
+@pytest.mark.parametrize("by_column", [False, True], ids=["by-row", "by-column"])
+@pytest.mark.parametrize("token_slots", [[3], [2, 1, 2], [1] * 41], ids=len)
+def test_bfloat16_is_summed_in_float32(token_slots, by_column):
+    """Whatever the processor multiplies: a float32 output is as good as one of float32 inputs."""
+    problem = make_problem(token_slots, widths=(70, 16), k=1537, max_rank=64, dtype=torch.bfloat16)
+    problem.y = problem.y.float()
+    if by_column:
+        problem.lora_b = [column_major(b).copy_(b) for b in problem.lora_b]
+    assert_matches(run(problem, "native"), problem)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
