@@ -8,7 +8,7 @@ tenant's adapter (rank 64, all projections). The phases differ in where that ada
 
 - `quiet`: no requests beside the streams
 - `slot`: in a slot; what the requests' own prompts and tokens cost, and nothing else
-- `memory`: in host memory, not in a slot: copied within a step
+- `memory`: in host memory, not in a slot: copied into one first
 - `new`: unknown; registered by `/v1/load_lora_adapter`, then asked for
 - `disk`: registered and not in memory, as most of a large fleet
 

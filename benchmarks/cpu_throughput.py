@@ -11,6 +11,10 @@ medians of the ratios taken within a round.
 The load: SmolLM2-135M, 16 requests of 100 prompt tokens and 48 generated ones,
 spread over 8 adapters of ranks 8, 16, 32 and 64 on all seven projections, `max_lora_rank` 64.
 The adapters are random: their effect does not matter for the time they take.
+
+Stock's time depends on the C library: its kernels allocate large blocks in every layer, which glibc
+returns to the system and asks for again. `MALLOC_MMAP_THRESHOLD_=1073741824
+MALLOC_TRIM_THRESHOLD_=4000000000` in the environment makes it keep them.
 """
 
 from __future__ import annotations
