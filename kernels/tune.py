@@ -180,8 +180,8 @@ def tune_all(
 
 def _device(architecture: int, *, has_gpu: bool) -> tuple[DeviceFacts, int]:
     """The device's facts and shared memory; without a GPU those of a card of an architecture."""
+    from multilora_kernels.measure.launch_cases import ARCHITECTURES, SHARED_MEMORY_LIMIT
     from multilora_kernels.measure.trials import shared_memory_of
-    from multilora_kernels.report import ARCHITECTURES, SHARED_MEMORY_LIMIT
     from multilora_kernels.triton.launch import DeviceFacts, device_facts
 
     if has_gpu:

@@ -56,9 +56,8 @@ INLINE void dot_block(const int rows, const int ranks, const void *x, int64_t x_
     if (i < k) {
         uint32_t end[RANK_STEP][PAIR] = {0};
         for (int n = 0; n < ranks; n++)
-            memcpy((char *)end + (size_t)(n * PAIR) * width,
-                   (const char *)a + (size_t)(a_start + n * lda + i) * width,
-                   (size_t)(k - i) * width);
+            copy_elements((char *)end + (size_t)(n * PAIR) * width, a, a_start + n * lda + i, k - i,
+                          dtype);
         dot_pair(rows, ranks, acc, x, x_start + i, ldx, end, 0, PAIR, x_dtype, dtype);
     }
     UNROLL for (int m = 0; m < rows; m++) {
@@ -101,8 +100,6 @@ INLINE void shrink_typed(const void *x, int64_t ldx, int64_t rows, const void *a
     if (m < rows) DOT_ROWS(1);
 }
 
-/* A function for each pair of types, here and below: in one for all, compilers run out of
- * registers. */
 #define SHRINK(X_DTYPE, A_DTYPE)                                                                   \
     static NOINLINE void shrink_##X_DTYPE##_##A_DTYPE(                                             \
         const void *x, int64_t ldx, int64_t rows, const void *a, int64_t a_start, int64_t lda,     \

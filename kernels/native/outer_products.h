@@ -45,8 +45,7 @@ INLINE void transpose_typed(float *bt, const void *b, int64_t b_start, int64_t l
                     block[i] = load8(b, at, dtype);
                 } else {
                     uint32_t buffer[8] = {0};
-                    memcpy(buffer, (const char *)b + (size_t)at * width_of(dtype),
-                           (size_t)n * width_of(dtype));
+                    copy_elements(buffer, b, at, n, dtype);
                     block[i] = load8(buffer, 0, dtype);
                 }
             }
@@ -90,8 +89,7 @@ INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t 
     } else {
         for (int64_t j = 0; j < rank; j++) {
             uint32_t buffer[NB] = {0};
-            memcpy(buffer, (const char *)bt + (size_t)(bt_start + j * ldbt) * b_width,
-                   (size_t)cols * b_width);
+            copy_elements(buffer, bt, bt_start + j * ldbt, cols, b_dtype);
             UNROLL for (int n = 0; n < vecs; n++) {
                 f32v b = load_half(buffer, n / 2 * PAIR, n % 2, b_dtype);
                 UNROLL for (int m = 0; m < rows; m++)
@@ -151,10 +149,11 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
         f32v v[STREAMED_ROWS];
         UNROLL for (int m = 0; m < rows; m++) v[m] = broadcast(h[m * ldh + j]);
         for (int64_t c = 0; c < cols; c += PAIR) {
-            uint32_t end[PAIR] = {0};
+            uint32_t end[PAIR];
             const char *from = (const char *)b + (size_t)(at + c) * b_width;
             if (cols - c < PAIR) {
-                memcpy(end, from, (size_t)(cols - c) * b_width);
+                memset(end, 0, sizeof end);
+                copy_elements(end, b, at + c, cols - c, b_dtype);
                 from = (const char *)end;
             } else {
                 for (int i = 0; i < PAIR * (int)b_width; i += CACHE_LINE) {

@@ -52,6 +52,7 @@ enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* For the function of each combination of types: in one for all, compilers run out of registers. */
 #define NOINLINE __attribute__((noinline))
 
 INLINE size_t width_of(int dtype) { return dtype == F32 ? 4 : 2; }
@@ -60,6 +61,12 @@ INLINE float f16_to_f32(uint16_t bits) {
     _Float16 half;
     memcpy(&half, &bits, 2);
     return (float)half;
+}
+
+/* Copies n elements from `index` on, as they are. */
+INLINE void copy_elements(void *to, const void *from, int64_t index, int64_t n, int dtype) {
+    size_t width = width_of(dtype);
+    memcpy(to, (const char *)from + (size_t)index * width, (size_t)n * width);
 }
 
 INLINE f32x8 load8(const void *base, int64_t index, int dtype) {
@@ -107,7 +114,7 @@ INLINE f32v load_half(const void *base, int64_t index, int half, int dtype) {
 /* The first n < LANES elements at index, zeros after them; reads nothing past them. */
 INLINE f32v load_part(const void *base, int64_t index, int64_t n, int dtype) {
     uint32_t buffer[LANES] = {0};
-    memcpy(buffer, (const char *)base + (size_t)index * width_of(dtype), (size_t)n * width_of(dtype));
+    copy_elements(buffer, base, index, n, dtype);
     return load(buffer, 0, dtype);
 }
 
@@ -288,8 +295,7 @@ INLINE void widen_row(float *out, const void *in, int64_t start, int64_t n, cons
     for (; i + PAIR <= n; i += PAIR) widen_pair(out + i, in, start + i, dtype, split);
     if (i < n) {
         uint32_t buffer[PAIR] = {0};
-        memcpy(buffer, (const char *)in + (size_t)(start + i) * width_of(dtype),
-               (size_t)(n - i) * width_of(dtype));
+        copy_elements(buffer, in, start + i, n - i, dtype);
         widen_pair(out + i, buffer, 0, dtype, split);
     }
 }
