@@ -15,7 +15,10 @@ TORCH := torch==2.13.0+cpu torchvision==0.28.0+cpu
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test test-fast lint bench-cpu bench-plan bench-adapters bench-kernels bench-isolation clean
+VLLM ?= 0.32
+RUNNER ?= 1
+
+.PHONY: help install demo test test-fast test-vllm test-all lint bench-cpu bench-plan bench-adapters bench-kernels bench-isolation bench-identity clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -41,10 +44,20 @@ demo: $(STAMP) ## four customers and the base model in one batch, over HTTP and 
 
 # Two files at a time: engines mostly wait on one core while they start.
 test: lint $(STAMP) ## all tests, the ones with real vLLM included
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 test-fast: $(STAMP) ## tests without vLLM engines: under two minutes
-	$(BIN)/python -m pytest -m "not serving and not slow"
+	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow"
+
+$(VENV)-vllm-%/.installed: $(STAMP) $(shell find tools/testbed/make_env.sh tools/testbed/interpreter tools/testbed/recorder -name '*.sh' -o -name '*.py' -o -name '*.toml')
+	tools/testbed/make_env.sh $(VENV) $(VENV)-vllm-$* $*
+
+test-vllm: $(VENV)-vllm-$(VLLM)/.installed ## smoke tests with a vLLM and a model runner: VLLM=0.31|0.32|0.33 [RUNNER=2]
+	$(VENV)-vllm-$(VLLM)/bin/python -m tools.testbed --runner $(RUNNER)
+
+test-all: test ## all tests, and the smoke tests with every vLLM and both model runners
+	for vllm in 0.31 0.32 0.33; do for runner in 1 2; do \
+	  $(MAKE) test-vllm VLLM=$$vllm RUNNER=$$runner || exit; done; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -57,18 +70,23 @@ bench-cpu: $(STAMP) ## throughput on this CPU: base model, plugin, stock vLLM
 bench-plan: $(STAMP) ## time to prepare a step's metadata, ours against vLLM's
 	$(BIN)/python benchmarks/plan_cost.py
 
-bench-adapters: $(STAMP) ## disk to host memory to slot, ours against vLLM's; the cache's cost per step
+bench-adapters: $(STAMP) ## disk to host memory to slot, ours against vLLM's; what a step pays for slots and news
 	$(BIN)/python benchmarks/adapter_moves.py
-	$(BIN)/python benchmarks/cache_step.py
-	$(BIN)/python benchmarks/readiness_cost.py
+	$(BIN)/python benchmarks/slots_step.py
+	$(BIN)/python benchmarks/engine_poll_cost.py
+	$(BIN)/python benchmarks/intake_cost.py
 
 bench-isolation: $(STAMP) ## what running streams notice of other customers' cold adapters
 	$(BIN)/python benchmarks/cold_loads.py
+	$(BIN)/python benchmarks/cold_loads.py --registrations --first-use --hostile
+
+bench-identity: $(STAMP) ## what digests, signatures and metering cost, with each over without
+	$(BIN)/python benchmarks/identity_cost.py
 
 bench-kernels: $(STAMP) ## the Triton kernels against vLLM's: time on a GPU, counted work without
-	$(BIN)/python -m multilora_kernels.bench
-	$(BIN)/python -m multilora_kernels.work
-	$(BIN)/python benchmarks/launch_cost.py
+	$(BIN)/python -m tools.kernels.bench
+	$(BIN)/python -m tools.kernels.work
+	$(BIN)/python -m tools.kernels.launch_cost
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,22 +5,28 @@
 
 See `api` for shapes and semantics, `reference` for the specification in plain loops, and
 README.md for how the kernels work. This package knows nothing of vLLM.
+
+What computes is imported when it is first asked for, so that `dtypes` can be had without PyTorch.
 """
 
-from multilora_kernels import host_memory, reference
-from multilora_kernels.api import (
-    BACKENDS,
-    PreparedLinear,
-    column_major,
-    lora_expand,
-    lora_linear,
-    lora_shrink,
-    resolve_backend,
-)
-from multilora_kernels.native.compiler import NativeUnavailableError
-from multilora_kernels.plan import BatchPlan, PlanLayout
-from multilora_kernels.scatter import SlotTable
-from multilora_kernels.triton_availability import TritonUnavailableError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multilora_kernels import host_memory, reference
+    from multilora_kernels.api import (
+        BACKENDS,
+        PreparedLinear,
+        column_major,
+        lora_expand,
+        lora_linear,
+        lora_shrink,
+        resolve_backend,
+    )
+    from multilora_kernels.native.compiler import NativeUnavailableError
+    from multilora_kernels.plan import BatchPlan, PlanLayout
+    from multilora_kernels.scatter import SlotIndex, SlotTable
+    from multilora_kernels.triton_availability import TritonUnavailableError
 
 __all__ = [
     "BACKENDS",
@@ -28,6 +34,7 @@ __all__ = [
     "NativeUnavailableError",
     "PlanLayout",
     "PreparedLinear",
+    "SlotIndex",
     "SlotTable",
     "TritonUnavailableError",
     "column_major",
@@ -38,3 +45,21 @@ __all__ = [
     "reference",
     "resolve_backend",
 ]
+
+_HOMES = {
+    "BatchPlan": "plan",
+    "NativeUnavailableError": "native.compiler",
+    "PlanLayout": "plan",
+    "SlotIndex": "scatter",
+    "SlotTable": "scatter",
+    "TritonUnavailableError": "triton_availability",
+}
+_MODULES = ("host_memory", "reference")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)

@@ -16,13 +16,14 @@ adapters have graphs of their own (`BatchPlan.update`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 
 from multilora_kernels import native, torch_backend, triton_availability
+from multilora_kernels.native import segment_gemm
 from multilora_kernels.plan import (
     HEADER_INTS,
     PLAN_OWN_GRAPHS,
@@ -235,10 +236,16 @@ class PreparedLinear:
         self._layout = layout
         self._add_inputs = add_inputs
         if backend == "native":
-            call = native.Call(
-                native.LINEAR, lora_a, lora_b, ranks, layout, scale=scale, overwrite=not add_inputs
+            call = segment_gemm.Call(
+                segment_gemm.LINEAR,
+                lora_a,
+                lora_b,
+                ranks,
+                layout,
+                scale=scale,
+                overwrite=not add_inputs,
             )
-            self._run = call.run
+            self._run: Callable[..., None] = call.run
         elif backend.startswith("triton"):
             self._run = (
                 _module(backend)
@@ -371,7 +378,7 @@ def _fields(layout: PlanLayout) -> tuple[int, int, int]:
 
 def _module(backend: str) -> ModuleType:
     if backend == "native":
-        return native
+        return segment_gemm
     if backend == "triton":
         from multilora_kernels import triton  # only where it is used: it is not always installed
 

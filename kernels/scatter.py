@@ -1,12 +1,13 @@
-"""Moves a packed adapter into a slot of every layer, by one call.
+"""Copies a packed adapter into a slot of every layer, in groups of a few megabytes.
 
-An adapter arrives as one buffer with the A and B of all its slices, at their true ranks. A
-`SlotTable` knows where the slices' slots lie and turns the buffer's index into a list of
-pieces, each some rows to copy; how they are copied depends on the device:
+An adapter lies in host memory as the A and B of all its slices, at their true ranks. A `SlotTable`
+knows where the slices' slots lie and turns the addresses into groups of pieces, each some rows to
+copy. Group by group, so that a whole adapter never holds the memory bus, or a GPU's copy engine,
+in one go. How they are copied depends on the device:
 
-- CPU: one call into C, on PyTorch's threads and without the GIL; PyTorch's own copies where no
-  compiler is at hand
-- GPU: one copy of the buffer to the device, and one Triton kernel that spreads it
+- CPU: one call into C for a group, without the GIL; PyTorch's own copies where no compiler is at
+  hand
+- GPU: into staging memory (see `device_staging`), and one Triton kernel that spreads the group
 
 Nothing is cleared: kernels read no further than the true ranks.
 """
@@ -22,19 +23,55 @@ import numpy.typing as npt
 import torch
 
 from multilora_kernels import native, triton_availability
-from multilora_kernels.native.compiler import load_releasing_library
+from multilora_kernels.device_staging import DeviceStaging
+from multilora_kernels.native import load_releasing_library
+from multilora_kernels.pieces import PIECE, host_bytes, in_groups
 
-PIECE = np.dtype([(name, np.int64) for name in ("source", "target", "rows", "row_bytes", "stride")])
-"""Rows to copy; `struct piece` in native/scatter.c. All but `rows` in bytes.
-
-- `source`: where they begin in the buffer, in which they follow each other
-- `target`: the address of the first in the slot
-- `rows`, `row_bytes`: how many, how long
-- `stride`: from row to row in the slot
-"""
-
-_Ints = npt.NDArray[np.integer]
 BACKENDS = ("auto", "native", "torch", "triton")
+GROUP_BYTES = 4 << 20
+STAGING_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class SlotIndex:
+    """Where an adapter's matrices lie in host memory; the caller vouches for the addresses.
+
+    Attributes:
+        rows: int32 [n], the slices that the adapter has.
+        a_ranks: int32 [n], rows of A.
+        ranks: int32 [n], columns of B.
+        a_addresses: int64 [n], where A begins: [a_rank, K], contiguous, of the slots' dtype.
+        b_addresses: int64 [n], where B begins: [N, rank], or [rank, N] if the slots hold B's
+            columns contiguously; likewise.
+    """
+
+    rows: npt.NDArray[np.int32]
+    a_ranks: npt.NDArray[np.int32]
+    ranks: npt.NDArray[np.int32]
+    a_addresses: npt.NDArray[np.int64]
+    b_addresses: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PieceGroup:
+    """Pieces to be copied in one go.
+
+    Attributes:
+        pieces: [n] of `PIECE`.
+        matrix: int64 [n], which matrix each is of: 2 * row for A, 2 * row + 1 for B.
+        line: int64 [n], its first row (or column, where those are contiguous) in the matrix.
+        slot: The slot.
+    """
+
+    pieces: npt.NDArray[np.void]
+    matrix: npt.NDArray[np.int64]
+    line: npt.NDArray[np.int64]
+    slot: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to copy."""
+        return int((self.pieces["rows"] * self.pieces["row_bytes"]).sum())
 
 
 @dataclass(frozen=True)
@@ -75,13 +112,20 @@ class SlotTable:
     Keeps the tensors, and their addresses: they must not be moved (`Tensor.set_`, `resize_`).
     """
 
-    def __init__(self, lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor]) -> None:
-        """Notes the addresses.
+    def __init__(
+        self,
+        lora_a: Sequence[torch.Tensor],
+        lora_b: Sequence[torch.Tensor],
+        *,
+        staging_bytes: int = STAGING_BYTES,
+    ) -> None:
+        """Notes the addresses; on a GPU, allocates all the device memory that copies need.
 
         Args:
             lora_a: A tensor [slots, R_a, K] or [slots, 1, R_a, K] per slice row; rows contiguous.
             lora_b: [slots, N, R] or [slots, 1, N, R] likewise; rows or columns contiguous (see
                 `column_major`).
+            staging_bytes: Of device memory that copies to a GPU go through.
 
         Raises:
             ValueError: They differ in number, slots, dtype or device, or have other strides.
@@ -120,75 +164,99 @@ class SlotTable:
         self.slots = first.size(0)
         self.dtype = first.dtype
         self.device = first.device
+        self._staging: DeviceStaging | None = None
+        if self.device.type == "cuda":
+            self._staging = DeviceStaging(self.device, staging_bytes)
+        self._staging_bytes = staging_bytes
 
     def scatter(
-        self,
-        buffer: torch.Tensor,
-        slot: int,
-        rows: _Ints,
-        a_ranks: _Ints,
-        ranks: _Ints,
-        a_offsets: _Ints,
-        b_offsets: _Ints,
-        *,
-        threads: int | None = None,
-        backend: str = "auto",
+        self, slot: int, index: SlotIndex, *, threads: int = 1, backend: str = "auto"
     ) -> None:
         """Copies an adapter into a slot; what lies past its ranks stays as it was.
 
         *Semantics*, for each i < n with slice s = rows[i]::
 
-            lora_a[s][slot, :a_ranks[i]] = buffer[a_offsets[i]:] as [a_ranks[i], K_s]
-            lora_b[s][slot, :, :ranks[i]] = buffer[b_offsets[i]:] as [N_s, ranks[i]], or as
+            lora_a[s][slot, :a_ranks[i]] = [a_ranks[i], K_s] at a_addresses[i]
+            lora_b[s][slot, :, :ranks[i]] = [N_s, ranks[i]] at b_addresses[i], or
                 [ranks[i], N_s] transposed if the columns of lora_b[s] are contiguous
 
-        On a GPU the work is queued on the current stream; a pinned buffer must stay as it is
-        until that has run.
-
         Args:
-            buffer: [elements] of the slots' dtype on the CPU, contiguous.
             slot: Which slot.
-            rows: [n], the slices that the adapter has.
-            a_ranks: [n], rows of A.
-            ranks: [n], columns of B.
-            a_offsets: [n], where A begins in the buffer, in elements.
-            b_offsets: [n], where B begins.
-            threads: That copy, with `native`; PyTorch's number by default.
-            backend: `native`, `torch`, `triton`, or `auto` for the best on the slots' device.
+            index: What to copy.
+            threads: As for `copy`.
+            backend: As for `copy`.
 
         Raises:
-            ValueError: Something would be read or written outside its bounds, or is of a wrong
-                kind.
-            NativeUnavailableError: `native` was asked for by name and cannot be had.
-            TritonUnavailableError: Likewise for `triton`.
+            ValueError: Something would be written outside its bounds, or is of a wrong kind.
+            NativeUnavailableError: As for `copy`.
+            TritonUnavailableError: As for `copy`.
+        """
+        backend = self._resolve(backend)
+        for group in self.pieces(slot, index):
+            self.copy(group, threads=threads, backend=backend)
+
+    def pieces(
+        self, slot: int, index: SlotIndex, *, most_bytes: int = GROUP_BYTES
+    ) -> list[PieceGroup]:
+        """What `copy` is to be called with, group after group, to copy an adapter into a slot.
+
+        Args:
+            slot: Which slot.
+            index: What to copy.
+            most_bytes: That a group has, but for a single row that is longer.
+
+        Raises:
+            ValueError: Something would be written outside its bounds, or is of a wrong kind.
         """
         if not 0 <= slot < self.slots:
             raise ValueError(f"there is no slot {slot}: found {self.slots} slots")
-        self._check_buffer(buffer)
-        columns = {
-            "rows": rows,
-            "a_ranks": a_ranks,
-            "ranks": ranks,
-            "a_offsets": a_offsets,
-            "b_offsets": b_offsets,
-        }
-        index = {name: np.asarray(column, np.int64) for name, column in columns.items()}
-        self._check_index(buffer, **index)
+        if most_bytes < 1:
+            raise ValueError(f"a group needs at least one byte, found {most_bytes}")
+        self._check_index(index)
+        pieces, matrix = self._whole_pieces(slot, index)
+        return [
+            PieceGroup(group, matrix[of], line, slot)
+            for group, of, line in in_groups(pieces, most_bytes)
+        ]
+
+    def copy(self, group: PieceGroup, *, threads: int = 1, backend: str = "auto") -> None:
+        """Copies a group of pieces.
+
+        On a GPU the work is queued on the current stream; the host memory must stay as it is until
+        that has run.
+
+        Args:
+            group: One of `pieces`.
+            threads: That copy, with `native`. One copies 84 MB in 5 ms; more wait for each other
+                after every group, and for longer than that where other work has the cores.
+            backend: `native`, `torch`, `triton`, or `auto` for the best on the slots' device.
+
+        Raises:
+            ValueError: The group does not fit the staging memory.
+            NativeUnavailableError: `native` was asked for by name and cannot be had.
+            TritonUnavailableError: Likewise for `triton`.
+        """
         backend = self._resolve(backend)
-        if backend == "torch":
-            self._scatter_torch(buffer, slot, **index)
-            return
-        pieces = self._pieces(slot, **index)
         if backend == "native":
             load_releasing_library().multilora_scatter(
-                *map(ctypes.c_int64, (pieces.ctypes.data, len(pieces), buffer.data_ptr())),
-                ctypes.c_int64(threads or torch.get_num_threads()),
+                ctypes.c_void_p(group.pieces.ctypes.data),
+                ctypes.c_int64(len(group.pieces)),
+                ctypes.c_int64(threads),
             )
-        elif len(pieces):
-            from multilora_kernels.triton.scatter import scatter_launch
+        elif backend == "torch":
+            self._copy_torch(group)
+        elif len(group.pieces):
+            self._device_staging().copy(group.pieces)
 
-            staged = buffer.to(self.device, non_blocking=True)
-            scatter_launch(staged, pieces).run()
+    def warm_up(self) -> None:
+        """Compiles what copies to a GPU need, so that no step waits for it; else does nothing."""
+        if self._resolve("auto") == "triton":
+            self._device_staging().warm_up()
+
+    def _device_staging(self) -> DeviceStaging:
+        if self._staging is None:  # Triton's interpreter, on a CPU
+            self._staging = DeviceStaging(self.device, self._staging_bytes)
+        return self._staging
 
     def _resolve(self, backend: str) -> str:
         if backend not in BACKENDS:
@@ -207,97 +275,62 @@ class SlotTable:
             triton_availability.require(self.device.type)
         return backend
 
-    def _check_buffer(self, buffer: torch.Tensor) -> None:
-        if buffer.dtype != self.dtype or buffer.dim() != 1 or buffer.device.type != "cpu":
-            raise ValueError(
-                f"the buffer must be a vector of {self.dtype} on the CPU, found {buffer.dtype} "
-                f"{list(buffer.shape)} on {buffer.device}"
-            )
-        if not buffer.is_contiguous():
-            raise ValueError("the buffer must be contiguous")
-
-    def _check_index(
-        self,
-        buffer: torch.Tensor,
-        rows: npt.NDArray[np.int64],
-        a_ranks: npt.NDArray[np.int64],
-        ranks: npt.NDArray[np.int64],
-        a_offsets: npt.NDArray[np.int64],
-        b_offsets: npt.NDArray[np.int64],
-    ) -> None:
-        shapes = {c.shape for c in (rows, a_ranks, ranks, a_offsets, b_offsets)}
-        if len(shapes) > 1 or rows.ndim != 1:
+    def _check_index(self, index: SlotIndex) -> None:
+        columns = (index.rows, index.a_ranks, index.ranks, index.a_addresses, index.b_addresses)
+        shapes = {column.shape for column in columns}
+        if len(shapes) > 1 or index.rows.ndim != 1:
             raise ValueError(f"the index must be five vectors of one length, found shapes {shapes}")
+        rows = index.rows
         if ((rows < 0) | (rows >= len(self._a))).any():
             raise ValueError(f"rows must lie in [0, {len(self._a)}), found {rows.tolist()}")
         for name, found, most in (
-            ("a_ranks", a_ranks, self._a_places.lines[rows]),
-            ("ranks", ranks, self._max_ranks[rows]),
+            ("a_ranks", index.a_ranks, self._a_places.lines[rows]),
+            ("ranks", index.ranks, self._max_ranks[rows]),
         ):
             if ((found < 0) | (found > most)).any():
                 raise ValueError(
                     f"{name} {found.tolist()} do not fit the slots, which hold {most.tolist()}"
                 )
-        for name, offsets, sizes in (
-            ("a_offsets", a_offsets, a_ranks * self._a_places.length[rows]),
-            ("b_offsets", b_offsets, ranks * self._outputs[rows]),
-        ):
-            if ((offsets < 0) | (offsets > buffer.numel() - sizes)).any():
-                raise ValueError(
-                    f"{name} {offsets.tolist()} reach outside the buffer of {buffer.numel()} "
-                    f"elements"
-                )
 
-    def _pieces(
-        self,
-        slot: int,
-        rows: npt.NDArray[np.int64],
-        a_ranks: npt.NDArray[np.int64],
-        ranks: npt.NDArray[np.int64],
-        a_offsets: npt.NDArray[np.int64],
-        b_offsets: npt.NDArray[np.int64],
-    ) -> npt.NDArray[np.void]:
-        """[2n] of `PIECE`: A and B of each slice."""
+    def _whole_pieces(
+        self, slot: int, index: SlotIndex
+    ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
+        """[2n] of `PIECE`, A and B of each slice; and the matrices that they are."""
         width = self.dtype.itemsize
-        by_column = self._by_column[rows]
+        rows = index.rows.astype(np.int64)
+        by_column, outputs = self._by_column[rows], self._outputs[rows]
         pieces = np.empty((len(rows), 2), PIECE)
-        for part, places, offsets, lines, length in (
-            (0, self._a_places, a_offsets, a_ranks, self._a_places.length[rows]),
+        for part, places, addresses, lines, length in (
+            (0, self._a_places, index.a_addresses, index.a_ranks, self._a_places.length[rows]),
             (
                 1,
                 self._b_places,
-                b_offsets,
-                np.where(by_column, ranks, self._outputs[rows]),
-                np.where(by_column, self._outputs[rows], ranks),
+                index.b_addresses,
+                np.where(by_column, index.ranks, outputs),
+                np.where(by_column, outputs, index.ranks),
             ),
         ):
             piece = pieces[:, part]
-            piece["source"] = offsets * width
+            piece["source"] = addresses
             piece["target"] = places.base[rows] + slot * places.slot_stride[rows]
             piece["rows"] = lines
             piece["row_bytes"] = length * width
             piece["stride"] = places.line_stride[rows]
-        return pieces.reshape(-1)
+        return pieces.reshape(-1), (2 * rows[:, None] + (0, 1)).reshape(-1)
 
-    def _scatter_torch(
-        self,
-        buffer: torch.Tensor,
-        slot: int,
-        rows: npt.NDArray[np.int64],
-        a_ranks: npt.NDArray[np.int64],
-        ranks: npt.NDArray[np.int64],
-        a_offsets: npt.NDArray[np.int64],
-        b_offsets: npt.NDArray[np.int64],
-    ) -> None:
-        staged = buffer.to(self.device, non_blocking=True)
-        for s, a_rank, rank, a_at, b_at in np.stack(
-            (rows, a_ranks, ranks, a_offsets, b_offsets), axis=1
-        ).tolist():
-            a = self._a[s][slot, :a_rank]
-            a.copy_(staged[a_at : a_at + a.numel()].view(a.shape))
-            b = self._b[s][slot, :, :rank]
-            b = b.mT if self._by_column[s] else b
-            b.copy_(staged[b_at : b_at + b.numel()].view(b.shape))
+    def _copy_torch(self, group: PieceGroup) -> None:
+        width = self.dtype.itemsize
+        for piece, matrix, line in zip(
+            group.pieces, group.matrix.tolist(), group.line.tolist(), strict=True
+        ):
+            row, rows, columns = matrix // 2, int(piece["rows"]), int(piece["row_bytes"]) // width
+            whole = self._b[row] if matrix % 2 else self._a[row]
+            if matrix % 2 and self._by_column[row]:
+                whole = whole.mT
+            if rows and columns:
+                source = host_bytes(int(piece["source"]), rows * columns * width)
+                part = whole[group.slot, line : line + rows, :columns]
+                part.copy_(source.view(self.dtype).view(rows, columns), non_blocking=True)
 
 
 def _matrices(tensor: torch.Tensor, name: str) -> torch.Tensor:

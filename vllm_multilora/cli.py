@@ -1,135 +1,149 @@
-"""The `vllm-multilora` command; each subcommand is one function that returns an exit status."""
+"""The `vllm-multilora` command. A subcommand's module is imported only when it is called."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vllm_multilora import __version__
-from vllm_multilora.adapters import validate_command
-from vllm_multilora.cache import simulate_command
-from vllm_multilora.operations import advise_command, status_command
-from vllm_multilora.planning import plan_command
-from vllm_multilora.planning.base_model import BaseModel
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
-    from vllm_multilora.integration.doctor import diagnose
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
 
-    return diagnose()
+    Attributes:
+        module: Has `add_arguments(parser)` and `run(arguments)`; see `vllm_multilora.commands`.
+        help: Its line among all commands.
+        description: What its own help begins with.
+    """
 
-
-def _validate(arguments: argparse.Namespace) -> int:
-    _quieten_vllm()
-    from vllm_multilora.integration.offline_layout import offline_layout
-
-    return validate_command.run(
-        arguments,
-        lambda given: offline_layout(
-            given.model,
-            max_lora_rank=given.max_lora_rank,
-            dtype=given.dtype,
-            lora_dtype=given.lora_dtype,
-            lora_target_modules=given.lora_target_modules,
-            trust_remote_code=given.trust_remote_code,
-        ),
-    )
+    module: str
+    help: str
+    description: str
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    _quieten_vllm()
+COMMANDS = {
+    "doctor": Command(
+        "vllm_multilora.commands.doctor",
+        "say whether vLLM sees the plugin, and what will run",
+        "Checks the installation: is the plugin seen by vLLM, which vLLM and platform are there, "
+        "which patches are in place, which kernels will run. Exits with 1 if the plugin would not "
+        "act.",
+    ),
+    "digest": Command(
+        "vllm_multilora.commands.digest",
+        "say which version of their weights adapters are",
+        "Prints the digest of each adapter: of its configuration and all of its tensors, as a "
+        "server computes it when it loads the adapter. Exits with 1 if one cannot be read.",
+    ),
+    "sign": Command(
+        "vllm_multilora.commands.sign",
+        "sign an adapter's folder",
+        "Signs all files of a folder with a private key, as OpenSSF model signing does, and writes "
+        "the signature to model.sig there. Exits with 1 if that cannot be done.",
+    ),
+    "verify": Command(
+        "vllm_multilora.commands.verify",
+        "say whether adapters are signed, and as they were signed",
+        "Checks the signatures of adapters' folders as a server does that requires them. Exits "
+        "with 0 if all are right, with 1 if one is not, with 2 if that cannot be told.",
+    ),
+    "simulate": Command(
+        "vllm_multilora.commands.simulate",
+        "replay a trace against the adapter cache under every policy",
+        "Says how often requests would have found their adapter in a slot or in host memory, what "
+        "was loaded, copied and evicted, and how far each policy is from the best possible. The "
+        "cache is the server's own code.",
+    ),
+    "advise": Command(
+        "vllm_multilora.commands.advise",
+        "say what to change about a running server, and why",
+        "Watches a server, or asks a Prometheus that has watched it, and compares what it sees "
+        "with the rules for serving many adapters. Exits with 0 if there is nothing to change, "
+        "with 1 if there is, with 2 if that cannot be told.",
+    ),
+    "status": Command(
+        "vllm_multilora.commands.status",
+        "show every adapter of a running server: where it is, and how it is used",
+        "Shows what GET /v1/lora_adapters of a server says. Exits with 2 if that cannot be had.",
+    ),
+    "tenants": Command(
+        "vllm_multilora.commands.tenants",
+        "make and hash tenants' keys, and check a tenants file",
+        "Makes keys for the file of --multilora-tenants, which holds their hashes alone, and says "
+        "whether such a file can be used. Exits with 1 if it cannot.",
+    ),
+    "store": Command(
+        "vllm_multilora.commands.store",
+        "run the store that several servers share, or show it",
+        "Runs the process that reads, checks and keeps adapters for all servers of this user on "
+        "this machine. Servers start one by themselves, which ends with the last of them; one "
+        "that is run by hand keeps adapters in host memory between them, until Ctrl-C. Exits "
+        "with 2 if one runs already, or if there is none to describe.",
+    ),
+    "plan": Command(
+        "vllm_multilora.commands.plan",
+        "say what adapter slots cost, before a server is started",
+        "Says, to the byte, what a setting of --max-loras and --max-lora-rank takes of a GPU's "
+        "memory and so of the KV cache, and what a directory's adapters need. Only the base "
+        "model's config.json is read. Exits with 1 if the given GPU has no room for it, "
+        "with 2 if the costs cannot be told.",
+    ),
+    "validate": Command(
+        "vllm_multilora.commands.validate",
+        "say whether adapters can be served over a base model",
+        "Checks adapters as the server does when they are registered, without the base model's "
+        "weights. Exits with 0 if all can be served, with 1 if one cannot, with 2 if that cannot "
+        "be told.",
+    ),
+}
 
-    def costs_of(given: argparse.Namespace) -> BaseModel:
-        from vllm_multilora.integration.offline_costs import offline_costs
-        from vllm_multilora.integration.offline_model import Server
 
-        modules = given.lora_target_modules
-        return offline_costs(
-            Server(
-                given.model,
-                max_lora_rank=given.max_lora_rank,
-                tensor_parallel_size=given.tensor_parallel_size,
-                fully_sharded_loras=given.fully_sharded_loras,
-                lora_target_modules=None if modules is None else tuple(modules),
-                dtype=given.dtype,
-                lora_dtype=given.lora_dtype,
-                max_model_len=given.max_model_len,
-                trust_remote_code=given.trust_remote_code,
-            )
-        )
-
-    return plan_command.run(arguments, costs_of)
-
-
-def _quieten_vllm() -> None:
-    """Called before vLLM is imported: it logs to standard output, where tables and JSON belong."""
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells have them: 128 and the signal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; `argv` defaults to the process's arguments."""
+    """Runs the command; `argv` defaults to the process's arguments.
+
+    Returns:
+        0, 1 or 2 as the command's description says: 2 always means that it could not tell.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(given)
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads has seen enough, and Python would write what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the command that is called."""
     parser = argparse.ArgumentParser(
         prog="vllm-multilora", description="Multi-tenant LoRA serving for vLLM."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", required=True)
-    doctor = commands.add_parser(
-        "doctor",
-        help="say whether vLLM sees the plugin, and what will run",
-        description="Checks the installation: is the plugin seen by vLLM, which vLLM and platform "
-        "are there, which patches are in place, which kernels will run. Exits with 1 if the plugin "
-        "would not act.",
-    )
-    doctor.set_defaults(run=_doctor)
-    simulate = commands.add_parser(
-        "simulate",
-        help="replay a trace against the adapter cache under every policy",
-        description="Says how often requests would have found their adapter in a slot or in host "
-        "memory, what was loaded, copied and evicted, and how far each policy is from the best "
-        "possible. The cache is the server's own code.",
-    )
-    simulate_command.add_arguments(simulate)
-    simulate.set_defaults(run=simulate_command.run)
-    advise = commands.add_parser(
-        "advise",
-        help="say what to change about a running server, and why",
-        description="Watches a server, or asks a Prometheus that has watched it, and compares what "
-        "it sees with the rules for serving many adapters. Exits with 0 if there is nothing to "
-        "change, with 1 if there is, with 2 if that cannot be told.",
-    )
-    advise_command.add_arguments(advise)
-    advise.set_defaults(run=advise_command.run)
-    status = commands.add_parser(
-        "status",
-        help="show every adapter of a running server: where it is, and how it is used",
-        description="Shows what GET /v1/lora_adapters of a server says. Exits with 2 if that "
-        "cannot be had.",
-    )
-    status_command.add_arguments(status)
-    status.set_defaults(run=status_command.run)
-    plan = commands.add_parser(
-        "plan",
-        help="say what adapter slots cost, before a server is started",
-        description="Says, to the byte, what a setting of --max-loras and --max-lora-rank takes of "
-        "a GPU's memory and so of the KV cache, and what a directory's adapters need. Only the "
-        "base model's config.json is read. Exits with 2 if the costs cannot be told.",
-    )
-    plan_command.add_arguments(plan)
-    plan.set_defaults(run=_plan)
-    validate = commands.add_parser(
-        "validate",
-        help="say whether adapters can be served over a base model",
-        description="Checks adapters as the server does when they are registered, without the base "
-        "model's weights. Exits with 0 if all can be served, with 1 if one cannot, with 2 if that "
-        "cannot be told.",
-    )
-    validate_command.add_arguments(validate)
-    validate.set_defaults(run=_validate)
-    arguments = parser.parse_args(argv)
-    return int(arguments.run(arguments))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # No option that may come before a command takes a value.
+    called = next((word for word in given if not word.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.description)
+        if name == called:
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run, parser=subparser)
+    return parser
 
 
 if __name__ == "__main__":

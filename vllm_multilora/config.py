@@ -2,8 +2,8 @@
 
 Every field is a flag of `vllm serve` and a key of `additional_config["multilora"]`, so that
 `LLM(..., additional_config={"multilora": {"backend": "torch"}})` and
-`vllm serve ... --multilora-backend torch` mean the same. `integration/flags.py` derives the
-flags from the fields' metadata, so a field added here needs no second place.
+`vllm serve ... --multilora-backend torch` mean the same. `integration/patching/flags.py`
+derives the flags from the fields' metadata, so a field added here needs no second place.
 """
 
 from __future__ import annotations
@@ -18,9 +18,29 @@ from vllm_multilora.errors import ConfigError
 CONFIG_KEY = "multilora"
 """The key of vLLM's `additional_config` under which the settings travel."""
 
+STORES = ("process", "thread")
 BACKENDS = ("auto", "native", "torch", "triton", "vllm")
 
 _LISTS = {"pin": "adapter names", "allowed_roots": "folders", "adapter_dir": "folders"}
+
+_FILES = (
+    "routes",
+    "admin_key_file",
+    "tenants",
+    "usage_log",
+    "require_digest",
+    "signing_keys",
+)
+
+_SWITCHES = (
+    "async_loading",
+    "allow_pickle",
+    "allow_hub",
+    "check_finite",
+    "quarantine",
+    "fair_shares",
+    "latency_metrics",
+)
 
 _NOT_INVARIANT = {
     "torch": "plain PyTorch's sums depend on the batch",
@@ -43,11 +63,15 @@ class MultiLoRAConfig:
             switches it on as well.
         cache_policy: Which adapter gives up its place: `lru`, `lfu`, `slru`, `gdsf`, one that an
             installed package offers, or `module:Class`.
-        cpu_cache_gib: GiB of host memory for adapters, shared by the engine's workers on a
-            machine. None: no limit in bytes where `--max-cpu-loras` is given, else 10 % of the
-            machine's memory.
+        cpu_cache_gib: GiB of host memory for adapters on the machine, where all servers of this
+            user share one copy of each; the largest that any of them asks for counts. None: no
+            limit in bytes where `--max-cpu-loras` is given, else 10 % of the machine's memory.
         async_loading: Whether adapters are loaded in the background, while other requests go on.
-        loader_threads: Threads that load, in each worker.
+        store: Where the store runs that reads adapters and keeps them in host memory. `process`:
+            one for all servers of this user on the machine, its checks sandboxed; `thread`: in
+            the engine's own process, where no process may be started.
+        loader_threads: Adapters that are read at once on the machine; those that take long do not
+            count.
         load_timeout_s: Seconds after which a load is given up and its requests fail.
         unload_timeout_s: Seconds that an unloaded adapter's running requests have to end.
         allowed_roots: Folders below which adapters must lie; anywhere where there are none.
@@ -55,9 +79,28 @@ class MultiLoRAConfig:
             folder's name, from its first use on.
         allow_pickle: Whether adapters in `adapter_model.bin` or `.pt` are read too, with
             PyTorch's restricted unpickler.
+        allow_hub: Whether the Hugging Face hub is asked for an adapter whose path is no folder.
         check_finite: Whether NaN and infinity in an adapter's weights are looked for.
+        quarantine: Whether an adapter whose numbers are not finite in use is taken out of service,
+            and blocks of the KV cache are emptied before they are used again.
+        fair_shares: Whether tenants (adapters, where a request is no tenant's) have equal shares of
+            the engine, or shares by their weights, while several have requests.
+        fair_prefill_tokens: Most prompt tokens in a step, all together, of those who have had much
+            more of late than another that takes part in the step; None: half of vLLM's
+            `--max-num-batched-tokens`.
         routes: File of routes: public model names that lead to adapters by share or by what the
             request says. Only for HTTP servers.
+        admin_key_file: File with the keys of operators, who alone may load and unload adapters and
+            see folders then. None: the variable MULTILORA_ADMIN_KEY, or no such keys.
+        tenants: File of tenants: which key is whose, and what each tenant may use. Only for HTTP
+            servers.
+        require_digest: File of the digests that adapters must have to be served.
+        signing_keys: File of public keys and certificates, by one of which adapters must be signed
+            to be served.
+        usage_log: File that gets a line of JSON for each prompt, with its tokens. Only for HTTP
+            servers.
+        usage_log_mib: MiB at which that file is renamed, and a new one begun.
+        latency_metrics: Whether there are histograms of each adapter's latencies.
         metrics_max_adapters: Most adapters whose names are values of the label `lora_name` in
             metrics; all others are counted together as `__other__`.
         pin: Names of adapters that keep their slot once they have one; fewer than there are
@@ -106,9 +149,9 @@ class MultiLoRAConfig:
             "flag": "--multilora-cpu-cache-gib",
             "metavar": "GIB",
             "type": float,
-            "help": "Host memory for adapters in GiB, shared by the engine's workers on a machine. "
-            "Without it, --max-cpu-loras is the only limit; without either, 10 %% of the machine's "
-            "memory.",
+            "help": "Host memory for adapters in GiB: one copy of each for all servers of this "
+            "user on the machine, and the largest budget that any of them asks for counts. Without "
+            "it, --max-cpu-loras is the only limit; without either, 10 %% of the machine's memory.",
         },
     )
     async_loading: bool = field(
@@ -119,13 +162,24 @@ class MultiLoRAConfig:
             "--no-multilora-async-loading makes the engine wait, as vLLM does.",
         },
     )
+    store: str = field(
+        default="process",
+        metadata={
+            "flag": "--multilora-store",
+            "choices": STORES,
+            "help": "Where adapters are read, checked and kept in host memory: in a process that "
+            "all servers of this user on the machine share, its checks sandboxed (process, the "
+            "default), or on a thread of each engine, without a sandbox (thread).",
+        },
+    )
     loader_threads: int = field(
         default=2,
         metadata={
             "flag": "--multilora-loader-threads",
             "metavar": "N",
             "type": int,
-            "help": "Threads that load adapters, in each worker.",
+            "help": "Adapters that are read at once on this machine; those that take long do not "
+            "count.",
         },
     )
     load_timeout_s: float = field(
@@ -174,11 +228,50 @@ class MultiLoRAConfig:
             "help": "Read adapter_model.bin and .pt too, with PyTorch's restricted unpickler.",
         },
     )
+    allow_hub: bool = field(
+        default=False,
+        metadata={
+            "flag": "--multilora-allow-hub",
+            "help": "Download an adapter from the Hugging Face hub where its path is no folder, "
+            "as vLLM does; the time counts towards its load's limit.",
+        },
+    )
     check_finite: bool = field(
         default=True,
         metadata={
             "flag": "--multilora-check-finite",
             "help": "Refuse adapters with NaN or infinity in their weights (the default).",
+        },
+    )
+    quarantine: bool = field(
+        default=True,
+        metadata={
+            "flag": "--multilora-quarantine",
+            "help": "Take an adapter out of service whose numbers are not finite in use, and empty "
+            "blocks of the KV cache before they are used again, so that nobody reads what it has "
+            "left there (the default).",
+        },
+    )
+    fair_shares: bool = field(
+        default=False,
+        metadata={
+            "flag": "--multilora-fair-shares",
+            "help": "While several tenants (adapters, where a request is no tenant's) have "
+            "requests, give each of them the same share of tokens, places and slots, or shares by "
+            "weight. Without it requests are served in the order in which they come, as by vLLM "
+            "(the default); with --scheduling-policy priority too.",
+        },
+    )
+    fair_prefill_tokens: int | None = field(
+        default=None,
+        metadata={
+            "flag": "--multilora-fair-prefill-tokens",
+            "metavar": "N",
+            "type": int,
+            "help": "With fair shares, most prompt tokens in a step of those, all together, who "
+            "have had much more of late than another that takes part in the step. The lower, the "
+            "less the others' tokens are delayed by long prompts, and the longer these take. "
+            "Without it, half of --max-num-batched-tokens.",
         },
     )
     routes: str | None = field(
@@ -189,6 +282,74 @@ class MultiLoRAConfig:
             "help": "YAML or JSON file of routes: public model names that lead to adapters by "
             "share, by language or by whatever the request says, with fallbacks. Read again when "
             "it changes. Only for servers: LLM() names adapters itself.",
+        },
+    )
+    admin_key_file: str | None = field(
+        default=None,
+        metadata={
+            "flag": "--multilora-admin-key-file",
+            "metavar": "FILE",
+            "help": "File with the operators' keys, one in each line: only they may load and "
+            "unload adapters, and only they are told folders. Without it MULTILORA_ADMIN_KEY "
+            "counts; without either, the API key is the operator's.",
+        },
+    )
+    tenants: str | None = field(
+        default=None,
+        metadata={
+            "flag": "--multilora-tenants",
+            "metavar": "FILE",
+            "help": "YAML or JSON file of tenants: which key is whose, the adapters and routes "
+            "that each may use and see, weights and limits. Read again when it changes. Only for "
+            "servers.",
+        },
+    )
+    require_digest: str | None = field(
+        default=None,
+        metadata={
+            "flag": "--multilora-require-digest",
+            "metavar": "FILE",
+            "help": "Serve adapters only with the digests that this file has for their names: a "
+            'JSON object, as vllm-multilora digest --json prints it; "*": "any" lets all others '
+            "be. Read again when it changes.",
+        },
+    )
+    signing_keys: str | None = field(
+        default=None,
+        metadata={
+            "flag": "--multilora-signing-keys",
+            "metavar": "FILE",
+            "help": "Serve only adapters that are signed (OpenSSF model signing, model.sig in the "
+            "adapter's folder) by one of the public keys or certificates in this PEM file, and are "
+            "as they were signed. Read again for each adapter that is loaded. Needs "
+            "vllm-multilora[signing].",
+        },
+    )
+    usage_log: str | None = field(
+        default=None,
+        metadata={
+            "flag": "--multilora-usage-log",
+            "metavar": "FILE",
+            "help": "Append a line of JSON to this file for each prompt that was answered or given "
+            "up: time, tenant, route, adapter, version, tokens, status. Only for servers.",
+        },
+    )
+    usage_log_mib: float = field(
+        default=256.0,
+        metadata={
+            "flag": "--multilora-usage-log-mib",
+            "metavar": "MIB",
+            "type": float,
+            "help": "Size at which the usage log is renamed, with the time added to its name, and "
+            "a new one begun (256 by default). Nothing is ever deleted.",
+        },
+    )
+    latency_metrics: bool = field(
+        default=False,
+        metadata={
+            "flag": "--multilora-latency-metrics",
+            "help": "Add histograms of the time to the first token and between tokens by adapter "
+            "to the metrics: 19 more series for each adapter.",
         },
     )
     metrics_max_adapters: int = field(
@@ -213,67 +374,7 @@ class MultiLoRAConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.enabled is not None and not isinstance(self.enabled, bool):
-            raise ConfigError(
-                f"{CONFIG_KEY}.enabled must be true, false or null, got {self.enabled!r}"
-            )
-        if self.backend not in BACKENDS:
-            raise ConfigError(
-                f"{CONFIG_KEY}.backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
-            )
-        if not isinstance(self.batch_invariant, bool):
-            raise ConfigError(
-                f"{CONFIG_KEY}.batch_invariant must be true or false, got {self.batch_invariant!r}"
-            )
-        if self.batch_invariant and self.backend in _NOT_INVARIANT:
-            raise ConfigError(
-                f"{CONFIG_KEY}.batch_invariant does not go with the backend {self.backend!r}: "
-                f"{_NOT_INVARIANT[self.backend]}. Choose the backend 'auto', 'native' or 'triton', "
-                f"or leave batch_invariant out"
-            )
-        if not isinstance(self.cache_policy, str) or not self.cache_policy:
-            raise ConfigError(
-                f"{CONFIG_KEY}.cache_policy must be the name of a policy, got {self.cache_policy!r}"
-            )
-        gib = self.cpu_cache_gib
-        if gib is not None and (
-            isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 < gib < float("inf")
-        ):
-            raise ConfigError(f"{CONFIG_KEY}.cpu_cache_gib must be a positive number, got {gib!r}")
-        for name in ("async_loading", "allow_pickle", "check_finite"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{CONFIG_KEY}.{name} must be true or false, got {value!r}")
-        threads = self.loader_threads
-        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 64:
-            raise ConfigError(
-                f"{CONFIG_KEY}.loader_threads must be a whole number from 1 to 64, got {threads!r}"
-            )
-        most = self.metrics_max_adapters
-        if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= 100_000:
-            raise ConfigError(
-                f"{CONFIG_KEY}.metrics_max_adapters must be a whole number from 0 to 100000, got "
-                f"{most!r}"
-            )
-        for name in ("load_timeout_s", "unload_timeout_s"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 < value <= 86_400:
-                raise ConfigError(
-                    f"{CONFIG_KEY}.{name} must be a number of seconds above 0 and at most a day, "
-                    f"got {value!r}"
-                )
-        if self.routes is not None and (not isinstance(self.routes, str) or not self.routes):
-            raise ConfigError(
-                f"{CONFIG_KEY}.routes must be the path of a file, got {self.routes!r}"
-            )
-        for name, what in _LISTS.items():
-            values = getattr(self, name)
-            if not isinstance(values, list | tuple) or not all(
-                isinstance(value, str) and value for value in values
-            ):
-                raise ConfigError(f"{CONFIG_KEY}.{name} must be a list of {what}, got {values!r}")
-            # JSON has lists only; the settings are hashable.
-            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        _check(self)
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> MultiLoRAConfig:
@@ -297,3 +398,88 @@ class MultiLoRAConfig:
                     f"unknown setting {key!r} in {CONFIG_KEY}{hint} (known: {', '.join(known)})"
                 )
         return cls(**settings)
+
+
+def _check(settings: MultiLoRAConfig) -> None:
+    """Raises `ConfigError` for a value that a setting cannot have."""
+    if settings.enabled is not None and not isinstance(settings.enabled, bool):
+        raise ConfigError(
+            f"{CONFIG_KEY}.enabled must be true, false or null, got {settings.enabled!r}"
+        )
+    if settings.backend not in BACKENDS:
+        raise ConfigError(
+            f"{CONFIG_KEY}.backend must be one of {', '.join(BACKENDS)}, got {settings.backend!r}"
+        )
+    if settings.store not in STORES:
+        raise ConfigError(
+            f"{CONFIG_KEY}.store must be one of {', '.join(STORES)}, got {settings.store!r}"
+        )
+    if not isinstance(settings.batch_invariant, bool):
+        raise ConfigError(
+            f"{CONFIG_KEY}.batch_invariant must be true or false, got {settings.batch_invariant!r}"
+        )
+    if settings.batch_invariant and settings.backend in _NOT_INVARIANT:
+        raise ConfigError(
+            f"{CONFIG_KEY}.batch_invariant does not go with the backend {settings.backend!r}: "
+            f"{_NOT_INVARIANT[settings.backend]}. Choose the backend 'auto', 'native' or 'triton', "
+            f"or leave batch_invariant out"
+        )
+    if not isinstance(settings.cache_policy, str) or not settings.cache_policy:
+        raise ConfigError(
+            f"{CONFIG_KEY}.cache_policy must be the name of a policy, got {settings.cache_policy!r}"
+        )
+    gib = settings.cpu_cache_gib
+    if gib is not None and (
+        isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 < gib < float("inf")
+    ):
+        raise ConfigError(f"{CONFIG_KEY}.cpu_cache_gib must be a positive number, got {gib!r}")
+    for name in _SWITCHES:
+        if not isinstance(value := getattr(settings, name), bool):
+            raise ConfigError(f"{CONFIG_KEY}.{name} must be true or false, got {value!r}")
+    threads = settings.loader_threads
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 64:
+        raise ConfigError(
+            f"{CONFIG_KEY}.loader_threads must be a whole number from 1 to 64, got {threads!r}"
+        )
+    most = settings.metrics_max_adapters
+    if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= 100_000:
+        raise ConfigError(
+            f"{CONFIG_KEY}.metrics_max_adapters must be a whole number from 0 to 100000, got "
+            f"{most!r}"
+        )
+    tokens = settings.fair_prefill_tokens
+    if tokens is not None and (
+        isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1
+    ):
+        raise ConfigError(
+            f"{CONFIG_KEY}.fair_prefill_tokens must be a whole number of tokens, at least 1, got "
+            f"{tokens!r}"
+        )
+    for name in ("load_timeout_s", "unload_timeout_s"):
+        value = getattr(settings, name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= 86_400:
+            raise ConfigError(
+                f"{CONFIG_KEY}.{name} must be a number of seconds above 0 and at most a day, "
+                f"got {value!r}"
+            )
+    for name in _FILES:
+        value = getattr(settings, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(f"{CONFIG_KEY}.{name} must be the path of a file, got {value!r}")
+    if settings.signing_keys is not None and settings.allow_pickle:
+        raise ConfigError(
+            f"{CONFIG_KEY}.signing_keys and {CONFIG_KEY}.allow_pickle exclude each other: a pickle "
+            "is read too often for its signature to mean what is used. Sign safetensors files"
+        )
+    mib = settings.usage_log_mib
+    if isinstance(mib, bool) or not isinstance(mib, int | float) or not 0 < mib < float("inf"):
+        raise ConfigError(f"{CONFIG_KEY}.usage_log_mib must be a positive number, got {mib!r}")
+    for name, what in _LISTS.items():
+        values = getattr(settings, name)
+        if not isinstance(values, list | tuple) or not all(
+            isinstance(value, str) and value for value in values
+        ):
+            raise ConfigError(f"{CONFIG_KEY}.{name} must be a list of {what}, got {values!r}")
+        # JSON has lists only; the settings are hashable.
+        object.__setattr__(settings, name, tuple(dict.fromkeys(values)))

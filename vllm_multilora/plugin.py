@@ -14,7 +14,9 @@ def register() -> None:
     nothing is caught here: a fault is seen with its traceback.
     """
     from vllm_multilora.integration.logs import join_vllm_logging
-    from vllm_multilora.integration.patches import apply_patches
+    from vllm_multilora.integration.patching.ledger import apply_patches
+    from vllm_multilora.integration.updating import restore_updating
 
     join_vllm_logging()
+    restore_updating()
     apply_patches()

@@ -22,7 +22,7 @@ table was measured on, and `gain` how many times faster than the default an entr
 for readers and may be left out.
 
 Files are looked for in the folder named by MULTILORA_CONFIG_DIR, then in this package.
-`python -m multilora_kernels.tune` writes them.
+`python -m tools.kernels.tune` writes them.
 """
 
 from __future__ import annotations

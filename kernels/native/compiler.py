@@ -1,9 +1,10 @@
-"""Builds the C kernels for this machine's processor, once, and loads them.
+"""Builds the C code for this machine's processor, once, and loads it.
 
 The wheel carries C source, not binaries: one wheel serves every platform, and the compiler
-may use all of the processor's vector instructions. The shared library is cached by a hash of
-the sources, the compiler and the processor's features, so an update or another machine sharing
-the home folder builds its own.
+may use all of the processor's vector instructions. There are two libraries: `KERNELS`, on
+PyTorch's OpenMP threads, and `PACKING`, which needs neither. Each is cached by a hash of its
+sources, the compiler and the processor's features, so an update or another machine sharing the
+home folder builds its own.
 """
 
 from __future__ import annotations
@@ -16,34 +17,62 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
+from multilora_kernels.native.trust import distrust
 
 logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCE = SOURCE_FOLDER / "segment_gemm.c"
-MOVE_SOURCES = tuple(SOURCE_FOLDER / name for name in ("blocks.c", "scatter.c"))
-"""What moves adapters: from their files into host memory, and from there into slots."""
-_INCLUDED = tuple(
-    SOURCE_FOLDER / name for name in ("vectors.h", "dot_products.h", "outer_products.h")
-)
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
 _COMPILE_SECONDS = 120
 
 
+@dataclass(frozen=True)
+class Library:
+    """C code that is built into one shared library.
+
+    Attributes:
+        name: What its file's name begins with.
+        sources: The files to compile.
+        headers: The files that they include.
+        openmp: Whether it runs on OpenMP's threads.
+    """
+
+    name: str
+    sources: tuple[Path, ...]
+    headers: tuple[Path, ...]
+    openmp: bool
+
+
+def _files(*names: str) -> tuple[Path, ...]:
+    return tuple(SOURCE_FOLDER / name for name in names)
+
+
+KERNELS = Library(
+    "kernels",
+    _files("segment_gemm.c", "scatter.c"),
+    _files("vectors.h", "dot_products.h", "outer_products.h", "streaming.h"),
+    openmp=True,
+)
+PACKING = Library("packing", _files("pack.c"), _files("vectors.h", "streaming.h"), openmp=False)
+
+
 class NativeUnavailableError(RuntimeError):
-    """The C kernels cannot be built or loaded here; the message says why and what to do."""
+    """The C code cannot be built or loaded here; the message says why and what to do."""
 
 
-def cache_dir() -> Path:
-    """Where built kernels are kept: `MULTILORA_CACHE_DIR`, else below `XDG_CACHE_HOME`."""
-    if configured := os.environ.get("MULTILORA_CACHE_DIR"):
-        return Path(configured)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "vllm-multilora"
+def is_available() -> bool:
+    """Whether the C kernels are built, or can be built, here; builds them."""
+    try:
+        load_library()
+    except NativeUnavailableError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)
@@ -57,13 +86,8 @@ def load_library() -> ctypes.PyDLL:
         NativeUnavailableError: No C compiler, a failed compilation, or no OpenMP runtime.
     """
     _make_openmp_visible()
-    library = _build()
-    try:
-        return ctypes.PyDLL(str(library))
-    except OSError as error:
-        raise NativeUnavailableError(
-            f"cannot load the compiled kernels {library}: {error}"
-        ) from None
+    library = _load(KERNELS)
+    return ctypes.PyDLL(library._name, handle=library._handle)
 
 
 @lru_cache(maxsize=1)
@@ -73,7 +97,28 @@ def load_releasing_library() -> ctypes.CDLL:
     Raises:
         NativeUnavailableError: As for `load_library`.
     """
-    return ctypes.CDLL(load_library()._name)
+    library = load_library()
+    return ctypes.CDLL(library._name, handle=library._handle)
+
+
+@lru_cache(maxsize=1)
+def load_packing_library() -> ctypes.CDLL:
+    """The compiled packing code, built first if no cached build fits; calls release the GIL.
+
+    Raises:
+        NativeUnavailableError: No C compiler, or a failed compilation.
+    """
+    return _load(PACKING)
+
+
+def _load(library: Library) -> ctypes.CDLL:
+    with built(library) as path:
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NativeUnavailableError(
+                f"cannot load the compiled {library.name} {path}: {error}"
+            ) from None
 
 
 def _make_openmp_visible() -> None:
@@ -83,6 +128,8 @@ def _make_openmp_visible() -> None:
     runtime would bring a second pool that fights the first for the cores and ignores the
     processor binding that vLLM sets up.
     """
+    import torch
+
     if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return
     packages = Path(torch.__file__).parent
@@ -96,7 +143,87 @@ def _make_openmp_visible() -> None:
     )
 
 
-def _build() -> Path:
+@contextmanager
+def built(library: Library) -> Iterator[Path]:
+    """The path of a library that fits this machine; it may be gone after the block.
+
+    It is taken from the cache folder or built there. Where that folder is the default one and
+    cannot be had, or others could have written to it, it is built in a private temporary folder.
+
+    Raises:
+        NativeUnavailableError: It cannot be built; or the folder in `MULTILORA_CACHE_DIR` is not
+            one to load code from.
+    """
+    command = _compiler()
+    name = f"{library.name}-{_fingerprint(library, command)}.so"
+    if configured := os.environ.get("MULTILORA_CACHE_DIR"):
+        yield _cached(library, command, Path(configured) / name)
+        return
+    try:
+        path = _cached(library, command, _default_cache() / name)
+    except _CacheUnusableError as error:
+        with tempfile.TemporaryDirectory(prefix="vllm-multilora-") as folder:
+            logger.warning(
+                "The C code (%s) is compiled for this process alone, since it cannot be kept: %s",
+                library.name,
+                error,
+            )
+            yield _compile(library, command, Path(folder) / name)
+        return
+    yield path
+
+
+class _CacheUnusableError(NativeUnavailableError):
+    """Nothing can be kept in the cache folder, or nothing in it can be trusted."""
+
+
+def _default_cache() -> Path:
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home) / "vllm-multilora"
+    try:
+        return Path.home() / ".cache" / "vllm-multilora"
+    except RuntimeError:  # neither HOME nor an entry in the user database
+        raise _CacheUnusableError(
+            f"user {os.geteuid()} has no home folder; set MULTILORA_CACHE_DIR to a folder of its "
+            "own"
+        ) from None
+
+
+def _cached(library: Library, command: list[str], path: Path) -> Path:
+    """The library's file in a cache folder, compiled if it is not there yet."""
+    folder = path.parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = distrust(folder) or (distrust(path) if path.exists() else "")
+    except OSError as error:
+        raise _CacheUnusableError(_not_writable(folder, error)) from None
+    if reason:
+        raise _CacheUnusableError(
+            f"{reason}, so that code in it may be another user's; give it to user {os.geteuid()} "
+            f"and run `chmod go-w` on it, or set MULTILORA_CACHE_DIR to a folder of its own"
+        )
+    if path.exists():
+        return path
+    try:
+        work = tempfile.mkdtemp(prefix=".build-", dir=folder)
+    except OSError as error:
+        raise _CacheUnusableError(_not_writable(folder, error)) from None
+    try:
+        # Renamed into place: another process may be building the same one.
+        _compile(library, command, Path(work) / path.name).replace(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    return (
+        f"cannot write to the cache folder {folder}: {error}; set MULTILORA_CACHE_DIR to a folder "
+        "that can be written"
+    )
+
+
+def _compiler() -> list[str]:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     compiler = compiler or shutil.which("cc")
     if compiler is None:
@@ -104,35 +231,21 @@ def _build() -> Path:
             "no C compiler found (looked for $CC, gcc, clang, cc); install one, for example "
             "`apt-get install gcc`, to use the native CPU kernels"
         )
-    command = compiler.split()
-    library = cache_dir() / f"kernels-{_fingerprint(command)}.so"
-    if library.exists():
-        return library
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        build_dir = tempfile.mkdtemp(prefix=".build-", dir=library.parent)
-    except OSError as error:
-        raise NativeUnavailableError(
-            f"cannot write to the cache folder {library.parent}: {error}; set MULTILORA_CACHE_DIR "
-            "to a folder that can be written"
-        ) from None
-    try:
-        # Linking apart from compiling, so that -fopenmp adds no OpenMP runtime of its own.
-        built = Path(build_dir) / library.name
-        objects = [str(Path(build_dir) / f"{source.stem}.o") for source in _sources()]
-        for source, compiled in zip(_sources(), objects, strict=True):
-            include = f"-I{SOURCE_FOLDER}"
-            _run([*command, *_FLAGS, "-fopenmp", include, "-c", str(source), "-o", compiled])
-        _run([*command, "-shared", *objects, "-o", str(built)])
-        built.replace(library)  # atomic: another process may be building the same one
-        logger.info("Compiled the native CPU kernels with %s: %s", compiler, library)
-    finally:
-        shutil.rmtree(build_dir, ignore_errors=True)
-    return library
+    return compiler.split()
 
 
-def _sources() -> tuple[Path, ...]:
-    return SOURCE, *MOVE_SOURCES
+def _compile(library: Library, command: list[str], path: Path) -> Path:
+    """Compiles and links a library, in a folder that is nobody else's."""
+    flags = (*_FLAGS, f"-I{SOURCE_FOLDER}", *(["-fopenmp"] if library.openmp else []))
+    objects = []
+    for source in library.sources:
+        objects.append(str(path.with_name(f"{source.stem}.o")))
+        _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
+    # Linking apart from compiling, so that -fopenmp adds no OpenMP runtime of its own.
+    _run([*command, "-shared", *objects, "-o", str(path)])
+    path.chmod(0o700)
+    logger.info("Compiled the native %s with %s: %s", library.name, command[0], path)
+    return path
 
 
 def _run(command: list[str]) -> str:
@@ -150,10 +263,10 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _fingerprint(command: list[str]) -> str:
+def _fingerprint(library: Library, command: list[str]) -> str:
     version = _run([*command, "--version"])
-    sources = (*_sources(), *_INCLUDED)
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    files = (*library.sources, *library.headers)
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     for part in (" ".join(command), version, " ".join(_FLAGS), platform.machine(), _cpu_features()):
         digest.update(part.encode())
     return digest.hexdigest()[:16]

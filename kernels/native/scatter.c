@@ -1,17 +1,9 @@
-/* Copies a packed adapter into a slot: many matrices, from one buffer, in one call.
+/* Copies parts of a packed adapter into a slot: many matrices in one call.
  *
  * The bytes of all pieces are one long line, of which each thread copies one contiguous share.
  * A piece whose rows follow each other in the slot too is cut anywhere, another between rows.
- * The stores bypass the cache where the processor can: what is copied is larger than the caches,
- * and fetching every line of the slot only to overwrite it would cost as much as reading.
  */
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "streaming.h"
 
 #if defined(_OPENMP)
 int omp_get_thread_num(void);
@@ -23,32 +15,17 @@ int omp_get_num_threads(void);
 #define THREAD_COUNT 1
 #endif
 
-#define LINE 64
 #define STREAMED_FROM 4096 /* bytes of one copy; shorter ones are left to memcpy */
 #define PAGE 4096
 #define PAGES 4 /* copied line by line in turn: more requests under way, a third less time */
 
 /* Mirrored by PIECE in kernels/scatter.py. All in bytes. */
 struct piece {
-    int64_t from; /* in the buffer, where the rows lie one after the other */
+    int64_t from; /* address of the first row of the source, in which they follow each other */
     int64_t to;   /* address of the first row in the slot */
     int64_t rows, row_bytes;
     int64_t stride; /* from row to row in the slot */
 };
-
-#if defined(__SSE2__)
-static inline void stream_line(char *to, const char *from) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
-#elif defined(__AVX__)
-    for (int i = 0; i < LINE; i += 32)
-        _mm256_stream_si256((__m256i *)(to + i), _mm256_loadu_si256((const __m256i *)(from + i)));
-#else
-    for (int i = 0; i < LINE; i += 16)
-        _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
-#endif
-}
-#endif
 
 static void copy(char *restrict to, const char *restrict from, size_t bytes) {
 #if defined(__SSE2__)
@@ -66,8 +43,8 @@ static void copy(char *restrict to, const char *restrict from, size_t bytes) {
 }
 
 /* Bytes [first, last) of a piece; whole rows where they are apart in the slot. */
-static void copy_part(const struct piece *p, const char *buffer, int64_t first, int64_t last) {
-    const char *from = buffer + p->from;
+static void copy_part(const struct piece *p, int64_t first, int64_t last) {
+    const char *from = (const char *)p->from;
     if (p->stride == p->row_bytes) {
         copy((char *)p->to + first, from + first, (size_t)(last - first));
         return;
@@ -77,8 +54,7 @@ static void copy_part(const struct piece *p, const char *buffer, int64_t first, 
         copy((char *)p->to + row * p->stride, from + row * p->row_bytes, (size_t)p->row_bytes);
 }
 
-void multilora_scatter(const struct piece *pieces, int64_t count, const char *buffer,
-                       int64_t threads) {
+void multilora_scatter(const struct piece *pieces, int64_t count, int64_t threads) {
     int64_t total = 0;
     for (int64_t i = 0; i < count; i++) total += pieces[i].rows * pieces[i].row_bytes;
 #pragma omp parallel num_threads((int)threads)
@@ -90,11 +66,9 @@ void multilora_scatter(const struct piece *pieces, int64_t count, const char *bu
             int64_t bytes = pieces[i].rows * pieces[i].row_bytes;
             int64_t from = first > begin ? first - begin : 0;
             int64_t to = last - begin < bytes ? last - begin : bytes;
-            if (from < to) copy_part(&pieces[i], buffer, from, to);
+            if (from < to) copy_part(&pieces[i], from, to);
             begin += bytes;
         }
-#if defined(__SSE2__)
-        _mm_sfence();
-#endif
+        stream_end();
     }
 }

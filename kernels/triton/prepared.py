@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -119,7 +120,7 @@ def _without_batch(launch: Launch) -> Launch:
 
 
 def _repeat(
-    launch: Launch, batch: Batch, of_the_batch: dict[str, object], before: Launch | None = None
+    launch: Launch, batch: Batch, of_the_batch: dict[str, Any], before: Launch | None = None
 ) -> Launch:
     programs, tokens = launch.grid[0], of_the_batch["tokens"]
     lanes = batch.lanes(programs, tokens, launch.constants["BLOCK_M"])

@@ -1,4 +1,4 @@
-"""Spreads a packed adapter, once it is in device memory, over a slot of every layer.
+"""Spreads pieces of an adapter, once they are in device memory, over a slot of every layer.
 
 Each program copies a share of one piece. The pieces' addresses come as a table of numbers in
 device memory, so that one launch reaches the tensors of all layers.
@@ -22,7 +22,8 @@ from multilora_kernels.triton.launch import Launch, launch_options
 
 _LANES = 16  # programs per piece: 448 pieces of an 8B Llama fill any card many times over
 _BLOCK = 1024  # units that a program copies at a time
-_UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+"""Widths in which rows are copied, in bytes."""
 _FIELDS = tl.constexpr(5)
 
 
@@ -52,40 +53,44 @@ def scatter_kernel(buffer, pieces, LANES: tl.constexpr, BLOCK: tl.constexpr):
             tl.store(target + row * stride + (at - row * columns), values, mask=live)
 
 
-def scatter_launch(staged: torch.Tensor, pieces: npt.NDArray[np.void]) -> Launch:
+def scatter_launch(staged: torch.Tensor, table: torch.Tensor, unit: int) -> Launch:
     """The launch that copies pieces of a buffer.
 
     Args:
-        staged: The buffer, in the memory of the device that the pieces' addresses belong to.
-        pieces: [n] of `multilora_kernels.scatter.PIECE`, at least one.
+        staged: uint8, in the memory of the device that the pieces' addresses belong to.
+        table: int64 [n, 5], at least one piece, in the same memory; see `in_units`.
+        unit: Bytes that are copied at a time, one of `UNITS`.
     """
-    table = pieces.view(np.int64).reshape(len(pieces), -1)
-    unit = _unit_bytes(pieces)
-    units = table.copy()
-    units[:, [0, 3, 4]] //= unit
+    whole = staged.numel() // unit * unit
     arguments: dict[str, Any] = {
-        "buffer": _in_units(staged, unit),
-        "pieces": torch.from_numpy(units).to(staged.device),
+        "buffer": staged[:whole].view(UNITS[unit]),
+        "pieces": table,
     }
     return Launch(
         scatter_kernel,
-        (len(pieces), _LANES),
+        (len(table), _LANES),
         arguments,
         {"LANES": _LANES, "BLOCK": _BLOCK},
         launch_options(num_warps=4, num_stages=1),
     )
 
 
-def _unit_bytes(pieces: npt.NDArray[np.void]) -> int:
-    """The widest unit of which every row and address here is a multiple."""
-    bits = 0
-    for name in ("source", "target", "row_bytes", "stride"):
-        bits |= int(np.bitwise_or.reduce(pieces[name]))
-    return next(unit for unit in _UNITS if bits % unit == 0)
+def in_units(
+    pieces: npt.NDArray[np.void], offsets: npt.NDArray[np.int64]
+) -> tuple[int, npt.NDArray[np.int64]]:
+    """The kernel's table of pieces.
 
+    Args:
+        pieces: [n] of `multilora_kernels.pieces.PIECE`.
+        offsets: [n], where they lie in the buffer, in bytes.
 
-def _in_units(staged: torch.Tensor, unit: int) -> torch.Tensor:
-    """The buffer as whole units; an odd rest at its end belongs to no piece."""
-    width = staged.element_size()
-    whole = staged.numel() * width // unit * unit // width
-    return staged[:whole].view(_UNITS[unit])
+    Returns:
+        The widest unit of which every row and address is a multiple; and int64 [n, 5], as
+        `scatter_kernel` reads it.
+    """
+    table = pieces.view(np.int64).reshape(len(pieces), -1).copy()
+    table[:, 0] = offsets
+    bits = int(np.bitwise_or.reduce(table[:, [0, 1, 3, 4]], axis=None))
+    unit = next(unit for unit in UNITS if bits % unit == 0)
+    table[:, [0, 3, 4]] //= unit
+    return unit, table

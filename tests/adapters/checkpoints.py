@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from multilora_kernels.dtypes import of_torch
 from vllm_multilora.adapters import ModelLayout, SliceLayout, parse_tensor_name
 
 PREFIX = "base_model.model."
@@ -52,5 +53,10 @@ def layout(dtype: torch.dtype = torch.float32, **options: object) -> ModelLayout
         SliceLayout(name, row, inputs, outputs, (0, inputs), (0, outputs))
         for row, (name, inputs, outputs) in enumerate(MODULES)
     )
-    defaults: dict = {"slices": slices, "max_rank": 16, "dtype": dtype, "columns_first": False}
+    defaults: dict = {
+        "slices": slices,
+        "max_rank": 16,
+        "dtype": of_torch(dtype),
+        "columns_first": False,
+    }
     return ModelLayout(**(defaults | options))

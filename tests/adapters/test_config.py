@@ -131,7 +131,6 @@ def test_any_json_is_read_or_refused(keys):
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "'bias' is 'all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*base model's weights"),
-        ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
         ({"layer_replication": [[0, 2]]}, "replicated layers"),
         ({"use_qalora": True}, "QALoRA"),
     ],
@@ -145,6 +144,21 @@ def test_what_changes_the_result_and_is_not_computed_is_listed(keys, words):
         )
 
 
+def test_the_tokens_that_activate_an_adapter_are_read_and_make_it_another():
+    config = read(alora_invocation_tokens=[7, 1 << 17, 7], task_type="CAUSAL_LM")
+    assert config.invocation_tokens == (7, 1 << 17, 7)
+    assert feature_problems(config, "c.json") == []
+    assert read(alora_invocation_tokens=None).invocation_tokens == ()
+
+
 @pytest.mark.parametrize("start", [True, False, "gaussian", "EVA", "orthogonal"])
 def test_initialisations_of_the_adapter_alone_are_supported(start):
     assert feature_problems(read(init_lora_weights=start), "c.json") == []
+
+
+def test_a_configuration_of_nothing_but_lists_is_refused_before_it_is_parsed():
+    text = '{"r": [' + "[]," * 1_000_000 + "0]}"
+    with pytest.raises(AdapterFormatError, match=r"has 1000002 brackets .* expected at most"):
+        AdapterConfig.from_json(text, "c.json")
+    with pytest.raises(AdapterFormatError, match=r"'target_modules' is .* at most 2000 are taken"):
+        read(target_modules="x" * (4 << 20))

@@ -1,5 +1,6 @@
 """Directories of adapters: what counts as one, what counts as a change."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import (
     FIRST_NUMBER,
     AdapterDirectories,
+    AdapterFolder,
     Settling,
     is_adapter_name,
     require_directories,
@@ -47,8 +49,23 @@ def test_every_sub_folder_with_a_configuration_is_an_adapter(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", ".hidden", "../acme", "a/b", "/etc", "a\nb", "a\0b", "a\x1b[2J", "\udc80"],
-    ids=ascii,
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "../acme",
+        "a/b",
+        "/etc",
+        "a\nb",
+        "a\0b",
+        "a\x1b[2J",
+        "\udc80",
+        "a" * 256,
+        "ä" * 128,
+        "a" * 100_000,
+    ],
+    ids=lambda name: ascii(name)[:24],
 )
 def test_no_other_name_is_looked_for(tmp_path, name):
     put(tmp_path / "inside" / "acme")
@@ -194,3 +211,41 @@ def test_looking_at_thousands_of_folders_is_cheap(tmp_path):
         assert len(settling.settle(directories.scan())) == 2_000
         took.append(time.process_time() - began)
     assert min(took) < 0.5
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "ä" * 127, "👍", "acme"])
+def test_any_other_name_is_looked_for(tmp_path, name):
+    directories = looking_at(tmp_path)
+    assert directories.find(name) is None
+    put(tmp_path / name)
+    assert directories.find(name) is not None
+
+
+def test_a_name_that_the_file_system_cannot_hold_is_no_adapter(tmp_path, monkeypatch, caplog):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENAMETOOLONG, "File name too long")
+
+    directories = looking_at(tmp_path)
+    with monkeypatch.context() as patch:  # as one that encrypts names, and has shorter ones
+        patch.setattr(os, "stat", fail)
+        assert directories.find("a" * 200) is None
+    assert not caplog.records
+
+
+def test_no_two_folders_have_one_number(tmp_path, caplog, monkeypatch):
+    """Who may write to a directory can look for facts that give another adapter's number."""
+    put(tmp_path / "beta")
+    directories = looking_at(tmp_path)
+    numbers = {"beta": FIRST_NUMBER, "acme": FIRST_NUMBER, "corp": FIRST_NUMBER + 1}
+    monkeypatch.setattr(AdapterFolder, "number", property(lambda folder: numbers[folder.name]))
+    assert list(directories.scan()) == ["beta"]
+    for name in ("acme", "corp"):
+        put(tmp_path / name)
+    for _ in range(3):
+        assert set(directories.scan()) == {"beta", "corp"}
+        assert directories.find("acme") is None
+    assert caplog.text.count("acme is not served") == 1
+    numbers["acme"] += 7  # another version of it
+    assert set(directories.scan()) == {"acme", "beta", "corp"}
+    numbers["acme"] -= 7
+    assert directories.find("acme") is None

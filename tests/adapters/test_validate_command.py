@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vllm_multilora.adapters import validate_command
+from vllm_multilora.commands import validate as validate_command
 from vllm_multilora.errors import MultiLoRAError
 
 from .corpus import BAD, LAYOUT, VALID

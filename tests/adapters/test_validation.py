@@ -4,26 +4,24 @@ import errno
 import json
 import os
 import pickle
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vllm_multilora.adapters import (
-    AdapterCheckpoint,
-    AdapterError,
-    AdapterFormatError,
-    Code,
-    Limits,
-    pack,
-    validate,
-)
-from vllm_multilora.adapters.placement import left_out_modules
+from multilora_kernels.dtypes import FLOAT16
+from vllm_multilora.adapters import AdapterError, AdapterFormatError, Code, Limits
+from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters.intake import Rules
+from vllm_multilora.adapters.naming import ModuleNaming
+from vllm_multilora.adapters.validation import validate
 
 from .corpus import BAD, LAYOUT, VALID
 from .corpus.draft import V1, good, name_of
 from .corpus.headers import rewrite
 from .corpus.llama_layout import MODULES
+from .packs import take
 
 
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD)
@@ -45,23 +43,25 @@ def test_a_bad_adapter_has_exactly_its_problems(case, tmp_path):
 def test_a_valid_adapter_has_no_problem_and_is_packed(case, tmp_path):
     folder = case.write(tmp_path / "adapter")
     assert validate(folder, LAYOUT) == []
-    with AdapterCheckpoint.open(folder) as checkpoint:
-        assert validate(checkpoint, LAYOUT) == []
-        assert pack(checkpoint, LAYOUT).nbytes > 0
+    assert take(folder, LAYOUT).nbytes > 0
 
 
 def test_the_corpus_is_large_and_covers_every_code():
     assert len(BAD) >= 60
     assert len(VALID) >= 20
     # Of these no folder can be an example: they are about limits, permissions, places, moments and
-    # the server's settings.
+    # the server's settings; `test_signatures.py` has those of signatures.
     elsewhere = {
         Code.FILE_UNREADABLE,
         Code.FILE_CHANGED,
         Code.TOO_MANY_TENSORS,
         Code.NOT_ALLOWED,
+        Code.NOT_SIGNED,
+        Code.WRONG_SIGNATURE,
+        Code.NOT_AS_SIGNED,
         Code.NOTHING_APPLIED,
         Code.NOT_PICKLED_TENSORS,
+        Code.MORE_PROBLEMS,
     }
     assert {code for case in BAD.values() for code in case.codes} | elsewhere == set(Code)
 
@@ -74,8 +74,8 @@ SEEN_UNREAD = [case for case in BAD.values() if not SEEN_IN_VALUES & set(case.co
 def test_packing_refuses_what_can_be_seen_without_the_values(case, tmp_path):
     """Loading is safe even where nobody has asked for validation first."""
     folder = case.write(tmp_path / "adapter")
-    with pytest.raises(AdapterError) as caught, AdapterCheckpoint.open(folder) as checkpoint:
-        pack(checkpoint, LAYOUT)
+    with pytest.raises(AdapterError) as caught:
+        take(folder, LAYOUT, rules=Rules(check_finite=False))
     assert {problem.code for problem in caught.value.problems} <= set(case.codes)
 
 
@@ -89,7 +89,7 @@ def test_overflow_is_judged_by_the_type_of_the_slots(tmp_path):
     name = next(name for name in draft.tensors if ".lora_A." in name)
     draft.tensors[name][0, 0] = 1e5
     folder = draft.write(tmp_path / "adapter")
-    half = replace(LAYOUT, dtype=torch.float16)
+    half = replace(LAYOUT, dtype=FLOAT16)
     assert validate(folder, LAYOUT) == []
     [problem] = validate(folder, half)
     assert problem.code == Code.OVERFLOW
@@ -117,13 +117,25 @@ def test_sizes_that_only_vllm_knows_are_bounded_loosely():
     assert Limits().most_bytes(experts) > 50 * Limits().most_bytes(LAYOUT)
 
 
-def test_a_file_truncated_meanwhile_is_a_problem(tmp_path):
+def test_a_large_file_that_holds_nothing_is_refused_where_sizes_are_bounded_loosely(tmp_path):
+    """60 GiB of holes in the place of an expert, which nobody could tell to be too large."""
+    name, more = "base_model.model.model.layers.0.mlp.experts.gate.lora_A.weight", 60 << 30
+    experts = replace(LAYOUT, special=LAYOUT.special | {"model.layers.0.mlp.experts"})
     folder = good().write(tmp_path / "adapter")
-    with AdapterCheckpoint.open(folder) as checkpoint:
-        os.truncate(checkpoint.tensors_path, checkpoint.tensors_path.stat().st_size - 8)
-        [problem] = validate(checkpoint, LAYOUT)
-    assert problem.code == Code.FILE_CHANGED
-    assert "the file ends inside" in problem.message
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    data = len(content) - 8 - length
+    header[name] = {"dtype": "U8", "shape": [more], "data_offsets": [data, data + more]}
+    text = json.dumps(header).encode()
+    written = len(text).to_bytes(8, "little") + text + content[8 + length :]
+    file.write_bytes(written)
+    os.truncate(file, len(written) + more)
+    began = time.thread_time()
+    [problem] = [p for p in validate(folder, experts) if p.code == Code.FILE_TOO_LARGE]
+    assert "sparse" in problem.message
+    assert time.thread_time() - began < 5
 
 
 def test_a_file_that_cannot_be_read_is_a_problem(tmp_path, monkeypatch):
@@ -159,7 +171,7 @@ def test_modules_that_the_base_leaves_out_or_only_vllm_knows_are_left_alone(tmp_
         draft.tensors[name_of(experts, part)] = torch.ones(16, 16)
     layout = replace(
         LAYOUT,
-        rename=lambda module: None if module.startswith("mtp.") else module,
+        naming=ModuleNaming(skipped=("mtp.",)),
         special=LAYOUT.special | {experts},
     )
     assert validate(draft.write(tmp_path / "adapter"), layout) == []
@@ -181,19 +193,18 @@ def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(tm
 def test_opening_reports_every_problem_of_the_configuration(tmp_path):
     folder = BAD["config-wrong-in-three-ways"].write(tmp_path / "adapter")
     with pytest.raises(AdapterFormatError) as caught:
-        AdapterCheckpoint.open(folder)
+        AdapterCheckpoint.read(folder)
     assert len(caught.value.problems) == 3
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.problems) == (str(caught.value), caught.value.problems)
 
 
-def without(*kinds: str, **changes: object):
-    """The layout of a server that applies adapters to other kinds of module only."""
+def restricted_to(*targets: str):
+    """The layout of a server that applies adapters to these kinds of module only."""
     return replace(
         LAYOUT,
-        slices=tuple(part for part in LAYOUT.slices if not part.name.endswith(kinds)),
-        rename=lambda module: None if module.endswith(kinds) else module,
-        **changes,
+        slices=tuple(part for part in LAYOUT.slices if part.name.endswith(targets)),
+        naming=ModuleNaming(targets=targets),
     )
 
 
@@ -201,34 +212,33 @@ def test_an_adapter_of_which_nothing_would_be_applied_is_refused(tmp_path):
     """Its requests would be answered by the base model."""
     attention = [name for name in MODULES if "self_attn" in name]
     folder = good(attention).write(tmp_path / "attention")
-    kinds = ("q_proj", "k_proj", "v_proj", "o_proj")
-    layout = without(*kinds, targets=("gate_proj", "up_proj", "down_proj"))
+    layout = restricted_to("gate_proj", "up_proj", "down_proj")
     [problem] = validate(folder, layout)
     assert problem.code == Code.NOTHING_APPLIED
     assert problem.where == name_of("model.layers.0.self_attn.k_proj", "A")
     assert "as all 12 modules of the adapter are (k_proj, o_proj, q_proj, v_proj)" in problem.found
     assert "gate_proj, up_proj, down_proj" in problem.expected
     assert "--lora-target-modules gate_proj up_proj down_proj" in problem.hint
-    with AdapterCheckpoint.open(folder) as checkpoint, pytest.raises(AdapterFormatError):
-        pack(checkpoint, layout)
+    with pytest.raises(AdapterFormatError):
+        take(folder, layout)
 
 
 def test_an_adapter_of_layers_that_no_request_comes_through_is_refused(tmp_path):
     folder = good().write(tmp_path / "adapter")
-    [problem] = validate(folder, replace(LAYOUT, rename=lambda module: None))
+    [problem] = validate(folder, replace(LAYOUT, naming=ModuleNaming(skipped=("model.",))))
     assert problem.code == Code.NOTHING_APPLIED
     assert "--lora-target-modules" not in problem.hint
 
 
 def test_an_adapter_of_which_something_is_applied_is_served_without_the_rest(tmp_path):
     folder = good().write(tmp_path / "adapter")
-    layout = without("q_proj", "v_proj", targets=("k_proj",))
+    layout = restricted_to("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert validate(folder, layout) == []
-    with AdapterCheckpoint.open(folder) as checkpoint:
-        left_out = left_out_modules(checkpoint.tensors, layout)
-        assert left_out == [name for name in MODULES if name.endswith(("q_proj", "v_proj"))]
-        assert len(pack(checkpoint, layout).rows) == len(MODULES) - len(left_out)
-        assert left_out_modules(checkpoint.tensors, LAYOUT) == []
+    pack = take(folder, layout)
+    assert list(pack.left_out) == [n for n in MODULES if n.endswith(("q_proj", "v_proj"))]
+    assert len(pack.index.ranks[0].rows) == len(MODULES) - len(pack.left_out)
+    assert take(folder, LAYOUT).left_out == ()
+    assert take(folder, layout, LAYOUT).left_out == ()
 
 
 def test_an_adapter_of_another_workers_layers_is_accepted_here(tmp_path):
@@ -237,10 +247,39 @@ def test_an_adapter_of_another_workers_layers_is_accepted_here(tmp_path):
     here = replace(
         LAYOUT,
         slices=tuple(part for part in LAYOUT.slices if ".layers.1." not in part.name),
-        rename=lambda module: None if ".layers.1." in module else module,
-        elsewhere=lambda module: ".layers.1." in module,
+        naming=ModuleNaming(others=("model.layers.1.",), roots=frozenset({"model"})),
     )
     assert validate(folder, here) == []
-    with AdapterCheckpoint.open(folder) as checkpoint:
-        assert pack(checkpoint, here).nbytes == 0
-        assert left_out_modules(checkpoint.tensors, here) == []
+    pack = take(folder, here)
+    assert len(pack.index.ranks[0].rows) == 0
+    assert pack.left_out == ()
+
+
+VISION = tuple(f"visual.blocks.{i}.attn.qkv" for i in range(2))
+MULTIMODAL = replace(LAYOUT, naming=ModuleNaming(unwrapped=frozenset(VISION)))
+
+
+def with_vision(draft, *modules: str):
+    for module in modules:
+        for part, shape in (("A", (8, 5)), ("B", (7, 8))):
+            draft.tensors[name_of(module, part)] = torch.ones(shape)
+    return draft
+
+
+def test_an_adapter_of_a_multimodal_model_is_served_without_the_tower_that_vllm_leaves_alone(
+    tmp_path,
+):
+    folder = with_vision(good(), *VISION).write(tmp_path / "adapter")
+    assert validate(folder, MULTIMODAL) == []
+    assert take(folder, MULTIMODAL).left_out == VISION
+    # What the model does not have at all is refused.
+    folder = with_vision(good(), "visual.blocks.2.attn.qkv").write(tmp_path / "other")
+    [problem] = validate(folder, MULTIMODAL)
+    assert problem.code in (Code.UNKNOWN_MODULE, Code.LAYER_OUT_OF_RANGE)
+
+
+def test_an_adapter_of_a_tower_alone_is_refused(tmp_path):
+    folder = with_vision(good([]), *VISION).write(tmp_path / "adapter")
+    [problem] = validate(folder, MULTIMODAL)
+    assert problem.code == Code.NOTHING_APPLIED
+    assert "the server applies no adapters to these modules" in problem.hint

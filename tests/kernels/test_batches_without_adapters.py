@@ -11,14 +11,14 @@ from multilora_kernels import (
     lora_expand,
     lora_linear,
     lora_shrink,
-    native,
     torch_backend,
 )
+from multilora_kernels.native import segment_gemm
 
 from .problems import Problem, make_problem
 
 NOBODY = [-1, -1, -1]
-BACKENDS = {"native": native, "torch": torch_backend}
+BACKENDS = {"native": segment_gemm, "torch": torch_backend}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -30,7 +30,7 @@ def backend(request, monkeypatch) -> str:
 
     for name in ("lora_linear", "lora_shrink", "lora_expand"):
         monkeypatch.setattr(BACKENDS[request.param], name, called)
-    monkeypatch.setattr(native.Call, "run", called)
+    monkeypatch.setattr(segment_gemm.Call, "run", called)
     return request.param
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from multilora_kernels.triton.tiles import store_grain
 
 from .problems import Problem, make_problem
 
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # No load, store or block ends at these ranks, but at the next.
@@ -175,10 +177,12 @@ def test_h_is_stored_16_bytes_at_a_time():
     """In a process of its own: this one has Triton in interpreter mode."""
     short, *others = "qkv decode, R 64, T 64", "qkv mixed, R 64, T 512", "qkv prefill, R 64, T 2048"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "multilora_kernels.report", "--arch", "90", "--json"]
+    command = [sys.executable, "-m", "tools.kernels.report", "--arch", "90", "--json"]
     for case in (short, *others):
         command += ["--case", case]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     stored = {(r["kernel"], r["case"]): r["stores"] for r in compiled if r["kernel"] != "expand"}

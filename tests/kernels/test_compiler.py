@@ -1,9 +1,18 @@
-"""Building the C kernels: cached, and every failure says what to do."""
+"""Building the C code: cached where nobody else can write, and every failure says what to do."""
+
+import ctypes
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from multilora_kernels import NativeUnavailableError
-from multilora_kernels.native import compiler
+from multilora_kernels.native import compiler, trust
+from multilora_kernels.native.compiler import PACKING, Library, built
 
 
 @pytest.fixture
@@ -12,42 +21,162 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_a_build_is_kept_and_used_again(cache):
-    first = compiler._build()
+@pytest.fixture
+def small(tmp_path) -> Library:
+    """A library that compiles in a moment."""
+    source = tmp_path / "small.c"
+    source.write_text("int answer(void) { return 42; }\n")
+    return Library("small", (source,), (), openmp=False)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, with nothing that says where else to keep anything."""
+    monkeypatch.delenv("MULTILORA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def path_of(library: Library) -> Path:
+    with built(library) as path:
+        return path
+
+
+def answer(library: Library) -> int:
+    return compiler._load(library).answer()
+
+
+def test_a_build_is_kept_and_used_again(cache, small):
+    first = path_of(small)
     assert first.parent == cache
     made = first.stat().st_mtime_ns
-    assert compiler._build() == first
+    assert path_of(small) == first
     assert first.stat().st_mtime_ns == made
     assert [p.name for p in cache.iterdir()] == [first.name]
+    assert answer(small) == 42
 
 
-def test_another_source_gets_another_build(cache, monkeypatch, tmp_path):
-    first = compiler._build()
-    changed = tmp_path / "changed.c"
-    changed.write_text(compiler.SOURCE.read_text() + "\n/* changed */\n")
-    monkeypatch.setattr(compiler, "SOURCE", changed)
-    assert compiler._build() != first
+def test_what_is_built_is_nobody_elses(cache, small):
+    before = os.umask(0)
+    try:
+        path = path_of(small)
+    finally:
+        os.umask(before)
+    assert trust.distrust(path) == trust.distrust(cache) == ""
 
 
-def test_without_a_compiler_the_error_says_what_to_install(cache, monkeypatch):
+def test_each_library_has_a_build_of_its_own(cache, small):
+    other = replace(small, name="other")
+    assert path_of(small).name.startswith("small-")
+    assert path_of(other).name.startswith("other-")
+
+
+def test_another_source_or_header_gets_another_build(cache, small, tmp_path):
+    first = path_of(small)
+    header = tmp_path / "small.h"
+    header.write_text("/* new */\n")
+    second = path_of(replace(small, headers=(header,)))
+    small.sources[0].write_text("int answer(void) { return 43; }\n")
+    assert len({first, second, path_of(small)}) == 3
+    assert answer(small) == 43
+
+
+def test_the_packing_library_needs_no_openmp(cache):
+    with built(PACKING) as path:
+        shown = subprocess.run(["nm", "-D", str(path)], capture_output=True, text=True, check=True)
+    assert "multilora_pack" in shown.stdout
+    assert "GOMP" not in shown.stdout
+
+
+def test_without_a_compiler_the_error_says_what_to_install(cache, monkeypatch, small):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     with pytest.raises(NativeUnavailableError, match=r"no C compiler found.*apt-get install gcc"):
-        compiler._build()
+        path_of(small)
 
 
-def test_a_failed_compilation_shows_the_compilers_words(cache, monkeypatch, tmp_path):
-    broken = tmp_path / "broken.c"
-    broken.write_text("int main(void) { return nonsense; }\n")
-    monkeypatch.setattr(compiler, "SOURCE", broken)
+def test_a_failed_compilation_shows_the_compilers_words(cache, small):
+    small.sources[0].write_text("int main(void) { return nonsense; }\n")
     with pytest.raises(NativeUnavailableError, match=r"failed with exit status 1:[\s\S]*nonsense"):
-        compiler._build()
+        path_of(small)
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_names_the_setting(monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_names_the_setting(monkeypatch, tmp_path, small):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("MULTILORA_CACHE_DIR", str(blocked))
     with pytest.raises(NativeUnavailableError, match="set MULTILORA_CACHE_DIR"):
-        compiler._build()
+        path_of(small)
+
+
+@pytest.mark.parametrize("what", ["folder", "library"])
+def test_a_configured_cache_that_others_can_write_to_is_refused(cache, small, what):
+    path = path_of(small)
+    spoilt = cache if what == "folder" else path
+    spoilt.chmod(0o777)
+    with pytest.raises(NativeUnavailableError, match=r"writable for others \(mode 777\).*go-w"):
+        answer(small)
+
+
+def test_a_library_of_another_user_is_not_loaded(home, small, monkeypatch, caplog):
+    """As in a folder that several users share, under a name that anybody can work out."""
+    path = path_of(small)
+    path.write_bytes(b"not even a library")
+    real = Path.stat
+
+    def stat(self, **options):
+        status = real(self, **options)
+        if self != path:
+            return status
+        fields = list(status)
+        fields[4] = os.geteuid() + 1  # st_uid
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert answer(small) == 42
+    [record] = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert f"{path} belongs to user {os.geteuid() + 1}" in record.message
+
+
+def test_a_folder_below_one_that_everybody_may_write_to_is_not_trusted(tmp_path):
+    folder = tmp_path / "open" / "mine"
+    folder.mkdir(parents=True)
+    assert trust.distrust(folder) == ""
+    folder.parent.chmod(0o777)
+    assert "writable for everybody" in trust.distrust(folder)
+    folder.parent.chmod(0o1777)  # as /tmp: nobody renames what is another's
+    assert trust.distrust(folder) == ""
+
+
+@pytest.mark.parametrize("why", ["no-home", "home-is-a-file", "others-may-write"])
+def test_without_a_place_to_keep_it_code_is_built_for_the_process(
+    home, small, monkeypatch, caplog, why
+):
+    words = "set MULTILORA_CACHE_DIR"
+    if why == "no-home":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        words = f"user {os.geteuid()} has no home folder"
+    elif why == "home-is-a-file":
+        home.rmdir()
+        home.write_text("")
+    else:
+        (home / ".cache" / "vllm-multilora").mkdir(parents=True, mode=0o777)
+        (home / ".cache" / "vllm-multilora").chmod(0o777)
+        words = "writable for others"
+    with built(small) as path:
+        folder = path.parent
+        assert folder.stat().st_mode & 0o77 == 0
+        assert ctypes.CDLL(str(path)).answer() == 42
+    assert not folder.exists()
+    [record] = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "compiled for this process alone" in record.message
+    assert words in record.message
+
+
+def test_the_compiler_module_imports_no_torch():
+    code = "import sys, multilora_kernels.native.compiler; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -17,7 +17,7 @@ from multilora_kernels.configs import (
     default_shrink,
     load_table,
 )
-from multilora_kernels.measure.batches import LAYERS
+from tools.kernels.measure.batches import LAYERS
 
 SHRINK = {
     "block_m": 32,

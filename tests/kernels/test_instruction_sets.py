@@ -1,6 +1,7 @@
-"""The C kernels on processors with fewer vector instructions than this one.
+"""The C code on processors with fewer vector instructions than this one.
 
-Each build leaves some out; the tests of the products then run on it in a process of their own.
+Each build leaves some out; the tests of products and packing then run on it in a process of
+their own.
 On a processor that lacks them anyway a build is the same as a smaller one, and passes as well.
 """
 
@@ -24,13 +25,16 @@ LEFT_OUT = {
     platform.machine() not in ("x86_64", "AMD64"), reason="the sets are those of x86 processors"
 )
 @pytest.mark.parametrize("flags", LEFT_OUT.values(), ids=LEFT_OUT)
-def test_products_are_right_with_fewer_instructions(flags, tmp_path):
+@pytest.mark.parametrize(
+    ("tests", "library"), [("test_lora_linear.py", "kernels"), ("test_packing.py", "packing")]
+)
+def test_results_are_right_with_fewer_instructions(tests, library, flags, tmp_path):
     environment = os.environ | {
         "CC": f"{os.environ.get('CC', 'gcc')} {flags}",
         "MULTILORA_CACHE_DIR": str(tmp_path),
     }
-    tests = Path(__file__).with_name("test_lora_linear.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    path = Path(__file__).with_name(tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(
         [*command, "-k", "native"],
         env=environment,
@@ -41,4 +45,4 @@ def test_products_are_right_with_fewer_instructions(flags, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-    assert list(tmp_path.glob("kernels-*.so"))
+    assert list(tmp_path.glob(f"{library}-*.so"))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from multilora_kernels import BatchPlan, PlanLayout, PreparedLinear, lora_linear
-from multilora_kernels.measure.interpreter import launched_as_on
 from multilora_kernels.triton import combine, expand, launch, product, shrink
 from multilora_kernels.triton.launch import DeviceFacts, Launch
+from tools.kernels.measure.interpreter import launched_as_on
 
 from .problems import make_problem
 

@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import SlotTable, column_major, native, scatter
+from multilora_kernels import SlotIndex, SlotTable, column_major, native, scatter
+from multilora_kernels.device_staging import SEGMENT_ALIGNMENT, _arranged
+from multilora_kernels.pieces import PIECE
 
 SLOTS, MAX_RANK = 3, 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +48,7 @@ def make_model(dtype=torch.bfloat16, columns=(False,) * 5, a_rows=MAX_RANK) -> M
 
 
 def make_adapter(model: Model, ranks: dict[int, int], a_ranks: dict[int, int] | None = None):
-    """A buffer with gaps, and its index; the matrices by row beside them."""
+    """An index of matrices in a buffer with gaps; the matrices by row, and the buffer."""
     a_ranks = ranks if a_ranks is None else a_ranks
     pieces, matrices, index, at = [], {}, [], 0
     generator = torch.Generator().manual_seed(1)
@@ -65,7 +67,9 @@ def make_adapter(model: Model, ranks: dict[int, int], a_ranks: dict[int, int] | 
         matrices[row] = (a, b)
         index.append((row, a_ranks[row], rank, *offsets))
     buffer = torch.cat(pieces) if pieces else torch.empty(0, dtype=dtype)
-    return buffer, np.array(index, np.int64).reshape(-1, 5).T, matrices
+    columns = np.array(index, np.int64).reshape(-1, 5).T
+    addresses = buffer.data_ptr() + columns[3:] * dtype.itemsize
+    return SlotIndex(*columns[:3].astype(np.int32), *addresses), matrices, buffer
 
 
 def expected_after(model: Model, slot: int, matrices) -> Model:
@@ -103,18 +107,18 @@ def assert_same(found: Model, expected: Model) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_adapter_fills_its_slot_and_nothing_else(backend, ranks, columns, dtype):
     model = make_model(dtype, columns)
-    buffer, index, matrices = make_adapter(model, ranks)
+    index, matrices, _buffer = make_adapter(model, ranks)
     expected = expected_after(model, 1, matrices)
-    model.table.scatter(buffer, 1, *index, backend=backend)
+    model.table.scatter(1, index, backend=backend)
     assert_same(model, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sharded_rank_fills_fewer_rows_of_a(backend):
     model = make_model(a_rows=4)
-    buffer, index, matrices = make_adapter(model, {0: 6, 1: 3}, {0: 4, 1: 0})
+    index, matrices, _buffer = make_adapter(model, {0: 6, 1: 3}, {0: 4, 1: 0})
     expected = expected_after(model, 0, matrices)
-    model.table.scatter(buffer, 0, *index, backend=backend)
+    model.table.scatter(0, index, backend=backend)
     assert_same(model, expected)
 
 
@@ -122,14 +126,9 @@ def test_a_sharded_rank_fills_fewer_rows_of_a(backend):
 @pytest.mark.parametrize("columns", [(False,) * 5, (True,) * 5], ids=["by-row", "by-column"])
 def test_any_number_of_threads_copies_every_byte_once(threads, columns):
     model = make_model(columns=columns)
-    buffer, index, matrices = make_adapter(model, {0: 5, 1: 16, 2: 7, 3: 8, 4: 3})
+    index, matrices, _buffer = make_adapter(model, {0: 5, 1: 16, 2: 7, 3: 8, 4: 3})
     expected = expected_after(model, 2, matrices)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        model.table.scatter(buffer, 2, *index)
-    finally:
-        torch.set_num_threads(before)
+    model.table.scatter(2, index, threads=threads)
     assert_same(model, expected)
 
 
@@ -137,8 +136,8 @@ def test_one_table_serves_every_slot():
     model = make_model(columns=(True,) * 5)
     table, expected = model.table, model.clone()
     for slot in (2, 0, 1, 2):
-        buffer, index, matrices = make_adapter(model, {slot: 4 + slot, 4: 2})
-        table.scatter(buffer, slot, *index)
+        index, matrices, _buffer = make_adapter(model, {slot: 4 + slot, 4: 2})
+        table.scatter(slot, index)
         expected = expected_after(expected, slot, matrices)
     assert_same(model, expected)
 
@@ -148,58 +147,124 @@ def test_without_a_compiler_pytorch_copies(monkeypatch):
     monkeypatch.setattr(native, "is_available", lambda: False)
     monkeypatch.setattr(scatter, "load_releasing_library", pytest.fail)
     model = make_model(columns=(True,) * 5)
-    buffer, index, matrices = make_adapter(model, {0: 5, 3: 8})
+    index, matrices, _buffer = make_adapter(model, {0: 5, 3: 8})
     expected = expected_after(model, 1, matrices)
-    model.table.scatter(buffer, 1, *index)
+    model.table.scatter(1, index)
     assert_same(model, expected)
 
 
 def test_slots_without_the_extra_dimension_do_too():
     model = make_model()
     flat = Model([a[:, 0] for a in model.lora_a], [b[:, 0] for b in model.lora_b])
-    buffer, index, matrices = make_adapter(model, {0: 5, 3: 8})
+    index, matrices, _buffer = make_adapter(model, {0: 5, 3: 8})
     expected = expected_after(model, 1, matrices)
-    flat.table.scatter(buffer, 1, *index)
+    flat.table.scatter(1, index)
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 100, 3000, 1 << 20], ids=str)
+@pytest.mark.parametrize("columns", [(False,) * 5, (True,) * 5], ids=["by-row", "by-column"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_of_any_size_hold_every_row_once(backend, columns, most_bytes):
+    """Group by group, so that others may use the memory in between."""
+    model = make_model(columns=columns)
+    index, matrices, _buffer = make_adapter(model, {0: 5, 1: 16, 2: 7, 4: 3})
+    expected = expected_after(model, 2, matrices)
+    table = model.table
+    groups = table.pieces(2, index, most_bytes=most_bytes)
+    assert sum(group.nbytes for group in groups) == 2 * sum(
+        a.numel() + b.numel() for a, b in matrices.values()
+    )
+    for group in groups:
+        longest_row = int(group.pieces["row_bytes"].max())
+        assert group.nbytes <= max(most_bytes, longest_row)
+    for group in groups[::-1]:
+        table.copy(group, backend=backend)
+    assert_same(model, expected)
+
+
+def test_an_adapter_without_slices_has_no_groups():
+    model = make_model()
+    index, _, _buffer = make_adapter(model, {})
+    assert model.table.pieces(0, index) == []
+
+
+def test_staging_memory_is_used_in_turn_however_many_groups_there_are():
+    """Two halves of the smallest size, filled again and again; what is copied is what is there."""
+    model = make_model()
+    table = SlotTable(model.lora_a, model.lora_b, staging_bytes=2 * (2048 * 40 + 8192))
+    index, matrices, _buffer = make_adapter(model, {0: 5, 1: 16, 2: 7, 3: 8})
+    expected = expected_after(model, 1, matrices)
+    for group in table.pieces(1, index, most_bytes=4000):
+        table.copy(group, backend="triton")
+    assert_same(model, expected)
+    [whole] = table.pieces(1, index)
+    with pytest.raises(ValueError, match="does not fit the staging memory"):
+        table.copy(whole, backend="triton")
+    with pytest.raises(ValueError, match="staging needs more than"):
+        SlotTable(model.lora_a, model.lora_b, staging_bytes=4096).copy(whole, backend="triton")
+
+
+def test_what_lies_together_is_staged_in_one_copy():
+    pieces = np.zeros(6, PIECE)
+    pieces["rows"] = 1
+    # Two that touch, one after a gap of less than a line; one far away; one that begins a segment.
+    pieces["source"] = [640, 704, 800, 3000, SEGMENT_ALIGNMENT - 10, SEGMENT_ALIGNMENT]
+    pieces["row_bytes"] = [64, 40, 8, 3, 10, 64]
+    offsets, runs, end = _arranged(pieces[[3, 0, 5, 2, 1, 4]])
+    assert [(address, size) for address, _, size in runs] == [
+        (640, 168),
+        (3000, 3),
+        (SEGMENT_ALIGNMENT - 10, 10),
+        (SEGMENT_ALIGNMENT, 64),
+    ]
+    assert all(offset % 64 == address % 64 for address, offset, _ in runs)
+    assert (offsets[1], offsets[4], offsets[3]) == (0, 64, 160)
+    assert end == runs[-1][1] + 64
+
+
+def test_warming_up_a_cpu_does_nothing():
+    model = make_model()
+    expected = model.clone()
+    model.table.warm_up()
     assert_same(model, expected)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        (0, 5, r"rows must lie in \[0, 5\)"),
-        (0, -1, r"rows must lie in \[0, 5\)"),
-        (1, 17, "a_ranks .17, 4. do not fit the slots, which hold .16, 16."),
-        (2, 17, "ranks .17, 4. do not fit"),
-        (2, -1, "ranks .-1, 4. do not fit"),
-        (3, 2**63 - 1, "a_offsets .* reach outside the buffer"),
-        (4, -3, "b_offsets .* reach outside the buffer"),
+        ("rows", 5, r"rows must lie in \[0, 5\)"),
+        ("rows", -1, r"rows must lie in \[0, 5\)"),
+        ("a_ranks", 17, "a_ranks .17, 4. do not fit the slots, which hold .16, 16."),
+        ("ranks", 17, "ranks .17, 4. do not fit"),
+        ("ranks", -1, "ranks .-1, 4. do not fit"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(field, value, words):
     model = make_model()
-    buffer, index, _ = make_adapter(model, {0: 4, 1: 4})
-    index[field, 0] = value
+    index, _, _buffer = make_adapter(model, {0: 4, 1: 4})
+    getattr(index, field)[0] = value
     expected = model.clone()
     with pytest.raises(ValueError, match=words):
-        model.table.scatter(buffer, 1, *index)
+        model.table.scatter(1, index)
     assert_same(model, expected)
 
 
 def test_other_arguments_are_checked():
     model = make_model()
-    buffer, index, _ = make_adapter(model, {0: 4})
+    index, _, _buffer = make_adapter(model, {0: 4})
+    uneven = replace(index, b_addresses=index.b_addresses.repeat(2))
     for arguments, words in (
-        ((buffer, 3, *index), "there is no slot 3: found 3 slots"),
-        ((buffer, -1, *index), "there is no slot -1"),
-        ((buffer.float(), 0, *index), "found torch.float32"),
-        ((buffer.view(1, -1), 0, *index), "must be a vector"),
-        ((buffer.repeat(2)[::2], 0, *index), "must be contiguous"),
-        ((buffer, 0, *index[:4], index[4].repeat(2)), "five vectors of one length"),
+        ((3, index), "there is no slot 3: found 3 slots"),
+        ((-1, index), "there is no slot -1"),
+        ((0, uneven), "five vectors of one length"),
     ):
         with pytest.raises(ValueError, match=words):
             model.table.scatter(*arguments)
     with pytest.raises(ValueError, match="unknown backend 'x'"):
-        model.table.scatter(buffer, 0, *index, backend="x")
+        model.table.scatter(0, index, backend="x")
+    with pytest.raises(ValueError, match="at least one byte"):
+        model.table.pieces(0, index, most_bytes=0)
 
 
 def test_slots_that_do_not_belong_together_are_refused():

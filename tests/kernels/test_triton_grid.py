@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from multilora_kernels import triton as backend
-from multilora_kernels.measure.batches import LAYERS, POPULARITIES, choose_slots
-from multilora_kernels.measure.cases import CASES, RANKS, Case, Sizes
 from multilora_kernels.triton.launch import Launch
+from tools.kernels.measure.batches import LAYERS, POPULARITIES, choose_slots
+from tools.kernels.measure.cases import CASES, RANKS, Case, Sizes
 
 from .triton_problems import as_on_an_h100, assert_even, even_problem, poisoned_memory, run, watched
 

@@ -12,8 +12,8 @@ import torch
 
 from multilora_kernels import BatchPlan, PlanLayout, lora_linear
 from multilora_kernels import triton as backend
-from multilora_kernels.measure.interpreter import launched_as_on, observe
 from multilora_kernels.triton.launch import DeviceFacts
+from tools.kernels.measure.interpreter import launched_as_on, observe
 
 from .problems import Problem, make_problem
 from .tolerances import assert_close

@@ -4,23 +4,52 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vllm_multilora.metrics import router_names
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.recorder import Recorder
 
 MODEL = "base"
 
 
-def recorder(folder: Path, role: str = "worker", *, engine: str = "0", most: int = 10) -> Recorder:
-    return Recorder(folder, role=role, engine=engine, model_name=MODEL, max_adapters=most)
+def recorder(
+    folder: Path,
+    role: str = "worker",
+    *,
+    engine: str = "0",
+    most: int = 10,
+    has_latencies: bool = False,
+) -> Recorder:
+    return Recorder(
+        folder,
+        role=role,
+        engine=engine,
+        model_name=MODEL,
+        max_adapters=most,
+        has_latencies=has_latencies,
+    )
 
 
 def shown(folder: Path) -> dict[str, float]:
-    """Values by sample name and labels, `model_name` left out: `name{a=1,b=2}`."""
+    """Values by sample name and labels, `model_name` left out: `name{a=1,b=2}`.
+
+    What is shown again under the names that routers know is left out: see `shown_to_routers`.
+    """
+    return _shown(folder, for_routers=False)
+
+
+def shown_to_routers(folder: Path) -> dict[str, float]:
+    """Likewise, of the names that routers know."""
+    return _shown(folder, for_routers=True)
+
+
+def _shown(folder: Path, *, for_routers: bool) -> dict[str, float]:
+    names = {definition.name for definition in router_names.ALL}
     collector = LoRACollector()
     collector.show(folder)
     return {
         _text(sample.name, sample.labels): sample.value
         for metric in collector.collect()
+        if (metric.name in names) is for_routers
         for sample in metric.samples
     }
 

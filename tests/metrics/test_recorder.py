@@ -5,28 +5,48 @@ from pathlib import Path
 
 import pytest
 
+from vllm_multilora.metering.usage import Usage
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.adapter_info import TIERS, AdapterInfo
 from vllm_multilora.metrics.names import OTHER, BoundedNames
 from vllm_multilora.metrics.recorder import Recorder
-from vllm_multilora.metrics.route_counts import RouteCounts, count_route
 from vllm_multilora.metrics.series_file import SeriesFile, SeriesFileFullError
+from vllm_multilora.metrics.server_counts import ServerCounts, count_route
 
 from .readings import recorder, shown
 
 
-def test_the_first_names_have_labels_of_their_own_and_keep_them() -> None:
+def test_the_first_adapters_have_labels_of_their_own_and_keep_them() -> None:
     names = BoundedNames(2)
+    for name in ("a", "b", "c"):
+        names.admit(name)
     assert [names.label(n) for n in ("a", "b", "c", "a", "c", "b")] == [
         *("a", "b", OTHER),
         *("a", OTHER, "b"),
     ]
-    assert BoundedNames(0).label("a") == OTHER
+    nobody = BoundedNames(0)
+    nobody.admit("a")
+    assert nobody.label("a") == OTHER
+
+
+def test_names_that_are_only_asked_for_take_no_place() -> None:
+    names = BoundedNames(1)
+    assert {names.label(f"junk-{number}") for number in range(1000)} == {OTHER}
+    names.admit("acme")
+    assert names.label("acme") == "acme"
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a\nb", "\x1b[31m", "\ud800"], ids=ascii)
+def test_a_name_that_is_long_or_cannot_be_printed_is_no_label(name: str) -> None:
+    names = BoundedNames(1)
+    names.admit(name)
+    assert names.label(name) == OTHER
 
 
 def test_ten_thousand_names_make_as_many_series_as_are_allowed(tmp_path: Path) -> None:
     record = recorder(tmp_path, most=3)
     for number in range(10_000):
+        record.names.admit(f"customer-{number}")
         record.series(defined.REQUESTS, record.names.label(f"customer-{number}")).inc()
     found = shown(tmp_path)
     assert len(found) == 4
@@ -34,7 +54,7 @@ def test_ten_thousand_names_make_as_many_series_as_are_allowed(tmp_path: Path) -
 
 
 def test_a_file_has_room_for_all_series_of_its_adapters(tmp_path: Path) -> None:
-    record = recorder(tmp_path, most=200)
+    record = recorder(tmp_path, "server", most=200, has_latencies=True)  # counts most
     for definition in defined.ALL:
         for number in range(201) if "lora_name" in definition.labels else (0,):
             values = [
@@ -60,7 +80,7 @@ def test_a_full_file_takes_no_more_series_and_harms_nobody(
     assert 0 < len(found) < 2_000
     assert set(found.values()) == {1.0}
     assert len(caplog.records) == 1
-    assert {path.stat().st_size for path in tmp_path.iterdir()} == {(1 << 16) + 6 * 256}
+    assert {path.stat().st_size for path in tmp_path.iterdir()} == {(1 << 16) + 6 * 384}
 
 
 def test_a_file_that_exists_is_not_written_over(tmp_path: Path) -> None:
@@ -95,27 +115,60 @@ def test_routes_are_counted_from_the_start_of_metrics_on(tmp_path: Path) -> None
     def make() -> Recorder:
         return recorder(tmp_path, "server", engine="")
 
-    counts = RouteCounts()
-    counts.count("assistant", "v2", "share")  # metrics are off: nothing happens
+    counts = ServerCounts()
+    counts.count_route("assistant", "v2", "share")  # metrics are off: nothing happens
     counts.start(make)
     assert list(tmp_path.iterdir()) == []  # a file comes with the first count
     for _ in range(2):
-        counts.count("assistant", "v2", "share")
+        counts.count_route("assistant", "v2", "share")
     assert shown(tmp_path) == {
         "vllm:lora_route_requests_total{lora_name=v2,reason=share,route=assistant}": 2
     }
 
 
+def test_tokens_are_counted_by_user_and_those_of_too_many_users_together(tmp_path: Path) -> None:
+    counts = ServerCounts()
+    counts.start(lambda: recorder(tmp_path, "server", engine="", most=2))
+    for number in range(8):
+        user = {"adapter": f"a{number % 2}", "route": f"r{number}" if number else None}
+        counts.count_tokens(
+            Usage("id", prompt_tokens=10, cached_tokens=4, generated_tokens=1, **user)
+        )
+    found = shown(tmp_path)
+    own = [key for key in found if "lora_prompt_tokens" in key and "__other__" not in key]
+    assert len(own) == 5
+    assert found["vllm:lora_prompt_tokens_total{lora_name=a0,route=,tenant=}"] == 10
+    for kind, tokens in (("prompt", 80), ("cached_prompt", 32), ("generation", 8)):
+        name = f"vllm:lora_{kind}_tokens_total{{"
+        assert sum(value for key, value in found.items() if key.startswith(name)) == tokens
+
+
 def test_a_request_does_not_fail_for_being_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    counts = RouteCounts()
+    counts = ServerCounts()
 
     def make() -> Recorder:
         raise OSError("no room")
 
     counts.start(make)
-    monkeypatch.setattr("vllm_multilora.metrics.route_counts.COUNTS", counts)
+    monkeypatch.setattr("vllm_multilora.metrics.server_counts.COUNTS", counts)
     count_route("assistant", "v2")
     count_route("assistant", "v2")  # the place was tried once
     assert "could not be counted" in caplog.text
+
+
+def test_refusals_are_counted_by_tenant_and_those_of_too_many_together(tmp_path: Path) -> None:
+    counts = ServerCounts()
+    counts.count_refused("acme", 404)  # metrics are off: nothing happens
+    counts.start(lambda: recorder(tmp_path, "server", engine="", most=2))
+    for status in (401, 403, 404, 429):
+        counts.count_refused(None, status)
+    for number in range(1000):
+        counts.count_refused(f"t{number}", 429)
+        counts.count_refused("acme", 404)
+    found = {k: v for k, v in shown(tmp_path).items() if k.startswith(defined.REFUSED.name)}
+    assert len(found) <= 10
+    assert sum(found.values()) == 2004
+    assert found[f"{defined.REFUSED.name}{{status=401,tenant=}}"] == 1
+    assert found[f"{defined.REFUSED.name}{{status=429,tenant={OTHER}}}"] > 900

@@ -92,9 +92,7 @@ def test_host_memory_that_is_too_small_in_bytes():
     found = only(advise(replace(HEALTHY, slots=12, host=host, cpu_evictions=400)))
     assert found.code is FindingCode.CPU_TIER_SMALL
     # 12 slots and a fifth are 15 adapters of 0.1 GiB.
-    assert (
-        found.change == "raise --multilora-cpu-cache-gib from 0.60 (of one worker) to 1.50 for each"
-    )
+    assert found.change == "raise --multilora-cpu-cache-gib from 0.60 to 1.50"
 
 
 def test_host_memory_that_is_too_small_in_adapters():

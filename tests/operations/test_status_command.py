@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vllm_multilora.cli import main
-from vllm_multilora.operations.status_table import screen, table
+from vllm_multilora.commands.status_table import screen, table
 
 NOW = 1_800_000_000.0
 
@@ -16,7 +16,7 @@ def adapter(name: str, **fields: object) -> dict[str, object]:
         "object": "lora_adapter",
         "int_id": 1,
         "path": f"/adapters/{name}",
-        "state": "disk",
+        "state": "absent",
         "tier": "disk",
         "slot": None,
         "rank": None,
@@ -38,7 +38,7 @@ LISTING = {
         adapter("broken", state="failed", last_error="adapter_config.json is missing"),
         adapter(
             "hot",
-            state="gpu",
+            state="slot",
             tier="gpu",
             slot=3,
             rank=16,
@@ -63,9 +63,9 @@ def test_the_table_has_the_nearest_adapters_first_and_errors_below():
     ]
     header, hot, broken, cold = (line.split() for line in lines[4:8])
     assert header[:3] == ["ADAPTER", "STATE", "SLOT"]
-    assert " ".join(hot) == "hot gpu 3 16 84 yes 1200 40 2 min ago /adapters/hot"
+    assert " ".join(hot) == "hot slot 3 16 84 yes 1200 40 2 min ago /adapters/hot"
     assert broken[:2] == ["broken", "failed"]
-    assert " ".join(cold) == "cold disk 0 0 /adapters/cold"
+    assert " ".join(cold) == "cold absent 0 0 /adapters/cold"
     assert lines[8:] == ["", "broken: adapter_config.json is missing"]
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from vllm_multilora.commands import plan as plan_command
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.planning import plan_command
 
 from .models import MODEL, TWO_WORKERS
 from .test_survey import put
@@ -42,7 +42,18 @@ def test_what_a_gpu_has_left(text):
     left = 2 * 2**30 - MODEL.by_rank[16].total(4)
     assert f"at most {left // 64:,} tokens" in out
     assert f"without LoRA: at most {2**31 // 64:,} tokens" in out
-    assert "more than there is" in text("--gpu-memory", "1")
+
+
+@pytest.mark.parametrize(
+    ("gib", "advice"),
+    [
+        ("2.000001", "that is more than there is: lower --max-loras or --max-lora-rank"),
+        ("1", "the weights alone are more than there is: raise --tensor-parallel-size"),
+    ],
+)
+def test_what_does_not_fit_is_no_success(gib, advice, capsys):
+    assert command("--gpu-memory", gib) == 1
+    assert advice in capsys.readouterr().out
 
 
 def test_advice(text, tmp_path):

@@ -1,4 +1,4 @@
-"""The routes that the README and the examples show are routes."""
+"""The routes that the docs and the examples show are routes."""
 
 import re
 from pathlib import Path
@@ -16,9 +16,8 @@ def test_an_example_can_be_used(path):
     assert load_routes(path).targets
 
 
-def test_the_readme_s_example_can_be_used():
-    (text,) = re.findall(
-        r"^```yaml\n(routes:\n.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
-    )
-    routes = parse_routes("README.md", text)
+def test_the_docs_example_can_be_used():
+    page = ROOT / "docs" / "routing.md"
+    (text,) = re.findall(r"^```yaml\n(routes:\n.*?)^```$", page.read_text(), re.M | re.S)
+    routes = parse_routes(page.name, text)
     assert list(routes.targets) == ["assistant", "support", "helper", "acme"]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from vllm_multilora.routing import RequestFacts, RoutesFileError, Turns, parse_routes
+from vllm_multilora.documents import DocumentError
+from vllm_multilora.routing import RequestFacts, Turns, parse_routes
 
 FULL = """
 routes:
@@ -79,7 +80,7 @@ def test_the_names_that_routes_need_and_nobody_serves_are_told():
 
 
 def test_a_route_may_not_have_the_name_of_something_that_is_served():
-    with pytest.raises(RoutesFileError, match=r"routes.yaml, line 3, routes.acme: .* an adapter"):
+    with pytest.raises(DocumentError, match=r"routes.yaml, line 3, routes.acme: .* an adapter"):
         parse_routes("routes.yaml", FULL).check_names({"acme"}, "an adapter")
 
 
@@ -158,7 +159,7 @@ BROKEN = {
 def test_an_error_names_file_line_and_key_and_says_what_is_expected(name):
     text, line, key, message = BROKEN[name]
     place = "".join([f", line {line}" if line else "", f", {key}" if key else ""])
-    with pytest.raises(RoutesFileError) as caught:
+    with pytest.raises(DocumentError) as caught:
         parse_routes("routes.yaml", text)
     assert str(caught.value).startswith(f"routes.yaml{place}: ")
     assert message in str(caught.value)
@@ -174,6 +175,6 @@ def test_an_error_names_file_line_and_key_and_says_what_is_expected(name):
     ids=["syntax", "twice", "weight"],
 )
 def test_errors_in_json_name_the_key(text, message):
-    with pytest.raises(RoutesFileError) as caught:
+    with pytest.raises(DocumentError) as caught:
         parse_routes("routes.json", text)
     assert str(caught.value).startswith(message)

@@ -104,8 +104,8 @@ def real_manager(folder: Path, setting: Setting, groups: Callable[[], Any]) -> I
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from vllm_multilora.integration.model_manager import MultiLoRAModelManager
-    from vllm_multilora.integration.offline_model import Server, give_experts_kernels
+    from vllm_multilora.integration.offline.model import Server, give_experts_kernels
+    from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 
     config = Server(str(folder), **vars(setting)).vllm_config()
     with set_current_vllm_config(config), groups():
@@ -156,7 +156,7 @@ def allocate_as_one_of(
     os.environ["VLLM_DIST_IDENT"] = meeting.parent.name  # of the workers' shared memory
     from vllm.distributed import parallel_state
 
-    from vllm_multilora.integration.patches import apply_patches
+    from vllm_multilora.integration.patching.ledger import apply_patches
 
     apply_patches()
     parallel_state.init_distributed_environment(workers, rank, f"file://{meeting}", rank, "gloo")

@@ -1,110 +1,123 @@
-"""Looks into the adapter caches of an engine's workers."""
+"""Looks at where an engine's adapters are: in slots, in host memory, or nowhere."""
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.cache import CacheEvents, Tier
+from vllm_multilora.integration.engine.adapter_status import METHOD
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-
-class Recorder(CacheEvents):
-    """Keeps the cache's events in their order."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[Any, ...]] = []
-
-    def loaded(self, adapter_id: int, size: int) -> None:
-        self.events.append(("loaded", adapter_id, size))
-
-    def activated(self, adapter_id: int, slot: int, size: int) -> None:
-        self.events.append(("activated", adapter_id, slot))
-
-    def evicted(self, tier: Tier, adapter_id: int) -> None:
-        self.events.append(("evicted", adapter_id, tier.value))
+_NEWS_S = 0.1  # the store tells of its memory at least this often, when something has changed
+_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True)
 class CacheView:
-    """One worker's cache at a moment.
+    """An engine's adapters at a moment.
 
     Attributes:
-        slots: The adapter in each slot.
-        model_slots: The same, as the model's layers and kernels see it.
-        host: Adapters with a host copy.
-        host_bytes: Bytes of these copies, as the cache counts them.
-        buffer_bytes: The same, counted over the tensors themselves.
-        events: What has happened since the last look.
+        slots: The adapter in each slot, as the engine core has decided.
+        model_slots: The same as each worker's layers and kernels see it. Workers are not told when
+            a slot becomes free.
+        host: Adapters in host memory.
+        host_adapters: How many adapters the store holds.
+        host_bytes: Bytes that they take there, in whole pages.
+        own_bytes: Bytes of these adapters without the pages' padding.
+        reads: How often each adapter's files were read since the last look.
     """
 
     slots: tuple[int | None, ...]
-    model_slots: tuple[int | None, ...]
-    host: tuple[int, ...]
+    model_slots: tuple[tuple[int | None, ...], ...]
+    host: frozenset[int]
+    host_adapters: int
     host_bytes: int
-    buffer_bytes: int
-    events: tuple[tuple[Any, ...], ...]
+    own_bytes: int
+    reads: Counter[int]
 
-    def adapters(self, event: str) -> list[int]:
-        """The adapters that an event has happened to, in order."""
-        return [adapter_id for kind, adapter_id, _ in self.events if kind == event]
+    @property
+    def in_slots(self) -> frozenset[int]:
+        """The adapters that are in slots."""
+        return frozenset(i for i in self.slots if i is not None)
 
-    def counts(self) -> Counter[str]:
-        """How often each event has happened."""
-        return Counter(kind for kind, *_ in self.events)
+    @property
+    def workers_agree(self) -> bool:
+        """Whether every worker has in every slot what the engine core has decided."""
+        return all(
+            found == wanted
+            for model_slots in self.model_slots
+            for found, wanted in zip(model_slots, self.slots, strict=True)
+            if wanted is not None
+        )
 
 
-def _start_recording(worker: Any) -> None:
+def report(llm: "LLM", adapters: Sequence[int] = ()) -> dict[str, Any]:
+    """An engine core's own report, as `engine_report` gives it, of these adapters at least."""
+    (found,) = llm.collective_rpc(METHOD, timeout=60, args=(list(adapters),))
+    return found
+
+
+def _model_slots(worker: Any) -> tuple[int | None, ...]:
+    return tuple(worker.model_runner.lora_manager.model_manager.lora_index_to_id)
+
+
+def _overwrite_slots(worker: Any) -> None:
     manager = worker.model_runner.lora_manager
-    manager.remove_all_adapters()
-    manager.tiers.cache._events = recorder = Recorder()
-    manager.tiers.cache._look_ups._events = recorder
-
-
-def _look(worker: Any) -> CacheView:
-    manager = worker.model_runner.lora_manager
-    cache = manager.tiers.cache
-    recorder = cache._events
-    events, recorder.events = tuple(recorder.events), []
-    return CacheView(
-        slots=cache.slots,
-        model_slots=tuple(manager._adapter_manager.lora_index_to_id),
-        host=cache.cpu_adapters,
-        host_bytes=cache.cpu_bytes,
-        buffer_bytes=sum(adapter.nbytes for adapter in manager.tiers.host.values()),
-        events=events,
-    )
-
-
-def _lose_slots(worker: Any) -> None:
-    manager = worker.model_runner.lora_manager
-    for module in manager._adapter_manager.modules.values():
+    for module in manager.model_manager.modules.values():
         for stacked in (*module.lora_a_stacked, *module.lora_b_stacked):
             stacked.fill_(float("nan"))
     manager.slots_lost()
 
 
 class CacheProbe:
-    """Watches every worker's cache of an engine from now on; starts from an empty cache."""
+    """Watches an engine's adapters from now on; the engine forgets those that it knows."""
 
     def __init__(self, llm: "LLM") -> None:
         self._llm = llm
-        self._call(_start_recording)
+        for row in report(llm)["adapters"]:
+            llm.llm_engine.remove_lora(row["int_id"])
+        self._loads: Counter[int] = Counter()
+        deadline = time.monotonic() + _LIMIT_S
+        while True:  # the store tells what its memory holds in its own time
+            seen = self.look()
+            if (seen.in_slots, seen.host, seen.host_bytes) == (frozenset(), frozenset(), 0):
+                return
+            assert time.monotonic() < deadline, seen
+            time.sleep(0.05)
 
-    def _call(self, function: Callable[[Any], Any]) -> list[Any]:
-        return self._llm.collective_rpc(function, timeout=60)
+    def look(self) -> CacheView:
+        """The adapters now, once nothing changes any more; forgets the reads so far."""
+        found = self._settled()
+        rows = found["adapters"]
+        slots: list[int | None] = [None] * found["slots"]["total"]
+        for row in rows:
+            if row["slot"] is not None:
+                slots[row["slot"]] = row["int_id"]
+        loads = Counter({row["int_id"]: row["loads"] for row in rows})
+        reads, self._loads = loads - self._loads, loads
+        return CacheView(
+            slots=tuple(slots),
+            model_slots=tuple(self._llm.collective_rpc(_model_slots, timeout=60)),
+            host=frozenset(row["int_id"] for row in rows if row["bytes"]),
+            host_adapters=found["cpu"]["adapters"],
+            host_bytes=found["cpu"]["bytes"],
+            own_bytes=sum(row["bytes"] for row in rows),
+            reads=reads,
+        )
 
-    def look(self) -> list[CacheView]:
-        """Each rank's view, and forgets the events so far."""
-        return self._call(_look)
-
-    def look_at_one(self) -> CacheView:
-        """The view of an engine with one worker."""
-        (view,) = self.look()
-        return view
+    def _settled(self) -> dict[str, Any]:
+        deadline = time.monotonic() + _LIMIT_S
+        found, before = report(self._llm), None
+        while found != before:
+            assert time.monotonic() < deadline, f"an idle engine's adapters change: {found}"
+            time.sleep(_NEWS_S)
+            found, before = report(self._llm), found
+        return found
 
     def lose_slots(self) -> None:
-        """Overwrites all slots and tells the workers that they were lost, as sleep mode does."""
-        self._call(_lose_slots)
+        """Overwrites all slots, and has the engine wake up as if it had slept without them."""
+        self._llm.collective_rpc(_overwrite_slots, timeout=60)
+        self._llm.wake_up()

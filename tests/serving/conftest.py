@@ -11,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+# By itself vLLM binds an engine's threads to cores, each rank's and each engine's to a NUMA node of
+# its own: a small machine has one, and two tests' engines would share its first core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests look into the workers by sending them functions.
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
@@ -51,3 +55,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     from .scenarios import fleet_scenario
 
     return fleet_scenario(tmp_path_factory.mktemp("fleet"))
+
+
+@pytest.fixture(scope="session")
+def activated(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
+    """A tiny Llama, activated adapters and a plain one, and prompts that invoke them."""
+    _require_serving_stack()
+    from .activated import activated_scenario
+
+    return activated_scenario(tmp_path_factory.mktemp("activated"))

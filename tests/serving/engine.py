@@ -1,16 +1,22 @@
 """An offline vLLM engine for tests: one at a time, and gone when its block ends."""
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import pytest
+
+from vllm_multilora.store.folder import FOLDER_VARIABLE
 
 from .cases import NEW_TOKENS, Case, Scenario
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
+    from vllm.lora.request import LoRARequest
 
 MAX_LORAS = 4
 MAX_CPU_LORAS = 6
@@ -38,6 +44,8 @@ _EXIT_LIMIT_S = 30.0
 def running_engine(model: Path, **overrides: Any) -> Iterator["LLM"]:
     """Runs an engine, and ends every process it started when the block is left.
 
+    Its store is its own, unless the environment names a folder of stores.
+
     Args:
         model: Directory of the base checkpoint.
         **overrides: Arguments of ``LLM`` that replace or join this module's settings.
@@ -49,16 +57,32 @@ def running_engine(model: Path, **overrides: Any) -> Iterator["LLM"]:
 
     before = _children()
     started: set[psutil.Process] = set()
-    try:
-        llm = LLM(str(model), **{**_SETTINGS, **overrides})
+    with store_folder() as folder:
         try:
-            yield llm
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(FOLDER_VARIABLE, folder)
+                llm = LLM(str(model), **{**_SETTINGS, **overrides})
+            try:
+                yield llm
+            finally:
+                # Listed first: a worker whose parent has ended is no descendant of ours any more.
+                started = _children() - before
+                llm.llm_engine.engine_core.shutdown(timeout=_EXIT_LIMIT_S)
         finally:
-            # Listed first: a worker whose parent has ended is no descendant of ours any more.
-            started = _children() - before
-            llm.llm_engine.engine_core.shutdown(timeout=_EXIT_LIMIT_S)
-    finally:
-        _await_exit(started | (_children() - before))
+            _await_exit(started | (_children() - before))
+
+
+@contextmanager
+def store_folder() -> Iterator[str]:
+    """A folder for a store of one's own; the one that the environment names, if it does."""
+    if FOLDER_VARIABLE in os.environ:
+        yield os.environ[FOLDER_VARIABLE]
+        return
+    # Not below pytest's folders: the path of a socket must be short.
+    with tempfile.TemporaryDirectory(
+        prefix="multilora-store-", ignore_cleanup_errors=True
+    ) as folder:
+        yield folder
 
 
 def _children() -> set[psutil.Process]:
@@ -82,12 +106,17 @@ def _is_resource_tracker(process: psutil.Process) -> bool:
         return False
 
 
+def lora_request(scenario: Scenario, name: str) -> "LoRARequest":
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, scenario.adapter_id(name), str(scenario.adapters[name]))
+
+
 def answer(
     llm: "LLM", scenario: Scenario, cases: Sequence[Case], *, new_tokens: int = NEW_TOKENS
 ) -> "list[RequestOutput]":
     """Sends all cases to the engine at once and returns its outputs in the same order."""
     from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
 
     return llm.generate(
         [{"prompt_token_ids": list(case.prompt)} for case in cases],
@@ -99,14 +128,17 @@ def answer(
             detokenize=False,
         ),
         lora_request=[
-            LoRARequest(
-                lora_name=case.adapter,
-                lora_int_id=scenario.adapter_id(case.adapter),
-                lora_path=str(scenario.adapters[case.adapter]),
-            )
-            if case.adapter is not None
-            else None
-            for case in cases
+            None if case.adapter is None else lora_request(scenario, case.adapter) for case in cases
         ],
         use_tqdm=False,
     )
+
+
+def assert_as_peft(outputs: "Sequence[RequestOutput]", cases: Sequence[Case]) -> None:
+    """Each answer has PEFT's tokens."""
+    wrong = [
+        (case.adapter, output.outputs[0].token_ids, output.outputs[0].stop_reason)
+        for output, case in zip(outputs, cases, strict=True)
+        if tuple(output.outputs[0].token_ids) != case.expected.tokens
+    ]
+    assert not wrong, f"{len(wrong)} of {len(cases)} answers are wrong: {wrong}"

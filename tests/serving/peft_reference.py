@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.variants import calculate_alora_offsets
 from transformers import AutoModelForCausalLM
 
 from .cases import Continuation, Key, Prompt
@@ -66,9 +67,11 @@ class PeftReference:
     ) -> list[Continuation]:
         """Decodes prompts of one length, so that no padding is needed."""
         sequences = torch.tensor(prompts)
+        offsets = self._offsets(adapter, sequences)
         steps: list[list[tuple[int, float, dict[int, float], float]]] = [[] for _ in prompts]
-        for _ in range(new_tokens):
-            logits = self._last_logits(adapter, sequences)
+        for step in range(new_tokens):
+            activated = None if offsets is None else [offset + step for offset in offsets]
+            logits = self._last_logits(adapter, sequences, activated)
             logprobs = torch.log_softmax(logits, dim=-1)
             best = logits.topk(top_k)
             for row, ids in enumerate(best.indices.tolist()):
@@ -78,8 +81,31 @@ class PeftReference:
             sequences = torch.cat([sequences, best.indices[:, :1]], dim=1)
         return [Continuation(*zip(*row, strict=True)) for row in steps]
 
-    def _last_logits(self, adapter: str | None, sequences: torch.Tensor) -> torch.Tensor:
+    def _offsets(self, adapter: str | None, sequences: torch.Tensor) -> list[int] | None:
+        """Where PEFT's `generate` has an activated adapter begin, counted from prompts' ends."""
+        if self._peft is None or adapter is None:
+            return None
+        if not self._peft.peft_config[adapter].alora_invocation_tokens:
+            return None
+        return calculate_alora_offsets(self._peft.peft_config, adapter, sequences)
+
+    def _last_logits(
+        self, adapter: str | None, sequences: torch.Tensor, offsets: list[int] | None
+    ) -> torch.Tensor:
         """Float32 logits of the last position, of shape [sequences, vocabulary]."""
+        return self.logits(adapter, sequences, offsets)[:, -1]
+
+    def logits(
+        self, adapter: str | None, sequences: torch.Tensor, offsets: list[int] | None = None
+    ) -> torch.Tensor:
+        """Float32 logits of all positions, of shape [sequences, tokens, vocabulary].
+
+        Args:
+            adapter: The adapter's name, or None for the base model.
+            sequences: Token ids of shape [sequences, tokens].
+            offsets: PEFT's `alora_offsets`; None: where PEFT finds the invocation.
+        """
+        activated = {} if offsets is None else {"alora_offsets": offsets}
         if self._peft is None:
             if adapter is not None:
                 raise KeyError(f"adapter {adapter!r} asked for, but the reference has none")
@@ -88,8 +114,8 @@ class PeftReference:
             with self._peft.disable_adapter():
                 output = self._peft(input_ids=sequences, use_cache=False)
         else:
-            output = self._peft(input_ids=sequences, use_cache=False)
-        return output.logits[:, -1].float()
+            output = self._peft(input_ids=sequences, use_cache=False, **activated)
+        return output.logits.float()
 
 
 def reference_continuations(
@@ -113,7 +139,7 @@ def reference_continuations(
         Continuations by (adapter or None, prompt).
     """
     reference = PeftReference(base, adapters, dtype=dtype)
-    with _single_thread():
+    with single_thread():
         return {
             (name, prompt): continuation
             for name in (None, *adapters)
@@ -124,7 +150,7 @@ def reference_continuations(
 
 
 @contextmanager
-def _single_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """Tiny matrices gain nothing from threads, and lose much where cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+    from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,7 +61,7 @@ class Case:
         """A wrapper that knows this batch, as vLLM describes it: in tuples."""
         from vllm.lora.layers import LoRAMapping
 
-        from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+        from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 
         lora_config = SimpleNamespace(max_loras=len(self.slots))
         wrapper = MultiLoRAPunicaWrapper(

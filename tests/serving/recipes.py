@@ -22,6 +22,7 @@ class AdapterRecipe:
         rank_pattern: Ranks that differ by module, as PEFT's field of that name.
         alpha_pattern: Alphas that differ by module, as PEFT's field of that name.
         layers: Only these layers are adapted; all of them where None.
+        invocation: PEFT's ``alora_invocation_tokens``; none: the adapter acts on whole prompts.
     """
 
     name: str
@@ -33,6 +34,7 @@ class AdapterRecipe:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
+    invocation: tuple[int, ...] = ()
 
 
 LINEAR_RECIPES = (

@@ -14,6 +14,10 @@ from typing import Any, Self
 
 import httpx
 
+from vllm_multilora.store.folder import FOLDER_VARIABLE
+
+from .engine import store_folder
+
 _TAIL_LINES = 60
 _POLL_S = 0.25
 
@@ -29,7 +33,8 @@ class VllmServer:
         model: Directory of the base checkpoint.
         *args: Further arguments of ``vllm serve``.
         log: File that takes the server's standard output and error.
-        env: Environment variables that replace or join this process's.
+        env: Environment variables that replace or join this process's. Unless they name a folder of
+            stores, or this process's do, the server has a store of its own.
         api_key: What clients must give; requests made here do.
         start_timeout: Seconds until the server has to be healthy.
         stop_timeout: Seconds between SIGTERM and SIGKILL to the process group.
@@ -46,12 +51,12 @@ class VllmServer:
         log: Path,
         env: Mapping[str, str] | None = None,
         api_key: str | None = None,
-        start_timeout: float = 180.0,
+        start_timeout: float = 300.0,
         stop_timeout: float = 30.0,
         request_timeout: float = 120.0,
     ) -> None:
         self.log = log
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
@@ -61,6 +66,7 @@ class VllmServer:
         key = {"VLLM_API_KEY": api_key} if api_key else {}
         # Tests read the log; commands run in this process may have made vLLM quieter.
         self._env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **key, **(env or {})}
+        self._store = contextlib.ExitStack()
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
         # Straight to the loopback address, whatever proxies the environment names.
@@ -71,6 +77,7 @@ class VllmServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        self._env.setdefault(FOLDER_VARIABLE, self._store.enter_context(store_folder()))
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -102,6 +109,11 @@ class VllmServer:
             raise RuntimeError("the server has not been started")
         return self._process.pid
 
+    @property
+    def store_folder(self) -> Path:
+        """Where the server's store is."""
+        return Path(self._env[FOLDER_VARIABLE])
+
     def get(self, path: str) -> httpx.Response:
         """GETs a path of the server; safe to call from several threads."""
         return self._client.get(path)
@@ -126,6 +138,7 @@ class VllmServer:
             time.sleep(_POLL_S)
         self._signal(group, signal.SIGKILL)
         self._process.wait()
+        self._store.close()
 
     def _await_health(self, process: "subprocess.Popen[bytes]") -> None:
         deadline = time.monotonic() + self._start_timeout
@@ -160,7 +173,8 @@ class VllmServer:
             os.killpg(group, number)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback address that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from . import completions
 from .cases import Case, Scenario
-from .recipes import LINEAR_RECIPES
+from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from .server import VllmServer
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
@@ -138,8 +138,9 @@ def test_a_changed_folder_answers_with_the_new_weights(deployment: Deployment) -
 
 
 def test_a_removed_folder_is_not_found_and_its_memory_free(deployment: Deployment) -> None:
-    folder = deployment.put(NAMES[2], "leaves")
-    assert deployment.serves("leaves", NAMES[2])
+    # Weights that no other folder has: equal ones are in memory once, for all.
+    folder = deployment.put(EMBEDDING_RECIPE.name, "leaves")
+    assert deployment.serves("leaves", EMBEDDING_RECIPE.name)
     before = deployment.resident()
     assert before > 0
     shutil.rmtree(folder)

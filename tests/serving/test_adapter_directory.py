@@ -13,9 +13,10 @@ from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
-from vllm_multilora.integration import adapter_directory, registration
-from vllm_multilora.integration.adapter_directory import DirectoryServer
 from vllm_multilora.integration.failures import REFUSAL_MARK
+from vllm_multilora.integration.server import adapter_directory, registration
+from vllm_multilora.integration.server.adapter_directory import SCAN_S, DirectoryServer
+from vllm_multilora.integration.server.refusals import Refusals
 
 pytestmark = pytest.mark.serving
 
@@ -70,6 +71,13 @@ class Site:
             DirectoryServer(models, AdapterDirectories([str(root)], AllowedRoots((), [root])))
             for models in self.models
         ]
+        self.now = 0.0
+        for server in self.servers:
+            server._missed = Refusals(lambda: self.now)
+
+    def pass_time(self, seconds: float) -> None:
+        """So much later, as far as pauses between tries go."""
+        self.now += seconds
 
     def put(self, name: str, weights: str | None = "good") -> None:
         (self.root / name).mkdir(exist_ok=True)
@@ -191,9 +199,31 @@ def test_a_version_that_the_storage_withholds_is_tried_again(tmp_path: Path) -> 
         await site.look(times=1)
         assert await site.ask("acme") == "good"
         site.put("acme", "away")
-        await site.look(times=4)
-        assert site.engine.read == ["acme: good", *["acme: away"] * 3]
+        for _ in range(60):  # two minutes
+            await site.look(times=1)
+            site.pass_time(SCAN_S)
+        # After 2, 6, 14, 30, 62 and 122 seconds.
+        assert site.engine.read == ["acme: good", *["acme: away"] * 6]
         assert await site.ask("acme") == "good"
+
+    run(scenario())
+
+
+def test_requests_for_what_the_storage_withholds_are_answered_from_memory_for_a_while(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "away")
+        await site.look(times=1)
+        for _ in range(100):
+            assert await site.ask("acme") == 503
+        assert site.engine.read == ["acme: away"]
+        site.pass_time(2)
+        assert await site.ask("acme") == 503
+        assert site.engine.read == ["acme: away"] * 2
+        site.put("acme", "other files")
+        assert await site.ask("acme") == "other files"
 
     run(scenario())
 
@@ -332,9 +362,26 @@ def test_a_server_that_has_not_used_an_adapter_keeps_what_another_serves(tmp_pat
 def test_second_model_runner_s_adapter_numbers_have_room() -> None:
     from vllm.v1.worker.gpu.lora_utils import LoraState
 
-    from vllm_multilora.integration.patches import apply_patches
+    from vllm_multilora.integration.patching.ledger import apply_patches
 
     apply_patches()
     state = LoraState(max_num_reqs=2)
     state.add_request("request", 1, LoRARequest("acme", 2**53 - 1, "/adapters/acme"))
     assert state.lora_ids.tolist() == [0, 2**53 - 1]
+
+
+def test_second_model_runner_tells_two_versions_of_an_adapter_apart() -> None:
+    """A reload gives an adapter a new number; requests in flight end on the old one."""
+    import numpy as np
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    from vllm_multilora.integration.patching.ledger import apply_patches
+
+    apply_patches()
+    state = LoraState(max_num_reqs=3)
+    for index, number in enumerate((7, 8, 7)):
+        state.add_request(f"request-{index}", index, LoRARequest("acme", number, "/adapters/acme"))
+    names = [f"request-{index}" for index in range(3)]
+    mapping, _, requests = state.make_lora_inputs(names, np.arange(3), np.array([4, 1, 1]))
+    assert mapping.ids.tolist() == [7, 8, 7]
+    assert sorted(request.lora_int_id for request in requests) == [7, 8]

@@ -1,119 +1,92 @@
-"""Processes that are killed leave no shared memory behind, or not for longer than the next start.
-
-The engine core makes a file in `/dev/shm` while it starts, through which its workers find the log
-of ready adapters, and removes the name once all have opened it.
-"""
+"""Whatever process of a server is killed, its store ends, and the next start is a clean one."""
 
 import os
 import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from vllm_multilora.cache.shared_segment import segment_folder
+from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
 
-from .cases import NEW_TOKENS, Scenario
-from .server import ServerStartError, VllmServer
+from .cases import Scenario
+from .completions import assert_serves
+from .engine import store_folder
+from .server import VllmServer
+from .stores import await_end, store_process
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
 NAME = "customer-1"
-START_LIMIT_S = 180.0
 EXIT_LIMIT_S = 60.0
+STORE_LIMIT_S = 5.0
+SHARED_MEMORY = Path("/dev/shm")
 
 
-def make_server(fleet: Scenario, log: Path) -> VllmServer:
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Where the stores of all servers here are found, one after the other."""
+    with store_folder() as name:
+        yield Path(name)
+
+
+def make_server(fleet: Scenario, folder: Path, log: Path) -> VllmServer:
     return VllmServer(
         fleet.base,
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
         *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64"),
         *("--lora-modules", f"{NAME}={fleet.adapters[NAME]}"),
         log=log,
+        env={FOLDER_VARIABLE: str(folder)},
     )
 
 
-def assert_serves(server: VllmServer, fleet: Scenario) -> None:
+def serve(server: VllmServer, fleet: Scenario) -> None:
     (case,) = fleet.cases_of(NAME)
-    response = server.post(
-        "/v1/completions",
-        {
-            "model": NAME,
-            "prompt": list(case.prompt),
-            "max_tokens": NEW_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        },
-    )
-    assert response.status_code == 200, response.text
-    assert tuple(response.json()["choices"][0]["token_ids"]) == case.expected.tokens
+    assert_serves(server, NAME, case)
 
 
-def segments_of(processes: set[int]) -> list[Path]:
-    """The plugin's files in shared memory that one of these processes has made."""
-    return [
-        path
-        for path in segment_folder().glob("vllm-multilora-*")
-        if int(path.name.split("-")[3]) in processes
-    ]
-
-
-def family(server: VllmServer) -> dict[int, psutil.Process]:
-    """The server's processes by id."""
+def family(server: VllmServer) -> list[psutil.Process]:
+    """The server's processes; its store is none of them."""
     leader = psutil.Process(server.pid)
-    return {process.pid: process for process in (leader, *leader.children(recursive=True))}
+    return [leader, *leader.children(recursive=True)]
 
 
-def has_mapped_removed_segment(process: psutil.Process) -> bool:
-    lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-    return any("vllm-multilora-" in line and line.endswith("(deleted)") for line in lines)
+def own_shared_memory() -> set[str]:
+    """Names in shared memory; those of metrics outlive a killed process until the next start."""
+    names = {path.name for path in SHARED_MEMORY.glob("*multilora*")}
+    return {name for name in names if not name.startswith("multilora-metrics-")}
 
 
-def kill_and_await_the_others(server: VllmServer, process: psutil.Process) -> None:
-    processes = list(family(server).values())
-    os.kill(process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(processes, timeout=EXIT_LIMIT_S)
-    assert not alive, server.log_tail()
-
-
-def kill_engine_core_while_it_starts(server: VllmServer) -> Path:
-    """Kills the process that made the log before it has removed the name; the file it leaves."""
-    with ThreadPoolExecutor(1) as pool:
-        started = pool.submit(server.__enter__)
-        deadline = time.monotonic() + START_LIMIT_S
-        left: list[Path] = []
-        while not left:
-            assert not started.done(), "the server came up and its log was never seen"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-            try:
-                left = segments_of(set(family(server)))
-            except (RuntimeError, psutil.NoSuchProcess):
-                continue  # not started yet
-        os.kill(int(left[0].name.split("-")[3]), signal.SIGKILL)
-        with pytest.raises(ServerStartError):
-            started.result()
-    return left[0]
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
-def test_what_killed_processes_leave_is_gone_after_the_next_start(
-    fleet: Scenario, tmp_path: Path
+@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "all", "all and the store"])
+def test_nothing_is_left_when_processes_are_killed(
+    fleet: Scenario, folder: Path, tmp_path: Path, victim: str
 ) -> None:
-    left = kill_engine_core_while_it_starts(make_server(fleet, tmp_path / "killed.log"))
-    assert left.exists()
-    for victim in ("VLLM::EngineCore", "VLLM::Worker"):
-        with make_server(fleet, tmp_path / f"{victim[6:]}.log") as server:
-            assert not left.exists(), server.log_tail()
-            assert_serves(server, fleet)
-            members = family(server)
-            engine = [p for p in members.values() if p.cmdline()[0].startswith("VLLM::")]
-            assert len(engine) == 2
-            assert all(has_mapped_removed_segment(process) for process in engine)
-            assert segments_of(set(members)) == []
-            (process,) = (p for p in engine if p.cmdline()[0].startswith(victim))
-            kill_and_await_the_others(server, process)
-            assert segments_of(set(members)) == []
+    before = own_shared_memory()
+    with make_server(fleet, folder, tmp_path / "vllm.log") as server:
+        serve(server, fleet)
+        store, members = store_process(socket_path(folder)), family(server)
+        if victim.startswith("all"):
+            if victim.endswith("store"):
+                store.kill()
+            os.killpg(server.pid, signal.SIGKILL)
+        else:
+            (one,) = (p for p in members if p.cmdline()[0].startswith(victim))
+            one.kill()
+        _, alive = psutil.wait_procs(members, timeout=EXIT_LIMIT_S)
+        assert not alive, server.log_tail()
+    await_end(store, STORE_LIMIT_S)
+    assert own_shared_memory() == before
+    # What a killed store leaves is removed by the next one, that of the test below for instance.
+    assert socket_path(folder).exists() == (victim == "all and the store")
+
+
+def test_a_server_that_is_stopped_takes_its_store_along_whatever_was_left_before(
+    fleet: Scenario, folder: Path, tmp_path: Path
+) -> None:
+    with make_server(fleet, folder, tmp_path / "vllm.log") as server:
+        serve(server, fleet)
+        store = store_process(socket_path(folder))
+    await_end(store, STORE_LIMIT_S)
+    assert not socket_path(folder).exists()

@@ -3,16 +3,18 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from .cases import Case, Scenario
-from .completions import ask, token_ids
+from .completions import ask, body, token_ids
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from .server import VllmServer
 
 pytestmark = pytest.mark.serving
 
 BASE = "base"
+SAGEMAKER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 NAMES = (None, *(recipe.name for recipe in (*LINEAR_RECIPES, EMBEDDING_RECIPE)))
 
 
@@ -67,6 +69,22 @@ def test_concurrent_requests_answer_as_peft(
 ) -> None:
     assert completions[name]
     assert all(completions[name])
+
+
+def test_sagemakers_route_looks_at_the_body_where_its_header_names_nobody(
+    server: VllmServer, llama: Scenario
+) -> None:
+    def invoke(model: str, headers: dict[str, str]) -> httpx.Response:
+        content = body(model, case)
+        return httpx.post(
+            f"{server.url}/invocations", json=content, headers=headers, timeout=60, trust_env=False
+        )
+
+    one, other = (recipe.name for recipe in LINEAR_RECIPES[:2])
+    case = llama.cases_of(one)[0]
+    assert token_ids(invoke(one, {})) == case.expected.tokens
+    assert token_ids(invoke(other, {SAGEMAKER_HEADER: one})) == case.expected.tokens
+    assert invoke("nobody", {}).status_code == 404
 
 
 def test_an_unknown_adapter_is_not_found(server: VllmServer) -> None:

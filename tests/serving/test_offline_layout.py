@@ -1,12 +1,16 @@
 """The layout found without weights is the one that a worker has."""
 
+import json
+
+import msgspec
 import pytest
 import torch
 
 from tests.adapters.corpus import LAYOUT
 from tests.adapters.corpus.draft import good
 from tests.adapters.corpus.llama_layout import MODULES
-from vllm_multilora.adapters import Code, validate
+from vllm_multilora.adapters import Code, ModelLayout
+from vllm_multilora.adapters.validation import validate
 
 from . import tiny_models
 
@@ -29,9 +33,9 @@ def worker_layout(folder, rank: int, *, layers_elsewhere: tuple[int, ...] = ()):
     from vllm.model_executor.models.utils import PPMissingLayer
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from vllm_multilora.integration.model_manager import MultiLoRAModelManager
-    from vllm_multilora.integration.offline_model import one_worker
-    from vllm_multilora.integration.patches import apply_patches
+    from vllm_multilora.integration.offline.model import one_worker
+    from vllm_multilora.integration.patching.ledger import apply_patches
+    from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 
     apply_patches()
     config = EngineArgs(
@@ -60,7 +64,7 @@ def worker_layout(folder, rank: int, *, layers_elsewhere: tuple[int, ...] = ()):
 
 
 def test_it_is_that_of_a_worker(folder):
-    from vllm_multilora.integration.offline_layout import offline_layout
+    from vllm_multilora.integration.offline.layout import offline_layout
 
     (folder / "model.safetensors").rename(folder / "weights.away")
     try:
@@ -73,7 +77,7 @@ def test_it_is_that_of_a_worker(folder):
     assert offline.special_shapes == worker.special_shapes
     assert (offline.max_rank, offline.dtype) == (worker.max_rank, worker.dtype)
     for name in (*offline.by_name, *offline.special, *UNKNOWN):
-        assert offline.rename(name) == worker.rename(name)
+        assert offline.naming.rename(name) == worker.naming.rename(name)
 
 
 def test_a_worker_knows_what_others_have_from_what_nobody_has(tmp_path):
@@ -82,16 +86,16 @@ def test_a_worker_knows_what_others_have_from_what_nobody_has(tmp_path):
     layout = worker_layout(folder, 64, layers_elsewhere=(0, 2))
     assert {name.split(".")[2] for name in layout.by_name} == {"1"}
     here, other = "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"
-    assert (layout.rename(here), layout.elsewhere(here)) == (here, False)
-    assert (layout.rename(other), layout.elsewhere(other)) == (None, True)
+    assert (layout.naming.rename(here), layout.naming.elsewhere(here)) == (here, False)
+    assert (layout.naming.rename(other), layout.naming.elsewhere(other)) == (None, True)
     beyond = "model.layers.7.mlp.up_proj"
-    assert (layout.rename(beyond), layout.elsewhere(beyond)) == (beyond, False)
+    assert (layout.naming.rename(beyond), layout.naming.elsewhere(beyond)) == (beyond, False)
     for strange in ("transformer.h.0.attn.c_attn", "visual.blocks.0.attn.qkv"):
-        assert (layout.rename(strange), layout.elsewhere(strange)) == (None, False)
+        assert (layout.naming.rename(strange), layout.naming.elsewhere(strange)) == (None, False)
 
 
 def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(tmp_path):
-    from vllm_multilora.integration.offline_layout import offline_layout
+    from vllm_multilora.integration.offline.layout import offline_layout
 
     layout = offline_layout(
         str(tiny_models.write_llama(tmp_path / "model")),
@@ -113,7 +117,7 @@ def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
     """vLLM shares rotary embeddings between models; one without memory would end the next."""
     from vllm.model_executor.layers import rotary_embedding
 
-    from vllm_multilora.integration.offline_layout import offline_layout
+    from vllm_multilora.integration.offline.layout import offline_layout
 
     shared = rotary_embedding._ROPE_DICT
     before = dict(shared)
@@ -124,7 +128,7 @@ def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
 
 
 def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
-    from vllm_multilora.integration.offline_layout import offline_layout
+    from vllm_multilora.integration.offline.layout import offline_layout
 
     model = str(tiny_models.write_llama(tmp_path))
     found = offline_layout(model, max_lora_rank=64, dtype="float32")
@@ -132,14 +136,57 @@ def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
     assert found.special == LAYOUT.special
     assert found.special_shapes == LAYOUT.special_shapes
     assert (found.max_rank, found.dtype) == (LAYOUT.max_rank, LAYOUT.dtype)
-    assert [found.rename(module) for module in MODULES] == list(MODULES)
+    assert [found.naming.rename(module) for module in MODULES] == list(MODULES)
 
 
 def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
-    from vllm_multilora.integration.offline_layout import BaseModelError, offline_layout
+    from vllm_multilora.integration.offline.layout import BaseModelError, offline_layout
 
     with pytest.raises(BaseModelError, match="does not take the base model"):
         offline_layout(str(tmp_path))
     model = str(tiny_models.write_llama(tmp_path / "model"))
     with pytest.raises(BaseModelError, match="max_lora_rank"):
         offline_layout(model, max_lora_rank=7)
+
+
+def test_it_can_be_sent_and_means_the_same_where_it_arrives(tmp_path):
+    from vllm_multilora.integration.offline.layout import offline_layout
+
+    layout = offline_layout(str(tiny_models.write_llama(tmp_path)), max_lora_rank=64)
+    arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(layout), type=ModelLayout)
+    assert arrived == layout
+    assert arrived.largest_bytes() == layout.largest_bytes()
+
+
+QWEN2_VL = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "hidden_size": 128,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 128, "num_heads": 2},
+}
+PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2}
+
+
+def test_adapters_of_a_multimodal_model_are_served_without_its_tower(tmp_path):
+    from vllm_multilora.integration.offline.layout import offline_layout
+
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_VL))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    layout = offline_layout(str(tmp_path))
+    language = "language_model.model.layers.0.self_attn.q_proj"
+    assert language in layout.by_name
+    rename = layout.naming.rename
+    assert rename("model.language_model.layers.0.self_attn.q_proj") == language
+    assert rename("model.layers.0.self_attn.q_proj") == language
+    for tower in ("model.visual.blocks.0.attn.qkv", "visual.merger.mlp.0"):
+        assert rename(tower) is None
+        assert not layout.naming.elsewhere(tower)
+    # This model has one block: no other is taken for something that is left out.
+    assert rename("model.visual.blocks.1.attn.qkv") == "visual.blocks.1.attn.qkv"

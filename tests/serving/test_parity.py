@@ -85,6 +85,7 @@ def qwen2_answers(qwen2: Scenario) -> "Iterator[Answers]":
         yield answers_by_adapter(llm, qwen2, qwen2.cases)
 
 
+@pytest.mark.smoke("text generation", "`embed_tokens` and `lm_head`", "prefix caching")
 class TestLlama:
     """Nine adapters over four slots and six host places, prefix caching on."""
 

@@ -53,8 +53,8 @@ def allocated_by_two(folder, tmp_path_factory):
 
 
 def costs(folder, setting):
-    from vllm_multilora.integration.offline_costs import offline_costs
-    from vllm_multilora.integration.offline_model import Server
+    from vllm_multilora.integration.offline.costs import offline_costs
+    from vllm_multilora.integration.offline.model import Server
 
     return offline_costs(Server(str(folder), **vars(setting)))
 
@@ -72,8 +72,8 @@ def check(model, setting, allocated):
 @pytest.mark.parametrize("setting", ALONE, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_worker(folder, name, setting):
-    from vllm_multilora.integration.offline_model import one_worker
-    from vllm_multilora.integration.patches import apply_patches
+    from vllm_multilora.integration.offline.model import one_worker
+    from vllm_multilora.integration.patching.ledger import apply_patches
 
     apply_patches()
     planned = costs(folder / name, setting)
@@ -89,11 +89,11 @@ def test_two_workers(folder, allocated_by_two, name, setting):
 def test_a_server_says_it_when_it_starts(folder, caplog, monkeypatch):
     from vllm.config import get_current_vllm_config
 
-    from vllm_multilora.cache import CpuBudget
-    from vllm_multilora.integration import start_report
-    from vllm_multilora.integration.offline_model import one_worker
-    from vllm_multilora.integration.patches import apply_patches
+    from vllm_multilora.integration.offline.model import one_worker
+    from vllm_multilora.integration.patching.ledger import apply_patches
+    from vllm_multilora.integration.worker import start_report
     from vllm_multilora.planning.units import readable
+    from vllm_multilora.slots.budget import CpuBudget
 
     apply_patches()
     setting = Setting(3, 16)
@@ -120,7 +120,7 @@ def test_the_kv_cache_is_counted_as_vllm_counts_it(folder, name):
         get_kv_cache_groups,
     )
 
-    from vllm_multilora.integration.offline_model import Server, offline_manager
+    from vllm_multilora.integration.offline.model import Server, offline_manager
 
     config = Server(str(folder / name)).vllm_config()
     config.cache_config.kv_cache_layout = "LBNHC"  # what the engine core settles, if anything

@@ -1,5 +1,6 @@
 """When the plugin acts, and that vLLM is untouched when it does not."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -61,6 +62,7 @@ def test_the_plugin_acts_when_it_should(
         assert llm.collective_rpc(lora_classes) == [expected]
 
 
+@pytest.mark.smoke("prompt_logprobs", "`embed_tokens` and `lm_head`")
 def test_prompt_log_probabilities_use_each_prompts_own_adapter(llama: Scenario):
     """Stock's engine dies of this request on CPUs; it must not hurt anyone here."""
     from vllm import SamplingParams
@@ -130,6 +132,7 @@ def test_the_flags_are_on_vllm_serve():
     assert "--no-multilora" in done.stdout
 
 
+@pytest.mark.smoke
 def test_the_doctor_finds_everything_in_place():
     done = subprocess.run(
         [sys.executable, "-m", "vllm_multilora.cli", "doctor"],
@@ -142,3 +145,21 @@ def test_the_doctor_finds_everything_in_place():
     assert "seen by vLLM" in done.stdout
     assert "MISSING" not in done.stdout
     assert "native (" in done.stdout
+    assert re.search(r"^store +process, at /\S+\.sock \(", done.stdout, re.MULTILINE)
+    assert re.search(r"^checks in it +limits of time, memory and files", done.stdout, re.MULTILINE)
+
+
+def test_compiled_code_is_not_shared_with_stock_vllm(llama: Scenario):
+    """vLLM finds what torch.compile has made by a hash of the configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_multilora.integration.patching.ledger import apply_patches
+
+    def key(**additional: Any) -> str:
+        arguments = EngineArgs(str(llama.base), enable_lora=True, additional_config=additional)
+        return arguments.create_engine_config().compute_hash()
+
+    apply_patches()
+    ours, stock = key(), key(multilora={"enabled": False})
+    assert len({ours, stock, key(multilora={"backend": "torch"})}) == 3
+    assert ours == key()

@@ -15,7 +15,7 @@ MAX_TOKENS, VOCABULARY = 64, 1000
 
 
 def make_wrapper(device: str = "cpu", backend: str = "torch") -> Any:
-    from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+    from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 
     lora_config = SimpleNamespace(max_loras=len(SLOTS), specialize_active_lora=False)
     return MultiLoRAPunicaWrapper(MAX_TOKENS, 8, device, backend=backend, lora_config=lora_config)
@@ -31,7 +31,7 @@ def tuples(lengths: list[int], adapters: list[int]) -> Any:
 def arrays(lengths: list[int], adapters: list[int]) -> Any:
     from vllm.lora.layers.utils import LoRAMappingType
 
-    from vllm_multilora.integration.mapping import BatchMapping
+    from vllm_multilora.integration.step.mapping import BatchMapping
 
     return BatchMapping(np.array(adapters), np.array(lengths), None, LoRAMappingType.LANGUAGE)
 
@@ -60,6 +60,7 @@ def test_what_vllms_layers_read_of_a_step(mapping):
     offsets = [max(slot, 0) * VOCABULARY for slot in slots]
     assert wrapper._embeddings_indices[:6].tolist() == offsets
     assert wrapper.sampler_indices.tolist() == [2, -1, 0]
+    assert wrapper.token_lora_indices.tolist() == slots
 
 
 @pytest.mark.parametrize("mapping", [tuples, arrays])
@@ -80,6 +81,26 @@ def test_padding_rows_have_valid_embedding_offsets_before_and_after_a_step():
     step(wrapper, [1], [5])
     assert wrapper._embeddings_indices.shape == (MAX_TOKENS,)
     assert wrapper._embeddings_indices.ge(0).logical_and(wrapper._embeddings_indices <= last).all()
+
+
+def test_what_steps_read_is_valid_again_after_memory_was_lost():
+    """Sleep level 2 keeps nothing that lies beside the model's weights."""
+    wrapper = make_wrapper()
+    step(wrapper, [30, 30], [3, 9])
+    heads = wrapper._ranks(None, 2, 24)
+    buffers = [
+        wrapper._embeddings_indices,
+        wrapper._sampler_indices,
+        wrapper._token_lora_indices,
+        wrapper.plan.buffer,
+        wrapper.output_rows.buffer,
+    ]
+    for buffer in (*buffers, heads):
+        buffer.fill_(-(2**30))
+    wrapper.for_layer(torch.zeros(1, 4).int(), torch.zeros(1, 4).int()).memory_lost()
+    assert not any(buffer.any() for buffer in buffers)
+    assert wrapper._ranks(None, 2, 24) is heads
+    assert heads.eq(24).all()
 
 
 class Traffic(TorchDispatchMode):
@@ -142,7 +163,7 @@ def test_a_step_before_the_layers_are_known_prepares_for_all_of_them():
     wrapper = make_wrapper("meta", "triton")
     with Traffic() as traffic:
         step(wrapper, [2, 1], [9, 0])
-    assert traffic.seen == [COPY] * 3
+    assert traffic.seen == [COPY] * 4
 
 
 def test_buffers_keep_their_addresses_for_captured_graphs():
@@ -164,7 +185,7 @@ def test_buffers_keep_their_addresses_for_captured_graphs():
 def test_rows_are_staged_in_turn():
     """The host may run steps ahead: it waits for the copy from a buffer that it uses again."""
     from multilora_kernels.staging import BUFFERS
-    from vllm_multilora.integration.staged_rows import StagedRows
+    from vllm_multilora.integration.step.staged_rows import StagedRows
 
     log: list[str] = []
 
@@ -216,7 +237,7 @@ class TestGraphs:
     )
     @pytest.mark.parametrize("mapping", [tuples, arrays])
     def test_vllms_settings_decide(self, monkeypatch, vllm_config, expected, mapping):
-        from vllm_multilora.integration import punica
+        from vllm_multilora.integration.step import punica
 
         monkeypatch.setattr(punica, "get_current_vllm_config_or_none", lambda: vllm_config)
         wrapper = make_wrapper()
@@ -226,7 +247,7 @@ class TestGraphs:
     def test_graphs_of_a_tower_are_never_told_apart(self, monkeypatch):
         from vllm.lora.layers.utils import LoRAMappingType
 
-        from vllm_multilora.integration import punica
+        from vllm_multilora.integration.step import punica
 
         monkeypatch.setattr(punica, "get_current_vllm_config_or_none", config)
         wrapper = make_wrapper()
@@ -239,7 +260,7 @@ class TestGraphs:
     @pytest.mark.parametrize("specialize", [True, False])
     def test_a_layer_captured_without_adapters(self, monkeypatch, specialize):
         from multilora_kernels import api, torch_backend
-        from vllm_multilora.integration import punica
+        from vllm_multilora.integration.step import punica
 
         calls: list[Any] = []
         monkeypatch.setattr(torch_backend, "lora_linear", lambda *args: calls.append(args))
@@ -278,6 +299,7 @@ def vllms_gpu_wrapper(monkeypatch):
     return punica_gpu.PunicaWrapperGPU
 
 
+@pytest.mark.smoke("MoE formats")
 class TestExpertLayers:
     """MoE layers: vLLM's own kernels, with the metadata that they read."""
 

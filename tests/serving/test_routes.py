@@ -176,7 +176,7 @@ def test_every_endpoint_follows_routes(deployment: Deployment, path: str) -> Non
     other = deployment.post(path, {"model": "support-fr", **body})
     assert said(path, routed) == said(path, direct)
     assert routed.headers[HEADER] == "support-de"
-    assert HEADER not in direct.headers
+    assert direct.headers[HEADER] == "support-de"
     if path.startswith("/v1"):
         assert said(path, direct) != said(path, other)
         assert routed.json()["model"] == "support-de"
@@ -234,7 +234,7 @@ def test_a_route_and_an_adapter_cannot_share_a_name(deployment: Deployment) -> N
             in deployment.server.log.read_text()
         )
     )
-    assert HEADER not in deployment.complete("support-fr").headers
+    assert deployment.complete("support-fr").headers[HEADER] == "support-fr"
     deployment.write(routes_text())
 
 
@@ -342,6 +342,7 @@ def test_pooling_endpoints_follow_routes() -> None:
     from vllm.entrypoints.serve import create_error_response
     from vllm.exceptions import GracefulHTTPError
 
+    from vllm_multilora.integration.attached import ROUTES
     from vllm_multilora.plugin import register
 
     class OneRoute:
@@ -355,8 +356,9 @@ def test_pooling_endpoints_follow_routes() -> None:
     register()
     serving = PoolingBaseServing.__new__(_concrete(PoolingBaseServing))
     serving.models = SimpleNamespace(
-        multilora_routes=OneRoute(), lora_requests={}, is_base_model=BASE.__eq__
+        lora_requests={}, is_base_model=BASE.__eq__, engine_client=SimpleNamespace()
     )
+    ROUTES.set(serving.models, OneRoute())
     request = EmbeddingCompletionRequest(model="open", input="t1")
     asyncio.run(serving._check_model(request))
     assert request.model == BASE
@@ -385,7 +387,7 @@ def test_a_server_does_not_start_with_a_file_that_cannot_be_used(
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm_multilora.routing import RoutesFileError
+    from vllm_multilora.documents import DocumentError
 
     path = tmp_path / "routes.yaml"
     if text is not None:
@@ -396,7 +398,7 @@ def test_a_server_does_not_start_with_a_file_that_cannot_be_used(
         enable_lora=True,
         additional_config={"multilora": {"routes": str(path)}},
     )
-    with pytest.raises(RoutesFileError) as caught:
+    with pytest.raises(DocumentError) as caught:
         arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_multilora.cache.turns import PATIENCE_STEPS
+from vllm_multilora.slots.turns import PATIENCE_STEPS
 
 from .cases import NEW_TOKENS, Case, Scenario
 from .engine import running_engine

@@ -12,6 +12,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from vllm_multilora.cli import main
+from vllm_multilora.integration.server.status_route import NEW_S
+from vllm_multilora.store.arena import PAGE
 
 from .cases import Scenario
 from .completions import ask, assert_serves
@@ -32,6 +34,7 @@ class Served:
         return {row["id"]: row for row in self.listing()["data"]}
 
     def listing(self) -> dict:
+        time.sleep(NEW_S)  # an answer may be as old as that
         response = self.server.get("/v1/lora_adapters")
         assert response.status_code == 200, f"{response.text}\n{self.server.log_tail()}"
         return response.json()
@@ -64,9 +67,9 @@ def served(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_adapters_are_listed_with_their_places_and_their_use(served: Served) -> None:
     before = served.adapters()
     assert {name: row["state"] for name, row in before.items()} == {
-        "gone": "cpu",
-        WARM: "cpu",
-        HOT: "disk",  # host memory has room for two
+        "gone": "host",
+        WARM: "host",
+        HOT: "absent",  # host memory has room for two
     }
     for name in (WARM, None, WARM, HOT):
         assert_serves(served.server, name or "base", served.scenario.cases_of(name)[0])
@@ -75,8 +78,8 @@ def test_adapters_are_listed_with_their_places_and_their_use(served: Served) -> 
     rows = {row["id"]: row for row in listing["data"]}
     warm, hot = rows[WARM], rows[HOT]
     assert hot["object"] == "lora_adapter"
-    assert (hot["state"], hot["tier"], hot["slot"]) == ("gpu", "gpu", 0)
-    assert (warm["state"], warm["tier"], warm["slot"]) == ("cpu", "cpu", None)
+    assert (hot["state"], hot["tier"], hot["slot"]) == ("slot", "gpu", 0)
+    assert (warm["state"], warm["tier"], warm["slot"]) == ("host", "cpu", None)
     assert (hot["rank"], warm["rank"]) == (16, 5)
     assert (hot["requests"], warm["requests"]) == (1, 2)
     # The slot was empty, then the adapter had it, then it went to the other.
@@ -87,12 +90,10 @@ def test_adapters_are_listed_with_their_places_and_their_use(served: Served) -> 
     assert not hot["pinned"]
     assert hot["last_error"] is None
     assert listing["slots"] == {"total": 1, "free": 0}
-    assert listing["cpu"] == {
-        "adapters": 2,
-        "bytes": hot["bytes"] + warm["bytes"],
-        "bytes_limit": None,
-        "adapters_limit": 2,
-    }
+    memory = listing["cpu"]
+    in_pages = memory.pop("bytes")
+    assert 0 <= in_pages - (hot["bytes"] + warm["bytes"]) < 2 * PAGE
+    assert memory == {"adapters": 2, "bytes_limit": None, "adapters_limit": 2}
 
 
 def test_an_adapter_that_could_not_be_loaded_says_why(served: Served) -> None:
@@ -143,7 +144,7 @@ def test_the_path_is_as_guarded_and_as_read_only_as_vllms_own(served: Served) ->
     ids=["no models", "no engine", "LoRA is off"],
 )
 def test_where_the_plugin_does_not_act_there_is_no_such_path(state: dict[str, object]) -> None:
-    from vllm_multilora.integration.status_route import add_route
+    from vllm_multilora.integration.server.status_route import add_route
 
     app = FastAPI()
     add_route(app)

@@ -122,8 +122,8 @@ def call_as_vllm_does(layers: dict[str, Any], tokens: int, outputs: int) -> None
 def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, backend):
     from vllm.lora.layers import LoRAMapping
 
-    from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
-    from vllm_multilora.integration.warm_up import warm_up
+    from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+    from vllm_multilora.integration.worker.warm_up import warm_up
 
     wrapper = MultiLoRAPunicaWrapper(
         MAX_TOKENS, MAX_BATCHES, DEVICE, backend=backend,

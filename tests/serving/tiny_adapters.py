@@ -31,6 +31,7 @@ def write_adapter(base: Path, path: Path, recipe: AdapterRecipe, *, seed: int) -
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
         layers_to_transform=list(recipe.layers) if recipe.layers is not None else None,
+        alora_invocation_tokens=list(recipe.invocation) or None,
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)

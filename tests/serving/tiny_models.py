@@ -28,8 +28,17 @@ LOGIT_STD = 6.0
 _GAINS = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 3.0, "down_proj": 3.0, "lm_head": LOGIT_STD}
 
 
-def write_llama(path: Path, *, seed: int = 0) -> Path:
-    """Writes a three-layer Llama: 8 heads, 2 key-value heads, untied embeddings, no biases."""
+def write_llama(path: Path, *, seed: int = 0, positions: int = 256) -> Path:
+    """Writes a three-layer Llama: 8 heads, 2 key-value heads, untied embeddings, no biases.
+
+    Args:
+        path: Directory to write into.
+        seed: Seeds the weights.
+        positions: Tokens that a request can have.
+
+    Returns:
+        ``path``.
+    """
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=96,
@@ -38,7 +47,7 @@ def write_llama(path: Path, *, seed: int = 0) -> Path:
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,

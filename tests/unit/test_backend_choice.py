@@ -5,7 +5,7 @@ import pytest
 from multilora_kernels import TritonUnavailableError, native, triton_availability
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.activation import choose_backend
+from vllm_multilora.integration.patching.activation import choose_backend
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,13 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         ({"batch_invariant": True, "backend": "torch"}, "'torch': plain PyTorch's sums depend on"),
         ({"batch_invariant": True, "backend": "vllm"}, "'vllm': .* set VLLM_BATCH_INVARIANT=1"),
         ({"routes": 7}, "multilora.routes must be the path of a file, got 7"),
+        ({"signing_keys": ""}, "multilora.signing_keys must be the path of a file, got ''"),
+        (
+            {"signing_keys": "keys.pem", "allow_pickle": True},
+            "multilora.signing_keys and multilora.allow_pickle exclude each other",
+        ),
+        ({"fair_shares": "yes"}, "multilora.fair_shares must be true or false, got 'yes'"),
+        ({"fair_prefill_tokens": 0}, "multilora.fair_prefill_tokens must be a whole .* got 0"),
         ("torch", r'additional_config\["multilora"\] must be a mapping .* got \'torch\''),
     ],
     ids=[
@@ -47,6 +54,10 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         "invariant-torch",
         "invariant-vllm",
         "routes",
+        "signing-keys",
+        "signed-pickles",
+        "fair-shares",
+        "fair-prefill-tokens",
         "no-mapping",
     ],
 )

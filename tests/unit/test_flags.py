@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_multilora.integration.flags import add_flags, merge_flags
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.flags import add_flags, merge_flags
 
 
 def parse(*argv, additional_config=None):
@@ -43,3 +44,12 @@ def test_every_api_server_gets_the_flags():
     merge_flags(args, engine_args)
     sent = pickle.loads(pickle.dumps(args))
     assert sent.additional_config == {"multilora": {"routes": "routes.yaml"}}
+
+
+@pytest.mark.parametrize("flag", ["--multilora-tenants", "--multilora-admin-key-file"])
+def test_keys_are_refused_where_a_server_is_started_that_knows_none(flag):
+    args, engine_args = parse(flag, "file")
+    merge_flags(args, engine_args)
+    args.grpc = True
+    with pytest.raises(ConfigError, match="--grpc"):
+        merge_flags(args, engine_args)

@@ -7,7 +7,7 @@ import pytest
 from vllm_multilora.integration.logs import join_vllm_logging
 
 
-@pytest.mark.parametrize("name", ["vllm_multilora.integration.flags", "multilora_kernels.native"])
+@pytest.mark.parametrize("name", ["vllm_multilora.config", "multilora_kernels.native"])
 def test_lines_reach_a_handler_that_vllm_adds_later(name):
     vllm_logger = logging.getLogger("vllm")
     logger = logging.getLogger(name)

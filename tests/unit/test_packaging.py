@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[2]
 NEEDED = {
     "multilora_kernels/__init__.py",
     "multilora_kernels/README.md",
+    "multilora_kernels/py.typed",
     "multilora_kernels/native/segment_gemm.c",
     "vllm_multilora/plugin.py",
     "vllm_multilora/py.typed",
-    "vllm_multilora/integration/patches.py",
+    "vllm_multilora/integration/patching/ledger.py",
 }
 
 

@@ -1,12 +1,15 @@
 """A patch replaces its target once, and leaves vLLM alone where the target is missing."""
 
+import asyncio
+import inspect
 import sys
 import types
 
 import pytest
 
-from vllm_multilora.integration.patching import Patch
-from vllm_multilora.integration.version import is_supported
+from vllm_multilora.integration.patching import patch as patch_module
+from vllm_multilora.integration.patching.patch import Patch
+from vllm_multilora.integration.patching.version import is_supported
 
 
 @pytest.fixture
@@ -25,50 +28,117 @@ def target(monkeypatch):
         def method(self, x):
             return x
 
+        async def later(self, x):
+            return x
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
     class Derived(Thing):
         pass
 
-    module.Thing, module.Derived = Thing, Derived
+    module.Thing, module.Derived, module.Named = Thing, Derived, Named
     monkeypatch.setitem(sys.modules, "patch_target", module)
     return module
 
 
-def doubling(attribute: str) -> Patch:
-    calls = []
+@pytest.fixture(autouse=True)
+def handlers(monkeypatch):
+    """A module with handlers, below a package of its own."""
+    module = types.ModuleType("patching_package.handlers")
 
-    def replace(original):
-        calls.append(original)
+    def doubled(original, *args):
+        return original(*args[:-1], args[-1] * 2)
 
-        def doubled(*args):
-            return original(*args[:-1], args[-1] * 2)
+    async def doubled_later(original, *args):
+        return await original(*args[:-1], args[-1] * 2)
 
-        return doubled
+    def made_twice(original, name):
+        return original(name * 2)
 
-    patch = Patch("double", f"patch_target:{attribute}", "test", "0", "never", replace)
-    object.__setattr__(patch, "calls", calls)
-    return patch
+    module.doubled, module.doubled_later, module.made_twice = doubled, doubled_later, made_twice
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def patch_of(attribute: str, handler: str = "handlers:doubled") -> Patch:
+    return Patch(
+        name="double",
+        target=f"patch_target:{attribute}",
+        handler=handler,
+        why="test",
+        checked=("0",),
+        until="never",
+        package="patching_package",
+    )
 
 
 def test_functions_of_all_kinds_are_replaced(target):
-    assert all(doubling(f"Thing.{name}").apply() for name in ("static", "made_by", "method"))
+    assert all(patch_of(f"Thing.{name}").apply() for name in ("static", "made_by", "method"))
     assert target.Thing.static(2) == 4
     assert target.Thing.made_by(2) == ("Thing", 4)
     assert target.Derived.made_by(2) == ("Derived", 4)
     assert target.Thing().method(2) == 4
 
 
+def test_coroutine_functions_stay_what_they_are(target):
+    assert patch_of("Thing.later", "handlers:doubled_later").apply()
+    assert inspect.iscoroutinefunction(target.Thing.later)
+    assert asyncio.run(target.Thing().later(2)) == 4
+
+
+def test_a_function_takes_the_place_of_a_class(target):
+    assert patch_of("Named", "handlers:made_twice").apply()
+    assert target.Named("ab").name == "abab"
+    assert target.Named.__name__ == "Named"
+
+
+def test_a_replacement_looks_like_its_original(target):
+    original = target.Thing.method
+    assert patch_of("Thing.method").apply()
+    replaced = target.Thing.method
+    assert replaced is not original
+    assert replaced.__qualname__ == original.__qualname__
+    assert inspect.signature(replaced) == inspect.signature(original)
+
+
 def test_applying_twice_changes_nothing(target):
-    patch = doubling("Thing.method")
+    patch = patch_of("Thing.method")
     assert patch.apply()
     assert patch.apply()
     assert patch.is_applied()
-    assert len(patch.calls) == 1
     assert target.Thing().method(2) == 4
+
+
+def test_a_handler_is_imported_when_its_target_is_first_called(target, monkeypatch):
+    handlers = sys.modules.pop("patching_package.handlers")
+    assert patch_of("Thing.method").apply()
+    monkeypatch.setitem(sys.modules, "patching_package.handlers", handlers)
+    assert target.Thing().method(2) == 4
+
+
+@pytest.mark.parametrize("handler", ["nowhere:doubled", "handlers:gone"])
+def test_in_an_unknown_vllm_a_handler_that_cannot_be_imported_leaves_stock_in_place(
+    target, monkeypatch, caplog, handler
+):
+    monkeypatch.setattr(patch_module, "installed_version", lambda: "0.99.0")
+    assert patch_of("Thing.method", handler).apply()
+    assert [target.Thing().method(2) for _ in range(3)] == [2, 2, 2]
+    [record] = caplog.records
+    assert f"{handler} cannot be imported" in record.message
+
+
+def test_in_a_known_vllm_a_handler_that_cannot_be_imported_is_a_fault(target, monkeypatch):
+    monkeypatch.setattr(patch_module, "installed_version", lambda: "0.32.0")
+    assert patch_of("Thing.method", "nowhere:doubled").apply()
+    with pytest.raises(ImportError, match="patching_package"):
+        target.Thing().method(2)
 
 
 @pytest.mark.parametrize("attribute", ["Gone.method", "Thing.gone", "gone"])
 def test_a_missing_target_is_said_once_and_nothing_else_happens(target, attribute, caplog):
-    patch = doubling(attribute)
+    patch = patch_of(attribute)
     assert not patch.apply()
     assert not patch.is_applied()
     [record] = caplog.records

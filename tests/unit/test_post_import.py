@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vllm_multilora.integration.patching import Patch
-from vllm_multilora.integration.post_import import when_imported
+from vllm_multilora.integration.patching.patch import Patch
+from vllm_multilora.integration.patching.post_import import when_imported
 
 _numbers = itertools.count()
 
@@ -39,12 +39,13 @@ def write(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def doubled(original):
-    return lambda x: 2 * original(x)
+def doubled(original, x):
+    return 2 * original(x)
 
 
 def patch_of(target: str) -> Patch:
-    return Patch("doubled", target, "test", "0", "never", doubled)
+    package, _, module = __name__.rpartition(".")
+    return Patch("doubled", target, f"{module}:doubled", "test", ("0",), "never", package)
 
 
 def test_a_patch_waits_for_its_module_and_is_there_before_anybody_uses_it(write):

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_multilora.adapters.errors import AdapterFormatError
-from vllm_multilora.adapters.folder import CONFIG_NAME, PICKLED_NAMES, TENSORS_NAME
 from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.config import MultiLoRAConfig
-
-_FILES = (CONFIG_NAME, TENSORS_NAME, *PICKLED_NAMES)
 
 
 class AllowedRoots:
@@ -33,31 +30,37 @@ class AllowedRoots:
         """What a server's settings allow."""
         return cls(settings.allowed_roots, settings.adapter_dir)
 
+    def roots_for(self, path: str | Path) -> tuple[str, ...]:
+        """The folders below which a path must lead; none: it may lead anywhere."""
+        if self._is_open and not _is_below(Path(path).absolute(), self._directories):
+            return ()
+        return tuple(map(str, self._roots))
+
     def allows(self, path: str | Path) -> bool:
         """Whether a path, `..` and links resolved, lies where adapters may."""
-        if not self._roots:
-            return True
-        if _is_below(Path(os.path.realpath(path)), self._roots):
-            return True
-        return self._is_open and not _is_below(Path(path).absolute(), self._directories)
+        return not self.roots_for(path) or _is_below(Path(os.path.realpath(path)), self._roots)
 
-    def require(self, folder: Path) -> None:
-        """Refuses a folder outside the roots, and one whose files are links to outside.
+    def require(self, path: Path, real: str) -> None:
+        """Refuses what has been opened outside the roots.
+
+        Args:
+            path: What problems call it.
+            real: Where it lies, without links, as the system says of the open descriptor.
 
         Raises:
-            AdapterFormatError: It, or one of its files, lies elsewhere.
+            AdapterFormatError: It lies elsewhere.
         """
-        for path in (folder, *(folder / name for name in _FILES)):
-            if not self.allows(path):
-                roots = ", ".join(map(str, self._roots))
-                problem = Problem.at(
-                    Code.NOT_ALLOWED,
-                    str(path),
-                    "",
-                    "outside the folders that adapters may come from",
-                    f"a path below {roots} (--multilora-allowed-roots, --multilora-adapter-dir)",
-                )
-                raise AdapterFormatError.of(problem)
+        if not self.roots_for(path) or _is_below(Path(real), self._roots):
+            return
+        roots = ", ".join(map(str, self._roots))
+        problem = Problem.at(
+            Code.NOT_ALLOWED,
+            str(path),
+            "",
+            "outside the folders that adapters may come from",
+            f"a path below {roots} (--multilora-allowed-roots, --multilora-adapter-dir)",
+        )
+        raise AdapterFormatError.of(problem)
 
 
 def _is_below(path: Path, roots: Sequence[Path]) -> bool:

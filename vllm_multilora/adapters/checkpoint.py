@@ -1,39 +1,35 @@
-"""An adapter on disk: its configuration, and the file with its tensors."""
+"""An adapter on disk: its configuration, and the header of the file with its tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_multilora.adapters.config import AdapterConfig
-from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME, read_config
+from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME, AdapterFolder, read_config
+from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.limits import DEFAULT_LIMITS, Limits
 from vllm_multilora.adapters.tensor_file import TensorFile
 
 
-class AdapterCheckpoint(TensorFile):
-    """An adapter's folder, its two files read as far as their headers.
-
-    Args:
-        path: The folder.
-        config: What `adapter_config.json` says.
-        limits: What is read at most.
+@dataclass(frozen=True)
+class AdapterCheckpoint:
+    """What an adapter's two files say without a look at its weights.
 
     Attributes:
         path: The folder.
         config: What `adapter_config.json` says.
-
-    Raises:
-        AdapterError: As for `TensorFile`.
+        tensors: The tensors in `adapter_model.safetensors` by name, in the order of their bytes.
     """
 
-    def __init__(self, path: Path, config: AdapterConfig, limits: Limits = DEFAULT_LIMITS) -> None:
-        self.path = path
-        self.config = config
-        super().__init__(path / TENSORS_NAME, limits)
+    path: Path
+    config: AdapterConfig
+    tensors: Mapping[str, TensorInfo]
 
     @classmethod
-    def open(cls, path: str | Path, limits: Limits = DEFAULT_LIMITS) -> AdapterCheckpoint:
-        """Opens an adapter's folder, reading the configuration and the header only.
+    def read(cls, path: str | Path, limits: Limits = DEFAULT_LIMITS) -> AdapterCheckpoint:
+        """Reads an adapter's configuration and header.
 
         Raises:
             AdapterNotFoundError: The folder or one of its two files is missing; it is a
@@ -41,6 +37,8 @@ class AdapterCheckpoint(TensorFile):
             AdapterFormatError: One of them is not what it should be.
             AdapterReadError: One of them cannot be read.
         """
-        folder = Path(path)
-        content = read_config(folder, limits)
-        return cls(folder, AdapterConfig.from_json(content, str(folder / CONFIG_NAME)), limits)
+        with AdapterFolder(path) as folder:
+            with folder.open(CONFIG_NAME) as file:
+                config = AdapterConfig.from_json(read_config(file, limits), str(file.path))
+            with folder.open(TENSORS_NAME) as file:
+                return cls(folder.path, config, TensorFile(file, limits).tensors)

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from vllm_multilora.adapters.config_json import read_object
 from vllm_multilora.adapters.errors import AdapterFormatError
 from vllm_multilora.adapters.patterns import (
     MOST_PATTERNS,
+    Budget,
     PatternError,
     PatternMatcher,
     check_expression,
     check_pattern,
 )
-from vllm_multilora.adapters.problems import Code, Problem, shown
+from vllm_multilora.adapters.problems import (
+    MOST_PROBLEMS,
+    Code,
+    Problem,
+    more_problems,
+    shown,
+)
 
 _Value = TypeVar("_Value")
 
 _MOST_RANK = 1 << 20  # more than any model is wide; keeps scalings within floats
+_MOST_TOKEN = (1 << 31) - 1
+
+MOST_INVOCATION_TOKENS = 64
+"""Tokens of the text that activates an adapter; a chat template's generation prompt has three."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,12 @@ class AdapterConfig:
         modules_to_save: Modules that the checkpoint holds whole.
         bias: `none`, `all` or `lora_only`: which of the base model's biases were trained.
         dora: Whether it is a DoRA adapter, which has magnitudes beside A and B.
+        invocation_tokens: `alora_invocation_tokens`: the token ids from whose last occurrence in a
+            prompt on the adapter acts (activated LoRA, https://arxiv.org/abs/2504.12397); none: it
+            acts on all of it.
         base_model: `base_model_name_or_path`: what it was trained on, in its author's words.
         raw: Everything in the file.
+        budget: What all of its patterns together may take.
     """
 
     rank: int
@@ -52,8 +67,10 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     dora: bool = False
+    invocation_tokens: tuple[int, ...] = ()
     base_model: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    budget: Budget = field(default_factory=Budget, repr=False, compare=False)
 
     @classmethod
     def read(cls, text: str | bytes, where: str) -> tuple[AdapterConfig | None, list[Problem]]:
@@ -66,29 +83,9 @@ class AdapterConfig:
         Returns:
             The configuration, None if there are problems; and these.
         """
-        try:
-            # As PEFT and vLLM read it; `json` alone would take other encodings of bytes too.
-            raw = json.loads(text.decode() if isinstance(text, bytes) else text)
-        except (ValueError, RecursionError) as error:
-            problem = Problem.at(
-                Code.CONFIG_NOT_JSON,
-                where,
-                "",
-                f"not valid JSON: {error}",
-                "what PEFT's save_pretrained writes",
-                hint="save the adapter again",
-            )
-            return None, [problem]
-        if not isinstance(raw, dict):
-            problem = Problem.at(
-                Code.CONFIG_NOT_JSON,
-                where,
-                "",
-                f"a JSON {type(raw).__name__}",
-                "an object with the keys 'r', 'lora_alpha' and 'target_modules'",
-                verb="holds",
-            )
-            return None, [problem]
+        raw = read_object(text, where)
+        if isinstance(raw, Problem):
+            return None, [raw]
         reader = _Reader(raw, where)
         config = reader.config()
         return (None if reader.problems else config), reader.problems
@@ -126,11 +123,11 @@ class AdapterConfig:
 
     @cached_property
     def _ranks(self) -> PatternMatcher[int]:
-        return PatternMatcher(self.rank_pattern)
+        return PatternMatcher(self.rank_pattern, self.budget)
 
     @cached_property
     def _alphas(self) -> PatternMatcher[float]:
-        return PatternMatcher(self.alpha_pattern)
+        return PatternMatcher(self.alpha_pattern, self.budget)
 
     def _match(
         self, key: str, matcher: PatternMatcher[_Value], module: str, default: _Value
@@ -153,9 +150,22 @@ class _Reader:
     """Takes keys from a configuration and notes precisely what is wrong with each."""
 
     def __init__(self, raw: dict[str, Any], where: str) -> None:
-        self.problems: list[Problem] = []
+        self._problems: list[Problem] = []
+        self._more = 0
         self._raw = raw
         self._where = where
+        self._budget = Budget()
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What was wrong; of very much, the first of it and a count."""
+        return [*self._problems, *([more_problems(self._where, self._more)] if self._more else [])]
+
+    def _note(self, problem: Problem) -> None:
+        if len(self._problems) < MOST_PROBLEMS:
+            self._problems.append(problem)
+        else:
+            self._more += 1
 
     def config(self) -> AdapterConfig:
         if self._raw.get("peft_type") not in (None, "LORA"):
@@ -170,8 +180,10 @@ class _Reader:
             modules_to_save=self._names("modules_to_save") or (),
             bias=self._bias(),
             dora=self._flag("use_dora"),
+            invocation_tokens=self._invocation_tokens(),
             base_model=self._base_model(),
             raw=self._raw,
+            budget=self._budget,
         )
         self._check_unused()
         return config
@@ -184,9 +196,7 @@ class _Reader:
         name = where if at else repr(key)
         found = found or shown(self._raw.get(key))
         message = f"{self._where}: {name} is {found}, expected {expected}"
-        self.problems.append(
-            Problem(code or Code.CONFIG_VALUE, self._where, where, found, expected, message)
-        )
+        self._note(Problem(code or Code.CONFIG_VALUE, self._where, where, found, expected, message))
 
     def _required(self, key: str, expected: str) -> Any:
         if key not in self._raw:
@@ -225,6 +235,25 @@ class _Reader:
         if value not in ("none", "all", "lora_only"):
             self._refuse("bias", "'none', 'all' or 'lora_only'")
         return str(value)
+
+    def _invocation_tokens(self) -> tuple[int, ...]:
+        key = "alora_invocation_tokens"
+        value = self._raw.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            self._refuse(key, "a list of token ids, or null for a LoRA adapter")
+            return ()
+        if not 0 < len(value) <= MOST_INVOCATION_TOKENS:
+            found = f"a list of {len(value)}"
+            expected = f"1 to {MOST_INVOCATION_TOKENS} token ids, or null for a LoRA adapter"
+            self._refuse(key, expected, found=found)
+            return ()
+        for place, token in enumerate(value):
+            if type(token) is not int or not 0 <= token <= _MOST_TOKEN:
+                self._refuse(key, "a token id", at=str(place), found=shown(token))
+                return ()
+        return tuple(value)
 
     def _target_modules(self) -> tuple[str, ...] | str | None:
         value = self._required("target_modules", "a list of module names, or a text")
@@ -279,21 +308,26 @@ class _Reader:
             self._refuse(key, f"at most {MOST_PATTERNS}", found=f"{len(value)} patterns")
             return {}
         found = {}
-        for pattern, entry in value.items():
-            try:
-                check_pattern(pattern)
-            except PatternError as error:
-                self.problems.append(
-                    Problem(
-                        Code.CONFIG_PATTERN,
-                        self._where,
-                        key,
-                        f"the key {shown(pattern)}, which {error}",
-                        "the end of a module's name, such as 'q_proj' or 'layers.3.mlp.up_proj'",
-                        f"{self._where}: {key!r} has the key {shown(pattern)}, which {error}; "
-                        "expected the end of a module's name, such as 'q_proj'",
-                    )
-                )
-            else:
-                found[pattern] = read(key, entry, pattern)
+        with self._budget.spending():
+            for pattern, entry in value.items():
+                try:
+                    check_pattern(pattern, self._budget)
+                except PatternError as error:
+                    self._refuse_pattern(key, pattern, error)
+                else:
+                    found[pattern] = read(key, entry, pattern)
         return found
+
+    def _refuse_pattern(self, key: str, pattern: str, error: PatternError) -> None:
+        found = f"the key {shown(pattern)}, which {error}"
+        self._note(
+            Problem(
+                Code.CONFIG_PATTERN,
+                self._where,
+                key,
+                found,
+                "the end of a module's name, such as 'q_proj' or 'layers.3.mlp.up_proj'",
+                f"{self._where}: {key!r} has {found}; expected the end of a module's name, such as "
+                "'q_proj'",
+            )
+        )

@@ -14,13 +14,19 @@ from vllm_multilora.adapters.problems import Code, Problem, shown
 _UNSUPPORTED = {
     "use_dora": "DoRA (weight-decomposed LoRA) computes something else than A and B",
     "lora_bias": "a bias beside B is not supported",
-    "alora_invocation_tokens": "activated LoRA applies to a part of each prompt only",
     "layer_replication": "the adapter belongs to a model with replicated layers",
     "use_bdlora": "block-diagonal LoRA is not supported",
     "use_qalora": "QALoRA is not supported",
     "kasa_config": "KaSA has singular values between A and B and changes the base model's weights",
     "arrow_config": "Arrow routes each token to several adapters",
     "trainable_token_indices": "embeddings of single tokens are not served",
+}
+# What PEFT does not combine with activated LoRA, beside what is not supported anyway.
+_NOT_ACTIVATED = {
+    "target_parameters": "PEFT activates linear layers only",
+    "modules_to_save": "a head that is trained whole acts on all tokens",
+    "velora_config": "PEFT does not combine VeLoRA with activated LoRA",
+    "monteclora_config": "PEFT does not combine MonteCLoRA with activated LoRA",
 }
 # Initialisations that only set the adapter's first weights. Any other one by name (PiSSA, OLoRA,
 # CorDA, LoftQ, ...) also changes the base model's weights, which the served ones are not.
@@ -39,6 +45,7 @@ def config_problems(config: AdapterConfig, file: str, layout: ModelLayout) -> li
         *feature_problems(config, file),
         *_saved_modules(config, file),
         *_ranks(config, file, layout),
+        *_invocation(config, file, layout),
     ]
 
 
@@ -59,7 +66,38 @@ def feature_problems(config: AdapterConfig, file: str) -> list[Problem]:
             "path_initial_model_for_weight_conversion"
         )
         found.append(_unsupported(file, "init_lora_weights", start, "true", why))
-    return found
+    return [*found, *_activated(config, file)] if config.invocation_tokens else found
+
+
+def _activated(config: AdapterConfig, file: str) -> Iterable[Problem]:
+    """What PEFT does not train with `alora_invocation_tokens`, or computes as something else."""
+    kind = "with 'alora_invocation_tokens'"
+    for key, why in _NOT_ACTIVATED.items():
+        if config.raw.get(key):
+            yield _unsupported(file, key, config.raw[key], f"unset {kind}", why)
+    start = config.raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() == "mica":
+        why = "PEFT does not combine MiCA with activated LoRA"
+        yield _unsupported(file, "init_lora_weights", start, f"true {kind}", why)
+    task = config.raw.get("task_type")
+    if task != "CAUSAL_LM":
+        why = "PEFT leaves the adapter out of all tokens of other tasks"
+        yield _unsupported(file, "task_type", task, f"'CAUSAL_LM' {kind}", why)
+
+
+def _invocation(config: AdapterConfig, file: str, layout: ModelLayout) -> Iterable[Problem]:
+    """Tokens that the base model does not have, and no prompt can contain."""
+    size = layout.vocabulary
+    unknown = [token for token in config.invocation_tokens if size is not None and token >= size]
+    if unknown:
+        yield Problem.at(
+            Code.WRONG_VOCABULARY,
+            file,
+            "alora_invocation_tokens",
+            shown(list(config.invocation_tokens)),
+            f"ids below {size}, the base model's vocabulary",
+            hint="the adapter was trained with another tokenizer",
+        )
 
 
 def _unsupported(file: str, key: str, value: object, expected: str, why: str) -> Problem:

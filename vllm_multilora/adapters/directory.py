@@ -7,16 +7,18 @@ folders takes milliseconds.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.fingerprint import Fingerprint
 from vllm_multilora.adapters.folder import CONFIG_NAME, PICKLED_NAMES, TENSORS_NAME
-from vllm_multilora.adapters.tensor_file import Fingerprint
+from vllm_multilora.adapters.served_names import name_fault
 from vllm_multilora.config import CONFIG_KEY
 from vllm_multilora.errors import ConfigError
 
@@ -25,6 +27,10 @@ logger = logging.getLogger(__name__)
 FIRST_NUMBER = 1 << 32
 """Numbers of adapters from directories begin here, far above those that servers count up to."""
 
+MOST_FOLDERS = 65_536
+"""Of a directory, that are looked at: as many as an engine knows adapters."""
+
+_MOST_TOLD = 1_000  # names may be a stranger's
 _NUMBERS_END = 1 << 53  # what JSON's readers take for whole numbers
 
 
@@ -50,7 +56,8 @@ class AdapterFolder:
 
         Servers that look at the same folder for themselves come to the same number without
         asking each other, and a new version gets a new one. Of 5,000 adapters, two share a number
-        with a probability of 1 to 700 million.
+        by chance with a probability of 1 to 700 million; who may write to a directory can look for
+        two that do. So `AdapterDirectories` lets no two folders have one number.
         """
         digest = hashlib.blake2b(repr(self).encode(errors="surrogatepass"), digest_size=8).digest()
         return FIRST_NUMBER + int.from_bytes(digest) % (_NUMBERS_END - FIRST_NUMBER)
@@ -75,7 +82,7 @@ def require_directories(directories: Sequence[str]) -> None:
 
 def is_adapter_name(name: str) -> bool:
     """Whether a folder of this name may be an adapter: one visible, printable path component."""
-    return bool(name) and name[0] != "." and "/" not in name and name.isprintable()
+    return bool(name) and name[0] != "." and "/" not in name and name_fault(name) is None
 
 
 class AdapterDirectories:
@@ -95,10 +102,15 @@ class AdapterDirectories:
         self._allowed = allowed
         self._found: dict[str, dict[str, AdapterFolder]] = {d: {} for d in self._directories}
         self._told: set[str] = set()
+        # Whose numbers were given out at the last look at everything, and at the one before: a
+        # version counts for as long as another one is being written.
+        self._owners: dict[int, str] = {}
+        self._owners_before: dict[int, str] = {}
 
     def scan(self) -> dict[str, AdapterFolder]:
         """Every adapter, by name."""
         adapters: dict[str, AdapterFolder] = {}
+        self._owners_before, self._owners = self._owners, {}
         for directory in self._directories:
             try:
                 self._found[directory] = self._scan(directory)
@@ -107,29 +119,32 @@ class AdapterDirectories:
             for name, folder in self._found[directory].items():
                 if adapters.setdefault(name, folder) is not folder:
                     self._tell(f"{folder.path} is not served: {adapters[name].path} has its name")
-        return adapters
+        return {name: folder for name, folder in adapters.items() if self._has_own_number(folder)}
 
     def find(self, name: str) -> AdapterFolder | None:
         """One adapter, looked at now."""
         if not is_adapter_name(name):
             return None
         for directory in self._directories:
-            path = Path(directory, name)
-            folder = self._look(directory, name, str(path), is_link=path.is_symlink())
+            path = f"{directory}/{name}"
+            # os.path, which takes a name that the file system cannot hold for one that is not there
+            folder = self._look(directory, name, path, is_link=os.path.islink(path))  # noqa: PTH114
             if folder is not None:
-                return folder
+                return folder if self._has_own_number(folder) else None
         return None
 
     def _scan(self, directory: str) -> dict[str, AdapterFolder]:
-        found = {}
+        found: dict[str, AdapterFolder] = {}
         with os.scandir(directory) as entries:
-            for entry in entries:
+            for entry in islice(entries, MOST_FOLDERS):
                 if is_adapter_name(entry.name):
                     folder = self._look(
                         directory, entry.name, entry.path, is_link=entry.is_symlink()
                     )
                     if folder is not None:
                         found[entry.name] = folder
+            if next(entries, None) is not None:
+                self._tell(f"{directory} has more than {MOST_FOLDERS} entries; not all are served")
         return dict(sorted(found.items()))
 
     def _look(self, directory: str, name: str, path: str, *, is_link: bool) -> AdapterFolder | None:
@@ -147,8 +162,20 @@ class AdapterDirectories:
             return self._found[directory].get(name)
         return AdapterFolder(name, path, config, weights)
 
+    def _has_own_number(self, folder: AdapterFolder) -> bool:
+        """Whether no other folder has a folder's number; that number is its own from now on."""
+        owner = self._owners.get(folder.number) or self._owners_before.get(folder.number)
+        if owner is not None and owner != folder.path:
+            self._tell(
+                f"{folder.path} is not served: this version of it and {owner} have the same "
+                f"number, {folder.number}; touch its {CONFIG_NAME} to give it another"
+            )
+            return False
+        self._owners[folder.number] = folder.path
+        return True
+
     def _tell(self, what: str) -> None:
-        if what not in self._told:
+        if what not in self._told and len(self._told) < _MOST_TOLD:
             self._told.add(what)
             logger.warning("Adapter directories: %s", what)
 
@@ -158,6 +185,10 @@ def _fingerprint(folder: str, name: str) -> Fingerprint | None:
         return Fingerprint.of(os.stat(f"{folder}/{name}"))  # noqa: PTH116 (twice as fast)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # of the name, or of the whole path
+            return None
+        raise
 
 
 class Settling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from vllm_multilora.adapters.problems import Problem
+from vllm_multilora.adapters.problems import Problem, bounded
 from vllm_multilora.errors import MultiLoRAError
 
 
@@ -22,8 +22,9 @@ class AdapterError(MultiLoRAError):
 
     @classmethod
     def of(cls, *problems: Problem) -> Self:
-        """The error of one or more problems, one a line."""
-        return cls("\n".join(map(str, problems)), problems)
+        """The error of one or more problems, one a line; of very many, see `bounded`."""
+        told = bounded(problems)
+        return cls("\n".join(map(str, told)), told)
 
 
 class AdapterFormatError(AdapterError, ValueError):

@@ -7,43 +7,29 @@ header's end); then the tensors, row-major and without gaps. https://huggingface
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import torch
-
+from multilora_kernels.dtypes import SAFETENSORS_DTYPES, DType
 from vllm_multilora.adapters.errors import AdapterFormatError, AdapterReadError
+from vllm_multilora.adapters.json_text import JsonTooLargeError, parse_json
 from vllm_multilora.adapters.limits import Limits
 from vllm_multilora.adapters.problems import Code, Problem, shown, shown_name
 
 LENGTH_BYTES = 8
 
 _MOST_DIMENSIONS = 64  # bounds the time that multiplying a hostile shape takes
-_MOST_NAME = 1000  # characters; real ones have about a hundred
+_MOST_NAME = 256  # characters; real ones have about a hundred. Bounds what patterns cost
+_MOST_DOTS = 32  # real ones have a dozen; bounds the time that models' own renames take
 _MOST_ENTRY_PROBLEMS = 20
+# An object and two lists; up to eight numbers in them and its three keys.
+_PARTS_OF_A_TENSOR, _VALUES_OF_A_TENSOR = 3, 12
+_METADATA_PARTS = 1 << 18  # `__metadata__` holds texts, which may be JSON themselves
 _SAVE_AGAIN = "copy or save the adapter again"
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-}
 # What else people put under the name of a safetensors file, by its first bytes.
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive, as torch.save writes; convert it with safetensors.torch",
@@ -65,13 +51,19 @@ class TensorInfo:
         end: One past its last byte.
     """
 
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     begin: int
     end: int
 
 
-def read_header(descriptor: int, size: int, file: str, limits: Limits) -> dict[str, TensorInfo]:
+def read_header(
+    descriptor: int,
+    size: int,
+    file: str,
+    limits: Limits,
+    show: Callable[[memoryview], object] | None = None,
+) -> dict[str, TensorInfo]:
     """Reads a header and checks that the file is as it says.
 
     Args:
@@ -79,6 +71,7 @@ def read_header(descriptor: int, size: int, file: str, limits: Limits) -> dict[s
         size: Its bytes.
         file: What problems call it, such as its path.
         limits: What is read at most.
+        show: Called with the bytes up to the first tensor, in order, as they were read.
 
     Returns:
         The tensors in the order of their bytes.
@@ -87,8 +80,14 @@ def read_header(descriptor: int, size: int, file: str, limits: Limits) -> dict[s
         AdapterFormatError: The file is no safetensors file, damaged, or its header too large.
         AdapterReadError: The file cannot be read.
     """
-    header, start = _parse(descriptor, size, file, limits)
-    header.pop("__metadata__", None)
+    header, start = _parse(descriptor, size, file, limits, show)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterFormatError.of(
+            Problem.at(
+                Code.HEADER_ENTRY, file, "__metadata__", shown(metadata), "an object of texts"
+            )
+        )
     if len(header) > limits.tensors:
         raise AdapterFormatError.of(
             Problem.at(
@@ -118,7 +117,13 @@ def read_header(descriptor: int, size: int, file: str, limits: Limits) -> dict[s
     return tensors
 
 
-def _parse(descriptor: int, size: int, file: str, limits: Limits) -> tuple[dict[str, Any], int]:
+def _parse(
+    descriptor: int,
+    size: int,
+    file: str,
+    limits: Limits,
+    show: Callable[[memoryview], object] | None,
+) -> tuple[dict[str, Any], int]:
     """The header's JSON, and where it ends."""
     prefix = _read(descriptor, LENGTH_BYTES, 0, size, file)
     length = int.from_bytes(prefix, "little")
@@ -148,9 +153,21 @@ def _parse(descriptor: int, size: int, file: str, limits: Limits) -> tuple[dict[
             )
         )
     text = _read(descriptor, length, LENGTH_BYTES, size, file)
+    if show is not None:
+        show(memoryview(prefix))
+        show(memoryview(text))
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(
+            text,
+            parts=_PARTS_OF_A_TENSOR * limits.tensors + _METADATA_PARTS,
+            values=_VALUES_OF_A_TENSOR * limits.tensors + _METADATA_PARTS,
+            pairs=_unique,
+        )
+    except JsonTooLargeError as error:
+        found, most = f"a header with {error.found}", f"at most {error.most}"
+        problem = Problem.at(Code.HEADER_TOO_LARGE, file, "", found, most, verb="has")
+        raise AdapterFormatError.of(problem) from None
+    except ValueError as error:
         problem = Problem.at(
             Code.HEADER_NOT_JSON,
             file,
@@ -227,16 +244,18 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Proble
 
     if len(name) > _MOST_NAME:
         return wrong(f"a name of {len(name)} characters", f"at most {_MOST_NAME}")
+    if name.count(".") > _MOST_DOTS:
+        return wrong(f"a name with {name.count('.')} dots", f"at most {_MOST_DOTS}")
     if not isinstance(entry, dict):
         return wrong(f"found {shown(entry)}", "an object")
     dtype, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        return wrong(f"dtype is {shown(dtype)}", f"one of {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
+        return wrong(f"dtype is {shown(dtype)}", f"one of {', '.join(SAFETENSORS_DTYPES)}")
     if not _are_sizes(shape):
         return wrong(f"shape is {shown(shape)}", "a list of sizes")
     if not _are_sizes(span) or len(span) != 2 or span[0] > span[1]:
         return wrong(f"data_offsets are {shown(span)}", "[begin, end]")
-    kind = _DTYPES[dtype]
+    kind = SAFETENSORS_DTYPES[dtype]
     expected = math.prod(shape) * kind.itemsize
     if span[1] - span[0] != expected:
         return wrong(

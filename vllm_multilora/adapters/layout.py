@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
+from multilora_kernels.dtypes import DType
+from vllm_multilora.adapters.naming import ModuleNaming
 
 BLOCK_BYTES = 64
 """Blocks of a packed adapter begin at multiples of this: a cache line, a vector register."""
@@ -17,7 +18,7 @@ class SliceLayout:
     """One slice of one layer: what the whole model has, and what this worker keeps of it.
 
     Attributes:
-        name: The module's name in checkpoints, after `ModelLayout.rename`, such as
+        name: The module's name in checkpoints, after `ModuleNaming.rename`, such as
             `model.layers.0.self_attn.q_proj`. Slices that share a name are all cut from the
             same two tensors.
         row: This slice's row in the rank tables, counted over all slices of the model.
@@ -72,7 +73,7 @@ class SpecialShape:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """All slices of the base model that packed adapters fill.
+    """All slices of the base model that packed adapters fill; plain data, which can be sent.
 
     Attributes:
         slices: In any order.
@@ -80,26 +81,21 @@ class ModelLayout:
         dtype: Of the slots.
         columns_first: Whether the slots hold B by columns, [r, outputs], as those on CPUs do,
             rather than by rows.
-        rename: A module's name in a checkpoint -> its name here. None: nothing here is adapted
-            under that name, on purpose: the base model or the server leaves the module out (layers
-            for speculative decoding, say), or another worker has it.
-        elsewhere: Whether a module that `rename` has None for is adapted by another worker.
-        targets: The modules that the server restricts adapters to (`--lora-target-modules`);
-            None: all that the base model supports.
+        naming: From modules' names in a checkpoint to their names here.
         special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
             experts): they, and everything below them, are no part of a packed adapter.
         special_shapes: Of those special modules whose A and B have known shapes.
+        vocabulary: Token ids that a prompt can have are below it; None: not known.
     """
 
     slices: tuple[SliceLayout, ...]
     max_rank: int
-    dtype: torch.dtype
+    dtype: DType
     columns_first: bool
-    rename: Callable[[str], str | None] = str
-    elsewhere: Callable[[str], bool] = lambda module: False
-    targets: tuple[str, ...] | None = None
+    naming: ModuleNaming = field(default_factory=ModuleNaming)
     special: frozenset[str] = frozenset()
     special_shapes: Mapping[str, SpecialShape] = field(default_factory=dict)
+    vocabulary: int | None = None
 
     @cached_property
     def by_name(self) -> Mapping[str, tuple[SliceLayout, ...]]:
@@ -131,6 +127,6 @@ class ModelLayout:
         return (last - first, inputs), (rank, outputs) if self.columns_first else (outputs, rank)
 
 
-def block_bytes(elements: int, dtype: torch.dtype) -> int:
+def block_bytes(elements: int, dtype: DType) -> int:
     """Bytes that a block takes in a packed adapter, up to where the next one begins."""
     return -(-elements * dtype.itemsize // BLOCK_BYTES) * BLOCK_BYTES

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.config_checks import config_problems
 from vllm_multilora.adapters.errors import AdapterFormatError
-from vllm_multilora.adapters.folder import CONFIG_NAME
+from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
 from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.layout import ModelLayout
-from vllm_multilora.adapters.tensor_checks import check_tensors
+from vllm_multilora.adapters.tensor_checks import TensorReport, check_tensors
+
+if TYPE_CHECKING:
+    from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,6 @@ class MatchedModule:
         name: The module's name in the layout.
         a_name: The name of A in the file.
         b_name: The name of B in the file.
-        a: A, [rank, inputs].
-        b: B, [outputs, rank].
         rank: The true rank.
         scaling: The factor of B @ A.
     """
@@ -30,8 +33,6 @@ class MatchedModule:
     name: str
     a_name: str
     b_name: str
-    a: TensorInfo
-    b: TensorInfo
     rank: int
     scaling: float
 
@@ -48,16 +49,29 @@ def match(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> list[MatchedMod
     """
     config = checkpoint.config
     problems = config_problems(config, str(checkpoint.path / CONFIG_NAME), layout)
-    report = check_tensors(checkpoint.tensors, config, layout, str(checkpoint.tensors_path))
+    report = check_tensors(checkpoint.tensors, config, layout, str(checkpoint.path / TENSORS_NAME))
     problems += report.problems
     if problems:
         raise AdapterFormatError.of(*problems)
+    return matched_modules(report, checkpoint.tensors, config, layout)
+
+
+def matched_modules(
+    report: TensorReport,
+    tensors: Mapping[str, TensorInfo],
+    config: AdapterConfig,
+    layout: ModelLayout,
+) -> list[MatchedModule]:
+    """The modules of an adapter without problems that packed adapters fill.
+
+    Raises:
+        AdapterFormatError: The configuration's patterns take too long to match.
+    """
     matched = []
     for module in report.modules:
         if layout.is_special(module.name):
             continue
         a_name, b_name = module.tensors["A"], module.tensors["B"]
-        a, b = checkpoint.tensors[a_name], checkpoint.tensors[b_name]
-        scaling = config.scaling(module.module)
-        matched.append(MatchedModule(module.name, a_name, b_name, a, b, a.shape[0], scaling))
+        rank, scaling = tensors[a_name].shape[0], config.scaling(module.module)
+        matched.append(MatchedModule(module.name, a_name, b_name, rank, scaling))
     return matched

@@ -5,13 +5,18 @@ one that fits counts (PEFT's `get_pattern_key`). They come from strangers, and b
 compiling one can be made to take for ever: `(a+)+b` in Python's `re`, `((a{1000}){1000}){1000}` in
 the `regex` package, which vLLM uses. So patterns with nested repetition are refused, and those
 with more repetitions and alternatives than anybody needs to name modules.
+
+Nearly all patterns are names, though, and PEFT's own are names of single modules, by the thousand.
+Those are looked up and never compiled; the few that are expressions share a budget of processor
+time, which is looked at before each of them.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 _Value = TypeVar("_Value")
@@ -19,15 +24,62 @@ _Value = TypeVar("_Value")
 MOST_CHARACTERS = 2000
 MOST_CHOICES = 1 << 20
 MOST_PATTERNS = 10_000
+MOST_EXPRESSIONS = 64
 MOST_SECONDS = 2.0
 
+_LITERAL = re.compile(r"[A-Za-z0-9_.-]*")
 _QUANTIFIER = re.compile(r"[*+?]|\{\d*(?:,\d*)?\}")
 _NARROW, _WIDE = 8, 64  # repetitions of a digit or a letter in a module's name, and of anything
 _PLAIN_GROUP = re.compile(r"\?(?::|P<\w+>|[=!])")
+_IGNORES_CASE = re.compile(r"\(\?[a-zA-Z]*i")
 
 
 class PatternError(ValueError):
     """A pattern is no regular expression, or one that could take too long."""
+
+
+class Budget:
+    """What all patterns of an adapter share: expressions, and processor time of one thread."""
+
+    def __init__(self) -> None:
+        self._expressions = 0
+        self._left = MOST_SECONDS
+        self._end: float | None = None
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """The time that the block takes is spent."""
+        self._end = time.thread_time() + self._left
+        try:
+            yield
+        finally:
+            self._left = self._end - time.thread_time()
+            self._end = None
+
+    def count_expression(self) -> None:
+        """A pattern that is no name is going to be compiled.
+
+        Raises:
+            PatternError: There are too many already, or no time is left.
+        """
+        self._expressions += 1
+        if self._expressions > MOST_EXPRESSIONS:
+            raise PatternError(
+                f"is one of more than {MOST_EXPRESSIONS} regular expressions in the file; names of "
+                "modules are taken by the thousand"
+            )
+        self.require_left()
+
+    def require_left(self) -> None:
+        """Ends a block of `spending` that has taken too long.
+
+        Raises:
+            PatternError: Nothing is left.
+        """
+        if self._end is not None and time.thread_time() > self._end:
+            raise PatternError(
+                f"matching module names takes more than {MOST_SECONDS:g} s of processor time"
+            )
 
 
 class PatternMatcher(Generic[_Value]):
@@ -35,55 +87,134 @@ class PatternMatcher(Generic[_Value]):
 
     Args:
         values: Values by pattern, all of them found safe by `check_pattern`.
+        budget: What looking up may take.
     """
 
-    def __init__(self, values: Mapping[str, _Value]) -> None:
-        self._values = [
-            (re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in values.items()
-        ]
+    def __init__(self, values: Mapping[str, _Value], budget: Budget) -> None:
+        self._values = list(values.values())
+        self._patterns = list(values)
+        self._literals = _Literals()
+        self._expressions: list[int] = []
+        for index, pattern in enumerate(self._patterns):
+            if _is_literal(pattern):
+                self._literals.add(pattern, index)
+            else:
+                self._expressions.append(index)
+        self._compiled: dict[int, re.Pattern[str]] = {}
         self._known: dict[str, _Value | None] = {}
-        self._spent = 0.0
+        self._budget = budget
 
     def get(self, name: str) -> _Value | None:
         """The value for a module's name; None if no pattern fits.
 
         Raises:
-            PatternError: All look-ups together have taken too much processor time.
+            PatternError: The budget does not suffice.
         """
         if not self._values:
             return None
         if name not in self._known:
-            if self._spent > MOST_SECONDS:
-                raise PatternError(
-                    f"matching module names takes more than {MOST_SECONDS:g} s of processor time"
-                )
-            start = time.thread_time()
-            self._known[name] = next((v for p, v in self._values if p.match(name)), None)
-            self._spent += time.thread_time() - start
+            with self._budget.spending():
+                index = self._first(name)
+            self._known[name] = None if index is None else self._values[index]
         return self._known[name]
 
+    def _first(self, name: str) -> int | None:
+        """The index of the first pattern that fits."""
+        if "\n" in name:  # which `.` does not match, and `$` does not mind at the end
+            return self._first_of(name, range(len(self._patterns)))
+        literal = self._literals.first(name, self._budget)
+        if literal is None:
+            return self._first_of(name, self._expressions)
+        before = self._first_of(name, [i for i in self._expressions if i < literal])
+        return literal if before is None else before
 
-def check_pattern(pattern: str) -> None:
+    def _first_of(self, name: str, indices: Iterable[int]) -> int | None:
+        for index in indices:
+            self._budget.require_left()
+            if index not in self._compiled:
+                self._compiled[index] = re.compile(rf"(.*\.)?({self._patterns[index]})$")
+            if self._compiled[index].match(name):
+                return index
+        return None
+
+
+class _Literals:
+    """Patterns that are names, found by the ends of a name without looking at each.
+
+    A dot in a pattern fits any character. So patterns are kept by their length and by where their
+    dots are, and the end of a name is looked up with dots in those places.
+    """
+
+    def __init__(self) -> None:
+        self._of_length: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+
+    def add(self, pattern: str, index: int) -> None:
+        dots = tuple(i for i, character in enumerate(pattern) if character == ".")
+        self._of_length.setdefault(len(pattern), {}).setdefault(dots, {})[pattern] = index
+
+    def first(self, name: str, budget: Budget) -> int | None:
+        """The smallest index of a pattern that fits a name without line breaks."""
+        found: int | None = None
+        for start in (0, *(i + 1 for i, character in enumerate(name) if character == ".")):
+            end = name[start:]
+            for dots, patterns in self._of_length.get(len(end), {}).items():
+                budget.require_left()
+                index = patterns.get(_with_dots(end, dots))
+                if index is not None and (found is None or index < found):
+                    found = index
+        return found
+
+
+def _with_dots(text: str, places: tuple[int, ...]) -> str:
+    begins = (0, *(place + 1 for place in places))
+    return ".".join(text[a:b] for a, b in zip(begins, (*places, len(text)), strict=True))
+
+
+def _is_literal(pattern: str) -> bool:
+    """Whether a pattern is a name, in which dots alone have another meaning."""
+    return _LITERAL.fullmatch(pattern) is not None
+
+
+def check_pattern(pattern: str, budget: Budget) -> None:
     """Raises if a pattern is not one that can be matched in bounded time.
 
+    Args:
+        pattern: One of an adapter's.
+        budget: The adapter's.
+
     Raises:
-        PatternError: It is no regular expression, too long, or repeats too much.
+        PatternError: It is no regular expression, too long, repeats too much, or is one of too
+            many.
     """
-    if len(pattern) > MOST_CHARACTERS:
-        raise PatternError(
-            f"has {len(pattern)} characters, and at most {MOST_CHARACTERS} are taken"
-        )
+    _check_length(pattern)
+    if _is_literal(pattern):
+        return
+    budget.count_expression()
     if _Scan(pattern).choices > MOST_CHOICES:
         raise PatternError("has too many repetitions and alternatives")
-    check_expression(pattern)
+    _compile(pattern)
 
 
 def check_expression(pattern: str) -> None:
     """Raises if a text is not a regular expression at all; it is not going to be matched.
 
     Raises:
-        PatternError: It is not.
+        PatternError: It is not, or is longer than any that names modules.
     """
+    _check_length(pattern)
+    # Compiling sets of characters takes milliseconds for each where case is ignored.
+    if not _IGNORES_CASE.search(pattern):
+        _compile(pattern)
+
+
+def _check_length(pattern: str) -> None:
+    if len(pattern) > MOST_CHARACTERS:
+        raise PatternError(
+            f"has {len(pattern)} characters, and at most {MOST_CHARACTERS} are taken"
+        )
+
+
+def _compile(pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:

@@ -43,7 +43,8 @@ def left_out_modules(tensors: Iterable[str], layout: ModelLayout) -> list[str]:
     """
     roles = map(parse_tensor_name, tensors)
     modules = dict.fromkeys(role.module for role in roles if role is not None)
-    return [m for m in modules if layout.rename(m) is None and not layout.elsewhere(m)]
+    naming = layout.naming
+    return [m for m in modules if naming.rename(m) is None and not naming.elsewhere(m)]
 
 
 class Placement:
@@ -100,9 +101,9 @@ class Placement:
             else:
                 self.heads.append(tensor)
             return
-        name = self._layout.rename(role.module)
+        name = self._layout.naming.rename(role.module)
         if name is None:
-            if self._layout.elsewhere(role.module):
+            if self._layout.naming.elsewhere(role.module):
                 self._is_adapted_elsewhere = True
             else:
                 self._left_out.setdefault(role.module, tensor)
@@ -121,6 +122,7 @@ class Placement:
                 hint=self._missing.hint,
             )
             return
+        self._require_activatable(name, tensor)
         found = self.modules.setdefault(name, FoundModule(role.module, name))
         other = found.tensors.setdefault(role.part, tensor)
         if found.module != role.module or other != tensor:
@@ -132,6 +134,22 @@ class Placement:
                 f"one lora_{role.part}",
                 cause="duplicate",
             )
+
+    def _require_activatable(self, name: str, tensor: str) -> None:
+        """An activated adapter can have linear layers and the output head, as in PEFT."""
+        if not (self._config and self._config.invocation_tokens and self._layout.is_special(name)):
+            return
+        shape = self._layout.special_shapes.get(name)
+        if shape is not None and not shape.embedding:
+            return
+        self._problems.add(
+            Code.UNSUPPORTED_FEATURE,
+            tensor,
+            "of an embedding" if shape else "of a layer that is no plain linear one",
+            "linear layers and 'lm_head' only, with 'alora_invocation_tokens'",
+            hint="PEFT does not activate such layers: train without them in 'target_modules'",
+            cause="activated",
+        )
 
     def _refuse_name(self, tensor: str) -> None:
         """A tensor that is no A or B; said once if the configuration says it already."""
@@ -197,7 +215,7 @@ class Placement:
     def _refuse_without_effect(self) -> None:
         """Every module is left out: whoever named the adapter would be answered by the base."""
         kinds = dict.fromkeys(module.rpartition(".")[2] for module in self._left_out)
-        targets = self._layout.targets
+        targets = self._layout.naming.targets
         self._problems.add(
             Code.NOTHING_APPLIED,
             next(iter(self._left_out.values())),
@@ -207,7 +225,7 @@ class Placement:
             hint=f"the server has --lora-target-modules {' '.join(targets)}: serve the adapter "
             "where its modules are among them"
             if targets is not None
-            else "the base model's requests never come through these modules: train others",
+            else "the server applies no adapters to these modules of the base model: train others",
         )
 
     def _explained(self) -> bool:

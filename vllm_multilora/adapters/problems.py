@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+MOST_PROBLEMS = 100
+"""Of an adapter; what else is wrong with it is only counted."""
+
+MOST_CHARACTERS = 32_768
+"""Of the texts of all of an adapter's problems but the first, which is always told."""
+
 _MOST_SHOWN = 160
+_MOST_TEXT = 2000
 
 
 class Code(StrEnum):
@@ -20,6 +28,9 @@ class Code(StrEnum):
     FILE_TOO_LARGE = "file-too-large"
     NOT_A_FILE = "not-a-file"
     NOT_ALLOWED = "not-allowed"
+    NOT_SIGNED = "not-signed"
+    WRONG_SIGNATURE = "wrong-signature"
+    NOT_AS_SIGNED = "not-as-signed"
     NOT_SAFETENSORS = "not-safetensors"
     NOT_PICKLED_TENSORS = "not-pickled-tensors"
 
@@ -56,6 +67,8 @@ class Code(StrEnum):
     RANK_NOT_AS_CONFIGURED = "rank-not-as-configured"
     NOT_FINITE = "not-finite"
     OVERFLOW = "overflow"
+
+    MORE_PROBLEMS = "more-problems"
 
 
 @dataclass(frozen=True)
@@ -141,10 +154,58 @@ def shown(value: Any) -> str:
 
 def shown_name(name: str) -> str:
     """A tensor's or module's name as messages show it: short, printable, without quotes."""
-    if len(name) > _MOST_SHOWN:
-        name = f"{name[: _MOST_SHOWN // 2]}...{name[-_MOST_SHOWN // 2 :]}"
-    return _printable(name)
+    return _shortened(_printable(_shortened(name, _MOST_SHOWN)), 2 * _MOST_SHOWN)
+
+
+def _shortened(text: str, most: int) -> str:
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def _printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def more_problems(file: str, count: int) -> Problem:
+    """What stands for problems that are only counted."""
+    found = f"{count} more problems, which are not listed"
+    return replace(Problem.at(Code.MORE_PROBLEMS, file, "", found, "none", verb="has"), count=count)
+
+
+def bounded(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems of one adapter as they may be kept, logged and sent.
+
+    However wrong the adapter is, and whatever its files and its path hold, there are at most
+    `MOST_PROBLEMS`, of at most `MOST_CHARACTERS`, and one more that counts the others; their texts
+    are short, printable and can be encoded.
+    """
+    kept: list[Problem] = []
+    more, left = 0, MOST_CHARACTERS
+    for problem in problems:
+        if problem.code == Code.MORE_PROBLEMS:
+            more += problem.count
+            continue
+        if len(kept) < MOST_PROBLEMS and left > 0:
+            told = _presentable(problem)
+            left -= sum(map(len, (told.file, told.where, told.found, told.expected, told.message)))
+            if left > 0 or not kept:
+                kept.append(told)
+                continue
+        more += 1
+    return [*kept, more_problems(kept[0].file, more)] if more and kept else kept
+
+
+def _presentable(problem: Problem) -> Problem:
+    return replace(
+        problem,
+        file=_text(problem.file),
+        where=_text(problem.where),
+        found=_text(problem.found),
+        expected=_text(problem.expected),
+        message=_text(problem.message),
+        hint=_text(problem.hint),
+    )
+
+
+def _text(text: str) -> str:
+    return _shortened(_printable(_shortened(text, _MOST_TEXT)), _MOST_TEXT)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
+from multilora_kernels.dtypes import KERNEL_DTYPES
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
@@ -15,7 +14,7 @@ from vllm_multilora.adapters.placement import FoundModule, Placement
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = KERNEL_DTYPES
 
 _ORDER = {"A": "[rank, inputs]", "B": "[outputs, rank]"}
 

@@ -8,27 +8,28 @@ that answers: as an HTTP status and message there, as finish reason and text for
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import GracefulHTTPError, LoRAAdapterNotFoundError
+import torch
+from vllm import outputs
+from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
-from vllm_multilora.cache.load_failures import (
-    FailureKind,
-    LoadFailedError,
-    LoadFailure,
-    classify_failure,
-)
+from vllm_multilora.adapters.problems import shown, shown_name
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _PREFIX = "multilora-load-failure:"
-
-watchers: list[Callable[[LoRARequest, LoadFailure], None]] = []
-"""Called in the process that answers, with an adapter whose load has failed requests."""
+_UNINVOKED = "multilora-uninvoked:"
 
 REFUSAL_MARK = "\nmultilora-refused:"
 """Separates a refusal's sentences from its fields."""
@@ -39,6 +40,7 @@ STATUS = {
     FailureKind.UNREADABLE: HTTPStatus.SERVICE_UNAVAILABLE,
     FailureKind.NO_MEMORY: HTTPStatus.SERVICE_UNAVAILABLE,
     FailureKind.TIMEOUT: HTTPStatus.SERVICE_UNAVAILABLE,
+    FailureKind.QUARANTINED: HTTPStatus.BAD_REQUEST,
     FailureKind.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
@@ -50,9 +52,8 @@ def to_stop_reason(failure: LoadFailure, adapter: LoRARequest) -> str:
     out of what it tells clients, file names and all.
     """
     message = without_folder(failure.message, adapter)
-    return _stop_reason(
-        failure.kind, f"adapter {adapter.lora_name!r} could not be loaded: {message}"
-    )
+    what = "is" if failure.kind is FailureKind.QUARANTINED else "could not be loaded:"
+    return _stop_reason(failure.kind, f"adapter {adapter.lora_name!r} {what} {message}")
 
 
 def unloaded_stop_reason(adapter: LoRARequest, limit_s: float) -> str:
@@ -64,6 +65,33 @@ def unloaded_stop_reason(adapter: LoRARequest, limit_s: float) -> str:
     )
 
 
+def replaced_stop_reason(adapter: LoRARequest) -> str:
+    """The text of a request that cannot go on with what its adapter has become meanwhile."""
+    return _stop_reason(
+        FailureKind.UNREADABLE,
+        f"adapter {adapter.lora_name!r} was reloaded while this request waited with a part of its "
+        "prompt computed; send it again",
+    )
+
+
+def uninvoked_stop_reason(adapter: LoRARequest, tokens: Sequence[int]) -> str:
+    """What travels with a request whose prompt lacks the tokens that activate its adapter."""
+    return f"{_UNINVOKED}{json.dumps([adapter.lora_name, *tokens])}"
+
+
+def _uninvoked(stop_reason: Any, tokenizer: Any) -> LoadFailure | None:
+    """The failure in such a stop reason, with the tokens' text where there is a tokenizer."""
+    if not isinstance(stop_reason, str) or not stop_reason.startswith(_UNINVOKED):
+        return None
+    name, *tokens = json.loads(stop_reason.removeprefix(_UNINVOKED))
+    text = "" if tokenizer is None else f" ({shown(tokenizer.decode(tokens))})"
+    message = (
+        f"adapter {name!r} is activated by the tokens {tokens}{text}, which the prompt does not "
+        "contain: put them where the adapter is to begin"
+    )
+    return LoadFailure(FailureKind.INVALID, message)
+
+
 def _stop_reason(kind: FailureKind, message: str) -> str:
     return f"{_PREFIX}{kind.value}:{message}"
 
@@ -71,6 +99,18 @@ def _stop_reason(kind: FailureKind, message: str) -> str:
 def without_folder(text: str, adapter: LoRARequest) -> str:
     """A text with the files of an adapter's folder named alone."""
     return text.replace(f"{adapter.lora_path.rstrip('/')}/", "")
+
+
+HIDDEN = "<path>"
+"""Stands for a folder in what clients are told, as it does in vLLM's own messages."""
+
+
+def without_folders(text: str, folders: Sequence[str]) -> str:
+    """A text in which folders, and the beginnings of what lies below them, are not named."""
+    for folder in sorted({path.rstrip("/") for path in folders}, key=len, reverse=True):
+        if folder:
+            text = text.replace(folder, HIDDEN)
+    return text
 
 
 def from_stop_reason(stop_reason: Any) -> LoadFailure | None:
@@ -86,46 +126,149 @@ def http_error(failure: LoadFailure) -> GracefulHTTPError:
     return GracefulHTTPError(failure.message, STATUS[failure.kind])
 
 
-def classify(error: BaseException) -> FailureKind:
-    """The kind of failure that an exception of a load stands for, vLLM's own among them."""
-    return (
-        FailureKind.GONE if isinstance(error, LoRAAdapterNotFoundError) else classify_failure(error)
-    )
-
-
-def deliver_failures(engine_core_outputs: list[Any], request_states: dict[str, Any]) -> None:
+def deliver_failures(
+    engine_core_outputs: list[Any],
+    request_states: dict[str, Any],
+    on_failure: Callable[[LoRARequest, LoadFailure], None] | None = None,
+    tokenizer: Any = None,
+) -> dict[str, LoadFailure]:
     """Turns failures among a step's outputs into what their requests' readers understand.
 
     Args:
         engine_core_outputs: As the engine core sent them; stop reasons become plain text.
         request_states: vLLM's request states by internal request id.
+        on_failure: Is told of every adapter whose load has failed requests.
+        tokenizer: The model's; None where there is none.
+
+    Returns:
+        The failures of requests to `LLM`, by the ids of vLLM's answers to them: see `mark_failed`.
     """
+    unmarked = {}
     for output in engine_core_outputs:
         if output.finish_reason is not FinishReason.ERROR:
             continue
         failure = from_stop_reason(output.stop_reason)
-        if failure is None:
+        is_adapters = failure is not None
+        if failure is None and (failure := _uninvoked(output.stop_reason, tokenizer)) is None:
             continue
-        output.stop_reason = failure.message
         state = request_states.get(output.request_id)
-        if state is not None and state.lora_request is not None:
-            for watch in watchers:
-                watch(state.lora_request, failure)
-        if state is not None and state.queue is not None:
+        if state is not None:
+            folders = HIDDEN_FOLDERS.get(state) or ()
+            failure = LoadFailure(failure.kind, without_folders(failure.message, folders))
+        output.stop_reason = failure.message
+        if state is None:
+            continue
+        if is_adapters and on_failure is not None and state.lora_request is not None:
+            on_failure(state.lora_request, failure)
+        if state.detokenizer is None:
+            # A pooling request. Without a result vLLM takes it for one that generates; then its
+            # output task ends, and the whole server with it. Aborted ones get an empty one, too.
+            output.pooling_output = torch.empty(0)
+        if state.queue is not None:
             # An exception in the queue is what the reader gets, before any output.
             state.queue.put(http_error(failure))
+        else:
+            unmarked[state.external_req_id] = failure
+    return unmarked
 
 
-class AdapterRefusedError(LoadFailedError):
-    """An adapter could not be registered; says all that is wrong, for people and for programs.
+def mark_failed(request_outputs: list[Any], failures: dict[str, LoadFailure]) -> None:
+    """Completes the answers to failed requests to `LLM`.
 
-    The text is all that reaches another process, so it carries the fields along at its end.
+    Those of `LLM.generate` have said why by their finish and stop reasons. Those of `LLM.embed` and
+    the like, which are empty, have nothing of that kind.
+
+    Args:
+        request_outputs: vLLM's answers of a step.
+        failures: By the ids of the answers; see `deliver_failures`.
+    """
+    for output in request_outputs if failures else ():
+        failure = failures.get(output.request_id)
+        if failure is None:
+            continue
+        if isinstance(output, outputs.RequestOutput):
+            for completion in output.outputs:
+                # vLLM's beam search looks at the first token of any that has a list of them.
+                completion.logprobs = completion.logprobs or None
+        else:
+            # vLLM 0.31 has neither the class nor the field.
+            make_error: Any = getattr(outputs, "RequestError", SimpleNamespace)
+            output.error = make_error(code=failure.kind.value, message=failure.message)
+
+
+def beam_search(
+    original: Callable[..., Any],
+    llm: Any,
+    prompts: Sequence[Any],
+    params: Any,
+    lora_request: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Offline: a search whose adapter has failed ends with a sequence that says so."""
+    failures: dict[int, LoadFailure] = {}
+
+    def note(lora: LoRARequest, failure: LoadFailure) -> None:
+        failures[lora.lora_int_id] = failure
+
+    processor = llm.llm_engine.output_processor
+    ON_FAILURE.set(processor, note)
+    try:
+        searches = original(llm, prompts, params, lora_request, *args, **kwargs)
+    finally:
+        ON_FAILURE.set(processor, None)
+    if failures:
+        loras = lora_request if isinstance(lora_request, list) else [lora_request] * len(searches)
+        for prompt, lora, search in zip(prompts, loras, searches, strict=True):
+            failure = None if lora is None else failures.get(lora.lora_int_id)
+            if failure is not None and len(search.sequences) < params.beam_width:
+                failed = BeamSearchSequence(
+                    prompt, [], [], lora, finish_reason="error", stop_reason=failure.message
+                )
+                search.sequences.append(failed)
+    return searches
+
+
+class RefusalsInOneLine(logging.Filter):
+    """Shortens what vLLM logs of a refused adapter: a traceback, and all that travels with it.
+
+    Clients may have adapters refused as often as they like.
     """
 
-    def __init__(self, lora_id: int, failure: LoadFailure, problems: list[dict[str, Any]]) -> None:
-        super().__init__(lora_id, failure)
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, AdapterRefusedError):
+            record.exc_info, record.exc_text = None, None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+            record.msg, record.args = "Adapter refused: %s", (error.in_one_line(),)
+        return True
+
+
+class AdapterRefusedError(MultiLoRAError):
+    """An adapter cannot be served; says all that is wrong, for people and for programs.
+
+    The text is all that reaches another process, so it carries the fields along at its end.
+
+    Attributes:
+        adapter_id: The adapter's number.
+        failure: Why.
+        problems: All that is wrong with its files, each as `Problem.as_dict`.
+    """
+
+    def __init__(
+        self, adapter_id: int, failure: LoadFailure, problems: list[dict[str, Any]]
+    ) -> None:
+        super().__init__(adapter_id, failure, problems)
+        self.adapter_id = adapter_id
+        self.failure = failure
         self.problems = problems
         self._fields = json.dumps({"kind": failure.kind.value, "problems": problems})
+
+    def in_one_line(self) -> str:
+        """The first problem, shortened, and how many more there are."""
+        first = self.problems[0]["message"] if self.problems else self.failure.message
+        more = len(self.problems) - 1
+        return shown_name(first) + (f" (and {more} more problems)" if more > 0 else "")
 
     def __str__(self) -> str:
         messages = [

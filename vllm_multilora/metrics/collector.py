@@ -12,6 +12,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from vllm_multilora.metrics import router_names
 from vllm_multilora.metrics.adapter_info import AdapterInfo
 from vllm_multilora.metrics.definitions import ALL, BY_NAME, INFO, Definition, Kind
 from vllm_multilora.metrics.recorder import MODEL_NAME
@@ -25,8 +26,8 @@ from vllm_multilora.metrics.series_file import (
 
 logger = logging.getLogger(__name__)
 
-_Labels = tuple[tuple[str, str], ...]
-_Values = dict[tuple[_Labels, Key], float]
+_Labels = router_names.Labels
+_Values = router_names.Values
 _cached_key = lru_cache(maxsize=65_536)(parse_key)
 
 
@@ -50,7 +51,7 @@ class LoRACollector(Collector):
 
     def describe(self) -> Iterable[Metric]:
         """All metrics without values: the registry asks for their names."""
-        return [_empty(definition) for definition in ALL]
+        return [_empty(definition) for definition in (*ALL, *router_names.ALL)]
 
     def collect(self) -> Iterable[Metric]:
         """The metrics that have values."""
@@ -66,7 +67,7 @@ class LoRACollector(Collector):
 
 
 def _merge(folder: Path) -> Iterator[Metric]:
-    values: dict[str, _Values] = defaultdict(lambda: defaultdict(float))
+    values: dict[str, dict[tuple[_Labels, Key], float]] = defaultdict(lambda: defaultdict(float))
     files = sorted(_files(folder), key=lambda entry: entry[0].writer.started)
     holders = {(name.role, name.engine): name for name, _ in files if not name.writer.is_dead()}
     for name, path in files:
@@ -81,6 +82,9 @@ def _merge(folder: Path) -> Iterator[Metric]:
     for definition in ALL:
         if definition.name in values:
             yield _metric(definition, values[definition.name])
+    for definition, of_routers in router_names.values_of(values):
+        if of_routers:
+            yield _metric(definition, of_routers)
 
 
 def _files(folder: Path) -> Iterator[tuple[FileName, Path]]:

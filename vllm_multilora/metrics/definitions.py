@@ -56,6 +56,8 @@ _LOAD_MS = (
 _WAIT_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 )
+_LATENCY_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_PACE_S = (0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
 # fmt: on
 
 COMMON_LABELS = ("model_name", "engine")
@@ -63,20 +65,23 @@ COMMON_LABELS = ("model_name", "engine")
 
 LOADS = _counter(
     "vllm:lora_adapter_load_total",
-    "LoRA adapters loaded: from files into host memory (source=disk), from host memory into a "
-    "slot (source=cpu).",
+    "LoRA adapters loaded: from files into host memory, wanted or only registered (source=disk), "
+    "from host memory into a slot (source=cpu).",
     "source",
     "lora_name",
 )
 EVICTIONS = _counter(
     "vllm:lora_adapter_evict_total",
-    "LoRA adapters that gave up their slot (tier=gpu) or host memory (tier=cpu) to make room.",
+    "LoRA adapters that gave up their slot (tier=gpu) or host memory (tier=cpu) to make room; "
+    "unloading is none.",
     "tier",
     "lora_name",
 )
 LOAD_DURATION = _histogram(
     "vllm:lora_adapter_load_duration_ms",
-    "Milliseconds that loads of LoRA adapters took, by source as in vllm:lora_adapter_load_total.",
+    "Milliseconds that loads of LoRA adapters took, by source as in vllm:lora_adapter_load_total: "
+    "from disk with the wait for their turn; into a slot the copy on the first worker, which runs "
+    "beside the steps.",
     _LOAD_MS,
     "source",
 )
@@ -85,49 +90,57 @@ REQUESTS = Definition(
     "vllm:lora_requests_by_adapter",
     # A counter would have to be called `_total`.
     Kind.GAUGE,
-    "Requests that the engine has accepted for a LoRA adapter; only grows.",
+    "Requests that the engine has accepted for a LoRA adapter (n=2 are two); only grows.",
     ("lora_name",),
 )
 HITS = _counter(
     "vllm:lora_cache_hits_total",
-    "Times that a LoRA adapter joined the running batch and was in the tier already.",
+    "Times that a LoRA adapter joined the running batch and was in the tier already. Host memory "
+    "(tier=cpu) is looked at where a slot (tier=gpu) was missed.",
     "tier",
 )
 MISSES = _counter(
     "vllm:lora_cache_misses_total",
-    "Times that a LoRA adapter joined the running batch and was not in the tier.",
+    "Times that a LoRA adapter joined the running batch and was not in the tier; of host memory, "
+    "that it had to be read for this use.",
     "tier",
 )
 CACHE_ADAPTERS = _gauge(
     "vllm:lora_cache_adapters",
-    "LoRA adapters in a tier now; those in slots (tier=gpu) are in host memory (tier=cpu) too.",
+    "LoRA adapters in this engine's slots (tier=gpu), and in the store's host memory, those being "
+    "read included (tier=cpu). Engines that share a store each show all of it: use max, not sum.",
     "tier",
 )
 CACHE_BYTES = _gauge(
     "vllm:lora_cache_bytes",
-    "Bytes of the LoRA adapters in a tier now, at true rank, on the worker that reports.",
+    "Bytes of the LoRA adapters in a tier now, at true rank, for all workers of the machine; tiers "
+    "as in vllm:lora_cache_adapters.",
     "tier",
 )
 CACHE_BYTES_LIMIT = _gauge(
     "vllm:lora_cache_bytes_limit",
-    "Bytes that the tier's LoRA adapters may take, on the worker that reports.",
+    "Bytes that the tier's LoRA adapters may take; engines that share a store have one limit.",
     "tier",
 )
 CACHE_ADAPTERS_LIMIT = _gauge(
-    "vllm:lora_cache_adapters_limit", "LoRA adapters that the tier may hold.", "tier"
+    "vllm:lora_cache_adapters_limit",
+    "LoRA adapters that the tier may hold; engines that share a store have one limit.",
+    "tier",
 )
 SLOTS = _gauge("vllm:lora_slots", "Slots for LoRA adapters (--max-loras).")
 SLOTS_FREE = _gauge("vllm:lora_slots_free", "Slots without a LoRA adapter now.")
 MAX_RANK = _gauge("vllm:lora_max_rank", "Highest rank a LoRA adapter may have (--max-lora-rank).")
 LOAD_FAILURES = _counter(
     "vllm:lora_adapter_load_failures_total",
-    "Loads of LoRA adapters that failed: gone, invalid, unreadable, no_memory, timeout, internal.",
+    "Loads of LoRA adapters that failed, at registration too: gone, invalid, unreadable, "
+    "no_memory, timeout, quarantined, internal. A failure answers for two seconds, and counts each "
+    "time.",
     "reason",
 )
 REQUEST_WAIT = _histogram(
     "vllm:lora_request_wait_seconds",
-    "Seconds from a request's arrival in the engine until its LoRA adapter was in host memory on "
-    "every worker, or had failed; 0 where it was there already.",
+    "Seconds from a request's arrival in the engine until its LoRA adapter was in host memory, or "
+    "had failed; 0 where it was there already.",
     _WAIT_S,
 )
 WANTED = _gauge(
@@ -141,8 +154,8 @@ BATCH_ADAPTERS = _histogram(
 )
 INFO = _gauge(
     "vllm:lora_adapter_info",
-    "1 for each LoRA adapter that the worker has read and knows: where it is (gpu, cpu, disk), its "
-    "rank, whether it is pinned.",
+    "1 for each LoRA adapter that was read and that the engine knows: where it is (gpu, cpu, "
+    "disk), its rank, whether it is pinned.",
     "lora_name",
     "tier",
     "rank",
@@ -155,6 +168,48 @@ ROUTE_REQUESTS = _counter(
     "lora_name",
     "reason",
 )
+_USER = ("lora_name", "route", "tenant")
+PROMPT_TOKENS = _counter(
+    "vllm:lora_prompt_tokens_total",
+    "Prompt tokens of requests for LoRA adapters, as in the answers' usage, when a request has "
+    "ended; by route and tenant where there are any.",
+    *_USER,
+)
+CACHED_PROMPT_TOKENS = _counter(
+    "vllm:lora_cached_prompt_tokens_total",
+    "Those of vllm:lora_prompt_tokens_total that were found in the prefix cache.",
+    *_USER,
+)
+GENERATION_TOKENS = _counter(
+    "vllm:lora_generation_tokens_total",
+    "Tokens generated for requests for LoRA adapters, counted likewise.",
+    *_USER,
+)
+REFUSED = _counter(
+    "vllm:lora_refused_requests_total",
+    "Requests that were refused where the server has keys, by tenant, which is empty where the key "
+    "is nobody's or no tenant's: without a key (status=401), without the right to (403), for what "
+    "there is not (404), over a limit (429).",
+    "tenant",
+    "status",
+)
+FIRST_TOKEN = _histogram(
+    "vllm:lora_time_to_first_token_seconds",
+    "Seconds from the arrival of a request for a LoRA adapter to its first token.",
+    _LATENCY_S,
+    "lora_name",
+)
+PER_TOKEN = _histogram(
+    "vllm:lora_time_per_output_token_seconds",
+    "Seconds between the tokens of a request for a LoRA adapter, on average, after the first one.",
+    _PACE_S,
+    "lora_name",
+)
+LATENCIES = (FIRST_TOKEN, PER_TOKEN)
+"""Of each adapter, where they are asked for; counted by servers, as tokens are."""
+
+TOKENS = (PROMPT_TOKENS, CACHED_PROMPT_TOKENS, GENERATION_TOKENS)
+"""Counted by servers, which do not know the engine, as latencies, routes and refusals: no label."""
 
 ALL = (
     LOADS,
@@ -177,5 +232,8 @@ ALL = (
     BATCH_ADAPTERS,
     INFO,
     ROUTE_REQUESTS,
+    REFUSED,
+    *TOKENS,
+    *LATENCIES,
 )
 BY_NAME = {definition.name: definition for definition in ALL}

@@ -7,26 +7,30 @@ process that made it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
-from vllm_multilora.cache.process_stamps import ProcessStamp
-from vllm_multilora.cache.shared_segment import file_name_part, segment_folder
+from vllm_multilora.metrics.process_stamps import ProcessStamp
 
 logger = logging.getLogger(__name__)
 
-# Not that of shared segments, which are files.
+_SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "multilora-metrics-"
+_INSTANCE_CHARACTERS = 48
 _NAME = re.compile(re.escape(_PREFIX) + ProcessStamp.PATTERN + r"-.+")
 
 
 def parent_folder() -> Path:
     """Where such folders are: where vLLM keeps its own values if it does, else shared memory."""
     multiprocess = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    return Path(multiprocess) if multiprocess else segment_folder()
+    if multiprocess:
+        return Path(multiprocess)
+    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
 def create_folder(instance_id: str, parent: Path) -> Path:
@@ -36,14 +40,14 @@ def create_folder(instance_id: str, parent: Path) -> Path:
         OSError: It cannot be made.
     """
     _remove_stale(parent)
-    folder = parent / f"{_PREFIX}{ProcessStamp.own()}-{file_name_part(instance_id)}"
+    folder = parent / f"{_PREFIX}{ProcessStamp.own()}-{_file_name_part(instance_id)}"
     folder.mkdir(mode=0o700)
     return folder
 
 
 def find_folder(instance_id: str, parent: Path) -> Path | None:
     """An instance's folder; None where there is none: metrics are off, or it is elsewhere."""
-    found = parent.glob(f"{_PREFIX}*-{file_name_part(instance_id)}")
+    found = parent.glob(f"{_PREFIX}*-{_file_name_part(instance_id)}")
     return next((folder for folder in found if _is_own(folder)), None)
 
 
@@ -68,3 +72,12 @@ def _is_own(folder: Path) -> bool:
     except OSError:
         return False
     return folder.is_dir() and not folder.is_symlink() and facts.st_uid == os.geteuid()
+
+
+def _file_name_part(instance_id: str) -> str:
+    """An instance's id as a part of a file's name; different ids stay different."""
+    safe = re.sub(r"[^A-Za-z0-9_.]", "_", instance_id)
+    if safe != instance_id or not 0 < len(safe) <= _INSTANCE_CHARACTERS:
+        digest = hashlib.sha256(instance_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        safe = f"{safe[:_INSTANCE_CHARACTERS]}-{digest}"
+    return safe

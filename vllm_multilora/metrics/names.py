@@ -7,14 +7,16 @@ import threading
 OTHER = "__other__"
 """The label of all adapters beyond the bound."""
 
-_LONGEST = 200
+_MOST_BYTES = 255
 
 
 class BoundedNames:
-    """Gives the first names that come a label each, and all later ones `OTHER`.
+    """Gives the first adapters that are known to be some a label each, and all others `OTHER`.
 
-    A name keeps its label for as long as the process lives: a series that changed hands would
-    count one customer's requests as another's. So a name that is never used again keeps its place.
+    A name counts once its adapter was loaded: what clients ask for, and what cannot be had, takes
+    no place. A name keeps its label for as long as the process lives: a series that changed hands
+    would count one customer's requests as another's. So a name that is never used again keeps its
+    place.
 
     Args:
         limit: Most names with a label of their own.
@@ -22,15 +24,27 @@ class BoundedNames:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._labels: dict[str, str] = {}
+        self._labels: set[str] = set()
         self._lock = threading.Lock()  # guards additions
 
+    def admit(self, name: str) -> None:
+        """An adapter of this name was loaded; it has a label from now on if there is room.
+
+        A name that is long or cannot be printed, as `LLM(...)` takes them, gets none.
+        """
+        if name not in self._labels:
+            with self._lock:
+                if len(self._labels) < self._limit and _is_fit(name):
+                    self._labels.add(name)
+
+    def has(self, name: str) -> bool:
+        """Whether a name has a label of its own."""
+        return name in self._labels
+
     def label(self, name: str) -> str:
-        """The name's label: itself, or `OTHER`; a very long name is cut."""
-        label = self._labels.get(name)
-        if label is not None:
-            return label
-        with self._lock:
-            if len(self._labels) >= self._limit:
-                return self._labels.get(name, OTHER)
-            return self._labels.setdefault(name, name[:_LONGEST])
+        """The name's label: itself, or `OTHER`."""
+        return name if name in self._labels else OTHER
+
+
+def _is_fit(name: str) -> bool:
+    return name.isprintable() and len(name.encode()) <= _MOST_BYTES

@@ -6,9 +6,9 @@ import logging
 from bisect import bisect_left
 from pathlib import Path
 
-from vllm_multilora.cache.process_stamps import ProcessStamp
-from vllm_multilora.metrics.definitions import Definition
+from vllm_multilora.metrics.definitions import LATENCIES, Definition
 from vllm_multilora.metrics.names import BoundedNames
+from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.series_file import FileName, Key, SeriesFile, SeriesFileFullError
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,10 @@ MODEL_NAME = "model_name"
 """Key, followed by the name, under which a file tells what its series are labelled with."""
 
 _FIXED_BYTES = 1 << 16
-_BYTES_PER_ADAPTER = 6 * 256
+_BYTES_PER_ADAPTER = 6 * 384  # of six series, with a name of the longest
+_USERS_PER_ADAPTER = 2  # with series of their own in counts of tokens: by route, by tenant
+_BYTES_PER_USER = (3 + 1) * 384  # the fourth: requests that were refused
+_BYTES_OF_LATENCIES = sum(len(one.buckets) + 2 for one in LATENCIES) * 384
 
 
 class Series:
@@ -81,20 +84,34 @@ class Recorder:
         engine: vLLM's number of the engine; empty for a server.
         model_name: The base model as it is served.
         max_adapters: Most adapters with a label of their own.
+        has_latencies: Whether there is to be room for a histogram of latencies of each.
 
     Attributes:
         names: The labels of adapters.
+        most_users: Most combinations of adapter, route and tenant with series of their own.
 
     Raises:
         OSError: The file cannot be made.
     """
 
     def __init__(
-        self, folder: Path, *, role: str, engine: str, model_name: str, max_adapters: int
+        self,
+        folder: Path,
+        *,
+        role: str,
+        engine: str,
+        model_name: str,
+        max_adapters: int,
+        has_latencies: bool = False,
     ) -> None:
         name = FileName(role, engine, ProcessStamp.own())
-        size = _FIXED_BYTES + (max_adapters + 1) * _BYTES_PER_ADAPTER
         self.names = BoundedNames(max_adapters)
+        self.most_users = _USERS_PER_ADAPTER * max_adapters
+        size = _FIXED_BYTES + (max_adapters + 1) * _BYTES_PER_ADAPTER
+        if role == "server":
+            size += (self.most_users + 2) * _BYTES_PER_USER
+        if has_latencies:
+            size += (max_adapters + 1) * _BYTES_OF_LATENCIES
         self._file = SeriesFile(folder / str(name), size)
         self._series: dict[Key, Series] = {}
         self._histograms: dict[Key, Histogram] = {}

@@ -24,6 +24,8 @@ class RequestMetrics:
         self._unfinished: Counter[int] = Counter()
         # Arrivals of requests whose adapter is not there yet.
         self._waiting: dict[int, dict[str, float]] = {}
+        # Requests that are counted when it is known whether there is an adapter of their name.
+        self._uncounted: dict[int, tuple[str, int]] = {}
         self._wait = recorder.histogram(defined.REQUEST_WAIT)
         self._wanted = recorder.series(defined.WANTED)
 
@@ -41,7 +43,11 @@ class RequestMetrics:
             name: The adapter's name.
             is_ready: Whether the adapter is in host memory on every worker.
         """
-        self._recorder.series(defined.REQUESTS, self._recorder.names.label(name)).inc()
+        if is_ready or self._recorder.names.has(name):
+            self._count(name, 1)
+        else:
+            _, before = self._uncounted.get(adapter_id, (name, 0))
+            self._uncounted[adapter_id] = name, before + 1
         self._unfinished[adapter_id] += 1
         self._wanted.set(len(self._unfinished))
         if is_ready:
@@ -51,6 +57,7 @@ class RequestMetrics:
 
     def settled(self, adapter_id: int) -> None:
         """An adapter has arrived, or cannot be had: its requests have stopped waiting for it."""
+        self._count_all(adapter_id)
         now = self._clock()
         for since in self._waiting.pop(adapter_id, {}).values():
             self._wait.observe(now - since)
@@ -63,4 +70,12 @@ class RequestMetrics:
         self._unfinished[adapter_id] -= 1
         if self._unfinished[adapter_id] <= 0:
             del self._unfinished[adapter_id]
+            self._count_all(adapter_id)
         self._wanted.set(len(self._unfinished))
+
+    def _count_all(self, adapter_id: int) -> None:
+        if (uncounted := self._uncounted.pop(adapter_id, None)) is not None:
+            self._count(*uncounted)
+
+    def _count(self, name: str, requests: int) -> None:
+        self._recorder.series(defined.REQUESTS, self._recorder.names.label(name)).inc(requests)

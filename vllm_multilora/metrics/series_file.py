@@ -17,7 +17,7 @@ from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, _read_all_values
 
-from vllm_multilora.cache.process_stamps import ProcessStamp
+from vllm_multilora.metrics.process_stamps import ProcessStamp
 
 _HEADER_BYTES = 8
 _ENTRY_OVERHEAD = 4 + 8 + 16  # length, most padding, value and timestamp

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from vllm_multilora.metrics.names import OTHER
 from vllm_multilora.operations.findings import Finding, FindingCode
 from vllm_multilora.operations.observations import (
     ACTIVITY_WINDOW_S,
-    OTHER,
     Observations,
     SeenAdapter,
 )
@@ -100,8 +100,8 @@ def _cpu_tier(seen: Observations) -> Iterator[Finding]:
     if host.bytes_limit is not None:
         needed = max(wanted * mean, (1 + HEADROOM_PERCENT / 100) * host.bytes_limit)
         changes.append(
-            f"--multilora-cpu-cache-gib from {host.bytes_limit / _GIB:.2f} (of one worker) to "
-            f"{math.ceil(needed / _GIB * 100) / 100:.2f} for each"
+            f"--multilora-cpu-cache-gib from {host.bytes_limit / _GIB:.2f} to "
+            f"{math.ceil(needed / _GIB * 100) / 100:.2f}"
         )
     if host.adapters_limit is not None:
         changes.append(
@@ -131,8 +131,8 @@ def _loads(seen: Observations) -> Iterator[Finding]:
     elif speed < SLOW_STORAGE_BYTES_PER_S:
         change = "the storage is slow: put the adapters on local NVMe instead of network storage"
     else:
-        change = "the files are big: lower ranks or fewer target modules, or load them once into a "
-        change += "larger CPU tier (--multilora-cpu-cache-gib)"
+        change = "the files are big: lower ranks or fewer target modules, or load them once into "
+        change += "more host memory (--multilora-cpu-cache-gib)"
     measured = (
         ""
         if speed is None

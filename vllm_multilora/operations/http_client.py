@@ -55,7 +55,9 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
         hint = "; give the server's key with --api-key" if error.code == 401 else ""
         raise UnreachableError(f"{url} answers {error.code}: {answer}{hint}") from error
     except OSError as error:  # URLError, a time limit, a broken connection
-        raise UnreachableError(f"{url} cannot be reached: {error}") from error
+        reason = getattr(error, "reason", error)
+        why = getattr(reason, "strerror", None) or reason
+        raise UnreachableError(f"{url} cannot be reached: {why}") from error
     return body.decode(errors="replace")
 
 

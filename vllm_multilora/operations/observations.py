@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-OTHER = "__other__"
-"""Label of the adapters beyond `--multilora-metrics-max-adapters`."""
+from vllm_multilora.metrics.names import OTHER
 
 ACTIVITY_WINDOW_S = 300.0
 """An adapter is active if it had a request within this time."""
@@ -49,10 +48,10 @@ class LoadTimes:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """The CPU tier of one engine.
+    """Host memory for adapters, as one engine has been told of it; engines may share it.
 
     Attributes:
-        adapters: Adapters with a host copy at the window's end.
+        adapters: Adapters in it at the window's end.
         bytes: Their bytes.
         adapters_limit: Most adapters (`--max-cpu-loras`); None where bytes alone count.
         bytes_limit: Most bytes; None where adapters alone count.
@@ -98,7 +97,7 @@ class Observations:
         peak_wanted: Most adapters of an engine with unfinished requests at one time.
         gpu_evictions: Adapters of an engine that lost their slot to others in the window.
         cpu_evictions: Adapters of an engine that left host memory in the window.
-        host: Host memory of the engine that uses most of it.
+        host: Host memory of the store that holds most.
         requests: Requests accepted in the window by adapter, `OTHER` included.
         finished: All requests finished in the window, those of the base model included.
         load_times: Loads from disk.

@@ -28,6 +28,7 @@ class SurveyedAdapter:
 
     Attributes:
         name: Its folder's.
+        kind: `alora` if tokens of the prompt activate it, else `lora`.
         rank: The rank that slots must have for it.
         ranks: The true rank of every module that packed adapters fill, by the layout's names.
         special: Its modules that vLLM fills itself.
@@ -39,6 +40,7 @@ class SurveyedAdapter:
     ranks: tuple[tuple[str, int], ...]
     special: frozenset[str]
     special_elements: int
+    kind: str = "lora"
 
     @property
     def modules(self) -> frozenset[str]:
@@ -82,8 +84,7 @@ def survey_adapters(directory: Path, layout: ModelLayout) -> Survey:
     adapters, refused = [], []
     for folder in _folders(directory):
         try:
-            with AdapterCheckpoint.open(folder) as checkpoint:
-                adapters.append(_look_at(checkpoint, layout))
+            adapters.append(_look_at(AdapterCheckpoint.read(folder), layout))
         except AdapterError as error:
             problems = validate(folder, layout, check_finite=False) or error.problems
             refused.append((folder.name, tuple(problems)))
@@ -121,6 +122,7 @@ def _look_at(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> SurveyedAdap
         ranks=ranks,
         special=frozenset(module for module, _ in special),
         special_elements=sum(elements for _, elements in special),
+        kind="alora" if checkpoint.config.invocation_tokens else "lora",
     )
 
 
@@ -130,6 +132,6 @@ def _special_tensors(
     """The module and the elements of every tensor that is no part of a packed adapter."""
     for name, info in checkpoint.tensors.items():
         role = parse_tensor_name(name)
-        module = layout.rename(role.module) if role else None
+        module = layout.naming.rename(role.module) if role else None
         if module and layout.is_special(module) and not is_base_embedding(name):
             yield module, math.prod(info.shape)

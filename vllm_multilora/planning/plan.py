@@ -65,6 +65,11 @@ class Plan:
         return int(self.gpu_bytes * self.utilization) - self.model.weight_bytes
 
     @property
+    def left(self) -> int | None:
+        """What the slots leave of that; negative where they do not fit."""
+        return None if self.budget is None else self.budget - self.total
+
+    @property
     def host_least(self) -> int:
         """Host bytes that all workers need for a batch's adapters, if all have the full rank."""
         return self.max_loras * self.memory.largest_adapter * self.model.tensor_parallel_size

@@ -1,13 +1,17 @@
-"""What can be wrong with a routes file, and with a request for a route."""
+"""What can be wrong with a request for a route."""
 
 from __future__ import annotations
 
-from vllm_multilora.errors import ConfigError, MultiLoRAError
+from vllm_multilora.errors import MultiLoRAError
 
 
-class RoutesFileError(ConfigError):
-    """A routes file cannot be used; says where, what was found and what was expected."""
+class RequestError(MultiLoRAError):
+    """A request for a route says nothing that the route can be led by."""
 
 
-class NoCaseError(MultiLoRAError):
+class NoCaseError(RequestError):
     """A request's value has no case in its route, and the route no default."""
+
+
+class BadValueError(RequestError):
+    """A request's value is longer than what it should name is called."""

@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_multilora.routing.errors import BadValueError
+
+LONGEST_VALUE = 512
+"""Characters of a value that a request is led by: who or what it names has a short name."""
+
+# Of languages. Browsers send up to a dozen; RFC 5646, section 4.4.1, expects tags of at most 35.
+_LONGEST_RANGES, _MOST_RANGES, _LONGEST_TAG = 1024, 32, 64
+
 
 @dataclass(frozen=True)
 class RequestFacts:
@@ -51,7 +59,11 @@ class Source:
         raise ValueError("expected user, language, metadata:NAME or header:NAME")
 
     def value(self, facts: RequestFacts) -> str | None:
-        """What the request says there; None where it says nothing."""
+        """What the request says there; None where it says nothing.
+
+        Raises:
+            BadValueError: It is too long.
+        """
         if self.kind == "user":
             found: Any = facts.user
         elif self.kind == "header":
@@ -60,40 +72,68 @@ class Source:
             found = facts.metadata.get(self.name)
         else:
             found = facts.metadata.get("language") or facts.headers.get("accept-language")
+            # What is longer than anybody's list of languages counts up to there.
+            return _stripped(found[:_LONGEST_RANGES]) if isinstance(found, str) else None
         if isinstance(found, int) and not isinstance(found, bool):
             found = str(found)
-        return (found.strip() or None) if isinstance(found, str) else None
+        if not isinstance(found, str):
+            return None
+        if len(found) > LONGEST_VALUE:
+            raise BadValueError(
+                f"its {self.text} has more than {LONGEST_VALUE} characters, and at most these are "
+                "taken"
+            )
+        return _stripped(found)
 
     def wanted(self, facts: RequestFacts) -> list[str]:
-        """The cases that would suit the request, best first, in lower case."""
+        """The cases that would suit the request, best first, in lower case.
+
+        Raises:
+            BadValueError: As for `value`.
+        """
         value = self.value(facts)
         if value is None:
             return []
         return _languages(value) if self.kind == "language" else [value.lower()]
 
 
+def _stripped(text: str) -> str | None:
+    return text.strip() or None
+
+
 def _languages(ranges: str) -> list[str]:
     """An `Accept-Language` value as language tags, best first, each before what it is a kind of.
 
-    `fr-CH, en;q=0.5` becomes `fr-ch, fr, en`: the look-up of RFC 4647, section 3.4.
+    `fr-CH, en;q=0.5` becomes `fr-ch, fr, en`: the look-up of RFC 4647, section 3.4. Ranges that no
+    language has, and those after the 32nd, are left out.
     """
     weighted = []
-    for part in ranges.lower().split(","):
-        tag, *parameters = (piece.strip() for piece in part.split(";"))
-        quality = next((_number(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
-        if tag and tag != "*" and quality > 0:
-            weighted.append((quality, tag.replace("_", "-")))
+    for part in ranges.lower().split(",", _MOST_RANGES)[:_MOST_RANGES]:
+        tag, *parameters = (piece.strip() for piece in part.split(";", 2))
+        quality = next((_quality(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
+        tag = tag.replace("_", "-")
+        if quality > 0 and _is_range(tag):
+            weighted.append((quality, tag))
     weighted.sort(key=lambda pair: -pair[0])  # stable: equal ones stay in the client's order
     tags: dict[str, None] = {}
     for _, tag in weighted:
         while tag:
             tags[tag] = None
             tag = tag.rpartition("-")[0]
+            if tag[-2:-1] == "-":  # a single letter only introduces what follows it
+                tag = tag[:-2]
     return list(tags)
 
 
-def _number(text: str) -> float:
+def _is_range(tag: str) -> bool:
+    """Whether a text looks like a language: letters and digits, between hyphens."""
+    return 0 < len(tag) <= _LONGEST_TAG and tag.isascii() and tag.replace("-", "").isalnum()
+
+
+def _quality(text: str) -> float:
+    """A weight from 0 to 1; 0 for what is none."""
     try:
-        return float(text)
+        quality = float(text)
     except ValueError:
         return 0.0
+    return quality if 0 <= quality <= 1 else 0.0

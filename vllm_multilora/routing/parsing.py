@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_multilora.routing.document import Document, Keys, read_document
-from vllm_multilora.routing.errors import RoutesFileError
+from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
 from vllm_multilora.routing.facts import Source
 from vllm_multilora.routing.targets import Cases, Named, Split, Target, WithFallback
 
@@ -39,7 +39,7 @@ class Routes:
             kind: What has these names.
 
         Raises:
-            RoutesFileError: A route has one of these names.
+            DocumentError: A route has one of these names.
         """
         for name in self.targets:
             if name in taken:
@@ -56,6 +56,15 @@ class Routes:
         return {route: names for route, names in missing.items() if names}
 
 
+def load_routes(path: str | os.PathLike[str]) -> Routes:
+    """Reads a routes file.
+
+    Raises:
+        DocumentError: It cannot be read, or something in it is wrong.
+    """
+    return read_file(path, parse_routes, "routes")
+
+
 def parse_routes(file: str, text: str) -> Routes:
     """Reads routes.
 
@@ -64,7 +73,7 @@ def parse_routes(file: str, text: str) -> Routes:
         text: What it holds.
 
     Raises:
-        RoutesFileError: With the file, the line or key, what was found and what was expected.
+        DocumentError: With the file, the line or key, what was found and what was expected.
     """
     document = read_document(file, text)
     if not isinstance(document.data, dict) or list(document.data) != ["routes"]:
@@ -106,7 +115,7 @@ class _Parser:
             targets[name] = self._target(data, ("routes", name))
         return targets
 
-    def _error(self, keys: Keys, message: str) -> RoutesFileError:
+    def _error(self, keys: Keys, message: str) -> DocumentError:
         return self._document.error(keys, message)
 
     def _target(self, data: Any, keys: Keys) -> Target:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from vllm_multilora.routing.errors import NoCaseError
 from vllm_multilora.routing.facts import RequestFacts, Source
 from vllm_multilora.routing.shares import sticky_choice, turn_choice
+
+_MOST_NAMED = 20
+_MOST_SHOWN = 80
 
 Turns = Counter[str]
 """How many requests each split has divided that named no customer."""
@@ -22,7 +26,7 @@ class Target(Protocol):
         """The names that may answer the request: the first that is available does.
 
         Raises:
-            NoCaseError: The route has no answer for such a request.
+            RequestError: The route has no answer for such a request.
         """
 
     def names(self) -> Iterator[str]:
@@ -93,14 +97,24 @@ class Cases:
             return self.default.candidates(facts, turns)
         raise NoCaseError(
             f"{self.place} chooses by {self.by.text} and has no default: found "
-            f"{self.by.value(facts) or 'no value'!r}, expected one of {', '.join(self.cases)}"
+            f"{_shown(self.by.value(facts))}, expected one of {self._expected()}"
         )
+
+    def _expected(self) -> str:
+        shown = ", ".join(islice(self.cases, _MOST_NAMED))
+        more = len(self.cases) - _MOST_NAMED
+        return f"{shown} and {more} more" if more > 0 else shown
 
     def names(self) -> Iterator[str]:
         for target in self.cases.values():
             yield from target.names()
         if self.default is not None:
             yield from self.default.names()
+
+
+def _shown(value: str | None) -> str:
+    shown = repr(value or "no value")
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
 
 
 @dataclass(frozen=True)

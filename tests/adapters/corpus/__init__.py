@@ -4,7 +4,7 @@
 base accepts is `llama_layout.LAYOUT`.
 """
 
-from . import bad_config, bad_files, bad_headers, bad_tensors, valid_variants
+from . import bad_activated, bad_config, bad_files, bad_headers, bad_tensors, valid_variants
 from .cases import BAD, VALID, BadAdapter, ValidAdapter
 from .llama_layout import LAYOUT
 
@@ -14,6 +14,7 @@ __all__ = [
     "VALID",
     "BadAdapter",
     "ValidAdapter",
+    "bad_activated",
     "bad_config",
     "bad_files",
     "bad_headers",

@@ -244,11 +244,6 @@ def replicated_layers(draft: Draft) -> None:
     draft.config["layer_replication"] = [[0, 2], [1, 3]]
 
 
-@bad_config(Code.UNSUPPORTED_FEATURE, words=("'alora_invocation_tokens' is [5, 6]",))
-def activated_lora(draft: Draft) -> None:
-    draft.config["alora_invocation_tokens"] = [5, 6]
-
-
 @bad_config(Code.UNSUPPORTED_FEATURE, words=("'use_qalora' is True",))
 def qalora(draft: Draft) -> None:
     draft.config["use_qalora"] = True

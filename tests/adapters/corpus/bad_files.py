@@ -18,7 +18,7 @@ def folder_missing(draft: Draft) -> None:
     draft.afterwards.append(shutil.rmtree)
 
 
-@bad("", Code.FOLDER_MISSING, words=("does not exist",))
+@bad("", Code.FOLDER_MISSING, words=("is a file",))
 def folder_a_file(draft: Draft) -> None:
     def replace(folder: Path) -> None:
         shutil.rmtree(folder)

@@ -118,12 +118,12 @@ def tensors_not_gathered(draft: Draft) -> None:
     draft.tensors = {name: torch.zeros(0) for name in draft.tensors}
 
 
-@bad_weights(Code.WRONG_DTYPE, words=(A, "torch.int8", "torch.float32"))
+@bad_weights(Code.WRONG_DTYPE, words=(A, "int8", "float32"))
 def a_of_integers(draft: Draft) -> None:
     draft.tensors[A] = draft.tensors[A].to(torch.int8)
 
 
-@bad_weights(Code.WRONG_DTYPE, words=("torch.float8_e4m3fn", "41 more like this"))
+@bad_weights(Code.WRONG_DTYPE, words=("float8_e4m3fn", "41 more like this"))
 def weights_of_eight_bits(draft: Draft) -> None:
     draft.tensors = {n: t.to(torch.float8_e4m3fn) for n, t in draft.tensors.items()}
 

@@ -1,7 +1,6 @@
 """What the tiny Llama of the serving tests accepts, written down by hand."""
 
-import torch
-
+from multilora_kernels.dtypes import FLOAT32
 from vllm_multilora.adapters import ModelLayout, SliceLayout, SpecialShape
 
 LAYERS, HIDDEN, VOCABULARY, MAX_RANK = 3, 96, 300, 64
@@ -27,11 +26,12 @@ LAYOUT = ModelLayout(
         for row, (name, (inputs, outputs)) in enumerate(MODULES.items())
     ),
     max_rank=MAX_RANK,
-    dtype=torch.float32,
+    dtype=FLOAT32,
     columns_first=True,
     special=frozenset({"model.embed_tokens", "lm_head"}),
     special_shapes={
         "model.embed_tokens": SpecialShape(VOCABULARY, HIDDEN, embedding=True),
         "lm_head": SpecialShape(HIDDEN, VOCABULARY, embedding=False),
     },
+    vocabulary=VOCABULARY,
 )

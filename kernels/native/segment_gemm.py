@@ -1,0 +1,207 @@
+"""Calls the C kernels of `segment_gemm.c` on torch tensors.
+
+A `Call` is one `struct lora_call`: what the weights fix is packed into it once, the addresses
+of the activations on every run. Each run does the whole product (every slice, every adapter)
+on PyTorch's own OpenMP threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from multilora_kernels.native.compiler import load_library
+from multilora_kernels.plan import PlanLayout
+
+MAX_SLICES = 16
+LINEAR, SHRINK, EXPAND = range(3)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT_BYTES = 4
+
+# struct lora_call: the part that weights fix, the part that changes, then the slices.
+_FIXED = struct.Struct("=8qd")
+_CHANGING = struct.Struct("=19q")
+_SLICE = struct.Struct("=9q")
+_SLICES_AT = _FIXED.size + _CHANGING.size
+
+
+class _Scratch(threading.local):
+    """A thread's float32 scratch memory, which only ever grows."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def address(self, floats: int) -> int:
+        if self.memory.numel() < floats:
+            self.memory = torch.empty(floats)
+        return self.memory.data_ptr()
+
+
+_scratch = _Scratch()
+
+
+class Call:
+    """A product with fixed weights, to be run on many batches; not for two threads at once.
+
+    Args:
+        mode: `LINEAR`, `SHRINK` (only lora_a) or `EXPAND` (only lora_b).
+        lora_a: As for `multilora_kernels.lora_linear`, valid; empty for `EXPAND`.
+        lora_b: Likewise; empty for `SHRINK`.
+        ranks: int32 [slices, slots].
+        layout: The layout of the plans to come.
+        scale: Factor of every product.
+        overwrite: Whether y's span is overwritten rather than added to.
+    """
+
+    def __init__(
+        self,
+        mode: int,
+        lora_a: Sequence[torch.Tensor],
+        lora_b: Sequence[torch.Tensor],
+        ranks: torch.Tensor,
+        layout: PlanLayout,
+        *,
+        scale: float = 1.0,
+        overwrite: bool = False,
+    ) -> None:
+        self._library = load_library()
+        self._keep_alive = (tuple(lora_a), tuple(lora_b), ranks)
+        weights = lora_a or lora_b
+        slices = len(weights)
+        if slices > MAX_SLICES:
+            raise ValueError(f"a layer may have at most {MAX_SLICES} slices, found {slices}")
+        k = lora_a[0].size(-1) if lora_a else 0
+        max_rank = lora_a[0].size(-2) if lora_a else lora_b[0].size(-1)
+        self._struct = ctypes.create_string_buffer(_SLICES_AT + MAX_SLICES * _SLICE.size)
+        _FIXED.pack_into(
+            self._struct,
+            0,
+            mode,
+            slices,
+            k,
+            max_rank,
+            _DTYPES[weights[0].dtype],
+            ranks.data_ptr(),
+            ranks.stride(0),
+            overwrite,
+            scale,
+        )
+        offset = 0
+        for i in range(slices):
+            a, b = (lora_a[i] if lora_a else None), (lora_b[i] if lora_b else None)
+            cols = 0 if b is None else b.size(-2)
+            _SLICE.pack_into(
+                self._struct,
+                _SLICES_AT + i * _SLICE.size,
+                *((0, 0, 0) if a is None else (a.data_ptr(), a.stride(0), a.stride(-2))),
+                *((0, 0, 0, 0) if b is None else (b.data_ptr(), b.stride(0), *b.stride()[-2:])),
+                cols,
+                offset,
+            )
+            offset += cols
+        self._tile_rows = layout.tile_rows
+        self._plan_offsets = tuple(
+            part.start * _INT_BYTES
+            for part in (layout.order, layout.tile_slot, layout.tile_start, layout.tile_length)
+        )
+        self._sizes = (k, slices, max_rank, layout.tile_rows)
+        self._threads = 0
+        self._scratch_floats = 0
+
+    def run(
+        self,
+        plan: torch.Tensor,
+        *,
+        x: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        h: torch.Tensor | None = None,
+        offset: int = 0,
+    ) -> None:
+        """Computes a batch; the tensors are valid and those that the mode needs.
+
+        Args:
+            plan: A plan's buffer.
+            x: [tokens, K], for `LINEAR` and `SHRINK`.
+            y: [tokens, width], for `LINEAR` and `EXPAND`.
+            h: [slices, tokens, R], for `SHRINK` and `EXPAND`.
+            offset: First column of y.
+        """
+        threads = torch.get_num_threads()
+        if threads != self._threads:
+            self._threads = threads
+            function = self._library.multilora_scratch_floats
+            function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 5
+            self._scratch_floats = function(*self._sizes, threads)
+        base = plan.data_ptr()
+        order, slot, start, rows = self._plan_offsets
+        tokens = x.size(0) if x is not None else h.size(1) if h is not None else 0
+        _CHANGING.pack_into(
+            self._struct,
+            _FIXED.size,
+            threads,
+            _scratch.address(self._scratch_floats),
+            tokens,
+            *((0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), _DTYPES[x.dtype])),
+            *((0, 0, 0) if y is None else (y.data_ptr(), y.stride(0), _DTYPES[y.dtype])),
+            offset,
+            *(
+                (0, 0, 0, 0)
+                if h is None
+                else (h.data_ptr(), h.stride(0), h.stride(1), _DTYPES[h.dtype])
+            ),
+            base,
+            base + order,
+            base + slot,
+            base + start,
+            base + rows,
+        )
+        self._library.multilora_run(self._struct, ctypes.c_int64(self._tile_rows))
+
+
+def lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    offset: int,
+    add_inputs: bool,
+) -> None:
+    """See `multilora_kernels.lora_linear`; arguments are valid, tensors are on the CPU."""
+    call = Call(LINEAR, lora_a, lora_b, ranks, layout, scale=scale, overwrite=not add_inputs)
+    call.run(plan, x=x, y=y, offset=offset)
+
+
+def lora_shrink(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+) -> None:
+    """See `multilora_kernels.lora_shrink`; arguments are valid, tensors are on the CPU."""
+    Call(SHRINK, lora_a, (), ranks, layout, scale=scale).run(plan, x=x, h=h)
+
+
+def lora_expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    plan: torch.Tensor,
+    layout: PlanLayout,
+    offset: int,
+    add_inputs: bool,
+) -> None:
+    """See `multilora_kernels.lora_expand`; arguments are valid, tensors are on the CPU."""
+    call = Call(EXPAND, (), lora_b, ranks, layout, overwrite=not add_inputs)
+    call.run(plan, y=y, h=h, offset=offset)

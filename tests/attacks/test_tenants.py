@@ -1,0 +1,560 @@
+"""Who may see and do what on a server with keys and tenants, over HTTP."""
+
+import contextlib
+import json
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serving.cases import Scenario
+from tests.serving.engine import store_folder
+from tests.serving.faulty_reader import FAULT, FAULTY_READER
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.folder import FOLDER_VARIABLE
+from vllm_multilora.store.launch import StoreProcess
+
+from .tenant_server import (
+    ADAPTERS,
+    BASE,
+    KEYS,
+    TENANTS,
+    TenantServer,
+    tenant_server,
+    write_tenants,
+)
+
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
+
+LIMIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def served(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TenantServer]:
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv(FOLDER_VARIABLE, stack.enter_context(store_folder()))
+        # The server finds this store, and does not start one of its own.
+        store = StoreClient(StoreProcess(FAULTY_READER), "tests", role="observer")
+        stack.callback(store.close)
+        yield stack.enter_context(tenant_server(llama, tmp_path_factory.mktemp("tenants")))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.2)
+
+
+SAGEMAKER_HEADER = "x-amzn-sagemaker-adapter-identifier"
+STREAM = {"max_tokens": 1, "stream": True}
+MESSAGES = [{"role": "user", "content": "t5 t6 t7"}]
+ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "completions": ("/v1/completions", {"prompt": "t5 t6", "max_tokens": 1}),
+    "stream": ("/v1/completions", {"prompt": "t5 t6", **STREAM}),
+    "chat": ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1}),
+    "chat-stream": (
+        "/v1/chat/completions",
+        {"messages": MESSAGES, **STREAM},
+    ),
+    "responses": ("/v1/responses", {"input": "t5 t6", "max_output_tokens": 1}),
+    "messages": ("/v1/messages", {"messages": MESSAGES, "max_tokens": 1}),
+    "count-tokens": ("/v1/messages/count_tokens", {"messages": MESSAGES}),
+    "tokenize": ("/tokenize", {"prompt": "t5 t6"}),
+    "detokenize": ("/detokenize", {"tokens": [5, 6]}),
+    "sagemaker": ("/invocations", {"prompt": "t5 t6", "max_tokens": 1}),
+    "tokens": ("/inference/v1/generate", {"token_ids": [5], "sampling_params": {"max_tokens": 1}}),
+}
+
+
+def ask(served: TenantServer, who: str, endpoint: str, model: str | None) -> httpx.Response:
+    path, body = ENDPOINTS[endpoint]
+    if path == "/invocations":  # has its model in a header alone
+        return served.request(who, "POST", path, body, **{SAGEMAKER_HEADER: model or ""})
+    named = {"model": model} if model is not None else {}
+    return served.request(who, "POST", path, {**named, **body})
+
+
+def assert_status(response: httpx.Response, expected: int, served: TenantServer) -> None:
+    assert response.status_code == expected, f"{response.text}\n{served.server.log_tail()}"
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_endpoint_asks_who_is_asking(served: TenantServer, endpoint: str) -> None:
+    assert_status(ask(served, "acme", endpoint, "acme-a"), 200, served)
+    for who in ("nobody", "wrong"):
+        answer = ask(served, who, endpoint, "acme-a")
+        assert_status(answer, 401, served)
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == 401
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_what_one_may_not_see_is_what_does_not_exist(served: TenantServer, endpoint: str) -> None:
+    """Others' adapters, adapters that nobody has, and those of one's own that are not there."""
+    answers = {
+        (who, name): ask(served, who, endpoint, name)
+        for who, name in (
+            ("acme", "zen-a"),
+            ("acme", "zen-none"),
+            ("acme", "zen-route"),
+            ("acme", "acme-none"),
+            ("acme", BASE),
+            ("client", "zen-none"),
+        )
+    }
+    for answer in answers.values():
+        assert_status(answer, 404, served)
+    texts = {a.text.replace(f"`{name}`", "NAME") for (_, name), a in answers.items()}
+    assert len(texts) == 1, texts
+    assert len({frozenset(answer.headers) for answer in answers.values()}) == 1
+
+
+RIGHTS = [
+    ("acme", "acme-a", 200),
+    ("acme", "acme-b", 200),
+    ("acme", "shared", 200),
+    ("acme", "acme-route", 200),
+    ("acme", "zen-a", 404),
+    ("acme", "zen-route", 404),
+    ("acme", "base-route", 404),
+    ("acme", BASE, 404),
+    ("acme", None, 404),
+    ("acme", "acme-broken", 400),
+    ("zen", "zen-a", 200),
+    ("zen", "shared", 200),
+    ("zen", "acme-a", 404),
+    ("zen", "acme-broken", 404),
+    ("zen", "acme-route", 404),
+    ("zen", "zen-route", 404),
+    ("zen", "zen-a ", 404),
+    ("zen", "ZEN-A", 404),
+    ("zen", BASE, 404),
+    ("plain", BASE, 200),
+    ("plain", None, 200),
+    ("plain", "shared", 404),
+    ("plain", "base-route", 404),
+    ("client", "zen-a", 200),
+    ("client", "acme-route", 200),
+    ("client", BASE, 200),
+    ("admin", "zen-a", 200),
+    ("admin", "base-route", 200),
+    ("admin", BASE, 200),
+    ("nobody", BASE, 401),
+    ("wrong", "shared", 401),
+]
+
+
+@pytest.mark.parametrize(("who", "model", "status"), RIGHTS)
+def test_a_model_answers_those_who_may_use_it(
+    served: TenantServer, who: str, model: str | None, status: int
+) -> None:
+    assert_status(ask(served, who, "completions", model), status, served)
+
+
+CALLS = [
+    ("nobody", "GET", "/health", 200),
+    ("nobody", "GET", "/ping", 200),
+    ("nobody", "GET", "/metrics", 401),
+    ("nobody", "GET", "/version", 401),
+    ("nobody", "GET", "/v1/models", 401),
+    ("nobody", "GET", "/v1/lora_adapters", 401),
+    ("nobody", "POST", "/v1/load_lora_adapter", 401),
+    ("nobody", "POST", "/v1/unload_lora_adapter", 401),
+    ("nobody", "POST", "/adapters", 401),
+    ("nobody", "DELETE", "/adapters/zen-a", 401),
+    ("nobody", "POST", "/invocations", 401),
+    ("acme", "GET", "/metrics", 403),
+    ("acme", "GET", "/openapi.json", 403),
+    ("acme", "POST", "/v1/load_lora_adapter", 403),
+    ("acme", "POST", "/v1/unload_lora_adapter", 403),
+    ("acme", "POST", "/adapters", 403),
+    ("acme", "POST", "/adapters/", 403),
+    ("acme", "DELETE", "/adapters/zen-a", 403),
+    ("acme", "DELETE", "/adapters/acme-a", 403),
+    ("acme", "POST", "/inference/v1/abort_requests", 403),
+    ("acme", "POST", "/no/such/path", 403),
+    ("client", "GET", "/metrics", 200),
+    ("client", "POST", "/v1/load_lora_adapter", 403),
+    ("client", "POST", "/v1/unload_lora_adapter", 403),
+    ("client", "POST", "/adapters", 403),
+    ("client", "DELETE", "/adapters/zen-a", 403),
+    ("admin", "GET", "/metrics", 200),
+    ("admin", "POST", "/no/such/path", 404),
+    ("admin", "DELETE", "/adapters/none", 404),
+]
+
+
+@pytest.mark.parametrize(("who", "method", "path", "status"), CALLS)
+def test_a_path_answers_those_who_may_call_it(
+    served: TenantServer, who: str, method: str, path: str, status: int
+) -> None:
+    body = {"name": "new", "src": "new", "lora_name": "new", "lora_path": "new"}
+    sent = body if method == "POST" else None
+    assert_status(served.request(who, method, path, sent), status, served)
+
+
+def test_nothing_was_loaded_or_unloaded_by_those_who_may_not(served: TenantServer) -> None:
+    rows = served.request("admin", "GET", "/v1/lora_adapters").json()["data"]
+    assert {row["id"] for row in rows} == {*ADAPTERS, "acme-broken"}
+
+
+def test_operators_load_and_unload_by_both_interfaces(served: TenantServer) -> None:
+    path = str(served.scenario.adapters["qv-r5"])
+    for load, unload in (
+        (
+            ("POST", "/v1/load_lora_adapter", {"lora_name": "extra", "lora_path": path}),
+            ("POST", "/v1/unload_lora_adapter", {"lora_name": "extra"}),
+        ),
+        (("POST", "/adapters", {"name": "extra", "src": path}), ("DELETE", "/adapters/extra")),
+    ):
+        assert_status(served.request("admin", *load), 200, served)
+        assert_status(ask(served, "admin", "completions", "extra"), 200, served)
+        assert_status(served.request("admin", *unload), 200, served)
+
+
+def test_a_key_comes_as_anthropics_clients_send_it_too(served: TenantServer) -> None:
+    path, body = ENDPOINTS["messages"]
+    answer = served.request(
+        "nobody", "POST", path, {"model": "acme-a", **body}, **{"x-api-key": KEYS["acme"] or ""}
+    )
+    assert_status(answer, 200, served)
+
+
+@pytest.mark.parametrize(
+    ("who", "seen"),
+    [
+        ("acme", {"acme-a", "acme-b", "acme-broken", "shared", "acme-route"}),
+        ("zen", {"zen-a", "shared"}),
+        ("plain", {BASE}),
+        ("client", {BASE, *ADAPTERS, "acme-broken", "acme-route", "zen-route", "base-route"}),
+    ],
+)
+def test_a_list_of_models_has_what_one_may_use(
+    served: TenantServer, who: str, seen: set[str]
+) -> None:
+    answer = served.request(who, "GET", "/v1/models")
+    assert {card["id"] for card in answer.json()["data"]} == seen
+    for root in (*served.roots, served.scenario.base):
+        assert str(root) not in answer.text
+
+
+def test_operators_see_folders(served: TenantServer) -> None:
+    models = served.request("admin", "GET", "/v1/models").text
+    status = served.request("admin", "GET", "/v1/lora_adapters").text
+    for root in served.roots:
+        assert str(root) in models
+        assert str(root) in status
+
+
+@pytest.mark.parametrize("who", ["acme", "zen", "client"])
+def test_status_shows_no_folders_and_tenants_their_own_alone(
+    served: TenantServer, who: str
+) -> None:
+    answer = served.request(who, "GET", "/v1/lora_adapters")
+    assert_status(answer, 200, served)
+    assert not any(str(root) in answer.text for root in served.roots)
+    rows = {row["id"]: row for row in answer.json()["data"]}
+    if who == "client":
+        assert set(rows) == {*ADAPTERS, "acme-broken"}
+        return
+    own = {"acme-a", "acme-b", "acme-broken", "shared"} if who == "acme" else {"zen-a", "shared"}
+    assert set(rows) == own
+    assert set(answer.json()) == {"object", "data"}
+    assert set(rows["shared"]) == {"id", "object", "kind", "state", "rank", "last_error"}
+
+
+def test_errors_name_no_folders(served: TenantServer) -> None:
+    """Of an adapter that cannot be loaded."""
+    for who in ("acme", "client"):
+        answer = ask(served, who, "completions", "acme-broken")
+        assert_status(answer, 400, served)
+        assert not any(str(root) in answer.text for root in served.roots)
+        assert answer.json()["error"]["problems"]
+
+
+def test_a_stored_response_is_its_tenants(served: TenantServer) -> None:
+    path, body = ENDPOINTS["responses"]
+    made = served.request("acme", "POST", path, {"model": "shared", "store": True, **body}).json()
+    place = f"{path}/{made['id']}"
+    follow_up = {"model": "shared", "previous_response_id": made["id"], **body}
+    assert_status(served.request("acme", "GET", place), 200, served)
+    assert_status(served.request("acme", "POST", path, follow_up), 200, served)
+    for method, where, sent in (
+        ("GET", place, None),
+        ("POST", f"{place}/cancel", None),
+        ("POST", path, follow_up),
+    ):
+        answer = served.request("zen", method, where, sent)
+        assert_status(answer, 404, served)
+        unknown = served.request(
+            "zen",
+            method,
+            where.replace(made["id"], "resp_none"),
+            sent and {**sent, "previous_response_id": "resp_none"},
+        )
+        assert unknown.text == answer.text.replace(made["id"], "resp_none")
+
+
+def cached(served: TenantServer, who: str, prompt: Any, **options: Any) -> int:
+    answer = served.complete(who, "shared", prompt, **options)
+    assert_status(answer, 200, served)
+    return (answer.json()["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0)
+
+
+def test_cached_prefixes_are_a_tenants_own(served: TenantServer) -> None:
+    """Asked for the same prompt with the same adapter, twice each."""
+    prompt = [(5 * i + 3) % 300 for i in range(40)]
+    for options in ({}, {"cache_salt": "mine"}, {"cache_salt": "other"}):
+        for who in ("acme", "zen", "client"):
+            assert cached(served, who, prompt, **options) == 0, (who, options)
+            assert cached(served, who, prompt, **options) == 32, (who, options)
+
+
+def test_calls_beyond_a_tenants_limits_wait_and_then_are_refused(served: TenantServer) -> None:
+    with served.half_sent("narrow", "shared") as running:
+        with served.half_sent("narrow", "shared"):  # waits
+            refused = served.complete("narrow", "shared", [5])
+            assert_status(refused, 429, served)
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["type"] == "RateLimitError"
+            assert_status(served.complete("acme", "shared", [5]), 200, served)
+
+        def waits() -> bool:
+            """Whether the place of the one that has gone is free again."""
+            try:
+                with served.half_sent("narrow", "shared"):
+                    return True
+            except AssertionError:
+                return False
+
+        until(waits)
+        answers: list[int] = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(served.complete("narrow", "shared", [5]).status_code)
+        )
+        waiting.start()
+        assert b" 200 " in running.finish()
+        waiting.join(LIMIT_S)
+        # It may have come before the server had noticed that the one before it had gone.
+        assert answers in ([200], [429])
+    until(lambda: served.complete("narrow", "shared", [5]).status_code == 200)
+
+
+def test_a_tenant_that_has_used_its_tokens_is_told_when_to_come_again(served: TenantServer) -> None:
+    answer = served.complete("thrifty", "shared", [9] * 100, max_tokens=12, ignore_eos=True)
+    assert_status(answer, 200, served)
+    refused = served.complete("thrifty", "shared", [9])
+    assert_status(refused, 429, served)
+    assert 1 < int(refused.headers["retry-after"]) <= 53
+    assert "tokens" in refused.json()["error"]["message"]
+
+
+def test_a_tenant_uses_as_many_adapters_at_a_time_as_it_may(served: TenantServer) -> None:
+    """A stream holds its adapter until it ends, which here it does soon: tried until one is met."""
+    body = {"model": "acme-a", "prompt": [5], "max_tokens": 120, "stream": True, "ignore_eos": True}
+    key = {"authorization": f"Bearer {KEYS['picky']}"}
+
+    def is_refused() -> bool:
+        with (
+            httpx.Client(base_url=served.server.url, trust_env=False, timeout=120) as client,
+            client.stream("POST", "/v1/completions", json=body, headers=key) as stream,
+        ):
+            assert stream.status_code == 200
+            other = served.complete("picky", "zen-a", [5])
+            assert_status(served.complete("picky", "acme-a", [5]), 200, served)
+        if other.status_code == 200:  # the stream had ended
+            return False
+        assert_status(other, 429, served)
+        assert other.headers["retry-after"] == "1"
+        return True
+
+    until(is_refused)
+    until(lambda: served.complete("picky", "zen-a", [5]).status_code == 200)
+
+
+FLOOD_S = 3.0
+MOST_GROWTH = 48 << 20
+"""Bytes of memory; keeping two and a half KiB of each wrong key would exceed it."""
+
+
+def test_wrong_keys_hurt_nobody(served: TenantServer) -> None:
+    """As many as one connection after the other can bring, beside those that have a key."""
+    with Flood(served.server.port) as warm_up:
+        until(lambda: warm_up.answered > 5_000)
+    process = psutil.Process(served.server.pid)
+    memory, lines = process.memory_info().rss, len(served.server.log.read_bytes().splitlines())
+    counted = refused(served, "", 401)
+    with Flood(served.server.port) as flood:
+        begun = time.monotonic()
+        while flood.answered < 20_000 or time.monotonic() - begun < FLOOD_S:
+            for case in served.scenario.cases_of(ADAPTERS["shared"]):
+                options = {"max_tokens": len(case.expected.tokens), "return_token_ids": True}
+                answer = served.complete("zen", "shared", case.prompt, ignore_eos=True, **options)
+                assert_status(answer, 200, served)
+                assert tuple(answer.json()["choices"][0]["token_ids"]) == case.expected.tokens
+            assert time.monotonic() - begun < LIMIT_S, f"{flood.answered} wrong keys"
+        rate = flood.answered / (time.monotonic() - begun)
+    assert flood.others == 0
+    print(f"{rate:.0f} wrong keys a second")
+    assert process.memory_info().rss - memory < MOST_GROWTH
+    assert len(served.server.log.read_bytes().splitlines()) - lines < 400
+    assert refused(served, "", 401) - counted >= 20_000
+
+
+class Flood:
+    """Sends wrong keys for as long as it is entered, many in one piece.
+
+    Attributes:
+        answered: With 401.
+        others: With anything else.
+    """
+
+    _TOGETHER = 100
+
+    def __init__(self, port: int) -> None:
+        self.answered = self.others = 0
+        self._port = port
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(3)]
+
+    def __enter__(self) -> "Flood":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(LIMIT_S)
+
+    def _run(self, number: int) -> None:
+        with socket.create_connection(("127.0.0.1", self._port), timeout=LIMIT_S) as connection:
+            while not self._stop.is_set():
+                keys = (f"sk-{number}-{secrets.token_hex(16)}" for _ in range(self._TOGETHER))
+                connection.sendall("".join(map(self._call, keys)).encode())
+                self._read(connection)
+
+    def _call(self, key: str) -> str:
+        lines = ("GET /v1/models HTTP/1.1", "Host: test", f"Authorization: Bearer {key}", "", "")
+        return "\r\n".join(lines)
+
+    def _read(self, connection: socket.socket) -> None:
+        text = b""
+        while text.count(b"HTTP/1.1 ") < self._TOGETHER or not text.endswith(b"}"):
+            part = connection.recv(1 << 16)
+            assert part, "the server has closed the connection"
+            text += part
+        wrong = text.count(b"HTTP/1.1 401 ")
+        self.answered += wrong
+        self.others += self._TOGETHER - wrong
+
+
+def refused(served: TenantServer, tenant: str, status: int) -> float:
+    """How many of a tenant's requests metrics say were refused."""
+    labels = {"tenant": tenant, "status": str(status)}
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(
+            served.request("admin", "GET", "/metrics").text
+        )
+        for sample in family.samples
+        if sample.name == "vllm:lora_refused_requests_total"
+        and labels.items() <= sample.labels.items()
+    )
+
+
+def test_refusals_are_counted_by_tenant(served: TenantServer) -> None:
+    calls = [
+        ("acme", 404, lambda: ask(served, "acme", "completions", "zen-a")),
+        ("acme", 403, lambda: served.request("acme", "GET", "/metrics")),
+        ("", 403, lambda: served.request("client", "DELETE", "/adapters/zen-a")),
+        ("", 401, lambda: ask(served, "wrong", "completions", "zen-a")),
+    ]
+    for tenant, status, call in calls:
+        before = refused(served, tenant, status)
+        assert_status(call(), status, served)
+        assert refused(served, tenant, status) == before + 1
+
+
+COLD = 32
+
+
+def test_a_tenant_with_many_cold_adapters_does_not_hold_up_anothers_one(
+    served: TenantServer,
+) -> None:
+    """First they are read when they are registered, and then again, since they do not all fit."""
+    adapter = served.scenario.adapters[ADAPTERS["acme-a"]]
+    names = [*(f"acme-cold-{number}" for number in range(COLD)), "zen-cold"]
+    TENANTS["zen"]["adapters"].append("zen-cold")
+    write_tenants(served.tenants, TENANTS)
+    for number, name in enumerate(names):
+        folder = Path(shutil.copytree(adapter, served.directory / name))
+        (folder / FAULT).write_text("slow")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["lora_alpha"] += number  # equal ones would share their place in memory
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    try:
+        # Each has the engine look at the file again, which takes a second at most.
+        until(lambda: "zen-cold" in served.request("zen", "GET", "/v1/models").text)
+        limits = httpx.Limits(max_connections=COLD + 1)
+        for _ in range(2):
+            with (
+                httpx.Client(
+                    base_url=served.server.url, trust_env=False, timeout=120, limits=limits
+                ) as client,
+                ThreadPoolExecutor(COLD + 1) as pool,
+            ):
+
+                def complete(who: str, name: str) -> httpx.Response:
+                    body = {"model": name, "prompt": [5], "max_tokens": 1}
+                    key = {"authorization": f"Bearer {KEYS[who]}"}
+                    return client.post("/v1/completions", json=body, headers=key)
+
+                flood = [pool.submit(complete, "acme", name) for name in names[:-1]]
+                until(lambda: any(future.done() for future in flood))  # noqa: B023
+                answer = complete("zen", "zen-cold")
+                before = sum(future.done() for future in flood)
+                assert_status(answer, 200, served)
+                for future in flood:
+                    assert_status(future.result(), 200, served)
+            print(f"{before} of {COLD} came first")
+            # Some are in memory still, and as many as fit there may wait for a slot before it.
+            assert before <= COLD / 2, f"{before} of {COLD} came first"
+    finally:
+        TENANTS["zen"]["adapters"].remove("zen-cold")
+        write_tenants(served.tenants, TENANTS)
+        for name in names:
+            shutil.rmtree(served.directory / name)
+
+
+def test_the_file_is_read_again_and_a_bad_one_is_not_taken(served: TenantServer) -> None:
+    KEYS["late"] = "sk-late"
+    assert ask(served, "late", "completions", "shared").status_code == 401
+    without_zen = {name: tenant for name, tenant in TENANTS.items() if name != "zen"}
+    write_tenants(served.tenants, {**without_zen, "late": {"adapters": ["shared"]}})
+    until(lambda: ask(served, "late", "completions", "shared").status_code == 200)
+    assert ask(served, "zen", "completions", "zen-a").status_code == 401
+    served.tenants.write_text("tenants: {acme: {kyes: []}}")
+    complaint = "tenants.acme.kyes: found an unknown key"
+
+    def is_told() -> bool:
+        assert ask(served, "late", "completions", "shared").status_code == 200
+        return complaint in served.server.log.read_text()
+
+    until(is_told)
+    assert "The tenants stay as they were" in served.server.log.read_text()
+    write_tenants(served.tenants, TENANTS)
+    until(lambda: ask(served, "zen", "completions", "zen-a").status_code == 200)
+    assert ask(served, "late", "completions", "shared").status_code == 401

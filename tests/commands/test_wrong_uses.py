@@ -1,0 +1,161 @@
+"""Wrong uses of the commands: one sentence each, the right exit status, and no traceback."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.serving.server import free_port
+from vllm_multilora.cli import INTERRUPTED, PIPE_CLOSED, main
+
+NOBODY = "http://127.0.0.1:{port}"
+PLAN = "plan --model m --max-loras 2 --max-lora-rank 8"
+BUSY_S = 1.0
+"""Seconds of processor time after which a command is past its imports."""
+SOON_S = 5.0
+"""A fraction of a second, on a machine with nothing else to do."""
+ZIPF = "simulate --synthetic zipf --requests 10 --adapters 4"
+
+WRONG = [
+    # No command, or no such flag.
+    ("", "the following arguments are required: COMMAND"),
+    ("nope", "invalid choice: 'nope'"),
+    ("--verison", "the following arguments are required: COMMAND"),
+    ("status --nope", "unrecognized arguments: --nope"),
+    ("doctor too much", "unrecognized arguments: too much"),
+    ("simulate --synthetic zipf --jsn", "unrecognized arguments: --jsn"),
+    # simulate
+    ("simulate", "give either a trace file or --synthetic with one of: zipf"),
+    ("simulate {trace} --synthetic zipf", "give either a trace file or --synthetic"),
+    ("simulate --synthetic zipff", "invalid choice: 'zipff'"),
+    ("simulate {missing}", "No such file"),
+    ("simulate {folder}", "directory"),
+    ("simulate {empty}", "the header lacks time and adapter"),
+    ("simulate {bytes}", "cannot be read"),
+    (f"{ZIPF} --max-loras 0", "the number of slots must be a positive integer, got 0"),
+    (f"{ZIPF} --max-loras many", "invalid int value: 'many'"),
+    (f"{ZIPF} --max-cpu-loras 0", "got 0"),
+    (f"{ZIPF} --cpu-cache-gib -1", "--cpu-cache-gib -1"),
+    (f"{ZIPF} --cpu-cache-gib nan", "nan"),
+    (f"{ZIPF} --concurrency 0", "got 0"),
+    (f"{ZIPF} --policy best", "'best'"),
+    (f"{ZIPF} --policy no.such:Class", "no.such"),
+    (f"{ZIPF} --adapter-mib 0", "--adapter-mib"),
+    (f"{ZIPF} --adapter-mib 8 --rank-mix 8=1", "not allowed with argument"),
+    (f"{ZIPF} --rank-mix 8", "8"),
+    (f"{ZIPF} --rank-mix 8=x", "x"),
+    (f"{ZIPF} --adapter-sizes {{missing}}", "No such file"),
+    (f"{ZIPF} --adapter-sizes {{bytes}}", "cannot be read"),
+    (f"{ZIPF} --plot {{folder}}/none/p.png", "there is no folder"),
+    (f"{ZIPF} --plot {{folder}}/p.txt", "its name must end in one of"),
+    ("simulate --synthetic zipf --requests 0", "got 0"),
+    ("simulate --synthetic zipf --adapters 0", "got 0"),
+    # status and advise
+    ("status --url nonsense", "is no address of a server: expected http://HOST:PORT"),
+    ("status --url ftp://localhost", "is no address of a server"),
+    ("status --url {nobody}", "cannot be reached: Connection refused"),
+    ("status --url {nobody} --json", "cannot be reached"),
+    ("status --watch often", "invalid float value: 'often'"),
+    ("status --watch 0", "0"),
+    ("advise", "one of the arguments --url --prometheus is required"),
+    ("advise --url {nobody}", "cannot be reached"),
+    ("advise --url {nobody} --window 0", "--window must be a positive number of seconds"),
+    ("advise --url {nobody} --window soon", "invalid float value: 'soon'"),
+    ("advise --url {nobody} --match job=a", "--match chooses among the servers"),
+    ("advise --prometheus {nobody}", "cannot be reached"),
+    ("advise --prometheus {nobody} --window 1e9", "(a day) at most"),
+    ("advise --prometheus localhost:9090", "is no address of a server"),
+    # store and tenants
+    ("store --describe", "no store of this user runs"),
+    ("store describe", "unrecognized arguments: describe"),
+    ("tenants", "the following arguments are required"),
+    ("tenants burn", "invalid choice: 'burn'"),
+    ("tenants check {missing}", "No such file"),
+    ("tenants check {bytes}", "expected UTF-8 text"),
+    ("tenants check {empty}", "found nothing, expected tenants"),
+    ("tenants check", "check takes a file"),
+    # plan and validate
+    ("plan", "the following arguments are required: --model, --max-loras, --max-lora-rank"),
+    ("plan --model m --max-loras 2", "the following arguments are required: --max-lora-rank"),
+    (f"{PLAN} --max-loras 0", "--max-loras must be at least 1"),
+    (f"{PLAN} --max-lora-rank 0", "--max-lora-rank must be at least 1"),
+    (f"{PLAN} --tensor-parallel-size 0", "--tensor-parallel-size must be at least 1"),
+    (f"{PLAN} --gpu-memory nan", "--gpu-memory must be a positive number"),
+    (f"{PLAN} --gpu-memory-utilization 2", "--gpu-memory-utilization must be in (0, 1]"),
+    (f"{PLAN} --dtype int8", "invalid choice: 'int8'"),
+    ("validate", "the following arguments are required: DIR, --model"),
+    ("validate {folder}", "the following arguments are required: --model"),
+    # digest and doctor
+    ("digest", "the following arguments are required"),
+    ("digest {missing}", "does not exist, expected an adapter folder"),
+    ("digest {empty}", "is a file, expected an adapter folder"),
+    ("digest {folder}", "adapter_config.json"),
+    ("doctor --against {missing}", "has no vLLM"),
+    ("doctor --against {folder}", "has no vLLM"),
+]
+
+
+@pytest.fixture
+def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.setenv("MULTILORA_STORE_FOLDER", str(tmp_path / "stores"))
+    named = {name: str(tmp_path / f"{name}.csv") for name in ("missing", "empty", "bytes", "trace")}
+    Path(named["empty"]).touch()
+    Path(named["bytes"]).write_bytes(b"\x00\xff\x80" * 100)
+    Path(named["trace"]).write_text("time,adapter\n0,a\n")
+    named["folder"] = str(tmp_path / "folder.csv")
+    Path(named["folder"]).mkdir()
+    return named | {"nobody": NOBODY.format(port=free_port())}
+
+
+@pytest.mark.parametrize(("command", "message"), WRONG, ids=[command for command, _ in WRONG])
+def test_one_sentence_says_what_is_wrong(command, message, paths, capfd):
+    arguments = command.format_map(paths).split()
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    out, err = capfd.readouterr()
+    could_tell = command.startswith(("digest {", "tenants check {"))
+    assert status == (1 if could_tell else 2)
+    said = err.strip().splitlines()[-1] if err else out.strip()
+    assert message in said
+    assert said.startswith(("vllm-multilora", *paths.values())), said
+    assert "Traceback" not in err
+
+
+def running(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vllm_multilora.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_control_c_ends_a_command_at_once():
+    """While it replays a long trace."""
+    process = running("simulate", "--synthetic", "zipf", "--requests", "5000000")
+    with process:
+        works = psutil.Process(process.pid)
+        while works.cpu_times().user < BUSY_S:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == INTERRUPTED
+    assert err == ""
+    assert time.monotonic() - begin < SOON_S
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    process = running("simulate", "--synthetic", "zipf", "--requests", "100", "--json")
+    with process:
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(timeout=30)
+    assert (process.returncode, err) == (PIPE_CLOSED, "")

@@ -1,0 +1,256 @@
+"""An engine core's adapters between a store and workers that the test plays."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from vllm.lora.request import LoRARequest
+
+from tests.slots.situations import make_slots
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.engine.adapters import EngineAdapters
+from vllm_multilora.integration.engine.observer import AdapterObserver
+from vllm_multilora.integration.fill_link import Filled, FillFailed
+from vllm_multilora.integration.orders import Check, Fill
+from vllm_multilora.store.messages import (
+    Evicted,
+    Failed,
+    Forgotten,
+    Loaded,
+    PackInfo,
+    Reading,
+    Restarted,
+)
+
+
+def lora(number: int, *, path: str | None = None, inplace: bool = False) -> LoRARequest:
+    path = path or f"/adapters/{number}"
+    return LoRARequest(f"adapter {number}", number, path, load_inplace=inplace)
+
+
+def pack_info(pack: int, digest: str = "", *, special: bool = False) -> PackInfo:
+    return PackInfo(pack, 8, 64, 4096, digest or f"digest {pack}", "v", [1], 0, 64, special, ())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A want, as the store has heard it."""
+
+    ticket: int
+    adapter: int
+    path: str
+    keep: bool
+    fresh: bool
+    owners: tuple[str, ...] = ()
+    most: int | None = None
+
+
+class FakeStore:
+    """Answers what the test says; takes note of leases."""
+
+    def __init__(self) -> None:
+        self.wants: dict[int, Asked] = {}
+        self.leases: Counter[int] = Counter()
+        self.forgotten: list[int] = []
+        self.used_packs: list[list[int]] = []
+        self.inbox: list = []
+        self.tickets = 0
+
+    # What the engine core asks
+
+    def want(self, adapter, name, path, *, owners=(), most=None, keep=True, fresh=False):
+        self.tickets += 1
+        self.wants[self.tickets] = Asked(
+            self.tickets, adapter, path, keep, fresh, tuple(owners), most
+        )
+        return self.tickets
+
+    def share(self, ticket, owner):
+        asked = self.wants[ticket]
+        self.wants[ticket] = replace(asked, owners=(*asked.owners, owner))
+
+    def cancel(self, ticket):
+        self.wants.pop(ticket, None)
+        for message in self.inbox:
+            if isinstance(message, Loaded) and message.ticket == ticket and message.leased:
+                self.release(message.pack.pack)
+        self.inbox = [m for m in self.inbox if getattr(m, "ticket", None) != ticket]
+
+    def release(self, pack):
+        assert self.leases[pack] > 0, f"a lease on pack {pack} is given back that nobody has"
+        self.leases[pack] -= 1
+
+    def used(self, packs):
+        self.used_packs.append(packs)
+
+    def forget(self, adapter):
+        self.forgotten.append(adapter)
+
+    def poll(self):
+        inbox, self.inbox = self.inbox, []
+        return inbox
+
+    # What the test says
+
+    def only(self) -> Asked:
+        (want,) = self.wants.values()
+        return want
+
+    def loaded(self, pack: PackInfo, want: Asked | None = None, *, was_read: bool = True) -> None:
+        want = want or self.only()
+        del self.wants[want.ticket]
+        leased = want.keep
+        assert not leased or pack.pack
+        self.leases[pack.pack] += leased
+        self.inbox.append(Loaded(want.ticket, want.adapter, pack, 0.1, was_read, leased))
+
+    def reading(self) -> None:
+        self.inbox.append(Reading(self.only().ticket))
+
+    def failed(
+        self, want: Asked | None = None, kind=FailureKind.INVALID, problems: tuple = ()
+    ) -> None:
+        want = want or self.only()
+        del self.wants[want.ticket]
+        self.inbox.append(Failed(want.ticket, want.adapter, kind, "it is bad", list(problems)))
+
+    def evict(self, pack: int) -> None:
+        assert not self.leases[pack]
+        self.inbox.append(Evicted(pack))
+
+    def forgets(self) -> None:
+        self.inbox += [Forgotten(adapter) for adapter in self.forgotten]
+        self.forgotten.clear()
+
+    def restart(self) -> None:
+        self.leases.clear()
+        self.forgotten.clear()
+        self.release = self._release_to_a_new_store  # type: ignore[method-assign]
+        self.inbox = [m for m in self.inbox if isinstance(m, Failed)] + [Restarted()]
+
+    def _release_to_a_new_store(self, pack: int) -> None:
+        """Old leases mean nothing to it."""
+        self.leases[pack] -= self.leases[pack] > 0
+
+    @property
+    def leased(self) -> dict[int, int]:
+        return {pack: count for pack, count in self.leases.items() if count}
+
+
+class FakeWorkers:
+    """Take orders, and answer them when the test says."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.orders: list[Fill | Check] = []  # those that not all ranks have answered
+        self.sent: list[Fill | Check] = []
+        self._unanswered: dict[int, set[int]] = {}
+        self._answers: list = []
+
+    def send(self, orders):
+        self.orders += orders
+        self.sent += orders
+        self._unanswered |= {order.order: set(range(self.ranks)) for order in orders}
+
+    def poll(self):
+        answers, self._answers = self._answers, []
+        return answers
+
+    def only(self) -> Fill | Check:
+        (order,) = self.orders
+        return order
+
+    def say(self, answer, ranks=None) -> None:
+        for rank in range(self.ranks) if ranks is None else ranks:
+            self._answers.append((rank, answer))
+            if hasattr(answer, "order"):
+                self._unanswered[answer.order].discard(rank)
+        self.orders = [order for order in self.orders if self._unanswered[order.order]]
+
+    def say_anything(self, answer) -> None:
+        self._answers.append((0, answer))
+
+    def filled(self, order=None, ranks=None) -> None:
+        self.say(Filled((order or self.only()).order, 0.1), ranks)
+
+    def refused(self, order=None, ranks=None, kind=FailureKind.INTERNAL) -> None:
+        self.say(FillFailed((order or self.only()).order, kind, "it does not fit"), ranks)
+
+
+class Engine:
+    """`EngineAdapters` with what tests do all the time."""
+
+    def __init__(
+        self,
+        slots: int = 2,
+        ranks: int = 2,
+        *,
+        pinned=(),
+        asks_late=False,
+        required=None,
+        signing_keys=None,
+        recorder=None,
+    ) -> None:
+        self.store = FakeStore()
+        self.workers = FakeWorkers(ranks)
+        observer = AdapterObserver(recorder, None, slots=slots, max_rank=8)
+        assignment = make_slots(slots, events=observer.events, ranks=ranks, pinned_names=pinned)
+        self.adapters = EngineAdapters(
+            self.store,
+            self.workers,
+            assignment,
+            ranks,
+            observer,
+            asks_late=asks_late,
+            required=required,
+            signing_keys=signing_keys,
+        )
+        self.is_restarted = False
+
+    def poll(self) -> None:
+        self.adapters.poll()
+        self.check()
+
+    def step(self, *running: int) -> None:
+        """A step with these adapters is scheduled."""
+        self.adapters.running(frozenset(running))
+        self.check()
+
+    def host(self, number: int, pack: int | None = None, **content) -> None:
+        """A request has come for an adapter, and the store has it."""
+        self.adapters.want(lora(number))
+        self.store.loaded(pack_info(pack or number, **content))
+        self.poll()
+
+    def fill(self, number: int, pack: int | None = None, **content) -> None:
+        """A request has come for an adapter, and it is in its slot."""
+        self.host(number, pack, **content)
+        assert self.adapters.is_ready(number)
+        assert not self.adapters.bring(number)
+        self.poll()
+        self.workers.filled()
+        self.poll()
+        assert self.adapters.bring(number)
+        self.step(number)
+
+    def idle(self) -> None:
+        """Nothing runs any more, and nobody comes back for a slot."""
+        for _ in range(2):
+            self.step()
+
+    def restart_store(self) -> None:
+        self.store.restart()
+        self.is_restarted = True
+        self.poll()
+
+    def check(self) -> None:
+        """What workers read stays in host memory meanwhile."""
+        for order in [] if self.is_restarted else self.workers.orders:
+            assert self.store.leases[order.pack.pack], f"{order} reads what may be gone"
+
+    def all_is_given_back(self) -> None:
+        """All orders are answered and all requests over: nothing is on lease."""
+        self.adapters.poll()
+        for order in list(self.workers.orders):
+            self.workers.filled(order)
+        self.adapters.poll()
+        assert not self.store.leased

@@ -1,0 +1,988 @@
+"""What an engine core knows of its adapters, and asks of the store and the workers."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.engine.parties import Engine, lora, pack_info
+from tests.metrics.readings import recorder, shown
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.engine import registrations
+from vllm_multilora.integration.failures import AdapterRefusedError
+from vllm_multilora.integration.fill_link import Filled, Missing
+from vllm_multilora.integration.orders import Check, Fill
+from vllm_multilora.slots.errors import PinLimitError
+from vllm_multilora.states import AdapterState
+from vllm_multilora.tenants.on_request import RequestTenant
+
+
+@pytest.fixture
+def engines() -> Iterator[Callable[..., Engine]]:
+    """Makes engines; at the end every request is over, and every lease must be given back."""
+    made: list[Engine] = []
+
+    def make(**options) -> Engine:
+        made.append(Engine(**options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        for number in [entry.number for entry in engine.adapters.known()]:
+            engine.adapters.drop(number)
+        engine.all_is_given_back()
+
+
+@pytest.fixture
+def engine(engines) -> Engine:
+    return engines()
+
+
+# From the request to the slot
+
+
+def test_a_request_takes_its_adapter_from_the_disk_to_a_slot(engine):
+    adapters = engine.adapters
+    assert adapters.state(1) is AdapterState.ABSENT
+    adapters.want(lora(1))
+    assert adapters.state(1) is AdapterState.QUEUED
+    assert not adapters.is_ready(1)
+    engine.store.reading()
+    engine.poll()
+    assert adapters.state(1) is AdapterState.READING
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    assert adapters.state(1) is AdapterState.HOST
+    assert adapters.is_ready(1)
+    assert not adapters.bring(1)
+    engine.poll()
+    order = engine.workers.only()
+    assert isinstance(order, Fill)
+    assert (order.slot, order.pack.pack) == (0, 7)
+    engine.workers.filled(ranks=[0])
+    engine.poll()
+    assert adapters.state(1) is AdapterState.HOST
+    assert engine.store.leased == {7: 1}
+    engine.workers.filled(ranks=[1])
+    engine.poll()
+    assert adapters.state(1) is AdapterState.SLOT
+    assert adapters.bring(1)
+    assert engine.store.leased == {}
+
+
+def test_many_requests_of_an_adapter_want_it_once(engine):
+    for _ in range(3):
+        engine.adapters.want(lora(1))
+        assert not engine.adapters.is_ready(1)
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    for _ in range(3):
+        assert engine.adapters.is_ready(1)
+        engine.adapters.bring(1)
+        engine.poll()
+    assert engine.workers.only().slot == 0
+    assert not engine.store.wants
+
+
+def test_without_a_slot_to_spare_an_adapter_stays_in_host_memory(engine):
+    for number in (1, 2):
+        engine.fill(number)
+        engine.step(1, number)
+    engine.host(3)
+    assert engine.adapters.is_ready(3)
+    assert not engine.adapters.bring(3)
+    engine.poll()
+    assert not engine.workers.orders
+    assert engine.store.leased == {3: 1}
+
+
+def test_the_store_is_told_what_steps_use_when_that_has_changed(engine):
+    """All of it: the store tells itself who has joined, after a pause as well."""
+    engine.fill(1, 10)
+    engine.step(1)
+    engine.fill(2, 20)
+    engine.step(1, 2)
+    engine.step()
+    engine.step(1)
+    assert engine.store.used_packs == [[10], [20], [10, 20], [], [10]]
+
+
+def test_a_copy_that_fails_on_one_rank_fails_the_adapter_and_no_other(engine):
+    engine.fill(1)
+    engine.host(2)
+    engine.adapters.bring(2)
+    engine.poll()
+    order = engine.workers.only()
+    engine.workers.refused(ranks=[1])
+    engine.poll()
+    assert engine.adapters.state(2) is AdapterState.FAILED
+    assert engine.adapters.failure(2).message == "it does not fit"
+    assert not engine.adapters.is_ready(2)
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    engine.workers.filled(order, ranks=[0])
+    engine.poll()
+    assert engine.adapters.slots.contents == (1, None)
+
+
+def test_a_pack_stays_on_lease_until_the_last_rank_has_answered(engine):
+    engine.host(1)
+    engine.adapters.bring(1)
+    engine.poll()
+    order = engine.workers.only()
+    engine.workers.refused(ranks=[0])
+    engine.poll()
+    assert engine.store.leased == {1: 1}
+    engine.workers.filled(order, ranks=[1])
+    engine.poll()
+    assert engine.store.leased == {}
+
+
+# Failures
+
+
+def test_a_new_request_is_a_new_try(engine):
+    engine.adapters.want(lora(1))
+    engine.store.failed(kind=FailureKind.GONE)
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.FAILED
+    assert engine.adapters.failure(1).kind is FailureKind.GONE
+    assert not engine.adapters.is_ready(1)
+    assert not engine.store.wants
+    engine.adapters.want(lora(1))
+    assert engine.adapters.state(1) is AdapterState.QUEUED
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+
+
+# Requests that end early
+
+
+def test_an_aborted_request_takes_its_want_back(engine):
+    engine.adapters.want(lora(1))
+    engine.adapters.drop(1)
+    assert not engine.store.wants
+    assert engine.adapters.state(1) is AdapterState.ABSENT
+
+
+def test_an_aborted_request_takes_back_an_answer_that_nobody_has_looked_at(engine):
+    engine.adapters.want(lora(1))
+    engine.store.loaded(pack_info(7))
+    engine.adapters.drop(1)
+    assert not engine.store.leased
+
+
+def test_an_aborted_request_gives_the_lease_back(engine):
+    engine.host(1)
+    engine.adapters.drop(1)
+    assert not engine.store.leased
+    assert engine.adapters.state(1) is AdapterState.HOST
+
+
+def test_a_copy_for_an_aborted_request_is_made_to_its_end(engine):
+    engine.host(1)
+    engine.adapters.bring(1)
+    engine.poll()
+    engine.adapters.drop(1)
+    engine.check()
+    engine.workers.filled()
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    assert not engine.store.leased
+
+
+def test_dropping_what_nobody_knows_is_no_matter(engine):
+    engine.adapters.drop(5)
+
+
+# Losses
+
+
+def test_an_adapter_evicted_while_its_requests_wait_is_wanted_again(engine):
+    engine.host(1)
+    engine.adapters.drop(1)
+    engine.store.evict(1)
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.ABSENT
+    engine.adapters.want(lora(1))
+    engine.store.loaded(pack_info(2))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+
+
+def test_an_adapter_in_a_slot_does_not_need_host_memory(engine):
+    engine.fill(1)
+    engine.store.evict(1)
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    engine.adapters.want(lora(1))
+    assert engine.adapters.is_ready(1)
+    assert not engine.store.wants
+
+
+def test_a_store_that_is_started_again_is_asked_again_for_what_waits(engine):
+    engine.fill(1)
+    engine.host(2)
+    engine.adapters.want(lora(3))
+    want = engine.store.only()
+    engine.restart_store()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    assert not engine.adapters.is_ready(2)
+    assert engine.store.wants.keys() > {want.ticket}
+    again = next(one for one in engine.store.wants.values() if one.adapter == 2)
+    engine.store.loaded(pack_info(20), again)
+    engine.store.loaded(pack_info(30), want)
+    engine.poll()
+    assert engine.adapters.is_ready(2)
+    assert engine.adapters.is_ready(3)
+
+
+def test_a_copy_that_fails_because_the_store_has_gone_is_made_again(engine):
+    engine.host(1)
+    engine.adapters.bring(1)
+    engine.poll()
+    engine.workers.refused()  # told before the engine core has heard of the store's end
+    engine.restart_store()
+    assert engine.adapters.failure(1) is None
+    assert not engine.adapters.is_ready(1)
+    engine.store.loaded(pack_info(2))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+
+
+def test_nobody_waits_for_a_store_that_has_gone_to_forget(engine):
+    engine.fill(1)
+    engine.step()
+    gone = engine.adapters.remove(1)
+    engine.restart_store()
+    assert gone.result(0) is True
+
+
+def test_slots_that_are_lost_are_filled_again(engine):
+    engine.fill(1)
+    engine.adapters.slots_lost()
+    assert engine.adapters.unfilled == {1}
+    assert engine.adapters.state(1) is AdapterState.HOST
+    assert not engine.adapters.is_ready(1)
+    engine.store.loaded(pack_info(1), was_read=False)
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+    engine.adapters.bring(1)
+    engine.poll()
+    engine.workers.filled()
+    engine.poll()
+    assert engine.adapters.bring(1)
+    assert engine.adapters.unfilled == frozenset()
+
+
+@pytest.mark.parametrize("is_sent", [True, False], ids=["order sent", "order not sent yet"])
+def test_slots_lost_while_one_is_filled(engine, is_sent):
+    engine.host(1)
+    engine.adapters.bring(1)
+    if is_sent:
+        engine.poll()
+    engine.adapters.slots_lost()
+    engine.poll()
+    engine.workers.filled()
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.HOST
+    assert not engine.store.leased
+    assert not engine.adapters.is_ready(1)
+    engine.store.loaded(pack_info(1))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+
+
+def test_a_worker_without_an_adapter_has_it_filled_again(engine):
+    engine.fill(1)
+    engine.workers.say(Missing(1), ranks=[0])
+    engine.poll()
+    assert engine.adapters.take_lost().keys() == {1}
+    assert engine.adapters.take_lost() == {}
+    engine.adapters.drop(1)
+    engine.step()
+    engine.adapters.want(lora(1))
+    engine.store.loaded(pack_info(1))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+    assert not engine.adapters.bring(1)
+
+
+def test_answers_to_orders_that_nobody_knows_are_no_matter(engine):
+    for order in (99, -99):
+        engine.workers.say_anything(Filled(order, 0.1))
+    engine.poll()
+    assert not engine.adapters.known()
+
+
+# New versions
+
+
+def test_a_reload_of_the_same_weights_copies_nothing(engine):
+    engine.fill(1, 10, digest="same")
+    engine.adapters.want(lora(1, inplace=True))
+    assert engine.store.only().fresh
+    engine.store.loaded(pack_info(11, "same"))
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    assert engine.adapters.bring(1)
+    assert not engine.store.leased
+
+
+def test_a_reload_of_other_weights_waits_for_the_running_requests(engine):
+    engine.fill(1, 10)
+    engine.adapters.want(lora(1, inplace=True))
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+    assert not engine.adapters.bring(1)
+    engine.step(1)
+    assert not engine.workers.orders
+    engine.idle()
+    assert not engine.adapters.bring(1)
+    engine.poll()
+    order = engine.workers.only()
+    assert (order.slot, order.pack.pack) == (0, 11)
+    engine.workers.filled()
+    engine.poll()
+    assert engine.adapters.bring(1)
+    assert not engine.store.leased
+
+
+def test_a_version_that_comes_while_the_one_before_is_copied_takes_nothing_away(engine):
+    engine.host(1, 10)
+    engine.adapters.bring(1)
+    engine.poll()
+    engine.adapters.want(lora(1, inplace=True))
+    assert not engine.adapters.is_ready(1)
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert engine.store.leased == {10: 1, 11: 1}
+    engine.workers.filled()
+    engine.poll()
+    assert engine.store.leased == {11: 1}
+    assert engine.adapters.is_ready(1)
+
+
+def test_a_version_whose_request_is_aborted_is_not_kept_for_the_running_ones(engine):
+    """The scheduler drops an adapter with its last request."""
+    engine.fill(1, 10)
+    engine.adapters.want(lora(1, inplace=True))
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    engine.adapters.drop(1)
+    assert not engine.store.leased
+
+
+@pytest.mark.parametrize("by", ["request", "registration"])
+def test_a_stale_version_makes_room_for_the_new_one(engine, by):
+    """Where host memory holds one adapter, the new version would wait for it for ever."""
+    engine.host(1, 10)
+    if by == "request":
+        engine.adapters.want(lora(1, inplace=True))
+    else:
+        engine.adapters.register(lora(1, inplace=True))
+        engine.store.loaded(pack_info(0, "newer"))
+        engine.poll()
+        assert not engine.adapters.is_ready(1)
+    assert engine.store.only().fresh
+    assert not engine.store.leased
+
+
+@pytest.mark.parametrize("place", ["slot", "host"])
+def test_a_reload_of_broken_files_leaves_the_version_before_serving(engine, place):
+    if place == "slot":
+        engine.fill(1, 10)
+    else:
+        engine.host(1, 10)
+    engine.adapters.want(lora(1, inplace=True))
+    engine.store.failed()
+    engine.poll()
+    assert engine.adapters.failure(1, reload=True).message == "it is bad"
+    assert not engine.adapters.is_ready(1, reload=True)
+    assert engine.adapters.failure(1) is None
+    if place == "host":
+        assert not engine.adapters.is_ready(1)
+        assert not engine.store.only().fresh
+        engine.store.loaded(pack_info(10), was_read=False)
+        engine.poll()
+    assert engine.adapters.is_ready(1)
+    assert engine.adapters.bring(1) is (place == "slot")
+
+
+def test_a_new_reload_is_a_new_try(engine):
+    engine.fill(1, 10)
+    engine.adapters.want(lora(1, inplace=True))
+    engine.store.failed()
+    engine.poll()
+    engine.adapters.want(lora(1, inplace=True))
+    assert engine.adapters.failure(1, reload=True) is None
+    assert engine.store.only().fresh
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert engine.adapters.is_ready(1, reload=True)
+
+
+def test_a_version_that_was_registered_and_cannot_be_had_does_not_leave_the_one_before_serving(
+    engine,
+):
+    """The operator was told that the new one serves."""
+    engine.fill(1, 10)
+    future = engine.adapters.register(lora(1, inplace=True))
+    engine.store.loaded(pack_info(0, "newer"))
+    engine.poll()
+    assert future.result(0) is True
+    engine.adapters.want(lora(1))
+    engine.store.failed()
+    engine.poll()
+    assert engine.adapters.failure(1).message == "it is bad"
+    engine.adapters.want(lora(1))
+    assert engine.store.only().fresh
+
+
+# Two adapters under one number
+
+
+def test_a_number_whose_adapter_nobody_uses_may_become_another_adapters(engine):
+    engine.fill(1, 10)
+    engine.step()
+    engine.adapters.drop(1)
+    assert engine.adapters.want(lora(1, path="/adapters/other")) is None
+    assert engine.store.forgotten == [1]
+    assert engine.store.only().path == "/adapters/other"
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+    assert not engine.adapters.bring(1)
+
+
+def test_a_number_that_requests_use_stays_their_adapters(engine):
+    engine.fill(1, 10)
+    failure = engine.adapters.want(lora(1, path="/adapters/other"))
+    assert failure.kind is FailureKind.INVALID
+    assert "/adapters/1" not in failure.message
+    assert_refused(engine.adapters.register(lora(1, path="/adapters/other")))
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    assert not engine.store.wants
+
+
+# Registrations
+
+
+def assert_refused(future) -> AdapterRefusedError:
+    error = future.exception(0)
+    assert isinstance(error, AdapterRefusedError)
+    return error
+
+
+def test_an_adapter_is_registered_when_it_was_checked(engine):
+    future = engine.adapters.register(lora(1))
+    want = engine.store.only()
+    assert (want.keep, want.fresh) == (False, False)
+    assert not future.done()
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    assert future.result(0) is True
+    assert engine.adapters.state(1) is AdapterState.HOST
+
+
+def test_an_adapter_that_finds_no_room_is_registered_as_well(engine):
+    future = engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(0, "digest", special=True))
+    engine.poll()
+    assert future.result(0) is True
+    assert engine.adapters.state(1) is AdapterState.ABSENT
+    engine.adapters.want(lora(1))
+    assert engine.store.only().keep
+
+
+def test_what_is_there_is_registered_at_once(engine):
+    engine.fill(1)
+    assert engine.adapters.register(lora(1)).result(0) is True
+    assert not engine.store.wants
+
+
+def test_registering_anew_looks_at_the_files_again(engine):
+    engine.fill(1, 10)
+    future = engine.adapters.register(lora(1, inplace=True))
+    assert engine.store.only().fresh
+    assert not future.done()
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert future.result(0) is True
+    assert engine.adapters.state(1) is AdapterState.HOST
+
+
+def test_registering_anew_while_the_files_are_checked_looks_at_them_again(engine):
+    first = engine.adapters.register(lora(1))
+    second = engine.adapters.register(lora(1, inplace=True))
+    assert engine.store.only().fresh
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert (first.result(0), second.result(0)) == (True, True)
+
+
+def test_a_refused_registration_says_all_problems_and_leaves_nothing(engine):
+    future = engine.adapters.register(lora(1))
+    problems = [{"message": "rank 400", "hint": "raise --max-lora-rank"}]
+    engine.store.failed(problems=problems)
+    engine.poll()
+    error = assert_refused(future)
+    assert error.problems == problems
+    assert engine.adapters.state(1) is AdapterState.ABSENT
+    assert engine.store.forgotten == [1]
+
+
+def test_a_reload_that_fails_leaves_the_version_before_serving(engine):
+    engine.fill(1, 10)
+    future = engine.adapters.register(lora(1, inplace=True))
+    engine.store.failed()
+    engine.poll()
+    assert_refused(future)
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    engine.adapters.want(lora(1))
+    assert engine.adapters.bring(1)
+
+
+def test_workers_check_what_vllm_fills_in(engine):
+    future = engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(7, special=True))
+    engine.poll()
+    assert engine.store.only().keep
+    engine.store.loaded(pack_info(7, special=True), was_read=False)
+    engine.poll()
+    assert isinstance(engine.workers.only(), Check)
+    assert engine.adapters.state(1) is AdapterState.READING
+    engine.workers.filled(ranks=[0])
+    engine.poll()
+    assert not future.done()
+    engine.workers.filled(ranks=[1])
+    engine.poll()
+    assert future.result(0) is True
+    assert engine.adapters.state(1) is AdapterState.HOST
+    assert not engine.store.leased
+
+
+def begin_check(engine: Engine, number: int, pack: int, *, inplace: bool = False):
+    future = engine.adapters.register(lora(number, inplace=inplace))
+    engine.store.loaded(pack_info(pack, special=True))
+    engine.poll()
+    engine.store.loaded(pack_info(pack, special=True))
+    engine.poll()
+    return future
+
+
+def test_what_workers_refuse_is_not_registered(engine):
+    future = begin_check(engine, 1, 7)
+    engine.workers.refused(ranks=[0])
+    engine.poll()
+    assert assert_refused(future).failure.message == "it does not fit"
+    assert engine.adapters.state(1) is AdapterState.ABSENT
+    engine.workers.refused(ranks=[1])
+    engine.poll()
+    assert not engine.store.leased
+
+
+def test_a_version_that_workers_refuse_does_not_take_the_place_of_the_one_before(engine):
+    engine.fill(1, 10)
+    future = begin_check(engine, 1, 11, inplace=True)
+    engine.workers.refused()
+    engine.poll()
+    assert_refused(future)
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    assert engine.adapters.bring(1)
+
+
+def test_weights_that_are_in_a_slot_need_no_check(engine):
+    engine.fill(1, 10, digest="same", special=True)
+    future = engine.adapters.register(lora(1, inplace=True))
+    engine.store.loaded(pack_info(11, "same", special=True))
+    engine.poll()
+    assert future.result(0) is True
+
+
+def test_a_check_reads_on_when_the_requests_beside_it_are_aborted(engine):
+    future = begin_check(engine, 1, 7)
+    engine.adapters.want(lora(1))
+    if engine.store.wants:
+        engine.store.loaded(pack_info(7, special=True))
+        engine.poll()
+    engine.adapters.drop(1)
+    engine.check()
+    engine.workers.filled()
+    engine.poll()
+    assert future.result(0) is True
+
+
+def test_an_adapter_that_was_used_once_is_not_kept_for_its_check(engine):
+    engine.fill(1, 10)
+    engine.step()
+    engine.adapters.drop(1)
+    future = begin_check(engine, 1, 11, inplace=True)
+    engine.workers.filled()
+    engine.poll()
+    assert future.result(0) is True
+    assert not engine.store.leased
+
+
+def test_a_check_whose_store_has_gone_is_made_again(engine):
+    future = begin_check(engine, 1, 7)
+    order = engine.workers.only()
+    engine.restart_store()
+    engine.workers.refused(order)
+    engine.poll()
+    assert not future.done()
+    engine.store.loaded(pack_info(0, special=True))
+    engine.poll()
+    assert future.result(0) is True
+
+
+def test_a_registration_and_a_request_that_fail_together(engine):
+    future = engine.adapters.register(lora(1))
+    engine.adapters.want(lora(1))
+    for want in list(engine.store.wants.values()):
+        engine.store.failed(want)
+    engine.poll()
+    assert_refused(future)
+    assert engine.adapters.state(1) is AdapterState.FAILED
+    assert not engine.adapters.is_ready(1)
+
+
+def test_a_registration_gets_the_answer_of_its_own_check(engine):
+    """A request's want of what was there before the files changed may fail beside it."""
+    engine.adapters.want(lora(1))
+    request_want = engine.store.only()
+    future = engine.adapters.register(lora(1, inplace=True))
+    check_want = engine.store.wants[2]
+    engine.store.failed(request_want)
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.FAILED
+    assert not future.done()
+    engine.store.loaded(pack_info(7), check_want)
+    engine.poll()
+    assert future.result(0) is True
+    assert engine.adapters.state(1) is AdapterState.HOST
+
+
+# Pins
+
+
+def test_a_pinned_adapter_gets_a_slot_at_once_and_keeps_it(engine):
+    engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    future = engine.adapters.pin(1)
+    assert engine.store.only().keep
+    engine.store.loaded(pack_info(7), was_read=False)
+    engine.poll()
+    assert future.result(0) is True
+    engine.workers.filled()
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    for number in (2, 3):
+        engine.fill(number)
+        engine.idle()
+    assert engine.adapters.slots.contents == (1, 3)
+
+
+def test_no_more_than_all_slots_but_one_are_pinned(engine):
+    for number in (1, 2):
+        engine.fill(number)
+    assert engine.adapters.pin(1).result(0) is True
+    with pytest.raises(PinLimitError):
+        engine.adapters.pin(2)
+    with pytest.raises(ValueError, match="never added"):
+        engine.adapters.pin(9)
+
+
+def test_a_pin_that_finds_no_slot_keeps_nothing_on_lease(engine):
+    for number in (1, 2):
+        engine.fill(number)
+        engine.step(1, number)
+    engine.adapters.register(lora(3))
+    engine.store.loaded(pack_info(3))
+    engine.poll()
+    future = engine.adapters.pin(3)
+    engine.store.loaded(pack_info(3))
+    engine.poll()
+    assert future.result(0) is True
+    assert not engine.store.leased
+
+
+def test_an_adapter_that_cannot_be_had_is_not_pinned(engine):
+    engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(0, "digest"))
+    engine.poll()
+    future = engine.adapters.pin(1)
+    engine.store.failed(kind=FailureKind.UNREADABLE)
+    engine.poll()
+    assert_refused(future)
+    assert 1 not in engine.adapters.slots.pins
+
+
+def test_a_pin_outlives_the_requests_that_wait_beside_it(engine):
+    engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(0, "digest"))
+    engine.poll()
+    future = engine.adapters.pin(1)
+    engine.adapters.want(lora(1))
+    engine.adapters.drop(1)
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    assert future.result(0) is True
+    assert engine.workers.only().pack.pack == 7
+
+
+def test_names_of_the_settings_are_pinned(engines):
+    engine = engines(pinned=["adapter 1"])
+    for number in (1, 2, 3):
+        engine.fill(number)
+        engine.idle()
+    assert engine.adapters.slots.contents == (1, 3)
+
+
+# Removal
+
+
+def test_an_adapter_that_nobody_knows_cannot_be_removed(engine):
+    assert engine.adapters.remove(1).result(0) is False
+
+
+@pytest.mark.parametrize("stage", ["queued", "loaded", "filling", "filled", "checking"])
+def test_a_removed_adapter_leaves_nothing_at_any_stage(engine, stage):
+    registered = None
+    if stage == "checking":
+        registered = begin_check(engine, 1, 7)
+    else:
+        engine.adapters.want(lora(1))
+        if stage != "queued":
+            engine.store.loaded(pack_info(7))
+            engine.poll()
+        if stage in ("filling", "filled"):
+            engine.adapters.bring(1)
+            engine.poll()
+        if stage == "filled":
+            engine.workers.filled()
+    gone = engine.adapters.remove(1)
+    engine.check()
+    assert not gone.done()
+    engine.store.forgets()
+    engine.poll()
+    assert gone.result(0) is True
+    assert engine.adapters.state(1) is AdapterState.ABSENT
+    assert engine.adapters.slots.contents == (None, None)
+    if registered is not None:
+        assert assert_refused(registered).failure.kind is FailureKind.GONE
+    engine.all_is_given_back()
+    assert engine.adapters.slots.contents == (None, None)
+
+
+def test_the_answers_to_a_removed_adapters_orders_mean_nothing_to_its_successor(engine):
+    engine.host(1, 10)
+    engine.adapters.bring(1)
+    engine.poll()
+    old = engine.workers.only()
+    engine.adapters.remove(1)
+    engine.host(1, 11)
+    engine.adapters.bring(1)
+    engine.poll()
+    engine.workers.filled(old)
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.HOST
+    engine.workers.filled()
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+
+
+# Many adapters
+
+
+@pytest.fixture
+def few(monkeypatch) -> int:
+    monkeypatch.setattr(registrations, "MOST_KNOWN", 4)
+    return 4
+
+
+def known(engine: Engine) -> list[int]:
+    return [entry.number for entry in engine.adapters.known()]
+
+
+def test_adapters_that_are_nowhere_are_forgotten_when_there_are_too_many(engine, few):
+    for number in range(1, 8):
+        engine.adapters.want(lora(number))
+        engine.adapters.drop(number)
+    engine.adapters.want(lora(5))
+    engine.adapters.drop(5)
+    engine.adapters.want(lora(8))
+    assert known(engine) == [6, 7, 5, 8]
+    assert not engine.store.forgotten
+    assert engine.adapters.observer.usage.of(1) == engine.adapters.observer.usage.of(99)
+
+
+def test_adapters_that_are_somewhere_or_wanted_are_not_forgotten(engines, few):
+    engine = engines(pinned=["adapter 4"])
+    engine.fill(1)
+    engine.host(2)
+    engine.adapters.want(lora(3))
+    engine.adapters.want(lora(4))
+    engine.adapters.drop(4)
+    registered = engine.adapters.register(lora(5))
+    for number in range(6, 20):
+        engine.adapters.want(lora(number))
+        engine.adapters.drop(number)
+    assert {1, 2, 3, 4, 5} < set(known(engine))
+    assert len(known(engine)) == 6
+    assert not registered.done()
+
+
+def test_an_adapter_that_was_forgotten_is_asked_for_anew(engine, few):
+    engine.adapters.want(lora(1))
+    engine.store.failed()
+    engine.poll()
+    engine.adapters.drop(1)
+    for number in range(2, 6):
+        engine.adapters.want(lora(number))
+    assert 1 not in known(engine)
+    engine.adapters.want(lora(1))
+    assert 1 in {want.adapter for want in engine.store.wants.values()}
+
+
+def test_an_eviction_is_that_of_all_adapters_that_are_the_pack(engine):
+    for number in (1, 2):
+        engine.host(number, 10)
+        engine.adapters.drop(number)
+    engine.host(3, 30)
+    engine.store.evict(10)
+    engine.poll()
+    states = [engine.adapters.state(number) for number in (1, 2, 3)]
+    assert states == [AdapterState.ABSENT, AdapterState.ABSENT, AdapterState.HOST]
+
+
+# Where the engine waits for the store
+
+
+def test_a_store_that_makes_everybody_wait_is_asked_when_a_request_is_about_to_run(engines):
+    engine = engines(asks_late=True)
+    engine.adapters.want(lora(1))
+    assert not engine.store.wants
+    want = engine.store.want
+
+    def want_and_load(*args, **kwargs):
+        ticket = want(*args, **kwargs)
+        engine.store.loaded(pack_info(7))
+        return ticket
+
+    engine.store.want = want_and_load
+    assert engine.adapters.is_ready(1)
+    assert not engine.adapters.bring(1)
+
+
+class Only:
+    """Requires a digest of one adapter."""
+
+    def __init__(self, name: str, digest: str) -> None:
+        self.name, self.digest = name, digest
+
+    def refuse(self, name: str, digest: str) -> str | None:
+        return None if (name, digest) == (self.name, self.digest) else "another is required"
+
+
+def test_other_weights_than_those_required_are_refused_and_kept_by_nobody():
+    engine = Engine(2, ranks=1, required=Only("adapter 1", "right"))
+    wrong = engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(1, "wrong"))
+    engine.poll()
+    assert wrong.exception().failure.message == "another is required"
+    right = engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(2, "right"))
+    engine.poll()
+    assert right.result() is True
+    assert engine.adapters.want(lora(2)) is None
+    engine.store.loaded(pack_info(3, "wrong"))
+    engine.poll()
+    assert engine.adapters.failure(2).kind is FailureKind.INVALID
+    engine.adapters.drop(2)
+    engine.all_is_given_back()
+
+
+def test_a_changed_file_of_keys_has_adapters_in_memory_looked_at_again(tmp_path):
+    keys = tmp_path / "keys.pem"
+    keys.write_text("one")
+    engine = Engine(1, ranks=1, signing_keys=str(keys))
+    engine.adapters.want(lora(1))
+    assert engine.store.only().fresh
+    engine.store.loaded(pack_info(1))
+    engine.poll()
+    for text, is_fresh, is_signed in (
+        (None, False, True),
+        ("one more", True, False),
+        (None, True, True),  # a refusal is no answer for the next one
+        (None, False, True),
+    ):
+        engine.adapters.drop(1)
+        if text is not None:
+            keys.write_text(text)
+        engine.adapters.want(lora(1))
+        assert engine.store.only().fresh is is_fresh
+        if is_signed:
+            engine.store.loaded(pack_info(1), was_read=is_fresh)
+        else:
+            engine.store.failed()
+        engine.poll()
+    engine.adapters.drop(1)
+    engine.all_is_given_back()
+
+
+def test_a_slot_that_an_unloaded_adapter_leaves_is_shown_as_free(tmp_path):
+    engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
+    engine.fill(1)
+    engine.adapters.drop(1)
+    engine.poll()
+    assert shown(tmp_path)["vllm:lora_slots_free{engine=0}"] == 1
+    engine.adapters.remove(1)
+    engine.store.forgets()
+    engine.poll()
+    assert shown(tmp_path)["vllm:lora_slots_free{engine=0}"] == 2
+
+
+def test_an_adapter_that_was_in_memory_already_is_shown_with_its_rank(tmp_path):
+    """Under another name, or for another server of the store."""
+    engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
+    engine.adapters.want(lora(1))
+    engine.store.loaded(pack_info(1), was_read=False)
+    engine.poll()
+    info = "vllm:lora_adapter_info{engine=0,lora_name=adapter 1,pinned=false,rank=8,tier=cpu}"
+    found = shown(tmp_path)
+    assert found[info] == 1
+    assert not any(key.startswith("vllm:lora_adapter_load_total") for key in found)
+    engine.adapters.drop(1)
+
+
+ACME, OTHER = RequestTenant("acme", 1.0, 3), RequestTenant("other")
+
+
+def test_the_store_is_told_whose_requests_wait(engine):
+    engine.adapters.want(lora(1), ACME)
+    want = engine.store.only()
+    assert (want.owners, want.most) == (("acme",), 3)
+    engine.adapters.want(lora(1), ACME)
+    engine.adapters.want(lora(1), OTHER)
+    engine.adapters.want(lora(1))
+    want = engine.store.only()
+    assert (want.owners, want.most) == (("acme", "other"), 3)
+
+
+def test_an_adapter_that_is_lost_while_requests_wait_is_asked_for_in_their_tenants_name(engine):
+    engine.adapters.want(lora(1), OTHER)
+    engine.store.loaded(pack_info(1))
+    engine.poll()
+    engine.restart_store()
+    assert not engine.adapters.is_ready(1)
+    assert engine.store.only().owners == ("other",)
+
+
+def test_whose_requests_have_ended_is_forgotten(engine):
+    engine.adapters.want(lora(1), ACME)
+    engine.adapters.drop(1)
+    engine.adapters.want(lora(1))
+    want = engine.store.only()
+    assert (want.owners, want.most) == ((), None)

@@ -1,0 +1,406 @@
+"""Fair shares over vLLM's own schedulers: who is next, how much of a prompt, and what it costs."""
+
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.config import VllmConfig
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from tests.engine.parties import Engine, pack_info
+from tests.engine.real_scheduler import BLOCK_SIZE, SCHEDULERS, Steps, make_config
+from vllm_multilora.integration.engine import scheduler as scheduler_module
+from vllm_multilora.integration.engine.fair_scheduler import (
+    BASE_MODEL,
+    FairSharesMixin,
+    party_of,
+)
+
+PLACES, STEP_TOKENS, LIMIT = 4, 256, 32
+PARTY = ("adapter", "adapter-1")
+
+
+@pytest.fixture(autouse=True)
+def no_naps(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_IDLE_S", 0.0)
+    monkeypatch.setattr(scheduler_module, "engine_recorder", lambda config: None)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    made: dict[tuple, VllmConfig] = {}
+
+    def get(**options) -> VllmConfig:
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            folder: Path = tmp_path_factory.mktemp("model")
+            given = {"places": PLACES, "step_tokens": STEP_TOKENS, "fair_prefill_tokens": LIMIT}
+            made[key] = make_config(folder, **{"fair_shares": True} | given | options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(params=SCHEDULERS, ids=lambda base: base.__name__)
+def steps(request, configs):
+    return Steps(configs(), request.param)
+
+
+def run(steps: Steps, count: int) -> Counter[str]:
+    """Tokens of each request in so many steps."""
+    tokens: Counter[str] = Counter()
+    for _ in range(count):
+        tokens.update(steps.step())
+    return tokens
+
+
+def of(tokens: Counter[str], party: str) -> int:
+    return sum(count for name, count in tokens.items() if name.startswith(party))
+
+
+def waiting(steps: Steps, party: str) -> int:
+    return sum(request.request_id.startswith(party) for request in steps.scheduler.waiting)
+
+
+@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
+@pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])
+def test_a_late_request_stands_before_a_flood_that_came_first(configs, base, fair):
+    steps = Steps(configs(fair_shares=fair), base)
+    for number in range(20):
+        steps.ask(f"flood {number}", adapter=1)
+    run(steps, 2)
+    steps.ask("late", adapter=2)
+    finished = steps.drain()
+    if fair:
+        assert finished.index("late") <= 2 * PLACES
+    else:
+        assert finished[-1] == "late"
+
+
+def test_two_that_both_wait_get_the_same_tokens_however_many_requests_they_have(steps):
+    for number in range(40):
+        steps.ask(f"flood {number}", adapter=1, prompt=64)
+    for number in range(16):
+        steps.ask(f"few {number}", adapter=2, prompt=16, generate=16)
+    costs: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    while waiting(steps, "flood") and waiting(steps, "few"):
+        for name, tokens in steps.step().items():
+            prompt = 64 if name.startswith("flood") else 16
+            for position in range(seen[name], seen[name] + tokens):
+                costs[name.split()[0]] += 1 if position < prompt else 2
+            seen[name] += tokens
+    assert costs["flood"] > 500
+    assert abs(costs["flood"] - costs["few"]) <= PLACES * (64 + 2 * 16)
+
+
+def test_shares_are_by_weight(steps):
+    for number in range(120):
+        steps.ask(f"gold {number}", tenant="gold", weight=3.0)
+        steps.ask(f"plain {number}", tenant="plain")
+    tokens = run(steps, 80)
+    assert waiting(steps, "gold")
+    assert of(tokens, "gold") / of(tokens, "plain") == pytest.approx(3.0, rel=0.15)
+
+
+def test_all_adapters_of_a_tenant_are_one_party(steps):
+    for number in range(40):
+        steps.ask(f"many {number}", tenant="many", adapter=1 + number % 4)
+        steps.ask(f"one {number}", tenant="one", adapter=5)
+    tokens = run(steps, 60)
+    assert of(tokens, "many") / of(tokens, "one") == pytest.approx(1.0, rel=0.1)
+
+
+def test_who_is_charged(steps):
+    assert party_of(steps.ask("a", tenant="acme", adapter=1)) == ("tenant", "acme")
+    assert party_of(steps.ask("b", adapter=1)) == ("adapter", "adapter-1")
+    assert party_of(steps.ask("c")) == BASE_MODEL
+
+
+def test_a_long_prompt_takes_part_of_a_step_only_while_another_one_generates(steps):
+    steps.ask("small", adapter=1, prompt=16, generate=20)
+    run(steps, 3)
+    steps.ask("long", adapter=2, prompt=1800, generate=4)
+    parts = []
+    while "small" in (step := steps.step()):
+        parts.append(step.get("long", 0))
+    # In the step with its first piece it has had nothing yet.
+    assert parts[0] > LIMIT
+    assert set(parts[1:]) == {LIMIT}
+    assert max(steps.step().get("long", 0) for _ in range(3)) == STEP_TOKENS  # alone
+
+
+def test_a_small_requests_prompt_stands_before_the_rest_of_a_long_one(steps):
+    steps.ask("long", adapter=2, prompt=1500, generate=4)
+    run(steps, 2)
+    steps.ask("small", adapter=1, prompt=200)
+    step = steps.step()
+    assert step["small"] == 200
+    assert step["long"] == LIMIT
+
+
+def test_prompts_of_several_heavy_parties_share_the_limit(steps):
+    steps.ask("small", adapter=1, prompt=16, generate=60)
+    run(steps, 2)
+    for number in (2, 3):
+        steps.ask(f"long {number}", adapter=number, prompt=1000)
+    run(steps, 5)
+    for _ in range(10):
+        step = steps.step()
+        assert step["small"] == 1
+        assert of(Counter(step), "long") == LIMIT
+
+
+def test_adapters_of_requests_that_a_step_leaves_out_keep_their_slots(configs):
+    """Else a later step has more adapters than there are slots, which ends the engine."""
+    steps = Steps(configs(places=16, max_loras=3))
+    steps.ask("small", adapter=1, prompt=16, generate=100)
+    run(steps, 2)
+    for number in (2, 3):
+        steps.ask(f"long {number}", adapter=number, prompt=1000)
+    run(steps, 3)  # both have begun, and one of them has all that there is for both
+    steps.ask("fourth", adapter=4, prompt=16)
+    assert "fourth" not in run(steps, 5)
+    steps.drain()
+
+
+def test_without_a_setting_heavy_prompts_have_half_a_step(configs):
+    steps = Steps(configs(fair_prefill_tokens=None))
+    steps.ask("small", adapter=1, generate=40)
+    run(steps, 3)
+    steps.ask("long", adapter=2, prompt=1500)
+    run(steps, 1)
+    assert steps.step()["long"] == STEP_TOKENS // 2
+
+
+def test_equal_parties_are_not_limited(steps):
+    for number in range(2):
+        steps.ask(f"{number}", adapter=number + 1, prompt=600, generate=20)
+    # From the second on both have had a step's worth at least.
+    totals = [sum(steps.step().values()) for _ in range(4)]
+    assert totals[0] == totals[1] == totals[2] == STEP_TOKENS
+
+
+def test_prompts_that_vllm_does_not_divide_are_not_limited(configs):
+    steps = Steps(configs(chunked=False, step_tokens=512))
+    steps.ask("small", adapter=1, generate=40)
+    run(steps, 3)
+    for number in range(2):
+        steps.ask(f"long {number}", adapter=2, prompt=300, generate=20)
+    run(steps, 4)
+    assert {"small", "long 0", "long 1"} <= {r.request_id for r in steps.scheduler.running}
+
+
+@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
+@pytest.mark.parametrize("seed", range(3))
+def test_alone_a_party_is_scheduled_as_without_fair_shares(configs, base, seed):
+    fair, unfair = (Steps(configs(fair_shares=fair), base, blocks=60) for fair in (True, False))
+    numbers = Random(seed)
+    for number in range(200):
+        if numbers.random() < 0.4:
+            sizes = {"prompt": numbers.randint(1, 300), "generate": numbers.randint(1, 30)}
+            for steps in (fair, unfair):
+                steps.ask(f"{number}", adapter=1, **sizes)
+        assert fair.step() == unfair.step()
+    assert fair.scheduler._shares.served(PARTY) == 0  # nothing was counted
+
+
+def test_who_has_had_most_is_preempted_and_charged_once(steps_of):
+    steps = steps_of(blocks=24)
+    for number in range(3):
+        steps.ask(f"large {number}", adapter=1, prompt=90, generate=40)
+    run(steps, 3)
+    steps.ask("small", adapter=2, prompt=20, generate=40)
+    preempted: set[str] = set()
+    before = steps.scheduler._shares.served(PARTY)
+    computed = {r.request_id: r.num_computed_tokens for r in steps.scheduler.running}
+    while "small" in steps.scheduler.requests:
+        steps.step()
+        preempted |= {r.request_id for r in steps.scheduler.requests.values() if r.num_preemptions}
+    assert preempted
+    assert "small" not in preempted
+    charged = steps.scheduler._shares.served(PARTY) - before
+    at_most = sum(90 - min(90, computed.get(f"large {n}", 0)) + 2 * 40 for n in range(3))
+    assert charged <= at_most
+
+
+@pytest.fixture(params=SCHEDULERS, ids=lambda base: base.__name__)
+def steps_of(request, configs):
+    return lambda blocks: Steps(configs(), request.param, blocks=blocks)
+
+
+@pytest.mark.parametrize("is_running", [True, False], ids=["running", "waiting"])
+def test_an_aborted_request_is_nobodys_any_more(steps, is_running):
+    steps.ask("stays", adapter=1, generate=50)
+    for number in range(1 if is_running else 10):
+        steps.ask(f"gone {number}", adapter=2, generate=50)
+    run(steps, 3)
+    gone = [name for name in steps.scheduler.requests if name.startswith("gone")]
+    steps.abort(*gone)
+    assert not steps.scheduler._shares.is_contended
+    assert not steps.scheduler.waiting
+    run(steps, 2)
+    assert steps.scheduler.requests.keys() == {"stays"}
+
+
+def test_an_aborted_part_of_a_queue_leaves_the_rest_in_order(steps):
+    for number in range(12):
+        steps.ask(f"a {number}", adapter=1)
+        steps.ask(f"b {number}", adapter=2)
+    run(steps, 1)
+    left = len(steps.scheduler.waiting)
+    steps.abort("a 5", "b 7", "a 11")
+    assert len(steps.scheduler.waiting) == left - 3 == len(list(steps.scheduler.waiting))
+    finished = steps.drain()
+    for party in "ab":
+        numbers = [int(name.split()[1]) for name in finished if name.startswith(party)]
+        assert sorted(numbers) == list(dict.fromkeys(sorted(numbers)))
+
+
+def test_a_session_that_waits_for_input_holds_up_nobodys_prompts(configs):
+    steps = Steps(configs())
+    session = steps.ask("session", adapter=1, generate=2, resumable=True)
+    while session.status is not RequestStatus.WAITING_FOR_STREAMING_REQ:
+        steps.step()
+    steps.ask("long", adapter=2, prompt=1800)
+    parts = [steps.step()["long"] for _ in range(6)]
+    assert parts.count(STEP_TOKENS) >= len(parts) - 1
+    steps.ask("session", adapter=1, prompt=10, generate=2, resumable=True)
+    step = steps.step()
+    assert step["session"] == 10
+    assert len(steps.scheduler._parties) == 2
+
+
+def test_priorities_are_left_as_they_are(configs):
+    steps = Steps(configs(policy="priority"))
+    assert not isinstance(steps.scheduler, FairSharesMixin)
+    for number in range(12):
+        steps.ask(f"flood {number}", adapter=1, priority=-1)
+    steps.ask("late", adapter=2, priority=0)
+    assert steps.drain()[-1] == "late"
+
+
+def test_fair_shares_need_a_scheduler_that_asks_how_much_to_compute(configs, caplog, monkeypatch):
+    monkeypatch.delattr(Scheduler, "_reserve_prefill_lookahead")
+
+    class Another(Scheduler):
+        pass
+
+    with caplog.at_level("WARNING"):
+        steps = Steps(configs(), Another)
+    assert not isinstance(steps.scheduler, FairSharesMixin)
+    assert "Fair shares are off: Another" in caplog.text
+
+
+class Slots:
+    """A store and workers that have done everything that they were asked, at once."""
+
+    def __init__(self, steps: Steps, slots: int) -> None:
+        self.engine = Engine(slots, ranks=1)
+        self.steps = steps
+        steps.scheduler._slots = slots
+        steps.scheduler.attach_adapters(self.engine.adapters)
+
+    def step(self) -> dict[str, int]:
+        for want in list(self.engine.store.wants.values()):
+            self.engine.store.loaded(pack_info(want.adapter), want)
+        for order in list(self.engine.workers.orders):
+            self.engine.workers.filled(order)
+        return self.steps.step()
+
+
+@pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])
+def test_a_tenant_with_many_adapters_has_no_more_of_the_slots(configs, fair):
+    """Two slots; every adapter always has requests of many lengths, as many as another."""
+    steps = Steps(configs(fair_shares=fair, places=8))
+    slots = Slots(steps, slots=2)
+    lengths, asked, served = Random(0), Counter[int](), Counter[str]()
+    for _ in range(1500):
+        for adapter in range(1, 8):
+            tenant = "one" if adapter == 1 else "many"
+            while asked[adapter] - _ended(steps, f"{tenant} {adapter} ") < 3:
+                asked[adapter] += 1
+                name = f"{tenant} {adapter} {asked[adapter]}"
+                steps.ask(name, tenant=tenant, adapter=adapter, generate=lengths.randint(1, 20))
+        served.update(name.split()[0] for name in slots.step())
+    share = served["one"] / served.total()
+    assert share == pytest.approx(0.45 if fair else 1 / 7, abs=0.1)
+
+
+def _ended(steps: Steps, beginning: str) -> int:
+    return sum(name.startswith(beginning) for name in steps.finished)
+
+
+def test_one_whose_adapter_is_loading_holds_up_nobodys_prompts(configs):
+    steps = Steps(configs())
+    slots = Slots(steps, slots=4)
+    steps.ask("long", adapter=2, prompt=1900)
+    for _ in range(3):
+        slots.step()
+    cold = steps.ask("cold", adapter=1)
+    parts = [steps.step()["long"] for _ in range(4)]  # the store says nothing
+    assert parts.count(STEP_TOKENS) >= 3
+    for _ in range(12):
+        slots.step()
+    assert cold.num_output_tokens
+
+
+TRAFFIC = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b", "c"]),
+        st.integers(1, 400),
+        st.integers(1, 12),
+        st.integers(0, 3),
+        st.booleans(),
+    ),
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
+@settings(max_examples=30, deadline=None)
+@given(traffic=TRAFFIC, blocks=st.sampled_from([40, 10_000]))
+def test_no_step_idles_and_every_request_ends(configs, base, traffic, blocks):
+    """Whatever comes, is aborted or preempted: places are taken, and nothing is left at the end."""
+    steps = Steps(configs(), base, blocks=blocks)
+    names: list[str] = []
+    for number, (party, prompt, generate, pause, aborts) in enumerate(traffic):
+        names.append(f"{party} {number}")
+        steps.ask(names[-1], tenant=party, prompt=prompt, generate=generate)
+        for _ in range(pause):
+            step = steps.step()
+            if steps.leaves_a_place and blocks > 40:
+                # The step is full, or has all the tokens of heavy prompts that it may have.
+                assert sum(step.values()) >= LIMIT
+        if aborts:
+            steps.abort(names[number // 2])
+    steps.drain()
+    assert len(steps.scheduler.waiting) == 0
+    assert not steps.scheduler._parties
+    assert not steps.scheduler._computed
+    assert not steps.scheduler._shares._working
+
+
+def test_prompt_tokens_in_the_prefix_cache_are_free(configs):
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+    steps = Steps(configs(prefix_caching=True))
+    steps.ask("other", adapter=2, generate=200, block_hasher=hasher)
+    # All prompts of one party are the same, and it is never without a request.
+    steps.ask("party", adapter=1, generate=200, block_hasher=hasher)
+    run(steps, 3)
+    charged = []
+    for name in ("first", "second"):
+        before = steps.scheduler._shares.served(PARTY)
+        steps.ask(name, adapter=1, prompt=160, generate=1, first_token=0, block_hasher=hasher)
+        run(steps, 2)
+        assert name in steps.finished
+        charged.append(steps.scheduler._shares.served(PARTY) - before)
+    of_the_other = 2 * 2
+    assert charged == [160 + of_the_other, BLOCK_SIZE + of_the_other]

@@ -1,0 +1,78 @@
+"""Numbers that are not finite are their adapter's fault, unless the base model makes them too."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.engine.quarantine import Quarantine
+
+ACME = SimpleNamespace(lora_int_id=7, lora_name="acme")
+PACK = SimpleNamespace(digest="d1")
+REQUESTS = {
+    "acme's": SimpleNamespace(lora_request=ACME),
+    "base's": SimpleNamespace(lora_request=None),
+}
+
+
+def counted(**counts: int) -> SimpleNamespace:
+    names = {name.replace("_", "'"): count for name, count in counts.items()}
+    return SimpleNamespace(req_ids=list(names), num_nans_in_logits=names, pooler_output=None)
+
+
+def pooled(*results: torch.Tensor | None) -> SimpleNamespace:
+    return SimpleNamespace(
+        req_ids=["acme's", "base's"][: len(results)],
+        num_nans_in_logits=None,
+        pooler_output=list(results),
+    )
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        counted(acme_s=3, base_s=0),
+        pooled(torch.tensor([1.0, float("nan")]), torch.ones(2)),
+        pooled(torch.tensor([float("inf")]), None),
+    ],
+    ids=["logits", "pooled-nan", "pooled-infinity"],
+)
+def test_the_adapter_of_the_request_is_quarantined(output):
+    quarantine = Quarantine()
+    found = quarantine.look(output, REQUESTS, lambda number: PACK)
+    assert found.keys() == {7}
+    assert quarantine.failure(PACK) == found[7]
+    assert found[7].kind is FailureKind.QUARANTINED
+    assert quarantine.failure(SimpleNamespace(digest="d2")) is None
+    quarantine.lift(PACK)
+    assert quarantine.failure(PACK) is None
+
+
+@pytest.mark.parametrize(
+    "output",
+    [counted(acme_s=0), counted(gone_s=5), pooled(torch.zeros(3), torch.ones(3)), pooled()],
+    ids=["finite", "request-has-ended", "pooled", "nothing"],
+)
+def test_sound_steps_quarantine_nobody(output):
+    assert Quarantine().look(output, REQUESTS, lambda number: PACK) == {}
+
+
+def test_nobody_is_quarantined_for_what_the_base_model_makes(caplog):
+    quarantine = Quarantine()
+    assert quarantine.look(counted(acme_s=3, base_s=1), REQUESTS, lambda number: PACK) == {}
+    assert quarantine.look(counted(acme_s=3), REQUESTS, lambda number: PACK) == {}
+    assert sum("base model itself" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("own", [{"prompt_embeds": torch.ones(2)}, {"mm_features": ["an image"]}])
+@pytest.mark.parametrize("lora", [ACME, None], ids=["adapter", "base"])
+def test_what_a_client_has_computed_puts_nobody_out_and_clears_nobody(own, lora):
+    """A client that sends NaN in embeddings could otherwise do either to others' adapters."""
+    quarantine = Quarantine()
+    brought = {"brought": SimpleNamespace(lora_request=lora, **own)}
+    output = SimpleNamespace(
+        req_ids=["brought"], num_nans_in_logits={"brought": 9}, pooler_output=None
+    )
+    assert quarantine.look(output, brought, lambda number: PACK) == {}
+    assert quarantine.look(counted(acme_s=1), REQUESTS, lambda number: PACK).keys() == {7}

@@ -1,0 +1,346 @@
+"""Requests run when their adapter is in its slot, or fail alone."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import RequestStatus
+
+from tests.engine.fake_scheduler import AwareScheduler, FakeRequest
+from tests.engine.parties import Engine, lora, pack_info
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.attached import TENANT
+from vllm_multilora.integration.engine import scheduler as scheduler_module
+from vllm_multilora.integration.fill_link import Missing
+from vllm_multilora.slots.turns import PATIENCE_STEPS
+from vllm_multilora.tenants.on_request import RequestTenant
+
+
+def config(slots: int) -> SimpleNamespace:
+    """What the scheduler asks of vLLM's configuration."""
+    lora_config = SimpleNamespace(max_loras=slots)
+    return SimpleNamespace(lora_config=lora_config, additional_config={})
+
+
+class Server:
+    """A scheduler with its adapters; the test plays the store and the workers."""
+
+    def __init__(self, slots: int = 2, **options) -> None:
+        self.engine = Engine(slots, ranks=1, **options)
+        self.scheduler = AwareScheduler(vllm_config=config(slots))
+        self.scheduler.attach_adapters(self.engine.adapters)
+        self.ended: dict[str, str] = {}
+
+    def ask(self, name: str, number: int | None = None, **options) -> FakeRequest:
+        grammar = options.pop("has_grammar", True)
+        request = FakeRequest(name, lora(number, **options) if number else None, grammar)
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self, *done: str) -> set[str]:
+        """One step, at whose end these requests are done; returns the requests in it."""
+        output = self.scheduler.schedule()
+        found = self.names
+        adapters = self.engine.adapters
+        for request in self.scheduler.running:
+            if request.lora_request is not None:
+                number = request.lora_request.lora_int_id
+                assert adapters.slots.is_filled(number, adapters.slots.pack_in(number))
+        for outputs in self.scheduler.update_from_output(output, done).values():
+            for last in outputs.outputs:
+                assert last.finish_reason is FinishReason.ERROR
+                self.ended[last.request_id] = last.stop_reason
+        self.engine.check()
+        return found
+
+    @property
+    def names(self) -> set[str]:
+        return {request.request_id for request in self.scheduler.running}
+
+    def serve(self, *done: str) -> set[str]:
+        """A step before which the store and the workers have answered everything."""
+        self.answer()
+        return self.step(*done)
+
+    def answer(self) -> None:
+        for want in list(self.engine.store.wants.values()):
+            self.engine.store.loaded(pack_info(want.adapter), want)
+        for order in list(self.engine.workers.orders):
+            self.engine.workers.filled(order)
+
+    def start(self, name: str, number: int, **options) -> None:
+        """Has a request running."""
+        self.ask(name, number, **options)
+        for _ in range(3):
+            self.serve()
+        assert name in self.names
+
+    def abort(self, *names: str) -> None:
+        self.scheduler.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
+
+
+@pytest.fixture(autouse=True)
+def no_naps(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_IDLE_S", 0.0)
+    monkeypatch.setattr(scheduler_module, "engine_recorder", lambda config: None)
+
+
+@pytest.fixture
+def servers():
+    made: list[Server] = []
+
+    def make(slots: int = 2, **options) -> Server:
+        made.append(Server(slots, **options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.abort(*server.scheduler.requests)
+        server.engine.all_is_given_back()
+
+
+@pytest.fixture
+def server(servers) -> Server:
+    return servers()
+
+
+def test_the_store_is_told_whose_request_waits(server):
+    request = FakeRequest("one", lora(1))
+    TENANT.set(request, RequestTenant("acme", 2.0, 5))
+    server.scheduler.add_request(request)
+    want = server.engine.store.only()
+    assert (want.owners, want.most) == (("acme",), 5)
+
+
+def test_a_request_waits_for_its_load_and_its_slot_and_others_go_on(server):
+    server.ask("base")
+    server.ask("tenant", 1)
+    assert server.step() == {"base"}
+    server.answer()  # loaded
+    assert server.step() == {"base"}
+    assert server.step() == {"base"}
+    server.answer()  # filled
+    assert server.step() == {"base", "tenant"}
+
+
+def test_an_adapter_without_a_request_left_is_dropped(server):
+    server.ask("tenant", 1)
+    server.abort("tenant")
+    assert not server.engine.store.wants
+
+
+def test_an_adapter_with_a_request_left_is_not_dropped(server):
+    server.ask("first", 1)
+    server.ask("second", 1)
+    server.abort("first")
+    assert server.engine.store.only().adapter == 1
+
+
+def test_a_version_that_nobody_waits_for_any_more_is_given_back(server):
+    server.start("running", 1)
+    server.ask("newer", 1, inplace=True)
+    server.engine.store.loaded(pack_info(11))
+    server.step()
+    server.abort("newer")
+    server.step("running")
+    assert not server.engine.store.leased
+
+
+def test_a_failure_ends_the_requests_of_its_adapter_and_no_others(server):
+    server.start("good", 1)
+    for name in ("bad", "worse"):
+        server.ask(name, 2)
+    server.engine.store.failed(kind=FailureKind.GONE)
+    server.step()
+    assert server.ended.keys() == {"bad", "worse"}
+    assert "could not be loaded: it is bad" in server.ended["bad"]
+    assert server.step() == {"good"}
+    server.ask("again", 2)
+    server.step()
+    server.serve()
+    assert server.serve() == {"good", "again"}
+
+
+def test_a_copy_that_fails_ends_the_requests_of_its_adapter_and_no_others(server):
+    server.start("good", 1)
+    server.ask("bad", 2)
+    server.answer()
+    server.step()
+    server.engine.workers.refused()
+    server.step()
+    assert server.ended.keys() == {"bad"}
+    assert server.step() == {"good"}
+
+
+def test_tokens_computed_without_an_adapter_are_thrown_away(server):
+    server.start("good", 1)
+    server.start("lost", 2)
+    server.engine.workers.say(Missing(2), ranks=[0])
+    server.step()
+    assert server.ended.keys() == {"lost"}
+    assert server.scheduler.kv_cache_manager.evicted == {"lost"}
+    server.start("again", 2)
+    assert server.names == {"good", "again"}
+
+
+@pytest.mark.parametrize("end", ["preempted", "aborted"])
+def test_cached_blocks_that_were_given_back_before_the_loss_was_known_are_thrown_away(server, end):
+    server.start("good", 1)
+    server.start("lost", 2)
+    server.scheduler.schedule()
+    if end == "preempted":
+        server.scheduler._preempt_request(server.scheduler.running.pop(), 0.0)
+    else:
+        server.abort("lost")
+    server.engine.workers.say(Missing(2), ranks=[0])
+    server.scheduler.update_from_output(None, ())
+    assert server.scheduler.requests.keys() == {"good"}
+    assert server.scheduler.kv_cache_manager.evicted == {"lost"}
+
+
+def test_a_reload_that_fails_ends_the_request_that_asked_for_it_and_no_other(server):
+    server.start("running", 1)
+    server.ask("reload", 1, inplace=True)
+    server.ask("other", 1)
+    server.engine.store.failed()
+    server.step()
+    assert server.ended.keys() == {"reload"}
+    assert "it is bad" in server.ended["reload"]
+    assert server.step() == {"running", "other"}
+    server.ask("later", 1)
+    assert server.step() == {"running", "other", "later"}
+
+
+def test_a_preempted_request_does_not_fail_with_a_later_reload(server):
+    server.start("first", 1, inplace=True)
+    server.ask("reload", 1, inplace=True)
+    server.engine.store.failed()
+    server.scheduler._preempt_request(server.scheduler.running.pop(), 0.0)
+    server.step()
+    assert server.ended.keys() == {"reload"}
+    assert server.step() == {"first"}
+
+
+def test_a_request_that_waits_for_its_grammar_takes_no_slot(server):
+    request = server.ask("tenant", 1, has_grammar=False)
+    for _ in range(3):
+        server.serve()
+    assert not server.engine.workers.sent
+    request.has_grammar = True
+    server.step()
+    assert server.serve() == {"tenant"}
+
+
+def test_adapters_take_turns_when_there_are_more_than_slots(servers):
+    server = servers(slots=1)
+    server.start("first", 1)
+    server.ask("other", 2)
+    before = "first"
+    for step in range(PATIENCE_STEPS + 10):
+        # The next request of the first adapter is always there before the last one has ended.
+        server.ask(f"first {step}", 1)
+        if "other" in server.serve(before):
+            return
+        before = f"first {step}"
+    raise AssertionError("the other adapter never had its turn")
+
+
+def test_a_slot_is_not_kept_for_an_adapter_that_is_not_there(servers):
+    server = servers(slots=1)
+    server.ask("hangs", 1)
+    for _ in range(2 * PATIENCE_STEPS):
+        server.step()
+    server.ask("other", 2)
+    want = next(w for w in server.engine.store.wants.values() if w.adapter == 2)
+    server.engine.store.loaded(pack_info(2), want)
+    server.step()
+    server.engine.workers.filled()
+    assert server.step() == {"other"}
+
+
+def test_pinned_adapters_leave_one_slot_to_all_others_and_take_no_turns(servers):
+    server = servers(pinned=["adapter 1"])
+    server.start("pinned", 1)
+    server.serve("pinned")
+    for number in (2, 3, 4):
+        server.start(f"request {number}", number)
+        server.serve(f"request {number}")
+        server.step()
+    assert server.engine.adapters.slots.slot_of(1) is not None
+    server.ask("pinned", 1)
+    assert server.step() == {"pinned"}
+
+
+def test_requests_whose_slots_are_lost_are_paused_and_go_on(server):
+    server.start("one", 1)
+    server.start("two", 2)
+    server.engine.adapters.slots_lost()
+    assert server.step() == set()
+    assert set(server.scheduler.preempted) == {"one", "two"}
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"one", "two"}
+
+
+def test_a_paused_request_asks_for_no_reload_again(server):
+    server.start("one", 1, inplace=True)
+    server.engine.adapters.slots_lost()
+    server.step()
+    assert not server.engine.store.only().fresh
+
+
+def test_an_adapter_retires_when_its_last_request_has_ended(server):
+    server.start("tenant", 1)
+    done = []
+    server.scheduler.retire_adapter(1, 100.0, lambda: done.append(True))
+    server.step()
+    assert not done
+    server.step("tenant")
+    assert done == [True]
+
+
+def test_all_that_unload_an_adapter_are_told_and_the_first_time_limit_holds(server):
+    server.start("tenant", 1)
+    done = []
+    server.scheduler.retire_adapter(1, -1.0, lambda: done.append("first"))
+    server.scheduler.retire_adapter(1, 100.0, lambda: done.append("second"))
+    server.step()
+    server.step()
+    assert "was unloaded" in server.ended["tenant"]
+    assert done == ["first", "second"]
+
+
+def test_an_adapter_that_nobody_uses_retires_at_once(server):
+    done = []
+    server.scheduler.retire_adapter(1, 100.0, lambda: done.append(True))
+    assert done == [True]
+
+
+@pytest.mark.parametrize("is_running", [True, False], ids=["running", "waiting"])
+def test_requests_that_outlive_the_time_limit_are_ended(server, is_running):
+    server.start("good", 1)
+    if is_running:
+        server.start("slow", 2)
+    else:
+        server.ask("slow", 2)
+    done = []
+    server.scheduler.retire_adapter(2, -1.0, lambda: done.append(True))
+    server.step()
+    server.step()
+    assert "was unloaded" in server.ended["slow"]
+    assert done == [True]
+    assert server.step() == {"good"}
+
+
+def test_a_request_for_a_number_that_another_adapter_has_fails_alone(server):
+    server.start("tenant", 1)
+    server.ask("other", 1, path="/adapters/other")
+    server.step()
+    assert "a number of its own" in server.ended["other"]
+    assert server.step() == {"tenant"}
+
+
+def test_without_adapters_nothing_waits():
+    scheduler = AwareScheduler(vllm_config=config(1))
+    scheduler.add_request(FakeRequest("tenant", lora(1)))
+    assert scheduler.schedule().total_num_scheduled_tokens == 1

@@ -1,0 +1,97 @@
+"""The usage log: whole lines, none of them in anybody's way, and said where some are missing."""
+
+import json
+import multiprocessing
+import threading
+
+import pytest
+
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.metering.usage import Status, Usage
+from vllm_multilora.metering.usage_log import UsageLog
+
+BIG = 1 << 40
+
+
+def lines(folder) -> list[dict]:
+    """All lines, of the log and of those before it."""
+    return [
+        json.loads(line)
+        for path in sorted(folder.iterdir())
+        for line in path.read_text().splitlines()
+    ]
+
+
+def test_a_line_says_who_used_what(tmp_path):
+    log = UsageLog(tmp_path / "usage", BIG)
+    log.write(Usage("id", "french", "d" * 64, "support", "acme", 10, 4, 3, Status.ABORTED))
+    log.close()
+    (line,) = lines(tmp_path)
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "request_id": "id",
+        "tenant": "acme",
+        "route": "support",
+        "adapter": "french",
+        "version": "d" * 64,
+        "prompt_tokens": 10,
+        "cached_prompt_tokens": 4,
+        "generation_tokens": 3,
+        "status": "aborted",
+    }
+    assert (tmp_path / "usage").stat().st_mode & 0o777 == 0o600
+
+
+def test_it_goes_on_where_it_ended(tmp_path):
+    for number in range(3):
+        log = UsageLog(tmp_path / "usage", BIG)
+        log.write(Usage(f"{number}"))
+        log.close()
+    assert [line["request_id"] for line in lines(tmp_path)] == ["0", "1", "2"]
+
+
+def write_many(path, name):
+    log = UsageLog(path, 4_000)
+    for number in range(300):
+        log.write(Usage(f"{name}-{number}"))
+    log.close()
+
+
+def test_several_servers_share_it_and_it_begins_anew_at_its_size(tmp_path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(tmp_path / "usage", n)) for n in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    found = [line["request_id"] for line in lines(tmp_path)]
+    assert len(list(tmp_path.iterdir())) > 1
+    assert sorted(found) == sorted(f"{name}-{number}" for name in range(3) for number in range(300))
+
+
+def test_a_slow_disk_costs_lines_and_no_time_and_the_log_says_how_many(tmp_path, monkeypatch):
+    is_stuck, go_on = threading.Event(), threading.Event()
+    append = UsageLog._append
+
+    def slow(self, content):
+        is_stuck.set()
+        assert go_on.wait(60)
+        append(self, content)
+
+    monkeypatch.setattr(UsageLog, "_append", slow)
+    log = UsageLog(tmp_path / "usage", BIG, most_queued=2)
+    log.write(Usage("first"))
+    assert is_stuck.wait(60)
+    for number in range(5):  # two may wait
+        log.write(Usage(f"{number}"))
+    go_on.set()
+    log.close()
+    found = lines(tmp_path)
+    assert [line["request_id"] for line in found if "request_id" in line] == ["first", "0", "1"]
+    assert [line["dropped"] for line in found if "dropped" in line] == [3]
+
+
+def test_a_folder_that_is_not_there_is_said_at_the_start(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be written to: No such file"):
+        UsageLog(tmp_path / "nowhere" / "usage", BIG)

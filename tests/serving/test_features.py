@@ -1,0 +1,178 @@
+"""What else vLLM can do with a request, under adapters: every answer is as PEFT's."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .cases import NEW_TOKENS, Case, Scenario
+from .engine import lora_request, running_engine
+from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+pytestmark = pytest.mark.serving
+
+NAMES = (LINEAR_RECIPES[0].name, LINEAR_RECIPES[3].name, EMBEDDING_RECIPE.name)
+LENGTH = 23
+"""Of the prompts: with the answer they need a second block of the KV cache."""
+BLOCKS = 18
+
+
+@pytest.fixture(scope="module")
+def cases(llama: Scenario) -> list[Case]:
+    """One for the base model and for each of some adapters."""
+    return [
+        next(case for case in llama.cases_of(name) if len(case.prompt) == LENGTH)
+        for name in (None, *NAMES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(llama: Scenario) -> "Iterator[LLM]":
+    with running_engine(
+        llama.base,
+        skip_tokenizer_init=False,
+        scheduling_policy="priority",
+        max_num_batched_tokens=64,  # a part of the prompts each step
+        num_gpu_blocks_override=BLOCKS,
+        disable_log_stats=False,
+    ) as llm:
+        yield llm
+
+
+def prompts_of(cases: Sequence[Case]) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": list(case.prompt)} for case in cases]
+
+
+def loras_of(llama: Scenario, cases: Sequence[Case]) -> "list[LoRARequest | None]":
+    return [lora_request(llama, case.adapter) if case.adapter else None for case in cases]
+
+
+def greedy(**options: Any) -> "SamplingParams":
+    from vllm import SamplingParams
+
+    settings = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "detokenize": False}
+    return SamplingParams(**{"temperature": 0.0, **settings, **options})
+
+
+def counter(llm: "LLM", name: str) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+@pytest.mark.smoke("text generation", "chunked prefill", "n > 1", "`embed_tokens` and `lm_head`")
+def test_each_of_several_answers_is_pefts(
+    engine: "LLM", llama: Scenario, cases: list[Case]
+) -> None:
+    outputs = engine.generate(
+        prompts_of(cases),
+        greedy(n=3, temperature=1.0, top_k=1),  # vLLM draws one answer if there is no temperature
+        lora_request=loras_of(llama, cases),
+        use_tqdm=False,
+    )
+    for output, case in zip(outputs, cases, strict=True):
+        tokens = [tuple(completion.token_ids) for completion in output.outputs]
+        assert tokens == [case.expected.tokens] * 3, case.adapter
+
+
+@pytest.mark.smoke("priorities", "preemption")
+def test_requests_that_are_preempted_and_go_first_answer_as_peft(
+    engine: "LLM", llama: Scenario, cases: list[Case]
+) -> None:
+    """The KV cache has room for half of what the requests need in the end."""
+    before = counter(engine, "vllm:num_preemptions")
+    many = cases * 4
+    outputs = engine.generate(
+        prompts_of(many),
+        greedy(),
+        lora_request=loras_of(llama, many),
+        priority=[-i for i in range(len(many))],
+        use_tqdm=False,
+    )
+    for output, case in zip(outputs, many, strict=True):
+        assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+    assert counter(engine, "vllm:num_preemptions") > before
+
+
+@pytest.mark.smoke("beam search")
+def test_one_beam_is_pefts_answer_and_more_find_none_worse(
+    engine: "LLM", llama: Scenario, cases: list[Case]
+) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    def search(width: int) -> list[Any]:
+        return engine.beam_search(
+            prompts_of(cases),
+            BeamSearchParams(beam_width=width, max_tokens=4, ignore_eos=True),
+            lora_request=loras_of(llama, cases),
+        )
+
+    for one, three, case in zip(search(1), search(3), cases, strict=True):
+        assert tuple(one.sequences[0].tokens[LENGTH:]) == case.expected.tokens[:4], case.adapter
+        likelihood = sum(case.expected.logprobs[:4])
+        assert one.sequences[0].cum_logprob == pytest.approx(likelihood, abs=2e-3)
+        assert three.sequences[0].cum_logprob >= likelihood - 2e-3
+
+
+@pytest.mark.smoke("structured outputs")
+def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
+    engine: "LLM", llama: Scenario, cases: list[Case]
+) -> None:
+    """Beside a request without one: its answer stays PEFT's."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def likeliest(case: Case) -> list[int]:
+        return list(case.expected.top[0])
+
+    parameters = [
+        greedy(
+            max_tokens=1,
+            structured_outputs=StructuredOutputsParams(
+                choice=[f"t{token}" for token in sorted(likeliest(case)[2:4])]
+            ),
+        )
+        for case in cases
+    ]
+    outputs = engine.generate(
+        prompts_of([*cases, *cases]),
+        [*parameters, *[greedy()] * len(cases)],
+        lora_request=loras_of(llama, cases) * 2,
+        use_tqdm=False,
+    )
+    for output, case in zip(outputs, cases, strict=False):
+        assert list(output.outputs[0].token_ids) == [likeliest(case)[2]], case.adapter
+    for output, case in zip(outputs[len(cases) :], cases, strict=True):
+        assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+
+
+@pytest.mark.smoke("pinning")
+def test_adapters_are_pinned_listed_and_removed(engine: "LLM", llama: Scenario) -> None:
+    request = lora_request(llama, NAMES[0])
+    assert engine.llm_engine.add_lora(request)
+    assert engine.llm_engine.pin_lora(request.lora_int_id)
+    assert request.lora_int_id in engine.llm_engine.list_loras()
+    assert engine.llm_engine.remove_lora(request.lora_int_id)
+    assert request.lora_int_id not in engine.llm_engine.list_loras()
+
+
+@pytest.mark.smoke("speculative decoding (ngram)")
+def test_drafted_tokens_are_verified_under_their_adapter(
+    llama: Scenario, cases: list[Case]
+) -> None:
+    # What is looked up has one token, which random prompts of 300 words do repeat.
+    drafter = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 2,
+    }
+    with running_engine(llama.base, speculative_config=drafter, disable_log_stats=False) as llm:
+        outputs = llm.generate(
+            prompts_of(cases), greedy(), lora_request=loras_of(llama, cases), use_tqdm=False
+        )
+        drafts = counter(llm, "vllm:spec_decode_num_drafts")
+    for output, case in zip(outputs, cases, strict=True):
+        assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+    assert drafts > 0

@@ -1,0 +1,278 @@
+"""Slots are filled on a thread of their own, from a store's memory, as orders say."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from multilora_kernels import SlotTable
+from tests.adapters.checkpoints import MODULES, PREFIX, layout, weights, write
+from vllm_multilora.adapters.naming import ModuleNaming
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
+from vllm_multilora.integration.orders import Check, Fill
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.launch import StoreThread
+from vllm_multilora.store.messages import Loaded, PackInfo, StoreSettings
+
+pytestmark = pytest.mark.serving
+
+LIMIT_S = 10.0
+SLOTS, MAX_RANK = 2, 16
+SERVER = "server"
+
+
+class Model:
+    """Stands in for the model manager: real slots, and a note of what else is asked of it."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.lora_a = [torch.zeros(SLOTS, MAX_RANK, inputs) for _, inputs, _ in MODULES]
+        self.lora_b = [torch.zeros(SLOTS, outputs, MAX_RANK) for _, _, outputs in MODULES]
+        self.slot_table = SlotTable(self.lora_a, self.lora_b)
+        self.lora_index_to_id: list[int | None] = [None] * SLOTS
+        self.may_fill = threading.Event()
+        self.may_fill.set()
+        self.error: Exception | None = None
+        self.filled: list[tuple[int, Any, str]] = []
+
+    def give_slot(self, slot: int, lora_id: int) -> None:
+        self.lora_index_to_id[slot] = lora_id
+
+    def fill_rest(self, slot: int, index: Any, special: Any) -> None:
+        assert self.may_fill.wait(LIMIT_S)
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        self.filled.append((slot, special, threading.current_thread().name))
+
+
+class Special:
+    """Stands in for `SpecialParts`: takes whatever there is, or refuses it."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def make(self, request: Any, index: Any, memory: Any, segments: Any) -> str:
+        if self.error is not None:
+            raise self.error
+        return "special parts"
+
+
+@dataclass
+class Link:
+    """Stands in for the way back to the engine core."""
+
+    answers: list[Answer] = field(default_factory=list)
+    told: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def tell(self, answer: Answer) -> None:
+        self.answers.append(answer)
+        self.told.release()
+
+    def next(self) -> Answer:
+        assert self.told.acquire(timeout=LIMIT_S)
+        return self.answers.pop(0)
+
+
+class Rig:
+    """A filler over a model of five layers, beside a store."""
+
+    def __init__(self, folder: Path, layouts: Sequence[Any] = (), place: int = 0) -> None:
+        from vllm_multilora.integration.worker.filler import SlotFiller
+
+        self._folder = folder
+        self.client = StoreClient(StoreThread(), SERVER)
+        self.client.configure(layouts or [layout(max_rank=MAX_RANK)], StoreSettings())
+        self.model, self.special, self.link = Model(), Special(), Link()
+        self.filler = SlotFiller(self.model, self.special, self.link)  # type: ignore[arg-type]
+        self.filler.open_memory(self.client.address, SERVER, place=place)
+
+    def load(self, adapter: int, rank: int, layers: Sequence[int] = (0, 1)) -> PackInfo:
+        tensors = {
+            name: tensor
+            for name, tensor in tensors_of(adapter, rank).items()
+            if any(f"layers.{layer}." in name for layer in layers)
+        }
+        folder = write(self._folder / f"{adapter}", tensors, rank, alpha=2 * rank)
+        self.client.want(adapter, f"adapter {adapter}", str(folder))
+        while True:
+            for message in self.client.wait(LIMIT_S):
+                if isinstance(message, Loaded):
+                    return message.pack
+                assert "Failed" not in type(message).__name__, message
+
+    def fill(self, order: int, slot: int, adapter: int, pack: PackInfo) -> Fill:
+        return Fill(order, slot, request(adapter), pack)
+
+    def in_slot(self, slot: int, row: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.lora_a[row][slot, :rank], self.model.lora_b[row][slot, :, :rank]
+
+
+def tensors_of(adapter: int, rank: int) -> dict[str, torch.Tensor]:
+    return weights({module: rank for module, _, _ in MODULES}, seed=adapter)
+
+
+def request(adapter: int) -> Any:
+    return SimpleNamespace(lora_int_id=adapter, lora_name=f"adapter {adapter}")
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path)
+    yield rig
+    rig.model.may_fill.set()
+    rig.client.close()
+
+
+def assert_holds(rig: Rig, slot: int, adapter: int, rank: int) -> None:
+    """A slot's weights are those of the files; B with the scaling, which is 2."""
+    tensors = tensors_of(adapter, rank)
+    for row, (module, _, _) in enumerate(MODULES):
+        a, b = rig.in_slot(slot, row, rank)
+        assert torch.equal(a, tensors[f"{PREFIX}{module}.lora_A.weight"])
+        assert torch.equal(b, 2 * tensors[f"{PREFIX}{module}.lora_B.weight"])
+
+
+def test_an_order_puts_an_adapter_into_its_slot_and_leaves_the_others_alone(rig: Rig) -> None:
+    rig.filler.begin(rig.fill(5, 1, 7, rig.load(7, rank=4)))
+    answer = rig.link.next()
+    assert isinstance(answer, Filled)
+    assert answer.order == 5
+    assert rig.model.lora_index_to_id == [None, 7]
+    assert_holds(rig, 1, 7, rank=4)
+    assert not any(a[0].any() for a in rig.model.lora_a)
+    ((slot, special, thread),) = rig.model.filled
+    assert (slot, special) == (1, None)
+    assert thread.startswith("multilora-fill")
+
+
+def test_beginning_keeps_nobody_waiting(rig: Rig) -> None:
+    pack = rig.load(7, rank=4)
+    rig.model.may_fill.clear()
+    rig.filler.begin(rig.fill(0, 1, 7, pack))
+    assert rig.model.lora_index_to_id == [None, 7]
+    assert rig.link.answers == []
+    rig.model.may_fill.set()
+    assert isinstance(rig.link.next(), Filled)
+
+
+def test_a_step_waits_for_its_own_slots_only(rig: Rig) -> None:
+    pack = rig.load(7, rank=4)
+    rig.model.may_fill.clear()
+    rig.filler.begin(rig.fill(0, 1, 7, pack))
+    rig.filler.await_slots([0])
+    assert rig.model.filled == []
+    threading.Timer(0.05, rig.model.may_fill.set).start()
+    rig.filler.await_slots([1])
+    assert len(rig.model.filled) == 1
+
+
+def test_orders_are_carried_out_one_after_the_other(rig: Rig) -> None:
+    """The last of several orders for one slot is the one that counts."""
+    packs = {adapter: rig.load(adapter, rank=4) for adapter in (7, 8)}
+    for order, adapter in enumerate((7, 8, 7, 8)):
+        rig.filler.begin(rig.fill(order, 0, adapter, packs[adapter]))
+    rig.filler.await_all()
+    assert [rig.link.next().order for _ in range(4)] == [0, 1, 2, 3]  # type: ignore[union-attr]
+    assert_holds(rig, 0, 8, rank=4)
+
+
+def test_whoever_has_no_link_waits_for_the_answer(rig: Rig) -> None:
+    answer = rig.filler.fill_now(rig.fill(3, 0, 7, rig.load(7, rank=4)))
+    assert isinstance(answer, Filled)
+    assert rig.link.answers == []
+    assert_holds(rig, 0, 7, rank=4)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError("no room to stage it"), FailureKind.NO_MEMORY),
+        (ValueError("vLLM does not take it"), FailureKind.INVALID),
+        (RuntimeError("a fault of the software"), FailureKind.INTERNAL),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_copy_that_fails_is_told_and_the_next_one_is_made(
+    rig: Rig, error: Exception, kind: FailureKind
+) -> None:
+    pack = rig.load(7, rank=4)
+    rig.model.error = error
+    rig.filler.begin(rig.fill(0, 0, 7, pack))
+    assert rig.link.next() == FillFailed(0, kind, str(error))
+    rig.filler.begin(rig.fill(1, 0, 7, pack))
+    assert isinstance(rig.link.next(), Filled)
+    assert_holds(rig, 0, 7, rank=4)
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waited-for", "beside-steps"])
+def test_an_order_that_cannot_be_begun_is_told_and_the_next_one_is_carried_out(
+    rig: Rig, waits: bool
+) -> None:
+    """Raised here it would end the engine, some calls later."""
+    pack = rig.load(7, rank=4)
+    begun = rig.fill(0, SLOTS + 1, 7, pack)  # there is no such slot
+    if waits:
+        answer: Answer = rig.filler.fill_now(begun)
+    else:
+        rig.filler.begin(begun)
+        answer = rig.link.next()
+    assert isinstance(answer, FillFailed)
+    assert (answer.order, answer.kind) == (0, FailureKind.INTERNAL)
+    rig.filler.begin(rig.fill(1, 0, 7, pack))
+    assert isinstance(rig.link.next(), Filled)
+
+
+def test_a_stage_without_layers_of_an_adapter_fills_its_slot_with_nothing(tmp_path: Path) -> None:
+    """As with pipeline parallelism: the adapter is on the first stage's layers only."""
+    slices = layout().slices
+    stages = [
+        layout(
+            slices=own,
+            naming=ModuleNaming(
+                frozenset(each.name for each in own), others=(f"model.layers.{other}.",)
+            ),
+        )
+        for own, other in ((slices[:3], 1), (slices[3:], 0))
+    ]
+    rig = Rig(tmp_path, stages, place=1)
+    pack = rig.load(7, rank=4, layers=(0,))
+    rig.filler.begin(rig.fill(0, 1, 7, pack))
+    assert isinstance(rig.link.next(), Filled)
+    assert not any(a.any() for a in rig.model.lora_a)
+    rig.client.close()
+
+
+def test_memory_that_is_gone_is_told_as_such(rig: Rig) -> None:
+    pack = rig.load(7, rank=4)
+    # As a store that was started again knows nothing of what the one before had.
+    gone = msgspec.structs.replace(pack, segments=[number + 1000 for number in pack.segments])
+    rig.filler.begin(rig.fill(0, 0, 7, gone))
+    answer = rig.link.next()
+    assert isinstance(answer, FillFailed)
+    assert answer.is_gone
+
+
+def test_what_vllm_fills_itself_is_made_from_the_pack(rig: Rig) -> None:
+    pack = msgspec.structs.replace(rig.load(7, rank=4), has_special=True)
+    rig.filler.begin(rig.fill(0, 1, 7, pack))
+    assert isinstance(rig.link.next(), Filled)
+    assert [special for _, special, _ in rig.model.filled] == ["special parts"]
+
+
+def test_a_check_changes_nothing_and_says_what_vllm_says(rig: Rig) -> None:
+    pack = msgspec.structs.replace(rig.load(7, rank=4), has_special=True)
+    rig.filler.begin(Check(-1, request(7), pack))
+    assert isinstance(rig.link.next(), Filled)
+    rig.special.error = ValueError("this head has another shape")
+    rig.filler.begin(Check(-2, request(7), pack))
+    assert rig.link.next() == FillFailed(-2, FailureKind.INVALID, "this head has another shape")
+    assert rig.model.lora_index_to_id == [None, None]
+    assert not any(a.any() for a in rig.model.lora_a)

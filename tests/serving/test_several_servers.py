@@ -1,0 +1,303 @@
+"""Two API servers in front of two engines: what one registers, all serve, from one copy.
+
+A second server of the machine, for the same model, serves from that copy as well.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
+from vllm_multilora.tenants.keys import stored
+
+from . import completions, spans
+from .cases import Case, Scenario
+from .exposition import scrape, values
+from .metered import User, Work, assert_adds_up
+from .recipes import LINEAR_RECIPES
+from .server import VllmServer
+from .spans import Collector, collecting
+from .stores import store_process
+
+pytestmark = pytest.mark.serving
+
+BASE = "base"
+NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES[:4])
+SETTINGS = (
+    *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
+    *("--max-model-len", "128", "--max-num-seqs", "16", "--block-size", "32"),
+    *("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "4", "--max-lora-rank", "64"),
+)
+ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+SEGMENT = "memfd:multilora-"
+ASKED = 24
+"""Requests, each over a connection of its own: the kernel deals them out to both servers."""
+METERED = int(os.environ.get("MULTILORA_METERED_REQUESTS", "120"))
+KEY, ACME, ZEN = "sk-operator", "sk-acme", "sk-zen"
+ROUTE = "support"
+TENANTS = {
+    "acme": {
+        "keys": [stored(ACME)],
+        "adapters": ["my-*"],
+        "routes": [ROUTE],
+        "base_model": True,
+    },
+    "zen": {"keys": [stored(ZEN)], "adapters": ["zens-*"], "base_model": True},
+}
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(
+    llama: Scenario, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServer]:
+    folder = tmp_path_factory.mktemp("servers")
+    (folder / "tenants.json").write_text(json.dumps({"tenants": TENANTS}))
+    (folder / "routes.json").write_text(json.dumps({"routes": {ROUTE: {"adapter": "my-first"}}}))
+    (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
+    with VllmServer(
+        llama.base,
+        *("--api-server-count", "2", "--data-parallel-size", "2", *SETTINGS),
+        *("--multilora-tenants", str(folder / "tenants.json"), "--enable-prompt-tokens-details"),
+        *("--multilora-routes", str(folder / "routes.json")),
+        *("--multilora-usage-log", str(folder / "usage.jsonl"), "--multilora-latency-metrics"),
+        *("--chat-template", str(folder / "chat.jinja")),
+        *("--otlp-traces-endpoint", collector.url),
+        api_key=KEY,
+        log=folder / "vllm.log",
+        env=ENVIRONMENT | spans.ENVIRONMENT,
+        start_timeout=480.0,
+    ) as running:
+        yield running
+
+
+def ask_both(server: VllmServer, model: str, case: Case, *, key: str = KEY) -> list[httpx.Response]:
+    body = completions.body(model, case)
+    return [post(server, "/v1/completions", body, key=key) for _ in range(ASKED)]
+
+
+def post(server: VllmServer, path: str, body: object, *, key: str | None = KEY) -> httpx.Response:
+    """Over a connection of its own."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(trust_env=False, timeout=60, headers=headers) as client:
+        return client.post(f"{server.url}{path}", json=body)
+
+
+def load(server: VllmServer, name: str, path: Path, **options: object) -> httpx.Response:
+    body = {"lora_name": name, "lora_path": str(path), **options}
+    return server.post("/v1/load_lora_adapter", body)
+
+
+def assert_both_serve(server: VllmServer, model: str, case: Case) -> None:
+    """Both answer, both say with which version, and what both have used is one sum."""
+    before = generated(server, model)
+    responses = ask_both(server, model, case)
+    for response in responses:
+        assert response.status_code == 200, f"{response.text}\n{server.log_tail()}"
+        assert completions.token_ids(response) == case.expected.tokens
+    (row,) = (r for r in server.get("/v1/lora_adapters").json()["data"] if r["id"] == model)
+    versions = {response.headers["x-multilora-version"] for response in responses}
+    assert versions == {row["digest"][:16]}
+    used = sum(response.json()["usage"]["completion_tokens"] for response in responses)
+    assert generated(server, model) - before == used
+
+
+def generated(server: VllmServer, model: str) -> float:
+    found = values(scrape(server), "vllm:lora_generation_tokens_total", "lora_name")
+    return found.get(model, 0)
+
+
+def test_what_one_registers_both_serve_at_once(
+    server: VllmServer, llama: Scenario, tmp_path: Path
+) -> None:
+    for name in NAMES:
+        assert load(server, f"my-{name}", llama.adapters[name]).status_code == 200
+        assert_both_serve(server, f"my-{name}", llama.cases_of(name)[0])
+    assert "vllm:lora_slots" in server.get("/metrics").text
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": f"my-{NAMES[0]}"}).is_success
+    gone = ask_both(server, f"my-{NAMES[0]}", llama.cases_of(NAMES[0])[0])
+    assert {response.status_code for response in gone} == {404}
+
+
+def test_a_reload_serves_new_weights_through_both(
+    server: VllmServer, llama: Scenario, tmp_path: Path
+) -> None:
+    folder = tmp_path / "acme"
+    shutil.copytree(llama.adapters[NAMES[1]], folder)
+    assert load(server, "acme", folder).status_code == 200
+    assert_both_serve(server, "acme", llama.cases_of(NAMES[1])[0])
+    shutil.rmtree(folder)
+    shutil.copytree(llama.adapters[NAMES[2]], folder)
+    assert load(server, "acme", folder, load_inplace=True).status_code == 200
+    assert_both_serve(server, "acme", llama.cases_of(NAMES[2])[0])
+
+
+def test_a_name_is_refused_by_both_where_either_has_it(server: VllmServer, llama: Scenario) -> None:
+    assert load(server, "twice", llama.adapters[NAMES[3]]).status_code == 200
+    again = set()
+    for _ in range(ASKED):
+        body = {"lora_name": "twice", "lora_path": str(llama.adapters[NAMES[3]])}
+        again.add(post(server, "/v1/load_lora_adapter", body).status_code)
+    assert again == {400}
+
+
+@pytest.mark.parametrize(("key", "status"), [(None, 401), ("sk-wrong", 401), (ACME, 403)])
+def test_sagemakers_routes_are_operators_too(
+    server: VllmServer, llama: Scenario, key: str | None, status: int
+) -> None:
+    body = {"name": "stolen", "src": str(llama.adapters[NAMES[3]])}
+    assert {post(server, "/adapters", body, key=key).status_code for _ in range(ASKED)} == {status}
+    assert delete(server, "/adapters/twice", key=key).status_code == status
+    assert post(server, "/adapters", body).status_code == 200
+    assert delete(server, "/adapters/stolen", key=KEY).status_code == 200
+
+
+def delete(server: VllmServer, path: str, *, key: str | None) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.delete(f"{server.url}{path}", headers=headers, timeout=60, trust_env=False)
+
+
+def test_both_keep_tenants_apart_in_the_same_way(server: VllmServer, llama: Scenario) -> None:
+    """A prefix that one has cached for a tenant is the other's too, and no other tenant's."""
+    [case] = [case for case in llama.cases_of(None) if len(case.prompt) == 40]
+    for key in (ACME, ZEN):
+        details = [
+            response.json()["usage"]["prompt_tokens_details"] or {}
+            for response in ask_both(server, BASE, case, key=key)
+        ]
+        found = [detail.get("cached_tokens", 0) for detail in details]
+        # Each of the two engines computes the prefix once.
+        assert found[0] == 0
+        assert sorted(found)[2:] == [32] * (ASKED - 2)
+    assert load(server, "my-own", llama.adapters[NAMES[0]]).status_code == 200
+    own = llama.cases_of(NAMES[0])[0]
+    for response in ask_both(server, "my-own", own, key=ACME):
+        assert completions.token_ids(response) == own.expected.tokens
+    assert {r.status_code for r in ask_both(server, "my-own", own, key=ZEN)} == {404}
+
+
+def test_all_servers_and_engines_meter_together_by_tenant(
+    server: VllmServer, llama: Scenario
+) -> None:
+    names = ("my-first", "my-second", "my-left", "zens-own")
+    for name, source in zip(names, NAMES, strict=True):
+        assert load(server, name, llama.adapters[source]).status_code == 200
+    users = [
+        User("my-first", "my-first", tenant="acme", key=ACME),
+        User("my-first", "my-first", key=KEY),
+        User(ROUTE, "my-first", ROUTE, "acme", ACME),
+        User("zens-own", "zens-own", tenant="zen", key=ZEN),
+        User(BASE, None, tenant="zen", key=ZEN),
+    ]
+    plain = User("my-second", "my-second", tenant="acme", key=ACME)
+    leaving = User("my-left", "my-left", tenant="acme", key=ACME)
+    work, log = Work(users, plain, leaving, longest=120), server.log.with_name("usage.jsonl")
+    lines = assert_adds_up(server.url, lambda: scrape(server), log, work, METERED)
+    assert {line["tenant"] for line in lines} == {"acme", "zen", None}
+    # Of each adapter, one observation for each of its choices that had a token.
+    text = scrape(server)
+    first, pace = (
+        values(text, f"vllm:lora_time_{name}_seconds_count", "lora_name")
+        for name in ("to_first_token", "per_output_token")
+    )
+    assert {*names[:2], names[3]} <= {*first}
+    asked = sum(line["adapter"] == "my-second" for line in lines)
+    assert first["my-second"] == asked >= pace["my-second"] > 0
+
+
+def test_a_requests_span_says_which_adapter_has_answered_whom(
+    server: VllmServer, llama: Scenario, collector: Collector
+) -> None:
+    assert load(server, "my-traced", llama.adapters[NAMES[0]]).status_code == 200
+    assert load(server, "my-first", llama.adapters[NAMES[0]], load_inplace=True).status_code == 200
+    case = llama.cases_of(NAMES[0])[0]
+    named = post(server, "/v1/completions", completions.body("my-traced", case))
+    routed = post(server, "/v1/completions", completions.body(ROUTE, case), key=ACME)
+    of_base = post(server, "/v1/completions", completions.body(BASE, case), key=ZEN)
+    expected = (
+        (named, {"adapter": "my-traced"}),
+        (routed, {"adapter": "my-first", "route": ROUTE, "tenant": "acme"}),
+        (of_base, {"tenant": "zen"}),
+    )
+    for response, attributes in expected:
+        assert response.status_code == 200, response.text
+        number = response.json()["id"]
+        (span,) = collector.find(
+            lambda one, number=number: one.get("gen_ai.request.id", "").startswith(number), 1
+        )
+        if "adapter" in attributes:
+            attributes["version"] = response.headers["x-multilora-version"]
+        own = {key: value for key, value in span.items() if key.startswith("multilora.")}
+        assert own == {f"multilora.{key}": value for key, value in attributes.items()}
+
+
+def mapped(server: VllmServer) -> list[set[int]]:
+    """The segments of host memory that each worker of a server has mapped, by their inodes."""
+    found = []
+    for process in psutil.Process(server.pid).children(recursive=True):
+        lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        inodes = {int(line.split()[4]) for line in lines if SEGMENT in line}
+        if inodes:
+            found.append(inodes)
+    return found
+
+
+def held_bytes(store: psutil.Process) -> dict[int, int]:
+    """The memory that each segment of a store takes, by its inode."""
+    found = {}
+    for link in Path(f"/proc/{store.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            if SEGMENT in str(link.readlink()):
+                status = link.stat()
+                found[status.st_ino] = 512 * status.st_blocks
+    return found
+
+
+def test_all_engines_of_all_servers_share_one_copy_of_each_adapter(
+    server: VllmServer, llama: Scenario, tmp_path: Path
+) -> None:
+    folder = server.store_folder
+    names = NAMES[:3]
+    with VllmServer(
+        llama.base,
+        *SETTINGS,
+        log=tmp_path / "vllm.log",
+        env=ENVIRONMENT | {FOLDER_VARIABLE: str(folder)},
+    ) as second:
+        for each in (server, second):
+            for name in names:
+                assert load(each, f"one-{name}", llama.adapters[name]).status_code == 200
+                assert_both_serve(each, f"one-{name}", llama.cases_of(name)[0])
+        segments = held_bytes(store_process(socket_path(folder)))
+        workers = [*mapped(server), *mapped(second)]
+        rows = [each.get("/v1/lora_adapters").json() for each in (server, second)]
+        texts = [scrape(each) for each in (server, second)]
+    assert len(workers) == 3
+    assert all(inodes <= segments.keys() for inodes in workers)
+    assert len(set().union(*workers)) == len(segments)
+    # Packs are of whole pages, each with an index of what lies where.
+    files = sum((llama.adapters[n] / "adapter_model.safetensors").stat().st_size for n in names)
+    one_copy = sum(segments.values())
+    assert files < one_copy < 2 * files
+    assert [row["cpu"]["bytes"] for row in rows] == [pytest.approx(one_copy, rel=0.01)] * 2
+    # Those of the tests before are there as well, as long as there is room for them.
+    held = {row["cpu"]["adapters"] for row in rows}
+    assert len(held) == 1
+    assert held <= {len(names), len(names) + 1}
+    for text in texts:
+        by_engine = values(text, "vllm:lora_cache_bytes", "tier", "engine")
+        shown = {n for (tier, _), n in by_engine.items() if tier == "cpu"}
+        assert shown == {rows[0]["cpu"]["bytes"]}

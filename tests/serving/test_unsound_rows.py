@@ -1,0 +1,74 @@
+"""NaN is counted by request where a request has several rows of logits."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.serving  # imports vLLM
+
+
+@pytest.mark.parametrize(
+    ("counts", "rows", "expected"),
+    [
+        ([0, 0, 7, 0, 1, 0], [4, 1, 1], [7, 1, 0]),
+        ([1, 2, 3], [1, 1, 1], [1, 2, 3]),
+        ([5, 6], [0, 2, 0], [0, 11, 0]),
+        ([5, 6, 9, 9], [1, 1], [5, 6]),  # padding rows at the end
+    ],
+    ids=["drafted", "one-each", "none-for-some", "padded"],
+)
+def test_rows_are_added_up_by_request(counts, rows, expected):
+    from vllm_multilora.integration.worker.sampling import by_request
+
+    found = by_request(torch.tensor(counts, dtype=torch.int32), np.array(rows))
+    assert found.tolist() == expected
+    assert found.dtype is torch.int32
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """A model runner with our manager, as far as these functions look at one."""
+    from vllm_multilora.integration.worker import sampling
+
+    manager = SimpleNamespace(
+        sampled_rows=np.array([3, 1]),
+        model_manager=SimpleNamespace(set_sampled_rows=lambda rows: None),
+    )
+    monkeypatch.setattr(sampling, "manager_of", lambda runner: manager)
+    return SimpleNamespace()
+
+
+@pytest.mark.smoke
+def test_the_first_model_runner_counts_by_request(runner):
+    from vllm.v1.worker.gpu_model_runner import count_nans_per_row
+
+    from vllm_multilora.integration.worker.sampling import bookkeeping_sync
+
+    logits = torch.zeros(4, 9)
+    logits[1, 3:5] = float("nan")
+
+    def original(runner, scheduled, sampled, logits, states):
+        return count_nans_per_row(logits).tolist()
+
+    assert bookkeeping_sync(original, runner, None, None, logits, None) == [1, 0]
+    logits[1], logits[3, 0] = 0, float("nan")
+    assert bookkeeping_sync(original, runner, None, None, logits, None) == [0, 1]
+
+
+@pytest.mark.smoke
+def test_the_second_model_runner_counts_by_request(runner):
+    from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+    from vllm_multilora.integration.worker.sampling import sample
+
+    batch = SimpleNamespace(cu_num_logits_np=np.array([0, 3, 4]))
+    given = torch.tensor([0, 0, 2, 0], dtype=torch.int32)
+
+    def original(runner, states, batch, grammar):
+        return SamplerOutput(None, None, given, None, None), "sampled", "rejected"
+
+    output, *rest = sample(original, runner, None, batch, None)
+    assert output.num_nans.tolist() == [2, 0]
+    assert rest == ["sampled", "rejected"]

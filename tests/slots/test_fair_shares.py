@@ -1,0 +1,318 @@
+"""Parties get the same of the engine, whatever they ask for, and nobody earns credit by waiting."""
+
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_multilora.slots.fair_shares import (
+    GENERATED_COST,
+    HALF_LIFE_STEPS,
+    HEAVY_RATIO,
+    MOST_REMEMBERED,
+    PROMPT_COST,
+    FairShares,
+    cost_of,
+)
+
+STEP_TOKENS = 32
+
+
+@dataclass
+class Request:
+    party: str
+    prompt: int
+    generate: int
+    computed: int = 0
+
+    @property
+    def cost(self) -> float:
+        return self.prompt * PROMPT_COST + self.generate * GENERATED_COST
+
+
+@dataclass
+class Engine:
+    """As vLLM's scheduler with fair shares: running requests go on, then waiting ones come in."""
+
+    places: int = 4
+    weights: dict[str, float] = field(default_factory=dict)
+    shares: FairShares = field(default_factory=FairShares)
+    waiting: defaultdict[str, deque[Request]] = field(default_factory=lambda: defaultdict(deque))
+    running: list[Request] = field(default_factory=list)
+    had: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def ask(self, party: str, prompt: int = 4, generate: int = 4) -> None:
+        self.shares.join(party, self.weights.get(party, 1.0))
+        self.waiting[party].append(Request(party, prompt, generate))
+
+    def backlog(self, party: str, numbers: Random, most: int = STEP_TOKENS) -> None:
+        """The party has requests waiting, of any length."""
+        while len(self.waiting[party]) < self.places + 1:
+            self.ask(party, numbers.randint(1, most), numbers.randint(1, 12))
+
+    def step(self) -> set[str]:
+        """Schedules and computes a step; the parties that something was computed for."""
+        self.shares.begin_step()
+        budget, charges = STEP_TOKENS, defaultdict(float)
+
+        def compute(request: Request) -> None:
+            nonlocal budget
+            begin = request.computed
+            left = max(1, request.prompt - begin)
+            request.computed += min(left, budget)
+            budget -= request.computed - begin
+            charges[request.party] += cost_of(request.prompt, begin, request.computed)
+
+        for request in self.running:
+            if budget:
+                compute(request)
+        expected = defaultdict(float)
+        while budget and len(self.running) < self.places and any(self.waiting.values()):
+            party = min(
+                (p for p, queue in self.waiting.items() if queue),
+                key=lambda p: (self.shares.served(p) + expected[p], p),
+            )
+            request = self.waiting[party].popleft()
+            expected[party] += self.shares.worth(party, request.prompt * PROMPT_COST)
+            self.running.append(request)
+            compute(request)
+        for party, cost in charges.items():
+            self.shares.charge(party, cost)
+            self.had[party] += cost
+        ended = [r for r in self.running if r.computed >= r.prompt + r.generate]
+        self.running = [r for r in self.running if r not in ended]
+        for request in ended:
+            self.shares.leave(request.party)
+        return set(charges)
+
+
+WEIGHTS = st.sampled_from([0.5, 1.0, 2.0, 3.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(places=st.integers(1, 6), one=WEIGHTS, two=WEIGHTS, seed=st.integers(0, 2**32))
+def test_two_parties_with_requests_waiting_get_shares_by_weight(places, one, two, seed):
+    """However long and many each one's requests are, the difference does not grow."""
+    numbers = Random(seed)
+    engine = Engine(places, {"one": one, "two": two})
+    bound = places * (STEP_TOKENS * PROMPT_COST + 13 * GENERATED_COST) / min(one, two)
+    for _ in range(300):
+        engine.backlog("one", numbers)
+        engine.backlog("two", numbers, most=4)
+        engine.step()
+        assert abs(engine.had["one"] / one - engine.had["two"] / two) <= 2 * bound
+    assert engine.had["one"] + engine.had["two"] >= 300  # and something was computed in each step
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    traffic=st.lists(
+        st.lists(
+            st.tuples(st.sampled_from("abcde"), st.integers(1, 80), st.integers(1, 8)), max_size=3
+        ),
+        max_size=40,
+    ),
+    places=st.integers(1, 4),
+)
+def test_every_request_is_served_in_the_end(traffic, places):
+    engine = Engine(places)
+    for arrivals in traffic:
+        for arrival in arrivals:
+            engine.ask(*arrival)
+        engine.step()
+    for _ in range(20_000):
+        if not engine.running and not any(engine.waiting.values()):
+            break
+        assert engine.step()
+    assert not engine.shares.is_contended
+    assert not any(engine.waiting.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(others=st.integers(1, 5), seed=st.integers(0, 2**32), places=st.integers(1, 3))
+def test_nobody_starves_beside_parties_that_never_stop_asking(others, seed, places):
+    numbers, engine = Random(seed), Engine(places)
+    names = [f"other {number}" for number in range(others)]
+    for _ in range(40):
+        for name in names:
+            engine.backlog(name, numbers)
+        engine.step()
+    engine.ask("single", 1, 1)
+    # What runs has to end, and each of the others may be given a place before it is behind.
+    longest = (places + others) * (STEP_TOKENS + 13)
+    for _ in range(longest):
+        for name in names:
+            engine.backlog(name, numbers)
+        if "single" in engine.step():
+            return
+    raise AssertionError("it was never served")
+
+
+def test_a_party_with_many_requests_gets_no_more_than_one_with_few():
+    engine = Engine(places=2)
+    for _ in range(40):
+        engine.ask("flood", 8, 4)
+    for _ in range(10):
+        engine.ask("few", 8, 4)
+    while engine.waiting["few"]:
+        engine.step()
+    most = 2 * Request("", 8, 4).cost
+    assert abs(engine.had["flood"] - engine.had["few"]) <= most
+
+
+def test_idle_time_earns_no_credit():
+    shares = FairShares()
+    shares.join("busy")
+    shares.join("other")
+    for _ in range(100):
+        shares.begin_step()
+        shares.charge("busy", 10)
+        shares.charge("other", 10)
+    shares.join("late")
+    assert shares.served("late") == pytest.approx(990)  # as the others at the last step's begin
+
+
+def test_a_party_that_leaves_and_comes_back_has_had_what_it_had():
+    shares = FairShares()
+    for party in ("greedy", "other"):
+        shares.join(party)
+    shares.begin_step()
+    shares.charge("greedy", 500)
+    shares.leave("greedy")
+    shares.join("greedy")
+    assert shares.served("greedy") == 500
+    assert shares.served("other") == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 100], ids=["little", "much"])
+def test_whoever_was_alone_owes_nothing_and_may_be_heavy(tokens):
+    shares = FairShares()
+    shares.join("alone")
+    for _ in range(20):
+        assert not shares.is_contended
+        shares.step_alone(tokens)
+    shares.join("late")
+    assert shares.is_contended
+    assert shares.served("alone") == shares.served("late")
+    shares.begin_step()
+    shares.charge("late", 20)
+    shares.begin_step()
+    assert shares.is_heavy("alone") == (tokens == 100)
+    assert not shares.is_heavy("late")
+
+
+def test_a_party_is_heavy_beside_one_that_has_had_much_less_of_late():
+    shares = FairShares()
+    for party in ("large", "middle", "small"):
+        shares.join(party)
+    for _ in range(HALF_LIFE_STEPS):
+        shares.begin_step()
+        shares.charge("large", HEAVY_RATIO + 0.5)
+        shares.charge("middle", HEAVY_RATIO - 0.5)
+        shares.charge("small", 1)
+    shares.begin_step()
+    assert [shares.is_heavy(party) for party in ("large", "middle", "small")] == [
+        True,
+        False,
+        False,
+    ]
+    for _ in range(4 * HALF_LIFE_STEPS):
+        shares.charge("large", 1)
+        shares.charge("middle", 1)
+        shares.charge("small", 1)
+        shares.begin_step()
+    assert not shares.is_heavy("large")
+
+
+def test_what_is_heavy_goes_by_weight():
+    shares = FairShares()
+    shares.join("large", weight=8.0)
+    shares.join("small", weight=1.0)
+    for _ in range(6 * HALF_LIFE_STEPS):
+        shares.begin_step()
+        shares.charge("large", 16)
+        shares.charge("small", 1)
+    shares.begin_step()
+    assert not shares.is_heavy("large")
+
+
+def test_shares_of_late_survive_any_number_of_steps():
+    shares = FairShares()
+    shares.join("large")
+    shares.join("small")
+    for _ in range(400 * HALF_LIFE_STEPS):
+        shares.begin_step()
+        shares.charge("large", 10)
+        shares.charge("small", 1)
+    shares.begin_step()
+    assert shares.is_heavy("large")
+    assert not shares.is_heavy("small")
+
+
+def test_one_whose_requests_cannot_run_makes_nobody_heavy_and_earns_no_credit():
+    shares = FairShares()
+    for party in ("loading", "large", "other"):
+        shares.join(party)
+    for _ in range(10):
+        shares.begin_step()
+        shares.hold("loading")
+        shares.charge("large", 10)
+        shares.charge("other", 9)
+    shares.begin_step()
+    assert not shares.is_heavy("large")
+    assert shares.served("loading") == shares.served("other") == 90
+
+
+def test_one_that_waits_for_a_slot_makes_nobody_heavy_and_keeps_its_place():
+    shares = FairShares()
+    for party in ("waiting", "large", "other"):
+        shares.join(party)
+    for _ in range(10):
+        shares.begin_step()
+        shares.hold("waiting", waits_for_slot=True)
+        shares.charge("large", 10)
+        shares.charge("other", 9)
+    shares.begin_step()
+    assert not shares.is_heavy("large")
+    assert shares.served("waiting") == 0
+
+
+def test_the_latest_weight_counts():
+    shares = FairShares()
+    shares.join("party", 1.0)
+    shares.join("party", 4.0)
+    shares.charge("party", 8)
+    assert shares.served("party") == 2
+    assert shares.worth("party", 8) == 2
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan")], ids=str)
+def test_a_weight_is_above_zero(weight):
+    with pytest.raises(ValueError, match="must be above 0"):
+        FairShares().join("party", weight)
+
+
+def test_counters_of_those_that_have_left_are_kept_within_bounds():
+    shares = FairShares()
+    shares.join("stays")
+    for number in range(3 * MOST_REMEMBERED):
+        shares.join(number)
+        shares.begin_step()
+        shares.charge(number, 1 + number)
+        shares.leave(number)
+    assert len(shares._idle) <= MOST_REMEMBERED
+    last = 3 * MOST_REMEMBERED - 1
+    shares.join(last)
+    assert shares.served(last) >= 1 + last
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begin", "end", "cost"),
+    [(10, 0, 10, 10), (10, 4, 10, 6), (10, 8, 14, 2 + 8), (10, 10, 11, 2), (10, 5, 5, 0)],
+    ids=["prompt", "part", "both", "generated", "nothing"],
+)
+def test_a_generated_token_costs_twice_a_prompts(prompt, begin, end, cost):
+    assert cost_of(prompt, begin, end) == cost

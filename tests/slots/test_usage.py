@@ -1,0 +1,48 @@
+"""What is remembered of each adapter's use."""
+
+import pytest
+
+from vllm_multilora.slots import usage
+from vllm_multilora.slots.events import Tier
+from vllm_multilora.slots.usage import AdapterUsage, AdapterUse
+
+FAILURE = "no such file"
+
+
+def test_an_unknown_adapter_has_no_use() -> None:
+    assert AdapterUsage().of(7) == AdapterUse()
+
+
+def test_hits_loads_and_the_last_error_are_kept_by_adapter() -> None:
+    seen = AdapterUsage()
+    seen.failed(1, FAILURE)
+    assert seen.of(1) == AdapterUse(last_error=FAILURE)
+    seen.read(1, rank=8, size=100)
+    seen.hit(Tier.CPU, 1)
+    seen.hit(Tier.GPU, 1)
+    seen.hit(Tier.GPU, 1)
+    seen.read(2, rank=16, size=200)
+    assert seen.of(1) == AdapterUse(gpu_hits=2, cpu_hits=1, loads=1, rank=8, size=100)
+    seen.forget(1)
+    assert seen.of(1) == AdapterUse()
+    assert seen.of(2).rank == 16
+
+
+def test_the_last_use_is_the_last_step_with_the_adapter() -> None:
+    now = 0.0
+    seen = AdapterUsage(clock=lambda: now)
+    for step in ({1, 2}, {1, 2}, {2}, {2}):
+        now += 1.0
+        seen.step(step)
+    assert [seen.of(i).last_used for i in (1, 2, 3)] == [2.0, 4.0, None]
+    now = 5.0
+    seen.step(set())
+    assert seen.of(2).last_used == 4.0
+
+
+def test_memory_for_adapters_that_come_and_go_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "MOST_REMEMBERED", 3)
+    seen = AdapterUsage()
+    for number in range(5):
+        seen.failed(number, FAILURE)
+    assert [seen.of(number).last_error is None for number in range(5)] == [True, True, *[False] * 3]

@@ -1,0 +1,171 @@
+"""A registry whose clients and jobs are played by the test."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from tests.store.fake_reader import digest_of
+from tests.store.test_arena import FakeSegments
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.arena import Arena
+from vllm_multilora.store.entries import Client
+from vllm_multilora.store.job_messages import CheckOnly, Go, Known, Place
+from vllm_multilora.store.memory import HostMemory
+from vllm_multilora.store.messages import Evicted, Failed, Loaded, StoreSettings, Want
+from vllm_multilora.store.policies import make_policy
+from vllm_multilora.store.recent_failures import Failure
+from vllm_multilora.store.registry import Registry
+
+PAGE = 4096
+
+
+class World:
+    """Plays everything around a registry, and takes note."""
+
+    def __init__(self, settings: StoreSettings | None = None, first_pack: int = 1000) -> None:
+        self.settings = settings or StoreSettings(budget_bytes=10 * PAGE)
+        self.memory = HostMemory(
+            Arena(FakeSegments(), None), make_policy("lru"), first_pack, lambda pack: None
+        )
+        self.registry = Registry(self.memory, self)
+        self.now = 0.0
+        self.said: dict[int, list] = {}
+        self.jobs: dict[int, str] = {}  # what each living job waits for
+        self.loads: dict[int, object] = {}
+        self.dying: set[int] = set()
+        self.read: Counter[str] = Counter()
+        self.refuse: str | None = None
+        self.tickets = 0
+
+    # Effects
+
+    def send(self, client, message):
+        self.said[client].append(message)
+        if isinstance(message, Evicted):
+            pack = message.pack
+            assert not any(c.leases[pack] for c in self.registry.clients.values())
+
+    def start(self, load):
+        self.jobs[load.number] = "opening"
+        self.loads[load.number] = load
+
+    def tell(self, job, message, segments):
+        expected = {Known: "opened", Go: "opened", Place: "checked", CheckOnly: "checked"}
+        assert self.jobs[job] == expected[type(message)]
+        self.jobs[job] = {Known: "known", Go: "checking"}.get(type(message), "reading")
+
+    def kill(self, job):
+        if job in self.jobs:
+            del self.jobs[job]
+            self.dying.add(job)
+
+    def refusal(self, path):
+        return self.refuse
+
+    # Clients
+
+    def client(self, number: int, server: str = "server", model: str = "model", **settings) -> int:
+        self.registry.clients[number] = Client(number, "engine", server, 1)
+        self.said[number] = []
+        chosen = StoreSettings(**settings) if settings else self.settings
+        self.registry.configure(number, model, [], chosen, self.now)
+        return number
+
+    def want(self, client: int, adapter: int = 1, path: str | None = None, **options) -> int:
+        self.tickets += 1
+        path = path or f"/adapters/{adapter}"
+        want = Want(self.tickets, adapter, f"adapter {adapter}", path, **options)
+        self.registry.want(client, want, self.now)
+        self.registry.loads.tick(self.now)
+        return self.tickets
+
+    def answers(self, client: int, ticket: int) -> list:
+        return [
+            m for m in self.said[client] if isinstance(m, Loaded | Failed) and m.ticket == ticket
+        ]
+
+    def answer(self, client: int, ticket: int):
+        (found,) = self.answers(client, ticket)
+        return found
+
+    # Jobs
+
+    def opened(self, job: int, version: str | None = None) -> None:
+        self.jobs[job] = "opened"
+        self.registry.loads.opened(job, version or self.loads[job].path, self.now)
+
+    def checked(self, job: int, pages: int = 1) -> None:
+        self.jobs[job] = "checked"
+        blocks = np.full(pages, PAGE, np.int64)
+        self.registry.loads.checked(job, blocks, 8, False, (), (), self.now)
+
+    def done(self, job: int, digest: str | None = None) -> None:
+        path = self.loads[job].path
+        self.read[path] += 1
+        self.registry.loads.done(job, digest_of(digest or path), 64, self.now)
+
+    def failed(self, job: int, kind: FailureKind = FailureKind.INVALID) -> None:
+        self.registry.loads.failed(job, Failure(kind, "it is broken", []), self.now)
+
+    def gone(self, job: int) -> None:
+        self.jobs.pop(job, None)
+        self.dying.discard(job)
+        failure = Failure(FailureKind.INTERNAL, "it crashed", [])
+        self.registry.loads.gone(job, failure, self.now)
+        self.registry.loads.tick(self.now)
+
+    def step(self, job: int, pages: int = 1) -> None:
+        """Takes a job one step on; one that waits for the store stays where it is."""
+        match self.jobs[job]:
+            case "opening":
+                self.opened(job)
+            case "checking":
+                self.checked(job, pages)
+            case "reading":
+                self.done(job)
+
+    def settle(self, pages: int = 1) -> None:
+        """Lets all jobs work until nothing moves any more."""
+        for _ in range(1000):
+            before = (dict(self.jobs), set(self.dying), self.registry.loads.queue.queued)
+            for job in list(self.jobs):
+                if job in self.jobs:
+                    self.step(job, pages)
+            for job in list(self.dying):
+                self.gone(job)
+            self.registry.loads.tick(self.now)
+            if before == (self.jobs, self.dying, self.registry.loads.queue.queued):
+                return
+        raise AssertionError("it does not settle")
+
+    def load(self, client: int, adapter: int = 1, pages: int = 1, **options):
+        """Wants an adapter and lets it come."""
+        ticket = self.want(client, adapter, **options)
+        self.settle(pages)
+        return self.answer(client, ticket)
+
+    def evicted(self, client: int) -> Iterator[int]:
+        return (m.pack for m in self.said[client] if isinstance(m, Evicted))
+
+    def check(self) -> None:
+        """What is true at any time."""
+        memory, totals = self.memory, self.memory.totals()
+        packs = sum(p.info.held_bytes for p in memory.packs.values())
+        loads = self.registry.loads._loads.values()
+        allocations = [one.allocation for one in loads if one.allocation]
+        allocations += [one for one in self.registry.loads._dying.values() if one]
+        assert memory.staged == len(allocations)
+        assert totals.bytes == packs + sum(one.held_bytes for one in allocations)
+        leases = Counter()
+        for client in self.registry.clients.values():
+            leases.update(client.leases)
+        for number, pack in memory.packs.items():
+            assert pack.leases == leases[number]
+            assert pack.leases or pack.bindings, "a pack that nobody needs"
+        assert set(leases) <= set(memory.packs), "a lease on a pack that has left"
+        for client in self.registry.clients.values():
+            for ticket, load in client.loads.items():
+                assert load in loads
+                numbers = [(t.client, t.number) for t in (*load.tickets, *load.later)]
+                assert numbers.count((client.number, ticket)) == 1

@@ -1,0 +1,155 @@
+"""The arena: exact, without overlap, within its budget, and empty when all is freed."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_multilora.store.arena import PAGE, PLACE_BITS, Allocation, Arena
+
+MIB = 1 << 20
+
+
+class FakeSegments:
+    """Knows which bytes exist; gives errors where the arena uses others."""
+
+    def __init__(self, refuse_after: int | None = None) -> None:
+        self.sizes: dict[int, int] = {}
+        self.given_back: list[tuple[int, int, int]] = []
+        self.refuse_after = refuse_after
+
+    def create(self, number, size):
+        if self.refuse_after is not None and len(self.sizes) >= self.refuse_after:
+            raise OSError(24, "Too many open files")
+        assert number not in self.sizes
+        self.sizes[number] = size
+
+    def close(self, number):
+        del self.sizes[number]
+
+    def give_back(self, number, offset, size):
+        assert 0 <= offset < offset + size <= self.sizes[number]
+        self.given_back.append((number, offset, size))
+
+
+def blocks(*sizes: int) -> np.ndarray:
+    return np.array(sizes, np.int64)
+
+
+def spans(allocation: Allocation, sizes: np.ndarray) -> list[tuple[int, int, int]]:
+    """Each block as (segment, first byte, one past the last)."""
+    offsets = allocation.places & ((1 << PLACE_BITS) - 1)
+    segments = [allocation.segments[k] for k in allocation.places >> PLACE_BITS]
+    return [
+        (number, int(at), int(at + size))
+        for number, at, size in zip(segments, offsets, sizes, strict=True)
+    ]
+
+
+def check(arena: Arena, memory: FakeSegments, held: list[tuple[Allocation, np.ndarray]]) -> None:
+    extents = sorted(
+        (e.segment, e.offset, e.offset + e.size) for one, _ in held for e in one.extents
+    )
+    for (segment, _, end), (other, begin, _) in pairwise(extents):
+        assert segment != other or end <= begin, "two extents share bytes"
+    for segment, begin, end in extents:
+        assert begin % PAGE == end % PAGE == 0
+        assert end <= memory.sizes[segment]
+    for one, sizes in held:
+        own = [(e.segment, e.offset, e.offset + e.size) for e in one.extents]
+        found = sorted(spans(one, sizes))
+        for segment, begin, end in found:
+            assert begin % 64 == 0
+            assert any(s == segment and b <= begin and end <= e for s, b, e in own)
+        for (s, _, end), (other, begin, _) in pairwise(found):
+            assert s != other or end <= begin, "two blocks share bytes"
+        assert one.held_bytes == sum(e.size for e in one.extents)
+    assert arena.held == sum(one.held_bytes for one, _ in held)
+    assert arena.committed == sum(memory.sizes.values())
+    if arena.budget is not None:
+        assert arena.held <= arena.budget
+        assert arena.committed <= arena.budget
+
+
+pack_sizes = st.lists(st.integers(1, 3 * PAGE // 64).map(lambda n: 64 * n), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(4, 60), st.lists(st.tuples(pack_sizes, st.integers(0, 9)), max_size=40))
+def test_packs_never_overlap_nor_pass_the_budget_and_nothing_leaks(budget_pages, steps):
+    memory = FakeSegments()
+    arena = Arena(memory, budget_pages * PAGE)
+    held: list[tuple[Allocation, np.ndarray]] = []
+    for sizes, which in steps:
+        if which < 4 and held:
+            arena.free(held.pop(which % len(held))[0])
+        else:
+            allocation = arena.allocate(blocks(*sizes))
+            if allocation is not None:
+                held.append((allocation, blocks(*sizes)))
+            elif not held:
+                assert not arena.can_ever_hold(blocks(*sizes))
+        check(arena, memory, held)
+    for allocation, _ in held:
+        arena.free(allocation)
+    assert arena.held == 0
+    assert len(memory.sizes) <= 1
+    whole = blocks(64 * (budget_pages * PAGE // 64))
+    assert arena.allocate(whole) is not None, "all of the budget is there again"
+
+
+def test_a_pack_takes_its_bytes_rounded_to_one_page_and_no_more():
+    arena = Arena(FakeSegments(), None)
+    allocation = arena.allocate(blocks(320 * MIB, 64))
+    assert allocation.held_bytes == 320 * MIB + PAGE
+    assert len(allocation.extents) == 1
+
+
+def test_a_pack_goes_into_gaps_where_no_run_is_long_enough():
+    arena = Arena(FakeSegments(), 8 * PAGE)
+    packs = [arena.allocate(blocks(PAGE)) for _ in range(8)]
+    for pack in packs[::2]:
+        arena.free(pack)
+    scattered = arena.allocate(blocks(PAGE, PAGE, PAGE))
+    assert len(scattered.extents) == 3
+    assert arena.allocate(blocks(2 * PAGE)) is None, "a block never lies in two extents"
+
+
+def test_segments_grow_with_the_budget_and_never_past_it():
+    memory = FakeSegments()
+    arena = Arena(memory, 100 * MIB)
+    arena.allocate(blocks(MIB))
+    assert list(memory.sizes.values()) == [64 * MIB]
+    arena.allocate(blocks(64 * MIB - PAGE))
+    assert sum(memory.sizes.values()) <= 100 * MIB
+
+
+def test_room_without_a_budget_is_given_until_the_system_gives_none():
+    arena = Arena(FakeSegments(refuse_after=1), None)
+    assert arena.allocate(blocks(200 * MIB)) is not None
+    with pytest.raises(OSError, match="Too many open files"):
+        arena.allocate(blocks(200 * MIB))
+
+
+def test_large_free_runs_are_given_back_to_the_system():
+    memory = FakeSegments()
+    arena = Arena(memory, 64 * MIB)
+    small, large = arena.allocate(blocks(PAGE)), arena.allocate(blocks(4 * MIB))
+    arena.allocate(blocks(PAGE))
+    arena.free(small)
+    assert not memory.given_back
+    arena.free(large)
+    assert [size for _, _, size in memory.given_back] == [4 * MIB + PAGE]
+
+
+def test_a_smaller_budget_is_kept_to_by_closing_what_is_free():
+    memory = FakeSegments()
+    arena = Arena(memory, 256 * MIB)
+    packs = [arena.allocate(blocks(60 * MIB)) for _ in range(4)]
+    arena.budget = 64 * MIB
+    for pack in packs:
+        arena.free(pack)
+    assert arena.allocate(blocks(64 * MIB)) is not None
+    assert arena.committed <= 64 * MIB

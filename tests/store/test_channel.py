@@ -1,0 +1,132 @@
+"""Messages arrive whole, in order, with their descriptors; nobody waits for a slow reader."""
+
+import os
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+
+from vllm_multilora.store.channel import Channel, ChannelClosedError
+from vllm_multilora.store.messages import (
+    Evicted,
+    FromClient,
+    FromStore,
+    Release,
+    Segment,
+    Used,
+)
+
+
+@pytest.fixture
+def ends():
+    left, right = socket.socketpair()
+    left.setblocking(False)
+    right.setblocking(False)
+    yield left, right
+    left.close()
+    right.close()
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def received(channel):
+    return [message for message, _ in channel.receive()]
+
+
+def test_messages_arrive_in_order_however_they_are_cut(ends):
+    left, right = ends
+    sender, receiver = Channel(left, FromStore), Channel(right, FromClient)
+    sent = [Used(list(range(n))) for n in range(0, 3000, 500)]
+    for message in sent:
+        sender.send(message)
+    found = []
+    while len(found) < len(sent):
+        found += received(receiver)
+    assert found == sent
+
+
+def test_a_message_that_comes_byte_by_byte_is_one_message(ends):
+    left, right = ends
+    whole = Channel(left, FromStore)
+    whole.send(Release(5))
+    data = right.recv(1000)
+    receiver = Channel(right, FromClient)
+    for at in range(len(data)):
+        left.send(data[at : at + 1])
+        assert received(receiver) == ([Release(5)] if at == len(data) - 1 else [])
+
+
+def test_descriptors_come_with_their_own_message(ends, tmp_path):
+    left, right = ends
+    sender = Channel(left, FromClient)
+    receiver = Channel(right, FromStore, take_descriptors=True)
+    (tmp_path / "one").write_bytes(b"one")
+    (tmp_path / "two").write_bytes(b"two")
+    sender.send(Evicted(1))
+    for number, name in enumerate(("one", "two")):
+        descriptor = os.open(tmp_path / name, os.O_RDONLY)
+        sender.send(Segment(number, 3), [descriptor])
+        os.close(descriptor)
+    found = []
+    while len(found) < 3:
+        found += receiver.receive()
+    assert [len(descriptors) for _, descriptors in found] == [0, 1, 1]
+    assert [os.read(d[0], 9) for _, d in found[1:]] == [b"one", b"two"]
+    for _, descriptors in found[1:]:
+        os.close(descriptors[0])
+
+
+def test_who_takes_no_descriptors_is_not_filled_up_with_them(ends):
+    left, right = ends
+    before = open_descriptors()
+    sender, receiver = Channel(left, FromClient), Channel(right, FromStore)
+    sender.send(Segment(1, 2), [0, 1, 2])
+    assert [(m, d) for m, d in receiver.receive()] == [(Segment(1, 2), [])]
+    assert open_descriptors() == before
+
+
+def test_a_reader_that_stands_still_costs_memory_up_to_a_limit_and_no_time(ends):
+    left, right = ends
+    sender = Channel(left, FromClient, most_pending=1 << 20)
+    message = Used(list(range(10000)))
+    while sender.pending <= 1 << 20:
+        sender.send(message)
+    with pytest.raises(ChannelClosedError, match="does not read"):
+        sender.send(message)
+    assert 1 << 20 < sender.pending < 2 << 20
+    receiver = Channel(right, FromClient)
+    count = 0
+    while sender.pending:
+        count += len(receiver.receive())
+        sender.flush()
+    assert count > 0
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (struct.pack("<IB", 1 << 31, 0), "bytes"),
+        (struct.pack("<IB", 3, 0) + b"\xff\xff\xff", "makes no sense"),
+        (struct.pack("<IB", 5000, 0) + b"\x91" * 5000, "makes no sense"),
+    ],
+    ids=["huge", "not-msgpack", "deep"],
+)
+def test_nonsense_ends_the_connection(ends, data, reason):
+    left, right = ends
+    left.send(data)
+    with pytest.raises(ChannelClosedError, match=reason):
+        Channel(right, FromClient).receive()
+
+
+def test_the_end_of_the_other_side_is_seen_by_both_directions(ends):
+    left, right = ends
+    channel = Channel(right, FromClient)
+    assert channel.receive() == []
+    left.close()
+    with pytest.raises(ChannelClosedError, match="closed"):
+        channel.receive()
+    with pytest.raises(ChannelClosedError):
+        channel.send(Evicted(1))

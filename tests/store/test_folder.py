@@ -1,0 +1,88 @@
+"""Where stores are found: nowhere that another user could have a hand in."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from vllm_multilora.store import folder
+from vllm_multilora.store.folder import FOLDER_VARIABLE, StoreUnavailableError
+
+
+@pytest.fixture
+def usual(monkeypatch):
+    """The place that is taken when nothing is named; it does not exist yet."""
+    with tempfile.TemporaryDirectory() as short:  # a socket's path has 107 bytes
+        monkeypatch.delenv(FOLDER_VARIABLE)
+        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        yield Path(short) / f"vllm-multilora-{os.geteuid()}"
+
+
+def test_the_folder_is_made_for_this_user_alone(usual):
+    assert folder.store_folder() == usual
+    assert usual.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_folder_for_the_session_is_preferred(usual, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(usual.parent))
+    assert folder.store_folder() == usual.parent / "vllm-multilora"
+
+
+def _link(path: Path) -> None:
+    (path.parent / "elsewhere").mkdir(mode=0o700)
+    path.symlink_to(path.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [_link, lambda path: path.mkdir(mode=0o777), Path.touch],
+    ids=["link", "open-to-others", "file"],
+)
+def test_a_folder_that_cannot_be_trusted_is_left_alone(usual, prepare, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    prepare(usual)
+    if usual.is_dir() and not usual.is_symlink():
+        usual.chmod(0o777)
+    private = folder.store_folder()
+    assert private != usual
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert folder.store_folder() == private, "what this process starts finds it too"
+
+
+def test_a_foreign_folder_is_left_alone(usual, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    usual.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(usual.parent))
+    usual.rename(usual.parent / "vllm-multilora-12345")
+    assert folder.store_folder() != usual.parent / "vllm-multilora-12345"
+
+
+def test_a_named_folder_that_cannot_be_used_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o755)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "open"))
+    with pytest.raises(StoreUnavailableError, match="mode 755"):
+        folder.store_folder()
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / ("x" * 120)))
+    with pytest.raises(StoreUnavailableError, match="too long"):
+        folder.store_folder()
+
+
+def test_the_socket_of_a_dead_store_is_replaced_and_a_living_one_is_not(tmp_path):
+    path = tmp_path / "s.sock"
+    folder.listen(path).close()
+    with folder.listen(path), pytest.raises(StoreUnavailableError, match="in use"):
+        folder.listen(path)
+
+
+def test_a_store_removes_its_own_socket_only(tmp_path):
+    path = tmp_path / "s.sock"
+    with folder.listen(path) as first:
+        address = folder.Address.of(first)
+        path.rename(tmp_path / "old.sock")
+        with folder.listen(path):
+            address.close()
+            assert path.exists()

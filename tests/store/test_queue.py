@@ -1,0 +1,185 @@
+"""Whose load is next."""
+
+import pytest
+
+from vllm_multilora.store.queue import (
+    IDLE_S,
+    LONG_IDLE_S,
+    MOST_OLD_JOBS,
+    PATIENCE_S,
+    FairQueue,
+    Lane,
+)
+
+
+def started(queue: FairQueue, now: float) -> list[int]:
+    found = []
+    while (number := queue.start_next(now)) is not None:
+        found.append(number)
+    return found
+
+
+def fill(queue: FairQueue, owners: str, lane: Lane = Lane.REQUEST, first: int = 0) -> None:
+    for number, owner in enumerate(owners, first):
+        queue.add(number, owner, lane, 100.0)
+
+
+def order(queue: FairQueue) -> list[int]:
+    """The order in which loads start that are over at once."""
+    found = []
+    while (number := queue.start_next(0.0)) is not None:
+        found.append(number)
+        queue.remove(number)
+    return found
+
+
+def test_owners_take_turns_and_their_loads_keep_their_order():
+    queue = FairQueue()
+    fill(queue, "aaaabbc")
+    assert order(queue) == [0, 4, 6, 1, 5, 2, 3]
+
+
+def test_registrations_and_requests_take_turns():
+    queue = FairQueue()
+    fill(queue, "aaa")
+    fill(queue, "bbb", Lane.REGISTRATION, first=10)
+    assert order(queue) == [0, 10, 1, 11, 2, 12]
+
+
+def test_a_registration_that_a_request_waits_for_too_is_in_the_requests_lane():
+    queue = FairQueue()
+    fill(queue, "aa")
+    fill(queue, "xyz", Lane.REGISTRATION, first=10)
+    queue.promote(12)
+    assert order(queue) == [0, 10, 12, 11, 1]
+
+
+def test_only_so_many_work_at_once():
+    queue = FairQueue(places=2)
+    fill(queue, "abc")
+    assert started(queue, 0.0) == [0, 1]
+    queue.remove(0)
+    assert started(queue, 0.0) == [2]
+
+
+def test_a_job_that_works_keeps_its_place_until_patience_ends():
+    queue = FairQueue(places=1)
+    fill(queue, "ab")
+    assert started(queue, 0.0) == [0]
+    now = 0.0
+    while now < PATIENCE_S - IDLE_S:
+        now += IDLE_S / 2
+        queue.looked_at(0, now, now)
+        assert started(queue, now) == []
+    queue.looked_at(0, PATIENCE_S, PATIENCE_S)
+    assert started(queue, PATIENCE_S) == [1]
+
+
+def test_a_job_that_gets_no_processor_keeps_its_place():
+    """Where the model has all of them, more jobs would only take longer, all of them."""
+    queue = FairQueue(places=1)
+    fill(queue, "ab")
+    assert started(queue, 0.0) == [0]
+    now = 0.0
+    while now < 10 * PATIENCE_S:
+        now += IDLE_S / 2
+        queue.looked_at(0, 0.01, now, is_ready=True)
+        assert started(queue, now) == []
+    queue.looked_at(0, 0.01, now + IDLE_S, is_ready=False)
+    assert started(queue, now + IDLE_S) == [1]
+
+
+@pytest.mark.parametrize("hanging", [4, 40])
+def test_loads_that_hang_hold_up_another_for_less_than_patience(hanging):
+    queue = FairQueue(places=2)
+    for number in range(hanging):
+        queue.add(number, f"owner {number}", Lane.REQUEST, 100.0)
+    queue.add(99, "another", Lane.REQUEST, 100.0)
+    now, found = 0.0, []
+    while 99 not in (found := found + started(queue, now)):
+        now = queue.next_event(now)
+    assert now < PATIENCE_S
+
+
+def test_beside_too_many_hanging_jobs_the_longest_idle_is_killed_for_who_waits():
+    queue = FairQueue(places=1)
+    for number in range(MOST_OLD_JOBS + 1):
+        queue.add(number, f"{number}", Lane.REQUEST, 100.0)
+    now = 0.0
+    for _ in range(MOST_OLD_JOBS):
+        assert len(started(queue, now)) == 1
+        now += 1.5 * IDLE_S
+    queue.looked_at(0, 1.0, now)  # the first has worked meanwhile
+    assert started(queue, now) == []
+    now += LONG_IDLE_S
+    assert queue.overdue(now) == [1]
+    queue.remove(1)
+    assert started(queue, now) == [MOST_OLD_JOBS]
+    assert queue.overdue(now) == [], "nobody waits any more"
+
+
+def test_a_job_is_killed_at_its_deadline_whatever_it_does():
+    queue = FairQueue()
+    queue.add(0, "a", Lane.REQUEST, 5.0)
+    assert started(queue, 0.0) == [0]
+    queue.looked_at(0, 4.9, 4.9)
+    assert queue.overdue(4.9) == []
+    assert queue.next_event(4.9) == 5.0
+    assert queue.overdue(5.0) == [0]
+
+
+def test_the_clock_stands_still_while_a_job_waits_for_room():
+    queue = FairQueue(places=1)
+    queue.add(0, "a", Lane.REQUEST, 5.0)
+    started(queue, 0.0)
+    queue.wait_for_room(0, 1.0)
+    assert queue.overdue(1000.0) == []
+    queue.go_on(0, 1000.0)
+    assert queue.overdue(1003.9) == []
+    assert queue.overdue(1004.0) == [0]
+
+
+def test_while_a_job_waits_for_room_registrations_go_on_and_requests_wait():
+    queue = FairQueue(places=1)
+    fill(queue, "ab")
+    fill(queue, "c", Lane.REGISTRATION, first=10)
+    started(queue, 0.0)
+    queue.wait_for_room(0, 0.0)
+    assert started(queue, 0.0) == [10]
+    queue.remove(10)
+    assert started(queue, 0.0) == []
+    queue.go_on(0, 0.0)
+    queue.remove(0)
+    assert started(queue, 0.0) == [1]
+
+
+def test_nothing_is_due_where_nothing_waits_and_nothing_runs():
+    assert FairQueue().next_event(0.0) is None
+
+
+def test_a_load_that_several_wait_for_takes_whichever_turn_comes_first():
+    """A flood cannot hold up what another one wants too by asking for it first, or last."""
+    queue = FairQueue()
+    fill(queue, "a" * 50)
+    queue.share(49, "b")
+    queue.share(49, "b")
+    assert order(queue)[:4] == [0, 49, 1, 2]
+    assert queue.queued == 0
+
+
+def test_sharing_a_load_that_has_been_started_is_no_matter():
+    queue = FairQueue()
+    fill(queue, "ab")
+    assert started(queue, 0.0) == [0, 1]
+    queue.share(0, "c")
+    assert queue.queued == 0
+
+
+def test_a_shared_registration_is_in_the_requests_lane_for_all_its_owners():
+    queue = FairQueue()
+    fill(queue, "aab")
+    fill(queue, "x", Lane.REGISTRATION, first=10)
+    queue.share(10, "b")
+    queue.promote(10)
+    queue.remove(2)
+    assert order(queue) == [0, 10, 1]

@@ -1,0 +1,620 @@
+"""What the store decides: who is read for whom, what stays, and what everybody is told."""
+
+import pytest
+
+from tests.store.registries import PAGE, World
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.slots.contained_policy import ContainedPolicy
+from vllm_multilora.slots.policies.lru import LruPolicy
+from vllm_multilora.store.memory import MOST_VERSIONS
+from vllm_multilora.store.messages import Failed, Loaded, Reading, StoreSettings
+from vllm_multilora.store.recent_failures import LONGEST_MESSAGE, MOST_FAILURES, Failure
+
+
+@pytest.fixture
+def world():
+    world = World()
+    world.client(1)
+    yield world
+    world.check()
+
+
+def test_a_want_is_told_of_its_turn_and_of_its_pack(world):
+    loaded = world.load(1)
+    assert [type(m) for m in world.said[1]] == [Reading, Loaded]
+    assert loaded.was_read
+    assert loaded.leased
+    assert loaded.pack.held_bytes == PAGE
+    assert loaded.pack.digest
+    assert world.memory.packs[loaded.pack.pack].leases == 1
+
+
+def test_what_is_in_memory_is_answered_at_once(world):
+    first = world.load(1)
+    ticket = world.want(1)
+    again = world.answer(1, ticket)
+    assert (again.pack, again.was_read, world.jobs) == (first.pack, False, {})
+
+
+def test_two_engines_of_a_server_share_one_load(world):
+    world.client(2)
+    tickets = world.want(1), world.want(2)
+    assert len(world.jobs) == 1
+    world.settle()
+    one, two = world.answer(1, tickets[0]), world.answer(2, tickets[1])
+    assert one.pack == two.pack
+    assert world.memory.packs[one.pack.pack].leases == 2
+
+
+def test_numbers_of_different_servers_mean_different_adapters(world):
+    world.client(2, server="other")
+    one = world.load(1, path="/a")
+    two = world.load(2, path="/b")
+    assert one.pack.pack != two.pack.pack
+
+
+def test_what_a_server_that_has_gone_had_begun_is_its_followers_alone(world):
+    world.client(2, server="other")
+    world.want(2, adapter=7, path="/same")
+    world.step(max(world.jobs))
+    ticket = world.want(1, path="/same")
+    world.step(max(world.jobs))  # opened: the same files, for which somebody is on the way
+    world.registry.client_gone(2, world.now)
+    world.settle()
+    loaded = world.answer(1, ticket)
+    world.registry.release(1, loaded.pack.pack, world.now)
+    world.registry.client_gone(1, world.now)
+    world.client(1)
+    assert not world.memory.packs
+
+
+def test_another_server_shares_equal_files_without_reading_them(world):
+    one = world.load(1, path="/same")
+    world.client(2, server="other")
+    two = world.load(2, adapter=7, path="/same")
+    assert two.pack == one.pack
+    assert not two.was_read
+    assert world.read == {"/same": 1}
+
+
+def test_files_that_are_being_read_for_another_server_are_read_once(world):
+    world.client(2, server="other")
+    first, second = world.want(1, path="/same"), world.want(2, path="/same")
+    world.settle()
+    assert world.answer(1, first).pack == world.answer(2, second).pack
+    assert world.read == {"/same": 1}
+    assert world.memory.packs[world.answer(1, first).pack.pack].leases == 2
+
+
+def test_who_follows_a_load_shares_its_failure(world):
+    world.client(2, server="other")
+    tickets = world.want(1, path="/same"), world.want(2, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    (leader,) = world.jobs
+    world.failed(leader)
+    world.settle()
+    assert world.answer(1, tickets[0]).kind is FailureKind.INVALID
+    assert world.answer(2, tickets[1]).kind is FailureKind.INVALID
+
+
+def test_who_follows_a_load_keeps_it_going_when_its_own_wants_are_cancelled(world):
+    world.client(2, server="other")
+    tickets = world.want(1, path="/same"), world.want(2, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    world.registry.cancel(1, tickets[0], world.now)
+    world.settle()
+    assert isinstance(world.answer(2, tickets[1]), Loaded)
+
+
+def test_models_and_rules_share_nothing(world):
+    world.load(1, path="/same")
+    world.client(2, server="b", model="another")
+    world.client(3, server="c", budget_bytes=10 * PAGE, allowed_roots=("/same",))
+    world.load(2, path="/same")
+    world.load(3, path="/same")
+    assert world.read == {"/same": 3}
+
+
+def test_equal_bytes_take_memory_once(world):
+    world.want(1, 1, "/a")
+    world.want(1, 2, "/b")
+    for _ in range(2):
+        for job in list(world.jobs):
+            world.step(job)
+    for job in list(world.jobs):
+        world.done(job, digest="same")
+    world.settle()
+    packs = {m.pack.pack for m in world.said[1] if isinstance(m, Loaded)}
+    assert len(packs) == 1
+    assert world.memory.totals().bytes == PAGE
+    assert world.memory.packs[packs.pop()].leases == 2
+
+
+def test_changed_files_are_another_pack_and_the_old_one_leaves_with_its_last_lease(world):
+    old = world.load(1)
+    ticket = world.want(1, fresh=True)
+    (job,) = world.jobs
+    world.opened(job, "changed")
+    world.checked(job)
+    world.done(job, "changed")
+    world.settle()
+    new = world.answer(1, ticket)
+    assert new.pack.pack != old.pack.pack
+    assert old.pack.pack in world.memory.packs
+    world.registry.release(1, old.pack.pack, world.now)
+    assert old.pack.pack not in world.memory.packs
+
+
+def test_a_fresh_want_of_unchanged_files_reads_nothing_again(world):
+    first = world.load(1)
+    again = world.load(1, fresh=True)
+    assert (again.pack, again.was_read) == (first.pack, False)
+
+
+def test_a_fresh_want_is_not_content_with_files_opened_before_it(world):
+    first = world.want(1)
+    (job,) = world.jobs
+    world.opened(job, "old")
+    fresh = world.want(1, fresh=True)
+    world.checked(job)
+    world.done(job, "old")
+    assert world.answers(1, fresh) == []
+    world.settle()
+    assert world.answer(1, first).pack.version == "old"
+    assert world.answer(1, fresh).pack.version != "old"
+
+
+def test_a_registration_keeps_what_there_is_free_room_for(world):
+    loaded = world.load(1, keep=False)
+    assert not loaded.leased
+    assert loaded.pack.pack
+    assert world.memory.packs[loaded.pack.pack].leases == 0
+
+
+def test_a_registration_evicts_nothing(world):
+    world.registry.release(1, world.load(1, 1, pages=10).pack.pack, world.now)
+    loaded = world.load(1, 2, keep=False)
+    assert (loaded.pack.pack, loaded.pack.held_bytes) == (0, 0)
+    assert loaded.pack.digest
+    assert list(world.evicted(1)) == []
+
+
+def test_a_request_that_joins_a_registration_gets_room(world):
+    world.registry.release(1, world.load(1, 1, pages=10).pack.pack, world.now)
+    registration = world.want(1, 2, keep=False)
+    (job,) = world.jobs
+    world.opened(job)
+    world.checked(job)
+    request = world.want(1, 2)
+    world.settle()
+    assert world.answer(1, registration).pack.pack == 0
+    assert world.answer(1, request).pack.pack in world.memory.packs
+
+
+def test_victims_are_the_least_recently_used_and_never_leased(world):
+    packs = [world.load(1, n, pages=3).pack.pack for n in (1, 2, 3)]
+    for pack in packs[:2]:
+        world.registry.release(1, pack, world.now)
+    world.registry.used(1, [packs[0]])
+    world.load(1, 4, pages=3)
+    assert list(world.evicted(1)) == [packs[1]]
+
+
+def test_nothing_leaves_for_what_would_not_fit_even_then(world):
+    world.load(1, 1, pages=6)
+    world.registry.release(1, world.load(1, 2, pages=3).pack.pack, world.now)
+    ticket = world.want(1, 3)
+    world.settle(pages=8)
+    assert world.answers(1, ticket) == []
+    assert list(world.evicted(1)) == []
+
+
+def test_a_load_waits_for_room_until_a_lease_is_given_back(world):
+    first = world.load(1, 1, pages=10)
+    ticket = world.want(1, 2)
+    world.settle(pages=10)
+    world.now += 1000.0
+    world.registry.loads.tick(world.now)
+    assert world.answers(1, ticket) == []
+    world.registry.release(1, first.pack.pack, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, ticket), Loaded)
+    assert list(world.evicted(1)) == [first.pack.pack]
+
+
+def test_nobody_overtakes_who_waits_for_room(world):
+    first = world.load(1, 1, pages=6)
+    large, small = world.want(1, 2), world.want(1, 3)
+    jobs = list(world.jobs)
+    for job, pages in zip(jobs, (6, 2), strict=True):
+        world.opened(job)
+        world.checked(job, pages)
+    world.settle()
+    assert world.answers(1, small) == []
+    world.registry.release(1, first.pack.pack, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, large), Loaded)
+    assert isinstance(world.answer(1, small), Loaded)
+
+
+def test_what_can_never_fit_fails_at_once_with_both_sizes(world):
+    failed = world.load(1, pages=11)
+    assert failed.kind is FailureKind.NO_MEMORY
+    assert str(11 * PAGE) in failed.message
+    assert str(10 * PAGE) in failed.message
+
+
+def test_the_number_of_adapters_has_a_budget_too():
+    world = World(StoreSettings(budget_adapters=2))
+    world.client(1)
+    for adapter in (1, 2, 3):
+        world.registry.release(1, world.load(1, adapter).pack.pack, world.now)
+    assert world.memory.totals().adapters == 2
+    assert len(list(world.evicted(1))) == 1
+    world.check()
+
+
+def test_budgets_are_the_largest_asked_for():
+    world = World()
+    world.client(1, budget_bytes=2 * PAGE, budget_adapters=3)
+    world.client(2, budget_bytes=5 * PAGE, budget_adapters=None)
+    totals = world.memory.totals()
+    assert (totals.bytes_limit, totals.adapters_limit) == (5 * PAGE, None)
+    for adapter in range(4):
+        world.registry.release(1, world.load(1, adapter).pack.pack, world.now)
+    world.registry.client_gone(2, world.now)
+    totals = world.memory.totals()
+    assert (totals.bytes_limit, totals.adapters_limit) == (2 * PAGE, 3)
+    assert totals.bytes <= 2 * PAGE
+
+
+def test_a_failure_answers_for_a_while_and_is_forgotten(world):
+    ticket = world.want(1)
+    world.failed(next(iter(world.jobs)))
+    assert world.answer(1, ticket).message == "it is broken"
+    world.settle()
+    world.now += 1.9
+    assert isinstance(world.answer(1, world.want(1)), Failed)
+    assert not world.jobs
+    world.now += 0.2
+    world.want(1)
+    assert world.jobs
+
+
+def test_a_fresh_want_does_not_take_a_remembered_failure_for_an_answer(world):
+    world.want(1)
+    world.failed(next(iter(world.jobs)))
+    world.settle()
+    assert isinstance(world.load(1, fresh=True), Loaded)
+
+
+def test_failures_are_kept_in_bounded_number_and_length(world):
+    problems = [{"message": "m" * 10**6, "count": 1}] * 20000
+    kept = Failure(FailureKind.INVALID, "x" * 10**7, problems).bounded()
+    assert len(kept.message) <= LONGEST_MESSAGE
+    assert sum(len(p["message"]) for p in kept.problems) < 10**5
+    for adapter in range(MOST_FAILURES + 50):
+        world.want(1, adapter)
+        world.failed(next(iter(world.jobs)))
+        world.gone(next(iter(world.dying)))
+    assert len(world.registry.loads.failures._failures) == MOST_FAILURES
+
+
+def test_a_crashed_job_fails_its_adapter_and_frees_its_room(world):
+    ticket = world.want(1)
+    (job,) = world.jobs
+    world.opened(job)
+    world.checked(job)
+    world.gone(job)
+    assert world.answer(1, ticket).kind is FailureKind.INTERNAL
+    assert world.memory.totals().bytes == 0
+
+
+def test_the_room_of_a_killed_job_is_free_only_when_it_cannot_write_any_more(world):
+    ticket = world.want(1)
+    (job,) = world.jobs
+    world.opened(job)
+    world.checked(job)
+    world.registry.cancel(1, ticket, world.now)
+    assert job in world.dying
+    assert world.memory.totals().bytes == PAGE
+    world.gone(job)
+    assert world.memory.totals().bytes == 0
+
+
+def test_a_job_past_its_time_is_killed_and_its_adapter_times_out(world):
+    ticket = world.want(1)
+    world.now += world.settings.timeout_s
+    world.registry.loads.tick(world.now)
+    assert world.answer(1, ticket).kind is FailureKind.TIMEOUT
+    assert world.dying
+
+
+def test_a_source_that_hangs_is_refused_at_once(world):
+    world.refuse = "its storage hangs"
+    failed = world.answer(1, world.want(1))
+    assert (failed.kind, failed.message) == (FailureKind.TIMEOUT, "its storage hangs")
+
+
+def test_a_cancelled_want_is_not_answered_and_what_waits_is_not_read(world):
+    tickets = [world.want(1, adapter) for adapter in range(4)]
+    world.registry.cancel(1, tickets[3], world.now)
+    world.settle()
+    assert world.answers(1, tickets[3]) == []
+    assert "/adapters/3" not in world.read
+
+
+def test_a_withdrawn_adapter_leaves_and_its_wants_fail(world):
+    loaded = world.load(1, 1)
+    waiting = world.want(1, 2)
+    for adapter in (1, 2):
+        world.registry.forget(1, adapter, world.now)
+    assert world.answer(1, waiting).kind is FailureKind.GONE
+    assert loaded.pack.pack in world.memory.packs
+    world.registry.release(1, loaded.pack.pack, world.now)
+    world.settle()
+    assert world.memory.totals().bytes == 0
+
+
+def test_a_withdrawn_adapter_stays_for_the_others_that_have_it(world):
+    one = world.load(1, path="/same")
+    world.client(2, server="other")
+    world.load(2, path="/same")
+    world.registry.release(1, one.pack.pack, world.now)
+    world.registry.forget(1, 1, world.now)
+    assert one.pack.pack in world.memory.packs
+
+
+def test_an_adapter_that_one_engine_has_forgotten_still_comes_for_the_others(world):
+    world.client(2)
+    tickets = [world.want(client, 1) for client in (1, 2)]
+    world.registry.forget(1, 1, world.now)
+    assert world.answer(1, tickets[0]).kind is FailureKind.GONE
+    world.settle()
+    pack = world.answer(2, tickets[1]).pack.pack
+    again = world.load(2, 1)
+    assert (again.pack.pack, again.was_read) == (pack, False)
+
+
+@pytest.mark.parametrize("by", ["forgetting", "giving back", "death"])
+def test_an_adapter_leaves_when_the_last_engine_does_not_use_it_any_more(world, by):
+    world.client(2)
+    for client in (1, 2):
+        pack = world.load(client, 1).pack.pack
+    world.registry.release(1, pack, world.now)
+    world.registry.forget(1, 1, world.now)
+    assert pack in world.memory.packs
+    if by == "forgetting":
+        world.registry.forget(2, 1, world.now)
+        assert pack in world.memory.packs
+    if by == "death":
+        world.registry.client_gone(2, world.now)
+    else:
+        world.registry.release(2, pack, world.now)
+    assert pack not in world.memory.packs
+
+
+def test_an_adapter_that_an_engine_has_aborted_is_nobodys_either(world):
+    world.client(2)
+    pack = world.load(1, 1).pack.pack
+    world.registry.release(1, pack, world.now)
+    ticket = world.want(2, 1, fresh=True)
+    world.registry.forget(1, 1, world.now)
+    assert pack in world.memory.packs
+    world.registry.cancel(2, ticket, world.now)
+    assert pack not in world.memory.packs
+
+
+def test_an_engine_that_wants_again_what_it_has_forgotten_gets_what_the_files_are_now(world):
+    world.client(2)
+    for client in (1, 2):
+        old = world.load(client, 1).pack.pack
+    world.registry.release(1, old, world.now)
+    world.registry.forget(1, 1, world.now)
+    ticket = world.want(1, 1)
+    (job,) = world.jobs
+    world.opened(job, "newer")
+    world.checked(job)
+    world.done(job, "newer")
+    world.settle()
+    new = world.answer(1, ticket).pack.pack
+    assert new != old
+    world.registry.forget(2, 1, world.now)
+    world.registry.release(2, old, world.now)
+    assert set(world.memory.packs) == {new}
+    assert world.load(1, 1).pack.pack == new
+
+
+def test_a_pack_knows_the_latest_versions_of_its_files_only(world):
+    """A folder that is copied anew every minute has a new version each time."""
+    pack = world.load(1, 1).pack.pack
+    for copy in range(MOST_VERSIONS + 4):
+        world.want(1, 1, fresh=True)
+        (job,) = world.jobs
+        world.opened(job, f"copy {copy}")
+        world.checked(job)
+        world.done(job, "/adapters/1")
+        world.settle()
+    (kept,) = world.memory.packs.values()
+    assert kept.info.pack == pack
+    assert list(kept.versions) == [f"copy {n}" for n in range(4, MOST_VERSIONS + 4)]
+    assert world.memory._by_version.keys() == {(kept.scope, one) for one in kept.versions}
+
+
+def test_withdrawing_what_another_server_follows_does_not_end_it(world):
+    world.client(2, server="other")
+    world.want(1, path="/same")
+    second = world.want(2, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    world.registry.forget(1, 1, world.now)
+    world.settle()
+    assert isinstance(world.answer(2, second), Loaded)
+    assert isinstance(world.load(1, path="/same"), Loaded)
+
+
+def test_the_death_of_a_client_frees_its_leases_and_wants(world):
+    world.client(2, server="other")
+    world.load(2, 1, pages=10)
+    world.want(2, 2)
+    ticket = world.want(1, 3)
+    world.settle(pages=10)
+    assert world.answers(1, ticket) == []
+    world.registry.client_gone(2, world.now)
+    world.settle(pages=10)
+    assert isinstance(world.answer(1, ticket), Loaded)
+
+
+def test_a_lease_that_one_does_not_have_cannot_be_given_back(world):
+    world.client(2)
+    loaded = world.load(1)
+    world.registry.release(2, loaded.pack.pack, world.now)
+    world.registry.release(1, 12345, world.now)
+    assert world.memory.packs[loaded.pack.pack].leases == 1
+
+
+def test_an_engine_that_is_not_configured_is_told_so():
+    from vllm_multilora.store.entries import Client
+    from vllm_multilora.store.messages import Want
+
+    world = World()
+    world.registry.clients[1] = Client(1, "engine", "s", 1)
+    world.said[1] = []
+    world.registry.want(1, Want(1, 1, "a", "/a"), 0.0)
+    assert "not configured" in world.answer(1, 1).message
+
+
+class _ChoosesStrangers(LruPolicy):
+    def victim(self, candidates):
+        return 12345
+
+
+def test_a_faulty_policy_costs_nobody_anything(world):
+    world.memory.policy = ContainedPolicy(_ChoosesStrangers())
+    world.registry.release(1, world.load(1, 1, pages=10).pack.pack, world.now)
+    assert isinstance(world.load(1, 2), Loaded)
+
+
+@pytest.mark.parametrize("by", ["reload", "withdrawal"])
+def test_every_engine_hears_that_a_pack_has_left_whoever_has_caused_it(by):
+    world = World()
+    first, second = world.client(1), world.client(2)
+    old = world.load(first).pack.pack
+    world.load(second)
+    for client in (first, second):
+        world.registry.release(client, old, world.now)
+    if by == "reload":
+        ticket = world.want(first, fresh=True)
+        (job,) = world.jobs
+        world.opened(job, "newer")
+        world.checked(job)
+        world.done(job, "newer")
+        world.settle()
+        assert world.answer(first, ticket).pack.pack != old
+    else:
+        world.registry.forget(first, 1, world.now)
+    assert old not in world.memory.packs
+    assert old in world.evicted(second)
+
+
+def turns(world) -> list[str]:
+    """The folders in the order in which they are read, one at a time."""
+    found = []
+    for _ in range(200):
+        world.registry.loads.tick(world.now)
+        if not world.jobs:
+            break
+        (job,) = world.jobs
+        found.append(world.loads[job].path)
+        world.failed(job)
+        world.gone(job)
+    return found
+
+
+@pytest.fixture
+def one_job():
+    world = World(StoreSettings(budget_bytes=100 * PAGE, jobs=1))
+    world.client(1)
+    yield world
+    world.check()
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["requests", "registrations"])
+def test_one_load_of_a_tenant_waits_for_one_of_anothers_five_hundred(one_job, keep):
+    world = one_job
+    for adapter in range(100, 600):
+        world.want(1, adapter, owners=("flood",), keep=keep)
+    world.want(1, 7, owners=("acme",), keep=keep)
+    assert turns(world).index("/adapters/7") <= 2
+
+
+@pytest.mark.parametrize("by", ["a want of another engine", "the same want"])
+def test_a_load_at_the_end_of_a_flood_takes_the_turn_of_another_that_wants_it_too(one_job, by):
+    world = one_job
+    for adapter in range(100, 600):
+        ticket = world.want(1, adapter, owners=("flood",))
+    if by == "the same want":
+        world.registry.share(1, ticket, "acme")
+    else:
+        world.client(2, jobs=1)
+        world.want(2, 599, owners=("acme",))
+    assert turns(world).index("/adapters/599") <= 2
+
+
+def test_sharing_what_nobody_wants_any_more_is_no_matter(world):
+    world.registry.share(1, 99, "acme")
+
+
+def release_all(world, client=1):
+    for pack in list(world.registry.clients[client].leases.elements()):
+        world.registry.release(client, pack, world.now)
+
+
+def kept(world, tenant=""):
+    """The tenants' folders in memory."""
+    packs = world.memory.packs.values()
+    return sorted(p for pack in packs if pack.tenant == tenant for p in pack.bindings.values())
+
+
+def test_a_tenant_over_its_limit_loses_its_own_least_valuable_adapter(world):
+    """Room for ten: nobody else's leaves, and nobody without a limit loses one."""
+    for adapter in range(1, 5):
+        world.load(1, adapter, owners=("acme",))
+    for adapter in range(10, 15):
+        world.load(1, adapter, owners=("other",), most=3)
+        release_all(world)
+    assert kept(world, "other") == ["/adapters/12", "/adapters/13", "/adapters/14"]
+    assert kept(world, "acme") == [f"/adapters/{number}" for number in range(1, 5)]
+
+
+def test_what_a_tenants_requests_wait_for_stays_and_leaves_afterwards(world):
+    for adapter in range(1, 5):
+        world.load(1, adapter, owners=("acme",), most=2)
+    assert len(kept(world, "acme")) == 4
+    release_all(world)
+    world.load(1, 5, owners=("acme",), most=2)
+    assert kept(world, "acme") == ["/adapters/4", "/adapters/5"]
+
+
+def test_an_adapter_that_was_registered_is_its_first_users(world):
+    """Nobody says whose a registration is."""
+    for adapter in range(1, 5):
+        world.load(1, adapter, keep=False)
+    assert len(kept(world)) == 4
+    for adapter in range(1, 5):
+        world.load(1, adapter, owners=("acme",), most=2)
+        release_all(world)
+    assert kept(world, "acme") == ["/adapters/3", "/adapters/4"]
+    world.load(1, 4, owners=("other",), most=1)
+    assert kept(world, "other") == []
+
+
+def test_a_limit_counts_what_is_read_while_a_registration_is_under_way(world):
+    world.want(1, 1, keep=False)
+    world.want(1, 1, owners=("acme",), most=1)
+    world.settle()
+    release_all(world)
+    world.load(1, 2, owners=("acme",), most=1)
+    assert kept(world, "acme") == ["/adapters/2"]

@@ -1,0 +1,127 @@
+"""What a job cannot do, whatever a hostile file makes of it."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from vllm_multilora.store import sandbox
+
+needs_landlock = pytest.mark.skipif(not sandbox.landlock_version(), reason="no Landlock here")
+needs_seccomp = pytest.mark.skipif("seccomp" not in sandbox.protection(), reason="no seccomp here")
+
+ENTER = """
+import ctypes, errno, os, resource, signal, socket, subprocess, sys, threading
+from vllm_multilora.store import sandbox
+roots = [sys.argv[1]] if sys.argv[1] else []
+pair = socket.socketpair()
+sandbox.enter(roots, 5.0)
+"""
+
+
+def run(code: str, root: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", ENTER + code, root], capture_output=True, text=True, timeout=60
+    )
+
+
+def refused(code: str, root: str = "") -> str:
+    """The error that code ends with in the sandbox."""
+    done = run(code, root)
+    assert done.returncode == 1, done
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "allowed" / "file").write_text("inside")
+    (tmp_path / "secret").write_text("outside")
+    (tmp_path / "allowed" / "link").symlink_to(tmp_path / "secret")
+    return str(tmp_path / "allowed")
+
+
+@needs_landlock
+def test_files_below_the_roots_can_be_read(root):
+    assert run("print(open(sys.argv[1] + '/file').read())", root).stdout == "inside\n"
+
+
+@needs_landlock
+@pytest.mark.parametrize("path", ["/etc/passwd", "/../secret", "/link", "/proc/1/environ"])
+def test_nothing_else_can_be_read(root, path):
+    name = path if path.startswith(("/etc", "/proc")) else root + path
+    assert "PermissionError" in refused(f"open({name!r}).read()", root)
+
+
+@needs_landlock
+def test_without_roots_everything_can_be_read_and_nothing_written(root, tmp_path):
+    assert run("print(len(open('/etc/passwd').read()) > 0)").stdout == "True\n"
+    assert "PermissionError" in refused(f"open({str(tmp_path / 'new')!r}, 'w')")
+    assert "PermissionError" in refused(f"os.unlink({root + '/file'!r})")
+    assert "PermissionError" in refused(f"os.symlink('/', {root + '/new'!r})")
+
+
+@needs_landlock
+def test_what_is_written_to_nowhere_may_be_written(root):
+    assert run("open(os.devnull, 'r+b').write(b'x'); print('written')", root).stdout == "written\n"
+
+
+@needs_landlock
+def test_modules_can_be_imported_late_whatever_the_roots_are(root):
+    assert run("import colorsys, safetensors; print('imported')", root).stdout == "imported\n"
+
+
+@needs_seccomp
+@pytest.mark.parametrize(
+    "code",
+    [
+        "socket.socket(socket.AF_INET)",
+        "socket.socket(socket.AF_UNIX)",
+        "socket.socketpair()",
+        "pair[0].connect('/tmp/x')",
+        "os.execv('/bin/true', ['true'])",
+        "subprocess.run(['/bin/true'])",
+        "os.kill(os.getppid(), 0)",
+        "os.pidfd_open(os.getppid())",
+        "os.memfd_create('x')",
+    ],
+)
+def test_no_connection_no_program_no_other_process(code):
+    assert "PermissionError" in refused(code)
+
+
+@needs_seccomp
+def test_what_a_job_needs_goes_on():
+    code = """
+pair[0].send(b'x'); print(pair[1].recv(1))
+thread = threading.Thread(target=print, args=('thread',)); thread.start(); thread.join()
+import numpy; print(numpy.ones((300, 300)).dot(numpy.ones((300, 300))).sum())
+"""
+    assert run(code).stdout == "b'x'\nthread\n27000000.0\n"
+
+
+def test_memory_is_limited():
+    assert "MemoryError" in refused(f"bytearray({sandbox.MOST_MEMORY} + (64 << 20))")
+
+
+def test_processor_time_is_limited():
+    code = """
+print(resource.getrlimit(resource.RLIMIT_CPU), flush=True)
+resource.setrlimit(resource.RLIMIT_CPU, (1, 7))
+while True: pass
+"""
+    done = run(code)
+    assert done.stdout == "(6, 7)\n"  # the lower one says why it ends, the upper one makes sure
+    assert done.returncode == -signal.SIGXCPU
+
+
+def test_files_and_core_dumps_are_limited():
+    code = (
+        "print([resource.getrlimit(n)[1] for n in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)])"
+    )
+    assert run(code).stdout == "[0, 0]\n"
+
+
+def test_jobs_give_way_to_the_model():
+    assert int(run("print(os.nice(0))").stdout) >= 6

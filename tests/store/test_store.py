@@ -1,0 +1,395 @@
+"""A store in a process of its own: what engines and workers see of it."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from tests.store.conftest import FAKE, Engine
+from tests.store.fake_reader import content_of
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.channel import ChannelClosedError
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.folder import StoreUnavailableError
+from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.mapper import SegmentMapper
+from vllm_multilora.store.messages import (
+    Evicted,
+    Forgotten,
+    Loaded,
+    Restarted,
+    StoreSettings,
+    Totals,
+)
+
+MIB = 1 << 20
+
+
+def test_a_store_is_up_soon_and_small(engines):
+    begun = time.perf_counter()
+    engine = engines()
+    seconds = time.perf_counter() - begun
+    store = engine.store()
+    mib = store.memory_info().rss / MIB
+    print(f"up in {seconds:.2f} s, {mib:.1f} MiB")
+    assert seconds < 2.0
+    assert mib < 60
+    assert store.num_threads() == 1
+
+
+def test_a_worker_reads_what_a_job_packed(engine):
+    path = "/fake/a?blocks=64,4096,131072"
+    pack = engine.load(1, path).pack
+    mapper = SegmentMapper(engine.client.address, "server")
+    assert bytes(mapper.view(pack.index_place, 131072, pack.segments)) == content_of(path) * 131072
+    assert mapper.address(pack.index_place, pack.segments) % 64 == 0
+    mapper.close()
+
+
+def test_a_worker_cannot_write_into_host_memory(engine):
+    pack = engine.load(1, "/fake/a").pack
+    mapper = SegmentMapper(engine.client.address, "server")
+    with pytest.raises(TypeError, match="read-only"):
+        mapper.view(pack.index_place, 64, pack.segments)[0] = 1
+    mapper.close()
+
+
+def test_a_worker_is_told_when_to_register_and_when_to_let_go(engines):
+    engine = engines(budget_bytes=80 * MIB)
+    told = []
+    mapper = SegmentMapper(
+        engine.client.address,
+        "server",
+        pinned=True,
+        mapped=lambda number, address, size: told.append(("mapped", number)),
+        unmapping=lambda number, address, size: told.append(("unmapping", number)),
+    )
+    pack = engine.load(1, f"/fake/a?blocks={60 * MIB}").pack
+    mapper.address(pack.index_place, pack.segments)
+    mapper.address(pack.index_place, pack.segments)
+    engine.client.release(pack.pack)
+    # This one needs a segment as large as the budget: the other one has to go.
+    engine.load(2, f"/fake/b?blocks={79 * MIB}")
+    mapper.drop_closed()
+    assert told == [("mapped", pack.segments[0]), ("unmapping", pack.segments[0])]
+    with pytest.raises(StoreUnavailableError, match="no segment"):
+        mapper.address(pack.index_place, pack.segments)
+    mapper.close()
+
+
+def test_engines_of_one_machine_share_a_store_and_its_adapters(engines):
+    one, two = engines("one"), engines("two")
+    first, second = one.load(1, "/fake/a"), two.load(9, "/fake/a")
+    assert one.describe().pid == two.describe().pid
+    assert first.pack == second.pack
+    assert (first.was_read, second.was_read) == (True, False)
+
+
+def test_failures_say_what_was_found(engine):
+    failed = engine.load(1, "/fake/a?fail=no+such+thing")
+    assert (failed.kind, failed.message) == (FailureKind.INVALID, "no such thing")
+    crashed = engine.load(2, "/fake/b?crash=1")
+    assert crashed.kind is FailureKind.INTERNAL
+    assert "ended with code 3" in crashed.message
+    assert engine.describe().totals.bytes == 0
+
+
+def test_a_check_that_uses_up_its_processor_time_has_timed_out(engines):
+    failed = engines(timeout_s=7.5).load(1, "/fake/a?exhaust=1")
+    assert failed.kind is FailureKind.TIMEOUT
+    assert "processor time" in failed.message
+    assert "8 seconds, from the time limit of 7.5 seconds" in failed.message
+
+
+def test_what_is_larger_than_the_budget_fails_with_both_sizes(engines):
+    failed = engines(budget_bytes=MIB).load(1, f"/fake/a?blocks={2 * MIB}")
+    assert failed.kind is FailureKind.NO_MEMORY
+    assert str(2 * MIB) in failed.message
+    assert str(MIB) in failed.message
+
+
+def test_a_full_arena_makes_room_and_says_who_left(engines):
+    engine = engines(budget_bytes=MIB)
+    first = engine.load(1, f"/fake/a?blocks={MIB}").pack
+    engine.client.release(first.pack)
+    engine.load(2, f"/fake/b?blocks={MIB}")
+    engine.until(lambda: Evicted(first.pack) in engine.seen)
+    engine.until(lambda: Totals(MIB, 1, MIB, None) in engine.seen)
+
+
+@pytest.mark.parametrize("hanging", [4, 40])
+def test_loads_that_hang_do_not_hold_up_another(engine, hanging):
+    for adapter in range(hanging):
+        engine.client.want(adapter, "hangs", f"/fake/{adapter}?hang=600")
+    begun = time.perf_counter()
+    assert isinstance(engine.load(99, "/fake/sane"), Loaded)
+    assert time.perf_counter() - begun < 20.0  # 50 ms for each on a quiet machine
+
+
+def test_a_load_that_hangs_is_killed_at_its_time(engines):
+    engine = engines(timeout_s=0.5)
+    failed = engine.load(1, "/fake/a?hang=600")
+    assert failed.kind is FailureKind.TIMEOUT
+    store = engine.store()
+    engine.until(lambda: not store.children())
+
+
+def test_a_cancelled_load_ends_its_job(engine):
+    ticket = engine.client.want(1, "hangs", "/fake/a?hang=600")
+    store = engine.store()
+    engine.until(lambda: bool(store.children()))
+    engine.client.cancel(ticket)
+    engine.until(lambda: not store.children())
+
+
+def test_a_killed_store_is_started_again_and_no_want_is_lost(engine):
+    loaded = engine.load(1, "/fake/a")
+    store = engine.store()
+    engine.until(lambda: not store.children())
+    ticket = engine.client.want(2, "slow", "/fake/b?sleep=2")
+    engine.until(lambda: bool(store.children()))
+    (job,) = store.children()
+    store.kill()
+    answer = engine.answer(ticket)
+    assert isinstance(answer, Loaded)
+    assert engine.seen.count(Restarted()) == 1
+    assert engine.seen.index(Restarted()) < engine.seen.index(answer)
+    assert engine.describe().pid != store.pid
+    again = engine.load(1, "/fake/a")
+    assert again.was_read
+    assert again.pack.pack != loaded.pack.pack
+    assert not set(again.pack.segments) & set(loaded.pack.segments)
+    psutil.wait_procs([job], timeout=5)
+    assert not job.is_running() or job.status() == psutil.STATUS_ZOMBIE, "a job without its store"
+
+
+def test_a_worker_keeps_what_it_has_mapped_of_a_store_that_has_died(engine):
+    path = "/fake/a"
+    pack = engine.load(1, path).pack
+    mapper = SegmentMapper(engine.client.address, "server")
+    view = mapper.view(pack.index_place, 64, pack.segments)
+    engine.store().kill()
+    engine.until(lambda: Restarted() in engine.seen)
+    again = engine.load(1, path).pack
+    assert bytes(view) == content_of(path) * 64
+    assert bytes(mapper.view(again.index_place, 64, again.segments)) == bytes(view)
+    view.release()
+    mapper.close()
+
+
+def test_between_copies_a_worker_gives_back_the_memory_of_a_store_that_has_died(engine):
+    unmapped = []
+    mapper = SegmentMapper(
+        engine.client.address, "server", unmapping=lambda number, *_: unmapped.append(number)
+    )
+    pack = engine.load(1, "/fake/a").pack
+    mapper.address(pack.index_place, pack.segments)
+    engine.store().kill()
+    engine.until(lambda: Restarted() in engine.seen)
+    again = engine.load(1, "/fake/a").pack
+    # In the middle of a copy nothing is unmapped.
+    mapper.address(again.index_place, again.segments)
+    assert unmapped == []
+    mapper.drop_closed()
+    assert unmapped == pack.segments
+    mapper.close()
+    assert unmapped == [*pack.segments, *again.segments]
+
+
+def test_a_frozen_store_stops_nobody_and_goes_on(engine):
+    store = engine.store()
+    store.suspend()
+    begun = time.perf_counter()
+    tickets = [engine.client.want(n, "waits", f"/fake/{n}") for n in range(200)]
+    for _ in range(200):
+        engine.client.used(range(500))
+        assert not [m for m in engine.client.poll() if isinstance(m, Loaded)]
+    assert time.perf_counter() - begun < 1.0
+    store.resume()
+    for ticket in tickets:
+        assert isinstance(engine.answer(ticket), Loaded)
+
+
+def test_a_client_that_dies_gives_its_leases_back(engines, tmp_path):
+    engine = engines(budget_bytes=MIB)
+    code = f"""
+import sys, time
+from tests.store.conftest import Engine
+from vllm_multilora.store.channel import ChannelClosedError
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.launch import StoreProcess
+engine = Engine(StoreClient(StoreProcess({FAKE!r}), "other"), budget_bytes={MIB})
+engine.load(1, "/fake/a?blocks={MIB}")
+print("loaded", flush=True)
+time.sleep(600)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"loaded\n"
+    ticket = engine.client.want(2, "waits", f"/fake/b?blocks={MIB}")
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert isinstance(engine.answer(ticket), Loaded)
+
+
+def test_a_store_ends_with_its_last_client(engine):
+    store = engine.store()
+    engine.client.close()
+    store.wait(timeout=10)
+
+
+def test_a_store_outlives_the_engine_that_started_it(engines):
+    code = f"""
+from tests.store.conftest import Engine
+from vllm_multilora.store.channel import ChannelClosedError
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.launch import StoreProcess
+print(Engine(StoreClient(StoreProcess({FAKE!r}), "first")).describe().pid)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert engines().describe().pid == int(done.stdout)
+
+
+def test_two_engines_that_start_at_once_start_one_store(engines):
+    code = f"""
+import time
+from tests.store.conftest import Engine
+from vllm_multilora.store.channel import ChannelClosedError
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.launch import StoreProcess
+print(Engine(StoreClient(StoreProcess({FAKE!r}), "first")).describe().pid, flush=True)
+time.sleep(1)
+"""
+    command = [sys.executable, "-c", code]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    assert len({process.communicate()[0] for process in started}) == 1
+
+
+def test_a_store_ends_cleanly_when_asked_to(engine, store_folder):
+    store = engine.store()
+    os.kill(store.pid, signal.SIGTERM)
+    store.wait(timeout=10)
+    assert not [path.name for path in store_folder.iterdir() if path.suffix == ".sock"]
+
+
+def test_few_descriptors_are_a_clear_failure_and_no_end(engines):
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    engine = engines(jobs=400, budget_bytes=None)
+    resource.prlimit(engine.store().pid, resource.RLIMIT_NOFILE, (40, hard))
+    tickets = [engine.client.want(n, "a", f"/fake/{n}?sleep=1") for n in range(60)]
+    failed = [a for a in map(engine.answer, tickets) if not isinstance(a, Loaded)]
+    assert failed
+    for one in failed:
+        assert "ulimit -n" in one.message, one
+    assert isinstance(engine.load(99, "/fake/sane"), Loaded)
+
+
+def test_another_protocol_is_refused_with_what_to_do(engine, monkeypatch):
+    monkeypatch.setattr("vllm_multilora.store.client.PROTOCOL", 99)
+    with pytest.raises(StoreUnavailableError, match="MULTILORA_STORE_FOLDER"):
+        Engine(StoreClient(StoreProcess(FAKE), "new"))
+
+
+def test_an_unknown_policy_is_refused_and_another_one_is_noted(engines):
+    assert engines("one", policy="lru").notes == []
+    assert "'lru'" in engines("two", policy="gdsf").notes[0]
+    client = StoreClient(StoreProcess(FAKE), "three")
+    client.close()
+
+
+def test_a_store_that_cannot_come_up_is_given_up_soon_with_its_last_words():
+    begun = time.perf_counter()
+    client = StoreClient(StoreProcess("no.such.module:Reader"), "server")
+    with pytest.raises(StoreUnavailableError, match="No module named 'no'"):
+        client.configure([1], StoreSettings())
+    client.close()
+    assert time.perf_counter() - begun < 10.0
+
+
+def test_a_waking_thread_calls_once_until_the_next_poll(engine):
+    woken = threading.Semaphore(0)
+    engine.client.start_waking(woken.release)
+    ticket = engine.client.want(1, "a", "/fake/a?sleep=0.3")
+    assert woken.acquire(timeout=10)
+    time.sleep(0.6)
+    assert not woken.acquire(blocking=False), "called again before a poll"
+    engine.answer(ticket)
+    while woken.acquire(blocking=False):
+        pass
+    engine.client.poll()
+    engine.client.want(2, "b", "/fake/b")
+    assert woken.acquire(timeout=10)
+
+
+def test_a_waking_thread_notices_the_death_of_the_store(engine):
+    woken = threading.Event()
+    engine.client.start_waking(woken.set)
+    engine.seen += engine.client.poll()
+    store = engine.store()
+    engine.client.poll()
+    woken.clear()
+    store.kill()
+    assert woken.wait(10)
+    engine.until(lambda: Restarted() in engine.seen)
+
+
+def test_an_empty_poll_costs_about_a_microsecond(engine):
+    engine.client.poll()
+    begun = time.perf_counter()
+    for _ in range(20000):
+        engine.client.poll()
+    cost = (time.perf_counter() - begun) / 20000
+    print(f"an empty poll takes {cost * 1e6:.2f} µs")
+    assert cost < 20e-6
+
+
+def test_the_same_store_runs_on_a_thread(threaded):
+    pack = threaded.load(1, "/fake/a").pack
+    mapper = SegmentMapper(threaded.client.address, "server")
+    assert bytes(mapper.view(pack.index_place, 64, pack.segments)) == content_of("/fake/a") * 64
+    mapper.close()
+    description = threaded.describe()
+    assert (description.mode, description.protection) == ("thread", [])
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "path"),
+    [
+        (1, "a", "/adapters/\ud800"),
+        (1, "\ud800", "/fake/a"),
+        (1 << 63, "a", "/fake/a"),
+        (1, "a", None),
+    ],
+    ids=["path", "name", "number", "no-path"],
+)
+def test_what_cannot_be_said_to_the_store_fails_alone(threaded, number, name, path):
+    def is_refused():
+        answer = threaded.answer(threaded.client.want(number, name, path))
+        return (answer.kind, answer.adapter) == (FailureKind.INVALID, number)
+
+    assert is_refused()
+    threaded.client._lose(ChannelClosedError("it has ended"))
+    assert is_refused()
+    assert isinstance(threaded.load(2, "/fake/b"), Loaded)
+
+
+def test_a_hanging_job_on_a_thread_is_given_up(threaded):
+    threaded.notes = threaded.client.configure([1], StoreSettings(timeout_s=0.3))
+    assert threaded.load(1, "/fake/a?hang=5").kind is FailureKind.TIMEOUT
+    assert isinstance(threaded.load(2, "/fake/b"), Loaded)
+
+
+def test_nobody_waits_for_a_store_that_is_not_there_to_forget(threaded):
+    threaded.client._lose(ChannelClosedError("it has ended"))
+    threaded.client.forget(1)
+    found = threaded.client.poll()
+    assert [type(message) for message in found if not isinstance(message, Totals)] == [
+        Restarted,
+        Forgotten,
+    ]

@@ -1,0 +1,444 @@
+"""The door of an API server, without the server behind it."""
+
+import asyncio
+import json
+import os
+import time
+import tracemalloc
+from argparse import Namespace
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from starlette.datastructures import Headers
+from vllm.usage.usage_lib import UsageContext
+
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.documents import DocumentError
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.failures import without_folders
+from vllm_multilora.integration.server import access as access_module
+from vllm_multilora.integration.server.access import Access, access_for, read_admin_keys
+from vllm_multilora.integration.server.access_middleware import (
+    AccessMiddleware,
+    presented_key,
+    route_path,
+    turn_of,
+)
+from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
+from vllm_multilora.integration.server.engine_config import check_access
+from vllm_multilora.tenants.keys import KeyRing, stored
+from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Limits, Tenant
+
+ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
+
+
+@pytest.fixture
+def tenants(tmp_path):
+    path = tmp_path / "tenants.json"
+    write(path, {})
+    return path
+
+
+def write(path, limits, **others):
+    acme = {"keys": [stored(ACME)], "adapters": ["acme-*"], "limits": limits}
+    path.write_text(json.dumps({"tenants": {"acme": acme, **others}}))
+
+
+class App:
+    """Remembers who called it."""
+
+    def __init__(self):
+        self.callers = []
+
+    async def __call__(self, scope, receive, send):
+        self.callers.append(current_caller.get())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def call(app, access, path, key=None, method="POST"):
+    sent = []
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope = {"type": "http", "method": method, "path": path, "headers": headers}
+    await AccessMiddleware(app, access)(scope, receive, send)
+    return sent[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "role", "tenant"),
+    [
+        (ADMIN, Role.OPERATOR, None),
+        (CLIENT, Role.CLIENT, None),
+        (ACME, Role.TENANT, "acme"),
+    ],
+)
+def test_the_application_knows_who_calls(tenants, key, role, tenant):
+    app = App()
+    access = Access(api_keys=[CLIENT], admin_keys=[ADMIN], tenants_path=str(tenants))
+    asyncio.run(call(app, access, "/v1/completions", key))
+    [caller] = app.callers
+    assert caller.role is role
+    assert (caller.tenant and caller.tenant.name) == tenant
+    assert current_caller.get() is None
+
+
+def test_the_api_key_is_the_operators_where_there_is_no_other(tenants):
+    access = Access(api_keys=[CLIENT], tenants_path=str(tenants))
+    assert access.caller(CLIENT).role is Role.OPERATOR
+
+
+def test_a_wrong_key_costs_one_look_up_and_reaches_nothing(tenants, monkeypatch):
+    looked = []
+    owner = KeyRing.owner
+    monkeypatch.setattr(KeyRing, "owner", lambda ring, key: looked.append(key) or owner(ring, key))
+    app = App()
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+
+    async def attack():
+        for number in range(1000):
+            answer = await call(app, access, "/v1/completions", f"sk-{number}")
+            assert answer["status"] == 401
+
+    asyncio.run(attack())
+    assert len(looked) == 1000
+    assert not app.callers
+
+
+def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenants):
+    """Processor time: what else the machine does is no matter."""
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+
+    async def attack(count):
+        for number in range(count):
+            await call(App(), access, "/v1/completions", f"sk-{number}")
+
+    asyncio.run(attack(100))
+    begun = time.process_time()
+    asyncio.run(attack(10_000))
+    assert time.process_time() - begun < 1.0
+    tracemalloc.start()
+    asyncio.run(attack(100))
+    before = tracemalloc.get_traced_memory()[0]
+    asyncio.run(attack(5_000))
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 64 << 10
+
+
+def test_preflights_of_browsers_pass(tenants):
+    app = App()
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+    asyncio.run(call(app, access, "/v1/completions", method="OPTIONS"))
+    assert len(app.callers) == 1
+
+
+def test_a_tenants_calls_end_where_the_application_fails(tenants):
+    write(tenants, {"running": 1, "waiting": 0})
+    access = Access(tenants_path=str(tenants))
+
+    async def fail(scope, receive, send):
+        raise RuntimeError("failed")
+
+    async def check():
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="failed"):
+                await call(fail, access, "/v1/completions", ACME)
+        assert access.caller(ACME).account.running == 0
+
+    asyncio.run(check())
+
+
+class Client:
+    """Sends its body in parts, and may go."""
+
+    def __init__(self, *messages):
+        self.messages = asyncio.Queue()
+        for message in messages:
+            self.messages.put_nowait(message)
+
+    async def __call__(self):
+        return await self.messages.get()
+
+
+BODY = [
+    {"type": "http.request", "body": b"one", "more_body": True},
+    {"type": "http.request", "body": b"two", "more_body": False},
+]
+GONE = {"type": "http.disconnect"}
+
+
+async def settled():
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def limited(**limits):
+    return Account(Tenant("acme", limits=Limits(**limits)))
+
+
+def test_a_call_that_has_waited_gets_its_whole_body():
+    async def check():
+        account, client = limited(running=1), Client(*BODY)
+        account.begin()
+        got = []
+
+        async def call():
+            async with turn_of(account, client) as receive:
+                got.extend([await receive(), await receive(), await receive()])
+
+        waiting = asyncio.create_task(call())
+        await settled()
+        assert (account.waiting, got) == (1, [])
+        account.end()
+        await settled()
+        client.messages.put_nowait(GONE)
+        await waiting
+        assert got == [*BODY, GONE]
+        assert (account.running, account.waiting) == (0, 0)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("way", ["client-goes", "cancelled", "cancelled-with-a-long-body"])
+def test_a_call_that_goes_while_it_waits_leaves_no_trace(way):
+    async def check():
+        account, client = limited(running=1), Client()
+        account.begin()
+
+        async def call():
+            async with turn_of(account, client):
+                raise AssertionError("it had its turn")
+
+        waiting = asyncio.create_task(call())
+        if way == "cancelled-with-a-long-body":
+            long = {"type": "http.request", "body": b"x" * (1 << 20), "more_body": True}
+            client.messages.put_nowait(long)
+        await settled()
+        assert account.waiting == 1
+        if way == "client-goes":
+            client.messages.put_nowait(GONE)
+        else:
+            waiting.cancel()
+        await asyncio.wait({waiting})
+        assert account.waiting == 0
+        next_one = account.begin()
+        account.end()
+        assert next_one.done()
+        account.end()
+        assert (account.running, account.waiting) == (0, 0)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("way", ["client-goes", "cancelled"])
+def test_a_call_that_goes_as_its_turn_comes_passes_it_on(way):
+    async def check():
+        account, client = limited(running=1), Client()
+        account.begin()
+
+        async def call():
+            async with turn_of(account, client):
+                await asyncio.Event().wait()
+
+        going = asyncio.create_task(call())
+        await settled()
+        after = account.begin()
+        account.end()
+        if way == "client-goes":
+            client.messages.put_nowait(GONE)
+            await settled()
+        going.cancel()
+        await asyncio.wait({going})
+        assert after.done()
+        account.end()
+        assert (account.running, account.waiting) == (0, 0)
+
+    asyncio.run(check())
+
+
+def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch):
+    monkeypatch.setattr(access_module, "REFRESH_S", 0.0)
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+
+    async def check():
+        access._due = 0.0
+        account = access.caller(ACME).account
+        write(tenants, {"running": 7}, late={"keys": [stored("sk-late")]})
+        access.look()
+        async with asyncio.timeout(30):
+            while access.caller("sk-late").role is Role.STRANGER:
+                await asyncio.sleep(0.01)
+                access.look()
+        assert access.caller(ACME).account is account
+        assert account.tenant.limits.running == 7
+        tenants.write_text('{"tenants": {}}')
+        async with asyncio.timeout(30):
+            while access.caller(ACME).role is not Role.STRANGER:
+                await asyncio.sleep(0.01)
+                access.look()
+
+    asyncio.run(check())
+
+
+def test_a_tenants_key_is_nobody_elses(tenants):
+    with pytest.raises(DocumentError, match="'acme' that is the server's admin key or API key"):
+        Access(admin_keys=[ACME], tenants_path=str(tenants))
+
+
+@pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        ({}, None),
+        ({"Authorization": "Bearer k"}, "k"),
+        ({"Authorization": "bearer k"}, "k"),
+        ({"Authorization": "Basic k"}, None),
+        ({"Authorization": "Bearer"}, None),
+        ({"x-api-key": "k"}, "k"),
+        ({"Authorization": "Bearer a", "x-api-key": "b"}, "a"),
+    ],
+)
+def test_a_key_is_a_bearer_token_or_anthropics_header(headers, key):
+    assert presented_key(Headers(headers)) == key
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "found"),
+    [
+        ("/adapters", "", "/adapters"),
+        ("/api/adapters", "/api", "/adapters"),
+        ("/adapters", "/api", "/adapters"),
+        ("/apiadapters", "/api", "/apiadapters"),
+    ],
+)
+def test_a_proxys_root_path_hides_no_path(path, root, found):
+    assert route_path({"path": path, "root_path": root}) == found
+
+
+def test_admin_keys_come_from_a_file_or_the_environment(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"{ADMIN}\n\n{ADMIN}-2\n")
+    from_file = MultiLoRAConfig(admin_key_file=str(path))
+    assert read_admin_keys(from_file, {}) == [ADMIN, f"{ADMIN}-2"]
+    assert read_admin_keys(MultiLoRAConfig(), {"MULTILORA_ADMIN_KEY": ADMIN}) == [ADMIN]
+    assert read_admin_keys(MultiLoRAConfig(), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read"), ("\n", "found no admin key"), ("short", "fewer than 16")],
+)
+def test_an_admin_key_file_without_a_good_key_is_refused(tmp_path, content, message):
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_admin_keys(MultiLoRAConfig(admin_key_file=str(path)), {})
+
+
+def arguments(**settings):
+    return Namespace(enable_lora=True, api_key=None, additional_config={"multilora": settings})
+
+
+def test_without_keys_nothing_is_guarded(monkeypatch):
+    monkeypatch.delenv("MULTILORA_ADMIN_KEY", raising=False)
+    assert access_for(arguments()) is None
+    assert access_for(arguments(enabled=False)) is None
+
+
+def test_api_servers_of_one_server_have_the_same_salt(tenants, monkeypatch):
+    monkeypatch.setenv("MULTILORA_CACHE_SALT", "shared")
+    monkeypatch.setenv("MULTILORA_API_SERVERS", "2")
+    one, two = (access_for(arguments(tenants=str(tenants))) for _ in range(2))
+    assert one.caller(ACME).secret == two.caller(ACME).secret == "shared"
+
+
+def test_a_salt_in_the_file_counts_for_all_replicas(tenants):
+    salt = "s" * 32
+    data = json.loads(tenants.read_text())
+    tenants.write_text(json.dumps({**data, "cache_salt": salt}))
+    access = Access(tenants_path=str(tenants), secret="the server's own")
+    assert access.caller(ACME).secret == salt
+
+
+def engine(tenants, *, lora=True):
+    parallel = SimpleNamespace(_api_process_rank=-1, _api_process_count=3)
+    return SimpleNamespace(
+        additional_config={"multilora": {"tenants": str(tenants)}},
+        lora_config=SimpleNamespace() if lora else None,
+        parallel_config=parallel,
+    )
+
+
+def test_a_server_that_would_guard_nothing_does_not_start(tenants):
+    with pytest.raises(ConfigError, match="guard nothing here"):
+        check_access(engine(tenants, lora=False), UsageContext.OPENAI_API_SERVER)
+
+
+def test_a_file_that_cannot_be_used_stops_the_start(tenants):
+    tenants.write_text('{"tenants": 7}')
+    with pytest.raises(DocumentError, match="expected tenants by name"):
+        check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)
+
+
+def test_what_api_servers_share_is_made_before_they_start(tenants, monkeypatch):
+    for name in ("MULTILORA_CACHE_SALT", "MULTILORA_API_SERVERS"):
+        monkeypatch.setenv(name, "")
+    made = set()
+    for _ in range(2):
+        check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)
+        assert os.environ["MULTILORA_API_SERVERS"] == "3"
+        made.add(os.environ["MULTILORA_CACHE_SALT"])
+    assert len(made) == 2
+    assert min(map(len, made)) == 64
+
+
+def test_tenants_have_no_effect_offline_and_that_is_said(tenants, caplog):
+    check_access(engine(tenants), UsageContext.LLM_CLASS)
+    assert "no effect in LLM" in caplog.text
+
+
+def test_folders_and_what_lies_below_are_not_named():
+    text = "found /srv/adapters/acme/x.json, expected a path below /srv/adapters or /data"
+    folders = ("/srv", "/srv/adapters/", "/data", "")
+    shown = "found <path>/acme/x.json, expected a path below <path> or <path>"
+    assert without_folders(text, folders) == shown
+    assert without_folders(text, ()) == text
+
+
+def test_few_adapters_of_a_tenant_are_read_for_the_first_time_at_once():
+    under_way, most = Counter(), Counter()
+
+    async def read(name, caller):
+        current_caller.set(caller)
+        async with turn_to_read():
+            under_way[name] += 1
+            most[name] = max(most[name], under_way[name])
+            await asyncio.sleep(0)
+            under_way[name] -= 1
+
+    async def all_at_once():
+        accounts = {name: Account(Tenant(name)) for name in ("acme", "zen")}
+        callers = {name: Caller(Role.TENANT, account=each) for name, each in accounts.items()}
+        callers |= {"operator": Caller(Role.OPERATOR), "without keys": None}
+        await asyncio.gather(*(read(n, c) for n, c in callers.items() for _ in range(20)))
+
+    asyncio.run(all_at_once())
+    assert most == {
+        "acme": MOST_FIRST_READINGS,
+        "zen": MOST_FIRST_READINGS,
+        "operator": 20,
+        "without keys": 20,
+    }

@@ -1,0 +1,104 @@
+"""What no check has granted does not reach the engine, and what does is marked as its tenant's."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.exceptions import VLLMNotFoundError
+
+from vllm_multilora.integration.attached import HIDDEN_FOLDERS
+from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.engine_door import add_request
+from vllm_multilora.integration.tenant_of_request import tenant_of
+from vllm_multilora.tenants.limits import Account
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Limits, Tenant
+
+ADAPTER = SimpleNamespace(lora_name="acme-a", lora_path="/data/acme-a")
+
+
+@dataclass
+class Request:
+    lora_request: Any = None
+    cache_salt: str | None = None
+    priority: int = 0
+    trace_headers: Any = None
+    request_id: str = "1"
+
+
+@dataclass
+class Processor:
+    """Keeps a state for each request, as vLLM's does; each has generated what it is told to."""
+
+    tokens: int = 0
+    request_states: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, request: Request, prompt: Any, parent: Any, index: int) -> None:
+        detokenizer = SimpleNamespace(num_output_tokens=lambda: self.tokens)
+        self.request_states[request.request_id] = SimpleNamespace(
+            request_id=request.request_id, prompt_len=40, detokenizer=detokenizer
+        )
+
+
+def caller(*granted: str | None, **limits: Any) -> Caller:
+    account = Account(Tenant("acme", weight=2, limits=Limits(**limits)), clock=lambda: 0.0)
+    return Caller(Role.TENANT, ("/srv",), True, account, "secret", set(granted))
+
+
+def send(who: Caller | None, processor: Processor, request: Request, index: int = 0) -> None:
+    token = current_caller.set(who)
+    try:
+        add_request(Processor.add, processor, request, None, None, index)
+    finally:
+        current_caller.reset(token)
+
+
+@pytest.mark.parametrize("granted", [(), (None,), ("acme-b",)], ids=str)
+def test_what_was_not_granted_does_not_pass(granted):
+    processor = Processor()
+    with pytest.raises(VLLMNotFoundError):
+        send(caller(*granted), processor, Request(ADAPTER))
+    assert not processor.request_states
+
+
+def test_the_base_model_is_granted_too():
+    with pytest.raises(VLLMNotFoundError):
+        send(caller("acme-a"), Processor(), Request())
+    send(caller(None), Processor(), Request())
+
+
+def test_a_request_is_marked_as_its_tenants():
+    processor, request = Processor(), Request(ADAPTER, cache_salt="mine", priority=-5)
+    send(caller("acme-a"), processor, request)
+    assert tenant_of(request) == ("acme", 2.0, None)
+    assert request.priority == 0
+    assert request.cache_salt not in (None, "mine")
+    assert HIDDEN_FOLDERS.get(processor.request_states["1"]) == ("/srv", "/data/acme-a")
+
+
+def test_requests_of_others_stay_as_they_are():
+    for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT, ("/srv",), True)):
+        request = Request(ADAPTER, cache_salt="mine", priority=-5)
+        send(who, Processor(), request)
+        assert request == Request(ADAPTER, cache_salt="mine", priority=-5)
+
+
+def test_several_answers_share_a_prompt_and_count_each():
+    who, processor = caller("acme-a", tokens_per_minute=100), Processor()
+    for index in range(2):
+        send(who, processor, Request(ADAPTER, request_id=str(index)), index)
+    account = who.account
+    assert account is not None
+    processor.tokens = 25
+    account.settle()
+    account.charge(9)
+    assert account._bucket is not None
+    assert account._bucket.wait_s() == 0  # 40 + 2 * 25 + 9
+    processor.request_states.clear()  # they have ended
+    processor.tokens = 26
+    account.settle()
+    assert account._bucket.wait_s() > 0

@@ -1,0 +1,168 @@
+"""What a tenant may use at once, and what is counted when."""
+
+import asyncio
+
+import pytest
+
+from vllm_multilora.tenants.limits import Account, LimitReachedError, Meter, TokenBucket
+from vllm_multilora.tenants.salts import tenant_salt
+from vllm_multilora.tenants.tenant import Limits, Tenant
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def account(clock=None, servers=1, **limits):
+    return Account(Tenant("acme", limits=Limits(**limits)), servers, clock or Clock())
+
+
+def run(check):
+    async def checked():
+        check()
+
+    asyncio.run(checked())
+
+
+def test_without_limits_everything_begins():
+    def check():
+        found = account()
+        assert all(found.begin().done() for _ in range(1000))
+        assert (found.running, found.waiting) == (1000, 0)
+
+    run(check)
+
+
+def test_calls_wait_in_order_and_then_are_refused():
+    def check():
+        found = account(running=1, waiting=2)
+        first, second, third = (found.begin() for _ in range(3))
+        assert [turn.done() for turn in (first, second, third)] == [True, False, False]
+        with pytest.raises(LimitReachedError, match="1 calls at a time") as caught:
+            found.begin()
+        assert caught.value.retry_after_s == 1
+        found.end()
+        assert (second.done(), third.done()) == (True, False)
+        found.end()
+        found.end()
+        assert third.done()
+        assert (found.running, found.waiting) == (0, 0)
+
+    run(check)
+
+
+def test_a_call_that_gives_up_makes_room():
+    def check():
+        found = account(running=1, waiting=1)
+        found.begin()
+        waiting = found.begin()
+        found.give_up(waiting)
+        assert (found.running, found.waiting) == (1, 0)
+        assert waiting.cancelled()
+        given = found.begin()
+        found.end()
+        assert given.done()
+        found.give_up(given)  # it has had its turn in the same moment
+        assert (found.running, found.waiting) == (0, 0)
+
+    run(check)
+
+
+def test_a_newer_file_lets_more_in_and_takes_nothing_away():
+    def check():
+        found = account(running=1)
+        turns = [found.begin() for _ in range(4)]
+        found.update(Tenant("acme", limits=Limits(running=3)))
+        assert [turn.done() for turn in turns] == [True, True, True, False]
+        found.update(Tenant("acme", limits=Limits(running=1)))
+        found.end()
+        found.end()
+        assert not turns[3].done()
+        found.end()
+        assert turns[3].done()
+
+    run(check)
+
+
+def test_a_bucket_lets_a_minutes_worth_through_and_then_the_rate():
+    clock = Clock()
+    bucket = TokenBucket(60, clock)
+    bucket.charge(59)
+    assert bucket.wait_s() == 0
+    bucket.charge(100)
+    assert bucket.wait_s() == 100
+    clock.now = 99
+    assert bucket.wait_s() == 1
+    clock.now = 100
+    assert bucket.wait_s() == 0
+    clock.now = 100_000
+    bucket.charge(61)
+    assert bucket.wait_s() == 2
+
+
+def test_a_rate_that_falls_takes_what_was_saved():
+    clock = Clock()
+    bucket = TokenBucket(600, clock)
+    bucket.set_rate(60)
+    bucket.charge(60)
+    assert bucket.wait_s() == 1
+
+
+def test_tokens_are_charged_as_they_come():
+    def check():
+        clock, tokens, ended = Clock(), 0, False
+        found = account(clock, tokens_per_minute=60)
+        found.begin()
+        found.charge(30)
+        found.watch(Meter(lambda: tokens, lambda: ended))
+        tokens = 20
+        found.begin()
+        tokens, ended = 90, True
+        with pytest.raises(LimitReachedError, match="60 tokens a minute") as caught:
+            found.begin()
+        assert caught.value.retry_after_s == 61
+        tokens = 1000  # nobody looks any more
+        clock.now = 61
+        found.begin()
+
+    run(check)
+
+
+def test_every_api_server_has_its_part():
+    def check():
+        found = account(servers=2, running=3, tokens_per_minute=60)
+        assert [found.begin().done() for _ in range(3)] == [True, True, False]
+        found.charge(31)
+        with pytest.raises(LimitReachedError) as caught:
+            found.begin()
+        assert caught.value.retry_after_s == 4
+
+    run(check)
+
+
+def test_different_adapters_are_counted_while_they_are_used():
+    found = account(adapters=2)
+    for name in ("a", "b", "a"):
+        found.use(name)
+    with pytest.raises(LimitReachedError, match="2 different adapters"):
+        found.use("c")
+    found.release("a")
+    with pytest.raises(LimitReachedError):
+        found.use("c")
+    found.release("a")
+    found.use("c")
+
+
+def test_salts_differ_by_secret_tenant_and_the_clients_own():
+    made = {
+        tenant_salt(secret, tenant, own)
+        for secret in ("one", "two")
+        for tenant in ("a", "ab")
+        for own in (None, "", "b", "a\n+b")
+    }
+    assert len(made) == 16
+    assert tenant_salt("one", "a", "b") == tenant_salt("one", "a", "b")

@@ -1,0 +1,159 @@
+"""`doctor --against` reads another vLLM's source, follows its names, and says what differs."""
+
+import importlib.util
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vllm_multilora.cli import main
+from vllm_multilora.integration.offline.source import Source
+
+MODULES = {
+    "vllm/__init__.py": "def __getattr__(name):\n    return {'LLM': 1}[name]\n",
+    "vllm/_version.py": "__version__ = version = '0.40.1'\n",
+    "vllm/base.py": (
+        "class Base:\n    def __init__(self, a: int, *, b='x'): ...\n    async def act(self): ...\n"
+    ),
+    "vllm/sub/__init__.py": "from .inner import *\nfrom ..base import Base as Renamed\n",
+    "vllm/sub/inner.py": (
+        "import os\nfrom vllm.base import Base\n"
+        "if os.name:\n    def chosen(x, y=1): ...\nelse:\n    chosen = None\n"
+        "class Derived(Base[int]):\n    @property\n    def size(self): ...\n"
+        "LIMIT: int = 3\n"
+    ),
+}
+
+
+@pytest.fixture(params=["folder", "package", "wheel"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
+    for name, text in MODULES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    if request.param == "wheel":
+        wheel = tmp_path / "vllm-0.40.1-cp38-abi3-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, text in MODULES.items():
+                archive.writestr(name, text)
+        return Source.open(wheel)
+    return Source.open(tmp_path if request.param == "folder" else tmp_path / "vllm")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "parameters"),
+    [
+        pytest.param("vllm.base", "Base", "self, a, *, b='x'", id="class"),
+        pytest.param("vllm.base", "Base.act", "self", id="coroutine"),
+        pytest.param("vllm.sub", "Renamed", "self, a, *, b='x'", id="renamed-import"),
+        pytest.param("vllm.sub", "chosen", None, id="last-branch-through-a-star"),
+        pytest.param("vllm.sub.inner", "Derived.__init__", "self, a, *, b='x'", id="inherited"),
+        pytest.param("vllm.sub.inner", "Derived.size", "self", id="property"),
+        pytest.param("vllm.sub.inner", "LIMIT", None, id="constant"),
+        pytest.param("vllm.sub.inner", "os", None, id="module-from-elsewhere"),
+        pytest.param("vllm", "LLM", None, id="found-when-asked-for"),
+        pytest.param("vllm", "sub", None, id="submodule"),
+    ],
+)
+def test_names_are_followed_to_their_definition(
+    source: Source, module: str, name: str, parameters: str | None
+) -> None:
+    found = source.find(module, name)
+    assert found is not None
+    assert found.parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("vllm.base", "Gone"), ("vllm.base", "Base.gone"), ("vllm.gone", "x"), ("vllm", "Unknown")],
+)
+def test_what_is_not_there_is_not_found(source: Source, module: str, name: str) -> None:
+    assert source.find(module, name) is None
+
+
+def test_the_source_says_its_version(source: Source) -> None:
+    assert source.version == "0.40.1"
+
+
+@pytest.fixture
+def installed() -> Path:
+    """The folder of the vLLM that is installed, which is not imported."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+@pytest.mark.smoke
+def test_a_supported_vllm_is_as_the_plugin_knows_it(
+    installed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--against", str(installed)]) == 0, capsys.readouterr().out
+    assert "DIFFERS" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        pytest.param(
+            "v1/engine/core.py",
+            "def pin_lora(self, lora_id",
+            "def pin_lora(self, adapter, lora_id",
+            "takes (self, adapter, lora_id); expected (self, lora_id)",
+            id="parameter",
+        ),
+        pytest.param(
+            "v1/engine/core.py",
+            "def list_loras",
+            "def all_loras",
+            "vllm.v1.engine.core has no EngineCore.list_loras",
+            id="target",
+        ),
+        pytest.param(
+            "v1/core/sched/scheduler.py",
+            "def _free_request",
+            "def _end_request",
+            "vllm.v1.core.sched.scheduler has no Scheduler._free_request",
+            id="method-that-is-overridden",
+        ),
+        pytest.param(
+            "lora/lora_weights.py",
+            "LoRALayerWeights",
+            "LayerWeights",
+            "vllm.lora.lora_weights has no LoRALayerWeights",
+            id="import",
+        ),
+        pytest.param("v1/worker/gpu/lora_utils.py", None, None, "there is no module", id="module"),
+    ],
+)
+def test_what_differs_in_another_vllm_is_told(
+    installed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    old: str | None,
+    new: str,
+    told: str,
+) -> None:
+    other = tmp_path / "vllm"
+    # As links, but for the one file.
+    shutil.copytree(
+        installed,
+        other,
+        copy_function=lambda a, b: Path(b).symlink_to(a),
+        ignore=lambda _, names: {n for n in names if not n.endswith(".py") and "." in n},
+    )
+    text = (other / file).read_text()
+    (other / file).unlink()
+    if old is not None:
+        assert old in text
+        (other / file).write_text(text.replace(old, new))
+    assert main(["doctor", "--against", str(other)]) == 1
+    printed = capsys.readouterr().out
+    assert "DIFFERS" in printed
+    assert told in printed
+
+
+def test_a_path_without_vllm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--against", str(tmp_path / "nothing")]) == 2
+    assert "has no vLLM: expected a wheel" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""`vllm-multilora` answers at once where no command has to run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vllm_multilora import __version__
+from vllm_multilora.cli import COMMANDS, main
+
+HEAVY = ("torch", "vllm", "numpy", "triton", "matplotlib", "prometheus_client")
+MOST_CPU_S = 1.5
+"""Many times what an answer takes, and less than importing torch takes."""
+
+WRONG = {
+    "advise": ["--url", "http://localhost", "--prometheus", "http://localhost"],
+    "digest": [],
+    "doctor": ["--no-such-flag"],
+    "plan": ["--model", "m", "--max-loras", "many"],
+    "sign": ["adapter"],
+    "simulate": ["--no-such-flag"],
+    "status": ["--watch", "often"],
+    "store": ["--no-such-flag"],
+    "tenants": ["burn"],
+    "validate": ["adapter"],
+    "verify": ["adapter"],
+}
+
+
+def answer(*arguments: str) -> tuple[int, str, list[str], float]:
+    """Exit status, output, the heavy modules among those imported, and seconds of CPU time."""
+    program = (
+        "import json, sys, time\n"
+        "from vllm_multilora.cli import main\n"
+        "try:\n"
+        "    main(json.loads(sys.argv[1]))\n"
+        "except SystemExit as end:\n"
+        "    status = end.code\n"
+        "heavy = [name for name in json.loads(sys.argv[2]) if name in sys.modules]\n"
+        "print(json.dumps([status, heavy, time.process_time()]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(arguments), json.dumps(HEAVY)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *printed, last = done.stdout.splitlines()
+    status, heavy, seconds = json.loads(last)
+    return status, "\n".join(printed) + done.stderr, heavy, seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        pytest.param(["--version"], 0, __version__, id="version"),
+        pytest.param(["--help"], 0, COMMANDS["validate"].help, id="help"),
+        pytest.param([], 2, "arguments are required", id="no-command"),
+        pytest.param(["vaildate"], 2, "invalid choice: 'vaildate'", id="unknown-command"),
+        *(
+            pytest.param([name, "--help"], 0, "--help", id=f"{name}-help")
+            for name in sorted(COMMANDS)
+        ),
+        *(
+            pytest.param([name, *WRONG[name]], 2, "error: ", id=f"{name}-wrong")
+            for name in sorted(COMMANDS)
+        ),
+    ],
+)
+def test_help_and_wrong_arguments_import_nothing_heavy(arguments, status, text):
+    found_status, output, heavy, seconds = answer(*arguments)
+    assert found_status == status
+    assert text in output
+    assert heavy == []
+    assert seconds < MOST_CPU_S
+
+
+def test_every_command_is_described_in_its_own_help(capsys):
+    for name, command in COMMANDS.items():
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert " ".join(command.description.split()) in shown

@@ -1,0 +1,164 @@
+"""What passes between HTTP and adapters: headers in, the adapter's name and version out."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("starlette")
+
+from vllm_multilora.integration.server.http_calls import (
+    HttpCall,
+    HttpCallMiddleware,
+    current_call,
+    init_entrypoints_middleware,
+)
+
+DIGEST = "0123456789abcdef" * 4
+OTHER = "fedcba9876543210" * 4
+SHOWN, OTHER_SHOWN = DIGEST[:16], OTHER[:16]
+FRENCH = SimpleNamespace(lora_name="french")
+
+
+def call(app, scope=None):
+    """The messages that an application sends behind the middleware."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(HttpCallMiddleware(app)(scope or {"type": "http", "headers": []}, None, send))
+    return sent
+
+
+async def answer(send, *parts, kind="application/json", status=200):
+    headers = [(b"content-type", kind.encode())]
+    if len(parts) == 1:
+        headers.append((b"content-length", str(len(parts[0])).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    for part in parts:
+        if callable(part):
+            part()
+        else:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+def bind(digest=DIGEST, ran=None):
+    """As an API server does with a request for an adapter."""
+    found = current_call.get()
+    found.adapter, found.lora, found.digest, found.ran = "french", FRENCH, digest, ran
+
+
+def run(digest):
+    """As an engine's first output does."""
+    current_call.get().ran = digest
+
+
+def headers_of(messages):
+    return {key.decode(): value.decode() for key, value in messages[0]["headers"]}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "header"),
+    [
+        (None, None),
+        ("acme/v2 beta", "acme/v2 beta"),
+        ("médical", "m%C3%A9dical"),
+        ("a\r\nset-cookie: b", "a%0D%0Aset-cookie: b"),
+    ],
+    ids=["no-adapter", "plain", "not-ascii", "line-break"],
+)
+def test_the_answer_names_the_adapter_that_a_task_of_the_request_chose(adapter, header):
+    async def app(scope, receive, send):
+        async def work():
+            current_call.get().adapter = adapter
+
+        await asyncio.create_task(work())  # vLLM's handlers run in tasks of their own
+        await answer(send, b"{}")
+
+    assert headers_of(call(app)).get("x-multilora-adapter") == header
+
+
+@pytest.mark.parametrize("body", [b'{"id":"x","usage":{}}', b"{}"], ids=["answer", "empty"])
+def test_an_answer_names_what_has_computed_it(body):
+    async def app(scope, receive, send):
+        bind(ran=OTHER)  # its files have changed since it was registered
+        await answer(send, body)
+
+    sent = call(app)
+    whole = json.loads(sent[1]["body"])
+    assert whole.pop("multilora") == {"adapter": "french", "version": OTHER_SHOWN}
+    assert whole == json.loads(body)
+    headers = headers_of(sent)
+    assert headers["x-multilora-version"] == OTHER_SHOWN
+    assert int(headers["content-length"]) == len(sent[1]["body"])
+
+
+def test_a_stream_names_its_version_first_and_what_computes_it_once_that_is_known():
+    first, second, third = b"event: created\ndata: {}\n\n", b'data: {"a":1}\n\n', b"data: {}\n\n"
+
+    async def app(scope, receive, send):
+        bind()
+        await answer(
+            send, first, lambda: run(OTHER), b": ping", second, third, kind="text/event-stream"
+        )
+
+    sent = call(app)
+    assert headers_of(sent)["x-multilora-version"] == SHOWN
+    assert [message["body"] for message in sent[1:]] == [
+        first,
+        b": ping",
+        b'data: {"multilora":{"adapter":"french","version":"%s"},"a":1}\n\n' % OTHER_SHOWN.encode(),
+        third,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "ran"),
+    [
+        ("application/json", 200, None),
+        ("application/json", 404, DIGEST),
+        ("audio/wav", 200, DIGEST),
+    ],
+    ids=["nothing-ran", "error", "no-json"],
+)
+def test_other_answers_stay_as_they_are(kind, status, ran):
+    async def app(scope, receive, send):
+        bind(ran=ran)
+        await answer(send, b'{"a":1}', kind=kind, status=status)
+
+    sent = call(app)
+    assert sent[1]["body"] == b'{"a":1}'
+    assert headers_of(sent)["content-length"] == "7"
+
+
+def test_the_request_s_headers_are_at_hand():
+    found = []
+
+    async def app(scope, receive, send):
+        found.append(current_call.get().headers.get("accept-language"))
+        await answer(send, b"{}")
+
+    call(app, {"type": "http", "headers": [(b"Accept-Language".lower(), b"fr")]})
+    assert found == ["fr"]
+
+
+def test_what_is_no_http_passes():
+    async def app(scope, receive, send):
+        assert current_call.get() is None
+        await send({"type": "websocket.accept"})
+
+    assert call(app, {"type": "websocket"}) == [{"type": "websocket.accept"}]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_only_a_server_with_adapters_gets_the_middleware(lora):
+    added = []
+    app = SimpleNamespace(add_middleware=added.append)
+    init_entrypoints_middleware(lambda *rest: None, SimpleNamespace(enable_lora=lora), app)
+    assert added == ([HttpCallMiddleware] if lora else [])
+
+
+def test_a_call_is_bound_to_nothing_at_first():
+    assert HttpCall({}) == HttpCall({}, None, None, None, None, "", None)

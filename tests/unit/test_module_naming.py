@@ -1,0 +1,191 @@
+"""Names of modules as data give what vLLM's own functions give, over its models' own mappers."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from transformers.core_model_loading import GroupWeightRename, PrefixChange, WeightRenaming
+from vllm.lora.utils import is_in_target_modules, parse_fine_tuned_lora_name
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_multilora.adapters.naming import Renames
+from vllm_multilora.integration.worker.module_naming import module_naming, renames_of
+
+MODELS = {
+    "no-mapper": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen2-vl": ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+    "qwen3-vl": ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+    "llava": ("llava", "LlavaForConditionalGeneration"),
+    "gemma3": ("gemma3_mm", "Gemma3ForConditionalGeneration"),
+    "regex-aria": ("aria", "AriaForConditionalGeneration"),
+    "regex-mistral": ("mistral_large_3", "MistralLarge3ForCausalLM"),
+    "nemotron": ("nemotron_h", "NemotronHForCausalLM"),
+    "bert": ("bert", "BertEmbeddingModel"),
+}
+KINDS = ("self_attn.q_proj", "self_attn.qkv_proj", "attention.wq_a", "mlp.down_proj", "mlp.fc1")
+NAMES = [
+    *(f"{start}layers.{i}.{kind}" for start in ("", "model.", "backbone.") for i in (0, 11)
+      for kind in KINDS),
+    *(f"{start}.layers.3.{kind}" for kind in KINDS
+      for start in ("model.language_model", "language_model.model", "model.text_model")),
+    "model.visual.blocks.0.attn.qkv",
+    "visual.merger.mlp.0",
+    "vision_tower.vision_model.encoder.layers.0.self_attn.k_proj",
+    "model.multi_modal_projector.linear_1",
+    "mtp.layers.0.mixer.in_proj",
+    "backbone.mtp.up_proj",
+    "lm_head",
+    "model.lm_head",
+    "language_model.lm_head",
+    "model.embed_tokens",
+    "score",
+    "router.base_model.model.experts",
+    "x",
+]  # fmt: skip
+
+
+def mapper_of(model: str) -> WeightsMapper | None:
+    module, name = MODELS[model]
+    model_class = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    return getattr(model_class, "hf_to_vllm_mapper", None)
+
+
+def parsed(module: str, mapper: WeightsMapper | None) -> str:
+    """The module that vLLM finds for an adapter's tensor."""
+    rename = mapper.get_rename_mapper() if mapper is not None else None
+    return parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", rename)[0]
+
+
+def manager_of(mapper=None, *, targets=None, packed=None, pooling=False, model=None, **attributes):
+    """As much of a LoRA manager as is looked at."""
+    model = model or torch.nn.Module()
+    if mapper is not None:
+        model.hf_to_vllm_mapper = mapper
+    return SimpleNamespace(
+        model=model,
+        lora_config=SimpleNamespace(target_modules=targets),
+        packed_modules_mapping=packed or {},
+        is_pooling_model=pooling,
+        **attributes,
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_names_become_those_that_vllm_reads(model, caplog):
+    mapper = mapper_of(model)
+    naming = module_naming(manager_of(mapper), frozenset())
+    assert {name: naming.rename(name) for name in NAMES} == {
+        name: parsed(name, mapper) for name in NAMES
+    }
+    assert not caplog.records
+
+
+def test_every_kind_of_rename_is_applied_in_vllms_order():
+    import regex
+
+    mapper = WeightsMapper(
+        orig_to_new_renaming=[WeightRenaming(r"^layers\.(\d+)", r"blocks.\1")],
+        orig_to_new_regex={
+            regex.compile(r"^blocks\.(\d+)\.(mlp)", regex.I): r"h.\1.\2.inner",
+            regex.compile("nothing"): None,
+        },
+        orig_to_new_substr={"self_attn": "attn", ".mlp.": ".ffn.", "gone": None},
+        orig_to_new_stacked={".q_proj": (".qkv_proj", "q")},
+        orig_to_new_prefix={"h.": "model.h.", "blocks.": "model.blocks.", "model.": "language."},
+        orig_to_new_suffix={"fc1.lora_A.weight": "fc_in.lora_A.weight"},
+    )
+    naming = module_naming(manager_of(mapper), frozenset())
+    found = {name: naming.rename(name) for name in NAMES}
+    assert found == {name: parsed(name, mapper) for name in NAMES}
+    assert found["layers.11.mlp.fc1"] == "language.h.11.ffn.inner.fc_in"
+
+
+@pytest.mark.parametrize("scope", [None, "", "text_model"])
+@pytest.mark.parametrize(
+    "renaming",
+    [
+        lambda: WeightRenaming(["self_attn.q_proj", "mlp"], "inner"),
+        lambda: WeightRenaming(r"^layers\.(\d+)", r"blocks.\1"),
+        lambda: PrefixChange(prefix_to_add="language_model", model_prefix="model"),
+        lambda: PrefixChange(prefix_to_remove="language_model", model_prefix="model"),
+    ],
+    ids=["two-sources", "group", "prefix-added", "prefix-removed"],
+)
+def test_transformers_renames_are_told_as_data(renaming, scope, caplog):
+    renaming = renaming()
+    renaming.scope_prefix, renaming.base_model_prefix = scope, "model"
+    mapper = WeightsMapper(orig_to_new_renaming=[renaming])
+    naming = module_naming(manager_of(mapper), frozenset())
+    found = {name: naming.rename(name) for name in NAMES}
+    assert found == {name: parsed(name, mapper) for name in NAMES}
+    assert not caplog.records
+
+
+def test_a_rename_that_remembers_other_names_is_warned_of_once(caplog):
+    group = GroupWeightRename(["norm0", "norm1"], ["norm1", "norm2"])
+    mapper = WeightsMapper(orig_to_new_renaming=[group], orig_to_new_prefix={"a.": "b."})
+    assert renames_of(mapper).sources == ()
+    assert len(renames_of(mapper).prefixes) == 1
+    assert len(caplog.records) == 2  # one for each time that a model was read
+    assert "GroupWeightRename" in caplog.text
+    caplog.clear()
+    assert renames_of(WeightsMapper()) == Renames()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [None, (), ("q_proj",), ("qkv_proj",), ("gate_up_proj", "down_proj"), ("x",), ("model.x",),
+     ("experts.0.up_proj",)],
+    ids=str,
+)  # fmt: skip
+def test_targets_take_in_what_vllm_takes_in(targets):
+    packed = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+        "experts": ["experts.0.gate_proj", "experts.0.up_proj"],
+    }
+    names = [
+        *NAMES,
+        "x",
+        "model.x",
+        "q_proj",
+        "experts",
+        "mlp.experts.0.up_proj",
+        "experts.0.up_proj",
+        "mlp.experts",
+        "mlp.gate_up_proj",
+        "mlp.up_proj",
+    ]
+    naming = module_naming(manager_of(targets=targets, packed=packed), frozenset())
+    for name in names:
+        expected = is_in_target_modules(name, targets, packed)
+        assert naming.is_target(name) == expected, name
+        assert (naming.rename(name) == name) == expected, name
+
+
+def test_a_pooling_models_names_and_a_text_only_siblings_lead_to_its_modules():
+    names = frozenset({"model.layers.0.q_proj", "language.layers.1.q_proj"})
+    texts = {"language.layers.1.q_proj": ("layers.1.q_proj", "text.layers.1.q_proj")}
+    manager = manager_of(pooling=True, _get_text_lora_names=lambda name: texts.get(name, ()))
+    naming = module_naming(manager, names)
+    assert naming.rename("layers.0.q_proj") == "model.layers.0.q_proj"
+    assert naming.rename("layers.1.q_proj") == "language.layers.1.q_proj"
+    assert naming.rename("text.layers.1.q_proj") == "language.layers.1.q_proj"
+    assert naming.rename("layers.2.q_proj") == "layers.2.q_proj"
+
+
+def test_linear_layers_that_vllm_leaves_alone_are_known_by_name():
+    tower = torch.nn.ModuleDict({"qkv_proj": torch.nn.Linear(2, 2), "norm": torch.nn.LayerNorm(2)})
+    model = torch.nn.ModuleDict({"visual": tower, "other": torch.nn.Linear(2, 2)})
+    packed = {"qkv_proj": ["q_proj", "k_proj"]}
+    naming = module_naming(manager_of(packed=packed, model=model), frozenset({"other"}))
+    assert naming.unwrapped == {"visual.qkv_proj", "visual.q_proj", "visual.k_proj"}
+    assert naming.rename("visual.q_proj") is None
+    assert not naming.elsewhere("visual.q_proj")
+    assert naming.rename("visual.norm") == "visual.norm"  # unknown: refused

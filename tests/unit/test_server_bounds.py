@@ -1,0 +1,184 @@
+"""What an API server keeps of, and does for, clients that ask again and again."""
+
+import asyncio
+import gc
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.utils.counter import AtomicCounter
+
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.server import registration, routes
+from vllm_multilora.integration.server.names_in_use import LocksInUse
+from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
+from vllm_multilora.integration.server.status_route import NEW_S, RecentListing
+
+ANSWER: Any = SimpleNamespace()
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_name_has_one_lock_while_it_is_worked_with_and_none_afterwards() -> None:
+    async def scenario() -> int:
+        locks, inside = LocksInUse(), []
+
+        async def work(number: int) -> None:
+            async with locks["acme"]:
+                inside.append(number)
+                assert len(locks) == 1
+                await asyncio.sleep(0)
+                assert inside[-1] == number
+
+        await asyncio.gather(*(work(number) for number in range(20)))
+        for number in range(1000):
+            async with locks[f"junk-{number}"]:
+                pass
+        gc.collect()
+        assert len(inside) == 20
+        return len(locks)
+
+    assert asyncio.run(scenario()) <= 1
+
+
+def test_a_refused_adapter_is_tried_again_after_pauses_that_double_up_to_a_minute() -> None:
+    clock = Clock()
+    refusals, pauses = Refusals(clock), []
+    for _ in range(8):
+        assert refusals.find("acme") is None
+        refusals.remember("acme", ANSWER)
+        began = clock.now
+        while refusals.find("acme") is not None:
+            clock.now += 1
+        pauses.append(clock.now - began)
+    assert pauses == [FIRST_PAUSE_S, 4, 8, 16, 32, *[LONGEST_PAUSE_S] * 3]
+    refusals.forget("acme")
+    refusals.remember("acme", ANSWER)
+    clock.now += FIRST_PAUSE_S
+    assert refusals.find("acme") is None
+
+
+def test_only_the_last_thousand_refusals_are_remembered() -> None:
+    refusals = Refusals()
+    for number in range(5000):
+        refusals.remember(number, ANSWER)
+    assert len(refusals) == 1024
+    assert refusals.find(4999) is ANSWER
+
+
+def test_routes_try_a_failed_adapter_again_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def admit(models: Any, lora: Any) -> Any:
+        return None if len(slept) == 8 else ANSWER
+
+    monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(registration, "admit", admit)
+    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1)
+    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
+    server._models = SimpleNamespace(lora_requests={"acme": lora})
+    server._failed = {1: LoadFailure(FailureKind.GONE, "gone")}
+    asyncio.run(server._try_again(lora))
+    assert slept == [5, 10, 20, 40, 60, 60, 60, 60]
+    assert server._failed == {}
+
+
+def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks() -> None:
+    async def scenario() -> None:
+        clock, calls = Clock(), 0
+        listing = RecentListing(clock)
+
+        async def ask() -> bytes:
+            nonlocal calls
+            calls += 1
+            number = calls
+            await asyncio.sleep(0)
+            return b"%d" % number
+
+        found = await asyncio.gather(*(listing.get([1, 2], ask) for _ in range(500)))
+        assert set(found) == {b"1"}
+        clock.now += 0.9 * NEW_S
+        assert await listing.get([1, 2], ask) == b"1"
+        assert await listing.get([1, 2, 3], ask) == b"2"  # an adapter has come
+        clock.now += NEW_S
+        assert await listing.get([1, 2, 3], ask) == b"3"
+
+    asyncio.run(scenario())
+
+
+def test_a_listing_that_could_not_be_had_is_asked_for_again() -> None:
+    async def scenario() -> None:
+        listing, failing = RecentListing(Clock()), True
+
+        async def ask() -> bytes:
+            if failing:
+                raise TimeoutError
+            return b"here"
+
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await listing.get([], ask)
+        failing = False
+        assert await listing.get([], ask) == b"here"
+
+    asyncio.run(scenario())
+
+
+class Engine:
+    """Refuses what it is asked to read, as one of several engines may."""
+
+    def __init__(self) -> None:
+        self.engine_core = self
+        self.asked: list[int] = []
+        self.removed: list[int] = []
+
+    async def add_lora(self, lora: Any) -> bool:
+        self.asked.append(lora.lora_int_id)
+        raise RuntimeError("refused")
+
+    async def remove_lora_async(self, number: int) -> bool:
+        self.removed.append(number)
+        return True
+
+
+def test_a_registration_touches_no_path_here_and_leaves_nothing_in_other_engines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mount that hangs would hold the event loop, and every stream with it."""
+
+    async def check(request: Any) -> None:
+        return None
+
+    def touch(*_: Any, **__: Any) -> None:
+        raise AssertionError("the path was looked at")
+
+    async def scenario() -> Any:
+        engine, numbers = Engine(), AtomicCounter(0)
+        models = SimpleNamespace(
+            engine_client=engine,
+            lora_requests={},
+            lora_resolver_lock=LocksInUse(),
+            lora_id_counter=numbers,
+            _check_load_lora_adapter_request=check,
+        )
+        request = SimpleNamespace(lora_name="acme", lora_path="/hung", is_3d_lora_weight=False)
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "stat"), (os, "open"), (os.path, "realpath")):
+                patch.setattr(module, name, touch)
+            answer = await registration.load_adapter(models, request, None)
+        await asyncio.sleep(0)
+        assert engine.asked == engine.removed == [1]
+        return answer
+
+    assert asyncio.run(scenario()).error.code == 500

@@ -1,0 +1,129 @@
+"""A file is read again when it changes, and never replaced by one that cannot be used."""
+
+import logging
+import os
+
+import pytest
+
+from vllm_multilora.documents import DocumentError, WatchedFile
+from vllm_multilora.routing import load_routes, parse_routes
+
+LOGGER = "vllm_multilora.documents.watched"
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "routes.yaml"
+    write(file, "one")
+    return file
+
+
+def write(path, name, *, age_s=60):
+    """One route of this name, in a file that was last changed some time ago."""
+    path.write_text(f"routes: {{{name}: adapter}}")
+    stamp = path.stat().st_mtime_ns - age_s * 1_000_000_000
+    os.utime(path, ns=(stamp, stamp))
+
+
+def names(file):
+    return list(file.value.targets)
+
+
+def test_a_changed_file_is_read_again(path):
+    file = WatchedFile(path, parse_routes, "routes")
+    assert not file.refresh()
+    write(path, "two", age_s=50)
+    assert names(file) == ["one"]
+    assert file.refresh()
+    assert names(file) == ["two"]
+    assert not file.refresh()
+
+
+def test_a_file_that_looks_the_same_is_read_again_while_it_is_new(path):
+    """Two changes within a time stamp's resolution, and of the same length."""
+    write(path, "one", age_s=0)
+    file = WatchedFile(path, parse_routes, "routes")
+    status = path.stat()
+    path.write_text(path.read_text().replace("one", "two"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.refresh()
+    assert names(file) == ["two"]
+
+
+def test_a_file_that_is_replaced_through_a_link_is_noticed(tmp_path):
+    """As Kubernetes updates a ConfigMap."""
+    link = tmp_path / "routes.yaml"
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.yaml", name)
+    link.symlink_to(tmp_path / "one.yaml")
+    file = WatchedFile(link, parse_routes, "routes")
+    link.unlink()
+    link.symlink_to(tmp_path / "two.yaml")
+    assert file.refresh()
+    assert names(file) == ["two"]
+
+
+def test_touching_a_file_changes_nothing(path):
+    file = WatchedFile(path, parse_routes, "routes")
+    routes = file.value
+    os.utime(path, ns=(1, 1))
+    assert not file.refresh()
+    assert file.value is routes
+
+
+def test_a_broken_file_leaves_the_routes_and_is_logged_once(path, caplog):
+    caplog.set_level(logging.INFO, LOGGER)
+    file = WatchedFile(path, parse_routes, "routes")
+    path.write_text("routes: {one: [")
+    for _ in range(3):
+        assert not file.refresh()
+    assert names(file) == ["one"]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "no YAML" in caplog.text
+    path.write_text("routes: {one: 7}")
+    assert not file.refresh()
+    assert len(caplog.records) == 2
+    write(path, "mended", age_s=0)
+    assert file.refresh()
+    assert names(file) == ["mended"]
+
+
+@pytest.mark.parametrize("back", ["one", "other"])
+def test_a_file_that_is_gone_leaves_the_routes_until_it_is_back(path, caplog, back):
+    caplog.set_level(logging.ERROR, LOGGER)
+    file = WatchedFile(path, parse_routes, "routes")
+    path.unlink()
+    for _ in range(3):
+        assert not file.refresh()
+    assert names(file) == ["one"]
+    assert len(caplog.records) == 1
+    assert "No such file" in caplog.text
+    write(path, back)
+    assert file.refresh() == (back != "one")
+    assert names(file) == [back]
+
+
+def test_routes_that_the_server_cannot_take_are_refused(path):
+    def parse(file, text):
+        routes = parse_routes(file, text)
+        routes.check_names({"taken"}, "an adapter")
+        return routes
+
+    file = WatchedFile(path, parse, "routes")
+    write(path, "taken", age_s=30)
+    assert not file.refresh()
+    assert names(file) == ["one"]
+    with pytest.raises(DocumentError, match="an adapter"):
+        WatchedFile(path, parse, "routes")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"routes: \xff", "byte 0xff at offset 8, expected UTF-8")],
+)
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path, content, message):
+    path = tmp_path / "routes.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DocumentError, match=message):
+        load_routes(path)

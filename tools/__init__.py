@@ -1,0 +1,1 @@
+"""What this repository's developers use, and nobody installs."""

@@ -1,0 +1,201 @@
+"""Launches of typical layers for GPUs that need not be there, from tensors without memory.
+
+Together the cases have every kind of launch that the backend starts: both halves in one call and
+each by itself, long and short batches, all pairs of types, layouts in which wide loads are possible
+and others in which they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from multilora_kernels.configs import ExpandConfig, ShrinkConfig, load_table
+from multilora_kernels.plan import PlanLayout
+from multilora_kernels.triton.combine import prepare_combine
+from multilora_kernels.triton.expand import prepare_expand
+from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch
+from multilora_kernels.triton.product import expand_launch, shrink_launch
+from multilora_kernels.triton.shrink import prepare_shrink
+from tools.kernels.measure.batches import LAYERS, PLAN_TILE_ROWS
+from tools.kernels.measure.candidates import expand_candidates, shrink_candidates
+from tools.kernels.measure.trials import workloads
+
+# Architecture: streaming multiprocessors, for the computed defaults (A100, H100, B200).
+ARCHITECTURES = {80: 108, 90: 132, 100: 148}
+SHARED_MEMORY_LIMIT = 99 * 1024
+"""What a program may take on every card since sm_80; the smallest limit is that of sm_86."""
+
+_SLOTS, _MAX_TOKENS = 64, 8192
+_UNLIMITED = {"tokens": _MAX_TOKENS, "width": 8192, "slices": 1, "max_rank": 64, "item_size": 2}
+
+
+@dataclass(frozen=True)
+class LaunchCase:
+    """A layer under a load. The widths are those of Llama models unless its name says otherwise.
+
+    Attributes:
+        name: What the table shows.
+        k: Columns of x.
+        widths: Columns of y, per slice.
+        max_rank: Columns reserved for the rank.
+        tokens: Rows of the batch.
+        dtype: Of activations and weights.
+        weight_dtype: Of weights where it is another one.
+        batch_invariant: Whether the blocks must not depend on the batch.
+        by_column: Whether B's columns are contiguous rather than its rows.
+        uneven: Whether weights are views of larger ones, slice by slice of other strides.
+        add_inputs: Whether y is added to.
+        halves: If not None, each half is a call of its own, and h between them has this type.
+    """
+
+    name: str
+    k: int
+    widths: tuple[int, ...]
+    max_rank: int
+    tokens: int
+    dtype: torch.dtype = torch.bfloat16
+    weight_dtype: torch.dtype | None = None
+    batch_invariant: bool = False
+    by_column: bool = False
+    uneven: bool = False
+    add_inputs: bool = True
+    halves: torch.dtype | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, R {self.max_rank}, T {self.tokens}"
+
+
+_QKV, _GATE_UP = (4096, (4096, 1024, 1024)), (8192, (28672, 28672))
+CASES = (
+    LaunchCase("qkv decode", *_QKV, max_rank=16, tokens=16),
+    LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=64),
+    LaunchCase("qkv decode", *_QKV, max_rank=320, tokens=64),
+    LaunchCase("qkv mixed", *_QKV, max_rank=64, tokens=512),
+    LaunchCase("qkv prefill", *_QKV, max_rank=64, tokens=2048),
+    LaunchCase("qkv prefill", *_QKV, max_rank=64, tokens=8192),
+    LaunchCase("qkv prefill, high rank", *_QKV, max_rank=256, tokens=8192),
+    LaunchCase("qkv invariant", *_QKV, max_rank=64, tokens=64, batch_invariant=True),
+    LaunchCase("qkv invariant, high rank", *_QKV, 256, tokens=64, batch_invariant=True),
+    LaunchCase("qkv decode, B by column", *_QKV, max_rank=64, tokens=64, by_column=True),
+    LaunchCase("qkv prefill, B by column", *_QKV, max_rank=64, tokens=8192, by_column=True),
+    LaunchCase("gate-up 70B decode", *_GATE_UP, max_rank=64, tokens=64),
+    LaunchCase("gate-up 70B prefill", *_GATE_UP, max_rank=64, tokens=8192),
+    LaunchCase("down 8B decode", 14336, (4096,), max_rank=32, tokens=64),
+    LaunchCase("down 8B invariant", 14336, (4096,), 64, tokens=64, batch_invariant=True),
+    LaunchCase("qkv decode fp16", *_QKV, max_rank=64, tokens=64, dtype=torch.float16),
+    LaunchCase("qkv prefill fp16", *_QKV, max_rank=64, tokens=8192, dtype=torch.float16),
+    LaunchCase("qkv decode fp32", *_QKV, max_rank=64, tokens=64, dtype=torch.float32),
+    LaunchCase("qkv prefill fp32", *_QKV, max_rank=64, tokens=8192, dtype=torch.float32),
+    LaunchCase("qkv fp32, invariant", *_QKV, 64, 64, dtype=torch.float32, batch_invariant=True),
+    LaunchCase("qkv decode, fp32 adapters", *_QKV, 64, tokens=64, weight_dtype=torch.float32),
+    LaunchCase("qkv prefill, fp32 adapters", *_QKV, 64, tokens=8192, weight_dtype=torch.float32),
+    LaunchCase("qkv decode, overwriting", *_QKV, max_rank=64, tokens=64, add_inputs=False),
+    LaunchCase("qkv prefill, overwriting", *_QKV, max_rank=64, tokens=8192, add_inputs=False),
+    LaunchCase("qkv decode, halves", *_QKV, max_rank=64, tokens=64, halves=torch.float32),
+    LaunchCase("qkv prefill, halves", *_QKV, max_rank=64, tokens=8192, halves=torch.bfloat16),
+    LaunchCase("qkv decode, uneven strides", *_QKV, max_rank=64, tokens=64, uneven=True),
+    # 11,008 columns are 43 blocks, which no number of parts divides.
+    LaunchCase("down 7B decode, K with a tail", 11008, (4096,), max_rank=64, tokens=64),
+    LaunchCase("K of whole loads only", 1112, (1112,), max_rank=24, tokens=64),
+    LaunchCase("odd sides and rank", 1111, (333, 77), max_rank=13, tokens=64),
+)
+
+
+def table_cases(architecture: int) -> list[LaunchCase]:
+    """Cases that the entries of the architecture's table are for, at the entries' limits."""
+    table = load_table(f"sm_{architecture}")
+    cases = []
+    halves: tuple[tuple[str, Any], ...] = (("shrink", table.shrink), ("expand", table.expand))
+    for half, entries in halves:
+        for number, entry in enumerate(entries):
+            most = _UNLIMITED | dict(entry.limits)
+            widths = (most["width"] // most["slices"],) * most["slices"]
+            cases.append(
+                LaunchCase(
+                    f"table's {half}[{number}]",
+                    most["width"] if half == "shrink" else 4096,
+                    widths if half == "expand" else (4096,) * most["slices"],
+                    most["max_rank"],
+                    min(most["tokens"], _MAX_TOKENS),
+                    dtype=torch.float32 if most["item_size"] == 4 else torch.bfloat16,
+                )
+            )
+    return cases
+
+
+def launches(case: LaunchCase, architecture: int) -> Iterator[Launch]:
+    """The launches that the backend would run for a case."""
+    batch = _batch(case, architecture)
+    x, y, lora_a, lora_b = _tensors(case)
+    if case.halves is None:
+        planes, launch = shrink_launch(x, lora_a, batch, 1.0)
+        yield launch
+        expand = expand_launch(y, planes, lora_b, batch, 0, case.add_inputs, after_shrink=True)
+        if expand.before is not None:
+            yield expand.before
+        yield expand
+        return
+    h = _empty(len(lora_a), case.tokens, case.max_rank, dtype=case.halves)
+    planes, launch = shrink_launch(x, lora_a, batch, 1.0, h.dtype)
+    yield launch
+    yield prepare_combine(h, planes, batch)
+    yield expand_launch(y, h.unsqueeze(0), lora_b, batch, 0, case.add_inputs, after_shrink=False)
+
+
+def candidate_launches(architecture: int) -> Iterator[tuple[LaunchCase, Launch]]:
+    """A launch of each combination of blocks that the tuner tries for a decode and a prefill."""
+    seen: set[tuple[Any, ...]] = set()
+
+    def is_new(config: ShrinkConfig | ExpandConfig) -> bool:
+        blocks = tuple(v for k, v in asdict(config).items() if k.startswith("block_"))
+        known = (type(config), *blocks) in seen
+        seen.add((type(config), *blocks))
+        return not known
+
+    layer = LAYERS["8b.qkv"]
+    for tokens in (16, _MAX_TOKENS):
+        case = LaunchCase("tuner's candidates", layer.inputs, layer.outputs, 64, tokens)
+        batch = _batch(case, architecture)
+        x, y, lora_a, lora_b = _tensors(case)
+        shrink, expand = workloads(layer, tokens, case.max_rank, x.element_size(), batch.facts)
+        for first in filter(is_new, shrink_candidates(shrink, SHARED_MEMORY_LIMIT)):
+            yield case, prepare_shrink(x, lora_a, batch, 1.0, first)[1]
+        planes = _empty(1, len(lora_a), tokens, case.max_rank, dtype=torch.float32)
+        for second in filter(is_new, expand_candidates(expand, SHARED_MEMORY_LIMIT)):
+            yield case, prepare_expand(y, planes, lora_b, batch, 0, True, second, after_shrink=True)
+
+
+def _batch(case: LaunchCase, architecture: int) -> Batch:
+    facts = DeviceFacts(f"sm_{architecture}", ARCHITECTURES[architecture], pdl=architecture >= 90)
+    layout = PlanLayout(_MAX_TOKENS, _SLOTS, PLAN_TILE_ROWS)
+    ranks = _empty(len(case.widths), _SLOTS, dtype=torch.int32)
+    plan = _empty(layout.size, dtype=torch.int32)
+    return Batch(ranks, plan, layout, facts, case.batch_invariant)
+
+
+def _tensors(
+    case: LaunchCase,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """x, y, lora_a and lora_b."""
+    dtype, rank = case.weight_dtype or case.dtype, case.max_rank
+    lora_a, lora_b = [], []
+    for i, n in enumerate(case.widths):
+        more = 16 * i if case.uneven else 0
+        a = _empty(_SLOTS, 1, rank + more, case.k + more, dtype=dtype)
+        if case.by_column:
+            b = _empty(_SLOTS, 1, rank + more, n + more, dtype=dtype).transpose(-1, -2)
+        else:
+            b = _empty(_SLOTS, 1, n + more, rank + more, dtype=dtype)
+        lora_a.append(a[..., :rank, : case.k])
+        lora_b.append(b[..., :n, :rank])
+    x = _empty(case.tokens, case.k, dtype=case.dtype)
+    return x, _empty(case.tokens, sum(case.widths), dtype=case.dtype), lora_a, lora_b
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")

@@ -1,0 +1,270 @@
+"""Compiles the Triton kernels for GPUs that need not be there and shows what came out.
+
+    python -m tools.kernels.report [--arch 90] [--case "qkv decode"] [--json] [--candidates]
+
+For every launch of every case (`measure/launch_cases.py`), and for the tables in force: registers
+and shared memory of a program, bytes spilled to local memory, how wide each tensor is read and
+written, tensor-core instructions. A launch that several cases share is compiled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from multilora_kernels.triton import INTERPRETED
+from multilora_kernels.triton.launch import Launch
+from tools.kernels.measure.launch_cases import (
+    ARCHITECTURES,
+    CASES,
+    SHARED_MEMORY_LIMIT,
+    LaunchCase,
+    candidate_launches,
+    launches,
+    table_cases,
+)
+from tools.kernels.measure.ptx import Ptx
+from tools.kernels.measure.signature import pointers_of, specialise
+
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_FRAME = re.compile(r"\.local \.align \d+ \.b8\s+__local_depot\d+\[(\d+)\]")
+_LOCAL_ACCESS = re.compile(r"\b(?:ld|st|cvta)\S*\.local\b")
+
+Widths = dict[str, dict[int, int]]
+"""Tensor -> bytes that a thread moves with one instruction -> how many such instructions."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one compilation gave.
+
+    Attributes:
+        case: The layer and load.
+        kernel: Name of the Triton function.
+        architecture: Such as 90.
+        blocks: The blocks in words.
+        constants: The compile-time parameters that are numbers.
+        threads: Of a program.
+        registers: Per thread.
+        shared_bytes: Per program.
+        spilled_bytes: Local memory per thread; anything but 0 is a spill.
+        tensor_core: Tensor-core instructions.
+        atomics: Atomic operations.
+        pdl: Whether it takes part in programmatic dependent launch.
+        starts_early: Whether it is launched so that it may start before its predecessor has ended.
+        ends_early: Whether it may even end before that.
+        read_early: Tensors that it may read before that.
+        types: Of each tensor's elements, as Triton calls them.
+        loads: How wide each tensor is read.
+        stores: How wide each tensor is written.
+    """
+
+    case: str
+    kernel: str
+    architecture: int
+    blocks: str
+    constants: dict[str, int]
+    threads: int
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    tensor_core: int
+    atomics: int
+    pdl: bool
+    starts_early: bool
+    ends_early: bool
+    read_early: list[str]
+    types: dict[str, str]
+    loads: Widths
+    stores: Widths
+
+    @property
+    def problem(self) -> str | None:
+        """What must not be, in words."""
+        if self.spilled_bytes:
+            return f"{self.spilled_bytes} bytes spilled"
+        if self.shared_bytes > SHARED_MEMORY_LIMIT:
+            return f"{self.shared_bytes} bytes of shared memory (limit {SHARED_MEMORY_LIMIT})"
+        return f"{self.atomics} atomic operations" if self.atomics else None
+
+
+def compile_launch(title: str, launch: Launch, architecture: int) -> Compiled:
+    """Compiles a launch to machine code.
+
+    Args:
+        title: What to call it.
+        launch: Over tensors without memory, if that is all there is.
+        architecture: Such as 90.
+
+    Raises:
+        RuntimeError: This process has Triton in interpreter mode.
+    """
+    if INTERPRETED:
+        raise RuntimeError("with TRITON_INTERPRET=1 nothing can be compiled: unset it")
+    signature, constants, attributes = specialise(launch)
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options=launch.options,
+    )
+    text = compiled.asm["ptx"]
+    usage = _USAGE.search(_resource_usage(compiled.asm["cubin"]))
+    if usage is None:
+        raise RuntimeError(f"cuobjdump shows no resource usage of {launch.kernel.__name__}")
+    registers, stack, _ = map(int, usage.groups())
+    ptx, pointers = Ptx(text), pointers_of(signature)
+    widths: tuple[defaultdict[str, Counter[int]], ...] = defaultdict(Counter), defaultdict(Counter)
+    early = set()
+    for access in ptx.accesses():
+        found = sorted({pointers[p][0] for p in access.parameters & pointers.keys()})
+        tensors = found or ["unknown"]
+        widths[access.store][" or ".join(tensors)][access.size] += 1
+        if not (access.store or access.after_wait):
+            early.update(tensors)
+    return Compiled(
+        case=title,
+        kernel=launch.kernel.__name__.removesuffix("_kernel"),
+        architecture=architecture,
+        blocks=_blocks(launch),
+        constants={k: int(v) for k, v in launch.constants.items() if isinstance(v, int)},
+        threads=32 * launch.options["num_warps"],
+        registers=registers,
+        shared_bytes=compiled.metadata.shared,
+        spilled_bytes=stack - _untouched_frame(text),
+        tensor_core=ptx.tensor_core,
+        atomics=ptx.atomics,
+        pdl="griddepcontrol" in text,
+        starts_early=bool(launch.options.get("launch_pdl", False)),
+        ends_early=ptx.may_end_unwaited,
+        read_early=sorted(early),
+        types=dict(pointers.values()),
+        loads={name: dict(sorted(sizes.items())) for name, sizes in widths[False].items()},
+        stores={name: dict(sorted(sizes.items())) for name, sizes in widths[True].items()},
+    )
+
+
+def _untouched_frame(ptx: str) -> int:
+    """Bytes of the stack that LLVM reserved and never touches: they are no spill.
+
+    It leaves a frame of one byte in some kernels, which the assembler makes 8.
+    """
+    if _LOCAL_ACCESS.search(ptx):
+        return 0
+    return sum(-(-int(size) // 8) * 8 for size in _FRAME.findall(ptx))
+
+
+def _blocks(launch: Launch) -> str:
+    letters = {"BLOCK_M": "m", "BLOCK_N": "n", "BLOCK_R": "r", "BLOCK_K": "k", "SPLIT_K": "split "}
+    words = [
+        f"{short}{launch.constants[key]}"
+        for key, short in letters.items()
+        if key in launch.constants
+    ]
+    options = launch.options
+    return f"{' '.join(words)}, {options['num_warps']} warps, {options['num_stages']} stages"
+
+
+def _resource_usage(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+
+def report(
+    architecture: int, wanted: tuple[str, ...] | None, *, candidates: bool
+) -> Iterator[Compiled]:
+    """Compiles what was asked for on one architecture.
+
+    Args:
+        architecture: One of `ARCHITECTURES`.
+        wanted: Beginnings of the cases' titles; None: all cases.
+        candidates: Compile the tuner's candidates instead.
+    """
+    known: dict[str, Compiled] = {}
+    for case, launch in _asked_for(architecture, wanted, candidates):
+        key = repr((launch.kernel.__name__, specialise(launch), launch.options))
+        if key not in known:
+            known[key] = compile_launch(case.title, launch, architecture)
+        yield replace(known[key], case=case.title)
+
+
+def _asked_for(
+    architecture: int, wanted: tuple[str, ...] | None, candidates: bool
+) -> Iterator[tuple[LaunchCase, Launch]]:
+    if candidates:
+        yield from candidate_launches(architecture)
+        return
+    for case in (*CASES, *table_cases(architecture)):
+        if wanted is None or case.title.startswith(wanted):
+            for launch in launches(case, architecture):
+                yield case, launch
+
+
+def table(results: list[Compiled]) -> str:
+    """The results as a table in Markdown."""
+    rows = [
+        "| sm | kernel | case | blocks | registers | shared KiB | spilled | loads (bytes x count) "
+        "| tensor core | PDL |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        loads = "; ".join(
+            f"{tensor} " + ", ".join(f"{size} x {count}" for size, count in sizes.items())
+            for tensor, sizes in sorted(r.loads.items())
+        )
+        rows.append(
+            f"| {r.architecture} | {r.kernel} | {r.case} | {r.blocks} | {r.registers} | "
+            f"{r.shared_bytes / 1024:.1f} | {r.spilled_bytes} | {loads} | {r.tensor_core} | "
+            f"{'yes' if r.pdl else 'no'} |"
+        )
+    return "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compiles everything; returns 1 if something spills, does not fit or is atomic.
+
+    The tuner drops candidates that spill or do not fit, so these are only shown.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tools.kernels.report", description=__doc__)
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
+    parser.add_argument("--case", action="append", help="only cases that begin with this")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--candidates", action="store_true", help="the tuner's, instead of cases")
+    chosen = parser.parse_args(arguments)
+    wanted = None if chosen.case is None else tuple(chosen.case)
+    results = [
+        result
+        for architecture in chosen.arch or ARCHITECTURES
+        for result in report(architecture, wanted, candidates=chosen.candidates)
+    ]
+    if chosen.json:
+        for result in results:
+            print(json.dumps(asdict(result)))
+    else:
+        print(table(results))
+    bad = [r for r in results if r.problem is not None]
+    for r in bad:
+        print(f"{r.kernel} for {r.case} on sm_{r.architecture}: {r.problem}", file=sys.stderr)
+    return 1 if bad and not chosen.candidates else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Makes docs/compatibility.md of the results; `python -m tools.testbed.compatibility` writes it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.testbed.results import RUNS, Result, load
+from vllm_multilora.integration.patching.ledger import PATCHES
+
+FILE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+
+TESTED, SAME_PATH, NO = "tested", "same path", "no"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A feature of vLLM's, or of the plugin's.
+
+    Attributes:
+        feature: Its name, as the tests' marks have it.
+        untested: What holds where no test of it has run: `same path`, or `no`.
+        note: Why that holds, or what the test leaves out.
+    """
+
+    feature: str
+    untested: str = ""
+    note: str = ""
+
+
+ROWS = (
+    Row("text generation"),
+    Row("`embed_tokens` and `lm_head`"),
+    Row("prefix caching"),
+    Row("chunked prefill"),
+    Row("prompt_logprobs"),
+    Row("n > 1"),
+    Row("beam search"),
+    Row("structured outputs"),
+    Row("priorities"),
+    Row("preemption"),
+    Row("speculative decoding (ngram)"),
+    Row("embeddings"),
+    Row(
+        "scoring and classification of requests",
+        SAME_PATH,
+        "An adapter acts in the model's layers, as for embeddings. Heads in `modules_to_save` are "
+        "tested at the interface of vLLM's layers.",
+    ),
+    Row(
+        "classification of tokens",
+        SAME_PATH,
+        "As above; vLLM applies adapters' own heads for tokens from 0.33 on.",
+    ),
+    Row(
+        "MoE formats",
+        SAME_PATH,
+        "Tested at the interface of vLLM's layers, with the metadata that its kernels read; those "
+        "kernels need a GPU.",
+    ),
+    Row(
+        "activated LoRA",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner; the second one's rows at the "
+        "interface of its inputs.",
+    ),
+    Row("activated LoRA with TP 2 and drafted tokens", SAME_PATH, "As above."),
+    Row("TP 2"),
+    Row("fully sharded"),
+    Row(
+        "DP 2",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner. vLLM's CPU worker of 0.33 "
+        "takes no two engines on one NUMA node, so that the smoke tests have none of it.",
+    ),
+    Row("several API servers", SAME_PATH, "As DP 2, with two engines."),
+    Row("registration over HTTP"),
+    Row("reload beside running requests"),
+    Row("default adapters for images and audio"),
+    Row("pinning"),
+    Row("metrics"),
+    Row("quarantine"),
+    Row(
+        "sleep",
+        SAME_PATH,
+        "vLLM's sleep mode needs a GPU. That adapters return to slots whose memory is lost is "
+        "tested with memory that is overwritten.",
+    ),
+    Row(
+        "pipeline parallelism",
+        SAME_PATH,
+        "A stage's adapters are those of its layers. vLLM's CPU build cannot run it.",
+    ),
+    Row(
+        "vLLM's front end in Rust",
+        NO,
+        "It loads no plugins: the server warns of what is missing when it starts.",
+    ),
+)
+
+
+def page(results: Mapping[str, Result]) -> str:
+    """The page, from the results of all runs."""
+    return "\n".join(_lines(results)) + "\n"
+
+
+def _lines(results: Mapping[str, Result]) -> Iterator[str]:
+    yield "# Compatibility"
+    yield ""
+    yield (
+        "What is tested with which vLLM and model runner. `make test-all` runs the tests, all of "
+        "them with real vLLM on a CPU,"
+    )
+    yield (
+        "and compares answers with PEFT's; this page is written from what they have shown "
+        "(`python -m tools.testbed.compatibility`)."
+    )
+    yield (
+        "vLLM has two model runners. On CUDA it chooses the second by default; its builds for CPUs "
+        "choose the first, and run"
+    )
+    yield (
+        "the second only with a Triton that has a backend for CPUs, for which "
+        "[the test bed](../tools/testbed/README.md) has one"
+    )
+    yield "that interprets."
+    yield ""
+    yield f"| feature | {' | '.join(map(_title, RUNS))} |"
+    yield f"|---|{'---|' * len(RUNS)}"
+    notes: list[str] = []
+    for row in ROWS:
+        mark = ""
+        if row.note:
+            notes.append(row.note)
+            mark = f" [{len(notes)}]"
+        cells = (_cell(row, results.get(run)) for run in RUNS)
+        yield f"| {row.feature}{mark} | {' | '.join(cells)} |"
+    yield ""
+    yield f"* `{TESTED}`: tests of it have passed."
+    yield f"* `{SAME_PATH}`: not tested there; it takes the same way through the code as what is."
+    yield f"* `{NO}`: it does not work together, for the reason given."
+    yield "* `-`: the smoke tests have not run there yet."
+    yield ""
+    yield from (f"{number}. {note}" for number, note in enumerate(notes, 1))
+    yield ""
+    yield "| run | vLLM | tests passed | entries of the ledger that were called |"
+    yield "|---|---|---|---|"
+    for run in RUNS:
+        if (result := results.get(run)) is not None:
+            yield f"| {_title(run)} | {result.vllm} | {result.tests} | {len(result.called)} |"
+    called = {name for result in results.values() for name in result.called}
+    missed = [f"`{patch.name}`" for patch in PATCHES if patch.name not in called]
+    yield ""
+    yield f"Entries that none of these runs has called: {', '.join(missed) or 'none'}."
+    yield ""
+    yield "## A newer vLLM"
+    yield ""
+    yield (
+        "`vllm-multilora doctor --against WHEEL-OR-DIR` says within a minute what another vLLM "
+        "changes for the plugin, from"
+    )
+    yield (
+        "its source alone: whether everything that the plugin replaces, extends or imports is "
+        "there, with the parameters"
+    )
+    yield "that it had in the versions above."
+
+
+def _title(run: str) -> str:
+    version, _, runner = run.partition("/")
+    return f"{version}, {'second' if runner else 'first'}"
+
+
+def _cell(row: Row, result: Result | None) -> str:
+    if result is None:
+        return NO if row.untested == NO else "-"
+    return TESTED if result.features.get(row.feature) == "passed" else row.untested or "-"
+
+
+if __name__ == "__main__":
+    FILE.write_text(page(load()))
+    sys.stdout.write(f"{FILE} is up to date\n")

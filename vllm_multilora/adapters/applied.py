@@ -1,0 +1,71 @@
+"""What of an adapter is applied: modules, tensors, and the factors of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.matching import MatchedModule, matched_modules
+from vllm_multilora.adapters.one_pass import Part
+from vllm_multilora.adapters.shape_checks import WEIGHT_DTYPES
+from vllm_multilora.adapters.tensor_checks import TensorReport
+from vllm_multilora.adapters.tensor_file import TensorFile
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What of an adapter one layout's workers apply.
+
+    Attributes:
+        modules: Those that packed slots are filled from.
+        raw: Names of the tensors that vLLM is given as they are.
+        factors: Every tensor that is applied, and the factor of its values.
+    """
+
+    modules: tuple[MatchedModule, ...]
+    raw: tuple[str, ...]
+    factors: tuple[tuple[str, float], ...]
+
+
+def applied_of(
+    file: TensorFile,
+    config: AdapterConfig | None,
+    report: TensorReport,
+    layout: ModelLayout | None = None,
+) -> Applied:
+    """What is applied of an adapter; modules only of one without problems, for its `layout`."""
+    factors: list[tuple[str, float]] = []
+    raw: list[str] = []
+    for module in report.modules:
+        for part, tensor in module.tensors.items():
+            factors.append(
+                (tensor, config.scaling(module.module) if config and part == "B" else 1.0)
+            )
+        if layout is not None and layout.is_special(module.name):
+            raw += module.tensors.values()
+    factors += [(head, 1.0) for head in report.heads]
+    modules = (
+        matched_modules(report, file.tensors, config, layout)
+        if layout is not None and config is not None
+        else ()
+    )
+    return Applied(
+        tuple(modules),
+        (*raw, *report.heads),
+        tuple(
+            (name, factor) for name, factor in factors if file.tensors[name].dtype in WEIGHT_DTYPES
+        ),
+    )
+
+
+def judged(applied: Sequence[Applied], layouts: Sequence[ModelLayout]) -> list[Part]:
+    """Every tensor that is applied, to be judged as a whole."""
+    return list(
+        dict.fromkeys(
+            Part(name, layout.dtype, factor)
+            for layout, of in zip(layouts, applied, strict=True)
+            for name, factor in of.factors
+        )
+    )

@@ -1,0 +1,462 @@
+"""Takes an adapter in: opens its files once, checks them, and packs them in one pass.
+
+    with open_adapter(path, rules) as source:
+        intake = source.check(layouts)
+        taken = intake.read(addresses, places)
+
+This is what processes run that hold nothing worth taking: everything that a customer wrote is
+parsed here, and nothing here needs PyTorch (but for pickles, where they are allowed).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_multilora.adapters.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.applied import applied_of, judged
+from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.config_checks import config_problems
+from vllm_multilora.adapters.digest import AdapterDigest
+from vllm_multilora.adapters.errors import (
+    AdapterError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    AdapterReadError,
+)
+from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME, AdapterFolder, read_config
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.layout_kinds import LayoutKinds
+from vllm_multilora.adapters.limits import DEFAULT_LIMITS, Limits
+from vllm_multilora.adapters.one_pass import Part, read_once
+from vllm_multilora.adapters.pack_plan import PackPlan
+from vllm_multilora.adapters.pickled import as_safetensors, pickled_name
+from vllm_multilora.adapters.placement import left_out_modules
+from vllm_multilora.adapters.problem_list import ProblemList
+from vllm_multilora.adapters.problems import Code, Problem
+from vllm_multilora.adapters.regular_file import RegularFile, mostly_holes, too_large
+from vllm_multilora.adapters.signature import Hash
+from vllm_multilora.adapters.signed_files import SignedFiles
+from vllm_multilora.adapters.signers import Signers
+from vllm_multilora.adapters.tensor_checks import TensorReport, check_tensors
+from vllm_multilora.adapters.tensor_file import TensorFile
+from vllm_multilora.adapters.values import explain
+
+_Ints = npt.NDArray[np.int64]
+
+_ANY_SIZE = 1 << 62
+_MISSING = {Code.FOLDER_MISSING, Code.FILE_MISSING}
+_PASSING = {Code.FILE_UNREADABLE, Code.FILE_CHANGED}
+# Of the configuration, what vLLM's own classes read for the layers that they fill.
+_KEYS_OF_VLLM = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "bias",
+    "use_rslora",
+    "use_dora",
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a server allows of adapters.
+
+    Attributes:
+        allowed_roots: Folders below which they must lie, links resolved; none: anywhere.
+        allow_pickle: Whether weights may come from `torch.save`.
+        check_finite: Whether to refuse values that slots cannot hold.
+        directories: Directories of adapters; see `AllowedRoots`.
+        signers: Those by one of whom adapters must be signed, in safetensors format then; None:
+            signatures are not looked at.
+    """
+
+    allowed_roots: tuple[str, ...] = ()
+    allow_pickle: bool = False
+    check_finite: bool = True
+    directories: tuple[str, ...] = ()
+    signers: Signers | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An adapter that has been read.
+
+    Attributes:
+        digest: BLAKE3 of what is applied, 64 hexadecimal digits; see `digest.AdapterDigest`.
+        nbytes: Bytes of its blocks, without what they are rounded up by.
+    """
+
+    digest: str
+    nbytes: int
+
+
+def open_adapter(path: str, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Source:
+    """Opens an adapter's files.
+
+    Raises:
+        AdapterNotFoundError: There is no such folder.
+        AdapterFormatError: It, or one of its files, lies outside the allowed roots, or it is not
+            signed and must be.
+        AdapterReadError: It cannot be opened.
+    """
+    with ExitStack() as opened:
+        folder = AdapterFolder(path, AllowedRoots(rules.allowed_roots, rules.directories))
+        opened.callback(folder.close)
+        is_pickle_allowed = rules.allow_pickle and rules.signers is None
+        pickled = pickled_name(folder) if is_pickle_allowed else None
+        config = _open(folder, CONFIG_NAME)
+        if isinstance(config, RegularFile):
+            opened.callback(config.close)
+        weights = _open(folder, pickled or TENSORS_NAME)
+        if isinstance(weights, RegularFile):
+            opened.callback(weights.close)
+        signed = None if rules.signers is None else SignedFiles(folder, rules.signers)
+        opened.pop_all()
+    if signed is None:
+        folder.close()
+    return Source(config, weights, rules, limits, signed, is_pickled=pickled is not None)
+
+
+def _open(folder: AdapterFolder, name: str) -> RegularFile | AdapterError:
+    """A file, or why it cannot be had: what is wrong with the other is to be said, too."""
+    try:
+        return folder.open(name)
+    except AdapterError as error:
+        if any(problem.code == Code.NOT_ALLOWED for problem in error.problems):
+            raise
+        return error
+
+
+class Source:
+    """An adapter's two files, opened once; a context manager that closes them.
+
+    Attributes:
+        version: Tells one state of the files from another.
+    """
+
+    def __init__(
+        self,
+        config: RegularFile | AdapterError,
+        weights: RegularFile | AdapterError,
+        rules: Rules,
+        limits: Limits,
+        signed: SignedFiles | None = None,
+        *,
+        is_pickled: bool,
+    ) -> None:
+        self._config_file = config
+        self._weights_file = weights
+        self._rules = rules
+        self._limits = limits
+        self._is_pickled = is_pickled
+        self._files = [file for file in (config, weights) if isinstance(file, RegularFile)]
+        self.version = " ".join(
+            str(file.fingerprint) if isinstance(file, RegularFile) else "-"
+            for file in (config, weights)
+        )
+        self._signed = signed
+        self._signed_config: bytes | None = None
+        self._used: Hash | None = None  # takes in the weights' bytes as they are packed
+        if signed is not None:
+            self.version += f" {signed.version}"
+
+    def verify(self) -> None:
+        """Compares the files with their signature, where they must have one.
+
+        Raises:
+            AdapterError: It is not trusted, or they are not as it says; nothing of them has been
+                parsed.
+        """
+        if self._signed is None:
+            return
+        config, weights = self._config_file, self._weights_file
+        if isinstance(config, AdapterError) or isinstance(weights, AdapterError):
+            errors = [file for file in (config, weights) if isinstance(file, AdapterError)]
+            raise _error(problem for error in errors for problem in error.problems)
+        self._signed_config = read_config(config, self._limits)
+        self._signed.verify(config, self._signed_config, weights)
+        self._used = self._signed.new_hash()
+
+    def check(self, layouts: Sequence[ModelLayout]) -> Intake:
+        """Checks all but the weights' values.
+
+        Args:
+            layouts: What the workers of this machine accept, at least one; in the order of the
+                ranks in the pack's index.
+
+        Raises:
+            AdapterError: The adapter cannot be served; its problems are all that is wrong, and
+                here that includes values.
+        """
+        if not layouts:
+            raise ValueError("an adapter is checked against at least one layout, found none")
+        self.verify()
+        kinds = LayoutKinds(layouts)
+        problems: list[Problem] = []
+        config = self._read_config(problems)
+        if config is not None:
+            for layout in kinds.layouts:
+                problems += config_problems(config, str(_path(self._config_file)), layout)
+        try:
+            file = self._read_header(kinds.layouts)
+            reports = self._check_tensors(file, config, kinds, problems)
+            if not problems and config is not None:
+                return self._intake(file, config, kinds, reports)
+            if self._rules.check_finite and not _too_large_in(problems):
+                # Refused anyway: then all that is wrong is said at once.
+                applied = [applied_of(file, config, report) for report in reports]
+                parts = judged(applied, kinds.layouts)
+                problems += _bad_values(file, [parts[i] for i in read_once(file, parts)])
+                for one in self._files:
+                    one.require_unchanged()
+        except AdapterError as error:
+            problems += error.problems
+        raise _error(dict.fromkeys(problems))
+
+    def digest(self) -> str:
+        """The adapter's digest, of which no more is checked than it takes.
+
+        Raises:
+            AdapterError: A file is missing, or is not what its name promises.
+        """
+        self.verify()
+        problems: list[Problem] = []
+        config = self._read_config(problems)
+        if config is None:
+            raise _error(problems)
+        file = self._open_tensors(self._weights(lambda: _ANY_SIZE), self._limits)
+        digest = AdapterDigest(config, file.tensors)
+        read_once(file, (), show=self.shown_to(digest.update))
+        self.require_unchanged()
+        return digest.hexdigest()
+
+    def _read_config(self, problems: list[Problem]) -> AdapterConfig | None:
+        try:
+            if isinstance(self._config_file, AdapterError):
+                raise self._config_file
+            content = self._signed_config
+            if content is None:
+                content = read_config(self._config_file, self._limits)
+        except AdapterError as error:
+            problems += error.problems
+            return None
+        config, found = AdapterConfig.read(content, str(self._config_file.path))
+        problems += found
+        return config
+
+    def _read_header(self, layouts: Sequence[ModelLayout]) -> TensorFile:
+        weights = self._weights(lambda: self._most_bytes(layouts))
+        return self._open_tensors(weights, self._limits.for_layouts(layouts))
+
+    def _open_tensors(self, weights: RegularFile, limits: Limits) -> TensorFile:
+        return TensorFile(weights, limits, None if self._used is None else self._used.update)
+
+    def _weights(self, most_bytes: Callable[[], int]) -> RegularFile:
+        """The tensors' file, in safetensors format; pickled ones take so many bytes at most."""
+        file = self._weights_file
+        if isinstance(file, AdapterError):
+            raise file
+        if self._is_pickled:
+            file = as_safetensors(file, most_bytes())
+            self._files.append(file)
+        return file
+
+    def _check_tensors(
+        self,
+        file: TensorFile,
+        config: AdapterConfig | None,
+        kinds: LayoutKinds,
+        problems: list[Problem],
+    ) -> list[TensorReport]:
+        where = str(file.file.path)
+        reports = [check_tensors(file.tensors, config, layout, where) for layout in kinds.layouts]
+        for report in reports:
+            problems += report.problems
+        most = self._most_bytes(kinds.layouts)
+        if file.end > most:
+            problems.append(too_large(where, file.end, most))
+        else:
+            self._check_holes(file, kinds.layouts, problems)
+        return reports
+
+    def _check_holes(
+        self, file: TensorFile, layouts: Sequence[ModelLayout], problems: list[Problem]
+    ) -> None:
+        most = sum(self._limits.most_known_bytes(layout) for layout in layouts)
+        if file.end > most and (holes := file.file.hole_bytes()) > most:
+            problems.append(mostly_holes(str(file.file.path), file.end, holes))
+
+    def _most_bytes(self, layouts: Sequence[ModelLayout]) -> int:
+        # Under pipeline parallelism each stage knows its own layers only.
+        return sum(self._limits.most_bytes(layout) for layout in layouts)
+
+    def _intake(
+        self,
+        file: TensorFile,
+        config: AdapterConfig,
+        kinds: LayoutKinds,
+        reports: Sequence[TensorReport],
+    ) -> Intake:
+        applied = [
+            applied_of(file, config, report, layout)
+            for report, layout in zip(reports, kinds.layouts, strict=True)
+        ]
+        left_out = [left_out_modules(file.tensors, layout) for layout in kinds.layouts]
+        return Intake(
+            self,
+            file,
+            config,
+            PackPlan(
+                file,
+                kinds.all,
+                [applied[kind] for kind in kinds.of],
+                json.dumps({key: config.raw[key] for key in _KEYS_OF_VLLM if key in config.raw}),
+            ),
+            check_finite=self._rules.check_finite,
+            rank=max(
+                (config.rank_of(module.module) for report in reports for module in report.modules),
+                default=config.rank,
+            ),
+            left_out=tuple(
+                module for module in left_out[0] if all(module in other for other in left_out)
+            ),
+        )
+
+    def shown_to(self, show: Callable[[memoryview], object]) -> Callable[[memoryview], object]:
+        """What the weights' bytes are to be shown to, for `show` to see them."""
+        used = self._used
+        if used is None:
+            return show
+
+        def show_both(content: memoryview) -> None:
+            show(content)
+            used.update(content)
+
+        return show_both
+
+    def require_unchanged(self) -> None:
+        """Raises if the bytes that were used are not those that were opened, or are signed.
+
+        Raises:
+            AdapterReadError: A file was written to meanwhile.
+        """
+        for file in self._files:
+            file.require_unchanged()
+        if self._used is not None and isinstance(self._weights_file, RegularFile):
+            assert self._signed is not None
+            self._signed.require_same(self._weights_file, self._used)
+
+    def close(self) -> None:
+        """Closes the files; closing twice is harmless."""
+        for file in self._files:
+            file.close()
+        if self._signed is not None:
+            self._signed.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Intake:
+    """A checked adapter that is to be read.
+
+    Attributes:
+        rank: Its largest true rank.
+        left_out: Its modules, by their names there, that no layout adapts.
+        has_special: Whether it has tensors for layers that vLLM fills itself.
+        invocation_tokens: From whose last occurrence in a prompt on it acts; none: on all of it.
+        block_bytes: int64 [n], bytes of each block of the pack, multiples of 64; the last block is
+            the index.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        file: TensorFile,
+        config: AdapterConfig,
+        plan: PackPlan,
+        *,
+        check_finite: bool,
+        rank: int,
+        left_out: tuple[str, ...],
+    ) -> None:
+        self._source = source
+        self._file = file
+        self._config = config
+        self._plan = plan
+        self._check_finite = check_finite
+        self.rank = rank
+        self.left_out = left_out
+        self.has_special = plan.has_raw
+        self.invocation_tokens = config.invocation_tokens
+        self.block_bytes = plan.block_bytes
+
+    def read(self, addresses: _Ints | None, places: _Ints | None) -> Taken:
+        """Reads the tensors once: judges and digests them, and packs them into memory.
+
+        Args:
+            addresses: int64 [n], where the blocks go in this process's memory, each with room for
+                its `block_bytes`; None: nothing is packed.
+            places: int64 [n], what the index says of where they lie; None if nothing is packed.
+
+        Raises:
+            AdapterFormatError: Values are not finite, or not once they are in a slot.
+            AdapterReadError: The files were written to or truncated meanwhile, or cannot be read.
+            ValueError: As many addresses and places as blocks are needed.
+        """
+        plan = self._plan
+        digest = AdapterDigest(self._config, self._file.tensors)
+        targets = None
+        if addresses is not None and places is not None:
+            if len(addresses) != len(plan.sizes) or len(places) != len(plan.sizes):
+                raise ValueError(
+                    f"the pack has {len(plan.sizes)} blocks, found {len(addresses)} addresses and "
+                    f"{len(places)} places"
+                )
+            targets = np.zeros(len(plan.parts), np.int64)
+            targets[: plan.blocks] = addresses[: plan.blocks]
+            content = plan.index(places).encode()
+            ctypes.memmove(int(addresses[-1]), content, len(content))
+        show = self._source.shown_to(digest.update)
+        bad = read_once(self._file, plan.parts, addresses=targets, show=show)
+        self._source.require_unchanged()
+        if bad and self._check_finite:
+            raise AdapterFormatError.of(*_bad_values(self._file, [plan.parts[i] for i in bad]))
+        return Taken(digest.hexdigest(), int(plan.sizes.sum()))
+
+
+def _bad_values(file: TensorFile, parts: Iterable[Part]) -> list[Problem]:
+    problems = ProblemList(str(file.file.path))
+    explain(file, parts, problems)
+    return problems.grouped()
+
+
+def _too_large_in(problems: Iterable[Problem]) -> bool:
+    return any(problem.code == Code.FILE_TOO_LARGE for problem in problems)
+
+
+def _path(file: RegularFile | AdapterError) -> str:
+    return str(file.path) if isinstance(file, RegularFile) else CONFIG_NAME
+
+
+def _error(problems: Iterable[Problem]) -> AdapterError:
+    """The error of problems: of the kind that says whether to try again."""
+    found = tuple(problems)
+    codes = {problem.code for problem in found}
+    if codes & _MISSING:
+        return AdapterNotFoundError.of(*found)
+    return (AdapterReadError if codes <= _PASSING else AdapterFormatError).of(*found)

@@ -1,0 +1,59 @@
+"""JSON of strangers, parsed in bounded time and memory.
+
+Python makes a list of 64 bytes from two characters, `[]`, and a number of 24 from two more. So what
+a text would become is counted before it is parsed. That is enough: nesting ends at Python's limit
+of recursion, and numbers at its limit of digits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+Pairs = Callable[[list[tuple[str, Any]]], Any]
+
+
+class JsonTooLargeError(ValueError):
+    """A text would become more than is taken.
+
+    Attributes:
+        found: What it has, in words.
+        most: How many of these are taken.
+    """
+
+    def __init__(self, found: str, most: int) -> None:
+        super().__init__(f"it has {found}, and at most {most} are taken")
+        self.found = found
+        self.most = most
+
+
+def parse_json(
+    text: bytes,
+    *,
+    parts: int,
+    values: int,
+    pairs: Pairs | None = None,
+) -> Any:
+    """Parses a text.
+
+    Args:
+        text: All of it, in UTF-8.
+        parts: How many opening brackets and braces it may have, those in strings included.
+        values: How many commas it may have, likewise.
+        pairs: Makes objects; None: as `json` does.
+
+    Raises:
+        JsonTooLargeError: It has more than is taken.
+        ValueError: It is no JSON.
+    """
+    for what, most, count in (
+        ("brackets and braces", parts, text.count(b"[") + text.count(b"{")),
+        ("commas", values, text.count(b",")),
+    ):
+        if count > most:
+            raise JsonTooLargeError(f"{count} {what}", most)
+    try:
+        return json.loads(text.decode(), object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("its lists or objects are nested too deeply") from None

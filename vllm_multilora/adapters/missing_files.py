@@ -1,0 +1,94 @@
+"""What a path is, and what to do, where it is not a folder with an adapter's two files.
+
+Only names are looked at here; whoever opens the files lists the folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from vllm_multilora.adapters.problems import Code, Problem, shown_name
+
+EXPECTED = "an adapter folder that holds adapter_config.json and adapter_model.safetensors"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,15}://")
+_SHARD = re.compile(r".*-\d+-of-\d+\.safetensors|.*\.safetensors\.index\.json")
+_MOST_NAMED = 5
+
+
+def no_folder(path: str, *, is_file: bool = False) -> Problem:
+    """The problem of a path that leads to no folder.
+
+    Args:
+        path: As it was given: `pathlib.Path` would write a URL's two slashes as one.
+        is_file: Whether there is something else under it.
+    """
+    name = shown_name(path)
+    if _URL.match(path):
+        message = f"{name} is a URL, and adapters are read from folders, expected {EXPECTED}"
+        hint = "download the adapter, and give the path of its folder"
+        return Problem(Code.FOLDER_MISSING, name, "", "a URL", EXPECTED, message, hint)
+    if is_file:
+        message = f"{name} is a file, expected {EXPECTED}"
+        hint = "give the path of the folder that the file is in"
+        return Problem(Code.FOLDER_MISSING, name, "", "a file", EXPECTED, message, hint)
+    message = f"the adapter folder {name} does not exist, expected {EXPECTED}"
+    return Problem(Code.FOLDER_MISSING, name, "", "nothing", EXPECTED, message)
+
+
+def no_file(
+    folder: str, missing: str, entries: Collection[str], nested: Collection[str]
+) -> Problem:
+    """The problem of a folder without one of its two files.
+
+    Args:
+        folder: Its path.
+        missing: The file's name.
+        entries: The names of what is in the folder.
+        nested: The names of its sub-folders that hold an `adapter_config.json`.
+    """
+    path = f"{folder}/{missing}"
+    found, hint = _instead(folder, missing, entries, nested)
+    if not found:
+        message = f"{path} does not exist, expected {EXPECTED}"
+        return Problem(Code.FILE_MISSING, path, "", "nothing", EXPECTED, message)
+    message = f"{path} does not exist; the folder has {found} instead, expected {missing}"
+    return Problem(Code.FILE_MISSING, path, "", found, missing, message, hint)
+
+
+def _instead(
+    folder: str, missing: str, entries: Collection[str], nested: Collection[str]
+) -> tuple[str, str]:
+    """What a folder has instead of a file, and what to do; both may be empty."""
+    if nested and missing not in entries:
+        names = _names(nested)
+        first = "default" if "default" in nested else min(nested)
+        return (
+            f"adapters in folders of their own ({names})",
+            f"PEFT saves adapters with names in sub-folders: give the path of one, such as "
+            f"{folder}/{shown_name(first)}",
+        )
+    shards = [name for name in entries if _SHARD.fullmatch(name)]
+    if shards:
+        return (
+            f"a checkpoint in several files ({_names(shards)})",
+            "save the adapter as one file: PEFT's save_pretrained(..., max_shard_size='100GB'), or "
+            "load the shards with safetensors and save them together",
+        )
+    weights = [name for name in entries if name.startswith("adapter_model") and name != missing]
+    if weights and missing.startswith("adapter_model"):
+        return (
+            _names(weights),
+            "save the adapter as one safetensors file (PEFT's default); pickled weights can run "
+            "code",
+        )
+    if "model.safetensors" in entries and "config.json" in entries:
+        return (
+            "a whole model (config.json, model.safetensors)",
+            "serve it as a base model, or save the adapter before it is merged",
+        )
+    return "", ""
+
+
+def _names(names: Collection[str]) -> str:
+    return shown_name(", ".join(sorted(names)[:_MOST_NAMED]))

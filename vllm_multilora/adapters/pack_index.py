@@ -1,0 +1,132 @@
+"""Where the parts of an adapter lie in host memory: written once, with the adapter, and sent along.
+
+A *place* is one int64, `(k << 40) | offset`: `k` counts the pack's own segments, and the offset is
+in bytes in that segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from multilora_kernels.dtypes import KERNEL_DTYPES, DType
+
+_LENGTH_BYTES = 8
+_BY_NAME = {dtype.name: dtype for dtype in KERNEL_DTYPES}
+# Per rank: rows, ranks, a_ranks, a_places, b_places. Then tensors: names, dtypes, shapes; their
+# places; the configuration.
+_Rank = tuple[bytes, bytes, bytes, bytes, bytes]
+_Wire = tuple[list[_Rank], list[tuple[str, str, list[int]]], bytes, str]
+
+
+@dataclass(frozen=True)
+class RankIndex:
+    """One worker's slices of an adapter.
+
+    Attributes:
+        rows: int32 [n], the rank tables' rows of the slices that the adapter has, ascending.
+        ranks: int32 [n], their true ranks: the columns of B.
+        a_ranks: int32 [n], the rows of A held here: the same unless the rank is sharded.
+        a_places: int64 [n], where A [a_rank, inputs] begins.
+        b_places: int64 [n], where B begins: [outputs, rank], or [rank, outputs] if the layout has
+            columns first.
+    """
+
+    rows: npt.NDArray[np.int32]
+    ranks: npt.NDArray[np.int32]
+    a_ranks: npt.NDArray[np.int32]
+    a_places: npt.NDArray[np.int64]
+    b_places: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as it is in the checkpoint.
+
+    Attributes:
+        dtype: One of `KERNEL_DTYPES`.
+        shape: Its shape.
+        place: Where it begins; contiguous, row-major.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """What a pack holds.
+
+    Attributes:
+        ranks: What each of this machine's workers fills its slots from.
+        tensors: For layers that vLLM fills itself: tensors by their names in the checkpoint.
+        config: For the same layers: what vLLM reads of `adapter_config.json`, as JSON; empty
+            where there are no such tensors.
+    """
+
+    ranks: tuple[RankIndex, ...]
+    tensors: Mapping[str, RawTensor] = field(default_factory=dict)
+    config: str = ""
+
+    def encode(self) -> bytes:
+        """The index as bytes, which begin with their own length; as many whatever the places."""
+        places = np.array([tensor.place for tensor in self.tensors.values()], "<i8")
+        wire: _Wire = (
+            [
+                (
+                    _bytes(rank.rows, "<i4"),
+                    _bytes(rank.ranks, "<i4"),
+                    _bytes(rank.a_ranks, "<i4"),
+                    _bytes(rank.a_places, "<i8"),
+                    _bytes(rank.b_places, "<i8"),
+                )
+                for rank in self.ranks
+            ],
+            [(name, raw.dtype.name, list(raw.shape)) for name, raw in self.tensors.items()],
+            places.tobytes(),
+            self.config,
+        )
+        content = msgspec.msgpack.encode(wire)
+        return len(content).to_bytes(_LENGTH_BYTES, "little") + content
+
+    @classmethod
+    def decode(cls, content: bytes | memoryview) -> PackIndex:
+        """Reads an index; what lies after it is passed over.
+
+        Raises:
+            ValueError: The bytes are no index.
+        """
+        view = memoryview(content)
+        length = int.from_bytes(view[:_LENGTH_BYTES], "little")
+        if length > len(view) - _LENGTH_BYTES:
+            raise ValueError(
+                f"the index should have {length} bytes, found {len(view) - _LENGTH_BYTES}"
+            )
+        text = view[_LENGTH_BYTES : _LENGTH_BYTES + length]
+        try:
+            ranks, entries, places, config = msgspec.msgpack.decode(text, type=_Wire)
+            spots = np.frombuffer(places, "<i8").tolist()
+            tensors = {
+                name: RawTensor(_BY_NAME[dtype], tuple(shape), place)
+                for (name, dtype, shape), place in zip(entries, spots, strict=True)
+            }
+            return cls(tuple(map(_rank, ranks)), tensors, config)
+        except (msgspec.MsgspecError, KeyError, ValueError) as error:
+            raise ValueError(f"not an adapter's index: {error}") from error
+
+
+def _bytes(numbers: npt.NDArray[np.integer], kind: str) -> bytes:
+    return np.ascontiguousarray(numbers, kind).tobytes()
+
+
+def _rank(columns: _Rank) -> RankIndex:
+    kinds = ("<i4", "<i4", "<i4", "<i8", "<i8")
+    arrays = [np.frombuffer(c, kind) for c, kind in zip(columns, kinds, strict=True)]
+    if len({len(array) for array in arrays}) > 1:
+        raise ValueError(f"columns of different lengths: {[len(array) for array in arrays]}")
+    return RankIndex(*arrays)

@@ -1,0 +1,42 @@
+"""Names under which adapters are served, and their folders' paths, as strangers write them."""
+
+from __future__ import annotations
+
+MOST_NAME_BYTES = 255
+"""Of a name, in UTF-8; a folder's name has no more in any common file system."""
+
+MOST_PATH_BYTES = 4095
+"""Of an adapter's path; Linux opens no longer one."""
+
+
+def name_fault(name: str) -> str | None:
+    """What keeps an adapter from having a name; None if it may have it.
+
+    Any script will do, emoji included. Names get into logs, metrics, headers and paths, so they
+    are short and printable, and lead nowhere.
+    """
+    # Characters first: whoever sends megabytes is not to have them encoded.
+    if len(name) > MOST_NAME_BYTES or len(_encoded(name)) > MOST_NAME_BYTES:
+        return f"has more than {MOST_NAME_BYTES} bytes"
+    if not name.isprintable():
+        return "has characters that cannot be printed"
+    if any(part in (".", "..") for part in name.split("/")):
+        return "has a part that is . or .."
+    return None
+
+
+def path_fault(path: str) -> str | None:
+    """What keeps a text from being the path of a folder; None if it may be one."""
+    if len(path) > MOST_PATH_BYTES or len(_encoded(path)) > MOST_PATH_BYTES:
+        return f"has more than {MOST_PATH_BYTES} bytes"
+    if "\0" in path:
+        return "has a null character"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "has characters that cannot be encoded"
+    return None
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")

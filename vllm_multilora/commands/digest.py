@@ -1,0 +1,50 @@
+"""`vllm-multilora digest`: the digests of adapters, as a server would find them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+DONE, FAILED = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read adapter_model.bin and .pt too, as --multilora-allow-pickle does",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON object from the folders' names to their digests, as "
+        "--multilora-require-digest reads it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    from vllm_multilora.adapters.errors import AdapterError
+    from vllm_multilora.adapters.intake import Rules, open_adapter
+
+    rules = Rules(allow_pickle=arguments.allow_pickle)
+    found: dict[str, str] = {}
+    has_failed = False
+    for folder in arguments.adapters:
+        try:
+            with open_adapter(folder, rules) as source:
+                digest = source.digest()
+        except AdapterError as error:
+            has_failed = True
+            print(f"{folder}: {error}", file=sys.stderr)
+            continue
+        found[Path(folder).resolve().name] = digest
+        if not arguments.json:
+            print(f"{digest}  {folder}")
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    return FAILED if has_failed else DONE

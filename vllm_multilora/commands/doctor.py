@@ -1,0 +1,40 @@
+"""`vllm-multilora doctor`: what is installed, and what would run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="WHEEL-OR-DIR",
+        help="look at a vLLM that is not installed instead, a wheel or a folder with its package: "
+        "is everything that the plugin changes or uses as in the versions that it knows? Nothing "
+        "of it is imported. Exits with 1 if something differs, with 2 if there is no vLLM",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0 if the plugin acts on a plain `vllm serve --enable-lora`, 1 if something prevents it; of
+        another vLLM, 0 if it is as the plugin knows it, 1 if not, 2 if it cannot be read.
+    """
+    if arguments.against is not None:
+        from vllm_multilora.errors import ConfigError
+        from vllm_multilora.integration.offline.against import judge
+
+        try:
+            return judge(arguments.against)
+        except ConfigError as error:
+            print(f"vllm-multilora doctor: {error}", file=sys.stderr)
+            return 2
+    from vllm_multilora.integration.offline.doctor import diagnose
+
+    return diagnose()

@@ -1,0 +1,155 @@
+"""`vllm-multilora plan`: what settings cost, before a server is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_multilora.commands.quiet import quieten_vllm
+from vllm_multilora.errors import ConfigError, MultiLoRAError
+
+if TYPE_CHECKING:
+    from vllm_multilora.planning.base_model import BaseModel
+    from vllm_multilora.planning.plan import Plan
+
+PLANNED, TOO_LARGE, FAILED = 0, 1, 2
+_GIB = 2**30
+_MOST_SLOTS = 2**15 - 2  # what the kernels' plans can number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    server = parser.add_argument_group("server, as the flags of vllm serve")
+    server.add_argument(
+        "--model",
+        required=True,
+        help="the base model's folder or name, or a config.json; no weights are read",
+    )
+    server.add_argument("--max-loras", type=int, required=True, metavar="N", help="slots")
+    server.add_argument("--max-lora-rank", type=int, required=True, metavar="R", help="their rank")
+    server.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="T", help="workers (default: 1)"
+    )
+    server.add_argument(
+        "--fully-sharded-loras",
+        "--fully-sharded",
+        action="store_true",
+        help="LoRA is sharded as far as it goes",
+    )
+    server.add_argument(
+        "--lora-target-modules",
+        nargs="+",
+        metavar="MODULE",
+        help="layers that get slots (default: all that the base model supports)",
+    )
+    server.add_argument(
+        "--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32")
+    )
+    server.add_argument("--lora-dtype", default="auto", choices=("auto", "float16", "bfloat16"))
+    server.add_argument("--max-model-len", type=int, metavar="TOKENS", help="the longest request")
+    server.add_argument(
+        "--gpu-memory-utilization", type=float, metavar="SHARE", help="default: vLLM's own"
+    )
+    server.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="of one GPU: says what is left for requests"
+    )
+    parser.add_argument(
+        "--adapters", type=Path, metavar="DIR", help="whose sub-folders are the adapters to serve"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _offline_costs(arguments: argparse.Namespace) -> BaseModel:
+    quieten_vllm()
+    from vllm_multilora.integration.offline.costs import offline_costs
+    from vllm_multilora.integration.offline.model import Server
+
+    modules = arguments.lora_target_modules
+    return offline_costs(
+        Server(
+            arguments.model,
+            max_lora_rank=arguments.max_lora_rank,
+            tensor_parallel_size=arguments.tensor_parallel_size,
+            fully_sharded_loras=arguments.fully_sharded_loras,
+            lora_target_modules=None if modules is None else tuple(modules),
+            dtype=arguments.dtype,
+            lora_dtype=arguments.lora_dtype,
+            max_model_len=arguments.max_model_len,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    )
+
+
+def run(
+    arguments: argparse.Namespace,
+    costs_of: Callable[[argparse.Namespace], BaseModel] = _offline_costs,
+) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: Those of `add_arguments`.
+        costs_of: Finds out what the base model costs.
+
+    Returns:
+        0, 1 if a GPU of --gpu-memory has no room for it, 2 if the costs cannot be told.
+    """
+    try:
+        _check(arguments)
+        plan = _plan(arguments, costs_of(arguments))
+    except MultiLoRAError as error:
+        print(f"vllm-multilora plan: error: {error}", file=sys.stderr)
+        return FAILED
+    from vllm_multilora.commands.plan_json import plan_as_json
+    from vllm_multilora.commands.plan_report import report
+
+    if arguments.json:
+        print(json.dumps(plan_as_json(plan), indent=2))
+    else:
+        print("\n".join(report(plan)))
+    return TOO_LARGE if plan.left is not None and plan.left <= 0 else PLANNED
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Checks what neither argparse nor vLLM checks, or checks in words of its own.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+    for flag, value, most in (
+        ("--max-loras", arguments.max_loras, _MOST_SLOTS),
+        ("--max-lora-rank", arguments.max_lora_rank, math.inf),
+        ("--tensor-parallel-size", arguments.tensor_parallel_size, math.inf),
+        ("--max-model-len", arguments.max_model_len, math.inf),
+    ):
+        if value is not None and not 1 <= value <= most:
+            limit = f" and at most {most}" if most < math.inf else ""
+            raise ConfigError(f"{flag} must be at least 1{limit}, got {value}")
+    share, gpu = arguments.gpu_memory_utilization, arguments.gpu_memory
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {share}")
+    if gpu is not None and not (gpu > 0 and math.isfinite(gpu)):
+        raise ConfigError(f"--gpu-memory must be a positive number of GiB, got {gpu}")
+
+
+def _plan(arguments: argparse.Namespace, model: BaseModel) -> Plan:
+    from vllm_multilora.planning.adapter_survey import survey_adapters
+    from vllm_multilora.planning.plan import Plan
+
+    survey = None
+    if arguments.adapters is not None:
+        survey = survey_adapters(arguments.adapters, model.layouts[model.ranks[-1]])
+    gpu = arguments.gpu_memory
+    return Plan(
+        model,
+        arguments.max_loras,
+        arguments.max_lora_rank,
+        gpu_bytes=None if gpu is None else int(gpu * _GIB),
+        utilization=arguments.gpu_memory_utilization or model.utilization,
+        survey=survey,
+    )

@@ -1,0 +1,114 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from vllm_multilora.commands.plan_advice import advice_lines
+from vllm_multilora.commands.table import aligned
+from vllm_multilora.planning.plan import Plan
+from vllm_multilora.planning.units import kv_share, readable
+
+
+def report(plan: Plan) -> list[str]:
+    """The lines to print."""
+    sections = [
+        _head(plan),
+        _layers(plan),
+        _cost(plan),
+        _grid(plan),
+        _gpu(plan),
+        _host(plan),
+        advice_lines(plan),
+    ]
+    lines: list[str] = []
+    for section in sections:
+        printed = list(section)
+        lines += ["", *printed] if lines and printed else printed
+    return lines
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    model = plan.model
+    workers = "1 worker"
+    if model.tensor_parallel_size > 1:
+        sharding = "fully sharded" if model.fully_sharded else "sharded as by default"
+        workers = f"each of {model.tensor_parallel_size} workers, LoRA {sharding}"
+    yield f"{model.architecture} in {model.dtype}, slots in {model.lora_dtype}; {workers}"
+
+
+def _layers(plan: Plan) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [("LAYERS", "COUNT", "BYTES A SLOT", "SHARE")]
+    whole = plan.memory.slot_bytes
+    for group in plan.memory.groups():
+        share = f"{group.slot_bytes / whole:.1%}"
+        rows.append((group.name, str(group.layers), f"{group.slot_bytes:,}", share))
+    rows.append(("a slot of rank " + str(plan.max_lora_rank), "", f"{whole:,}", ""))
+    yield from aligned(rows, right=range(1, len(rows[0])))
+
+
+def _cost(plan: Plan) -> Iterator[str]:
+    total = plan.total
+    fixed = plan.memory.fixed_bytes
+    more = f", {fixed:,} of them whatever the number of slots" if fixed else ""
+    slots = f"{plan.max_loras} slot{'s' if plan.max_loras > 1 else ''}"
+    yield f"{slots}: {total:,} bytes ({readable(total)}){more}"
+    cache = plan.model.kv_cache
+    if cache is not None:
+        yield (
+            f"in KV cache: {kv_share(cache, total)} (a token takes {cache.token_bytes:,.0f} bytes)"
+        )
+
+
+def _grid(plan: Plan) -> Iterator[str]:
+    ranks = plan.compared_ranks
+    yield "GiB by --max-loras (down) and --max-lora-rank (across)"
+    rows: list[tuple[str, ...]] = [("", *map(str, ranks))]
+    for slots in plan.slot_counts:
+        totals = (plan.model.by_rank[rank].total(slots) for rank in ranks)
+        rows.append((str(slots), *(f"{total / 2**30:.2f}" for total in totals)))
+    yield from aligned(rows, right=range(1, len(rows[0])))
+
+
+def _gpu(plan: Plan) -> Iterator[str]:
+    if plan.gpu_bytes is None or plan.budget is None or plan.left is None:
+        return
+    model, cache = plan.model, plan.model.kv_cache
+    yield (
+        f"of a GPU's {readable(plan.gpu_bytes)}, vLLM takes {plan.utilization:.0%}; the weights "
+        f"take {readable(model.weight_bytes)}, the slots {readable(plan.total)}"
+    )
+    if plan.budget <= 0:
+        yield (
+            "the weights alone are more than there is: raise --tensor-parallel-size, or take a "
+            "larger GPU or a quantised model"
+        )
+        return
+    if plan.left <= 0:
+        yield "that is more than there is: lower --max-loras or --max-lora-rank"
+        return
+    yield f"{readable(plan.left)} are left for the KV cache, activations and CUDA graphs" + (
+        f": at most {kv_share(cache, plan.left)}" if cache else ""
+    )
+    if cache:
+        yield f"without LoRA: at most {kv_share(cache, plan.budget)}"
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    workers = plan.model.tensor_parallel_size
+    for_all = "" if workers == 1 else f", for all {workers} workers together"
+    yield (
+        f"host memory of the machine: an adapter of rank {plan.max_lora_rank} on all modules takes "
+        f"{plan.memory.largest_adapter * workers:,} bytes{for_all}"
+    )
+    least = f"{_rounded_up(plan.host_least):.2f}"
+    yield (
+        f"--multilora-cpu-cache-gib must be at least {least}: a batch may need {plan.max_loras} "
+        "such adapters"
+    )
+
+
+def _rounded_up(size: int) -> float:
+    """Bytes in GiB, with two decimals that are not too few."""
+    return math.ceil(size / 2**30 * 100) / 100

@@ -1,0 +1,65 @@
+"""`vllm-multilora sign`: signs adapters' folders with a key."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DONE, FAILED = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
+    parser.add_argument(
+        "--key",
+        required=True,
+        metavar="FILE",
+        help="the private key in PEM, not encrypted, on the curve P-256, P-384 or P-521",
+    )
+    parser.add_argument(
+        "--certificate",
+        metavar="FILE",
+        help="the key's certificate, in PEM: servers need to trust only who has issued it then",
+    )
+    parser.add_argument(
+        "--chain",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="certificates between that one and one that servers trust; may be given several times",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    from vllm_multilora.adapters.signature import SIGNATURE_NAME
+
+    try:
+        from model_signing import hashing, signing
+    except ImportError:
+        print("signing needs vllm-multilora[signing]: install it", file=sys.stderr)
+        return FAILED
+    try:
+        config = signing.Config()
+        if arguments.certificate is None:
+            config.use_elliptic_key_signer(private_key=arguments.key)
+        else:
+            config.use_certificate_signer(
+                private_key=arguments.key,
+                signing_certificate=arguments.certificate,
+                # It fails on none, and takes the first one twice.
+                certificate_chain=arguments.chain or [arguments.certificate],
+            )
+        for folder in map(Path, arguments.adapters):
+            if not folder.is_dir():
+                raise NotADirectoryError(f"{folder} is no folder")
+            path = folder / SIGNATURE_NAME
+            hashes = hashing.Config().set_ignored_paths(paths=[Path(SIGNATURE_NAME)])
+            config.set_hashing_config(hashes).sign(folder, path)
+            print(path)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"cannot sign: {error}", file=sys.stderr)
+        return FAILED
+    return DONE

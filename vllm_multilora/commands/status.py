@@ -1,0 +1,101 @@
+"""`vllm-multilora status`: the adapters of a running server, once or again and again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from typing import Any
+
+from vllm_multilora.commands.status_table import screen, table
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.operations.http_client import UnreachableError, base_url, get_json
+
+SHOWN, FAILED = 0, 2
+PATH = "/v1/lora_adapters"
+_WATCH_S = 2.0
+_PARTS = ("data", "slots", "cpu")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "--url",
+        default="http://localhost:8000",
+        help="the server's address (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=_WATCH_S,
+        metavar="SECONDS",
+        help=f"show it again and again, every {_WATCH_S:.0f} seconds or as given, until Ctrl-C",
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("VLLM_API_KEY"),
+        metavar="KEY",
+        help="the server's, where it has one (default: $VLLM_API_KEY)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one line each time")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0, or 2 where the server does not say.
+    """
+    try:
+        if arguments.watch is not None and not 0 < arguments.watch < float("inf"):
+            raise MultiLoRAError(
+                f"--watch must be a positive number of seconds, got {arguments.watch}"
+            )
+        url = base_url(arguments.url)
+        _show(arguments, url)
+        while arguments.watch is not None:
+            time.sleep(arguments.watch)
+            _show(arguments, url)
+    except MultiLoRAError as error:
+        print(f"vllm-multilora status: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        pass  # the end of a watch
+    return SHOWN
+
+
+def _show(arguments: argparse.Namespace, url: str) -> None:
+    listing = fetch(url, api_key=arguments.api_key)
+    if arguments.json:
+        print(json.dumps(listing), flush=True)
+        return
+    lines = table(listing, now=time.time())
+    if arguments.watch is None or not sys.stdout.isatty():
+        print("\n".join(lines), flush=True)
+        return
+    size = shutil.get_terminal_size()
+    heading = f"{url}  {time.strftime('%H:%M:%S')}  (every {arguments.watch:g} s, Ctrl-C ends)"
+    text = screen([heading, "", *lines], width=size.columns, height=size.lines)
+    print(text, end="", flush=True)
+
+
+def fetch(url: str, *, api_key: str | None = None) -> dict[str, Any]:
+    """What a server says of its adapters.
+
+    Raises:
+        UnreachableError: It says nothing of the kind.
+    """
+    try:
+        listing = get_json(f"{url}{PATH}", api_key=api_key)
+    except UnreachableError as error:
+        hint = ""
+        if " answers 404" in str(error):
+            hint = "; is it a vLLM server with vllm-multilora and --enable-lora?"
+        raise UnreachableError(f"{error}{hint}") from error
+    if not isinstance(listing, dict) or any(part not in listing for part in _PARTS):
+        raise UnreachableError(f"{url}{PATH} answers with something else than a list of adapters")
+    return listing

@@ -1,0 +1,72 @@
+"""`vllm-multilora tenants`: makes keys, hashes them, and checks a tenants file."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+
+from vllm_multilora.documents import DocumentError
+from vllm_multilora.tenants.keys import MAX_KEY_LENGTH, new_key, stored
+from vllm_multilora.tenants.parsing import load_tenants
+
+GOOD, BAD, MISUSED = 0, 1, 2
+_ACTIONS = ("new", "hash", "check")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "action",
+        choices=_ACTIONS,
+        help="new: make a random key, and print it and its hash; hash: print the hash of a key "
+        "from standard input; check: say whether a tenants file can be used",
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="the tenants file, for check")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0, 1 where the file or the key cannot be used, 2 where the arguments do not fit together.
+    """
+    if (arguments.action == "check") != (arguments.file is not None):
+        print("vllm-multilora tenants: check takes a file, new and hash none", file=sys.stderr)
+        return MISUSED
+    if arguments.action == "check":
+        return _check(arguments.file)
+    key = new_key() if arguments.action == "new" else _given_key()
+    if not key.isascii() or not key.isprintable() or not 0 < len(key) <= MAX_KEY_LENGTH:
+        print(
+            f"vllm-multilora tenants: found no key that HTTP can carry, expected 1 to "
+            f"{MAX_KEY_LENGTH} printable ASCII characters in one line",
+            file=sys.stderr,
+        )
+        return BAD
+    if arguments.action == "new":
+        print(key)
+    print(stored(key))
+    return GOOD
+
+
+def _given_key() -> str:
+    # Never an argument: those are in the shell's history and in everybody's process list.
+    if sys.stdin.isatty():
+        return getpass.getpass("key: ")
+    return sys.stdin.readline().rstrip("\r\n")
+
+
+def _check(path: str) -> int:
+    try:
+        tenants = load_tenants(path)
+    except DocumentError as error:
+        print(f"vllm-multilora tenants: {error}", file=sys.stderr)
+        return BAD
+    count = len(tenants.by_name)
+    print(f"{path}: {count} {'tenant' if count == 1 else 'tenants'}")
+    for name, tenant in tenants.by_name.items():
+        what = [*tenant.adapters.patterns, *tenant.routes.patterns]
+        what += ["the base model"] if tenant.base_model else []
+        print(f"  {name}: {', '.join(what) or 'may use nothing'}")
+    return GOOD

@@ -1,0 +1,144 @@
+"""`vllm-multilora validate`: adapters checked before they are deployed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_multilora.commands.quiet import quieten_vllm
+from vllm_multilora.commands.table import aligned
+from vllm_multilora.errors import MultiLoRAError
+
+if TYPE_CHECKING:
+    from vllm_multilora.adapters.layout import ModelLayout
+    from vllm_multilora.adapters.problems import Problem
+
+VALID, INVALID, FAILED = 0, 1, 2
+_HEADER = ("ADAPTER", "RESULT", "CODE", "COUNT", "WHERE")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="the base model's folder or name, as for vllm serve; its weights are not read",
+    )
+    parser.add_argument(
+        "--max-lora-rank",
+        type=int,
+        default=16,
+        metavar="N",
+        help="as the server will have it (default: %(default)s, vLLM's own)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        help="the base model's, as the server will have it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lora-dtype",
+        default="auto",
+        choices=("auto", "float16", "bfloat16"),
+        help="as the server will have it: values must not overflow (default: the base model's)",
+    )
+    parser.add_argument(
+        "--lora-target-modules",
+        nargs="+",
+        metavar="MODULE",
+        help="as the server will have it, after the folders: an adapter of which these leave "
+        "nothing is refused (default: all that the base model supports)",
+    )
+    parser.add_argument(
+        "--check-finite",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read all weights, and look for NaN, infinity and overflow",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the base model"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _offline_layout(arguments: argparse.Namespace) -> ModelLayout:
+    quieten_vllm()
+    from vllm_multilora.integration.offline.layout import offline_layout
+
+    return offline_layout(
+        arguments.model,
+        max_lora_rank=arguments.max_lora_rank,
+        dtype=arguments.dtype,
+        lora_dtype=arguments.lora_dtype,
+        lora_target_modules=arguments.lora_target_modules,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def run(
+    arguments: argparse.Namespace,
+    layout_of: Callable[[argparse.Namespace], ModelLayout] = _offline_layout,
+) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: Those of `add_arguments`.
+        layout_of: Finds out what the base model accepts.
+
+    Returns:
+        0 if all adapters can be served, 1 if one cannot, 2 if that cannot be told.
+    """
+    from vllm_multilora.adapters.validation import validate
+
+    try:
+        layout = layout_of(arguments)
+    except MultiLoRAError as error:
+        print(f"vllm-multilora validate: {error}", file=sys.stderr)
+        return FAILED
+    found = {
+        folder: validate(Path(folder), layout, check_finite=arguments.check_finite)
+        for folder in arguments.adapters
+    }
+    if arguments.json:
+        print(json.dumps(_as_json(arguments, found), indent=2))
+    else:
+        print("\n".join(_table(found)))
+    return INVALID if any(found.values()) else VALID
+
+
+def _as_json(
+    arguments: argparse.Namespace, found: Mapping[str, list[Problem]]
+) -> dict[str, object]:
+    return {
+        "model": arguments.model,
+        "max_lora_rank": arguments.max_lora_rank,
+        "adapters": [
+            {
+                "path": folder,
+                "valid": not problems,
+                "problems": [problem.as_dict() for problem in problems],
+            }
+            for folder, problems in found.items()
+        ],
+    }
+
+
+def _table(found: Mapping[str, list[Problem]]) -> list[str]:
+    """One line an adapter or problem, then each problem as a sentence, then a summary."""
+    rows: list[tuple[str, ...]] = [_HEADER]
+    for folder, problems in found.items():
+        rows += [
+            (folder, "invalid", problem.code.value, str(problem.count), problem.where)
+            for problem in problems
+        ] or [(folder, "ok", "", "", "")]
+    lines = aligned(rows)
+    for problems in found.values():
+        lines += ["", *(f"- {problem}" for problem in problems)] if problems else []
+    invalid = sum(bool(problems) for problems in found.values())
+    return [*lines, "", f"{len(found)} adapters, {invalid} cannot be served"]

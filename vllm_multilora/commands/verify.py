@@ -1,0 +1,44 @@
+"""`vllm-multilora verify`: whether adapters' folders are as somebody who is trusted signed them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+VERIFIED, REFUSED, FAILED = 0, 1, 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
+    parser.add_argument(
+        "--keys",
+        required=True,
+        metavar="FILE",
+        help="public keys and certificates in PEM, as for --multilora-signing-keys",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    from vllm_multilora.adapters.errors import AdapterError
+    from vllm_multilora.adapters.intake import Rules, open_adapter
+    from vllm_multilora.adapters.signers import Signers
+    from vllm_multilora.errors import ConfigError
+
+    try:
+        rules = Rules(signers=Signers.read(arguments.keys))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    status = VERIFIED
+    for folder in arguments.adapters:
+        try:
+            with open_adapter(folder, rules) as source:
+                source.verify()
+        except AdapterError as error:
+            status = REFUSED
+            print(f"{folder}: {error}", file=sys.stderr)
+        else:
+            print(f"{folder}: as it was signed")
+    return status

@@ -1,0 +1,176 @@
+"""Reads a YAML or JSON file as plain data that knows where in the file it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from vllm_multilora.errors import ConfigError
+
+Keys = tuple[str, ...]
+"""The keys from the top of a document down to a value."""
+
+
+class DocumentError(ConfigError):
+    """A file of settings cannot be used; says where, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file's data.
+
+    Attributes:
+        file: The file's name, for messages.
+        data: Mappings with text keys, lists and scalars.
+        lines: The line of the values and keys, where the format tells (YAML).
+    """
+
+    file: str
+    data: Any
+    lines: Mapping[Keys, int]
+
+    def error(self, keys: Keys, message: str) -> DocumentError:
+        """An error about the value at some keys."""
+        around = [keys[:depth] for depth in range(len(keys), -1, -1)]
+        line = next((self.lines[place] for place in around if place in self.lines), None)
+        return _error(self.file, line, ".".join(keys), message)
+
+
+def read_document(file: str, text: str) -> Document:
+    """Reads a file's text: as JSON if its name ends in `.json`, otherwise as YAML.
+
+    Raises:
+        DocumentError: The text is not of the format, or has a key twice or one that is no text.
+    """
+    if PurePath(file).suffix.lower() == ".json":
+        return Document(file, _read_json(file, text), {})
+    lines: dict[Keys, int] = {}
+    return Document(file, _YamlReader(file, lines).read(text), lines)
+
+
+def _error(file: str, line: int | None, place: str, message: str) -> DocumentError:
+    where = ", ".join(part for part in (file, f"line {line}" if line else "", place) if part)
+    return DocumentError(f"{where}: {message}")
+
+
+def _read_json(file: str, text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise _error(file, None, "", f"found the key {key!r} twice in one object")
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise _error(file, error.lineno, "", f"found no JSON: {error.msg}") from None
+
+
+class _YamlReader:
+    """Builds the data from PyYAML's nodes, which know their lines and show keys that occur twice.
+
+    Args:
+        file: The file's name, for messages.
+        lines: Gets the line of everything.
+    """
+
+    def __init__(self, file: str, lines: dict[Keys, int]) -> None:
+        # vLLM brings PyYAML; this package alone does not ask for it.
+        try:
+            import yaml
+        except ImportError:
+            raise DocumentError(
+                f"{file}: reading YAML needs PyYAML: pip install pyyaml, or write a .json file"
+            ) from None
+        self._yaml = yaml
+        self._file = file
+        self._lines = lines
+        self._open: list[Any] = []  # the nodes around the one that is being read
+
+    def read(self, text: str) -> Any:
+        # The C parser is ten times as fast; not every build of PyYAML has it.
+        loader = getattr(self._yaml, "CSafeLoader", self._yaml.SafeLoader)(text)
+        self._loader = loader
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            self._check_keys(node, (), [])
+            return self._value(node, ())
+        except self._yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else None
+            problem = " ".join(filter(None, (error.context, error.problem)))
+            raise _error(self._file, line, "", f"found no YAML: {problem}") from None
+        except self._yaml.YAMLError as error:
+            raise _error(self._file, None, "", f"found no YAML: {error}") from None
+        finally:
+            loader.dispose()
+
+    def _check_keys(self, node: Any, keys: Keys, seen: list[Any]) -> None:
+        """Sees to it that keys are text and occur once, before mappings are merged."""
+        if isinstance(node, self._yaml.ScalarNode) or any(node is other for other in seen):
+            return
+        seen.append(node)
+        if isinstance(node, self._yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                self._check_keys(item, (*keys, str(number)), seen)
+            return
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            key = "<<" if self._merges(key_node) else self._loader.construct_object(key_node, True)
+            if not isinstance(key, str):
+                written = key_node.value if isinstance(key_node, self._yaml.ScalarNode) else key
+                raise _error(
+                    self._file,
+                    line,
+                    ".".join(keys),
+                    f"found the key {written}, which YAML reads as {key!r}, expected text: "
+                    f'write "{written}"',
+                )
+            if key in lines:
+                raise _error(
+                    self._file,
+                    line,
+                    ".".join((*keys, key)),
+                    f"found this key twice, first in line {lines[key]}",
+                )
+            lines[key] = line
+            self._check_keys(value_node, (*keys, key), seen)
+
+    def _merges(self, key_node: Any) -> bool:
+        return bool(key_node.tag == "tag:yaml.org,2002:merge")
+
+    def _value(self, node: Any, keys: Keys) -> Any:
+        self._lines.setdefault(keys, node.start_mark.line + 1)
+        if isinstance(node, self._yaml.ScalarNode):
+            return self._loader.construct_object(node)
+        if any(node is outer for outer in self._open):
+            line = self._lines[keys]
+            raise _error(self._file, line, ".".join(keys), "found an alias of what it is part of")
+        self._open.append(node)
+        try:
+            if isinstance(node, self._yaml.SequenceNode):
+                return [
+                    self._value(item, (*keys, str(number)))
+                    for number, item in enumerate(node.value)
+                ]
+            return self._mapping(node, keys)
+        finally:
+            self._open.pop()
+
+    def _mapping(self, node: Any, keys: Keys) -> dict[str, Any]:
+        # `<<: *anchor` puts the other mapping's pairs before the mapping's own, which win.
+        self._loader.flatten_mapping(node)
+        pairs = {
+            self._loader.construct_object(key, True): (key, value) for key, value in node.value
+        }
+        for name, (key_node, _) in pairs.items():
+            self._lines[(*keys, name)] = key_node.start_mark.line + 1
+        return {name: self._value(value, (*keys, name)) for name, (_, value) in pairs.items()}

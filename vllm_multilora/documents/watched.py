@@ -1,0 +1,124 @@
+"""A file of settings that may be changed while they are in use."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from vllm_multilora.documents.document import DocumentError
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_RACY_NS = 2_000_000_000
+"""Within this time of a change, a file may change again and look the same: time stamps are
+coarse."""
+
+
+def read_file(path: str | os.PathLike[str], parse: Callable[[str, str], _T], what: str) -> _T:
+    """Reads a file once.
+
+    Args:
+        path: The file.
+        parse: Makes something of the file's name and its text, or raises `DocumentError`.
+        what: What is in it, for messages: "routes".
+
+    Raises:
+        DocumentError: It cannot be read, or something in it is wrong.
+    """
+    return parse(os.fspath(path), _text(_read(path, what), path))
+
+
+def _read(path: str | os.PathLike[str], what: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DocumentError(
+            f"{os.fspath(path)}: cannot read the {what}: {error.strerror or error}; expected a "
+            f"readable YAML or JSON file"
+        ) from None
+
+
+def _text(content: bytes, path: str | os.PathLike[str]) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"{os.fspath(path)}: found byte {content[error.start]:#04x} at offset {error.start}, "
+            f"expected UTF-8 text"
+        ) from None
+
+
+class WatchedFile(Generic[_T]):
+    """What a file says, read again when it changes.
+
+    `refresh` may run in any thread, one at a time; `value` may be read from any other meanwhile.
+
+    Args:
+        path: The file.
+        parse: Makes the value of the file's name and its text, or raises `DocumentError`.
+        what: What is in it, for messages: "routes".
+
+    Raises:
+        DocumentError: The file cannot be used as it is.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], parse: Callable[[str, str], _T], what: str
+    ) -> None:
+        self.path = path
+        self._parse_text = parse
+        self._what = what
+        self._seen = self._signature()
+        self._seen_at_ns = time.time_ns()
+        content = _read(path, what)
+        self._content = hashlib.sha256(content).digest()
+        self.value = self._parse(content)
+        self._complaint: str | None = None
+
+    def refresh(self) -> bool:
+        """Reads the file again if it has changed.
+
+        A file that cannot be used leaves the value as it is, and its error is logged once.
+
+        Returns:
+            Whether there is a new value.
+        """
+        signature = self._signature()
+        if signature == self._seen and not self._is_racy(signature):
+            return False
+        self._seen, self._seen_at_ns = signature, time.time_ns()
+        try:
+            content = _read(self.path, self._what)
+            digest = hashlib.sha256(content).digest()
+            if digest == self._content:
+                self._complaint = None
+                return False
+            value = self._parse(content)
+        except DocumentError as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                logger.error("The %s stay as they were. %s", self._what, error)
+            return False
+        self.value, self._content, self._complaint = value, digest, None
+        logger.info("Read the %s in %s again", self._what, self.path)
+        return True
+
+    def _parse(self, content: bytes) -> _T:
+        return self._parse_text(os.fspath(self.path), _text(content, self.path))
+
+    def _signature(self) -> tuple[int, int, int] | None:
+        try:
+            status = Path(self.path).stat()  # of what a link leads to, as ConfigMaps need
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _is_racy(self, signature: tuple[int, int, int] | None) -> bool:
+        return signature is not None and self._seen_at_ns - signature[0] < _RACY_NS

@@ -1,0 +1,113 @@
+"""What the plugin keeps with objects of vLLM's, each thing by a typed name; all of it is here.
+
+An executor, an engine core or an API server lives as long as what belongs to it, and vLLM has no
+place for a plugin's part of them. Everything that is kept with such an object is in one attribute
+of it, a mapping by name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.failures import LoadFailure
+    from vllm_multilora.integration.engine.activation import Activation
+    from vllm_multilora.integration.engine.adapters import EngineAdapters
+    from vllm_multilora.integration.engine.reaching import Reached
+    from vllm_multilora.integration.fill_link import FillLink
+    from vllm_multilora.integration.server.adapter_directory import DirectoryServer
+    from vllm_multilora.integration.server.metering import Account, ServerMeter
+    from vllm_multilora.integration.server.refusals import Refusals
+    from vllm_multilora.integration.server.routes import ServerRoutes
+    from vllm_multilora.integration.server.shared_names import SharedNames
+    from vllm_multilora.integration.server.status_route import RecentListing
+    from vllm_multilora.integration.server.versions import Version
+    from vllm_multilora.metering.usage import Usage
+    from vllm_multilora.tenants.on_request import RequestTenant
+
+_T = TypeVar("_T")
+
+
+class Attached(Generic[_T]):
+    """One thing that an object of vLLM's may have with it.
+
+    Args:
+        name: Short name, unique.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def get(self, owner: Any) -> _T | None:
+        """What the object has; None if nothing was set."""
+        value: _T | None = getattr(owner, "vllm_multilora", {}).get(self._name)
+        return value
+
+    def set(self, owner: Any, value: _T) -> None:
+        """Keeps something with the object, in the place of what it had before."""
+        if not hasattr(owner, "vllm_multilora"):
+            owner.vllm_multilora = {}
+        owner.vllm_multilora[self._name] = value
+
+    def is_set(self, owner: Any) -> bool:
+        """Whether anything was set, None included."""
+        return self._name in getattr(owner, "vllm_multilora", {})
+
+
+LINK: Attached[FillLink | None] = Attached("link")
+"""Of an executor: the link on which its workers answer; None where they cannot."""
+
+REACHED: Attached[Reached] = Attached("reached")
+"""Of an executor: the other machines that its workers are on, where they can be heard."""
+
+ADAPTERS: Attached[EngineAdapters | None] = Attached("adapters")
+"""Of an engine core: its adapters; None where stock vLLM runs."""
+
+ROUTES: Attached[ServerRoutes] = Attached("routes")
+"""Of an API server's `OpenAIServingModels`: its routes."""
+
+NAMES: Attached[SharedNames] = Attached("names")
+"""Of an API server's `OpenAIServingModels`: what shares its names with other API servers."""
+
+DIRECTORY: Attached[DirectoryServer] = Attached("directory")
+"""Of an API server's `OpenAIServingModels`: what serves its adapter directories."""
+
+REFUSALS: Attached[Refusals] = Attached("refusals")
+"""Of an API server's `OpenAIServingModels`: what vLLM's resolvers have found and the engine not."""
+
+LISTING: Attached[RecentListing] = Attached("listing")
+"""Of an API server's `OpenAIServingModels`: what was last told of all adapters."""
+
+ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attached("on-failure")
+"""Of an `OutputProcessor`: is told of every adapter whose load has failed requests."""
+
+TENANT: Attached[RequestTenant] = Attached("tenant")
+"""Of an engine core's `Request`: its tenant; see `tenant_of_request`."""
+
+HIDDEN_FOLDERS: Attached[tuple[str, ...]] = Attached("hidden-folders")
+"""Of an API server's `RequestState`: folders that its client is not told."""
+
+HASHER: Attached[Callable[[Any], list[Any]] | None] = Attached("hasher")
+"""Of a `Request` with an adapter: what hashes its blocks; None where nothing is cached."""
+
+VERSION: Attached[str] = Attached("version")
+"""Of a `Request`: the digest of the weights that it runs on; not set before they are known."""
+
+ACTIVATION: Attached[Activation] = Attached("activation")
+"""Of a `Request` with an activated adapter: where that begins to act, in which version."""
+
+VERSIONS: Attached[dict[int, Version]] = Attached("versions")
+"""Of an API server's engine client: the version of each registered adapter, by its number."""
+
+METER: Attached[ServerMeter] = Attached("meter")
+"""Of an API server's `OutputProcessor`: what follows its requests to their ends."""
+
+ENDED: Attached[Usage] = Attached("ended")
+"""Of a `RequestState` that has ended: what its prompt has used so far."""
+
+ACCOUNT: Attached[Account | None] = Attached("account")
+"""Of a `RequestState`, or of the `ParentRequest` of several: its account; None once closed."""

@@ -1,0 +1,67 @@
+"""Finds where in its prompt a request's adapter begins to act, once its weights are known.
+
+The invocation counts in the prompt alone, its last occurrence, and generated tokens are computed
+with the adapter, whatever they are; a request that was preempted goes on where it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_multilora.integration.activated import from_token, last_occurrence
+from vllm_multilora.integration.attached import ACTIVATION
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from vllm_multilora.store.messages import PackInfo
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Where a version of an adapter begins to act on a request.
+
+    Attributes:
+        digest: Of the version's weights.
+        start: The first token; None: the prompt does not invoke it.
+    """
+
+    digest: str
+    start: int | None
+
+
+def is_invoked(request: Request, pack: PackInfo) -> bool:
+    """Whether a request's prompt invokes a version of its adapter; plain ones need not be.
+
+    Args:
+        request: One with an adapter.
+        pack: The version.
+    """
+    if not pack.invocation_tokens:
+        return True
+    known = ACTIVATION.get(request)
+    if known is None or known.digest != pack.digest:
+        known = Activation(pack.digest, _find(request, pack.invocation_tokens))
+        ACTIVATION.set(request, known)
+    return known.start is not None
+
+
+def _find(request: Request, invocation: tuple[int, ...]) -> int | None:
+    # Of embeddings in tokens' places nobody can say what they invoke.
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        return None
+    return last_occurrence(request.prompt_token_ids, invocation)
+
+
+def activate(request: Request, digest: str) -> None:
+    """Has a request's adapter act from its invocation on, in the version that it is to run on.
+
+    Args:
+        request: Of which `is_invoked` has been asked for that version.
+        digest: Of the version's weights.
+    """
+    lora, known = request.lora_request, ACTIVATION.get(request)
+    if lora is not None:
+        start = known.start if known is not None and known.digest == digest else None
+        request.lora_request = from_token(lora, start)

@@ -1,0 +1,205 @@
+"""What every adapter is doing, put together for `GET /v1/lora_adapters`.
+
+The engine core tells of its adapters, the API server of its names. The engine core is asked with
+one call, only when a client asks, and answers with plain mappings: vLLM sends nothing else between
+the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.integration.engine.adapters import EngineAdapters
+from vllm_multilora.integration.engine.core import adapters_of
+from vllm_multilora.integration.engine.entries import Entry
+from vllm_multilora.states import AdapterState
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+METHOD = "multilora_adapter_status"
+"""Name under which an engine core gives its report; see the ledger's `adapter-status`."""
+
+_NEAREST_LAST = tuple(
+    state.value
+    for state in (
+        AdapterState.QUARANTINED,
+        AdapterState.FAILED,
+        AdapterState.ABSENT,
+        AdapterState.QUEUED,
+        AdapterState.READING,
+        AdapterState.HOST,
+        AdapterState.SLOT,
+    )
+)
+_TIERS = {AdapterState.SLOT.value: "gpu", AdapterState.HOST.value: "cpu"}
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+
+# In the engine core
+
+
+def collective_rpc(
+    original: Callable[..., Any],
+    engine_core: Any,
+    method: Any,
+    timeout: Any = None,
+    args: Any = (),
+    kwargs: Any = None,
+) -> Any:
+    if method != METHOD:
+        return original(engine_core, method, timeout, args, kwargs)
+    adapters = adapters_of(engine_core)
+    if adapters is None:  # stock vLLM runs
+        return []
+    return [engine_report(adapters, engine_core.scheduler.adapter_requests, *args)]
+
+
+def engine_report(
+    adapters: EngineAdapters, requests: Mapping[int, int], asked: Sequence[int]
+) -> Report:
+    """One engine's report.
+
+    Args:
+        adapters: The engine's.
+        requests: Requests accepted by adapter.
+        asked: Adapters to tell of even if the engine does not know them (any more).
+    """
+    adapters.poll()
+    known = {entry.number: entry for entry in adapters.known()}
+    memory = adapters.observer.host_memory
+    contents = adapters.slots.contents
+    return {
+        # Numbers of adapters are no keys of a mapping on vLLM's wire.
+        "adapters": [
+            {
+                "int_id": number,
+                "requests": requests.get(number, 0),
+                **_row(adapters, number, known.get(number)),
+            }
+            for number in sorted({*known, *asked})
+        ],
+        "slots": {"total": len(contents), "free": contents.count(None)},
+        "store": adapters.store_address,
+        "cpu": {
+            "adapters": memory.adapters if memory else 0,
+            "bytes": memory.bytes if memory else 0,
+            "bytes_limit": memory.bytes_limit if memory else None,
+            "adapters_limit": memory.adapters_limit if memory else None,
+        },
+    }
+
+
+def _row(adapters: EngineAdapters, number: int, entry: Entry | None) -> Row:
+    request, pack = (None, None) if entry is None else (entry.request, entry.pack)
+    use, failure = adapters.observer.usage.of(number), adapters.failure(number)
+    state = adapters.state(number)
+    if state is AdapterState.ABSENT and use.last_error is not None:
+        state = AdapterState.FAILED
+    return {
+        "name": request.lora_name if request else None,
+        "path": request.lora_path if request else None,
+        "state": state.value,
+        "slot": adapters.slots.slot_of(number) if state is AdapterState.SLOT else None,
+        "kind": pack.kind if pack else None,
+        "rank": use.rank,
+        "digest": pack.digest if pack else None,
+        "loaded": entry.loaded if entry else None,
+        "bytes": pack.nbytes if pack and entry and entry.in_host else 0,
+        "pinned": number in adapters.slots.pins,
+        "hits": use.gpu_hits,
+        "loads": use.loads,
+        "last_used": use.last_used,
+        "last_error": failure.message if failure else use.last_error,
+    }
+
+
+# In the API server
+
+
+def listing(reports: Sequence[Report], registered: Iterable[LoRARequest]) -> dict[str, Any]:
+    """The route's answer.
+
+    Adapters that the server has names for, and those that requests brought along without
+    registration, by name; an old version that requests still end on is left out. With data
+    parallelism an adapter's state is that of the engine that has it nearest to serving, counts add
+    up, bytes do where engines have different stores, and `engines` says what each engine has.
+
+    Args:
+        reports: Of all engines.
+        registered: The server's adapters.
+    """
+    rows = {lora.lora_int_id: {"id": lora.lora_name, "path": lora.lora_path} for lora in registered}
+    served = {row["id"] for row in rows.values()}
+    by_id: dict[int, list[tuple[int, Row]]] = {}
+    for engine, report in enumerate(reports):
+        for row in report["adapters"]:
+            by_id.setdefault(row["int_id"], []).append((engine, row))
+            if row["name"] is not None and row["name"] not in served:
+                rows.setdefault(row["int_id"], {"id": row["name"], "path": row["path"]})
+    data = [
+        {
+            "id": known["id"],
+            "object": "lora_adapter",
+            "int_id": lora_id,
+            "path": known["path"],
+            **_merge_engines(by_id.get(lora_id, []), [report["store"] for report in reports]),
+        }
+        for lora_id, known in rows.items()
+    ]
+    return {
+        "object": "list",
+        "data": sorted(data, key=lambda row: (row["id"], row["int_id"])),
+        "slots": _totals([report["slots"] for report in reports]),
+        # Engines of one machine share their store, and each tells of all that it holds.
+        "cpu": _totals(list({report["store"]: report["cpu"] for report in reports}.values())),
+    }
+
+
+def _merge_engines(found: Sequence[tuple[int, Row]], stores: Sequence[str]) -> Row:
+    rows = [row for _, row in found]
+    best = max(rows, key=lambda row: _NEAREST_LAST.index(row["state"]), default=None)
+    state = best["state"] if best else AdapterState.ABSENT.value
+    merged: Row = {
+        "state": state,
+        "tier": _TIERS.get(state, "disk"),
+        "slot": best["slot"] if best else None,
+        "kind": best["kind"] if best else None,
+        "rank": _most(rows, "rank"),
+        "digest": best["digest"] if best else None,
+        "loaded": best["loaded"] if best else None,
+        "bytes": sum({stores[engine]: row["bytes"] for engine, row in found}.values()),
+        "pinned": any(row["pinned"] for row in rows),
+        "requests": sum(row["requests"] for row in rows),
+        "hits": sum(row["hits"] for row in rows),
+        "loads": sum(row["loads"] for row in rows),
+        "last_used": _most(rows, "last_used"),
+        "last_error": _first(rows, "last_error"),
+    }
+    if len(stores) > 1:
+        merged["engines"] = [
+            {"engine": engine, **{key: row[key] for key in ("state", "slot", "digest")}}
+            for engine, row in found
+        ]
+    return merged
+
+
+def _totals(parts: Sequence[Mapping[str, int | None]]) -> dict[str, int | None]:
+    return {key: _sum(part[key] for part in parts) for key in parts[0]}
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    """The sum; None, no limit, where one has none."""
+    found = list(values)
+    return None if None in found else sum(value for value in found if value is not None)
+
+
+def _most(rows: Sequence[Row], key: str) -> Any:
+    return max((row[key] for row in rows if row[key] is not None), default=None)
+
+
+def _first(rows: Sequence[Row], key: str) -> Any:
+    return next((row[key] for row in rows if row[key] is not None), None)

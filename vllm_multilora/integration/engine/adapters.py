@@ -1,0 +1,332 @@
+"""The engine core's adapters: wants them from the store, gives them slots, has workers fill these.
+
+The store owns files and host memory and tells what it has; workers tell when an order was carried
+out; slots are decided here. Nothing blocks: the scheduler asks in each step, and holds requests
+back until their adapter is in its slot.
+
+```
+ want ──► store: QUEUED, READING ──► Loaded, with a lease ──► bring ──► workers: Fill
+                    └─► Failed                                             └─► Filled: lease back
+```
+
+What is known of each adapter is its `Entry`. `Registrations` holds these, `Wants` what the store
+was asked, `OrdersUnderWay` what the workers were told; `Arrivals` takes in what both answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.adapters.required import RequiredDigests
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.engine.arrivals import Arrivals
+from vllm_multilora.integration.engine.entries import Entry
+from vllm_multilora.integration.engine.orders_under_way import OrdersUnderWay
+from vllm_multilora.integration.engine.parties import Store, Workers
+from vllm_multilora.integration.engine.quarantine import Quarantine
+from vllm_multilora.integration.engine.registrations import Registrations
+from vllm_multilora.integration.engine.wants import Wants
+from vllm_multilora.integration.failures import AdapterRefusedError
+from vllm_multilora.integration.fill_link import Missing
+from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.states import AdapterState
+from vllm_multilora.store.messages import PackInfo
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+    from vllm_multilora.integration.engine.observer import AdapterObserver
+    from vllm_multilora.tenants.on_request import RequestTenant
+
+_IDLE_S = 0.001
+
+
+class EngineAdapters:
+    """An engine core's adapters; for its main thread only.
+
+    Args:
+        store: Loads adapters.
+        workers: Fill slots.
+        slots: Decides who has which.
+        ranks: Number of workers.
+        observer: Told of everything that is counted or shown.
+        asks_late: Whether the store keeps everybody waiting, so that it is asked only for a
+            request that is about to run.
+        store_address: Tells stores apart.
+        required: Which versions may be served; None: all.
+        signing_keys: File of keys by one of which adapters must be signed; None: none need be.
+
+    Attributes:
+        slots: The slots.
+        observer: As above.
+        quarantine: Weights that must not be used.
+        asks_late: As above.
+        store_address: As above.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        workers: Workers,
+        slots: SlotAssignment,
+        ranks: int,
+        observer: AdapterObserver,
+        *,
+        asks_late: bool = False,
+        store_address: str = "",
+        required: RequiredDigests | None = None,
+        signing_keys: str | None = None,
+    ) -> None:
+        self.slots = slots
+        self.asks_late = asks_late
+        self.store_address = store_address
+        self.observer = observer
+        self.quarantine = Quarantine()
+        self._store = store
+        self._workers = workers
+        self._wants = Wants(store, signing_keys)
+        self._orders = OrdersUnderWay(workers, slots, ranks)
+        self._registrations = Registrations(self._wants, self._orders, slots, observer)
+        self._arrivals = Arrivals(
+            self._registrations, self._wants, self._orders, slots, observer, required
+        )
+        self._known = self._registrations.known
+        self._lost: dict[int, LoadFailure] = {}
+        self._running: frozenset[int] = frozenset()
+
+    # What the scheduler asks
+
+    def want(
+        self, request: LoRARequest, tenant: RequestTenant | None = None, *, resumes: bool = False
+    ) -> LoadFailure | None:
+        """A request for an adapter has arrived.
+
+        Args:
+            request: Its adapter.
+            tenant: Whose it is; None: nobody's in particular.
+            resumes: Whether it has run already, and asks for no reload again.
+
+        Returns:
+            Why it cannot be served, whatever becomes of the adapter that has this number.
+        """
+        if (failure := self._registrations.clash(request)) is not None:
+            return failure
+        entry = self._registrations.find(request)
+        entry.is_wanted = True
+        if tenant is not None and tenant.name not in entry.owners:
+            entry.owners[tenant.name] = tenant.resident
+            self._wants.share(entry, tenant.name)
+        entry.failure = None  # a new request is a new try
+        if request.load_inplace and not resumes:
+            entry.is_reload_asked, entry.reload_failure = True, None
+        if not self.asks_late:
+            self._ask(entry)
+        return None
+
+    def state(self, adapter_id: int) -> AdapterState:
+        """Where an adapter is."""
+        entry = self._known.find(adapter_id)
+        if entry is None:
+            return AdapterState.ABSENT
+        if self.quarantine.failure(entry.pack) is not None:
+            return AdapterState.QUARANTINED
+        return entry.state(self.slots)
+
+    def version(self, adapter_id: int) -> PackInfo | None:
+        """The newest version of an adapter's weights; from any thread.
+
+        Returns:
+            The version; that in its slot, where `bring` has just said that it is there. None before
+            it was loaded.
+        """
+        entry = self._known.find(adapter_id)
+        return None if entry is None else entry.pack
+
+    def is_ready(self, adapter_id: int, *, reload: bool = False) -> bool:
+        """Whether an adapter that requests wait for can be brought into a slot now, or is in one.
+
+        Asks for one that has been lost meanwhile.
+
+        Args:
+            adapter_id: The adapter.
+            reload: Whether that is asked for a request that waits for a reload.
+        """
+        if self.failure(adapter_id, reload=reload) is not None:
+            return False
+        entry = self._known[adapter_id]
+        self._ask(entry)
+        if self.asks_late and entry.ticket is not None:  # the answer is there already
+            self.poll()
+        is_refused = self.failure(adapter_id, reload=reload) is not None
+        return not is_refused and entry.is_at_hand(self.slots)
+
+    def bring(self, adapter_id: int) -> bool:
+        """Whether an adapter that is ready is in its slot; has it copied into one if not.
+
+        Where no slot can be spared nothing happens: ask again in the next step.
+        """
+        return self._orders.bring(self._known[adapter_id])
+
+    def running(self, adapters: frozenset[int], *, computes: bool = True) -> None:
+        """Tells the adapters of all running requests; once a step, when it has been scheduled.
+
+        Args:
+            adapters: The adapters.
+            computes: Whether there is anything to compute in the step.
+        """
+        if adapters != self._running:
+            found = [e for i in sorted(adapters) if (e := self._known.find(i)) is not None]
+            self._wants.used([e.pack.pack for e in found if e.pack is not None and e.in_host])
+            self._running = adapters
+        self.slots.running(adapters)
+        if computes:
+            self.observer.step(adapters)
+        self._orders.send()
+
+    @property
+    def unfilled(self) -> frozenset[int]:
+        """Running adapters whose weights are in no slot any more."""
+        return self.slots.unfilled
+
+    def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
+        """Why an adapter cannot be had, None unless its state is FAILED or QUARANTINED.
+
+        A reload that fails leaves the version before serving those that did not ask for it.
+
+        Args:
+            adapter_id: The adapter.
+            reload: Whether to tell of a reload that has failed.
+        """
+        entry = self._known.find(adapter_id)
+        if entry is None:
+            return None
+        failure = self.quarantine.failure(entry.pack) or entry.failure
+        return failure or (entry.reload_failure if reload else None)
+
+    def take_quarantined(self, output: Any, requests: dict[str, Request]) -> dict[int, LoadFailure]:
+        """Adapters whose numbers are not finite in a step's output; see `Quarantine.look`."""
+        return self.quarantine.look(output, requests, self.version)
+
+    def take_lost(self) -> dict[int, LoadFailure]:
+        """Adapters that some worker was without in a step since the last call, and why.
+
+        They have no slot from now on; their requests that have run are to be ended.
+        """
+        lost, self._lost = self._lost, {}
+        for adapter_id in lost:
+            self.slots.missing(adapter_id)
+        return lost
+
+    def drop(self, adapter_id: int) -> None:
+        """No request uses the adapter any more."""
+        entry = self._known.find(adapter_id)
+        if entry is None:
+            return
+        entry.is_wanted = False
+        entry.owners.clear()
+        if not entry.registrations:
+            self._wants.cancel(entry)
+        self._wants.release(entry)
+
+    # What operators ask
+
+    def pin(self, adapter_id: int) -> Future[bool]:
+        """Loads an adapter if necessary and keeps it in its slot once it has one.
+
+        It gets a slot now if one can be spared, else with its next request.
+
+        Raises:
+            ValueError: The adapter was never added.
+            PinLimitError: All slots but one are pinned already.
+        """
+        entry = self._known.find(adapter_id)
+        if entry is None:
+            raise ValueError(
+                f"LoRA adapter {adapter_id} cannot be pinned: it was never added. Add it first."
+            )
+        future = self._registrations.pin(entry)
+        self._ask(entry)
+        self._arrivals.settle(entry)
+        return future
+
+    def register(self, request: LoRARequest) -> Future[bool]:
+        """Has an adapter read and checked.
+
+        Returns:
+            Done when it can be served; holds an `AdapterRefusedError` if it cannot.
+        """
+        if (failure := self._registrations.clash(request)) is not None:
+            future: Future[bool] = Future()
+            future.set_exception(AdapterRefusedError(request.lora_int_id, failure, []))
+            return future
+        entry = self._registrations.find(request)
+        future = self._registrations.register(entry, fresh=request.load_inplace)
+        future.add_done_callback(lambda _: self.quarantine.lift(entry.pack))
+        self.poll()
+        self._arrivals.settle(entry)
+        return future
+
+    def remove(self, adapter_id: int) -> Future[bool]:
+        """Forgets an adapter that no request uses; its slot and host memory are free when done.
+
+        Returns:
+            Whether it was known.
+        """
+        entry = self._known.find(adapter_id)
+        if entry is None:
+            future: Future[bool] = Future()
+            future.set_result(False)
+            return future
+        future = self._registrations.withdraw(entry)
+        self.poll()
+        return future
+
+    def slots_lost(self) -> None:
+        """The slots' memory did not survive (sleep mode): adapters are to be copied there again."""
+        self.slots.clear_all()
+        self.observer.settle(self)
+
+    @property
+    def host_and_slots(self) -> set[int]:
+        """The adapters that are in host memory or in slots."""
+        places = (AdapterState.HOST, AdapterState.SLOT)
+        return {each.number for each in self._known if each.state(self.slots) in places}
+
+    def known(self) -> Iterable[Entry]:
+        """All adapters."""
+        return self._known
+
+    # The exchange with the store and the workers
+
+    def poll(self) -> None:
+        """Takes in what has happened since, and sends what there is to say."""
+        answers = self._workers.poll()
+        for message in self._store.poll():
+            self._arrivals.take(message)
+        # After what the store says: that it has gone explains why copies have failed.
+        for rank, answer in answers:
+            if isinstance(answer, Missing):
+                self._lost[answer.adapter_id] = LoadFailure(
+                    FailureKind.INTERNAL,
+                    "its weights were not in their slot when a step needed them",
+                )
+            else:
+                self._arrivals.take_answer(rank, answer)
+        self._orders.send()
+        self.observer.settle(self)
+
+    def wait_for(self, future: Future[Any]) -> None:
+        """Polls until something is done: for engine cores that are called directly."""
+        while not future.done():
+            time.sleep(_IDLE_S)
+            self.poll()
+
+    def _ask(self, entry: Entry) -> None:
+        """Wants an adapter from the store, unless it is there, in a slot, or wanted already."""
+        if entry.ticket is None and entry.failure is None and not entry.is_at_hand(self.slots):
+            self._wants.release(entry)  # of a stale version; the new one may need its room
+            self._wants.ask(entry)

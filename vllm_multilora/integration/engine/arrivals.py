@@ -1,0 +1,219 @@
+"""What the store and the workers say of an engine core's adapters, and what follows from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.adapters.required import RequiredDigests
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.engine.entries import Entry
+from vllm_multilora.integration.engine.orders_under_way import OrdersUnderWay, UnderWay
+from vllm_multilora.integration.engine.registrations import Registrations
+from vllm_multilora.integration.engine.wants import Wants
+from vllm_multilora.integration.fill_link import Filled, FillFailed
+from vllm_multilora.integration.orders import Fill
+from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.store.messages import (
+    Evicted,
+    Failed,
+    Forgotten,
+    Loaded,
+    PackInfo,
+    Reading,
+    Restarted,
+    Totals,
+    ToUser,
+)
+
+if TYPE_CHECKING:
+    from vllm_multilora.integration.engine.observer import AdapterObserver
+
+
+class Arrivals:
+    """Takes in versions of adapters as they are loaded, copied, refused and lost.
+
+    Args:
+        registrations: The known adapters.
+        wants: What the store was asked.
+        orders: What the workers were told.
+        slots: Who has which.
+        observer: Told of everything that is counted or shown.
+        required: Which versions may be served; None: all.
+    """
+
+    def __init__(
+        self,
+        registrations: Registrations,
+        wants: Wants,
+        orders: OrdersUnderWay,
+        slots: SlotAssignment,
+        observer: AdapterObserver,
+        required: RequiredDigests | None = None,
+    ) -> None:
+        self._registrations = registrations
+        self._wants = wants
+        self._orders = orders
+        self._slots = slots
+        self._observer = observer
+        self._required = required
+
+    def take(self, message: ToUser) -> None:
+        """Takes in what the store says."""
+        if isinstance(message, Loaded):
+            self._take_loaded(message)
+        elif isinstance(message, Reading):
+            if (waiting := self._wants.find(message.ticket)) is not None:
+                waiting.is_reading = True
+        elif isinstance(message, Failed):
+            self._take_failed(message)
+        elif isinstance(message, Evicted):
+            for entry in self._registrations.known.lose_pack(message.pack):
+                self._observer.evicted_from_host(entry.request)
+        elif isinstance(message, Forgotten):
+            self._wants.forgotten(message.adapter)
+        elif isinstance(message, Totals):
+            self._observer.totals(message)
+        elif isinstance(message, Restarted):
+            self._start_over()
+
+    def take_answer(self, rank: int, answer: Filled | FillFailed) -> None:
+        """Takes in a worker's answer to an order; to one that nobody knows is no matter."""
+        under_way = self._orders.answered(rank, answer)
+        if under_way is None:
+            return
+        if isinstance(under_way.order, Fill):
+            self._take_fill(rank, answer, under_way)
+        elif answer.order == under_way.entry.check_order:
+            self._take_check(answer, under_way)
+        if not under_way.unanswered and under_way.is_leased:
+            self._wants.release_pack(under_way.order.pack.pack)
+
+    def settle(self, entry: Entry) -> None:
+        """Answers those who wait for an adapter to be there, if it is."""
+        if entry.is_being_checked:
+            return
+        if entry.failure is not None or entry.pack is None or entry.ticket is not None:
+            return
+        self._registrations.succeed(entry)
+        if not entry.is_wanted:
+            self._wants.release(entry)
+        self._observer.arrived(entry.number)
+
+    def _start_over(self) -> None:
+        """A store is a new one: it holds nothing.
+
+        Leases are given back all the same: with workers on several machines, the other machines'
+        stores still hold their part, and a new store does not mind.
+        """
+        for entry in self._registrations.known:
+            self._wants.release(entry)
+        self._registrations.known.lose_all_packs()
+        self._orders.store_lost()
+        self._wants.store_lost()
+
+    def _take_loaded(self, message: Loaded) -> None:
+        entry = self._wants.find(message.ticket)
+        if entry is None:
+            return
+        is_check = message.ticket == entry.check_ticket
+        entry.checked_under = self._wants.end(entry, message.ticket)
+        entry.failure = None
+        self._observer.loaded(entry.request, message)
+        if message.was_read and not is_check:
+            self._slots.read_on_demand(entry.number)
+        if (refusal := self._refusal(entry, message.pack)) is not None:
+            if message.leased:
+                self._wants.release_pack(message.pack.pack)
+            self._refuse(entry, refusal, [], is_check=is_check)
+            return
+        if is_check and self._registrations.ask_workers(entry, message):
+            return
+        self._take_pack(entry, message.pack, has_lease=message.leased)
+        self.settle(entry)
+
+    def _take_pack(self, entry: Entry, pack: PackInfo, *, has_lease: bool) -> None:
+        """Notes the newest version of an adapter, as it lies in host memory or was only checked."""
+        known = entry.pack
+        entry.is_reload_asked = False
+        if entry.is_in_slot(self._slots, pack.digest):
+            # These weights are in the slot already, from whichever copy they came.
+            entry.is_outdated = False
+            if has_lease:
+                self._wants.release_pack(pack.pack)
+        elif pack.pack == 0 and known is not None:
+            entry.is_outdated = known.digest != pack.digest
+        else:
+            keeps_lease = entry.is_leased and known is not None and known.pack == pack.pack
+            if entry.is_leased and (has_lease or not keeps_lease):
+                self._wants.release(entry)
+            self._registrations.known.note_pack(entry, pack)
+            entry.is_leased = has_lease or keeps_lease
+            entry.is_outdated = False
+
+    def _take_failed(self, message: Failed) -> None:
+        entry = self._wants.find(message.ticket)
+        if entry is None:
+            return
+        is_check = message.ticket == entry.check_ticket
+        self._wants.end(entry, message.ticket)
+        failure = LoadFailure(message.kind, message.message)
+        self._refuse(entry, failure, message.problems, is_check=is_check)
+
+    def _refusal(self, entry: Entry, pack: PackInfo) -> LoadFailure | None:
+        """Why a version must not be served; None if it may."""
+        if self._required is None:
+            return None
+        refusal = self._required.refuse(entry.request.lora_name, pack.digest)
+        return None if refusal is None else LoadFailure(FailureKind.INVALID, refusal)
+
+    def _refuse(
+        self,
+        entry: Entry,
+        failure: LoadFailure,
+        problems: list[dict[str, Any]],
+        *,
+        is_check: bool,
+    ) -> None:
+        """What a want has brought cannot be served."""
+        if is_check or entry.pack is None or entry.is_outdated or not entry.is_reload_asked:
+            self._fail(entry, failure, problems)
+        else:
+            # Only those that asked for the reload fail; the version before serves the others.
+            entry.is_reload_asked, entry.reload_failure = False, failure
+            self._observer.failed(entry.request, failure)
+            self.settle(entry)
+
+    def _take_fill(self, rank: int, answer: Filled | FillFailed, under_way: UnderWay) -> None:
+        entry = under_way.entry
+        if isinstance(answer, Filled):
+            if rank == 0:
+                self._observer.copied(entry.request, answer.seconds)
+            if self._slots.filled(answer.order, rank):
+                self.settle(entry)
+        elif self._slots.fill_failed(answer.order) is not None:
+            if not under_way.is_lost and not answer.is_gone:
+                self._fail(entry, LoadFailure(answer.kind, answer.message), [])
+            elif entry.pack is under_way.order.pack:
+                entry.in_host = False  # its requests ask for it again
+
+    def _take_check(self, answer: Filled | FillFailed, under_way: UnderWay) -> None:
+        entry = under_way.entry
+        if isinstance(answer, Filled) and under_way.unanswered:
+            return
+        entry.check_order = None
+        if under_way.is_lost or (isinstance(answer, FillFailed) and answer.is_gone):
+            self._wants.check(entry, keep=False, fresh=False)
+        elif isinstance(answer, FillFailed):
+            self._fail(entry, LoadFailure(answer.kind, answer.message), [])
+        else:
+            under_way.is_leased = False  # it is the adapter's now
+            self._take_pack(entry, under_way.order.pack, has_lease=True)
+            self.settle(entry)
+
+    def _fail(self, entry: Entry, failure: LoadFailure, problems: list[dict[str, Any]]) -> None:
+        entry.failure = failure
+        self._observer.failed(entry.request, failure)
+        if not entry.is_wanted:
+            self._wants.release(entry)
+        if not entry.is_being_checked:  # else registrations get the check's answer
+            self._registrations.fail(entry, problems)

@@ -1,0 +1,325 @@
+"""The engine core's part: connects the store, the workers and the scheduler."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from vllm.v1.engine import EngineCoreRequestType
+
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.required import RequiredDigests
+from vllm_multilora.integration import kv_blocks
+from vllm_multilora.integration.attached import ADAPTERS, LINK, REACHED
+from vllm_multilora.integration.engine import activation, prefix_keys
+from vllm_multilora.integration.engine.adapters import EngineAdapters
+from vllm_multilora.integration.engine.machines import MachineStores
+from vllm_multilora.integration.engine.observer import AdapterObserver
+from vllm_multilora.integration.engine.parties import Store, Workers
+from vllm_multilora.integration.engine.reaching import reach
+from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
+from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
+from vllm_multilora.integration.failures import RefusalsInOneLine
+from vllm_multilora.integration.fill_link import PATH_VARIABLE, FillLink
+from vllm_multilora.integration.metrics import server_of
+from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
+from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
+from vllm_multilora.integration.tenant_of_request import take_tenant
+from vllm_multilora.integration.worker import calls
+from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.slots.contained_policy import ContainedPolicy
+from vllm_multilora.slots.registry import make_policy
+from vllm_multilora.store.client import StoreClient
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+    from vllm_multilora.store.messages import PackInfo
+
+logger = logging.getLogger(__name__)
+
+_REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
+_T = TypeVar("_T")
+
+
+@contextmanager
+def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
+    """Wraps the start of an executor and its workers, which connect to their link meanwhile.
+
+    Args:
+        executor: Gets the link as its `LINK`; None if its workers cannot be heard.
+        vllm_config: Of the engine.
+    """
+    link = _make_link(vllm_config)
+    LINK.set(executor, link)
+    if vllm_config.lora_config is not None and kernel_backend(vllm_config) != "vllm":
+        logging.getLogger("vllm.v1.engine.core").addFilter(_REFUSALS_IN_ONE_LINE)
+        if settings_of(vllm_config).quarantine:
+            kv_blocks.start()
+    try:
+        yield
+    except BaseException:
+        if link is not None:
+            link.close()
+        raise
+    finally:
+        os.environ.pop(PATH_VARIABLE, None)
+    if link is None or not (missing := link.attach_all()):
+        return
+    reached = reach(executor, link, missing, vllm_config)
+    if reached is None:
+        logger.warning(
+            "Workers %s, which are on other machines, do not reach their engine core: the engine "
+            "will wait while adapters are loaded.",
+            ", ".join(map(str, missing)),
+        )
+        link.close()
+        LINK.set(executor, None)
+        return
+    logger.info(
+        "Adapters are loaded in the background on %d other machine(s).", len(reached.machines)
+    )
+    REACHED.set(executor, reached)
+
+
+def _make_link(vllm_config: VllmConfig) -> FillLink | None:
+    if kernel_backend(vllm_config) == "vllm" or not settings_of(vllm_config).async_loading:
+        return None
+    if getattr(vllm_config.parallel_config, "node_rank_within_dp", 0):
+        return None  # an executor of another machine's engine core, to which its workers answer
+    try:
+        link = FillLink(vllm_config.parallel_config.world_size)
+    except OSError as error:
+        logger.warning("Adapters cannot be loaded in the background here: %s", error)
+        return None
+    os.environ[PATH_VARIABLE] = str(link.path)
+    return link
+
+
+def adapters_of(engine_core: Any) -> EngineAdapters | None:
+    """The adapters of an engine core, made when first asked for; None where stock vLLM runs.
+
+    vLLM loads its plugins while an engine core is being made, too late to take part in that.
+    """
+    if not ADAPTERS.is_set(engine_core):
+        adapters = _make_adapters(engine_core)
+        ADAPTERS.set(engine_core, adapters)
+        if adapters is not None:
+            engine_core.scheduler.attach_adapters(adapters)
+    return ADAPTERS.get(engine_core)
+
+
+def _make_adapters(engine_core: Any) -> EngineAdapters | None:
+    executor, scheduler = engine_core.model_executor, engine_core.scheduler
+    vllm_config: VllmConfig = engine_core.vllm_config
+    if not isinstance(scheduler, AdapterAwareMixin):
+        return None
+    if not all(executor.collective_rpc(calls.has_our_manager)):
+        return None
+    lora_config = vllm_config.lora_config
+    assert lora_config is not None
+    settings = settings_of(vllm_config)
+    ranks = vllm_config.parallel_config.world_size
+    observer = AdapterObserver(
+        scheduler.recorder,
+        scheduler.request_metrics,
+        slots=lora_config.max_loras,
+        max_rank=lora_config.max_lora_rank,
+    )
+    slots = SlotAssignment(
+        lora_config.max_loras,
+        ContainedPolicy(make_policy(settings.cache_policy)),
+        observer.events,
+        ranks=ranks,
+        pinned_names=settings.pin,
+    )
+    store, workers = _connect(engine_core, executor, vllm_config)
+    return EngineAdapters(
+        store,
+        workers,
+        slots,
+        ranks,
+        observer,
+        asks_late=isinstance(store, WaitingStore),
+        store_address=getattr(store, "address", ""),
+        required=RequiredDigests(settings.require_digest) if settings.require_digest else None,
+        signing_keys=settings.signing_keys,
+    )
+
+
+def _connect(engine_core: Any, executor: Any, vllm_config: VllmConfig) -> tuple[Store, Workers]:
+    """The store and the workers; through them, and waiting for them, where that is all there is."""
+    link = LINK.get(executor)
+    server = server_of(vllm_config)
+    if link is None:
+        executor.collective_rpc(calls.open_own_store, args=(server,))
+        workers = WaitingWorkers(executor.collective_rpc)
+        return WaitingStore(executor.collective_rpc), workers
+    store = _open_stores(executor, vllm_config, server)
+    inputs: Any = getattr(engine_core, "input_queue", None)
+    if inputs is not None:
+
+        def wake() -> None:
+            inputs.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+        store.start_waking(wake)
+        link.start_waking(wake)
+    elsewhere = store.elsewhere if isinstance(store, MachineStores) else None
+    return store, LinkedWorkers(executor.collective_rpc, link, elsewhere)
+
+
+def _open_stores(
+    executor: Any, vllm_config: VllmConfig, server: str
+) -> StoreClient | MachineStores:
+    """The stores of all machines that have workers, each told what its workers accept."""
+    settings, reached = settings_of(vllm_config), REACHED.get(executor)
+    remote = [] if reached is None else reached.machines
+    away = {rank for machine in remote for rank in machine.ranks}
+    here = [r for r in range(vllm_config.parallel_config.world_size) if r not in away]
+    clients = [StoreClient.connect(settings.store, server)] if here else []  # type: ignore[arg-type]
+    machines = [(here, client.address) for client in clients]
+    clients += [StoreClient(machine.store, server) for machine in remote]
+    machines += [(machine.ranks, machine.address) for machine in remote]
+    described = executor.collective_rpc(calls.open_memory, args=(machines, server))
+    for client, (ranks, _) in zip(clients, machines, strict=True):
+        layouts = [msgspec.msgpack.decode(described[r][0], type=ModelLayout) for r in ranks]
+        largest = sum(described[rank][1] for rank in ranks)
+        budget = cpu_budget(settings, vllm_config, largest_adapter=largest)
+        for note in client.configure(layouts, store_settings(settings, budget)):
+            logger.warning("Adapter store: %s", note)
+    return clients[0] if len(clients) == 1 else MachineStores(clients)
+
+
+# What vLLM calls
+
+
+def init_executor(
+    original: Callable[..., None], self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any
+) -> None:
+    with starting_workers(self, vllm_config):
+        original(self, vllm_config, *args, **kwargs)
+
+
+def preprocess_add_request(original: Callable[..., Any], engine_core: Any, request: Any) -> Any:
+    """Makes vLLM's request of a client's; one with an adapter gets its adapter's keys."""
+    lora = request.lora_request
+    if lora is None or not isinstance(engine_core.scheduler, AdapterAwareMixin):
+        return original(engine_core, request)
+    # One thread makes all requests, so that nobody else sees the hasher missing.
+    hasher, engine_core.request_block_hasher = engine_core.request_block_hasher, None
+    try:
+        made, wave = original(engine_core, request)
+    finally:
+        engine_core.request_block_hasher = hasher
+    prefix_keys.withhold(made, hasher)
+    adapters = ADAPTERS.get(engine_core)
+    version = None if adapters is None else adapters.version(lora.lora_int_id)
+    if version is not None and activation.is_invoked(made, version):
+        prefix_keys.set_version(made, version.digest)
+    return made, wave
+
+
+def add_request(
+    original: Callable[..., Any], self: Any, request: Request, *args: Any, **kwargs: Any
+) -> Any:
+    adapters_of(self)
+    take_tenant(request)
+    return original(self, request, *args, **kwargs)
+
+
+def add_lora(
+    original: Callable[..., bool], engine_core: Any, request: LoRARequest
+) -> bool | str | Future[bool | str]:
+    """Registers an adapter: vLLM's `add_lora`, with the reading done by the store.
+
+    Returns:
+        What was read: its digest, with `:alora` where tokens activate it; true, as vLLM's own
+        answer is. A future where vLLM's engine core process answers a client's call with it; the
+        result itself in an engine core that is called directly.
+
+    Raises:
+        AdapterRefusedError: The adapter cannot be served; the future holds it likewise.
+    """
+    adapters = adapters_of(engine_core)
+    if adapters is None:
+        return original(engine_core, request)
+    read: Future[bool | str] = Future()
+
+    def tell(done: Future[bool]) -> None:
+        if (error := done.exception()) is not None:
+            read.set_exception(error)
+        else:
+            version = adapters.version(request.lora_int_id)
+            read.set_result(_as_answer(version) if version is not None else True)
+
+    adapters.register(request).add_done_callback(tell)
+    return _answer(engine_core, adapters, read)
+
+
+def _as_answer(version: PackInfo) -> str:
+    return f"{version.digest}:{version.kind}" if version.invocation_tokens else version.digest
+
+
+def remove_lora(
+    original: Callable[..., bool], engine_core: Any, lora_id: int
+) -> bool | Future[bool]:
+    """Removes an adapter: vLLM's `remove_lora`, once no request uses the adapter any more.
+
+    Returns:
+        Whether the adapter was known; as a future as for `add_lora`.
+    """
+    adapters = adapters_of(engine_core)
+    if adapters is None:
+        return original(engine_core, lora_id)
+    future: Future[bool] = Future()
+
+    def remove() -> None:
+        adapters.remove(lora_id).add_done_callback(lambda done: future.set_result(done.result()))
+
+    limit_s = settings_of(engine_core.vllm_config).unload_timeout_s
+    engine_core.scheduler.retire_adapter(lora_id, limit_s, remove)
+    return _answer(engine_core, adapters, future)
+
+
+def pin_lora(original: Callable[..., bool], engine_core: Any, lora_id: int) -> bool | Future[bool]:
+    """Pins an adapter; returns as `add_lora`."""
+    adapters = adapters_of(engine_core)
+    if adapters is None:
+        return original(engine_core, lora_id)
+    return _answer(engine_core, adapters, adapters.pin(lora_id))
+
+
+def list_loras(original: Callable[..., set[int]], engine_core: Any) -> set[int]:
+    adapters = adapters_of(engine_core)
+    return original(engine_core) if adapters is None else adapters.host_and_slots
+
+
+def wake_up(original: Callable[..., Any], engine_core: Any, tags: Any = None) -> Any:
+    done = original(engine_core, tags)
+    adapters = adapters_of(engine_core)
+    if adapters is not None and (tags is None or "weights" in tags):
+        adapters.slots_lost()
+    return done
+
+
+def handle_client_request(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
+    adapters = ADAPTERS.get(self)
+    if adapters is not None:
+        adapters.poll()
+    return original(self, *args, **kwargs)
+
+
+def _answer(engine_core: Any, adapters: EngineAdapters, future: Future[_T]) -> _T | Future[_T]:
+    if hasattr(engine_core, "input_queue"):
+        return future
+    adapters.wait_for(future)
+    return future.result()

@@ -1,0 +1,178 @@
+"""What an engine core knows of each adapter."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_multilora.adapters.fingerprint import Fingerprint
+from vllm_multilora.failures import LoadFailure
+from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.states import AdapterState
+from vllm_multilora.store.messages import PackInfo
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+
+@dataclass(eq=False)
+class Entry:
+    """What is known of one adapter.
+
+    Attributes:
+        request: The newest request's adapter: number, name and path.
+        ticket: Of the outstanding want of requests; None if there is none.
+        is_reading: Whether the store is at it.
+        pack: The newest version of its weights; None before it was loaded.
+        loaded: When that version was first had, in seconds since 1970.
+        in_host: Whether that version is in host memory.
+        is_leased: Whether it stays there until it is given back.
+        is_outdated: Whether a newer version was checked, and found no room: that one is to serve.
+        is_reload_asked: Whether a request has asked for its files to be looked at again.
+        is_wanted: Whether requests wait for it.
+        owners: Tenants whose requests do, each with its limit of adapters in host memory.
+        failure: Why the last want failed; until the next one.
+        reload_failure: Why the last reload that requests asked for failed, with the version before
+            to go on with; until the next one.
+        registrations: Answered when it has been checked.
+        check_ticket: Of the outstanding want of registrations.
+        check_order: The order by which workers check it.
+        checked_under: State of the file of signing keys when the store was asked for what it has.
+    """
+
+    request: LoRARequest
+    ticket: int | None = None
+    is_reading: bool = False
+    pack: PackInfo | None = None
+    loaded: float | None = None
+    in_host: bool = False
+    is_leased: bool = False
+    is_outdated: bool = False
+    is_reload_asked: bool = False
+    is_wanted: bool = False
+    owners: dict[str, int | None] = field(default_factory=dict)
+    failure: LoadFailure | None = None
+    reload_failure: LoadFailure | None = None
+    registrations: list[Future[bool]] = field(default_factory=list)
+    check_ticket: int | None = None
+    check_order: int | None = None
+    checked_under: Fingerprint | None = None
+
+    @property
+    def number(self) -> int:
+        return self.request.lora_int_id
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its files are to be looked at again before it serves new requests."""
+        return self.is_outdated or self.is_reload_asked
+
+    @property
+    def is_being_checked(self) -> bool:
+        return self.check_ticket is not None or self.check_order is not None
+
+    def state(self, slots: SlotAssignment) -> AdapterState:
+        """Where the adapter is."""
+        if self.failure is not None:
+            return AdapterState.FAILED
+        pack = self.pack
+        if pack is not None and not self.is_stale:
+            if slots.is_filled(self.number, pack.pack):
+                return AdapterState.SLOT
+            if self.in_host:
+                return AdapterState.HOST
+        if self.is_reading or self.check_order is not None:
+            return AdapterState.READING
+        if self.ticket is not None or self.check_ticket is not None:
+            return AdapterState.QUEUED
+        return AdapterState.ABSENT
+
+    def is_in_slot(self, slots: SlotAssignment, digest: str) -> bool:
+        """Whether weights are in the adapter's slot, from whichever pack they came."""
+        pack = self.pack
+        return (
+            pack is not None and pack.digest == digest and slots.is_filled(self.number, pack.pack)
+        )
+
+    def is_at_hand(self, slots: SlotAssignment) -> bool:
+        """Whether the version to serve is on lease, or in its slot or on its way there."""
+        pack = self.pack
+        return (
+            pack is not None
+            and not self.is_stale
+            and (self.is_leased or slots.pack_in(self.number) == pack.pack)
+        )
+
+    def is_idle(self, slots: SlotAssignment) -> bool:
+        """Whether nothing of the adapter is anywhere, and nobody waits for it."""
+        return (
+            self.state(slots) in (AdapterState.ABSENT, AdapterState.FAILED)
+            and self.ticket is None
+            and not (self.is_wanted or self.is_being_checked or self.registrations)
+            and self.number not in slots.pins
+            and slots.slot_of(self.number) is None
+        )
+
+
+class Entries:
+    """The known adapters by their numbers, those longest not asked for first."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[int, Entry] = OrderedDict()
+        self._by_pack: dict[int, dict[Entry, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __getitem__(self, number: int) -> Entry:
+        return self._entries[number]
+
+    def find(self, number: int) -> Entry | None:
+        return self._entries.get(number)
+
+    def add(self, entry: Entry) -> None:
+        self._entries[entry.number] = entry
+
+    def asked_for(self, entry: Entry) -> None:
+        """It is the last one now."""
+        self._entries.move_to_end(entry.number)
+
+    def remove(self, entry: Entry) -> None:
+        del self._entries[entry.number]
+        self._leave_pack(entry)
+
+    def note_pack(self, entry: Entry, pack: PackInfo) -> None:
+        """An adapter's newest version is this one; pack 0 is in nobody's memory."""
+        self._leave_pack(entry)
+        if entry.pack is None or entry.pack.digest != pack.digest:
+            entry.loaded = time.time()
+        entry.pack, entry.in_host = pack, pack.pack != 0
+        if entry.in_host:
+            self._by_pack.setdefault(pack.pack, {})[entry] = None
+
+    def lose_pack(self, pack: int) -> list[Entry]:
+        """A pack has left host memory; returns the adapters that were there by it."""
+        lost = [entry for entry in self._by_pack.pop(pack, ()) if entry.in_host]
+        for entry in lost:
+            entry.in_host = entry.is_leased = False
+        return lost
+
+    def lose_all_packs(self) -> None:
+        """The store has gone, and host memory with it."""
+        self._by_pack.clear()
+        for entry in self:
+            entry.in_host = entry.is_leased = entry.is_reading = False
+
+    def _leave_pack(self, entry: Entry) -> None:
+        known = self._by_pack.get(entry.pack.pack) if entry.pack is not None else None
+        if known is not None and entry.pack is not None:
+            known.pop(entry, None)
+            if not known:
+                del self._by_pack[entry.pack.pack]

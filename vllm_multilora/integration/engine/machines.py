@@ -1,0 +1,313 @@
+"""The stores of several machines, as one.
+
+Where an engine's workers are on several machines, each machine's store packs adapters for the
+workers there. An adapter is loaded when all of them have it; all must have read the same files.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.messages import (
+    Evicted,
+    Failed,
+    Forgotten,
+    Loaded,
+    PackInfo,
+    Reading,
+    Restarted,
+    Totals,
+    ToUser,
+)
+
+
+@dataclass(eq=False)
+class _Want:
+    """One want of the engine core's: the arguments, and what each machine has to say.
+
+    Attributes:
+        tickets: Of the machines' own wants.
+        loaded: What has come so far; None where nothing has.
+    """
+
+    adapter: int
+    name: str
+    path: str
+    owners: list[str]
+    most: int | None
+    keep: bool
+    fresh: bool
+    tickets: list[int] = field(default_factory=list)
+    loaded: list[Loaded | None] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Pack:
+    """An adapter's packs on all machines.
+
+    Attributes:
+        parts: By machine.
+        leases: That the engine core has.
+        is_lost: Whether a machine has it no more; it is kept until its leases are given back.
+    """
+
+    parts: tuple[PackInfo, ...]
+    leases: int = 0
+    is_lost: bool = False
+
+
+class MachineStores:
+    """What the engine core asks of all stores; a `Store` whose packs have numbers of their own.
+
+    Args:
+        clients: One for each machine, each configured with the layouts of its workers. The first
+            is the engine core's own machine's.
+    """
+
+    def __init__(self, clients: Sequence[StoreClient]) -> None:
+        self._clients = list(clients)
+        self._tickets = itertools.count(1)
+        self._numbers = itertools.count(1)
+        self._wants: dict[int, _Want] = {}
+        self._own_ticket: list[dict[int, int]] = [{} for _ in clients]
+        self._packs: dict[int, _Pack] = {}
+        self._own_pack: dict[tuple[int, ...], int] = {}
+        # Of each adapter, in the order in which it was to be forgotten: who has not answered.
+        self._leaving: defaultdict[int, deque[set[int]]] = defaultdict(deque)
+        self._totals: list[Totals | None] = [None] * len(self._clients)
+
+    @property
+    def address(self) -> str:
+        """Of the engine core's own machine's store."""
+        return self._clients[0].address
+
+    def elsewhere(self, pack: int) -> tuple[PackInfo, ...]:
+        """A pack as it lies on the other machines, in their order."""
+        known = self._packs.get(pack)
+        return () if known is None else known.parts[1:]
+
+    def want(
+        self,
+        adapter: int,
+        name: str,
+        path: str,
+        *,
+        owners: Sequence[str] = (),
+        most: int | None = None,
+        keep: bool = True,
+        fresh: bool = False,
+    ) -> int:
+        ticket = next(self._tickets)
+        want = _Want(adapter, name, path, list(owners), most, keep, fresh)
+        self._wants[ticket] = want
+        for machine in range(len(self._clients)):
+            want.tickets.append(self._ask(machine, ticket, want))
+            want.loaded.append(None)
+        return ticket
+
+    def share(self, ticket: int, owner: str) -> None:
+        want = self._wants.get(ticket)
+        if want is None or owner in want.owners:
+            return
+        want.owners.append(owner)
+        for client, part, loaded in zip(self._clients, want.tickets, want.loaded, strict=True):
+            if loaded is None:
+                client.share(part, owner)
+
+    def cancel(self, ticket: int) -> None:
+        want = self._wants.pop(ticket, None)
+        if want is not None:
+            self._take_back(want)
+
+    def release(self, pack: int) -> None:
+        known = self._packs.get(pack)
+        if known is None:
+            return
+        known.leases -= 1
+        for client, part in zip(self._clients, known.parts, strict=True):
+            client.release(part.pack)
+        if known.is_lost and known.leases <= 0:
+            del self._packs[pack]
+
+    def used(self, packs: Sequence[int]) -> None:
+        known = [self._packs[pack].parts for pack in packs if pack in self._packs]
+        for machine, client in enumerate(self._clients):
+            client.used([parts[machine].pack for parts in known])
+
+    def forget(self, adapter: int) -> None:
+        self._leaving[adapter].append(set(range(len(self._clients))))
+        for client in self._clients:
+            client.forget(adapter)
+
+    def poll(self) -> list[ToUser]:
+        came: list[ToUser] = []
+        for machine, client in enumerate(self._clients):
+            for message in client.poll():
+                came += self._take(machine, message)
+        return came
+
+    def start_waking(self, wake: Callable[[], None]) -> None:
+        """As `StoreClient.start_waking`, for all."""
+        for client in self._clients:
+            client.start_waking(wake)
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+
+    def _ask(self, machine: int, ticket: int, want: _Want) -> int:
+        part = self._clients[machine].want(
+            want.adapter,
+            want.name,
+            want.path,
+            owners=want.owners,
+            most=want.most,
+            keep=want.keep,
+            fresh=want.fresh,
+        )
+        self._own_ticket[machine][part] = ticket
+        return part
+
+    def _take_back(self, want: _Want) -> None:
+        for machine, part in enumerate(want.tickets):
+            loaded = want.loaded[machine]
+            if loaded is None:
+                self._own_ticket[machine].pop(part, None)
+                self._clients[machine].cancel(part)
+            elif loaded.leased:
+                self._clients[machine].release(loaded.pack.pack)
+
+    def _take(self, machine: int, message: ToUser) -> list[ToUser]:
+        """What follows for the engine core from what a machine's store says."""
+        match message:
+            case Loaded(part):
+                ticket = self._own_ticket[machine].pop(part)
+                want = self._wants[ticket]
+                want.loaded[machine] = message
+                return self._merge(ticket, want)
+            case Failed(part):
+                ticket = self._own_ticket[machine].pop(part)
+                self.cancel(ticket)  # the other machines need not go on
+                return [msgspec.structs.replace(message, ticket=ticket)]
+            case Reading(part):
+                return [Reading(self._own_ticket[machine][part])]
+            case Evicted(part):
+                self._forget_checked(machine, part)
+                return self._lose(lambda parts: parts[machine].pack == part)
+            case Forgotten(adapter):
+                return self._forgotten(machine, adapter)
+            case Totals():
+                self._totals[machine] = message
+                return self._sum()
+            case Restarted():
+                return self._start_over(machine)
+        return []
+
+    def _merge(self, ticket: int, want: _Want) -> list[ToUser]:
+        found = [loaded for loaded in want.loaded if loaded is not None]
+        if len(found) < len(self._clients):
+            return []
+        del self._wants[ticket]
+        digests = {loaded.pack.digest for loaded in found}
+        if len(digests) > 1:
+            self._take_back(want)
+            return [
+                Failed(
+                    ticket,
+                    want.adapter,
+                    FailureKind.INVALID,
+                    f"adapter {want.name!r}: the files at {want.path} are not the same on all "
+                    f"machines of this server (BLAKE3 {', '.join(sorted(digests))}): serve "
+                    "adapters from one shared folder, or copy the same files everywhere",
+                    [],
+                )
+            ]
+        first, parts = found[0], tuple(loaded.pack for loaded in found)
+        number = self._number(parts) if all(part.pack for part in parts) else 0
+        if first.leased:
+            self._packs[number].leases += 1
+        return [
+            Loaded(
+                ticket,
+                want.adapter,
+                msgspec.structs.replace(first.pack, pack=number),
+                max(loaded.seconds for loaded in found),
+                any(loaded.was_read for loaded in found),
+                first.leased,
+            )
+        ]
+
+    def _number(self, parts: tuple[PackInfo, ...]) -> int:
+        key = tuple(part.pack for part in parts)
+        if key not in self._own_pack:
+            number = self._own_pack[key] = next(self._numbers)
+            self._packs[number] = _Pack(parts)
+        return self._own_pack[key]
+
+    def _lose(self, is_lost: Callable[[tuple[PackInfo, ...]], bool]) -> list[ToUser]:
+        """Packs of which a machine's part has gone."""
+        lost: list[ToUser] = []
+        for key, number in list(self._own_pack.items()):
+            known = self._packs[number]
+            if is_lost(known.parts):
+                del self._own_pack[key]
+                known.is_lost = True
+                if known.leases <= 0:
+                    del self._packs[number]
+                lost.append(Evicted(number))
+        return lost
+
+    def _forget_checked(self, machine: int, pack: int) -> None:
+        """A pack without a lease has gone before all machines had theirs: it was checked only."""
+        for want in self._wants.values():
+            loaded = want.loaded[machine]
+            if loaded is not None and loaded.pack.pack == pack:
+                gone = msgspec.structs.replace(loaded.pack, pack=0)
+                want.loaded[machine] = msgspec.structs.replace(loaded, pack=gone)
+
+    def _forgotten(self, machine: int, adapter: int) -> list[ToUser]:
+        waiting = self._leaving.get(adapter, deque())
+        for unanswered in waiting:
+            if machine in unanswered:
+                unanswered.remove(machine)
+                break
+        answers: list[ToUser] = []
+        while waiting and not waiting[0]:
+            waiting.popleft()
+            answers.append(Forgotten(adapter))
+        if not waiting:
+            self._leaving.pop(adapter, None)
+        return answers
+
+    def _sum(self) -> list[ToUser]:
+        """What the machines hold together: bytes add up, adapters are the same ones."""
+        known = [totals for totals in self._totals if totals is not None]
+        limits = [totals.bytes_limit for totals in known]
+        adapters = [t.adapters_limit for t in known if t.adapters_limit is not None]
+        return [
+            Totals(
+                bytes=sum(totals.bytes for totals in known),
+                adapters=max(totals.adapters for totals in known),
+                bytes_limit=None if None in limits else sum(n for n in limits if n is not None),
+                adapters_limit=min(adapters, default=None),
+            )
+        ]
+
+    def _start_over(self, machine: int) -> list[ToUser]:
+        """A machine's store is a new one: no adapter is on all machines any more."""
+        self._totals[machine] = None
+        self._lose(lambda _: True)
+        for ticket, want in self._wants.items():
+            if want.loaded[machine] is not None:
+                want.loaded[machine] = None
+                want.tickets[machine] = self._ask(machine, ticket, want)
+        # Whoever waits for an adapter to be forgotten is answered by the restart itself.
+        self._leaving.clear()
+        return [Restarted()]

@@ -1,0 +1,55 @@
+"""Whom an engine core's adapters talk to: the store, and the engine's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from vllm_multilora.integration.fill_link import Answer
+from vllm_multilora.integration.orders import Order
+from vllm_multilora.store.messages import ToUser
+
+
+class Store(Protocol):
+    """What is asked of the store; `StoreClient` is one. Nothing of it blocks."""
+
+    def want(
+        self,
+        adapter: int,
+        name: str,
+        path: str,
+        *,
+        owners: Sequence[str] = (),
+        most: int | None = None,
+        keep: bool = True,
+        fresh: bool = False,
+    ) -> int:
+        """Asks for an adapter; returns the ticket that the answer names."""
+
+    def share(self, ticket: int, owner: str) -> None:
+        """Another owner waits for what a want has asked for."""
+
+    def cancel(self, ticket: int) -> None:
+        """Takes a want back."""
+
+    def release(self, pack: int) -> None:
+        """Gives the lease on a pack back."""
+
+    def used(self, packs: Sequence[int]) -> None:
+        """Steps use these packs: they are worth keeping."""
+
+    def forget(self, adapter: int) -> None:
+        """The adapter was withdrawn."""
+
+    def poll(self) -> list[ToUser]:
+        """What the store has said since."""
+
+
+class Workers(Protocol):
+    """The engine's workers."""
+
+    def send(self, orders: list[Order]) -> None:
+        """Has all workers begin with orders, after the steps that they have."""
+
+    def poll(self) -> list[tuple[int, Answer]]:
+        """What workers have answered since, each with its rank."""

@@ -1,0 +1,121 @@
+"""Keys of cached prefixes: the digest of the weights that compute them, and nothing else of theirs.
+
+vLLM hashes a request's blocks with the adapter's name and path. Here the adapter's part of such a
+key is the digest of its weights, so that the same weights have the same keys under every name, on
+every server and after every restart, and other weights have others. KV connectors and offloading
+that go by vLLM's block hashes inherit that. So does the encoder cache, where adapters change what
+a tower makes of an image (`enable_tower_connector_lora`): its keys get the digest too.
+
+Hashes are computed when a request arrives, if its adapter's weights are known by then, and else
+when it has its turn: a request that is held back for its adapter has none until then. Before it
+runs, its keys are compared with the weights in the slot, and made anew where these are others by
+now.
+
+What an activated adapter leaves to the base model is the base model's: blocks that end before the
+adapter begins to act are keyed as those of requests without adapter, and shared with them and with
+those of all other activated adapters. The block in which it begins has in its key where, besides
+the digest: the same tokens may invoke it here or there, depending on what follows. All later blocks
+inherit that.
+
+The base model is in none of vLLM's keys; servers that share a KV store serve one base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.request import RequestStatus
+
+from vllm_multilora.integration.activated import start_of
+from vllm_multilora.integration.attached import HASHER, VERSION
+from vllm_multilora.integration.engine import activation
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+def withhold(request: Request, hasher: Callable[[Any], list[Any]] | None) -> None:
+    """Keeps the hasher of a request that was made without one, until it gets its keys."""
+    HASHER.set(request, hasher)
+
+
+def set_version(request: Request, digest: str) -> bool:
+    """Gives a request the keys of the weights that it is to run on.
+
+    Args:
+        request: One with an adapter, which its prompt invokes (`activation.is_invoked`).
+        digest: Of the adapter's weights.
+
+    Returns:
+        Whether it may run on them: not where it holds what other weights have computed.
+    """
+    known = VERSION.get(request)
+    if known == digest:
+        return True
+    if known is not None and _holds_results(request):
+        return False
+    VERSION.set(request, digest)
+    activation.activate(request, digest)
+    request.mm_features = [
+        replace(feature, identifier=f"{digest}:{feature.mm_hash}")
+        if _depends_on_adapter(feature)
+        else feature
+        for feature in request.mm_features
+    ]
+    _hash_again(request)
+    return True
+
+
+def use_stock_keys(request: Request) -> None:
+    """Gives a request vLLM's own keys: its adapter is loaded by vLLM itself."""
+    if HASHER.is_set(request):
+        _hash_again(request)
+
+
+def _holds_results(request: Request) -> bool:
+    # A worker that has run a request may remember its images by their keys.
+    has_run = request.status is RequestStatus.PREEMPTED
+    return bool(request.num_computed_tokens) or (
+        has_run and any(map(_depends_on_adapter, request.mm_features))
+    )
+
+
+def _depends_on_adapter(feature: Any) -> bool:
+    """Whether adapters change what a tower makes of an image: its key is not its hash alone."""
+    return feature.mm_hash is not None and feature.identifier != feature.mm_hash
+
+
+def _hash_again(request: Request) -> None:
+    request.block_hashes.clear()
+    request._block_hasher = HASHER.get(request)
+    request.update_block_hashes()
+
+
+def lora_hash_keys(original: Callable[..., list[Any]], request: Any) -> list[Any]:
+    digest = VERSION.get(request)
+    if digest is None:
+        return original(request)
+    # Where it begins tells requests apart whose blocks nobody looks at singly.
+    start = start_of(request.lora_request)
+    return [("lora", digest, start)] if start else [("lora", digest)]
+
+
+def block_hash_keys(
+    original: Callable[..., tuple[tuple[Any, ...] | None, int]],
+    request: Any,
+    start_token_idx: int,
+    end_token_idx: int,
+    start_mm_idx: int,
+) -> tuple[tuple[Any, ...] | None, int]:
+    keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+    acts_from = start_of(request.lora_request)
+    if not acts_from or not keys:
+        return keys, next_mm_idx
+    (kind, digest, _), *others = keys  # the adapter's is the first
+    if start_token_idx >= acts_from:
+        return ((kind, digest), *others), next_mm_idx
+    if end_token_idx > acts_from:
+        return ((kind, digest, acts_from - start_token_idx), *others), next_mm_idx
+    return tuple(others) or None, next_mm_idx

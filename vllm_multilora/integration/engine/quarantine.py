@@ -1,0 +1,120 @@
+"""Adapters whose numbers were not finite in use.
+
+A checkpoint may pass every check and still overflow with some prompt. Numbers that are not finite
+reach the logits of the step that makes them, where vLLM counts them, behind captured graphs and in
+both model runners (`kv_blocks.start` switches that on; `worker.sampling` has it count by request
+where tokens are drafted); what pooling models answer is looked at here. The adapter's requests end,
+and no others are let in until it has other weights, or these were registered anew.
+What they leave in the KV cache is read by nobody, see `kv_blocks`.
+
+What the base model makes of a prompt by itself is no adapter's fault: once it has made numbers that
+are not finite for a request without adapter, nobody is quarantined any more, and the log says so.
+Nor is what a client has computed (embeddings in a prompt's place, images): such requests are not
+looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_multilora.failures import FailureKind, LoadFailure
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from vllm_multilora.store.messages import PackInfo
+
+logger = logging.getLogger(__name__)
+
+
+_MOST_REMEMBERED = 4096
+
+
+class Quarantine:
+    """Which weights must not be used; for the engine core's main thread.
+
+    They are told apart by their digest: under another name they are the same.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[str, None] = {}
+        self._is_base_unsound = False
+
+    def failure(self, pack: PackInfo | None) -> LoadFailure | None:
+        """Why a version of an adapter must not be used; None if it may."""
+        return _FAILURE if pack is not None and pack.digest in self._digests else None
+
+    def lift(self, pack: PackInfo | None) -> None:
+        """These weights may be tried again: somebody has registered them anew."""
+        if pack is not None:
+            self._digests.pop(pack.digest, None)
+
+    def look(
+        self, output: Any, requests: dict[str, Request], pack_of: Callable[[int], PackInfo | None]
+    ) -> dict[int, LoadFailure]:
+        """Looks for numbers that are not finite in what a step has computed.
+
+        Args:
+            output: vLLM's `ModelRunnerOutput`.
+            requests: vLLM's, by id.
+            pack_of: The version of an adapter that its requests run on.
+
+        Returns:
+            The adapters that are quarantined for it from now on, and why.
+        """
+        guilty = {}
+        for request in map(requests.get, _unsound(output)):
+            if request is None or _brings_numbers(request):
+                continue
+            lora = request.lora_request
+            if lora is not None:
+                guilty[lora.lora_int_id] = lora.lora_name
+            elif not self._is_base_unsound:
+                self._is_base_unsound = True
+                logger.warning(
+                    "The base model itself makes numbers that are not finite: they are no reason "
+                    "to quarantine adapters any more."
+                )
+        if self._is_base_unsound:
+            return {}
+        for adapter_id, name in guilty.items():
+            pack = pack_of(adapter_id)
+            if pack is not None and pack.digest not in self._digests:
+                logger.warning(
+                    "Adapter %r is quarantined: its numbers are not finite in use.", name
+                )
+                self._digests[pack.digest] = None
+                if len(self._digests) > _MOST_REMEMBERED:
+                    del self._digests[next(iter(self._digests))]
+        return dict.fromkeys(guilty, _FAILURE)
+
+
+def _brings_numbers(request: Request) -> bool:
+    """Whether a client has sent numbers of its own, which may be anything, in a prompt's place.
+
+    With those it could put anybody's adapter out of service, or have nobody's put out any more.
+    """
+    return getattr(request, "prompt_embeds", None) is not None or bool(
+        getattr(request, "mm_features", None)
+    )
+
+
+_FAILURE = LoadFailure(
+    FailureKind.QUARANTINED,
+    "quarantined: with a request it made numbers that are not finite (NaN), as weights do that "
+    "overflow; load a version with sound weights",
+)
+
+
+def _unsound(output: Any) -> Iterable[str]:
+    """The requests of a step for which something is not finite."""
+    counts = getattr(output, "num_nans_in_logits", None) or {}
+    yield from (request_id for request_id, count in counts.items() if count)
+    pooled = getattr(output, "pooler_output", None) or ()
+    for request_id, result in zip(output.req_ids, pooled, strict=False) if pooled else ():
+        if isinstance(result, torch.Tensor) and not torch.isfinite(result).all():
+            yield request_id

@@ -1,0 +1,185 @@
+"""Which adapters an engine core knows, and who is told when one has been checked."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.engine.entries import Entries, Entry
+from vllm_multilora.integration.engine.orders_under_way import OrdersUnderWay
+from vllm_multilora.integration.engine.wants import Wants
+from vllm_multilora.integration.failures import AdapterRefusedError
+from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.states import AdapterState
+from vllm_multilora.store.messages import Loaded
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.engine.observer import AdapterObserver
+
+
+MOST_KNOWN = 65_536
+"""Adapters above which those that are nowhere and that nobody waits for are forgotten."""
+
+_TRIES = 64  # for each new adapter; those that cannot be forgotten go to the end of the line
+
+
+class Registrations:
+    """The known adapters, and those who are told when one has been checked.
+
+    Args:
+        wants: Has the store check.
+        orders: Has workers check what vLLM fills in itself.
+        slots: Know which adapters are pinned.
+        observer: Told of everything that is counted or shown.
+
+    Attributes:
+        known: The adapters.
+    """
+
+    def __init__(
+        self,
+        wants: Wants,
+        orders: OrdersUnderWay,
+        slots: SlotAssignment,
+        observer: AdapterObserver,
+    ) -> None:
+        self.known = Entries()
+        self._wants = wants
+        self._orders = orders
+        self._slots = slots
+        self._observer = observer
+
+    def clash(self, request: LoRARequest) -> LoadFailure | None:
+        """Why a request's adapter cannot have its number: another one's requests use it."""
+        entry = self.known.find(request.lora_int_id)
+        if entry is None or not entry.is_wanted:
+            return None
+        if entry.request.lora_path == request.lora_path:
+            return None
+        return LoadFailure(
+            FailureKind.INVALID,
+            f"its number {entry.number} is that of adapter {entry.request.lora_name!r}, whose "
+            "requests have not ended: give every adapter a number of its own",
+        )
+
+    def find(self, request: LoRARequest) -> Entry:
+        """What is known of a request's adapter; another path under its number is another one."""
+        entry = self.known.find(request.lora_int_id)
+        if entry is not None and entry.request.lora_path != request.lora_path:
+            self.withdraw(entry)
+            entry = None
+        if entry is None:
+            self._make_room()
+            entry = Entry(request)
+            self.known.add(entry)
+            self._observer.known(request)
+            if self._slots.pins.note(request.lora_int_id, request.lora_name):
+                self._observer.pinned(self._slots.pins.adapters)
+        entry.request = request
+        self.known.asked_for(entry)
+        return entry
+
+    def withdraw(self, entry: Entry) -> Future[bool]:
+        """Forgets an adapter, here and in the store; done when nothing of it is left there."""
+        gone = self._wants.withdraw(entry)
+        self._forget(entry)
+        self._refuse(entry, LoadFailure(FailureKind.GONE, "it was removed meanwhile"), [])
+        return gone
+
+    def _make_room(self) -> None:
+        """Forgets adapters that are only known by name; the store is not told to."""
+        if len(self.known) < MOST_KNOWN:
+            return
+        for entry in list(itertools.islice(self.known, _TRIES)):
+            if len(self.known) < MOST_KNOWN:
+                return
+            if entry.is_idle(self._slots):
+                self._forget(entry)
+            else:
+                self.known.asked_for(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        self.known.remove(entry)
+        self._slots.clear(entry.number)
+        self._observer.forgotten(entry.request)
+
+    def register(self, entry: Entry, *, fresh: bool) -> Future[bool]:
+        """Has an adapter checked, unless it is there; `fresh`: even then.
+
+        Returns:
+            Done when it can be served; holds an `AdapterRefusedError` if it cannot.
+        """
+        future: Future[bool] = Future()
+        entry.registrations.append(future)
+        entry.failure = None
+        is_there = entry.state(self._slots) in (AdapterState.HOST, AdapterState.SLOT)
+        if fresh or not (entry.is_being_checked or is_there):
+            self._wants.check(entry, keep=False, fresh=fresh)
+        return future
+
+    def pin(self, entry: Entry) -> Future[bool]:
+        """Keeps an adapter in its slot once it has one; done when it can be served.
+
+        Raises:
+            PinLimitError: All slots but one are pinned already.
+        """
+        self._slots.pins.pin(entry.number)
+        self._observer.pinned(self._slots.pins.adapters)
+
+        def unpin_what_failed(done: Future[bool]) -> None:
+            if done.exception() is not None:
+                self._slots.pins.unpin(entry.number)
+                self._observer.pinned(self._slots.pins.adapters)
+
+        future: Future[bool] = Future()
+        future.add_done_callback(unpin_what_failed)
+        entry.registrations.append(future)
+        return future
+
+    def ask_workers(self, entry: Entry, message: Loaded) -> bool:
+        """Has workers check what vLLM fills in itself, if there is any; whether that is under way.
+
+        Until then the version before serves. An adapter that found no room is not checked further:
+        its shapes were, by the store.
+        """
+        pack = message.pack
+        if not pack.has_special or not pack.pack or entry.is_in_slot(self._slots, pack.digest):
+            return False
+        if message.leased:
+            self._orders.check(entry, pack)
+        else:
+            self._wants.check(entry, keep=True, fresh=False)
+        return True
+
+    def succeed(self, entry: Entry) -> None:
+        """An adapter has been checked, and can be served."""
+        registrations, entry.registrations = entry.registrations, []
+        for future in registrations:
+            future.set_result(True)
+        if registrations and entry.number in self._slots.pins and entry.is_leased:
+            self._orders.bring(entry)
+
+    def fail(self, entry: Entry, problems: list[dict[str, Any]]) -> None:
+        """An adapter has failed: so have its registrations, and the version before serves on.
+
+        One that was never served is not known any more.
+        """
+        assert entry.failure is not None
+        if not self._refuse(entry, entry.failure, problems):
+            return
+        if entry.pack is not None:
+            entry.failure = None
+        elif not entry.is_wanted:
+            self.withdraw(entry)
+
+    def _refuse(self, entry: Entry, failure: LoadFailure, problems: list[dict[str, Any]]) -> bool:
+        """Whether there were registrations to refuse."""
+        registrations, entry.registrations = entry.registrations, []
+        error = AdapterRefusedError(entry.number, failure, problems)
+        for future in registrations:
+            future.set_exception(error)
+        return bool(registrations)

@@ -1,0 +1,343 @@
+"""The scheduler's part: requests run when their adapter is in its slot, or fail alone.
+
+vLLM schedules up to `max_loras` different adapters in a step, whichever they are, and leaves it to
+the model step to load what is missing. The mixin, over whichever scheduler class vLLM chose,
+
+- holds a request back until its adapter was read, has its turn for a slot, and is in it on every
+  rank: no step contains a load or a copy;
+- ends the requests of an adapter that cannot be had, with the reason, and no others;
+- leaves pinned adapters their slots, and has the other adapters take turns.
+
+A request that is held back stays where it is in vLLM's waiting queue, as one does that waits for
+its grammar to be compiled: order, priorities, preemption and aborts are vLLM's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_multilora.integration.engine import activation, prefix_keys
+from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
+from vllm_multilora.integration.engine.users import AdapterUsers
+from vllm_multilora.integration.engine.versions import Announcements
+from vllm_multilora.integration.failures import (
+    replaced_stop_reason,
+    to_stop_reason,
+    uninvoked_stop_reason,
+    unloaded_stop_reason,
+)
+from vllm_multilora.integration.metrics import engine_recorder
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.tenant_of_request import tenant_of
+from vllm_multilora.metrics.request_metrics import RequestMetrics
+from vllm_multilora.slots.turns import SlotTurns
+from vllm_multilora.states import AdapterState
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.engine.adapters import EngineAdapters
+    from vllm_multilora.store.messages import PackInfo
+
+_IDLE_S = 0.001
+_AT_HAND = (AdapterState.HOST, AdapterState.SLOT)
+_COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+_HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """An adapter on its way out: when its requests are ended, and what is done then."""
+
+    lora_id: int
+    deadline: float
+    limit_s: float
+    then: Callable[[], None]
+
+
+class AdapterAwareMixin:
+    """A scheduler that knows which adapters are ready and who has slots.
+
+    Attributes:
+        adapter_requests: Requests accepted so far by adapter, until it is removed.
+        recorder: Records the engine core's metrics; None where they are off.
+        request_metrics: Those of requests; None likewise.
+    """
+
+    if TYPE_CHECKING:
+        running: list[Request]
+        requests: dict[str, Request]
+
+    def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
+        self._adapters: EngineAdapters | None = None
+        self._slots: int = vllm_config.lora_config.max_loras
+        self._turns = SlotTurns()
+        self._quarantines = settings_of(vllm_config).quarantine
+        self._failing: dict[str, str] = {}  # by request: its stop reason
+        self._leaving: list[_Leaving] = []
+        self._is_holding = False
+        self.adapter_requests: Counter[int] = Counter()
+        self._users = AdapterUsers()
+        self.recorder = engine_recorder(vllm_config)
+        self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
+        # Adapters that have their turn and are on their way into a slot.
+        self._placing: set[int] = set()
+        self._freed = FreedBlocks()
+        self._versions = Announcements()
+
+    # What the engine core tells
+
+    def attach_adapters(self, adapters: EngineAdapters) -> None:
+        """From now on requests wait for their adapters."""
+        self._adapters = adapters
+
+    def retire_adapter(self, lora_id: int, limit_s: float, then: Callable[[], None]) -> None:
+        """Calls `then` once no request uses an adapter.
+
+        Args:
+            lora_id: The adapter; nobody sends requests for it any more.
+            limit_s: Seconds after which requests that still use it are ended.
+            then: Called between two steps, perhaps at once.
+        """
+        self._leaving.append(_Leaving(lora_id, time.monotonic() + limit_s, limit_s, then))
+        self._retire()
+
+    def _retire(self) -> None:
+        if not self._leaving:
+            return
+        leaving, self._leaving = self._leaving, []
+        for each in leaving:
+            if not self._users[each.lora_id]:
+                self.adapter_requests.pop(each.lora_id, None)
+                each.then()
+                continue
+            self._leaving.append(each)
+            if time.monotonic() > each.deadline:
+                for request in self.requests.values():
+                    lora = request.lora_request
+                    if lora and lora.lora_int_id == each.lora_id:
+                        reason = unloaded_stop_reason(lora, each.limit_s)
+                        self._failing[request.request_id] = reason
+
+    # What vLLM calls
+
+    def add_request(self, request: Request) -> None:
+        """Takes a request in, and has its adapter loaded if it is not there."""
+        is_new = request.request_id not in self.requests  # else: more input for one
+        super().add_request(request)  # type: ignore[misc]
+        lora = request.lora_request
+        if lora is None:
+            return
+        adapters, lora_id = self._adapters, lora.lora_int_id
+        is_ready = adapters is None or adapters.state(lora_id) in _AT_HAND
+        if is_new:
+            self._users.come(lora)
+            self.adapter_requests[lora_id] += 1
+            if self.request_metrics is not None:
+                self.request_metrics.accept(
+                    request.request_id, lora_id, lora.lora_name, is_ready=is_ready
+                )
+        if adapters is None:
+            prefix_keys.use_stock_keys(request)
+        elif (failure := adapters.want(lora, tenant_of(request))) is not None:
+            self._failing[request.request_id] = to_stop_reason(failure, lora)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._note_freed(request)
+        return super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _note_freed(self, request: Request) -> None:
+        if (adapter := _number_of(request)) is not None:
+            self._freed.note(adapter, self._blocks_of(request))
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._note_freed(request)
+        freed = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        if request.lora_request is not None:
+            lora_id = request.lora_request.lora_int_id
+            if self.request_metrics is not None:
+                self.request_metrics.finish(request.request_id, lora_id)
+            if self._users.leave(lora_id):
+                self._turns.forget(lora_id)
+                if self._adapters is not None:
+                    self._adapters.drop(lora_id)
+        return freed
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Schedules a step."""
+        self._retire()
+        adapters = self._adapters
+        if adapters is None:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        adapters.poll()
+        self._pause_unfilled(adapters)
+        pins = adapters.slots.pins
+        active = {i for i in _adapters_of(self.running) if i not in pins}
+        slots = max(1, self._slots - pins.places)
+        self._turns.begin_step(active, slots, self._placing - active, self._slot_order())
+        self._placing.clear()
+        self._is_holding = False
+        self._freed.step()
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        computes = output.total_num_scheduled_tokens > 0
+        adapters.running(_adapters_of(self.running), computes=computes)
+        if self._is_holding and not computes and not self._failing:
+            # Nothing to do until an adapter has arrived: do not ask the workers for empty steps
+            # as fast as they can answer.
+            time.sleep(_IDLE_S)
+        return output
+
+    def _slot_order(self) -> Callable[[int], float] | None:
+        """By what overdue adapters get slots; None: by how long they have waited."""
+        return None
+
+    def _waits_for_slot(self, request: Request) -> bool:
+        """Whether a request that was just held back lacks nothing but a slot for its adapter."""
+        lora, adapters = request.lora_request, self._adapters
+        if lora is None or adapters is None or request.status not in _COULD_RUN:
+            return False
+        number = lora.lora_int_id
+        return self._turns.keeps_waiting(number) or adapters.state(number) in _AT_HAND
+
+    def _pause_unfilled(self, adapters: EngineAdapters) -> None:
+        """Takes requests back whose adapters have lost their slots (sleep) while they ran."""
+        unfilled = adapters.unfilled
+        for request in [r for r in self.running if _number_of(r) in unfilled] if unfilled else ():
+            assert request.lora_request is not None
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
+            adapters.want(request.lora_request, tenant_of(request), resumes=True)
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        # In this order: a request that waits for its grammar, say, must not take a slot meanwhile.
+        return super()._handle_blocked_waiting_request(request) and self._may_run(request)  # type: ignore[misc]
+
+    def _may_run(self, request: Request) -> bool:
+        lora, adapters = request.lora_request, self._adapters
+        if lora is None or adapters is None:
+            return True
+        if request.request_id in self._failing:
+            return False
+        if adapters.asks_late:
+            # Nothing is loaded, with everybody waiting, for a request that has no slot yet.
+            has_come = self._has_turn(lora, adapters) and self._is_ready(lora, request, adapters)
+        else:
+            has_come = self._is_ready(lora, request, adapters) and self._has_turn(lora, adapters)
+        if not has_come:
+            return False
+        lora_id = lora.lora_int_id
+        if adapters.bring(lora_id):
+            return self._may_run_on(request, lora, adapters.version(lora_id))
+        self._is_holding = True
+        if lora_id not in adapters.slots.pins:
+            self._placing.add(lora_id)
+        return False
+
+    def _may_run_on(self, request: Request, lora: LoRARequest, version: PackInfo | None) -> bool:
+        assert version is not None
+        if prefix_keys.set_version(request, version.digest):
+            self._versions.announce(request, version.digest)
+            return True
+        self._failing[request.request_id] = replaced_stop_reason(lora)
+        return False
+
+    def _has_turn(self, lora: LoRARequest, adapters: EngineAdapters) -> bool:
+        return lora.lora_int_id in adapters.slots.pins or self._turns.admit(lora.lora_int_id)
+
+    def _is_ready(self, lora: LoRARequest, request: Request, adapters: EngineAdapters) -> bool:
+        # One that has run already was not waiting for the reload that may have failed since.
+        reload = lora.load_inplace and request.status is not RequestStatus.PREEMPTED
+        if adapters.is_ready(lora.lora_int_id, reload=reload):
+            version = adapters.version(lora.lora_int_id)
+            assert version is not None
+            if activation.is_invoked(request, version):
+                return True
+            reason = uninvoked_stop_reason(lora, version.invocation_tokens)
+            self._failing[request.request_id] = reason
+            return False
+        self._turns.forget(lora.lora_int_id)  # no slot is kept for what cannot use it
+        failure = adapters.failure(lora.lora_int_id, reload=reload)
+        if failure is not None:
+            self._failing[request.request_id] = to_stop_reason(failure, lora)
+        else:
+            self._is_holding = True
+        return False
+
+    def update_from_output(
+        self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Takes in a step's results; requests whose adapter has failed end without them."""
+        failed = self._end_failed(model_runner_output)
+        outputs = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output, *args, **kwargs
+        )
+        self._versions.step()
+        for client, output in failed:
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
+        self._retire()  # the engine may be idle from now on
+        return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """VLLM's statistics, with the adapters whose requests run and wait."""
+        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        if stats is not None:
+            self._users.tell(stats, self.running)
+        return stats
+
+    def _end_failed(self, output: Any) -> list[tuple[int, EngineCoreOutput]]:
+        """Ends requests whose adapter cannot be had, waiting ones and running ones."""
+        adapters = self._adapters
+        if adapters is None:
+            return []
+        adapters.poll()
+        failing, self._failing = self._failing, {}
+        lost = adapters.take_lost()
+        if self._quarantines:
+            lost |= adapters.take_quarantined(output, self.requests)
+        # A worker was without an adapter, or its numbers are not finite. What its requests have of
+        # this step, and of one that is under way, is thrown away, cached blocks included.
+        bad_blocks = self._freed.of(lost.keys())
+        for request in self.requests.values() if lost else ():
+            lora = request.lora_request
+            if request.status in _HAS_RUN and lora is not None and lora.lora_int_id in lost:
+                failing[request.request_id] = to_stop_reason(lost[lora.lora_int_id], lora)
+                bad_blocks |= self._blocks_of(request)
+        if bad_blocks:
+            self.kv_cache_manager.evict_blocks(bad_blocks)  # type: ignore[attr-defined]
+        if not failing:
+            return []
+        ended = self.finish_requests(  # type: ignore[attr-defined]
+            set(failing), RequestStatus.FINISHED_ERROR
+        )
+        return [(r.client_index, _last_output(r, failing[r.request_id])) for r in ended]
+
+    def _blocks_of(self, request: Request) -> set[int]:
+        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
+        return {block for group in manager.get_block_ids(request.request_id) for block in group}
+
+
+def _number_of(request: Request) -> int | None:
+    return request.lora_request.lora_int_id if request.lora_request else None
+
+
+def _adapters_of(requests: Iterable[Request]) -> frozenset[int]:
+    return frozenset(r.lora_request.lora_int_id for r in requests if r.lora_request)
+
+
+def _last_output(request: Request, stop_reason: str) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        stop_reason=stop_reason,
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+    )

@@ -1,0 +1,56 @@
+"""Who uses an engine core's adapters: requests that have not ended, by adapter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+
+class AdapterUsers:
+    """Unfinished requests, counted by their adapters' numbers; for the main thread."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._names: dict[int, str] = {}
+
+    def __getitem__(self, number: int) -> int:
+        return self._counts[number]
+
+    def come(self, lora: LoRARequest) -> None:
+        """A request was taken in."""
+        self._counts[lora.lora_int_id] += 1
+        self._names[lora.lora_int_id] = lora.lora_name
+
+    def leave(self, number: int) -> bool:
+        """A request has ended; whether it was the adapter's last one."""
+        self._counts[number] -= 1
+        if self._counts[number]:
+            return False
+        del self._counts[number], self._names[number]
+        return True
+
+    def tell(self, stats: Any, running: Iterable[Request]) -> None:
+        """Says in vLLM's statistics which adapters have requests that run, and that wait.
+
+        A request waits for whatever it cannot run without: a load, a slot, a turn, memory.
+
+        Args:
+            stats: vLLM's `SchedulerStats`.
+            running: The running requests.
+        """
+        if not self._counts:
+            return
+        runs = Counter(r.lora_request.lora_int_id for r in running if r.lora_request)
+        for number, count in self._counts.items():
+            name = self._names[number]
+            for numbers, names in (
+                (runs[number], stats.running_lora_adapters),
+                (count - runs[number], stats.waiting_lora_adapters),
+            ):
+                if numbers > 0:
+                    names[name] = names.get(name, 0) + numbers

@@ -1,0 +1,46 @@
+"""How an engine core tells API servers which version of its adapter a request runs on.
+
+Once, with the request's first output, by a field of vLLM's that is carried through unread: an
+engine's outputs have no room for a plugin's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+_KEY = "x-multilora-version"
+
+
+class Announcements:
+    """The requests whose version is still to be told; for the engine core's main thread."""
+
+    def __init__(self) -> None:
+        self._untold: list[Request] = []
+
+    def announce(self, request: Request, digest: str) -> None:
+        """A request begins to run on a version of its adapter."""
+        if version_in(request.trace_headers) is None:
+            self._untold.append(request)
+        request.trace_headers = {**(request.trace_headers or {}), _KEY: digest}
+
+    def step(self) -> None:
+        """A step's outputs have been made: what has had one is told."""
+        if self._untold:
+            self._untold = [request for request in self._untold if not _told(request)]
+
+
+def _told(request: Request) -> bool:
+    if not (request.num_output_tokens or request.is_finished()):
+        return False
+    headers = {key: value for key, value in (request.trace_headers or {}).items() if key != _KEY}
+    request.trace_headers = headers or None
+    return True
+
+
+def version_in(headers: Mapping[str, str] | None) -> str | None:
+    """The digest that an output tells; None if it tells none."""
+    return None if headers is None else headers.get(_KEY)

@@ -1,0 +1,166 @@
+"""What a base model costs on one worker, found without its weights, a GPU or an engine.
+
+vLLM's own layers allocate their slots on the meta device. That is done for one slot and for two,
+and for every rank: a further slot always adds the same, which is not so for ranks (fully sharded
+layers split them, tables have none).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.vllm import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
+
+from multilora_kernels.dtypes import of_torch
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.integration.offline.model import (
+    ALLOWED_RANKS,
+    BaseModelError,
+    Server,
+    offline_manager,
+)
+from vllm_multilora.integration.patching.activation import kernel_backend
+from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+from vllm_multilora.integration.worker.layout import RunningLayout, is_ranked, running_layout
+from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
+from vllm_multilora.planning.base_model import BaseModel
+from vllm_multilora.planning.kv_cache import KvCache
+from vllm_multilora.planning.slot_memory import LayerMemory, SlotMemory
+
+if TYPE_CHECKING:
+    from vllm.lora.model_manager import LoRAModelManager
+
+_RANK_TABLE_BYTES = 2 * torch.int32.itemsize  # a shrink rank and an expand rank
+
+
+def offline_costs(server: Server) -> BaseModel:
+    """What the first worker of a server would allocate.
+
+    Args:
+        server: Its settings; `max_loras` does not matter.
+
+    Raises:
+        BaseModelError: vLLM does not take the model or a setting, or has no LoRA for the model.
+    """
+    config = server.vllm_config()
+    lora_config: Any = config.lora_config
+    model_config: Any = config.model_config
+    workers = server.tensor_parallel_size
+    sharing = workers if server.fully_sharded_loras else 1
+    with offline_manager(config) as manager:
+        if not manager.modules:
+            wanted = " ".join(server.lora_target_modules or ())
+            raise BaseModelError(
+                f"the base model {server.model} has no layer for --lora-target-modules {wanted}: "
+                f"expected some of {', '.join(sorted(manager.supported_lora_modules))}"
+            )
+        model: torch.nn.Module = manager.model
+        weights = [*model.parameters(), *model.buffers()]
+        by_rank: dict[int, SlotMemory] = {}
+        layouts: dict[int, ModelLayout] = {}
+        for rank in ALLOWED_RANKS:
+            if rank % sharing == 0:
+                by_rank[rank], layouts[rank] = _slots_of_rank(manager, config, rank)
+        return BaseModel(
+            name=server.model,
+            architecture=type(model).__name__,
+            dtype=of_torch(model_config.dtype).name,
+            lora_dtype=of_torch(lora_config.lora_dtype).name,
+            tensor_parallel_size=workers,
+            fully_sharded=server.fully_sharded_loras,
+            weight_bytes=sum(tensor.nbytes for tensor in weights),
+            utilization=config.cache_config.gpu_memory_utilization,
+            kv_cache=_kv_cache(config),
+            by_rank=by_rank,
+            layouts=layouts,
+        )
+
+
+def _slots_of_rank(
+    manager: LoRAModelManager, config: VllmConfig, rank: int
+) -> tuple[SlotMemory, ModelLayout]:
+    two = _allocate(manager, 2, rank)
+    wrapper_of_two = _wrapper_bytes(manager, config)
+    one = _allocate(manager, 1, rank)
+    wrapper = _wrapper_bytes(manager, config)
+    found = running_layout(manager, columns_first=False)
+    layers = tuple(
+        LayerMemory(
+            name,
+            tuple(manager.packed_modules.get(name, (name,))),
+            slot_bytes=two[name] - one[name],
+            fixed_bytes=2 * one[name] - two[name],
+        )
+        for name in manager.modules
+    )
+    tables: tuple[LayerMemory, ...] = ()
+    if wrapper:
+        tables = (
+            LayerMemory("true ranks (plugin)", (), _table_rows(found) * _RANK_TABLE_BYTES),
+            LayerMemory(
+                "batch plans (plugin)", (), wrapper_of_two - wrapper, 2 * wrapper - wrapper_of_two
+            ),
+        )
+    dtype: Any = manager.lora_config.lora_dtype
+    special = sum(layer_bytes(layer, dtype) for layer in found.special.values())
+    largest = found.layout.largest_bytes() + special
+    return SlotMemory(rank, layers, tables, largest), found.layout
+
+
+def _allocate(manager: LoRAModelManager, slots: int, rank: int) -> dict[str, int]:
+    """Has every layer allocate its slots anew; the bytes of each."""
+    lora_config: Any = copy.copy(manager.lora_config)
+    lora_config.max_loras, lora_config.max_lora_rank = slots, rank
+    manager.lora_config = lora_config
+    model: Any = manager.model
+    for layer in manager.modules.values():
+        layer.create_lora_weights(slots, lora_config, model.config)
+    return {name: layer_bytes(layer) for name, layer in manager.modules.items()}
+
+
+def _wrapper_bytes(manager: LoRAModelManager, config: VllmConfig) -> int:
+    """Bytes of the plugin's buffers for a step; 0 where vLLM's own kernels would run."""
+    backend = kernel_backend(config)
+    if backend == "vllm":
+        return 0
+    wrapper = MultiLoRAPunicaWrapper(
+        manager.max_num_batched_tokens,
+        manager.max_num_seqs,
+        "cpu",
+        backend=backend,
+        lora_config=manager.lora_config,
+    )
+    return wrapper_bytes(wrapper)
+
+
+def _table_rows(found: RunningLayout) -> int:
+    """Rows of the tables of true ranks."""
+    return len(found.layout.slices) + sum(
+        getattr(layer, "n_slices", 1) for layer in found.special.values() if is_ranked(layer)
+    )
+
+
+def _kv_cache(config: VllmConfig) -> KvCache | None:
+    """What requests take, by the specifications that vLLM's attention layers give."""
+    current_platform.update_block_size_for_backend(config)
+    kind: Any = AttentionLayerBase
+    layers = get_layers_from_vllm_config(config, kind).values()
+    specs = [
+        spec
+        for layer in layers
+        # Layers that read another layer's cache have none of their own.
+        if getattr(layer, "kv_sharing_target_layer_name", None) is None
+        and (spec := layer.get_kv_cache_spec(config)) is not None
+    ]
+    request = sum(spec.max_memory_usage_bytes(config) for spec in specs)
+    if not request:
+        return None
+    model_config: Any = config.model_config
+    length = model_config.max_model_len
+    block = max(spec.block_size for spec in specs)
+    return KvCache(request, -(-length // block) * block, length)

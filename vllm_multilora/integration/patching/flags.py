@@ -1,0 +1,73 @@
+"""The plugin's flags on `vllm serve`, made from the fields of `MultiLoRAConfig`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
+from vllm_multilora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def _destination(name: str) -> str:
+    return f"{CONFIG_KEY}_{name}"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag per setting; a flag that is not given leaves no trace in the arguments."""
+    group = parser.add_argument_group(
+        "vllm-multilora", "Multi-tenant LoRA serving (plugin vllm-multilora)."
+    )
+    for setting in fields(MultiLoRAConfig):
+        options = {key: value for key, value in setting.metadata.items() if key != "flag"}
+        if not options.keys() - {"help"}:
+            options["action"] = argparse.BooleanOptionalAction
+        group.add_argument(
+            setting.metadata["flag"],
+            dest=_destination(setting.name),
+            default=None,
+            **options,
+        )
+
+
+def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
+    """Moves the flags that were given into `additional_config`, over what is there already.
+
+    The arguments' own is changed too: with several API servers vLLM sends the arguments to each,
+    which reads them before it has loaded its plugins.
+
+    Raises:
+        ConfigError: Keys are to guard a server that knows none.
+    """
+    given = {
+        setting.name: value
+        for setting in fields(MultiLoRAConfig)
+        if (value := getattr(args, _destination(setting.name), None)) is not None
+    }
+    if given:
+        additional = dict(engine_args.additional_config or {})
+        additional[CONFIG_KEY] = {**additional.get(CONFIG_KEY, {}), **given}
+        engine_args.additional_config = args.additional_config = additional
+    own = (engine_args.additional_config or {}).get(CONFIG_KEY) or {}
+    if getattr(args, "grpc", False) and {"tenants", "admin_key_file"} & {*own}:
+        raise ConfigError(
+            "--multilora-tenants and --multilora-admin-key-file guard HTTP servers, and --grpc "
+            "starts another one: leave either out"
+        )
+
+
+def add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
+    parser = original(parser)
+    add_flags(parser)
+    return parser
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
+    engine_args = original(cls, args)
+    merge_flags(args, engine_args)
+    return engine_args

@@ -1,0 +1,634 @@
+"""The ledger: every change that this plugin makes to vLLM, in one place.
+
+All patches are put in place when vLLM loads its plugins, in every process, before any setting
+is known; in modules that the process has not imported yet, as soon as it does. Each handler asks
+`activation.py` whether the plugin acts for the engine at hand and otherwise calls vLLM's original,
+so that without LoRA, with `--no-multilora` or with an unsupported vLLM everything runs as if the
+package were not installed.
+"""
+
+from __future__ import annotations
+
+from vllm_multilora.integration.patching.patch import Patch
+
+PUNICA_WRAPPER = Patch(
+    name="punica-wrapper",
+    target="vllm.lora.model_manager:get_punica_wrapper",
+    takes=("*args, **kwargs",),
+    handler="step.punica:get_punica_wrapper",
+    why="The wrapper class is the platform's choice; an out-of-tree wrapper has no way in. "
+    "Returns ours when the plugin is active and has kernels for the platform.",
+    checked=("0.31", "0.33", "0.33/2"),
+    until="vLLM selects punica wrappers through a registry.",
+)
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="flags",
+        target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        takes=("parser",),
+        handler="patching.flags:add_cli_args",
+        why="vLLM has no hook for a plugin's own flags on `vllm serve`; adds the --multilora ones.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM lets plugins add arguments.",
+    ),
+    Patch(
+        name="flag-values",
+        target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        takes=("cls, args",),
+        handler="patching.flags:from_cli_args",
+        why="Unknown flags are dropped there; moves ours into additional_config, which reaches "
+        "every process.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM lets plugins add arguments.",
+    ),
+    Patch(
+        name="settings-check",
+        target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        takes=("self, usage_context=None, headless=False",),
+        handler="server.engine_config:create_engine_config",
+        why="additional_config is not validated by vLLM; a wrong setting must be one clear "
+        "sentence at start-up, for `vllm serve` and `LLM(...)` alike.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM lets plugins validate their part of additional_config.",
+    ),
+    PUNICA_WRAPPER,
+    Patch(
+        name="worker-manager",
+        target="vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
+        takes=("self, vllm_config, device, embedding_modules, lora_model_cls=LoRAModel",),
+        handler="worker.manager:make_worker_manager",
+        why="The manager class is imported by name and not configurable. Ours fills slots as the "
+        "engine core orders and tells the kernels the true rank of every module and slot.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM makes the LoRA manager class configurable.",
+    ),
+    Patch(
+        name="batch-mapping",
+        target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras",
+        takes=(
+            "self, input_batch, num_scheduled_tokens, num_sampled_tokens=None, "
+            "mapping_type=LoRAMappingType.LANGUAGE",
+        ),
+        handler="worker.manager:set_active_loras",
+        why="vLLM spells the batch's adapters out in tuples with one entry per token and walks "
+        "them several times a step. Hands arrays per request to our manager instead.",
+        checked=("0.31", "0.33"),
+        until="vLLM's LoRAMapping holds arrays.",
+    ),
+    Patch(
+        name="prompt-logprobs",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
+        takes=("self, hidden_states, num_scheduled_tokens",),
+        handler="worker.sampling:get_prompt_logprobs",
+        why="vLLM sends a prompt's rows through the output layer with the mapping of the sampled "
+        "rows: on CPUs the engine dies of it, elsewhere lm_head adapters meet the wrong rows. "
+        "Tells our wrapper that the rows are tokens of the step.",
+        checked=("0.31", "0.33"),
+        until="vLLM sets the LoRA mapping for prompt_logprobs.",
+    ),
+    Patch(
+        name="batch-inputs",
+        target="vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs",
+        takes=("self, req_ids, idx_mapping, num_scheduled_tokens",),
+        handler="step.mapping:make_lora_inputs",
+        why="As batch-mapping, for vLLM's second model runner. That one collects a step's "
+        "adapters in a set, in which two versions of an adapter are one: the engine dies after a "
+        "reload with requests in flight. Tells them apart by number. The count by which vLLM "
+        "picks a captured graph still goes by name; our kernels read all adapters from the plan, "
+        "whatever the graph was captured with.",
+        checked=("0.33/2",),
+        until="As batch-mapping.",
+    ),
+    Patch(
+        name="batch-inputs-taken",
+        target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
+        takes=(
+            "self, prompt_lora_mapping, token_lora_mapping, lora_requests, "
+            "mapping_type=LoRAMappingType.LANGUAGE",
+        ),
+        handler="worker.manager:set_active_loras_from_inputs",
+        why="Takes what batch-inputs makes; spells it out for stock managers.",
+        checked=("0.33/2",),
+        until="As batch-mapping.",
+    ),
+    Patch(
+        name="prompt-logprobs-2",
+        target="vllm.v1.worker.gpu.sample.prompt_logprob:"
+        "PromptLogprobsWorker.compute_prompt_logprobs",
+        takes=(
+            "self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, "
+            "prompt_lens",
+        ),
+        handler="worker.model_manager:compute_prompt_scores",
+        why="As prompt-logprobs, for vLLM's second model runner.",
+        checked=("0.33/2",),
+        until="As prompt-logprobs.",
+    ),
+    Patch(
+        name="prompt-scores-2",
+        target="vllm.v1.worker.gpu.sample.prompt_logprob:"
+        "PromptLogprobsWorker.compute_prompt_token_id_logprobs",
+        takes=("self, logits_fn, hidden_states, input_batch, prompt_lens",),
+        handler="worker.model_manager:compute_prompt_scores",
+        why="As prompt-logprobs, for the scores of given tokens.",
+        checked=("0.33/2",),
+        until="As prompt-logprobs.",
+    ),
+    Patch(
+        name="sampled-rows",
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample",
+        takes=("self, hidden_states, input_batch, grammar_output",),
+        handler="worker.sampling:sample",
+        why="vLLM's second model runner maps one row a request to the output layer, though "
+        "speculative decoding samples several, and takes the counts of their NaN for those of "
+        "requests. Tells our wrapper how many, and adds the counts up.",
+        checked=("0.33/2",),
+        until="vLLM's LoRA mapping covers all sampled rows, and its counts go by request.",
+    ),
+    Patch(
+        name="unsound-rows",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
+        takes=(
+            "self, scheduler_output, sampler_output, logits, hidden_states, num_scheduled_tokens",
+        ),
+        handler="worker.sampling:bookkeeping_sync",
+        why="As sampled-rows, for the counts of vLLM's first model runner: with drafted tokens, "
+        "one customer's NaN would be another's.",
+        checked=("0.31", "0.33"),
+        until="As sampled-rows.",
+    ),
+    Patch(
+        name="scheduler-class",
+        target="vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
+        takes=("self",),
+        handler="engine.scheduler_class:get_scheduler_cls",
+        why="vLLM schedules requests whose adapter is not loaded, and the model step loads it "
+        "while everybody waits, or raises and ends the engine; it fills a step with `max_loras` "
+        "adapters whichever slots are pinned, and never frees a slot for an adapter as long as "
+        "others' requests keep coming. It takes requests in the order in which they come: a tenant "
+        "with many long ones stands before all others. See `engine.scheduler` and "
+        "`engine.fair_scheduler`.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM's scheduler knows which adapters are ready and who has slots, and shares its "
+        "steps among tenants.",
+    ),
+    Patch(
+        name="pin",
+        target="vllm.v1.engine.core:EngineCore.pin_lora",
+        takes=("self, lora_id",),
+        handler="engine.core:pin_lora",
+        why="Slots are decided in the engine core, and so are pins.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As scheduler-class.",
+    ),
+    Patch(
+        name="list-loras",
+        target="vllm.v1.engine.core:EngineCore.list_loras",
+        takes=("self",),
+        handler="engine.core:list_loras",
+        why="Workers know only what is in their slots. Adds the adapters in host memory.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As scheduler-class.",
+    ),
+    Patch(
+        name="engine-wake-up",
+        target="vllm.v1.engine.core:EngineCore.wake_up",
+        takes=("self, tags=None",),
+        handler="engine.core:wake_up",
+        why="Sleep mode may discard the slots' memory. Has adapters brought into slots again "
+        "before their requests go on.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM restores adapter slots after a sleep.",
+    ),
+    Patch(
+        name="remove-lora",
+        target="vllm.v1.engine.core:EngineCore.remove_lora",
+        takes=("self, lora_id",),
+        handler="engine.core:remove_lora",
+        why="vLLM takes an adapter away from requests that use it, which then read it again. "
+        "Waits until they have ended, for a limited time.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM's remove_lora waits for running requests.",
+    ),
+    Patch(
+        name="load-route",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+        takes=("self, request, base_model_name=None",),
+        handler="server.registration:load_lora_adapter",
+        why="vLLM answers a bad adapter with HTTP 500 and a reload with a mixture of old and new "
+        "weights. Answers with the right status and all problems, and gives every version a "
+        "number of its own.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM validates adapters at registration and versions reloads.",
+    ),
+    Patch(
+        name="unload-route",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter",
+        takes=("self, request",),
+        handler="server.registration:unload_lora_adapter",
+        why="vLLM forgets the name and keeps slot and memory. Frees them.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM's unload removes the adapter from the workers.",
+    ),
+    Patch(
+        name="server-start",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.init_static_loras",
+        takes=("self",),
+        handler="server.start:init_static_loras",
+        why="vLLM has no hook in an API server that is about to serve; looks at the adapter "
+        "directories and reads the routes there, and puts locks that go when nobody holds them in "
+        "the place of vLLM's, which keeps one for every name that was ever asked for.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM calls plugins when an API server starts.",
+    ),
+    Patch(
+        name="model-names",
+        target="vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+        takes=("self, request",),
+        handler="server.model_names:check_model",
+        why="vLLM's resolvers are asked for names that it does not know, but only where clients "
+        "may load adapters too, and their failures lose status and reason. Asks them in vLLM's "
+        "place, finds adapters of the adapter directories, and answers as a registration would; "
+        "before that, puts an adapter's name in the place of a route's.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM's resolvers work without VLLM_ALLOW_RUNTIME_LORA_UPDATING and may refuse.",
+    ),
+    Patch(
+        name="model-names-pooling",
+        target="vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
+        takes=("self, request",),
+        handler="server.model_names:check_pooling_model",
+        why="As model-names, for embeddings, scores and the like.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As model-names.",
+    ),
+    Patch(
+        name="default-adapters",
+        target="vllm.entrypoints.serve.engine.serving:BaseServing._get_active_default_mm_loras",
+        takes=("self, request",),
+        handler="server.multimodal:active_default_adapter",
+        why="vLLM applies an adapter that is named like a part of a chat message, `text` or "
+        "`image`, to base-model requests that have such a part, whoever has registered it. Does "
+        "so for the operator's `default_mm_loras` alone.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM looks default adapters up in its configuration.",
+    ),
+    Patch(
+        name="encoder-cache-keys",
+        target="vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier",
+        takes=("self, mm_hash, lora_request",),
+        handler="server.multimodal:encoder_output_key",
+        why="As prefix-cache-keys, for the encodings of images and the like, where adapters act "
+        "in their encoders.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM's keys tell versions of an adapter apart.",
+    ),
+    Patch(
+        name="one-look-up",
+        target="vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters",
+        takes=("self, request, supports_default_mm_loras=False",),
+        handler="server.versions:maybe_get_adapters",
+        why="vLLM looks a name up twice, and a reload may come between. Keeps a request to the "
+        "version that its answer's headers name.",
+        checked=("0.31", "0.33"),
+        until="vLLM resolves a model name once.",
+    ),
+    Patch(
+        name="registered-version",
+        target="vllm.v1.engine.async_llm:AsyncLLM.add_lora",
+        takes=("self, lora_request",),
+        handler="server.versions:add_lora",
+        why="Notes the digest that the engine answers a registration with.",
+        checked=("0.31", "0.33"),
+        until="vLLM tells what it has loaded.",
+    ),
+    Patch(
+        name="meter-end",
+        target="vllm.v1.engine.output_processor:OutputProcessor._finish_request",
+        takes=("self, req_state",),
+        handler="server.metering:finish_request",
+        why="As engine-door.",
+        checked=("0.31", "0.33"),
+        until="As engine-door.",
+    ),
+    Patch(
+        name="trace-request",
+        target="vllm.v1.engine.output_processor:OutputProcessor.do_tracing",
+        takes=("self, engine_core_output, req_state, iteration_stats",),
+        handler="server.tracing:do_tracing",
+        why="A request's span says nothing of its adapter; finds out what it is to say.",
+        checked=(),
+        until="vLLM's spans name adapters, or take a plugin's attributes.",
+    ),
+    Patch(
+        name="trace-attributes",
+        target="vllm.v1.engine.output_processor:instrument_manual",
+        takes=("span_name, start_time, end_time=None, attributes=None, context=None, kind=None",),
+        handler="server.tracing:instrument_manual",
+        why="As trace-request: makes the span, which nobody can add to afterwards.",
+        checked=(),
+        until="As trace-request.",
+    ),
+    Patch(
+        name="meter-abort",
+        target="vllm.v1.engine.output_processor:OutputProcessor.abort_requests",
+        takes=("self, request_ids, internal",),
+        handler="server.metering:abort_requests",
+        why="As engine-door.",
+        checked=("0.31", "0.33"),
+        until="As engine-door.",
+    ),
+    Patch(
+        name="meter-beams",
+        target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
+        takes=(
+            "self, prompt, request_id, params, lora_request=None, trace_headers=None, "
+            "session_id=None",
+            "self, prompt, request_id, params, lora_request=None, trace_headers=None, "
+            "session_id=None, priority=0",
+        ),
+        handler="server.metering:beam_search",
+        why="A beam search is many requests to the engine. Counts it as what its answer says.",
+        checked=(),
+        until="As engine-door.",
+    ),
+    Patch(
+        name="offline-beams",
+        target="vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
+        takes=(
+            "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None",
+            "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None, "
+            "priority=None",
+        ),
+        handler="failures:beam_search",
+        why="A search whose adapter has failed ends all of the call with an IndexError. Has it end "
+        "with a sequence that says why.",
+        checked=("0.31", "0.33"),
+        until="vLLM's beam search looks at its requests' finish reasons.",
+    ),
+    Patch(
+        name="waiting-adapters",
+        target="vllm.v1.engine.output_processor:OutputProcessor.update_scheduler_stats",
+        takes=("self, scheduler_stats",),
+        handler="server.metering:update_scheduler_stats",
+        why="vllm:lora_requests_info never names an adapter whose requests wait, since an API "
+        "server hears of a request with its first output, and names adapters that have none. "
+        "Leaves it at what the engine core has said.",
+        checked=("0.31", "0.33"),
+        until="vLLM's scheduler says which adapters have waiting requests.",
+    ),
+    Patch(
+        name="models-list",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
+        takes=("self",),
+        handler="server.routes:show_available_models",
+        why="Lists the routes beside the adapters, and the adapters' digests.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM has model aliases that lead to adapters.",
+    ),
+    Patch(
+        name="registration-names",
+        target="vllm.entrypoints.openai.models.serving:"
+        "OpenAIServingModels._check_load_lora_adapter_request",
+        takes=("self, request",),
+        handler="server.routes:check_load_request",
+        why="Refuses to register an adapter under a route's name, where it could not be reached.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As models-list.",
+    ),
+    Patch(
+        name="middleware",
+        target="vllm.entrypoints.launchers.app:init_entrypoints_middleware",
+        takes=("args, app, supported_tasks",),
+        handler="server.http_calls:init_entrypoints_middleware",
+        why="vLLM looks model names up without HTTP at hand. Brings the request's headers to the "
+        "routes, and the adapter and its version into the answer. Looks at keys, where there are "
+        "any: vLLM guards /v1, but not SageMaker's routes, and knows no operators or tenants.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As models-list.",
+    ),
+    Patch(
+        name="sagemaker-model",
+        target="model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:"
+        "InjectToBodyApiTransform.transform_request",
+        takes=("self, raw_request",),
+        handler="server.http_calls:transform_request",
+        why="/invocations puts SageMaker's header in the place of the body's model, even if there "
+        "is none: the base model then answers for an adapter that the body names. Keeps the body's "
+        "model there.",
+        checked=(),
+        until="vLLM's /invocations looks at the body's model.",
+    ),
+    Patch(
+        name="api-key",
+        target="vllm.entrypoints.serve.middleware.authenticate:"
+        "AuthenticationMiddleware.verify_token",
+        takes=("self, headers",),
+        handler="server.access_middleware:verify_token",
+        why="vLLM knows API keys that may do everything. Lets in who has an operator's or a "
+        "tenant's key, which `middleware` has looked at.",
+        checked=("0.31", "0.33"),
+        until="vLLM has keys of several kinds.",
+    ),
+    Patch(
+        name="engine-door",
+        target="vllm.v1.engine.output_processor:OutputProcessor.add_request",
+        takes=("self, request, prompt, parent_req=None, request_index=0, queue=None",),
+        handler="server.engine_door:add_request",
+        why="All requests come by here on their way to the engine, in their client's context. "
+        "Says whose each is, gives it its tenant's salt, refuses what no check of the model's name "
+        "has granted, and follows each prompt to its end: vLLM counts tokens of whole servers.",
+        checked=("0.31", "0.33"),
+        until="vLLM's requests carry who sent them, and it counts tokens by adapter.",
+    ),
+    Patch(
+        name="stored-responses",
+        target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.__init__",
+        takes=(
+            "self, engine_client, models, online_renderer, *, request_logger, chat_template, "
+            "chat_template_content_format, return_tokens_as_token_ids=False, reasoning_parser='', "
+            "enable_auto_tools=False, tool_parser=None, tool_strict_level='auto', "
+            "tool_server=None, enable_prompt_tokens_details=False, "
+            "enable_force_include_usage=False, "
+            "enable_per_request_metrics=False, enable_log_outputs=False, "
+            "default_chat_template_kwargs=None",
+            "self, engine_client, models, online_renderer, *, request_logger, chat_template, "
+            "chat_template_content_format, return_tokens_as_token_ids=False, reasoning_parser='', "
+            "enable_auto_tools=False, tool_parser=None, tool_strict_level=None, "
+            "tool_server=None, enable_prompt_tokens_details=False, "
+            "enable_force_include_usage=False, "
+            "enable_per_request_metrics=False, enable_log_outputs=False, "
+            "default_chat_template_kwargs=None",
+        ),
+        handler="server.stored_responses:init_responses",
+        why="Stored responses are found by whoever has their id. Keeps each tenant's apart.",
+        checked=("0.31", "0.33"),
+        until="As engine-door.",
+    ),
+    Patch(
+        name="lora-ids",
+        target="vllm.v1.worker.gpu.lora_utils:LoraState.__init__",
+        takes=("self, max_num_reqs",),
+        handler="step.mapping:init_lora_state",
+        why="vLLM's second model runner keeps adapters' numbers in 32 bits; those of adapter "
+        "directories, which servers find without asking each other, need more.",
+        checked=("0.33/2",),
+        until="vLLM keeps them in 64 bits, as its first model runner does.",
+    ),
+    Patch(
+        name="status-route",
+        target="vllm.entrypoints.serve.lora.api_router:attach_router",
+        takes=("app",),
+        handler="server.status_route:attach_router",
+        why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
+        "all others out. Adds GET /v1/lora_adapters.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
+    ),
+    Patch(
+        name="adapter-status",
+        target="vllm.v1.engine.core:EngineCore.collective_rpc",
+        takes=("self, method, timeout=None, args=(), kwargs=None",),
+        handler="engine.adapter_status:collective_rpc",
+        why="An API server can send workers nothing but the names of their own methods. Answers "
+        "one more name, for status-route, with what the workers tell of their adapters.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As status-route.",
+    ),
+    Patch(
+        name="prefix-cache-keys",
+        target="vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
+        takes=("request",),
+        handler="engine.prefix_keys:lora_hash_keys",
+        why="Cached prefixes are found by an adapter's name and path, so that new weights at the "
+        "same path get blocks of the old ones, and equal weights elsewhere get none. Has the "
+        "digest of the weights in their place.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM's keys go by what adapters contain.",
+    ),
+    Patch(
+        name="activated-keys",
+        target="vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        takes=("request, start_token_idx, end_token_idx, start_mm_idx",),
+        handler="engine.prefix_keys:block_hash_keys",
+        why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
+        "activated adapter does not act on to the base model, which has computed them.",
+        checked=(),
+        until="vLLM serves activated LoRA.",
+    ),
+    Patch(
+        name="request-keys",
+        target="vllm.v1.engine.core:EngineCore.preprocess_add_request",
+        takes=("self, request",),
+        handler="engine.core:preprocess_add_request",
+        why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
+        "known yet. Hashes them once it is.",
+        checked=("0.31", "0.33"),
+        until="As prefix-cache-keys.",
+    ),
+    Patch(
+        name="empty-blocks",
+        target="vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing",
+        takes=("self",),
+        handler="kv_blocks:needs_kv_cache_zeroing",
+        why="What one tenant's adapter leaves in a block of the KV cache, NaN for instance, is "
+        "multiplied by zero for the next one who has the block, and is NaN there. Has blocks "
+        "emptied before they are used again, as vLLM does for models with states.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM's attention reads nothing beyond a request's own tokens.",
+    ),
+    Patch(
+        name="executor",
+        target="vllm.v1.executor.abstract:Executor.__init__",
+        takes=("self, vllm_config",),
+        handler="engine.core:init_executor",
+        why="Opens the socket on which workers answer the engine core's orders, before they start.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As scheduler-class.",
+    ),
+    Patch(
+        name="add-request",
+        target="vllm.v1.engine.core:EngineCore.add_request",
+        takes=("self, request, request_wave=0",),
+        handler="engine.core:add_request",
+        why="Connects the store, the workers and the scheduler, before the first request. Takes a "
+        "request's tenant out of its trace headers, which vLLM sends back with every output.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As scheduler-class.",
+    ),
+    Patch(
+        name="add-lora",
+        target="vllm.v1.engine.core:EngineCore.add_lora",
+        takes=("self, lora_request",),
+        handler="engine.core:add_lora",
+        why="Registering an adapter reads it in the workers while no step runs. Has the store read "
+        "it and answers when that is done.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM loads adapters in the background.",
+    ),
+    Patch(
+        name="client-requests",
+        target="vllm.v1.engine.core:EngineCoreProc._handle_client_request",
+        takes=("self, request_type, request",),
+        handler="engine.core:handle_client_request",
+        why="An idle engine core waits for clients only; has it look at what the store and the "
+        "workers have said when it is woken for that.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="As add-lora.",
+    ),
+    Patch(
+        name="failed-requests",
+        target="vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+        takes=(
+            "self, engine_core_outputs, engine_core_timestamp=None, iteration_stats=None",
+            "self, engine_core_outputs, engine_core_timestamp=None, iteration_stats=None, "
+            "weight_version=None",
+        ),
+        handler="server.metering:process_outputs",
+        why="vLLM answers a request that fails in the engine with HTTP 500 and no reason. Puts "
+        "the status and the reason of a failed load in their place, and notes which version of "
+        "its adapter each request runs on.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM carries a status and a reason with a failed request.",
+    ),
+    Patch(
+        name="stat-loggers",
+        target="vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        takes=(
+            "self, vllm_config, engine_idxs=None, custom_stat_loggers=None, "
+            "enable_default_loggers=True, aggregate_engine_logging=False, client_count=1",
+        ),
+        handler="server.metrics:init_stat_loggers",
+        why="vLLM has one LoRA metric. Has the process that shows an engine's metrics show ours "
+        "too, in LLM.get_metrics() and, with one API server, on /metrics.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="vLLM counts loads, evictions and requests by adapter.",
+    ),
+    Patch(
+        name="metrics-of-several-servers",
+        target="prometheus_client.multiprocess:MultiProcessCollector.collect",
+        takes=("self",),
+        handler="server.metrics:collect",
+        why="With several API servers, /metrics shows what this collector finds in vLLM's folder, "
+        "in a registry made anew for each answer. Has it find ours too.",
+        checked=(),
+        until="As stat-loggers.",
+    ),
+    Patch(
+        name="wake-up",
+        target="vllm.v1.worker.gpu_worker:Worker.wake_up",
+        takes=("self, tags=None",),
+        handler="worker.manager:wake_up",
+        why="Sleep mode may discard the slots' memory, and vLLM then answers from slots that hold "
+        "nothing. Empties the worker's slots; see engine-wake-up.",
+        checked=(),
+        until="vLLM restores adapter slots after a sleep.",
+    ),
+)
+
+
+def apply_patches() -> None:
+    """Puts every patch in place, now or as soon as its target is imported; safe to call again."""
+    for patch in PATCHES:
+        patch.apply_on_import()

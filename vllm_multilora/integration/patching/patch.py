@@ -1,0 +1,184 @@
+"""How vLLM is changed: named, idempotent replacements of one attribute each."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_multilora.integration.patching.post_import import when_imported
+from vllm_multilora.integration.patching.version import installed_version, is_supported
+
+logger = logging.getLogger(__name__)
+
+_MARK = "__multilora_patch__"
+_patching = threading.Lock()
+"""Held from looking at a target to replacing it."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One entry of the ledger in `ledger.py`.
+
+    Attributes:
+        name: Short name, unique.
+        target: What is replaced, as `module:attribute` or `module:Class.attribute`.
+        handler: What is called in the target's place, as `module:function`, the module below
+            `package`. It gets vLLM's original and then the call's own arguments, and is imported
+            when the target is first called: the ledger alone imports nothing. A coroutine function
+            where the target is one. The originals of static and class methods and of properties
+            are plain functions.
+        why: What vLLM lacks and what the handler does about it.
+        checked: The vLLM versions, and with `/2` their second model runners, with which tests have
+            called the handler.
+        until: What would make the patch unnecessary.
+        package: Where handlers are found.
+        takes: The target's parameters, those of `__init__` for a class, as known versions write
+            them; `vllm-multilora doctor --against` compares.
+    """
+
+    name: str
+    target: str
+    handler: str
+    why: str
+    checked: tuple[str, ...]
+    until: str
+    package: str = "vllm_multilora.integration"
+    takes: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """The module that the target is in."""
+        return self.target.partition(":")[0]
+
+    def load_handler(self) -> Callable[..., Any]:
+        """Imports the handler.
+
+        Raises:
+            ImportError: Its module cannot be imported, with this vLLM for instance.
+            AttributeError: Its module has no such function.
+        """
+        module, _, function = self.handler.partition(":")
+        handler: Callable[..., Any] = getattr(
+            importlib.import_module(f"{self.package}.{module}"), function
+        )
+        return handler
+
+    def is_applied(self) -> bool:
+        """Whether the target is replaced in this process; a module not imported yet has none."""
+        if self.module not in sys.modules:
+            return False
+        try:
+            return self._is_replaced(*self._owner())
+        except (ImportError, AttributeError):
+            return False
+
+    def apply_on_import(self) -> None:
+        """Replaces the target when its module is imported: now, if that has happened already.
+
+        Where there is no such module, the log says so now, as `apply` does.
+        """
+        when_imported(self.module, self.apply)
+
+    def apply(self) -> bool:
+        """Replaces the target now, importing its module, if that has not happened yet.
+
+        Returns:
+            Whether the patch is in place. If the target is missing, vLLM stays as it is and
+            one line in the log says so.
+        """
+        try:
+            # Outside the lock: an import may wait for another thread's, and that one patches.
+            owner, attribute = self._owner()
+            with _patching:
+                if not self._is_replaced(owner, attribute):
+                    self._replace(owner, attribute)
+        except (ImportError, AttributeError) as error:
+            logger.warning(
+                "vllm-multilora cannot apply its patch %r: %s is missing from this vLLM (%s). "
+                "vLLM's own behaviour stays in place there.",
+                self.name,
+                self.target,
+                error,
+            )
+            return False
+        return True
+
+    def _owner(self) -> tuple[Any, str]:
+        owner: Any = importlib.import_module(self.module)
+        *parents, attribute = self.target.partition(":")[2].split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        return owner, attribute
+
+    def _is_replaced(self, owner: Any, attribute: str) -> bool:
+        found = getattr(owner, attribute, None)
+        found = found.fget if isinstance(found, property) else found
+        return getattr(found, _MARK, None) == self.name
+
+    def _replace(self, owner: Any, attribute: str) -> None:
+        original = inspect.getattr_static(owner, attribute)
+        if isinstance(original, staticmethod | classmethod):
+            replacement = self._replacement(original.__func__)
+            setattr(owner, attribute, type(original)(replacement))
+        elif isinstance(original, property):
+            assert original.fget is not None
+            replacement = self._replacement(original.fget)
+            setattr(owner, attribute, property(replacement))
+        else:
+            replacement = self._replacement(original)
+            setattr(owner, attribute, replacement)
+        setattr(replacement, _MARK, self.name)
+
+    def _replacement(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that looks like the original, be that a class, and calls the handler."""
+        handler: Callable[..., Any] | None = None
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal handler
+            if handler is None:
+                handler = self._handler_or_stock()
+            return handler(original, *args, **kwargs)
+
+        async def call_async(*args: Any, **kwargs: Any) -> Any:
+            return await call(*args, **kwargs)
+
+        function = call_async if inspect.iscoroutinefunction(original) else call
+        # A class's attributes are not a function's.
+        updated = () if inspect.isclass(original) else functools.WRAPPER_UPDATES
+        return functools.wraps(original, updated=updated)(function)
+
+    def _handler_or_stock(self) -> Callable[..., Any]:
+        """The handler; in a vLLM that we do not know, what calls the original if there is none.
+
+        Handlers import modules of vLLM's that an unknown version may have moved, and the plugin
+        stays inactive there.
+
+        Raises:
+            ImportError: As `load_handler`, in a vLLM that is supported.
+            AttributeError: Likewise.
+        """
+        try:
+            return self.load_handler()
+        except (ImportError, AttributeError) as error:
+            if is_supported(installed_version()):
+                raise
+            logger.warning(
+                "vllm-multilora cannot carry out its patch %r with vLLM %s: %s cannot be imported "
+                "(%s). vLLM's own behaviour stays in place there.",
+                self.name,
+                installed_version(),
+                self.handler,
+                error,
+            )
+            return _stock
+
+
+def _stock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)

@@ -1,1 +1,0 @@
-"""What takes the place of vLLM's own functions and classes, by where it acts."""

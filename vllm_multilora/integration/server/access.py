@@ -1,0 +1,219 @@
+"""The keys of an API server, and whose they are; the middleware asks here for every request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm import envs
+
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.documents import DocumentError, WatchedFile
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.activation import is_enabled
+from vllm_multilora.integration.server.callers import Caller
+from vllm_multilora.tenants.keys import KeyRing, digest_of
+from vllm_multilora.tenants.limits import Account
+from vllm_multilora.tenants.parsing import parse_tenants
+from vllm_multilora.tenants.rules import Locks, Role
+
+if TYPE_CHECKING:
+    from vllm_multilora.tenants.tenant import Tenants
+
+logger = logging.getLogger(__name__)
+
+ADMIN_KEY_VARIABLE = "MULTILORA_ADMIN_KEY"
+SALT_VARIABLE = "MULTILORA_CACHE_SALT"
+"""Tells the API servers of one `vllm serve` the secret of their tenants' salts."""
+COUNT_VARIABLE = "MULTILORA_API_SERVERS"
+"""Tells them how many they are."""
+
+REFRESH_S = 1.0
+"""Least time between two looks at the tenants file."""
+
+MIN_ADMIN_KEY = 16
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose a key is.
+
+    Attributes:
+        role: What the key makes of its owner.
+        tenant: The tenant's name; None for everybody else.
+    """
+
+    role: Role
+    tenant: str | None = None
+
+
+class Access:
+    """The keys of one API server, and its tenants; used on its event loop only.
+
+    Args:
+        api_keys: vLLM's.
+        admin_keys: The operator's.
+        tenants_path: The tenants file; None where there are no tenants.
+        folders: What only operators may see named.
+        secret: Of the tenants' salts, where the file has none.
+        servers: How many API servers share the tenants' limits.
+
+    Raises:
+        DocumentError: The tenants file cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_keys: Sequence[str] = (),
+        admin_keys: Sequence[str] = (),
+        tenants_path: str | None = None,
+        folders: Sequence[str] = (),
+        secret: str = "",
+        servers: int = 1,
+    ) -> None:
+        self.locks = Locks(bool(api_keys), bool(admin_keys), tenants_path is not None)
+        self._folders = folders
+        self._secret = secret
+        self._servers = servers
+        # Without an admin key, vLLM's is what operators have.
+        role = Role.CLIENT if admin_keys else Role.OPERATOR
+        self._fixed = {digest_of(key): Identity(role) for key in api_keys}
+        self._fixed.update({digest_of(key): Identity(Role.OPERATOR) for key in admin_keys})
+        self._accounts: dict[str, Account] = {}
+        self._file: WatchedFile[Tenants] | None = None
+        self._due = time.monotonic() + REFRESH_S
+        self._refreshing: asyncio.Task[None] | None = None
+        if tenants_path is not None:
+            self._file = WatchedFile(tenants_path, self._parse, "tenants")
+        self._take()
+
+    def caller(self, key: str | None) -> Caller:
+        """Who has a key; a stranger where it is nobody's, or there is none."""
+        identity = None if key is None else self._ring.owner(key)
+        if identity is None:
+            identity = Identity(Role.STRANGER)
+        account = None if identity.tenant is None else self._accounts[identity.tenant]
+        hides = not self.locks.shows_folders(identity.role)
+        return Caller(identity.role, self._folders, hides, account, self._salt)
+
+    def look(self) -> None:
+        """Has the tenants file read again on a thread, if that was not done lately."""
+        if self._file is None or time.monotonic() < self._due:
+            return
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._read_again(self._file))
+
+    async def _read_again(self, file: WatchedFile[Tenants]) -> None:
+        try:
+            if await asyncio.to_thread(file.refresh):
+                self._take()
+        except Exception:
+            logger.exception("The tenants stay as they were: the file could not be looked at.")
+        finally:
+            self._due = time.monotonic() + REFRESH_S
+
+    def _take(self) -> None:
+        """Puts in force what the tenants file says now."""
+        tenants = self._file.value if self._file is not None else None
+        by_name = tenants.by_name if tenants is not None else {}
+        for name, tenant in by_name.items():
+            if name in self._accounts:
+                self._accounts[name].update(tenant)
+            else:
+                self._accounts[name] = Account(tenant, self._servers)
+        for name in self._accounts.keys() - by_name.keys():
+            del self._accounts[name]  # its requests keep theirs until they have ended
+        keys = tenants.keys if tenants is not None else {}
+        self._ring = KeyRing(
+            {**{key: Identity(Role.TENANT, name) for key, name in keys.items()}, **self._fixed}
+        )
+        own = tenants.cache_salt if tenants is not None else None
+        self._salt = self._secret if own is None else own
+
+    def _parse(self, file: str, text: str) -> Tenants:
+        tenants = parse_tenants(file, text)
+        for digest in tenants.keys.keys() & self._fixed.keys():
+            raise DocumentError(
+                f"{file}: found a key of the tenant {tenants.keys[digest]!r} that is the server's "
+                f"admin key or API key too, expected another one"
+            )
+        return tenants
+
+
+def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -> list[str]:
+    """The operator's keys: every line of the file that is not empty, or the variable's value.
+
+    Raises:
+        ConfigError: The file cannot be read or holds no key, or a key is short.
+    """
+    path = settings.admin_key_file
+    if path is None:
+        found, where = [environment.get(ADMIN_KEY_VARIABLE, "").strip()], ADMIN_KEY_VARIABLE
+        if not found[0]:
+            return []
+    else:
+        where = path
+        try:
+            found = Path(path).read_text().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path}: cannot read the admin key ({error}); expected a text file with a key in "
+                f"each line (--multilora-admin-key-file)"
+            ) from None
+        if not found:
+            raise ConfigError(f"{path}: found no admin key, expected one in each line")
+    if any(len(key) < MIN_ADMIN_KEY for key in found):
+        raise ConfigError(
+            f"{where}: found an admin key of fewer than {MIN_ADMIN_KEY} characters, expected a "
+            f"random one (vllm-multilora tenants new makes one)"
+        )
+    return found
+
+
+def settings_in(args: Namespace) -> MultiLoRAConfig | None:
+    """The settings in a server's arguments; None where the plugin does not act."""
+    if not getattr(args, "enable_lora", False):
+        return None
+    additional = getattr(args, "additional_config", None)
+    settings = MultiLoRAConfig.from_additional_config(
+        additional if isinstance(additional, Mapping) else None
+    )
+    return settings if is_enabled(settings) else None
+
+
+def access_for(args: Namespace) -> Access | None:
+    """What guards a server with these arguments; None where it has no keys."""
+    settings = settings_in(args)
+    if settings is None:
+        return None
+    api_keys = [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
+    access = Access(
+        api_keys=api_keys,
+        admin_keys=read_admin_keys(settings, os.environ),
+        tenants_path=settings.tenants,
+        folders=(*settings.allowed_roots, *settings.adapter_dir),
+        secret=os.environ.get(SALT_VARIABLE, ""),
+        servers=int(os.environ.get(COUNT_VARIABLE, "1")),
+    )
+    _tell(access.locks)
+    return access if access.locks.any else None
+
+
+def _tell(locks: Locks) -> None:
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and not locks.admin_key:
+        who = "Everybody with the API key" if locks.api_key else "Everybody"
+        if locks.tenants and not locks.api_key:
+            who = "Nobody"
+        logger.warning(
+            "%s can load and unload adapters: there is no admin key "
+            "(--multilora-admin-key-file or MULTILORA_ADMIN_KEY).",
+            who,
+        )

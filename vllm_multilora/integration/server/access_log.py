@@ -1,0 +1,54 @@
+"""Uvicorn's lines for requests without a valid key: few, however many there are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+
+logger = logging.getLogger(__name__)
+
+MOST_LINES = 10
+"""Lines for requests without a valid key in each period."""
+
+PERIOD_S = 10.0
+
+
+class FewRefusals(logging.Filter):
+    """Lets few of the lines through that say 401; whoever has no key could fill the disk.
+
+    How many were left out is said before the first line of the next period.
+
+    Args:
+        clock: Seconds; only differences count.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._begun = -PERIOD_S
+        self._lines = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line of uvicorn's is logged."""
+        # The client's address, method, path and version, and the status.
+        if not (isinstance(record.args, tuple) and record.args[-1:] == (HTTPStatus.UNAUTHORIZED,)):
+            return True
+        now = self._clock()
+        if now - self._begun >= PERIOD_S:
+            left_out = self._lines - MOST_LINES
+            self._begun, self._lines = now, 0
+            if left_out > 0:
+                logger.warning(
+                    "%d more requests without a valid key came in the time before.", left_out
+                )
+        self._lines += 1
+        return self._lines <= MOST_LINES
+
+
+def keep_refusals_few() -> None:
+    """From now on uvicorn logs few refusals; saying it again is no matter."""
+    logger = logging.getLogger("uvicorn.access")
+    if not any(isinstance(known, FewRefusals) for known in logger.filters):
+        logger.addFilter(FewRefusals())

@@ -1,0 +1,182 @@
+"""The first that acts on a request: who gets in, whose request it is, and when it has its turn.
+
+This stands before all of vLLM's own middleware. vLLM's check of its API key stays where it is; it
+takes a request for checked that has been let in here (`verify_token`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+
+from vllm_multilora.integration.server.access_log import keep_refusals_few
+from vllm_multilora.integration.server.callers import Caller, current_caller, error_response
+from vllm_multilora.metrics.server_counts import count_refused
+from vllm_multilora.tenants.limits import Account, LimitReachedError
+from vllm_multilora.tenants.rules import Endpoint, Role, endpoint_of, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from vllm_multilora.integration.server.access import Access
+
+_REFUSALS = (HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS)
+_HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
+
+
+class AccessMiddleware:
+    """Answers what nobody may ask, and says who asks for the rest.
+
+    Args:
+        app: What answers the requests.
+        access: The server's keys.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+        keep_refusals_few()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        self._access.look()
+        path = route_path(scope)
+        endpoint = endpoint_of(scope.get("method", "GET"), path)
+        caller = self._access.caller(presented_key(Headers(scope=scope)))
+        status = refusal(self._access.locks, caller.role, endpoint, path)
+        if status is not None:
+            count_refused(None if caller.tenant is None else caller.tenant.name, status)
+            await _refuse(status, scope, receive, send)
+            return
+        token = current_caller.set(caller)
+        try:
+            if caller.account is not None and endpoint is Endpoint.CALL:
+                await self._call(caller, caller.account, scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        finally:
+            current_caller.reset(token)
+            caller.ended()
+
+    async def _call(
+        self, caller: Caller, account: Account, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Lets a tenant's request in when it has its turn."""
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if caller.retry_after_s is not None:
+                    MutableHeaders(scope=message)["retry-after"] = str(caller.retry_after_s)
+                if message["status"] in _REFUSALS:
+                    count_refused(account.tenant.name, message["status"])
+            await send(message)
+
+        try:
+            async with turn_of(account, receive) as rest:
+                await self._app(scope, rest, send_marked)
+        except LimitReachedError as error:
+            caller.retry_after_s = error.retry_after_s
+            answer = error_response(HTTPStatus.TOO_MANY_REQUESTS, str(error))
+            response = JSONResponse(answer.model_dump(), HTTPStatus.TOO_MANY_REQUESTS)
+            await response(scope, receive, send_marked)
+        except _ClientGoneError:
+            pass
+
+
+class _ClientGoneError(Exception):
+    """A client went before its request had its turn."""
+
+
+@asynccontextmanager
+async def turn_of(account: Account, receive: Receive) -> AsyncIterator[Receive]:
+    """Waits for a call's turn, for as long as its client does.
+
+    Yields:
+        What the application receives from: what came while the call waited, and then the rest.
+
+    Raises:
+        LimitReachedError: The call is one too many.
+        _ClientGoneError: The client has gone.
+    """
+    turn = account.begin()
+    held: list[Message] = []
+    if not turn.done():
+        listening = asyncio.ensure_future(_listen(receive, held))
+        try:
+            await asyncio.wait({turn, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if not _has_gone(held):  # it may have sent more than is held: it is not heard then
+                await asyncio.wait({turn})
+        except BaseException:
+            account.give_up(turn)
+            raise
+        finally:
+            listening.cancel()
+        if _has_gone(held):
+            account.give_up(turn)
+            raise _ClientGoneError
+
+    async def receive_rest() -> Message:
+        return held.pop(0) if held else await receive()
+
+    try:
+        yield receive_rest
+    finally:
+        account.end()
+
+
+async def _listen(receive: Receive, held: list[Message]) -> None:
+    size = 0
+    while size < _HELD_LIMIT and not _has_gone(held):
+        message = await receive()
+        held.append(message)
+        size += len(message.get("body", b""))
+
+
+def _has_gone(held: list[Message]) -> bool:
+    return bool(held) and held[-1]["type"] == "http.disconnect"
+
+
+async def _refuse(status: HTTPStatus, scope: Scope, receive: Receive, send: Send) -> None:
+    if status is HTTPStatus.UNAUTHORIZED:
+        message = "The request has no valid key; expected `Authorization: Bearer KEY`."
+        headers = {"www-authenticate": "Bearer"}
+    else:
+        message, headers = "The key does not allow this.", {}
+    body = error_response(status, message).model_dump()
+    await JSONResponse(body, status, headers)(scope, receive, send)
+
+
+def route_path(scope: Mapping[str, Any]) -> str:
+    """The path by which Starlette finds a route: without the root path that a proxy has added."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    if root and (path == root or path.startswith(f"{root}/")):
+        return path[len(root) :]
+    return path
+
+
+def presented_key(headers: Mapping[str, str]) -> str | None:
+    """The key in a request's headers: a bearer token, or `x-api-key` as Anthropic's clients send.
+
+    None where there is none.
+    """
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token
+    return headers.get("x-api-key")
+
+
+def verify_token(original: Callable[..., bool], self: Any, headers: Any) -> bool:
+    caller = current_caller.get()
+    if caller is not None and caller.role is not Role.STRANGER:
+        return True
+    return original(self, headers)

@@ -1,0 +1,272 @@
+"""The API server's part of `--multilora-adapter-dir`: serves what is in the directories.
+
+All adapters of a directory are in vLLM's table of names from the start, so that `/v1/models` and
+every route know them; an adapter is read and checked when it is first used, as a registration
+would. A changed folder is reloaded as a registration is: in place, under a new number, and with
+the old version serving on if the new one is refused.
+
+Several API servers look at the directories each for itself. They come to the same numbers
+(`AdapterFolder.number`), so that the engine holds an adapter once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.lora.request import LoRARequest
+
+from vllm_multilora.adapters.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.directory import AdapterDirectories, AdapterFolder, Settling
+from vllm_multilora.integration.attached import DIRECTORY, ROUTES
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.server import callers, registration
+from vllm_multilora.integration.server.refusals import Refusals
+
+logger = logging.getLogger(__name__)
+
+SCAN_S = 2.0
+"""Time between two looks at the directories."""
+
+_MOST_BUSY = 0.2  # share of the time that looking may take, however slow the storage is
+_FIND_LIMIT_S = 5.0  # for one folder; storage that hangs must not keep requests for ever
+# Other API servers may know an old version by name for as long as it takes them to see the new.
+_GRACE_S = registration.GRACE_S + 4 * SCAN_S
+_MOST_NAMED = 5
+_MOST_TOLD = 1_000  # what is wrong with customers' folders is theirs to choose
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class _Served:
+    """An adapter that is served from a directory.
+
+    Attributes:
+        folder: The version that `lora` stands for.
+        lora: What vLLM's table of names holds.
+        is_admitted: Whether the engine has accepted this version for this server.
+        refused: The newest version that was found to be bad, and the answer.
+    """
+
+    folder: AdapterFolder
+    lora: LoRARequest
+    is_admitted: bool = False
+    refused: tuple[AdapterFolder, ErrorResponse] | None = None
+
+
+class DirectoryServer:
+    """Keeps one API server's table of names in step with its directories.
+
+    Used on the server's event loop only; the file system is looked at on a thread.
+
+    Args:
+        models: vLLM's `OpenAIServingModels`.
+        directories: Whose adapters are served.
+    """
+
+    def __init__(self, models: Any, directories: AdapterDirectories) -> None:
+        self._models = models
+        self._directories = directories
+        self._settling = Settling()
+        self._served: dict[str, _Served] = {}
+        # Versions that somebody has unloaded or replaced over HTTP: they stay away.
+        self._given_up: dict[str, AdapterFolder] = {}
+        # Of versions that could not be had, and may yet.
+        self._missed = Refusals()
+        self._told: set[str] = set()
+        self._reloads: asyncio.Task[None] | None = None
+        # One thread: what one look finds is never older than what the look before has found.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="multilora-directory")
+
+    async def scan(self) -> None:
+        """Looks at the directories, and serves what is there from now on."""
+        self._take(self._settling.settle(await self._look(self._directories.scan)))
+
+    async def watch(self) -> None:
+        """Scans again and again; ends with the event loop."""
+        pause = SCAN_S
+        while True:
+            await asyncio.sleep(pause)
+            began = time.monotonic()
+            try:
+                await self.scan()
+            except Exception:
+                logger.exception("The adapter directories could not be looked at.")
+            pause = max(SCAN_S, (time.monotonic() - began) / _MOST_BUSY)
+
+    async def prepare(self, name: str) -> ErrorResponse | None:
+        """Finds an adapter that has just come, and has the engine read one on its first use.
+
+        Returns:
+            The answer to the request where the engine refuses the adapter.
+        """
+        served = self._served.get(name)
+        if served is not None and served.is_admitted:
+            return None
+        models = self._models
+        if served is None and (name in models.lora_requests or models.is_base_model(name)):
+            return None
+        folder = await self._find(name)
+        if folder is None:
+            return None  # vLLM says that there is no such model, or the engine that files are gone
+        async with callers.turn_to_read(), models.lora_resolver_lock[name]:
+            served = self._served.get(name)
+            if served is None and (served := self._serve(folder)) is not None:
+                logger.info("Adapter directories: serving %s", name)
+            if served is None or served.is_admitted or not self._is_ours(served):
+                return None
+            return await self._admit(served, folder)
+
+    def _take(self, adapters: Mapping[str, AdapterFolder]) -> None:
+        gone = [name for name in self._served if name not in adapters]
+        come = []
+        for name in gone:
+            self._withdraw(name)
+        for name, served in list(self._served.items()):
+            if not self._is_ours(served):
+                self._given_up[name] = served.folder
+                del self._served[name]
+        for name in self._given_up.keys() - adapters.keys():
+            del self._given_up[name]
+        for name, folder in adapters.items():
+            if name not in self._served and self._serve(folder) is not None:
+                come.append(name)
+        if come:
+            logger.info("Adapter directories: serving %s", _listed(come))
+        if gone:
+            logger.info("Adapter directories: no longer there: %s", _listed(gone))
+        changed = [
+            (served, adapters[name])
+            for name, served in self._served.items()
+            if served.is_admitted and served.folder != adapters[name]
+        ]
+        if changed and (self._reloads is None or self._reloads.done()):
+            self._reloads = asyncio.create_task(self._reload_all(changed))
+
+    def _serve(self, folder: AdapterFolder) -> _Served | None:
+        """Takes an adapter into the table of names, unless its name is somebody else's."""
+        name, models = folder.name, self._models
+        is_route = name in (ROUTES.get(models) or ())
+        if models.is_base_model(name) or name in models.lora_requests or is_route:
+            self._tell(f"{folder.path} is not served: another model has its name")
+            return None
+        if self._given_up.get(name) == folder:
+            return None
+        self._given_up.pop(name, None)
+        served = self._served[name] = _Served(folder, _request(folder))
+        models.lora_requests[name] = served.lora
+        return served
+
+    def _withdraw(self, name: str) -> None:
+        served = self._served.pop(name)
+        if self._is_ours(served):
+            del self._models.lora_requests[name]
+            if served.is_admitted:
+                registration.in_background(registration.remove(self._models, served.lora))
+                registration.in_background(
+                    registration.remove_later(self._models, served.lora, _GRACE_S)
+                )
+
+    def _is_ours(self, served: _Served) -> bool:
+        return self._models.lora_requests.get(served.folder.name) is served.lora
+
+    async def _reload_all(self, changed: list[tuple[_Served, AdapterFolder]]) -> None:
+        # One at a time: nobody waits for them, and requests may wait for other adapters.
+        for served, folder in changed:
+            async with self._models.lora_resolver_lock[folder.name]:
+                if self._is_ours(served):
+                    await self._admit(served, folder)
+
+    async def _admit(self, served: _Served, folder: AdapterFolder) -> ErrorResponse | None:
+        """Has the engine read a version, which serves from now on if it is good."""
+        if served.refused is not None and served.refused[0] == folder:
+            return served.refused[1]
+        if (missed := self._missed.find(folder)) is not None:
+            return missed
+        lora = served.lora if folder == served.folder else _request(folder)
+        refusal = await registration.admit(self._models, lora)
+        if refusal is not None:
+            return await self._refuse(served, folder, refusal)
+        if not self._is_ours(served):  # unloaded, or its folder taken away, meanwhile
+            registration.in_background(registration.remove_later(self._models, lora))
+            return None
+        if lora is not served.lora:
+            self._models.lora_requests[folder.name] = lora
+            if served.is_admitted:
+                registration.in_background(
+                    registration.remove_later(self._models, served.lora, _GRACE_S)
+                )
+                logger.info("Adapter directories: serving a new version of %s", folder.path)
+        self._missed.forget(folder)
+        served.folder, served.lora, served.is_admitted, served.refused = folder, lora, True, None
+        return None
+
+    async def _refuse(
+        self, served: _Served, folder: AdapterFolder, refusal: ErrorResponse
+    ) -> ErrorResponse | None:
+        refusal.error.param = "model"  # what the client has sent
+        self._tell(f"{folder.path} is refused: {refusal.error.message}")
+        if refusal.error.code == HTTPStatus.BAD_REQUEST:
+            served.refused = folder, refusal  # not read again until its files change
+        else:
+            self._missed.remember(folder, refusal)
+        if served.is_admitted or folder == served.folder:
+            return refusal
+        # Another API server may have had the version before read: it serves on.
+        if await registration.admit(self._models, served.lora) is not None:
+            return refusal
+        served.is_admitted = True
+        return None
+
+    async def _find(self, name: str) -> AdapterFolder | None:
+        try:
+            return await asyncio.wait_for(
+                self._look(lambda: self._directories.find(name)), _FIND_LIMIT_S
+            )
+        except TimeoutError:
+            return None
+
+    async def _look(self, look: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, look)
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(what)
+            logger.warning("Adapter directories: %s", what)
+
+
+async def start(models: Any) -> None:
+    """Serves the adapters of the directories that the settings name, if they name any."""
+    if not registration.acts_for(models):
+        return
+    settings = settings_of(models.engine_client.vllm_config)
+    if not settings.adapter_dir:
+        return
+    directories = AdapterDirectories(settings.adapter_dir, AllowedRoots.of(settings))
+    server = DirectoryServer(models, directories)
+    DIRECTORY.set(models, server)
+    await server.scan()
+    registration.in_background(server.watch())
+
+
+async def prepare(models: Any, name: str | None) -> ErrorResponse | None:
+    """See `DirectoryServer.prepare`; does nothing where there are no directories."""
+    server = DIRECTORY.get(models)
+    return await server.prepare(name) if server is not None and name else None
+
+
+def _request(folder: AdapterFolder) -> LoRARequest:
+    return LoRARequest(lora_name=folder.name, lora_int_id=folder.number, lora_path=folder.path)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"

@@ -1,0 +1,151 @@
+"""Who sent the HTTP request that is being worked for, and what they may be answered.
+
+vLLM looks model names up, lists models and hands requests to the engine far below HTTP. Whatever
+depends on who asks finds out here; where no keys are set there is no caller, and everything is as
+without this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+from vllm_multilora.integration.failures import without_folders
+from vllm_multilora.tenants.limits import LimitReachedError
+from vllm_multilora.tenants.rules import Role
+
+if TYPE_CHECKING:
+    from vllm_multilora.tenants.limits import Account
+    from vllm_multilora.tenants.tenant import Tenant
+
+
+@dataclass
+class Caller:
+    """One HTTP request's sender.
+
+    Attributes:
+        role: By the request's key.
+        folders: What answers must not name; nothing for whoever may see folders.
+        hides_folders: Whether answers must not name folders, those of adapters included.
+        account: The tenant's; None for everybody else.
+        secret: What a tenant's salts are made with.
+        granted: What the engine may answer this request with: adapters by name, None for the
+            base model.
+        retry_after_s: When a request over the tenant's limits may come again.
+    """
+
+    role: Role
+    folders: Sequence[str] = ()
+    hides_folders: bool = False
+    account: Account | None = None
+    secret: str = ""
+    granted: set[str | None] = field(default_factory=set)
+    retry_after_s: int | None = None
+    _used: set[str] = field(default_factory=set)
+
+    @property
+    def tenant(self) -> Tenant | None:
+        """The tenant, as the tenants file has it now; None for everybody else."""
+        return None if self.account is None else self.account.tenant
+
+    def may_use(self, name: str | None, *, is_base: bool, is_route: bool) -> bool:
+        """Whether a request may name a model, whether there is such a model or not.
+
+        Args:
+            name: As the request has it; None or empty for the base model.
+            is_base: Whether it is a name of the base model.
+            is_route: Whether it is a route's.
+        """
+        tenant = self.tenant
+        if tenant is None:
+            return True
+        if is_base or not name:
+            return tenant.base_model
+        # A route that has just been written is not known yet.
+        return name in tenant.routes or (not is_route and name in tenant.adapters)
+
+    def grant(self, name: str | None) -> ErrorResponse | None:
+        """Lets this request use an adapter, or the base model by None.
+
+        Returns:
+            The answer where the tenant has too many adapters in use.
+        """
+        if self.account is not None and name is not None and name not in self._used:
+            try:
+                self.account.use(name)
+            except LimitReachedError as error:
+                self.retry_after_s = error.retry_after_s
+                return error_response(HTTPStatus.TOO_MANY_REQUESTS, str(error), "model")
+            self._used.add(name)
+        self.granted.add(name)
+        return None
+
+    def ended(self) -> None:
+        """The request has been answered."""
+        if self.account is not None:
+            for name in self._used:
+                self.account.release(name)
+            self._used.clear()
+
+    def shown(self, text: str, folder: str | None = None) -> str:
+        """A text without the folders that the caller must not see.
+
+        Args:
+            text: For instance why an adapter could not be loaded.
+            folder: Where that adapter lies.
+        """
+        if not self.hides_folders:
+            return text
+        return without_folders(text, (*self.folders, *([folder] if folder else [])))
+
+
+_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
+}
+
+
+def error_response(status: HTTPStatus, message: str, param: str | None = None) -> ErrorResponse:
+    """An error in vLLM's shape, which is OpenAI's."""
+    return ErrorResponse(
+        error=ErrorInfo(message=message, type=_TYPES[status], param=param, code=status.value)
+    )
+
+
+current_caller: ContextVar[Caller | None] = ContextVar("multilora_caller", default=None)
+"""Who sent the request that is being worked for; None outside of any, and where no keys are set."""
+
+
+def current_tenant() -> str | None:
+    """The name of the tenant whose request is being worked for; None where it is nobody's."""
+    caller = current_caller.get()
+    tenant = caller.tenant if caller is not None else None
+    return tenant.name if tenant is not None else None
+
+
+def turn_to_read() -> AbstractAsyncContextManager[Any]:
+    """Holds back requests of a tenant that has several adapters read for the first time.
+
+    To be had before any lock: nobody waits for a name behind all that a tenant has asked for.
+    """
+    caller = current_caller.get()
+    account = None if caller is None else caller.account
+    return nullcontext() if account is None else account.first_readings
+
+
+def card_for(caller: Caller | None, card: Any, *, is_base: bool, is_route: bool) -> Any | None:
+    """A line of `/v1/models` as a caller may see it; None where it may not."""
+    if caller is None:
+        return card
+    if not caller.may_use(card.id, is_base=is_base, is_route=is_route):
+        return None
+    # `root` is the folder of an adapter, and often of the base model.
+    return card.model_copy(update={"root": card.id}) if caller.hides_folders else card

@@ -1,0 +1,144 @@
+"""Checks and completes the configuration of a new engine before the engine is started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs
+from vllm.usage.usage_lib import UsageContext
+
+from vllm_multilora import __version__
+from vllm_multilora.adapters.directory import require_directories
+from vllm_multilora.adapters.required import RequiredDigests
+from vllm_multilora.adapters.signers import Signers
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.activation import (
+    announce,
+    is_active,
+    kernel_backend,
+    settings_of,
+)
+from vllm_multilora.integration.patching.cache_settings import (
+    check_cache_settings,
+    lift_default_count,
+)
+from vllm_multilora.integration.server.access import (
+    COUNT_VARIABLE,
+    SALT_VARIABLE,
+    read_admin_keys,
+)
+from vllm_multilora.integration.server.kv_connectors import require_adapters_apart
+from vllm_multilora.integration.server.metrics import make_folder
+from vllm_multilora.integration.updating import allow_updating
+from vllm_multilora.routing import load_routes
+from vllm_multilora.tenants.parsing import load_tenants
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+COMPILED_WITH = "multilora_compiled_with"
+"""Key in `additional_config` that tells whose compiled code a configuration may use."""
+
+
+def create_engine_config(
+    original: Callable[..., VllmConfig], engine_args: Any, *args: Any, **kwargs: Any
+) -> VllmConfig:
+    vllm_config = original(engine_args, *args, **kwargs)
+    usage_context = args[0] if args else kwargs.get("usage_context")
+    announce(vllm_config)
+    backend = kernel_backend(vllm_config)
+    if backend != "vllm":
+        # What torch.compile has made of stock's layers, or of another version's, is not for us:
+        # this is part of the configuration's hash, by which vLLM finds compiled code again.
+        if isinstance(vllm_config.additional_config, dict):
+            vllm_config.additional_config[COMPILED_WITH] = f"{__version__} {backend}"
+        check_cache_settings(settings_of(vllm_config), vllm_config)
+        require_directories(settings_of(vllm_config).adapter_dir)
+        if (required := settings_of(vllm_config).require_digest) is not None:
+            RequiredDigests(required)  # a mistake in it is told at once
+        if (keys := settings_of(vllm_config).signing_keys) is not None:
+            Signers.read(keys)  # likewise
+        require_adapters_apart(vllm_config.kv_transfer_config)
+        lift_default_count(engine_args, vllm_config)
+        allow_updating(vllm_config)
+        # Whoever starts no engine with it, and only looks, names no use of a configuration.
+        if usage_context is not None and not engine_args.disable_log_stats:
+            make_folder(vllm_config)
+        warn_of_rust(usage_context)
+    if is_active(vllm_config):
+        check_routes(settings_of(vllm_config), engine_args, usage_context)
+    check_access(vllm_config, usage_context)
+    return vllm_config
+
+
+def warn_of_rust(usage_context: UsageContext | None) -> None:
+    """Says what is missing where vLLM's Rust front end serves, which loads no plugins."""
+    if usage_context is UsageContext.OPENAI_API_SERVER and envs.VLLM_USE_RUST_FRONTEND:
+        logger.warning(
+            "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND=1) loads no plugins: adapter "
+            "directories, routes, GET /v1/lora_adapters, exact answers to registrations and LoRA "
+            "metrics are missing. Unset it to have them."
+        )
+
+
+def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = None) -> None:
+    """Reads the admin key and the tenants file, and hands API servers what they share.
+
+    Raises:
+        ConfigError: The admin key or the tenants file cannot be used, or nothing would guard the
+            server with them.
+    """
+    settings = settings_of(vllm_config)
+    if settings.tenants is None and settings.admin_key_file is None:
+        return
+    if usage_context is UsageContext.LLM_CLASS:
+        logger.warning("Keys and tenants have no effect in LLM(...): they guard HTTP servers.")
+        return
+    if not is_active(vllm_config) or envs.VLLM_USE_RUST_FRONTEND:
+        raise ConfigError(
+            "--multilora-tenants and --multilora-admin-key-file guard nothing here, since "
+            "vllm-multilora does not act (--enable-lora, a supported vLLM and vLLM's Python front "
+            "end are needed): leave them out, or have it act"
+        )
+    read_admin_keys(settings, os.environ)
+    if settings.tenants is not None:
+        load_tenants(settings.tenants)
+        parallel = vllm_config.parallel_config
+        if parallel._api_process_rank < 0 or parallel._api_process_count <= 1:
+            os.environ[SALT_VARIABLE] = secrets.token_hex(32)
+            os.environ[COUNT_VARIABLE] = str(max(1, parallel._api_process_count))
+
+
+def check_routes(
+    settings: MultiLoRAConfig, engine_args: Any, usage_context: UsageContext | None = None
+) -> None:
+    """Reads the routes file, so that a mistake in it is told at once and not after minutes.
+
+    Args:
+        settings: Of the engine; the plugin is active for it.
+        engine_args: vLLM's `EngineArgs`.
+        usage_context: What the engine is for.
+
+    Raises:
+        DocumentError: The file cannot be used.
+    """
+    if settings.routes is None:
+        return
+    if usage_context is UsageContext.LLM_CLASS:
+        logger.warning(
+            "The routes in %s have no effect in LLM(...): they lead requests of HTTP servers. Name "
+            "the adapter with LoRARequest.",
+            settings.routes,
+        )
+        return
+    served = engine_args.served_model_name or engine_args.model
+    load_routes(settings.routes).check_names(
+        [served] if isinstance(served, str) else served, "the base model"
+    )

@@ -1,0 +1,78 @@
+"""What happens to a request in the API server on its last step before the engine.
+
+All endpoints come by here, those too that are new in vLLM: what was not granted to a tenant is
+refused, whatever has let it through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.exceptions import VLLMNotFoundError
+
+from vllm_multilora.integration.attached import HIDDEN_FOLDERS
+from vllm_multilora.integration.server import metering
+from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.tenant_of_request import set_tenant
+from vllm_multilora.tenants.limits import Meter
+from vllm_multilora.tenants.on_request import RequestTenant
+from vllm_multilora.tenants.salts import tenant_salt
+
+
+def add_request(
+    original: Callable[..., None],
+    processor: Any,
+    request: Any,
+    prompt: Any,
+    parent: Any = None,
+    index: int = 0,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    caller = current_caller.get()
+    if caller is not None:
+        mark(request, caller)
+    is_new = request.request_id not in processor.request_states
+    original(processor, request, prompt, parent, index, *args, **kwargs)
+    state = processor.request_states.get(request.request_id)
+    if state is not None and is_new:
+        metering.begin(processor, state)
+    if caller is None or state is None:
+        return
+    if caller.hides_folders:
+        adapter = request.lora_request
+        own = () if adapter is None else (adapter.lora_path,)
+        HIDDEN_FOLDERS.set(state, (*caller.folders, *own))
+    if caller.account is not None:
+        # The children of a request with several answers share their prompt.
+        caller.account.charge(state.prompt_len if index == 0 else 0)
+        caller.account.watch(meter(processor, state))
+
+
+def mark(request: Any, caller: Caller) -> None:
+    """Says whose a request is, and keeps its cached prefixes among its tenant's.
+
+    Raises:
+        VLLMNotFoundError: Nobody has granted the request what would answer it.
+    """
+    tenant = caller.tenant
+    if tenant is None:
+        return
+    adapter = request.lora_request
+    name = None if adapter is None else adapter.lora_name
+    if name not in caller.granted:
+        raise VLLMNotFoundError("The model does not exist.")
+    set_tenant(request, RequestTenant(tenant.name, tenant.weight, tenant.limits.resident))
+    request.priority = max(request.priority, 0)  # the lowest comes first; nobody pushes in
+    request.cache_salt = tenant_salt(caller.secret, tenant.name, request.cache_salt)
+
+
+def meter(processor: Any, state: Any) -> Meter:
+    """What counts the tokens that a request generates; state: vLLM's `RequestState`."""
+    detokenizer = state.detokenizer  # pooling requests have none, and generate nothing
+    states, name = processor.request_states, state.request_id
+    return Meter(
+        read=(lambda: 0) if detokenizer is None else detokenizer.num_output_tokens,
+        has_ended=lambda: states.get(name) is not state,
+    )

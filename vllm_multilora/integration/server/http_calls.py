@@ -1,0 +1,184 @@
+"""What must pass between HTTP and the code that finds and runs adapters.
+
+vLLM resolves a request's model name, and runs it, far below HTTP. What the two have to tell each
+other travels in a context variable, which reaches every task that works for the request: the
+request's headers one way, the adapter and its version the other.
+
+An answer says which version of an adapter made it:
+
+- in the headers `x-multilora-adapter` and `x-multilora-version`. A stream's headers are sent before
+  anything is computed; they name the version that the adapter's name stood for then, which the
+  request is bound to;
+- in the field `multilora` of the answer, or of a stream's first event once it is known, which
+  names what has computed it. The two differ where an adapter's files have changed without a
+  registration, and its old version was not in memory any more.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.server.access import access_for
+from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from vllm.lora.request import LoRARequest
+
+ADAPTER_HEADER = "x-multilora-adapter"
+"""Names, in an answer, the adapter that made it, or that a route has led the request to."""
+
+VERSION_HEADER = "x-multilora-version"
+"""The adapter's version in an answer: the first digits of its digest."""
+
+SHOWN_DIGITS = 16
+"""Digits of a digest in answers."""
+
+_EVENT = b"data: {"
+
+
+@dataclass
+class HttpCall:
+    """One HTTP request.
+
+    Attributes:
+        headers: As the client sent them; names in any case.
+        route: The route that the client asked for; None if it named a model.
+        adapter: What the answer names: the adapter, or what a route has led to; None: nothing.
+        lora: The adapter in the version that its name stood for; None for the base model.
+        digest: The digest of that version, if it is known.
+        asked: The digits of the digest that the client asked for; empty for any version.
+        ran: The digest of the weights that have computed the answer; None before that.
+    """
+
+    headers: Mapping[str, str]
+    route: str | None = None
+    adapter: str | None = None
+    lora: LoRARequest | None = None
+    digest: str | None = None
+    asked: str = ""
+    ran: str | None = None
+
+
+current_call: ContextVar[HttpCall | None] = ContextVar("multilora_http_call", default=None)
+"""The HTTP request that is being worked for; None outside of any."""
+
+
+class HttpCallMiddleware:
+    """Fills `current_call`, and names adapter and version in the answer, streamed ones included.
+
+    Args:
+        app: What answers the requests.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = HttpCall(Headers(scope=scope))
+        token = current_call.set(call)
+        try:
+            await self._app(scope, receive, _Answer(call, send).send)
+        finally:
+            current_call.reset(token)
+
+
+class _Answer:
+    """An answer on its way to the client."""
+
+    def __init__(self, call: HttpCall, send: Send) -> None:
+        self._call = call
+        self._send = send
+        self._start: Message | None = None  # held until the body is there
+        self._is_complete = False  # nothing is to be added any more
+
+    async def send(self, message: Message) -> None:
+        if not self._is_complete:
+            if message["type"] == "http.response.start":
+                if self._begin(message):
+                    return
+            elif message["type"] == "http.response.body":
+                message = self._named(message)
+                if self._start is not None:
+                    start, self._start = self._start, None
+                    await self._send(start)
+        await self._send(message)
+
+    def _begin(self, start: Message) -> bool:
+        """Adds the headers; whether they are to be held until the body is there."""
+        call, headers = self._call, MutableHeaders(scope=start)
+        if call.adapter is not None:
+            # A header holds ASCII; other names are percent-encoded, as in a URL.
+            headers[ADAPTER_HEADER] = quote(call.adapter, safe="/:@+ ")
+        if call.digest is not None:
+            headers[VERSION_HEADER] = call.digest[:SHOWN_DIGITS]
+        kind = headers.get("content-type", "")
+        is_json = kind.startswith("application/json")
+        is_answer = call.lora is not None and start["status"] == 200
+        self._is_complete = not is_answer or not (is_json or kind.startswith("text/event-stream"))
+        if is_answer and is_json:
+            self._start = start
+        return self._start is not None
+
+    def _named(self, message: Message) -> Message:
+        """The first part of a body that can name what has computed it, with that in it."""
+        body, ran, start = message.get("body", b""), self._call.ran, self._start
+        event = 0 if start is not None else body.find(_EVENT)
+        at = event if start is not None else event + len(_EVENT) - 1
+        if start is not None:
+            self._is_complete = True  # it is whole, or begins here
+        if ran is None or event < 0 or body[at : at + 1] != b"{":
+            return message
+        self._is_complete = True
+        field = _field(self._call, ran)
+        rest = body[at + 1 :]
+        named = b"".join((body[: at + 1], field, b"" if rest[:1] == b"}" else b",", rest))
+        if start is not None:
+            headers = MutableHeaders(scope=start)
+            headers[VERSION_HEADER] = ran[:SHOWN_DIGITS]
+            if (length := headers.get("content-length")) is not None:
+                headers["content-length"] = str(int(length) + len(named) - len(body))
+        return {**message, "body": named}
+
+
+def _field(call: HttpCall, ran: str) -> bytes:
+    assert call.lora is not None
+    value = {"adapter": call.lora.lora_name, "version": ran[:SHOWN_DIGITS]}
+    return b'"multilora":' + json.dumps(value, separators=(",", ":")).encode()
+
+
+def init_entrypoints_middleware(
+    original: Callable[..., None], args: Namespace, app: Any, *rest: Any, **kwargs: Any
+) -> None:
+    original(args, app, *rest, **kwargs)
+    if getattr(args, "enable_lora", False):
+        app.add_middleware(HttpCallMiddleware)
+    access = access_for(args)
+    if access is not None:
+        app.add_middleware(AccessMiddleware, access=access)  # the last one is the first that acts
+
+
+async def transform_request(original: Callable[..., Any], transform: Any, raw_request: Any) -> Any:
+    """Of a call to `/invocations`: puts the model that SageMaker's header names into the body."""
+    client = getattr(raw_request.app.state, "engine_client", None)
+    if METER.get(getattr(client, "output_processor", None)) is None:
+        return await original(transform, raw_request)
+    body = await raw_request.body()
+    transformed = await original(transform, raw_request)
+    content = await raw_request.json()
+    if content.get("model") is None and (named := json.loads(body).get("model")) is not None:
+        content["model"] = named
+        raw_request._body = json.dumps(content).encode()
+    return transformed

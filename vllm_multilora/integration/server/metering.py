@@ -1,0 +1,298 @@
+"""Follows every prompt in an API server to its end, and says what it has used and what has run it.
+
+Counted is what answers count in their `usage`, in the process that answers: tokens after a stop
+string, which the engine has computed, are not in it, and the prompt of several choices is in it
+once. A beam search is many requests to the engine, and one prompt here. What was preempted counts
+once, and what was aborted counts as far as it got.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine import FinishReason
+
+from vllm_multilora.integration.attached import ACCOUNT, ENDED, METER, ON_FAILURE
+from vllm_multilora.integration.engine.versions import version_in
+from vllm_multilora.integration.failures import deliver_failures, mark_failed
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.server.callers import current_caller
+from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
+from vllm_multilora.metering.usage import Status, Usage
+from vllm_multilora.metering.usage_log import UsageLog
+from vllm_multilora.metrics.server_counts import count_latencies, count_tokens
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+_MIB = 1 << 20
+_ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
+
+
+@dataclass
+class Account:
+    """One prompt on its way.
+
+    Attributes:
+        usage: What it has used so far.
+        call: The HTTP request that it came with.
+        choices: Those that have not ended.
+        is_beam: Whether it is a part of a beam search, which is counted as a whole.
+    """
+
+    usage: Usage
+    call: HttpCall | None
+    choices: int = 0
+    is_beam: bool = field(default=False)
+
+
+_beam: ContextVar[Usage | None] = ContextVar("multilora_beam", default=None)
+
+
+class ServerMeter:
+    """Follows one API server's prompts, on its event loop.
+
+    Args:
+        log: Takes a line for each; None where there is no log.
+        has_latencies: Whether the latencies of each adapter's requests are counted.
+    """
+
+    def __init__(self, log: UsageLog | None, *, has_latencies: bool = False) -> None:
+        self._log = log
+        self._has_latencies = has_latencies
+
+    def begin(self, state: Any) -> None:
+        """A choice begins.
+
+        Args:
+            state: vLLM's `RequestState`.
+        """
+        parent = state.parent_req
+        account = None if parent is None else ACCOUNT.get(parent)
+        if account is None:
+            beam = _beam.get()
+            usage = beam or self.new_usage(state.external_req_id, state.lora_request)
+            account = Account(usage, current_call.get(), is_beam=beam is not None)
+            if parent is not None:
+                account.usage.request_id = parent.external_req_id
+                ACCOUNT.set(parent, account)
+        account.choices += 1
+        ACCOUNT.set(state, account)
+
+    def new_usage(self, request_id: str, lora: LoRARequest | None) -> Usage:
+        """Of a prompt that has used nothing yet, for the HTTP request at hand."""
+        call, caller = current_call.get(), current_caller.get()
+        return Usage(
+            request_id,
+            adapter=None if lora is None else lora.lora_name,
+            route=None if call is None else call.route,
+            tenant=None if caller is None or caller.tenant is None else caller.tenant.name,
+        )
+
+    def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> None:
+        """Takes in what engines say of versions and ends, before vLLM does.
+
+        Args:
+            outputs: vLLM's `EngineCoreOutput`s that say any of that.
+            states: vLLM's request states by internal request id.
+        """
+        for output in outputs:
+            state = states.get(output.request_id)
+            account = None if state is None else ACCOUNT.get(state)
+            if account is None:
+                continue
+            if (digest := version_in(output.trace_headers)) is not None:
+                self._ran(account, digest, state)
+            if (status := _ENDS.get(output.finish_reason)) is not None:
+                account.usage.status = status
+
+    def _ran(self, account: Account, digest: str, state: Any) -> None:
+        account.usage.version = digest
+        call = account.call
+        if call is None:
+            return
+        call.ran = digest
+        if not digest.startswith(call.asked) and state.queue is not None:
+            # An exception in the queue is what the reader gets, before any output.
+            state.queue.put(
+                GracefulHTTPError(
+                    f"The model `{account.usage.adapter}` has become version "
+                    f"{digest[:SHOWN_DIGITS]}; version {call.asked} was asked for.",
+                    HTTPStatus.CONFLICT,
+                )
+            )
+
+    def end(self, state: Any, status: Status | None = None) -> None:
+        """A choice has ended; ending it again is no matter.
+
+        Args:
+            state: vLLM's `RequestState`.
+            status: How, where no engine has said so.
+        """
+        account = ACCOUNT.get(state)
+        if account is None:
+            return
+        ACCOUNT.set(state, None)
+        account.choices -= 1
+        usage = account.usage
+        ENDED.set(state, usage)
+        if status is not None:
+            usage.status = status
+        if account.is_beam:
+            return
+        tokens = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
+        usage.generated_tokens += tokens
+        if self._has_latencies and usage.adapter is not None:
+            _count_latencies(usage.adapter, state.stats)
+        if tokens or (usage.status is Status.OK and not state.is_prefilling):
+            usage.prompt_tokens = state.prompt_len
+            if state.request_index == 0:
+                usage.cached_tokens = state.num_cached_tokens
+        if not account.choices:
+            self.count(usage)
+
+    def count(self, usage: Usage) -> None:
+        """A prompt has ended with all of its choices."""
+        if usage.adapter is not None:
+            count_tokens(usage)
+        if self._log is not None:
+            self._log.write(usage)
+
+
+def _count_latencies(adapter: str, stats: Any) -> None:
+    """Counts what vLLM has measured of a choice; nothing where it had no token, or is not measured.
+
+    Args:
+        adapter: The adapter's name.
+        stats: vLLM's `RequestStateStats`.
+    """
+    if stats is None or not stats.first_token_ts:
+        return
+    others = stats.num_generation_tokens - 1
+    pace = (stats.last_token_ts - stats.first_token_ts) / others if others > 0 else None
+    count_latencies(adapter, stats.first_token_latency, pace)
+
+
+def start(models: Any) -> None:
+    """Meters a server's requests from now on.
+
+    Raises:
+        ConfigError: The usage log cannot be written to.
+    """
+    client = models.engine_client
+    settings = settings_of(client.vllm_config)
+    log = None
+    if settings.usage_log is not None:
+        log = UsageLog(Path(settings.usage_log), round(settings.usage_log_mib * _MIB))
+        atexit.register(log.close)
+    meter = ServerMeter(log, has_latencies=settings.latency_metrics)
+    METER.set(client.output_processor, meter)
+
+
+def begin(processor: Any, state: Any) -> None:
+    """A request is on its way to the engine.
+
+    Args:
+        processor: vLLM's `OutputProcessor`.
+        state: vLLM's `RequestState` of it.
+    """
+    if (meter := METER.get(processor)) is not None:
+        meter.begin(state)
+
+
+# What vLLM calls
+
+
+def process_outputs(
+    original: Callable[..., Any],
+    processor: Any,
+    engine_core_outputs: Sequence[Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    states = processor.request_states
+    telling = [
+        output
+        for output in engine_core_outputs
+        if output.finish_reason is not None or output.trace_headers is not None
+    ]
+    if telling and (meter := METER.get(processor)) is not None:
+        meter.look(telling, states)
+    tokenizer = getattr(processor, "tokenizer", None)
+    failures = deliver_failures(telling, states, ON_FAILURE.get(processor), tokenizer)
+    processed = original(processor, engine_core_outputs, *args, **kwargs)
+    mark_failed(processed.request_outputs, failures)
+    return processed
+
+
+def finish_request(original: Callable[..., None], processor: Any, state: Any) -> None:
+    original(processor, state)
+    if (meter := METER.get(processor)) is not None:
+        meter.end(state)
+
+
+def abort_requests(
+    original: Callable[..., list[str]], processor: Any, *args: Any, **kwargs: Any
+) -> list[str]:
+    meter = METER.get(processor)
+    if meter is None:
+        return original(processor, *args, **kwargs)
+    states = dict(processor.request_states)
+    ended = original(processor, *args, **kwargs)
+    for request_id in ended:
+        meter.end(states[request_id], Status.ABORTED)
+    return ended
+
+
+async def beam_search(
+    original: Callable[..., Any],
+    serving: Any,
+    prompt: Any,
+    request_id: str,
+    params: Any,
+    lora_request: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> AsyncIterator[Any]:
+    beams = original(serving, prompt, request_id, params, lora_request, *args, **kwargs)
+    meter = METER.get(getattr(serving.engine_client, "output_processor", None))
+    if meter is None:
+        async for output in beams:
+            yield output
+        return
+    usage = meter.new_usage(request_id, lora_request)
+    is_over = False
+    try:
+        while True:
+            token = _beam.set(usage)
+            try:
+                output = await anext(beams)
+            except StopAsyncIteration:
+                is_over = True
+                return
+            finally:
+                _beam.reset(token)
+            if usage.status is Status.OK:
+                usage.prompt_tokens = len(output.prompt_token_ids)
+                usage.generated_tokens = sum(len(beam.token_ids) for beam in output.outputs)
+            yield output
+    finally:
+        await beams.aclose()
+        if not is_over and usage.status is Status.OK and not usage.prompt_tokens:
+            usage.status = Status.ABORTED
+        meter.count(usage)
+
+
+def update_scheduler_stats(
+    original: Callable[..., None], processor: Any, scheduler_stats: Any
+) -> None:
+    if METER.get(processor) is None:
+        original(processor, scheduler_stats)
+    # Else the engine core has said it: this process hears of waiting requests too late.

@@ -1,0 +1,90 @@
+"""How the LoRA metrics get into vLLM's own `/metrics`: their folder, and who shows it.
+
+The process that starts an engine makes the folder if vLLM's statistics are on, and every API
+server shows what is there; see `integration.metrics` for who records into it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY, Metric
+
+from vllm_multilora.integration.metrics import folder_of, recorder
+from vllm_multilora.integration.patching.activation import kernel_backend
+from vllm_multilora.metrics.collector import LoRACollector
+from vllm_multilora.metrics.folder import create_folder, parent_folder, remove_folder
+from vllm_multilora.metrics.server_counts import COUNTS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "MULTILORA_METRICS_FOLDER"
+"""Tells several API servers of one `vllm serve` where the folder is: each has made a
+configuration of its own, with another instance in it than the engines'."""
+
+_COLLECTOR = LoRACollector()
+
+
+def make_folder(vllm_config: VllmConfig) -> None:
+    """Makes the folder of an engine that this process is about to start.
+
+    It is removed with the configuration, at the latest when this process ends.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
+        return  # one of several API servers; the process that started them has made it
+    try:
+        folder = create_folder(vllm_config.instance_id, parent_folder())
+    except OSError as error:
+        logger.warning("There will be no LoRA metrics: no folder for them can be made: %s", error)
+        return
+    weakref.finalize(vllm_config, _remove, folder, os.getpid())
+    os.environ[FOLDER_VARIABLE] = str(folder)
+
+
+def _remove(folder: Path, maker: int) -> None:
+    # Not in a forked child, which has the maker's finalizers too.
+    if os.getpid() == maker:
+        remove_folder(folder)
+
+
+def show(vllm_config: VllmConfig) -> None:
+    """Shows an engine's metrics in this process, its client; the newest engine's are shown."""
+    if kernel_backend(vllm_config) == "vllm":
+        return
+    folder = folder_of(vllm_config)
+    if folder is None and (path := os.environ.get(FOLDER_VARIABLE)):
+        folder = Path(path)
+    if folder is None:
+        return
+    _COLLECTOR.show(folder)
+    COUNTS.start(partial(recorder, vllm_config, "server", folder))
+    known: Any = REGISTRY
+    if _COLLECTOR not in known._collector_to_names:
+        REGISTRY.register(_COLLECTOR)
+
+
+def shown_beside(collector: Any) -> Iterable[Metric]:
+    """What is shown beside the values of several API servers: nothing beside anybody else's."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return _COLLECTOR.collect() if folder and collector._path == folder else ()
+
+
+def init_stat_loggers(
+    original: Callable[..., None], self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any
+) -> None:
+    original(self, vllm_config, *args, **kwargs)
+    show(vllm_config)
+
+
+def collect(original: Callable[..., Iterable[Metric]], self: Any) -> Iterable[Metric]:
+    return [*original(self), *shown_beside(self)]

@@ -1,0 +1,139 @@
+"""What happens to the model name of a request before vLLM looks it up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from vllm import envs
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
+
+from vllm_multilora.adapters.served_names import name_fault
+from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.server import adapter_directory, registration, resolvers, versions
+from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.routes import routes_of
+
+
+def may_use(serving: Any, name: str | None) -> bool:
+    """Whether whoever asks may use a model, if there is one of this name."""
+    caller = current_caller.get()
+    if caller is None:
+        return True
+    models = serving.models
+    is_base = not name or models.is_base_model(name)
+    return caller.may_use(name, is_base=is_base, is_route=name in (routes_of(models) or ()))
+
+
+def unknown(serving: Any, name: str | None) -> ErrorResponse:
+    """The answer of vLLM to a request for a model that does not exist."""
+    served = ", ".join(model.name for model in serving.models.base_model_paths)
+    answer: ErrorResponse = serving.create_error_response(
+        message=f"The model `{name}` does not exist. Valid aliases: {served}.",
+        err_type="NotFoundError",
+        status_code=HTTPStatus.NOT_FOUND,
+        param="model",
+    )
+    return answer
+
+
+async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
+    """Puts an adapter's name in the place of a route's, and makes sure that it is served.
+
+    Args:
+        serving: One of vLLM's handlers of a route.
+        request: As the client sent it, for a model that it may use; its `model` is replaced where
+            it is a route.
+
+    Returns:
+        The answer to a request whose adapter cannot be served; None lets vLLM go on.
+    """
+    refusal = await _prepare(serving.models, request)
+    caller = current_caller.get()
+    if caller is None:
+        return refusal
+    if refusal is not None:
+        return _as_shown(refusal, caller, serving.models, request.model)
+    name = request.model
+    return caller.grant(None if not name or serving.models.is_base_model(name) else name)
+
+
+async def _prepare(models: Any, request: Any) -> ErrorResponse | None:
+    routes = routes_of(models)
+    if routes is not None:
+        refusal = await routes.lead(request)
+        if refusal is not None:
+            return refusal
+    name = request.model
+    if not name or envs.VLLM_SKIP_MODEL_NAME_VALIDATION or models.is_base_model(name):
+        return None
+    is_served = name in models.lora_requests
+    if not is_served and registration.acts_for(models) and (fault := name_fault(name)) is not None:
+        return registration.no_such_name(name, fault, "model")
+    refusal = await adapter_directory.prepare(models, name)
+    if refusal is None and name not in models.lora_requests:
+        refusal = await resolvers.prepare(models, name)
+    return refusal
+
+
+def _as_shown(
+    refusal: ErrorResponse, caller: Caller, models: Any, name: str | None
+) -> ErrorResponse:
+    """A refusal as its caller may see it; others may be shown the same object."""
+    lora = models.lora_requests.get(name)
+    folder = None if lora is None else lora.lora_path
+    shown = refusal.model_copy(deep=True)
+    shown.error.message = caller.shown(shown.error.message, folder)
+    for problem in getattr(shown.error, "problems", ()):
+        for key, value in problem.items():
+            if isinstance(value, str):
+                problem[key] = caller.shown(value, folder)
+    return shown
+
+
+def take_asked(serving: Any, request: Any) -> str:
+    """The version that a request asks for, which is taken out of its model's name."""
+    models = serving.models
+    if not _acts_for(models):
+        return ""
+    routes = routes_of(models) or ()
+    return versions.take_asked(
+        models, request, is_name=lambda name: models.is_base_model(name) or name in routes
+    )
+
+
+def bind(serving: Any, request: Any, asked: str) -> ErrorResponse | None:
+    """See `versions.bind`; does nothing where the plugin does not act."""
+    return versions.bind(serving.models, request, asked) if _acts_for(serving.models) else None
+
+
+def _acts_for(models: Any) -> bool:
+    # Asked for each request: what the server has been given when it started says so at once.
+    return METER.get(getattr(models.engine_client, "output_processor", None)) is not None
+
+
+async def check_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
+    asked = take_asked(serving, request)
+    if not may_use(serving, request.model):
+        return unknown(serving, request.model)
+    refusal = await prepare(serving, request)
+    if refusal is None:
+        refusal = await original(serving, request)
+    return refusal if refusal is not None else bind(serving, request, asked)
+
+
+async def check_pooling_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
+    asked = take_asked(serving, request)
+    if not may_use(serving, request.model):
+        # As vLLM does, which looks names up in two places here.
+        raise VLLMNotFoundError(f"The model `{request.model}` does not exist.")
+    refusal = await prepare(serving, request)
+    if refusal is None:
+        answer = await original(serving, request)
+        refusal = bind(serving, request, asked)
+    if refusal is not None:
+        # These handlers answer with exceptions alone.
+        raise GracefulHTTPError(refusal.error.message, HTTPStatus(refusal.error.code))
+    return answer

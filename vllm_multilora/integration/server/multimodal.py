@@ -1,0 +1,32 @@
+"""Adapters and what a request shows beside text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_multilora.integration.patching.activation import is_active
+
+
+def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:
+    """The adapter that the operator has set for what a base-model request holds, if it is one.
+
+    An adapter is no default for being named `image`, or `text`, as anybody may name theirs.
+    """
+    vllm_config = serving.models.engine_client.vllm_config
+    if not is_active(vllm_config):
+        return original(serving, request)
+    defaults = vllm_config.lora_config.default_mm_loras or {}
+    adapters = serving.models.lora_requests
+    kinds = serving._get_message_types(request) & defaults.keys() & adapters.keys()
+    return adapters[kinds.pop()] if len(kinds) == 1 else None
+
+
+def encoder_output_key(
+    original: Callable[..., str], processor: Any, mm_hash: str, lora_request: Any
+) -> str:
+    """The key of an image's cached encoding: each version of an adapter has its own."""
+    key = original(processor, mm_hash, lora_request)
+    if key == mm_hash or not is_active(processor.vllm_config):
+        return key
+    return f"{lora_request.lora_int_id}:{key}"

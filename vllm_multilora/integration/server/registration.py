@@ -1,0 +1,240 @@
+"""The API server's part: vLLM's routes for loading and unloading adapters, with exact answers.
+
+An adapter that is loaded again under its name gets a new number. Requests in flight end on the
+old weights, new ones begin on the new, the old version is unloaded once nobody uses it, and a
+reload that fails leaves it serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.lora.request import LoRARequest
+
+from vllm_multilora.adapters.problems import shown_name
+from vllm_multilora.adapters.served_names import name_fault, path_fault
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
+from vllm_multilora.integration.patching.activation import kernel_backend
+from vllm_multilora.integration.server import shared_names, versions
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+logger = logging.getLogger(__name__)
+
+
+MOST_ADAPTERS = 65_536
+"""That an API server serves at a time: as many as an engine knows."""
+
+GRACE_S = 5.0
+"""How long a request may be on its way from its adapter's name to the engine."""
+
+
+class AdapterErrorInfo(ErrorInfo):
+    """vLLM's error with all problems of an adapter."""
+
+    problems: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class AdapterErrorResponse(ErrorResponse):
+    """vLLM's error response with all problems of an adapter."""
+
+    error: AdapterErrorInfo
+
+
+def acts_for(models: OpenAIServingModels) -> bool:
+    """Whether the plugin is active in the engine behind a server."""
+    # A server that only renders prompts has no engine.
+    vllm_config = getattr(getattr(models, "engine_client", None), "vllm_config", None)
+    return vllm_config is not None and kernel_backend(vllm_config) != "vllm"
+
+
+async def load_adapter(
+    models: Any, request: Any, base_model_name: str | None
+) -> ErrorResponse | str:
+    """`POST /v1/load_lora_adapter`: reads and checks an adapter, and serves it from now on.
+
+    Answers 400 with all problems where the adapter is bad, 403 where its path is not allowed, 404
+    where there is none, 503 where it could not be read.
+    """
+    name, path = request.lora_name, request.lora_path
+    refusal = _refuse_text(models, name, path)
+    if refusal is not None:
+        return refusal
+    async with models.lora_resolver_lock[name]:
+        refusal = await models._check_load_lora_adapter_request(request)
+        if refusal is not None:
+            return refusal
+        # Always a new number: what was computed with an older version is never taken for this.
+        lora = LoRARequest(
+            lora_name=name,
+            lora_int_id=models.lora_id_counter.inc(1),
+            lora_path=path,
+            is_3d_lora_weight=request.is_3d_lora_weight,
+        )
+        if base_model_name is not None and models.is_base_model(base_model_name):
+            lora.base_model_name = base_model_name
+        refusal = await admit(models, lora)
+        if refusal is not None:
+            in_background(remove(models, lora))  # another engine may have taken it
+            return refusal
+        previous = models.lora_requests.get(name)
+        models.lora_requests[name] = lora
+        await shared_names.publish(models, lora)
+        logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
+        if previous is not None:
+            in_background(remove_later(models, previous))
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+
+async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
+    """`POST /v1/unload_lora_adapter`: refuses new requests at once, and frees the memory.
+
+    Answers when the adapter's running requests have ended, or have been ended, and its slot and
+    host memory are free in every worker.
+    """
+    if (fault := name_fault(request.lora_name)) is not None:
+        return no_such_name(request.lora_name, fault, "lora_name")
+    async with models.lora_resolver_lock[request.lora_name]:
+        refusal = await models._check_unload_lora_adapter_request(request)
+        if refusal is not None:
+            return refusal
+        lora = models.lora_requests.pop(request.lora_name)
+        await shared_names.retract(models, lora.lora_name)
+    await remove(models, lora)
+    in_background(remove_later(models, lora))
+    logger.info("Removed LoRA adapter: name '%s'", lora.lora_name)
+    return f"Success: LoRA adapter '{lora.lora_name}' removed successfully."
+
+
+def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | None:
+    """Why what a client has sent is not even looked for; None if it is."""
+    if (fault := name_fault(name)) is not None:
+        return error_response(
+            HTTPStatus.BAD_REQUEST,
+            f"the adapter's name '{shown_name(name)}' {fault}: give it a short, printable one",
+            param="lora_name",
+        )
+    if (fault := path_fault(path)) is not None:
+        return error_response(
+            HTTPStatus.BAD_REQUEST,
+            f"adapter {name!r}: '{shown_name(path)}' is no path, since it {fault}",
+        )
+    if name not in models.lora_requests and len(models.lora_requests) >= MOST_ADAPTERS:
+        return error_response(
+            HTTPStatus.BAD_REQUEST,
+            f"adapter {name!r}: this server has {MOST_ADAPTERS} adapters, and serves no more; "
+            f"unload one first",
+            param="lora_name",
+        )
+    return None
+
+
+def no_such_name(name: str, fault: str, param: str) -> AdapterErrorResponse:
+    """The answer to a name that no adapter can have."""
+    return error_response(
+        HTTPStatus.NOT_FOUND,
+        f"There is no adapter of the name '{shown_name(name)}': no name {fault}.",
+        param=param,
+    )
+
+
+async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
+    """Has the engine read and check an adapter; returns why it cannot be served."""
+    try:
+        await models.engine_client.add_lora(lora)
+    except Exception as error:
+        return _refusal(lora, str(error))
+    return None
+
+
+def is_current(models: Any, lora: LoRARequest) -> bool:
+    """Whether an adapter, in this version, still has its name."""
+    current = models.lora_requests.get(lora.lora_name)
+    return current is not None and current.lora_int_id == lora.lora_int_id
+
+
+async def remove(models: Any, lora: LoRARequest) -> None:
+    """Frees an adapter's slot and host memory; returns when its running requests have ended."""
+    await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
+    versions.forget(models.engine_client, lora.lora_int_id)
+
+
+async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S) -> None:
+    """Removes an adapter when requests that had found its name have reached the engine."""
+    await asyncio.sleep(delay_s)
+    # A folder that was put back as it was has the number that it had.
+    if not is_current(models, lora):
+        await remove(models, lora)
+
+
+_tasks: set[asyncio.Task[None]] = set()
+
+
+def in_background(work: Coroutine[Any, Any, None]) -> None:
+    """Does some work without anybody waiting for it."""
+    task = asyncio.create_task(work)
+    _tasks.add(task)  # the event loop keeps weak references only
+    task.add_done_callback(_tasks.discard)
+
+
+def _refusal(lora: LoRARequest, text: str) -> AdapterErrorResponse:
+    """The answer to an adapter that the engine refused with a text."""
+    message, mark, fields = text.partition(REFUSAL_MARK)
+    if not mark:
+        message = f"adapter {lora.lora_name!r}: {text}"
+        return error_response(HTTPStatus.INTERNAL_SERVER_ERROR, message)
+    found = json.loads(fields)
+    kind = FailureKind(found["kind"])
+    problems = [
+        {
+            key: without_folder(value, lora) if isinstance(value, str) else value
+            for key, value in problem.items()
+        }
+        for problem in found["problems"]
+    ]
+    is_forbidden = any(problem["code"] == "not-allowed" for problem in problems)
+    status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[kind]
+    # What vLLM's utility call puts before the message is of no use to a client.
+    message = without_folder(message.removeprefix("Call to add_lora method failed: "), lora)
+    return error_response(status, f"adapter {lora.lora_name!r}: {message}", problems)
+
+
+def error_response(
+    status: HTTPStatus,
+    message: str,
+    problems: list[dict[str, Any]] | None = None,
+    param: str = "lora_path",
+) -> AdapterErrorResponse:
+    """An answer that says what is wrong, all problems included, and with which of the fields."""
+    return AdapterErrorResponse(
+        error=AdapterErrorInfo(
+            message=message,
+            type=status.phrase,
+            param=param,
+            code=status.value,
+            problems=problems or [],
+        )
+    )
+
+
+async def load_lora_adapter(
+    original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None = None
+) -> Any:
+    if acts_for(models):
+        return await load_adapter(models, request, base_model_name)
+    return await original(models, request, base_model_name)
+
+
+async def unload_lora_adapter(original: Callable[..., Any], models: Any, request: Any) -> Any:
+    if acts_for(models):
+        return await unload_adapter(models, request)
+    return await original(models, request)

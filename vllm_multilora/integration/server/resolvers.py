@@ -1,0 +1,134 @@
+"""Adapters that vLLM's resolvers find by name, with the engine's own words where one is refused.
+
+vLLM asks its resolvers (`LoRAResolverRegistry`) for names that nobody serves, says of an adapter
+that cannot be loaded that it cannot, and asks again with every request. `FilesystemResolver` joins
+the name to its folder, whatever it is, and opens and parses what is there on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import Any
+
+from vllm import envs
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.lora.request import LoRARequest
+from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
+
+from vllm_multilora.adapters.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.folder import CONFIG_NAME
+from vllm_multilora.adapters.limits import DEFAULT_LIMITS
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.failures import describe_failure
+from vllm_multilora.integration.attached import REFUSALS
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.server import registration, shared_names
+from vllm_multilora.integration.server.refusals import Refusals
+
+logger = logging.getLogger(__name__)
+
+_LIMIT_S = 5.0  # for a look at a folder; storage that hangs must not keep requests for ever
+_THREADS = ThreadPoolExecutor(4, thread_name_prefix="multilora-resolver")
+
+
+async def prepare(models: Any, name: str) -> ErrorResponse | None:
+    """Has vLLM's resolvers find an adapter that nobody serves yet.
+
+    Returns:
+        The answer to the request where none finds it, or the engine refuses it; None where it
+        serves from now on, or resolvers have no say.
+    """
+    if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or not registration.acts_for(models):
+        return None
+    if not models.lora_resolvers:
+        return None
+    async with models.lora_resolver_lock[name]:
+        if models.is_base_model(name) or name in models.lora_requests:
+            return None
+        refusals = REFUSALS.get(models)
+        if refusals is None:
+            refusals = Refusals()
+            REFUSALS.set(models, refusals)
+        refusal = refusals.find(name)
+        if refusal is not None:
+            return refusal
+        refusal = await _resolve(models, name)
+        if refusal is None:
+            refusals.forget(name)
+        elif refusal.error.code != HTTPStatus.NOT_FOUND:
+            refusals.remember(name, refusal)
+        return refusal
+
+
+async def _resolve(models: Any, name: str) -> ErrorResponse | None:
+    first: ErrorResponse | None = None
+    for resolver in models.lora_resolvers if not name.startswith("/") else ():
+        kind = type(resolver).__name__
+        try:
+            lora = await _ask(resolver, models, name)
+        except Exception as error:  # a resolver is anybody's code, and reads anybody's files
+            logger.warning("%s cannot tell of %r: %s", kind, name, describe_failure(error)[:500])
+            refusal = registration.error_response(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"adapter {name!r}: its resolver, {kind}, has failed; the server's log says why",
+            )
+        else:
+            if lora is None:
+                continue
+            lora.lora_int_id = models.lora_id_counter.inc(1)
+            admitted = await registration.admit(models, lora)
+            if admitted is None:
+                models.lora_requests[name] = lora
+                await shared_names.publish(models, lora)
+                logger.info("Resolved and loaded LoRA adapter %r by %s", name, kind)
+                return None
+            registration.in_background(registration.remove(models, lora))
+            refusal = admitted
+        refusal.error.param = "model"
+        first = first or refusal
+    served = ", ".join(model.name for model in models.base_model_paths)
+    return first or registration.error_response(
+        HTTPStatus.NOT_FOUND,
+        f"The model `{name}` does not exist. Valid aliases: {served}.",
+        param="model",
+    )
+
+
+async def _ask(resolver: Any, models: Any, name: str) -> LoRARequest | None:
+    """What a resolver finds."""
+    base = models.model_config.model
+    if type(resolver) is not FilesystemResolver:
+        found: LoRARequest | None = await resolver.resolve_lora(base, name)
+        return found
+    settings = settings_of(models.engine_client.vllm_config)
+    look = asyncio.get_running_loop().run_in_executor(
+        _THREADS, _look, resolver, base, name, settings
+    )
+    return await asyncio.wait_for(look, _LIMIT_S)
+
+
+def _look(
+    resolver: FilesystemResolver, base: str, name: str, settings: MultiLoRAConfig
+) -> LoRARequest | None:
+    """Has the resolver look below its folder, or the allowed ones, at a file that can be read."""
+    folder = resolver.lora_cache_dir
+    path = f"{folder}/{name}"
+    roots = AllowedRoots(settings.allowed_roots, [*settings.adapter_dir, folder])
+    if not (roots.allows(path) and roots.allows(f"{path}/{CONFIG_NAME}")):
+        return None
+    try:
+        status = os.stat(f"{path}/{CONFIG_NAME}")  # noqa: PTH116 (no path to look up)
+        # A pipe would hold this thread, and what is larger the interpreter.
+        if stat.S_ISREG(status.st_mode) and status.st_size <= DEFAULT_LIMITS.config_bytes:
+            return asyncio.run(resolver.resolve_lora(base, name))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    # The engine says what is wrong with it.
+    return LoRARequest(lora_name=name, lora_int_id=1, lora_path=path)

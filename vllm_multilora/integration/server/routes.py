@@ -1,0 +1,313 @@
+"""Routes in an API server: from a public model name to the adapter that answers a request.
+
+A route is resolved where vLLM looks a request's model name up, which every endpoint does, with
+the parsed request at hand: `request.model` is set to the adapter's name, and all that follows is
+vLLM's own way with adapters. Rewriting bodies before vLLM parses them would have to know every
+endpoint's format and parse each body twice. The answer's `model` names the adapter, as OpenAI's
+names the model behind an alias.
+
+An adapter is unavailable, and a route's fallback answers, where
+
+- no adapter of the name is registered, in an adapter directory, or found by vLLM's resolvers;
+- its first load from an adapter directory is refused, whatever the reason;
+- its last load in the engine failed. Which adapter a request goes to is decided before the
+  engine sees it, so the request that finds the failure is answered with the failure's status;
+  later ones get the fallback. The adapter is tried again in the background, and answers again
+  as soon as it has been loaded.
+
+Nothing falls back where the file does not say so, and to the base model only by its own name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from vllm.entrypoints.serve.engine.protocol import (
+    ErrorInfo,
+    ErrorResponse,
+    ModelCard,
+    ModelPermission,
+)
+
+from vllm_multilora.documents import WatchedFile
+from vllm_multilora.failures import LoadFailure
+from vllm_multilora.integration import failures
+from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
+from vllm_multilora.integration.patching.activation import is_active, settings_of
+from vllm_multilora.integration.server import (
+    adapter_directory,
+    registration,
+    resolvers,
+    versions,
+)
+from vllm_multilora.integration.server.callers import card_for, current_caller
+from vllm_multilora.integration.server.http_calls import current_call
+from vllm_multilora.integration.server.refusals import next_pause
+from vllm_multilora.metrics.server_counts import count_route
+from vllm_multilora.routing import RequestError, RequestFacts, Routes, Turns, parse_routes
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+logger = logging.getLogger(__name__)
+
+REFRESH_S = 1.0
+"""Least time between two looks at the file while only known names are asked for."""
+
+RETRY_S = 5.0
+"""Until an adapter whose load has failed is tried again; then twice as long, up to a minute."""
+
+
+class ServerRoutes:
+    """The routes of one API server; used on its event loop only.
+
+    Args:
+        models: vLLM's `OpenAIServingModels`.
+        path: The routes file.
+
+    Raises:
+        DocumentError: The file cannot be used.
+    """
+
+    def __init__(self, models: Any, path: str) -> None:
+        self._models = models
+        self._file = WatchedFile(path, self._parse, "routes")
+        self._turns = Turns()
+        self._failed: dict[int, LoadFailure] = {}  # by the adapter's number
+        self._replaced: set[tuple[str, str]] = set()  # routes and adapters with fallback in use
+        self._due = time.monotonic() + REFRESH_S
+        self._refreshing: asyncio.Task[None] | None = None
+        self._tell_unknown()
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a model name is a route's."""
+        return name in self._file.value.targets
+
+    async def cards(self) -> list[ModelCard]:
+        """The routes as `/v1/models` lists them."""
+        await self._refresh()
+        base = self._models.base_model_paths[0].name
+        return [
+            ModelCard(id=name, parent=base, permission=[ModelPermission()])
+            for name in self._file.value.targets
+        ]
+
+    async def lead(self, request: Any) -> ErrorResponse | None:
+        """Puts an adapter's name in the place of a route's.
+
+        Args:
+            request: One of vLLM's parsed requests.
+
+        Returns:
+            The answer to a request for a route that leads nowhere; None lets vLLM go on.
+        """
+        name = request.model
+        if name and name not in self and not self._is_served(name):
+            await self._refresh()  # somebody may have just written the route
+        elif time.monotonic() >= self._due:
+            self._begin_refresh()
+        target = self._file.value.targets.get(name)
+        if target is None:
+            return None
+        try:
+            candidates = target.candidates(_facts(request), self._turns)
+        except RequestError as error:
+            return _error(HTTPStatus.BAD_REQUEST, f"The model `{name}` is a route. {error}.")
+        adapter, refusal = await self._choose(name, candidates)
+        if adapter is None:
+            return refusal
+        count_route(name, adapter, "chosen" if adapter == candidates[0] else "fallback")
+        request.model = adapter
+        call = current_call.get()
+        if call is not None:
+            call.route, call.adapter = name, adapter
+        return None
+
+    def note_failure(self, lora: LoRARequest, failure: LoadFailure) -> None:
+        """Takes an adapter out of routes with fallbacks until it has been loaded again."""
+        number = lora.lora_int_id
+        if number not in self._failed and registration.is_current(self._models, lora):
+            self._failed[number] = failure
+            registration.in_background(self._try_again(lora))
+
+    async def _try_again(self, lora: LoRARequest) -> None:
+        pause_s = RETRY_S
+        try:
+            while registration.is_current(self._models, lora):
+                await asyncio.sleep(pause_s)
+                if await registration.admit(self._models, lora) is None:
+                    break
+                pause_s = next_pause(pause_s)
+        finally:
+            del self._failed[lora.lora_int_id]
+
+    async def _choose(
+        self, route: str, candidates: tuple[str, ...]
+    ) -> tuple[str | None, ErrorResponse | None]:
+        """The first candidate that is available, or why there is none."""
+        refusals: dict[str, ErrorResponse] = {}
+        chosen = None
+        for name in candidates:
+            refusal = await self._refusal(name)
+            if refusal is None:
+                chosen = name
+                self._replaced.discard((route, name))
+                break
+            refusals[name] = refusal
+        if chosen is None:
+            # The engine tries again, and says exactly what is wrong.
+            chosen = next((name for name in candidates if self._is_served(name)), None)
+        if chosen is not None:
+            for name, refusal in refusals.items():
+                self._tell_replaced(route, name, chosen, refusal)
+            return chosen, None
+        first = refusals[candidates[0]].error
+        reasons = "; ".join(refusal.error.message for refusal in refusals.values())
+        return None, _error(
+            HTTPStatus(first.code),
+            f"The model `{route}` is a route, and no adapter of it is available: {reasons}",
+        )
+
+    async def _refusal(self, name: str) -> ErrorResponse | None:
+        """Why a name is unavailable; None if it is available."""
+        models = self._models
+        if models.is_base_model(name):
+            return None
+        refusal = await adapter_directory.prepare(models, name)
+        if refusal is None and name not in models.lora_requests:
+            refusal = await resolvers.prepare(models, name)
+        if refusal is not None:
+            return refusal
+        lora = models.lora_requests.get(name)
+        if lora is None:
+            return _error(HTTPStatus.NOT_FOUND, f"there is no adapter `{name}`")
+        failure = self._failed.get(lora.lora_int_id)
+        if failure is None:
+            return None
+        caller = current_caller.get()
+        message = (
+            failure.message if caller is None else caller.shown(failure.message, lora.lora_path)
+        )
+        return _error(failures.STATUS[failure.kind], message)
+
+    def _is_served(self, name: str) -> bool:
+        return name in self._models.lora_requests or self._models.is_base_model(name)
+
+    def _parse(self, file: str, text: str) -> Routes:
+        routes = parse_routes(file, text)
+        routes.check_names(
+            [model.name for model in self._models.base_model_paths], "the base model"
+        )
+        routes.check_names(self._models.lora_requests, "an adapter")
+        return routes
+
+    async def _refresh(self) -> None:
+        await asyncio.shield(self._begin_refresh())
+
+    def _begin_refresh(self) -> asyncio.Task[None]:
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._read_again())
+        return self._refreshing
+
+    async def _read_again(self) -> None:
+        # On a thread: storage may be slow, and a large file takes time to parse.
+        if await asyncio.to_thread(self._file.refresh):
+            self._tell_unknown()
+        self._due = time.monotonic() + REFRESH_S
+
+    def _tell_unknown(self) -> None:
+        known = [*self._models.lora_requests, *(m.name for m in self._models.base_model_paths)]
+        for route, names in self._file.value.unknown(set(known)).items():
+            logger.warning(
+                "The route %r leads to names that nobody serves yet: %s", route, ", ".join(names)
+            )
+
+    def _tell_replaced(self, route: str, name: str, chosen: str, refusal: ErrorResponse) -> None:
+        if chosen != name and (route, name) not in self._replaced:
+            self._replaced.add((route, name))
+            logger.warning(
+                "Route %r: %r is unavailable (%s), and %r answers for it.",
+                *(route, name, refusal.error.message, chosen),
+            )
+
+
+def start(models: Any) -> None:
+    """Puts the routes that the settings name in force, if they name any.
+
+    Raises:
+        DocumentError: The file cannot be used, or a route has an adapter's name.
+    """
+    vllm_config = getattr(models.engine_client, "vllm_config", None)
+    if vllm_config is None or not is_active(vllm_config):
+        return
+    path = settings_of(vllm_config).routes
+    if path is not None:
+        routes = ServerRoutes(models, path)
+        ROUTES.set(models, routes)
+        ON_FAILURE.set(models.engine_client.output_processor, routes.note_failure)
+
+
+def routes_of(models: Any) -> ServerRoutes | None:
+    """The routes of a server; None where it has none."""
+    return ROUTES.get(models)
+
+
+def name_taken(models: Any, name: str) -> ErrorResponse | None:
+    """Why an adapter cannot be registered under a name; None if no route has the name."""
+    routes = routes_of(models)
+    if routes is None or name not in routes:
+        return None
+    return _error(
+        HTTPStatus.BAD_REQUEST,
+        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
+        f"the routes file",
+        "lora_name",
+    )
+
+
+def _facts(request: Any) -> RequestFacts:
+    # vLLM's requests take OpenAI's `metadata` as an extra field where they have none of their own.
+    metadata = getattr(request, "metadata", None)
+    call = current_call.get()
+    return RequestFacts(
+        user=getattr(request, "user", None),
+        metadata=metadata if isinstance(metadata, Mapping) else {},
+        headers={} if call is None else call.headers,
+    )
+
+
+def _error(status: HTTPStatus, message: str, param: str = "model") -> ErrorResponse:
+    return ErrorResponse(
+        error=ErrorInfo(message=message, type=status.phrase, param=param, code=status.value)
+    )
+
+
+async def show_available_models(original: Callable[..., Any], models: Any) -> Any:
+    shown = await original(models)
+    for card in shown.data:
+        lora = models.lora_requests.get(card.id)
+        version = None if lora is None else versions.find(models.engine_client, lora)
+        if version is not None:
+            card.digest, card.created = version.digest, int(version.loaded)
+            card.kind = version.kind
+    caller, routes = current_caller.get(), routes_of(models)
+    cards = [
+        card_for(caller, card, is_base=models.is_base_model(card.id), is_route=False)
+        for card in shown.data
+    ]
+    if routes is not None:
+        cards += [
+            card_for(caller, card, is_base=False, is_route=True) for card in await routes.cards()
+        ]
+    shown.data = [card for card in cards if card is not None]
+    return shown
+
+
+async def check_load_request(original: Callable[..., Any], models: Any, request: Any) -> Any:
+    refusal = await original(models, request)
+    return refusal if refusal is not None else name_taken(models, request.lora_name)

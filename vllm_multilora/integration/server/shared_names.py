@@ -1,0 +1,153 @@
+"""Registrations that hold in all API servers of a server, through the store.
+
+With several API servers each has a table of names of its own. What one registers or unloads is in
+the others' tables when it answers, and every one of them gives an adapter the same number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm.lora.request import LoRARequest
+
+from vllm_multilora.integration.attached import NAMES
+from vllm_multilora.integration.server import versions
+from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
+from vllm_multilora.store.folder import StoreUnavailableError
+from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.messages import Published, Retracted, Settled
+from vllm_multilora.store.names_client import NamesClient
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+_OWN_NUMBERS = 1 << 24
+_SETTLE_LIMIT_S = 5.0
+
+
+class SharedNames:
+    """One API server's view; for its event loop only.
+
+    Args:
+        models: vLLM's `OpenAIServingModels`.
+        client: Connected to the store.
+    """
+
+    def __init__(self, models: Any, client: NamesClient) -> None:
+        self._models = models
+        self._client = client
+        self._unsettled: dict[int, asyncio.Future[None]] = {}
+        self._watched = -1
+        self._watch()
+
+    async def publish(self, lora: LoRARequest) -> None:
+        """An adapter was registered here; returns when the other API servers serve it."""
+        details: dict[str, str | bool] = {"is_3d_lora_weight": bool(lora.is_3d_lora_weight)}
+        if lora.base_model_name is not None:
+            details["base_model_name"] = lora.base_model_name
+        version = versions.find(self._models.engine_client, lora)
+        if version is not None:
+            details |= {
+                "digest": version.digest,
+                "loaded": str(version.loaded),
+                "kind": version.kind,
+            }
+        await self._settle(
+            self._client.publish(lora.lora_name, lora.lora_int_id, lora.lora_path, details)
+        )
+
+    async def retract(self, name: str) -> None:
+        """An adapter was unloaded here; returns when the others refuse its name too."""
+        await self._settle(self._client.retract(name))
+
+    async def _settle(self, request: int) -> None:
+        self._watch()
+        future = self._unsettled[request] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait_for(future, _SETTLE_LIMIT_S)
+        except TimeoutError:
+            logger.warning("The store has not said that all API servers know of a change.")
+        finally:
+            self._unsettled.pop(request, None)
+
+    def _watch(self) -> None:
+        """Has the event loop look at the socket, which is another one after a restart."""
+        descriptor = self._client.fileno()
+        if descriptor != self._watched:
+            loop = asyncio.get_running_loop()
+            if self._watched >= 0:
+                loop.remove_reader(self._watched)
+            loop.add_reader(descriptor, self._hear)
+            self._watched = descriptor
+
+    def _hear(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._watched)
+        self._watched = -1
+        try:
+            messages = self._client.poll()
+        except StoreUnavailableError as error:
+            logger.error("Registrations reach no other API server any more: %s", error)
+            return
+        self._watch()
+        for message in messages:
+            if isinstance(message, Settled):
+                if (future := self._unsettled.get(message.request)) and not future.done():
+                    future.set_result(None)
+                continue
+            self._take(message)
+            if message.serial:
+                self._client.saw(message.serial)
+
+    def _take(self, message: Published | Retracted) -> None:
+        table = self._models.lora_requests
+        before = table.get(message.name)
+        if before is not None:
+            versions.forget(self._models.engine_client, before.lora_int_id)
+        if isinstance(message, Retracted):
+            table.pop(message.name, None)
+            return
+        base = message.details.get("base_model_name")
+        digest = message.details.get("digest")
+        if isinstance(digest, str):
+            loaded, kind = float(message.details["loaded"]), str(message.details["kind"])
+            version = versions.Version(digest, loaded, kind)
+            versions.note(self._models.engine_client, message.adapter, version)
+        table[message.name] = LoRARequest(
+            lora_name=message.name,
+            lora_int_id=message.adapter,
+            lora_path=message.path,
+            base_model_name=base if isinstance(base, str) else None,
+            is_3d_lora_weight=bool(message.details.get("is_3d_lora_weight")),
+        )
+
+
+def start(models: Any) -> None:
+    """Shares names, where there are several API servers that may change them."""
+    vllm_config: VllmConfig = models.engine_client.vllm_config
+    parallel = vllm_config.parallel_config
+    server = os.environ.get(SERVER_VARIABLE)
+    if parallel._api_process_count <= 1 or server is None or UPDATING_VARIABLE not in os.environ:
+        return
+    # Numbers below 2^31, of which vLLM keeps 32 bits in places, and never two servers' alike.
+    models.lora_id_counter.inc(_OWN_NUMBERS * parallel._api_process_rank)
+    try:
+        NAMES.set(models, SharedNames(models, NamesClient(StoreProcess(), server)))
+    except StoreUnavailableError as error:
+        logger.error("Registrations hold in one API server only: %s", error)
+
+
+async def publish(models: Any, lora: LoRARequest) -> None:
+    """See `SharedNames.publish`; does nothing where there is one API server."""
+    if (names := NAMES.get(models)) is not None:
+        await names.publish(lora)
+
+
+async def retract(models: Any, name: str) -> None:
+    """See `SharedNames.retract`; does nothing where there is one API server."""
+    if (names := NAMES.get(models)) is not None:
+        await names.retract(name)

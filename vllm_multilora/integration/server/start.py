@@ -1,0 +1,55 @@
+"""What an API server does once it can reach its engine, before its first request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.patching.ledger import PATCHES
+from vllm_multilora.integration.server import (
+    adapter_directory,
+    metering,
+    registration,
+    routes,
+    shared_names,
+    status_route,
+)
+from vllm_multilora.integration.server.names_in_use import LocksInUse
+
+_GUARDS = (
+    *("middleware", "api-key", "model-names", "model-names-pooling", "models-list"),
+    *("engine-door", "stored-responses"),
+)
+
+
+def require_guards(models: Any) -> None:
+    """Sees to it that no server with tenants serves without what keeps them apart.
+
+    Raises:
+        ConfigError: This vLLM lacks what a guard replaces.
+    """
+    vllm_config = getattr(models.engine_client, "vllm_config", None)
+    if vllm_config is None or settings_of(vllm_config).tenants is None:
+        return
+    missing = [patch.name for patch in PATCHES if patch.name in _GUARDS and not patch.apply()]
+    if missing:
+        raise ConfigError(
+            f"--multilora-tenants cannot be kept with this vLLM, which lacks what the patches "
+            f"{', '.join(missing)} need; expected one of those that vllm-multilora supports"
+        )
+
+
+async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
+    require_guards(models)
+    if registration.acts_for(models):
+        models.lora_resolver_lock = LocksInUse()
+        # The engines find their store and show their metrics now, not with their first request.
+        await status_route.engine_reports(models.engine_client.engine_core, [])
+    await original(models)
+    if registration.acts_for(models):
+        shared_names.start(models)
+        metering.start(models)
+    await adapter_directory.start(models)
+    routes.start(models)

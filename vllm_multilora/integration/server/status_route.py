@@ -1,0 +1,144 @@
+"""`GET /v1/lora_adapters`: every adapter, where it is, and what became of it.
+
+Read-only, so it needs no VLLM_ALLOW_RUNTIME_LORA_UPDATING; vLLM's `--api-key` guards it as it
+guards all of `/v1`. Where the plugin does not act, it answers as an unknown path does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+
+from vllm_multilora.integration.attached import LISTING
+from vllm_multilora.integration.engine.adapter_status import METHOD, Report, listing
+from vllm_multilora.integration.server import registration
+from vllm_multilora.integration.server.callers import Caller, current_caller
+
+Listing = dict[str, Any]
+
+PATH = "/v1/lora_adapters"
+
+_TENANT_KEYS = ("id", "object", "state", "kind", "rank", "last_error")
+
+TIME_LIMIT_S = 30.0
+"""A call waits for the engine's running step, which ends much sooner."""
+
+NEW_S = 1.0
+"""How long an answer is given again: each takes the engine core's time, adapter by adapter."""
+
+
+class RecentListing:
+    """The last answer, and the one that is on its way; used on the server's event loop only.
+
+    Args:
+        clock: Seconds; only differences count.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._asked: list[int] = []
+        self._answer: asyncio.Task[Listing | None] | None = None
+        self._until = 0.0
+
+    async def get(
+        self, asked: list[int], ask: Callable[[], Coroutine[Any, Any, Listing | None]]
+    ) -> Listing | None:
+        """An answer that is new enough, whoever has asked for it.
+
+        Args:
+            asked: Numbers of the adapters; an answer about others is no answer.
+            ask: Asks the engine.
+        """
+        answer = self._answer
+        is_new = answer is not None and (not answer.done() or self._clock() < self._until)
+        if answer is None or not is_new or self._asked != asked:
+            self._asked = asked
+            self._answer = answer = asyncio.create_task(self._note(ask))
+        return await asyncio.shield(answer)
+
+    async def _note(self, ask: Callable[[], Coroutine[Any, Any, Listing | None]]) -> Listing | None:
+        self._until = 0.0  # a failure is no answer
+        answer = await ask()
+        self._until = self._clock() + NEW_S
+        return answer
+
+
+def add_route(app: FastAPI) -> None:
+    """Adds the route to vLLM's application."""
+    app.add_api_route(PATH, show_adapters, methods=["GET"])
+
+
+async def show_adapters(raw_request: Request) -> JSONResponse:
+    """The adapters of all engines behind this server, as they were within the last second."""
+    models = getattr(raw_request.app.state, "openai_serving_models", None)
+    if models is None or not registration.acts_for(models):
+        raise HTTPException(HTTPStatus.NOT_FOUND)
+    registered = list(models.lora_requests.values())
+    asked = [lora.lora_int_id for lora in registered]
+
+    async def ask() -> Listing | None:
+        async with asyncio.timeout(TIME_LIMIT_S):
+            reports = await engine_reports(models.engine_client.engine_core, asked)
+        return listing(reports, registered) if reports else None
+
+    recent = LISTING.get(models)
+    if recent is None:
+        recent = RecentListing()
+        LISTING.set(models, recent)
+    try:
+        answer = await recent.get(asked, ask)
+    except TimeoutError as error:
+        raise HTTPException(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            f"the engine did not answer within {TIME_LIMIT_S:.0f} s",
+        ) from error
+    if answer is None:
+        raise HTTPException(HTTPStatus.NOT_FOUND)
+    return JSONResponse(shown_to(current_caller.get(), answer))
+
+
+def shown_to(caller: Caller | None, listed: dict[str, Any]) -> dict[str, Any]:
+    """What a caller may see: operators all, others no folders, tenants their own adapters alone.
+
+    Of those, a tenant is not told how much they are used, nor what is in slots and in host memory:
+    others may use the same adapters and the same memory.
+    """
+    if caller is None:
+        return listed
+    rows = []
+    for row in listed["data"]:
+        if not caller.may_use(row["id"], is_base=False, is_route=False):
+            continue
+        error = row["last_error"]
+        shown = {**row, "last_error": error and caller.shown(error, row["path"])}
+        if caller.hides_folders:
+            del shown["path"]
+        rows.append(shown)
+    if caller.tenant is None:
+        return {**listed, "data": rows}
+    rows = [{key: row[key] for key in _TENANT_KEYS} for row in rows]
+    return {"object": listed["object"], "data": rows}
+
+
+async def engine_reports(client: Any, asked: list[int]) -> list[Report]:
+    """One report of each engine; vLLM's own `collective_rpc` returns the first engine's alone."""
+    answers = await asyncio.gather(
+        *(
+            client._call_utility_async(
+                "collective_rpc", METHOD, None, (asked,), None, engine=engine
+            )
+            for engine in client.core_engines
+        )
+    )
+    return [report for answer in answers for report in answer]
+
+
+def attach_router(original: Callable[..., None], app: FastAPI) -> None:
+    original(app)
+    add_route(app)

@@ -1,0 +1,143 @@
+"""Which version of its weights each registered adapter is, in an API server.
+
+A registration's answer from the engine is the digest of what it has read, with its kind where that
+is not a plain one. A client may ask for one version: `name@digits`, the first digits of its digest,
+as a model name.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+from vllm_multilora.integration.attached import VERSIONS
+from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, current_call
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+_ASKS = re.compile(r"(?s)(.+)@([0-9a-f]{8,64})")
+
+
+@dataclass(frozen=True)
+class Version:
+    """What is known of an adapter's weights.
+
+    Attributes:
+        digest: Of the weights.
+        loaded: When they were registered, in seconds since 1970.
+        kind: As of `PackInfo`.
+    """
+
+    digest: str
+    loaded: float
+    kind: str
+
+
+def note(client: Any, adapter: int, version: Version) -> None:
+    """An adapter was registered; registering the same again changes nothing.
+
+    Args:
+        client: vLLM's `EngineClient` of this server.
+        adapter: Its number.
+        version: What was read.
+    """
+    known = VERSIONS.get(client)
+    if known is None:
+        VERSIONS.set(client, known := {})
+    if adapter not in known or known[adapter].digest != version.digest:
+        known[adapter] = version
+
+
+def forget(client: Any, adapter: int) -> None:
+    """An adapter is gone."""
+    (VERSIONS.get(client) or {}).pop(adapter, None)
+
+
+def find(client: Any, lora: LoRARequest) -> Version | None:
+    """The version that an adapter was registered in; None if no engine has read it yet."""
+    return (VERSIONS.get(client) or {}).get(lora.lora_int_id)
+
+
+def take_asked(models: Any, request: Any, *, is_name: Callable[[str], bool]) -> str:
+    """Takes the version out of a request's model name.
+
+    Args:
+        models: vLLM's `OpenAIServingModels`.
+        request: One of vLLM's parsed requests; its `model` is the name alone afterwards.
+        is_name: Whether something is a served name as it is.
+
+    Returns:
+        The digits that were asked for; none where any version will do.
+    """
+    name = request.model
+    found = _ASKS.fullmatch(name) if name and "@" in name else None
+    if found is None or name in models.lora_requests or is_name(name):
+        return ""
+    request.model = found[1]
+    return found[2]
+
+
+def bind(models: Any, request: Any, asked: str) -> ErrorResponse | None:
+    """Binds the HTTP request at hand to the version that its model's name stands for now.
+
+    Returns:
+        The answer to a request for a version that is not the one that is served.
+    """
+    lora = models.lora_requests.get(request.model)
+    version = None if lora is None else find(models.engine_client, lora)
+    if asked and (version is None or not version.digest.startswith(asked)):
+        return _not_served(request.model, asked, version, is_adapter=lora is not None)
+    call = current_call.get()
+    if call is not None and lora is not None:
+        call.adapter, call.lora, call.asked = lora.lora_name, lora, asked
+        call.digest = None if version is None else version.digest
+    return None
+
+
+def bound(request: Any) -> LoRARequest | None:
+    """The adapter, in its version, that the HTTP request at hand is bound to."""
+    call = current_call.get()
+    if call is None or call.lora is None or call.lora.lora_name != request.model:
+        return None
+    return call.lora
+
+
+def _not_served(
+    name: str, asked: str, version: Version | None, *, is_adapter: bool
+) -> ErrorResponse:
+    status = HTTPStatus.CONFLICT if is_adapter else HTTPStatus.NOT_FOUND
+    if version is not None:
+        what = f"is served in version {version.digest[:SHOWN_DIGITS]}"
+    else:
+        what = "has not been read yet" if is_adapter else "is no adapter, and has no versions"
+    return ErrorResponse(
+        error=ErrorInfo(
+            message=f"The model `{name}` {what}; version {asked} was asked for.",
+            type=status.phrase,
+            param="model",
+            code=status.value,
+        )
+    )
+
+
+async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest) -> Any:
+    answer = await original(client, lora)
+    if not isinstance(answer, str):
+        return answer
+    digest, _, kind = answer.partition(":")
+    note(client, lora.lora_int_id, Version(digest, time.time(), kind or "lora"))
+    return True
+
+
+def maybe_get_adapters(
+    original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    lora = bound(request)
+    return original(serving, request, *args, **kwargs) if lora is None else lora

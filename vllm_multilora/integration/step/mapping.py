@@ -1,0 +1,136 @@
+"""A step's adapter mapping as arrays, without a Python object per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from vllm.lora.layers.utils import LoRAMappingType
+
+from vllm_multilora.integration.activated import ActivatedLoRARequest, start_of
+
+
+class BatchMapping:
+    """What vLLM's `LoRAMapping` says, kept per request instead of per token.
+
+    vLLM builds two tuples with an entry per token every step and compares and converts them
+    entry by entry. This class holds the request's adapter ids and token counts; the tuples are
+    made only if somebody asks for them, as the stock wrapper and classification heads do.
+
+    Attributes:
+        ids: int64 [requests], each request's adapter id; 0 for none.
+        tokens: [requests], tokens scheduled for each request.
+        samples: [requests], rows of each request that reach the logits; of the type of `tokens`.
+        type: vLLM's mapping type (language model, tower or connector).
+        base_rows: [requests], how many of a request's first tokens in the step its adapter does
+            not act on; None: all adapters act on all tokens.
+        activation: What `base_rows` follow from once it is known how far requests are: the first
+            tokens [requests] that adapters act on, and the requests' rows in the runner's states.
+            None where there is nothing to follow.
+    """
+
+    is_prefill = True
+
+    def __init__(
+        self,
+        ids: npt.NDArray[np.integer],
+        tokens: npt.NDArray[np.integer],
+        samples: npt.NDArray[np.integer] | None,
+        type: LoRAMappingType,
+        base_rows: npt.NDArray[np.integer] | None = None,
+    ) -> None:
+        # Copies: vLLM changes its arrays in place between steps, and this one is kept.
+        self.ids, self.tokens = ids.copy(), tokens.copy()
+        self.samples = (
+            np.ones_like(self.tokens) if samples is None else samples.astype(self.tokens.dtype)
+        )
+        self.type = type
+        self.base_rows = base_rows
+        self.activation: tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]] | None = None
+
+    def __eq__(self, other: Any) -> bool:
+        return (
+            isinstance(other, BatchMapping)
+            and self.type == other.type
+            and np.array_equal(self.ids, other.ids)
+            and np.array_equal(self.tokens, other.tokens)
+            and np.array_equal(self.samples, other.samples)
+            and _is_same(self.base_rows, other.base_rows)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def of_tokens(self, values: npt.NDArray[Any], base: int) -> npt.NDArray[Any]:
+        """Spreads values of requests over their tokens in the step.
+
+        Args:
+            values: [requests].
+            base: The value of tokens that the request's adapter does not act on.
+
+        Returns:
+            [tokens].
+        """
+        if self.base_rows is None:
+            return values.repeat(self.tokens)
+        both = np.stack([np.full_like(values, base), values], axis=1).ravel()
+        counts = np.stack([self.base_rows, self.tokens - self.base_rows], axis=1).ravel()
+        return both.repeat(counts)
+
+    @cached_property
+    def index_mapping(self) -> tuple[int, ...]:
+        """The adapter id of each token."""
+        return tuple(self.of_tokens(self.ids, 0).tolist())
+
+    @cached_property
+    def prompt_mapping(self) -> tuple[int, ...]:
+        """The adapter id of each row that reaches the logits."""
+        return tuple(self.ids.repeat(self.samples).tolist())
+
+
+def _is_same(a: npt.NDArray[np.integer] | None, b: npt.NDArray[np.integer] | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def rows_before(
+    starts: npt.NDArray[np.integer],
+    computed: npt.NDArray[np.integer],
+    tokens: npt.NDArray[np.integer],
+) -> npt.NDArray[np.integer] | None:
+    """How many of its first tokens in a step each request's adapter does not act on.
+
+    Args:
+        starts: [requests], the first token of each request that its adapter acts on.
+        computed: [requests], tokens of each request that earlier steps have computed.
+        tokens: [requests], tokens of each request in the step.
+
+    Returns:
+        [requests]; None where adapters act on all tokens.
+    """
+    rows = np.clip(starts - computed, 0, tokens)
+    return rows if rows.any() else None
+
+
+def make_lora_inputs(
+    original: Callable[..., Any],
+    state: Any,
+    req_ids: list[str],
+    idx_mapping: Any,
+    num_scheduled_tokens: Any,
+) -> tuple[Any, Any, Any]:
+    mapping = BatchMapping(
+        state.lora_ids[idx_mapping], num_scheduled_tokens, None, LoRAMappingType.LANGUAGE
+    )
+    requests = [state.lora_requests.get(req_id) for req_id in req_ids]
+    # By number: requests for two versions of an adapter are equal to vLLM, which goes by name.
+    active = {request.lora_int_id: request for request in requests if request is not None}
+    if any(isinstance(request, ActivatedLoRARequest) for request in active.values()):
+        mapping.activation = np.array([start_of(request) for request in requests]), idx_mapping
+    return mapping, mapping, list(active.values())
+
+
+def init_lora_state(original: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
+    original(state, *args, **kwargs)
+    state.lora_ids = state.lora_ids.astype(np.int64)

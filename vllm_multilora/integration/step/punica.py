@@ -1,0 +1,386 @@
+"""The punica wrapper: vLLM's LoRA layers call it, it calls our kernels.
+
+One wrapper serves a model (a multimodal model has one per tower as well). `for_layer` makes a
+shallow copy per layer that shares the plans and index buffers and adds the layer's true ranks.
+Layers that keep the shared wrapper, such as classification heads, are computed at the full
+`max_lora_rank`: vLLM zeroes what an adapter does not fill, so that is correct, only slower.
+
+On a GPU a step costs one asynchronous copy for the plan, one more where the model has embedding
+layers with LoRA, one where it has classification heads, and one where an output layer with LoRA
+gets other rows than all tokens of the step, as in prefill (`OutputRows`); nothing waits for the
+device. All buffers keep their addresses, and a CUDA graph holds the kernels whatever batch it is
+captured with, so any graph replays with any batch. Left out are they only of graphs that vLLM
+replays for batches without adapters alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    FusedMoEWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+from vllm.lora.layers.utils import LoRAMappingType
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+from multilora_kernels import (
+    BatchPlan,
+    PlanLayout,
+    PreparedLinear,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+)
+from multilora_kernels.plan import DEFAULT_TILE_ROWS
+from vllm_multilora.integration.patching.activation import kernel_backend
+from vllm_multilora.integration.step.heads import ClassificationHead, TokenHead
+from vllm_multilora.integration.step.mapping import BatchMapping
+from vllm_multilora.integration.step.output_rows import OutputRows
+from vllm_multilora.integration.step.punica_moe import ExpertLayers
+from vllm_multilora.integration.step.staged_rows import StagedRows
+
+if TYPE_CHECKING:
+    from vllm.lora.layers import LoRAMapping
+
+# The longest block of tokens that the Triton kernels take; they cut shorter ones out of a tile.
+_TRITON_TILE_ROWS = 128
+
+
+class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
+    """Computes every adapter of a mixed batch with `multilora_kernels`.
+
+    Args:
+        max_num_batched_tokens: The most tokens in a step.
+        max_batches: The most sequences in a step.
+        device: Where the model runs.
+        backend: The kernels' backend.
+        lora_config: vLLM's LoRA settings.
+    """
+
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        max_batches: int,
+        device: torch.device | str,
+        *,
+        backend: str,
+        lora_config: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device)
+        self.backend = backend
+        self.max_loras, self.max_batches = lora_config.max_loras, max_batches
+        tile_rows = _TRITON_TILE_ROWS if backend.startswith("triton") else DEFAULT_TILE_ROWS
+        layout = PlanLayout(max_num_batched_tokens, self.max_loras, tile_rows)
+        self.plan = BatchPlan(layout, device)
+        self.output_rows = OutputRows(layout, device)
+        # What is left of vLLM's own metadata: embedding layers read the first, full-weight heads
+        # the others, by sampled rows or (vLLM 0.33's for tokens) by tokens. All are prepared
+        # until adopt_layers() knows better.
+        self._embedding_offsets = StagedRows(max_num_batched_tokens, device)
+        self._sampler_slots = StagedRows(max_num_batched_tokens, device)
+        self._token_slots = StagedRows(max_num_batched_tokens, device)
+        self._embeddings_indices = self._embedding_offsets.buffer
+        self._sampler_indices = self._sampler_slots.buffer
+        self._token_lora_indices = self._token_slots.buffer
+        self._has_embeddings = self._has_heads = self._has_token_heads = True
+        self._own_graphs = _have_own_graphs(get_current_vllm_config_or_none())
+        self._lora_config = lora_config
+        self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
+        self.shrink_ranks: torch.Tensor | None = None
+        self.expand_ranks: torch.Tensor | None = None
+        self._vocab_size = 0
+        self._first_rows = np.zeros(self.max_loras + 1, dtype=np.int64)
+        self._slot_owners: list[int | None] = []
+        self._slot_of = {0: -1}
+        self._prepared: PreparedLinear | None = None
+        self._prepared_for: tuple[tuple[torch.Tensor, ...], bool] | None = None
+
+    def adopt_layers(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
+        """Learns which layers use this wrapper, so that a step prepares what they read and no more.
+
+        Args:
+            layers: All of them, before the first step.
+        """
+        layers = list(layers)
+
+        def has(kind: type[BaseLayerWithLoRA]) -> bool:
+            return any(isinstance(layer, kind) for layer in layers)
+
+        self._has_embeddings = has(VocabParallelEmbeddingWithLoRA)
+        self._has_heads, self._has_token_heads = has(ClassificationHead), has(TokenHead)
+        if has(FusedMoEWithLoRA):
+            self._pass_experts_to_stock(
+                self.plan.layout.max_tokens,
+                self.max_batches,
+                self.device,
+                lora_config=self._lora_config,
+            )
+
+    def for_layer(
+        self, shrink_ranks: torch.Tensor, expand_ranks: torch.Tensor
+    ) -> MultiLoRAPunicaWrapper:
+        """This wrapper for one layer, whose true ranks it reads from the given tensors.
+
+        Args:
+            shrink_ranks: int32 [slices, slots], rows of lora_a that count; kept, not copied.
+            expand_ranks: int32 [slices, slots], columns of lora_b that count. Differs from
+                `shrink_ranks` only where tensor parallelism shards the rank dimension.
+        """
+        own = copy.copy(self)
+        own.shrink_ranks, own.expand_ranks = shrink_ranks, expand_ranks
+        return own
+
+    def memory_lost(self) -> None:
+        """Makes what steps read on the device valid again after a sleep that kept no memory."""
+        for rows in (self._embedding_offsets, self._sampler_slots, self._token_slots):
+            rows.clear()
+        for buffer in (self.plan.buffer, self.output_rows.buffer):
+            buffer.zero_()
+        for (_, rank), ranks in self._full_ranks.items():
+            ranks.fill_(rank)
+
+    def update_metadata(
+        self,
+        mapping: LoRAMapping | BatchMapping,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        """Takes over a step's mapping of rows to adapters; once per step, not per layer."""
+        if lora_index_to_id != self._slot_owners:  # as a rule they are those of the step before
+            self._slot_owners = list(lora_index_to_id)
+            self._slot_of = {owner: slot for slot, owner in enumerate(lora_index_to_id) if owner}
+            self._slot_of[0] = -1
+        slot_of = self._slot_of
+        if isinstance(mapping, BatchMapping):
+            ids = mapping.ids
+            slots = np.fromiter(map(slot_of.__getitem__, ids.tolist()), np.int64, len(ids))
+            token_slots = mapping.of_tokens(slots, -1)
+            # In decoding every token is sampled: then one plan serves both.
+            every_token = (
+                mapping.base_rows is None and mapping.tokens.tobytes() == mapping.samples.tobytes()
+            )
+            sampler_slots = token_slots if every_token else slots.repeat(mapping.samples)
+        else:
+            token_slots = _slots_of(mapping.index_mapping, slot_of)
+            sampler_slots = _slots_of(mapping.prompt_mapping, slot_of)
+            if np.array_equal(token_slots, sampler_slots):
+                sampler_slots = token_slots
+        own_graphs = self._own_graphs and mapping.type is LoRAMappingType.LANGUAGE
+        self.plan.update(token_slots, own_graphs=own_graphs)
+        self.output_rows.set_step(self.plan, token_slots, sampler_slots)
+        if self._has_embeddings:
+            if vocab_size != self._vocab_size:
+                # By slot; what -1 finds is the last entry, for rows without adapter.
+                self._vocab_size = vocab_size
+                self._first_rows = np.arange(self.max_loras + 1) * vocab_size
+                self._first_rows[-1] = 0
+            self._embedding_offsets.update(self._first_rows[token_slots])
+        if self._has_heads:
+            self._sampler_slots.update(sampler_slots)
+        if self._has_token_heads:
+            self._token_slots.update(token_slots)
+        self._update_experts(token_slots)
+        tokens, rows = len(token_slots), len(sampler_slots)
+        self.indices_len[:] = (tokens, rows, rows, tokens)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """`y += scale * (x @ A.T) @ B.T`, each row with its own adapter; all slices at once."""
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        ranks = self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2))
+        if scale == 1.0 and not torch.compiler.is_compiling():
+            # The path of every layer and step: a layer's weights are described once.
+            if (
+                self._prepared is None
+                or self._prepared_for is None
+                or self._prepared_for[0] is not lora_b_stacked
+                or self._prepared_for[1] != add_inputs
+            ):
+                self._prepared = PreparedLinear(
+                    lora_a_stacked,
+                    lora_b_stacked,
+                    ranks,
+                    self.plan.layout,
+                    add_inputs=add_inputs,
+                    backend=self.backend,
+                )
+                self._prepared_for = lora_b_stacked, add_inputs
+            self._prepared(y, x, self.plan)
+            return
+        lora_linear(
+            y,
+            x,
+            lora_a_stacked,
+            lora_b_stacked,
+            ranks,
+            self.plan,
+            scale=scale,
+            add_inputs=add_inputs,
+            backend=self.backend,
+        )
+
+    def add_shrink(
+        self,
+        y: tuple[torch.Tensor, ...] | torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """`y[i] = scale * x @ A_i.T`, finished for every row: layers that shard ranks gather y."""
+        assert isinstance(y, torch.Tensor), "y must be one tensor [slices, tokens, ranks]"
+        lora_shrink(
+            y,
+            x.view(-1, x.shape[-1]),
+            lora_a_stacked,
+            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
+            self.plan,
+            scale=scale,
+            backend=self.backend,
+        )
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: tuple[torch.Tensor, ...] | torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """`y[:, offset_i:] += x[i] @ B_i.T`, from column `offset_start` on."""
+        assert isinstance(x, torch.Tensor), "x must be one tensor [slices, tokens, ranks]"
+        lora_expand(
+            y.view(-1, y.shape[-1]),
+            x,
+            lora_b_stacked,
+            self._ranks(self.expand_ranks, len(lora_b_stacked), lora_b_stacked[0].size(-1)),
+            self.plan,
+            offset=offset_start,
+            add_inputs=add_inputs,
+            backend=self.backend,
+        )
+
+    def add_lora_embedding(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """`y += x @ B.T`; x holds each token's row of the adapter's embedding."""
+        lora_expand(
+            y,
+            x.unsqueeze(0),
+            (lora_b_stacked,),
+            self._ranks(self.expand_ranks, 1, lora_b_stacked.size(-1)),
+            self.plan,
+            add_inputs=add_inputs,
+            backend=self.backend,
+        )
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """`y += scale * (x @ A.T) @ B.T` over the rows that reach the logits."""
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        lora_linear(
+            y,
+            x,
+            (lora_a_stacked,),
+            (lora_b_stacked[..., : y.size(-1), :],),
+            self._ranks(self.shrink_ranks, 1, lora_a_stacked.size(-2)),
+            self.output_rows.plan(x),
+            scale=scale,
+            backend=self.backend,
+        )
+
+    def apply_lora_full_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        weight_stacked: torch.Tensor,
+        bias_stacked: torch.Tensor,
+        module_enabled: torch.Tensor,
+    ) -> None:
+        """Replaces y by `x @ W.T + bias` where the row's adapter brings a whole output head."""
+        head = x.new_empty(1, x.size(0), weight_stacked.size(-2), dtype=torch.float32)
+        lora_shrink(
+            head,
+            x,
+            (weight_stacked,),
+            self._ranks(None, 1, weight_stacked.size(-2)),
+            self.output_rows.plan(x),
+            backend=self.backend,
+        )
+        y.copy_(self._select_full_linear_output(y, head[0], bias_stacked, module_enabled))
+
+    def _ranks(self, true_ranks: torch.Tensor | None, slices: int, rank: int) -> torch.Tensor:
+        """The layer's true ranks, or `rank` throughout for layers that keep the shared wrapper."""
+        if true_ranks is not None:
+            return true_ranks
+        key = (slices, rank)
+        if key not in self._full_ranks:
+            self._full_ranks[key] = torch.full(
+                (slices, self.max_loras), rank, dtype=torch.int32, device=self.device
+            )
+        return self._full_ranks[key]
+
+
+def _have_own_graphs(config: Any) -> bool:
+    """Whether vLLM captures separate graphs for batches without adapters, and keeps them apart.
+
+    Its model runners do for the language model, by default. Not told apart are graphs over
+    microbatches, found by their tokens, and a drafter's, which may share the embedding layer and
+    is captured with a batch without adapters. A version without one of these settings counts as
+    one that mixes them up: then graphs hold kernels that they could do without, and are right.
+    """
+    return (
+        config is not None
+        and getattr(config.compilation_config, "cudagraph_specialize_lora", False)
+        and not getattr(config.parallel_config, "use_ubatching", True)
+        and config.speculative_config is None
+    )
+
+
+def _slots_of(ids: Sequence[int], slot_of: dict[int, int]) -> npt.NDArray[np.int64]:
+    """The slot of each entry of one of vLLM's tuples; 0 and less are requests without adapter."""
+    distinct, position = np.unique(np.array(ids, dtype=np.int64), return_inverse=True)
+    slots = np.array([slot_of[max(i, 0)] for i in distinct.tolist()], dtype=np.int64)
+    return slots[position]
+
+
+def get_punica_wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    backend = kernel_backend(get_current_vllm_config())
+    if backend == "vllm":
+        return original(*args, **kwargs)
+    return MultiLoRAPunicaWrapper(*args, backend=backend, **kwargs)

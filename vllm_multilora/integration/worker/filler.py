@@ -1,0 +1,209 @@
+"""Fills slots beside the engine's steps, on a thread of its own, as the engine core orders.
+
+No step uses a slot between the order to fill it and the answer, so that nothing waits for a copy.
+On a GPU the copy runs on a stream of its own: behind what was queued before it, which may still
+read the slot, and beside the steps that follow.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from multilora_kernels import SlotIndex
+from vllm_multilora.adapters.pack_index import PackIndex, RankIndex
+from vllm_multilora.failures import FailureKind, classify_failure, describe_failure
+from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed, WorkerLink
+from vllm_multilora.integration.orders import Fill, Order
+from vllm_multilora.integration.worker.thread_placement import step_aside
+from vllm_multilora.store.arena import OFFSET_MASK, PLACE_BITS
+from vllm_multilora.store.folder import StoreUnavailableError
+from vllm_multilora.store.mapper import SegmentMapper
+
+if TYPE_CHECKING:
+    from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
+    from vllm_multilora.integration.worker.special import SpecialParts
+
+logger = logging.getLogger(__name__)
+
+_REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
+
+
+class SlotFiller:
+    """Carries out orders; all methods but the thread's own are for the worker's main thread.
+
+    Args:
+        manager: The model's slots.
+        special: Makes what vLLM fills in itself.
+        link: Where answers go; None where whoever orders waits for them (`fill_now`).
+    """
+
+    def __init__(
+        self,
+        manager: MultiLoRAModelManager,
+        special: SpecialParts,
+        link: WorkerLink | None,
+    ) -> None:
+        self._manager = manager
+        self._special = special
+        self._machine = self._place = 0
+        self._link = link
+        self._device = manager.device
+        self._memory: SegmentMapper | None = None
+        self._thread = ThreadPoolExecutor(1, "multilora-fill", initializer=step_aside)
+        self._under_way: dict[int, Future[Answer]] = {}
+        self._stream: Any = None
+
+    def answer_to(self, link: WorkerLink) -> None:
+        """Says where answers go."""
+        self._link = link
+
+    def open_memory(self, address: str, server: str, *, machine: int = 0, place: int = 0) -> None:
+        """Says where the store is; from now on there may be orders.
+
+        Args:
+            address: Of this machine's store.
+            server: As `SegmentMapper`'s.
+            machine: This machine's place among those of the server.
+            place: This worker's among those that the store packs for.
+        """
+        self._machine, self._place = machine, place
+        pins = self._device.type != "cpu"
+        self._memory = SegmentMapper(
+            address,
+            server,
+            pinned=pins,
+            mapped=_register if pins else None,
+            unmapping=_unregister if pins else None,
+        )
+
+    def begin(self, order: Order) -> None:
+        """Begins to carry out an order; its answer goes to the engine core."""
+        self._submit(order).add_done_callback(self._tell)
+
+    def fill_now(self, order: Order) -> Answer:
+        """Carries out an order while everybody waits."""
+        return self._submit(order).result()
+
+    def await_slots(self, slots: Iterable[int]) -> None:
+        """Waits until nothing is being copied into these slots."""
+        for slot in slots if self._under_way else ():
+            if (future := self._under_way.get(slot)) is not None:
+                future.result()
+        self._under_way = {s: f for s, f in self._under_way.items() if not f.done()}
+
+    def await_all(self) -> None:
+        """Waits until nothing is being copied."""
+        self.await_slots(list(self._under_way))
+
+    def _submit(self, order: Order) -> Future[Answer]:
+        try:
+            return self._start(order)
+        except Exception as error:
+            # What is raised in a worker's call ends the engine.
+            failed: Future[Answer] = Future()
+            failed.set_result(_failure(order, error))
+            return failed
+
+    def _start(self, order: Order) -> Future[Answer]:
+        queued = None
+        if self._device.type != "cpu":
+            queued = torch.cuda.current_stream(self._device).record_event()
+        if isinstance(order, Fill):
+            self._manager.give_slot(order.slot, order.request.lora_int_id)
+        future = self._thread.submit(self._carry_out, order, queued)
+        if isinstance(order, Fill):
+            self._under_way[order.slot] = future
+        return future
+
+    def _tell(self, future: Future[Answer]) -> None:
+        if self._link is not None:
+            self._link.tell(future.result())
+
+    # What follows runs on the thread.
+
+    def _carry_out(self, order: Order, queued: Any) -> Answer:
+        begin = time.perf_counter()
+        try:
+            if queued is None:
+                self._fill_or_check(order)
+            else:
+                self._carry_out_on_stream(order, queued)
+        except StoreUnavailableError as error:
+            return FillFailed(order.order, FailureKind.UNREADABLE, str(error), is_gone=True)
+        except Exception as error:
+            # Whatever an adapter makes vLLM's classes or the system raise is that adapter's own.
+            return _failure(order, error)
+        return Filled(order.order, time.perf_counter() - begin)
+
+    def _carry_out_on_stream(self, order: Order, queued: Any) -> None:
+        torch.cuda.set_device(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        try:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(queued)
+                self._fill_or_check(order)
+        finally:  # after an error too: copies that were queued still read the pack
+            # Blocks this thread only. Steps that begin after the answer find the weights there.
+            self._stream.record_event().synchronize()
+
+    def _fill_or_check(self, order: Order) -> None:
+        memory = self._memory
+        pack = order.elsewhere[self._machine - 1] if self._machine else order.pack
+        assert memory is not None
+        memory.drop_closed()
+        with memory.view(pack.index_place, pack.index_bytes, pack.segments) as content:
+            index = PackIndex.decode(content)
+        special = None
+        if pack.has_special:
+            special = self._special.make(order.request, index, memory, pack.segments)
+        if not isinstance(order, Fill):
+            return
+        own = index.ranks[self._place]
+        bases = [memory.address(k << PLACE_BITS, pack.segments) for k in range(len(pack.segments))]
+        addressed = _addressed(own, np.array(bases, np.int64))
+        self._manager.slot_table.scatter(order.slot, addressed)
+        self._manager.fill_rest(order.slot, own, special)
+
+
+def _failure(order: Order, error: Exception) -> FillFailed:
+    kind = classify_failure(error)
+    if kind is FailureKind.INTERNAL:
+        logger.error("Adapter %r cannot be copied", order.request.lora_name, exc_info=error)
+    return FillFailed(order.order, kind, describe_failure(error))
+
+
+def _addressed(index: RankIndex, bases: npt.NDArray[np.int64]) -> SlotIndex:
+    """An index with addresses in this process in the place of places."""
+    return SlotIndex(
+        rows=index.rows,
+        a_ranks=index.a_ranks,
+        ranks=index.ranks,
+        a_addresses=bases[index.a_places >> PLACE_BITS] + (index.a_places & OFFSET_MASK),
+        b_addresses=bases[index.b_places >> PLACE_BITS] + (index.b_places & OFFSET_MASK),
+    )
+
+
+def _register(number: int, address: int, size: int) -> None:
+    """Page-locks a segment for the GPU; copies from one that is not are slower, and right."""
+    code = torch.cuda.cudart().cudaHostRegister(address, size, _REGISTER_READ_ONLY)
+    if int(code) != 0:
+        logger.warning(
+            "Segment %d of adapters' host memory (%d bytes) cannot be page-locked (CUDA error "
+            "%d): copies from it to the GPU are slower.",
+            number,
+            size,
+            int(code),
+        )
+
+
+def _unregister(number: int, address: int, size: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -1,0 +1,196 @@
+"""Reads off a running model what it accepts of an adapter on this worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    LogitsProcessorWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.column_parallel_linear import (
+    MergedColumnParallelLinearVariableSliceWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+)
+from vllm.model_executor.layers.linear import QKVParallelLinear
+
+from multilora_kernels.dtypes import of_torch
+from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
+from vllm_multilora.integration.step.heads import ClassificationHead
+from vllm_multilora.integration.worker.module_naming import module_naming
+
+if TYPE_CHECKING:
+    from vllm.lora.model_manager import LoRAModelManager
+
+_Range = tuple[int, int]
+
+# Ways of filling a slot that are nothing but slicing and copying, slice by slice; a layer that
+# fills its slots in another way is left to its own `set_lora`.
+_PLAIN = (
+    BaseLinearLayerWithLoRA.set_lora,
+    MergedColumnParallelLinearWithLoRA.set_lora,
+    MergedColumnParallelLinearVariableSliceWithLoRA.set_lora,
+)
+
+
+@dataclass(frozen=True)
+class RunningLayout:
+    """A model's layers as the plugin's adapters fill them.
+
+    Attributes:
+        layout: What packed adapters must look like.
+        packed: Layers that packed adapters fill, by name, in the order of their rows in the rank
+            tables: layer after layer, slice after slice.
+        special: The other layers, by name: filled through vLLM's own `set_lora`.
+    """
+
+    layout: ModelLayout
+    packed: dict[str, BaseLinearLayerWithLoRA]
+    special: dict[str, BaseLayerWithLoRA]
+
+
+def running_layout(manager: LoRAModelManager, *, columns_first: bool) -> RunningLayout:
+    """The layout of a manager's model, read from its LoRA layers.
+
+    Args:
+        manager: Its modules have been created.
+        columns_first: Whether the slots of linear layers hold B by columns.
+    """
+    slices: list[SliceLayout] = []
+    packed: dict[str, BaseLinearLayerWithLoRA] = {}
+    special: dict[str, BaseLayerWithLoRA] = {}
+    for name, module in manager.modules.items():
+        found = _slices(module, manager.packed_modules.get(name, [name]), len(slices), manager)
+        if found and isinstance(module, BaseLinearLayerWithLoRA):
+            slices += found
+            packed[name] = module
+        else:
+            special[name] = module
+    special_names = frozenset(
+        source for name in special for source in (name, *manager.packed_modules.get(name, ()))
+    )
+    names = special_names.union(part.name for part in slices)
+    lora_config: Any = manager.lora_config
+    layout = ModelLayout(
+        slices=tuple(slices),
+        max_rank=lora_config.max_lora_rank,
+        dtype=of_torch(lora_config.lora_dtype),
+        columns_first=columns_first,
+        naming=module_naming(manager, names),
+        special=special_names,
+        special_shapes={
+            name: shape for name, module in special.items() if (shape := _special_shape(module))
+        },
+        vocabulary=manager.vocab_size,
+    )
+    return RunningLayout(layout, packed, special)
+
+
+def _slices(
+    module: BaseLayerWithLoRA, sources: list[str], row: int, manager: LoRAModelManager
+) -> list[SliceLayout]:
+    """A layer's slices; none if it has to fill its slots itself."""
+    if not isinstance(module, BaseLinearLayerWithLoRA) or type(module).set_lora not in _PLAIN:
+        return []
+    if isinstance(module, ClassificationHead):  # has full weights beside A and B
+        return []
+    if len(sources) != module.n_slices:
+        return []
+    base: Any = module.base_layer
+    inputs = base.input_size
+    outputs = _outputs(base) if module.n_slices > 1 else [base.output_size]
+    if len(outputs) != module.n_slices:  # a layer that fuses more than its base class knows of
+        return []
+    kept: list[tuple[_Range, _Range, _Range | None]]
+    if module.tp_size == 1:
+        kept = [((0, inputs), (0, size), None) for size in outputs]
+    else:
+        try:
+            kept = list(_kept(module, inputs, outputs, manager.lora_config.max_lora_rank))
+        except _NotContiguousError:
+            return []
+    parts = []
+    for i, (name, size, (columns, rows, ranks)) in enumerate(
+        zip(sources, outputs, kept, strict=True)
+    ):
+        held = (columns[1] - columns[0], rows[1] - rows[0])
+        if held != (module.lora_a_stacked[i].shape[-1], module.lora_b_stacked[i].shape[-2]):
+            return []
+        parts.append(SliceLayout(name, row + i, inputs, size, columns, rows, ranks))
+    return parts
+
+
+def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
+    """Sizes of an embedding or a head in the whole model; None for other layers."""
+    if isinstance(module, VocabParallelEmbeddingWithLoRA):
+        base: Any = module.base_layer
+        return SpecialShape(base.org_vocab_size, base.embedding_dim, embedding=True)
+    if isinstance(module, LogitsProcessorWithLoRA):
+        return SpecialShape(module.hidden_size, module.vocab_size, embedding=False)
+    return None
+
+
+def _outputs(base: Any) -> list[int]:
+    """Widths of a fused layer's slices in the whole model."""
+    if isinstance(base, QKVParallelLinear):
+        # `output_sizes` counts key-value heads once per replica; checkpoints hold them once.
+        value_size = getattr(base, "v_head_size", base.head_size)
+        return [
+            base.total_num_heads * base.head_size,
+            base.total_num_kv_heads * base.head_size,
+            base.total_num_kv_heads * value_size,
+        ]
+    return list(base.output_sizes)
+
+
+class _NotContiguousError(Exception):
+    """A worker keeps several separate parts of one tensor."""
+
+
+def _kept(
+    module: Any, inputs: int, outputs: list[int], max_rank: int
+) -> Iterator[tuple[_Range, _Range, _Range | None]]:
+    """What the layer keeps of each slice under tensor parallelism: columns, rows, ranks.
+
+    The layer is asked: it slices tensors that hold their own row and column numbers.
+    """
+    rank_numbers = torch.arange(max_rank)[:, None].expand(max_rank, inputs)
+    columns = torch.arange(inputs)[None].expand(max_rank, inputs)
+    rows = [torch.arange(size)[:, None] for size in outputs]
+    if module.n_slices == 1:
+        a_ranks, a_columns = module.slice_lora_a(rank_numbers), module.slice_lora_a(columns)
+        parts = [(a_ranks, a_columns, module.slice_lora_b(rows[0]))]
+    else:
+        many = module.n_slices
+        parts = list(
+            zip(
+                module.slice_lora_a([rank_numbers] * many),
+                module.slice_lora_a([columns] * many),
+                module.slice_lora_b(rows),
+                strict=True,
+            )
+        )
+    for a_ranks, a_columns, b_rows in parts:
+        ranks = _range(a_ranks[:, 0])
+        yield _range(a_columns[0]), _range(b_rows[:, 0]), None if ranks == (0, max_rank) else ranks
+
+
+def _range(numbers: torch.Tensor) -> _Range:
+    first, last = int(numbers[0]), int(numbers[-1]) + 1
+    if not torch.equal(numbers, torch.arange(first, last)):
+        raise _NotContiguousError
+    return first, last
+
+
+def is_ranked(module: BaseLayerWithLoRA) -> bool:
+    """Whether our wrapper tracks ranks for a layer; others are computed at the full rank.
+
+    Classification heads are not: vLLM compares their wrapper's identity with the model's.
+    """
+    kinds = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
+    return isinstance(module, kinds) and not isinstance(module, ClassificationHead)

@@ -1,0 +1,363 @@
+"""The worker's LoRA manager: vLLM's interface over slots that the engine core disposes of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import is_
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import VllmConfig
+from vllm.lora.layers.utils import LoRAMappingType
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration import kv_blocks
+from vllm_multilora.integration.fill_link import (
+    Answer,
+    FillFailed,
+    Missing,
+    WorkerLink,
+    attach_worker,
+)
+from vllm_multilora.integration.orders import Order
+from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
+from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
+from vllm_multilora.integration.patching.ledger import PUNICA_WRAPPER
+from vllm_multilora.integration.remote_link import Address, dial
+from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
+from vllm_multilora.integration.worker.activated_rows import base_rows_of
+from vllm_multilora.integration.worker.filler import SlotFiller
+from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
+from vllm_multilora.integration.worker.own_store import OwnStore
+from vllm_multilora.integration.worker.special import SpecialParts
+from vllm_multilora.integration.worker.start_report import report_slots
+from vllm_multilora.slots.budget import CpuBudget
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_PATH = "/not/a/real/path"
+
+
+class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
+    """Has the adapters of each step in the slots that the engine core has given them.
+
+    Nothing is decided here. Orders to fill slots come between steps and are carried out beside
+    them; a step's adapters are in their slots when it begins.
+
+    vLLM's warm-up adapters occupy slots while vLLM profiles or captures graphs, before the engine
+    core disposes of them, and vanish afterwards.
+
+    Attributes:
+        filler: Carries out orders.
+        largest_adapter: Bytes of an adapter of the largest rank in every module, on this worker.
+        own_store: Where the engine core waits for its workers: what this one loads from.
+        sampled_rows: [requests], how many rows of each request the last batch sampled.
+    """
+
+    _manager_cls = MultiLoRAModelManager  # type: ignore[assignment]
+    _adapter_manager: MultiLoRAModelManager
+    own_store: OwnStore
+    sampled_rows: npt.NDArray[np.integer]
+
+    def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
+        """Wraps the model's layers and connects to the engine core; returns the model."""
+        wrapped = super().create_lora_manager(model, vllm_config)
+        manager = self._adapter_manager
+        self._vllm_config = vllm_config
+        self._link = attach_worker(self.rank)
+        special = SpecialParts(manager, self._lora_model_cls, self.max_position_embeddings)
+        self.filler = SlotFiller(manager, special, self._link)
+        self.largest_adapter = manager.layout.largest_bytes() + manager.special_slot_bytes
+        report_slots(manager, self._budget(), vllm_config)
+        self._step: Mapping[int, LoRARequest] = {}
+        self._orders = 0  # since the start; with the last step's count of them
+        self._step_orders = 0
+        self._missing: frozenset[int] = frozenset()
+        self._warm_up_ranks: dict[int, int] = {}
+        self._is_warming_up = False
+        self._owners: list[int | None] | None = None  # of the slots, as a warm-up has found them
+        return wrapped
+
+    def _budget(self) -> CpuBudget:
+        workers = self._vllm_config.parallel_config.local_world_size
+        settings = settings_of(self._vllm_config)
+        largest = self.largest_adapter * workers
+        return cpu_budget(settings, self._vllm_config, largest_adapter=largest)
+
+    @property
+    def model_manager(self) -> MultiLoRAModelManager:
+        """The model's side: its slots and layers."""
+        return self._adapter_manager
+
+    # Batches
+
+    def activate_batch(
+        self,
+        input_batch: Any,
+        num_scheduled_tokens: npt.NDArray[np.integer],
+        num_sampled_tokens: npt.NDArray[np.integer] | None,
+        mapping_type: LoRAMappingType = LoRAMappingType.LANGUAGE,
+        base_rows: npt.NDArray[np.integer] | None = None,
+    ) -> None:
+        """Puts a batch's adapters into slots and tells the kernels which rows are whose.
+
+        Takes the place of the mixin's `set_active_loras`, without its tuples per token.
+
+        Args:
+            input_batch: The model runner's batch.
+            num_scheduled_tokens: [requests], tokens each request has in this step.
+            num_sampled_tokens: [requests], rows of each request that reach the logits; None
+                for one each.
+            mapping_type: vLLM's mapping type.
+            base_rows: As of `BatchMapping`.
+        """
+        self._place(input_batch.lora_id_to_lora_request)
+        ids = self._without_missing(input_batch.request_lora_mapping[: input_batch.num_reqs])
+        mapping: Any = BatchMapping(
+            ids, num_scheduled_tokens, num_sampled_tokens, mapping_type, base_rows
+        )
+        if mapping_type is LoRAMappingType.LANGUAGE:
+            self.sampled_rows = mapping.samples
+        self._adapter_manager.set_adapter_mapping(mapping)
+
+    def set_active_adapters(self, requests: Iterable[Any], mapping: Any | None) -> None:
+        """As `activate_batch`, from vLLM's own description of a batch."""
+        # Sets of requests have another order on every rank, and ranks must decide alike.
+        ordered = sorted((r for r in requests if r), key=lambda request: request.lora_int_id)
+        self._place({request.lora_int_id: request for request in ordered})
+        if self._missing and isinstance(mapping, BatchMapping):
+            mapping = BatchMapping(
+                self._without_missing(mapping.ids),
+                mapping.tokens,
+                mapping.samples,
+                mapping.type,
+                mapping.base_rows,
+            )
+        elif self._missing and mapping is not None:
+            mapping = replace(
+                mapping,
+                index_mapping=tuple(self._without_missing(np.array(mapping.index_mapping))),
+                prompt_mapping=tuple(self._without_missing(np.array(mapping.prompt_mapping))),
+            )
+        if mapping is not None:
+            self._adapter_manager.set_adapter_mapping(mapping)
+
+    def _without_missing(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+        """Adapters of rows, 0 where the row's adapter is in no slot."""
+        return np.where(np.isin(ids, list(self._missing)), 0, ids) if self._missing else ids
+
+    def _place(self, step: Mapping[int, LoRARequest]) -> None:
+        """Looks for every adapter of a step in the slots.
+
+        One that is in none has no business in the step: its rows are computed without it, the
+        engine core is told and throws their tokens away, and the other rows never notice.
+        """
+        if self._is_warming_up and self._is_warm_up(step.values()):
+            if step:  # graphs are captured without adapters as well
+                self._place_warm_up(step)
+            return
+        self._end_warm_up()
+        # Nothing to look at, in nearly all steps: the same requests' adapters as before.
+        if (
+            len(step) == len(self._step)
+            and all(map(is_, step.values(), self._step.values()))
+            and self._orders == self._step_orders
+            and not self._missing
+        ):
+            return
+        slot_of = {owner: slot for slot, owner in enumerate(self._adapter_manager.lora_index_to_id)}
+        self.filler.await_slots(slot_of[i] for i in step if i in slot_of)
+        self._missing = frozenset(step.keys() - slot_of.keys())
+        self._step, self._step_orders = dict(step), self._orders
+        if self._link is not None:
+            for lora_id in sorted(self._missing):
+                self._link.tell(Missing(lora_id))
+
+    # Orders
+
+    @property
+    def rank(self) -> int:
+        """Which worker of its engine this is."""
+        return self._vllm_config.parallel_config.rank
+
+    def reach_engine_core(self, address: Address) -> bool:
+        """Connects to an engine core on another machine; whether anything was to be done.
+
+        Raises:
+            OSError: It cannot be reached.
+        """
+        if self._link is not None:
+            return False
+        self._link = WorkerLink(dial(address, "fills", self.rank))
+        self.filler.answer_to(self._link)
+        return True
+
+    def begin(self, order: Order) -> None:
+        """Begins to carry out an order of the engine core's."""
+        self._end_warm_up()
+        self._orders += 1
+        self.filler.begin(order)
+
+    def carry_out_now(self, order: Order) -> Answer:
+        """Carries out an order, from the worker's own store, with everybody waiting."""
+        self._end_warm_up()
+        self._orders += 1
+        pack = self.own_store.pack(order.pack.pack)
+        if pack is None:
+            gone = "the store of this worker's machine was started again"
+            return FillFailed(order.order, FailureKind.UNREADABLE, gone, is_gone=True)
+        return self.filler.fill_now(replace(order, pack=pack))
+
+    def open_own_store(self, server: str) -> None:
+        """Finds or starts the store of this machine, for this worker alone."""
+        settings = settings_of(self._vllm_config)
+        server = f"{server}-{self.rank}"
+        self.own_store = OwnStore(
+            settings.store,
+            server,
+            self._adapter_manager.layout,
+            store_settings(settings, self._budget()),
+        )
+        self.filler.open_memory(self.own_store.address, server)
+
+    # What vLLM calls for single adapters; the engine core does it by orders
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Nothing to do: the engine core has the adapter loaded when a request needs it."""
+        return True
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Nothing to do: the engine core does not use the slot for it any more."""
+        return adapter_id in self.list_adapters()
+
+    def remove_all_adapters(self) -> None:
+        """Ends a warm-up. New base weights are no reason to forget adapters."""
+        self._end_warm_up()
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Nothing to do: slots are the engine core's."""
+        return adapter_id in self.list_adapters()
+
+    def list_adapters(self) -> set[int]:
+        """The adapters that are in slots."""
+        return {i for i in self._adapter_manager.lora_index_to_id if i is not None}
+
+    def slots_lost(self) -> None:
+        """The slots' memory did not survive (sleep mode): the engine core fills them again."""
+        self.filler.await_all()
+        self._adapter_manager.forget_contents()
+        self._orders += 1
+
+    # Warm-up
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        """A warm-up begins: until `remove_all_adapters`, slots belong to its adapters."""
+        self._is_warming_up = True
+        yield
+
+    def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
+        """Announces a warm-up adapter of a rank."""
+        self._warm_up_ranks[lora_request.lora_int_id] = rank
+        return True
+
+    def _is_warm_up(self, requests: Iterable[LoRARequest]) -> bool:
+        return all(request.lora_path == _WARM_UP_PATH for request in requests)
+
+    def _place_warm_up(self, step: Mapping[int, LoRARequest]) -> None:
+        manager = self._adapter_manager
+        if self._owners is None:
+            self.filler.await_all()
+            self._owners = list(manager.lora_index_to_id)
+        manager.empty_all_slots()
+        for slot, lora_id in enumerate(sorted(step)):
+            if self._orders:
+                # An idle rank's dummy batch, while its engine serves: what is in the slots stays.
+                manager.lora_index_to_id[slot] = lora_id
+            else:
+                manager.fill_with_dummy(slot, lora_id, self._warm_up_ranks[lora_id])
+
+    def _end_warm_up(self) -> None:
+        if not self._is_warming_up:
+            return
+        self._warm_up_ranks.clear()
+        self._is_warming_up = False
+        self._adapter_manager.empty_all_slots()
+        if self._owners is not None:
+            self._adapter_manager.lora_index_to_id[:] = self._owners
+            self._owners = None
+
+
+def make_worker_manager(
+    original: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any
+) -> LRUCacheWorkerLoRAManager:
+    # Our manager fills slots for our kernels; stock ones need stock's cleared slots.
+    if kernel_backend(vllm_config) == "vllm" or not PUNICA_WRAPPER.is_applied():
+        return original(vllm_config, *args, **kwargs)
+    if settings_of(vllm_config).quarantine:
+        kv_blocks.start()
+    return MultiLoRAWorkerManager(vllm_config, *args, **kwargs)
+
+
+def manager_of(model_runner: Any) -> MultiLoRAWorkerManager | None:
+    """The manager of a model runner's adapters; None where it is stock's, or LoRA is off."""
+    manager = getattr(model_runner, "lora_manager", None)
+    return manager if isinstance(manager, MultiLoRAWorkerManager) else None
+
+
+def set_active_loras(
+    original: Callable[..., None],
+    runner: Any,
+    input_batch: Any,
+    num_scheduled_tokens: Any,
+    num_sampled_tokens: Any = None,
+    mapping_type: Any = LoRAMappingType.LANGUAGE,
+) -> None:
+    manager = manager_of(runner)
+    if manager is None:
+        original(runner, input_batch, num_scheduled_tokens, num_sampled_tokens, mapping_type)
+        return
+    manager.activate_batch(
+        input_batch,
+        num_scheduled_tokens,
+        num_sampled_tokens,
+        mapping_type,
+        base_rows_of(runner.requests, input_batch, num_scheduled_tokens),
+    )
+
+
+def set_active_loras_from_inputs(
+    original: Callable[..., None],
+    runner: Any,
+    prompts: Any,
+    tokens: Any,
+    requests: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    if isinstance(prompts, BatchMapping):
+        if prompts.activation is not None:
+            starts, rows = prompts.activation
+            computed = runner.req_states.num_computed_prefill_tokens[rows]
+            prompts.base_rows = rows_before(starts, computed, prompts.tokens)
+        manager = manager_of(runner)
+        if manager is not None:
+            manager.set_active_adapters(requests, prompts)
+            return
+        prompts, tokens = prompts.prompt_mapping, prompts.index_mapping
+        requests = set(requests)
+    original(runner, prompts, tokens, requests, *args, **kwargs)
+
+
+def wake_up(original: Callable[..., None], worker: Any, tags: list[str] | None = None) -> None:
+    original(worker, tags)
+    manager = manager_of(worker.model_runner)
+    if manager is not None and (tags is None or "weights" in tags):
+        manager.slots_lost()

@@ -1,0 +1,286 @@
+"""The model's side of the LoRA manager: its slots, and the true ranks of what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.model_manager import LoRAModelManager
+
+from multilora_kernels import SlotTable, host_memory
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.pack_index import RankIndex
+from vllm_multilora.integration.step.heads import ClassificationHead
+from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+from vllm_multilora.integration.worker.layout import is_ranked, running_layout
+from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
+from vllm_multilora.integration.worker.warm_up import warm_up
+
+
+@dataclass(frozen=True)
+class _RankedLayer:
+    """A layer that fills its own slots and whose true ranks are tracked.
+
+    Attributes:
+        rows: Its slices' rows in the rank tables.
+        first_rank: The first rank of lora_a that this worker holds; not 0 only where tensor
+            parallelism shards the rank dimension.
+        held_ranks: How many ranks of lora_a this worker holds.
+    """
+
+    rows: slice
+    first_rank: int
+    held_ranks: int
+
+
+class MultiLoRAModelManager(LoRAModelManager):
+    """Fills slots from host copies and tells every layer's wrapper the true ranks.
+
+    Which adapter gets which slot is the worker manager's decision: vLLM's own methods for adding
+    and activating adapters, inherited from the base class, are not used.
+
+    Attributes:
+        layout: What the model accepts of an adapter.
+    """
+
+    layout: ModelLayout
+    punica_wrapper_mapping: dict[str, MultiLoRAPunicaWrapper]  # type: ignore[assignment]
+
+    def _create_lora_modules(self) -> None:
+        super()._create_lora_modules()
+        on_cpu = self.device.type == "cpu"
+        found = running_layout(self, columns_first=on_cpu)
+        self.layout, self._special = found.layout, found.special
+        rows = 0
+        layers: list[tuple[Any, slice]] = []
+        if on_cpu:
+            _store_for_cpu(found.packed.values(), self.lora_config.lora_dtype)
+        for module in found.packed.values():
+            layers.append((module, slice(rows, rows + module.n_slices)))
+            rows += module.n_slices
+        self.slot_table = SlotTable(
+            [a for module in found.packed.values() for a in module.lora_a_stacked],
+            [b for module in found.packed.values() for b in module.lora_b_stacked],
+        )
+        self._ranked: dict[str, _RankedLayer] = {}
+        for name, special in found.special.items():
+            if is_ranked(special):
+                slices = getattr(special, "n_slices", 1)
+                shard = special.lora_a_stacked[0].shape[-2] if _shards_ranks(special) else 0
+                self._ranked[name] = _RankedLayer(
+                    slice(rows, rows + slices),
+                    first_rank=special.tp_rank * shard if shard else 0,
+                    held_ranks=shard or self.lora_config.max_lora_rank,
+                )
+                layers.append((special, self._ranked[name].rows))
+                rows += slices
+        self._held_ranks = np.array(
+            [a.shape[-2] for layer, _ in layers for a in _stacked_a(layer)], dtype=np.int32
+        )
+        shape = (rows, self.lora_slots)
+        self._shrink_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        for shared in {id(w): w for w in self.punica_wrapper_mapping.values()}.values():
+            shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
+        for layer, own in layers:
+            wrapper = layer.punica_wrapper
+            assert isinstance(wrapper, MultiLoRAPunicaWrapper)
+            layer.set_mapping(wrapper.for_layer(self._shrink_ranks[own], self._expand_ranks[own]))
+        if not on_cpu:
+            warm_up(self.modules.values())
+            self.slot_table.warm_up()
+        # Slots of special layers that hold something; the others need no clearing.
+        self._filled: set[tuple[str, int]] = set()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes on the device of all slots and of what the plugin keeps beside them."""
+        wrappers = {id(w): w for w in self.punica_wrapper_mapping.values()}.values()
+        tables = self._shrink_ranks.nbytes + self._expand_ranks.nbytes
+        layers = sum(map(layer_bytes, self.modules.values()))
+        return layers + tables + sum(map(wrapper_bytes, wrappers))
+
+    @property
+    def special_slot_bytes(self) -> int:
+        """Bytes of one slot's weights in all layers that fill their slots themselves."""
+        dtype: Any = self.lora_config.lora_dtype
+        layers = self._special.values()
+        return sum(layer_bytes(layer, dtype) for layer in layers) // self.lora_slots
+
+    def give_slot(self, slot: int, lora_id: int) -> None:
+        """From now on the slot is the adapter's, and any other one that it had is nobody's."""
+        owners = self.lora_index_to_id
+        owners[:] = [None if owner == lora_id else owner for owner in owners]
+        owners[slot] = lora_id
+
+    def fill_rest(self, slot: int, index: RankIndex, special: LoRAModel | None) -> None:
+        """All of filling a slot but the linear layers' weights, which `slot_table` copies.
+
+        What the slot held before is not cleared where the true ranks, which are written here,
+        keep the kernels from reading it. May run on any thread, as long as no step uses the slot;
+        on a GPU it is queued on the thread's current stream.
+
+        Args:
+            slot: The slot.
+            index: What the adapter has of the linear layers, and its ranks there.
+            special: What it has for layers that vLLM fills itself.
+        """
+        expand = np.zeros(len(self._expand_ranks), dtype=np.int32)
+        shrink = np.zeros(len(self._shrink_ranks), dtype=np.int32)
+        expand[index.rows], shrink[index.rows] = index.ranks, index.a_ranks
+        for name, module in self._special.items():
+            weights = self._fill_special(slot, name, module, special)
+            if weights is not None and (layer := self._ranked.get(name)):
+                ranks = _true_ranks(weights, layer.rows.stop - layer.rows.start)
+                expand[layer.rows] = ranks
+                shrink[layer.rows] = np.clip(ranks - layer.first_rank, 0, layer.held_ranks)
+        self._write_ranks(slot, shrink, expand)
+
+    def _fill_special(
+        self, slot: int, name: str, module: BaseLayerWithLoRA, special: LoRAModel | None
+    ) -> LoRALayerWeights | None:
+        weights = self._get_lora_layer_weights(special, name) if special else None
+        if weights is None and name in self._ranked:
+            return None  # rank 0: whatever lies there is not read
+        head = None
+        if isinstance(module, ClassificationHead) and special:
+            head = self._get_module_to_save_weights(special, name)
+        if weights is None and head is None and (name, slot) not in self._filled:
+            return None
+        if isinstance(module, ClassificationHead):
+            if head is None:
+                module.reset_module_to_save(slot)
+            else:
+                module.set_module_to_save(slot, head.weight, head.bias)
+        if weights is None:
+            module.reset_lora(slot)
+        else:
+            module.set_lora(slot, weights.lora_a, weights.lora_b)
+        if weights is None and head is None:
+            self._filled.discard((name, slot))
+        else:
+            self._filled.add((name, slot))
+        return weights
+
+    def fill_with_dummy(self, slot: int, lora_id: int, rank: int) -> None:
+        """Makes a slot look like an adapter of a rank in every layer; its weights stay."""
+        ranks = np.full_like(self._held_ranks, rank)
+        self._write_ranks(slot, np.minimum(ranks, self._held_ranks), ranks)
+        self.lora_index_to_id[slot] = lora_id
+
+    def _write_ranks(
+        self, slot: int, shrink: npt.NDArray[np.int32], expand: npt.NDArray[np.int32]
+    ) -> None:
+        for table, values in ((self._shrink_ranks, shrink), (self._expand_ranks, expand)):
+            host = torch.from_numpy(values)
+            if self.device.type != "cpu":
+                host = host.pin_memory()
+            table[:, slot].copy_(host, non_blocking=True)
+
+    def empty_all_slots(self) -> None:
+        """Nobody's slots, all of them."""
+        self.lora_index_to_id[:] = [None] * self.lora_slots
+        self._last_mapping = None
+        self._last_slot_layout = None
+
+    @contextmanager
+    def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
+        """Within it, output layers get prompts' rows; see `OutputRows.from_prompts`."""
+        with ExitStack() as stack:
+            for wrapper in self.punica_wrapper_mapping.values():
+                stack.enter_context(wrapper.output_rows.from_prompts(hidden_states))
+            yield
+
+    def set_sampled_rows(self, counts: npt.NDArray[np.integer]) -> None:
+        """Says how many rows of each request reach the output layers; see `OutputRows`."""
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper.output_rows.set_counts(counts)
+
+    def forget_contents(self) -> None:
+        """The slots' memory was lost: layers that fill their slots themselves clear them next.
+
+        So may be all else that is kept on the device. Captured graphs read padding rows too, and
+        must find valid numbers there.
+        """
+        self.empty_all_slots()
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper.memory_lost()
+        self._shrink_ranks.zero_()
+        self._expand_ranks.zero_()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()  # before slots are filled, on whichever stream
+        self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}
+
+
+def _store_for_cpu(modules: Iterable[Any], dtype: Any) -> None:
+    """Allocates linear layers' slots anew: together in huge pages, and B's columns contiguous.
+
+    vLLM and the kernels address the slots through the layers' attributes; how they are stored is
+    ours. vLLM's are freed first: there may be no room for both.
+    """
+    modules = list(modules)
+    shapes = [
+        [[tuple(a.shape) for a in m.lora_a_stacked], [tuple(b.mT.shape) for b in m.lora_b_stacked]]
+        for m in modules
+    ]
+    for module in modules:
+        module.lora_a_stacked = module.lora_b_stacked = ()
+    slots = iter(host_memory.zeros([s for ab in shapes for part in ab for s in part], dtype))
+    for module, (a_shapes, b_shapes) in zip(modules, shapes, strict=True):
+        module.lora_a_stacked = tuple(next(slots) for _ in a_shapes)
+        module.lora_b_stacked = tuple(next(slots).mT for _ in b_shapes)
+
+
+def _stacked_a(module: BaseLayerWithLoRA) -> Sequence[torch.Tensor]:
+    """The slots' lora_a, one tensor for each of the layer's rows in the rank tables."""
+    stacked = module.lora_a_stacked
+    if isinstance(module, VocabParallelEmbeddingWithLoRA):  # [slots, vocabulary, ranks]
+        return [stacked.transpose(-1, -2)]
+    return [stacked] if isinstance(stacked, torch.Tensor) else list(stacked)
+
+
+def _shards_ranks(module: BaseLayerWithLoRA) -> bool:
+    """Whether this layer holds only a share of lora_a's ranks (`fully_sharded_loras`)."""
+    return (
+        isinstance(module, BaseLinearLayerWithLoRA)
+        and module.lora_a_stacked[0].shape[-2] < module.lora_b_stacked[0].shape[-1]
+    )
+
+
+def _true_ranks(weights: LoRALayerWeights, slices: int) -> npt.NDArray[np.int32]:
+    """The rank of each slice; 0 where the adapter leaves a slice alone."""
+    if isinstance(weights.lora_a, list):
+        ranks = [0 if a is None else a.shape[0] for a in weights.lora_a]
+        if len(ranks) != slices:
+            # The layer splits some of these into several slices; which ones is its affair.
+            ranks = [max(ranks)] * slices
+    else:
+        ranks = [weights.lora_a.shape[0]] * slices
+    return np.array(ranks, dtype=np.int32)
+
+
+def compute_prompt_scores(
+    original: Callable[..., Any],
+    self: Any,
+    logits_fn: Any,
+    hidden_states: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    manager = getattr(getattr(logits_fn, "__self__", None), "lora_manager", None)
+    if not isinstance(manager, MultiLoRAModelManager):
+        return original(self, logits_fn, hidden_states, *args, **kwargs)
+    with manager.rows_from_prompts(hidden_states):
+        return original(self, logits_fn, hidden_states, *args, **kwargs)

@@ -1,0 +1,134 @@
+"""Reads off a running model what becomes of module names in its adapters' checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from vllm_multilora.adapters.naming import ModuleNaming, Renames, Replacement, SourceRename
+
+if TYPE_CHECKING:
+    from vllm.lora.model_manager import LoRAModelManager
+
+logger = logging.getLogger(__name__)
+
+_READ = frozenset(f"orig_to_new_{kind}" for kind in ("renaming", "regex", "substr", "prefix"))
+_READ |= {"orig_to_new_suffix", "orig_to_new_stacked"}  # the last is empty in a rename mapper
+# Flags that have the same meaning and value in Python's `re` and in `regex`, which vLLM uses.
+_FLAGS = int(re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE)
+
+
+def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNaming:
+    """What becomes of module names in a manager's model.
+
+    Args:
+        manager: Its modules have been created.
+        names: Modules that this worker adapts.
+    """
+    model: Any = manager.model
+    targets = getattr(manager.lora_config, "target_modules", None)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
+    return ModuleNaming(
+        names=names,
+        renames=renames_of(mapper.get_rename_mapper()) if mapper is not None else None,
+        text_names=_text_names(manager, names),
+        skipped=tuple(getattr(model, "lora_skip_prefixes", None) or ()),
+        others=tuple(
+            f"{name}." for name, part in model.named_modules() if isinstance(part, PPMissingLayer)
+        ),
+        roots=frozenset(name for name, _ in model.named_children()),
+        pooling=bool(manager.is_pooling_model),
+        targets=tuple(targets) if targets is not None else None,
+        packed=packed,
+        unwrapped=frozenset(_unwrapped(model, packed)) - names,
+    )
+
+
+def renames_of(mapper: Any) -> Renames:
+    """The renames of a `WeightsMapper` as data; what cannot be told as data is logged.
+
+    Args:
+        mapper: As `WeightsMapper.get_rename_mapper` makes it.
+    """
+    left_out: list[str] = []
+    found = Renames(
+        sources=tuple(_sources(getattr(mapper, "orig_to_new_renaming", None) or (), left_out)),
+        expressions=tuple(_expressions(mapper.orig_to_new_regex, left_out)),
+        substrings=_pairs(mapper.orig_to_new_substr),
+        prefixes=_pairs(mapper.orig_to_new_prefix),
+        suffixes=_pairs(mapper.orig_to_new_suffix),
+    )
+    if is_dataclass(mapper):
+        others = (f.name for f in fields(mapper) if f.name not in _READ)
+        left_out += [name for name in others if getattr(mapper, name)]
+    if left_out:
+        logger.warning(
+            "Adapters' names of modules are not read as vLLM reads them for this model: %s cannot "
+            "be told to the processes that check adapters. Adapters that need it are refused.",
+            ", ".join(left_out),
+        )
+    return found
+
+
+def _sources(renamings: Iterable[Any], left_out: list[str]) -> Iterator[SourceRename]:
+    for renaming in renamings:
+        # A class of its own way of renaming may also keep state from name to name.
+        of_class = getattr(type(renaming), "rename_source_key", None)
+        plain = getattr(of_class, "__qualname__", "").startswith("WeightTransform.")
+        compiled = getattr(renaming, "compiled_sources", None)
+        if not plain or compiled is None:
+            left_out.append(f"Transformers' {renaming!r}")
+            continue
+        scope, base = renaming.scope_prefix, renaming.base_model_prefix
+        scopes = None
+        if scope is not None:
+            scope, base = (f"{text}." if text else "" for text in (scope, base))
+            scopes = (base + scope, scope)
+        yield SourceRename(compiled.pattern, renaming.target_patterns[0], scopes)
+
+
+def _expressions(of: Mapping[Any, str], left_out: list[str]) -> Iterator[Replacement]:
+    for pattern, new in of.items():
+        found = Replacement(pattern.pattern, new, pattern.flags & _FLAGS)
+        try:
+            re.compile(found.old, found.flags)
+        except re.error:  # what only the package `regex` understands
+            left_out.append(f"the regular expression {found.old!r}")
+        else:
+            yield found
+
+
+def _pairs(of: Mapping[str, str]) -> tuple[Replacement, ...]:
+    return tuple(Replacement(old, new) for old, new in of.items())
+
+
+def _text_names(manager: LoRAModelManager, names: Iterable[str]) -> dict[str, str]:
+    """What adapters of the text-only model call a multimodal model's modules (vLLM 0.33 on)."""
+    of = getattr(manager, "_get_text_lora_names", lambda name: ())
+    return {other: name for name in sorted(names) for other in of(name)}
+
+
+def _unwrapped(model: torch.nn.Module, packed: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Linear layers that vLLM has not wrapped, also by the names of what it has fused in them."""
+    wrapped = {name for name, part in model.named_modules() if isinstance(part, BaseLayerWithLoRA)}
+    for name, part in model.named_modules(remove_duplicate=False):
+        parent, _, kind = name.rpartition(".")
+        if not isinstance(part, LinearBase | torch.nn.Linear) or _is_below(name, wrapped):
+            continue
+        yield name
+        yield from (f"{parent}.{of}" if parent else of for of in packed.get(kind, ()))
+
+
+def _is_below(name: str, modules: set[str]) -> bool:
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return bool(name)

@@ -1,0 +1,76 @@
+"""Which rows of the output layers are whose, where vLLM's model runners do not say it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_multilora.integration.worker.manager import manager_of
+
+
+def get_prompt_logprobs(
+    original: Callable[..., Any], runner: Any, hidden_states: Any, *args: Any, **kwargs: Any
+) -> Any:
+    manager = manager_of(runner)
+    if manager is None:
+        return original(runner, hidden_states, *args, **kwargs)
+    with manager.model_manager.rows_from_prompts(hidden_states):
+        return original(runner, hidden_states, *args, **kwargs)
+
+
+def sample(
+    original: Callable[..., Any],
+    runner: Any,
+    hidden_states: Any,
+    input_batch: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    manager = manager_of(runner)
+    if manager is None:
+        return original(runner, hidden_states, input_batch, *args, **kwargs)
+    rows = np.diff(input_batch.cu_num_logits_np)
+    manager.model_manager.set_sampled_rows(rows)
+    output, *rest = original(runner, hidden_states, input_batch, *args, **kwargs)
+    if output.num_nans is not None and len(output.num_nans) != len(rows):
+        output = replace(output, num_nans=by_request(output.num_nans, rows))
+    return output, *rest
+
+
+def bookkeeping_sync(
+    original: Callable[..., Any],
+    runner: Any,
+    scheduler_output: Any,
+    sampler_output: Any,
+    logits: torch.Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    manager = manager_of(runner)
+    if manager is not None and logits is not None and len(logits) != len(manager.sampled_rows):
+        # vLLM looks at nothing else in them here.
+        unsound = by_request(logits.isnan().any(dim=-1).int(), manager.sampled_rows)
+        logits = torch.where(unsound > 0, math.nan, 0.0).unsqueeze(1)
+    return original(runner, scheduler_output, sampler_output, logits, *args, **kwargs)
+
+
+def by_request(counts: torch.Tensor, rows: npt.NDArray[np.integer]) -> torch.Tensor:
+    """Adds up counts of rows by request.
+
+    Args:
+        counts: [rows of all requests], request after request.
+        rows: [requests], how many rows each has.
+
+    Returns:
+        [requests], of the type of `counts`; nothing waits for the device.
+    """
+    request = torch.from_numpy(np.arange(len(rows)).repeat(rows))
+    if counts.device.type != "cpu":
+        request = request.pin_memory().to(counts.device, non_blocking=True)
+    return counts.new_zeros(len(rows)).index_add_(0, request, counts[: len(request)])

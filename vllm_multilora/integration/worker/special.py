@@ -1,0 +1,118 @@
+"""Adapters' parts for layers that vLLM fills itself: embeddings, output heads, experts.
+
+The store has read and checked their tensors, and keeps them as they are in the checkpoint. vLLM's
+own classes make of them what its layers take.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.lora.peft_helper import PEFTHelper
+
+from vllm_multilora.adapters.names import is_base_embedding, parse_tensor_name
+from vllm_multilora.adapters.pack_index import PackIndex, RawTensor
+from vllm_multilora.store.mapper import SegmentMapper
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
+
+# vLLM's own checks of an adapter; which of them exist depends on the version.
+_CHECKS = (
+    "_validate_moe_lora_format",  # from 0.32
+    "_validate_modules_to_save",  # to 0.32
+    "_validate_token_classification_lora",  # to 0.32
+    "_validate_classification_head_lora",  # from 0.33, for the two before
+)
+
+
+class SpecialParts:
+    """Makes vLLM's form of the parts that packed slices leave out.
+
+    Args:
+        manager: The model manager whose layers take them.
+        model_class: vLLM's class for an adapter.
+        max_position_embeddings: As vLLM's `PEFTHelper` wants it.
+    """
+
+    def __init__(
+        self,
+        manager: MultiLoRAModelManager,
+        model_class: type[LoRAModel],
+        max_position_embeddings: int | None,
+    ) -> None:
+        self._manager = manager
+        self._model_class = model_class
+        self._max_position_embeddings = max_position_embeddings
+
+    def make(
+        self,
+        request: LoRARequest,
+        index: PackIndex,
+        memory: SegmentMapper,
+        segments: Sequence[int],
+    ) -> LoRAModel | None:
+        """An adapter's special parts on this worker; None if there are none.
+
+        Args:
+            request: The adapter.
+            index: What its pack holds.
+            memory: Where that lies.
+            segments: The pack's.
+
+        Raises:
+            ValueError: vLLM does not take them.
+        """
+        tensors = {
+            name: _copy(raw, memory, segments)
+            for name, raw in index.tensors.items()
+            if self._is_ours(name)
+        }
+        if not tensors:
+            return None
+        manager: Any = self._manager
+        config = json.loads(index.config)
+        config["vllm_max_position_embeddings"] = self._max_position_embeddings
+        helper = PEFTHelper.from_dict(config)
+        helper.validate_legal(manager.lora_config)
+        mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+        special: Any = self._model_class.from_lora_tensors(
+            lora_model_id=request.lora_int_id,
+            tensors=tensors,
+            peft_helper=helper,
+            device="cpu",
+            dtype=manager.lora_config.lora_dtype,
+            model_vocab_size=manager.vocab_size,
+            weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
+            skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
+        )
+        special.is_3d_lora_weight = request.is_3d_lora_weight
+        for name in _CHECKS:
+            if check := getattr(manager, name, None):
+                check(special)
+        if special.loras:
+            manager._create_merged_loras_inplace(special)
+        return special
+
+    def _is_ours(self, name: str) -> bool:
+        layout, role = self._manager.layout, parse_tensor_name(name)
+        if is_base_embedding(name):
+            return False
+        module = layout.naming.rename(role.module) if role else None
+        return role is None or (module is not None and layout.is_special(module))
+
+
+def _copy(raw: RawTensor, memory: SegmentMapper, segments: Sequence[int]) -> torch.Tensor:
+    """A tensor of its own: vLLM scales some in place, and the pack is everybody's."""
+    tensor = torch.empty(raw.shape, dtype=raw.dtype.torch)
+    if tensor.numel():
+        with memory.view(raw.place, tensor.nbytes, segments) as source:
+            tensor.view(-1).view(torch.uint8).numpy()[:] = source
+    return tensor

@@ -1,0 +1,156 @@
+"""The usage log: a line of JSON for each prompt that was answered, or given up.
+
+Lines are written on a thread of their own, behind a queue of limited length: a slow disk costs
+lines, which the log then says, and never a request any time. Several API servers may write to one
+log: each appends whole lines. A log that has grown to its limit is renamed, with the time added,
+and a new one begun; nothing is ever deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.metering.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+_MOST_QUEUED = 16_384
+_MOST_AT_ONCE = 512  # lines of one write
+_CLOSE_LIMIT_S = 5.0
+_COMPLAIN_S = 60.0
+
+
+class UsageLog:
+    """One process's end of a log; `write` is for any thread.
+
+    Args:
+        path: The file; its folder must exist.
+        limit: Bytes at which it is renamed and begun anew.
+        most_queued: Lines that may wait to be written.
+
+    Raises:
+        ConfigError: It cannot be written to.
+    """
+
+    def __init__(self, path: Path, limit: int, *, most_queued: int = _MOST_QUEUED) -> None:
+        self._path = path
+        self._limit = limit
+        self._queue: queue.Queue[Usage | None] = queue.Queue(most_queued)
+        self._dropped = 0
+        self._next_complaint = 0.0
+        try:
+            os.close(self._open())
+        except OSError as error:
+            raise ConfigError(
+                f"the usage log {str(path)!r} cannot be written to: {error.strerror}; choose a "
+                "file in a folder that exists and that the server may write to"
+            ) from error
+        self._thread = threading.Thread(target=self._run, name="multilora-usage-log", daemon=True)
+        self._thread.start()
+
+    def write(self, usage: Usage) -> None:
+        """Has a line written; drops it, and counts that, where too many wait already."""
+        try:
+            self._queue.put_nowait(usage)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Writes what waits, within a few seconds."""
+        try:
+            self._queue.put(None, timeout=_CLOSE_LIMIT_S)
+        except queue.Full:
+            return
+        self._thread.join(_CLOSE_LIMIT_S)
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            batch = [self._queue.get()]
+            while len(batch) < _MOST_AT_ONCE and not self._queue.empty():
+                batch.append(self._queue.get())
+            is_open = None not in batch
+            lines = [_line(usage) for usage in batch if usage is not None]
+            dropped, self._dropped = self._dropped, 0
+            if dropped:
+                lines.append(_json({"time": _now(), "dropped": dropped}))
+            try:
+                self._append("".join(lines).encode())
+            except OSError as error:
+                self._dropped += dropped + sum(usage is not None for usage in batch)
+                self._complain(str(error))
+            else:
+                if dropped:
+                    self._complain("it is written too slowly")
+
+    def _append(self, content: bytes) -> None:
+        descriptor = self._open()
+        try:
+            # One writer at a time, so that nobody renames what another is about to write to.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not self._is_current(descriptor):
+                os.close(descriptor)
+                descriptor = self._open()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            view = memoryview(content)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            if os.fstat(descriptor).st_size >= self._limit and self._is_current(descriptor):
+                self._path.rename(self._next_name())
+        finally:
+            os.close(descriptor)
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        return os.open(self._path, flags, 0o600)
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _next_name(self) -> Path:
+        stem = f"{self._path.name}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        names = (self._path.with_name(f"{stem}-{number}") for number in itertools.count(1))
+        return next(name for name in names if not name.exists())
+
+    def _complain(self, why: str) -> None:
+        if time.monotonic() >= self._next_complaint:
+            self._next_complaint = time.monotonic() + _COMPLAIN_S
+            logger.warning("Lines of the usage log %s were dropped: %s.", self._path, why)
+
+
+def _line(usage: Usage) -> str:
+    return _json(
+        {
+            "time": _now(),
+            "request_id": usage.request_id,
+            "tenant": usage.tenant,
+            "route": usage.route,
+            "adapter": usage.adapter,
+            "version": usage.version,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_prompt_tokens": usage.cached_tokens,
+            "generation_tokens": usage.generated_tokens,
+            "status": usage.status.value,
+        }
+    )
+
+
+def _json(value: dict[str, object]) -> str:
+    return json.dumps(value, separators=(",", ":")) + "\n"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,195 @@
+"""What the engine core records of its adapters: where they are, and how they got there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.metrics import definitions as defined
+from vllm_multilora.metrics.adapter_info import AdapterInfo
+from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.metrics.recorder import Recorder
+from vllm_multilora.slots.events import SlotEvents, Tier
+from vllm_multilora.slots.usage import AdapterUse
+from vllm_multilora.states import AdapterState
+
+_TIERS = {AdapterState.SLOT: "gpu", AdapterState.HOST: "cpu"}
+_UNTOLD = object()
+
+
+@dataclass
+class _Adapter:
+    """What is shown of an adapter."""
+
+    name: str
+    state: AdapterState
+
+
+class AdapterMetrics(SlotEvents):
+    """Turns the events of slots, and what the store and the workers tell, into metrics.
+
+    One caller at a time, the engine core's main thread. vLLM's warm-up adapters get into none of
+    this.
+
+    Args:
+        recorder: Records.
+        name_of: An adapter's name by its number; None if it is not known.
+        use_of: An adapter's rank and bytes, as `AdapterUsage.of`.
+        slots: Number of slots.
+        max_rank: Of the slots.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        name_of: Callable[[int], str | None],
+        use_of: Callable[[int], AdapterUse],
+        *,
+        slots: int,
+        max_rank: int,
+    ) -> None:
+        self._recorder = recorder
+        self._name_of = name_of
+        self._use_of = use_of
+        series = recorder.series
+        series(defined.SLOTS).set(slots)
+        series(defined.MAX_RANK).set(max_rank)
+        self._hits = {tier: series(defined.HITS, tier.value) for tier in Tier}
+        self._misses = {tier: series(defined.MISSES, tier.value) for tier in Tier}
+        self._durations = {
+            source: recorder.histogram(defined.LOAD_DURATION, source) for source in ("disk", "cpu")
+        }
+        self._failures = {kind: series(defined.LOAD_FAILURES, kind.value) for kind in FailureKind}
+        self._active = series(defined.ACTIVE)
+        self._slots_free = series(defined.SLOTS_FREE)
+        self._adapters = {tier: series(defined.CACHE_ADAPTERS, tier.value) for tier in Tier}
+        self._bytes = {tier: series(defined.CACHE_BYTES, tier.value) for tier in Tier}
+        self._batch = recorder.histogram(defined.BATCH_ADAPTERS)
+        self._known: dict[int, _Adapter] = {}
+        self._pinned: frozenset[int] = frozenset()
+        # By name, in the order in which they came.
+        self._versions: dict[str, dict[int, None]] = {}
+        self._contents: object = _UNTOLD
+        self.contents((None,) * slots)
+
+    # What happens
+
+    def known(self, name: str) -> None:
+        """An adapter of this name can be had: it is shown under it, if there is room."""
+        self._recorder.names.admit(name)
+
+    def read(self, name: str, seconds: float) -> None:
+        """An adapter's files were read into host memory."""
+        self._loaded("disk", name, seconds)
+
+    def copied(self, name: str, seconds: float) -> None:
+        """An adapter was copied into a slot."""
+        self._loaded("cpu", name, seconds)
+
+    def failed(self, kind: FailureKind) -> None:
+        """An adapter could not be loaded."""
+        self._failures[kind].inc()
+
+    def hit(self, tier: Tier, adapter_id: int) -> None:
+        self._hits[tier].inc()
+
+    def miss(self, tier: Tier, adapter_id: int) -> None:
+        self._misses[tier].inc()
+
+    def evicted(self, tier: Tier, adapter_id: int) -> None:
+        """An adapter gave up its slot, as `SlotAssignment` says, or host memory, as the store."""
+        label = self._label(self._name(adapter_id))
+        self._recorder.series(defined.EVICTIONS, tier.value, label).inc()
+
+    def assigned(self, adapter_id: int, slot: int) -> None:
+        self._contents = _UNTOLD  # perhaps the same adapter in another version
+
+    def step(self, adapters: int) -> None:
+        """A step with that many adapters begins."""
+        self._batch.observe(adapters)
+
+    # What is
+
+    def contents(self, contents: tuple[int | None, ...]) -> None:
+        """The adapter in each slot; costs next to nothing where they are the same as before.
+
+        Args:
+            contents: As `SlotAssignment.contents`.
+        """
+        if contents == self._contents:
+            return
+        self._contents = contents
+        in_slots = [adapter_id for adapter_id in contents if adapter_id is not None]
+        self._active.set(len(in_slots))
+        self._slots_free.set(len(contents) - len(in_slots))
+        self._adapters[Tier.GPU].set(len(in_slots))
+        self._bytes[Tier.GPU].set(sum(self._use_of(i).size or 0 for i in in_slots))
+
+    def host_memory(
+        self, adapters: int, nbytes: int, *, adapters_limit: int | None, bytes_limit: int | None
+    ) -> None:
+        """What host memory holds, and may hold; None is no limit."""
+        self._adapters[Tier.CPU].set(adapters)
+        self._bytes[Tier.CPU].set(nbytes)
+        for definition, limit in (
+            (defined.CACHE_ADAPTERS_LIMIT, adapters_limit),
+            (defined.CACHE_BYTES_LIMIT, bytes_limit),
+        ):
+            if limit is not None:
+                self._recorder.series(definition, Tier.CPU.value).set(limit)
+
+    def moved(self, adapter_id: int, state: AdapterState) -> None:
+        """An adapter is in another state; of one that has no name nothing is shown."""
+        adapter = self._known.get(adapter_id)
+        if adapter is not None:
+            adapter.state = state
+        elif (name := self._name_of(adapter_id)) is not None:
+            adapter = self._known[adapter_id] = _Adapter(name, state)
+            self._versions.setdefault(name, {})[adapter_id] = None
+        else:
+            return
+        self._show(adapter.name)
+
+    def pinned(self, adapters: Iterable[int]) -> None:
+        """The pinned adapters, when a pin has changed; some may not be known yet."""
+        before, self._pinned = self._pinned, frozenset(adapters)
+        for adapter_id in before ^ self._pinned:
+            if (adapter := self._known.get(adapter_id)) is not None:
+                self._show(adapter.name)
+
+    def forget(self, adapter_id: int) -> None:
+        """An adapter was unloaded."""
+        adapter = self._known.pop(adapter_id, None)
+        if adapter is not None:
+            del self._versions[adapter.name][adapter_id]
+            self._show(adapter.name)
+
+    def _loaded(self, source: str, name: str, seconds: float) -> None:
+        self._recorder.series(defined.LOADS, source, self._label(name)).inc()
+        self._durations[source].observe(seconds * 1_000)
+
+    def _name(self, adapter_id: int) -> str | None:
+        known = self._known.get(adapter_id)
+        return self._name_of(adapter_id) if known is None else known.name
+
+    def _label(self, name: str | None) -> str:
+        return OTHER if name is None else self._recorder.names.label(name)
+
+    def _show(self, name: str) -> None:
+        """Records the info of a name's newest version that was read; 0 if there is none."""
+        versions = self._versions[name]
+        if not versions:
+            del self._versions[name]
+        label = self._label(name)
+        if label == OTHER:
+            return
+        number = 0.0
+        for adapter_id in reversed(versions):
+            rank = self._use_of(adapter_id).rank
+            if rank is not None:
+                adapter = self._known[adapter_id]
+                tier = _TIERS.get(adapter.state, "disk")
+                number = AdapterInfo(tier, rank, adapter_id in self._pinned).encode()
+                break
+        self._recorder.series_at((defined.INFO.name, label)).set(number)

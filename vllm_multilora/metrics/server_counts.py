@@ -1,0 +1,160 @@
+"""Counts, in a server's process: where routes have led, who used which tokens, who was refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm_multilora.metrics.definitions import (
+    CACHED_PROMPT_TOKENS,
+    FIRST_TOKEN,
+    GENERATION_TOKENS,
+    PER_TOKEN,
+    PROMPT_TOKENS,
+    REFUSED,
+    ROUTE_REQUESTS,
+)
+from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.metrics.recorder import Recorder, Series
+
+if TYPE_CHECKING:
+    from vllm_multilora.metering.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+MOST_STATUSES = 4
+"""With which a request is refused for who sent it."""
+
+_User = tuple[str, str, str]  # values of the labels of tokens
+_OTHERS: _User = (OTHER, "", "")
+
+
+class ServerCounts:
+    """The counts of one process; its file is made with the first."""
+
+    def __init__(self) -> None:
+        self._make_recorder: Callable[[], Recorder | None] | None = None
+        self._recorder: Recorder | None = None
+        self._tokens: dict[_User, tuple[Series, Series, Series]] = {}
+        self._refused: dict[tuple[str, int], Series] = {}
+
+    def start(self, make_recorder: Callable[[], Recorder | None]) -> None:
+        """From now on there is somewhere to count to; the newest engine's place counts.
+
+        Args:
+            make_recorder: Makes what records; returns None where metrics are off.
+        """
+        self._make_recorder, self._recorder = make_recorder, None
+        self._tokens.clear()
+        self._refused.clear()
+
+    def count_route(self, route: str, lora_name: str, reason: str) -> None:
+        """See `count_route`."""
+        if (recorder := self._find()) is not None:
+            recorder.names.admit(lora_name)  # the routes file names it
+            label = recorder.names.label(lora_name)
+            recorder.series(ROUTE_REQUESTS, route, label, reason).inc()
+
+    def count_tokens(self, usage: Usage) -> None:
+        """See `count_tokens`."""
+        if (recorder := self._find()) is None:
+            return
+        adapter = usage.adapter or ""
+        if usage.prompt_tokens:  # it was served
+            recorder.names.admit(adapter)
+        label = recorder.names.label(adapter)
+        user = (label, usage.route or "", usage.tenant or "")
+        series = self._tokens.get(user)
+        if series is None:
+            if len(self._tokens) > recorder.most_users:
+                user = _OTHERS
+            series = self._tokens[user] = (
+                recorder.series(PROMPT_TOKENS, *user),
+                recorder.series(CACHED_PROMPT_TOKENS, *user),
+                recorder.series(GENERATION_TOKENS, *user),
+            )
+        prompt, cached, generated = series
+        prompt.inc(usage.prompt_tokens)
+        cached.inc(usage.cached_tokens)
+        generated.inc(usage.generated_tokens)
+
+    def count_latencies(self, adapter: str, first_s: float, per_token_s: float | None) -> None:
+        """See `count_latencies`."""
+        if (recorder := self._find()) is None:
+            return
+        recorder.names.admit(adapter)  # it was served
+        label = recorder.names.label(adapter)
+        recorder.histogram(FIRST_TOKEN, label).observe(first_s)
+        if per_token_s is not None:
+            recorder.histogram(PER_TOKEN, label).observe(per_token_s)
+
+    def count_refused(self, tenant: str | None, status: int) -> None:
+        """See `count_refused`."""
+        who = (tenant or "", status)
+        series = self._refused.get(who)
+        if series is None:
+            if (recorder := self._find()) is None:
+                return
+            # Names of a file that changes may be any number of them.
+            if len(self._refused) >= max(recorder.most_users, MOST_STATUSES):
+                who = (OTHER, status)
+            series = self._refused[who] = recorder.series(REFUSED, who[0], str(status))
+        series.inc()
+
+    def _find(self) -> Recorder | None:
+        if self._recorder is None and self._make_recorder is not None:
+            self._recorder, self._make_recorder = self._make_recorder(), None
+        return self._recorder
+
+
+COUNTS = ServerCounts()
+
+
+def count_route(route: str, lora_name: str, reason: str = "") -> None:
+    """Counts a request that a route has led to an adapter; does nothing where metrics are off.
+
+    Args:
+        route: The route's public name.
+        lora_name: The adapter that it was led to; the served name of the base model if to that.
+        reason: Why that one, out of few.
+    """
+    try:
+        COUNTS.count_route(route, lora_name, reason)
+    except Exception:  # a request must not fail for being counted
+        logger.exception("A request of route %r could not be counted", route)
+
+
+def count_tokens(usage: Usage) -> None:
+    """Counts what a prompt for an adapter has used; does nothing where metrics are off."""
+    try:
+        COUNTS.count_tokens(usage)
+    except Exception:  # as above
+        logger.exception("The tokens of request %s could not be counted", usage.request_id)
+
+
+def count_latencies(adapter: str, first_s: float, per_token_s: float | None) -> None:
+    """Counts how long a request for an adapter took; does nothing where metrics are off.
+
+    Args:
+        adapter: The adapter's name.
+        first_s: Seconds to its first token.
+        per_token_s: Seconds between its tokens, on average; None where there was one only.
+    """
+    try:
+        COUNTS.count_latencies(adapter, first_s, per_token_s)
+    except Exception:  # as above
+        logger.exception("The latencies of a request for %r could not be counted", adapter)
+
+
+def count_refused(tenant: str | None, status: int) -> None:
+    """Counts a request that was refused for who sent it; does nothing where metrics are off.
+
+    Args:
+        tenant: Whose it was; None where it was nobody's, or no tenant's.
+        status: Of the answer: 401, 403, 404 or 429.
+    """
+    try:
+        COUNTS.count_refused(tenant, status)
+    except Exception:  # as above
+        logger.exception("A refused request could not be counted")

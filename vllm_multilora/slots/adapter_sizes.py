@@ -1,0 +1,82 @@
+"""Sizes for the adapters of a trace that does not state them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.slots.budget import MIB
+from vllm_multilora.slots.traces import TraceError
+
+DEFAULT_MIB_PER_RANK = 5.0
+"""An adapter of all linear layers of an 8-billion Llama 3 in 16 bits: 2,621,440 weights a rank."""
+
+
+def size_from_mib(mib: float, what: str) -> int:
+    """Bytes in that many MiB.
+
+    Raises:
+        ConfigError: They are no positive finite number of bytes; the message names `what`.
+    """
+    size = mib * MIB
+    if not math.isfinite(size) or round(size) < 1:
+        raise ConfigError(f"{what} must be a positive number of MiB, got {mib}")
+    return round(size)
+
+
+def read_sizes(path: Path) -> dict[str, int]:
+    """Bytes by adapter from a JSON object of MiB, as `{"acme": 80, "globex": 320}`.
+
+    Raises:
+        TraceError: The file cannot be read, or a size in it is wrong.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise TraceError(f"{path}, line {error.lineno}: no JSON: {error.msg}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(table, dict):
+        raise TraceError(f'{path}: expected an object such as {{"acme": 80}}, in MiB')
+    for adapter, mib in table.items():
+        if isinstance(mib, bool) or not isinstance(mib, int | float) or mib <= 0:
+            raise TraceError(f"{path}: adapter {adapter!r} must have a positive MiB, got {mib!r}")
+    return {
+        adapter: size_from_mib(mib, f"{path}: the size of {adapter!r}")
+        for adapter, mib in table.items()
+    }
+
+
+def parse_rank_mix(text: str) -> dict[int, float]:
+    """Weights by rank from text such as `8=70,16=20,64=10`.
+
+    Raises:
+        ConfigError: The text is no such list.
+    """
+    mix: dict[int, float] = {}
+    for part in text.split(","):
+        rank, _, weight = part.partition("=")
+        try:
+            mix[int(rank)] = float(weight)
+        except ValueError:
+            raise ConfigError(
+                f"a rank mix must be like 8=70,64=30 (rank=weight), got {part!r} in {text!r}"
+            ) from None
+    if any(rank < 1 for rank in mix) or not all(math.isfinite(w) and w > 0 for w in mix.values()):
+        raise ConfigError(f"a rank mix must have positive ranks and weights, got {text!r}")
+    return mix
+
+
+def sizes_by_rank(
+    adapters: Sequence[str], mix: Mapping[int, float], mib_per_rank: float, seed: int
+) -> dict[str, int]:
+    """Gives every adapter a rank of the mix at random, and with it a size in bytes."""
+    ranks = random.Random(seed).choices(list(mix), weights=list(mix.values()), k=len(adapters))
+    return {
+        adapter: size_from_mib(rank * mib_per_rank, "the size of an adapter")
+        for adapter, rank in zip(adapters, ranks, strict=True)
+    }

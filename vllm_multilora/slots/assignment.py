@@ -1,0 +1,318 @@
+"""Slots: which adapter is in which, and who gives up its own.
+
+Decided once, in the engine core; workers are told to copy and answer. Pure logic, deterministic in
+the calls made, one caller at a time.
+
+What the scheduler does with it in each step:
+
+```
+for each waiting request that has its turn:
+    if slots.admit(adapter, pack): it may run
+    elif order := slots.assign(adapter, pack): tell all workers to copy; the request waits
+slots.running(adapters of all running requests)
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.slots.events import SlotEvents, Tier
+from vllm_multilora.slots.look_ups import LookUps
+from vllm_multilora.slots.pins import Pins
+from vllm_multilora.slots.policy import CachePolicy
+from vllm_multilora.slots.policy_tier import PolicyTier
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An order: the weights of an adapter are to be copied into a slot, on all ranks.
+
+    Attributes:
+        order: Number of the order, never the same twice; answers name it.
+        slot: The slot.
+        adapter_id: The adapter that has the slot from now on.
+        pack: The version of its weights.
+        displaced: The adapter that had the slot; None if it was free, or the adapter's own with
+            another version.
+    """
+
+    order: int
+    slot: int
+    adapter_id: int
+    pack: int
+    displaced: int | None
+
+
+@dataclass
+class _Place:
+    """What is in a slot, or on its way there."""
+
+    order: Assignment
+    missing_ranks: set[int] = field(default_factory=set)  # none: it is filled
+
+
+class SlotAssignment(PolicyTier):
+    """The slots of one engine, and the adapters in them.
+
+    An adapter keeps its slot while any of these is true, and only then cannot be displaced: it is
+    in the running batch; it was admitted or assigned in the current step or the one before, so
+    that its request may still come for it; its weights are being copied; it is pinned.
+
+    Workers carry orders for one slot out in the order in which they were given. An answer counts
+    only for the latest order of its slot: one that comes late, after the slot was given to another
+    adapter, cleared or lost, is ignored.
+
+    Args:
+        slots: Number of slots (`--max-loras`).
+        policy: Chooses who gives up its slot; every adapter has size and cost 1.
+        events: Told of look-ups, assignments and evictions; by default nobody is.
+        ranks: Workers that answer each order.
+        pinned_names: Adapters that the settings pin; see `Pins`.
+
+    Attributes:
+        pins: The pinned adapters.
+
+    Raises:
+        ConfigError: `slots` or `ranks` is no positive integer, or too many adapters are pinned.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        policy: CachePolicy,
+        events: SlotEvents | None = None,
+        *,
+        ranks: int = 1,
+        pinned_names: Collection[str] = (),
+    ) -> None:
+        for name, number in (("slots", slots), ("ranks", ranks)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigError(
+                    f"the number of {name} must be a positive integer, got {number!r}"
+                )
+        super().__init__(policy)
+        self.pins = Pins(slots, pinned_names)
+        self._ranks = ranks
+        self._events = events if events is not None else SlotEvents()
+        self._look_ups = LookUps(self._events)
+        self._contents: list[int | None] = [None] * slots
+        self._places: dict[int, _Place] = {}  # by adapter
+        self._orders: dict[int, int] = {}  # adapters by unanswered orders
+        self._next_order = 0
+        self._running: frozenset[int] = frozenset()
+        self._admitted: set[int] = set()  # since the batch was told
+        # Asked for in this step, and in the one before.
+        self._wanted: set[int] = set()
+        self._wanted_before: frozenset[int] = frozenset()
+
+    # What is where
+
+    @property
+    def contents(self) -> tuple[int | None, ...]:
+        """The adapter in each slot, or on its way there."""
+        return tuple(self._contents)
+
+    @property
+    def free(self) -> int:
+        """Number of slots without an adapter."""
+        return len(self._contents) - len(self._places)
+
+    def slot_of(self, adapter_id: int) -> int | None:
+        """The adapter's slot, be it filled or not; None if it has none."""
+        place = self._places.get(adapter_id)
+        return None if place is None else place.order.slot
+
+    def pack_in(self, adapter_id: int) -> int | None:
+        """The version that is in the adapter's slot, or on its way there; None without a slot."""
+        place = self._places.get(adapter_id)
+        return None if place is None else place.order.pack
+
+    def is_filled(self, adapter_id: int, pack: int) -> bool:
+        """Whether all ranks have this version of the adapter in its slot."""
+        place = self._places.get(adapter_id)
+        return place is not None and not place.missing_ranks and place.order.pack == pack
+
+    def is_protected(self, adapter_id: int) -> bool:
+        """Whether the adapter keeps its slot, should it have one."""
+        place = self._places.get(adapter_id)
+        return (
+            adapter_id in self._running
+            or adapter_id in self._wanted
+            or adapter_id in self._wanted_before
+            or adapter_id in self.pins
+            or (place is not None and bool(place.missing_ranks))
+        )
+
+    @property
+    def unfilled(self) -> frozenset[int]:
+        """Adapters of the running batch whose weights are in no slot.
+
+        There are some after `clear_all`, or if one was unloaded while it ran: no step may be
+        computed with them before they were assigned and filled again.
+        """
+        return frozenset(
+            adapter_id
+            for adapter_id in self._running
+            if (place := self._places.get(adapter_id)) is None or place.missing_ranks
+        )
+
+    # Steps
+
+    def running(self, adapters: frozenset[int]) -> None:
+        """Tells the adapters of the running batch; once a step, when it has been scheduled.
+
+        They are protected until the next call, and reported to the policy. Those that were not in
+        the preceding batch are looked up: a hit if they had a slot before they were asked for.
+
+        Args:
+            adapters: Without the base model. One without a slot is counted as a miss.
+        """
+        self._wanted_before, self._wanted = frozenset(self._wanted), set()
+        self._running = adapters
+        self._admitted.clear()
+        self.announce(adapters)
+        self._look_ups.running(adapters, self._places)
+
+    def admit(self, adapter_id: int, pack: int) -> bool:
+        """Whether a request may run with this version of the adapter; protects it if so."""
+        if not self.is_filled(adapter_id, pack):
+            return False
+        self._wanted.add(adapter_id)
+        self._admitted.add(adapter_id)
+        return True
+
+    def assign(self, adapter_id: int, pack: int) -> Assignment | None:
+        """Gives an adapter a slot: a free one, the lowest, or that of the policy's victim.
+
+        An adapter that has another version of itself in its slot keeps the slot.
+
+        Args:
+            adapter_id: An adapter that a request waits for, and has its turn.
+            pack: The version to copy.
+
+        Returns:
+            The copy to make. None if there is nothing to do now: this version is in the slot or
+            on its way there (`slot_of` is its slot), the running batch uses another version of
+            it, or no slot can be spared.
+
+        Raises:
+            PolicyError: The policy chose an adapter that was not offered.
+        """
+        place, displaced = self._places.get(adapter_id), None
+        if place is not None:
+            self._wanted.add(adapter_id)
+            is_used = adapter_id in self._running or adapter_id in self._admitted
+            if place.order.pack == pack or is_used:
+                return None
+            slot = place.order.slot
+            self._leave(adapter_id)
+        elif None in self._contents:
+            slot = self._contents.index(None)
+        else:
+            idle = tuple(i for i in sorted(self._places) if not self.is_protected(i))
+            if not idle:
+                return None
+            displaced = self._choose(idle, ())
+            slot = self._leave(displaced)
+            self._events.evicted(Tier.GPU, displaced)
+        return self._take(slot, adapter_id, pack, displaced)
+
+    def read_on_demand(self, adapter_id: int) -> None:
+        """Notes that the adapter's files were read because a request waited: a CPU miss."""
+        self._look_ups.read_on_demand(adapter_id)
+
+    # Answers
+
+    def filled(self, order: int, rank: int = 0) -> bool:
+        """A rank has carried an order out.
+
+        Args:
+            order: Its number.
+            rank: The rank, from 0.
+
+        Returns:
+            Whether the slot is filled now, on all ranks, by this answer.
+
+        Raises:
+            ValueError: There is no such rank.
+        """
+        if not 0 <= rank < self._ranks:
+            raise ValueError(f"rank {rank} answered an order and there are {self._ranks} ranks")
+        adapter_id = self._orders.get(order)
+        if adapter_id is None:
+            return False
+        place = self._places[adapter_id]
+        place.missing_ranks.discard(rank)
+        if place.missing_ranks:
+            return False
+        del self._orders[order]
+        self._events.filled(adapter_id, place.order.slot)
+        return True
+
+    def fill_failed(self, order: int) -> int | None:
+        """A rank could not carry an order out: the slot is free again.
+
+        Args:
+            order: Its number.
+
+        Returns:
+            The adapter that has no slot any more; None if the answer is stale.
+        """
+        adapter_id = self._orders.get(order)
+        if adapter_id is not None:
+            self._leave(adapter_id)
+        return adapter_id
+
+    # Losing slots
+
+    def missing(self, adapter_id: int) -> None:
+        """A rank was without the adapter though its slot was filled: the slot is free, pins stay.
+
+        If the slot is being filled again already, nothing is changed.
+        """
+        place = self._places.get(adapter_id)
+        if place is not None and not place.missing_ranks:
+            self._leave(adapter_id)
+
+    def clear(self, adapter_id: int) -> int | None:
+        """The adapter was unloaded: it gives up its slot, its pin and whatever is noted of it.
+
+        Returns:
+            The slot that is free now; None if it had none.
+        """
+        slot = self._leave(adapter_id) if adapter_id in self._places else None
+        self._admitted.discard(adapter_id)
+        self._wanted.discard(adapter_id)
+        self._wanted_before -= {adapter_id}
+        self._look_ups.forget(adapter_id)
+        self.pins.forget(adapter_id)
+        return slot
+
+    def clear_all(self) -> None:
+        """The weights in all slots are lost (sleep, new base weights); pins stay."""
+        for adapter_id in sorted(self._places):
+            self._leave(adapter_id)
+
+    def _take(self, slot: int, adapter_id: int, pack: int, displaced: int | None) -> Assignment:
+        assignment = Assignment(self._next_order, slot, adapter_id, pack, displaced)
+        self._next_order += 1
+        self._contents[slot] = adapter_id
+        self._places[adapter_id] = _Place(assignment, set(range(self._ranks)))
+        self._orders[assignment.order] = adapter_id
+        self._wanted.add(adapter_id)
+        self._add(adapter_id, size=1, cost=1.0)
+        self._look_ups.brought(adapter_id)
+        self._events.assigned(adapter_id, slot)
+        return assignment
+
+    def _leave(self, adapter_id: int) -> int:
+        order = self._places.pop(adapter_id).order
+        self._contents[order.slot] = None
+        self._orders.pop(order.order, None)
+        self._remove(adapter_id)
+        self._look_ups.left_slot(adapter_id)
+        self._events.left(adapter_id, order.slot)
+        return order.slot

@@ -1,0 +1,53 @@
+"""How much host memory the CPU tier may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_multilora.errors import ConfigError
+
+GIB = 2**30
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class CpuBudget:
+    """Limits of the CPU tier; each holds on its own, None is no limit.
+
+    They cover everything that is in host memory: adapters that are kept, that wait to be copied
+    into slots, and that are being read.
+
+    Attributes:
+        adapters: Most adapters in the tier (vLLM's `--max-cpu-loras`).
+        bytes: Most bytes of packed adapters in the tier.
+
+    Raises:
+        ConfigError: A limit is no positive integer.
+    """
+
+    adapters: int | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in (("adapters", self.adapters), ("bytes", self.bytes)):
+            if limit is None:
+                continue
+            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+                raise ConfigError(
+                    f"the CPU budget in {name} must be a positive integer or None (no limit), "
+                    f"got {limit!r}"
+                )
+
+    def fits(self, adapters: int, size: int) -> bool:
+        """Whether that many adapters with `size` bytes in all keep within the limits."""
+        return (self.adapters is None or adapters <= self.adapters) and (
+            self.bytes is None or size <= self.bytes
+        )
+
+    def __str__(self) -> str:
+        limits = []
+        if self.adapters is not None:
+            limits.append(f"{self.adapters} adapters")
+        if self.bytes is not None:
+            limits.append(f"{self.bytes / MIB:.1f} MiB")
+        return " and ".join(limits) or "no limit"

@@ -1,0 +1,227 @@
+"""Whose turn it is for tokens, by what each party has had so far.
+
+A party is whoever shares the engine with others: a tenant, or an adapter where nobody names one.
+Each has a counter of the service that it has had, divided by its weight, and the one with the least
+is served first: the virtual token counter of Sheng et al., "Fairness in Serving Large Language
+Models" (OSDI 2024). A token of a prompt costs 1 and a generated one `GENERATED_COST`.
+
+- **No credit for idle time.** A party that comes (back) is lifted to the least counter of those
+  that are being served. Counters above it are kept, so that nobody gets rid of one by leaving.
+- **Work-conserving.** Only an order is decided here: a party that is alone, or beside others that
+  have nothing to compute, is held back by nothing.
+- **Bounded.** Two parties that both have requests waiting differ by no more than one of them can be
+  given between two decisions: the requests that a batch takes in at once.
+
+Some parties are *heavy*: in the last steps (`HALF_LIFE_STEPS`) they have had more than
+`HEAVY_RATIO` times what another has had that is being served. The scheduler lets the prompts of
+these take part of a step only, so that the others' tokens do not wait for all of it.
+
+A step costs a few operations for each party that has requests, and next to nothing while only one
+has any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+PROMPT_COST = 1.0
+GENERATED_COST = 2.0
+"""Cost of a generated token, a computed token of a prompt having 1; as in the paper."""
+
+HEAVY_RATIO = 3.0
+HALF_LIFE_STEPS = 64
+HELD_STEPS = 8
+"""Steps after which a request that could not run is worth another look, in a step that has room."""
+
+MOST_REMEMBERED = 4096
+"""Parties without requests of which the counters are kept."""
+
+Party = Hashable
+
+_GROWTH = 2.0 ** (1 / HALF_LIFE_STEPS)
+_MOST_SCALE = 1e100
+
+
+@dataclass(slots=True)
+class _Account:
+    """What a party has had.
+
+    Attributes:
+        weight: Its share in proportion to the others'.
+        served: Cost of all that was computed for it, by weight.
+        recent: The same of late: what came earlier counts less, in units that grow with time.
+        requests: That have not ended.
+        charged_in: The latest step in which something was computed for it.
+        held_in: The latest step in which a request of it was not ready to run.
+        waits_for_slot: Whether it was ready but for a slot then.
+    """
+
+    weight: float
+    served: float
+    recent: float = 0.0
+    requests: int = 0
+    charged_in: int = -1
+    held_in: int = -1
+    waits_for_slot: bool = False
+
+
+class FairShares:
+    """Counters of service by party; pure bookkeeping over parties and steps.
+
+    Attributes:
+        has_heavy: Whether some party is heavy in this step.
+    """
+
+    def __init__(self) -> None:
+        self.has_heavy = False
+        self._step = 0
+        self._scale = 1.0  # of `recent`: grows, instead of everybody's falling
+        self._working: dict[Party, _Account] = {}
+        self._idle: dict[Party, _Account] = {}  # those that left last are last
+        self._floor = 0.0
+        self._heavy_above = float("inf")
+
+    @property
+    def is_contended(self) -> bool:
+        """Whether more than one party has requests."""
+        return len(self._working) > 1
+
+    # Requests come and go
+
+    def join(self, party: Party, weight: float = 1.0) -> None:
+        """A request of a party has arrived.
+
+        Args:
+            party: The party.
+            weight: Its share in proportion to the others'; the latest counts.
+
+        Raises:
+            ValueError: The weight is not above 0.
+        """
+        if not weight > 0:
+            raise ValueError(f"the weight of {party!r} must be above 0, got {weight!r}")
+        account = self._working.get(party)
+        if account is None:
+            if len(self._working) == 1:
+                (alone,) = self._working.values()
+                self._floor = max(self._floor, alone.served)
+            account = self._idle.pop(party, None) or _Account(weight, self._floor)
+            account.served = max(account.served, self._floor)
+            self._working[party] = account
+        account.weight = weight
+        account.requests += 1
+        self.unhold(party)
+
+    def leave(self, party: Party) -> None:
+        """A request of a party has ended, however it did."""
+        account = self._working[party]
+        account.requests -= 1
+        if account.requests:
+            return
+        del self._working[party]
+        self._idle[party] = account
+        if len(self._idle) > MOST_REMEMBERED:
+            # What is not above the floor would be lifted to it anyway.
+            kept = [(p, a) for p, a in self._idle.items() if a.served > self._floor]
+            self._idle = dict(kept[-MOST_REMEMBERED // 2 :])
+
+    # Steps
+
+    def begin_step(self) -> None:
+        """A step is being scheduled while `is_contended`."""
+        self._next_step()
+        served = [account for account in self._working.values() if not self._is_held(account)]
+        if not served:
+            self._heavy_above, self.has_heavy = float("inf"), False
+            return
+        self._floor = max(self._floor, min(account.served for account in served))
+        self._heavy_above = HEAVY_RATIO * min(account.recent for account in served)
+        self.has_heavy = max(account.recent for account in served) > self._heavy_above
+        if len(served) < len(self._working):
+            for account in self._working.values():
+                # One whose adapter is being loaded, say, is idle for the others.
+                if self._is_held(account) and not account.waits_for_slot:
+                    account.served = max(account.served, self._floor)
+
+    def step_alone(self, tokens: int) -> None:
+        """A step was scheduled, with so many tokens, while no more than one party had requests.
+
+        Nobody has had less than a party that is alone, so what it has is no debt to those who come;
+        but it may be heavy beside them.
+        """
+        self._next_step()
+        self.has_heavy = False
+        for account in self._working.values():
+            account.recent += tokens * PROMPT_COST / account.weight * self._scale
+
+    def hold(self, party: Party, *, waits_for_slot: bool = False) -> None:
+        """A request of a party cannot run in this step, whatever the others do.
+
+        If nothing is computed for the party either, it is nobody that others have to spare, for
+        `HELD_STEPS` steps, or until `unhold` or another request of it comes.
+
+        Args:
+            party: The party.
+            waits_for_slot: Whether it lacks nothing but a slot. It keeps its counter then, as it
+                waits because of the others; else it is lifted as if it had come just now.
+        """
+        account = self._working[party]
+        account.held_in = self._step
+        account.waits_for_slot = waits_for_slot
+
+    def unhold(self, party: Party) -> None:
+        """A request of a party that could not run may be ready now."""
+        self._working[party].held_in = -1
+
+    def charge(self, party: Party, cost: float) -> None:
+        """Something is computed for a party in this step; to one that has left it is no matter."""
+        account = self._working.get(party)
+        if account is not None:
+            worth = cost / account.weight
+            account.served += worth
+            account.recent += worth * self._scale
+            account.charged_in = self._step
+
+    # What follows from it
+
+    def served(self, party: Party) -> float:
+        """What a party has had, by its weight: the least goes first."""
+        account = self._working.get(party)
+        return self._floor if account is None else account.served
+
+    def counters(self) -> dict[Party, float]:
+        """What each party with requests has had, by its weight."""
+        return {party: account.served for party, account in self._working.items()}
+
+    def worth(self, party: Party, cost: float) -> float:
+        """By how much a cost would raise what a party with requests has had."""
+        return cost / self._working[party].weight
+
+    def is_heavy(self, party: Party) -> bool:
+        """Whether a party with requests has had much more of late than another."""
+        return self._working[party].recent > self._heavy_above
+
+    def _is_held(self, account: _Account) -> bool:
+        since = self._step - account.held_in
+        return account.held_in > account.charged_in and since <= HELD_STEPS
+
+    def _next_step(self) -> None:
+        self._step += 1
+        self._scale *= _GROWTH
+        if self._scale > _MOST_SCALE:
+            for account in (*self._working.values(), *self._idle.values()):
+                account.recent /= self._scale
+            self._scale = 1.0
+
+
+def cost_of(prompt_tokens: int, begin: int, end: int) -> float:
+    """The cost of computing a request's tokens from one position up to another.
+
+    Args:
+        prompt_tokens: Of the request; what comes after them was generated.
+        begin: The first position.
+        end: That after the last one.
+    """
+    of_prompt = max(0, min(end, prompt_tokens) - begin)
+    return PROMPT_COST * of_prompt + GENERATED_COST * max(0, end - begin - of_prompt)

@@ -1,0 +1,91 @@
+"""Pins: adapters that keep their slots, by the settings or by a call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.slots.errors import PinLimitError
+
+
+class Pins:
+    """Which adapters are pinned; at most one fewer than there are slots.
+
+    The settings pin by name, and an adapter's number is known only once somebody asks for it: a
+    name has its place among the pins from the start. An adapter that is pinned by name and by a
+    call has one pin. Of a name that is given to a new version, only the new version is pinned.
+
+    Args:
+        slots: Slots of the engine, at least 1.
+        names: Adapters that the settings pin.
+
+    Raises:
+        ConfigError: The settings pin as many adapters as there are slots.
+    """
+
+    def __init__(self, slots: int, names: Collection[str] = ()) -> None:
+        self._limit = slots - 1
+        self._number_of: dict[str, int | None] = dict.fromkeys(sorted(names))
+        if len(self._number_of) > self._limit:
+            raise ConfigError(
+                f"the settings pin {len(self._number_of)} adapters and there are {slots} slots, "
+                "one of which must be left for all others: raise --max-loras or pin fewer adapters"
+            )
+        self._called: set[int] = set()
+
+    def __contains__(self, adapter_id: int) -> bool:
+        return adapter_id in self._called or adapter_id in self._number_of.values()
+
+    @property
+    def adapters(self) -> frozenset[int]:
+        """The pinned adapters whose numbers are known."""
+        return frozenset(self._called | self._named())
+
+    @property
+    def places(self) -> int:
+        """Slots that are set aside for pinned adapters, those that never came among them."""
+        return len(self._number_of) + len(self._called - self._named())
+
+    def note(self, adapter_id: int, name: str) -> bool:
+        """Tells which number an adapter has; whether the settings pin it.
+
+        Of several numbers of one name the latest is the pinned one, whoever pinned those before.
+        """
+        if name not in self._number_of:
+            return False
+        known = self._number_of[name]
+        if known is not None and known != adapter_id:
+            self._called.discard(known)
+        self._number_of[name] = adapter_id
+        return True
+
+    def pin(self, adapter_id: int) -> None:
+        """Pins an adapter; a second pin is none.
+
+        Raises:
+            PinLimitError: All slots but one are set aside already.
+        """
+        if adapter_id not in self and self.places >= self._limit:
+            pinned = ", ".join(map(str, sorted(self.adapters))) or "none"
+            waiting = [name for name, number in self._number_of.items() if number is None]
+            reserved = f"; reserved by the settings: {', '.join(waiting)}" if waiting else ""
+            raise PinLimitError(
+                f"adapter {adapter_id} cannot be pinned: with {self._limit + 1} slots at most "
+                f"{self._limit} adapters can be, so that one slot serves all others (pinned: "
+                f"{pinned}{reserved}); unpin one or raise --max-loras"
+            )
+        self._called.add(adapter_id)
+
+    def unpin(self, adapter_id: int) -> None:
+        """Takes back the pin of a call, if there is one; the settings' pins stay."""
+        self._called.discard(adapter_id)
+
+    def forget(self, adapter_id: int) -> None:
+        """The adapter was unloaded: its pin goes, its name keeps the settings' one."""
+        self._called.discard(adapter_id)
+        for name, number in self._number_of.items():
+            if number == adapter_id:
+                self._number_of[name] = None
+
+    def _named(self) -> set[int]:
+        return {number for number in self._number_of.values() if number is not None}

@@ -1,0 +1,49 @@
+"""Frequency with aging, the rule that LFU-DA and GDSF share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+
+from vllm_multilora.slots.policy import CachePolicy
+
+
+class AgedFrequencyPolicy(CachePolicy):
+    """Gives up the adapter with the lowest key `age at last use + frequency * weight`.
+
+    The age is the highest key of any victim so far. It starts every later use higher, so that
+    adapters that were popular once sink below those in use now, without any decay over time.
+    Frequencies are counted while an adapter is in the tier.
+    """
+
+    def __init__(self) -> None:
+        self._age = 0.0
+        self._age_at_use: dict[int, float] = {}
+        self._frequency: Counter[int] = Counter()
+        self._weight: dict[int, float] = {}
+
+    @abstractmethod
+    def weight(self, size: int, cost: float) -> float:
+        """What one use of an adapter of this size and cost counts."""
+
+    def added(self, adapter_id: int, size: int, cost: float) -> None:
+        self._age_at_use[adapter_id] = self._age
+        self._frequency[adapter_id] = 0
+        self._weight[adapter_id] = self.weight(size, cost)
+
+    def used(self, adapter_ids: Sequence[int], joined: Sequence[int]) -> None:
+        self._frequency.update(adapter_ids)
+        self._age_at_use.update(dict.fromkeys(adapter_ids, self._age))
+
+    def removed(self, adapter_id: int) -> None:
+        del self._age_at_use[adapter_id], self._frequency[adapter_id], self._weight[adapter_id]
+
+    def victim(self, candidates: Sequence[int]) -> int:
+        chosen = min(candidates, key=self._key)
+        self._age = max(self._age, self._key(chosen))
+        return chosen
+
+    def _key(self, adapter_id: int) -> float:
+        use = self._frequency[adapter_id] * self._weight[adapter_id]
+        return self._age_at_use[adapter_id] + use

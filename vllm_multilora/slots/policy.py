@@ -1,0 +1,61 @@
+"""What a cache policy is: told of uses, asked for victims.
+
+Each tier has its own instance. A policy sees logical time only, the order of the calls, so that
+whoever replays the calls of a server decides as the server did.
+
+What counts as a use: a step of the engine. Steps with the same adapters as the step before are
+not reported: an adapter of the running batch is never a candidate, and a hundred decoding steps
+of one request say no more about the future than one (the correlated references of O'Neil,
+O'Neil and Weikum, "The LRU-K page replacement algorithm", SIGMOD 1993). For policies that order
+by recency this changes no decision, because a repeated step changes no order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+
+class CachePolicy(ABC):
+    """Chooses which adapter leaves a tier; made without arguments.
+
+    A class that has these methods without deriving from this one is taken as well. Only adapters
+    between their `added` and their `removed` are ever reported or offered.
+    """
+
+    @abstractmethod
+    def added(self, adapter_id: int, size: int, cost: float) -> None:
+        """The adapter has entered the tier, not yet used there.
+
+        Args:
+            adapter_id: The adapter; in the CPU tier every version of one has a number of its own.
+            size: What it takes of the tier: bytes in the CPU tier, 1 (slot) in the GPU tier.
+            cost: What bringing it back would cost, in a unit of its own.
+        """
+
+    @abstractmethod
+    def used(self, adapter_ids: Sequence[int], joined: Sequence[int]) -> None:
+        """A step uses these adapters of the tier, all at the same logical instant.
+
+        Called once per adapter and step, for steps that differ from the one before. An adapter
+        that enters the tier for the step is reported by a second call, after the step's victims.
+
+        Args:
+            adapter_ids: The step's adapters in this tier, ascending.
+            joined: Those of them that the preceding step did not have, ascending.
+        """
+
+    @abstractmethod
+    def removed(self, adapter_id: int) -> None:
+        """The adapter has left the tier: as a victim, unloaded, or because weights were lost."""
+
+    @abstractmethod
+    def victim(self, candidates: Sequence[int]) -> int:
+        """The adapter to give up; it is removed before anything else is reported.
+
+        Args:
+            candidates: At least one adapter of the tier, ascending; ties go to the first.
+
+        Returns:
+            One of the candidates.
+        """

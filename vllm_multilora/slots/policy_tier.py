@@ -1,0 +1,70 @@
+"""One tier and its policy: who is in it, and what the policy has been told."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from vllm_multilora.slots.errors import PolicyError
+from vllm_multilora.slots.policy import CachePolicy
+
+
+class PolicyTier:
+    """Keeps a policy's view of one tier exact; the base of both tiers.
+
+    A step's adapters are reported as used once each: those in the tier when the step is
+    announced, the others when they have entered. Victims are chosen one after the other, each
+    with the earlier ones out of the candidates.
+
+    Args:
+        policy: The tier's own.
+    """
+
+    def __init__(self, policy: CachePolicy) -> None:
+        self._policy = policy
+        self._members: set[int] = set()
+        self._step: frozenset[int] = frozenset()
+        self._joined: frozenset[int] = frozenset()
+        self._unreported: frozenset[int] = frozenset()
+
+    def announce(self, step: frozenset[int]) -> None:
+        """Tells the policy of a step's adapters; repeating a step only reports newcomers."""
+        if step != self._step:
+            self._joined = step - self._step
+            self._step = self._unreported = step
+        self.report()
+
+    def report(self) -> None:
+        """Reports those adapters of the step that are in the tier and not reported yet."""
+        present = self._unreported & self._members
+        if present:
+            self._unreported -= present
+            self._policy.used(sorted(present), sorted(present & self._joined))
+
+    def _add(self, adapter_id: int, size: int, cost: float) -> None:
+        self._members.add(adapter_id)
+        self._policy.added(adapter_id, size, cost)
+
+    def _remove(self, adapter_id: int) -> None:
+        self._members.remove(adapter_id)
+        self._policy.removed(adapter_id)
+        if adapter_id in self._step:  # to be reported again should it return for the same step
+            self._unreported |= {adapter_id}
+
+    def _choose(self, candidates: Sequence[int], chosen: Collection[int]) -> int:
+        """The policy's choice among the candidates that are not chosen yet.
+
+        Args:
+            candidates: Adapters of the tier, ascending.
+            chosen: Those of them already chosen.
+
+        Raises:
+            PolicyError: The policy names none of them.
+        """
+        still_open = [adapter_id for adapter_id in candidates if adapter_id not in chosen]
+        victim = self._policy.victim(still_open)
+        if victim not in still_open:
+            raise PolicyError(
+                f"cache policy {type(self._policy).__name__} chose {victim!r} as victim; it must "
+                f"choose one of the candidates {still_open}"
+            )
+        return victim

@@ -1,0 +1,110 @@
+"""Who gets a slot when more adapters want one than there are, and for how long.
+
+Requests of adapters that have slots keep arriving, and a scheduler that always admits them never
+frees a slot for the others. So adapters take turns. An adapter that has been kept waiting for
+`patience` steps is overdue: for each overdue one, the adapter that has had its slot for the longest
+is closed, so that no new request of it is admitted, and the next slot that becomes free is kept for
+the one that has waited longest.
+
+Bound: an adapter that begins to wait while `n` others do gets a slot within
+`patience` + ceil((n + 1) / S) * L steps, with S slots and requests that run for at most L steps:
+the patience, and then as many turns as it takes to serve those before it. Whoever comes later waits
+behind it, whatever the order of the scheduler's queue, and so does the next request of an adapter
+that has had its turn. It has to come for its slot: requests that wait for tokens or memory beside
+it are the scheduler's affair.
+
+With fair shares the slots that are kept for the overdue go, of all that wait, to those whose
+parties have had least of the engine, and those are closed whose parties have had most, but for
+nobody who has had more: many adapters of one tenant count as one. The bound is then that of the
+shares: a party waits while others have had less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+PATIENCE_STEPS = 16
+"""Steps that an adapter waits for a slot before others have to make room."""
+
+
+class SlotTurns:
+    """Admits requests to slots; pure bookkeeping over adapters and steps.
+
+    Args:
+        patience: Steps that an adapter may be kept waiting without consequences.
+    """
+
+    def __init__(self, patience: int = PATIENCE_STEPS) -> None:
+        self._patience = patience
+        self._step = 0
+        self._since: dict[int, int] = {}  # adapters with slots -> step since when
+        self._waiting: dict[int, int] = {}  # -> step since when, longest first
+        self._closed: frozenset[int] = frozenset()
+        # Free slots of this step: the adapters they are kept for, and how many anybody may have.
+        self._next: set[int] = set()
+        self._free = 0
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """The adapters that are kept waiting, longest first."""
+        return tuple(self._waiting)
+
+    def begin_step(
+        self,
+        active: Collection[int],
+        slots: int,
+        placing: Collection[int] = (),
+        order: Callable[[int], float] | None = None,
+    ) -> None:
+        """A step is being scheduled.
+
+        Args:
+            active: The adapters of all running requests; those of pinned adapters left out.
+            slots: How many of them can have slots.
+            placing: Those that were admitted and are on their way into their slots. Whoever is
+                overdue, they are not closed before a request of theirs has run.
+            order: What is kept for the overdue goes to those that wait, overdue or not, with the
+                least of this first, and among equals to those that have waited longest; those with
+                the most are closed first, and for those with no more of it only.
+        """
+        self._step += 1
+        self._since = {i: self._since.get(i, self._step) for i in (*active, *placing)}
+        overdue = [
+            adapter_id
+            for adapter_id, first in self._waiting.items()
+            if self._step - first >= self._patience
+        ]
+        free = max(0, slots - len(self._since))
+        had = order or (lambda adapter_id: 0.0)
+        ahead = overdue if order is None else sorted(self._waiting, key=order)
+        kept = min(free, len(overdue))
+        self._next = set(ahead[:kept])
+        self._free = free - kept
+        self._closed = frozenset()
+        if kept < len(overdue):
+            most = sorted(active, key=lambda i: (-had(i), self._since[i], i))
+            pairs = zip(ahead[kept : len(overdue)], most, strict=False)
+            self._closed = frozenset(i for other, i in pairs if had(other) <= had(i))
+
+    def admit(self, adapter_id: int) -> bool:
+        """Whether a waiting request of an adapter may run now; asked in the queue's order."""
+        if adapter_id in self._since:
+            return adapter_id not in self._closed
+        if adapter_id in self._next:
+            self._next.remove(adapter_id)
+        elif self._free:
+            self._free -= 1
+        else:
+            self._waiting.setdefault(adapter_id, self._step)
+            return False
+        self._since[adapter_id] = self._step
+        self._waiting.pop(adapter_id, None)
+        return True
+
+    def keeps_waiting(self, adapter_id: int) -> bool:
+        """Whether an adapter has asked for a slot and waits for it."""
+        return adapter_id in self._waiting
+
+    def forget(self, adapter_id: int) -> None:
+        """No request of the adapter waits for a slot any more: none is kept for it."""
+        self._waiting.pop(adapter_id, None)

@@ -1,0 +1,60 @@
+"""How jobs get at adapters' files; the one place where the store knows what an adapter is."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from contextlib import AbstractContextManager
+
+import msgspec
+
+from multilora_kernels.native import NativeUnavailableError, load_packing_library
+from vllm_multilora.adapters import intake
+from vllm_multilora.adapters.errors import AdapterReadError
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.signers import Signers, load_cryptography
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.store.messages import StoreSettings
+from vllm_multilora.store.reader import Source
+
+
+class AdapterReader:
+    """Reads adapters as `adapters.intake` does.
+
+    The native code is loaded, and compiled if it must be, when this is made: jobs may not.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.suppress(NativeUnavailableError):  # numpy does without
+            load_packing_library()
+
+    def decode_layouts(self, data: bytes) -> list[ModelLayout]:
+        return msgspec.msgpack.decode(data, type=list[ModelLayout])
+
+    def prepare(self, settings: StoreSettings) -> None:
+        if settings.signing_keys is not None:
+            with contextlib.suppress(ConfigError):  # jobs say so
+                load_cryptography()
+
+    def rules(self, settings: StoreSettings) -> intake.Rules:
+        signers = None
+        if settings.signing_keys is not None:
+            try:
+                signers = Signers.read(settings.signing_keys)
+            except ConfigError as error:
+                # Whose adapter it is need not know where the file is.
+                print(f"multilora store: signing keys: {error}", file=sys.stderr, flush=True)
+                raise AdapterReadError(
+                    "its signature cannot be checked, since the server's file of signing keys "
+                    "cannot be used; the log of its store says why"
+                ) from error
+        return intake.Rules(
+            settings.allowed_roots,
+            settings.allow_pickle,
+            settings.check_finite,
+            settings.directories,
+            signers,
+        )
+
+    def open(self, path: str, rules: intake.Rules) -> AbstractContextManager[Source]:
+        return intake.open_adapter(path, rules)

@@ -1,0 +1,342 @@
+"""How an engine core talks to the store."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.channel import Channel, ChannelClosedError
+from vllm_multilora.store.folder import StoreUnavailableError
+from vllm_multilora.store.hub import located
+from vllm_multilora.store.launch import StoreHost, store_host
+from vllm_multilora.store.messages import (
+    PROTOCOL,
+    Cancel,
+    Configure,
+    Configured,
+    Describe,
+    Description,
+    Evicted,
+    Failed,
+    Forget,
+    Forgotten,
+    FromStore,
+    Hello,
+    Loaded,
+    Reading,
+    Refused,
+    Release,
+    Restarted,
+    Role,
+    Share,
+    StoreSettings,
+    Totals,
+    ToUser,
+    Used,
+    Want,
+)
+from vllm_multilora.store.waking import Waker
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+_NUMBERS_END = 1 << 63  # steps' adapters are in arrays of int64
+_MOST_LOSSES = 3  # before `configure` gives a store up
+
+
+class StoreClient:
+    """A connection to the store, for one thread.
+
+    Nothing but `configure` and `wait` waits for the store. One that has died is started again by
+    `poll`, which then returns `Restarted`: packs and leases are gone, wants go on. A frozen one
+    just does not answer.
+
+    Args:
+        host: Where the store is.
+        server: The same for all engines of a server: they share adapter numbers.
+        role: What this client is.
+
+    Raises:
+        StoreUnavailableError: There is no store, and none can be started.
+    """
+
+    def __init__(self, host: StoreHost, server: str, role: Role = "engine") -> None:
+        self._host = host
+        self._hello = Hello(PROTOCOL, role, server, os.getpid())
+        self._configure: Configure | None = None
+        self._wants: dict[int, Want] = {}
+        self._next_ticket = 1
+        self._inbox: list[ToUser] = []
+        self._unseen: dict[int, Want] = {}  # of answers in the inbox
+        self._answer: Configured | Refused | None = None
+        self._waker: Waker | None = None
+        self._pause = _FIRST_PAUSE_S
+        self._next_attempt = 0.0
+        self._losses = 0
+        self._poller = select.poll()
+        self._channel: Channel[FromStore] | None = None
+        self._connect()
+
+    @classmethod
+    def connect(
+        cls, mode: Literal["process", "thread"], server: str, role: Role = "engine"
+    ) -> StoreClient:
+        """Finds or starts the store, in a process of its own or on a thread of this one."""
+        return cls(store_host(mode), server, role)
+
+    @property
+    def address(self) -> str:
+        """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-2.sock`."""
+        return f"unix:{self._host.path}"
+
+    def configure(
+        self, layouts: Sequence[Any], settings: StoreSettings, timeout: float = 60.0
+    ) -> list[str]:
+        """Says what the model accepts, and waits for the answer.
+
+        Args:
+            layouts: The `ModelLayout` of each local rank.
+            settings: How adapters are kept and read.
+            timeout: Seconds to wait.
+
+        Returns:
+            What is not as asked for, one sentence each, for the log.
+
+        Raises:
+            StoreUnavailableError: The store refuses, or does not answer.
+        """
+        data = msgspec.msgpack.encode(list(layouts), order="deterministic")
+        self._configure = Configure(data, settings)
+        self._answer = None
+        self._send(self._configure)
+        deadline = time.monotonic() + timeout
+        self._losses = 0
+        while self._answer is None and self._losses < _MOST_LOSSES:
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            self._pump(left)
+        if isinstance(self._answer, Configured):
+            return self._answer.notes
+        if self._answer is not None:
+            reason = self._answer.reason
+        elif self._losses < _MOST_LOSSES:
+            reason = f"no answer within {timeout:g} seconds"
+        else:
+            reason = f"it has ended {self._losses} times; it says: {self._host.last_words()}"
+        raise StoreUnavailableError(f"the store at {self.address} does not serve: {reason}")
+
+    def want(
+        self,
+        adapter: int,
+        name: str,
+        path: str,
+        *,
+        owners: Collection[str] = (),
+        most: int | None = None,
+        keep: bool = True,
+        fresh: bool = False,
+    ) -> int:
+        """Asks for an adapter; arguments as of `Want`; a relative path is one of this process's.
+
+        Returns:
+            The ticket: `Reading` may come for it, then `Loaded` or `Failed`, the latter also where
+            the store cannot be told what is wanted.
+        """
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        try:
+            want = Want(ticket, adapter, name, located(path), tuple(owners), most, keep, fresh)
+            _check(want)
+        except (TypeError, ValueError) as error:
+            message = f"adapter {name!a} cannot be asked for from {path!a}: {error}"
+            self._inbox.append(Failed(ticket, adapter, FailureKind.INVALID, message, []))
+            return ticket
+        self._wants[ticket] = want
+        self._send(want)
+        return ticket
+
+    def share(self, ticket: int, owner: str) -> None:
+        """Says that another owner waits for what a want has asked for; arguments as of `Share`."""
+        want = self._wants.get(ticket)
+        if want is not None and owner not in want.owners:
+            owners = (*want.owners, owner)
+            self._wants[ticket] = msgspec.structs.replace(want, owners=owners)
+            self._send(Share(ticket, owner))
+
+    def cancel(self, ticket: int) -> None:
+        """Takes a want back: nothing comes for its ticket any more, and no lease stays."""
+        if self._wants.pop(ticket, None) is not None:
+            self._send(Cancel(ticket))
+        self._unseen.pop(ticket, None)
+        for message in self._inbox:
+            if isinstance(message, Loaded) and message.ticket == ticket and message.leased:
+                self._send(Release(message.pack.pack))
+        self._inbox = [m for m in self._inbox if getattr(m, "ticket", None) != ticket]
+
+    def release(self, pack: int) -> None:
+        """Gives back one lease."""
+        self._send(Release(pack))
+
+    def used(self, packs: Collection[int]) -> None:
+        """A step uses these packs."""
+        self._send(Used(list(packs)))
+
+    def forget(self, adapter: int) -> None:
+        """Withdraws an adapter; this client's outstanding wants of it fail.
+
+        `Forgotten` comes for it; or `Restarted`, if the store ends before that.
+        """
+        if self._channel is None:  # the next store will have nothing to forget
+            self._inbox.append(Forgotten(adapter))
+        self._send(Forget(adapter))
+
+    def describe(self) -> None:
+        """Asks for a `Description`."""
+        self._send(Describe())
+
+    def poll(self) -> list[ToUser]:
+        """What has come since the last call; never waits."""
+        self._pump(0)
+        return self._taken()
+
+    def wait(self, timeout: float) -> list[ToUser]:
+        """Like `poll`, but waits so many seconds for something to come."""
+        deadline = time.monotonic() + timeout
+        self._pump(0)
+        while not self._inbox and (left := deadline - time.monotonic()) > 0:
+            self._pump(left)
+        return self._taken()
+
+    def fileno(self) -> int:
+        """The socket, for selectors; -1 while there is no store. Another one after `Restarted`."""
+        return -1 if self._channel is None else self._channel.fileno()
+
+    def start_waking(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` on a thread of its own when something comes, once until the next `poll`."""
+        self._waker = Waker(wake)
+        self._waker.watch(self.fileno())
+
+    def close(self) -> None:
+        """Ends the connection: leases and wants end with it."""
+        if self._waker is not None:
+            self._waker.close()
+            self._waker = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _send(self, message: msgspec.Struct) -> None:
+        if self._channel is None:
+            return  # `_connect` sends again all that still matters to a new store
+        try:
+            self._channel.send(message)
+        except ChannelClosedError as error:
+            self._lose(error)
+        else:
+            self._watch_writes()
+
+    def _pump(self, seconds: float) -> None:
+        """Takes what is there, after waiting so long for it; brings a new store where it must."""
+        if self._channel is None:
+            self._reconnect()
+            if self._channel is None:
+                time.sleep(min(seconds, _FIRST_PAUSE_S))
+        elif self._poller.poll(seconds * 1000):
+            try:
+                self._channel.flush()
+                for message, _ in self._channel.receive():
+                    self._take(message)
+            except ChannelClosedError as error:
+                self._lose(error)
+                self._reconnect()
+            self._watch_writes()
+
+    def _taken(self) -> list[ToUser]:
+        if self._waker is not None:
+            self._waker.rearm()
+        came = self._inbox
+        if came:
+            self._inbox = []
+            self._unseen.clear()
+        return came
+
+    def _take(self, message: FromStore) -> None:
+        self._pause = _FIRST_PAUSE_S
+        match message:
+            case Configured():
+                self._answer = message
+            case Refused(reason):
+                self._answer = message
+                logger.error("The store refuses to serve: %s", reason)
+            case Loaded(ticket) | Failed(ticket):
+                want = self._wants.pop(ticket, None)
+                if want is not None:
+                    self._unseen[ticket] = want
+                    self._inbox.append(message)
+                elif isinstance(message, Loaded) and message.leased:
+                    # Cancelled while it was on its way.
+                    self._send(Release(message.pack.pack))
+            case Reading(ticket):
+                if ticket in self._wants:
+                    self._inbox.append(message)
+            case Evicted() | Forgotten() | Totals() | Description():
+                self._inbox.append(message)
+
+    def _connect(self) -> None:
+        sock = self._host.connect()
+        sock.setblocking(False)
+        channel: Channel[FromStore] = Channel(sock, FromStore)
+        self._channel = channel
+        self._poller.register(channel, select.POLLIN)
+        if self._waker is not None:
+            self._waker.watch(channel.fileno())
+        for message in (self._hello, self._configure, *self._wants.values()):
+            if message is not None and self._channel is channel:
+                self._send(message)
+
+    def _reconnect(self) -> None:
+        if time.monotonic() < self._next_attempt:
+            return
+        self._next_attempt = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        try:
+            self._connect()
+        except StoreUnavailableError as error:
+            logger.error("No store: %s; trying again in %.1f seconds", error, self._pause)
+
+    def _lose(self, error: ChannelClosedError) -> None:
+        """The store has gone: what it said of packs is void."""
+        if self._channel is None:
+            return
+        logger.warning("The store has gone (%s); it is started again", error)
+        self._poller.unregister(self._channel)
+        self._channel.close()
+        self._channel = None
+        if self._waker is not None:
+            self._waker.watch(-1)
+        for message in self._inbox:
+            if isinstance(message, Loaded):
+                self._wants[message.ticket] = self._unseen.pop(message.ticket)
+        self._inbox = [message for message in self._inbox if isinstance(message, Failed)]
+        self._inbox.append(Restarted())
+        self._losses += 1
+        self._next_attempt = 0.0
+
+    def _watch_writes(self) -> None:
+        if self._channel is not None:
+            writes = select.POLLOUT if self._channel.pending else 0
+            self._poller.modify(self._channel, select.POLLIN | writes)
+
+
+def _check(want: Want) -> None:
+    """Raises `TypeError` or `ValueError` for what a request may name and no message can hold."""
+    if not 0 <= want.adapter < _NUMBERS_END:
+        raise ValueError(f"its number is {want.adapter}, expected one below 2^63")
+    msgspec.msgpack.encode(want)

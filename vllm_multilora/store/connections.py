@@ -1,0 +1,196 @@
+"""The store's connections: what clients say goes to the registry."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+import struct
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from vllm_multilora.store.channel import Channel
+from vllm_multilora.store.entries import Client
+from vllm_multilora.store.messages import (
+    PROTOCOL,
+    Cancel,
+    Configure,
+    Configured,
+    Describe,
+    Forget,
+    FromClient,
+    Hello,
+    Map,
+    Publish,
+    Release,
+    Retract,
+    Saw,
+    Segment,
+    Share,
+    Unmap,
+    Used,
+    Want,
+)
+from vllm_multilora.store.names import Names
+from vllm_multilora.store.policies import ContainedPolicy, PolicyError, make_policy
+from vllm_multilora.store.reader import Reader
+from vllm_multilora.store.registry import Registry
+from vllm_multilora.store.segments import SharedSegments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Connection:
+    """One client's connection.
+
+    Attributes:
+        number: Of the client.
+        channel: To the client.
+        known: Whether it has said `Hello`.
+        leaving: Whether it is closed as soon as all is sent.
+        mapped: Segments that it has mapped.
+    """
+
+    number: int
+    channel: Channel[FromClient]
+    known: bool = False
+    leaving: bool = False
+    mapped: set[int] = field(default_factory=set)
+
+
+class RefusedError(Exception):
+    """The client is not to be served; the message is for it."""
+
+
+class Conversation:
+    """Understands clients.
+
+    Args:
+        registry: Decides.
+        segments: Handed out to be mapped.
+        reader: Understands layouts.
+        names: Shared by API servers.
+    """
+
+    def __init__(
+        self, registry: Registry, segments: SharedSegments, reader: Reader, names: Names
+    ) -> None:
+        self._registry = registry
+        self._names = names
+        self._segments = segments
+        self._reader = reader
+        self._policy: str | None = None
+
+    def hear(self, connection: Connection, message: FromClient) -> bool:
+        """Does what a client says.
+
+        Returns:
+            Whether it asks for a description, which is not this object's to give.
+
+        Raises:
+            RefusedError: The client is not served.
+            ChannelClosedError: It has gone.
+        """
+        registry, number, now = self._registry, connection.number, time.monotonic()
+        if not connection.known:
+            self._greet(connection, message)
+            return False
+        match message:
+            case Configure():
+                self._configure(connection, message, now)
+            case Want():
+                registry.want(number, message, now)
+            case Share(ticket, owner):
+                registry.share(number, ticket, owner)
+            case Cancel(ticket):
+                registry.cancel(number, ticket, now)
+            case Release(pack):
+                registry.release(number, pack, now)
+            case Used(packs):
+                registry.used(number, packs)
+            case Forget(adapter):
+                registry.forget(number, adapter, now)
+            case Map():
+                self._hand_out(connection, message)
+            case Unmap(segment):
+                connection.mapped.discard(segment)
+            case Publish():
+                self._names.publish(number, message, now)
+            case Retract():
+                self._names.retract(number, message, now)
+            case Saw(serial):
+                self._names.saw(number, serial)
+            case Describe():
+                return True
+            case Hello():
+                raise RefusedError("Hello was said twice")
+        return False
+
+    def _greet(self, connection: Connection, message: FromClient) -> None:
+        if not isinstance(message, Hello):
+            raise RefusedError(f"the first message is {type(message).__name__}, expected Hello")
+        if message.protocol != PROTOCOL:
+            raise RefusedError(
+                f"this store (process {os.getpid()}) speaks protocol {PROTOCOL}, the client speaks "
+                f"{message.protocol}: two versions of vllm-multilora share a folder of sockets; "
+                "set MULTILORA_STORE_FOLDER to another folder for one of them"
+            )
+        connection.known = True
+        self._registry.clients[connection.number] = Client(
+            connection.number, message.role, message.server, message.pid
+        )
+        if message.role == "server":
+            self._names.join(connection.number, message.server)
+
+    def _configure(self, connection: Connection, message: Configure, now: float) -> None:
+        settings = message.settings
+        try:
+            layouts = self._reader.decode_layouts(message.layouts)
+            self._reader.prepare(settings)
+            policy = None
+            if self._policy is None:
+                policy = ContainedPolicy(make_policy(settings.policy))
+        except msgspec.MsgspecError as error:
+            raise RefusedError(f"the layouts cannot be understood: {error}") from error
+        except PolicyError as error:
+            raise RefusedError(str(error)) from error
+        notes = []
+        if policy is not None:
+            self._policy = settings.policy
+            self._registry.memory.policy = policy
+        elif self._policy != settings.policy:
+            notes.append(
+                f"the cache policy of host memory is {self._policy!r}, as the first engine of this "
+                f"store has set it, and not {settings.policy!r}"
+            )
+        model = hashlib.sha256(message.layouts).hexdigest()
+        self._registry.configure(connection.number, model, layouts, settings, now)
+        connection.channel.send(Configured(notes))
+
+    def _hand_out(self, connection: Connection, message: Map) -> None:
+        number = message.segment
+        size = self._segments.size(number)
+        if not size:
+            connection.channel.send(Segment(number, 0))
+            return
+        descriptor = self._segments.open(number, writable=message.writable)
+        try:
+            connection.channel.send(Segment(number, size), [descriptor])
+        finally:
+            os.close(descriptor)
+        connection.mapped.add(number)
+        if message.pinned:
+            self._segments.pinned.add(number)
+
+
+def is_same_user(sock: socket.socket) -> bool:
+    """Whether the process at the other end of a local socket belongs to this process's user."""
+    if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return True
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", data)
+    return user in (os.geteuid(), 0)

@@ -1,0 +1,209 @@
+"""The jobs that are under way, and those that were killed and have not ended."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.channel import Channel, ChannelClosedError
+from vllm_multilora.store.entries import Load
+from vllm_multilora.store.job_messages import Checked, Done, FromJob, JobFailed, Opened
+from vllm_multilora.store.jobs import Task
+from vllm_multilora.store.loads import Loads
+from vllm_multilora.store.reader import Reader
+from vllm_multilora.store.recent_failures import Failure
+from vllm_multilora.store.runner import End, Runner, RunningJob
+from vllm_multilora.store.sandbox import cpu_limit_s
+
+MOST_STUCK = 16
+"""Killed jobs of one source that may be stuck before no more are started for it."""
+
+_SOON_S = 1.0  # a killed job that has not ended by then is stuck
+_LOOK_S = 0.005
+_LOOK_AT_STUCK_S = 0.5
+
+
+@dataclass(eq=False)
+class _Job:
+    number: int
+    path: str
+    running: RunningJob
+    channel: Channel[FromJob]
+    timeout_s: float
+    killed: float = 0.0
+
+
+class Desk:
+    """Starts jobs, passes on what they say, and waits for their ends.
+
+    Args:
+        runner: Runs them.
+        reader: What they read with.
+        selector: Jobs' sockets are registered here, their numbers as data.
+    """
+
+    def __init__(self, runner: Runner, reader: Reader, selector: selectors.BaseSelector) -> None:
+        self._runner = runner
+        self._reader = reader
+        self._selector = selector
+        self._jobs: dict[int, _Job] = {}
+        self._ending: dict[int, _Job] = {}
+
+    def start(self, load: Load) -> None:
+        """Starts a load's job; raises OSError."""
+        task = Task(load.number, load.path, load.layouts, load.settings)
+        running, sock = self._runner.start(task, self._reader)
+        sock.setblocking(False)
+        channel: Channel[FromJob] = Channel(sock, FromJob)
+        timeout_s = load.settings.timeout_s
+        self._jobs[load.number] = _Job(load.number, load.path, running, channel, timeout_s)
+        self._selector.register(channel, selectors.EVENT_READ, load.number)
+
+    def tell(self, number: int, message: msgspec.Struct, descriptors: list[int]) -> None:
+        """Tells a job; raises OSError where it cannot be told. A job that has gone is no matter."""
+        job = self._jobs.get(number)
+        if job is None:
+            return
+        try:
+            job.channel.send(message, descriptors)
+        except ChannelClosedError:
+            self.kill(number)
+
+    def kill(self, number: int) -> None:
+        """Ends a job; `ended` says when it has."""
+        job = self._jobs.pop(number, None)
+        if job is not None:
+            self._selector.unregister(job.channel)
+            job.channel.close()
+            job.killed = time.monotonic()
+            self._ending[number] = job
+            job.running.kill()
+
+    def kill_all(self) -> None:
+        for number in list(self._jobs):
+            self.kill(number)
+
+    def hear(self, number: int, loads: Loads) -> None:
+        """Passes on what a job says."""
+        job = self._jobs.get(number)
+        if job is None:
+            return
+        try:
+            messages = job.channel.receive()
+        except ChannelClosedError:
+            self.kill(number)
+            return
+        for message, _ in messages:
+            if number in self._jobs:
+                try:
+                    _pass_on(number, message, loads)
+                except ValueError as error:
+                    found = f"{job.path}: what its check says makes no sense: {error}"
+                    loads.failed(number, Failure(FailureKind.INTERNAL, found, []), _now())
+
+    def look(self, loads: Loads) -> None:
+        """Notes who works, and who has ended."""
+        if loads.queue.queued:
+            for number, job in self._jobs.items():
+                use = job.running.use()
+                loads.queue.looked_at(number, use.processor_s, _now(), is_ready=use.is_ready)
+        for number, job in list(self._ending.items()):
+            end = job.running.gone()
+            if end is not None:
+                del self._ending[number]
+                loads.gone(number, _failure_of(job, end), _now())
+
+    def next_look(self) -> float | None:
+        """When to look for ends again."""
+        if not self._ending:
+            return None
+        fresh = any(_now() - job.killed < _SOON_S for job in self._ending.values())
+        return _now() + (_LOOK_S if fresh else _LOOK_AT_STUCK_S)
+
+    @property
+    def reading(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def stuck(self) -> int:
+        return len(self._stuck())
+
+    def refusal(self, path: str) -> str | None:
+        """Why no job is to be started for a folder: too many hang there already."""
+        stuck = self._stuck()
+        if len(stuck) < MOST_STUCK:
+            return None
+        mounts = _mount_points()
+        source = _source_of(path, mounts)
+        count = sum(_source_of(job.path, mounts) == source for job in stuck)
+        if count < MOST_STUCK:
+            return None
+        return (
+            f"{path}: {count} checks of adapters below {source} do not end, even when killed: "
+            "its storage hangs; adapters there are tried again when it answers"
+        )
+
+    def _stuck(self) -> list[_Job]:
+        now = _now()
+        return [job for job in self._ending.values() if now - job.killed >= _SOON_S]
+
+
+def _failure_of(job: _Job, end: End) -> Failure:
+    """What a job's end without an answer means."""
+    if end.is_out_of_time:
+        message = (
+            f"{job.path}: reading and checking it has used up the processor time that "
+            f"one adapter may take ({cpu_limit_s(job.timeout_s)} seconds, from the time limit "
+            f"of {job.timeout_s:g} seconds)"
+        )
+        return Failure(FailureKind.TIMEOUT, message, [])
+    message = f"{job.path}: the process that read it {end.how}, without an answer"
+    return Failure(FailureKind.INTERNAL, message, [])
+
+
+def _pass_on(number: int, message: FromJob, loads: Loads) -> None:
+    """Tells the loads; raises ValueError for what no honest job says."""
+    match message:
+        case Opened(version):
+            loads.opened(number, version[:1024], _now())
+        case Checked(rank, has_special, left_out, invocation_tokens, data):
+            blocks = np.frombuffer(data, np.int64)
+            if not len(blocks) or (blocks <= 0).any() or (blocks % 64).any():
+                raise ValueError("blocks are not positive multiples of 64 bytes")
+            if blocks.max() > 1 << 40 or float(blocks.sum(dtype=np.float64)) > float(1 << 50):
+                raise ValueError("blocks are too large")
+            if len(invocation_tokens) > 64 or any(not 0 <= t < 1 << 31 for t in invocation_tokens):
+                raise ValueError("invocation tokens")
+            loads.checked(number, blocks, rank, has_special, left_out, invocation_tokens, _now())
+        case Done(digest, nbytes):
+            if len(digest) != 64 or not 0 <= nbytes < 1 << 50:
+                raise ValueError("digest or size")
+            loads.done(number, digest, nbytes, _now())
+        case JobFailed(kind, text, problems):
+            loads.failed(number, Failure(kind, text, problems).bounded(), _now())
+
+
+def _mount_points() -> list[str]:
+    """Where file systems are mounted, the root's left out."""
+    try:
+        lines = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    points = (line.split(" ")[1].replace("\\040", " ") for line in lines)
+    return [point for point in points if point != "/"]
+
+
+def _source_of(path: str, mounts: list[str]) -> str:
+    """The mount point that a folder is below; the folder's parent where that is the root."""
+    below = [point for point in mounts if path == point or path.startswith(point + "/")]
+    return max(below, key=len, default=str(Path(path).parent))
+
+
+def _now() -> float:
+    return time.monotonic()

@@ -1,0 +1,70 @@
+"""Where clients come in: this user's processes only, and as long as there are descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+
+from vllm_multilora.store.channel import Channel, ChannelClosedError
+from vllm_multilora.store.connections import is_same_user
+from vllm_multilora.store.messages import FromClient, Refused
+
+logger = logging.getLogger(__name__)
+
+
+class Door:
+    """Takes in clients.
+
+    Args:
+        listener: A listening socket; owned by the door.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        listener.setblocking(False)
+        # Where this process is at its limit of descriptors, this one is given up to say so.
+        self._reserve: int | None = os.open(os.devnull, os.O_RDONLY)
+
+    def fileno(self) -> int:
+        """For selectors."""
+        return self._listener.fileno()
+
+    def accept(self) -> Channel[FromClient] | None:
+        """A client that has come; None if that was nobody to be served."""
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._refuse_for_descriptors()
+            return None
+        if not is_same_user(sock):
+            sock.close()
+            return None
+        sock.setblocking(False)
+        return Channel(sock, FromClient)
+
+    def close(self) -> None:
+        """Nobody comes in any more."""
+        self._listener.close()
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
+
+    def _refuse_for_descriptors(self) -> None:
+        """Takes one connection by the descriptor kept for this, to say why it is not served."""
+        if self._reserve is not None:
+            os.close(self._reserve)
+        reason = "the store has no descriptor left; raise its limit of open files (ulimit -n)"
+        logger.error(reason)
+        with contextlib.suppress(OSError, ChannelClosedError):
+            sock, _ = self._listener.accept()
+            channel: Channel[FromClient] = Channel(sock, FromClient)
+            with contextlib.closing(channel):
+                channel.send(Refused(reason))
+        try:
+            self._reserve = os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            self._reserve = None

@@ -1,0 +1,181 @@
+"""What the store's registry keeps: clients, loads, packs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_multilora.store.arena import Allocation
+from vllm_multilora.store.messages import PackInfo, StoreSettings
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What an adapter must have been checked against and packed for to be the same to somebody.
+
+    Attributes:
+        model: Signature of the layouts.
+        allowed_roots: As the setting; so are the others.
+    """
+
+    model: str
+    allowed_roots: tuple[str, ...]
+    directories: tuple[str, ...]
+    allow_pickle: bool
+    check_finite: bool
+    signing_keys: str | None
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an adapter number means: in one server, for one model, under its rules."""
+
+    server: str
+    scope: Scope
+    adapter: int
+
+
+@dataclass
+class Client:
+    """A connection that has said `Hello`.
+
+    Attributes:
+        scope: None until it has said `Configure`; so are the next two.
+        layouts: The decoded layouts, for its jobs.
+        settings: Its settings.
+        loads: The loads that its outstanding tickets wait for.
+        leases: Leases by pack.
+        last_used: Packs of the step before.
+    """
+
+    number: int
+    role: str
+    server: str
+    pid: int
+    scope: Scope | None = None
+    layouts: Any = None
+    settings: StoreSettings | None = None
+    loads: dict[int, Load] = field(default_factory=dict)
+    leases: Counter[int] = field(default_factory=Counter)
+    last_used: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One want of one client."""
+
+    client: int
+    number: int
+    keep: bool
+    fresh: bool
+    arrived: float
+
+
+@dataclass(eq=False)
+class Load:
+    """One adapter on its way: queued, or being read by a job of its own, or following another.
+
+    Attributes:
+        number: Of the load and of its job.
+        binding: Whose adapter it is.
+        path: The adapter's folder.
+        name: The adapter's name.
+        owners: Whose turn it may take.
+        layouts: What the job checks against.
+        settings: Of the client that wanted it first.
+        tickets: Who waits for it.
+        later: Wants of freshly read files that came when these had been opened already.
+        job: Whether a job works for it.
+        opened: Whether the files have been opened.
+        version: Of the files; empty if they have none.
+        followers: Loads of the same files, which wait for this one's end.
+        leader: The load that this one follows.
+        blocks: int64 [n], bytes of the blocks, once they are known.
+        rank: The largest rank; so `has_special`, `left_out` and `invocation_tokens`.
+        allocation: Where the job packs to; None: it only checks.
+        withdrawn: Whether its adapter was withdrawn meanwhile; others may still wait for it.
+        tenant: Who is to have the pack; empty: nobody in particular.
+        most: How many packs this one may have; None: no limit.
+    """
+
+    number: int
+    binding: Binding
+    path: str
+    name: str
+    owners: list[str]
+    layouts: Any
+    settings: StoreSettings
+    tickets: list[Ticket] = field(default_factory=list)
+    later: list[Ticket] = field(default_factory=list)
+    job: bool = False
+    opened: bool = False
+    version: str = ""
+    followers: list[Load] = field(default_factory=list)
+    leader: Load | None = None
+    blocks: NDArray[np.int64] | None = None
+    rank: int = 0
+    has_special: bool = False
+    left_out: tuple[str, ...] = ()
+    invocation_tokens: tuple[int, ...] = ()
+    allocation: Allocation | None = None
+    withdrawn: bool = False
+    tenant: str = ""
+    most: int | None = None
+
+    def family(self) -> list[Load]:
+        """The load and those that follow it."""
+        return [self, *self.followers]
+
+    def keep(self) -> bool:
+        """Whether somebody wants it in memory."""
+        return any(ticket.keep for load in self.family() for ticket in load.tickets)
+
+    def wanted(self) -> bool:
+        """Whether anybody still waits for it."""
+        return any(load.tickets or load.later for load in self.family())
+
+    def info(self, digest: str, nbytes: int) -> PackInfo:
+        """What it has read, as a pack without a number."""
+        allocation = self.allocation
+        assert self.blocks is not None
+        return PackInfo(
+            pack=0,
+            rank=self.rank,
+            nbytes=nbytes,
+            held_bytes=allocation.held_bytes if allocation else 0,
+            digest=digest,
+            version=self.version,
+            segments=list(allocation.segments) if allocation else [],
+            index_place=int(allocation.places[-1]) if allocation else 0,
+            index_bytes=int(self.blocks[-1]),
+            has_special=self.has_special,
+            left_out=self.left_out,
+            invocation_tokens=self.invocation_tokens,
+        )
+
+
+@dataclass(eq=False)
+class Pack:
+    """An adapter in memory.
+
+    Attributes:
+        info: As clients see it.
+        scope: What it was packed for.
+        allocation: Its pages.
+        versions: The files that it is known to be equal to, in the order of their last reading.
+        bindings: The adapters that it is, with their folders.
+        leases: Leases of all clients.
+        tenant: The first that has wanted it; empty: nobody in particular.
+    """
+
+    info: PackInfo
+    scope: Scope
+    allocation: Allocation
+    versions: dict[str, None] = field(default_factory=dict)
+    bindings: dict[Binding, str] = field(default_factory=dict)
+    leases: int = 0
+    tenant: str = ""

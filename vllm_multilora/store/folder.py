@@ -1,0 +1,162 @@
+"""Where the stores of a user are found: a folder that nobody else can get at."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.store.messages import PROTOCOL
+
+FOLDER_VARIABLE = "MULTILORA_STORE_FOLDER"
+"""Names the folder; engines and workers that are started by this process inherit it."""
+
+_LONGEST_PATH = 100  # of a local socket: 107 bytes, and a few for what stands before its name
+
+
+class StoreUnavailableError(MultiLoRAError, RuntimeError):
+    """There is no store to be had, or it does not serve this client; the message says why."""
+
+
+def store_folder() -> Path:
+    """The folder of this user's stores, which is made where it is missing.
+
+    Where the usual place belongs to somebody else, or cannot be made, this process and those that
+    it starts get a folder of their own.
+
+    Raises:
+        StoreUnavailableError: The folder that the environment names cannot be used.
+    """
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        folder = Path(named)
+        if (fault := _fault(folder)) is not None:
+            raise StoreUnavailableError(
+                f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can get at"
+            )
+        return folder
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    usual = (
+        Path(runtime, "vllm-multilora")
+        if runtime
+        else Path(tempfile.gettempdir(), f"vllm-multilora-{os.geteuid()}")
+    )
+    if _fault(usual) is None:
+        return usual
+    private = Path(tempfile.mkdtemp(prefix="vllm-multilora-"))
+    os.environ[FOLDER_VARIABLE] = str(private)
+    return private
+
+
+def socket_path(folder: Path) -> Path:
+    """Where the store of this version listens."""
+    return folder / f"store-{PROTOCOL}.sock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder's lock: sockets in it are made and removed by one process at a time."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def listen(path: str | Path) -> socket.socket:
+    """A socket that listens at a path, which must not exist, or be of a store that has died."""
+    path = Path(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and _is_dead(path):
+            path.unlink()
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise StoreUnavailableError(f"{path}: a store cannot listen here: {error}") from error
+    return listener
+
+
+def connect(path: str | Path, timeout_s: float = 5.0) -> socket.socket:
+    """A connection to the store that listens at a path.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ConnectionRefusedError: The store has died.
+        OSError: It does not take the connection.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+@dataclass
+class Address:
+    """A store's own place in the file system, to be removed when it ends.
+
+    Attributes:
+        path: Where it listens; None where that is no path.
+        inode: Of what it has made there: another store may have taken its place.
+    """
+
+    path: Path | None
+    inode: int
+
+    @classmethod
+    def of(cls, listener: socket.socket) -> Address:
+        name = listener.getsockname() if listener.family == socket.AF_UNIX else None
+        path = Path(name) if isinstance(name, str) and name else None
+        try:
+            return cls(path, path.lstat().st_ino if path else 0)
+        except OSError:
+            return cls(None, 0)
+
+    def close(self) -> None:
+        if self.path is not None:
+            with contextlib.suppress(OSError), locked(self.path.parent):
+                if self.path.lstat().st_ino == self.inode:
+                    self.path.unlink()
+
+
+def _is_dead(path: Path) -> bool:
+    try:
+        connect(path, timeout_s=0.5).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _fault(folder: Path) -> str | None:
+    """Why a folder cannot be used, after it was made where it was missing; None: it can."""
+    if len(os.fsencode(socket_path(folder))) > _LONGEST_PATH:
+        return f"{folder}: the path is too long for a socket in it"
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        return f"{folder}: {error.strerror or error}"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{folder}: is not a folder itself"
+    if found.st_uid != os.geteuid():
+        return f"{folder}: belongs to user {found.st_uid}, expected {os.geteuid()}"
+    if found.st_mode & 0o077:
+        return f"{folder}: others can get at it (mode {found.st_mode & 0o777:o}), expected 700"
+    return None

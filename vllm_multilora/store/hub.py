@@ -1,0 +1,66 @@
+"""Adapters that are named after a repository of the Hugging Face hub instead of a folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from vllm_multilora.adapters.errors import AdapterNotFoundError
+from vllm_multilora.adapters.missing_files import EXPECTED, no_folder
+from vllm_multilora.adapters.problems import Code, Problem, shown_name
+
+# Nothing that leads elsewhere: whether such a path exists is told to those who may look there.
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def located(path: str) -> str:
+    """An absolute path where there is or must be one; what may be a repository stays as it is."""
+    given = Path(path)
+    try:
+        given = given.expanduser()
+        is_here = _REPOSITORY.fullmatch(path) is None or given.exists()
+    except (OSError, ValueError, RuntimeError):
+        # Too long, with a null character, or below nobody's home: said when it is opened.
+        is_here = True
+    return str(given.absolute()) if is_here else path
+
+
+def fetched(path: str, *, is_allowed: bool) -> str:
+    """The folder of an adapter; a repository is downloaded, if that is allowed.
+
+    Args:
+        path: As `located` gives it.
+        is_allowed: Whether the hub may be asked (`--multilora-allow-hub`).
+
+    Raises:
+        AdapterNotFoundError: It is a repository, and the hub does not have it or is not to be
+            asked.
+    """
+    if Path(path).is_absolute():
+        return path
+    name = shown_name(path)
+    if not is_allowed:
+        hint = (
+            "give its absolute path; where it is a repository of the Hugging Face hub, start the "
+            "server with --multilora-allow-hub"
+        )
+        raise AdapterNotFoundError.of(replace(no_folder(path), hint=hint))
+    # Late: nothing else in the store needs it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(repo_id=path))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        said = shown_name(str(error).partition("\n")[0])
+        raise AdapterNotFoundError.of(
+            Problem(
+                Code.FOLDER_MISSING,
+                name,
+                "",
+                said,
+                EXPECTED,
+                f"{name} is no folder here, and the Hugging Face hub does not give it: {said}",
+            )
+        ) from error

@@ -1,0 +1,198 @@
+"""Finds this user's store, or starts one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Literal, Protocol
+
+from vllm_multilora.store import folder
+from vllm_multilora.store.folder import StoreUnavailableError
+
+_LONGEST_LOG = 1 << 20  # bytes, when a store starts
+READER = "vllm_multilora.store.adapter_reader:AdapterReader"
+
+
+class StoreHost(Protocol):
+    """Where a client's store is."""
+
+    path: Path
+
+    def connect(self) -> socket.socket:
+        """A connection; starts the store where there is none; raises `StoreUnavailableError`."""
+
+    def last_words(self) -> str:
+        """What the store has said last, for an error's message."""
+
+
+class StoreProcess:
+    """The store that all servers of this user share.
+
+    A new store inherits the listening socket, so that whoever connects need not wait until it is
+    up. What it has to say it writes to a file beside the socket, `store-2.log`.
+
+    Args:
+        reader: What reads adapters, as `module:Class`.
+    """
+
+    def __init__(self, reader: str = READER) -> None:
+        self._folder = folder.store_folder()
+        self._reader = reader
+        self.path = folder.socket_path(self._folder)
+        self._log = self.path.with_suffix(".log")
+
+    def connect(self) -> socket.socket:
+        try:
+            return folder.connect(self.path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            pass
+        except OSError as error:
+            raise StoreUnavailableError(f"{self.path}: {error}") from error
+        try:
+            with folder.locked(self._folder):
+                try:
+                    return folder.connect(self.path)
+                except FileNotFoundError:
+                    pass
+                except ConnectionRefusedError:
+                    self.path.unlink()
+                with folder.listen(self.path) as listener:
+                    self._start(listener)
+                return folder.connect(self.path)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise StoreUnavailableError(
+                f"the store cannot be started: {error}; `vllm-multilora store` runs it by hand, "
+                "and --multilora-store thread does without its process"
+            ) from error
+
+    def last_words(self) -> str:
+        try:
+            lines = self._log.read_text(errors="replace").strip().splitlines()
+        except OSError as error:
+            return f"{self._log}: {error}"
+        return lines[-1][-500:] if lines else "nothing"
+
+    def _start(self, listener: socket.socket) -> None:
+        options = ["--detach", "--reader", self._reader]
+        options += ["--processors", ",".join(map(str, _processors()))]
+        # Not this process's own output: whoever reads that to its end would wait for the store.
+        is_long = self._log.exists() and self._log.stat().st_size > _LONGEST_LOG
+        with self._log.open("w" if is_long else "a") as log:
+            subprocess.run(
+                command_line(listener, *options),
+                check=True,
+                timeout=30,
+                pass_fds=(listener.fileno(),),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment(),
+            )
+
+
+class RunningStore:
+    """The store of this user that runs already; none is started."""
+
+    def __init__(self) -> None:
+        self.path = folder.socket_path(folder.store_folder())
+
+    def connect(self) -> socket.socket:
+        try:
+            return folder.connect(self.path)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise StoreUnavailableError(
+                f"no store of this user runs (none listens at {self.path}): the first server with "
+                "--enable-lora starts one, or `vllm-multilora store`"
+            ) from error
+        except OSError as error:
+            raise StoreUnavailableError(f"{self.path}: {error}") from error
+
+    def last_words(self) -> str:
+        """What the store has said last, for an error's message."""
+        return "see where it was started"
+
+
+class StoreThread:
+    """A store on a thread of this process, with checks on threads: nothing can end those.
+
+    Args:
+        reader: What reads adapters; None: `AdapterReader`.
+    """
+
+    def __init__(self, reader: object = None) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="vllm-multilora-"))
+        self._reader = reader
+        self._thread: threading.Thread | None = None
+        self.path = folder.socket_path(self._folder)
+
+    def connect(self) -> socket.socket:
+        try:
+            if self._thread is None or not self._thread.is_alive():
+                self._start()
+            return folder.connect(self.path)
+        except OSError as error:
+            raise StoreUnavailableError(f"{self.path}: {error}") from error
+
+    def _start(self) -> None:
+        # Late: a process that has its store elsewhere needs none of this.
+        from vllm_multilora.store.runner import ThreadRunner
+        from vllm_multilora.store.server import Server
+
+        reader = self._reader
+        if reader is None:
+            from vllm_multilora.store.adapter_reader import AdapterReader
+
+            reader = AdapterReader()
+        self.path.unlink(missing_ok=True)
+        server = Server(folder.listen(self.path), ThreadRunner(), reader)  # type: ignore[arg-type]
+        self._thread = threading.Thread(target=self._serve, args=(server,), daemon=True)
+        self._thread.name = "multilora-store"
+        self._thread.start()
+
+    def last_words(self) -> str:
+        return "nothing: it is a thread of this process, see the log"
+
+    def _serve(self, server: object) -> None:
+        try:
+            server.run()  # type: ignore[attr-defined]
+        finally:
+            self.path.unlink(missing_ok=True)
+
+
+def store_host(mode: Literal["process", "thread"]) -> StoreHost:
+    """Where this process's store is, or will be."""
+    return StoreThread() if mode == "thread" else StoreProcess()
+
+
+def command_line(listener: socket.socket, *options: str) -> list[str]:
+    """The command that runs a store at a listening socket, which its process must inherit."""
+    store = [sys.executable, "-P", "-m", "vllm_multilora.store"]
+    return [*store, "--socket-fd", str(listener.fileno()), *options]
+
+
+def environment() -> dict[str, str]:
+    """This process's, in which a store can import what this process can, however it was found."""
+    own = str(Path(__file__).parents[2])
+    given = os.environ.get("PYTHONPATH", "")
+    return os.environ | {"PYTHONPATH": os.pathsep.join([own, given]) if given else own}
+
+
+def _processors() -> list[int]:
+    """Where the store may run: here, and where this process's parent may.
+
+    On CPUs vLLM binds a worker's threads to processors, one each, and whatever it starts inherits
+    its main thread's, while the processors that vLLM leaves free for such work stay idle. The
+    process that started the worker is not bound.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    try:
+        return sorted(os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
+    except OSError:
+        return []

@@ -1,0 +1,328 @@
+"""The loads: which job is started, what jobs say, and what becomes of those who wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.answers import Answers, Effects
+from vllm_multilora.store.arena import Allocation
+from vllm_multilora.store.entries import Binding, Client, Load, Pack, Ticket
+from vllm_multilora.store.job_messages import CheckOnly, Go, Known, Place
+from vllm_multilora.store.memory import HostMemory
+from vllm_multilora.store.messages import PackInfo
+from vllm_multilora.store.queue import FairQueue, Lane
+from vllm_multilora.store.recent_failures import Failure, RecentFailures
+from vllm_multilora.store.waits import Room
+
+
+class Loads:
+    """All loads, from the first want to the last answer.
+
+    Attributes:
+        queue: Whose turn it is.
+        failures: Those that answer further wants for a while.
+    """
+
+    def __init__(
+        self,
+        clients: dict[int, Client],
+        memory: HostMemory,
+        answers: Answers,
+        effects: Effects,
+    ) -> None:
+        self.queue = FairQueue()
+        self.failures = RecentFailures()
+        self._clients = clients
+        self._memory = memory
+        self._answers = answers
+        self._effects = effects
+        self._room = Room(memory, self.queue)
+        self._loads: dict[int, Load] = {}
+        self._by_adapter: dict[tuple[Binding, str], Load] = {}
+        self._dying: dict[int, Allocation | None] = {}
+        self._next_load = 1
+
+    def of_adapter(self, binding: Binding, path: str) -> Load | None:
+        """The load of an adapter from that folder, if it is on its way."""
+        return self._by_adapter.get((binding, path))
+
+    def all_of(self, server: str, adapter: int) -> list[Load]:
+        """The loads of an adapter's number, whatever the model and folder."""
+        return [
+            load
+            for load in self._loads.values()
+            if (load.binding.server, load.binding.adapter) == (server, adapter)
+        ]
+
+    def withdraw(self, load: Load, client: int) -> list[Ticket]:
+        """A client does not wait for a load any more; returns its tickets.
+
+        Without others that do, nothing that becomes of the load is for its adapter any more.
+        """
+        tickets = [one for one in (*load.tickets, *load.later) if one.client == client]
+        load.tickets = [one for one in load.tickets if one.client != client]
+        load.later = [one for one in load.later if one.client != client]
+        if not load.tickets and not load.later:
+            load.withdrawn = True
+            self._leave_adapter(load)
+        return tickets
+
+    def forget_server(self, server: str) -> None:
+        """A server has no clients any more: what its loads still bring is for those that follow."""
+        self.failures.forget_server(server)
+        for load in self._loads.values():
+            if load.binding.server == server:
+                load.withdrawn = True
+                self._leave_adapter(load)
+
+    def tick(self, now: float) -> None:
+        """Kills jobs that are late, and starts those whose turn it is."""
+        for late in self.queue.overdue(now):
+            load = self._loads[late]
+            message = (
+                f"{load.path}: reading and checking has not ended within "
+                f"{load.settings.timeout_s:g} seconds, or has stood still while many others waited"
+            )
+            self._fail(load, Failure(FailureKind.TIMEOUT, message, []), now)
+        while (number := self.queue.start_next(now)) is not None:
+            load = self._loads[number]
+            refusal = self._effects.refusal(load.path)
+            if refusal is not None:
+                self._fail(load, Failure(FailureKind.TIMEOUT, refusal, []), now)
+                continue
+            load.job = True
+            for ticket in load.tickets:
+                self._answers.reading(ticket)
+            self._effects.start(load)
+
+    def opened(self, number: int, version: str, now: float) -> None:
+        """A job has opened the files: are they known?"""
+        load = self._loads.get(number)
+        if load is None:
+            return
+        load.opened, load.version = True, version
+        if not version:
+            self._effects.tell(number, Go(), ())
+            return
+        scope = load.binding.scope
+        pack = self._memory.of_version(scope, version)
+        if pack is not None:
+            self._effects.tell(number, Known(), ())
+            self._succeed(load, pack, pack.info, now, was_read=False)
+            return
+        for leader in self._loads.values():
+            same = leader.version == version and leader.binding.scope == scope
+            if same and leader.job and leader is not load:
+                self._effects.tell(number, Known(), ())
+                self._follow(load, leader)
+                return
+        self._effects.tell(number, Go(), ())
+
+    def checked(
+        self,
+        number: int,
+        blocks: NDArray[np.int64],
+        rank: int,
+        has_special: bool,
+        left_out: tuple[str, ...],
+        invocation_tokens: tuple[int, ...],
+        now: float,
+    ) -> None:
+        """A job has checked the files, and asks where to pack to."""
+        load = self._loads.get(number)
+        if load is None:
+            return
+        load.blocks, load.rank = blocks, rank
+        load.has_special, load.left_out = has_special, left_out
+        load.invocation_tokens = invocation_tokens
+        if load.keep():
+            self._memory.keep_within(load.binding.scope, load.tenant, load.most, coming=1)
+            if (reason := self._room.never(load)) is not None:
+                self._fail(load, Failure(FailureKind.NO_MEMORY, reason, []), now)
+            else:
+                self._room.ask(load, now)
+                self.give_room(now)
+            return
+        try:
+            allocation = self._room.free_now(load)
+        except OSError:
+            allocation = None
+        self._place(load, allocation)
+
+    def done(self, number: int, digest: str, nbytes: int, now: float) -> None:
+        """A job has packed the files, or checked them only."""
+        load = self._loads.get(number)
+        if load is None:
+            return
+        scope, allocation = load.binding.scope, load.allocation
+        pack = self._memory.of_digest(scope, digest)
+        if pack is None:
+            info = load.info(digest, nbytes)
+            if allocation is None:
+                self._succeed(load, None, info, now, was_read=True)
+                return
+            load.allocation = None
+            pack = self._memory.add(scope, info, allocation)
+        self._succeed(load, pack, pack.info, now, was_read=True)
+
+    def failed(self, number: int, failure: Failure, now: float) -> None:
+        """A job has said what is wrong, or has ended without a word."""
+        load = self._loads.get(number)
+        if load is not None:
+            self._fail(load, failure, now)
+
+    def gone(self, number: int, failure: Failure, now: float) -> None:
+        """A job cannot write any more; `failure` says how it ended if it has given no answer."""
+        load = self._loads.get(number)
+        if load is not None and load.job:
+            self._fail(load, failure, now)
+        allocation = self._dying.pop(number, None)
+        if allocation is not None:
+            self._memory.give_back(allocation)
+            self.give_room(now)
+
+    def add(
+        self,
+        binding: Binding,
+        path: str,
+        name: str,
+        owners: Sequence[str],
+        client: Client,
+        tickets: list[Ticket],
+    ) -> Load:
+        assert client.settings is not None
+        number = self._next_load
+        self._next_load += 1
+        load = Load(
+            number,
+            binding,
+            path,
+            name,
+            list(owners),
+            client.layouts,
+            client.settings,
+            list(tickets),
+        )
+        self._loads[number] = load
+        self._by_adapter[binding, path] = load
+        lane = Lane.REQUEST if load.keep() else Lane.REGISTRATION
+        self.queue.add(number, owners[0], lane, client.settings.timeout_s)
+        for owner in owners[1:]:
+            self.queue.share(number, owner)
+        return load
+
+    def share(self, load: Load, owners: Iterable[str]) -> None:
+        """Others wait for a load too: it may take their turns."""
+        for owner in owners:
+            if owner not in load.owners:
+                load.owners.append(owner)
+                self.queue.share(load.number, owner)
+
+    def _again(self, load: Load, tickets: list[Ticket]) -> None:
+        """Queues wants anew that the end of a load does not answer."""
+        tickets = [ticket for ticket in tickets if ticket.client in self._clients]
+        if tickets:
+            client = self._clients[tickets[0].client]
+            again = self.add(load.binding, load.path, load.name, load.owners, client, tickets)
+            again.tenant, again.most = load.tenant, load.most
+            for ticket in tickets:
+                self._clients[ticket.client].loads[ticket.number] = again
+
+    def _follow(self, load: Load, leader: Load) -> None:
+        """The same files are being read already: their load ends both."""
+        self._stop_job(load)
+        load.leader = leader
+        leader.followers.append(load)
+
+    def _place(self, load: Load, allocation: Allocation | None) -> None:
+        load.allocation = allocation
+        if allocation is None:
+            self._effects.tell(load.number, CheckOnly(), ())
+            return
+        extents = [
+            (allocation.segments.index(extent.segment), extent.offset, extent.size)
+            for extent in allocation.extents
+        ]
+        places = allocation.places.tobytes()
+        self._effects.tell(load.number, Place(places, extents), allocation.segments)
+
+    def give_room(self, now: float) -> None:
+        """Gives room to the jobs that wait for it, in order, as far as it goes."""
+        while (load := self._room.next()) is not None:
+            try:
+                allocation = self._room.take(load, now)
+            except OSError as error:
+                message = f"the system gives no memory for {load.name!r}: {error}"
+                self._fail(load, Failure(FailureKind.NO_MEMORY, message, []), now)
+                continue
+            if allocation is None:
+                return
+            self._place(load, allocation)
+
+    def _succeed(
+        self, leader: Load, pack: Pack | None, info: PackInfo, now: float, *, was_read: bool
+    ) -> None:
+        again: list[tuple[Load, list[Ticket]]] = []
+        if pack is not None:
+            self._memory.lease(info.pack)  # it must not leave between one binding and the next
+        for load in leader.family():
+            self._end(load)
+            if pack is not None and not load.withdrawn:
+                self._memory.bind(pack, load.binding, load.path, leader.version)
+            for ticket in load.tickets:
+                if pack is not None or not ticket.keep:
+                    read = was_read and load is leader
+                    self._answers.loaded(ticket, load.binding.adapter, info, now, was_read=read)
+            unserved = [ticket for ticket in load.tickets if pack is None and ticket.keep]
+            again.append((load, unserved + load.later))
+        if pack is not None:
+            for load in leader.family():
+                if load.tenant:
+                    self._memory.own(pack, load.tenant, load.most)
+            self._memory.release(info.pack)
+        for load, tickets in again:
+            self._again(load, tickets)
+        self.give_room(now)
+
+    def _fail(self, leader: Load, failure: Failure, now: float) -> None:
+        for load in leader.family():
+            self._end(load)
+            if not load.withdrawn:
+                until = now + load.settings.retry_delay_s
+                self.failures.remember(load.binding, load.path, failure, until)
+            for ticket in load.tickets:
+                self._answers.failed(ticket, load.binding.adapter, failure)
+        for load in leader.family():
+            self._again(load, load.later)
+        self.give_room(now)
+
+    def end_if_unwanted(self, leader: Load, now: float) -> None:
+        if leader.number in self._loads and not leader.wanted():
+            for load in leader.family():
+                self._end(load)
+            self.give_room(now)
+
+    def _end(self, load: Load) -> None:
+        del self._loads[load.number]
+        self._leave_adapter(load)
+        self._room.leave(load)
+        if load.job:
+            self._stop_job(load)
+        else:
+            self.queue.remove(load.number)
+
+    def _leave_adapter(self, load: Load) -> None:
+        if self._by_adapter.get((load.binding, load.path)) is load:
+            del self._by_adapter[load.binding, load.path]
+
+    def _stop_job(self, load: Load) -> None:
+        """Kills a load's job; its room stays taken until it is gone: it may still be writing."""
+        load.job = False
+        self.queue.remove(load.number)
+        self._dying[load.number] = load.allocation
+        load.allocation = None
+        self._effects.kill(load.number)

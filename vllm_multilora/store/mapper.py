@@ -1,0 +1,194 @@
+"""How a worker gets at host memory: the store's segments, mapped to be read."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vllm_multilora.store import folder
+from vllm_multilora.store.arena import OFFSET_MASK, PLACE_BITS
+from vllm_multilora.store.channel import Channel, ChannelClosedError
+from vllm_multilora.store.folder import StoreUnavailableError
+from vllm_multilora.store.messages import (
+    PROTOCOL,
+    FromStore,
+    Hello,
+    Map,
+    Refused,
+    Segment,
+    SegmentClosed,
+    Unmap,
+)
+
+_ANSWER_S = 10.0
+
+
+class _Mapped:
+    """One mapping; its bytes stay as long as it does, whatever becomes of the store."""
+
+    def __init__(self, descriptor: int, size: int, writable: bool) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._map = mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection)
+        self.size = size
+        self.address = int(np.frombuffer(self._map, np.uint8).__array_interface__["data"][0])
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self._map)[offset : offset + nbytes]
+
+    def close(self) -> None:
+        with contextlib.suppress(BufferError):  # a view is left: it unmaps when it goes
+            self._map.close()
+
+
+class SegmentMapper:
+    """Maps segments when they are first needed, and keeps them; for one thread.
+
+    Args:
+        address: `StoreClient.address` of the engine core.
+        server: As `StoreClient`'s.
+        pinned: Whether `mapped` registers segments with a device.
+        writable: Whether to map memory so that it could be written to, which nobody does. CUDA
+            registers memory that can only be read with `cudaHostRegisterReadOnly`, and not on
+            every device.
+        mapped: Called with a segment's number, address and bytes after it was mapped.
+        unmapping: The same before it is unmapped.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        server: str,
+        *,
+        pinned: bool = False,
+        writable: bool = False,
+        mapped: Callable[[int, int, int], None] | None = None,
+        unmapping: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        kind, _, self._path = address.partition(":")
+        if kind != "unix":
+            raise StoreUnavailableError(
+                f"{address}: memory can be mapped from a store on this machine only, found an "
+                f"address of kind {kind!r}, expected 'unix'"
+            )
+        self._hello = Hello(PROTOCOL, "worker", server, os.getpid())
+        self._pinned = pinned
+        self._writable = writable
+        self._on_mapped = mapped
+        self._on_unmapping = unmapping
+        self._segments: dict[int, _Mapped] = {}
+        self._closed: set[int] = set()
+        self._channel: Channel[FromStore] | None = None
+
+    def address(self, place: int, segments: Sequence[int]) -> int:
+        """Where a place lies in this process.
+
+        Args:
+            place: As `PackIndex` and `PackInfo` give it.
+            segments: `PackInfo.segments` of its pack.
+
+        Raises:
+            StoreUnavailableError: The segment cannot be had: the store has died meanwhile, say.
+        """
+        return self._segment(segments[place >> PLACE_BITS]).address + (place & OFFSET_MASK)
+
+    def view(self, place: int, nbytes: int, segments: Sequence[int]) -> memoryview:
+        """The bytes at a place, mapped as long as this view is there. Raises as above."""
+        return self._segment(segments[place >> PLACE_BITS]).view(place & OFFSET_MASK, nbytes)
+
+    def drop_closed(self) -> None:
+        """Unmaps what the store has closed, or left when it died; to be called between copies.
+
+        Costs a system call.
+        """
+        if self._channel is not None:
+            try:
+                self._channel_wait(0)
+            except ChannelClosedError:
+                self._disconnect()
+        for number in self._closed & self._segments.keys():
+            self._unmap(number)
+        self._closed.clear()
+
+    def close(self) -> None:
+        """Unmaps everything."""
+        for number in list(self._segments):
+            self._unmap(number)
+        self._disconnect()
+
+    def _segment(self, number: int) -> _Mapped:
+        found = self._segments.get(number)
+        return found if found is not None else self._map(number)
+
+    def _map(self, number: int) -> _Mapped:
+        try:
+            answer, descriptors = self._ask(number)
+        except ChannelClosedError:
+            # The store may be a new one since; it says itself that it does not know the segment.
+            self._disconnect()
+            try:
+                answer, descriptors = self._ask(number)
+            except ChannelClosedError as error:
+                raise StoreUnavailableError(f"segment {number}: {error}") from error
+        if not answer.size:
+            raise StoreUnavailableError(
+                f"the store has no segment {number} (any more): it has been started again, or the "
+                "pack was released too early"
+            )
+        try:
+            mapped = _Mapped(descriptors[0], answer.size, self._writable)
+        finally:
+            os.close(descriptors[0])
+        self._segments[number] = mapped
+        if self._on_mapped is not None:
+            self._on_mapped(number, mapped.address, mapped.size)
+        return mapped
+
+    def _unmap(self, number: int) -> None:
+        segment = self._segments.pop(number)
+        if self._on_unmapping is not None:
+            self._on_unmapping(number, segment.address, segment.size)
+        segment.close()
+        if self._channel is not None:
+            try:
+                self._channel.send(Unmap(number))
+            except ChannelClosedError:
+                self._disconnect()
+
+    def _ask(self, number: int) -> tuple[Segment, list[int]]:
+        if self._channel is None:
+            try:
+                sock = folder.connect(self._path)
+            except OSError as error:
+                raise ChannelClosedError(f"{self._path}: {error}") from error
+            self._channel = Channel(sock, FromStore, take_descriptors=True)
+            self._channel.send(self._hello)
+        self._channel.send(Map(number, self._pinned, self._writable))
+        while True:
+            received = self._channel_wait(_ANSWER_S)
+            if not received:
+                raise ChannelClosedError(f"the store has not answered within {_ANSWER_S:g} seconds")
+            for message, descriptors in received:
+                if isinstance(message, Segment) and message.number == number:
+                    return message, descriptors
+                if isinstance(message, Refused):
+                    raise StoreUnavailableError(f"the store refuses: {message.reason}")
+
+    def _channel_wait(self, seconds: float) -> list[tuple[FromStore, list[int]]]:
+        assert self._channel is not None
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        received = self._channel.receive() if poller.poll(seconds * 1000) else []
+        self._closed |= {m.number for m, _ in received if isinstance(m, SegmentClosed)}
+        return received
+
+    def _disconnect(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        # Nobody says any more when these are closed. A copy may still need some of them.
+        self._closed |= self._segments.keys()

@@ -1,0 +1,242 @@
+"""The packs in host memory: who they are, who holds them, and which one leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_multilora.store.arena import Allocation, Arena, pages_of
+from vllm_multilora.store.entries import Binding, Pack, Scope
+from vllm_multilora.store.messages import PackInfo, Totals
+from vllm_multilora.store.policies import CachePolicy, reload_cost
+
+MOST_VERSIONS = 16
+"""Versions of files that one pack is known to be equal to; those before are read again."""
+
+
+@dataclass
+class HostMemory:
+    """Packs by their numbers, and the room that jobs pack into.
+
+    A pack that no adapter is bound to any more leaves as soon as nobody has a lease on it.
+
+    Attributes:
+        arena: Places the bytes.
+        policy: Chooses victims; see `ContainedPolicy` for those that may fail.
+        next_pack: The number of the next pack.
+        on_evicted: Told of each pack that leaves.
+        limit: Adapters that may be here, those being read included. None: no limit.
+        staged: Allocations that jobs pack into, or that jobs which were killed may still write to.
+    """
+
+    arena: Arena
+    policy: CachePolicy
+    next_pack: int
+    on_evicted: Callable[[Pack], None]
+    limit: int | None = None
+    staged: int = 0
+    packs: dict[int, Pack] = field(default_factory=dict)
+    _by_version: dict[tuple[Scope, str], Pack] = field(default_factory=dict)
+    _by_digest: dict[tuple[Scope, str], Pack] = field(default_factory=dict)
+    _bound: dict[Binding, Pack] = field(default_factory=dict)
+    _bindings_of: dict[str, dict[int, set[Binding]]] = field(default_factory=dict)
+
+    def totals(self) -> Totals:
+        count = len(self.packs) + self.staged
+        return Totals(self.arena.held, count, self.arena.budget, self.limit)
+
+    def of_version(self, scope: Scope, version: str) -> Pack | None:
+        return self._by_version.get((scope, version))
+
+    def of_digest(self, scope: Scope, digest: str) -> Pack | None:
+        return self._by_digest.get((scope, digest))
+
+    def of_adapter(self, binding: Binding, path: str) -> Pack | None:
+        """The pack that an adapter is, if it was read from that folder."""
+        pack = self._bound.get(binding)
+        return pack if pack is not None and pack.bindings[binding] == path else None
+
+    def room(self, blocks: NDArray[np.int64], *, evict: bool) -> Allocation | None:
+        """Room for a job to pack into, to be given to `add` or `give_back`.
+
+        Args:
+            blocks: int64 [n], bytes of each block.
+            evict: Whether packs without leases may leave for it; none does if that is not enough.
+
+        Raises:
+            OSError: The system gives no memory.
+        """
+        if evict and not self._may_suffice(blocks):
+            return None
+        while True:
+            allocation = self.arena.allocate(blocks) if self._has_place() else None
+            if allocation is not None:
+                self.staged += 1
+                return allocation
+            if not evict or not self._evict_one():
+                return None
+
+    def give_back(self, allocation: Allocation) -> None:
+        """A job has ended, and what it packed is of no use."""
+        self.staged -= 1
+        self.arena.free(allocation)
+
+    def add(self, scope: Scope, info: PackInfo, allocation: Allocation) -> Pack:
+        """What a job has packed is a pack now; its number is set here."""
+        number = self.next_pack
+        self.next_pack += 1
+        self.staged -= 1
+        pack = Pack(msgspec.structs.replace(info, pack=number), scope, allocation)
+        self.packs[number] = pack
+        self._note_version(pack, info.version)
+        self._by_digest[scope, info.digest] = pack
+        self.policy.added(number, info.held_bytes, reload_cost(info.held_bytes))
+        return pack
+
+    def bind(self, pack: Pack, binding: Binding, path: str, version: str) -> None:
+        """An adapter is this pack from now on, read from files of this version."""
+        if self._bound.get(binding) is not pack:
+            self.unbind(binding)
+        pack.bindings[binding] = path
+        self._note_version(pack, version)
+        self._bound[binding] = pack
+        of_server = self._bindings_of.setdefault(binding.server, {})
+        of_server.setdefault(binding.adapter, set()).add(binding)
+
+    def unbind(self, binding: Binding) -> None:
+        """An adapter is withdrawn, or is another pack now."""
+        pack = self._bound.pop(binding, None)
+        if pack is not None:
+            del pack.bindings[binding]
+            self._leave(binding)
+            self._drop_if_useless(pack)
+
+    def bound(self, server: str, adapter: int) -> dict[Binding, Pack]:
+        """What an adapter's number means in a server, for each model and set of rules."""
+        bindings = self._bindings_of.get(server, {}).get(adapter, ())
+        return {binding: self._bound[binding] for binding in bindings}
+
+    def forget_server(self, server: str) -> None:
+        """The last client of a server has gone."""
+        for adapter in list(self._bindings_of.get(server, ())):
+            for binding in self.bound(server, adapter):
+                self.unbind(binding)
+
+    def lease(self, number: int) -> None:
+        self.packs[number].leases += 1
+
+    def release(self, number: int, leases: int = 1) -> None:
+        pack = self.packs[number]
+        pack.leases -= leases
+        self._drop_if_useless(pack)
+
+    def own(self, pack: Pack, tenant: str, most: int | None) -> None:
+        """A tenant wants a pack: it counts among the tenant's if it is nobody's.
+
+        Args:
+            pack: Here, and on lease if it is to stay.
+            tenant: Its name.
+            most: As of `keep_within`.
+        """
+        if not pack.tenant:
+            pack.tenant = tenant
+            self.keep_within(pack.scope, tenant, most)
+
+    def keep_within(self, scope: Scope, tenant: str, most: int | None, coming: int = 0) -> None:
+        """Has a tenant's least valuable packs leave while it has more than its limit.
+
+        What is on lease stays: the limit bounds what a tenant keeps, and fails no request.
+
+        Args:
+            scope: For which the packs were made.
+            tenant: Its name.
+            most: Its limit. None: there is none.
+            coming: Packs that are about to come.
+        """
+        if most is None or not tenant:
+            return
+        own = {n: p for n, p in self.packs.items() if p.tenant == tenant and p.scope == scope}
+        idle = sorted(number for number, pack in own.items() if not pack.leases)
+        for _ in range(min(len(own) + coming - most, len(idle))):
+            victim = self.policy.victim(idle)
+            idle.remove(victim)
+            self._drop(self.packs[victim])
+
+    def used(self, numbers: Iterable[int], joined: Iterable[int]) -> None:
+        """A step uses these packs; those that are not here are left out."""
+        here = sorted(number for number in numbers if number in self.packs)
+        if here:
+            self.policy.used(here, sorted(number for number in joined if number in self.packs))
+
+    def shrink(self) -> None:
+        """The budget may be smaller now: packs without leases leave until it is kept."""
+        while self._is_over() and self._evict_one():
+            pass
+
+    def _is_over(self) -> bool:
+        budget = self.arena.budget
+        return (budget is not None and self.arena.held > budget) or (
+            self.limit is not None and len(self.packs) + self.staged > self.limit
+        )
+
+    def _has_place(self) -> bool:
+        return self.limit is None or len(self.packs) + self.staged < self.limit
+
+    def _may_suffice(self, blocks: NDArray[np.int64]) -> bool:
+        """Whether there is room when everything without a lease has left."""
+        leased = [pack for pack in self.packs.values() if pack.leases]
+        if self.limit is not None and len(leased) + self.staged >= self.limit:
+            return False
+        idle = sum(pack.info.held_bytes for pack in self.packs.values() if not pack.leases)
+        budget = self.arena.budget
+        return budget is None or self.arena.held - idle + pages_of(blocks) <= budget
+
+    def _evict_one(self) -> bool:
+        candidates = sorted(number for number, pack in self.packs.items() if not pack.leases)
+        if not candidates:
+            return False
+        self._drop(self.packs[self.policy.victim(candidates)])
+        return True
+
+    def _note_version(self, pack: Pack, version: str) -> None:
+        """Files of this version are the pack."""
+        pack.versions.pop(version, None)
+        pack.versions[version] = None  # the newest is the last
+        self._by_version[pack.scope, version] = pack
+        if len(pack.versions) > MOST_VERSIONS:
+            self._forget_version(pack, next(iter(pack.versions)))
+
+    def _forget_version(self, pack: Pack, version: str) -> None:
+        del pack.versions[version]
+        if self._by_version.get((pack.scope, version)) is pack:
+            del self._by_version[pack.scope, version]
+
+    def _leave(self, binding: Binding) -> None:
+        """A binding is none any more."""
+        of_server = self._bindings_of[binding.server]
+        of_server[binding.adapter].discard(binding)
+        if not of_server[binding.adapter]:
+            del of_server[binding.adapter]
+        if not of_server:
+            del self._bindings_of[binding.server]
+
+    def _drop_if_useless(self, pack: Pack) -> None:
+        if not pack.bindings and not pack.leases:
+            self._drop(pack)
+
+    def _drop(self, pack: Pack) -> None:
+        number = pack.info.pack
+        self.on_evicted(pack)
+        del self.packs[number]
+        for binding in pack.bindings:
+            del self._bound[binding]
+            self._leave(binding)
+        for version in list(pack.versions):
+            self._forget_version(pack, version)
+        self._by_digest.pop((pack.scope, pack.info.digest), None)
+        self.policy.removed(number)
+        self.arena.free(pack.allocation)

@@ -1,0 +1,490 @@
+"""What the store and its clients say to each other: msgpack arrays, tagged by their type's name.
+
+A client says `Hello` first, then, as an engine, `Configure`; the store answers `Configured` or
+`Refused`. From then on either side speaks when it has something to say. `PROTOCOL` rises with every
+change that an older side would misread; it is part of the socket's name, so that servers of
+different versions on one machine have stores of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from vllm_multilora.failures import FailureKind
+
+PROTOCOL = 2
+
+Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base class of all messages."""
+
+
+class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
+    """How an engine wants its adapters to be kept and read.
+
+    The budgets and `jobs` of a store with several engines are the largest that any of them asks
+    for. The policy is that of the engine that came first.
+
+    Attributes:
+        budget_bytes: Host memory for adapters, those being read included. None: no limit.
+        budget_adapters: Adapters in host memory, those being read included. None: no limit.
+        policy: Name of the cache policy, or `module:Class`.
+        jobs: Adapters read at once; those that take long do not count.
+        timeout_s: Seconds that checking and reading one adapter may take, without waiting.
+        allowed_roots: Folders that adapters' files must lie below. Empty: anywhere.
+        directories: Directories of adapters: roots too, and where there are no others, what lies in
+            one must not lead out of them by a link.
+        allow_pickle: Whether checkpoints in pickle format are read.
+        allow_hub: Whether the Hugging Face hub is asked for what is no folder.
+        check_finite: Whether weights that are not finite are refused.
+        retry_delay_s: Seconds for which a failure is the answer to further wants.
+        signing_keys: File of those by one of whom adapters must be signed. None: signatures are
+            not looked at.
+    """
+
+    budget_bytes: int | None = None
+    budget_adapters: int | None = None
+    policy: str = "lru"
+    jobs: int = 2
+    timeout_s: float = 120.0
+    allowed_roots: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+    allow_pickle: bool = False
+    allow_hub: bool = False
+    check_finite: bool = True
+    retry_delay_s: float = 2.0
+    signing_keys: str | None = None
+
+
+class PackInfo(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter as it lies in host memory, packed for every rank of one model.
+
+    Attributes:
+        pack: Its number, never used twice, not even by a store that is started again.
+            0: it was read and checked, and not kept in memory.
+        rank: The largest rank of its modules.
+        nbytes: Bytes of its blocks.
+        held_bytes: Bytes of memory that it takes: its pages.
+        digest: BLAKE3 of its files, hexadecimal.
+        version: Identity of its files when they were read, as text.
+        segments: Numbers of the segments that it lies in; places refer to them by their index.
+        index_place: Place of the block that says what lies where (`adapters/pack_index.py`).
+        index_bytes: Bytes of that block, padding included.
+        has_special: Whether it has tensors for layers that vLLM fills itself.
+        left_out: Modules of the adapter that nothing adapts here.
+        invocation_tokens: Token ids from whose last occurrence in a prompt on the adapter acts;
+            none: it acts on all of it.
+    """
+
+    pack: int
+    rank: int
+    nbytes: int
+    held_bytes: int
+    digest: str
+    version: str
+    segments: list[int]
+    index_place: int
+    index_bytes: int
+    has_special: bool
+    left_out: tuple[str, ...]
+    invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What people call such an adapter: `alora` if it is activated by tokens, else `lora`."""
+        return "alora" if self.invocation_tokens else "lora"
+
+
+# From a client to the store.
+
+
+class Hello(Message, frozen=True):
+    """The first message of every client.
+
+    Attributes:
+        protocol: The client's `PROTOCOL`.
+        role: `engine`: wants adapters. `worker`: maps segments. `server`: shares names with the
+            other API servers of its server. `observer`: looks only.
+        server: Identity of the server that the client belongs to. Engines of one server share
+            adapter numbers.
+        pid: The client's process, for `Description`.
+    """
+
+    protocol: int
+    role: Role
+    server: str
+    pid: int
+
+
+class Configure(Message, frozen=True):
+    """What an engine's model accepts, and how its adapters are kept.
+
+    Attributes:
+        layouts: `list[ModelLayout]` of all local ranks as msgpack with sorted keys; equal bytes
+            mean equal models.
+        settings: The engine's settings.
+    """
+
+    layouts: bytes
+    settings: StoreSettings
+
+
+class Want(Message, frozen=True):
+    """Asks for an adapter; answered by `Loaded` or `Failed` with the same ticket.
+
+    Attributes:
+        ticket: The client's number for this want, unique among its outstanding ones.
+        adapter: The adapter's number, the same in all engines of a server.
+        name: The adapter's name, for messages.
+        path: The adapter's folder.
+        owners: Whose turn a load may take (tenants); empty: the adapter is its own owner.
+        most: How many adapters of the first owner stay in memory; for one more, one of these
+            leaves. None: no limit.
+        keep: Whether it is wanted in memory: `Loaded` then comes with a lease, and other adapters
+            leave for it. Otherwise it is read and checked, and kept only where room is free.
+        fresh: Whether its files are looked at again even if it is in memory.
+    """
+
+    ticket: int
+    adapter: int
+    name: str
+    path: str
+    owners: tuple[str, ...] = ()
+    most: int | None = None
+    keep: bool = True
+    fresh: bool = False
+
+
+class Share(Message, frozen=True):
+    """Another owner waits for what a want has asked for: its load may take that one's turn too.
+
+    Attributes:
+        ticket: Of the want.
+        owner: As one of `Want.owners`.
+    """
+
+    ticket: int
+    owner: str
+
+
+class Cancel(Message, frozen=True):
+    """Takes a want back; an answer may be on its way already, with a lease.
+
+    Attributes:
+        ticket: Of the want.
+    """
+
+    ticket: int
+
+
+class Release(Message, frozen=True):
+    """Gives one lease back; each `Loaded` of a want with `keep` gave one."""
+
+    pack: int
+
+
+class Used(Message, frozen=True):
+    """A step uses these packs: what the cache policy learns from."""
+
+    packs: list[int]
+
+
+class Forget(Message, frozen=True):
+    """The server has withdrawn an adapter; answered by `Forgotten`.
+
+    The client's outstanding wants of it fail, and its pack leaves memory when no lease, no other
+    adapter and no other engine of the server holds it.
+    """
+
+    adapter: int
+
+
+class Map(Message, frozen=True):
+    """Asks for a segment's descriptor; answered by `Segment`.
+
+    Attributes:
+        segment: Its number.
+        pinned: Whether the client registers the segment with a device. Pages of such a segment
+            are never given back singly: the device would go on reading the old ones.
+        writable: Whether the descriptor may be written to; for devices that register memory which
+            can be written to, and no other.
+    """
+
+    segment: int
+    pinned: bool = False
+    writable: bool = False
+
+
+class Unmap(Message, frozen=True):
+    """The client has unmapped a segment."""
+
+    segment: int
+
+
+class Publish(Message, frozen=True):
+    """A name leads to an adapter from now on, in all API servers; answered by `Settled`.
+
+    Attributes:
+        request: The client's number for this.
+        name: The name.
+        adapter: The adapter's number.
+        path: The adapter's folder.
+        details: What else API servers keep with a name.
+    """
+
+    request: int
+    name: str
+    adapter: int
+    path: str
+    details: dict[str, str | bool]
+
+
+class Retract(Message, frozen=True):
+    """A name leads nowhere any more, in all API servers; answered by `Settled`.
+
+    Attributes:
+        request: The client's number for this.
+        name: The name.
+    """
+
+    request: int
+    name: str
+
+
+class Saw(Message, frozen=True):
+    """The client has taken in what came with this serial number."""
+
+    serial: int
+
+
+class Describe(Message, frozen=True):
+    """Asks for a `Description`."""
+
+
+# From the store to a client.
+
+
+class Configured(Message, frozen=True):
+    """The engine may want adapters now.
+
+    Attributes:
+        notes: What is not as asked for, one sentence each; for the log.
+    """
+
+    notes: list[str]
+
+
+class Refused(Message, frozen=True):
+    """The store will not serve this client and closes the connection.
+
+    Attributes:
+        reason: Why, and what to do.
+    """
+
+    reason: str
+
+
+class Reading(Message, frozen=True):
+    """The adapter of a want has got its turn and is being read."""
+
+    ticket: int
+
+
+class Loaded(Message, frozen=True):
+    """A want is fulfilled.
+
+    Attributes:
+        ticket: Of the want.
+        adapter: The adapter's number.
+        pack: The adapter as it is in memory.
+        seconds: From the want's arrival to now.
+        was_read: Whether the files' bytes were read for it, rather than found in memory.
+        leased: Whether the client has a lease on the pack for it: the want had `keep`.
+    """
+
+    ticket: int
+    adapter: int
+    pack: PackInfo
+    seconds: float
+    was_read: bool
+    leased: bool
+
+
+class Failed(Message, frozen=True):
+    """A want cannot be fulfilled.
+
+    Attributes:
+        ticket: Of the want.
+        adapter: The adapter's number.
+        kind: What kind of thing went wrong.
+        message: What was found and where, for the tenant whose requests fail.
+        problems: What is wrong with the files, each as its fields.
+    """
+
+    ticket: int
+    adapter: int
+    kind: FailureKind
+    message: str
+    problems: list[dict[str, Any]]
+
+
+class Evicted(Message, frozen=True):
+    """A pack of the client's model has left memory; the client need not know it."""
+
+    pack: int
+
+
+class Forgotten(Message, frozen=True):
+    """The answer to `Forget`: nothing that comes later is about that use of the number."""
+
+    adapter: int
+
+
+class Totals(Message, frozen=True):
+    """What host memory holds, when it has changed; several changes are one message.
+
+    Attributes:
+        bytes: Held by packs, those being read included.
+        adapters: Packs, those being read included.
+        bytes_limit: The budget in force. None: no limit.
+        adapters_limit: The budget in force. None: no limit.
+    """
+
+    bytes: int
+    adapters: int
+    bytes_limit: int | None
+    adapters_limit: int | None
+
+
+class Segment(Message, frozen=True):
+    """The answer to `Map`; its descriptor comes with it.
+
+    Attributes:
+        number: The segment.
+        size: Its bytes. 0, and no descriptor: there is no such segment.
+    """
+
+    number: int
+    size: int
+
+
+class SegmentClosed(Message, frozen=True):
+    """Nothing lies in a segment that the client has mapped, and nothing will; to be unmapped."""
+
+    number: int
+
+
+class Published(Message, frozen=True):
+    """Another API server has published a name; to be answered by `Saw` unless the serial is 0.
+
+    Attributes:
+        serial: Of the change.
+        name: As of `Publish`, like the rest.
+        adapter: The adapter's number.
+        path: The adapter's folder.
+        details: What else API servers keep with a name.
+    """
+
+    serial: int
+    name: str
+    adapter: int
+    path: str
+    details: dict[str, str | bool]
+
+
+class Retracted(Message, frozen=True):
+    """Another API server has retracted a name; to be answered by `Saw`."""
+
+    serial: int
+    name: str
+
+
+class Settled(Message, frozen=True):
+    """All API servers have seen what the client has published or retracted, or do not answer."""
+
+    request: int
+
+
+class ClientRow(msgspec.Struct, frozen=True, array_like=True):
+    """One client of the store, for people."""
+
+    role: str
+    server: str
+    pid: int
+    wants: int
+    leases: int
+
+
+class Description(Message, frozen=True):
+    """How the store is doing, for `status` and `doctor`.
+
+    Attributes:
+        pid: Its process.
+        mode: `process` or `thread`.
+        protection: What keeps checks of hostile files in bounds, one phrase each.
+        clients: Who is connected.
+        totals: What host memory holds.
+        segment_bytes: Bytes of all segments, free pages included.
+        queued: Loads that wait for their turn.
+        reading: Loads that are under way.
+        stuck: Killed checks that have not ended, because their storage hangs.
+    """
+
+    pid: int
+    mode: str
+    protection: list[str]
+    clients: list[ClientRow]
+    totals: Totals
+    segment_bytes: int
+    queued: int
+    reading: int
+    stuck: int
+
+
+class Restarted(Message, frozen=True):
+    """Made by the client itself: the store is a new one; all packs and leases are gone.
+
+    Wants that were outstanding have been sent again, with their tickets.
+    """
+
+
+FromClient: TypeAlias = (
+    Hello
+    | Configure
+    | Want
+    | Share
+    | Cancel
+    | Release
+    | Used
+    | Forget
+    | Map
+    | Unmap
+    | Publish
+    | Retract
+    | Saw
+    | Describe
+)
+FromStore: TypeAlias = (
+    Configured
+    | Refused
+    | Reading
+    | Loaded
+    | Failed
+    | Evicted
+    | Forgotten
+    | Totals
+    | Segment
+    | SegmentClosed
+    | Published
+    | Retracted
+    | Settled
+    | Description
+)
+ToUser: TypeAlias = (
+    Reading | Loaded | Failed | Evicted | Forgotten | Totals | Description | Restarted
+)
+"""What `StoreClient.poll` returns."""

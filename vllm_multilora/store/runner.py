@@ -1,0 +1,184 @@
+"""How jobs are run: in processes of their own, or on threads where there can be none."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from vllm_multilora.store import sandbox
+from vllm_multilora.store.jobs import Task, run_job
+from vllm_multilora.store.reader import Reader
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended.
+
+    Attributes:
+        how: As `was killed by signal 9`.
+        is_out_of_time: Whether it was killed for the processor time that it had used.
+    """
+
+    how: str
+    is_out_of_time: bool = False
+
+
+class Use(NamedTuple):
+    """What a job does with the processor.
+
+    Attributes:
+        processor_s: Processor time that it has used so far.
+        is_ready: Whether it runs, or would if it had a processor.
+    """
+
+    processor_s: float
+    is_ready: bool
+
+
+class RunningJob(Protocol):
+    """A job that was started."""
+
+    def kill(self) -> None:
+        """Ends it, if anything can; may be called again."""
+
+    def gone(self) -> End | None:
+        """None while it may still write; then how it ended."""
+
+    def use(self) -> Use:
+        """What it does with the processor."""
+
+
+class Runner(Protocol):
+    """Starts jobs."""
+
+    mode: str
+
+    def start(self, task: Task, reader: Reader) -> tuple[RunningJob, socket.socket]:
+        """Starts a job; returns it with the store's end of the socket; raises OSError."""
+
+    def protection(self) -> list[str]:
+        """What keeps jobs in bounds."""
+
+
+class ForkRunner:
+    """Each job in a child of this process, which must have one thread only."""
+
+    mode = "process"
+
+    def start(self, task: Task, reader: Reader) -> tuple[RunningJob, socket.socket]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if pid == 0:
+                _be_child(theirs, task, reader)
+        return _Child(pid), ours
+
+    def protection(self) -> list[str]:
+        return ["a process of its own", *sandbox.protection()]
+
+
+def _be_child(sock: socket.socket, task: Task, reader: Reader) -> None:
+    """The whole life of a child; never returns."""
+    try:
+        gc.freeze()  # collections would touch, and so copy, all of the store's objects
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        # Whatever a hostile file makes of this process, it holds nothing of the store's.
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.closerange(3, sock.fileno())
+        os.closerange(sock.fileno() + 1, most)
+        settings = task.settings
+        roots = (*settings.allowed_roots, *settings.directories) if settings.allowed_roots else ()
+        confine = partial(
+            sandbox.enter,
+            roots,
+            settings.timeout_s,
+            files_in_memory=settings.allow_pickle,
+        )
+        run_job(sock, task, reader, confine)
+    except BaseException as error:
+        print(f"multilora store: job {task.number}: {error!r}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+class _Child:
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._ended: End | None = None
+
+    def kill(self) -> None:
+        if self.gone() is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+    def gone(self) -> End | None:
+        if self._ended is None:
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+            except ChildProcessError:
+                pid, status = self._pid, 0
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                self._ended = End(how, is_out_of_time=code == -signal.SIGXCPU)
+        return self._ended
+
+    def use(self) -> Use:
+        return _use(f"/proc/{self._pid}")
+
+
+class ThreadRunner:
+    """Each job on a thread of this process: nothing can end it, and it is restricted in nothing."""
+
+    mode = "thread"
+
+    def start(self, task: Task, reader: Reader) -> tuple[RunningJob, socket.socket]:
+        ours, theirs = socket.socketpair()
+        return _Thread(theirs, task, reader), ours
+
+    def protection(self) -> list[str]:
+        return []
+
+
+class _Thread:
+    def __init__(self, theirs: socket.socket, task: Task, reader: Reader) -> None:
+        name = f"multilora-job-{task.number}"
+        self._thread = threading.Thread(
+            target=run_job, args=(theirs, task, reader), name=name, daemon=True
+        )
+        self._thread.start()
+
+    def kill(self) -> None:
+        """Its next word to the store fails, and ends it."""
+
+    def gone(self) -> End | None:
+        return None if self._thread.is_alive() else End("ended")
+
+    def use(self) -> Use:
+        return _use(f"/proc/self/task/{self._thread.native_id}")
+
+
+def _use(folder: str) -> Use:
+    try:
+        state, *fields = Path(folder, "stat").read_text().rpartition(")")[2].split()
+        seconds = (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return Use(0.0, is_ready=False)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        seconds = int(Path(folder, "schedstat").read_text().split()[0]) / 1e9  # finer
+    return Use(seconds, is_ready=state == "R")

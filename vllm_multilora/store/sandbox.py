@@ -1,0 +1,190 @@
+"""What keeps a job that reads a hostile file in bounds; all of it applies to the calling process.
+
+Memory, time and files are limited everywhere. Where Linux has Landlock, the job can read below the
+allowed roots (anywhere, where there are none) and write nowhere; where it has seccomp, it can make
+no connection, start no program and touch no other process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import stat
+import struct
+import sysconfig
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vllm_multilora.store import syscalls
+
+MOST_MEMORY = 1 << 30
+"""Bytes of its own that a job may take beside what the store had; the pack is not counted."""
+
+_MOST_FILES = 64
+_NICENESS = 6  # above the store's: about a fifth of a processor that the model wants too
+
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_SECCOMP_MODE_FILTER = 2
+
+# Landlock's rights by the version that brought them; see the kernel's userspace-api/landlock.
+_WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
+_FILE_RIGHTS = ((1, 13), (2, 14), (3, 15), (5, 16))  # (version, rights known then)
+_NET_RIGHTS = 0b11  # bind and connect of TCP, since version 4
+_SCOPES = 0b11  # abstract sockets and signals, since version 6
+_RULE_PATH_BENEATH = 1
+_CREATE_RULESET_VERSION = 1
+
+
+def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bool = False) -> None:
+    """Restricts this process for the rest of its life.
+
+    Args:
+        allowed_roots: Folders below which files may be read; empty: anywhere.
+        timeout_s: Seconds of processor time that it may take.
+        files_in_memory: Whether it may make files in memory, as those that read pickles do.
+    """
+    tempfile.tempdir = os.sep  # libraries that PyTorch imports look for one, by writing
+    syscalls.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _limit(timeout_s, MOST_MEMORY if files_in_memory else 0)
+    with contextlib.suppress(OSError):
+        os.nice(_NICENESS)
+    if syscalls.libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
+        # Where the kernel has one of them not, the other holds: `protection` says so.
+        with contextlib.suppress(OSError):
+            _enter_landlock(allowed_roots)
+        with contextlib.suppress(OSError):
+            _enter_seccomp(allowed=("memfd_create",) if files_in_memory else ())
+
+
+def protection() -> list[str]:
+    """What protects jobs on this machine, one phrase each."""
+    found = ["limits of time, memory and files"]
+    version = landlock_version()
+    if version:
+        found.append(f"Landlock (version {version})")
+    if syscalls.audit_arch() is not None and Path("/proc/sys/kernel/seccomp").is_dir():
+        found.append("seccomp")
+    return found
+
+
+def landlock_version() -> int:
+    """The version of Landlock that the kernel has; 0: none."""
+    try:
+        return syscalls.call(
+            syscalls.LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _CREATE_RULESET_VERSION
+        )
+    except OSError:
+        return 0
+
+
+def _limit(timeout_s: float, file_bytes: int) -> None:
+    # The signal of the lower limit says why the job ended; that of the upper one does not, and
+    # cannot be ignored.
+    _lower(resource.RLIMIT_CPU, cpu_limit_s(timeout_s), cpu_limit_s(timeout_s) + 1)
+    _lower(resource.RLIMIT_DATA, _own_memory() + MOST_MEMORY)
+    _lower(resource.RLIMIT_FSIZE, file_bytes)
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_NOFILE, _MOST_FILES)
+
+
+def cpu_limit_s(timeout_s: float) -> int:
+    """Seconds of processor time that a job has."""
+    return int(timeout_s) + 1
+
+
+def _lower(what: int, limit: int, upper: int | None = None) -> None:
+    upper = limit if upper is None else upper
+    _, hard = resource.getrlimit(what)
+    if hard != resource.RLIM_INFINITY:
+        limit, upper = min(limit, hard), min(upper, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(what, (limit, upper))
+
+
+def _own_memory() -> int:
+    """Bytes that this process holds already and that RLIMIT_DATA counts."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * resource.getpagesize()
+
+
+def _enter_landlock(allowed_roots: Sequence[str]) -> None:
+    version = landlock_version()
+    if not version:
+        return
+    rights = max(count for since, count in _FILE_RIGHTS if since <= version)
+    fields = [(1 << rights) - 1, _NET_RIGHTS if version >= 4 else 0]
+    size = 16 if version >= 4 else 8
+    if version >= 6:
+        fields.append(_SCOPES)
+        size = 24
+    attributes = struct.pack(f"={len(fields)}Q", *fields)[:size]
+    ruleset = syscalls.call(
+        syscalls.LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), ctypes.c_uint32(0)
+    )
+    for root in (*allowed_roots, *_code_paths()) if allowed_roots else ("/",):
+        with contextlib.suppress(FileNotFoundError):
+            _allow(ruleset, root, _READ_FILE | _READ_DIR)
+    _allow(ruleset, os.devnull, _READ_FILE | _WRITE_FILE)
+    syscalls.call(syscalls.LANDLOCK_RESTRICT_SELF, ruleset, ctypes.c_uint32(0))
+    os.close(ruleset)
+
+
+def _allow(ruleset: int, path: str, rights: int) -> None:
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            rights &= ~_READ_DIR
+        rule = struct.pack("=Qi", rights, descriptor)
+        syscalls.call(
+            syscalls.LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, ctypes.c_uint32(0)
+        )
+    finally:
+        os.close(descriptor)
+
+
+def _code_paths() -> tuple[str, ...]:
+    """Where code lies that Python may import late (PyTorch, for pickles); it is no secret."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+    devices = ("/dev/urandom", "/proc/cpuinfo")  # PyTorch starts with these
+    own = str(Path(__file__).parents[1])
+    return tuple(dict.fromkeys([*map(sysconfig.get_path, names), *libraries, *devices, own]))
+
+
+def _enter_seccomp(allowed: Sequence[str]) -> None:
+    """Forbids system calls by a filter: they fail with EPERM."""
+    arch = syscalls.audit_arch()
+    if arch is None:
+        return
+    program = _filter(arch, syscalls.numbers_of_forbidden(allowed))
+    code = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+    result = syscalls.libc.prctl(
+        _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.create_string_buffer(header), 0, 0
+    )
+    if result != 0:
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def _filter(arch: int, forbidden: Sequence[int]) -> bytes:
+    """A program of classic BPF over `struct seccomp_data` (number at 0, machine at 4)."""
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000 | 1  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO, EPERM
+    step: Callable[..., bytes] = struct.Struct("HBBI").pack
+    count = len(forbidden)
+    program = [
+        step(load, 0, 0, 4),
+        step(equal, 0, count + 2, arch),  # another table of numbers (32 bits): all refused
+        step(load, 0, 0, 0),
+        step(at_least, count, 0, 0x40000000),  # x32
+    ]
+    for at, number in enumerate(forbidden):
+        program.append(step(equal, count - at, 0, number))
+    return b"".join([*program, step(give, 0, 0, allow), step(give, 0, 0, refuse)])

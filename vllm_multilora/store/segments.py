@@ -1,0 +1,85 @@
+"""The arena's segments: anonymous files in memory, mapped by whoever is handed their descriptor."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from pathlib import Path
+
+from vllm_multilora.store.syscalls import libc
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of fallocate(2)
+
+
+class SharedSegments:
+    """Segments by their numbers.
+
+    Attributes:
+        pinned: Numbers of segments that a device reads: their pages are never given back singly,
+            because a device goes on reading the pages that it has pinned.
+        closed: Numbers of segments that were closed, for whoever tells those who map them.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+        self.pinned: set[int] = set()
+        self.closed: list[int] = []
+
+    def create(self, number: int, size: int) -> None:
+        descriptor = _anonymous_file(f"multilora-{number}")
+        try:
+            os.ftruncate(descriptor, size)
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._descriptors[number] = descriptor
+        self._sizes[number] = size
+
+    def close(self, number: int) -> None:
+        os.close(self._descriptors.pop(number))
+        del self._sizes[number]
+        self.pinned.discard(number)
+        self.closed.append(number)
+
+    def give_back(self, number: int, offset: int, size: int) -> None:
+        if number in self.pinned or not hasattr(libc, "fallocate"):
+            return
+        # Where the system cannot do it (ENOTSUP), the pages stay, free, in the segment.
+        libc.fallocate(
+            self._descriptors[number],
+            _KEEP_SIZE | _PUNCH_HOLE,
+            ctypes.c_int64(offset),
+            ctypes.c_int64(size),
+        )
+
+    def size(self, number: int) -> int:
+        """Bytes of a segment; 0 if there is none of this number."""
+        return self._sizes.get(number, 0)
+
+    def descriptor(self, number: int) -> int:
+        """The descriptor that can be written to; this object keeps it."""
+        return self._descriptors[number]
+
+    def open(self, number: int, *, writable: bool) -> int:
+        """A new descriptor; one that is not writable cannot be mapped so either."""
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{self._descriptors[number]}", flags | os.O_CLOEXEC)
+
+    def close_all(self) -> None:
+        for number in list(self._descriptors):
+            self.close(number)
+
+
+def _anonymous_file(name: str) -> int:
+    """A file that is in memory and in no folder."""
+    if hasattr(os, "memfd_create"):
+        try:
+            return os.memfd_create(name, os.MFD_CLOEXEC)
+        except OSError:
+            pass  # a kernel or a sandbox without it
+    folder = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
+    descriptor, path = tempfile.mkstemp(prefix=name, dir=folder)
+    Path(path).unlink()
+    return descriptor

@@ -1,0 +1,284 @@
+"""The store's event loop: clients and jobs on one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import selectors
+import socket
+import time
+from typing import Any
+
+import msgspec
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.arena import Arena
+from vllm_multilora.store.channel import ChannelClosedError
+from vllm_multilora.store.connections import Connection, Conversation, RefusedError
+from vllm_multilora.store.desk import Desk
+from vllm_multilora.store.door import Door
+from vllm_multilora.store.entries import Load
+from vllm_multilora.store.memory import HostMemory
+from vllm_multilora.store.messages import (
+    ClientRow,
+    Description,
+    Refused,
+    SegmentClosed,
+    Totals,
+)
+from vllm_multilora.store.names import Names
+from vllm_multilora.store.policies import make_policy
+from vllm_multilora.store.reader import Reader
+from vllm_multilora.store.recent_failures import Failure
+from vllm_multilora.store.registry import Registry
+from vllm_multilora.store.runner import Runner
+from vllm_multilora.store.segments import SharedSegments
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 2.0
+"""Seconds without clients after which the store ends."""
+
+_TOTALS_EVERY_S = 0.05
+
+
+class Server:
+    """A store; `run` returns when it has nobody left to serve.
+
+    Args:
+        listener: A listening socket; the server owns it.
+        runner: Runs the jobs.
+        reader: What they read adapters with.
+        keep: Whether the store goes on without clients.
+    """
+
+    def __init__(
+        self, listener: socket.socket, runner: Runner, reader: Reader, *, keep: bool = False
+    ) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._door = Door(listener)
+        self._runner = runner
+        self._keep = keep
+        self._segments = SharedSegments()
+        # Numbers go on where no other store's are likely to be: old ones must mean nothing here.
+        arena = Arena(self._segments, None, first_segment=secrets.randbits(31) + 1)
+        memory = HostMemory(
+            arena, make_policy("lru"), (secrets.randbits(31) + 1) << 20, lambda pack: None
+        )
+        self._registry = Registry(memory, self)
+        self._desk = Desk(runner, reader, self._selector)
+        self._names = Names(self)
+        self._conversation = Conversation(self._registry, self._segments, reader, self._names)
+        self._connections: dict[int, Connection] = {}
+        self._next_client = -1  # jobs have positive numbers, clients negative ones
+        self._lost: set[int] = set()
+        self._unstarted: list[tuple[int, Failure]] = []
+        self._alone_since = time.monotonic()
+        self._totals: Totals | None = None
+        self._totals_sent = 0.0
+        self._stopped = False
+        self._bell, self._rope = socket.socketpair()
+        for sock in (self._bell, self._rope):
+            sock.setblocking(False)
+        self._selector.register(self._door, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._hear_bell)
+
+    def stop(self) -> None:
+        """Makes `run` return soon; for signal handlers and other threads."""
+        self._stopped = True
+        with contextlib.suppress(OSError):
+            self._rope.send(b"\0")
+
+    def run(self) -> None:
+        """Serves until the last client has gone, or `stop`."""
+        try:
+            while not self._stopped and not self._is_over():
+                for key, _ in self._selector.select(self._patience()):
+                    self._react(key.data)
+                self._settle()
+        finally:
+            self._close()
+
+    # What the registry asks for
+
+    def send(self, client: int, message: msgspec.Struct) -> None:
+        connection = self._connections.get(client)
+        if connection is not None and client not in self._lost:
+            try:
+                connection.channel.send(message)
+            except ChannelClosedError as error:
+                self._lose(client, error)
+
+    def start(self, load: Load) -> None:
+        try:
+            self._desk.start(load)
+        except OSError as error:
+            self._unstarted.append((load.number, _system_failure("start a check", error)))
+
+    def tell(self, job: int, message: msgspec.Struct, segments: tuple[int, ...]) -> None:
+        try:
+            self._desk.tell(job, message, [self._segments.descriptor(n) for n in segments])
+        except OSError as error:
+            self._unstarted.append((job, _system_failure("hand memory to a check", error)))
+
+    def kill(self, job: int) -> None:
+        self._desk.kill(job)
+
+    def refusal(self, path: str) -> str | None:
+        return self._desk.refusal(path)
+
+    # The loop
+
+    def _react(self, data: Any) -> None:
+        if callable(data):
+            data()
+        elif data < 0:
+            self._hear_client(data)
+        else:
+            self._desk.hear(data, self._registry.loads)
+
+    def _settle(self) -> None:
+        """What is due after each round: ends, starts, news, and what could not be sent at once."""
+        self._desk.look(self._registry.loads)
+        self._registry.loads.tick(time.monotonic())
+        self._names.tick(time.monotonic())
+        while self._lost or self._unstarted:
+            if self._lost:
+                self._drop(self._lost.pop())
+            else:
+                number, failure = self._unstarted.pop()
+                self._registry.loads.failed(number, failure, time.monotonic())
+                self._registry.loads.gone(number, failure, time.monotonic())
+            self._registry.loads.tick(time.monotonic())  # there may be a place again
+        self._tell_closed_segments()
+        self._tell_totals()
+        for number, connection in list(self._connections.items()):
+            waits = connection.channel.pending > 0
+            if connection.leaving and not waits:
+                self._drop(number)
+                continue
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waits else 0)
+            if self._selector.get_key(connection.channel).events != events:
+                self._selector.modify(connection.channel, events, number)
+
+    def _patience(self) -> float | None:
+        """Seconds that the loop may sleep."""
+        if self._lost:
+            return 0.0
+        now = time.monotonic()
+        times = [
+            self._registry.loads.queue.next_event(now),
+            self._desk.next_look(),
+            self._names.next_event(),
+        ]
+        if self._totals != self._registry.memory.totals():
+            times.append(self._totals_sent + _TOTALS_EVERY_S)
+        if not self._connections and not self._keep:
+            times.append(self._alone_since + LINGER_S)
+        due = min((one for one in times if one is not None), default=None)
+        return None if due is None else max(0.0, due - now)
+
+    def _is_over(self) -> bool:
+        if self._keep or self._connections:
+            return False
+        return time.monotonic() - self._alone_since >= LINGER_S
+
+    def _accept(self) -> None:
+        channel = self._door.accept()
+        if channel is None:
+            return
+        number = self._next_client
+        self._next_client -= 1
+        self._connections[number] = Connection(number, channel)
+        self._selector.register(channel, selectors.EVENT_READ, number)
+        self._totals = None  # the newcomer is to be told
+
+    def _hear_client(self, number: int) -> None:
+        connection = self._connections.get(number)
+        if connection is None or connection.leaving:
+            return
+        try:
+            connection.channel.flush()
+            for message, _ in connection.channel.receive():
+                if self._conversation.hear(connection, message):
+                    connection.channel.send(self._describe())
+        except RefusedError as error:
+            self.send(number, Refused(str(error)))
+            connection.leaving = True
+        except ChannelClosedError as error:
+            self._lose(number, error)
+        except OSError as error:  # no descriptor for a segment, say
+            self.send(number, Refused(f"the store failed: {error}"))
+            connection.leaving = True
+
+    def _lose(self, number: int, error: ChannelClosedError) -> None:
+        logger.info("Client %d: %s", -number, error)
+        self._lost.add(number)
+
+    def _drop(self, number: int) -> None:
+        connection = self._connections.pop(number, None)
+        if connection is None:
+            return
+        self._selector.unregister(connection.channel)
+        connection.channel.close()
+        self._names.leave(number)
+        if number in self._registry.clients:
+            self._registry.client_gone(number, time.monotonic())
+        if not self._connections:
+            self._alone_since = time.monotonic()
+
+    def _tell_closed_segments(self) -> None:
+        closed, self._segments.closed = self._segments.closed, []
+        for segment in closed:
+            for number, connection in self._connections.items():
+                if segment in connection.mapped:
+                    self.send(number, SegmentClosed(segment))
+
+    def _tell_totals(self) -> None:
+        totals, now = self._registry.memory.totals(), time.monotonic()
+        if totals != self._totals and now - self._totals_sent >= _TOTALS_EVERY_S:
+            self._totals, self._totals_sent = totals, now
+            for client in self._registry.clients.values():
+                if client.role in ("engine", "observer"):
+                    self.send(client.number, totals)
+
+    def _describe(self) -> Description:
+        clients = [
+            ClientRow(one.role, one.server, one.pid, len(one.loads), sum(one.leases.values()))
+            for one in self._registry.clients.values()
+        ]
+        memory = self._registry.memory
+        return Description(
+            pid=os.getpid(),
+            mode=self._runner.mode,
+            protection=self._runner.protection(),
+            clients=clients,
+            totals=memory.totals(),
+            segment_bytes=memory.arena.committed,
+            queued=self._registry.loads.queue.queued,
+            reading=self._desk.reading,
+            stuck=self._desk.stuck,
+        )
+
+    def _hear_bell(self) -> None:
+        with contextlib.suppress(OSError):
+            self._bell.recv(64)
+
+    def _close(self) -> None:
+        self._desk.kill_all()
+        for connection in self._connections.values():
+            connection.channel.close()
+        for closable in (self._door, self._bell, self._rope):
+            closable.close()
+        self._selector.close()
+        self._segments.close_all()
+
+
+def _system_failure(what: str, error: OSError) -> Failure:
+    message = f"the store cannot {what}: {error}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        message += "; raise its limit of open files (ulimit -n)"
+    return Failure(FailureKind.INTERNAL, message, [])

@@ -1,0 +1,75 @@
+"""Numbers of Linux system calls, by machine, and how to make one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Sequence
+
+LANDLOCK_CREATE_RULESET = 444
+LANDLOCK_ADD_RULE = 445
+LANDLOCK_RESTRICT_SELF = 446
+
+# The kernel's name of the machine, x86-64's number, arm64's (the generic table).
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_NUMBERS = {
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "connect": (42, 203),
+    "bind": (49, 200),
+    "listen": (50, 201),
+    "accept": (43, 202),
+    "accept4": (288, 242),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "chroot": (161, 51),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "io_uring_setup": (425, 425),
+    "userfaultfd": (323, 282),
+    "open_by_handle_at": (304, 265),
+    "memfd_create": (319, 279),
+    "shmget": (29, 194),
+    "mq_open": (240, 180),
+}
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(number: int, *arguments: object) -> int:
+    """Makes a system call; raises OSError where it fails."""
+    result = libc.syscall(ctypes.c_long(number), *arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def audit_arch() -> int | None:
+    """The kernel's number of this machine's kind; None: its system calls are not known here."""
+    return _AUDIT_ARCH.get(platform.machine())
+
+
+def numbers_of_forbidden(allowed: Sequence[str] = ()) -> list[int]:
+    """System calls that a job has no use for, but for those named, in this machine's numbers."""
+    column = list(_AUDIT_ARCH).index(platform.machine())
+    return sorted(numbers[column] for name, numbers in _NUMBERS.items() if name not in allowed)

@@ -1,0 +1,60 @@
+"""Jobs that wait for room in host memory."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from vllm_multilora.store.arena import Allocation, pages_of
+from vllm_multilora.store.entries import Load
+from vllm_multilora.store.memory import HostMemory
+from vllm_multilora.store.queue import FairQueue
+
+
+class Room:
+    """Who waits for room, in the order in which they asked; nobody overtakes."""
+
+    def __init__(self, memory: HostMemory, queue: FairQueue) -> None:
+        self._memory = memory
+        self._queue = queue
+        self._waiting: deque[Load] = deque()
+
+    def never(self, load: Load) -> str | None:
+        """Why the load's adapter cannot be kept even in an empty memory; None: it can."""
+        assert load.blocks is not None
+        budget = self._memory.arena.budget
+        if self._memory.limit == 0:
+            return f"{load.name!r} cannot be kept: the host memory's budget is 0 adapters"
+        if self._memory.arena.can_ever_hold(load.blocks):
+            return None
+        return (
+            f"{load.name!r} takes {pages_of(load.blocks)} bytes of host memory, and all adapters "
+            f"together may take {budget}; raise the budget, or lower the adapter's rank"
+        )
+
+    def free_now(self, load: Load) -> Allocation | None:
+        """Room that nobody has to leave for, and nobody waits for."""
+        assert load.blocks is not None
+        return None if self._waiting else self._memory.room(load.blocks, evict=False)
+
+    def ask(self, load: Load, now: float) -> None:
+        """Stands in line; the job's clock stands still meanwhile."""
+        self._waiting.append(load)
+        self._queue.wait_for_room(load.number, now)
+
+    def next(self) -> Load | None:
+        """The first in line."""
+        return self._waiting[0] if self._waiting else None
+
+    def take(self, load: Load, now: float) -> Allocation | None:
+        """Room for the first in line, for which others may leave; None: it waits on."""
+        assert load.blocks is not None
+        allocation = self._memory.room(load.blocks, evict=True)
+        if allocation is not None:
+            self._waiting.popleft()
+            self._queue.go_on(load.number, now)
+        return allocation
+
+    def leave(self, load: Load) -> None:
+        """The load has ended."""
+        if load in self._waiting:
+            self._waiting.remove(load)

@@ -1,0 +1,73 @@
+"""Keys of clients: stored as hashes, and looked up at one price for right and wrong ones."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T")
+
+MAX_KEY_LENGTH = 512
+"""Longer keys are wrong, and not worth hashing."""
+
+_PREFIX = "sha256:"
+_STORED = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def new_key() -> str:
+    """A key that nobody guesses: 256 random bits."""
+    return f"sk-{secrets.token_urlsafe(32)}"
+
+
+def digest_of(key: str) -> bytes:
+    """What is stored in a key's place; one SHA-256, so keys must be random, not chosen."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def stored(key: str) -> str:
+    """A key as the tenants file has it."""
+    return f"{_PREFIX}{digest_of(key).hex()}"
+
+
+def read_stored(text: str) -> bytes:
+    """The digest of a key as the tenants file has it.
+
+    Raises:
+        ValueError: The text is none.
+    """
+    if _STORED.fullmatch(text) is None:
+        raise ValueError("expected sha256: and 64 hexadecimal digits in lower case")
+    return bytes.fromhex(text.removeprefix(_PREFIX))
+
+
+class KeyRing(Generic[_T]):
+    """Whose a key is.
+
+    A look-up hashes the key once and looks once, however many keys there are. What is compared
+    are hashes under a secret of this object's own: how long it takes tells nothing of the keys.
+
+    Args:
+        owners: By the digests of their keys.
+    """
+
+    def __init__(self, owners: Mapping[bytes, _T]) -> None:
+        self._secret = os.urandom(32)
+        self._owners = {self._blinded(digest): (digest, who) for digest, who in owners.items()}
+
+    def owner(self, key: str) -> _T | None:
+        """Whose a key is; None where it is nobody's."""
+        if not 0 < len(key) <= MAX_KEY_LENGTH:
+            return None
+        digest = digest_of(key)
+        found = self._owners.get(self._blinded(digest))
+        if found is None or not hmac.compare_digest(found[0], digest):
+            return None
+        return found[1]
+
+    def _blinded(self, digest: bytes) -> bytes:
+        return hashlib.blake2b(digest, key=self._secret, digest_size=32).digest()

@@ -1,0 +1,227 @@
+"""What a tenant uses at the moment, against its limits; for one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.tenants.tenant import Tenant
+
+
+class LimitReachedError(MultiLoRAError):
+    """A call that is one too many.
+
+    Attributes:
+        retry_after_s: Whole seconds after which it may be tried again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = max(1, math.ceil(retry_after_s))
+
+
+class TokenBucket:
+    """A rate that may be exceeded for a while: a minute's worth at once after a pause.
+
+    What a request costs is known when it ends, so the level may fall below zero; no call begins
+    then until it has risen above.
+
+    Args:
+        per_minute: The rate.
+        clock: Says the time in seconds.
+    """
+
+    def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._level = per_minute
+        self._per_minute = per_minute
+        self._at = clock()
+
+    def set_rate(self, per_minute: float) -> None:
+        """Changes the rate from now on."""
+        self._fill()
+        self._level = min(self._level, per_minute)
+        self._per_minute = per_minute
+
+    def charge(self, tokens: int) -> None:
+        """Takes tokens out."""
+        self._fill()
+        self._level -= tokens
+
+    def wait_s(self) -> float:
+        """Seconds until a call may begin; 0 where it may now."""
+        self._fill()
+        return 0.0 if self._level > 0 else (1 - self._level) * 60 / self._per_minute
+
+    def _fill(self) -> None:
+        now = self._clock()
+        risen = self._level + (now - self._at) * self._per_minute / 60
+        self._level, self._at = min(risen, self._per_minute), now
+
+
+@dataclass
+class Meter:
+    """A request's generated tokens, read when somebody wants to know.
+
+    Attributes:
+        read: How many there are by now.
+        has_ended: Whether there will be no more.
+        counted: How many have been charged.
+    """
+
+    read: Callable[[], int]
+    has_ended: Callable[[], bool]
+    counted: int = 0
+
+
+MOST_FIRST_READINGS = 2
+"""Adapters of a tenant that an API server has the engine read for the first time at once."""
+
+
+class Account:
+    """One tenant in one API server.
+
+    Args:
+        tenant: As the tenants file has it.
+        servers: How many API servers share its limits.
+        clock: Says the time in seconds.
+
+    Attributes:
+        tenant: As the tenants file has it now.
+        first_readings: To be held while an adapter is read for the first time. The engine is not
+            told whose that is, so others' adapters wait for few of a tenant's.
+    """
+
+    def __init__(
+        self, tenant: Tenant, servers: int = 1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._servers = servers
+        self._clock = clock
+        self._running = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._adapters: Counter[str] = Counter()
+        self._meters: list[Meter] = []
+        self._bucket: TokenBucket | None = None
+        self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
+        self.update(tenant)
+
+    @property
+    def running(self) -> int:
+        """Calls that are worked for."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for their turn."""
+        return len(self._waiting)
+
+    def update(self, tenant: Tenant) -> None:
+        """Puts what a newer file says in force; what runs and what was used stays counted."""
+        self.tenant = tenant
+        self._limits = tenant.limits.divided(self._servers)
+        rate = self._limits.tokens_per_minute
+        if rate is None:
+            self._bucket = None
+        elif self._bucket is None:
+            self._bucket = TokenBucket(rate, self._clock)
+        else:
+            self._bucket.set_rate(rate)
+        self._admit()
+
+    def begin(self) -> asyncio.Future[None]:
+        """Begins a call; every call that has its turn ends with `end`.
+
+        Returns:
+            What is done when the call has its turn; a call that does not want it any more cancels
+            it with `give_up`.
+
+        Raises:
+            LimitReachedError: The tenant has too many calls waiting, or has used up its tokens.
+        """
+        self.settle()
+        limits = self._limits
+        if self._bucket is not None and (wait := self._bucket.wait_s()) > 0:
+            raise LimitReachedError(
+                f"{self.tenant.limits.tokens_per_minute:g} tokens a minute are allowed, and they "
+                f"are used up",
+                wait,
+            )
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not self._is_full():
+            self._running += 1
+            turn.set_result(None)
+        elif limits.waiting is not None and len(self._waiting) >= limits.waiting:
+            raise LimitReachedError(
+                f"{self.tenant.limits.running} calls at a time are allowed, "
+                f"and {self.tenant.limits.waiting} that wait for their turn"
+            )
+        else:
+            self._waiting.append(turn)
+        return turn
+
+    def give_up(self, turn: asyncio.Future[None]) -> None:
+        """Takes a call back that has not begun; gives its turn to the next where it had one."""
+        if turn.done():
+            self.end()
+        else:
+            self._waiting.remove(turn)
+            turn.cancel()
+
+    def end(self) -> None:
+        """Ends a call that had its turn."""
+        self._running -= 1
+        self.settle()
+        self._admit()
+
+    def use(self, adapter: str) -> None:
+        """Counts an adapter as in use until `release`.
+
+        Raises:
+            LimitReachedError: The tenant uses as many others already.
+        """
+        limit = self._limits.adapters
+        if limit is not None and adapter not in self._adapters and len(self._adapters) >= limit:
+            raise LimitReachedError(f"{limit} different adapters at a time are allowed")
+        self._adapters[adapter] += 1
+
+    def release(self, adapter: str) -> None:
+        """Undoes one `use`."""
+        self._adapters[adapter] -= 1
+        if not self._adapters[adapter]:
+            del self._adapters[adapter]
+
+    def charge(self, tokens: int) -> None:
+        """Counts tokens that the tenant has used."""
+        if self._bucket is not None:
+            self._bucket.charge(tokens)
+
+    def watch(self, meter: Meter) -> None:
+        """Charges a request's tokens as they come, whenever the tenant's calls begin or end."""
+        if self._bucket is not None:
+            self._meters.append(meter)
+
+    def settle(self) -> None:
+        """Charges what requests have generated since the last time."""
+        if not self._meters:
+            return
+        left = []
+        for meter in self._meters:
+            ended, generated = meter.has_ended(), meter.read()
+            self.charge(generated - meter.counted)
+            meter.counted = generated
+            if not ended:
+                left.append(meter)
+        self._meters = left
+
+    def _is_full(self) -> bool:
+        return self._limits.running is not None and self._running >= self._limits.running
+
+    def _admit(self) -> None:
+        while self._waiting and not self._is_full():
+            self._running += 1
+            self._waiting.popleft().set_result(None)

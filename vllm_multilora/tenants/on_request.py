@@ -1,0 +1,68 @@
+"""How a request says whose it is on its way from the API server to the engine core.
+
+vLLM carries a request's trace headers to the engine core, for generating and pooling requests
+alike, and fills them from two headers of tracing alone: no client can write what is put beside
+them. The API server writes the tenant there, once it knows who sent the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+TENANT_KEY = "multilora-tenant"
+"""The tenant's name."""
+
+WEIGHT_KEY = "multilora-weight"
+"""The tenant's weight, relative to other tenants': a decimal number above 0."""
+
+RESIDENT_KEY = "multilora-resident"
+"""The tenant's limit of adapters in host memory: a whole number above 0; absent where none is."""
+
+
+class RequestTenant(NamedTuple):
+    """Whose a request is, as far as the engine core and the store have to know.
+
+    Attributes:
+        name: Of the tenant.
+        weight: Its share of what tenants compete for, relative to others'; above 0.
+        resident: Most of its adapters that stay in host memory; None is no limit.
+    """
+
+    name: str
+    weight: float = 1.0
+    resident: int | None = None
+
+
+def with_tenant(headers: Mapping[str, str] | None, tenant: RequestTenant) -> dict[str, str]:
+    """A request's trace headers, with its tenant.
+
+    Args:
+        headers: What the request has for tracing.
+        tenant: Whose it is.
+    """
+    said = {TENANT_KEY: tenant.name, WEIGHT_KEY: repr(float(tenant.weight))}
+    if tenant.resident is not None:
+        said[RESIDENT_KEY] = str(tenant.resident)
+    return {**(headers or {}), **said}
+
+
+def without_tenant(headers: Mapping[str, str] | None) -> dict[str, str] | None:
+    """What a request has for tracing alone; None where that is nothing."""
+    rest = {
+        key: value
+        for key, value in (headers or {}).items()
+        if key not in (TENANT_KEY, WEIGHT_KEY, RESIDENT_KEY)
+    }
+    return rest or None
+
+
+def tenant_in(headers: Mapping[str, str] | None) -> RequestTenant | None:
+    """The tenant; None where the request is no tenant's."""
+    name = (headers or {}).get(TENANT_KEY)
+    if headers is None or name is None:
+        return None
+    resident = headers.get(RESIDENT_KEY)
+    return RequestTenant(
+        name, float(headers.get(WEIGHT_KEY, "1")), None if resident is None else int(resident)
+    )

@@ -1,0 +1,104 @@
+"""What a tenant may use, and how much of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a tenant may use at once; None is no limit.
+
+    Attributes:
+        running: Most calls that are worked for at the same time; others wait for their turn.
+        waiting: Most calls that wait for their turn; others are refused.
+        tokens_per_minute: Prompt and generated tokens, averaged: a minute's worth may be used at
+            once after a pause.
+        adapters: Most different adapters in use at the same time.
+        resident: Most adapters that stay in host memory: for one more, one of the tenant's own
+            leaves. Those that its requests wait for do not, so it may be exceeded for a while.
+    """
+
+    running: int | None = None
+    waiting: int | None = None
+    tokens_per_minute: float | None = None
+    adapters: int | None = None
+    resident: int | None = None
+
+    def divided(self, parts: int) -> Limits:
+        """The limits of one of several API servers: equal parts, counts rounded up.
+
+        Adapters are not divided: every server may meet all of them. Host memory is one for all.
+        """
+
+        def part(count: int | None) -> int | None:
+            return None if count is None else -(-count // parts)
+
+        tokens = self.tokens_per_minute
+        return replace(
+            self,
+            running=part(self.running),
+            waiting=part(self.waiting),
+            tokens_per_minute=None if tokens is None else tokens / parts,
+        )
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names that somebody may use: exact ones, and beginnings that end in `*`.
+
+    Args:
+        patterns: As the tenants file has them.
+    """
+
+    patterns: tuple[str, ...] = ()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and any(
+            name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+            for pattern in self.patterns
+        )
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """One tenant.
+
+    Attributes:
+        name: Safe as a label in metrics.
+        adapters: What it may use and see.
+        routes: Likewise. Who may use a route may use what the route leads to.
+        base_model: Whether it may use the base model without an adapter.
+        weight: Its share of what tenants compete for, relative to others'.
+        limits: How much it may use at once.
+    """
+
+    name: str
+    adapters: Names = Names()
+    routes: Names = Names()
+    base_model: bool = False
+    weight: float = 1.0
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """The tenants of one file.
+
+    Attributes:
+        by_name: All of them.
+        keys: Names of tenants, by the digests of their keys.
+        cache_salt: What keeps cached prefixes apart; None leaves it to the server.
+    """
+
+    by_name: Mapping[str, Tenant]
+    keys: Mapping[bytes, str]
+    cache_salt: str | None = None
+
+
+def is_weight(value: object) -> bool:
+    """Whether a value can be a weight: a finite number above 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf  # type: ignore[operator]
