@@ -1,11 +1,14 @@
-"""Time to load an adapter from disk and to put it into a slot: this plugin against stock vLLM.
+"""Time from disk to host memory and from there into a slot: this plugin against stock vLLM.
 
     python benchmarks/adapter_moves.py [--rank 16] [--rounds 9] [--dtype bfloat16]
 
 The adapter covers every projection of an 8B Llama: 32 layers, hidden 4096, 1024 for keys and
 values, 14336 in the MLP. Stock is vLLM's own code: `PEFTHelper.from_local_dir`,
 `LoRAModel.from_local_checkpoint` and the manager's merge for loading, `set_lora` of its real
-layers for activation. Their base weights have no memory; their slots do.
+layers for activation. Their base weights have no memory; their slots do. Ours is what the store's
+job does with an adapter's files, into an arena's segment that it has just mapped, and what a worker
+does with that: group by group from the segment into the slot, on one thread. Starting the job and
+the messages between the processes, some milliseconds, are in `cold_loads.py` and not here.
 
 Both sides run in one process, in turn, and each round gives one ratio; medians count. The file is
 in the page cache. Stock maps the file and leaves the reading of lora_a to the first activation, so
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import statistics
 import tempfile
@@ -26,18 +30,17 @@ from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from multilora_kernels import host_memory
-from multilora_kernels.scatter import SlotTable
-from vllm_multilora.adapters import (
-    AdapterCheckpoint,
-    ModelLayout,
-    PackedAdapter,
-    SliceLayout,
-    pack,
-)
+from multilora_kernels import SlotIndex, SlotTable, host_memory
+from multilora_kernels.dtypes import BFLOAT16
+from vllm_multilora.adapters import ModelLayout, SliceLayout
+from vllm_multilora.adapters.intake import Rules, open_adapter
+from vllm_multilora.adapters.pack_index import PackIndex
+from vllm_multilora.store.arena import PLACE_BITS, Allocation, Arena
+from vllm_multilora.store.segments import SharedSegments
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD, MLP = 32, 4096, 32, 8, 128, 14336
 SLOTS = 2
@@ -168,6 +171,49 @@ class Stock:
             weights = model.get_lora(name)
             module.set_lora(slot, weights.lora_a, weights.lora_b)
 
+    def unload(self, model: Any) -> None:
+        pass  # its memory goes with the last reference to it
+
+
+class HostMemory:
+    """An arena with segments as the store has them; an adapter lies in one run of pages."""
+
+    def __init__(self) -> None:
+        self._segments = SharedSegments()
+        self._arena = Arena(self._segments, budget=None)
+        self._mapped: dict[int, mmap.mmap] = {}
+
+    def allocate(self, block_bytes: Any) -> Allocation:
+        """Room for an adapter's blocks."""
+        allocation = self._arena.allocate(np.asarray(block_bytes, np.int64))
+        if allocation is None or len(allocation.extents) != 1:
+            raise RuntimeError("the arena has no run of pages for the adapter")
+        return allocation
+
+    def free(self, allocation: Allocation) -> None:
+        """Takes an adapter's room back."""
+        self._arena.free(allocation)
+
+    def map_to_write(self, allocation: Allocation) -> tuple[mmap.mmap, Any]:
+        """A job's mapping of its pages, and its blocks' addresses."""
+        (extent,) = allocation.extents
+        descriptor = self._segments.descriptor(extent.segment)
+        written = mmap.mmap(descriptor, extent.size, offset=extent.offset)
+        inside = (allocation.places & ((1 << PLACE_BITS) - 1)) - extent.offset
+        return written, _address(written) + inside
+
+    def map_to_read(self, allocation: Allocation) -> mmap.mmap:
+        """A worker's mapping of the segment, which it keeps."""
+        (segment,) = allocation.segments
+        if segment not in self._mapped:
+            descriptor, size = self._segments.descriptor(segment), self._segments.size(segment)
+            self._mapped[segment] = mmap.mmap(descriptor, size)
+        return self._mapped[segment]
+
+
+def _address(mapped: mmap.mmap) -> int:
+    return int(np.frombuffer(mapped, np.uint8).__array_interface__["data"][0])
+
 
 class Ours:
     """This plugin's way, over slots as it keeps them on CPUs (`columns`) or on GPUs."""
@@ -185,7 +231,7 @@ class Ours:
                 for row, (name, inputs, outputs) in enumerate(shapes)
             ),
             max_rank=max_rank,
-            dtype=torch.bfloat16,
+            dtype=BFLOAT16,
             columns_first=columns,
         )
 
@@ -199,12 +245,31 @@ class Ours:
             self.lora_b = [b.mT for b in self.lora_b]
         self._slots = SlotTable(self.lora_a, self.lora_b)
 
-    def load(self) -> PackedAdapter:
-        with AdapterCheckpoint.open(self._folder) as checkpoint:
-            return pack(checkpoint, self.layout)
+        self._memory = HostMemory()
 
-    def activate(self, packed: PackedAdapter, slot: int) -> None:
-        packed.scatter_into(self._slots, slot)
+    def load(self) -> tuple[Allocation, int]:
+        with open_adapter(str(self._folder), Rules()) as source:
+            intake = source.check([self.layout])
+            allocation = self._memory.allocate(intake.block_bytes)
+            written, addresses = self._memory.map_to_write(allocation)
+            intake.read(addresses, allocation.places)
+            written.close()
+        return allocation, int(intake.block_bytes[-1])
+
+    def activate(self, packed: tuple[Allocation, int], slot: int) -> None:
+        allocation, index_bytes = packed
+        memory = self._memory.map_to_read(allocation)
+        place = int(allocation.places[-1])
+        found = PackIndex.decode(memoryview(memory)[place : place + index_bytes]).ranks[0]
+        base = _address(memory)
+        index = SlotIndex(
+            found.rows, found.a_ranks, found.ranks, base + found.a_places, base + found.b_places
+        )
+        for group in self._slots.pieces(slot, index):
+            self._slots.copy(group)
+
+    def unload(self, packed: tuple[Allocation, int]) -> None:
+        self._memory.free(packed[0])
 
 
 def same_weights(stock: Stock, ours: Ours, slot: int, rank: int) -> bool:
@@ -243,6 +308,7 @@ def compare(folder: Path, rank: int, max_rank: int, rounds: int, columns: bool) 
             if turn >= 0:
                 for step, took in zip(steps, (load, first, load + first, later), strict=True):
                     times[name][step].append(took * 1e3)
+            side.unload(adapter)
             del adapter
     if not same_weights(sides["stock"], sides["ours"], 1, rank):
         raise RuntimeError("the two sides do not hold the same weights")

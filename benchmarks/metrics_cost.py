@@ -1,6 +1,6 @@
-"""What the LoRA metrics cost: microseconds a step, and throughput with them on and off.
+"""What the LoRA metrics and metering cost: microseconds, and throughput with them on and off.
 
-    python benchmarks/metrics_cost.py [--rounds 5] [--json FILE] [--no-engines]
+    python benchmarks/metrics_cost.py [--of metrics] [--rounds 5] [--json FILE] [--no-engines]
 
 The first table times what is recorded, each in its own loop; minimum over repeats. `step` is all
 that a step of a running batch records; the rest happens when a request or an adapter comes or goes.
@@ -8,7 +8,9 @@ that a step of a running batch records; the rest happens when a request or an ad
 
 The second part starts two engines with the same settings, metrics on (`on`: vLLM's statistics,
 its own metrics among them, are on in both) and off, and times the same requests on each, turn by
-turn; reported are medians, and the medians of the ratios taken within a round.
+turn; reported are medians, and the medians of the ratios taken within a round. With
+`--of metering` metrics are on in both, and one meters its requests as an API server does, into
+metrics and a log.
 """
 
 from __future__ import annotations
@@ -40,13 +42,17 @@ from cpu_throughput import (
     requested_adapters,
 )
 
-from vllm_multilora.cache import AdapterCache, CpuBudget
-from vllm_multilora.metrics import definitions as defined
-from vllm_multilora.metrics.adapter_info import AdapterInfo
+from vllm_multilora.metering.usage import Usage
+from vllm_multilora.metering.usage_log import UsageLog
+from vllm_multilora.metrics.adapter_metrics import AdapterMetrics
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.request_metrics import RequestMetrics
-from vllm_multilora.metrics.tier_metrics import TierMetrics
+from vllm_multilora.metrics.server_counts import COUNTS, count_tokens
+from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.slots.policies.lru import LruPolicy
+from vllm_multilora.slots.usage import AdapterUse
+from vllm_multilora.states import AdapterState
 
 ADAPTERS = 200
 RUNS = 1_000
@@ -66,37 +72,38 @@ def recording_costs(folder: Path) -> dict[str, float]:
         return Recorder(folder, role=role, engine="0", model_name="base", max_adapters=ADAPTERS)
 
     names = {number: f"customer-{number}" for number in range(ADAPTERS)}
-    recorder = make("worker")
-    tiers = TierMetrics(recorder, names.get, lambda number: 16)
-    cache = AdapterCache(slots=16, budget=CpuBudget(adapters=ADAPTERS), events=tiers)
-    tiers.begin(cache, max_rank=64)
-    requests = RequestMetrics(make("engine"))
+    recorder = make("engine")
+    use = AdapterUse(rank=16, size=1 << 20)
+    adapters = AdapterMetrics(recorder, names.get, lambda number: use, slots=16, max_rank=64)
+    slots = SlotAssignment(16, LruPolicy(), adapters)
+    requests = RequestMetrics(recorder)
     for number, name in names.items():
-        cache.register(number)
-        cache.start_loading(number)
-        tiers.read(name, 0.02)
-        cache.finish_loading(number, 1 << 20, evict=False)
-        recorder.series_at((defined.INFO.name, name)).set(AdapterInfo("cpu", 16, False).encode())
+        adapters.read(name, 0.02)
+        adapters.moved(number, AdapterState.HOST)
         requests.accept(name, number, name, is_ready=True)
         requests.finish(name, number)
-    tiers.settle(cache)
 
     def step() -> None:
-        tiers.step(8)
-        tiers.settle(cache)
+        adapters.step(8)
+        adapters.contents(slots.contents)
 
     def request() -> None:
         requests.accept("a request", 7, "customer-7", is_ready=True)
         requests.finish("a request", 7)
 
     def move() -> None:
-        tiers.copied(7, 0.005)
-        tiers.moved(7, cache.state(7))
-        tiers.settle(cache)
+        slots.clear(7)
+        slots.assign(7, pack=1)
+        adapters.copied("customer-7", 0.005)
+        adapters.moved(7, AdapterState.SLOT)
+        adapters.contents(slots.contents)
 
     collector = LoRACollector()
     collector.show(folder)
+    COUNTS.start(lambda: make("server"))
+    usage = Usage("a request", "customer-7", "d" * 64, None, None, 100, 32, 48)
     return {
+        "prompt counted, at its end": microseconds(lambda: count_tokens(usage)),
         "step": microseconds(step),
         "request, from its arrival to its end": microseconds(request),
         "adapter copied into a slot": microseconds(move),
@@ -104,10 +111,13 @@ def recording_costs(folder: Path) -> dict[str, float]:
     }
 
 
-def throughput(rounds: int) -> list[dict[str, float]]:
-    """Seconds for the same requests with metrics on and off, by round."""
+def throughput(rounds: int, of: str) -> list[dict[str, float]]:
+    """Seconds for the same requests with metrics, or metering, on and off, by round."""
     from base_model import build_base_model
     from vllm import LLM, SamplingParams
+
+    from vllm_multilora.integration.attached import METER
+    from vllm_multilora.integration.server.metering import ServerMeter
 
     model = build_base_model()
     config = json.loads((model / "config.json").read_text())
@@ -120,7 +130,7 @@ def throughput(rounds: int) -> list[dict[str, float]]:
         def start(*, metrics: bool) -> LLM:
             # Where there is no folder, nothing is recorded: as with --disable-log-stats, but with
             # vLLM's own statistics the same on both sides.
-            from vllm_multilora.integration import metrics as integration
+            from vllm_multilora.integration.server import engine_config
 
             settings: dict[str, Any] = {
                 "dtype": fastest_dtype(),
@@ -132,16 +142,20 @@ def throughput(rounds: int) -> list[dict[str, float]]:
                 "max_lora_rank": MAX_RANK,
                 "disable_log_stats": False,
             }
-            make_folder = integration.make_folder
+            make_folder = engine_config.make_folder
             if not metrics:
-                integration.make_folder = lambda vllm_config: None
+                engine_config.make_folder = lambda vllm_config: None
             try:
                 return LLM(str(model), **settings)
             finally:
-                integration.make_folder = make_folder
+                engine_config.make_folder = make_folder
 
         # The one with metrics last: a process shows its newest engine's.
-        engines = {"off": start(metrics=False), "on": start(metrics=True)}
+        engines = {"off": start(metrics=of == "metering"), "on": start(metrics=True)}
+        usage_log = Path(scratch) / "usage.jsonl"
+        if of == "metering":
+            log = UsageLog(usage_log, limit=1 << 40)
+            METER.set(engines["on"].llm_engine.output_processor, ServerMeter(log))
 
         def seconds(name: str) -> float:
             engine = engines[name]
@@ -161,6 +175,10 @@ def throughput(rounds: int) -> list[dict[str, float]]:
             m.labels["lora_name"] for m in engines["on"].get_metrics() if "by_adapter" in m.name
         }
         assert len(counted) == len(RANKS), "the engine that should record did not"
+        if of == "metering":
+            log.close()
+            lines = len(usage_log.read_text().splitlines())
+            assert lines == (rounds + 1) * REQUESTS, f"{lines} prompts were metered"
         for engine in engines.values():
             engine.llm_engine.engine_core.shutdown(timeout=30.0)
         return found
@@ -169,6 +187,9 @@ def throughput(rounds: int) -> list[dict[str, float]]:
 def main() -> None:
     """Runs the benchmark and prints its tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--of", choices=("metrics", "metering"), default="metrics", help="what is on and off"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of both engines")
     parser.add_argument("--no-engines", action="store_true", help="time the recording alone")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -181,9 +202,9 @@ def main() -> None:
         print(f"| {what} | {cost:.1f} |")
     figures: dict[str, Any] = {"microseconds": costs}
     if not options.no_engines:
-        rounds = throughput(options.rounds)
+        rounds = throughput(options.rounds, options.of)
         ratios = [r["on"] / r["off"] for r in rounds]
-        print("\n| metrics | output tokens/s |\n|---|---|")
+        print(f"\n| {options.of} | output tokens/s |\n|---|---|")
         for name in ("off", "on"):
             median = statistics.median(r[name] for r in rounds)
             print(f"| {name} | {REQUESTS * NEW_TOKENS / median:.0f} |")

@@ -33,8 +33,8 @@ def measure(tokens: int, requests: int) -> tuple[float, float, float]:
     from vllm.lora.layers.utils import LoRAMappingType
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from vllm_multilora.integration.mapping import BatchMapping
-    from vllm_multilora.integration.punica import MultiLoRAPunicaWrapper
+    from vllm_multilora.integration.step.mapping import BatchMapping
+    from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 
     slots: list[int | None] = list(range(1, ADAPTERS + 1))
     ids = np.random.default_rng(0).integers(0, ADAPTERS + 1, requests)

@@ -4,8 +4,9 @@
 
 A server with a tiny random Llama, over HTTP. Every cycle registers an adapter under a new name
 (twenty different checkpoints of ranks 8 to 64 in turn), asks it for a few tokens and unloads it.
-Reported is the resident memory of each process of the server after a warm-up and at the end, and
-what the routes took. The exit status is 1 if a process has grown by more than 2 % and 16 MiB.
+Reported is the resident memory of each process of the server, and of the store, after a warm-up and
+at the end, and what the routes took. The exit status is 1 if a process has grown by more than 2 %
+and 16 MiB.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from tests.serving.recipes import FLEET_RECIPES
 from tests.serving.server import VllmServer
 from tests.serving.tiny_adapters import write_adapter
 from tests.serving.tiny_models import write_llama
+from vllm_multilora.commands.store import describe
+from vllm_multilora.store.launch import RunningStore
 
 MIB = 2**20
 ADAPTERS = 20
@@ -38,10 +41,10 @@ MOST_GROWTH, LEAST_MIB = 0.02, 16.0
 
 
 def resident(server: VllmServer) -> dict[str, float]:
-    """MiB of each of the server's processes, by what it is."""
-    parent = psutil.Process(server.pid)
+    """MiB of each of the server's processes and of the store, by what it is."""
+    parent, store = psutil.Process(server.pid), psutil.Process(describe(RunningStore()).pid)
     found = {}
-    for process in [parent, *parent.children(recursive=True)]:
+    for process in [parent, *parent.children(recursive=True), store]:
         name = " ".join(process.cmdline())[-60:] or process.name()
         if "resource_tracker" not in name:
             found[f"{process.pid} {name}"] = process.memory_info().rss / MIB

@@ -1,0 +1,293 @@
+"""What a tenant notices of another with eight times its clients and long prompts beside it.
+
+    python benchmarks/fairness.py [--rounds 5] [--seconds 20] [--prefill-tokens 128] [--json FILE]
+
+Three `vllm serve` side by side, with a small random Llama and one adapter a tenant: fair shares,
+the plugin without them, and stock vLLM. In each round every server has every load in turn, so that
+ratios are between phases that lie close together:
+
+- *solo*: the victim's clients, streaming;
+- *beside*: the same, and the aggressor's, with eight times the clients and prompts sixteen times
+  as long;
+- *equal*: eight tenants, each with the same clients, more than there are places in the batch;
+- *alone*: one tenant with as many clients.
+
+The victim's 95th percentiles of the time to first token and from token to token are relative to
+its solo run in the same server and round. Jain's index is of the tokens served to the eight, a
+prompt's tokens counted once and generated ones twice. Throughput is that of all tenants, and its
+ratio that of fair shares to the plugin without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+from streams import token_times
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+TENANTS = tuple(f"tenant-{number}" for number in range(8))
+VICTIM, AGGRESSOR = TENANTS[:2]
+RANK, PLACES, STEP_TOKENS = 16, 64, 2048
+SHORT, LONG = 16, 256
+NEW_TOKENS = 48
+SERVERS = ("fair", "unfair", "stock")
+
+
+@dataclass
+class Served:
+    """What a tenant's clients had in a phase.
+
+    Attributes:
+        first_ms: Time to first token of each stream.
+        gaps_ms: From token to token of all streams.
+        prompt: Tokens of prompts of the requests that were answered within the phase.
+        generated: Tokens that they got; of streams, those that came within it.
+    """
+
+    first_ms: list[float] = field(default_factory=list)
+    gaps_ms: list[float] = field(default_factory=list)
+    prompt: int = 0
+    generated: int = 0
+
+    @property
+    def cost(self) -> int:
+        return self.prompt + 2 * self.generated
+
+
+@dataclass(frozen=True)
+class Load:
+    """A tenant's clients in a phase."""
+
+    tenant: str
+    clients: int
+    prompt: int
+    streams: bool = False
+
+
+async def ask_until(
+    end: float, client: httpx.AsyncClient, load: Load, numbers: random.Random, served: Served
+) -> None:
+    """One client: one request after another; what does not end in time is cut off."""
+    from tests.serving.tiny_models import VOCAB_SIZE
+
+    await asyncio.sleep(numbers.random() * 0.2)
+    while time.perf_counter() < end:
+        body = {
+            "model": load.tenant,
+            "prompt": [numbers.randrange(VOCAB_SIZE) for _ in range(load.prompt)],
+            "max_tokens": numbers.randint(NEW_TOKENS // 2, NEW_TOKENS),
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": load.streams,
+        }
+        if load.streams:
+            await _stream(end, client, body, served)
+        else:
+            response = await client.post("/v1/completions", json=body)
+            if response.is_error:
+                raise RuntimeError(f"{load.tenant}: {response.status_code} {response.text}")
+            served.generated += response.json()["usage"]["completion_tokens"]
+        served.prompt += load.prompt
+
+
+async def _stream(end: float, client: httpx.AsyncClient, body: dict, served: Served) -> None:
+    begin = time.perf_counter()
+    times = [arrived async for arrived in token_times(client, body)]
+    if times[-1] < end:
+        served.first_ms.append(1000 * (times[0] - begin))
+        served.gaps_ms += (1000 * (after - before) for before, after in pairwise(times))
+    served.generated += sum(moment < end for moment in times)
+
+
+async def phase(url: str, loads: Sequence[Load], seconds: float, seed: int) -> dict[str, Served]:
+    """Runs all clients for so long; what each tenant was served."""
+    served = {load.tenant: Served() for load in loads}
+    limits = httpx.Limits(max_connections=sum(load.clients for load in loads))
+    async with httpx.AsyncClient(
+        base_url=url, timeout=None, trust_env=False, limits=limits
+    ) as client:
+        end = time.perf_counter() + seconds
+        clients = []
+        for load in loads:
+            for number in range(load.clients):
+                numbers = random.Random(f"{seed} {load} {number}")
+                asking = ask_until(end, client, load, numbers, served[load.tenant])
+                clients.append(asyncio.create_task(asking))
+        done, late = await asyncio.wait(clients, timeout=seconds)
+        for task in late:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*late)
+        for task in done:
+            task.result()
+    return served
+
+
+def quantile(values: Sequence[float], share: float = 0.95) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def jain(values: Sequence[float]) -> float:
+    """1 where all are equal, 1/n where one has everything."""
+    return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))
+
+
+def run(options: argparse.Namespace, urls: dict[str, str]) -> dict[str, dict[str, list[float]]]:
+    """All rounds on all servers; each figure of each round, by server."""
+    victim = Load(VICTIM, options.clients, SHORT, streams=True)
+    aggressor = Load(AGGRESSOR, 8 * options.clients, LONG)
+    crowd = 2 * PLACES // len(TENANTS)
+    loads = {
+        "solo": [victim],
+        "beside": [victim, aggressor],
+        "equal": [Load(tenant, crowd, LONG // 4) for tenant in TENANTS],
+        "alone": [Load(VICTIM, crowd * len(TENANTS), LONG // 4)],
+    }
+    figures: dict[str, dict[str, list[float]]] = {name: {} for name in urls}
+    for number in range(-1, options.rounds):  # the first round warms up, and does not count
+        order = list(urls)
+        random.Random(number).shuffle(order)
+        for kind, clients in loads.items():
+            for name in order:
+                seconds = options.seconds if number >= 0 else 2.0
+                try:
+                    served = asyncio.run(phase(urls[name], clients, seconds, number))
+                except Exception as error:
+                    raise RuntimeError(f"round {number + 1}, {name}, load {kind!r}") from error
+                if number >= 0:
+                    note(figures[name], kind, served)
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+    return figures
+
+
+def note(figures: dict[str, list[float]], kind: str, served: dict[str, Served]) -> None:
+    """Adds the figures of a phase."""
+
+    def add(name: str, value: float) -> None:
+        figures.setdefault(name, []).append(value)
+
+    if VICTIM in served and served[VICTIM].gaps_ms:
+        add(f"{kind} first token", quantile(served[VICTIM].first_ms))
+        add(f"{kind} next token", quantile(served[VICTIM].gaps_ms))
+    if kind == "equal":
+        add("jain", jain([each.cost for each in served.values()]))
+    tokens = sum(each.cost for each in served.values())
+    if not tokens:
+        raise RuntimeError(f"no request of the load {kind!r} was answered in time: raise --seconds")
+    add(f"{kind} tokens", tokens)
+
+
+def report(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Prints the tables; returns the medians over the rounds."""
+    results: dict[str, dict[str, float]] = {}
+    print("\n95th percentiles of the victim's times")
+    print("| server | first token, solo | beside | ratio | next token, solo | beside | ratio |")
+    print("|---" * 7 + "|")
+    for name, values in figures.items():
+        row, cells = results.setdefault(name, {}), []
+        for what in ("first token", "next token"):
+            solo, beside = values[f"solo {what}"], values[f"beside {what}"]
+            ratio = statistics.median(b / s for s, b in zip(solo, beside, strict=True))
+            row |= {f"solo {what}": statistics.median(solo), f"{what} ratio": ratio}
+            cells += [f"{statistics.median(solo):.1f} ms", f"{statistics.median(beside):.1f} ms"]
+            cells.append(f"{ratio:.2f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("\nJain's index of eight equal tenants (median, least of all rounds)")
+    for name, values in figures.items():
+        results[name]["jain"] = statistics.median(values["jain"])
+        print(f"{name}: {results[name]['jain']:.4f}, {min(values['jain']):.4f}")
+    if {"fair", "unfair"} <= figures.keys():
+        print("\nthroughput with fair shares / without (median of rounds, least to most)")
+        for kind in ("solo", "alone", "equal", "beside"):
+            pairs = zip(
+                figures["fair"][f"{kind} tokens"], figures["unfair"][f"{kind} tokens"], strict=True
+            )
+            ratios = sorted(fair / unfair for fair, unfair in pairs)
+            results["fair"][f"{kind} throughput"] = statistics.median(ratios)
+            print(f"{kind}: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+    return results
+
+
+def main() -> None:
+    """Runs the benchmark and prints its tables."""
+    from tests.serving.recipes import AdapterRecipe
+    from tests.serving.server import VllmServer
+    from tests.serving.tiny_adapters import write_adapter
+    from tests.serving.tiny_models import write_llama
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load, in each round")
+    parser.add_argument("--clients", type=int, default=4, help="of the victim")
+    parser.add_argument(
+        "--prefill-tokens", type=int, default=128, help="--multilora-fair-prefill-tokens"
+    )
+    parser.add_argument("--server", action="append", choices=SERVERS, help="only this one")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    settings = {
+        "fair": [
+            *("--multilora-fair-shares", "--multilora-fair-prefill-tokens"),
+            str(options.prefill_tokens),
+        ],
+        "unfair": [],
+        "stock": [],
+    }
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        base = write_llama(scratch / "base", positions=1024)
+        adapters = [
+            f"{name}={write_adapter(base, scratch / name, AdapterRecipe(name, rank=RANK), seed=n)}"
+            for n, name in enumerate(TENANTS)
+        ]
+        servers = {
+            name: stack.enter_context(
+                VllmServer(
+                    base,
+                    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
+                    *("--max-num-seqs", str(PLACES), "--no-enable-prefix-caching"),
+                    *("--max-num-batched-tokens", str(STEP_TOKENS)),
+                    *("--enable-lora", "--max-loras", str(len(TENANTS))),
+                    *("--max-lora-rank", str(RANK), "--lora-modules", *adapters),
+                    *settings[name],
+                    log=scratch / f"{name}.log",
+                    start_timeout=600.0,
+                    env={"VLLM_PLUGINS": "none"} if name == "stock" else {},
+                )
+            )
+            for name in options.server or SERVERS
+        }
+        try:
+            figures = run(options, {name: server.url for name, server in servers.items()})
+        except Exception:
+            for server in servers.values():
+                print(server.log_tail(), file=sys.stderr)
+            raise
+    results = report(figures)
+    if options.json:
+        options.json.write_text(json.dumps({"medians": results, "rounds": figures}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Sixteen well-behaved customers beside attackers, for as long as one likes.
+
+    python benchmarks/soak.py [--minutes 20] [--seed 0] [--attackers 2] [--json FILE]
+
+A server with a tiny random Llama in float32, over HTTP and with a key. Two threads ask sixteen
+adapters one after another, and compare each answer with PEFT's; another one asks for `/health`.
+Attackers register what is broken, hostile names and poison, flood, give up, reload, unload, delete
+and rewrite files and use wrong keys, at random (`tests/attacks/random_attacks.py`), and each attack
+knows how it must be answered.
+
+The exit status is 1 if an answer was not PEFT's, `/health` was not 200, an attack was answered
+otherwise than expected, a process grew by more than 2 % after the warm-up, or anything is left in
+/dev/shm that the server's processes had there. oneDNN, with which PyTorch multiplies on CPUs, keeps
+what it compiles for each number of rows, up to a thousand times and for half an hour's worth of
+growth here; the server is told to keep eight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.attacks.random_attacks import Attackers
+from tests.serving import completions
+from tests.serving.cases import Scenario
+from tests.serving.recipes import FLEET_RECIPES
+from tests.serving.scenarios import build_scenario
+from tests.serving.server import VllmServer
+from tests.serving.tiny_models import write_llama
+from vllm_multilora.commands.store import describe
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.store.folder import FOLDER_VARIABLE
+from vllm_multilora.store.launch import RunningStore
+
+MIB = 2**20
+CUSTOMERS = 16
+KEY = "the-right-key"
+MOST_GROWTH = 0.02
+WARM_UP_SHARE, WINDOW_SHARE = 0.3, 0.1
+SAMPLE_S = 2.0
+HEALTH_LIMIT_S = 30.0
+SHM = Path("/dev/shm")
+
+
+@dataclass
+class Findings:
+    """What a run has seen; each thread adds to it.
+
+    Attributes:
+        answers: Of customers: right, and wrong.
+        attacks: By name.
+        wrong: What went wrong, in words.
+        health: Looks at `/health`, and the longest in seconds.
+        memory: Samples by process: seconds and bytes.
+        shared: Files in /dev/shm that the server's processes have had mapped or made.
+    """
+
+    answers: Counter[str] = field(default_factory=Counter)
+    attacks: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    health: list[float] = field(default_factory=list)
+    memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    shared: set[str] = field(default_factory=set)
+
+
+class Run:
+    """One run: its server, its customers and its attackers."""
+
+    def __init__(self, server: VllmServer, scenario: Scenario, findings: Findings) -> None:
+        self._server = server
+        self._scenario = scenario
+        self._findings = findings
+        self._over = threading.Event()
+
+    def go(self, seconds: float, attackers: list[Attackers]) -> None:
+        """Runs for so long."""
+        customers = [threading.Thread(target=self._behave, args=(number,)) for number in range(2)]
+        hostile = [threading.Thread(target=self._attack, args=(one,)) for one in attackers]
+        others = [threading.Thread(target=work) for work in (self._look, self._measure)]
+        for thread in (*customers, *hostile, *others):
+            thread.start()
+        self._over.wait(seconds)
+        self._over.set()
+        for thread in (*customers, *hostile, *others):
+            thread.join()
+
+    def _behave(self, number: int) -> None:
+        cases = [case for case in self._scenario.cases if case.adapter is not None][:CUSTOMERS]
+        while not self._over.is_set():
+            for case in cases[number::2] + cases[1 - number :: 2]:
+                assert case.adapter is not None
+                response = completions.ask(self._server, case.adapter, case)
+                if response.status_code != 200:
+                    self._note(f"{case.adapter}: {response.status_code} {response.text[:300]}")
+                    self._findings.answers["refused"] += 1
+                elif completions.token_ids(response) != case.expected.tokens:
+                    self._note(f"{case.adapter}: {completions.token_ids(response)}")
+                    self._findings.answers["wrong"] += 1
+                else:
+                    self._findings.answers["right"] += 1
+                if self._over.is_set():
+                    return
+
+    def _attack(self, attackers: Attackers) -> None:
+        while not self._over.is_set():
+            name, wrong = attackers.attack()
+            self._findings.attacks[name] += 1
+            if wrong:
+                self._note(f"{name}: {wrong}")
+
+    def _look(self) -> None:
+        while not self._over.wait(0.5):
+            began = time.monotonic()
+            try:
+                status = self._server.get("/health").status_code
+            except Exception as error:
+                status, _ = 0, self._note(f"/health: {error!r}")
+            self._findings.health.append(time.monotonic() - began)
+            if status != 200:
+                self._note(f"/health: {status}")
+
+    def _measure(self) -> None:
+        began = time.monotonic()
+        while not self._over.wait(SAMPLE_S):
+            for name, process in processes_of(self._server).items():
+                try:
+                    size = own_bytes(process.pid)
+                    paths = [Path(each.path) for each in process.memory_maps()]
+                except (psutil.Error, OSError):
+                    continue
+                self._findings.memory.setdefault(name, []).append((time.monotonic() - began, size))
+                mapped = [path for path in paths if path.is_relative_to(SHM)]
+                self._findings.shared |= {path.relative_to(SHM).parts[0] for path in mapped}
+
+    def _note(self, what: str) -> None:
+        self._findings.wrong.append(what)
+        print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
+def own_bytes(pid: int) -> int:
+    """Memory of a process's own, without what it maps of adapters, which has its own limit."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+def processes_of(server: VllmServer) -> dict[str, psutil.Process]:
+    """The server's processes and its store, by what they are."""
+    parent = psutil.Process(server.pid)
+    found = {}
+    for process in [parent, *parent.children(recursive=True)]:
+        try:
+            name = " ".join(process.cmdline()).strip()[-40:]
+        except psutil.Error:
+            continue
+        if "resource_tracker" not in name:
+            found[f"{process.pid} {name}"] = process
+    try:
+        store = psutil.Process(describe(RunningStore()).pid)
+        found[f"{store.pid} store"] = store
+    except (MultiLoRAError, psutil.Error):
+        pass
+    return found
+
+
+def growth(samples: list[tuple[float, int]]) -> tuple[float, float]:
+    """MiB after the warm-up and at the end, each the median of a tenth of the run."""
+    last = samples[-1][0]
+    windows = ((WARM_UP_SHARE, WARM_UP_SHARE + WINDOW_SHARE), (1 - WINDOW_SHARE, 1.0))
+    first, end = (
+        statistics.median([size for at, size in samples if a * last <= at <= b * last] or [0])
+        for a, b in windows
+    )
+    return first / MIB, end / MIB
+
+
+def main() -> int:
+    """Runs, and prints what was seen."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attackers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write what was seen to this file")
+    options = parser.parse_args()
+    findings = Findings()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        os.environ[FOLDER_VARIABLE] = str(root / "store")
+        (root / "store").mkdir(mode=0o700)
+        scenario = build_scenario(
+            root, write_llama, FLEET_RECIPES[: CUSTOMERS + 1], lengths=(11,), min_margin=0.02
+        )
+        with VllmServer(
+            scenario.base,
+            *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
+            *("--seed", "0", "--max-model-len", "128", "--max-num-seqs", "16"),
+            *("--block-size", "32", "--num-gpu-blocks-override", "96"),
+            *("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "24"),
+            *("--max-lora-rank", "64", "--disable-uvicorn-access-log"),
+            "--lora-modules",
+            *(f"{name}={path}" for name, path in list(scenario.adapters.items())[:CUSTOMERS]),
+            log=root / "vllm.log",
+            api_key=KEY,
+            env={
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+                "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
+            },
+        ) as server:
+            hostile = []
+            for number in range(options.attackers):
+                (folder := root / f"attacker-{number}").mkdir()
+                source = random.Random(f"{options.seed} {number}")
+                first = 100_000 * number
+                hostile.append(Attackers(server.url, KEY, scenario, folder, source, first))
+            Run(server, scenario, findings).go(60 * options.minutes, hostile)
+            log_bytes = (root / "vllm.log").stat().st_size
+        time.sleep(5)  # the store stays for two seconds
+        left = sorted(name for name in findings.shared if (SHM / name).exists())
+    return report(findings, left, log_bytes, options)
+
+
+def report(findings: Findings, left: list[str], log_bytes: int, options: argparse.Namespace) -> int:
+    """Prints the figures; 1 if anything is not as it should be."""
+    grown = []
+    print("| process | MiB after the warm-up | at the end | growth |\n|---|---|---|---|")
+    for name, samples in findings.memory.items():
+        first, last = growth(samples)
+        if not first or not last:  # a job of the store, or what did not live long enough
+            continue
+        print(f"| {name} | {first:.1f} | {last:.1f} | {100 * (last / first - 1):+.2f} % |")
+        if last / first - 1 > MOST_GROWTH:
+            grown.append(name)
+    print(f"answers: {dict(findings.answers)}")
+    print(f"attacks: {sum(findings.attacks.values())}: {dict(findings.attacks.most_common())}")
+    print(f"/health: {len(findings.health)} times, {max(findings.health):.2f} s at most")
+    print(f"log: {log_bytes / MIB:.1f} MiB; left in {SHM}: {left or 'nothing'}")
+    print(f"load of the machine at the end: {os.getloadavg()}")
+    print(f"wrong: {len(findings.wrong)}; grown: {grown or 'nothing'}")
+    if options.json:
+        kinds = {key: dict(value) for key, value in (("answers", findings.answers),)}
+        found = kinds | {"wrong": findings.wrong, "memory": findings.memory, "left": left}
+        options.json.write_text(json.dumps(found) + "\n")
+    return int(bool(findings.wrong or grown or left))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
