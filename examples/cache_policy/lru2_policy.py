@@ -20,7 +20,7 @@ buffering", SIGMOD 1993.
 
 from collections.abc import Sequence
 
-from vllm_multilora.cache import CachePolicy
+from vllm_multilora.slots import CachePolicy
 
 
 class Lru2Policy(CachePolicy):
