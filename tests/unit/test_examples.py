@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.integration.flags import add_flags, merge_flags
+from vllm_multilora.integration.patching.flags import add_flags, merge_flags
+from vllm_multilora.metrics.definitions import WANTED
 from vllm_multilora.routing.parsing import parse_routes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MANIFESTS = sorted((EXAMPLES / "kubernetes").glob("*.yaml"))
+KUSTOMIZATION = EXAMPLES / "kubernetes" / "kustomization.yaml"
+MANIFESTS = sorted(set((EXAMPLES / "kubernetes").glob("*.yaml")) - {KUSTOMIZATION})
 READMES = sorted(EXAMPLES.rglob("README.md"))
 
 
@@ -64,6 +66,9 @@ def test_the_manifests_use_current_apis() -> None:
         ("gateway.networking.k8s.io/v1", "Gateway"),
         ("gateway.networking.k8s.io/v1", "HTTPRoute"),
         ("inference.networking.k8s.io/v1", "InferencePool"),
+        ("policy/v1", "PodDisruptionBudget"),
+        ("autoscaling/v2", "HorizontalPodAutoscaler"),
+        ("monitoring.coreos.com/v1", "ServiceMonitor"),
     }
 
 
@@ -73,7 +78,10 @@ def test_the_manifests_name_each_other_s_objects() -> None:
     pods = [found["spec"]["template"] for _, found in OBJECTS if found["kind"] == "Deployment"]
     labels = [pod["metadata"]["labels"] for pod in pods]
     for _, found in OBJECTS:
-        if found["kind"] in ("Service", "InferencePool", "Deployment"):
+        if found["kind"] == "HorizontalPodAutoscaler":
+            target = found["spec"]["scaleTargetRef"]
+            assert (target["kind"], target["name"]) in names
+        if found["kind"] in ("Service", "InferencePool", "Deployment", "PodDisruptionBudget"):
             selector = found["spec"]["selector"]
             assert any(
                 label.items() >= selector.get("matchLabels", selector).items() for label in labels
@@ -94,6 +102,43 @@ def test_the_manifests_name_each_other_s_objects() -> None:
                 assert ("PersistentVolumeClaim", claim) in names
         for container in pod["spec"]["containers"]:
             assert volumes.keys() >= {mount["name"] for mount in container["volumeMounts"]}
+
+
+def test_what_is_applied_together_is_there() -> None:
+    (kustomization,) = documents(KUSTOMIZATION)
+    names = {path.name for path in MANIFESTS}
+    assert set(kustomization["resources"]) <= names
+    mentioned = set(re.findall(r"[a-z]+\.yaml", KUSTOMIZATION.read_text()))
+    assert mentioned == names
+
+
+def test_replicas_are_scaled_by_metrics_that_there_are() -> None:
+    (scaler,) = (found for _, found in OBJECTS if found["kind"] == "HorizontalPodAutoscaler")
+    names = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
+    assert names - {"vllm:num_requests_waiting"} == {WANTED.name}
+
+
+def test_only_inference_is_routed() -> None:
+    (route,) = (found for _, found in OBJECTS if found["kind"] == "HTTPRoute")
+    paths = [match["path"]["value"] for rule in route["spec"]["rules"] for match in rule["matches"]]
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"):
+        assert not any(path.startswith(routed) for routed in paths)
+    assert "/v1/chat/completions" in paths
+
+
+def test_pods_have_no_rights_that_they_do_not_need() -> None:
+    (pod,) = (
+        found["spec"]["template"]["spec"]
+        for _, found in OBJECTS
+        if found["kind"] == "Deployment" and found["metadata"]["name"] == "vllm"
+    )
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    flags = dict(flag.split("=") for flag in container["args"] if "=" in flag)
+    leaves = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert leaves + int(flags["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
 
 
 def test_what_the_config_maps_hold_is_yaml() -> None:
@@ -117,7 +162,7 @@ def test_the_manifests_flags_are_ones_that_the_plugin_takes() -> None:
     settings = settings_of(vllm["args"])
     mounts = tuple(mount["mountPath"] for mount in vllm["volumeMounts"])
     assert settings.adapter_dir == ("/adapters",)
-    for path in (*settings.adapter_dir, settings.routes):
+    for path in (*settings.adapter_dir, settings.routes, settings.admin_key_file):
         assert path.startswith(mounts)
 
 
@@ -134,7 +179,7 @@ def test_flags_and_links_of_the_descriptions_exist(path: Path) -> None:
 
 
 def test_the_image_is_a_supported_vllm() -> None:
-    from vllm_multilora.integration.version import is_supported
+    from vllm_multilora.integration.patching.version import is_supported
 
     dockerfile = (EXAMPLES / "docker" / "Dockerfile").read_text()
     base = re.search(r"^FROM vllm/vllm-openai:v(\S+)", dockerfile, re.MULTILINE)

@@ -1,0 +1,55 @@
+"""The pages for people: links lead somewhere, and what is made of the code is up to date."""
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tools import pages
+
+ROOT = Path(__file__).parents[2]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+HEADING = re.compile(r"^#+ (.+)$", re.M)
+MOST_LINES = 120  # of the README
+
+
+def written() -> list[Path]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name]
+
+
+PAGES = written()
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    """The names of a page's headings, as they are in links."""
+    headings = HEADING.findall(FENCED.sub("", page.read_text()))
+    return frozenset(re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(FENCED.sub("", page.read_text())):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", sorted(pages.DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_tables_are_those_of_the_code(page: Path) -> None:
+    assert pages.filled(page.read_text()) == page.read_text(), "run python -m tools.pages"
+
+
+def test_the_readme_names_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= MOST_LINES
+    missing = [page.name for page in pages.DOCS.glob("*.md") if f"(docs/{page.name})" not in readme]
+    assert not missing
