@@ -1,12 +1,15 @@
 """Reads a tensor file once, from its first tensor to its end: shows, packs and judges its bytes.
 
 The bytes are read in spans that stay in the cache while they are looked at, hashed and packed. A
-span holds whole rows of one or more tensors that follow each other.
+span holds whole rows of one or more tensors that follow each other. Spans are shown (hashed, that
+is) on a thread of their own while they are packed and the next one is read: each takes about as
+long as the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,7 +21,7 @@ from multilora_kernels.packing import CONVERT, PIECE, RAW, TRANSPOSE, PieceTable
 from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.tensor_file import TensorFile
 
-SPAN_BYTES = 1 << 20
+SPAN_BYTES = 2 << 20
 _Ints = npt.NDArray[np.int64]
 
 
@@ -58,8 +61,8 @@ def read_once(
         parts: What to do with its tensors, all of types in `KERNEL_DTYPES`.
         addresses: [parts], where their first elements go; 0: the part is only judged. None: all
             are.
-        show: Called with every span of the data, in order; the memory is used again afterwards.
-            None: spans of which no part is wanted are not read.
+        show: Called with every span of the data, in order, on one other thread; the memory is used
+            again afterwards. None: spans of which no part is wanted are not read.
 
     Returns:
         The indexes of the parts that slots cannot hold: a value is NaN or infinite, or becomes so
@@ -71,22 +74,29 @@ def read_once(
     matrices = {part.tensor for part in parts if part.rows is not None}
     bounds = np.fromiter(_bounds(file, matrices), np.int64)
     table, part_of = _cut(_Whole.of(parts, file.tensors, addresses), bounds)
-    buffer = np.empty(int(np.diff(bounds).max(initial=0)), np.uint8)
+    buffers = np.empty((2, int(np.diff(bounds).max(initial=0))), np.uint8)
+    shown: list[Future[object] | None] = [None, None]
     bad: set[int] = set()
-    for index, (begin, end) in enumerate(pairwise(bounds.tolist())):
-        first, last = table.pieces_of(index)
-        if show is None and first == last:
-            continue
-        span = buffer[: end - begin]
-        count = file.file.read_into(span.data, begin)
-        if count < len(span):
-            raise file.ends_early(begin + count)
-        if show is not None:
-            show(span.data)
-        if first < last:
-            overflowing = table.pack(index, span)
-            if overflowing.any():
-                bad.update(part_of[first:last][overflowing].tolist())
+    with ThreadPoolExecutor(1) as beside:  # the thread starts with the first span that is shown
+        for index, (begin, end) in enumerate(pairwise(bounds.tolist())):
+            first, last = table.pieces_of(index)
+            if show is None and first == last:
+                continue
+            if (before := shown[index % 2]) is not None:
+                before.result()
+            span = buffers[index % 2, : end - begin]
+            count = file.file.read_into(span.data, begin)
+            if count < len(span):
+                raise file.ends_early(begin + count)
+            if show is not None:
+                shown[index % 2] = beside.submit(show, span.data)
+            if first < last:
+                overflowing = table.pack(index, span)
+                if overflowing.any():
+                    bad.update(part_of[first:last][overflowing].tolist())
+        for last_shown in shown:
+            if last_shown is not None:
+                last_shown.result()
     return bad
 
 
