@@ -1,6 +1,7 @@
 """What a tenant notices of another with eight times its clients and long prompts beside it.
 
     python benchmarks/fairness.py [--rounds 5] [--seconds 20] [--prefill-tokens 128] [--json FILE]
+    python benchmarks/fairness.py --no-servers [--rounds 15]
 
 Three `vllm serve` side by side, with a small random Llama and one adapter a tenant: fair shares,
 the plugin without them, and stock vLLM. In each round every server has every load in turn, so that
@@ -9,13 +10,15 @@ ratios are between phases that lie close together:
 - *solo*: the victim's clients, streaming;
 - *beside*: the same, and the aggressor's, with eight times the clients and prompts sixteen times
   as long;
-- *equal*: eight tenants, each with the same clients, more than there are places in the batch;
-- *alone*: one tenant with as many clients.
+- *equal*: eight tenants, each with the same clients, more than there are places in the batch.
 
 The victim's 95th percentiles of the time to first token and from token to token are relative to
 its solo run in the same server and round. Jain's index is of the tokens served to the eight, a
-prompt's tokens counted once and generated ones twice. Throughput is that of all tenants, and its
-ratio that of fair shares to the plugin without them.
+prompt's tokens counted once and generated ones twice.
+
+What fair shares cost is measured without servers (`--no-servers`: that alone): two engines, with
+them and without, are given the same requests turn by turn, of one tenant and of eight. Through HTTP
+the client and the waiting of vLLM's own processes for each other decide on a small model's speed.
 """
 
 from __future__ import annotations
@@ -162,7 +165,6 @@ def run(options: argparse.Namespace, urls: dict[str, str]) -> dict[str, dict[str
         "solo": [victim],
         "beside": [victim, aggressor],
         "equal": [Load(tenant, crowd, LONG // 4) for tenant in TENANTS],
-        "alone": [Load(VICTIM, crowd * len(TENANTS), LONG // 4)],
     }
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in urls}
     for number in range(-1, options.rounds):  # the first round warms up, and does not count
@@ -192,10 +194,8 @@ def note(figures: dict[str, list[float]], kind: str, served: dict[str, Served]) 
         add(f"{kind} next token", quantile(served[VICTIM].gaps_ms))
     if kind == "equal":
         add("jain", jain([each.cost for each in served.values()]))
-    tokens = sum(each.cost for each in served.values())
-    if not tokens:
+    if not any(each.cost for each in served.values()):
         raise RuntimeError(f"no request of the load {kind!r} was answered in time: raise --seconds")
-    add(f"{kind} tokens", tokens)
 
 
 def report(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
@@ -217,16 +217,63 @@ def report(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, fl
     for name, values in figures.items():
         results[name]["jain"] = statistics.median(values["jain"])
         print(f"{name}: {results[name]['jain']:.4f}, {min(values['jain']):.4f}")
-    if {"fair", "unfair"} <= figures.keys():
-        print("\nthroughput with fair shares / without (median of rounds, least to most)")
-        for kind in ("solo", "alone", "equal", "beside"):
-            pairs = zip(
-                figures["fair"][f"{kind} tokens"], figures["unfair"][f"{kind} tokens"], strict=True
-            )
-            ratios = sorted(fair / unfair for fair, unfair in pairs)
-            results["fair"][f"{kind} throughput"] = statistics.median(ratios)
-            print(f"{kind}: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
     return results
+
+
+def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[float]]:
+    """Time with fair shares over time without, by load and round."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from tests.serving.tiny_models import VOCAB_SIZE
+
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_lora": True,
+        "enable_prefix_caching": False,
+        "max_loras": len(adapters),
+        "max_lora_rank": RANK,
+        "max_model_len": 512,
+        "max_num_batched_tokens": STEP_TOKENS,
+        "max_num_seqs": PLACES,
+        "skip_tokenizer_init": True,
+    }
+    engines = {
+        is_fair: LLM(
+            str(base), additional_config={"multilora": {"fair_shares": is_fair}}, **settings
+        )
+        for is_fair in (False, True)
+    }
+    numbers = random.Random(0)
+    prompts = [
+        {"prompt_token_ids": [numbers.randrange(VOCAB_SIZE) for _ in range(LONG // 4)]}
+        for _ in range(2 * PLACES)
+    ]
+    sampling = SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+    )
+    named = [LoRARequest(name, n, str(path)) for n, (name, path) in enumerate(adapters.items(), 1)]
+    loads = {"alone": named[:1] * len(prompts), "equal": named * (len(prompts) // len(named))}
+
+    def seconds(is_fair: bool, kind: str) -> float:
+        begin = time.perf_counter()
+        engines[is_fair].generate(prompts, sampling, lora_request=loads[kind], use_tqdm=False)
+        return time.perf_counter() - begin
+
+    ratios: dict[str, list[float]] = {kind: [] for kind in loads}
+    for number in range(-1, rounds):  # the first round warms up, and does not count
+        for kind, found in ratios.items():
+            order = (True, False) if number % 2 else (False, True)
+            times = {is_fair: seconds(is_fair, kind) for is_fair in order}
+            if number >= 0:
+                found.append(times[True] / times[False])
+    for engine in engines.values():
+        engine.llm_engine.engine_core.shutdown(timeout=30.0)
+    print("\ntime with fair shares / without (median, least to most of all rounds)")
+    for kind, found in ratios.items():
+        print(f"{kind}: {statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})")
+    return ratios
 
 
 def main() -> None:
@@ -244,6 +291,9 @@ def main() -> None:
         "--prefill-tokens", type=int, default=128, help="--multilora-fair-prefill-tokens"
     )
     parser.add_argument("--server", action="append", choices=SERVERS, help="only this one")
+    parser.add_argument(
+        "--no-servers", action="store_true", help="only what fair shares cost, without servers"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     settings = {
@@ -257,10 +307,13 @@ def main() -> None:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         base = write_llama(scratch / "base", positions=1024)
-        adapters = [
-            f"{name}={write_adapter(base, scratch / name, AdapterRecipe(name, rank=RANK), seed=n)}"
+        adapters = {
+            name: write_adapter(base, scratch / name, AdapterRecipe(name, rank=RANK), seed=n)
             for n, name in enumerate(TENANTS)
-        ]
+        }
+        costs = cost(base, adapters, options.rounds)
+        if options.no_servers:
+            return
         servers = {
             name: stack.enter_context(
                 VllmServer(
@@ -269,7 +322,8 @@ def main() -> None:
                     *("--max-num-seqs", str(PLACES), "--no-enable-prefix-caching"),
                     *("--max-num-batched-tokens", str(STEP_TOKENS)),
                     *("--enable-lora", "--max-loras", str(len(TENANTS))),
-                    *("--max-lora-rank", str(RANK), "--lora-modules", *adapters),
+                    *("--max-lora-rank", str(RANK)),
+                    *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
                     *settings[name],
                     log=scratch / f"{name}.log",
                     start_timeout=600.0,
@@ -286,7 +340,9 @@ def main() -> None:
             raise
     results = report(figures)
     if options.json:
-        options.json.write_text(json.dumps({"medians": results, "rounds": figures}, indent=2))
+        options.json.write_text(
+            json.dumps({"medians": results, "rounds": figures, "costs": costs}, indent=2)
+        )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ COMMANDS = {
         "vllm_multilora.commands.sign",
         "sign an adapter's folder",
         "Signs all files of a folder with a private key, as OpenSSF model signing does, and writes "
-        "the signature to model.sig there. Exits with 1 if that cannot be done.",
+        "the signature to model.sig there. Exits with 2 if that cannot be done.",
     ),
     "verify": Command(
         "vllm_multilora.commands.verify",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-DONE, FAILED = 0, 1
+DONE, CANNOT = 0, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         from model_signing import hashing, signing
     except ImportError:
         print("signing needs vllm-multilora[signing]: install it", file=sys.stderr)
-        return FAILED
+        return CANNOT
     try:
         config = signing.Config()
         if arguments.certificate is None:
@@ -61,5 +61,5 @@ def run(arguments: argparse.Namespace) -> int:
             print(path)
     except (OSError, TypeError, ValueError) as error:
         print(f"cannot sign: {error}", file=sys.stderr)
-        return FAILED
+        return CANNOT
     return DONE

@@ -41,7 +41,7 @@ def _read(path: str | os.PathLike[str], what: str) -> bytes:
     except OSError as error:
         raise DocumentError(
             f"{os.fspath(path)}: cannot read the {what}: {error.strerror or error}; expected a "
-            f"readable YAML or JSON file"
+            f"readable file"
         ) from None
 
 
