@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.adapters.corpus import BAD
 from tests.serving import completions
+from tests.serving.exposition import scrape, values
 
 from .site import (
     BASE,
@@ -248,12 +249,20 @@ def test_very_many_problems_are_a_hundred_and_a_count(site: Site) -> None:
     shutil.rmtree(folder)
 
 
+def _failed_loads(site: Site) -> float:
+    """What engines have failed to load, or refused to try again."""
+    found = values(scrape(site.server), "vllm:lora_adapter_load_failures_total", "reason")
+    return found.get("gone", 0.0)
+
+
 def test_the_directory_keeps_a_refusal_for_those_who_ask_again(site: Site) -> None:
     """Weights that have gone: every request would be another check."""
     folder = site.put(NAMES[0], site.directory / "without-weights")
     (folder / "adapter_model.safetensors").unlink()
+    before = _failed_loads(site)
     statuses = {site.ask("without-weights").status_code for _ in range(20)}
     assert statuses == {404}
+    assert 1 <= _failed_loads(site) - before <= 5  # pauses double from two seconds on
     site.put(NAMES[0], folder)
     deadline = time.monotonic() + 30
     while site.ask("without-weights").status_code != 200:
