@@ -14,8 +14,6 @@ from safetensors.torch import load_file, save_file
 from tests.serving.cases import Case, Scenario
 from tests.serving.engine import answer, lora_request, running_engine
 
-from .test_poison_matrix import one_thread
-
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
@@ -129,13 +127,10 @@ NGRAM = {
 
 
 @pytest.mark.smoke("quarantine", "speculative decoding (ngram)")
-def test_with_drafted_tokens_nobody_else_is_blamed(
-    fleet: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_drafted_tokens_nobody_else_is_blamed(fleet: Scenario, tmp_path: Path) -> None:
     """A request has several rows of logits then; vLLM counts their NaN row by row."""
     from vllm.lora.request import LoRARequest
 
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler is looked at
     long = [
         Asked(f"long {i}", [7 + i, 21] * 10, 90, lora_request(fleet, f"customer-{2 + i}"))
         for i in range(2)
@@ -164,17 +159,15 @@ def with_drafts(
     base: Path, long: "list[Asked]", short: "list[Asked]", attack: "Asked"
 ) -> tuple[dict[str, Answer], dict[str, Answer]]:
     """Answers by name, without the attack and with it."""
-    with (
-        one_thread(),
-        running_engine(
-            base,
-            speculative_config=NGRAM,
-            max_loras=4,
-            max_num_batched_tokens=64,
-            max_num_seqs=16,
-            enable_prefix_caching=False,
-        ) as llm,
-    ):
+    with running_engine(
+        base,
+        in_process=True,  # the scheduler is looked at
+        speculative_config=NGRAM,
+        max_loras=4,
+        max_num_batched_tokens=64,
+        max_num_seqs=16,
+        enable_prefix_caching=False,
+    ) as llm:
         # It would be loaded while the others get their answers.
         assert llm.llm_engine.add_lora(attack.lora)
         assert llm.llm_engine.pin_lora(attack.lora.lora_int_id)

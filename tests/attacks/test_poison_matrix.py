@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,34 +49,20 @@ def setting(request: pytest.FixtureRequest) -> tuple[str, int, bool, int]:
 @pytest.fixture(scope="module")
 def engine(fleet: Scenario, setting: tuple[str, int, bool, int]) -> Iterator["LLM"]:
     dtype, block, prefixes, tokens = setting
-    with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # attacks look at the scheduler
-        # Few blocks, so that those of the attacker go round.
-        with running_engine(
-            fleet.base,
-            dtype=dtype,
-            block_size=block,
-            enable_prefix_caching=prefixes,
-            max_loras=4,
-            max_cpu_loras=40,
-            num_gpu_blocks_override=16 * 128 // block,
-            max_num_batched_tokens=tokens,
-            max_num_seqs=8,
-        ) as llm:
-            yield llm
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """So small a model is computed sooner by one thread than by several that wait."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    # Few blocks, so that those of the attacker go round.
+    with running_engine(
+        fleet.base,
+        in_process=True,  # attacks look at the scheduler
+        dtype=dtype,
+        block_size=block,
+        enable_prefix_caching=prefixes,
+        max_loras=4,
+        max_cpu_loras=40,
+        num_gpu_blocks_override=16 * 128 // block,
+        max_num_batched_tokens=tokens,
+        max_num_seqs=8,
+    ) as llm:
+        yield llm
 
 
 def answers(llm: "LLM", fleet: Scenario, cases: list[Case]) -> list[tuple[Any, ...]]:

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +41,15 @@ _EXIT_LIMIT_S = 30.0
 
 
 @contextmanager
-def running_engine(model: Path, **overrides: Any) -> Iterator["LLM"]:
+def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -> Iterator["LLM"]:
     """Runs an engine, and ends every process it started when the block is left.
 
     Its store is its own, unless the environment names a folder of stores.
 
     Args:
         model: Directory of the base checkpoint.
+        in_process: Whether scheduler and worker run in this process: it starts in half the time,
+            and does one step for each that it is asked to do.
         **overrides: Arguments of ``LLM`` that replace or join this module's settings.
 
     Raises:
@@ -57,10 +59,13 @@ def running_engine(model: Path, **overrides: Any) -> Iterator["LLM"]:
 
     before = _children()
     started: set[psutil.Process] = set()
-    with store_folder() as folder:
+    with store_folder() as folder, ExitStack() as threads:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv(FOLDER_VARIABLE, folder)
+                if in_process:
+                    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+                    threads.enter_context(_one_thread())
                 llm = LLM(str(model), **{**_SETTINGS, **overrides})
             try:
                 yield llm
@@ -70,6 +75,19 @@ def running_engine(model: Path, **overrides: Any) -> Iterator["LLM"]:
                 llm.llm_engine.engine_core.shutdown(timeout=_EXIT_LIMIT_S)
         finally:
             _await_exit(started | (_children() - before))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model is computed sooner by one thread than by several that wait."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -32,16 +32,15 @@ def roomy(activated: Scenario) -> "Iterator[LLM]":
 @pytest.fixture(scope="module")
 def engine(activated: Scenario) -> "Iterator[LLM]":
     """Fewer slots than adapters, parts of prompts in each step, and few blocks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
-        with running_engine(
-            activated.base,
-            max_loras=2,
-            max_num_batched_tokens=CHUNK,
-            num_gpu_blocks_override=9,
-            disable_log_stats=False,
-        ) as llm:
-            yield llm
+    with running_engine(
+        activated.base,
+        in_process=True,
+        max_loras=2,
+        max_num_batched_tokens=CHUNK,
+        num_gpu_blocks_override=9,
+        disable_log_stats=False,
+    ) as llm:
+        yield llm
 
 
 def greedy(**options: Any) -> "SamplingParams":

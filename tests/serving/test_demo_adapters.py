@@ -67,7 +67,7 @@ def float32_scenario() -> Scenario:
 
 @pytest.fixture(scope="module")
 def offline_tokens(float32_scenario: Scenario) -> list[tuple[int, ...]]:
-    with running_engine(float32_scenario.base, **SETTINGS) as llm:
+    with running_engine(float32_scenario.base, in_process=True, **SETTINGS) as llm:
         outputs = answer(llm, float32_scenario, float32_scenario.cases, new_tokens=NEW_TOKENS)
     return [tuple(output.outputs[0].token_ids) for output in outputs]
 
@@ -114,7 +114,7 @@ def test_over_http_in_float32_every_token_is_pefts(float32_scenario, served_toke
 
 def test_in_bfloat16_log_probabilities_agree():
     expected = scenario(BFLOAT16_TOKENS, "bfloat16")
-    with running_engine(expected.base, **SETTINGS | {"dtype": "bfloat16"}) as llm:
+    with running_engine(expected.base, in_process=True, **SETTINGS | {"dtype": "bfloat16"}) as llm:
         outputs = answer(llm, expected, expected.cases, new_tokens=BFLOAT16_TOKENS)
     for output, case in zip(outputs, expected.cases, strict=True):
         tokens = output.outputs[0].token_ids

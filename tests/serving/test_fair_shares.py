@@ -74,21 +74,19 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def engine(fleet: Scenario) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:
-        # The engine core in this process, so that it does one step for each that it is asked to do.
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with running_engine(
-            fleet.base,
-            enable_prefix_caching=False,
-            max_num_seqs=PLACES,
-            max_loras=2,
-            additional_config={"multilora": {"fair_shares": True}},
-        ) as llm:
-            engine = Engine(llm, fleet)
-            for name in (GREEDY, MODEST):  # from here on both are in slots
-                engine.ask(name, 1)
-                engine.run()
-            yield engine
+    with running_engine(
+        fleet.base,
+        in_process=True,
+        enable_prefix_caching=False,
+        max_num_seqs=PLACES,
+        max_loras=2,
+        additional_config={"multilora": {"fair_shares": True}},
+    ) as llm:
+        engine = Engine(llm, fleet)
+        for name in (GREEDY, MODEST):  # from here on both are in slots
+            engine.ask(name, 1)
+            engine.run()
+        yield engine
 
 
 def test_whoever_sends_eight_times_the_requests_first_gets_no_more_while_both_wait(

@@ -34,6 +34,7 @@ def cases(llama: Scenario) -> list[Case]:
 def engine(llama: Scenario) -> "Iterator[LLM]":
     with running_engine(
         llama.base,
+        in_process=True,
         skip_tokenizer_init=False,
         scheduling_policy="priority",
         max_num_batched_tokens=64,  # a part of the prompts each step
@@ -168,7 +169,9 @@ def test_drafted_tokens_are_verified_under_their_adapter(
         "prompt_lookup_min": 1,
         "prompt_lookup_max": 2,
     }
-    with running_engine(llama.base, speculative_config=drafter, disable_log_stats=False) as llm:
+    with running_engine(
+        llama.base, in_process=True, speculative_config=drafter, disable_log_stats=False
+    ) as llm:
         outputs = llm.generate(
             prompts_of(cases), greedy(), lora_request=loras_of(llama, cases), use_tqdm=False
         )

@@ -35,10 +35,10 @@ def engine_with(base: Path, store: Path) -> Iterator["LLM"]:
         kv_role="kv_both",
         kv_connector_extra_config={"shared_storage_path": str(store)},
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
-        with running_engine(base, kv_transfer_config=transfer, enable_prefix_caching=False) as llm:
-            yield llm
+    with running_engine(
+        base, in_process=True, kv_transfer_config=transfer, enable_prefix_caching=False
+    ) as llm:
+        yield llm
 
 
 def found(llm: "LLM", name: str, number: int, folder: Path) -> int:

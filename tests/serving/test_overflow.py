@@ -55,6 +55,7 @@ def test_all_answer_right_before_and_after_they_were_pushed_out(crowd: Scenario)
     room = 1.25 * (crowd.adapters[LARGE.name] / "adapter_model.safetensors").stat().st_size
     with running_engine(
         crowd.base,
+        in_process=True,
         max_loras=1,
         max_cpu_loras=ADAPTERS,
         max_lora_rank=MAX_RANK,

@@ -70,7 +70,7 @@ def assert_as_peft(pairs: "Sequence[tuple[RequestOutput, Case]]") -> None:
 
 @pytest.fixture(scope="class")
 def llama_engine(llama: Scenario) -> "Iterator[LLM]":
-    with running_engine(llama.base) as llm:
+    with running_engine(llama.base, in_process=True) as llm:
         yield llm
 
 
@@ -81,7 +81,7 @@ def llama_answers(llama_engine: "LLM", llama: Scenario) -> "Answers":
 
 @pytest.fixture(scope="class")
 def qwen2_answers(qwen2: Scenario) -> "Iterator[Answers]":
-    with running_engine(qwen2.base) as llm:
+    with running_engine(qwen2.base, in_process=True) as llm:
         yield answers_by_adapter(llm, qwen2, qwen2.cases)
 
 

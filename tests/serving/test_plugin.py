@@ -57,7 +57,10 @@ def test_the_plugin_acts_when_it_should(
         vllm_version(version)
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     with running_engine(
-        llama.base, additional_config={"multilora": settings} if settings else {}, **overrides
+        llama.base,
+        in_process=version is None,  # which processes that are started see
+        additional_config={"multilora": settings} if settings else {},
+        **overrides,
     ) as llm:
         assert llm.collective_rpc(lora_classes) == [expected]
 

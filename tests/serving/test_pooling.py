@@ -196,7 +196,7 @@ def test_offline_a_failed_request_is_told_beside_the_others_embeddings(
         None,
     ]
     with running_engine(
-        llama.base, runner="pooling", convert="embed", skip_tokenizer_init=False
+        llama.base, in_process=True, runner="pooling", convert="embed", skip_tokenizer_init=False
     ) as llm:
         answers = llm.embed(
             [{"prompt_token_ids": PROMPT}] * len(loras), lora_request=loras, use_tqdm=False

@@ -81,10 +81,8 @@ def listening_engine(base: Path) -> Iterator[Engine]:
         config = KVEventsConfig(
             enable_kv_cache_events=True, publisher="zmq", endpoint=f"tcp://*:{port}"
         )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
-            with running_engine(base, kv_events_config=config) as llm:
-                yield Engine(llm, events)
+        with running_engine(base, in_process=True, kv_events_config=config) as llm:
+            yield Engine(llm, events)
 
 
 def request(name: str, number: int, folder: Path, **options: bool) -> "LoRARequest":

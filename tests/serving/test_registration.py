@@ -222,9 +222,7 @@ def test_pickled_weights_are_refused(deployment: Deployment) -> None:
 
 
 @pytest.mark.smoke("reload beside running requests", "prefix caching")
-def test_a_reload_serves_the_new_weights_whatever_is_cached(
-    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reload_serves_the_new_weights_whatever_is_cached(deployment: Deployment) -> None:
     """From the same path, with the prefix cache full of blocks of the old weights.
 
     The answers are PEFT's, and those of an engine that never had the old weights.
@@ -242,16 +240,15 @@ def test_a_reload_serves_the_new_weights_whatever_is_cached(
     deployment.assert_serves("versions", new)
     answers = [completions.token_ids(deployment.ask("versions", case)) for case in prompts]
     deployment.unload("versions")
-    assert answers == answers_of_a_fresh_engine(deployment.scenario, folder, prompts, monkeypatch)
+    assert answers == answers_of_a_fresh_engine(deployment.scenario, folder, prompts)
 
 
 def answers_of_a_fresh_engine(
-    scenario: Scenario, adapter: Path, prompts: list[Case], monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, adapter: Path, prompts: list[Case]
 ) -> list[tuple[int, ...]]:
     """What an adapter says to each prompt in an engine that has just been started."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
     deployed = Scenario(scenario.base, {"versions": adapter}, ())
-    with running_engine(scenario.base) as llm:
+    with running_engine(scenario.base, in_process=True) as llm:
         return [
             tuple(output.outputs[0].token_ids)
             for case in prompts  # one at a time, as the server was asked

@@ -91,23 +91,21 @@ class Stepper:
 
 
 @contextmanager
-def stepper(fleet: Scenario, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[Stepper]:
-    # The engine core in this process, so that it does one step for each that it is asked to do.
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    with running_engine(fleet.base, enable_prefix_caching=False, **settings) as llm:
+def stepper(fleet: Scenario, **settings: Any) -> Iterator[Stepper]:
+    with running_engine(
+        fleet.base, in_process=True, enable_prefix_caching=False, **settings
+    ) as llm:
         yield Stepper(llm, fleet)
 
 
-def test_adapters_that_share_slots_wait_alike(
-    fleet: Scenario, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_that_share_slots_wait_alike(fleet: Scenario) -> None:
     """Every adapter has four requests at all times, a new one as soon as one is answered.
 
     They are of many lengths, so that an adapter with a slot hardly ever leaves it by itself.
     """
     lengths = random.Random(0)
     names = [f"customer-{number}" for number in range(ADAPTERS)]
-    with stepper(fleet, monkeypatch, max_loras=SLOTS, max_cpu_loras=ADAPTERS) as engine:
+    with stepper(fleet, max_loras=SLOTS, max_cpu_loras=ADAPTERS) as engine:
         while min(len(engine.latencies[name]) for name in names) < REQUESTS_EACH:
             for name in names:
                 while engine.pending(name) < 4:
@@ -119,10 +117,10 @@ def test_adapters_that_share_slots_wait_alike(
 
 
 def test_a_flood_for_one_adapter_does_not_keep_another_out_of_the_only_slot(
-    fleet: Scenario, monkeypatch: pytest.MonkeyPatch
+    fleet: Scenario,
 ) -> None:
     flooding, single, places = "customer-0", "customer-1", 2
-    with stepper(fleet, monkeypatch, max_loras=1, max_cpu_loras=2, max_num_seqs=places) as engine:
+    with stepper(fleet, max_loras=1, max_cpu_loras=2, max_num_seqs=places) as engine:
         engine.submit(single)  # from here on it is in host memory
         engine.run_until_served(single)
 

@@ -64,7 +64,7 @@ def served(base: Path, folders: dict[str, Path], prompt: list[int]) -> dict[str,
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    with running_engine(base, max_cpu_loras=len(NAMES)) as llm:
+    with running_engine(base, in_process=True, max_cpu_loras=len(NAMES)) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": prompt}] * len(NAMES),
             SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
