@@ -6,9 +6,15 @@ is set for the import only, and again by the tests that launch kernels.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Models of tests are computed sooner by one thread than by several that wait for each other: two of
+# these processes share a small machine. NumPy and PyTorch read it on import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -14,7 +14,6 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 # By itself vLLM binds an engine's threads to cores, each rank's and each engine's to a NUMA node of
 # its own: a small machine has one, and two tests' engines would share its first core.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests look into the workers by sending them functions.
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 

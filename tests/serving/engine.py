@@ -1,9 +1,10 @@
 """An offline vLLM engine for tests: one at a time, and gone when its block ends."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,17 +56,22 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
     Raises:
         RuntimeError: A process of the engine outlived its shutdown (and was killed).
     """
+    import torch
     from vllm import LLM
 
     before = _children()
     started: set[psutil.Process] = set()
-    with store_folder() as folder, ExitStack() as threads:
+    with store_folder() as folder, pytest.MonkeyPatch.context() as whole:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv(FOLDER_VARIABLE, folder)
                 if in_process:
+                    # A worker of vLLM replaces it by one that does nothing.
+                    whole.setattr(torch, "set_num_threads", torch.set_num_threads)
                     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-                    threads.enter_context(_one_thread())
+                    # vLLM looks at the attributes of all modules, and fails on those of this one,
+                    # which an earlier engine has brought that drafts tokens by n-grams.
+                    patch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
                 llm = LLM(str(model), **{**_SETTINGS, **overrides})
             try:
                 yield llm
@@ -75,19 +81,6 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
                 llm.llm_engine.engine_core.shutdown(timeout=_EXIT_LIMIT_S)
         finally:
             _await_exit(started | (_children() - before))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """So small a model is computed sooner by one thread than by several that wait."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

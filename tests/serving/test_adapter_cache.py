@@ -54,6 +54,7 @@ def true_rank_bytes(folder: Path) -> int:
 def engine(fleet: Scenario) -> "Iterator[LLM]":
     with running_engine(
         fleet.base,
+        in_process=True,
         max_loras=SLOTS,
         max_cpu_loras=HOST_PLACES,
         # Answers that come from cached prefixes would not use the adapter's weights.
@@ -267,6 +268,7 @@ def test_a_policy_that_fails_ends_nobody(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the processes that are started
     with running_engine(
         fleet.base,
+        in_process=True,
         max_loras=SLOTS,
         max_cpu_loras=HOST_PLACES,
         additional_config={"multilora": {"cache_policy": "broken_policy:Broken"}},

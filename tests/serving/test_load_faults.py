@@ -52,6 +52,7 @@ def engine(fleet: Scenario) -> "Iterator[LLM]":
         yield stack.enter_context(
             running_engine(
                 fleet.base,
+                in_process=True,
                 max_loras=SLOTS,
                 max_cpu_loras=SLOTS,
                 additional_config={"multilora": settings},

@@ -29,7 +29,7 @@ LIMIT_S = 60.0
 def engine(fleet: Scenario) -> "Iterator[LLM]":
     # Answers that come from cached prefixes would not use the adapter's weights.
     with running_engine(
-        fleet.base, max_loras=SLOTS, max_cpu_loras=20, enable_prefix_caching=False
+        fleet.base, in_process=True, max_loras=SLOTS, max_cpu_loras=20, enable_prefix_caching=False
     ) as llm:
         yield llm
 
