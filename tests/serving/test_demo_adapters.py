@@ -14,8 +14,8 @@ from .server import VllmServer
 pytestmark = pytest.mark.serving
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
-NEW_TOKENS = 24
-BFLOAT16_TOKENS = 6
+NEW_TOKENS = 12
+BFLOAT16_TOKENS = 4
 # Both sides round every layer's output and the logits to 8 bits, at other places; logits between 16
 # and 32 are then 0.125 apart. So the likeliest tokens are compared, those of at least 1 %.
 BFLOAT16_LOGPROB_ATOL = 0.3
