@@ -61,13 +61,14 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
 
     before = _children()
     started: set[psutil.Process] = set()
-    with store_folder() as folder, pytest.MonkeyPatch.context() as whole:
+    with store_folder() as folder, pytest.MonkeyPatch.context() as life:
+        life.setenv(FOLDER_VARIABLE, folder)  # an engine in this process looks for it late
+        if in_process:
+            # A worker of vLLM replaces it by one that does nothing.
+            life.setattr(torch, "set_num_threads", torch.set_num_threads)
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(FOLDER_VARIABLE, folder)
                 if in_process:
-                    # A worker of vLLM replaces it by one that does nothing.
-                    whole.setattr(torch, "set_num_threads", torch.set_num_threads)
                     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
                     # vLLM looks at the attributes of all modules, and fails on those of this one,
                     # which an earlier engine has brought that drafts tokens by n-grams.
