@@ -40,6 +40,7 @@ _SWITCHES = (
     "quarantine",
     "fair_shares",
     "latency_metrics",
+    "status_page",
 )
 
 _NOT_INVARIANT = {
@@ -103,6 +104,7 @@ class MultiLoRAConfig:
         latency_metrics: Whether there are histograms of each adapter's latencies.
         metrics_max_adapters: Most adapters whose names are values of the label `lora_name` in
             metrics; all others are counted together as `__other__`.
+        status_page: Whether a server has the page `/multilora`, which shows its adapters.
         pin: Names of adapters that keep their slot once they have one; fewer than there are
             slots.
     """
@@ -360,6 +362,15 @@ class MultiLoRAConfig:
             "type": int,
             "help": "Adapters with series of their own in the LoRA metrics; the others are counted "
             'together as lora_name="__other__".',
+        },
+    )
+    status_page: bool = field(
+        default=True,
+        metadata={
+            "flag": "--multilora-status-page",
+            "help": "Show the adapters, slots and host memory on a page for browsers, /multilora "
+            "(the default). The page itself is open to everybody; what it shows needs the keys "
+            "that GET /v1/lora_adapters needs.",
         },
     )
     pin: tuple[str, ...] = field(

@@ -165,6 +165,8 @@ def test_a_model_answers_those_who_may_use_it(
 
 CALLS = [
     ("nobody", "GET", "/health", 200),
+    ("nobody", "GET", "/multilora", 200),
+    ("nobody", "POST", "/multilora", 401),
     ("nobody", "GET", "/ping", 200),
     ("nobody", "GET", "/metrics", 401),
     ("nobody", "GET", "/version", 401),

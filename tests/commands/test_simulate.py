@@ -174,6 +174,8 @@ def test_plot_draws_a_line_for_every_policy_over_the_slots(tmp_path, capsys, mon
     status, _, err = run(capsys, *arguments, "--plot", tmp_path / "rates.png")
     assert (status, err) == (0, f"wrote {tmp_path / 'rates.png'}\n")
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+    assert run(capsys, *arguments, "--plot", tmp_path / "rates.SVG")[0] == 0
+    assert "<svg" in (tmp_path / "rates.SVG").read_text()
     assert drawn["slots"] == [1, 2, 4, 6, 8, 16]
     assert list(drawn["rates"]) == ["lru", "optimum"]
     (at_six,) = report(capsys, *arguments)["policies"]
@@ -182,7 +184,7 @@ def test_plot_draws_a_line_for_every_policy_over_the_slots(tmp_path, capsys, mon
 
     status, _, err = run(capsys, *arguments, "--plot", tmp_path / "rates.xyz")
     assert status == 2
-    assert "rates.xyz: the plot cannot be written" in err
+    assert "its name ends in '.xyz', expected one of .png, .svg" in err
 
 
 def test_without_matplotlib_plot_says_what_to_install(tmp_path, capsys, monkeypatch):

@@ -51,7 +51,7 @@ WRONG = [
     (f"{ZIPF} --adapter-sizes {{missing}}", "No such file"),
     (f"{ZIPF} --adapter-sizes {{bytes}}", "cannot be read"),
     (f"{ZIPF} --plot {{folder}}/none/p.png", "there is no folder"),
-    (f"{ZIPF} --plot {{folder}}/p.txt", "its name must end in one of"),
+    (f"{ZIPF} --plot {{folder}}/p.txt", "its name ends in '.txt', expected one of .png, .svg"),
     ("simulate --synthetic zipf --requests 0", "got 0"),
     ("simulate --synthetic zipf --adapters 0", "got 0"),
     # status and advise

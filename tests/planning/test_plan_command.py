@@ -118,6 +118,37 @@ def test_wrong_settings(capsys, argv, message):
     assert message in captured.err
 
 
+@pytest.mark.parametrize("name", ["plan.png", "plan.svg"])
+@pytest.mark.parametrize("gib", [None, 0.5, 80], ids=["no GPU", "too small", "large"])
+def test_the_plot_is_what_its_name_says_and_leaves_the_report_as_it_is(name, gib, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    gpu = () if gib is None else ("--gpu-memory", gib)
+    status, alone = command(*gpu), capsys.readouterr().out
+    drawn = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / name
+        assert command(*gpu, "--plot", path) == status
+        assert capsys.readouterr() == (alone, f"wrote {path}\n")
+        drawn.append(path.read_bytes())
+    assert drawn[0] == drawn[1]
+    assert (b"<svg" in drawn[0]) == (name == "plan.svg")
+    assert drawn[0].startswith(b"\x89PNG") == (name == "plan.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("plan.pdf", "ends in '.pdf'"), ("plan", "has no ending")]
+)
+def test_a_plot_of_another_kind_is_refused_before_anything_is_computed(
+    name, found, capsys, tmp_path
+):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    assert command("--plot", tmp_path / name, model=None) == 2
+    assert f"{name}: the plot cannot be written: its name {found}, expected one of .png, .svg" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_base_model_whose_costs_cannot_be_found_out(capsys):
     def costs_of(_):
         raise MultiLoRAError("no such model")

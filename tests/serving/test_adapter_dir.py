@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_multilora.integration.server.status_route import NEW_S
 
 from . import completions
 from .cases import Case, Scenario
@@ -53,6 +56,12 @@ class Deployment:
         response = completions.ask(self.server, name, case)
         assert response.status_code == 200, f"{response.text}\n{self.server.log_tail()}"
         return completions.token_ids(response) == case.expected.tokens
+
+    def row(self, name: str) -> dict[str, Any]:
+        """What the server says of an adapter."""
+        time.sleep(NEW_S)  # an answer may be as old as that
+        rows = self.server.get("/v1/lora_adapters").json()["data"]
+        return next(row for row in rows if row["id"] == name)
 
     def resident(self) -> float:
         """Adapters in host memory."""
@@ -167,8 +176,12 @@ def test_a_bad_folder_is_refused_with_all_problems_until_it_is_good(
         assert {"rank-not-as-configured", "unsupported-feature"} <= codes
         assert "use_dora" in error["message"]
         assert str(deployment.directory) not in response.text
+    row = deployment.row("bad")
+    assert row["state"] == "failed"
+    assert "use_dora" in row["last_error"]
     path.write_text(good)
     assert deployment.serves("bad", NAMES[0])
+    assert deployment.row("bad")["last_error"] is None
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,33 @@ def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_path: P
     run(scenario())
 
 
+@pytest.mark.parametrize("weights", ["bad", "away"])
+def test_why_an_adapter_is_refused_is_told_until_it_serves(tmp_path: Path, weights: str) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", weights)
+        await site.look()
+        assert site.servers[0].refused() == {}, "nobody has tried it"
+        await site.ask("acme")
+        number = site.models[0].lora_requests["acme"].lora_int_id
+        site.pass_time(3600)
+        told = site.servers[0].refused()
+        assert told.keys() == {number}
+        assert f"{weights} weights" in told[number]
+        site.put("acme", "now good")
+        assert await site.ask("acme") == "now good"
+        assert site.servers[0].refused() == {}
+        site.put("acme", "bad")
+        await site.look()
+        number = site.models[0].lora_requests["acme"].lora_int_id
+        assert "bad weights" in site.servers[0].refused()[number], "the old version serves on"
+        site.take("acme")
+        await site.look()
+        assert site.servers[0].refused() == {}
+
+    run(scenario())
+
+
 def test_a_removed_folder_is_forgotten_and_freed(tmp_path: Path) -> None:
     async def scenario() -> None:
         site = Site(tmp_path)

@@ -19,8 +19,8 @@ def answer(locks, role, method, path):
     return 200 if found is None else found.value
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping", "/health/"])
-def test_health_is_everybodys(path):
+@pytest.mark.parametrize("path", ["/health", "/ping", "/health/", "/multilora", "/multilora/"])
+def test_health_and_the_page_without_data_are_everybodys(path):
     for locks, role in product(ALL, Role):
         assert answer(locks, role, "GET", path) == 200
 
@@ -56,9 +56,13 @@ def test_sagemakers_door_is_as_open_as_vllms(locks, status):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/completions", "/tokenize", "/metrics", "/docs", "/", "/v1/realtime", "/version"]
+    "path",
+    [
+        *("/v1/completions", "/tokenize", "/metrics", "/docs", "/", "/v1/realtime", "/version"),
+        *("/multilora/x", "/multilorax"),
+    ],
 )
-def test_with_tenants_nothing_but_health_is_open(path):
+def test_with_tenants_nothing_else_is_open(path):
     assert answer(TENANTS, Role.STRANGER, "GET", path) == 401
     assert answer(TENANTS, Role.CLIENT, "GET", path) == 200
 

@@ -115,6 +115,12 @@ def test_an_adapter_is_as_near_as_its_nearest_engine(states: tuple[str, str], sh
     assert row["state"] == shown
 
 
+@pytest.mark.parametrize(("state", "shown"), [("absent", "failed"), ("slot", "slot")])
+def test_what_the_server_has_refused_has_failed_unless_an_older_version_serves(state, shown):
+    [row] = listing([report(state=state)], [ACME], {7: "r is 128", 8: "another"})["data"]
+    assert (row["state"], row["last_error"]) == (shown, "r is 128")
+
+
 def test_an_error_is_told_whichever_engine_had_it():
     failed = report(state="failed", last_error="the disk is gone")
     [row] = listing([report(), failed], [ACME])["data"]

@@ -2,12 +2,14 @@
 
 import re
 import subprocess
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tools import pages
+from vllm_multilora.config import MultiLoRAConfig
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -46,6 +48,27 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", sorted(pages.DOCS.glob("*.md")), ids=lambda page: page.stem)
 def test_tables_are_those_of_the_code(page: Path) -> None:
     assert pages.filled(page.read_text()) == page.read_text(), "run python -m tools.pages"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_of_the_plugin_exist(page: Path) -> None:
+    flags = {setting.metadata["flag"] for setting in fields(MultiLoRAConfig)}
+    named = set(re.findall(r"--(?:no-)?multilora(?:-[a-z]+)*", page.read_text()))
+    assert {flag.replace("--no-", "--", 1) for flag in named} <= flags
+
+
+def test_flags_that_migrants_are_told_of_exist() -> None:
+    """Those in the right-hand columns, which are this server's."""
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    rows = re.findall(r"^\|.*\|(.*)\|$", (pages.DOCS / "migrating.md").read_text(), re.M)
+    told = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row)}
+    assert len(told) > 15
+    assert {flag for flag in told if "multilora" not in flag} <= known
 
 
 def test_the_readme_names_every_page() -> None:

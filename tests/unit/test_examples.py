@@ -1,6 +1,7 @@
 """The examples that no test runs: files are read, flags exist, links lead somewhere."""
 
 import argparse
+import json
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,7 @@ from vllm_multilora.routing.parsing import parse_routes
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KUSTOMIZATION = EXAMPLES / "kubernetes" / "kustomization.yaml"
 MANIFESTS = sorted(set((EXAMPLES / "kubernetes").glob("*.yaml")) - {KUSTOMIZATION})
+NOTEBOOK = EXAMPLES / "notebook" / "multilora.ipynb"
 READMES = sorted(EXAMPLES.rglob("README.md"))
 
 
@@ -176,6 +178,17 @@ def test_flags_and_links_of_the_descriptions_exist(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_the_notebook_is_one_without_outputs() -> None:
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = notebook["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            compile("".join(cell["source"]), cell["id"], "exec")
 
 
 def test_the_image_is_a_supported_vllm() -> None:

@@ -1,36 +1,11 @@
-"""A picture of hit rates; needs matplotlib, which is an optional extra."""
+"""A picture of hit rates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-from vllm_multilora.errors import MultiLoRAError
-
-
-class PlotError(MultiLoRAError):
-    """The picture cannot be made."""
-
-
-def require(path: Path) -> None:
-    """Says what is missing for a plot, before anything is computed for it.
-
-    Raises:
-        PlotError: There is no matplotlib, no such folder, or no such format.
-    """
-    if find_spec("matplotlib") is None:
-        raise PlotError("--plot needs matplotlib: pip install 'vllm-multilora[plot]'")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    if not path.parent.is_dir():
-        raise PlotError(f"{path}: the plot cannot be written: there is no folder {path.parent}")
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.lower().removeprefix(".") not in formats:
-        raise PlotError(
-            f"{path}: the plot cannot be written: its name must end in one of "
-            f"{', '.join(f'.{name}' for name in sorted(formats))}"
-        )
+from vllm_multilora.commands import plots
 
 
 def draw(
@@ -48,7 +23,7 @@ def draw(
     Raises:
         PlotError: matplotlib is missing or cannot write the file.
     """
-    require(path)
+    plots.require(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -63,7 +38,4 @@ def draw(
     axes.set(xlabel="slots (--max-loras)", ylabel="GPU hit rate, %", title=title, ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise PlotError(f"{path}: the plot cannot be written: {error}") from error
+    plots.save(figure, path)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_multilora.commands import plots
 from vllm_multilora.commands.quiet import quieten_vllm
 from vllm_multilora.errors import ConfigError, MultiLoRAError
 
@@ -63,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapters", type=Path, metavar="DIR", help="whose sub-folders are the adapters to serve"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the slots' memory over their number, as FILE.png or FILE.svg",
+    )
 
 
 def _offline_costs(arguments: argparse.Namespace) -> BaseModel:
@@ -101,7 +108,11 @@ def run(
     """
     try:
         _check(arguments)
+        if arguments.plot:
+            plots.require(arguments.plot)
         plan = _plan(arguments, costs_of(arguments))
+        if arguments.plot:
+            _draw(plan, arguments.plot)
     except MultiLoRAError as error:
         print(f"vllm-multilora plan: error: {error}", file=sys.stderr)
         return FAILED
@@ -113,6 +124,13 @@ def run(
     else:
         print("\n".join(report(plan)))
     return TOO_LARGE if plan.left is not None and plan.left <= 0 else PLANNED
+
+
+def _draw(plan: Plan, path: Path) -> None:
+    from vllm_multilora.commands import plan_plot
+
+    plan_plot.draw(plan, path)
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from vllm_multilora.commands import hit_rate_plot
+from vllm_multilora.commands import hit_rate_plot, plots
 from vllm_multilora.commands.table import aligned
 from vllm_multilora.errors import ConfigError, MultiLoRAError
 from vllm_multilora.slots.adapter_sizes import (
@@ -116,7 +116,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the GPU hit rate over the number of slots"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the GPU hit rate over the number of slots, as FILE.png or FILE.svg",
     )
 
 
@@ -130,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         for policy in policies:
             policy_factory(policy)
         if arguments.plot:
-            hit_rate_plot.require(arguments.plot)
+            plots.require(arguments.plot)
         outcomes = [simulate(trace.requests, sizes, shape, policy) for policy in policies]
         bound = optimum(trace.requests, sizes, shape)
         report = _json if arguments.json else _table

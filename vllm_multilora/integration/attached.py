@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.engine.adapters import EngineAdapters
     from vllm_multilora.integration.engine.reaching import Reached
     from vllm_multilora.integration.fill_link import FillLink
+    from vllm_multilora.integration.server.access import Access
     from vllm_multilora.integration.server.adapter_directory import DirectoryServer
     from vllm_multilora.integration.server.metering import Account, ServerMeter
     from vllm_multilora.integration.server.refusals import Refusals
@@ -78,6 +79,9 @@ DIRECTORY: Attached[DirectoryServer] = Attached("directory")
 
 REFUSALS: Attached[Refusals] = Attached("refusals")
 """Of an API server's `OpenAIServingModels`: what vLLM's resolvers have found and the engine not."""
+
+ACCESS: Attached[Access] = Attached("access")
+"""Of an API server's application: its keys and tenants; not set where it has neither."""
 
 LISTING: Attached[RecentListing] = Attached("listing")
 """Of an API server's `OpenAIServingModels`: what was last told of all adapters."""

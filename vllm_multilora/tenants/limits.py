@@ -120,6 +120,11 @@ class Account:
         """Calls that wait for their turn."""
         return len(self._waiting)
 
+    @property
+    def adapters_in_use(self) -> int:
+        """Different adapters of its calls."""
+        return len(self._adapters)
+
     def update(self, tenant: Tenant) -> None:
         """Puts what a newer file says in force; what runs and what was used stays counted."""
         self.tenant = tenant

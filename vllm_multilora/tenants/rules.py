@@ -24,6 +24,8 @@ class Endpoint(enum.Enum):
     """What a path is for."""
 
     HEALTH = "health"
+    PAGE = "page"
+    """Is a static page, the same for everybody; what it shows it asks other endpoints for."""
     MANAGE = "manage"
     """Loads and unloads adapters."""
     STATUS = "status"
@@ -58,6 +60,9 @@ class Locks:
         """Whether answers may name folders of the server's machine."""
         return role is Role.OPERATOR or not (self.admin_key or self.tenants)
 
+
+STATUS_PAGE = "/multilora"
+"""Where the page is that shows what all adapters are doing."""
 
 _HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -114,6 +119,8 @@ def endpoint_of(method: str, path: str) -> Endpoint:
     path = path.rstrip("/")
     if path in _HEALTH:
         return Endpoint.HEALTH
+    if path == STATUS_PAGE and method == "GET":
+        return Endpoint.PAGE
     if path in _MANAGE or path == _SAGEMAKER_ADAPTERS or path.startswith(_SAGEMAKER_ADAPTERS + "/"):
         return Endpoint.MANAGE
     if path == _STATUS:
@@ -137,7 +144,7 @@ def refusal(locks: Locks, role: Role, endpoint: Endpoint, path: str) -> HTTPStat
     Returns:
         None where it is answered, or left to vLLM's own check of its API key.
     """
-    if endpoint is Endpoint.HEALTH or role is Role.OPERATOR:
+    if endpoint in (Endpoint.HEALTH, Endpoint.PAGE) or role is Role.OPERATOR:
         return None
     if role is Role.TENANT:
         is_allowed = endpoint in (Endpoint.STATUS, Endpoint.MODELS, Endpoint.CALL)

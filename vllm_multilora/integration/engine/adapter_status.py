@@ -8,6 +8,7 @@ the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.engine.adapters import EngineAdapters
@@ -120,7 +121,11 @@ def _row(adapters: EngineAdapters, number: int, entry: Entry | None) -> Row:
 # In the API server
 
 
-def listing(reports: Sequence[Report], registered: Iterable[LoRARequest]) -> dict[str, Any]:
+def listing(
+    reports: Sequence[Report],
+    registered: Iterable[LoRARequest],
+    refused: Mapping[int, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """The route's answer.
 
     Adapters that the server has names for, and those that requests brought along without
@@ -131,6 +136,7 @@ def listing(reports: Sequence[Report], registered: Iterable[LoRARequest]) -> dic
     Args:
         reports: Of all engines.
         registered: The server's adapters.
+        refused: Why versions of them were refused that the engines know nothing of, by number.
     """
     rows = {lora.lora_int_id: {"id": lora.lora_name, "path": lora.lora_path} for lora in registered}
     served = {row["id"] for row in rows.values()}
@@ -150,6 +156,11 @@ def listing(reports: Sequence[Report], registered: Iterable[LoRARequest]) -> dic
         }
         for lora_id, known in rows.items()
     ]
+    for row in data:
+        if row["int_id"] in refused:
+            row["last_error"] = refused[row["int_id"]]
+            if row["state"] == AdapterState.ABSENT.value:
+                row["state"] = AdapterState.FAILED.value
     return {
         "object": "list",
         "data": sorted(data, key=lambda row: (row["id"], row["int_id"])),

@@ -482,7 +482,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("app",),
         handler="server.status_route:attach_router",
         why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
-        "all others out. Adds GET /v1/lora_adapters.",
+        "all others out. Adds GET /v1/lora_adapters, and the page /multilora that shows it.",
         checked=("0.31", "0.33", "0.33/2"),
         until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
     ),

@@ -8,9 +8,9 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
@@ -103,6 +103,21 @@ class Access:
         account = None if identity.tenant is None else self._accounts[identity.tenant]
         hides = not self.locks.shows_folders(identity.role)
         return Caller(identity.role, self._folders, hides, account, self._salt)
+
+    def tenants_now(self) -> list[dict[str, Any]]:
+        """What each tenant uses in this API server, and what it may use in all of them together."""
+        return [
+            {
+                "id": name,
+                "object": "tenant",
+                "running": account.running,
+                "waiting": account.waiting,
+                "adapters": account.adapters_in_use,
+                "weight": account.tenant.weight,
+                "limits": asdict(account.tenant.limits),
+            }
+            for name, account in sorted(self._accounts.items())
+        ]
 
     def look(self) -> None:
         """Has the tenants file read again on a thread, if that was not done lately."""

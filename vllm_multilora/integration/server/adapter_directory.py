@@ -125,6 +125,18 @@ class DirectoryServer:
                 return None
             return await self._admit(served, folder)
 
+    def refused(self) -> dict[int, str]:
+        """Why adapters were refused when they were tried last, by the numbers that serve.
+
+        The engine keeps nothing of an adapter that it has refused.
+        """
+        found = {}
+        for served in self._served.values():
+            answer = served.refused[1] if served.refused else self._missed.last(served.folder)
+            if answer is not None:
+                found[served.lora.lora_int_id] = answer.error.message
+        return found
+
     def _take(self, adapters: Mapping[str, AdapterFolder]) -> None:
         gone = [name for name in self._served if name not in adapters]
         come = []
@@ -261,6 +273,12 @@ async def prepare(models: Any, name: str | None) -> ErrorResponse | None:
     """See `DirectoryServer.prepare`; does nothing where there are no directories."""
     server = DIRECTORY.get(models)
     return await server.prepare(name) if server is not None and name else None
+
+
+def refused(models: Any) -> dict[int, str]:
+    """See `DirectoryServer.refused`; nothing where there are no directories."""
+    server = DIRECTORY.get(models)
+    return {} if server is None else server.refused()
 
 
 def _request(folder: AdapterFolder) -> LoRARequest:

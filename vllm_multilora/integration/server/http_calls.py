@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.attached import ACCESS, METER
 from vllm_multilora.integration.server.access import access_for
 from vllm_multilora.integration.server.access_middleware import AccessMiddleware
 
@@ -167,6 +167,7 @@ def init_entrypoints_middleware(
         app.add_middleware(HttpCallMiddleware)
     access = access_for(args)
     if access is not None:
+        ACCESS.set(app, access)
         app.add_middleware(AccessMiddleware, access=access)  # the last one is the first that acts
 
 

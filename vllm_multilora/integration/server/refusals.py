@@ -48,6 +48,11 @@ class Refusals:
         refusal = self._refusals.get(adapter)
         return refusal.answer if refusal and self._clock() < refusal.until else None
 
+    def last(self, adapter: Hashable) -> ErrorResponse | None:
+        """Why an adapter was refused last, whether it may be tried again by now or not."""
+        refusal = self._refusals.get(adapter)
+        return refusal.answer if refusal else None
+
     def remember(self, adapter: Hashable, answer: ErrorResponse) -> None:
         """An adapter was tried, and refused."""
         before = self._refusals.pop(adapter, None)

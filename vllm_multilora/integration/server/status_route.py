@@ -15,10 +15,11 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
-from vllm_multilora.integration.attached import LISTING
+from vllm_multilora.integration.attached import ACCESS, LISTING
 from vllm_multilora.integration.engine.adapter_status import METHOD, Report, listing
-from vllm_multilora.integration.server import registration
+from vllm_multilora.integration.server import adapter_directory, registration, status_page
 from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.tenants.rules import Role
 
 Listing = dict[str, Any]
 
@@ -85,7 +86,7 @@ async def show_adapters(raw_request: Request) -> JSONResponse:
     async def ask() -> Listing | None:
         async with asyncio.timeout(TIME_LIMIT_S):
             reports = await engine_reports(models.engine_client.engine_core, asked)
-        return listing(reports, registered) if reports else None
+        return listing(reports, registered, adapter_directory.refused(models)) if reports else None
 
     recent = LISTING.get(models)
     if recent is None:
@@ -100,7 +101,11 @@ async def show_adapters(raw_request: Request) -> JSONResponse:
         ) from error
     if answer is None:
         raise HTTPException(HTTPStatus.NOT_FOUND)
-    return JSONResponse(shown_to(current_caller.get(), answer))
+    caller, access = current_caller.get(), ACCESS.get(raw_request.app)
+    shown = shown_to(caller, answer)
+    if access is not None and access.locks.tenants and caller and caller.role is Role.OPERATOR:
+        shown = {**shown, "tenants": access.tenants_now()}
+    return JSONResponse(shown)
 
 
 def shown_to(caller: Caller | None, listed: dict[str, Any]) -> dict[str, Any]:
@@ -142,3 +147,4 @@ async def engine_reports(client: Any, asked: list[int]) -> list[Report]:
 def attach_router(original: Callable[..., None], app: FastAPI) -> None:
     original(app)
     add_route(app)
+    status_page.add_route(app)

@@ -1,0 +1,184 @@
+"""`GET /multilora` without a browser: who gets the page, what goes with it, what tenants add."""
+
+import base64
+import hashlib
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from vllm_multilora.integration.attached import ACCESS, LISTING
+from vllm_multilora.integration.server import registration, status_page, status_route
+from vllm_multilora.integration.server.access import Access
+from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+from vllm_multilora.states import AdapterState
+from vllm_multilora.tenants.keys import stored
+from vllm_multilora.tenants.rules import STATUS_PAGE
+
+from .stub import listing, row
+
+ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
+MOST_BYTES = 30 << 10
+
+
+class Answered(status_route.RecentListing):
+    """A listing that no engine has to be asked for."""
+
+    async def get(self, asked: Any, ask: Any) -> Any:
+        return listing([row("acme-1", 1, "host"), row("other", 2, "slot", slot=0)])
+
+
+def client(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], access: Access | None = None
+) -> TestClient:
+    """A server with the routes, and with keys if it is to have any."""
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+    config = SimpleNamespace(additional_config={"multilora": settings})
+    models = SimpleNamespace(
+        lora_requests={}, engine_client=SimpleNamespace(vllm_config=config, engine_core=None)
+    )
+    LISTING.set(models, Answered())
+    app = FastAPI()
+    app.state.openai_serving_models = models
+    status_route.attach_router(lambda app: None, app)
+    if access is not None:
+        ACCESS.set(app, access)
+        app.add_middleware(AccessMiddleware, access=access)
+    return TestClient(app)
+
+
+@pytest.fixture
+def access(tmp_path):
+    """The keys of an operator, a client and a tenant."""
+    path = tmp_path / "tenants.json"
+    limits = {"running": 8, "tokens_per_minute": 6000}
+    acme = {"keys": [stored(ACME)], "adapters": ["acme-*"], "weight": 2, "limits": limits}
+    path.write_text(json.dumps({"tenants": {"acme": acme}}))
+    return Access(api_keys=[CLIENT], admin_keys=[ADMIN], tenants_path=str(path))
+
+
+def test_the_page_is_one_small_file_that_needs_nothing_else(monkeypatch):
+    answer = client(monkeypatch, {}).get(STATUS_PAGE)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert len(answer.content) < MOST_BYTES
+    addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", answer.text)
+    assert all(address.startswith("data:") for address in addresses)
+    for state in AdapterState:
+        assert f".{state.value} {{" in answer.text, "it has no colour"
+        assert f'"{state.value}"' in answer.text
+
+
+def test_the_policy_lets_the_pages_own_script_and_style_be_and_nothing_else(monkeypatch):
+    answer = client(monkeypatch, {}).get(STATUS_PAGE)
+    policy = dict(
+        rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; ")
+    )
+    for tag in ("script", "style"):
+        content = answer.text.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
+    assert policy == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+    }
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert "set-cookie" not in answer.headers
+
+
+def test_nothing_in_the_page_makes_elements_of_text_or_keeps_anything():
+    text = status_page.page()
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "srcdoc",
+    ):
+        assert way not in text
+    for place in ("localStorage", "sessionStorage", "indexedDB", "document.cookie"):
+        assert place not in text
+    assert " style=" not in text
+    assert not re.search(r"\son\w+=", text)
+
+
+def test_the_page_is_open_and_what_it_shows_is_not(monkeypatch, access):
+    server = client(monkeypatch, {}, access)
+    for key in (None, "wrong", ACME, CLIENT, ADMIN):
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        assert server.get(STATUS_PAGE, headers=headers).status_code == 200
+        known = key in (ACME, CLIENT, ADMIN)
+        assert server.get(status_route.PATH, headers=headers).status_code == (200 if known else 401)
+    assert server.post(STATUS_PAGE).status_code == 401
+    assert server.get("/multilora/other").status_code == 401
+
+
+def test_the_page_can_be_switched_off(monkeypatch):
+    server = client(monkeypatch, {"status_page": False})
+    found, unknown = server.get(STATUS_PAGE), server.get("/unknown")
+    assert (found.status_code, found.json()) == (unknown.status_code, unknown.json())
+    assert server.get(status_route.PATH).status_code == 200
+
+
+def test_where_the_plugin_does_not_act_there_is_no_page():
+    app = FastAPI()
+    status_page.add_route(app)
+    assert TestClient(app).get(STATUS_PAGE).status_code == 404
+
+
+def test_operators_are_told_of_tenants_and_nobody_else_is(monkeypatch, access):
+    server = client(monkeypatch, {}, access)
+
+    def told(key: str) -> dict[str, Any]:
+        return server.get(status_route.PATH, headers={"x-api-key": key}).json()
+
+    assert told(ADMIN)["tenants"] == [
+        {
+            "id": "acme",
+            "object": "tenant",
+            "running": 0,
+            "waiting": 0,
+            "adapters": 0,
+            "weight": 2,
+            "limits": {
+                "running": 8,
+                "waiting": None,
+                "tokens_per_minute": 6000,
+                "adapters": None,
+                "resident": None,
+            },
+        }
+    ]
+    assert "tenants" not in told(CLIENT)
+    assert set(told(ACME)) == {"object", "data"}
+    assert [one["id"] for one in told(ACME)["data"]] == ["acme-1"]
+
+
+def test_what_tenants_use_is_counted(access):
+    account = access.caller(ACME).account
+    account.use("acme-1")
+    account.use("acme-1")
+    account.use("acme-2")
+    (told,) = access.tenants_now()
+    assert told["adapters"] == 2
+
+
+def test_without_tenants_nobody_is_told_of_any(monkeypatch):
+    access = Access(admin_keys=[ADMIN])
+    answer = client(monkeypatch, {}, access).get(status_route.PATH, headers={"x-api-key": ADMIN})
+    assert answer.status_code == 200
+    assert "tenants" not in answer.json()

@@ -1,0 +1,61 @@
+"""A picture of what slots cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vllm_multilora.commands import plots
+from vllm_multilora.planning.plan import Plan
+
+_GIB = 2**30
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Draws a worker's memory for slots over their number, a line for each rank.
+
+    The plan's own settings are marked. Where the GPU is known, a dashed line says what vLLM may
+    take of it beside the weights: a setting above it does not fit, one below leaves the rest for
+    the KV cache.
+
+    Args:
+        plan: The settings, and those that they are compared with.
+        path: The file; its ending is the format.
+
+    Raises:
+        PlotError: matplotlib is missing or cannot write the file.
+    """
+    plots.require(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    counts = plan.slot_counts
+    for rank in plan.compared_ranks:
+        totals = [plan.model.by_rank[rank].total(count) / _GIB for count in counts]
+        axes.plot(counts, totals, "o-", markersize=4, label=f"rank {rank}")
+    axes.plot(
+        [plan.max_loras],
+        [plan.total / _GIB],
+        "k*",
+        markersize=13,
+        label=f"{plan.max_loras} of rank {plan.max_lora_rank}: {plan.total / _GIB:.2f} GiB",
+    )
+    if plan.budget is not None and plan.budget > 0:
+        axes.axhline(plan.budget / _GIB, color="k", linestyle="--", linewidth=1)
+        axes.annotate(
+            f" {plan.budget / _GIB:.1f} GiB for slots and KV cache",
+            (counts[0], plan.budget / _GIB),
+            verticalalignment="bottom",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(counts, labels=[str(count) for count in counts])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(
+        xlabel="slots (--max-loras)",
+        ylabel="GiB of each worker",
+        title=f"{plan.model.architecture}, slots in {plan.model.lora_dtype}",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    plots.save(figure, path)
