@@ -5,6 +5,7 @@
 
 from multilora_kernels.native.compiler import (
     NativeUnavailableError,
+    check_size,
     is_available,
     load_library,
     load_packing_library,
@@ -13,6 +14,7 @@ from multilora_kernels.native.compiler import (
 
 __all__ = [
     "NativeUnavailableError",
+    "check_size",
     "is_available",
     "load_library",
     "load_packing_library",
