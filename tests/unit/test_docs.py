@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tools import pages
 
@@ -46,6 +47,21 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", sorted(pages.DOCS.glob("*.md")), ids=lambda page: page.stem)
 def test_tables_are_those_of_the_code(page: Path) -> None:
     assert pages.filled(page.read_text()) == page.read_text(), "run python -m tools.pages"
+
+
+def test_the_site_has_every_page() -> None:
+    class Loader(yaml.SafeLoader):
+        """Leaves out the functions that MkDocs is told of."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    sections = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]
+    named = [
+        page if isinstance(page, str) else next(iter(page.values()))
+        for section in sections
+        for pages in section.values()
+        for page in pages
+    ]
+    assert sorted(named) == sorted(str(page.relative_to(ROOT)) for page in PAGES)
 
 
 def test_the_readme_names_every_page() -> None:
