@@ -76,7 +76,7 @@ $(VENV)-dist/.installed $(VENV)-docs/.installed: $(VENV)-%/.installed: pyproject
 	@touch $@
 
 docs: $(VENV)-docs/.installed ## the site of docs/ and all READMEs, into build/site
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 # auditwheel says for which Linuxes the wheel is, and fails where it needs anything but their libc.
 dist: $(VENV)-dist/.installed ## an sdist, and from it a wheel with native code for this kind of machine, into dist/

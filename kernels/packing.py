@@ -15,11 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from multilora_kernels.dtypes import BFLOAT16, FLOAT16, FLOAT32, KERNEL_DTYPES, DType
-from multilora_kernels.native.compiler import (
-    NativeUnavailableError,
-    check_size,
-    load_packing_library,
-)
+from multilora_kernels.native.builds import NativeUnavailableError
+from multilora_kernels.native.compiler import check_size, load_packing_library
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +148,8 @@ class PieceTable:
         else:
             for i, piece in enumerate(pieces):
                 largest[i] = _pack_piece(span, piece)
-        return largest >= self._infinities[first:last]
+        unsound: npt.NDArray[np.bool_] = largest >= self._infinities[first:last]
+        return unsound
 
 
 def _library(backend: str) -> ctypes.CDLL | None:

@@ -3,8 +3,8 @@
 `compiler` builds and loads it; neither it nor this folder's own import needs PyTorch.
 """
 
+from multilora_kernels.native.builds import NativeUnavailableError
 from multilora_kernels.native.compiler import (
-    NativeUnavailableError,
     check_size,
     is_available,
     load_library,
