@@ -5,6 +5,7 @@ alone. To build for another kind of machine, name it and its compiler:
 `_PYTHON_HOST_PLATFORM=linux-aarch64 CC=aarch64-linux-gnu-gcc`.
 """
 
+import os
 import runpy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,7 @@ class BuildNative(Command):
             return
         command = builds["compiler"]()
         self.mkpath(self._folder)
-        with ThreadPoolExecutor() as threads:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(
                 threads.map(
                     lambda each: builds["compile_library"](*each[:2], command, Path(each[2])),

@@ -16,8 +16,8 @@ from pathlib import Path
 SOURCE_FOLDER = Path(__file__).parent
 X86_MACHINES = ("x86_64", "AMD64")
 _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
-_LINK_FLAGS = ("-shared", "-static-libgcc", "-s")
-_COMPILE_SECONDS = 120
+_LINK_FLAGS = ("-shared", "-static-libgcc")
+_COMPILE_SECONDS = 600  # usually two, on a machine with nothing else to do
 
 
 class NativeUnavailableError(RuntimeError):

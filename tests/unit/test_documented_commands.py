@@ -1,6 +1,7 @@
 """Every command in the README and the docs is run by a test, or it is said here why it is not.
 
-`vllm-multilora` commands are also parsed, `vllm serve` commands up to their `--multilora` flags.
+`vllm-multilora` commands are also parsed, `vllm serve` commands up to their `--multilora` flags;
+targets of `make` and flags of scripts exist.
 """
 
 import re
@@ -147,6 +148,18 @@ def test_its_arguments_are_right(command: str) -> None:
         words = shlex.split(command)[1:]
         if words[1:] or words[0] in ("doctor", "store"):
             assert parser_of(words[:1]).parse_args(words).run
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if "python " in each.values[0]])
+def test_its_script_has_the_flags(command: str) -> None:
+    module, script = re.search(r"python (?:-m (\S+)|(\S+))", command).groups()
+    if module == "pytest":
+        return
+    path = ROOT / (script or module.replace(".", "/"))
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    text = (path if path.is_file() else ROOT / "examples/monitoring" / path.name).read_text()
+    for flag in re.findall(r"--[a-z-]+", command):
+        assert f'"{flag}"' in text
 
 
 def test_make_has_the_targets() -> None:
