@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test test-fast test-vllm test-all lint bench-cpu bench-plan bench-adapters bench-kernels bench-isolation bench-identity clean
+.PHONY: help install demo test test-fast test-vllm test-all lint bench-cpu bench-plan bench-adapters bench-kernels bench-isolation bench-identity coverage docs dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -59,10 +59,34 @@ test-all: test ## all tests, and the smoke tests with every vLLM and both model 
 	for vllm in 0.31 0.32 0.33; do for runner in 1 2; do \
 	  $(MAKE) test-vllm VLLM=$$vllm RUNNER=$$runner || exit; done; done
 
-lint: $(STAMP)
+coverage: $(STAMP) ## which lines and branches the tests without vLLM engines run
+	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow" --cov --cov-report term:skip-covered
+
+lint: $(STAMP) ## ruff, mypy, and the quick checks of docs and packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/test_docs.py tests/unit/test_documented_commands.py tests/unit/test_packaging.py
+
+# Tools that need no vLLM, and that it does not need: the extra of the same name in pyproject.toml.
+$(VENV)-dist/.installed $(VENV)-docs/.installed: $(VENV)-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $$($(@D)/bin/python -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'])")
+	@touch $@
+
+docs: $(VENV)-docs/.installed ## the site of docs/ and all READMEs, into build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+# auditwheel says for which Linuxes the wheel is, and fails where it needs anything but their libc.
+dist: $(VENV)-dist/.installed ## an sdist, and from it a wheel with native code for this kind of machine, into dist/
+	rm -rf dist build
+	$(VENV)-dist/bin/python -m build
+	PATH="$(abspath $(VENV)-dist/bin):$$PATH" auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+
+dist-check: $(STAMP) ## what is in dist/, installed beside vLLM with no compiler on the path
+	MULTILORA_DIST=dist $(BIN)/python -m pytest tests/unit/test_packaging.py
 
 bench-cpu: $(STAMP) ## throughput on this CPU: base model, plugin, stock vLLM
 	$(BIN)/python benchmarks/cpu_throughput.py
@@ -89,4 +113,4 @@ bench-kernels: $(STAMP) ## the Triton kernels against vLLM's: time on a GPU, cou
 	$(BIN)/python -m tools.kernels.launch_cost
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,91 @@
-"""Which packages there are; everything else is in pyproject.toml.
+"""Which packages there are, and the C code in them; everything else is in pyproject.toml.
 
 The folder `kernels/` is imported as `multilora_kernels`; setuptools finds packages by their folders
-alone.
+alone. To build for another kind of machine, name it and its compiler:
+`_PYTHON_HOST_PLATFORM=linux-aarch64 CC=aarch64-linux-gnu-gcc`.
 """
 
-from setuptools import find_packages, setup
+import os
+import runpy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Command, Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+NATIVE = "kernels/native"
+builds = runpy.run_path(f"{NATIVE}/builds.py")
+
+
+class BuildNative(Command):
+    """Compiles the C code for each instruction set; an editable tree does so when it is used."""
+
+    description = "compile the C code"
+    user_options = ()
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib = self.plat_name = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"), ("plat_name", "plat_name"))
+
+    def run(self) -> None:
+        if self.editable_mode:
+            return
+        command = builds["compiler"]()
+        self.mkpath(self._folder)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(
+                threads.map(
+                    lambda each: builds["compile_library"](*each[:2], command, Path(each[2])),
+                    self._targets(),
+                )
+            )
+
+    @property
+    def _folder(self) -> str:
+        return f"{self.build_lib}/multilora_kernels/native"
+
+    def _targets(self) -> list[tuple]:
+        """Library, instruction set and path of each build."""
+        machine = self.plat_name.partition("-")[2]
+        return [
+            (library, instructions, f"{self._folder}/{library.file_name(instructions)}")
+            for library in builds["LIBRARIES"]
+            for instructions in builds["instruction_sets"](machine)
+        ]
+
+    def get_source_files(self) -> list[str]:
+        return [str(path) for suffix in "ch" for path in Path(NATIVE).glob(f"*.{suffix}")]
+
+    def get_outputs(self) -> list[str]:
+        return [] if self.editable_mode else [path for _, _, path in self._targets()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Build(build):
+    """All steps of setuptools, and the C code."""
+
+    sub_commands = (*build.sub_commands, ("build_native", None))
+
+
+class Wheel(bdist_wheel):
+    """For one kind of machine, and every Python: the C code does not use Python's interface."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class Native(Distribution):
+    """Makes setuptools treat the wheel as one for a kind of machine."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
 
 kernels = find_packages(include=["kernels", "kernels.*"])
 setup(
@@ -13,4 +94,6 @@ setup(
         *find_packages(include=["vllm_multilora", "vllm_multilora.*"]),
     ],
     package_dir={"multilora_kernels": "kernels"},
+    cmdclass={"bdist_wheel": Wheel, "build": Build, "build_native": BuildNative},
+    distclass=Native,
 )

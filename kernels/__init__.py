@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         lora_shrink,
         resolve_backend,
     )
-    from multilora_kernels.native.compiler import NativeUnavailableError
+    from multilora_kernels.native.builds import NativeUnavailableError
     from multilora_kernels.plan import BatchPlan, PlanLayout
     from multilora_kernels.scatter import SlotIndex, SlotTable
     from multilora_kernels.triton_availability import TritonUnavailableError
@@ -48,7 +48,7 @@ __all__ = [
 
 _HOMES = {
     "BatchPlan": "plan",
-    "NativeUnavailableError": "native.compiler",
+    "NativeUnavailableError": "native.builds",
     "PlanLayout": "plan",
     "SlotIndex": "scatter",
     "SlotTable": "scatter",

@@ -52,7 +52,8 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
         TritonUnavailableError: Triton cannot be had, or runs as an interpreter where it must not
             or does not where it must.
     """
-    return _resolve(backend, torch.device(device).type)
+    resolved: str = _resolve(backend, torch.device(device).type)
+    return resolved
 
 
 @torch.compiler.assume_constant_result
@@ -364,7 +365,8 @@ def _tokens_to_skip(plan: torch.Tensor, device: torch.device) -> int:
     header = plan[:HEADER_INTS].tolist()
     if header[PLAN_ROWS] or (not header[PLAN_OWN_GRAPHS] and _is_capturing(device)):
         return 0
-    return header[PLAN_TOKENS]
+    tokens: int = header[PLAN_TOKENS]
+    return tokens
 
 
 def _is_capturing(device: torch.device) -> bool:

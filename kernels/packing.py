@@ -1,6 +1,6 @@
 """Packs parts of a checkpoint: from a span of its bytes to where they belong, and judged.
 
-One native call does all pieces of a span without the GIL; where no compiler is at hand, numpy
+One native call does all pieces of a span without the GIL; where it cannot be had, numpy
 does the same, bit for bit. Nothing here needs PyTorch.
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from multilora_kernels.dtypes import BFLOAT16, FLOAT16, FLOAT32, KERNEL_DTYPES, DType
-from multilora_kernels.native.compiler import NativeUnavailableError, load_packing_library
+from multilora_kernels.native.builds import NativeUnavailableError
+from multilora_kernels.native.compiler import check_size, load_packing_library
 
 logger = logging.getLogger(__name__)
 
@@ -147,15 +148,22 @@ class PieceTable:
         else:
             for i, piece in enumerate(pieces):
                 largest[i] = _pack_piece(span, piece)
-        return largest >= self._infinities[first:last]
+        unsound: npt.NDArray[np.bool_] = largest >= self._infinities[first:last]
+        return unsound
 
 
 def _library(backend: str) -> ctypes.CDLL | None:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "native":
-        return load_packing_library()
+        return _native()
     return _best_library() if backend == "auto" else None
+
+
+def _native() -> ctypes.CDLL:
+    library = load_packing_library()
+    check_size(library, "multilora_pack_piece_bytes", PIECE.itemsize)
+    return library
 
 
 def prepare() -> None:
@@ -166,7 +174,7 @@ def prepare() -> None:
 @lru_cache(maxsize=1)
 def _best_library() -> ctypes.CDLL | None:
     try:
-        return load_packing_library()
+        return _native()
     except NativeUnavailableError as error:
         logger.warning("Adapters are packed by numpy, more slowly than by C: %s", error)
         return None

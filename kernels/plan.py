@@ -90,7 +90,8 @@ class PlanLayout:
     @cached_property
     def size(self) -> int:
         """Length of the whole buffer in int32 elements."""
-        return self.tile_length.stop
+        size: int = self.tile_length.stop
+        return size
 
 
 class BatchPlan:

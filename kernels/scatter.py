@@ -5,8 +5,8 @@ knows where the slices' slots lie and turns the addresses into groups of pieces,
 copy. Group by group, so that a whole adapter never holds the memory bus, or a GPU's copy engine,
 in one go. How they are copied depends on the device:
 
-- CPU: one call into C for a group, without the GIL; PyTorch's own copies where no compiler is at
-  hand
+- CPU: one call into C for a group, without the GIL; PyTorch's own copies where C cannot be
+  had
 - GPU: into staging memory (see `device_staging`), and one Triton kernel that spreads the group
 
 Nothing is cleared: kernels read no further than the true ranks.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,19 @@ import torch
 
 from multilora_kernels import native, triton_availability
 from multilora_kernels.device_staging import DeviceStaging
-from multilora_kernels.native import load_releasing_library
+from multilora_kernels.native import check_size, load_releasing_library
 from multilora_kernels.pieces import PIECE, host_bytes, in_groups
 
 BACKENDS = ("auto", "native", "torch", "triton")
 GROUP_BYTES = 4 << 20
 STAGING_BYTES = 16 << 20
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    library = load_releasing_library()
+    check_size(library, "multilora_scatter_piece_bytes", PIECE.itemsize)
+    return library
 
 
 @dataclass(frozen=True)
@@ -238,7 +246,7 @@ class SlotTable:
         """
         backend = self._resolve(backend)
         if backend == "native":
-            load_releasing_library().multilora_scatter(
+            _library().multilora_scatter(
                 ctypes.c_void_p(group.pieces.ctypes.data),
                 ctypes.c_int64(len(group.pieces)),
                 ctypes.c_int64(threads),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_multilora import __version__
@@ -20,12 +22,17 @@ class Command:
         module: Has `add_arguments(parser)` and `run(arguments)`; see `vllm_multilora.commands`.
         help: Its line among all commands.
         description: What its own help begins with.
+        examples: What its own help ends with, without the program's name.
     """
 
     module: str
     help: str
     description: str
+    examples: tuple[str, ...]
 
+
+COMPLETION = "completion"
+"""The command that knows the arguments of all others."""
 
 COMMANDS = {
     "doctor": Command(
@@ -34,24 +41,40 @@ COMMANDS = {
         "Checks the installation: is the plugin seen by vLLM, which vLLM and platform are there, "
         "which patches are in place, which kernels will run. Exits with 1 if the plugin would not "
         "act.",
+        (
+            "doctor",
+            "doctor --against vllm-0.33.0-cp38-abi3-manylinux1_x86_64.whl",
+        ),
     ),
     "digest": Command(
         "vllm_multilora.commands.digest",
         "say which version of their weights adapters are",
         "Prints the digest of each adapter: of its configuration and all of its tensors, as a "
         "server computes it when it loads the adapter. Exits with 1 if one cannot be read.",
+        (
+            "digest adapters/acme adapters/globex",
+            "digest adapters/* --json > digests.json",
+        ),
     ),
     "sign": Command(
         "vllm_multilora.commands.sign",
         "sign an adapter's folder",
         "Signs all files of a folder with a private key, as OpenSSF model signing does, and writes "
         "the signature to model.sig there. Exits with 2 if that cannot be done.",
+        (
+            "sign adapters/acme --key signing.key",
+            "sign adapters/* --key signing.key --certificate signing.crt",
+        ),
     ),
     "verify": Command(
         "vllm_multilora.commands.verify",
         "say whether adapters are signed, and as they were signed",
         "Checks the signatures of adapters' folders as a server does that requires them. Exits "
         "with 0 if all are right, with 1 if one is not, with 2 if that cannot be told.",
+        (
+            "verify adapters/acme --keys signing.pub",
+            "verify adapters/* --keys trusted.pem",
+        ),
     ),
     "simulate": Command(
         "vllm_multilora.commands.simulate",
@@ -59,6 +82,10 @@ COMMANDS = {
         "Says how often requests would have found their adapter in a slot or in host memory, what "
         "was loaded, copied and evicted, and how far each policy is from the best possible. The "
         "cache is the server's own code.",
+        (
+            "simulate --synthetic zipf --adapters 500 --max-loras 16",
+            "simulate trace.csv --max-loras 32 --policy lru --policy gdsf --json",
+        ),
     ),
     "advise": Command(
         "vllm_multilora.commands.advise",
@@ -66,17 +93,29 @@ COMMANDS = {
         "Watches a server, or asks a Prometheus that has watched it, and compares what it sees "
         "with the rules for serving many adapters. Exits with 0 if there is nothing to change, "
         "with 1 if there is, with 2 if that cannot be told.",
+        (
+            "advise --url http://localhost:8000 --window 60",
+            "advise --prometheus http://localhost:9090 --window 86400",
+        ),
     ),
     "status": Command(
         "vllm_multilora.commands.status",
         "show every adapter of a running server: where it is, and how it is used",
         "Shows what GET /v1/lora_adapters of a server says. Exits with 2 if that cannot be had.",
+        (
+            "status --url http://localhost:8000 --watch",
+            "status --json",
+        ),
     ),
     "tenants": Command(
         "vllm_multilora.commands.tenants",
         "make and hash tenants' keys, and check a tenants file",
         "Makes keys for the file of --multilora-tenants, which holds their hashes alone, and says "
         "whether such a file can be used. Exits with 1 if it cannot.",
+        (
+            "tenants new",
+            "tenants check /etc/vllm/tenants.yaml",
+        ),
     ),
     "store": Command(
         "vllm_multilora.commands.store",
@@ -85,6 +124,10 @@ COMMANDS = {
         "this machine. Servers start one by themselves, which ends with the last of them; one "
         "that is run by hand keeps adapters in host memory between them, until Ctrl-C. Exits "
         "with 2 if one runs already, or if there is none to describe.",
+        (
+            "store",
+            "store --describe --json",
+        ),
     ),
     "plan": Command(
         "vllm_multilora.commands.plan",
@@ -93,6 +136,10 @@ COMMANDS = {
         "memory and so of the KV cache, and what a directory's adapters need. Only the base "
         "model's config.json is read. Exits with 1 if the given GPU has no room for it, "
         "with 2 if the costs cannot be told.",
+        (
+            "plan --model ./Llama-3.1-8B --max-loras 32 --max-lora-rank 64 --gpu-memory 80",
+            "plan --model config.json --max-loras 16 --max-lora-rank 16 --adapters ./adapters",
+        ),
     ),
     "validate": Command(
         "vllm_multilora.commands.validate",
@@ -100,10 +147,25 @@ COMMANDS = {
         "Checks adapters as the server does when they are registered, without the base model's "
         "weights. Exits with 0 if all can be served, with 1 if one cannot, with 2 if that cannot "
         "be told.",
+        (
+            "validate adapters/acme --model ./Llama-3.1-8B --max-lora-rank 64",
+            "validate adapters/* --model ./Llama-3.1-8B --json",
+        ),
+    ),
+    COMPLETION: Command(
+        "vllm_multilora.commands.completion",
+        "print what a shell needs to complete these commands",
+        "Prints a script for a shell, which completes commands and flags. Exits with 2 if shtab is "
+        "not installed.",
+        (
+            "completion bash > ~/.local/share/bash-completion/completions/vllm-multilora",
+            'completion zsh > "${fpath[1]}/_vllm-multilora"',
+        ),
     ),
 }
 
 
+PROGRAM = "vllm-multilora"
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells have them: 128 and the signal
 
 
@@ -114,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 1 or 2 as the command's description says: 2 always means that it could not tell.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser(given)
+    # No option that may come before a command takes a value.
+    called = [word for word in given if not word.startswith("-")][:1]
+    parser = parser_of(COMMANDS if called == [COMPLETION] else called)
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -128,22 +192,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
 
 
-def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the command that is called."""
+def parser_of(called: Container[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the commands that may be called."""
     parser = argparse.ArgumentParser(
-        prog="vllm-multilora", description="Multi-tenant LoRA serving for vLLM."
+        prog=PROGRAM,
+        description="Multi-tenant LoRA serving for vLLM.",
+        epilog=_shown(command.examples[0] for command in COMMANDS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    # No option that may come before a command takes a value.
-    called = next((word for word in given if not word.startswith("-")), None)
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.help, description=command.description)
-        if name == called:
+        subparser = commands.add_parser(
+            name,
+            help=command.help,
+            description=_wrapped(command.description),
+            epilog=_shown(command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name in called:
             module = importlib.import_module(command.module)
             module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run, parser=subparser)
+            subparser.set_defaults(run=module.run, parser=subparser, program=parser)
     return parser
+
+
+def _wrapped(text: str) -> str:
+    """As argparse wraps what it formats itself."""
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 2)
+
+
+def _shown(examples: Iterable[str]) -> str:
+    return "\n".join(("examples:", *(f"  {PROGRAM} {example}" for example in examples)))
 
 
 if __name__ == "__main__":

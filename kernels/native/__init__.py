@@ -3,8 +3,9 @@
 `compiler` builds and loads it; neither it nor this folder's own import needs PyTorch.
 """
 
+from multilora_kernels.native.builds import NativeUnavailableError
 from multilora_kernels.native.compiler import (
-    NativeUnavailableError,
+    check_size,
     is_available,
     load_library,
     load_packing_library,
@@ -13,6 +14,7 @@ from multilora_kernels.native.compiler import (
 
 __all__ = [
     "NativeUnavailableError",
+    "check_size",
     "is_available",
     "load_library",
     "load_packing_library",

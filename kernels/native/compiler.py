@@ -1,69 +1,38 @@
-"""Builds the C code for this machine's processor, once, and loads it.
+"""Loads the C code: as it came in the wheel, or compiled once from the sources beside this file.
 
-The wheel carries C source, not binaries: one wheel serves every platform, and the compiler
-may use all of the processor's vector instructions. There are two libraries: `KERNELS`, on
-PyTorch's OpenMP threads, and `PACKING`, which needs neither. Each is cached by a hash of its
-sources, the compiler and the processor's features, so an update or another machine sharing the
-home folder builds its own.
+A wheel carries no sources, but a build for each instruction set (see `builds`). A source tree
+carries no builds: each is compiled when it is first used, and kept by a hash of its sources, flags
+and compiler, so that nothing stale is ever loaded. There are two libraries: `KERNELS`, on
+PyTorch's OpenMP threads, and `PACKING`, which needs neither.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
+from multilora_kernels.native.builds import (
+    KERNELS,
+    PACKING,
+    SOURCE_FOLDER,
+    InstructionSet,
+    Library,
+    NativeUnavailableError,
+    compile_library,
+    compiler,
+    fingerprint,
+)
+from multilora_kernels.native.processor import chosen_set
 from multilora_kernels.native.trust import distrust
 
 logger = logging.getLogger(__name__)
-
-SOURCE_FOLDER = Path(__file__).parent
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
-_COMPILE_SECONDS = 120
-
-
-@dataclass(frozen=True)
-class Library:
-    """C code that is built into one shared library.
-
-    Attributes:
-        name: What its file's name begins with.
-        sources: The files to compile.
-        headers: The files that they include.
-        openmp: Whether it runs on OpenMP's threads.
-    """
-
-    name: str
-    sources: tuple[Path, ...]
-    headers: tuple[Path, ...]
-    openmp: bool
-
-
-def _files(*names: str) -> tuple[Path, ...]:
-    return tuple(SOURCE_FOLDER / name for name in names)
-
-
-KERNELS = Library(
-    "kernels",
-    _files("segment_gemm.c", "scatter.c"),
-    _files("vectors.h", "dot_products.h", "outer_products.h", "streaming.h"),
-    openmp=True,
-)
-PACKING = Library("packing", _files("pack.c"), _files("vectors.h", "streaming.h"), openmp=False)
-
-
-class NativeUnavailableError(RuntimeError):
-    """The C code cannot be built or loaded here; the message says why and what to do."""
 
 
 def is_available() -> bool:
@@ -77,7 +46,7 @@ def is_available() -> bool:
 
 @lru_cache(maxsize=1)
 def load_library() -> ctypes.PyDLL:
-    """The compiled kernels, built first if no cached build fits.
+    """The compiled kernels.
 
     The library is a `PyDLL`, which keeps the GIL: a call takes tens of microseconds, and a
     thread that gave up the GIL might wait for milliseconds to get it back in a busy process.
@@ -103,12 +72,31 @@ def load_releasing_library() -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def load_packing_library() -> ctypes.CDLL:
-    """The compiled packing code, built first if no cached build fits; calls release the GIL.
+    """The compiled packing code; calls release the GIL.
 
     Raises:
         NativeUnavailableError: No C compiler, or a failed compilation.
     """
     return _load(PACKING)
+
+
+def check_size(library: ctypes.CDLL, constant: str, size: int) -> None:
+    """Makes sure that a struct is as long in C as where Python fills it.
+
+    Args:
+        library: The loaded library.
+        constant: Holds the size of the struct there.
+        size: What Python takes it for, in bytes.
+
+    Raises:
+        NativeUnavailableError: It is not: the library is from other sources than this package.
+    """
+    found = ctypes.c_int64.in_dll(library, constant).value
+    if found != size:
+        raise NativeUnavailableError(
+            f"{library._name} was built from other sources than this package: {constant} is "
+            f"{found} there and {size} here; reinstall vllm-multilora"
+        )
 
 
 def _load(library: Library) -> ctypes.CDLL:
@@ -147,20 +135,27 @@ def _make_openmp_visible() -> None:
 def built(library: Library) -> Iterator[Path]:
     """The path of a library that fits this machine; it may be gone after the block.
 
-    It is taken from the cache folder or built there. Where that folder is the default one and
-    cannot be had, or others could have written to it, it is built in a private temporary folder.
+    It came with the installation, or its sources did. Then it is taken from the cache folder or
+    built there. Where that folder is the default one and cannot be had, or others could have
+    written to it, it is built in a private temporary folder.
 
     Raises:
         NativeUnavailableError: It cannot be built; or the folder in `MULTILORA_CACHE_DIR` is not
-            one to load code from.
+            one to load code from; or `MULTILORA_INSTRUCTIONS` names no set that runs here.
     """
-    command = _compiler()
-    name = f"{library.name}-{_fingerprint(library, command)}.so"
+    instructions = chosen_set()
+    if not library.sources[0].exists():
+        yield _installed(library, instructions)
+        return
+    command = compiler()
+    key = fingerprint(library, instructions, command)
+    name = f"{library.name}-{instructions.name}-{key}.so"
+    build = partial(_compile, library, instructions, command)
     if configured := os.environ.get("MULTILORA_CACHE_DIR"):
-        yield _cached(library, command, Path(configured) / name)
+        yield _cached(build, Path(configured) / name)
         return
     try:
-        path = _cached(library, command, _default_cache() / name)
+        path = _cached(build, _default_cache() / name)
     except _CacheUnusableError as error:
         with tempfile.TemporaryDirectory(prefix="vllm-multilora-") as folder:
             logger.warning(
@@ -168,9 +163,19 @@ def built(library: Library) -> Iterator[Path]:
                 library.name,
                 error,
             )
-            yield _compile(library, command, Path(folder) / name)
+            yield build(Path(folder) / name)
         return
     yield path
+
+
+def _installed(library: Library, instructions: InstructionSet) -> Path:
+    path = SOURCE_FOLDER / library.file_name(instructions)
+    if not path.exists():
+        raise NativeUnavailableError(
+            f"{path} is missing, and so are its sources: this installation is not whole; reinstall "
+            "vllm-multilora"
+        )
+    return path
 
 
 class _CacheUnusableError(NativeUnavailableError):
@@ -189,7 +194,7 @@ def _default_cache() -> Path:
         ) from None
 
 
-def _cached(library: Library, command: list[str], path: Path) -> Path:
+def _cached(build: Callable[[Path], Path], path: Path) -> Path:
     """The library's file in a cache folder, compiled if it is not there yet."""
     folder = path.parent
     try:
@@ -210,7 +215,7 @@ def _cached(library: Library, command: list[str], path: Path) -> Path:
         raise _CacheUnusableError(_not_writable(folder, error)) from None
     try:
         # Renamed into place: another process may be building the same one.
-        _compile(library, command, Path(work) / path.name).replace(path)
+        build(Path(work) / path.name).replace(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return path
@@ -223,59 +228,9 @@ def _not_writable(folder: Path, error: OSError) -> str:
     )
 
 
-def _compiler() -> list[str]:
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    compiler = compiler or shutil.which("cc")
-    if compiler is None:
-        raise NativeUnavailableError(
-            "no C compiler found (looked for $CC, gcc, clang, cc); install one, for example "
-            "`apt-get install gcc`, to use the native CPU kernels"
-        )
-    return compiler.split()
-
-
-def _compile(library: Library, command: list[str], path: Path) -> Path:
-    """Compiles and links a library, in a folder that is nobody else's."""
-    flags = (*_FLAGS, f"-I{SOURCE_FOLDER}", *(["-fopenmp"] if library.openmp else []))
-    objects = []
-    for source in library.sources:
-        objects.append(str(path.with_name(f"{source.stem}.o")))
-        _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
-    # Linking apart from compiling, so that -fopenmp adds no OpenMP runtime of its own.
-    _run([*command, "-shared", *objects, "-o", str(path)])
-    path.chmod(0o700)
+def _compile(
+    library: Library, instructions: InstructionSet, command: list[str], path: Path
+) -> Path:
+    compile_library(library, instructions, command, path).chmod(0o700)
     logger.info("Compiled the native %s with %s: %s", library.name, command[0], path)
     return path
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailableError(f"`{' '.join(command)}` did not run: {error}") from None
-    if done.returncode:
-        raise NativeUnavailableError(
-            f"`{' '.join(command)}` failed with exit status {done.returncode}:\n"
-            f"{done.stderr.strip()[-2000:]}"
-        )
-    return done.stdout
-
-
-def _fingerprint(library: Library, command: list[str]) -> str:
-    version = _run([*command, "--version"])
-    files = (*library.sources, *library.headers)
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-    for part in (" ".join(command), version, " ".join(_FLAGS), platform.machine(), _cpu_features()):
-        digest.update(part.encode())
-    return digest.hexdigest()[:16]
-
-
-def _cpu_features() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    keys = ("flags", "Features", "model name", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(keys)}))

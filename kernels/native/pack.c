@@ -29,6 +29,7 @@ struct piece {
     int64_t kind;
     double scale;          /* rounded to float32 */
 };
+const int64_t multilora_pack_piece_bytes = sizeof(struct piece);
 
 #define RUN 2048 /* elements that are converted at a time */
 #define TILE 64  /* rows and columns that are transposed at a time */

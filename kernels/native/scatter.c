@@ -19,13 +19,14 @@ int omp_get_num_threads(void);
 #define PAGE 4096
 #define PAGES 4 /* copied line by line in turn: more requests under way, a third less time */
 
-/* Mirrored by PIECE in kernels/scatter.py. All in bytes. */
+/* Mirrored by PIECE in kernels/pieces.py. All in bytes. */
 struct piece {
     int64_t from; /* address of the first row of the source, in which they follow each other */
     int64_t to;   /* address of the first row in the slot */
     int64_t rows, row_bytes;
     int64_t stride; /* from row to row in the slot */
 };
+const int64_t multilora_scatter_piece_bytes = sizeof(struct piece);
 
 static void copy(char *restrict to, const char *restrict from, size_t bytes) {
 #if defined(__SSE2__)

@@ -66,6 +66,7 @@ struct lora_call {
     int64_t plan, order, tile_slot, tile_start, tile_rows;
     struct slice slice[MAX_SLICES];
 };
+const int64_t multilora_call_bytes = sizeof(struct lora_call);
 
 /* Whether x stays as it is: the processor multiplies pairs of bfloat16 and adds them to float32. */
 INLINE int multiplies_as_bf16(const struct lora_call *c) {

@@ -11,10 +11,11 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
-from multilora_kernels.native.compiler import load_library
+from multilora_kernels.native.compiler import check_size, load_library
 from multilora_kernels.plan import PlanLayout
 
 MAX_SLICES = 16
@@ -27,6 +28,13 @@ _FIXED = struct.Struct("=8qd")
 _CHANGING = struct.Struct("=19q")
 _SLICE = struct.Struct("=9q")
 _SLICES_AT = _FIXED.size + _CHANGING.size
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.PyDLL:
+    library = load_library()
+    check_size(library, "multilora_call_bytes", _SLICES_AT + MAX_SLICES * _SLICE.size)
+    return library
 
 
 class _Scratch(threading.local):
@@ -68,7 +76,7 @@ class Call:
         scale: float = 1.0,
         overwrite: bool = False,
     ) -> None:
-        self._library = load_library()
+        self._library = _library()
         self._keep_alive = (tuple(lora_a), tuple(lora_b), ranks)
         weights = lora_a or lora_b
         slices = len(weights)

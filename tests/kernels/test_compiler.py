@@ -1,4 +1,7 @@
-"""Building the C code: cached where nobody else can write, and every failure says what to do."""
+"""Building the C code: cached where nobody else can write, and every failure says what to do.
+
+What a wheel brings is loaded instead, where there are no sources.
+"""
 
 import ctypes
 import logging
@@ -10,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from multilora_kernels import NativeUnavailableError
-from multilora_kernels.native import compiler, trust
-from multilora_kernels.native.compiler import PACKING, Library, built
+from multilora_kernels import NativeUnavailableError, packing
+from multilora_kernels.native import builds, compiler, processor, trust
+from multilora_kernels.native.builds import PACKING, Library
+from multilora_kernels.native.compiler import built
 
 
 @pytest.fixture
@@ -27,6 +31,12 @@ def small(tmp_path) -> Library:
     source = tmp_path / "small.c"
     source.write_text("int answer(void) { return 42; }\n")
     return Library("small", (source,), (), openmp=False)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_features():
+    yield
+    processor._features.cache_clear()
 
 
 @pytest.fixture
@@ -92,7 +102,7 @@ def test_the_packing_library_needs_no_openmp(cache):
 
 def test_without_a_compiler_the_error_says_what_to_install(cache, monkeypatch, small):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    monkeypatch.setattr(builds.shutil, "which", lambda name: None)
     with pytest.raises(NativeUnavailableError, match=r"no C compiler found.*apt-get install gcc"):
         path_of(small)
 
@@ -174,6 +184,73 @@ def test_without_a_place_to_keep_it_code_is_built_for_the_process(
     [record] = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert "compiled for this process alone" in record.message
     assert words in record.message
+
+
+@pytest.fixture
+def installed(small, tmp_path, monkeypatch) -> Library:
+    """The small library as a wheel has it: a build for one instruction set, and no sources."""
+    monkeypatch.setattr(compiler, "SOURCE_FOLDER", tmp_path)
+    path = tmp_path / small.file_name(processor.chosen_set())
+    builds.compile_library(small, processor.chosen_set(), builds.compiler(), path)
+    small.sources[0].unlink()
+    return small
+
+
+def test_without_sources_the_build_of_the_wheel_is_loaded(cache, installed, monkeypatch):
+    monkeypatch.setattr(builds.shutil, "which", lambda name: None)
+    assert answer(installed) == 42
+    assert not cache.exists()
+
+
+def test_an_installation_without_its_builds_says_so(cache, installed, tmp_path):
+    (tmp_path / installed.file_name(processor.chosen_set())).unlink()
+    with pytest.raises(NativeUnavailableError, match=r"small-.*\.so is missing.*reinstall"):
+        answer(installed)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "best"),
+    [
+        (set(), "avx512bf16"),
+        ({"avx512_bf16"}, "avx512"),
+        ({"avx512vl"}, "avx2"),
+        ({"f16c"}, "baseline"),
+    ],
+)
+def test_the_processor_says_which_instructions_are_used(monkeypatch, tmp_path, lacking, best):
+    [most, *_] = builds.instruction_sets("x86_64")
+    text = (
+        f"processor\t: 0\nflags\t\t: fpu {' '.join(most.needs - lacking)} sse2\n\nprocessor\t: 1\n"
+    )
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("MULTILORA_INSTRUCTIONS", raising=False)
+    processor._features.cache_clear()
+    assert processor.chosen_set().name == best
+    monkeypatch.setenv("MULTILORA_INSTRUCTIONS", "baseline")
+    assert processor.chosen_set().name == "baseline"
+    monkeypatch.setenv("MULTILORA_INSTRUCTIONS", "avx2")
+    if best == "baseline":
+        with pytest.raises(NativeUnavailableError, match="it needs f16c, which it lacks"):
+            processor.chosen_set()
+    else:
+        assert processor.chosen_set().name == "avx2"
+    monkeypatch.setenv("MULTILORA_INSTRUCTIONS", "sse9")
+    with pytest.raises(NativeUnavailableError, match=r"does not exist; one of .*baseline runs"):
+        processor.chosen_set()
+
+
+def test_a_struct_of_another_size_is_noticed(cache):
+    library = compiler._load(PACKING)
+    compiler.check_size(library, "multilora_pack_piece_bytes", packing.PIECE.itemsize)
+    with pytest.raises(NativeUnavailableError, match="is 80 there and 72 here; reinstall"):
+        compiler.check_size(library, "multilora_pack_piece_bytes", 72)
+
+
+def test_other_instructions_get_another_build(cache, small, monkeypatch):
+    monkeypatch.setenv("MULTILORA_INSTRUCTIONS", "baseline")
+    assert path_of(small).name.startswith("small-baseline-")
 
 
 def test_the_compiler_module_imports_no_torch():

@@ -1,20 +1,22 @@
 """`vllm-multilora` answers at once where no command has to run."""
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from vllm_multilora import __version__
-from vllm_multilora.cli import COMMANDS, main
+from vllm_multilora.cli import COMMANDS, main, parser_of
 
 HEAVY = ("torch", "vllm", "numpy", "triton", "matplotlib", "prometheus_client")
-MOST_CPU_S = 1.5
-"""Many times what an answer takes, and less than importing torch takes."""
+MOST_CPU_S = 0.5
+"""Many times what an answer takes (0.05 s), and less than importing torch takes."""
 
 WRONG = {
     "advise": ["--url", "http://localhost", "--prometheus", "http://localhost"],
+    "completion": ["cmd"],
     "digest": [],
     "doctor": ["--no-such-flag"],
     "plan": ["--model", "m", "--max-loras", "many"],
@@ -74,6 +76,34 @@ def test_help_and_wrong_arguments_import_nothing_heavy(arguments, status, text):
     assert text in output
     assert heavy == []
     assert seconds < MOST_CPU_S
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_in_the_help_and_can_be_parsed(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    for example in COMMANDS[name].examples:
+        assert f"\n  vllm-multilora {example}\n" in shown
+        words = shlex.split(example.partition(">")[0])
+        assert words[0] == name
+        assert parser_of([name]).parse_args(words).run
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_shells_complete_all_commands_and_flags(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, "max-lora-rank", "describe"):
+        assert word in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert "pip install 'vllm-multilora[completion]'" in capsys.readouterr().err
 
 
 def test_every_command_is_described_in_its_own_help(capsys):

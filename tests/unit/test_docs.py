@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tools import pages
 from vllm_multilora.config import MultiLoRAConfig
@@ -69,6 +70,21 @@ def test_flags_that_migrants_are_told_of_exist() -> None:
     told = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row)}
     assert len(told) > 15
     assert {flag for flag in told if "multilora" not in flag} <= known
+
+
+def test_the_site_has_every_page() -> None:
+    class Loader(yaml.SafeLoader):
+        """Leaves out the functions that MkDocs is told of."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    sections = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]
+    named = [
+        page if isinstance(page, str) else next(iter(page.values()))
+        for section in sections
+        for listed in section.values()
+        for page in listed
+    ]
+    assert sorted(named) == sorted(str(page.relative_to(ROOT)) for page in PAGES)
 
 
 def test_the_readme_names_every_page() -> None:

@@ -100,8 +100,8 @@ def _relative_error(found: torch.Tensor, batch: LayerBatch) -> float:
     slots = batch.token_slots.tolist()
     x = batch.x.double()
     reference.lora_linear(right, x, batch.lora_a, batch.lora_b, batch.ranks, slots)
-    size = (right - batch.y.double()).norm().item()
-    error = (found.double() - right).norm().item()
+    size: float = (right - batch.y.double()).norm().item()
+    error: float = (found.double() - right).norm().item()
     return error / size if size else error
 
 

@@ -241,7 +241,8 @@ class _Json:
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        return self.value(key, str, default)
+        text: str = self.value(key, str, default)
+        return text
 
     def base64(self, key: str) -> bytes:
         try:

@@ -6,6 +6,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from typing import cast
 
 from vllm_multilora.slots.errors import PolicyError
 from vllm_multilora.slots.policies.gdsf import GdsfPolicy
@@ -76,7 +77,7 @@ def _find(name: str) -> Callable[[], CachePolicy]:
     installed = _installed()
     if name in installed:
         try:
-            return installed[name].load()
+            return cast(Callable[[], CachePolicy], installed[name].load())
         except Exception as error:
             raise PolicyError(
                 f"cache policy {name!r}: its entry point {installed[name].value!r} cannot be "
@@ -104,4 +105,4 @@ def _import(path: str) -> Callable[[], CachePolicy]:
         raise PolicyError(
             f"cache policy {path!r} must be a class, found {type(factory).__name__} {factory!r}"
         )
-    return factory
+    return cast(Callable[[], CachePolicy], factory)

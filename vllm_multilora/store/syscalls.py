@@ -57,7 +57,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def call(number: int, *arguments: object) -> int:
     """Makes a system call; raises OSError where it fails."""
-    result = libc.syscall(ctypes.c_long(number), *arguments)
+    result: int = libc.syscall(ctypes.c_long(number), *arguments)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -261,7 +261,7 @@ class _Operators(TorchDispatchMode):
     """Notes torch's own kernels, but not what the interpreter itself does with tensors."""
 
     def __init__(self, counter: _Counter) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
         self.cleared = 0
         self._counter = counter

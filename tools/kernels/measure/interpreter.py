@@ -47,7 +47,7 @@ def launched_as_on(facts: DeviceFacts) -> Iterator[None]:
     """Meanwhile these kernels get the blocks and grids that they would get on that device."""
     if facts.pdl:
         raise ValueError("the interpreter has no programmatic dependent launch: pdl must be off")
-    original = backend.device_facts
+    original = vars(backend)["device_facts"]
     vars(backend)["device_facts"] = lambda device: facts
     try:
         yield

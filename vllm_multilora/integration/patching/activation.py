@@ -121,7 +121,7 @@ def choose_backend(
     if resolved == "triton":
         return "triton-invariant"
     source = "--multilora-batch-invariant" if settings.batch_invariant else "VLLM_BATCH_INVARIANT=1"
-    better = "native, which needs a C compiler on the path" if device_type == "cpu" else "triton"
+    better = "native" if device_type == "cpu" else "triton"
     raise ConfigError(
         f"{source} needs kernels whose sums do not depend on the batch, and the backend here is "
         f"{resolved!r}: choose --multilora-backend {better}"
