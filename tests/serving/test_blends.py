@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from .blends import BLENDS, BlendScenario, blending_reference
-from .cases import NEW_TOKENS, Case
+from .cases import NEW_TOKENS, Case, Prompt
 from .engine import assert_as_peft, running_engine
-from .peft_reference import single_thread
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.serving
 
 CHUNK = 24
-# PEFT in bfloat16 rounds scaled A and the sums of its layers, the engine scaled B: differences
-# seen stay under 0.12, while a weight that is off by a tenth moves some of them by more than 0.3.
-BFLOAT16_ATOL = 0.2
+# Of the mean over a prompt. The base model itself is 0.23 from float32, plain adapters are up to
+# 0.40 and blends up to 0.30, of which scores there are 5 to 7 away without the adapter.
+BFLOAT16_ATOL = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -137,24 +136,41 @@ def test_two_ranks_that_share_the_rank_answer_as_peft(blends: BlendScenario) -> 
         assert_as_peft(ask(llm, blends, blends.cases), blends.cases)
 
 
-def test_bfloat16_scores_are_pefts(blends: BlendScenario) -> None:
-    reference = blending_reference(blends.base, blends.adapters, dtype=torch.bfloat16)
+def test_bfloat16_scores_are_near_pefts_in_float32(blends: BlendScenario) -> None:
+    """Of a prompt's tokens, as near as those of the base model and of plain adapters are."""
+    from vllm import SamplingParams
+
+    reference = blending_reference(blends.base, blends.adapters)
     names = [None, *blends.adapters, *BLENDS]
-    prompts = {name: blends.cases_of(name)[1].prompt for name in names}
-    cases: list[Any] = []
-    with single_thread():
-        for name, prompt in prompts.items():
-            (expected,) = reference.generate(name, [prompt], 1)
-            cases.append(Case(name, prompt, expected))
+    prompts = [blends.cases_of(name)[-1].prompt for name in names]
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         with running_engine(blends.base, dtype="bfloat16", max_loras=3) as llm:
-            outputs = ask(llm, blends, cases)
-    worst = {}
-    for output, case in zip(outputs, cases, strict=True):
-        found = sorted(
-            (entry.logprob for entry in output.outputs[0].logprobs[0].values()), reverse=True
-        )
-        expected = case.expected.top[0].values()
-        worst[case.adapter] = max(abs(a - b) for a, b in zip(found, expected, strict=False))
-    assert max(worst.values()) < BFLOAT16_ATOL, worst
+            outputs = llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                params,
+                lora_request=[blends.request(name) for name in names],
+                use_tqdm=False,
+            )
+
+    def scores(name: str | None, prompt: Prompt) -> torch.Tensor:
+        """Log-probability of each of the prompt's tokens but the first."""
+        reference.generate(name, [prompt], 1)  # chooses the adapter
+        with torch.inference_mode():
+            logits = reference.logits(name, torch.tensor([prompt]))[0, :-1]
+        return torch.log_softmax(logits, dim=-1)[range(len(prompt) - 1), list(prompt[1:])]
+
+    apart, effect = {}, {}
+    for name, prompt, output in zip(names, prompts, outputs, strict=True):
+        found = [scored[token].logprob for scored, token in _scored(output, prompt)]
+        exact = scores(name, prompt)
+        apart[name] = (torch.tensor(found) - exact).abs().mean().item()
+        effect[name] = (scores(None, prompt) - exact).abs().mean().item()
+    assert max(apart.values()) < BFLOAT16_ATOL, apart
+    assert min(effect[name] for name in BLENDS) > 5 * BFLOAT16_ATOL, effect
+
+
+def _scored(output: "RequestOutput", prompt: Prompt) -> Iterator[tuple[Any, int]]:
+    assert output.prompt_logprobs is not None
+    yield from zip(output.prompt_logprobs[1:], prompt[1:], strict=True)

@@ -221,7 +221,8 @@ def test_an_endpoint_that_would_drop_the_field_says_so(deployment: Deployment) -
 @pytest.mark.parametrize("model", ["qv-r5", "mixed", "nobody"])
 def test_a_blend_goes_with_the_base_model_only(deployment: Deployment, model: str) -> None:
     case = deployment.scenario.cases_of(None)[0]
-    response = deployment.ask(case, {"qv-r5": 1}, model=model)
+    body = completions.body(model, case, lora_blend={"qv-r5": 1})
+    response = deployment.request("POST", "/v1/completions", body)
     assert response.status_code == 400
     found = response.json()["error"]["message"]
     assert f"found the model `{model}`, expected `{BASE}`" in found
@@ -290,7 +291,10 @@ def test_a_new_version_of_a_part_is_in_the_next_blend(deployment: Deployment) ->
     gone = deployment.ask(two, weights)
     assert gone.status_code == 404
     assert gone.json()["error"]["message"].startswith("The model `reloaded` does not exist.")
-    assert not [row for row in deployment.rows() if row["parts"] and "reloaded" in row["parts"]]
+    # That of the version before, too, when requests on their way have had time to arrive.
+    deadline = time.monotonic() + 30
+    while any("reloaded" in (row["parts"] or ()) for row in deployment.rows()):
+        assert time.monotonic() < deadline
 
 
 def test_a_blend_with_a_quarantined_part_is_refused_as_the_part_is(deployment: Deployment) -> None:
@@ -348,13 +352,13 @@ def test_a_flood_of_blends_hurts_nobody(deployment: Deployment) -> None:
         return completions.token_ids(answer) == case.expected.tokens
 
     with ThreadPoolExecutor(16) as pool:
-        statuses = [pool.submit(weigh, number) for number in range(300)]
+        statuses = [pool.submit(weigh, number) for number in range(150)]
         served = [pool.submit(serve, case) for case in others]
         assert all(future.result() for future in served)
         found = {future.result() for future in statuses}
     assert 200 in found
     assert found <= {200, 503}
-    assert sum(row["kind"] == "blend" for row in deployment.rows()) <= MOST
+    assert sum(list(row["parts"] or ()) == ["qv-r5"] for row in deployment.rows()) <= MOST
     case = deployment.scenario.cases_of("three")[0]
     answer = deployment.ask(case, dict(BLENDS["three"]))
     assert completions.token_ids(answer) == case.expected.tokens
