@@ -105,6 +105,8 @@ class MultiLoRAConfig:
         metrics_max_adapters: Most adapters whose names are values of the label `lora_name` in
             metrics; all others are counted together as `__other__`.
         status_page: Whether a server has the page `/multilora`, which shows its adapters.
+        max_blends: Most different blends of adapters in use at a time, for each tenant, and for all
+            requests of no tenant together; 0: none.
         pin: Names of adapters that keep their slot once they have one; fewer than there are
             slots.
     """
@@ -373,6 +375,17 @@ class MultiLoRAConfig:
             "that GET /v1/lora_adapters needs.",
         },
     )
+    max_blends: int = field(
+        default=32,
+        metadata={
+            "flag": "--multilora-max-blends",
+            "metavar": "N",
+            "type": int,
+            "help": "Different blends of adapters that each tenant (all requests of no tenant "
+            "together) may have in use at a time; more are forgotten when nobody uses them, and "
+            "made again. 0: requests for blends are refused.",
+        },
+    )
     pin: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -457,6 +470,11 @@ def _check(settings: MultiLoRAConfig) -> None:
         raise ConfigError(
             f"{CONFIG_KEY}.metrics_max_adapters must be a whole number from 0 to 100000, got "
             f"{most!r}"
+        )
+    blends = settings.max_blends
+    if isinstance(blends, bool) or not isinstance(blends, int) or not 0 <= blends <= 1_000:
+        raise ConfigError(
+            f"{CONFIG_KEY}.max_blends must be a whole number from 0 to 1000, got {blends!r}"
         )
     tokens = settings.fair_prefill_tokens
     if tokens is not None and (

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vllm_multilora.adapters.intake import Rules, Taken, open_adapter
+from vllm_multilora.adapters.blend_intake import BlendIntake
+from vllm_multilora.adapters.intake import Intake, Rules, Taken, open_adapter
 from vllm_multilora.adapters.layout import BLOCK_BYTES, ModelLayout
 from vllm_multilora.adapters.pack_index import PackIndex
 
@@ -63,24 +64,28 @@ class Pack:
 def take(folder: Path, *layouts: ModelLayout, rules: Rules | None = None) -> Pack:
     """Takes an adapter in, with a poisoned line between any two blocks."""
     with open_adapter(str(folder), rules or Rules()) as source:
-        intake = source.check(layouts)
-        sizes = intake.block_bytes
-        places = np.cumsum([BLOCK_BYTES, *(sizes[:-1] + BLOCK_BYTES)])
-        memory = np.full(int(places[-1] + sizes[-1]) + 2 * BLOCK_BYTES, POISON, np.uint8)
-        memory = memory[-memory.ctypes.data % BLOCK_BYTES :]
-        taken = intake.read(memory.ctypes.data + places, places)
-        outside = np.ones(len(memory), np.bool_)
-        for place, size in zip(places.tolist(), sizes.tolist(), strict=True):
-            outside[place : place + size] = False
-        assert (memory[outside] == POISON).all(), "written outside the blocks"
-        index = PackIndex.decode(memory[places[-1] :].data)
-        return Pack(
-            torch.from_numpy(memory),
-            index,
-            sizes,
-            places,
-            layouts,
-            taken,
-            intake.rank,
-            intake.left_out,
-        )
+        return taken(source.check(layouts), *layouts)
+
+
+def taken(intake: Intake | BlendIntake, *layouts: ModelLayout) -> Pack:
+    """What has been checked, read into memory likewise."""
+    sizes = intake.block_bytes
+    places = np.cumsum([BLOCK_BYTES, *(sizes[:-1] + BLOCK_BYTES)])
+    memory = np.full(int(places[-1] + sizes[-1]) + 2 * BLOCK_BYTES, POISON, np.uint8)
+    memory = memory[-memory.ctypes.data % BLOCK_BYTES :]
+    read = intake.read(memory.ctypes.data + places, places)
+    outside = np.ones(len(memory), np.bool_)
+    for place, size in zip(places.tolist(), sizes.tolist(), strict=True):
+        outside[place : place + size] = False
+    assert (memory[outside] == POISON).all(), "written outside the blocks"
+    index = PackIndex.decode(memory[places[-1] :].data)
+    return Pack(
+        torch.from_numpy(memory),
+        index,
+        sizes,
+        places,
+        layouts,
+        read,
+        intake.rank,
+        intake.left_out,
+    )

@@ -189,6 +189,7 @@ class Engine:
         required=None,
         signing_keys=None,
         recorder=None,
+        most_blends=3,
     ) -> None:
         self.store = FakeStore()
         self.workers = FakeWorkers(ranks)
@@ -203,6 +204,7 @@ class Engine:
             asks_late=asks_late,
             required=required,
             signing_keys=signing_keys,
+            most_blends=most_blends,
         )
         self.is_restarted = False
 

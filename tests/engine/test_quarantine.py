@@ -9,7 +9,7 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.quarantine import Quarantine
 
 ACME = SimpleNamespace(lora_int_id=7, lora_name="acme")
-PACK = SimpleNamespace(digest="d1")
+PACK = SimpleNamespace(digest="d1", parts=())
 REQUESTS = {
     "acme's": SimpleNamespace(lora_request=ACME),
     "base's": SimpleNamespace(lora_request=None),
@@ -44,7 +44,7 @@ def test_the_adapter_of_the_request_is_quarantined(output):
     assert found.keys() == {7}
     assert quarantine.failure(PACK) == found[7]
     assert found[7].kind is FailureKind.QUARANTINED
-    assert quarantine.failure(SimpleNamespace(digest="d2")) is None
+    assert quarantine.failure(SimpleNamespace(digest="d2", parts=())) is None
     quarantine.lift(PACK)
     assert quarantine.failure(PACK) is None
 

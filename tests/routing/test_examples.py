@@ -20,4 +20,4 @@ def test_the_docs_example_can_be_used():
     page = ROOT / "docs" / "routing.md"
     (text,) = re.findall(r"^```yaml\n(routes:\n.*?)^```$", page.read_text(), re.M | re.S)
     routes = parse_routes(page.name, text)
-    assert list(routes.targets) == ["assistant", "support", "helper", "acme"]
+    assert list(routes.targets) == ["assistant", "support", "helper", "acme", "house"]

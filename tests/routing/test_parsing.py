@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vllm_multilora.documents import DocumentError
-from vllm_multilora.routing import RequestFacts, Turns, parse_routes
+from vllm_multilora.routing import Blended, RequestFacts, Turns, parse_routes
 
 FULL = """
 routes:
@@ -45,6 +45,37 @@ def test_fallbacks_of_inner_targets_come_before_those_around_them():
       r: {by: user, cases: {u: {adapter: a, fallback: b}}, fallback: [c, b]}
     """
     assert candidates(text, "r", user="u") == ("a", "b", "c")
+
+
+def test_a_blend_is_one_candidate_before_its_fallbacks():
+    text = """
+    routes:
+      r: {blend: {style: 0.7, domain: 1}, fallback: domain}
+      s: {by: user, cases: {u: {blend: {domain: 1.0, style: 0.70}}}}
+    """
+    blend, *fallback = candidates(text, "r")
+    assert blend == Blended((("domain", 1.0), ("style", 0.7)))
+    assert fallback == ["domain"]
+    assert candidates(text, "s", user="u") == (blend,)
+    assert str(blend) == "1*domain+0.7*style"
+    routes = parse_routes("routes.yaml", text)
+    assert routes.unknown({"domain"}) == {"r": ["style"], "s": ["style"]}
+
+
+@pytest.mark.parametrize(
+    ("blend", "found"),
+    [
+        ("[style]", "routes.r.blend: found ['style'], expected a weight for each adapter"),
+        ("{}", "routes.r.blend: found 0 adapters, expected 1 to 8"),
+        ("{style: much}", "routes.r.blend: found 'much' for 'style', expected a weight"),
+        ("{style: .nan}", "routes.r.blend: found nan for 'style'"),
+        ("{r: 1}", "routes.r.blend.r: found the route 'r', expected an adapter"),
+    ],
+)
+def test_what_is_no_blend_is_told_with_its_place(blend, found):
+    with pytest.raises(DocumentError) as refused:
+        parse_routes("routes.yaml", f"routes: {{r: {{blend: {blend}}}}}")
+    assert found in str(refused.value)
 
 
 def test_json_means_the_same_as_yaml():

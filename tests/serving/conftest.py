@@ -18,6 +18,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 if TYPE_CHECKING:
+    from .blends import BlendScenario
     from .cases import Scenario
 
 _NEEDED = ("vllm", "transformers", "peft")
@@ -63,3 +64,12 @@ def activated(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     from .activated import activated_scenario
 
     return activated_scenario(tmp_path_factory.mktemp("activated"))
+
+
+@pytest.fixture(scope="session")
+def blends(tmp_path_factory: pytest.TempPathFactory) -> "BlendScenario":
+    """A tiny Llama, adapters, and blends of them that PEFT has made."""
+    _require_serving_stack()
+    from .blends import blend_scenario
+
+    return blend_scenario(tmp_path_factory.mktemp("blends"))

@@ -38,6 +38,13 @@ class PeftReference:
             else:
                 self._peft.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
 
+    def blend(self, name: str, weights: Mapping[str, float]) -> None:
+        """Adds the weighted sum of some adapters as another one."""
+        assert self._peft is not None
+        self._peft.add_weighted_adapter(
+            list(weights), list(weights.values()), name, combination_type="cat"
+        )
+
     def generate(
         self, adapter: str | None, prompts: Sequence[Prompt], new_tokens: int, *, top_k: int = 5
     ) -> list[Continuation]:

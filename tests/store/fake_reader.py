@@ -24,6 +24,7 @@ import numpy as np
 class FakeTaken:
     digest: str
     nbytes: int
+    parts: tuple[str, ...] = ()
 
 
 def digest_of(text: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_multilora.adapters.blends import Blend, BlendError, BlendPart, folders_of
 from vllm_multilora.adapters.errors import AdapterNotFoundError
 from vllm_multilora.store.hub import fetched, located
 
@@ -34,6 +35,19 @@ def test_paths_of_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path(located("x" * 5000)).is_absolute()  # no file system has it: said when opened
     assert Path(located("~nobody-has-this-name/a")).is_absolute()  # likewise
     assert fetched("/not/there", is_allowed=False) == "/not/there"
+
+
+def test_of_a_blend_each_parts_path_is_looked_at(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    blend = Blend.of([BlendPart(1, "a", "here", 1.0), BlendPart(2, "b", "acme/medical", 0.5)])
+    found = located(blend.source)
+    assert folders_of(found) == (str(tmp_path / "here"), "acme/medical")
+    assert folders_of(fetched(found, is_allowed=True)) == (str(tmp_path / "here"), str(hub))
+    with pytest.raises(BlendError):
+        located("blend:nonsense")
 
 
 def test_the_hub_is_not_asked_unless_it_may_be(hub: Path) -> None:

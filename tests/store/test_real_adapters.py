@@ -10,6 +10,7 @@ import torch
 
 from tests.adapters.checkpoints import MODULES, PREFIX, layout, weights, write
 from tests.store.conftest import Engine
+from vllm_multilora.adapters.blends import Blend, BlendPart
 from vllm_multilora.adapters.pack_index import PackIndex
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.client import StoreClient
@@ -194,3 +195,46 @@ def test_a_pickled_adapter_is_read_where_that_is_allowed(tmp_path):
         answer = engine.load(1, str(folder))
         assert isinstance(answer, Loaded) == allowed, answer
         engine.client.close()
+
+
+@pytest.fixture
+def other(tmp_path):
+    return write(tmp_path / "adapters" / "b", weights(RANKS, seed=1), rank=4, alpha=4)
+
+
+def blend_of(*parts: tuple[str, float]) -> str:
+    return Blend.of(
+        BlendPart(number, path.rpartition("/")[2], path, weight)
+        for number, (path, weight) in enumerate(parts, 1)
+    ).source
+
+
+def test_a_blend_is_packed_from_its_parts_files_and_known_by_them(engine, adapter, other):
+    source = blend_of((str(adapter), 0.5), (str(other), 2.0))
+    first = engine.load(9, source)
+    assert first.was_read
+    assert (first.pack.kind, first.pack.rank) == ("blend", 8)
+    assert first.pack.parts == tuple(
+        engine.load(number, str(path)).pack.digest for number, path in ((1, adapter), (2, other))
+    )
+    assert first.pack.version.startswith("blend-")
+    # Under another number, from the same files: in memory already.
+    again = engine.load(10, source)
+    assert (again.was_read, again.pack.pack) == (False, first.pack.pack)
+    # And not with other weights, or other files.
+    stronger = engine.load(11, blend_of((str(adapter), 0.6), (str(other), 2.0)))
+    assert stronger.was_read
+    assert stronger.pack.digest != first.pack.digest
+    write(other, weights(RANKS, seed=2), rank=4, alpha=4)
+    changed = engine.load(9, source, fresh=True)
+    assert changed.was_read
+    assert changed.pack.parts[0] == first.pack.parts[0]
+    assert changed.pack.parts[1] != first.pack.parts[1]
+
+
+def test_a_part_outside_of_the_allowed_folders_is_not_blended(engine, adapter, tmp_path):
+    outside = write(tmp_path / "elsewhere", weights(RANKS), rank=4, alpha=4)
+    failed = engine.load(9, blend_of((str(adapter), 1.0), (str(outside), 1.0)))
+    assert failed.kind is FailureKind.INVALID
+    assert {problem["code"] for problem in failed.problems} == {"not-allowed"}
+    assert engine.load(9, "blend:[[]]").kind is FailureKind.INVALID  # is not sent

@@ -162,3 +162,31 @@ def test_only_a_server_with_adapters_gets_the_middleware(lora):
 
 def test_a_call_is_bound_to_nothing_at_first():
     assert HttpCall({}) == HttpCall({}, None, None, None, None, "", None)
+
+
+@pytest.mark.parametrize(
+    ("path", "chunks", "drops"),
+    [
+        ("/v1/messages", [b'{"model": "base", "lora_blend": {"a": 1}}'], True),
+        ("/v1/messages", [b'{"model": "base", "lora_', b'blend": {"a": 1}}'], True),
+        ("/v1/messages", [b'{"content": "what is \\"lora_blend\\"?"}'], False),
+        ("/v1/audio/transcriptions", [b'form-data; name="lora_blend"'], True),
+        ("/v1/completions", [b'{"lora_blend": {"a": 1}}'], False),  # which sees it itself
+    ],
+    ids=["json", "in-two", "in-a-text", "form", "endpoint-that-sees-it"],
+)
+def test_a_blend_is_noticed_where_the_endpoint_drops_it(path, chunks, drops):
+    coming = iter([{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks])
+    noticed = []
+
+    async def receive():
+        return next(coming)
+
+    async def app(scope, receive, send):
+        for chunk in chunks:
+            assert (await receive())["body"] == chunk
+        noticed.append(current_call.get().drops_blend)
+
+    scope = {"type": "http", "path": path, "headers": []}
+    asyncio.run(HttpCallMiddleware(app)(scope, receive, None))
+    assert noticed == [drops]

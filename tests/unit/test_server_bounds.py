@@ -85,7 +85,7 @@ def test_routes_try_a_failed_adapter_again_less_and_less_often(
 
     monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(registration, "admit", admit)
-    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1)
+    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
     server = routes.ServerRoutes.__new__(routes.ServerRoutes)
     server._models = SimpleNamespace(lora_requests={"acme": lora})
     server._failed = {1: LoadFailure(FailureKind.GONE, "gone")}

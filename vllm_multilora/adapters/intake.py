@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
-from vllm_multilora.adapters.applied import applied_of, judged
+from vllm_multilora.adapters.applied import Applied, applied_of, judged
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.config_checks import config_problems
 from vllm_multilora.adapters.digest import AdapterDigest
@@ -95,10 +95,12 @@ class Taken:
     Attributes:
         digest: BLAKE3 of what is applied, 64 hexadecimal digits; see `digest.AdapterDigest`.
         nbytes: Bytes of its blocks, without what they are rounded up by.
+        parts: The digests of a blend's parts; none for other adapters.
     """
 
     digest: str
     nbytes: int
+    parts: tuple[str, ...] = ()
 
 
 def open_adapter(path: str, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Source:
@@ -183,7 +185,7 @@ class Source:
         config, weights = self._config_file, self._weights_file
         if isinstance(config, AdapterError) or isinstance(weights, AdapterError):
             errors = [file for file in (config, weights) if isinstance(file, AdapterError)]
-            raise _error(problem for error in errors for problem in error.problems)
+            raise error_of(problem for error in errors for problem in error.problems)
         self._signed_config = read_config(config, self._limits)
         self._signed.verify(config, self._signed_config, weights)
         self._used = self._signed.new_hash()
@@ -222,7 +224,7 @@ class Source:
                     one.require_unchanged()
         except AdapterError as error:
             problems += error.problems
-        raise _error(dict.fromkeys(problems))
+        raise error_of(dict.fromkeys(problems))
 
     def digest(self) -> str:
         """The adapter's digest, of which no more is checked than it takes.
@@ -234,7 +236,7 @@ class Source:
         problems: list[Problem] = []
         config = self._read_config(problems)
         if config is None:
-            raise _error(problems)
+            raise error_of(problems)
         file = self._open_tensors(self._weights(lambda: _ANY_SIZE), self._limits)
         digest = AdapterDigest(config, file.tensors)
         read_once(file, (), show=self.shown_to(digest.update))
@@ -323,6 +325,7 @@ class Source:
                 [applied[kind] for kind in kinds.of],
                 json.dumps({key: config.raw[key] for key in _KEYS_OF_VLLM if key in config.raw}),
             ),
+            applied=[applied[kind] for kind in kinds.of],
             check_finite=self._rules.check_finite,
             rank=max(
                 (config.rank_of(module.module) for report in reports for module in report.modules),
@@ -375,6 +378,9 @@ class Intake:
     """A checked adapter that is to be read.
 
     Attributes:
+        file: Its tensors.
+        config: Its configuration.
+        applied: What of it is applied, for each layout.
         rank: Its largest true rank.
         left_out: Its modules, by their names there, that no layout adapts.
         has_special: Whether it has tensors for layers that vLLM fills itself.
@@ -390,13 +396,15 @@ class Intake:
         config: AdapterConfig,
         plan: PackPlan,
         *,
+        applied: Sequence[Applied],
         check_finite: bool,
         rank: int,
         left_out: tuple[str, ...],
     ) -> None:
         self._source = source
-        self._file = file
-        self._config = config
+        self.file = file
+        self.config = config
+        self.applied = applied
         self._plan = plan
         self._check_finite = check_finite
         self.rank = rank
@@ -419,7 +427,6 @@ class Intake:
             ValueError: As many addresses and places as blocks are needed.
         """
         plan = self._plan
-        digest = AdapterDigest(self._config, self._file.tensors)
         targets = None
         if addresses is not None and places is not None:
             if len(addresses) != len(plan.sizes) or len(places) != len(plan.sizes):
@@ -431,12 +438,28 @@ class Intake:
             targets[: plan.blocks] = addresses[: plan.blocks]
             content = plan.index(places).encode()
             ctypes.memmove(int(addresses[-1]), content, len(content))
+        return Taken(self.read_parts(plan.parts, targets), int(plan.sizes.sum()))
+
+    def read_parts(self, parts: Sequence[Part], targets: _Ints | None) -> str:
+        """Reads the tensors once: judges and digests them, and packs parts of them.
+
+        Args:
+            parts: What is to be packed or judged.
+            targets: As `addresses` of `read_once`.
+
+        Returns:
+            The adapter's digest.
+
+        Raises:
+            AdapterError: As `read`.
+        """
+        digest = AdapterDigest(self.config, self.file.tensors)
         show = self._source.shown_to(digest.update)
-        bad = read_once(self._file, plan.parts, addresses=targets, show=show)
+        bad = read_once(self.file, parts, addresses=targets, show=show)
         self._source.require_unchanged()
         if bad and self._check_finite:
-            raise AdapterFormatError.of(*_bad_values(self._file, [plan.parts[i] for i in bad]))
-        return Taken(digest.hexdigest(), int(plan.sizes.sum()))
+            raise AdapterFormatError.of(*_bad_values(self.file, [parts[i] for i in bad]))
+        return digest.hexdigest()
 
 
 def _bad_values(file: TensorFile, parts: Iterable[Part]) -> list[Problem]:
@@ -453,7 +476,7 @@ def _path(file: RegularFile | AdapterError) -> str:
     return str(file.path) if isinstance(file, RegularFile) else CONFIG_NAME
 
 
-def _error(problems: Iterable[Problem]) -> AdapterError:
+def error_of(problems: Iterable[Problem]) -> AdapterError:
     """The error of problems: of the kind that says whether to try again."""
     found = tuple(problems)
     codes = {problem.code for problem in found}

@@ -37,6 +37,8 @@ class Part:
             its shape.
         columns: Likewise.
         kind: `CONVERT`, `TRANSPOSE` or `RAW`, as `multilora_kernels.packing` has them.
+        stride: Elements from row to row where the part goes, if that is not transposed; None: as
+            many as it has columns.
     """
 
     tensor: str
@@ -45,6 +47,7 @@ class Part:
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] = (0, 1)
     kind: int = CONVERT
+    stride: int | None = None
 
 
 def read_once(
@@ -207,6 +210,7 @@ def _numbers(part: Part, info: TensorInfo) -> Iterable[int]:
     across, down = columns[1] - columns[0], rows[1] - rows[0]
     stored = (info.dtype if part.kind == RAW else part.dtype).itemsize
     transposed = part.kind == TRANSPOSE
+    wide = across if part.stride is None else part.stride
     return (
         info.begin,
         stride * width,
@@ -216,8 +220,8 @@ def _numbers(part: Part, info: TensorInfo) -> Iterable[int]:
         KERNEL_DTYPES.index(info.dtype),
         across,
         0,
-        stored if transposed else across * stored,
-        down if transposed else across,
+        stored if transposed else wide * stored,
+        down if transposed else wide,
         KERNEL_DTYPES.index(part.dtype),
         part.kind,
     )

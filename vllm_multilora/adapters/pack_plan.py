@@ -57,7 +57,7 @@ class PackPlan:
         sizes = [self._bytes(part) for part in self.parts]
         index = len(self.index(np.zeros(self.blocks + 1, np.int64)).encode())
         self.sizes: _Ints = np.array([*sizes, index], np.int64)
-        self.parts += self._unpacked(layouts, applied)
+        self.parts += unpacked(file, self.parts, layouts, applied)
 
     @property
     def has_raw(self) -> bool:
@@ -97,18 +97,6 @@ class PackPlan:
         rows, columns = part.rows[1] - part.rows[0], part.columns[1] - part.columns[0]
         return rows * columns * part.dtype.itemsize
 
-    def _unpacked(
-        self, layouts: Sequence[ModelLayout], applied: Sequence[Applied]
-    ) -> Iterator[Part]:
-        """Judges the tensors of which the workers here do not keep every value."""
-        kept: dict[Part, list[Part]] = {}
-        for part in self.parts:
-            whole = Part(part.tensor, part.dtype, part.scale)
-            kept.setdefault(whole, []).append(part)
-        for whole in judged(applied, layouts):
-            if not _covers(kept.get(whole, []), self._file.tensors[whole.tensor].shape):
-                yield whole
-
 
 class _Slices:
     """What one worker keeps of an adapter's modules."""
@@ -146,6 +134,24 @@ class _Slices:
             kind=TRANSPOSE if self._layout.columns_first else CONVERT,
         )
         return a, b
+
+
+def unpacked(
+    file: TensorFile,
+    packed: Sequence[Part],
+    layouts: Sequence[ModelLayout],
+    applied: Sequence[Applied],
+) -> list[Part]:
+    """What is to be judged besides: tensors of which the workers here do not keep every value."""
+    kept: dict[Part, list[Part]] = {}
+    for part in packed:
+        whole = Part(part.tensor, part.dtype, part.scale)
+        kept.setdefault(whole, []).append(part)
+    return [
+        whole
+        for whole in judged(applied, layouts)
+        if not _covers(kept.get(whole, []), file.tensors[whole.tensor].shape)
+    ]
 
 
 def _covers(parts: Sequence[Part], shape: tuple[int, ...]) -> bool:

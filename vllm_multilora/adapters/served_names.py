@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vllm_multilora.adapters.blends import is_blend
+
 MOST_NAME_BYTES = 255
 """Of a name, in UTF-8; a folder's name has no more in any common file system."""
 
@@ -31,6 +33,8 @@ def path_fault(path: str) -> str | None:
         return f"has more than {MOST_PATH_BYTES} bytes"
     if "\0" in path:
         return "has a null character"
+    if is_blend(path):
+        return "is the text of a blend: blends are named in requests and in the routes file"
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -24,6 +24,7 @@ from vllm_multilora.adapters.problems import shown, shown_name
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
+from vllm_multilora.integration.blends import blend_of
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -97,8 +98,13 @@ def _stop_reason(kind: FailureKind, message: str) -> str:
 
 
 def without_folder(text: str, adapter: LoRARequest) -> str:
-    """A text with the files of an adapter's folder named alone."""
-    return text.replace(f"{adapter.lora_path.rstrip('/')}/", "")
+    """A text with the files of an adapter's folder named alone, those of a blend's by part."""
+    blend = blend_of(adapter)
+    if blend is None:
+        return text.replace(f"{adapter.lora_path.rstrip('/')}/", "")
+    for part in sorted(blend.parts, key=lambda part: len(part.path), reverse=True):
+        text = text.replace(f"{part.path.rstrip('/')}/", f"{part.name}/")
+    return text
 
 
 HIDDEN = "<path>"

@@ -21,6 +21,7 @@ class Usage:
     Attributes:
         request_id: vLLM's id of the request, as its answer has it.
         adapter: The adapter's name; None for the base model.
+        is_blend: Whether that is a blend of adapters.
         version: The digest of the weights that have computed it; None if nothing was.
         route: The route that the client asked for; None if it named a model.
         tenant: Whose request it was; None where nobody says.
@@ -39,3 +40,4 @@ class Usage:
     cached_tokens: int = 0
     generated_tokens: int = 0
     status: Status = Status.OK
+    is_blend: bool = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.adapter_info import AdapterInfo
-from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.metrics.names import BLENDS, OTHER
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.slots.events import SlotEvents, Tier
 from vllm_multilora.slots.usage import AdapterUse
@@ -182,7 +182,7 @@ class AdapterMetrics(SlotEvents):
         if not versions:
             del self._versions[name]
         label = self._label(name)
-        if label == OTHER:
+        if label in (OTHER, BLENDS):
             return
         number = 0.0
         for adapter_id in reversed(versions):

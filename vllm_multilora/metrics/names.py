@@ -7,6 +7,9 @@ import threading
 OTHER = "__other__"
 """The label of all adapters beyond the bound."""
 
+BLENDS = "__blends__"
+"""The label of all blends: there are as many as clients think of."""
+
 _MOST_BYTES = 255
 
 

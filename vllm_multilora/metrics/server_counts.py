@@ -15,7 +15,7 @@ from vllm_multilora.metrics.definitions import (
     REFUSED,
     ROUTE_REQUESTS,
 )
-from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.metrics.names import BLENDS, OTHER
 from vllm_multilora.metrics.recorder import Recorder, Series
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ServerCounts:
         """See `count_tokens`."""
         if (recorder := self._find()) is None:
             return
-        adapter = usage.adapter or ""
+        adapter = BLENDS if usage.is_blend else usage.adapter or ""
         if usage.prompt_tokens:  # it was served
             recorder.names.admit(adapter)
         label = recorder.names.label(adapter)

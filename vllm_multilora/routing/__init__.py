@@ -3,10 +3,12 @@
 from vllm_multilora.routing.errors import BadValueError, NoCaseError, RequestError
 from vllm_multilora.routing.facts import RequestFacts
 from vllm_multilora.routing.parsing import Routes, load_routes, parse_routes
-from vllm_multilora.routing.targets import Turns
+from vllm_multilora.routing.targets import Blended, Candidate, Turns
 
 __all__ = [
     "BadValueError",
+    "Blended",
+    "Candidate",
     "NoCaseError",
     "RequestError",
     "RequestFacts",

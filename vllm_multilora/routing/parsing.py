@@ -9,13 +9,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_multilora.adapters.blends import BlendError, weights_in
 from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
 from vllm_multilora.routing.facts import Source
-from vllm_multilora.routing.targets import Cases, Named, Split, Target, WithFallback
+from vllm_multilora.routing.targets import Blended, Cases, Named, Split, Target, WithFallback
 
-_TARGET_KEYS = ("adapter", "split", "sticky", "by", "cases", "default", "fallback")
+_TARGET_KEYS = ("adapter", "blend", "split", "sticky", "by", "cases", "default", "fallback")
 _EXPECTED_TARGET = (
-    "an adapter's name, or a mapping with one of adapter, split (weights) or by (with cases)"
+    "an adapter's name, or a mapping with one of adapter, blend (weights), split (weights) or by "
+    "(with cases)"
 )
 
 
@@ -129,7 +131,7 @@ class _Parser:
                     (*keys, key),
                     f"found an unknown key, expected {', '.join(_TARGET_KEYS)}{hint}",
                 )
-        kinds = [kind for kind in ("adapter", "split", "by") if kind in data]
+        kinds = [kind for kind in ("adapter", "blend", "split", "by") if kind in data]
         if len(kinds) != 1:
             found = " and ".join(kinds) or ", ".join(data) or "an empty mapping"
             raise self._error(keys, f"found {found}, expected {_EXPECTED_TARGET}")
@@ -139,6 +141,8 @@ class _Parser:
         target: Target
         if "adapter" in data:
             target = Named(self._name(data["adapter"], (*keys, "adapter"), "an adapter's name"))
+        elif "blend" in data:
+            target = self._blend(data["blend"], (*keys, "blend"))
         elif "split" in data:
             target = self._split(data, keys)
         else:
@@ -156,6 +160,15 @@ class _Parser:
                 keys, f"found the route {data!r}, expected an adapter: routes lead to no routes"
             )
         return data
+
+    def _blend(self, data: Any, keys: Keys) -> Blended:
+        try:
+            weights = weights_in(data)
+        except BlendError as error:
+            raise self._error(keys, str(error)) from None
+        for name in weights:
+            self._name(name, (*keys, name), "an adapter's name")
+        return Blended(tuple(sorted(weights.items())))
 
     def _split(self, data: Mapping[str, Any], keys: Keys) -> Split:
         weights, place = data["split"], (*keys, "split")

@@ -1,4 +1,4 @@
-"""Where a route leads: to an adapter, to one of several in shares, or to one by a value."""
+"""Where a route leads: to an adapter or a blend, to one of several in shares, or by a value."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+from vllm_multilora.adapters.blends import name_of
 from vllm_multilora.routing.errors import NoCaseError
 from vllm_multilora.routing.facts import RequestFacts, Source
 from vllm_multilora.routing.shares import sticky_choice, turn_choice
@@ -22,8 +23,8 @@ Turns = Counter[str]
 class Target(Protocol):
     """Where a request may be led."""
 
-    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
-        """The names that may answer the request: the first that is available does.
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
+        """The names and blends that may answer the request: the first that is available does.
 
         Raises:
             RequestError: The route has no answer for such a request.
@@ -44,6 +45,31 @@ class Named:
 
     def names(self) -> Iterator[str]:
         yield self.name
+
+
+@dataclass(frozen=True)
+class Blended:
+    """Several adapters as one.
+
+    Attributes:
+        weights: Each adapter's name and the weight of what it computes.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
+        return (self,)
+
+    def names(self) -> Iterator[str]:
+        for name, _ in self.weights:
+            yield name
+
+    def __str__(self) -> str:
+        return name_of(self.weights)
+
+
+Candidate: TypeAlias = str | Blended
+"""What may answer a request: an adapter, or the base model, by its name; or a blend."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +115,7 @@ class Cases:
     cases: Mapping[str, Target]
     default: Target | None
 
-    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
         for value in self.by.wanted(facts):
             if value in self.cases:
                 return self.cases[value].candidates(facts, turns)
@@ -124,7 +150,7 @@ class WithFallback:
     target: Target
     fallback: tuple[str, ...]
 
-    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
         return tuple(dict.fromkeys((*self.target.candidates(facts, turns), *self.fallback)))
 
     def names(self) -> Iterator[str]:

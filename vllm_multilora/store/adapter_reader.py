@@ -10,6 +10,8 @@ import msgspec
 
 from multilora_kernels.native import NativeUnavailableError, load_packing_library
 from vllm_multilora.adapters import intake
+from vllm_multilora.adapters.blend_intake import open_blend
+from vllm_multilora.adapters.blends import Blend
 from vllm_multilora.adapters.errors import AdapterReadError
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.signers import Signers, load_cryptography
@@ -57,4 +59,5 @@ class AdapterReader:
         )
 
     def open(self, path: str, rules: intake.Rules) -> AbstractContextManager[Source]:
-        return intake.open_adapter(path, rules)
+        blend = Blend.read(path)
+        return intake.open_adapter(path, rules) if blend is None else open_blend(blend, rules)

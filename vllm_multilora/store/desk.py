@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import selectors
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from vllm_multilora.adapters.blends import MOST_PARTS, folders_of, title
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.entries import Load
@@ -104,7 +106,7 @@ class Desk:
                 try:
                     _pass_on(number, message, loads)
                 except ValueError as error:
-                    found = f"{job.path}: what its check says makes no sense: {error}"
+                    found = f"{title(job.path)}: what its check says makes no sense: {error}"
                     loads.failed(number, Failure(FailureKind.INTERNAL, found, []), _now())
 
     def look(self, loads: Loads) -> None:
@@ -140,13 +142,16 @@ class Desk:
         if len(stuck) < MOST_STUCK:
             return None
         mounts = _mount_points()
-        source = _source_of(path, mounts)
-        count = sum(_source_of(job.path, mounts) == source for job in stuck)
+        hanging = Counter(source for job in stuck for source in _sources_of(job.path, mounts))
+        source, count = max(
+            ((source, hanging[source]) for source in _sources_of(path, mounts)),
+            key=lambda item: item[1],
+        )
         if count < MOST_STUCK:
             return None
         return (
-            f"{path}: {count} checks of adapters below {source} do not end, even when killed: "
-            "its storage hangs; adapters there are tried again when it answers"
+            f"{title(path)}: {count} checks of adapters below {source} do not end, even when "
+            "killed: its storage hangs; adapters there are tried again when it answers"
         )
 
     def _stuck(self) -> list[_Job]:
@@ -158,12 +163,12 @@ def _failure_of(job: _Job, end: End) -> Failure:
     """What a job's end without an answer means."""
     if end.is_out_of_time:
         message = (
-            f"{job.path}: reading and checking it has used up the processor time that "
+            f"{title(job.path)}: reading and checking it has used up the processor time that "
             f"one adapter may take ({cpu_limit_s(job.timeout_s)} seconds, from the time limit "
             f"of {job.timeout_s:g} seconds)"
         )
         return Failure(FailureKind.TIMEOUT, message, [])
-    message = f"{job.path}: the process that read it {end.how}, without an answer"
+    message = f"{title(job.path)}: the process that read it {end.how}, without an answer"
     return Failure(FailureKind.INTERNAL, message, [])
 
 
@@ -181,10 +186,12 @@ def _pass_on(number: int, message: FromJob, loads: Loads) -> None:
             if len(invocation_tokens) > 64 or any(not 0 <= t < 1 << 31 for t in invocation_tokens):
                 raise ValueError("invocation tokens")
             loads.checked(number, blocks, rank, has_special, left_out, invocation_tokens, _now())
-        case Done(digest, nbytes):
-            if len(digest) != 64 or not 0 <= nbytes < 1 << 50:
+        case Done(digest, nbytes, parts):
+            if any(len(each) != 64 for each in (digest, *parts)) or not 0 <= nbytes < 1 << 50:
                 raise ValueError("digest or size")
-            loads.done(number, digest, nbytes, _now())
+            if len(parts) > MOST_PARTS:
+                raise ValueError("parts")
+            loads.done(number, digest, nbytes, _now(), parts)
         case JobFailed(kind, text, problems):
             loads.failed(number, Failure(kind, text, problems).bounded(), _now())
 
@@ -197,6 +204,11 @@ def _mount_points() -> list[str]:
         return []
     points = (line.split(" ")[1].replace("\\040", " ") for line in lines)
     return [point for point in points if point != "/"]
+
+
+def _sources_of(path: str, mounts: list[str]) -> set[str]:
+    """The mount points that an adapter's folders are below."""
+    return {_source_of(folder, mounts) for folder in folders_of(path)}
 
 
 def _source_of(path: str, mounts: list[str]) -> str:

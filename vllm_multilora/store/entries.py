@@ -138,7 +138,7 @@ class Load:
         """Whether anybody still waits for it."""
         return any(load.tickets or load.later for load in self.family())
 
-    def info(self, digest: str, nbytes: int) -> PackInfo:
+    def info(self, digest: str, nbytes: int, parts: tuple[str, ...]) -> PackInfo:
         """What it has read, as a pack without a number."""
         allocation = self.allocation
         assert self.blocks is not None
@@ -155,6 +155,7 @@ class Load:
             has_special=self.has_special,
             left_out=self.left_out,
             invocation_tokens=self.invocation_tokens,
+            parts=parts,
         )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from vllm_multilora.adapters.blends import Blend
 from vllm_multilora.adapters.errors import AdapterNotFoundError
 from vllm_multilora.adapters.missing_files import EXPECTED, no_folder
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
@@ -15,7 +17,15 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def located(path: str) -> str:
-    """An absolute path where there is or must be one; what may be a repository stays as it is."""
+    """An absolute path where there is or must be one; what may be a repository stays as it is.
+
+    Of a blend, the same is done with the paths of its parts.
+
+    Raises:
+        BlendError: It begins like the source of a blend, and is none.
+    """
+    if (blend := Blend.read(path)) is not None:
+        return blend.at(located).source
     given = Path(path)
     try:
         given = given.expanduser()
@@ -37,6 +47,8 @@ def fetched(path: str, *, is_allowed: bool) -> str:
         AdapterNotFoundError: It is a repository, and the hub does not have it or is not to be
             asked.
     """
+    if (blend := Blend.read(path)) is not None:
+        return blend.at(partial(fetched, is_allowed=is_allowed)).source
     if Path(path).is_absolute():
         return path
     name = shown_name(path)

@@ -42,10 +42,15 @@ class Checked(JobMessage, frozen=True):
 
 
 class Done(JobMessage, frozen=True):
-    """All bytes are read, checked, and packed where there was room."""
+    """All bytes are read, checked, and packed where there was room.
+
+    Attributes:
+        digest: As of `PackInfo`; so are the others.
+    """
 
     digest: str
     nbytes: int
+    parts: tuple[str, ...]
 
 
 class JobFailed(JobMessage, frozen=True):

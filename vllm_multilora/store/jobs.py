@@ -104,7 +104,7 @@ def _read(channel: Channel[ToJob], task: Task, reader: Reader, confine: Callable
                 taken = intake.read(mapping.addresses(places), places)
         else:
             raise RuntimeError(f"the store answered {answer!r}, expected Place or CheckOnly")
-        channel.send(Done(taken.digest, taken.nbytes))
+        channel.send(Done(taken.digest, taken.nbytes, taken.parts))
 
 
 def _next(channel: Channel[ToJob]) -> tuple[ToJob, list[int]]:

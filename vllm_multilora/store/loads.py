@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_multilora.adapters.blends import title
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.answers import Answers, Effects
 from vllm_multilora.store.arena import Allocation
@@ -84,7 +85,7 @@ class Loads:
         for late in self.queue.overdue(now):
             load = self._loads[late]
             message = (
-                f"{load.path}: reading and checking has not ended within "
+                f"{title(load.path)}: reading and checking has not ended within "
                 f"{load.settings.timeout_s:g} seconds, or has stood still while many others waited"
             )
             self._fail(load, Failure(FailureKind.TIMEOUT, message, []), now)
@@ -153,7 +154,9 @@ class Loads:
             allocation = None
         self._place(load, allocation)
 
-    def done(self, number: int, digest: str, nbytes: int, now: float) -> None:
+    def done(
+        self, number: int, digest: str, nbytes: int, now: float, parts: tuple[str, ...] = ()
+    ) -> None:
         """A job has packed the files, or checked them only."""
         load = self._loads.get(number)
         if load is None:
@@ -161,7 +164,7 @@ class Loads:
         scope, allocation = load.binding.scope, load.allocation
         pack = self._memory.of_digest(scope, digest)
         if pack is None:
-            info = load.info(digest, nbytes)
+            info = load.info(digest, nbytes, parts)
             if allocation is None:
                 self._succeed(load, None, info, now, was_read=True)
                 return

@@ -14,7 +14,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
@@ -78,6 +78,7 @@ class PackInfo(msgspec.Struct, frozen=True, array_like=True):
         left_out: Modules of the adapter that nothing adapts here.
         invocation_tokens: Token ids from whose last occurrence in a prompt on the adapter acts;
             none: it acts on all of it.
+        parts: The digests of a blend's parts, in their order; none for other adapters.
     """
 
     pack: int
@@ -92,10 +93,13 @@ class PackInfo(msgspec.Struct, frozen=True, array_like=True):
     has_special: bool
     left_out: tuple[str, ...]
     invocation_tokens: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
-        """What people call such an adapter: `alora` if it is activated by tokens, else `lora`."""
+        """What people call such an adapter: `blend`, `alora` if tokens activate it, else `lora`."""
+        if self.parts:
+            return "blend"
         return "alora" if self.invocation_tokens else "lora"
 
 
@@ -140,7 +144,7 @@ class Want(Message, frozen=True):
         ticket: The client's number for this want, unique among its outstanding ones.
         adapter: The adapter's number, the same in all engines of a server.
         name: The adapter's name, for messages.
-        path: The adapter's folder.
+        path: The adapter's folder, or what it is blended of (`adapters.blends.Blend.source`).
         owners: Whose turn a load may take (tenants); empty: the adapter is its own owner.
         most: How many adapters of the first owner stay in memory; for one more, one of these
             leaves. None: no limit.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.core import adapters_of
 from vllm_multilora.integration.engine.entries import Entry
+from vllm_multilora.integration.failures import without_folder
 from vllm_multilora.states import AdapterState
 
 if TYPE_CHECKING:
@@ -96,13 +97,18 @@ def engine_report(
 
 def _row(adapters: EngineAdapters, number: int, entry: Entry | None) -> Row:
     request, pack = (None, None) if entry is None else (entry.request, entry.pack)
+    blend = None if entry is None else entry.blend
     use, failure = adapters.observer.usage.of(number), adapters.failure(number)
+    last_error = failure.message if failure else use.last_error
+    if blend is not None and request is not None and last_error is not None:
+        last_error = without_folder(last_error, request)  # which is not its own
     state = adapters.state(number)
     if state is AdapterState.ABSENT and use.last_error is not None:
         state = AdapterState.FAILED
     return {
         "name": request.lora_name if request else None,
-        "path": request.lora_path if request else None,
+        "path": request.lora_path if request and blend is None else None,
+        "parts": {part.name: part.weight for part in blend.parts} if blend else None,
         "state": state.value,
         "slot": adapters.slots.slot_of(number) if state is AdapterState.SLOT else None,
         "kind": pack.kind if pack else None,
@@ -114,7 +120,7 @@ def _row(adapters: EngineAdapters, number: int, entry: Entry | None) -> Row:
         "hits": use.gpu_hits,
         "loads": use.loads,
         "last_used": use.last_used,
-        "last_error": failure.message if failure else use.last_error,
+        "last_error": last_error,
     }
 
 
@@ -179,6 +185,7 @@ def _merge_engines(found: Sequence[tuple[int, Row]], stores: Sequence[str]) -> R
         "tier": _TIERS.get(state, "disk"),
         "slot": best["slot"] if best else None,
         "kind": best["kind"] if best else None,
+        "parts": best["parts"] if best else None,
         "rank": _most(rows, "rank"),
         "digest": best["digest"] if best else None,
         "loaded": best["loaded"] if best else None,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.engine.arrivals import Arrivals
+from vllm_multilora.integration.engine.blends import KnownBlends
 from vllm_multilora.integration.engine.entries import Entry
 from vllm_multilora.integration.engine.orders_under_way import OrdersUnderWay
 from vllm_multilora.integration.engine.parties import Store, Workers
@@ -59,6 +60,7 @@ class EngineAdapters:
         store_address: Tells stores apart.
         required: Which versions may be served; None: all.
         signing_keys: File of keys by one of which adapters must be signed; None: none need be.
+        most_blends: Blends of each tenant that there may be at a time.
 
     Attributes:
         slots: The slots.
@@ -80,6 +82,7 @@ class EngineAdapters:
         store_address: str = "",
         required: RequiredDigests | None = None,
         signing_keys: str | None = None,
+        most_blends: int = 0,
     ) -> None:
         self.slots = slots
         self.asks_late = asks_late
@@ -95,6 +98,7 @@ class EngineAdapters:
             self._registrations, self._wants, self._orders, slots, observer, required
         )
         self._known = self._registrations.known
+        self._blends = KnownBlends(self._registrations, most_blends)
         self._lost: dict[int, LoadFailure] = {}
         self._running: frozenset[int] = frozenset()
 
@@ -113,9 +117,14 @@ class EngineAdapters:
         Returns:
             Why it cannot be served, whatever becomes of the adapter that has this number.
         """
-        if (failure := self._registrations.clash(request)) is not None:
+        owner = "" if tenant is None else tenant.name
+        failure = self._registrations.clash(request) or self._blends.admit(request, owner)
+        if failure is not None:
             return failure
+        is_new = self._known.find(request.lora_int_id) is None
         entry = self._registrations.find(request)
+        if is_new:
+            entry.blend_owner = owner
         entry.is_wanted = True
         if tenant is not None and tenant.name not in entry.owners:
             entry.owners[tenant.name] = tenant.resident
@@ -259,7 +268,8 @@ class EngineAdapters:
         Returns:
             Done when it can be served; holds an `AdapterRefusedError` if it cannot.
         """
-        if (failure := self._registrations.clash(request)) is not None:
+        failure = self._registrations.clash(request) or self._blends.admit(request, "")
+        if failure is not None:
             future: Future[bool] = Future()
             future.set_exception(AdapterRefusedError(request.lora_int_id, failure, []))
             return future
@@ -284,6 +294,10 @@ class EngineAdapters:
         future = self._registrations.withdraw(entry)
         self.poll()
         return future
+
+    def blends_with(self, adapter_id: int) -> list[int]:
+        """The blends that an adapter is a part of."""
+        return self._blends.with_part(adapter_id)
 
     def slots_lost(self) -> None:
         """The slots' memory did not survive (sleep mode): adapters are to be copied there again."""

@@ -163,7 +163,14 @@ class Arrivals:
         """Why a version must not be served; None if it may."""
         if self._required is None:
             return None
-        refusal = self._required.refuse(entry.request.lora_name, pack.digest)
+        if entry.blend is None:
+            refusal = self._required.refuse(entry.request.lora_name, pack.digest)
+        else:
+            refusals = (
+                (part.name, self._required.refuse(part.name, digest))
+                for part, digest in zip(entry.blend.parts, pack.parts, strict=True)
+            )
+            refusal = next((f"of its part {name!r}, {why}" for name, why in refusals if why), None)
         return None if refusal is None else LoadFailure(FailureKind.INVALID, refusal)
 
     def _refuse(

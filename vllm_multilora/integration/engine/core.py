@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -151,6 +152,7 @@ def _make_adapters(engine_core: Any) -> EngineAdapters | None:
         store_address=getattr(store, "address", ""),
         required=RequiredDigests(settings.require_digest) if settings.require_digest else None,
         signing_keys=settings.signing_keys,
+        most_blends=settings.max_blends,
     )
 
 
@@ -272,6 +274,8 @@ def remove_lora(
 ) -> bool | Future[bool]:
     """Removes an adapter: vLLM's `remove_lora`, once no request uses the adapter any more.
 
+    The blends that it is a part of are removed likewise.
+
     Returns:
         Whether the adapter was known; as a future as for `add_lora`.
     """
@@ -279,12 +283,20 @@ def remove_lora(
     if adapters is None:
         return original(engine_core, lora_id)
     future: Future[bool] = Future()
-
-    def remove() -> None:
-        adapters.remove(lora_id).add_done_callback(lambda done: future.set_result(done.result()))
-
     limit_s = settings_of(engine_core.vllm_config).unload_timeout_s
-    engine_core.scheduler.retire_adapter(lora_id, limit_s, remove)
+    left = {lora_id, *adapters.blends_with(lora_id)}
+    known: dict[int, bool] = {}
+
+    def note(number: int, done: Future[bool]) -> None:
+        known[number] = done.result()
+        if known.keys() == left:
+            future.set_result(known[lora_id])
+
+    def remove(number: int) -> None:
+        adapters.remove(number).add_done_callback(partial(note, number))
+
+    for number in left:
+        engine_core.scheduler.retire_adapter(number, limit_s, partial(remove, number))
     return _answer(engine_core, adapters, future)
 
 

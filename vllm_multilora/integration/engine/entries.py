@@ -9,8 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_multilora.adapters.blends import Blend
 from vllm_multilora.adapters.fingerprint import Fingerprint
 from vllm_multilora.failures import LoadFailure
+from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.states import AdapterState
 from vllm_multilora.store.messages import PackInfo
@@ -39,6 +41,8 @@ class Entry:
         reload_failure: Why the last reload that requests asked for failed, with the version before
             to go on with; until the next one.
         registrations: Answered when it has been checked.
+        blend: What it is blended of; None if it is no blend.
+        blend_owner: The tenant that a blend counts among the blends of; empty: nobody's.
         check_ticket: Of the outstanding want of registrations.
         check_order: The order by which workers check it.
         checked_under: State of the file of signing keys when the store was asked for what it has.
@@ -61,6 +65,11 @@ class Entry:
     check_ticket: int | None = None
     check_order: int | None = None
     checked_under: Fingerprint | None = None
+    blend: Blend | None = field(init=False)
+    blend_owner: str = ""
+
+    def __post_init__(self) -> None:
+        self.blend = blend_of(self.request)
 
     @property
     def number(self) -> int:
@@ -124,6 +133,7 @@ class Entries:
     def __init__(self) -> None:
         self._entries: OrderedDict[int, Entry] = OrderedDict()
         self._by_pack: dict[int, dict[Entry, None]] = {}
+        self._blends: OrderedDict[int, Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -139,13 +149,22 @@ class Entries:
 
     def add(self, entry: Entry) -> None:
         self._entries[entry.number] = entry
+        if entry.blend is not None:
+            self._blends[entry.number] = entry
+
+    def blends(self) -> list[Entry]:
+        """Those that are blends, in the same order."""
+        return list(self._blends.values())
 
     def asked_for(self, entry: Entry) -> None:
         """It is the last one now."""
         self._entries.move_to_end(entry.number)
+        if entry.blend is not None:
+            self._blends.move_to_end(entry.number)
 
     def remove(self, entry: Entry) -> None:
         del self._entries[entry.number]
+        self._blends.pop(entry.number, None)
         self._leave_pack(entry)
 
     def note_pack(self, entry: Entry, pack: PackInfo) -> None:

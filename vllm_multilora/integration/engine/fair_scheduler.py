@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.engine.fair_queue import FairQueue
 from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.patching.activation import settings_of
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 BASE_MODEL: Party = ("base model", "")
 """The party of all requests that name neither a tenant nor an adapter."""
 
+BLENDS: Party = ("blends", "")
+"""The party of all requests for blends that name no tenant: there are as many as one likes."""
+
 
 def party_of(request: Request) -> Party:
     """Who a request is charged to: its tenant, else its adapter, else the base model's users."""
@@ -43,7 +47,9 @@ def party_of(request: Request) -> Party:
     if tenant is not None:
         return ("tenant", tenant.name)
     lora = request.lora_request
-    return ("adapter", lora.lora_name) if lora is not None else BASE_MODEL
+    if lora is None:
+        return BASE_MODEL
+    return BLENDS if is_blend(lora.lora_path) else ("adapter", lora.lora_name)
 
 
 class FairSharesMixin(AdapterAwareMixin):

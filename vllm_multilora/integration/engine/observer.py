@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_multilora.failures import LoadFailure
+from vllm_multilora.integration.blends import label_of
 from vllm_multilora.metrics.adapter_metrics import AdapterMetrics
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.request_metrics import RequestMetrics
@@ -57,17 +58,17 @@ class AdapterObserver(SlotEvents):
 
     def known(self, request: LoRARequest) -> None:
         """An adapter has come to be known."""
-        self._names[request.lora_int_id] = request.lora_name
+        self._names[request.lora_int_id] = label_of(request)
         self._changed.add(request.lora_int_id)
 
     def loaded(self, request: LoRARequest, message: Loaded) -> None:
         """The store has an adapter, or has checked it."""
         if self._metrics is not None:
-            self._metrics.known(request.lora_name)
+            self._metrics.known(label_of(request))
         note = self.usage.read if message.was_read else self.usage.found
         note(request.lora_int_id, message.pack.rank, message.pack.nbytes)
         if message.was_read and self._metrics is not None:
-            self._metrics.read(request.lora_name, message.seconds)
+            self._metrics.read(label_of(request), message.seconds)
         self._changed.add(request.lora_int_id)
 
     def arrived(self, adapter_id: int) -> None:
@@ -86,7 +87,7 @@ class AdapterObserver(SlotEvents):
     def copied(self, request: LoRARequest, seconds: float) -> None:
         """An adapter was copied into its slot."""
         if self._metrics is not None:
-            self._metrics.copied(request.lora_name, seconds)
+            self._metrics.copied(label_of(request), seconds)
 
     def evicted_from_host(self, request: LoRARequest) -> None:
         """An adapter has left host memory to make room."""

@@ -42,16 +42,22 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._digests: dict[str, None] = {}
+        # Apart: whoever thinks of weights that overflow must not have others forgotten.
+        self._blends: dict[str, None] = {}
         self._is_base_unsound = False
 
     def failure(self, pack: PackInfo | None) -> LoadFailure | None:
-        """Why a version of an adapter must not be used; None if it may."""
-        return _FAILURE if pack is not None and pack.digest in self._digests else None
+        """Why a version of an adapter, or a part of it, must not be used; None if it may."""
+        if pack is None:
+            return None
+        is_known = pack.digest in self._digests or pack.digest in self._blends
+        return _FAILURE if is_known or not self._digests.keys().isdisjoint(pack.parts) else None
 
     def lift(self, pack: PackInfo | None) -> None:
         """These weights may be tried again: somebody has registered them anew."""
         if pack is not None:
             self._digests.pop(pack.digest, None)
+            self._blends.pop(pack.digest, None)
 
     def look(
         self, output: Any, requests: dict[str, Request], pack_of: Callable[[int], PackInfo | None]
@@ -83,13 +89,14 @@ class Quarantine:
             return {}
         for adapter_id, name in guilty.items():
             pack = pack_of(adapter_id)
-            if pack is not None and pack.digest not in self._digests:
+            if pack is not None and self.failure(pack) is None:
                 logger.warning(
                     "Adapter %r is quarantined: its numbers are not finite in use.", name
                 )
-                self._digests[pack.digest] = None
-                if len(self._digests) > _MOST_REMEMBERED:
-                    del self._digests[next(iter(self._digests))]
+                digests = self._blends if pack.parts else self._digests
+                digests[pack.digest] = None
+                if len(digests) > _MOST_REMEMBERED:
+                    del digests[next(iter(digests))]
         return dict.fromkeys(guilty, _FAILURE)
 
 

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import activation, prefix_keys
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
+from vllm_multilora.integration.engine.registrations import MOST_KNOWN
 from vllm_multilora.integration.engine.users import AdapterUsers
 from vllm_multilora.integration.engine.versions import Announcements
 from vllm_multilora.integration.failures import (
@@ -141,14 +143,23 @@ class AdapterAwareMixin:
         if is_new:
             self._users.come(lora)
             self.adapter_requests[lora_id] += 1
+            if len(self.adapter_requests) > 2 * MOST_KNOWN:
+                self._forget_counts()
             if self.request_metrics is not None:
                 self.request_metrics.accept(
-                    request.request_id, lora_id, lora.lora_name, is_ready=is_ready
+                    request.request_id, lora_id, label_of(lora), is_ready=is_ready
                 )
         if adapters is None:
             prefix_keys.use_stock_keys(request)
         elif (failure := adapters.want(lora, tenant_of(request))) is not None:
             self._failing[request.request_id] = to_stop_reason(failure, lora)
+
+    def _forget_counts(self) -> None:
+        """Forgets how often adapters were asked for that the engine has forgotten itself."""
+        known = () if self._adapters is None else self._adapters.known()
+        kept = {entry.number for entry in known}
+        for number in [number for number in self.adapter_requests if number not in kept]:
+            del self.adapter_requests[number]
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._note_freed(request)

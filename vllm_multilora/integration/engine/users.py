@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from vllm_multilora.integration.blends import label_of
+
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
@@ -24,7 +26,7 @@ class AdapterUsers:
     def come(self, lora: LoRARequest) -> None:
         """A request was taken in."""
         self._counts[lora.lora_int_id] += 1
-        self._names[lora.lora_int_id] = lora.lora_name
+        self._names[lora.lora_int_id] = label_of(lora)
 
     def leave(self, number: int) -> bool:
         """A request has ended; whether it was the adapter's last one."""

@@ -10,6 +10,9 @@ from vllm_multilora.adapters.fingerprint import Fingerprint
 from vllm_multilora.integration.engine.entries import Entry
 from vllm_multilora.integration.engine.parties import Store
 
+BLENDS = "\0blends"
+"""Whose turn blends of no tenant take in the store's queue: all of them that of one adapter."""
+
 
 class Wants:
     """Outstanding wants, each with the entry that its answer is for.
@@ -115,7 +118,7 @@ class Wants:
             entry.number,
             request.lora_name,
             request.lora_path,
-            owners=tuple(entry.owners),
+            owners=tuple(entry.owners) or (() if entry.blend is None else (BLENDS,)),
             most=next(iter(entry.owners.values()), None),
             keep=keep,
             fresh=fresh,

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMNotFoundError
 
+from vllm_multilora.adapters.blends import folders_of
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import Caller, current_caller
@@ -42,7 +43,7 @@ def add_request(
         return
     if caller.hides_folders:
         adapter = request.lora_request
-        own = () if adapter is None else (adapter.lora_path,)
+        own = () if adapter is None else folders_of(adapter.lora_path)
         HIDDEN_FOLDERS.set(state, (*caller.folders, *own))
     if caller.account is not None:
         # The children of a request with several answers share their prompt.

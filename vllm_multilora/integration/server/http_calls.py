@@ -43,6 +43,12 @@ VERSION_HEADER = "x-multilora-version"
 SHOWN_DIGITS = 16
 """Digits of a digest in answers."""
 
+BLEND_FIELD = "lora_blend"
+"""Of request bodies: a weight for each adapter that is to be blended."""
+
+_DROPPING = ("/messages", "/transcriptions", "/translations")
+"""Ends of the paths of endpoints that drop fields of their body which they do not know."""
+
 _EVENT = b"data: {"
 
 
@@ -58,6 +64,7 @@ class HttpCall:
         digest: The digest of that version, if it is known.
         asked: The digits of the digest that the client asked for; empty for any version.
         ran: The digest of the weights that have computed the answer; None before that.
+        drops_blend: Whether the body asks for a blend, which the endpoint does not see.
     """
 
     headers: Mapping[str, str]
@@ -67,6 +74,7 @@ class HttpCall:
     digest: str | None = None
     asked: str = ""
     ran: str | None = None
+    drops_blend: bool = False
 
 
 current_call: ContextVar[HttpCall | None] = ContextVar("multilora_http_call", default=None)
@@ -89,10 +97,26 @@ class HttpCallMiddleware:
             return
         call = HttpCall(Headers(scope=scope))
         token = current_call.set(call)
+        if scope.get("path", "").endswith(_DROPPING):
+            receive = _noticing(receive, call)
         try:
             await self._app(scope, receive, _Answer(call, send).send)
         finally:
             current_call.reset(token)
+
+
+def _noticing(receive: Receive, call: HttpCall) -> Receive:
+    """Notices a field for a blend among the bytes of a body: as a key of JSON, or of a form."""
+    name, seen = f'"{BLEND_FIELD}"'.encode(), b""
+
+    async def receive_noticing() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen = seen[-len(name) :] + message.get("body", b"")
+        call.drops_blend |= name in seen
+        return message
+
+    return receive_noticing
 
 
 class _Answer:
@@ -121,7 +145,7 @@ class _Answer:
         call, headers = self._call, MutableHeaders(scope=start)
         if call.adapter is not None:
             # A header holds ASCII; other names are percent-encoded, as in a URL.
-            headers[ADAPTER_HEADER] = quote(call.adapter, safe="/:@+ ")
+            headers[ADAPTER_HEADER] = quote(call.adapter, safe="/:@+* ")
         if call.digest is not None:
             headers[VERSION_HEADER] = call.digest[:SHOWN_DIGITS]
         kind = headers.get("content-type", "")

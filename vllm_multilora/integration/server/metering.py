@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
+from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.attached import ACCOUNT, ENDED, METER, ON_FAILURE
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
@@ -27,6 +28,7 @@ from vllm_multilora.integration.server.callers import current_caller
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
+from vllm_multilora.metrics.names import BLENDS
 from vllm_multilora.metrics.server_counts import count_latencies, count_tokens
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ class ServerMeter:
         return Usage(
             request_id,
             adapter=None if lora is None else lora.lora_name,
+            is_blend=lora is not None and is_blend(lora.lora_path),
             route=None if call is None else call.route,
             tenant=None if caller is None or caller.tenant is None else caller.tenant.name,
         )
@@ -150,7 +153,7 @@ class ServerMeter:
         tokens = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
         usage.generated_tokens += tokens
         if self._has_latencies and usage.adapter is not None:
-            _count_latencies(usage.adapter, state.stats)
+            _count_latencies(BLENDS if usage.is_blend else usage.adapter, state.stats)
         if tokens or (usage.status is Status.OK and not state.is_prefilling):
             usage.prompt_tokens = state.prompt_len
             if state.request_index == 0:

@@ -12,9 +12,17 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 from vllm_multilora.adapters.served_names import name_fault
 from vllm_multilora.integration.attached import METER
-from vllm_multilora.integration.server import adapter_directory, registration, resolvers, versions
+from vllm_multilora.integration.server import (
+    adapter_directory,
+    blends,
+    registration,
+    resolvers,
+    versions,
+)
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.routes import routes_of
+
+_GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
 
 
 def may_use(serving: Any, name: str | None) -> bool:
@@ -69,6 +77,11 @@ async def _prepare(models: Any, request: Any) -> ErrorResponse | None:
     name = request.model
     if not name or envs.VLLM_SKIP_MODEL_NAME_VALIDATION or models.is_base_model(name):
         return None
+    return await _find(models, name)
+
+
+async def _find(models: Any, name: str) -> ErrorResponse | None:
+    """Sees to it that an adapter is served, if there is one of this name."""
     is_served = name in models.lora_requests
     if not is_served and registration.acts_for(models) and (fault := name_fault(name)) is not None:
         return registration.no_such_name(name, fault, "model")
@@ -114,22 +127,60 @@ def _acts_for(models: Any) -> bool:
     return METER.get(getattr(models.engine_client, "output_processor", None)) is not None
 
 
+async def _prepare_blend(serving: Any, request: Any) -> ErrorResponse | None:
+    """Puts the blend that a request's body asks for in the base model's place; as `prepare`."""
+    models, caller = serving.models, current_caller.get()
+    weights = blends.weights_of(models, request)
+    if isinstance(weights, ErrorResponse):
+        return weights
+    for name in weights:
+        if not may_use(serving, name):
+            return unknown(serving, name)
+        if name in (routes_of(models) or ()):
+            return blends.error_response(
+                f"{blends.FIELD}: found the route `{name}`, expected adapters."
+            )
+        refusal = await _find(models, name)
+        if refusal is not None:
+            return refusal if caller is None else _as_shown(refusal, caller, models, name)
+        if name not in models.lora_requests:
+            return unknown(serving, name)
+    blend = blends.blend_now(models, weights.items())
+    if blend is None:  # a part was unloaded while another one was looked for
+        return unknown(serving, next(name for name in weights if name not in models.lora_requests))
+    refusal = None if caller is None else caller.grant(blend.lora_name)
+    if refusal is None:
+        blends.bind(request, blend)
+    return refusal
+
+
 async def check_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
+    if blends.is_bound(request):
+        return None  # by a look before this one
+    if blends.is_asked(serving.models, request):
+        refusal = await _prepare_blend(serving, request)
+        return refusal if refusal is not None else bind(serving, request, "")
+    if (refusal := blends.dropped()) is not None and _acts_for(serving.models):
+        return refusal
     asked = take_asked(serving, request)
     if not may_use(serving, request.model):
         return unknown(serving, request.model)
     refusal = await prepare(serving, request)
-    if refusal is None:
+    if refusal is None and not blends.is_bound(request):
         refusal = await original(serving, request)
     return refusal if refusal is not None else bind(serving, request, asked)
 
 
 async def check_pooling_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
+    if blends.is_asked(serving.models, request):
+        raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
     asked = take_asked(serving, request)
     if not may_use(serving, request.model):
         # As vLLM does, which looks names up in two places here.
         raise VLLMNotFoundError(f"The model `{request.model}` does not exist.")
     refusal = await prepare(serving, request)
+    if refusal is None and blends.is_bound(request):
+        raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
     if refusal is None:
         answer = await original(serving, request)
         refusal = bind(serving, request, asked)

@@ -21,6 +21,7 @@ from vllm.lora.request import LoRARequest
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
 from vllm_multilora.integration.patching.activation import kernel_backend
 from vllm_multilora.integration.server import shared_names, versions
@@ -157,9 +158,15 @@ async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
 
 
 def is_current(models: Any, lora: LoRARequest) -> bool:
-    """Whether an adapter, in this version, still has its name."""
-    current = models.lora_requests.get(lora.lora_name)
-    return current is not None and current.lora_int_id == lora.lora_int_id
+    """Whether an adapter, in this version, still has its name; of a blend, whether all parts do."""
+    blend = blend_of(lora)
+    named = (
+        [(lora.lora_name, lora.lora_int_id)]
+        if blend is None
+        else [(part.name, part.number) for part in blend.parts]
+    )
+    table = models.lora_requests
+    return all(name in table and table[name].lora_int_id == number for name, number in named)
 
 
 async def remove(models: Any, lora: LoRARequest) -> None:

@@ -34,6 +34,7 @@ from vllm.entrypoints.serve.engine.protocol import (
     ModelPermission,
 )
 
+from vllm_multilora.adapters.blends import folders_of, is_blend
 from vllm_multilora.documents import WatchedFile
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration import failures
@@ -41,6 +42,7 @@ from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
 from vllm_multilora.integration.patching.activation import is_active, settings_of
 from vllm_multilora.integration.server import (
     adapter_directory,
+    blends,
     registration,
     resolvers,
     versions,
@@ -48,8 +50,17 @@ from vllm_multilora.integration.server import (
 from vllm_multilora.integration.server.callers import card_for, current_caller
 from vllm_multilora.integration.server.http_calls import current_call
 from vllm_multilora.integration.server.refusals import next_pause
+from vllm_multilora.metrics.names import BLENDS
 from vllm_multilora.metrics.server_counts import count_route
-from vllm_multilora.routing import RequestError, RequestFacts, Routes, Turns, parse_routes
+from vllm_multilora.routing import (
+    Blended,
+    Candidate,
+    RequestError,
+    RequestFacts,
+    Routes,
+    Turns,
+    parse_routes,
+)
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -61,6 +72,9 @@ REFRESH_S = 1.0
 
 RETRY_S = 5.0
 """Until an adapter whose load has failed is tried again; then twice as long, up to a minute."""
+
+
+_MOST_LED = 1_024
 
 
 class ServerRoutes:
@@ -79,6 +93,7 @@ class ServerRoutes:
         self._file = WatchedFile(path, self._parse, "routes")
         self._turns = Turns()
         self._failed: dict[int, LoadFailure] = {}  # by the adapter's number
+        self._led: set[int] = set()  # the blends that routes have led to
         self._replaced: set[tuple[str, str]] = set()  # routes and adapters with fallback in use
         self._due = time.monotonic() + REFRESH_S
         self._refreshing: asyncio.Task[None] | None = None
@@ -118,22 +133,39 @@ class ServerRoutes:
             candidates = target.candidates(_facts(request), self._turns)
         except RequestError as error:
             return _error(HTTPStatus.BAD_REQUEST, f"The model `{name}` is a route. {error}.")
-        adapter, refusal = await self._choose(name, candidates)
-        if adapter is None:
+        chosen, refusal = await self._choose(name, candidates)
+        if chosen is None:
             return refusal
-        count_route(name, adapter, "chosen" if adapter == candidates[0] else "fallback")
-        request.model = adapter
         call = current_call.get()
+        if isinstance(chosen, Blended):
+            blend = blends.blend_now(self._models, chosen.weights)
+            assert blend is not None  # nothing was awaited since it was chosen
+            if call is None:
+                return _error(HTTPStatus.BAD_REQUEST, f"The route `{name}` works over HTTP only.")
+            blends.bind(request, blend)
+            self._note_led(blend.lora_int_id)
+        else:
+            request.model = chosen
+        label = BLENDS if isinstance(chosen, Blended) else chosen
+        count_route(name, label, "chosen" if chosen == candidates[0] else "fallback")
         if call is not None:
-            call.route, call.adapter = name, adapter
+            call.route, call.adapter = name, request.model
         return None
 
     def note_failure(self, lora: LoRARequest, failure: LoadFailure) -> None:
         """Takes an adapter out of routes with fallbacks until it has been loaded again."""
         number = lora.lora_int_id
+        if is_blend(lora.lora_path) and number not in self._led:
+            return  # a client's own; there is no end to them
         if number not in self._failed and registration.is_current(self._models, lora):
             self._failed[number] = failure
             registration.in_background(self._try_again(lora))
+
+    def _note_led(self, blend: int) -> None:
+        """A route has led to a blend; every new version of a part makes it another one."""
+        if len(self._led) >= _MOST_LED:
+            self._led.clear()
+        self._led.add(blend)
 
     async def _try_again(self, lora: LoRARequest) -> None:
         pause_s = RETRY_S
@@ -147,16 +179,16 @@ class ServerRoutes:
             del self._failed[lora.lora_int_id]
 
     async def _choose(
-        self, route: str, candidates: tuple[str, ...]
-    ) -> tuple[str | None, ErrorResponse | None]:
+        self, route: str, candidates: tuple[Candidate, ...]
+    ) -> tuple[Candidate | None, ErrorResponse | None]:
         """The first candidate that is available, or why there is none."""
-        refusals: dict[str, ErrorResponse] = {}
-        chosen = None
+        refusals: dict[Candidate, ErrorResponse] = {}
+        chosen: Candidate | None = None
         for name in candidates:
             refusal = await self._refusal(name)
             if refusal is None:
                 chosen = name
-                self._replaced.discard((route, name))
+                self._replaced.discard((route, str(name)))
                 break
             refusals[name] = refusal
         if chosen is None:
@@ -164,7 +196,7 @@ class ServerRoutes:
             chosen = next((name for name in candidates if self._is_served(name)), None)
         if chosen is not None:
             for name, refusal in refusals.items():
-                self._tell_replaced(route, name, chosen, refusal)
+                self._tell_replaced(route, str(name), str(chosen), refusal)
             return chosen, None
         first = refusals[candidates[0]].error
         reasons = "; ".join(refusal.error.message for refusal in refusals.values())
@@ -173,7 +205,22 @@ class ServerRoutes:
             f"The model `{route}` is a route, and no adapter of it is available: {reasons}",
         )
 
-    async def _refusal(self, name: str) -> ErrorResponse | None:
+    async def _refusal(self, candidate: Candidate) -> ErrorResponse | None:
+        """Why a name or a blend is unavailable; None if it is available."""
+        models = self._models
+        if not isinstance(candidate, Blended):
+            return await self._refusal_of(candidate)
+        for name, _ in candidate.weights:
+            if models.is_base_model(name):
+                return _error(HTTPStatus.NOT_FOUND, f"there is no adapter `{name}`")
+            if (refusal := await self._refusal_of(name)) is not None:
+                return refusal
+        blend = blends.blend_now(models, candidate.weights)
+        if blend is None:
+            return _error(HTTPStatus.NOT_FOUND, f"an adapter of `{candidate}` was unloaded")
+        return self._failure_of(blend)
+
+    async def _refusal_of(self, name: str) -> ErrorResponse | None:
         """Why a name is unavailable; None if it is available."""
         models = self._models
         if models.is_base_model(name):
@@ -186,16 +233,22 @@ class ServerRoutes:
         lora = models.lora_requests.get(name)
         if lora is None:
             return _error(HTTPStatus.NOT_FOUND, f"there is no adapter `{name}`")
+        return self._failure_of(lora)
+
+    def _failure_of(self, lora: LoRARequest) -> ErrorResponse | None:
+        """Why the last load of an adapter has failed; None if it has not."""
         failure = self._failed.get(lora.lora_int_id)
         if failure is None:
             return None
-        caller = current_caller.get()
-        message = (
-            failure.message if caller is None else caller.shown(failure.message, lora.lora_path)
-        )
+        caller, message = current_caller.get(), failure.message
+        if caller is not None:
+            for folder in folders_of(lora.lora_path):
+                message = caller.shown(message, folder)
         return _error(failures.STATUS[failure.kind], message)
 
-    def _is_served(self, name: str) -> bool:
+    def _is_served(self, name: Candidate) -> bool:
+        if isinstance(name, Blended):
+            return all(part in self._models.lora_requests for part, _ in name.weights)
         return name in self._models.lora_requests or self._models.is_base_model(name)
 
     def _parse(self, file: str, text: str) -> Routes:

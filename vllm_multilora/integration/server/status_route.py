@@ -118,7 +118,8 @@ def shown_to(caller: Caller | None, listed: dict[str, Any]) -> dict[str, Any]:
         return listed
     rows = []
     for row in listed["data"]:
-        if not caller.may_use(row["id"], is_base=False, is_route=False):
+        names = row["parts"] or (row["id"],)
+        if not all(caller.may_use(name, is_base=False, is_route=False) for name in names):
             continue
         error = row["last_error"]
         shown = {**row, "last_error": error and caller.shown(error, row["path"])}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
 from vllm_multilora.integration.attached import VERSIONS
+from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, current_call
 
 if TYPE_CHECKING:
@@ -61,8 +62,19 @@ def forget(client: Any, adapter: int) -> None:
 
 
 def find(client: Any, lora: LoRARequest) -> Version | None:
-    """The version that an adapter was registered in; None if no engine has read it yet."""
-    return (VERSIONS.get(client) or {}).get(lora.lora_int_id)
+    """The version that an adapter was registered in; None if no engine has read it yet.
+
+    That of a blend follows from those of its parts.
+    """
+    known = VERSIONS.get(client) or {}
+    blend = blend_of(lora)
+    if blend is None:
+        return known.get(lora.lora_int_id)
+    parts = [known[part.number] for part in blend.parts if part.number in known]
+    if len(parts) < len(blend.parts):
+        return None
+    loaded = max(part.loaded for part in parts)
+    return Version(blend.digest([part.digest for part in parts]), loaded, "blend")
 
 
 def take_asked(models: Any, request: Any, *, is_name: Callable[[str], bool]) -> str:
@@ -90,7 +102,7 @@ def bind(models: Any, request: Any, asked: str) -> ErrorResponse | None:
     Returns:
         The answer to a request for a version that is not the one that is served.
     """
-    lora = models.lora_requests.get(request.model)
+    lora = bound(request) or models.lora_requests.get(request.model)
     version = None if lora is None else find(models.engine_client, lora)
     if asked and (version is None or not version.digest.startswith(asked)):
         return _not_served(request.model, asked, version, is_adapter=lora is not None)
@@ -131,6 +143,8 @@ async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest)
     answer = await original(client, lora)
     if not isinstance(answer, str):
         return answer
+    if blend_of(lora) is not None:
+        return True
     digest, _, kind = answer.partition(":")
     note(client, lora.lora_int_id, Version(digest, time.time(), kind or "lora"))
     return True

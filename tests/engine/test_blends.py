@@ -1,0 +1,200 @@
+"""What an engine core knows of blends: few at a time, as sound as their parts, gone with them."""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from tests.engine.parties import Engine, lora, pack_info
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.blends import blend_of, blended, label_of
+from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
+from vllm_multilora.integration.engine.fair_scheduler import party_of
+from vllm_multilora.integration.engine.quarantine import Quarantine
+from vllm_multilora.integration.failures import without_folder
+from vllm_multilora.metrics.names import BLENDS
+from vllm_multilora.states import AdapterState
+from vllm_multilora.tenants.on_request import RequestTenant
+
+MOST = 3
+ACME, ZEN = RequestTenant("acme"), RequestTenant("zen")
+
+
+def blend(weight: float, first: int = 1, second: int = 2):
+    return blended([(lora(first), weight), (lora(second), 1.0)])
+
+
+@pytest.fixture
+def engines() -> Iterator[Callable[..., Engine]]:
+    """Makes engines; at the end every request is over, and every lease must be given back."""
+    made: list[Engine] = []
+
+    def make(**options) -> Engine:
+        made.append(Engine(**{"most_blends": MOST, **options}))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        for number in [entry.number for entry in engine.adapters.known()]:
+            engine.adapters.drop(number)
+        engine.all_is_given_back()
+
+
+def serve(engine: Engine, request, pack: int) -> None:
+    """A request has come, its blend is in host memory, and it is over."""
+    assert engine.adapters.want(request) is None
+    engine.store.loaded(pack_info(pack))
+    engine.poll()
+    engine.adapters.drop(request.lora_int_id)
+
+
+def known(engine: Engine) -> set[int]:
+    return {entry.number for entry in engine.adapters.known()}
+
+
+def test_any_number_of_blends_come_by_and_few_are_known(engines):
+    engine = engines()
+    requests = [blend(number / 10) for number in range(50)]
+    for number, request in enumerate(requests, 1):
+        serve(engine, request, number)
+        assert len(known(engine)) <= MOST
+    # Those before were forgotten, here and in the store.
+    assert known(engine) == {request.lora_int_id for request in requests[-MOST:]}
+    assert engine.store.forgotten == [request.lora_int_id for request in requests[:-MOST]]
+
+
+def test_the_one_longest_not_asked_for_is_forgotten(engines):
+    engine = engines()
+    one, two, three, four = (blend(number / 10) for number in range(4))
+    for number, request in enumerate((one, two, three), 1):
+        serve(engine, request, number)
+    serve(engine, one, 1)
+    serve(engine, four, 4)
+    assert known(engine) == {request.lora_int_id for request in (one, three, four)}
+
+
+def test_one_too_many_in_use_fails_alone_and_for_now(engines):
+    engine = engines()
+    requests = [blend(number / 10) for number in range(MOST)]
+    for request in requests:
+        assert engine.adapters.want(request) is None
+    late = blend(7.0)
+    failure = engine.adapters.want(late)
+    assert failure.kind is FailureKind.NO_MEMORY
+    assert "3 other blends are in use" in failure.message
+    assert engine.adapters.want(requests[0]) is None  # known ones are asked for as ever
+    assert engine.adapters.want(lora(9)) is None
+    engine.adapters.drop(requests[1].lora_int_id)
+    assert engine.adapters.want(late) is None
+    assert requests[1].lora_int_id not in known(engine)
+
+
+def test_each_tenant_has_its_own(engines):
+    engine = engines()
+    for number in range(MOST):
+        assert engine.adapters.want(blend(number / 10), ACME) is None
+    assert engine.adapters.want(blend(7.0), ACME) is not None
+    assert engine.adapters.want(blend(7.0), ZEN) is None
+    assert engine.adapters.want(blend(8.0)) is None
+
+
+def test_blends_can_be_switched_off(engines):
+    failure = engines(most_blends=0).adapters.want(blend(0.5))
+    assert failure.kind is FailureKind.INVALID
+    assert "--multilora-max-blends 0" in failure.message
+
+
+def test_without_tenants_all_blends_take_one_turn_of_the_queue(engines):
+    engine = engines()
+    for number in range(2):
+        engine.adapters.want(blend(number / 10))
+    engine.adapters.want(blend(7.0), ACME)
+    first, second, tenants = engine.store.wants.values()
+    assert first.owners == second.owners != ()
+    assert tenants.owners == ("acme",)
+    assert first.most is None
+
+
+def test_a_blend_of_quarantined_weights_is_quarantined(engines):
+    engine = engines()
+    bad = msgspec.structs.replace(pack_info(5), digest="bad")
+    request = blend(0.5)
+    engine.adapters.want(request)
+    engine.store.loaded(msgspec.structs.replace(pack_info(1), parts=("good", "bad")))
+    engine.poll()
+    assert engine.adapters.state(request.lora_int_id) is AdapterState.HOST
+    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
+    requests = {"r": SimpleNamespace(lora_request=lora(2))}
+    engine.adapters.quarantine.look(output, requests, lambda number: bad)
+    assert engine.adapters.state(request.lora_int_id) is AdapterState.QUARANTINED
+    assert not engine.adapters.is_ready(request.lora_int_id)
+    assert engine.adapters.failure(request.lora_int_id).kind is FailureKind.QUARANTINED
+
+
+def test_blends_that_overflow_put_no_adapter_out_of_mind(monkeypatch):
+    """Anybody can think of weights that do, as many as they like."""
+    monkeypatch.setattr("vllm_multilora.integration.engine.quarantine._MOST_REMEMBERED", 4)
+    quarantine = Quarantine()
+    requests = {"r": SimpleNamespace(lora_request=lora(2))}
+    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
+    bad = pack_info(1, "bad")
+    quarantine.look(output, requests, lambda number: bad)
+    for number in range(10):
+        pack = msgspec.structs.replace(pack_info(2, f"blend {number}"), parts=("good",))
+        quarantine.look(output, requests, lambda number, pack=pack: pack)
+        assert quarantine.failure(pack) is not None
+    assert quarantine.failure(bad) is not None
+    assert quarantine.failure(msgspec.structs.replace(pack, digest="other")) is None
+
+
+def test_parts_must_have_the_digests_that_are_required(engines):
+    class Required:
+        def refuse(self, name: str, digest: str) -> str | None:
+            return None if digest == f"{name}'s" else f"its digest is {digest}"
+
+    engine = engines(required=Required())
+    for number, (digests, refusal) in enumerate(
+        [
+            (("adapter 1's", "adapter 2's"), None),
+            (("adapter 1's", "other"), "of its part 'adapter 2', its digest is other"),
+        ]
+    ):
+        request = blend(number / 10)
+        engine.adapters.want(request)
+        engine.store.loaded(msgspec.structs.replace(pack_info(number + 1), parts=digests))
+        engine.poll()
+        failure = engine.adapters.failure(request.lora_int_id)
+        assert (failure and failure.message) == refusal
+
+
+def test_the_blends_of_an_adapter_are_found(engines):
+    engine = engines()
+    requests = [blend(0.5), blend(0.5, 1, 3), blend(0.5, 2, 3)]
+    for request in requests:
+        engine.adapters.want(request)
+    engine.adapters.want(lora(1))
+    assert engine.adapters.blends_with(1) == [r.lora_int_id for r in requests[:2]]
+    assert engine.adapters.blends_with(9) == []
+
+
+def test_metrics_and_shares_have_one_name_for_all_blends():
+    request = blend(0.5)
+    assert label_of(request) == BLENDS
+    assert label_of(lora(1)) == "adapter 1"
+    asked = SimpleNamespace(lora_request=request, trace_headers=None)
+    assert party_of(asked) == PARTY
+
+
+def test_messages_name_parts_and_no_folders():
+    request = blend(0.5)
+    text = "/adapters/1/adapter_config.json: 'r' is 0; /adapters/2/x: bad"
+    assert without_folder(text, request) == (
+        "adapter 1/adapter_config.json: 'r' is 0; adapter 2/x: bad"
+    )
+
+
+def test_blends_of_blends_are_refused():
+    with pytest.raises(ValueError, match="as a part"):
+        blended([(blend(0.5), 1.0)])
+    assert blend_of(blend(0.5)).name == "0.5*adapter 1+1*adapter 2"

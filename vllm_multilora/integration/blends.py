@@ -1,0 +1,55 @@
+"""Blends as requests carry them: several adapters with a weight each, as one `LoRARequest`.
+
+    lora = blended([(LoRARequest("style", 1, "/adapters/style"), 0.7),
+                    (LoRARequest("domain", 2, "/adapters/domain"), 0.5)])
+    llm.generate(prompts, params, lora_request=lora)
+
+Such a request is like any other to vLLM and to most of this package: a name, a number, and in the
+folder's place a text that says what is blended (`adapters.blends`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllm.lora.request import LoRARequest
+
+from vllm_multilora.adapters.blends import Blend, BlendPart, is_blend
+from vllm_multilora.metrics.names import BLENDS
+
+
+def blended(parts: Iterable[tuple[LoRARequest, float]]) -> LoRARequest:
+    """The adapter that is the weighted sum of some adapters.
+
+    Equal to PEFT's `add_weighted_adapter(..., combination_type="cat")`. The same adapters with the
+    same weights make the same blend, in whatever order they come.
+
+    Args:
+        parts: One to eight adapters, each with a finite weight of at most 100 in magnitude. They
+            need not be loaded.
+
+    Returns:
+        To be used as any other; its number and name follow from the parts.
+
+    Raises:
+        ValueError: Too many parts, one that comes twice or is a blend itself, or a wrong weight.
+    """
+    found = list(parts)
+    for lora, _ in found:
+        if is_blend(lora.lora_path):
+            raise ValueError(f"found the blend {lora.lora_name!r} as a part, expected an adapter")
+    blend = Blend.of(
+        BlendPart(lora.lora_int_id, lora.lora_name, lora.lora_path, weight)
+        for lora, weight in found
+    )
+    return LoRARequest(blend.name, blend.number, blend.source)
+
+
+def blend_of(lora: LoRARequest) -> Blend | None:
+    """What a request's adapter is blended of; None if it is none."""
+    return Blend.read(lora.lora_path)
+
+
+def label_of(lora: LoRARequest) -> str:
+    """What metrics call a request's adapter: its name, or one name for all blends."""
+    return BLENDS if is_blend(lora.lora_path) else lora.lora_name

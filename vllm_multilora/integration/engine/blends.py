@@ -1,0 +1,66 @@
+"""Which blends an engine core knows: few at a time, since anybody can ask for any number of them.
+
+A blend is made when a request asks for it, and made again if it has left memory. So one that nobody
+uses can be forgotten as soon as there are too many.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_multilora.adapters.blends import is_blend
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.engine.registrations import Registrations
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+
+class KnownBlends:
+    """The blends among the known adapters.
+
+    Args:
+        registrations: The known adapters.
+        most: Blends that each tenant, and all requests of no tenant together, may have.
+    """
+
+    def __init__(self, registrations: Registrations, most: int) -> None:
+        self._registrations = registrations
+        self._most = most
+
+    def admit(self, request: LoRARequest, tenant: str) -> LoadFailure | None:
+        """A request's adapter is about to be known; idle blends are forgotten for it.
+
+        Args:
+            request: Its adapter, which need not be a blend.
+            tenant: Whose request it is; empty: nobody's in particular.
+
+        Returns:
+            Why it may not be: as many others of the tenant are in use.
+        """
+        known = self._registrations.known
+        if not is_blend(request.lora_path) or known.find(request.lora_int_id) is not None:
+            return None
+        if not self._most:
+            refusal = "blends are switched off here (--multilora-max-blends 0)"
+            return LoadFailure(FailureKind.INVALID, refusal)
+        own = [entry for entry in known.blends() if entry.blend_owner == tenant]
+        if len(own) < self._most:
+            return None
+        for entry in own:  # those longest not asked for first
+            if not entry.is_wanted and not entry.registrations:
+                self._registrations.withdraw(entry)
+                return None
+        return LoadFailure(
+            FailureKind.NO_MEMORY,
+            f"{len(own)} other blends are in use, and no more may be at a time "
+            "(--multilora-max-blends); try again later",
+        )
+
+    def with_part(self, number: int) -> list[int]:
+        """The blends that have an adapter for a part."""
+        return [
+            entry.number
+            for entry in self._registrations.known.blends()
+            if entry.blend is not None and any(p.number == number for p in entry.blend.parts)
+        ]
