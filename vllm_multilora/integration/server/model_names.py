@@ -20,6 +20,7 @@ from vllm_multilora.integration.server import (
     versions,
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.http_calls import BLEND_FIELD
 from vllm_multilora.integration.server.routes import routes_of
 
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
@@ -138,7 +139,7 @@ async def _prepare_blend(serving: Any, request: Any) -> ErrorResponse | None:
             return unknown(serving, name)
         if name in (routes_of(models) or ()):
             return blends.error_response(
-                f"{blends.FIELD}: found the route `{name}`, expected adapters."
+                f"{BLEND_FIELD}: found the route `{name}`, expected adapters."
             )
         refusal = await _find(models, name)
         if refusal is not None:
