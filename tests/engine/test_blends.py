@@ -168,6 +168,17 @@ def test_parts_must_have_the_digests_that_are_required(engines):
         assert (failure and failure.message) == refusal
 
 
+def test_a_text_that_is_no_blend_is_the_stores_to_refuse(engines):
+    engine = engines()
+    request = lora(7, path="blend:nonsense")
+    assert blend_of(request) is None
+    assert engine.adapters.want(request) is None
+    assert engine.store.only().path == "blend:nonsense"
+    engine.store.failed()
+    engine.poll()
+    assert engine.adapters.failure(7).kind is FailureKind.INVALID
+
+
 def test_the_blends_of_an_adapter_are_found(engines):
     engine = engines()
     requests = [blend(0.5), blend(0.5, 1, 3), blend(0.5, 2, 3)]
