@@ -150,9 +150,9 @@ def name_of(weights: Iterable[tuple[str, float]]) -> str:
     )
 
 
-def is_blend(source: str) -> bool:
-    """Whether what an adapter has for a folder is the source of a blend."""
-    return source.startswith(_PREFIX)
+def is_blend(source: str | None) -> bool:
+    """Whether what an adapter has for a folder, if it has any, is the source of a blend."""
+    return source is not None and source.startswith(_PREFIX)
 
 
 def folders_of(source: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from vllm.lora.request import LoRARequest
 
-from vllm_multilora.adapters.blends import Blend, BlendPart, is_blend
+from vllm_multilora.adapters.blends import Blend, BlendError, BlendPart, is_blend
 from vllm_multilora.metrics.names import BLENDS
 
 
@@ -47,7 +47,10 @@ def blended(parts: Iterable[tuple[LoRARequest, float]]) -> LoRARequest:
 
 def blend_of(lora: LoRARequest) -> Blend | None:
     """What a request's adapter is blended of; None if it is none."""
-    return Blend.read(lora.lora_path)
+    try:
+        return Blend.read(lora.lora_path)
+    except BlendError:  # made by hand: the store refuses it, and says why
+        return None
 
 
 def label_of(lora: LoRARequest) -> str:
