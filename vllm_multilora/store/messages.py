@@ -14,7 +14,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
@@ -78,6 +78,7 @@ class PackInfo(msgspec.Struct, frozen=True, array_like=True):
         left_out: Modules of the adapter that nothing adapts here.
         invocation_tokens: Token ids from whose last occurrence in a prompt on the adapter acts;
             none: it acts on all of it.
+        dora: Whether it is a DoRA adapter, which multiplies outputs too.
     """
 
     pack: int
@@ -92,11 +93,14 @@ class PackInfo(msgspec.Struct, frozen=True, array_like=True):
     has_special: bool
     left_out: tuple[str, ...]
     invocation_tokens: tuple[int, ...] = ()
+    dora: bool = False
 
     @property
     def kind(self) -> str:
-        """What people call such an adapter: `alora` if it is activated by tokens, else `lora`."""
-        return "alora" if self.invocation_tokens else "lora"
+        """What people call such an adapter: `alora` if tokens activate it, `dora`, else `lora`."""
+        if self.invocation_tokens:
+            return "alora"
+        return "dora" if self.dora else "lora"
 
 
 # From a client to the store.
