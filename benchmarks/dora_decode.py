@@ -69,7 +69,7 @@ def time_lengths(worker: Any) -> None:
     def timed(slot: int) -> None:
         begin = time.perf_counter()
         find(slot)
-        rank = max(factors._ranks[slot].values())
+        rank = max(factors._adapters[slot].ranks.values())
         worker.multilora_lengths.append((rank, time.perf_counter() - begin))
 
     factors._finish = timed

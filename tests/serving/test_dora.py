@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.serving
 
 DORA = {"multilora": {"dora": True}}
-# Float32, both computed in bfloat16 otherwise: seen 0.2 at most, where base and adapters with
-# wrong factors are off by several.
-BFLOAT16_ATOL = 0.5
+# Of a prompt's log-probabilities, against those in float32. Seen: 0.13 to 0.20, of PEFT in bfloat16
+# 0.13 to 0.25, of the base model 0.15; between an adapter and the base model 4 and more.
+BFLOAT16_RMS = 0.3
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
                 ],
                 use_tqdm=False,
             )
-    worst = {}
+    errors = {}
     for output, case in zip(outputs, cases, strict=True):
         ids = torch.tensor([case.prompt])
         if case.adapter:
@@ -184,5 +184,6 @@ def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
             entry[token].logprob
             for entry, token in zip(output.prompt_logprobs[1:], case.prompt[1:], strict=True)
         ]
-        worst[case.adapter] = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-    assert max(worst.values()) < BFLOAT16_ATOL, worst
+        squares = [(a - b) ** 2 for a, b in zip(found, expected, strict=True)]
+        errors[case.adapter] = (sum(squares) / len(squares)) ** 0.5
+    assert max(errors.values()) < BFLOAT16_RMS, errors

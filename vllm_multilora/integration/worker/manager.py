@@ -241,14 +241,12 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return adapter_id in self.list_adapters()
 
     def remove_all_adapters(self) -> None:
-        """Ends a warm-up, or comes with new base weights: no reason to forget adapters.
-
-        Those that depend on the weights are filled again.
-        """
+        """Ends a warm-up, or comes with new base weights: no reason to forget adapters."""
         self._end_warm_up()
-        self.filler.await_all()
-        self._adapter_manager.weights_changed()
-        self._step_orders = -1  # the next step looks for all of its adapters
+        if self._adapter_manager.factors is not None:
+            self.filler.await_all()
+            self._adapter_manager.factors.weights_changed()
+            self._step_orders = -1  # the next step looks at all of its slots
 
     def pin_adapter(self, adapter_id: int) -> bool:
         """Nothing to do: slots are the engine core's."""

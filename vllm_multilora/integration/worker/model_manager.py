@@ -210,11 +210,6 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._last_mapping = None
         self._last_slot_layout = None
 
-    def weights_changed(self) -> None:
-        """The base model has other weights: slots with something of the old ones are nobody's."""
-        for slot in self.factors.weights_changed() if self.factors is not None else ():
-            self.lora_index_to_id[slot] = None
-
     @contextmanager
     def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
         """Within it, output layers get prompts' rows; see `OutputRows.from_prompts`."""

@@ -58,6 +58,20 @@ class _Layer:
         return isinstance(self.module.base_layer, RowParallelLinear) and self.module.tp_size > 1
 
 
+@dataclass(frozen=True)
+class _Adapter:
+    """A DoRA adapter in a slot.
+
+    Attributes:
+        ranks: The rank of each slice that it has magnitudes for, by the slice's row.
+        magnitudes: float32 [all outputs], in host memory: for the case that the base model gets
+            other weights.
+    """
+
+    ranks: dict[int, int]
+    magnitudes: torch.Tensor
+
+
 class SlotFactors:
     """The factors of all linear layers' outputs in every slot.
 
@@ -88,8 +102,9 @@ class SlotFactors:
         self._starts = np.array([*starts, columns], np.int64)
         self._values = torch.zeros(slots, columns, dtype=torch.float32, device=device)
         self._marks = torch.zeros(rows, slots, dtype=torch.int32, device=device)
-        self._ranks: dict[int, dict[int, int]] = {}  # of each slot's marked rows
-        self._unfinished: dict[int, str] = {}
+        self._adapters: dict[int, _Adapter] = {}
+        self._digests: dict[int, str] = {}  # of these
+        self._unfinished: set[int] = set()
         self._squares: dict[int, torch.Tensor] = {}  # of the base weights' rows, by layer
         self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._most_known = max(slots, _KEPT_BYTES // max(self._values[:1].nbytes, 1))
@@ -119,13 +134,14 @@ class SlotFactors:
         Returns:
             The adapter's factors, if they are known; `fill` is to be given them.
         """
-        self._unfinished.pop(slot, None)
+        self._unfinished.discard(slot)
         if digest is None:
             return None
+        self._digests[slot] = digest
         if digest in self._known:
             self._known.move_to_end(digest)
         else:
-            self._unfinished[slot] = digest
+            self._unfinished.add(slot)
         return self._known.get(digest)
 
     def fill(
@@ -145,11 +161,14 @@ class SlotFactors:
             addresses: [n], where these begin in host memory: float32 [outputs].
             known: What `begin` has returned.
         """
+        self._adapters.pop(slot, None)
         marks = np.zeros(len(self._marks), np.int32)
         marks[rows] = 1
-        self._ranks[slot] = dict(zip(rows.tolist(), ranks.tolist(), strict=True))
         if len(rows):
-            self._values[slot].copy_(self._magnitudes(rows, addresses) if known is None else known)
+            magnitudes = self._magnitudes(rows, addresses)
+            of_rows = dict(zip(rows.tolist(), ranks.tolist(), strict=True))
+            self._adapters[slot] = _Adapter(of_rows, magnitudes)
+            self._values[slot].copy_(magnitudes if known is None else known)
         self._marks[:, slot].copy_(torch.from_numpy(marks))
 
     def _magnitudes(
@@ -168,20 +187,21 @@ class SlotFactors:
         the adapter answers.
         """
         for slot in slots if self._unfinished else ():
-            digest = self._unfinished.pop(slot, None)
-            if digest is None:
+            if slot not in self._unfinished:
                 continue
+            self._unfinished.discard(slot)
             self._finish(slot)
-            self._known[digest] = self._values[slot].to("cpu", copy=True)
+            self._known[self._digests[slot]] = self._values[slot].to("cpu", copy=True)
             if len(self._known) > self._most_known:
                 self._known.popitem(last=False)
 
     @torch.no_grad()
     def _finish(self, slot: int) -> None:
+        ranks = self._adapters[slot].ranks
         squares = torch.ones_like(self._values[slot])
         parts: list[torch.Tensor] = []
         for number, layer in enumerate(self._layers):
-            marked = [row for row in layer.rows if row in self._ranks[slot]]
+            marked = [row for row in layer.rows if row in ranks]
             if not marked:
                 continue
             found = self._row_squares(number, slot, marked)
@@ -199,7 +219,7 @@ class SlotFactors:
     def _row_squares(self, number: int, slot: int, marked: Sequence[int]) -> list[torch.Tensor]:
         """The squared lengths of the rows of `W + s B A`, or of this rank's part of them."""
         layer = self._layers[number]
-        module, ranks = layer.module, self._ranks[slot]
+        module, ranks = layer.module, self._adapters[slot].ranks
         base = self._squares.get(number)
         if base is None:
             base = self._squares[number] = _base_squares(module.base_layer)
@@ -221,24 +241,25 @@ class SlotFactors:
             found.append(base[outputs] + (b * crossed).sum(dim=1))
         return found
 
-    def weights_changed(self) -> list[int]:
-        """The base model has other weights; returns the slots whose factors are of the old ones."""
+    def weights_changed(self) -> None:
+        """The base model has other weights: `finish` is to be called before the next step."""
         self._squares.clear()
         self._known.clear()
         for layer in self._layers:
-            if layer.bias is not None:
-                layer.bias.copy_(_added_bias(layer.module))
-        return [
-            slot for slot, ranks in self._ranks.items() if ranks and slot not in self._unfinished
-        ]
+            bias = _added_bias(layer.module)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        for slot, adapter in self._adapters.items():
+            self._values[slot].copy_(adapter.magnitudes)
+            self._unfinished.add(slot)
 
     def memory_lost(self) -> None:
         """The device's memory was lost; what was in the slots, too."""
-        self.weights_changed()
+        self._adapters.clear()
+        self._unfinished.clear()
         self._marks.zero_()
         self._values.zero_()
-        self._ranks.clear()
-        self._unfinished.clear()
+        self.weights_changed()
 
 
 def no_factors(module: Any) -> str | None:
@@ -280,9 +301,7 @@ def row_squares(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([chunk.detach().float().square().sum(dim=1) for chunk in weight.split(step)])
 
 
-def process_weights_after_loading(
-    original: Callable[..., None], method: Any, layer: torch.nn.Module
-) -> None:
+def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
     weight, squares = layer.weight, None
     config = get_current_vllm_config_or_none()
     if (
