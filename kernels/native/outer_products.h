@@ -65,8 +65,8 @@ static void transpose_columns(float *bt, const void *b, int64_t b_start, int64_t
 /* ROWS x VECS vectors of y: their first `cols` columns, against rank rows of bt. */
 INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t ldh,
                         const void *bt, int64_t bt_start, int64_t ldbt, int64_t rank,
-                        void *const *y, int64_t col, int64_t cols, struct onto onto, const int b_dtype,
-                        const int y_dtype) {
+                        void *const *y, int64_t col, int64_t cols, struct onto onto,
+                        const int b_dtype, const int y_dtype) {
     const int split = b_dtype == BF16;
     const size_t b_width = width_of(b_dtype);
     f32v acc[6][VECS];
