@@ -265,8 +265,9 @@ class SlotFactors:
 def no_factors(module: Any) -> str | None:
     """Why a layer's outputs cannot be multiplied; None if they can."""
     base = module.base_layer
-    if not isinstance(base.quant_method, UnquantizedLinearMethod):
-        return f"its weights are quantised ({type(base.quant_method).__name__})"
+    method = base.quant_method
+    if not isinstance(method, UnquantizedLinearMethod):
+        return f"its weights are quantised ({type(method).__name__})"
     if base.weight.dim() != 2 and ROW_SQUARES.get(base) is None:
         return "vLLM has repacked its weights"
     if module.lora_config.fully_sharded_loras and module.tp_size > 1:
