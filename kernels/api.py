@@ -435,9 +435,9 @@ def _linear_op(
     offset: int,
     add_inputs: bool,
     backend: str,
-    values: torch.Tensor | None,
-    marks: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    values: torch.Tensor | None = None,
+    marks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> None:
     if tokens := _tokens_to_skip(host_plan, y.device):
         if not add_inputs:
