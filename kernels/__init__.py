@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         lora_shrink,
         resolve_backend,
     )
+    from multilora_kernels.factors import OutputFactors
     from multilora_kernels.native.builds import NativeUnavailableError
     from multilora_kernels.plan import BatchPlan, PlanLayout
     from multilora_kernels.scatter import SlotIndex, SlotTable
@@ -32,6 +33,7 @@ __all__ = [
     "BACKENDS",
     "BatchPlan",
     "NativeUnavailableError",
+    "OutputFactors",
     "PlanLayout",
     "PreparedLinear",
     "SlotIndex",
@@ -49,6 +51,7 @@ __all__ = [
 _HOMES = {
     "BatchPlan": "plan",
     "NativeUnavailableError": "native.builds",
+    "OutputFactors": "factors",
     "PlanLayout": "plan",
     "SlotIndex": "scatter",
     "SlotTable": "scatter",

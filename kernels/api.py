@@ -4,9 +4,9 @@ Semantics, for tokens t with slot s(t) (-1: no adapter), slices i and r = ranks[
 
     y[t, off_i : off_i + N_i] += scale * (x[t] @ A_i[s(t), :r].T) @ B_i[s(t), :, :r].T
 
-`reference.py` is the same in loops. Under `torch.compile` every call is one opaque operator
-of the library `multilora`; outside it the backend is called directly, which saves the
-dispatcher's time on every layer of every step.
+`OutputFactors` says what adapters with factors do to y then, and `reference.py` is the same in
+loops. Under `torch.compile` every call is one opaque operator of the library `multilora`; outside
+it the backend is called directly, which saves the dispatcher's time on every layer of every step.
 
 A batch in which nobody has an adapter launches no kernel. That is decided on the host as a call
 runs. While a CUDA graph is being captured a call launches its kernels all the same, for the graph
@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 
 from multilora_kernels import native, torch_backend, triton_availability
+from multilora_kernels.factors import OutputFactors
 from multilora_kernels.native import segment_gemm
 from multilora_kernels.plan import (
     HEADER_INTS,
@@ -87,6 +88,7 @@ def lora_linear(
     scale: float = 1.0,
     offset: int = 0,
     add_inputs: bool = True,
+    factors: OutputFactors | None = None,
     backend: str = "auto",
 ) -> None:
     """Adds each token's own adapter to a linear layer's output, in place on y.
@@ -106,6 +108,7 @@ def lora_linear(
         offset: first column of y.
         add_inputs: if False, y's span is overwritten instead of added to, for every token of
             the plan: by zeros where a token has no adapter or its rank is 0.
+        factors: what adapters multiply y by when their product has been added; None: nothing.
         backend: one of `BACKENDS`; see `resolve_backend`.
 
     Raises:
@@ -118,6 +121,7 @@ def lora_linear(
     _check(x.size(1) == columns, f"x must have {columns} columns, as lora_a has", x.shape)
     width = offset + sum(b.size(-2) for b in lora_b)
     _check(y.size(1) >= width, f"y must have at least {width} columns", y.shape)
+    _check_factors(factors, lora_b, layout, add_inputs)
     _linear(
         y,
         x,
@@ -131,6 +135,7 @@ def lora_linear(
         offset,
         add_inputs,
         backend,
+        *_tensors_of(factors),
     )
 
 
@@ -211,8 +216,8 @@ class PreparedLinear:
     worked out once for each power of two of tokens and kept.
 
     Args:
-        lora_a, lora_b, ranks, scale, add_inputs, backend: as for `lora_linear`. The tensors are
-            kept, not copied: their contents may change between runs.
+        lora_a, lora_b, ranks, scale, add_inputs, factors, backend: as for `lora_linear`. The
+            tensors are kept, not copied: their contents may change between runs.
         layout: the layout of the plans to come.
 
     Raises:
@@ -228,10 +233,12 @@ class PreparedLinear:
         *,
         scale: float = 1.0,
         add_inputs: bool = True,
+        factors: OutputFactors | None = None,
         backend: str = "auto",
     ) -> None:
         backend = _resolve(backend, ranks.device.type)
         _check_linear_weights(lora_a, lora_b, ranks, layout)
+        _check_factors(factors, lora_b, layout, add_inputs)
         self._columns = lora_a[0].size(-1)
         self._width = sum(b.size(-2) for b in lora_b)
         self._layout = layout
@@ -245,19 +252,20 @@ class PreparedLinear:
                 layout,
                 scale=scale,
                 overwrite=not add_inputs,
+                factors=factors,
             )
             self._run: Callable[..., None] = call.run
         elif backend.startswith("triton"):
             self._run = (
                 _module(backend)
-                .prepare_linear(lora_a, lora_b, ranks, layout, scale, add_inputs)
+                .prepare_linear(lora_a, lora_b, ranks, layout, scale, add_inputs, factors)
                 .run
             )
         else:
             module, kept = _module(backend), (tuple(lora_a), tuple(lora_b), ranks)
 
             def run(plan: torch.Tensor, *, x: torch.Tensor, y: torch.Tensor) -> None:
-                module.lora_linear(y, x, *kept, plan, layout, scale, 0, add_inputs)
+                module.lora_linear(y, x, *kept, plan, layout, scale, 0, add_inputs, factors)
 
             self._run = run
 
@@ -298,6 +306,24 @@ def _check_linear_weights(
     _check(len(lora_a) == len(lora_b) > 0, "lora_a and lora_b must have the same slices", lora_a)
     _check_weights("lora_a", lora_a, ranks, layout, columns=lora_a[0].size(-1))
     _check_weights("lora_b", lora_b, ranks, layout, columns=lora_a[0].size(-2), by_column=True)
+
+
+def _check_factors(
+    factors: OutputFactors | None,
+    lora_b: Sequence[torch.Tensor],
+    layout: PlanLayout,
+    add_inputs: bool,
+) -> None:
+    if factors is None:
+        return
+    _check(add_inputs, "factors need add_inputs=True: they are of what y holds", add_inputs)
+    factors.check(len(lora_b), layout.max_loras, sum(b.size(-2) for b in lora_b))
+
+
+def _tensors_of(
+    factors: OutputFactors | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    return (None, None, None) if factors is None else (factors.values, factors.marks, factors.bias)
 
 
 def _check(condition: bool, message: str, found: object) -> None:
@@ -411,14 +437,18 @@ def _linear_op(
     offset: int,
     add_inputs: bool,
     backend: str,
+    values: torch.Tensor | None = None,
+    marks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> None:
     if tokens := _tokens_to_skip(host_plan, y.device):
         if not add_inputs:
             _zero_span(y, tokens, offset, lora_b)
         return
     layout = _layout(max_tokens, max_loras, tile_rows)
+    factors = None if values is None or marks is None else OutputFactors(values, marks, bias)
     _module(backend).lora_linear(
-        y, x, lora_a, lora_b, ranks, plan, layout, scale, offset, add_inputs
+        y, x, lora_a, lora_b, ranks, plan, layout, scale, offset, add_inputs, factors
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from multilora_kernels.factors import OutputFactors
+
 
 def lora_shrink(
     x: torch.Tensor,
@@ -68,7 +70,31 @@ def lora_linear(
     scale: float = 1.0,
     offset: int = 0,
     add_inputs: bool = True,
+    factors: OutputFactors | None = None,
 ) -> None:
-    """`lora_shrink` then `lora_expand`, in place on y of shape [tokens, width]."""
+    """`lora_shrink`, `lora_expand`, `apply_factors`, in place on y of shape [tokens, width]."""
     h = lora_shrink(x, lora_a, ranks, token_slots, scale=scale)
     lora_expand(y, h, lora_b, ranks, token_slots, offset=offset, add_inputs=add_inputs)
+    if factors is not None:
+        widths = [b.shape[-2] for b in lora_b]
+        apply_factors(y, factors, widths, ranks, token_slots, offset=offset)
+
+
+def apply_factors(
+    y: torch.Tensor,
+    factors: OutputFactors,
+    widths: Sequence[int],
+    ranks: torch.Tensor,
+    token_slots: Sequence[int],
+    *,
+    offset: int = 0,
+) -> None:
+    """`y[t, n] += values[s, n] * (y[t, n] - bias[n])` where the slice is marked, in place."""
+    first = 0
+    for i, width in enumerate(widths):
+        own, span = slice(first, first + width), slice(offset + first, offset + first + width)
+        bias = 0 if factors.bias is None else factors.bias[own].to(y.dtype)
+        for t, slot in enumerate(token_slots):
+            if slot >= 0 and ranks[i, slot] and factors.marks[i, slot]:
+                y[t, span] += factors.values[slot, own].to(y.dtype) * (y[t, span] - bias)
+        first += width

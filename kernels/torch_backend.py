@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PLAN_ROWS, PLAN_TILES, PLAN_TOKENS, PlanLayout
 
 
@@ -24,13 +25,14 @@ def lora_linear(
     scale: float,
     offset: int,
     add_inputs: bool,
+    factors: OutputFactors | None = None,
 ) -> None:
     """See `multilora_kernels.lora_linear`; arguments are valid."""
     h = torch.empty(
         len(lora_a), x.size(0), lora_a[0].size(-2), dtype=torch.float32, device=x.device
     )
     lora_shrink(h, x, lora_a, ranks, plan, layout, scale)
-    lora_expand(y, h, lora_b, ranks, plan, layout, offset, add_inputs)
+    lora_expand(y, h, lora_b, ranks, plan, layout, offset, add_inputs, factors)
 
 
 def lora_shrink(
@@ -62,6 +64,7 @@ def lora_expand(
     layout: PlanLayout,
     offset: int,
     add_inputs: bool,
+    factors: OutputFactors | None = None,
 ) -> None:
     """See `multilora_kernels.lora_expand`; arguments are valid."""
     if not add_inputs:
@@ -70,6 +73,7 @@ def lora_expand(
         width = sum(b.size(-2) for b in lora_b)
         y[rows[rows < y.size(0)], offset : offset + width] = 0
     host_ranks = ranks.tolist()
+    marks = None if factors is None else factors.marks.tolist()
     for slot, rows in _runs(plan, layout, y.size(0)):
         start = offset
         for i, b in enumerate(lora_b):
@@ -77,7 +81,12 @@ def lora_expand(
                 weights = b.flatten(0, -3)[slot, :, :r].float()
                 span = slice(start, start + b.size(-2))
                 delta = h[i, rows, :r].float() @ weights.T
-                y[rows, span] = (y[rows, span].float() + delta).to(y.dtype)
+                total = y[rows, span].float() + delta
+                if factors is not None and marks is not None and marks[i][slot]:
+                    own = slice(start - offset, start - offset + b.size(-2))
+                    bias = 0 if factors.bias is None else factors.bias[own]
+                    total += factors.values[slot, own] * (total - bias)
+                y[rows, span] = total.to(y.dtype)
             start += b.size(-2)
 
 

@@ -39,6 +39,7 @@ _SWITCHES = (
     "check_finite",
     "quarantine",
     "fair_shares",
+    "dora",
     "latency_metrics",
     "status_page",
 )
@@ -84,6 +85,8 @@ class MultiLoRAConfig:
         check_finite: Whether NaN and infinity in an adapter's weights are looked for.
         quarantine: Whether an adapter whose numbers are not finite in use is taken out of service,
             and blocks of the KV cache are emptied before they are used again.
+        dora: Whether DoRA adapters are served. Slots have room for what they multiply outputs by,
+            4 bytes for each output of each layer, and the kernels do so.
         fair_shares: Whether tenants (adapters, where a request is no tenant's) have equal shares of
             the engine, or shares by their weights, while several have requests.
         fair_prefill_tokens: Most prompt tokens in a step, all together, of those who have had much
@@ -254,6 +257,14 @@ class MultiLoRAConfig:
             "help": "Take an adapter out of service whose numbers are not finite in use, and empty "
             "blocks of the KV cache before they are used again, so that nobody reads what it has "
             "left there (the default).",
+        },
+    )
+    dora: bool = field(
+        default=False,
+        metadata={
+            "flag": "--multilora-dora",
+            "help": "Serve DoRA adapters (PEFT's use_dora) too. Slots get larger by 4 bytes for "
+            "each output of each layer; vllm-multilora plan says how much that is.",
         },
     )
     fair_shares: bool = field(

@@ -65,8 +65,8 @@ static void transpose_columns(float *bt, const void *b, int64_t b_start, int64_t
 /* ROWS x VECS vectors of y: their first `cols` columns, against rank rows of bt. */
 INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t ldh,
                         const void *bt, int64_t bt_start, int64_t ldbt, int64_t rank,
-                        void *const *y, int64_t col, int64_t cols, int add, const int b_dtype,
-                        const int y_dtype) {
+                        void *const *y, int64_t col, int64_t cols, struct onto onto,
+                        const int b_dtype, const int y_dtype) {
     const int split = b_dtype == BF16;
     const size_t b_width = width_of(b_dtype);
     f32v acc[6][VECS];
@@ -101,35 +101,35 @@ INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t 
         if (!y[m]) continue;
         UNROLL for (int n = 0; n < vecs; n += 2)
             if (n * LANES < cols)
-                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1], add,
-                            y_dtype, split);
+                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1],
+                            onto_column(onto, n * LANES), y_dtype, split);
     }
 }
 
 /* All rows of a tile against NB columns; few rows use wide blocks, many rows tall ones. */
 INLINE void outer_typed(const float *h, int64_t ldh, int64_t rows, const void *bt,
                         int64_t bt_start, int64_t ldbt, int64_t rank, void *const *y, int64_t col,
-                        int64_t cols, int add, const int b_dtype, const int y_dtype) {
+                        int64_t cols, struct onto onto, const int b_dtype, const int y_dtype) {
     int64_t m = 0;
     for (; m + 4 <= rows;) {
         int tall = m + 6 <= rows;
         for (int64_t c = 0; c < cols; c += TALL_VECS * LANES) {
             if (tall)
                 outer_block(6, TALL_VECS, h + m * ldh, ldh, bt, bt_start + c, ldbt, rank, y + m,
-                            col + c, cols - c, add, b_dtype, y_dtype);
+                            col + c, cols - c, onto_column(onto, c), b_dtype, y_dtype);
             else
                 outer_block(4, TALL_VECS, h + m * ldh, ldh, bt, bt_start + c, ldbt, rank, y + m,
-                            col + c, cols - c, add, b_dtype, y_dtype);
+                            col + c, cols - c, onto_column(onto, c), b_dtype, y_dtype);
         }
         m += tall ? 6 : 4;
     }
     if (m + 2 <= rows) {
-        outer_block(2, VECS, h + m * ldh, ldh, bt, bt_start, ldbt, rank, y + m, col, cols, add,
+        outer_block(2, VECS, h + m * ldh, ldh, bt, bt_start, ldbt, rank, y + m, col, cols, onto,
                     b_dtype, y_dtype);
         m += 2;
     }
     if (m < rows)
-        outer_block(1, VECS, h + m * ldh, ldh, bt, bt_start, ldbt, rank, y + m, col, cols, add,
+        outer_block(1, VECS, h + m * ldh, ldh, bt, bt_start, ldbt, rank, y + m, col, cols, onto,
                     b_dtype, y_dtype);
 }
 
@@ -138,7 +138,7 @@ INLINE void outer_typed(const float *h, int64_t ldh, int64_t rows, const void *b
  * sums wait in the first-level cache. */
 INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void *b,
                          int64_t b_start, int64_t ldb, int64_t rank, void *const *y, int64_t col,
-                         int64_t cols, int add, const int b_dtype, const int y_dtype) {
+                         int64_t cols, struct onto onto, const int b_dtype, const int y_dtype) {
     const size_t b_width = width_of(b_dtype);
     const char *last = (const char *)b + (size_t)(b_start + (rank - 1) * ldb + cols) * b_width - 1;
     float sums[STREAMED_ROWS][STREAMED_COLUMNS];
@@ -173,29 +173,30 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
     for (int m = 0; m < rows; m++)
         for (int64_t c = 0; y[m] && c < cols; c += PAIR)
             put_columns(y[m], col + c, cols - c, load(sums[m], c, F32),
-                        load(sums[m], c + LANES, F32), add, y_dtype, b_dtype == BF16);
+                        load(sums[m], c + LANES, F32), onto_column(onto, c), y_dtype,
+                        b_dtype == BF16);
 }
 
 #define EXPAND(B_DTYPE, Y_DTYPE)                                                                   \
     static NOINLINE void outer_##B_DTYPE##_##Y_DTYPE(                                              \
         const float *h, int64_t ldh, int64_t rows, const void *bt, int64_t bt_start, int64_t ldbt, \
-        int64_t rank, void *const *y, int64_t col, int64_t cols, int add) {                        \
-        outer_typed(h, ldh, rows, bt, bt_start, ldbt, rank, y, col, cols, add, B_DTYPE, Y_DTYPE);  \
+        int64_t rank, void *const *y, int64_t col, int64_t cols, struct onto onto) {               \
+        outer_typed(h, ldh, rows, bt, bt_start, ldbt, rank, y, col, cols, onto, B_DTYPE, Y_DTYPE); \
     }                                                                                              \
     static NOINLINE void stream_##B_DTYPE##_##Y_DTYPE(                                             \
         const float *h, int64_t ldh, int64_t rows, const void *b, int64_t b_start, int64_t ldb,    \
-        int64_t rank, void *const *y, int64_t col, int64_t cols, int add) {                        \
+        int64_t rank, void *const *y, int64_t col, int64_t cols, struct onto onto) {               \
         if (rows == 1)                                                                             \
-            stream_typed(1, h, ldh, b, b_start, ldb, rank, y, col, cols, add, B_DTYPE, Y_DTYPE);   \
+            stream_typed(1, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, B_DTYPE, Y_DTYPE);  \
         else                                                                                       \
-            stream_typed(2, h, ldh, b, b_start, ldb, rank, y, col, cols, add, B_DTYPE, Y_DTYPE);   \
+            stream_typed(2, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, B_DTYPE, Y_DTYPE);  \
     }
 EXPAND(F32, F32) EXPAND(F32, BF16) EXPAND(F32, F16)
 EXPAND(BF16, F32) EXPAND(BF16, BF16) EXPAND(BF16, F16)
 EXPAND(F16, F32) EXPAND(F16, BF16) EXPAND(F16, F16)
 
 typedef void expand_function(const float *, int64_t, int64_t, const void *, int64_t, int64_t,
-                             int64_t, void *const *, int64_t, int64_t, int);
+                             int64_t, void *const *, int64_t, int64_t, struct onto);
 #define BY_TYPES(NAME) /* [type of B][type of y] */                                                \
     {{NAME##_F32_F32, NAME##_F32_BF16, NAME##_F32_F16},                                            \
      {NAME##_BF16_F32, NAME##_BF16_BF16, NAME##_BF16_F16},                                         \

@@ -5,7 +5,8 @@
  * panel takes two phases, with a barrier between them:
  *
  *   shrink   h[row, slice, :r] = dot products of the row of x with the first r rows of A
- *   expand   y[row] += sum over j < r of h[row, slice, j] * column j of B
+ *   expand   y[row] += sum over j < r of h[row, slice, j] * column j of B, then the adapter's
+ *            factors of y's columns, if it has any
  *
  * A phase's work is the list of (tile, slice) pairs, each with a cost that follows from its
  * rows, its true rank and the slice's width. Every thread takes one contiguous share of the
@@ -56,6 +57,9 @@ struct lora_call {
     int64_t mode, slices, k, max_rank, weight_dtype;
     int64_t ranks, ranks_stride; /* int32 [slices, slots] */
     int64_t overwrite;           /* 1: y = delta instead of y += delta, for every row */
+    int64_t factors, factors_stride; /* float32 [slots, all columns]; 0: there are none */
+    int64_t marks, marks_stride;     /* int32 [slices, slots]: whose factors count */
+    int64_t bias;                    /* float32 [all columns]: not multiplied; 0: there is none */
     double scale;
     /* What changes from call to call. */
     int64_t threads, scratch;
@@ -104,6 +108,17 @@ INLINE void *row_of(int64_t base, int64_t row, int64_t stride, int dtype) {
 
 static void zero_span(void *base, int64_t index, int64_t n, int dtype) {
     memset((char *)base + (size_t)index * width_of(dtype), 0, (size_t)n * width_of(dtype));
+}
+
+/* How sums of a slice's columns are put into y for a slot. */
+INLINE struct onto onto_of(const struct lora_call *c, int64_t slice, int64_t slot) {
+    struct onto onto = {!c->overwrite, NULL, NULL};
+    if (c->factors && ((const int32_t *)c->marks)[slice * c->marks_stride + slot]) {
+        int64_t offset = c->slice[slice].offset;
+        onto.factor = (const float *)c->factors + slot * c->factors_stride + offset;
+        if (c->bias) onto.bias = (const float *)c->bias + offset;
+    }
+    return onto;
 }
 
 /* Cost of a pair: weights are read once and used for every row; 4 stands for the reading. */
@@ -204,13 +219,15 @@ static void expand_pair(const struct lora_call *c, struct thread *t, const struc
         int64_t token = entry(c->order, start + m);
         y[m] = token < c->tokens ? row_of(c->y, token, c->y_row_stride, (int)c->y_dtype) : NULL;
     }
-    int dtype = (int)c->weight_dtype, add = !c->overwrite;
+    int dtype = (int)c->weight_dtype;
+    struct onto onto = onto_of(c, s, slot);
     int64_t start_of_y = c->y_offset + w->offset;
     if (rows <= STREAMED_ROWS && w->b_row_stride == 1) {
         for (int64_t col = from; col < to; col += STREAMED_COLUMNS)
             stream_columns[dtype][c->y_dtype](
                 h, h_stride, rows, (const void *)w->b, slot * w->b_slot_stride + col,
-                w->b_col_stride, rank, y, start_of_y + col, min64(STREAMED_COLUMNS, to - col), add);
+                w->b_col_stride, rank, y, start_of_y + col, min64(STREAMED_COLUMNS, to - col),
+                onto_column(onto, col));
         return;
     }
     for (int64_t col = from; col < to; col += NB) {
@@ -223,7 +240,7 @@ static void expand_pair(const struct lora_call *c, struct thread *t, const struc
             bt = t->bt, bt_start = 0, ldbt = NB, bt_dtype = F32;
         }
         outer_columns[bt_dtype][c->y_dtype](h, h_stride, rows, bt, bt_start, ldbt, rank, y,
-                                            start_of_y + col, cols, add);
+                                            start_of_y + col, cols, onto_column(onto, col));
     }
 }
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 
+from multilora_kernels.factors import OutputFactors
 from multilora_kernels.native.compiler import check_size, load_library
 from multilora_kernels.plan import PlanLayout
 
@@ -24,7 +25,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT_BYTES = 4
 
 # struct lora_call: the part that weights fix, the part that changes, then the slices.
-_FIXED = struct.Struct("=8qd")
+_FIXED = struct.Struct("=13qd")
 _CHANGING = struct.Struct("=19q")
 _SLICE = struct.Struct("=9q")
 _SLICES_AT = _FIXED.size + _CHANGING.size
@@ -63,6 +64,7 @@ class Call:
         layout: The layout of the plans to come.
         scale: Factor of every product.
         overwrite: Whether y's span is overwritten rather than added to.
+        factors: Of y's columns, or None.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class Call:
         *,
         scale: float = 1.0,
         overwrite: bool = False,
+        factors: OutputFactors | None = None,
     ) -> None:
         self._library = _library()
-        self._keep_alive = (tuple(lora_a), tuple(lora_b), ranks)
+        self._keep_alive = (tuple(lora_a), tuple(lora_b), ranks, factors)
         weights = lora_a or lora_b
         slices = len(weights)
         if slices > MAX_SLICES:
@@ -96,6 +99,7 @@ class Call:
             ranks.data_ptr(),
             ranks.stride(0),
             overwrite,
+            *_places_of(factors),
             scale,
         )
         offset = 0
@@ -170,6 +174,20 @@ class Call:
         self._library.multilora_run(self._struct, ctypes.c_int64(self._tile_rows))
 
 
+def _places_of(factors: OutputFactors | None) -> tuple[int, int, int, int, int]:
+    """Addresses and strides of factors, as struct lora_call has them."""
+    if factors is None:
+        return 0, 0, 0, 0, 0
+    values, marks, bias = factors.values, factors.marks, factors.bias
+    return (
+        values.data_ptr(),
+        values.stride(0),
+        marks.data_ptr(),
+        marks.stride(0),
+        0 if bias is None else bias.data_ptr(),
+    )
+
+
 def lora_linear(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -181,9 +199,19 @@ def lora_linear(
     scale: float,
     offset: int,
     add_inputs: bool,
+    factors: OutputFactors | None = None,
 ) -> None:
     """See `multilora_kernels.lora_linear`; arguments are valid, tensors are on the CPU."""
-    call = Call(LINEAR, lora_a, lora_b, ranks, layout, scale=scale, overwrite=not add_inputs)
+    call = Call(
+        LINEAR,
+        lora_a,
+        lora_b,
+        ranks,
+        layout,
+        scale=scale,
+        overwrite=not add_inputs,
+        factors=factors,
+    )
     call.run(plan, x=x, y=y, offset=offset)
 
 

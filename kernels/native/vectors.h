@@ -230,14 +230,37 @@ INLINE void sum_lanes4(float *out, const f32v v[4], float scale) {
 #define SECOND(a, b) SHUF(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 #endif
 
+/* What a sum meets on its way into y. */
+struct onto {
+    int add;             /* 1: y's own value is added to it */
+    const float *factor; /* then it grows by factor[column] times itself; NULL: it does not */
+    const float *bias;   /* what of it does not grow; NULL: nothing */
+};
+
+INLINE struct onto onto_column(struct onto onto, int64_t column) {
+    if (onto.factor) onto.factor += column;
+    if (onto.bias) onto.bias += column;
+    return onto;
+}
+
+/* Vectors of a pair, multiplied; split: as of put_pair. */
+INLINE void multiply_pair(f32v *low, f32v *high, struct onto onto, const int split) {
+    f32v a = load(onto.factor, 0, F32), b = load(onto.factor, LANES, F32);
+    f32v c = {0}, d = {0};
+    if (onto.bias) c = load(onto.bias, 0, F32), d = load(onto.bias, LANES, F32);
+    *low = mul_add(split ? EVEN(a, b) : a, *low - (split ? EVEN(c, d) : c), *low);
+    *high = mul_add(split ? ODD(a, b) : b, *high - (split ? ODD(c, d) : d), *high);
+}
+
 /* y[index..) = low, high, or += them; split: low are the even elements and high the odd ones. */
-INLINE void put_pair(void *y, int64_t index, f32v low, f32v high, int add, const int dtype,
-                     const int split) {
+INLINE void put_pair(void *y, int64_t index, f32v low, f32v high, struct onto onto,
+                     const int dtype, const int split) {
     if (split && dtype == BF16) {
-        if (add) {
+        if (onto.add) {
             low += load_half(y, index, 0, BF16);
             high += load_half(y, index, 1, BF16);
         }
+        if (onto.factor) multiply_pair(&low, &high, onto, 1);
 #if defined(__AVX512BF16__)
         u32v both = (u32v)_mm512_permutexvar_epi16(
             _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
@@ -250,10 +273,11 @@ INLINE void put_pair(void *y, int64_t index, f32v low, f32v high, int add, const
         return;
     }
     f32v first = split ? FIRST(low, high) : low, second = split ? SECOND(low, high) : high;
-    if (add) {
+    if (onto.add) {
         first += load(y, index, dtype);
         second += load(y, index + LANES, dtype);
     }
+    if (onto.factor) multiply_pair(&first, &second, onto, 0);
     store(y, index, first, dtype);
     store(y, index + LANES, second, dtype);
 }
@@ -262,16 +286,19 @@ INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /* The same for the first `cols` columns of a pair. */
-INLINE void put_columns(void *y, int64_t index, int64_t cols, f32v low, f32v high, int add,
-                        const int dtype, const int split) {
+INLINE void put_columns(void *y, int64_t index, int64_t cols, f32v low, f32v high,
+                        struct onto onto, const int dtype, const int split) {
     if (cols >= PAIR) {
-        put_pair(y, index, low, high, add, dtype, split);
+        put_pair(y, index, low, high, onto, dtype, split);
         return;
     }
     uint32_t buffer[PAIR];
+    float factor[PAIR] = {0}, bias[PAIR] = {0};
+    if (onto.factor) onto.factor = memcpy(factor, onto.factor, (size_t)cols * sizeof *factor);
+    if (onto.bias) onto.bias = memcpy(bias, onto.bias, (size_t)cols * sizeof *bias);
     char *end = (char *)y + (size_t)index * width_of(dtype);
     memcpy(buffer, end, (size_t)cols * width_of(dtype));
-    put_pair(buffer, 0, low, high, add, dtype, split);
+    put_pair(buffer, 0, low, high, onto, dtype, split);
     memcpy(end, buffer, (size_t)cols * width_of(dtype));
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
+from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import expand_kernel
@@ -37,6 +38,7 @@ def lora_linear(
     scale: float,
     offset: int,
     add_inputs: bool,
+    factors: OutputFactors | None = None,
     batch_invariant: bool = False,
 ) -> None:
     """See `multilora_kernels.lora_linear`; arguments are valid."""
@@ -45,7 +47,9 @@ def lora_linear(
     batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
     planes, launch = shrink_launch(x, lora_a, batch, scale, kept_type(y, lora_b))
     launch.run()
-    expand_launch(y, planes, lora_b, batch, offset, add_inputs, after_shrink=True).run()
+    expand_launch(
+        y, planes, lora_b, batch, offset, add_inputs, after_shrink=True, factors=factors
+    ).run()
 
 
 def prepare_linear(
@@ -55,12 +59,21 @@ def prepare_linear(
     layout: PlanLayout,
     scale: float,
     add_inputs: bool,
+    factors: OutputFactors | None = None,
     batch_invariant: bool = False,
 ) -> PreparedLaunches:
     """See `multilora_kernels.PreparedLinear`; arguments are valid."""
     facts = device_facts(ranks.device)
     return PreparedLaunches(
-        lora_a, lora_b, ranks, layout, scale, add_inputs, facts, batch_invariant=batch_invariant
+        lora_a,
+        lora_b,
+        ranks,
+        layout,
+        scale,
+        add_inputs,
+        facts,
+        batch_invariant=batch_invariant,
+        factors=factors,
     )
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
+from multilora_kernels.factors import OutputFactors
 from multilora_kernels.triton.combine import pays_before_expand, prepare_combine
 from multilora_kernels.triton.launch import Batch, Launch, launch_options
 from multilora_kernels.triton.shrink import kept_type
@@ -44,6 +45,7 @@ def prepare_expand(
     config: ExpandConfig,
     *,
     after_shrink: bool,
+    factors: OutputFactors | None = None,
 ) -> Launch:
     """The launch for all slices, to be run; it may bring one that adds up the planes before it.
 
@@ -58,6 +60,7 @@ def prepare_expand(
         config: The blocks.
         after_shrink: Whether `shrink` is what was launched just before, so that this launch may
             overlap with its end, and `planes` are what it returned.
+        factors: Of y's columns; None: none, and the kernel knows nothing of them.
     """
     tokens = y.size(0)
     block_m = batch.rows_per_program(config.block_m)
@@ -80,6 +83,7 @@ def prepare_expand(
             "offset": offset,
             "y_row": y.stride(0),
             **batch.arguments(tokens),
+            **({} if factors is None else _tensors_of(factors)),
         },
         {
             "B_SLOT": tuple(b.stride(0) for b in lora_b),
@@ -94,10 +98,19 @@ def prepare_expand(
             "BLOCK_N": config.block_n,
             "BLOCK_R": config.block_r,
             "PDL": pdl,
+            **({} if factors is None else _steps_of(factors)),
         },
         launch_options(config.num_warps, config.num_stages, pdl=pdl),
         before,
     )
+
+
+def _tensors_of(factors: OutputFactors) -> dict[str, torch.Tensor | None]:
+    return {"factors": factors.values, "marks": factors.marks, "bias": factors.bias}
+
+
+def _steps_of(factors: OutputFactors) -> dict[str, int]:
+    return {"FACTORS_SLOT": factors.values.stride(0), "MARKS_SLICE": factors.marks.stride(0)}
 
 
 def grain(lora_b: Sequence[torch.Tensor], max_rank: int) -> int:
@@ -116,7 +129,7 @@ def grain(lora_b: Sequence[torch.Tensor], max_rank: int) -> int:
 @triton.jit(
     do_not_specialize=["tokens", "tile_slot", "max_tiles"],
     # A layer's ranks are some rows of a table: where they begin must not make another kernel.
-    do_not_specialize_on_alignment=["ranks"],
+    do_not_specialize_on_alignment=["ranks", "factors", "marks"],
 )
 def expand_kernel(
     y,  # [tokens, >= offset + sum(WIDTHS)]
@@ -143,12 +156,18 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
+    factors=None,  # float32 [slots, sum(WIDTHS)]
+    marks=None,  # int32 [slices, slots]
+    bias=None,  # float32 [sum(WIDTHS)]
+    FACTORS_SLOT: tl.constexpr = 0,
+    MARKS_SLICE: tl.constexpr = 0,
 ):
     """Grid: (column blocks of all slices, lanes); a lane does every lanes-th unit of work."""
     # Which slice this program's column block lies in, and where the slice begins in y.
     block = tl.program_id(0)
     slice_id = block * 0
     width = slice_id + WIDTHS[0]
+    before = slice_id  # columns of the slices before
     y += offset
     for i in tl.static_range(1, len(WIDTHS)):
         blocks = tl.cdiv(WIDTHS[i - 1], BLOCK_N)
@@ -157,6 +176,7 @@ def expand_kernel(
             block -= blocks
             width += WIDTHS[i] - WIDTHS[i - 1]
             y += WIDTHS[i - 1]
+            before += WIDTHS[i - 1]
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < width
     y += column
@@ -176,6 +196,12 @@ def expand_kernel(
                     b_row = tl.where(slice_id == i, B_ROW[i], b_row)
                 if B_COLUMN[i] != B_COLUMN[0]:
                     b_column = tl.where(slice_id == i, B_COLUMN[i], b_column)
+            factor, kept, is_marked = None, None, 0
+            if factors is not None:
+                is_marked = tl.load(marks + slice_id * MARKS_SLICE + slot)
+                factor = factors + slot * FACTORS_SLOT + before + column
+                if bias is not None:
+                    kept = bias + before + column
             # As in the first half: one body per power of two up to BLOCK_R.
             for halvings in tl.static_range(0, 8):
                 if BLOCK_R >> halvings >= _MIN_BLOCK:
@@ -184,6 +210,9 @@ def expand_kernel(
                         planes + (slice_id.to(tl.int64) * tokens + token) * R,
                         b + column.to(tl.int64) * b_row,
                         b_column,
+                        factor,
+                        kept,
+                        is_marked,
                         live,
                         inside,
                         rank,
@@ -221,6 +250,9 @@ def _expand_block(
     h,  # pointers to the rows in the first plane, [BLOCK_M]
     b,  # pointers to the rows, [BLOCK_N]
     b_column,
+    factor,  # pointers, [BLOCK_N]; None: the slot has none
+    kept,  # pointers to what is not multiplied, [BLOCK_N]; None: nothing
+    is_marked,  # whether the factors count
     live,
     inside,
     rank,
@@ -283,6 +315,12 @@ def _expand_block(
         mask = live[:, None] & inside[None, :]
         if not OVERWRITE:
             product += tl.load(y, mask=mask, other=0.0).to(tl.float32)
+        if factor is not None:  # noqa: SIM102 (known when it is compiled)
+            if is_marked != 0:
+                grown = product
+                if kept is not None:
+                    grown -= tl.load(kept, mask=inside, other=0.0)[None, :]
+                product += tl.load(factor, mask=inside, other=0.0)[None, :] * grown
         tl.store(y, product.to(OUT), mask=mask)
 
 

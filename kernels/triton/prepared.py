@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from multilora_kernels.configs.model import power_of_two_up
+from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch
 from multilora_kernels.triton.product import expand_launch, shrink_launch
@@ -47,7 +48,7 @@ class PreparedLaunches:
     """`lora_linear` for one layer; see `multilora_kernels.PreparedLinear`.
 
     Args:
-        lora_a, lora_b, ranks, layout, scale, add_inputs: as there, and valid.
+        lora_a, lora_b, ranks, layout, scale, add_inputs, factors: as there, and valid.
         facts: The device.
         batch_invariant: Whether the blocks must not depend on the number of tokens.
     """
@@ -63,10 +64,12 @@ class PreparedLaunches:
         facts: DeviceFacts,
         *,
         batch_invariant: bool,
+        factors: OutputFactors | None = None,
     ) -> None:
         self._lora_a, self._lora_b, self._ranks = tuple(lora_a), tuple(lora_b), ranks
         self._layout, self._scale, self._add_inputs = layout, scale, add_inputs
         self._facts, self._batch_invariant = facts, batch_invariant
+        self._factors = factors
         self._max_rank = lora_a[0].size(-2)
         self._known: dict[tuple[int, torch.dtype, torch.dtype], _Launches] = {}
 
@@ -99,7 +102,14 @@ class PreparedLaunches:
         kept = kept_type(y, self._lora_b)
         planes, shrink = shrink_launch(x, self._lora_a, batch, self._scale, kept)
         expand = expand_launch(
-            y, planes, self._lora_b, batch, 0, self._add_inputs, after_shrink=True
+            y,
+            planes,
+            self._lora_b,
+            batch,
+            0,
+            self._add_inputs,
+            after_shrink=True,
+            factors=self._factors,
         )
         combine = expand.before
         return _Launches(

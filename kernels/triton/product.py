@@ -8,6 +8,7 @@ import torch
 
 from multilora_kernels.configs import Workload, choose_expand, choose_shrink
 from multilora_kernels.configs.model import power_of_two_up
+from multilora_kernels.factors import OutputFactors
 from multilora_kernels.triton.expand import prepare_expand
 from multilora_kernels.triton.launch import Batch, Launch
 from multilora_kernels.triton.shrink import prepare_shrink
@@ -36,13 +37,22 @@ def expand_launch(
     add_inputs: bool,
     *,
     after_shrink: bool,
+    factors: OutputFactors | None = None,
 ) -> Launch:
     """The second half; see `prepare_expand`."""
     width, max_rank = sum(b.size(-2) for b in lora_b), lora_b[0].size(-1)
     workload = _workload(y, lora_b, width, max_rank, batch)
     config = choose_expand(workload, batch_invariant=batch.batch_invariant)
     return prepare_expand(
-        y, planes, lora_b, batch, offset, add_inputs, config, after_shrink=after_shrink
+        y,
+        planes,
+        lora_b,
+        batch,
+        offset,
+        add_inputs,
+        config,
+        after_shrink=after_shrink,
+        factors=factors,
     )
 
 

@@ -127,7 +127,6 @@ def test_any_json_is_read_or_refused(keys):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "'bias' is 'all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*base model's weights"),

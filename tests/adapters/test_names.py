@@ -32,6 +32,10 @@ def test_lora_tensors_are_read_as_vllm_reads_them(name):
         ("base_model.model.q_proj.lora_A.default.weight", TensorRole("q_proj", "A")),
         ("model.q_proj.lora_B.my-adapter.weight", TensorRole("model.q_proj", "B")),
         ("base_model.model.embed.lora_embedding_A.default", TensorRole("embed", "A", True)),
+        ("base_model.model.q_proj.lora_magnitude_vector", TensorRole("q_proj", "magnitude")),
+        ("q_proj.lora_magnitude_vector.weight", TensorRole("q_proj", "magnitude")),
+        ("q_proj.lora_magnitude_vector.my-adapter", TensorRole("q_proj", "magnitude")),
+        ("a.q_proj.lora_magnitude_vector.default.weight", TensorRole("a.q_proj", "magnitude")),
     ],
 )
 def test_the_adapters_name_in_peft_may_stand_in_between(name, role):
@@ -46,7 +50,8 @@ def test_the_adapters_name_in_peft_may_stand_in_between(name, role):
         "lora_embedding_A",
         "base_model.model.score.weight",
         "base_model.model.model.embed_tokens.base_layer.weight",
-        "base_model.model.q_proj.lora_magnitude_vector.weight",
+        "lora_magnitude_vector",
+        "base_model.model.q_proj.lora_magnitude_vector.default.bias",
         "base_model.model.q_proj.lora_A.bias",
         "base_model.model.q_proj.lora_A",
         "base_model.model.q_proj.weight",

@@ -67,7 +67,7 @@ class Store(World):
         self.jobs[job] = "checked"
         blocks = np.full(pages, PAGE, np.int64)
         special = self.loads[job].path == SPECIAL
-        self.registry.loads.checked(job, blocks, 8, special, (), (), self.now)
+        self.registry.loads.checked(job, blocks, 8, special, (), (), False, self.now)
 
     def tell(self, job, message, segments):
         super().tell(job, message, segments)

@@ -1,6 +1,7 @@
 """What a directory's adapters need, and what that says about a server's settings."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,21 @@ def test_host_bytes_are_those_of_the_packed_adapter(directory):
     """At true rank, each module, and padded as packed adapters are."""
     for adapter in survey_adapters(directory, WIDEST).adapters:
         assert adapter.host_bytes(WIDEST) == take(directory / adapter.name, WIDEST).nbytes
+
+
+def test_magnitudes_count_in_float32(tmp_path):
+    magnitudes = {
+        f"base_model.model.{module}.lora_magnitude_vector": torch.ones(outputs)
+        for module, outputs in ((Q0, 40), (DOWN1, 24))
+    }
+    tensors = weights({Q0: 4, DOWN1: 4}) | magnitudes
+    write(tmp_path / "a", tensors, 4, 8.0, use_dora=True)
+    with_dora = replace(WIDEST, dora=True)
+    [adapter] = survey_adapters(tmp_path, with_dora).adapters
+    assert adapter.kind == "dora"
+    assert adapter.host_bytes(with_dora) == take(tmp_path / "a", with_dora).nbytes
+    [(name, [problem])] = survey_adapters(tmp_path, WIDEST).refused
+    assert (name, problem.code) == ("a", "unsupported-feature")
 
 
 def test_special_modules_count_with_all_their_elements(tmp_path):

@@ -63,13 +63,15 @@ class Setting:
     fully_sharded_loras: bool = False
     lora_dtype: str = "auto"
     lora_target_modules: tuple[str, ...] | None = None
+    dora: bool = False
 
     def __str__(self) -> str:
         sharded = ", fully sharded" if self.fully_sharded_loras else ""
         targets = f", {self.lora_target_modules}" if self.lora_target_modules else ""
+        dora = ", DoRA" if self.dora else ""
         return (
             f"{self.max_loras} x {self.max_lora_rank}, TP {self.tensor_parallel_size}{sharded}, "
-            f"{self.lora_dtype}{targets}"
+            f"{self.lora_dtype}{targets}{dora}"
         )
 
 

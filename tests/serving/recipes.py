@@ -23,6 +23,7 @@ class AdapterRecipe:
         alpha_pattern: Alphas that differ by module, as PEFT's field of that name.
         layers: Only these layers are adapted; all of them where None.
         invocation: PEFT's ``alora_invocation_tokens``; none: the adapter acts on whole prompts.
+        dora: PEFT's ``use_dora``: magnitudes are those of the base model, changed at random.
     """
 
     name: str
@@ -35,6 +36,7 @@ class AdapterRecipe:
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     invocation: tuple[int, ...] = ()
+    dora: bool = False
 
 
 LINEAR_RECIPES = (
@@ -57,6 +59,21 @@ EMBEDDING_RECIPE = AdapterRecipe(
     "embedding-head-r8", targets=(*_ATTENTION, "embed_tokens", "lm_head")
 )
 """Adapts the embedding and the head too: for base models whose class has vLLM embedding modules."""
+
+DORA_RECIPES = (
+    AdapterRecipe("dora-all-r8", dora=True),
+    AdapterRecipe("dora-qv-r5", targets=("q_proj", "v_proj"), rank=5, gain=0.8, dora=True),
+    AdapterRecipe(
+        "dora-patterns",
+        rank_pattern={"q_proj": 3, "layers.1.mlp.down_proj": 24, "gate_proj": 12},
+        alpha_pattern={"k_proj": 40, "layers.0.mlp.up_proj": 4},
+        dora=True,
+    ),
+    AdapterRecipe("dora-rslora-r16", rank=16, rslora=True, dora=True),
+    AdapterRecipe("dora-max-rank-r64", rank=MAX_RANK, alpha=32, dora=True),
+    AdapterRecipe("dora-up-only-r8", targets=("up_proj",), gain=1.0, dora=True),
+)
+"""DoRA adapters, some of parts of fused layers only."""
 
 FLEET_RECIPES = tuple(
     AdapterRecipe(f"customer-{number}", rank=rank, alpha=2 * rank)

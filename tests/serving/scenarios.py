@@ -7,8 +7,14 @@ from pathlib import Path
 import torch
 
 from .cases import MIN_MARGIN, NEW_TOKENS, PROMPT_LENGTHS, Case, Continuation, Key, Prompt, Scenario
-from .peft_reference import reference_continuations
-from .recipes import EMBEDDING_RECIPE, FLEET_RECIPES, LINEAR_RECIPES, AdapterRecipe
+from .peft_reference import PeftReference, reference_continuations, single_thread
+from .recipes import (
+    DORA_RECIPES,
+    EMBEDDING_RECIPE,
+    FLEET_RECIPES,
+    LINEAR_RECIPES,
+    AdapterRecipe,
+)
 from .tiny_adapters import write_adapter
 from .tiny_models import VOCAB_SIZE, write_llama, write_qwen2
 
@@ -23,6 +29,25 @@ def llama_scenario(root: Path) -> Scenario:
 def qwen2_scenario(root: Path) -> Scenario:
     """A Qwen2 with the recipes for linear layers; vLLM lists no embedding modules for it."""
     return build_scenario(root, write_qwen2, LINEAR_RECIPES)
+
+
+def dora_scenario(root: Path) -> Scenario:
+    """A Qwen2, which has biases, with DoRA adapters, plain ones and an activated one."""
+    recipes = (*DORA_RECIPES, LINEAR_RECIPES[0], LINEAR_RECIPES[2])
+    scenario = build_scenario(root, write_qwen2, recipes, lengths=(7, 40))
+    recipe = AdapterRecipe("activated", invocation=(250, 17))
+    folder = write_adapter(scenario.base, root / recipe.name, recipe, seed=90)
+    reference = PeftReference(scenario.base, {recipe.name: folder})
+    prompts = [(*prompt, *recipe.invocation, 7, 8, 9) for prompt in _candidate_prompts((23,))]
+    with single_thread():
+        answers = reference.generate(recipe.name, prompts, NEW_TOKENS)
+    cases = [
+        Case(recipe.name, prompt, answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer.min_margin >= MIN_MARGIN
+    ]
+    adapters = {**scenario.adapters, recipe.name: folder}
+    return Scenario(scenario.base, adapters, (*scenario.cases, *cases[:2]))
 
 
 def fleet_scenario(root: Path) -> Scenario:

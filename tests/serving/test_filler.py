@@ -39,6 +39,7 @@ class Model:
         self.lora_index_to_id: list[int | None] = [None] * SLOTS
         self.may_fill = threading.Event()
         self.may_fill.set()
+        self.factors = None
         self.error: Exception | None = None
         self.filled: list[tuple[int, Any, str]] = []
 

@@ -23,9 +23,11 @@ ALONE = (
     Setting(3, 64, lora_dtype="float16"),
     Setting(4, 8, fully_sharded_loras=True),
     Setting(2, 32, lora_target_modules=("qkv_proj", "down_proj")),
+    Setting(3, 16, dora=True),
 )
 SHARED = (
     Setting(2, 16, tensor_parallel_size=2),
+    Setting(2, 16, tensor_parallel_size=2, dora=True),
     Setting(3, 32, tensor_parallel_size=2, fully_sharded_loras=True),
 )
 WORKER_TIMEOUT_S = 180

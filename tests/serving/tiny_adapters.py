@@ -32,6 +32,7 @@ def write_adapter(base: Path, path: Path, recipe: AdapterRecipe, *, seed: int) -
         alpha_pattern=dict(recipe.alpha_pattern),
         layers_to_transform=list(recipe.layers) if recipe.layers is not None else None,
         alora_invocation_tokens=list(recipe.invocation) or None,
+        use_dora=recipe.dora,
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)
@@ -55,3 +56,6 @@ def _randomise(layer: LoraLayer, gain: float, generator: torch.Generator) -> Non
     b_std = gain * output_std / (layer.scaling["default"] * a.shape[0] ** 0.5)
     a.data.copy_(torch.randn(a.shape, generator=generator) / fan_in**0.5)
     b.data.copy_(torch.randn(b.shape, generator=generator) * b_std)
+    if layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.data.mul_(0.5 + torch.rand(magnitude.shape, generator=generator))

@@ -42,6 +42,7 @@ class FakeIntake:
     has_special = False
     left_out = ("left.out",)
     invocation_tokens = ()
+    dora = False
 
     def __init__(self, path: str, options: dict[str, str]) -> None:
         self._path = path

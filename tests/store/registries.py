@@ -98,7 +98,7 @@ class World:
     def checked(self, job: int, pages: int = 1) -> None:
         self.jobs[job] = "checked"
         blocks = np.full(pages, PAGE, np.int64)
-        self.registry.loads.checked(job, blocks, 8, False, (), (), self.now)
+        self.registry.loads.checked(job, blocks, 8, False, (), (), False, self.now)
 
     def done(self, job: int, digest: str | None = None) -> None:
         path = self.loads[job].path

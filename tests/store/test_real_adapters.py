@@ -55,6 +55,23 @@ def test_what_is_packed_is_what_was_written(engine, adapter):
     assert (pack.rank, pack.left_out, pack.has_special) == (4, (), False)
 
 
+def test_a_dora_adapter_is_told_from_a_plain_one(tmp_path):
+    client = StoreClient(StoreThread(), "server")
+    engine = Engine(client, [layout(dora=True)], allowed_roots=(str(tmp_path),))
+    tensors = weights(RANKS)
+    plain = engine.load(1, str(write(tmp_path / "plain", tensors, rank=4, alpha=6))).pack
+    tensors |= {
+        f"{PREFIX}{module}.lora_magnitude_vector": torch.rand(outputs)
+        for module, _, outputs in MODULES
+    }
+    folder = write(tmp_path / "dora", tensors, rank=4, alpha=6, use_dora=True)
+    dora = engine.load(2, str(folder)).pack
+    assert [(plain.kind, plain.dora), (dora.kind, dora.dora)] == [("lora", False), ("dora", True)]
+    assert dora.nbytes - plain.nbytes >= sum(4 * outputs for _, _, outputs in MODULES)
+    assert dora.digest != plain.digest
+    client.close()
+
+
 def test_a_file_rewritten_in_place_is_read_again_though_its_time_and_size_are_the_same(
     engine, adapter
 ):

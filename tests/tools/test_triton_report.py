@@ -22,7 +22,7 @@ from tools.kernels.measure.launch_cases import (
 )
 
 ROOT = Path(__file__).parents[2]
-SOME = ("qkv mixed", "qkv decode, overwriting")
+SOME = ("qkv mixed", "qkv decode, overwriting", "qkv decode, factors")
 BY_TITLE = {case.title: case for case in CASES}
 # Where not every row begins where a wide access may, and Triton cannot know which do.
 NARROW = {"K of whole loads only": {"x", "y"}, "odd sides and rank": {"x", "y", "planes", "slices"}}
@@ -85,8 +85,8 @@ def test_tensors_are_read_and_written_16_bytes_at_a_time(compiled):
         for tensor, sizes in (*result["loads"].items(), *result["stores"].items()):
             share = shares(result, case).get(tensor)
             if share is None:
-                assert tensor in ("plan", "ranks"), result
-                assert sizes.keys() == {"4"}, result
+                assert tensor in ("plan", "ranks", "marks", "factors", "bias"), result
+                assert tensor in ("factors", "bias") or sizes.keys() == {"4"}, result
             elif not any(tensor.endswith(name) for name in excepted):
                 assert min(map(int, sizes)) >= min(16, *share), (tensor, result)
                 narrow = sum(count for size, count in sizes.items() if int(size) < 16)

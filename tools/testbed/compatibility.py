@@ -67,6 +67,13 @@ ROWS = (
         "interface of its inputs.",
     ),
     Row("activated LoRA with TP 2 and drafted tokens", SAME_PATH, "As above."),
+    Row(
+        "DoRA",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner; the Triton kernels' "
+        "part in the interpreter.",
+    ),
+    Row("DoRA with TP 2", SAME_PATH, "As above."),
     Row("TP 2"),
     Row("fully sharded"),
     Row(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from multilora_kernels.dtypes import FLOAT32
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.matching import MatchedModule, matched_modules
@@ -21,12 +22,14 @@ class Applied:
     Attributes:
         modules: Those that packed slots are filled from.
         raw: Names of the tensors that vLLM is given as they are.
-        factors: Every tensor that is applied, and the factor of its values.
+        factors: Every other tensor that is applied, and the factor of its values.
+        magnitudes: Names of DoRA's magnitudes, which are float32 whatever slots are.
     """
 
     modules: tuple[MatchedModule, ...]
     raw: tuple[str, ...]
     factors: tuple[tuple[str, float], ...]
+    magnitudes: tuple[str, ...] = ()
 
 
 def applied_of(
@@ -38,8 +41,12 @@ def applied_of(
     """What is applied of an adapter; modules only of one without problems, for its `layout`."""
     factors: list[tuple[str, float]] = []
     raw: list[str] = []
+    magnitudes: list[str] = []
     for module in report.modules:
         for part, tensor in module.tensors.items():
+            if part == "magnitude":
+                magnitudes.append(tensor)
+                continue
             factors.append(
                 (tensor, config.scaling(module.module) if config and part == "B" else 1.0)
             )
@@ -57,15 +64,16 @@ def applied_of(
         tuple(
             (name, factor) for name, factor in factors if file.tensors[name].dtype in WEIGHT_DTYPES
         ),
+        tuple(name for name in magnitudes if file.tensors[name].dtype in WEIGHT_DTYPES),
     )
 
 
 def judged(applied: Sequence[Applied], layouts: Sequence[ModelLayout]) -> list[Part]:
     """Every tensor that is applied, to be judged as a whole."""
-    return list(
-        dict.fromkeys(
-            Part(name, layout.dtype, factor)
-            for layout, of in zip(layouts, applied, strict=True)
-            for name, factor in of.factors
-        )
-    )
+    parts = [
+        Part(name, layout.dtype, factor)
+        for layout, of in zip(layouts, applied, strict=True)
+        for name, factor in of.factors
+    ]
+    parts += [Part(name, FLOAT32) for of in applied for name in of.magnitudes]
+    return list(dict.fromkeys(parts))

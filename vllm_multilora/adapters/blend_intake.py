@@ -104,7 +104,7 @@ class BlendSource:
 class BlendIntake:
     """A checked blend that is to be read; attributes as of `Intake`."""
 
-    has_special = False
+    has_special = dora = False
     invocation_tokens: tuple[int, ...] = ()
 
     def __init__(
@@ -185,6 +185,7 @@ class _BlendPlan:
                     np.array(a_ranks, np.int32),
                     places[first:last:2],
                     places[first + 1 : last : 2],
+                    np.full(len(rows), -1, np.int64),
                 )
             )
             first = last

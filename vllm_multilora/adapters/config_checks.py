@@ -12,7 +12,6 @@ from vllm_multilora.adapters.problems import Code, Problem, shown
 # What a setting changes, by key; each is supported only where it is unset. vLLM refuses some of
 # them, and ignores the others, which then gives other outputs than PEFT's.
 _UNSUPPORTED = {
-    "use_dora": "DoRA (weight-decomposed LoRA) computes something else than A and B",
     "lora_bias": "a bias beside B is not supported",
     "layer_replication": "the adapter belongs to a model with replicated layers",
     "use_bdlora": "block-diagonal LoRA is not supported",
@@ -23,6 +22,7 @@ _UNSUPPORTED = {
 }
 # What PEFT does not combine with activated LoRA, beside what is not supported anyway.
 _NOT_ACTIVATED = {
+    "use_dora": "PEFT does not combine DoRA with activated LoRA",
     "target_parameters": "PEFT activates linear layers only",
     "modules_to_save": "a head that is trained whole acts on all tokens",
     "velora_config": "PEFT does not combine VeLoRA with activated LoRA",
@@ -43,6 +43,7 @@ def config_problems(config: AdapterConfig, file: str, layout: ModelLayout) -> li
     """
     return [
         *feature_problems(config, file),
+        *_dora(config, file, layout),
         *_saved_modules(config, file),
         *_ranks(config, file, layout),
         *_invocation(config, file, layout),
@@ -83,6 +84,15 @@ def _activated(config: AdapterConfig, file: str) -> Iterable[Problem]:
     if task != "CAUSAL_LM":
         why = "PEFT leaves the adapter out of all tokens of other tasks"
         yield _unsupported(file, "task_type", task, f"'CAUSAL_LM' {kind}", why)
+
+
+def _dora(config: AdapterConfig, file: str, layout: ModelLayout) -> Iterable[Problem]:
+    if config.dora and not layout.dora and not config.invocation_tokens:
+        why = (
+            "DoRA (weight-decomposed LoRA) multiplies outputs, for which a server has room if it "
+            "is started with --multilora-dora"
+        )
+        yield _unsupported(file, "use_dora", True, "unset", why)
 
 
 def _invocation(config: AdapterConfig, file: str, layout: ModelLayout) -> Iterable[Problem]:

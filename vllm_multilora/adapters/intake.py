@@ -64,7 +64,6 @@ _KEYS_OF_VLLM = (
     "modules_to_save",
     "bias",
     "use_rslora",
-    "use_dora",
 )
 
 
@@ -385,6 +384,7 @@ class Intake:
         left_out: Its modules, by their names there, that no layout adapts.
         has_special: Whether it has tensors for layers that vLLM fills itself.
         invocation_tokens: From whose last occurrence in a prompt on it acts; none: on all of it.
+        dora: Whether it is a DoRA adapter.
         block_bytes: int64 [n], bytes of each block of the pack, multiples of 64; the last block is
             the index.
     """
@@ -411,6 +411,7 @@ class Intake:
         self.left_out = left_out
         self.has_special = plan.has_raw
         self.invocation_tokens = config.invocation_tokens
+        self.dora = config.dora
         self.block_bytes = plan.block_bytes
 
     def read(self, addresses: _Ints | None, places: _Ints | None) -> Taken:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from multilora_kernels.dtypes import DType
+from multilora_kernels.dtypes import FLOAT32, DType
 from vllm_multilora.adapters.naming import ModuleNaming
 
 BLOCK_BYTES = 64
@@ -86,6 +86,8 @@ class ModelLayout:
             experts): they, and everything below them, are no part of a packed adapter.
         special_shapes: Of those special modules whose A and B have known shapes.
         vocabulary: Token ids that a prompt can have are below it; None: not known.
+        dora: Whether slots have room for what DoRA adapters multiply outputs by.
+        no_dora: Modules whose outputs cannot be multiplied all the same, and why.
     """
 
     slices: tuple[SliceLayout, ...]
@@ -96,6 +98,8 @@ class ModelLayout:
     special: frozenset[str] = frozenset()
     special_shapes: Mapping[str, SpecialShape] = field(default_factory=dict)
     vocabulary: int | None = None
+    dora: bool = False
+    no_dora: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, tuple[SliceLayout, ...]]:
@@ -113,11 +117,16 @@ class ModelLayout:
 
     def largest_bytes(self) -> int:
         """Bytes of a packed adapter that has the largest rank on every slice."""
-        return sum(
+        magnitudes = sum(map(self.magnitude_bytes, self.slices)) if self.dora else 0
+        return magnitudes + sum(
             block_bytes(rows * columns, self.dtype)
             for part in self.slices
             for rows, columns in self.block_shapes(part, self.max_rank)
         )
+
+    def magnitude_bytes(self, part: SliceLayout) -> int:
+        """Bytes of a slice's magnitudes in a packed DoRA adapter; they are float32."""
+        return block_bytes(part.output_range[1] - part.output_range[0], FLOAT32)
 
     def block_shapes(self, part: SliceLayout, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of a slice's A and B in a packed adapter, [rows, columns] as they are stored."""

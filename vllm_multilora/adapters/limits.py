@@ -75,6 +75,7 @@ class Limits:
         """
         modules = {part.name: (part.inputs, part.outputs) for part in layout.slices}
         elements = sum(sum(sizes) for sizes in modules.values()) * layout.max_rank
+        elements += sum(outputs for _, outputs in modules.values()) if layout.dora else 0
         for shape in layout.special_shapes.values():
             # PEFT may have saved the base model's own embedding beside its adapter.
             elements += (shape.inputs + shape.outputs) * layout.max_rank

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MatchedModule:
-    """A module's two tensors, found to fit.
+    """A module's tensors, found to fit.
 
     Attributes:
         name: The module's name in the layout.
@@ -28,6 +28,7 @@ class MatchedModule:
         b_name: The name of B in the file.
         rank: The true rank.
         scaling: The factor of B @ A.
+        magnitude: The name of DoRA's magnitudes in the file; None: it has none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class MatchedModule:
     b_name: str
     rank: int
     scaling: float
+    magnitude: str | None = None
 
 
 def match(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> list[MatchedModule]:
@@ -73,5 +75,6 @@ def matched_modules(
             continue
         a_name, b_name = module.tensors["A"], module.tensors["B"]
         rank, scaling = tensors[a_name].shape[0], config.scaling(module.module)
-        matched.append(MatchedModule(module.name, a_name, b_name, rank, scaling))
+        magnitude = module.tensors.get("magnitude")
+        matched.append(MatchedModule(module.name, a_name, b_name, rank, scaling, magnitude))
     return matched

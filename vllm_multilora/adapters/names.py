@@ -8,6 +8,7 @@ from typing import Literal
 _PREFIX = "base_model.model."
 _PARTS: dict[str, Literal["A", "B"]] = {"lora_A": "A", "lora_B": "B"}
 _EMBEDDING_PARTS: dict[str, Literal["A", "B"]] = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
+_MAGNITUDE = "lora_magnitude_vector"
 HEADS = ("score", "classifier")
 _BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
@@ -18,12 +19,12 @@ class TensorRole:
 
     Attributes:
         module: The adapted module as the checkpoint calls it, without PEFT's prefix.
-        part: `A` or `B`.
+        part: `A`, `B`, or `magnitude`: what DoRA adapters have beside them, one for each output.
         embedding: Whether it belongs to an embedding, whose A is [r, vocabulary].
     """
 
     module: str
-    part: Literal["A", "B"]
+    part: Literal["A", "B", "magnitude"]
     embedding: bool = False
 
 
@@ -32,11 +33,12 @@ def parse_tensor_name(name: str) -> TensorRole | None:
 
     Accepted are `<module>.lora_A.weight` and `<module>.lora_embedding_A` (and B), with or without
     PEFT's prefix `base_model.model.`, and with or without the name that the adapter had in PEFT
-    (`lora_A.default.weight`, `lora_embedding_A.default`).
+    (`lora_A.default.weight`, `lora_embedding_A.default`); and `<module>.lora_magnitude_vector`,
+    with that name, with `.weight` or with both after it.
 
     Returns:
         The tensor's role, or None if it is no LoRA tensor: a base weight, a full module
-        (`modules_to_save`), DoRA's magnitudes.
+        (`modules_to_save`).
     """
     parts = name.removeprefix(_PREFIX).split(".")
     # Ends, with where the module's name stops: with an adapter name in between and without.
@@ -46,7 +48,15 @@ def parse_tensor_name(name: str) -> TensorRole | None:
     for at in (-1, -2):
         if len(parts) > -at and parts[at] in _EMBEDDING_PARTS:
             return TensorRole(".".join(parts[:at]), _EMBEDDING_PARTS[parts[at]], embedding=True)
+    for at in (-1, -2, -3):
+        if len(parts) > -at and parts[at] == _MAGNITUDE and (at > -3 or parts[-1] == "weight"):
+            return TensorRole(".".join(parts[:at]), "magnitude")
     return None
+
+
+def tensor_of(part: str) -> str:
+    """What PEFT calls the tensors of a part."""
+    return _MAGNITUDE if part == "magnitude" else f"lora_{part}"
 
 
 def is_base_embedding(name: str) -> bool:

@@ -33,8 +33,8 @@ class Part:
         tensor: The tensor's name.
         dtype: Of the slots.
         scale: The factor of its values on the way into a slot.
-        rows: First row that is wanted, and one past the last; None: the tensor as it is, whatever
-            its shape.
+        rows: First row that is wanted, and one past the last; a vector is a column. None: the
+            tensor as it is, whatever its shape.
         columns: Likewise.
         kind: `CONVERT`, `TRANSPOSE` or `RAW`, as `multilora_kernels.packing` has them.
         stride: Elements from row to row where the part goes, if that is not transposed; None: as
@@ -108,7 +108,7 @@ def _bounds(file: TensorFile, matrices: set[str]) -> Iterator[int]:
     begin = at = file.begin
     yield begin
     for name, info in file.tensors.items():
-        row = info.dtype.itemsize * (info.shape[1] if name in matrices else 1)
+        row = info.dtype.itemsize * (_row_length(info) if name in matrices else 1)
         while at < info.end:
             fit = max(begin + SPAN_BYTES - at, 0) // row * row
             if not fit and at == begin:
@@ -201,12 +201,16 @@ class _Whole:
         return found | {name: column[indexes] for name, column in self._numbers.items()}
 
 
+def _row_length(info: TensorInfo) -> int:
+    return info.shape[1] if len(info.shape) > 1 else 1
+
+
 def _numbers(part: Part, info: TensorInfo) -> Iterable[int]:
     width = info.dtype.itemsize
     if part.rows is None:
         rows, columns, stride = (0, (info.end - info.begin) // width), (0, 1), 1
     else:
-        rows, columns, stride = part.rows, part.columns, info.shape[1]
+        rows, columns, stride = part.rows, part.columns, _row_length(info)
     across, down = columns[1] - columns[0], rows[1] - rows[0]
     stored = (info.dtype if part.kind == RAW else part.dtype).itemsize
     transposed = part.kind == TRANSPOSE

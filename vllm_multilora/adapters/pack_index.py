@@ -17,9 +17,9 @@ from multilora_kernels.dtypes import KERNEL_DTYPES, DType
 
 _LENGTH_BYTES = 8
 _BY_NAME = {dtype.name: dtype for dtype in KERNEL_DTYPES}
-# Per rank: rows, ranks, a_ranks, a_places, b_places. Then tensors: names, dtypes, shapes; their
-# places; the configuration.
-_Rank = tuple[bytes, bytes, bytes, bytes, bytes]
+# Per rank: rows, ranks, a_ranks, a_places, b_places, magnitude_places. Then tensors: names,
+# dtypes, shapes; their places; the configuration.
+_Rank = tuple[bytes, bytes, bytes, bytes, bytes, bytes]
 _Wire = tuple[list[_Rank], list[tuple[str, str, list[int]]], bytes, str]
 
 
@@ -34,6 +34,8 @@ class RankIndex:
         a_places: int64 [n], where A [a_rank, inputs] begins.
         b_places: int64 [n], where B begins: [outputs, rank], or [rank, outputs] if the layout has
             columns first.
+        magnitude_places: int64 [n], where the slice's magnitudes begin, float32 [outputs]; -1 where
+            it has none.
     """
 
     rows: npt.NDArray[np.int32]
@@ -41,6 +43,7 @@ class RankIndex:
     a_ranks: npt.NDArray[np.int32]
     a_places: npt.NDArray[np.int64]
     b_places: npt.NDArray[np.int64]
+    magnitude_places: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class PackIndex:
                     _bytes(rank.a_ranks, "<i4"),
                     _bytes(rank.a_places, "<i8"),
                     _bytes(rank.b_places, "<i8"),
+                    _bytes(rank.magnitude_places, "<i8"),
                 )
                 for rank in self.ranks
             ],
@@ -125,7 +129,7 @@ def _bytes(numbers: npt.NDArray[np.integer], kind: str) -> bytes:
 
 
 def _rank(columns: _Rank) -> RankIndex:
-    kinds = ("<i4", "<i4", "<i4", "<i8", "<i8")
+    kinds = ("<i4", "<i4", "<i4", "<i8", "<i8", "<i8")
     arrays = [np.frombuffer(c, kind) for c, kind in zip(columns, kinds, strict=True)]
     if len({len(array) for array in arrays}) > 1:
         raise ValueError(f"columns of different lengths: {[len(array) for array in arrays]}")

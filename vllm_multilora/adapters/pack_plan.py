@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from multilora_kernels.dtypes import FLOAT32
 from multilora_kernels.packing import CONVERT, RAW, TRANSPOSE
 from vllm_multilora.adapters.applied import Applied, judged
 from vllm_multilora.adapters.layout import BLOCK_BYTES, ModelLayout, SliceLayout
@@ -19,7 +20,7 @@ _Ints = npt.NDArray[np.int64]
 
 
 class PackPlan:
-    """The blocks of a pack: A and B of each worker's slices, raw tensors, and the index.
+    """The blocks of a pack: A, B, magnitudes of each worker's slices, raw tensors, and the index.
 
     Args:
         file: The tensors.
@@ -74,6 +75,9 @@ class PackPlan:
         ranks, first = [], 0
         for slices in self._ranks:
             last = first + 2 * len(slices.rows)
+            end = last + len(slices.scaled)
+            magnitudes = np.full(len(slices.rows), -1, np.int64)
+            magnitudes[slices.scaled] = places[last:end]
             ranks.append(
                 RankIndex(
                     np.array(slices.rows, np.int32),
@@ -81,9 +85,10 @@ class PackPlan:
                     np.array(slices.a_ranks, np.int32),
                     places[first:last:2],
                     places[first + 1 : last : 2],
+                    magnitudes,
                 )
             )
-            first = last
+            first = end
         tensors = {}
         for name, place in zip(self._raw, places[first:].tolist(), strict=False):
             info = self._file.tensors[name]
@@ -111,11 +116,15 @@ class _Slices:
         self.rows = [part.row for part, _ in kept]
         self.ranks = [module.rank for _, module in kept]
         self.a_ranks = [last - first for first, last in (p.rows_of_a(m.rank) for p, m in kept)]
+        self.scaled = [i for i, (_, module) in enumerate(kept) if module.magnitude is not None]
 
     def blocks(self) -> Iterator[Part]:
-        """A and B of each slice."""
+        """A and B of each slice, then the magnitudes of those that have some."""
         for part, module in self._kept:
             yield from self._pair(part, module)
+        for part, module in self._kept:
+            if module.magnitude is not None:
+                yield Part(module.magnitude, FLOAT32, rows=part.output_range)
 
     def _pair(self, part: SliceLayout, module: MatchedModule) -> tuple[Part, Part]:
         dtype = self._layout.dtype
@@ -158,6 +167,8 @@ def _covers(parts: Sequence[Part], shape: tuple[int, ...]) -> bool:
     """Whether parts hold every value of a tensor; False where that is not easily seen."""
     if any(part.rows is None for part in parts):
         return True
+    if len(shape) == 1:
+        return _fills([part.rows for part in parts if part.rows], shape[0])
     if len(shape) != 2:
         return False
     rows, columns = {part.rows for part in parts}, {part.columns for part in parts}

@@ -14,6 +14,7 @@ from vllm_multilora.adapters.names import (
     full_head,
     is_base_embedding,
     parse_tensor_name,
+    tensor_of,
 )
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code, shown_name
@@ -26,7 +27,7 @@ class FoundModule:
     Attributes:
         module: The module's name in the checkpoint, without PEFT's prefix.
         name: Its name in the layout.
-        tensors: The names of its tensors by part, `A` and `B`; one may be missing.
+        tensors: The names of its tensors by part, as of `TensorRole`; some may be missing.
     """
 
     module: str
@@ -101,6 +102,15 @@ class Placement:
             else:
                 self.heads.append(tensor)
             return
+        if role.part == "magnitude" and self._config and not self._config.dora:
+            self._problems.add(
+                Code.UNKNOWN_TENSOR,
+                tensor,
+                "a magnitude of DoRA",
+                "'use_dora': true in adapter_config.json, or no magnitudes",
+                hint="save the adapter again, with its own configuration",
+            )
+            return
         name = self._layout.naming.rename(role.module)
         if name is None:
             if self._layout.naming.elsewhere(role.module):
@@ -123,6 +133,7 @@ class Placement:
             )
             return
         self._require_activatable(name, tensor)
+        self._require_multipliable(name, tensor)
         found = self.modules.setdefault(name, FoundModule(role.module, name))
         other = found.tensors.setdefault(role.part, tensor)
         if found.module != role.module or other != tensor:
@@ -131,7 +142,7 @@ class Placement:
                 Code.DUPLICATE_TENSOR,
                 tensor,
                 f"beside {first}, and both belong to the base model's {shown_name(name)}",
-                f"one lora_{role.part}",
+                f"one {tensor_of(role.part)}",
                 cause="duplicate",
             )
 
@@ -151,14 +162,40 @@ class Placement:
             cause="activated",
         )
 
+    def _require_multipliable(self, name: str, tensor: str) -> None:
+        """A DoRA adapter can have linear layers whose base weights can be read."""
+        if not (self._config and self._config.dora and self._layout.dora):
+            return
+        if self._layout.is_special(name):
+            shape = self._layout.special_shapes.get(name)
+            kind = "a layer that is no plain linear one"
+            if shape is not None:
+                kind = "an embedding" if shape.embedding else "an output head"
+            found, expected = f"of {kind}", "linear layers only"
+            hint = "train without it in 'target_modules'"
+        elif name in self._layout.no_dora:
+            found = f"of a layer whose outputs cannot be multiplied: {self._layout.no_dora[name]}"
+            expected = "layers whose weights and outputs the server has whole"
+            hint = (
+                "train without it in 'target_modules', or serve it without what stands in the way"
+            )
+        else:
+            return
+        self._problems.add(
+            Code.UNSUPPORTED_FEATURE,
+            tensor,
+            found,
+            f"{expected}, with 'use_dora'",
+            hint=hint,
+            cause=f"dora {found}",
+        )
+
     def _refuse_name(self, tensor: str) -> None:
-        """A tensor that is no A or B; said once if the configuration says it already."""
+        """A tensor that is no A, B or magnitude; said once if the configuration says it already."""
         raw = self._config.raw if self._config else {}
         kind, said = "no LoRA tensor", False
         last = tensor.rpartition(".")[2]
-        if ".lora_magnitude_vector" in tensor:
-            kind, said = "a magnitude of DoRA", bool(raw.get("use_dora"))
-        elif tensor.endswith(".lora_B.bias"):
+        if tensor.endswith(".lora_B.bias"):
             kind, said = "a bias of lora_B", bool(raw.get("lora_bias"))
         elif last == "bias":
             kind, said = "a bias of the base model", raw.get("bias", "none") != "none"

@@ -10,6 +10,7 @@ from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.adapters.missing_modules import MissingModules
+from vllm_multilora.adapters.names import tensor_of
 from vllm_multilora.adapters.placement import FoundModule, Placement
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code
@@ -62,13 +63,14 @@ class _Check:
     def module(self, module: FoundModule) -> Iterator[_Misfit]:
         """Checks a module's tensors; yields those whose shapes do not fit the base model."""
         sound = True
-        for part, missing in (("A", "B"), ("B", "A")):
+        parts = ("A", "B", "magnitude") if self._has_magnitudes(module) else ("A", "B")
+        for missing in parts:
             if missing not in module.tensors:
                 self._problems.add(
                     Code.HALF_MISSING,
-                    module.tensors[part],
-                    f"there without its lora_{missing}",
-                    "both",
+                    next(iter(module.tensors.values())),
+                    f"there without its {tensor_of(missing)}",
+                    "both" if len(parts) == 2 else "all three",
                     hint="the checkpoint is incomplete: save it again",
                 )
                 sound = False
@@ -77,6 +79,7 @@ class _Check:
         sizes = self._sizes(module)
         if not sound or sizes is None:
             return
+        self._magnitude(module, sizes.outputs)
         a, b = (self._tensors[module.tensors[part]].shape for part in "AB")
         fits = True
         for part, shape, own, size in (("A", a, 1, sizes.inputs), ("B", b, 0, sizes.outputs)):
@@ -97,6 +100,25 @@ class _Check:
                 fits = False
         if fits:
             self._ranks(module, a[0], b[1])
+
+    def _has_magnitudes(self, module: FoundModule) -> bool:
+        if not (self._config and self._config.dora and self._layout.dora):
+            return False
+        return not self._layout.is_special(module.name)
+
+    def _magnitude(self, module: FoundModule, outputs: int) -> None:
+        tensor = module.tensors.get("magnitude")
+        if tensor is None or self._tensors[tensor].shape == (outputs,):
+            return
+        self._problems.add(
+            Code.WRONG_SHAPE,
+            tensor,
+            f"the shape {list(self._tensors[tensor].shape)}",
+            f"[{outputs}]: one magnitude for each output of the base model's {module.name}",
+            verb="has",
+            hint=MissingModules(self._layout, self._config).hint,
+            cause=f"{module.name.rpartition('.')[2]} magnitude",
+        )
 
     def content(self, tensor: str) -> bool:
         info = self._tensors[tensor]

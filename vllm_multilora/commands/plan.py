@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory-utilization", type=float, metavar="SHARE", help="default: vLLM's own"
     )
     server.add_argument("--trust-remote-code", action="store_true")
+    server.add_argument(
+        "--multilora-dora", action="store_true", help="slots have room for DoRA adapters"
+    )
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="of one GPU: says what is left for requests"
     )
@@ -89,6 +92,7 @@ def _offline_costs(arguments: argparse.Namespace) -> BaseModel:
             lora_dtype=arguments.lora_dtype,
             max_model_len=arguments.max_model_len,
             trust_remote_code=arguments.trust_remote_code,
+            dora=arguments.multilora_dora,
         )
     )
 

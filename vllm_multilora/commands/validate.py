@@ -64,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the base model"
     )
+    parser.add_argument(
+        "--multilora-dora",
+        action="store_true",
+        help="as the server will have it: without it DoRA adapters are refused",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -78,6 +83,7 @@ def _offline_layout(arguments: argparse.Namespace) -> ModelLayout:
         lora_dtype=arguments.lora_dtype,
         lora_target_modules=arguments.lora_target_modules,
         trust_remote_code=arguments.trust_remote_code,
+        dora=arguments.multilora_dora,
     )
 
 

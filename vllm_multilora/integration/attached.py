@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from vllm.lora.request import LoRARequest
 
     from vllm_multilora.failures import LoadFailure
@@ -67,6 +68,9 @@ REACHED: Attached[Reached] = Attached("reached")
 
 ADAPTERS: Attached[EngineAdapters | None] = Attached("adapters")
 """Of an engine core: its adapters; None where stock vLLM runs."""
+
+ROW_SQUARES: Attached[torch.Tensor] = Attached("row-squares")
+"""Of a linear layer whose weights vLLM has repacked: the squared lengths of their rows."""
 
 ROUTES: Attached[ServerRoutes] = Attached("routes")
 """Of an API server's `OpenAIServingModels`: its routes."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.errors import AdapterError
 from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
 from vllm_multilora.adapters.layout import ModelLayout, block_bytes
@@ -28,7 +29,7 @@ class SurveyedAdapter:
 
     Attributes:
         name: Its folder's.
-        kind: `alora` if tokens of the prompt activate it, else `lora`.
+        kind: `alora` if tokens of the prompt activate it, `dora`, else `lora`.
         rank: The rank that slots must have for it.
         ranks: The true rank of every module that packed adapters fill, by the layout's names.
         special: Its modules that vLLM fills itself.
@@ -55,6 +56,9 @@ class SurveyedAdapter:
             for part in layout.by_name[name]
             for rows, columns in layout.block_shapes(part, rank)
         )
+        if self.kind == "dora":
+            parts = (part for name, _ in self.ranks for part in layout.by_name[name])
+            packed += sum(map(layout.magnitude_bytes, parts))
         return packed + self.special_elements * layout.dtype.itemsize
 
 
@@ -122,8 +126,14 @@ def _look_at(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> SurveyedAdap
         ranks=ranks,
         special=frozenset(module for module, _ in special),
         special_elements=sum(elements for _, elements in special),
-        kind="alora" if checkpoint.config.invocation_tokens else "lora",
+        kind=_kind(checkpoint.config),
     )
+
+
+def _kind(config: AdapterConfig) -> str:
+    if config.invocation_tokens:
+        return "alora"
+    return "dora" if config.dora else "lora"
 
 
 def _special_tensors(

@@ -95,7 +95,7 @@ class Load:
         followers: Loads of the same files, which wait for this one's end.
         leader: The load that this one follows.
         blocks: int64 [n], bytes of the blocks, once they are known.
-        rank: The largest rank; so `has_special`, `left_out` and `invocation_tokens`.
+        rank: The largest rank; so `has_special`, `left_out`, `invocation_tokens`, `dora`.
         allocation: Where the job packs to; None: it only checks.
         withdrawn: Whether its adapter was withdrawn meanwhile; others may still wait for it.
         tenant: Who is to have the pack; empty: nobody in particular.
@@ -121,6 +121,7 @@ class Load:
     has_special: bool = False
     left_out: tuple[str, ...] = ()
     invocation_tokens: tuple[int, ...] = ()
+    dora: bool = False
     allocation: Allocation | None = None
     withdrawn: bool = False
     tenant: str = ""
@@ -155,6 +156,7 @@ class Load:
             has_special=self.has_special,
             left_out=self.left_out,
             invocation_tokens=self.invocation_tokens,
+            dora=self.dora,
             parts=parts,
         )
 

@@ -30,7 +30,7 @@ class Checked(JobMessage, frozen=True):
         rank: The largest rank.
         has_special: Whether there are tensors for layers that vLLM fills itself.
         left_out: Modules that nothing adapts here.
-        invocation_tokens: As of `PackInfo`.
+        invocation_tokens: As of `PackInfo`; so `dora`.
         block_bytes: int64 [n], bytes of each block, as they lie in memory.
     """
 
@@ -38,6 +38,7 @@ class Checked(JobMessage, frozen=True):
     has_special: bool
     left_out: tuple[str, ...]
     invocation_tokens: tuple[int, ...]
+    dora: bool
     block_bytes: bytes
 
 

@@ -92,6 +92,7 @@ def _read(channel: Channel[ToJob], task: Task, reader: Reader, confine: Callable
                 intake.has_special,
                 tuple(intake.left_out),
                 tuple(intake.invocation_tokens),
+                intake.dora,
                 blocks.tobytes(),
             )
         )

@@ -131,6 +131,7 @@ class Loads:
         has_special: bool,
         left_out: tuple[str, ...],
         invocation_tokens: tuple[int, ...],
+        dora: bool,
         now: float,
     ) -> None:
         """A job has checked the files, and asks where to pack to."""
@@ -139,7 +140,7 @@ class Loads:
             return
         load.blocks, load.rank = blocks, rank
         load.has_special, load.left_out = has_special, left_out
-        load.invocation_tokens = invocation_tokens
+        load.invocation_tokens, load.dora = invocation_tokens, dora
         if load.keep():
             self._memory.keep_within(load.binding.scope, load.tenant, load.most, coming=1)
             if (reason := self._room.never(load)) is not None:

@@ -78,6 +78,7 @@ class PackInfo(msgspec.Struct, frozen=True, array_like=True):
         left_out: Modules of the adapter that nothing adapts here.
         invocation_tokens: Token ids from whose last occurrence in a prompt on the adapter acts;
             none: it acts on all of it.
+        dora: Whether it is a DoRA adapter, which multiplies outputs too.
         parts: The digests of a blend's parts, in their order; none for other adapters.
     """
 
@@ -93,14 +94,17 @@ class PackInfo(msgspec.Struct, frozen=True, array_like=True):
     has_special: bool
     left_out: tuple[str, ...]
     invocation_tokens: tuple[int, ...] = ()
+    dora: bool = False
     parts: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
-        """What people call such an adapter: `blend`, `alora` if tokens activate it, else `lora`."""
+        """What people call it: `blend`, `alora` if tokens activate it, `dora`, else `lora`."""
         if self.parts:
             return "blend"
-        return "alora" if self.invocation_tokens else "lora"
+        if self.invocation_tokens:
+            return "alora"
+        return "dora" if self.dora else "lora"
 
 
 # From a client to the store.

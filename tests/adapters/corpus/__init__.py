@@ -4,18 +4,29 @@
 base accepts is `llama_layout.LAYOUT`.
 """
 
-from . import bad_activated, bad_config, bad_files, bad_headers, bad_tensors, valid_variants
-from .cases import BAD, VALID, BadAdapter, ValidAdapter
-from .llama_layout import LAYOUT
+from . import (
+    bad_activated,
+    bad_config,
+    bad_dora,
+    bad_files,
+    bad_headers,
+    bad_tensors,
+    valid_variants,
+)
+from .cases import BAD, BAD_DORA, VALID, BadAdapter, ValidAdapter
+from .llama_layout import DORA_LAYOUT, LAYOUT
 
 __all__ = [
     "BAD",
+    "BAD_DORA",
+    "DORA_LAYOUT",
     "LAYOUT",
     "VALID",
     "BadAdapter",
     "ValidAdapter",
     "bad_activated",
     "bad_config",
+    "bad_dora",
     "bad_files",
     "bad_headers",
     "bad_tensors",

@@ -56,16 +56,20 @@ class ValidAdapter:
 
 
 BAD: dict[str, BadAdapter] = {}
+BAD_DORA: dict[str, BadAdapter] = {}
+"""For a server that takes DoRA adapters; all others refuse each of them alike."""
 VALID: dict[str, ValidAdapter] = {}
 
 
-def bad(file: str, *codes: Code, words: tuple[str, ...] = ()) -> Callable[[Change], Change]:
+def bad(
+    file: str, *codes: Code, words: tuple[str, ...] = (), of: dict[str, BadAdapter] = BAD
+) -> Callable[[Change], Change]:
     """Registers a bad adapter under its function's name."""
 
     def register(change: Change) -> Change:
         name = change.__name__.replace("_", "-")
-        assert name not in BAD, f"{name} is there twice"
-        BAD[name] = BadAdapter(name, codes, words, file, change)
+        assert name not in of, f"{name} is there twice"
+        of[name] = BadAdapter(name, codes, words, file, change)
         return change
 
     return register

@@ -1,5 +1,7 @@
 """What the tiny Llama of the serving tests accepts, written down by hand."""
 
+from dataclasses import replace
+
 from multilora_kernels.dtypes import FLOAT32
 from vllm_multilora.adapters import ModelLayout, SliceLayout, SpecialShape
 
@@ -35,3 +37,6 @@ LAYOUT = ModelLayout(
     },
     vocabulary=VOCABULARY,
 )
+
+DORA_LAYOUT = replace(LAYOUT, dora=True)
+"""The same with `--multilora-dora`."""

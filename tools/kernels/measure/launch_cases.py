@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from multilora_kernels.configs import ExpandConfig, ShrinkConfig, load_table
+from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import prepare_expand
@@ -50,6 +51,7 @@ class LaunchCase:
         uneven: Whether weights are views of larger ones, slice by slice of other strides.
         add_inputs: Whether y is added to.
         halves: If not None, each half is a call of its own, and h between them has this type.
+        factors: Whether outputs have factors: None, or whether the base layer has a bias then.
     """
 
     name: str
@@ -64,6 +66,7 @@ class LaunchCase:
     uneven: bool = False
     add_inputs: bool = True
     halves: torch.dtype | None = None
+    factors: bool | None = None
 
     @property
     def title(self) -> str:
@@ -98,6 +101,8 @@ CASES = (
     LaunchCase("qkv prefill, overwriting", *_QKV, max_rank=64, tokens=8192, add_inputs=False),
     LaunchCase("qkv decode, halves", *_QKV, max_rank=64, tokens=64, halves=torch.float32),
     LaunchCase("qkv prefill, halves", *_QKV, max_rank=64, tokens=8192, halves=torch.bfloat16),
+    LaunchCase("qkv decode, factors", *_QKV, max_rank=64, tokens=64, factors=True),
+    LaunchCase("qkv prefill, factors", *_QKV, max_rank=64, tokens=8192, factors=False),
     LaunchCase("qkv decode, uneven strides", *_QKV, max_rank=64, tokens=64, uneven=True),
     # 11,008 columns are 43 blocks, which no number of parts divides.
     LaunchCase("down 7B decode, K with a tail", 11008, (4096,), max_rank=64, tokens=64),
@@ -135,7 +140,16 @@ def launches(case: LaunchCase, architecture: int) -> Iterator[Launch]:
     if case.halves is None:
         planes, launch = shrink_launch(x, lora_a, batch, 1.0)
         yield launch
-        expand = expand_launch(y, planes, lora_b, batch, 0, case.add_inputs, after_shrink=True)
+        expand = expand_launch(
+            y,
+            planes,
+            lora_b,
+            batch,
+            0,
+            case.add_inputs,
+            after_shrink=True,
+            factors=_factors(case),
+        )
         if expand.before is not None:
             yield expand.before
         yield expand
@@ -195,6 +209,17 @@ def _tensors(
         lora_b.append(b[..., :n, :rank])
     x = _empty(case.tokens, case.k, dtype=case.dtype)
     return x, _empty(case.tokens, sum(case.widths), dtype=case.dtype), lora_a, lora_b
+
+
+def _factors(case: LaunchCase) -> OutputFactors | None:
+    if case.factors is None:
+        return None
+    width = sum(case.widths)
+    return OutputFactors(
+        _empty(_SLOTS, width, dtype=torch.float32),
+        _empty(len(case.widths), _SLOTS, dtype=torch.int32),
+        _empty(width, dtype=torch.float32) if case.factors else None,
+    )
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -25,7 +25,15 @@ def specialise(
     }
     attributes: dict[tuple[int, ...], Any] = {}
 
+    for number, param in enumerate(params):
+        if param.has_default and param.name not in launch.arguments | launch.constants:
+            signature[param.name] = "constexpr"
+            constants[number,] = param.default
+
     def describe(value: Any, path: tuple[int, ...], special: bool) -> Any:
+        if value is None:
+            constants[path] = None
+            return "constexpr"
         if isinstance(value, tuple):
             return tuple(describe(v, (*path, i), special) for i, v in enumerate(value))
         if isinstance(value, float):

@@ -27,6 +27,7 @@ from vllm_multilora.integration.offline.model import (
 from vllm_multilora.integration.patching.activation import kernel_backend
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.worker.layout import RunningLayout, is_ranked, running_layout
+from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
 from vllm_multilora.planning.base_model import BaseModel
 from vllm_multilora.planning.kv_cache import KvCache
@@ -65,7 +66,7 @@ def offline_costs(server: Server) -> BaseModel:
         layouts: dict[int, ModelLayout] = {}
         for rank in ALLOWED_RANKS:
             if rank % sharing == 0:
-                by_rank[rank], layouts[rank] = _slots_of_rank(manager, config, rank)
+                by_rank[rank], layouts[rank] = _slots_of_rank(manager, config, rank, server.dora)
         return BaseModel(
             name=server.model,
             architecture=type(model).__name__,
@@ -82,13 +83,13 @@ def offline_costs(server: Server) -> BaseModel:
 
 
 def _slots_of_rank(
-    manager: LoRAModelManager, config: VllmConfig, rank: int
+    manager: LoRAModelManager, config: VllmConfig, rank: int, dora: bool
 ) -> tuple[SlotMemory, ModelLayout]:
     two = _allocate(manager, 2, rank)
     wrapper_of_two = _wrapper_bytes(manager, config)
     one = _allocate(manager, 1, rank)
     wrapper = _wrapper_bytes(manager, config)
-    found = running_layout(manager, columns_first=False)
+    found = running_layout(manager, columns_first=False, dora=dora)
     layers = tuple(
         LayerMemory(
             name,
@@ -106,6 +107,12 @@ def _slots_of_rank(
                 "batch plans (plugin)", (), wrapper_of_two - wrapper, 2 * wrapper - wrapper_of_two
             ),
         )
+    if wrapper and dora:
+        of_one, of_two = (
+            SlotFactors(found.packed.values(), slots, "meta").nbytes for slots in (1, 2)
+        )
+        factors = LayerMemory("DoRA factors (plugin)", (), of_two - of_one, 2 * of_one - of_two)
+        tables = (*tables, factors)
     dtype: Any = manager.lora_config.lora_dtype
     special = sum(layer_bytes(layer, dtype) for layer in found.special.values())
     largest = found.layout.largest_bytes() + special

@@ -19,6 +19,7 @@ def offline_layout(
     lora_dtype: str = "auto",
     lora_target_modules: Sequence[str] | None = None,
     trust_remote_code: bool = False,
+    dora: bool = False,
 ) -> ModelLayout:
     """The layout of a model as a server with one worker would have it.
 
@@ -29,6 +30,7 @@ def offline_layout(
         lora_dtype: As the server's flag; `auto` is the model's dtype.
         lora_target_modules: As the server's flag; None: all that the model supports.
         trust_remote_code: As the server's flag.
+        dora: As the server's `--multilora-dora`.
 
     Raises:
         BaseModelError: vLLM does not take the model or a setting, or has no LoRA for the model.
@@ -42,4 +44,4 @@ def offline_layout(
         trust_remote_code=trust_remote_code,
     )
     with offline_manager(server.vllm_config()) as manager:
-        return running_layout(manager, columns_first=True).layout
+        return running_layout(manager, columns_first=True, dora=dora).layout

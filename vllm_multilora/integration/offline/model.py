@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import supports_lora, supports_multimodal
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_multilora.config import CONFIG_KEY
 from vllm_multilora.errors import MultiLoRAError
 
 ALLOWED_RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
@@ -53,6 +54,7 @@ class Server:
         lora_dtype: The slots'; `auto` is the model's.
         max_model_len: The longest request; None: the model's own.
         trust_remote_code: Whether code that comes with the model may run.
+        dora: The plugin's `--multilora-dora`.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Server:
     lora_dtype: str = "auto"
     max_model_len: int | None = None
     trust_remote_code: bool = False
+    dora: bool = False
 
     def vllm_config(self) -> VllmConfig:
         """The engine's configuration.
@@ -86,6 +89,8 @@ class Server:
         extra: dict[str, Any] = {}
         if self.lora_target_modules is not None:
             extra["lora_target_modules"] = list(self.lora_target_modules)
+        if self.dora:
+            extra["additional_config"] = {CONFIG_KEY: {"dora": True}}
         if self.tensor_parallel_size > 1:
             # Named, so that vLLM does not count this machine's GPUs.
             extra["distributed_executor_backend"] = "mp"

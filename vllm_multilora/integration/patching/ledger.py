@@ -616,6 +616,17 @@ PATCHES: tuple[Patch, ...] = (
         until="As stat-loggers.",
     ),
     Patch(
+        name="row-lengths",
+        target="vllm.model_executor.layers.linear:"
+        "UnquantizedLinearMethod.process_weights_after_loading",
+        takes=("self, layer",),
+        handler="worker.output_factors:process_weights_after_loading",
+        why="On CPUs vLLM repacks weights when they are loaded and keeps nothing else. Notes the "
+        "lengths of their rows before, which DoRA adapters need.",
+        checked=(),
+        until="vLLM serves DoRA adapters.",
+    ),
+    Patch(
         name="wake-up",
         target="vllm.v1.worker.gpu_worker:Worker.wake_up",
         takes=("self, tags=None",),

@@ -33,6 +33,7 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from multilora_kernels import (
     BatchPlan,
+    OutputFactors,
     PlanLayout,
     PreparedLinear,
     lora_expand,
@@ -97,6 +98,7 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
         self.shrink_ranks: torch.Tensor | None = None
         self.expand_ranks: torch.Tensor | None = None
+        self.factors: OutputFactors | None = None
         self._vocab_size = 0
         self._first_rows = np.zeros(self.max_loras + 1, dtype=np.int64)
         self._slot_owners: list[int | None] = []
@@ -126,7 +128,10 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
             )
 
     def for_layer(
-        self, shrink_ranks: torch.Tensor, expand_ranks: torch.Tensor
+        self,
+        shrink_ranks: torch.Tensor,
+        expand_ranks: torch.Tensor,
+        factors: OutputFactors | None = None,
     ) -> MultiLoRAPunicaWrapper:
         """This wrapper for one layer, whose true ranks it reads from the given tensors.
 
@@ -134,9 +139,10 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
             shrink_ranks: int32 [slices, slots], rows of lora_a that count; kept, not copied.
             expand_ranks: int32 [slices, slots], columns of lora_b that count. Differs from
                 `shrink_ranks` only where tensor parallelism shards the rank dimension.
+            factors: What adapters multiply the layer's outputs by; None: nothing.
         """
         own = copy.copy(self)
-        own.shrink_ranks, own.expand_ranks = shrink_ranks, expand_ranks
+        own.shrink_ranks, own.expand_ranks, own.factors = shrink_ranks, expand_ranks, factors
         return own
 
     def memory_lost(self) -> None:
@@ -206,9 +212,13 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """`y += scale * (x @ A.T) @ B.T`, each row with its own adapter; all slices at once."""
+        """`y += scale * (x @ A.T) @ B.T`, each row with its own adapter; all slices at once.
+
+        Then y is multiplied where the row's adapter does that.
+        """
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         ranks = self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2))
+        factors = self.factors if add_inputs else None
         if scale == 1.0 and not torch.compiler.is_compiling():
             # The path of every layer and step: a layer's weights are described once.
             if (
@@ -223,6 +233,7 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
                     ranks,
                     self.plan.layout,
                     add_inputs=add_inputs,
+                    factors=factors,
                     backend=self.backend,
                 )
                 self._prepared_for = lora_b_stacked, add_inputs
@@ -237,6 +248,7 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
             self.plan,
             scale=scale,
             add_inputs=add_inputs,
+            factors=factors,
             backend=self.backend,
         )
 

@@ -116,9 +116,13 @@ class SlotFiller:
         queued = None
         if self._device.type != "cpu":
             queued = torch.cuda.current_stream(self._device).record_event()
+        known = None
         if isinstance(order, Fill):
             self._manager.give_slot(order.slot, order.request.lora_int_id)
-        future = self._thread.submit(self._carry_out, order, queued)
+            if self._manager.factors is not None:
+                digest = order.pack.digest if order.pack.dora else None
+                known = self._manager.factors.begin(order.slot, digest)
+        future = self._thread.submit(self._carry_out, order, queued, known)
         if isinstance(order, Fill):
             self._under_way[order.slot] = future
         return future
@@ -129,13 +133,13 @@ class SlotFiller:
 
     # What follows runs on the thread.
 
-    def _carry_out(self, order: Order, queued: Any) -> Answer:
+    def _carry_out(self, order: Order, queued: Any, known: torch.Tensor | None) -> Answer:
         begin = time.perf_counter()
         try:
             if queued is None:
-                self._fill_or_check(order)
+                self._fill_or_check(order, known)
             else:
-                self._carry_out_on_stream(order, queued)
+                self._carry_out_on_stream(order, queued, known)
         except StoreUnavailableError as error:
             return FillFailed(order.order, FailureKind.UNREADABLE, str(error), is_gone=True)
         except Exception as error:
@@ -143,19 +147,19 @@ class SlotFiller:
             return _failure(order, error)
         return Filled(order.order, time.perf_counter() - begin)
 
-    def _carry_out_on_stream(self, order: Order, queued: Any) -> None:
+    def _carry_out_on_stream(self, order: Order, queued: Any, known: torch.Tensor | None) -> None:
         torch.cuda.set_device(self._device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         try:
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(queued)
-                self._fill_or_check(order)
+                self._fill_or_check(order, known)
         finally:  # after an error too: copies that were queued still read the pack
             # Blocks this thread only. Steps that begin after the answer find the weights there.
             self._stream.record_event().synchronize()
 
-    def _fill_or_check(self, order: Order) -> None:
+    def _fill_or_check(self, order: Order, known: torch.Tensor | None) -> None:
         memory = self._memory
         pack = order.elsewhere[self._machine - 1] if self._machine else order.pack
         assert memory is not None
@@ -168,9 +172,16 @@ class SlotFiller:
         if not isinstance(order, Fill):
             return
         own = index.ranks[self._place]
-        bases = [memory.address(k << PLACE_BITS, pack.segments) for k in range(len(pack.segments))]
-        addressed = _addressed(own, np.array(bases, np.int64))
+        segments = range(len(pack.segments))
+        addresses = [memory.address(k << PLACE_BITS, pack.segments) for k in segments]
+        bases = np.array(addresses, np.int64)
+        addressed = _addressed(own, bases)
         self._manager.slot_table.scatter(order.slot, addressed)
+        if self._manager.factors is not None:
+            has = own.magnitude_places >= 0
+            magnitudes = _addresses(own.magnitude_places[has], bases)
+            own_rows = own.rows[has], own.ranks[has]
+            self._manager.factors.fill(order.slot, *own_rows, magnitudes, known)
         self._manager.fill_rest(order.slot, own, special)
 
 
@@ -187,9 +198,15 @@ def _addressed(index: RankIndex, bases: npt.NDArray[np.int64]) -> SlotIndex:
         rows=index.rows,
         a_ranks=index.a_ranks,
         ranks=index.ranks,
-        a_addresses=bases[index.a_places >> PLACE_BITS] + (index.a_places & OFFSET_MASK),
-        b_addresses=bases[index.b_places >> PLACE_BITS] + (index.b_places & OFFSET_MASK),
+        a_addresses=_addresses(index.a_places, bases),
+        b_addresses=_addresses(index.b_places, bases),
     )
+
+
+def _addresses(
+    places: npt.NDArray[np.int64], bases: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    return bases[places >> PLACE_BITS] + (places & OFFSET_MASK)
 
 
 def _register(number: int, address: int, size: int) -> None:

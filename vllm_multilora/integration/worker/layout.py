@@ -23,6 +23,7 @@ from multilora_kernels.dtypes import of_torch
 from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.worker.module_naming import module_naming
+from vllm_multilora.integration.worker.output_factors import no_factors
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
@@ -54,21 +55,27 @@ class RunningLayout:
     special: dict[str, BaseLayerWithLoRA]
 
 
-def running_layout(manager: LoRAModelManager, *, columns_first: bool) -> RunningLayout:
+def running_layout(
+    manager: LoRAModelManager, *, columns_first: bool, dora: bool = False
+) -> RunningLayout:
     """The layout of a manager's model, read from its LoRA layers.
 
     Args:
         manager: Its modules have been created.
         columns_first: Whether the slots of linear layers hold B by columns.
+        dora: Whether slots have room for DoRA adapters' factors.
     """
     slices: list[SliceLayout] = []
     packed: dict[str, BaseLinearLayerWithLoRA] = {}
     special: dict[str, BaseLayerWithLoRA] = {}
+    no_dora: dict[str, str] = {}
     for name, module in manager.modules.items():
         found = _slices(module, manager.packed_modules.get(name, [name]), len(slices), manager)
         if found and isinstance(module, BaseLinearLayerWithLoRA):
             slices += found
             packed[name] = module
+            if dora and (reason := no_factors(module)):
+                no_dora.update((part.name, reason) for part in found)
         else:
             special[name] = module
     special_names = frozenset(
@@ -87,6 +94,8 @@ def running_layout(manager: LoRAModelManager, *, columns_first: bool) -> Running
             name: shape for name, module in special.items() if (shape := _special_shape(module))
         },
         vocabulary=manager.vocab_size,
+        dora=dora,
+        no_dora=no_dora,
     )
     return RunningLayout(layout, packed, special)
 

@@ -173,7 +173,10 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         ):
             return
         slot_of = {owner: slot for slot, owner in enumerate(self._adapter_manager.lora_index_to_id)}
-        self.filler.await_slots(slot_of[i] for i in step if i in slot_of)
+        slots = [slot_of[i] for i in sorted(step) if i in slot_of]  # ranks must do alike
+        self.filler.await_slots(slots)
+        if self._adapter_manager.factors is not None:
+            self._adapter_manager.factors.finish(slots)
         self._missing = frozenset(step.keys() - slot_of.keys())
         self._step, self._step_orders = dict(step), self._orders
         if self._link is not None:
@@ -238,8 +241,12 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return adapter_id in self.list_adapters()
 
     def remove_all_adapters(self) -> None:
-        """Ends a warm-up. New base weights are no reason to forget adapters."""
+        """Ends a warm-up, or comes with new base weights: no reason to forget adapters."""
         self._end_warm_up()
+        if self._adapter_manager.factors is not None:
+            self.filler.await_all()
+            self._adapter_manager.factors.weights_changed()
+            self._step_orders = -1  # the next step looks at all of its slots
 
     def pin_adapter(self, adapter_id: int) -> bool:
         """Nothing to do: slots are the engine core's."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     VocabParallelEmbeddingWithLoRA,
@@ -22,9 +23,11 @@ from vllm.lora.model_manager import LoRAModelManager
 from multilora_kernels import SlotTable, host_memory
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.pack_index import RankIndex
+from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.worker.layout import is_ranked, running_layout
+from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
 from vllm_multilora.integration.worker.warm_up import warm_up
 
@@ -53,15 +56,18 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     Attributes:
         layout: What the model accepts of an adapter.
+        factors: What DoRA adapters multiply outputs by; None where they are not served.
     """
 
     layout: ModelLayout
+    factors: SlotFactors | None
     punica_wrapper_mapping: dict[str, MultiLoRAPunicaWrapper]  # type: ignore[assignment]
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
         on_cpu = self.device.type == "cpu"
-        found = running_layout(self, columns_first=on_cpu)
+        dora = settings_of(get_current_vllm_config()).dora
+        found = running_layout(self, columns_first=on_cpu, dora=dora)
         self.layout, self._special = found.layout, found.special
         rows = 0
         layers: list[tuple[Any, slice]] = []
@@ -94,10 +100,17 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
         for shared in {id(w): w for w in self.punica_wrapper_mapping.values()}.values():
             shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
-        for layer, own in layers:
+        self.factors = None
+        if dora:
+            self.factors = SlotFactors(found.packed.values(), self.lora_slots, self.device)
+        for number, (layer, own) in enumerate(layers):  # those of packed adapters first
             wrapper = layer.punica_wrapper
             assert isinstance(wrapper, MultiLoRAPunicaWrapper)
-            layer.set_mapping(wrapper.for_layer(self._shrink_ranks[own], self._expand_ranks[own]))
+            ranks = self._shrink_ranks[own], self._expand_ranks[own]
+            factors = None
+            if self.factors is not None and number < len(found.packed):
+                factors = self.factors.of_layer(number)
+            layer.set_mapping(wrapper.for_layer(*ranks, factors))
         if not on_cpu:
             warm_up(self.modules.values())
             self.slot_table.warm_up()
@@ -109,6 +122,8 @@ class MultiLoRAModelManager(LoRAModelManager):
         """Bytes on the device of all slots and of what the plugin keeps beside them."""
         wrappers = {id(w): w for w in self.punica_wrapper_mapping.values()}.values()
         tables = self._shrink_ranks.nbytes + self._expand_ranks.nbytes
+        if self.factors is not None:
+            tables += self.factors.nbytes
         layers = sum(map(layer_bytes, self.modules.values()))
         return layers + tables + sum(map(wrapper_bytes, wrappers))
 
@@ -219,6 +234,8 @@ class MultiLoRAModelManager(LoRAModelManager):
             wrapper.memory_lost()
         self._shrink_ranks.zero_()
         self._expand_ranks.zero_()
+        if self.factors is not None:
+            self.factors.memory_lost()
         if self.device.type != "cpu":
             torch.accelerator.synchronize()  # before slots are filled, on whichever stream
         self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}

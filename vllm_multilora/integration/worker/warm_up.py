@@ -41,7 +41,9 @@ def warm_up(layers: Iterable[BaseLayerWithLoRA]) -> None:
         wrapper: Any = layer.punica_wrapper
         is_output = isinstance(layer, LogitsProcessorWithLoRA)
         most = wrapper.max_batches if is_output else wrapper.plan.layout.max_tokens
-        signature = type(layer), most, *map(_facts, _weights(layer))
+        factors = wrapper.factors
+        has_bias = None if factors is None else factors.bias is not None
+        signature = type(layer), most, has_bias, *map(_facts, _weights(layer))
         if signature not in seen:
             seen.add(signature)
             for rows in _row_counts(most):

@@ -1,0 +1,160 @@
+"""Decoding with DoRA adapters against plain ones of the same ranks, on a CPU.
+
+    python benchmarks/dora_decode.py [--rounds 7] [--dtype bfloat16]
+
+SmolLM2-135M, 16 requests of 4 prompt tokens and 64 generated ones over 8 adapters of ranks 8, 16,
+32 and 64 on all seven projections; DoRA adapters have the plain ones' A and B, and magnitudes
+beside them. Two engines: with `--multilora-dora` (`dora` and `plain`) and without (`without`,
+plain adapters). Each round times all three, one after the other, with all adapters in slots.
+Printed are medians and the medians of ratios within a round; and what the lengths of the base
+weights' rows cost when a DoRA adapter is used for the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpu_throughput import (
+    MAX_RANK,
+    NEW_TOKENS,
+    RANKS,
+    REQUESTS,
+    fastest_dtype,
+    random_prompts,
+    requested_adapters,
+)
+
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+PROMPT_TOKENS = 4
+
+
+def make_dora(folder: Path, target: Path, model: Path, seed: int) -> None:
+    """Copies an adapter and adds magnitudes: the base rows' lengths, changed by 5 % or less."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    numbers = torch.Generator().manual_seed(seed)
+    [weights] = model.glob("*.safetensors")
+    with safe_open(weights, "pt") as base:
+        for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            length = base.get_tensor(f"{module}.weight").float().norm(dim=1)
+            change = 0.95 + 0.1 * torch.rand(length.shape, generator=numbers)
+            tensors[name.replace("lora_A.weight", "lora_magnitude_vector")] = length * change
+    target.mkdir(parents=True)
+    save_file(tensors, target / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+
+
+def time_lengths(worker: Any) -> None:
+    """Has the worker note how long it looks for the lengths of each adapter."""
+    factors = worker.model_runner.lora_manager.model_manager.factors
+    find, worker.multilora_lengths = factors._finish, []
+
+    def timed(slot: int) -> None:
+        begin = time.perf_counter()
+        find(slot)
+        rank = max(factors._adapters[slot].ranks.values())
+        worker.multilora_lengths.append((rank, time.perf_counter() - begin))
+
+    factors._finish = timed
+
+
+def lengths(worker: Any) -> list[tuple[int, float]]:
+    """Rank and seconds of each adapter whose lengths were found."""
+    return worker.multilora_lengths
+
+
+def main() -> None:
+    """Runs the benchmark and prints its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default=fastest_dtype(), help="(default here: %(default)s)")
+    options = parser.parse_args()
+
+    from base_model import build_base_model
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    model = build_base_model()
+    config = json.loads((model / "config.json").read_text())
+    prompts = random_prompts(PROMPT_TOKENS)
+
+    def start(**additional: bool) -> LLM:
+        return LLM(
+            str(model),
+            dtype=options.dtype,
+            enforce_eager=True,
+            max_model_len=128,
+            max_num_seqs=REQUESTS,
+            enable_lora=True,
+            max_loras=2 * len(RANKS),
+            max_lora_rank=MAX_RANK,
+            additional_config={"multilora": additional},
+        )
+
+    def seconds(engine: LLM, requests: list[LoRARequest], tokens: int = NEW_TOKENS) -> float:
+        engine.reset_prefix_cache()
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        begin = time.perf_counter()
+        outputs = engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
+        elapsed = time.perf_counter() - begin
+        assert sum(len(o.outputs[0].token_ids) for o in outputs) == REQUESTS * tokens
+        return elapsed
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        plain = requested_adapters(folder, config)
+        for i in range(len(RANKS)):
+            make_dora(folder / f"{i}", folder / f"dora-{i}", model, seed=i)
+        dora = [
+            LoRARequest(
+                f"dora-{r.lora_name}",
+                r.lora_int_id + 100,
+                f"{folder}/dora-{Path(r.lora_path).name}",
+            )
+            for r in plain
+        ]
+        with_dora, without = start(dora=True), start()
+        with_dora.collective_rpc(time_lengths)
+        runs = {"dora": (with_dora, dora), "plain": (with_dora, plain), "without": (without, plain)}
+        for run in runs.values():
+            seconds(*run)
+        found = with_dora.collective_rpc(lengths)[0]
+        rounds = []
+        for number in range(options.rounds):
+            rounds.append({name: seconds(*run) for name, run in runs.items()})
+            times = ", ".join(f"{name} {time:.2f} s" for name, time in rounds[-1].items())
+            print(f"round {number + 1}: {times}", flush=True)
+    print()
+    for label, above, below in (
+        ("DoRA / plain", "dora", "plain"),
+        ("plain with --multilora-dora / without", "plain", "without"),
+    ):
+        ratios = [r[above] / r[below] for r in rounds]
+        print(
+            f"{label}: median {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds)"
+        )
+    for rank in sorted(set(RANKS)):
+        own = [1000 * time for of, time in found if of == rank]
+        print(f"lengths, rank {rank}: {statistics.median(own):.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

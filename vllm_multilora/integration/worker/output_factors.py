@@ -1,0 +1,319 @@
+"""What DoRA adapters multiply layers' outputs by: magnitude over norm, by slot and output.
+
+A DoRA adapter (https://arxiv.org/abs/2402.09353) scales each row of `W + s B A` to a length of its
+own, its magnitude. The length that the row has without that is found here, from the running
+model's weights: with rows w of W, b of `s B`
+
+    |w + b A|^2 = |w|^2 + 2 (w A^T) b^T + b (A A^T) b^T
+
+and `W A^T` is what the base layer makes of A's rows. That runs in the worker's main thread, before
+the first step that needs it: all ranks are at the same step then, so that row-parallel layers, of
+which each rank has a part of every row, can add up their parts; and no step runs beside it, which
+vLLM's layers for CPUs would not stand.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.platforms import current_platform
+
+from multilora_kernels import OutputFactors
+from multilora_kernels.pieces import host_bytes
+from vllm_multilora.integration.attached import ROW_SQUARES
+from vllm_multilora.integration.patching.activation import is_active, settings_of
+
+_KEPT_BYTES = 256 << 20  # of host memory, for the factors of adapters that come back
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's place in the tables.
+
+    Attributes:
+        module: vLLM's layer with LoRA.
+        rows: Its slices, in all slices of the model.
+        columns: Where its outputs begin, slice by slice, and where the last ends.
+        bias: float32 [outputs], a copy of what the base layer adds on this rank; None: nothing.
+    """
+
+    module: Any
+    rows: range
+    columns: tuple[int, ...]
+    bias: torch.Tensor | None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this rank has a part of every row of the weights."""
+        return isinstance(self.module.base_layer, RowParallelLinear) and self.module.tp_size > 1
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """A DoRA adapter in a slot.
+
+    Attributes:
+        ranks: The rank of each slice that it has magnitudes for, by the slice's row.
+        magnitudes: float32 [all outputs], in host memory: for the case that the base model gets
+            other weights.
+    """
+
+    ranks: dict[int, int]
+    magnitudes: torch.Tensor
+
+
+class SlotFactors:
+    """The factors of all linear layers' outputs in every slot.
+
+    All device memory is allocated here, at the start. Filling may run on any thread, like all of
+    filling a slot; everything else is for the worker's main thread, where all ranks of a
+    tensor-parallel group do the same in the same order.
+
+    Args:
+        layers: The layers that packed adapters fill, in the order of their slices.
+        slots: How many slots there are.
+        device: Where the model runs.
+    """
+
+    def __init__(self, layers: Iterable[Any], slots: int, device: torch.device | str) -> None:
+        self._layers: list[_Layer] = []
+        rows = columns = 0
+        for module in layers:
+            ends = [columns]
+            for b in module.lora_b_stacked:
+                ends.append(ends[-1] + b.shape[-2])
+            bias = _added_bias(module)
+            if bias is not None:
+                bias = torch.empty_like(bias, dtype=torch.float32).copy_(bias)
+            own = range(rows, rows + module.n_slices)
+            self._layers.append(_Layer(module, own, tuple(ends), bias))
+            rows, columns = own.stop, ends[-1]
+        starts = [start for layer in self._layers for start in layer.columns[:-1]]
+        self._starts = np.array([*starts, columns], np.int64)
+        self._values = torch.zeros(slots, columns, dtype=torch.float32, device=device)
+        self._marks = torch.zeros(rows, slots, dtype=torch.int32, device=device)
+        self._adapters: dict[int, _Adapter] = {}
+        self._digests: dict[int, str] = {}  # of these
+        self._unfinished: set[int] = set()
+        self._squares: dict[int, torch.Tensor] = {}  # of the base weights' rows, by layer
+        self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._most_known = max(slots, _KEPT_BYTES // max(self._values[:1].nbytes, 1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        biases = sum(layer.bias.nbytes for layer in self._layers if layer.bias is not None)
+        return self._values.nbytes + self._marks.nbytes + biases
+
+    def of_layer(self, index: int) -> OutputFactors:
+        """What a layer's kernels take, by the layer's place among all."""
+        layer = self._layers[index]
+        return OutputFactors(
+            self._values[:, layer.columns[0] : layer.columns[-1]],
+            self._marks[layer.rows.start : layer.rows.stop],
+            layer.bias,
+        )
+
+    def begin(self, slot: int, digest: str | None) -> torch.Tensor | None:
+        """A slot is going to be filled.
+
+        Args:
+            slot: The slot.
+            digest: Of the DoRA adapter that is to be in it; None: of another kind.
+
+        Returns:
+            The adapter's factors, if they are known; `fill` is to be given them.
+        """
+        self._unfinished.discard(slot)
+        if digest is None:
+            return None
+        self._digests[slot] = digest
+        if digest in self._known:
+            self._known.move_to_end(digest)
+        else:
+            self._unfinished.add(slot)
+        return self._known.get(digest)
+
+    def fill(
+        self,
+        slot: int,
+        rows: npt.NDArray[np.int32],
+        ranks: npt.NDArray[np.int32],
+        addresses: npt.NDArray[np.int64],
+        known: torch.Tensor | None,
+    ) -> None:
+        """Fills a slot, with magnitudes for `finish` where the factors are not known.
+
+        Args:
+            slot: The slot.
+            rows: [n], the slices that the adapter has magnitudes for.
+            ranks: [n], their ranks.
+            addresses: [n], where these begin in host memory: float32 [outputs].
+            known: What `begin` has returned.
+        """
+        self._adapters.pop(slot, None)
+        marks = np.zeros(len(self._marks), np.int32)
+        marks[rows] = 1
+        if len(rows):
+            magnitudes = self._magnitudes(rows, addresses)
+            of_rows = dict(zip(rows.tolist(), ranks.tolist(), strict=True))
+            self._adapters[slot] = _Adapter(of_rows, magnitudes)
+            self._values[slot].copy_(magnitudes if known is None else known)
+        self._marks[:, slot].copy_(torch.from_numpy(marks))
+
+    def _magnitudes(
+        self, rows: npt.NDArray[np.int32], addresses: npt.NDArray[np.int64]
+    ) -> torch.Tensor:
+        vector = torch.zeros(self._values.size(1), dtype=torch.float32)
+        for row, address in zip(rows.tolist(), addresses.tolist(), strict=True):
+            own = vector[self._starts[row] : self._starts[row + 1]]
+            own.copy_(host_bytes(address, own.nbytes).view(torch.float32))
+        return vector
+
+    def finish(self, slots: Iterable[int]) -> None:
+        """Makes factors of the magnitudes in those of these slots that `fill` left so.
+
+        A row without length has no factor: it is infinite or NaN, as in PEFT, and so is whatever
+        the adapter answers.
+        """
+        for slot in slots if self._unfinished else ():
+            if slot not in self._unfinished:
+                continue
+            self._unfinished.discard(slot)
+            self._finish(slot)
+            self._known[self._digests[slot]] = self._values[slot].to("cpu", copy=True)
+            if len(self._known) > self._most_known:
+                self._known.popitem(last=False)
+
+    @torch.no_grad()
+    def _finish(self, slot: int) -> None:
+        ranks = self._adapters[slot].ranks
+        squares = torch.ones_like(self._values[slot])
+        parts: list[torch.Tensor] = []
+        for number, layer in enumerate(self._layers):
+            marked = [row for row in layer.rows if row in ranks]
+            if not marked:
+                continue
+            found = self._row_squares(number, slot, marked)
+            for row, of_row in zip(marked, found, strict=True):
+                own = squares[self._starts[row] : self._starts[row + 1]]
+                own.copy_(of_row)
+                if layer.is_part:
+                    parts.append(own)
+        if parts:
+            whole = tensor_model_parallel_all_reduce(torch.cat(parts))
+            for part, of_part in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+                part.copy_(of_part)
+        self._values[slot].div_(squares.clamp_(min=0).sqrt_()).sub_(1)
+
+    def _row_squares(self, number: int, slot: int, marked: Sequence[int]) -> list[torch.Tensor]:
+        """The squared lengths of the rows of `W + s B A`, or of this rank's part of them."""
+        layer = self._layers[number]
+        module, ranks = layer.module, self._adapters[slot].ranks
+        base = self._squares.get(number)
+        if base is None:
+            base = self._squares[number] = _base_squares(module.base_layer)
+        slices = [row - layer.rows.start for row in marked]
+        a = [
+            module.lora_a_stacked[i][slot, 0, : ranks[r]]
+            for i, r in zip(slices, marked, strict=True)
+        ]
+        rows_of_a = torch.cat(a).to(module.base_layer.params_dtype)
+        products = module.base_layer.quant_method.apply(module.base_layer, rows_of_a, None)
+        found, first = [], 0
+        for i, of_a in zip(slices, a, strict=True):
+            outputs = slice(*(column - layer.columns[0] for column in layer.columns[i : i + 2]))
+            product = products[first : first + len(of_a), outputs].float()
+            first += len(of_a)
+            of_a = of_a.float()
+            b = module.lora_b_stacked[i][slot, 0, :, : len(of_a)].float()
+            crossed = 2 * product.mT + b @ (of_a @ of_a.mT)
+            found.append(base[outputs] + (b * crossed).sum(dim=1))
+        return found
+
+    def weights_changed(self) -> None:
+        """The base model has other weights: `finish` is to be called before the next step."""
+        self._squares.clear()
+        self._known.clear()
+        for layer in self._layers:
+            bias = _added_bias(layer.module)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        for slot, adapter in self._adapters.items():
+            self._values[slot].copy_(adapter.magnitudes)
+            self._unfinished.add(slot)
+
+    def memory_lost(self) -> None:
+        """The device's memory was lost; what was in the slots, too."""
+        self._adapters.clear()
+        self._unfinished.clear()
+        self._marks.zero_()
+        self._values.zero_()
+        self.weights_changed()
+
+
+def no_factors(module: Any) -> str | None:
+    """Why a layer's outputs cannot be multiplied; None if they can."""
+    base = module.base_layer
+    method = base.quant_method
+    if not isinstance(method, UnquantizedLinearMethod):
+        return f"its weights are quantised ({type(method).__name__})"
+    if base.weight.dim() != 2 and ROW_SQUARES.get(base) is None:
+        return "vLLM has repacked its weights"
+    if module.lora_config.fully_sharded_loras and module.tp_size > 1:
+        return "--fully-sharded-loras adds products where the base's are not whole"
+    if getattr(module, "_enable_aux_cuda_stream", False):
+        return "VLLM_LORA_ENABLE_DUAL_STREAM computes products beside the base's"
+    return None
+
+
+def _added_bias(module: Any) -> torch.Tensor | None:
+    """What the base layer has added to the outputs that an adapter meets, on this rank."""
+    base = module.base_layer
+    if getattr(base, "skip_bias_add", False):
+        return None
+    if isinstance(base, RowParallelLinear) and module.tp_rank > 0:
+        return None
+    bias: torch.Tensor | None = getattr(base, "bias", None)
+    return bias
+
+
+def _base_squares(base: Any) -> torch.Tensor:
+    if base.weight.dim() == 2:
+        return row_squares(base.weight)
+    squares = ROW_SQUARES.get(base)
+    assert squares is not None  # the layout has no such layers
+    return squares
+
+
+def row_squares(weight: torch.Tensor) -> torch.Tensor:
+    """The squared lengths of rows, float32 [rows]; `weight` is [rows, columns]."""
+    step = max(_CHUNK_ELEMENTS // max(weight.size(1), 1), 1)
+    return torch.cat([chunk.detach().float().square().sum(dim=1) for chunk in weight.split(step)])
+
+
+def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
+    weight, squares = layer.weight, None
+    config = get_current_vllm_config_or_none()
+    if (
+        current_platform.is_cpu()
+        and weight.dim() == 2
+        and not weight.is_meta
+        and config is not None
+        and is_active(config)
+        and settings_of(config).dora
+    ):
+        squares = row_squares(weight)
+    original(method, layer)
+    if squares is not None:
+        ROW_SQUARES.set(layer, squares)
