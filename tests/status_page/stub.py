@@ -28,6 +28,7 @@ def row(name: str, number: int, state: str = "absent", **others: Any) -> dict[st
         "tier": tier,
         "slot": None,
         "kind": "lora",
+        "parts": None,
         "rank": 16,
         "digest": f"{number:064x}",
         "loaded": None,

@@ -74,6 +74,13 @@ ROWS = (
         "part in the interpreter.",
     ),
     Row("DoRA with TP 2", SAME_PATH, "As above."),
+    Row(
+        "blends of adapters",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner; once packed, a blend is an "
+        "adapter like others.",
+    ),
+    Row("blends of adapters with TP 2", SAME_PATH, "As above."),
     Row("TP 2"),
     Row("fully sharded"),
     Row(
