@@ -87,8 +87,8 @@ UNTESTED = {
     "python benchmarks/": "measures, for minutes and on a quiet machine",
     "python check.py": "takes three minutes; its parts are tested in tests/monitoring",
     "python -m sglang.launch_server": "is another server's",
-    "python -m tools.page_screenshots": "serves the demo's model for a picture; tests/status_page has "
-    "the same page in a browser",
+    "python -m tools.page_screenshots": "makes a picture of the demo's server; the page itself "
+    "is in tests/status_page",
     "python -m tools.kernels.launch_cost": "measures, for minutes and on a quiet machine",
 }
 """How commands begin, and why no test runs them."""
