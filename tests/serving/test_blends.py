@@ -25,17 +25,16 @@ BFLOAT16_ATOL = 0.5
 @pytest.fixture(scope="module")
 def engine(blends: BlendScenario) -> "Iterator[LLM]":
     """Fewer slots and host places than adapters and blends; parts of prompts in a step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
-        with running_engine(
-            blends.base,
-            max_loras=2,
-            max_cpu_loras=3,
-            max_num_batched_tokens=CHUNK,
-            disable_log_stats=False,
-            additional_config={"multilora": {"max_blends": 3}},
-        ) as llm:
-            yield llm
+    with running_engine(
+        blends.base,
+        in_process=True,
+        max_loras=2,
+        max_cpu_loras=3,
+        max_num_batched_tokens=CHUNK,
+        disable_log_stats=False,
+        additional_config={"multilora": {"max_blends": 3}},
+    ) as llm:
+        yield llm
 
 
 def ask(llm: "LLM", blends: BlendScenario, cases: Sequence[Case]) -> "list[RequestOutput]":
@@ -144,15 +143,13 @@ def test_bfloat16_scores_are_near_pefts_in_float32(blends: BlendScenario) -> Non
     names = [None, *blends.adapters, *BLENDS]
     prompts = [blends.cases_of(name)[-1].prompt for name in names]
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with running_engine(blends.base, dtype="bfloat16", max_loras=3) as llm:
-            outputs = llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                params,
-                lora_request=[blends.request(name) for name in names],
-                use_tqdm=False,
-            )
+    with running_engine(blends.base, in_process=True, dtype="bfloat16", max_loras=3) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            params,
+            lora_request=[blends.request(name) for name in names],
+            use_tqdm=False,
+        )
 
     def scores(name: str | None, prompt: Prompt) -> torch.Tensor:
         """Log-probability of each of the prompt's tokens but the first."""

@@ -33,16 +33,15 @@ def dora(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
 @pytest.fixture(scope="module")
 def engine(dora: Scenario) -> "Iterator[LLM]":
     """Fewer slots than adapters, and parts of prompts in each step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
-        with running_engine(
-            dora.base,
-            max_loras=2,
-            max_num_batched_tokens=24,
-            enable_prefix_caching=False,
-            additional_config=DORA,
-        ) as llm:
-            yield llm
+    with running_engine(
+        dora.base,
+        in_process=True,
+        max_loras=2,
+        max_num_batched_tokens=24,
+        enable_prefix_caching=False,
+        additional_config=DORA,
+    ) as llm:
+        yield llm
 
 
 def assert_all_as_peft(llm: "LLM", scenario: Scenario, cases: Sequence[Case]) -> None:
@@ -162,17 +161,17 @@ def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
     names = [None, *(name for name in dora.adapters if name.startswith("dora"))]
     cases = [next(c for c in dora.cases_of(name) if len(c.prompt) == 40) for name in names]
     reference = PeftReference(dora.base, dora.adapters)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with running_engine(dora.base, dtype="bfloat16", additional_config=DORA) as llm:
-            outputs = llm.generate(
-                [{"prompt_token_ids": list(case.prompt)} for case in cases],
-                SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
-                lora_request=[
-                    lora_request(dora, case.adapter) if case.adapter else None for case in cases
-                ],
-                use_tqdm=False,
-            )
+    with running_engine(
+        dora.base, in_process=True, dtype="bfloat16", additional_config=DORA
+    ) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(case.prompt)} for case in cases],
+            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+            lora_request=[
+                lora_request(dora, case.adapter) if case.adapter else None for case in cases
+            ],
+            use_tqdm=False,
+        )
     errors = {}
     for output, case in zip(outputs, cases, strict=True):
         ids = torch.tensor([case.prompt])
