@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +61,11 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
 
     before = _children()
     started: set[psutil.Process] = set()
-    with store_folder() as folder, pytest.MonkeyPatch.context() as life:
+    with ExitStack() as stack, store_folder() as folder, pytest.MonkeyPatch.context() as life:
         life.setenv(FOLDER_VARIABLE, folder)  # an engine in this process looks for it late
         if in_process:
-            # A worker of vLLM replaces it by one that does nothing.
+            # A worker of vLLM chooses how many threads there are, and makes this do nothing.
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             life.setattr(torch, "set_num_threads", torch.set_num_threads)
         try:
             with pytest.MonkeyPatch.context() as patch:
