@@ -128,7 +128,9 @@ def test_the_wheel_holds_what_users_run_and_nothing_else(wheel):
     assert {n for n in names if not n.startswith(metadata)} == LIBRARIES | {
         target + name.removeprefix(source)
         for source, target in PACKAGES.items()
-        for name in tracked(f"{source}/*.py", f"{source}/*.json", f"{source}/py.typed")
+        for name in tracked(
+            f"{source}/*.py", f"{source}/*.json", f"{source}/*.html", f"{source}/py.typed"
+        )
     }
     assert {n.removeprefix(metadata) for n in names if n.startswith(metadata)} == {
         "METADATA",
