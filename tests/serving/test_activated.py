@@ -137,7 +137,7 @@ def test_bfloat16_scores_are_near_pefts_in_float32(activated: Scenario) -> None:
 
     reference = PeftReference(activated.base, activated.adapters)
     cases = [case for case in invoking(activated) if _active_from(case) < len(case.prompt) - 1]
-    with running_engine(activated.base, in_process=True, dtype="bfloat16", max_loras=2) as llm:
+    with running_engine(activated.base, dtype="bfloat16", max_loras=2) as llm:
         outputs = ask(llm, activated, cases, prompt_logprobs=0)
 
     def scores(name: str | None, prompt: Prompt) -> torch.Tensor:
