@@ -131,41 +131,6 @@ def test_prompts_tokens_are_scored_by_the_base_model_before_the_invocation(
             assert scored == pytest.approx(expected[place - 1, token].item(), abs=2e-3), place
 
 
-def test_bfloat16_scores_are_near_pefts_in_float32(activated: Scenario) -> None:
-    """Of the prompts' tokens from the invocation on, as near as PEFT's own in bfloat16."""
-    from .peft_reference import PeftReference
-
-    reference = PeftReference(activated.base, activated.adapters)
-    cases = [case for case in invoking(activated) if _active_from(case) < len(case.prompt) - 1]
-    with running_engine(activated.base, dtype="bfloat16", max_loras=2) as llm:
-        outputs = ask(llm, activated, cases, prompt_logprobs=0)
-
-    def scores(name: str | None, prompt: Prompt) -> torch.Tensor:
-        reference.generate(name, [prompt], 1)  # chooses the adapter
-        with torch.inference_mode():
-            logits = reference.logits(name, torch.tensor([prompt]))[0, :-1]
-        return torch.log_softmax(logits, dim=-1)[range(len(prompt) - 1), list(prompt[1:])]
-
-    errors, effects = [], []
-    for output, case in zip(outputs, cases, strict=True):
-        assert output.prompt_logprobs is not None
-        pairs = zip(output.prompt_logprobs[1:], case.prompt[1:], strict=True)
-        found = torch.tensor([scored[token].logprob for scored, token in pairs])
-        exact, active = scores(case.adapter, case.prompt), slice(_active_from(case), None)
-        errors.append((found - exact)[active])
-        effects.append((scores(None, case.prompt) - exact)[active])
-    assert torch.cat(errors).square().mean().sqrt() < BFLOAT16_RMS
-    assert torch.cat(effects).square().mean().sqrt() > 5 * BFLOAT16_RMS
-
-
-def _active_from(case: Case) -> int:
-    """Where the last invocation in a prompt begins."""
-    assert case.adapter is not None
-    tokens = invocation_of(case.adapter)
-    places = range(len(case.prompt) - len(tokens), -1, -1)
-    return next(at for at in places if case.prompt[at : at + len(tokens)] == tokens)
-
-
 def test_a_prompt_without_the_invocation_fails_alone_and_names_it(
     engine: "LLM", activated: Scenario
 ) -> None:
@@ -242,3 +207,38 @@ def test_two_ranks_verify_drafted_tokens_as_peft(activated: Scenario) -> None:
         cases = activated.cases[::4]
         assert_as_peft(ask(llm, activated, cases), cases)
         assert counter(llm, "vllm:spec_decode_num_drafts") > 0
+
+
+def test_bfloat16_scores_are_near_pefts_in_float32(activated: Scenario) -> None:
+    """Of the prompts' tokens from the invocation on, as near as PEFT's own in bfloat16."""
+    from .peft_reference import PeftReference
+
+    reference = PeftReference(activated.base, activated.adapters)
+    cases = [case for case in invoking(activated) if _active_from(case) < len(case.prompt) - 1]
+    with running_engine(activated.base, in_process=True, dtype="bfloat16", max_loras=2) as llm:
+        outputs = ask(llm, activated, cases, prompt_logprobs=0)
+
+    def scores(name: str | None, prompt: Prompt) -> torch.Tensor:
+        reference.generate(name, [prompt], 1)  # chooses the adapter
+        with torch.inference_mode():
+            logits = reference.logits(name, torch.tensor([prompt]))[0, :-1]
+        return torch.log_softmax(logits, dim=-1)[range(len(prompt) - 1), list(prompt[1:])]
+
+    errors, effects = [], []
+    for output, case in zip(outputs, cases, strict=True):
+        assert output.prompt_logprobs is not None
+        pairs = zip(output.prompt_logprobs[1:], case.prompt[1:], strict=True)
+        found = torch.tensor([scored[token].logprob for scored, token in pairs])
+        exact, active = scores(case.adapter, case.prompt), slice(_active_from(case), None)
+        errors.append((found - exact)[active])
+        effects.append((scores(None, case.prompt) - exact)[active])
+    assert torch.cat(errors).square().mean().sqrt() < BFLOAT16_RMS
+    assert torch.cat(effects).square().mean().sqrt() > 5 * BFLOAT16_RMS
+
+
+def _active_from(case: Case) -> int:
+    """Where the last invocation in a prompt begins."""
+    assert case.adapter is not None
+    tokens = invocation_of(case.adapter)
+    places = range(len(case.prompt) - len(tokens), -1, -1)
+    return next(at for at in places if case.prompt[at : at + len(tokens)] == tokens)
