@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from . import completions
 from .cases import NEW_TOKENS, Case, Scenario
 from .engine import answer, lora_request, running_engine
+from .server import VllmServer
 from .test_parity import assert_as_peft
 
 if TYPE_CHECKING:
@@ -187,3 +189,21 @@ def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
         squares = [(a - b) ** 2 for a, b in zip(found, expected, strict=True)]
         errors[case.adapter] = (sum(squares) / len(squares)) ** 0.5
     assert max(errors.values()) < BFLOAT16_RMS, errors
+
+
+def test_over_http_they_answer_as_peft_and_are_listed(dora: Scenario, tmp_path: Path) -> None:
+    with VllmServer(
+        dora.base,
+        *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "128", "--max-num-seqs", "16"),
+        *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64", "--multilora-dora"),
+        *("--lora-modules", *(f"{name}={path}" for name, path in dora.adapters.items())),
+        log=tmp_path / "vllm.log",
+    ) as server:
+        for case in dora.cases:
+            completions.assert_serves(server, case.adapter or "base", case)
+        rows = server.get("/v1/lora_adapters").json()["data"]
+    kinds = {row["id"]: row["kind"] for row in rows}
+    assert {name for name, kind in kinds.items() if kind == "dora"} == {
+        name for name in dora.adapters if name.startswith("dora")
+    }
