@@ -36,11 +36,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import httpx
 from streams import token_times
+from turns import paired
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -261,13 +263,10 @@ def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[f
         engines[is_fair].generate(prompts, sampling, lora_request=loads[kind], use_tqdm=False)
         return time.perf_counter() - begin
 
-    ratios: dict[str, list[float]] = {kind: [] for kind in loads}
-    for number in range(-1, rounds):  # the first round warms up, and does not count
-        for kind, found in ratios.items():
-            order = (True, False) if number % 2 else (False, True)
-            times = {is_fair: seconds(is_fair, kind) for is_fair in order}
-            if number >= 0:
-                found.append(times[True] / times[False])
+    ratios = {}
+    for kind in loads:
+        acts = {"fair": partial(seconds, True, kind), "unfair": partial(seconds, False, kind)}
+        ratios[kind] = [times["fair"] / times["unfair"] for times in paired(acts, rounds)]
     for engine in engines.values():
         engine.llm_engine.engine_core.shutdown(timeout=30.0)
     print("\ntime with fair shares / without (median, least to most of all rounds)")

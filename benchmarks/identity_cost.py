@@ -18,12 +18,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 from intake_cost import PROJECTIONS, Memory, layout_of, write_adapter
+from turns import paired
 
 from vllm_multilora.adapters.digest import AdapterDigest
 from vllm_multilora.adapters.intake import Rules, open_adapter
@@ -44,15 +44,6 @@ def seconds_to_load(folder: Path, layout: ModelLayout, memory: Memory, rules: Ru
         places = np.cumsum([0, *intake.block_bytes[:-1]])
         intake.read(memory.array.ctypes.data + places, places)
     return time.perf_counter() - begin
-
-
-def paired(acts: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
-    """What two acts take, turn by turn; one round before counts not."""
-    found = []
-    for number in range(rounds + 1):
-        order = list(acts) if number % 2 else list(reversed(acts))
-        found.append({name: acts[name]() for name in order})
-    return found[1:]
 
 
 def loading(megabytes: float, rounds: int) -> dict[str, list[dict[str, float]]]:

@@ -24,6 +24,7 @@ import tempfile
 import time
 import timeit
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from cpu_throughput import (
     random_prompts,
     requested_adapters,
 )
+from turns import paired
 
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.metering.usage_log import UsageLog
@@ -164,13 +166,7 @@ def throughput(rounds: int, of: str) -> list[dict[str, float]]:
             engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
             return time.perf_counter() - begin
 
-        for name in engines:
-            seconds(name)
-        found = []
-        for number in range(rounds):
-            order = list(engines) if number % 2 else list(reversed(engines))
-            found.append({name: seconds(name) for name in order})
-            print(f"round {number + 1}: {found[-1]}", flush=True)
+        found = paired({name: partial(seconds, name) for name in engines}, rounds)
         counted = {
             m.labels["lora_name"] for m in engines["on"].get_metrics() if "by_adapter" in m.name
         }
