@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .cases import MIN_MARGIN, NEW_TOKENS, Case, Prompt, Scenario
-from .peft_reference import PeftReference, single_thread
+from .peft_reference import PeftReference
 from .recipes import AdapterRecipe
 from .tiny_adapters import write_adapter
 from .tiny_models import VOCAB_SIZE, write_llama
@@ -69,8 +69,7 @@ def activated_scenario(root: Path) -> Scenario:
         for seed, recipe in [*enumerate(RECIPES), (0, twin)]
     }
     reference = PeftReference(base, adapters)
-    with single_thread():
-        return Scenario(base, adapters, tuple(_cases(reference)))
+    return Scenario(base, adapters, tuple(_cases(reference)))
 
 
 def _cases(reference: PeftReference) -> Iterator[Case]:

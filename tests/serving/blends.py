@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cases import MIN_MARGIN, NEW_TOKENS, Case, Scenario
-from .peft_reference import PeftReference, single_thread
+from .peft_reference import PeftReference
 from .recipes import LINEAR_RECIPES, AdapterRecipe
 from .tiny_adapters import write_adapter
 from .tiny_models import write_llama
@@ -56,8 +56,7 @@ def blend_scenario(root: Path) -> BlendScenario:
         for seed, recipe in enumerate(PARTS)
     }
     reference = blending_reference(base, adapters)
-    with single_thread():
-        return BlendScenario(base, adapters, tuple(_cases(reference, list(adapters))))
+    return BlendScenario(base, adapters, tuple(_cases(reference, list(adapters))))
 
 
 def blending_reference(base: Path, adapters: Mapping[str, Path], **options) -> PeftReference:

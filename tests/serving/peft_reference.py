@@ -4,8 +4,7 @@ Every step recomputes the whole sequence without a KV cache, one adapter at a ti
 that a serving engine does to be fast can be shared with it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -146,22 +145,10 @@ def reference_continuations(
         Continuations by (adapter or None, prompt).
     """
     reference = PeftReference(base, adapters, dtype=dtype)
-    with single_thread():
-        return {
-            (name, prompt): continuation
-            for name in (None, *adapters)
-            for prompt, continuation in zip(
-                prompts, reference.generate(name, prompts, new_tokens), strict=True
-            )
-        }
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return {
+        (name, prompt): continuation
+        for name in (None, *adapters)
+        for prompt, continuation in zip(
+            prompts, reference.generate(name, prompts, new_tokens), strict=True
+        )
+    }

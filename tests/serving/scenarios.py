@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .cases import MIN_MARGIN, NEW_TOKENS, PROMPT_LENGTHS, Case, Continuation, Key, Prompt, Scenario
-from .peft_reference import PeftReference, reference_continuations, single_thread
+from .peft_reference import PeftReference, reference_continuations
 from .recipes import (
     DORA_RECIPES,
     EMBEDDING_RECIPE,
@@ -39,8 +39,7 @@ def dora_scenario(root: Path) -> Scenario:
     folder = write_adapter(scenario.base, root / recipe.name, recipe, seed=90)
     reference = PeftReference(scenario.base, {recipe.name: folder})
     prompts = [(*prompt, *recipe.invocation, 7, 8, 9) for prompt in _candidate_prompts((23,))]
-    with single_thread():
-        answers = reference.generate(recipe.name, prompts, NEW_TOKENS)
+    answers = reference.generate(recipe.name, prompts, NEW_TOKENS)
     cases = [
         Case(recipe.name, prompt, answer)
         for prompt, answer in zip(prompts, answers, strict=True)

@@ -158,7 +158,7 @@ def test_two_workers_answer_as_peft(dora: Scenario) -> None:
 def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
     from vllm import SamplingParams
 
-    from .peft_reference import PeftReference, single_thread
+    from .peft_reference import PeftReference
 
     names = [None, *(name for name in dora.adapters if name.startswith("dora"))]
     cases = [next(c for c in dora.cases_of(name) if len(c.prompt) == 40) for name in names]
@@ -179,7 +179,7 @@ def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
         ids = torch.tensor([case.prompt])
         if case.adapter:
             reference._peft.set_adapter(case.adapter)
-        with torch.inference_mode(), single_thread():
+        with torch.inference_mode():
             scores = torch.log_softmax(reference.logits(case.adapter, ids), dim=-1)[0]
         expected = [scores[i, token].item() for i, token in enumerate(case.prompt[1:])]
         found = [
