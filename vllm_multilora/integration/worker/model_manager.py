@@ -26,6 +26,7 @@ from vllm_multilora.adapters.pack_index import RankIndex
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+from vllm_multilora.integration.step.short_forward import shorten_forward
 from vllm_multilora.integration.worker.layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
@@ -111,6 +112,8 @@ class MultiLoRAModelManager(LoRAModelManager):
             if self.factors is not None and number < len(found.packed):
                 factors = self.factors.of_layer(number)
             layer.set_mapping(wrapper.for_layer(*ranks, factors))
+            if on_cpu:
+                shorten_forward(layer)
         if not on_cpu:
             warm_up(self.modules.values())
             self.slot_table.warm_up()
