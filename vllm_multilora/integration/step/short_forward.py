@@ -8,7 +8,7 @@ adapters', and the bias that the layer hands on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
@@ -37,7 +37,7 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> bool:
     """
     if not isinstance(layer, BaseLinearLayerWithLoRA) or not _does_the_same(layer):
         return False
-    base = layer.base_layer
+    base: Any = layer.base_layer
     hands_on_bias, returns_bias = base.skip_bias_add, base.return_bias
     add_adapters = layer.punica_wrapper.add_lora_linear
     weights = layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
