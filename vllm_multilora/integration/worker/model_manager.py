@@ -110,7 +110,9 @@ class MultiLoRAModelManager(LoRAModelManager):
             factors = None
             if self.factors is not None and number < len(found.packed):
                 factors = self.factors.of_layer(number)
-            layer.set_mapping(wrapper.for_layer(*ranks, factors))
+            layer.set_mapping(own_wrapper := wrapper.for_layer(*ranks, factors))
+            if isinstance(layer, BaseLinearLayerWithLoRA) and not _shards_ranks(layer):
+                own_wrapper.prepare(layer.lora_a_stacked, layer.lora_b_stacked)
         if not on_cpu:
             warm_up(self.modules.values())
             self.slot_table.warm_up()
