@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from multilora_kernels import BatchPlan, PlanLayout, PreparedLinear
+from multilora_kernels import BatchPlan, PlanLayout, PreparedLinear, SlotIndex, SlotTable
 from multilora_kernels.triton import kept_launch, prepared
 from tools.kernels.measure.without_card import Launches, launched_without_card
 
@@ -69,6 +70,56 @@ def same(kept: list[Any], looked_up: list[Any]) -> bool:
     return [(k, g, plain(v)) for k, g, v in kept] == [(k, g, plain(v)) for k, g, v in looked_up]
 
 
+class Allocations(TorchDispatchMode):
+    """Notes every operator that returns other memory than it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given:
+            self.made.append(str(func))
+        return result
+
+
+def scatter(launches: Launches) -> dict[str, Any]:
+    """What filling slots compiles after the warm-up, and how many programs a group has."""
+    shapes = [(4096, 4096), (4096, 1024), (70, 3), (8, 9)]
+    table = SlotTable(
+        [torch.zeros(2, RANK, k, dtype=torch.bfloat16) for k, _ in shapes],
+        [torch.zeros(2, n, RANK, dtype=torch.bfloat16) for _, n in shapes],
+    )
+    table._device_staging().warm_up()
+    compiled = launches.compiled.count("scatter_kernel")
+    launches.launched.clear()
+    allocations = Allocations()
+    memory = torch.zeros(RANK * 4096 + 8, dtype=torch.bfloat16).data_ptr()
+    for rank, late in ((1, 2), (3, 2), (8, 4), (16, 8), (64, 8)):
+        for rows in ([0, 1], [0, 1, 2, 3], [2], [3]):
+            n = len(rows)
+            ranks, addresses = np.full(n, rank, np.int32), np.full(n, memory, np.int64)
+            index = SlotIndex(np.array(rows, np.int32), ranks, ranks, addresses, addresses + late)
+            with allocations:
+                for group in table.pieces(1, index):
+                    table.copy(group, backend="triton")
+    most = max(grid[0] * grid[1] for _, grid, _ in launches.launched)
+    kinds = {values[0].dtype for _, _, values in launches.launched}
+    late = launches.compiled.count("scatter_kernel") - compiled
+    launches.launched.clear()
+    with allocations:
+        torch.zeros(1)
+    return {
+        "warmed": compiled,
+        "late": late,
+        "kinds": len(kinds),
+        "most programs": most,
+        "allocations": allocations.made,
+    }
+
+
 def main() -> None:
     result: dict[str, Any] = {"differ": [], "compiled_late": [], "through_triton": {}}
     looked_up = 0
@@ -112,6 +163,7 @@ def main() -> None:
             looked_up, before = 0, len(launches.compiled)
             layer.call(64, **options)
             result["through_triton"][name] = looked_up, len(launches.compiled) - before
+        result["scatter"] = scatter(launches)
         odd = Layer("triton", k=75, widths=(51,))
         looked_up = 0
         odd.call(64)

@@ -56,3 +56,20 @@ def test_activations_that_triton_compiles_anew_for_go_through_triton(found):
 
 def test_a_layer_of_odd_widths_always_goes_through_triton(found):
     assert found["odd layer looked up"] == 4
+
+
+def test_the_warm_up_compiles_all_that_filling_slots_launches(found):
+    scatter = found["scatter"]
+    assert scatter["warmed"] == scatter["kinds"] == 3
+    assert scatter["late"] == 0
+
+
+def test_filling_a_slot_keeps_few_programs_in_the_way_of_a_steps_kernels(found):
+    """A program for 8 KiB or a piece, not sixteen for every piece however small."""
+    group = 4 << 20
+    assert found["scatter"]["most programs"] <= group // 8192 + 8
+
+
+def test_filling_a_slot_allocates_nothing(found):
+    """All of the device's memory belongs to the KV cache by then; the last one is the check's."""
+    assert found["scatter"]["allocations"] == ["aten.zeros.default"]
