@@ -534,8 +534,8 @@ def _prepared_op(
     host_plan: torch.Tensor,
     prepared: torch.Tensor,
 ) -> None:
-    number = prepared.item()
-    found = _prepared.get(number)  # type: ignore[call-overload]
+    number = int(prepared.item())
+    found = _prepared.get(number)
     if found is None:
         raise RuntimeError(
             f"compiled code asks for prepared layer {number}, which is gone: a PreparedLinear must "

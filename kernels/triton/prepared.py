@@ -140,7 +140,7 @@ class PreparedLaunches:
         combine = expand.before
         return _Launches(
             shrink=KeptLaunch(shrink, batch, _SHRINK),
-            combine=combine and KeptLaunch(combine, batch, _COMBINE),
+            combine=None if combine is None else KeptLaunch(combine, batch, _COMBINE),
             expand=KeptLaunch(expand, batch, _EXPAND),
             parts=planes.size(0),
             plane_type=planes.dtype,

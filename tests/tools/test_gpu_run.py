@@ -21,6 +21,7 @@ def bare(**more: str) -> dict[str, str]:
     """As on a machine where this checkout is not installed and has no path."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")} | {
         "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
         **more,
     }
 

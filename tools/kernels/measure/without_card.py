@@ -40,7 +40,7 @@ class Launches:
     noting: bool = True
 
 
-class _StandIn(CompiledKernel):
+class _StandIn(CompiledKernel):  # type: ignore[misc]
     """A compiled kernel without code; Triton's own methods launch it."""
 
     def __init__(self, source: Any, launches: Launches) -> None:
