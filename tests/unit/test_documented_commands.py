@@ -89,7 +89,6 @@ UNTESTED = {
     "python -m sglang.launch_server": "is another server's",
     "python -m tools.page_screenshots": "makes a picture of the demo's server; the page itself "
     "is in tests/status_page",
-    "tools/gpu/run.sh FOLDER": "needs a GPU; tests/tools/test_gpu_run.py runs what needs none",
     "python -m tools.kernels.launch_cost": "measures, for minutes and on a quiet machine",
 }
 """How commands begin, and why no test runs them."""
