@@ -38,10 +38,11 @@ class Launch:
     options: dict[str, int]
     before: Launch | None = None
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Launches; returns Triton's compiled kernel, None in the interpreter."""
         if self.before is not None:
             self.before.run()
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from vllm_multilora.integration.step.short_forward import shorten_forward
 from vllm_multilora.integration.worker.layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
+from vllm_multilora.integration.worker.slot_columns import SlotColumns
 from vllm_multilora.integration.worker.warm_up import warm_up
 
 
@@ -99,6 +100,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         shape = (rows, self.lora_slots)
         self._shrink_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._rank_columns = SlotColumns((self._shrink_ranks, self._expand_ranks))
         for shared in {id(w): w for w in self.punica_wrapper_mapping.values()}.values():
             shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
         self.factors = None
@@ -111,7 +113,9 @@ class MultiLoRAModelManager(LoRAModelManager):
             factors = None
             if self.factors is not None and number < len(found.packed):
                 factors = self.factors.of_layer(number)
-            layer.set_mapping(wrapper.for_layer(*ranks, factors))
+            layer.set_mapping(own_wrapper := wrapper.for_layer(*ranks, factors))
+            if isinstance(layer, BaseLinearLayerWithLoRA) and not _shards_ranks(layer):
+                own_wrapper.prepare(layer.lora_a_stacked, layer.lora_b_stacked)
             if on_cpu:
                 shorten_forward(layer)
         if not on_cpu:
@@ -125,6 +129,8 @@ class MultiLoRAModelManager(LoRAModelManager):
         """Bytes on the device of all slots and of what the plugin keeps beside them."""
         wrappers = {id(w): w for w in self.punica_wrapper_mapping.values()}.values()
         tables = self._shrink_ranks.nbytes + self._expand_ranks.nbytes
+        if self.device.type != "cpu":
+            tables += self._rank_columns.nbytes + self.slot_table.staging_bytes
         if self.factors is not None:
             tables += self.factors.nbytes
         layers = sum(map(layer_bytes, self.modules.values()))
@@ -201,11 +207,7 @@ class MultiLoRAModelManager(LoRAModelManager):
     def _write_ranks(
         self, slot: int, shrink: npt.NDArray[np.int32], expand: npt.NDArray[np.int32]
     ) -> None:
-        for table, values in ((self._shrink_ranks, shrink), (self._expand_ranks, expand)):
-            host = torch.from_numpy(values)
-            if self.device.type != "cpu":
-                host = host.pin_memory()
-            table[:, slot].copy_(host, non_blocking=True)
+        self._rank_columns.write(slot, shrink, expand)
 
     def empty_all_slots(self) -> None:
         """Nobody's slots, all of them."""
