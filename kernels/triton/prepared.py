@@ -2,7 +2,7 @@
 
 Blocks, constants and options follow from the weights and from the number of tokens rounded up to
 a power of two. A layer has the same weights in every step, so they are looked up; what a step
-brings are tensors, the tokens and the lanes.
+brings are tensors, the tokens and the number of programs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Launches:
     """What all batches of a range of token counts share.
 
     Attributes:
-        batch: For the lanes; its plan is not used.
+        batch: For the number of programs; its plan is not used.
         shrink, combine, expand: Without the tensors of a batch, which would be kept alive.
         parts: Parts of K.
         plane_type, kept: The types of the planes and, if they are added up, of their sum.
@@ -85,9 +85,8 @@ class PreparedLaunches:
         shape = len(self._lora_a), tokens, self._max_rank
         planes = torch.empty(known.parts, *shape, dtype=known.plane_type, device=x.device)
         shared = {"plan": plan, "tokens": tokens}
-        _repeat(
-            known.shrink, known.batch, {"planes": planes, "x": x, "x_row": x.stride(0), **shared}
-        ).run()
+        shrink = {"planes": planes, "x": x, "x_row": x.stride(0), **shared}
+        first = _repeat(known.shrink, known.batch, shrink)
         before = None
         if known.combine is not None:
             h = torch.empty(shape, dtype=known.kept, device=x.device)
@@ -95,7 +94,10 @@ class PreparedLaunches:
             before = _repeat(known.combine, known.batch, {**own, "planes": planes, **shared})
             planes = h.unsqueeze(0)
         expand = {"y": y, "y_row": y.stride(0), "planes": planes, **shared}
-        _repeat(known.expand, known.batch, expand, before).run()
+        last = _repeat(known.expand, known.batch, expand, before)
+        # All memory is there by now: nothing comes between the launches.
+        first.run()
+        last.run()
 
     def _work_out(self, plan: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> _Launches:
         batch = Batch(self._ranks, plan, self._layout, self._facts, self._batch_invariant)
@@ -132,9 +134,7 @@ def _without_batch(launch: Launch) -> Launch:
 def _repeat(
     launch: Launch, batch: Batch, of_the_batch: dict[str, Any], before: Launch | None = None
 ) -> Launch:
-    programs, tokens = launch.grid[0], of_the_batch["tokens"]
-    lanes = batch.lanes(programs, tokens, launch.constants["BLOCK_M"])
-    arguments = {**launch.arguments, **of_the_batch}
-    return Launch(
-        launch.kernel, (programs, lanes), arguments, launch.constants, launch.options, before
+    grid = (
+        (batch.programs(launch.spread, of_the_batch["tokens"]),) if launch.spread else launch.grid
     )
+    return replace(launch, grid=grid, arguments={**launch.arguments, **of_the_batch}, before=before)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora_kernels.triton.launch import Launch, launch_options
+from multilora_kernels.triton.launch import Launch
 
 _LANES = 16  # programs per piece: 448 pieces of an 8B Llama fill any card many times over
 _BLOCK = 1024  # units that a program copies at a time
@@ -71,7 +71,7 @@ def scatter_launch(staged: torch.Tensor, table: torch.Tensor, unit: int) -> Laun
         (len(table), _LANES),
         arguments,
         {"LANES": _LANES, "BLOCK": _BLOCK},
-        launch_options(num_warps=4, num_stages=1),
+        {"num_warps": 4, "num_stages": 1},
     )
 
 
