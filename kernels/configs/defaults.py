@@ -32,8 +32,11 @@ _SHORTEST_PART = 256
 # A short batch cuts K often: a part is a chain of products, one after the other, and the shorter
 # the chain, the earlier it ends. What that costs are planes, which the second half reads again for
 # every run of column blocks. There are about as many runs as programs, however many adapters there
-# are; so it is batches with many tokens of one adapter that read most, and these are cut less.
+# are; so it is batches with many tokens of one adapter that read most, and these are cut less. So
+# are layers with few columns over all slices, whose weights are few beside the planes.
 _FEW_TOKENS = 32
+_COLUMNS_OF_A_PART = 512
+_LONG_WIDTH = 8192
 _MOST_PARTS_FEW = 16
 _MOST_PARTS = 8
 
@@ -42,7 +45,7 @@ _MOST_PARTS = 8
 # second half, and where there are no tensor cores, as many as registers do. The compiler's report
 # shows that they fit.
 _PER_PROCESSOR, _PER_SMALL_PROCESSOR, _PER_COMPUTE_UNIT = 3, 2, 1
-_PER_PROCESSOR_SECOND, _PER_PROCESSOR_SECOND_LONG = 3, 2
+_PER_PROCESSOR_SECOND = 3
 _SMALL_PROCESSORS = {"sm_86", "sm_89", "sm_120", "sm_121"}
 
 
@@ -63,16 +66,21 @@ def default_shrink(workload: Workload) -> ShrinkConfig:
     # A program of a long batch has many bytes under way by itself.
     enough = workload.processors * (_PROGRAMS_PER_PROCESSOR if short else 1)
     wanted = power_of_two_down(enough // programs)
-    most = _MOST_PARTS_FEW if workload.tokens <= _FEW_TOKENS else _MOST_PARTS
-    most = min(most, workload.width // _SHORTEST_PART)
+    is_long = short and workload.width > _LONG_WIDTH  # its chains would be, too
+    most = _MOST_PARTS_FEW if is_long or workload.tokens <= _FEW_TOKENS else _MOST_PARTS
+    most = min(
+        most,
+        workload.width // _SHORTEST_PART,
+        workload.slices * workload.width // _COLUMNS_OF_A_PART,
+    )
     return ShrinkConfig(
         block_m=block_m,
         block_r=block_r,
         block_k=min(block_k, max(MIN_BLOCK, power_of_two_up(workload.width))),
         split_k=max(1, min(wanted, most)),
-        num_warps=4,
+        num_warps=4 if short or workload.item_size == 2 else 8,
         num_stages=3,
-        per_processor=_per_processor(workload),
+        per_processor=_per_processor(workload, is_short=short),
     )
 
 
@@ -86,17 +94,16 @@ def default_expand(workload: Workload) -> ExpandConfig:
             block_r=MIN_BLOCK,
             num_warps=8 if block_m == 64 else 4,
             num_stages=2,
-            per_processor=1 if block_m == 64 else 2,
+            per_processor=1 if block_m == 64 else _PER_PROCESSOR_SECOND,
         )
+    is_short = block_m == MIN_BLOCK
     return ExpandConfig(
         block_m=block_m,
         block_n=64,  # where a rank is low, a short batch takes several at a time
         block_r=_block_r(workload.max_rank),
-        num_warps=8 if block_m >= 32 else 4,
+        num_warps=4 if is_short else 8,
         num_stages=2,
-        per_processor=(
-            _PER_PROCESSOR_SECOND if block_m == MIN_BLOCK else _PER_PROCESSOR_SECOND_LONG
-        ),
+        per_processor=_per_processor_second(workload, is_short=is_short),
     )
 
 
@@ -110,7 +117,7 @@ def invariant_shrink(workload: Workload) -> ShrinkConfig:
         split_k=max(1, min(_MOST_PARTS, power_of_two_down(workload.width // 1024))),
         num_warps=4,
         num_stages=3,
-        per_processor=_per_processor(workload),
+        per_processor=_per_processor(workload, is_short=False),
     )
 
 
@@ -119,10 +126,10 @@ def invariant_expand(workload: Workload) -> ExpandConfig:
     return ExpandConfig(
         block_m=64,
         block_n=32 if workload.item_size == 4 else 64,
-        block_r=MIN_BLOCK if workload.item_size == 4 else min(32, _block_r(workload.max_rank)),
+        block_r=MIN_BLOCK if workload.item_size == 4 else _block_r(workload.max_rank),
         num_warps=8,
         num_stages=2,
-        per_processor=_PER_PROCESSOR_SECOND_LONG,
+        per_processor=1,
     )
 
 
@@ -137,12 +144,23 @@ def _block_r(max_rank: int) -> int:
     return min(_LARGEST_BLOCK_R, max(MIN_BLOCK, power_of_two_up(max_rank)))
 
 
-def _per_processor(workload: Workload) -> int:
+def _per_processor(workload: Workload, *, is_short: bool) -> int:
     if workload.architecture.startswith("gfx"):
         return _PER_COMPUTE_UNIT
-    if workload.architecture in _SMALL_PROCESSORS or workload.item_size == 4:
+    # A rank of more than one block takes more registers, as do products without tensor cores.
+    is_large = workload.item_size == 4 or (not is_short and workload.max_rank > _LARGEST_BLOCK_R)
+    if is_large or workload.architecture in _SMALL_PROCESSORS:
         return _PER_SMALL_PROCESSOR
     return _PER_PROCESSOR
+
+
+def _per_processor_second(workload: Workload, *, is_short: bool) -> int:
+    if is_short:
+        # Few tokens have more planes, and so fewer programs that each read them.
+        return 2 if workload.tokens <= _FEW_TOKENS else _PER_PROCESSOR_SECOND
+    # A rank of more than one block takes more registers, and a compute unit has fewer.
+    is_large = workload.max_rank > _LARGEST_BLOCK_R or workload.architecture.startswith("gfx")
+    return 1 if is_large else 2
 
 
 def _blocks(workload: Workload, block_m: int) -> int:

@@ -23,7 +23,6 @@ from multilora_kernels.triton.tiles import (
     base_rows,
     count_parts,
     load_part,
-    load_tile,
     load_tokens,
     round_up,
     store_grain,
@@ -129,13 +128,9 @@ def combine_kernel(
     COLUMN_BLOCKS: tl.constexpr = tl.cdiv(R, BLOCK_N)
     PIECES: tl.constexpr = SLICES * COLUMN_BLOCKS
     H_GRAIN: tl.constexpr = 128 // planes.dtype.element_ty.primitive_bitwidth
-    expected = tl.program_id(0) // PIECES
-    tile_slot, tile_start, tile_rows = load_tile(plan, expected)
     first, end = take_share(count_parts(plan, BLOCK_M) * PIECES)
     for piece in tl.range(first, end, num_stages=1):
-        slot, start, rows = load_part(
-            plan, piece // PIECES, expected, tile_slot, tile_start, tile_rows, BLOCK_M
-        )
+        slot, start, rows = load_part(plan, piece // PIECES, BLOCK_M)
         slice_id = piece % PIECES // COLUMN_BLOCKS
         column = piece % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
         rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)

@@ -31,7 +31,6 @@ from multilora_kernels.triton.tiles import (
     count_parts,
     dot,
     load_part,
-    load_tile,
     load_tokens,
     round_up,
     take_share,
@@ -179,14 +178,10 @@ def expand_kernel(
     pieces = 0
     for i in tl.static_range(SLICES):
         pieces += tl.cdiv(WIDTHS[i], BLOCK_N)
-    expected = tl.program_id(0) // pieces
-    tile_slot, tile_start, tile_rows = load_tile(plan, expected)
     first, end = take_share(count_parts(plan, BLOCK_M) * pieces)
     y += offset
     for part in tl.range(first // pieces, tl.cdiv(end, pieces), num_stages=1):
-        slot, start, rows = load_part(
-            plan, part, expected, tile_slot, tile_start, tile_rows, BLOCK_M
-        )
+        slot, start, rows = load_part(plan, part, BLOCK_M)
         token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
         y_rows = y + token * y_row
         from_block, to_block = first - part * pieces, end - part * pieces

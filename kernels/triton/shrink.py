@@ -26,7 +26,6 @@ from multilora_kernels.triton.tiles import (
     count_parts,
     dot,
     load_part,
-    load_tile,
     load_tokens,
     round_up,
     store_grain,
@@ -144,15 +143,11 @@ def shrink_kernel(
         # have theirs; they wait for the results themselves.
         tl.extra.cuda.gdc_launch_dependents()
     SLICES: tl.constexpr = len(A_SLOT)
-    expected = tl.program_id(0) // (SLICES * SPLIT_K)
-    tile_slot, tile_start, tile_rows = load_tile(plan, expected)
     first, end = take_share(count_parts(plan, BLOCK_M) * (SLICES * SPLIT_K))
     # Those of one slice and one part of a tile at a time.
     for number in tl.range(first // SPLIT_K, tl.cdiv(end, SPLIT_K), num_stages=1):
         slice_id = number % SLICES
-        slot, start, rows = load_part(
-            plan, number // SLICES, expected, tile_slot, tile_start, tile_rows, BLOCK_M
-        )
+        slot, start, rows = load_part(plan, number // SLICES, BLOCK_M)
         rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
         if rank > 0:
             token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)

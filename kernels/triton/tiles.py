@@ -57,7 +57,8 @@ def store_grain(h: torch.Tensor) -> int:
 def take_share(pieces):
     """The first and the end of this program's pieces, of so many in all."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    each, rest = pieces // programs, pieces % programs
+    each = pieces // programs
+    rest = pieces - each * programs
     first = program * each + tl.minimum(program, rest)
     return first, first + each + (program < rest).to(tl.int32)
 
@@ -70,30 +71,17 @@ def count_parts(plan, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def load_tile(plan, tile):
-    """The slot, the first row and the rows of a tile, from the 16 bytes of its record."""
+def load_part(plan, part, BLOCK_M: tl.constexpr):
+    """The adapter slot (int64), the first row and the row count of a part."""
+    tile, skipped, reached = part, part * 0, tl.load(plan + _TILES)
+    while tile >= reached:
+        tile -= reached
+        skipped += BLOCK_M
+        reached = tl.load(plan + _LONGER + skipped // _PART_ROWS)
+    # 16 bytes that lie together.
     record = plan + _HEADER_INTS + tile * _TILE_INTS
-    return tl.load(record), tl.load(record + 1), tl.load(record + 2)
-
-
-@triton.jit
-def load_part(plan, part, expected, slot, start, rows, BLOCK_M: tl.constexpr):
-    """The adapter slot (int64), the first row and the row count of a part.
-
-    `slot`, `start` and `rows` are those of tile `expected`, read before anybody knew whether it is
-    wanted: a program of a small batch need not wait for the header to find its tile.
-    """
-    tiles = tl.load(plan + _TILES)
-    if (part != expected) | (part >= tiles):
-        tile, skipped, reached = part, part * 0, tiles
-        while tile >= reached:
-            tile -= reached
-            skipped += BLOCK_M
-            reached = tl.load(plan + _LONGER + skipped // _PART_ROWS)
-        slot, start, rows = load_tile(plan, tile)
-        start += skipped
-        rows -= skipped
-    return slot.to(tl.int64), start, rows
+    slot, start, rows = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+    return slot.to(tl.int64), start + skipped, rows - skipped
 
 
 @triton.jit

@@ -237,9 +237,9 @@ def test_a_sum_beforehand_is_one_launch_between_the_halves(monkeypatch, sum_befo
 
     monkeypatch.setattr(Launch, "run", record)
     run(problem_here(INTERLEAVED, k=1100))
-    between = [("combine_kernel", 4)] if sum_before else []
-    last = 1 if sum_before else 4
-    assert kernels == [("shrink_kernel", 4), *between, ("expand_kernel", last)]
+    between = [("combine_kernel", 2)] if sum_before else []
+    last = 1 if sum_before else 2
+    assert kernels == [("shrink_kernel", 2), *between, ("expand_kernel", last)]
 
 
 def test_planes_are_summed_beforehand_where_many_column_blocks_would_read_them():

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import column_major, lora_linear
+from multilora_kernels import PreparedLinear, lora_linear
 from multilora_kernels import triton as backend
 from multilora_kernels.plan import PLAN_PARTS
 from multilora_kernels.triton.launch import DeviceFacts, Launch
 from tools.kernels.measure.batches import LAYERS, BatchSpec, Layer, LayerBatch, build
-from tools.kernels.measure.contenders import Multilora
+from tools.kernels.measure.contenders import Multilora, by_column
 from tools.kernels.measure.counting import Work, count_work
 from tools.kernels.measure.interpreter import launched_as_on
 
@@ -26,8 +26,10 @@ SMALL = Layer("small", 512, (2048, 512, 512))
 
 
 def counted(batch: LayerBatch, facts: DeviceFacts = H100) -> Work:
+    weights = batch.lora_a, batch.lora_b, batch.ranks
     with launched_as_on(facts):
-        return count_work(Multilora().prepare(batch), batch)
+        linear = PreparedLinear(*weights, batch.plan.layout, backend="triton")
+        return count_work(lambda: linear(batch.y, batch.x, batch.plan), batch)
 
 
 def assert_busy(work: Work) -> None:
@@ -67,8 +69,7 @@ def test_what_neighbouring_columns_share_is_read_at_most_a_third_as_often_as_by_
 def test_columns_of_a_low_rank_are_read_in_whole_sectors():
     """Of rank 8 in 64 columns a row has 16 bytes, half a sector; a column is one piece."""
     batch = build(BatchSpec(SMALL, 4, "distinct", 8, max_loras=4), dtype=torch.float16)
-    by_column = replace(batch, lora_b=tuple(column_major(b).copy_(b) for b in batch.lora_b))
-    rows, columns = counted(batch).traffic["weights"], counted(by_column).traffic["weights"]
+    rows, columns = (counted(b).traffic["weights"] for b in (batch, by_column(batch)))
     of_b = 4 * 8 * sum(SMALL.outputs) * 2
     assert columns.sectors == columns.touched == rows.touched
     assert rows.sectors == rows.touched + of_b

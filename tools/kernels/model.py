@@ -112,13 +112,8 @@ def _ours(layer: Layer, batch: Batch, gpu: GPU) -> float:
     slices, width = len(layer.outputs), sum(layer.outputs)
     tokens, rows = batch.tokens, batch.tokens / batch.adapters
     mean_rank = sum(batch.rank_of_each()) / batch.adapters
-    half = {"slices": slices, "max_rank": MAX_RANK, "item_size": ITEM, "architecture": "sm_90"}
-    shrink = default_shrink(
-        Workload(power_of_two_up(tokens), layer.inputs, processors=gpu.processors, **half)
-    )
-    expand = default_expand(
-        Workload(power_of_two_up(tokens), width, processors=gpu.processors, **half)
-    )
+    shrink = default_shrink(_workload(layer, tokens, layer.inputs, gpu))
+    expand = default_expand(_workload(layer, tokens, width, gpu))
     most = tokens // shrink.block_m + min(SLOTS, tokens)
     parts = batch.adapters * math.ceil(rows / shrink.block_m)
     # Shrink: a piece is a part of K of one slice.
@@ -153,6 +148,18 @@ def _ours(layer: Layer, batch: Batch, gpu: GPU) -> float:
     return first + OVERLAPPED + programs * PROGRAM + max(chain, moved)
 
 
+def _workload(layer: Layer, tokens: int, width: int, gpu: GPU) -> Workload:
+    return Workload(
+        tokens=power_of_two_up(tokens),
+        width=width,
+        slices=len(layer.outputs),
+        max_rank=MAX_RANK,
+        item_size=ITEM,
+        architecture="sm_90",
+        processors=gpu.processors,
+    )
+
+
 def _vllm(layer: Layer, batch: Batch, gpu: GPU, slots: int) -> float:
     slices, width = len(layer.outputs), sum(layer.outputs)
     few = batch.tokens < 128
@@ -163,7 +170,7 @@ def _vllm(layer: Layer, batch: Batch, gpu: GPU, slots: int) -> float:
     chain = 3 * CACHE + MEMORY + max(chunk, min(step, layer.inputs)) / 16 * PRODUCT + CACHE
     live = split * rank_blocks * slices * batch.adapters
     bytes_of_a = batch.adapters * MAX_RANK * layer.inputs * slices * ITEM
-    under_way = min(live, 4 * gpu.processors) * 16 * min(step, chunk) * ITEM
+    under_way: float = min(live, 4 * gpu.processors) * 16 * min(step, chunk) * ITEM
     clear = START
     first = OVERLAPPED + programs * PROGRAM + max(chain, _moving(bytes_of_a, under_way, gpu))
     columns = max(64, power_of_two_up(128 // slices))

@@ -122,6 +122,7 @@ CASES = (
     LaunchCase("qkv decode", *_QKV, max_rank=16, tokens=16),
     LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=64),
     LaunchCase("qkv decode", *_QKV, max_rank=320, tokens=64),
+    LaunchCase("o mixed", 4096, (4096,), max_rank=64, tokens=256),
     LaunchCase("qkv mixed", *_QKV, max_rank=64, tokens=512),
     LaunchCase("qkv prefill", *_QKV, max_rank=64, tokens=2048),
     LaunchCase("qkv prefill", *_QKV, max_rank=64, tokens=8192),

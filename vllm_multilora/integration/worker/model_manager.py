@@ -239,7 +239,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}
 
 
-def _store_by_column(modules: Iterable[Any], dtype: torch.dtype, device: torch.device) -> None:
+def _store_by_column(modules: Iterable[Any], dtype: Any, device: torch.device) -> None:
     """Allocates linear layers' slots anew, B's columns contiguous; on CPUs in huge pages.
 
     The columns of a low rank are then a few long pieces, where its rows would be pieces that are
