@@ -147,11 +147,11 @@ def _block_r(max_rank: int) -> int:
 def _per_processor(workload: Workload, *, is_short: bool) -> int:
     if workload.architecture.startswith("gfx"):
         return _PER_COMPUTE_UNIT
+    if workload.architecture in _SMALL_PROCESSORS:
+        return _PER_SMALL_PROCESSOR if is_short else 1
     # A rank of more than one block takes more registers, as do products without tensor cores.
-    is_large = workload.item_size == 4 or (not is_short and workload.max_rank > _LARGEST_BLOCK_R)
-    if is_large or workload.architecture in _SMALL_PROCESSORS:
-        return _PER_SMALL_PROCESSOR
-    return _PER_PROCESSOR
+    is_large = not is_short and workload.max_rank > _LARGEST_BLOCK_R
+    return 2 if is_large or workload.item_size == 4 else _PER_PROCESSOR
 
 
 def _per_processor_second(workload: Workload, *, is_short: bool) -> int:
