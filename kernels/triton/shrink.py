@@ -235,27 +235,40 @@ def _shrink_block(
         # A short batch walks through all of its parts without a break. In a long one a part is long
         # by itself, and sums stay where the wide tensor-core instructions have them.
         FLAT: tl.constexpr = SPLIT_K > 1 and BLOCK_M < 64
-        STRETCH: tl.constexpr = CHUNK * SPLIT_K if FLAT else CHUNK
-        for begin in tl.range(first_k, end_k, STRETCH, num_stages=1):
+        WHOLE: tl.constexpr = CHUNK * SPLIT_K == K
+        if FLAT:
             product = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
-            for done in range(begin, tl.minimum(begin + STRETCH, end_k), STEP):
-                x_mask = live[:, None]
-                a_mask = r[None, :] < width
-                if CHUNK * SPLIT_K != K:
-                    x_mask &= k[None, :] + done < K
-                    a_mask &= k[:, None] + done < K
-                xs = tl.load(x_block + done, mask=x_mask, other=0.0)
-                weights = tl.load(a_block + done, mask=a_mask, other=0.0)
-                product = dot(xs, weights, product)
-                if FLAT:
-                    reached = first_k * 0 + done + STEP
-                    ends = (reached % CHUNK == 0) | (reached >= end_k)
-                    stored = tl.where(ends, round_up(width, GRAIN), 0)
-                    mask = live[:, None] & (r < stored)[None, :]
-                    tl.store(h_block, (product * scale).to(h.dtype.element_ty), mask=mask)
-                    h_block += tl.where(ends, plane, 0)
-                    product = tl.where(ends, 0.0, product)
-            if not FLAT:
-                mask = live[:, None] & (r < round_up(width, GRAIN))[None, :]
+            for done in range(first_k, end_k, STEP):
+                product = _add_step(product, x_block, a_block, k, r, live, width, done, K, WHOLE)
+                reached = first_k * 0 + done + STEP
+                ends = (reached % CHUNK == 0) | (reached >= end_k)
+                stored = tl.where(ends, round_up(width, GRAIN), 0)
+                mask = live[:, None] & (r < stored)[None, :]
+                tl.store(h_block, (product * scale).to(h.dtype.element_ty), mask=mask)
+                h_block += tl.where(ends, plane, 0)
+                product = tl.where(ends, 0.0, product)
+        else:
+            mask = live[:, None] & (r < round_up(width, GRAIN))[None, :]
+            for begin in tl.range(first_k, end_k, CHUNK, num_stages=1):
+                product = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
+                for done in range(begin, tl.minimum(begin + CHUNK, end_k), STEP):
+                    product = _add_step(
+                        product, x_block, a_block, k, r, live, width, done, K, WHOLE
+                    )
                 tl.store(h_block, (product * scale).to(h.dtype.element_ty), mask=mask)
                 h_block += plane
+
+
+@triton.jit
+def _add_step(
+    product, x_block, a_block, k, r, live, width, done, K: tl.constexpr, WHOLE: tl.constexpr
+):
+    """The product, and that of the columns from `done` on; some may lie past K unless WHOLE."""
+    x_mask = live[:, None]
+    a_mask = r[None, :] < width
+    if not WHOLE:
+        x_mask &= k[None, :] + done < K
+        a_mask &= k[:, None] + done < K
+    xs = tl.load(x_block + done, mask=x_mask, other=0.0)
+    weights = tl.load(a_block + done, mask=a_mask, other=0.0)
+    return dot(xs, weights, product)
