@@ -103,7 +103,7 @@ def lora_linear(
         x: of shape [T, K]; any of the three dtypes.
         lora_a: per slice, of shape [S, R, K] or [S, 1, R, K].
         lora_b: per slice, of shape [S, N_i, R] or [S, 1, N_i, R]; same dtype as lora_a. Rows
-            or columns are contiguous; on CPUs columns are faster (`column_major`).
+            or columns are contiguous; columns are faster (`column_major`).
         ranks: int32 of shape [slices, S]; only that many ranks are read and computed, and the
             weights past them may hold anything. 0: the slice is not adapted.
         plan: the batch; its tokens past T are skipped, rows of x past its tokens left alone.
@@ -322,8 +322,8 @@ _prepared: WeakValueDictionary[int, PreparedLinear] = WeakValueDictionary()
 def column_major(lora_b: torch.Tensor) -> torch.Tensor:
     """A zeroed tensor of lora_b's shape and dtype, stored so that its columns are contiguous.
 
-    The native kernels stream the first r columns of B: stored this way they read exactly r
-    contiguous pieces, and nothing has to be transposed on the way.
+    Kernels read the first r columns of B: stored this way these are exactly r contiguous pieces.
+    The native kernels transpose nothing on the way, and GPUs read whole sectors at any rank.
     """
     return torch.zeros_like(lora_b.transpose(-1, -2).contiguous()).transpose(-1, -2)
 

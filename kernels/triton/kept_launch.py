@@ -47,9 +47,9 @@ class KeptLaunch:
     """The launch of one kernel of a layer, for batches of one range of token counts.
 
     Args:
-        launch: That of some batch; its constants, its options, its grid's first axis and all
-            arguments that are not a batch's are kept.
-        batch: For the lanes; its plan is not used.
+        launch: That of some batch; its constants, its options and all arguments that are not a
+            batch's are kept.
+        batch: For the number of programs; its plan is not used.
         names: The arguments of a batch, `tokens` among them, in the order in which `run` and
             `run_compiled` take them.
     """
@@ -97,16 +97,16 @@ class KeptLaunch:
         values = self._values.copy()
         for place, value in zip(self._places, of_the_batch, strict=True):
             values[place] = value
-        programs, lanes = self._grid(of_the_batch[self._tokens_at])
+        (programs,) = self._grid(of_the_batch[self._tokens_at])
         kernel = self._compiled
         kernel.run(
-            programs, lanes, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
+            programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
             *values,
         )  # fmt: skip
 
-    def _grid(self, tokens: int) -> tuple[int, int]:
-        programs = self._launch.grid[0]
-        return programs, self._batch.lanes(programs, tokens, self._launch.constants["BLOCK_M"])
+    def _grid(self, tokens: int) -> tuple[int]:
+        assert self._launch.spread is not None, "a layer's launches follow from their work"
+        return (self._batch.programs(self._launch.spread, tokens),)
 
     def _keep(self, compiled: Any) -> None:
         given = {**self._launch.arguments, **self._launch.constants}

@@ -2,7 +2,7 @@
 
 Blocks, constants and options follow from the weights and from the number of tokens rounded up to
 a power of two. A layer has the same weights in every step, so they are looked up; what a step
-brings are tensors, the tokens and the lanes.
+brings are tensors, the tokens and the number of programs.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora_kernels.triton.launch import Launch, launch_options
+from multilora_kernels.triton.launch import Launch
 
 _MOST_LANES = 16  # programs per piece: steps' kernels wait for those that have begun
 _BLOCK = 1024  # units that a program copies at a time
@@ -74,7 +74,7 @@ def scatter_launch(
         (len(table), max(1, min(_MOST_LANES, triton.cdiv(longest, _BLOCK)))),
         arguments,
         {"BLOCK": _BLOCK},
-        launch_options(num_warps=4, num_stages=1),
+        {"num_warps": 4, "num_stages": 1},
     )
 
 

@@ -91,7 +91,7 @@ def _slots_of_rank(
     wrapper_of_two = _wrapper_bytes(manager, config)
     one = _allocate(manager, 1, rank)
     wrapper = _wrapper_bytes(manager, config)
-    found = running_layout(manager, columns_first=False, dora=dora)
+    found = running_layout(manager, dora=dora)
     layers = tuple(
         LayerMemory(
             name,

@@ -67,14 +67,12 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
-        on_cpu = self.device.type == "cpu"
         dora = settings_of(get_current_vllm_config()).dora
-        found = running_layout(self, columns_first=on_cpu, dora=dora)
+        found = running_layout(self, dora=dora)
         self.layout, self._special = found.layout, found.special
         rows = 0
         layers: list[tuple[Any, slice]] = []
-        if on_cpu:
-            _store_for_cpu(found.packed.values(), self.lora_config.lora_dtype)
+        _store_by_column(found.packed.values(), self.lora_config.lora_dtype, self.device)
         for module in found.packed.values():
             layers.append((module, slice(rows, rows + module.n_slices)))
             rows += module.n_slices
@@ -116,9 +114,9 @@ class MultiLoRAModelManager(LoRAModelManager):
             layer.set_mapping(own_wrapper := wrapper.for_layer(*ranks, factors))
             if isinstance(layer, BaseLinearLayerWithLoRA) and not _shards_ranks(layer):
                 own_wrapper.prepare(layer.lora_a_stacked, layer.lora_b_stacked)
-            if on_cpu:
+            if self.device.type == "cpu":
                 shorten_forward(layer)
-        if not on_cpu:
+        if self.device.type != "cpu":
             warm_up(self.modules.values())
             self.slot_table.warm_up()
         # Slots of special layers that hold something; the others need no clearing.
@@ -246,11 +244,13 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}
 
 
-def _store_for_cpu(modules: Iterable[Any], dtype: Any) -> None:
-    """Allocates linear layers' slots anew: together in huge pages, and B's columns contiguous.
+def _store_by_column(modules: Iterable[Any], dtype: Any, device: torch.device) -> None:
+    """Allocates linear layers' slots anew, B's columns contiguous; on CPUs in huge pages.
 
-    vLLM and the kernels address the slots through the layers' attributes; how they are stored is
-    ours. vLLM's are freed first: there may be no room for both.
+    The columns of a low rank are then a few long pieces, where its rows would be pieces that are
+    shorter than what memory delivers at a time. vLLM and the kernels address the slots through the
+    layers' attributes; how they are stored is ours. vLLM's are freed first: there may be no room
+    for both.
     """
     modules = list(modules)
     shapes = [
@@ -259,7 +259,11 @@ def _store_for_cpu(modules: Iterable[Any], dtype: Any) -> None:
     ]
     for module in modules:
         module.lora_a_stacked = module.lora_b_stacked = ()
-    slots = iter(host_memory.zeros([s for ab in shapes for part in ab for s in part], dtype))
+    all_shapes = [s for ab in shapes for part in ab for s in part]
+    if device.type == "cpu":
+        slots = iter(host_memory.zeros(all_shapes, dtype))
+    else:
+        slots = (torch.zeros(shape, dtype=dtype, device=device) for shape in all_shapes)
     for module, (a_shapes, b_shapes) in zip(modules, shapes, strict=True):
         module.lora_a_stacked = tuple(next(slots) for _ in a_shapes)
         module.lora_b_stacked = tuple(next(slots).mT for _ in b_shapes)
