@@ -1,7 +1,5 @@
 """What an adapter directory adds to a server's start.
 
-    python benchmarks/directory_start.py [--folders 500] [--rounds 2] [--json FILE]
-
 `vllm serve` with a tiny random Llama, started alternately with an empty directory and with one of
 many adapters, until `/v1/models` answers with all of them. Reported are the seconds of each start,
 the ratio within each round, and what one look at the directory costs.
@@ -9,20 +7,14 @@ the ratio within each round, and what one look at the directory costs.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks.harness.registry import Figure, benchmark
 from tests.serving.recipes import LINEAR_RECIPES
 from tests.serving.server import VllmServer
 from tests.serving.tiny_adapters import write_adapter
@@ -69,40 +61,33 @@ def look_ms(directory: Path) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folders", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+@benchmark(
+    workload="`vllm serve` with a tiny random Llama, until it names all adapters of a directory",
+    control="the same with an empty directory, in the same rounds",
+    figure="seconds to start with the adapters over seconds without",
+    compares_to="1.05, the goal",
+    quick={"folders": 20, "rounds": 1},
+)
+def directory_start(folders: int = 500, rounds: int = 2) -> Iterable[Figure]:
+    """What an adapter directory adds to a server's start."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         base = write_llama(root / "base")
         adapter = write_adapter(base, root / "adapter", LINEAR_RECIPES[0], seed=0)
-        sizes = {"empty": 0, "full": arguments.folders}
-        for name, folders in sizes.items():
+        sizes = {"empty": 0, "full": folders}
+        for name, count in sizes.items():
             (root / name).mkdir()
-            fill(root / name, adapter, folders)
+            fill(root / name, adapter, count)
         # The first start of all reads vLLM from disk.
         start(base, root / "empty", 0, root / "log")
         seconds: dict[str, list[float]] = {name: [] for name in sizes}
-        for number in range(arguments.rounds):
+        for number in range(rounds):
             # Each comes first in every other round.
             for name in sorted(sizes, reverse=number % 2 == 1):
                 seconds[name].append(start(base, root / name, sizes[name], root / "log"))
         milliseconds = look_ms(root / "full")
-    ratios = [full / empty for full, empty in zip(seconds["full"], seconds["empty"], strict=True)]
-    print(f"{'round':>5}  {'empty, s':>9}  {arguments.folders:>5} folders, s  ratio")
-    for number, ratio in enumerate(ratios):
-        empty, full = seconds["empty"][number], seconds["full"][number]
-        print(f"{number + 1:>5}  {empty:>9.1f}  {full:>16.1f}  {ratio:.3f}")
-    print(
-        f"median ratio {statistics.median(ratios):.3f}; one look: {milliseconds:.1f} ms of CPU time"
-    )
-    if arguments.json is not None:
-        result = {"seconds": seconds, "ratios": ratios, "look_ms": milliseconds}
-        arguments.json.write_text(json.dumps(result, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    for name, found in seconds.items():
+        yield Figure("", f"{name}, s", found)
+    pairs = zip(seconds["full"], seconds["empty"], strict=True)
+    yield Figure("", "full / empty", [full / empty for full, empty in pairs])
+    yield Figure("", "one look, ms of processor time", [milliseconds])

@@ -58,7 +58,7 @@ class Fleet:
     """
 
     def __init__(self, folder: Path, model: dict, rank: int) -> None:
-        from cpu_throughput import write_random_adapter
+        from benchmarks.cpu_throughput import write_random_adapter
 
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,4 @@
+"""What measures the plugin: `python -m benchmarks list`, `run NAME ...` and `report`.
+
+A file of this folder is a benchmark; `harness/` is what they share.
+"""

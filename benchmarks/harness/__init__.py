@@ -1,0 +1,1 @@
+"""What benchmarks share: how they are declared, run, recorded and reported, and their loads."""
