@@ -21,7 +21,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +37,14 @@ MAX_RANK = 64
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def write_random_adapter(folder: Path, model_config: dict, rank: int, seed: int) -> Path:
-    """Writes a PEFT checkpoint of a random adapter on all projections of a Llama-like model."""
+def write_random_adapter(
+    folder: Path,
+    model_config: dict,
+    rank: int,
+    seed: int,
+    projections: Sequence[str] = PROJECTIONS,
+) -> Path:
+    """Writes a PEFT checkpoint of a random adapter on projections of a Llama-like model."""
     import torch
     from safetensors.torch import save_file
 
@@ -58,7 +64,8 @@ def write_random_adapter(folder: Path, model_config: dict, rank: int, seed: int)
     random_numbers = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(model_config["num_hidden_layers"]):
-        for name, (columns, rows) in shapes.items():
+        for name in projections:
+            columns, rows = shapes[name]
             block = "mlp" if name in PROJECTIONS[4:] else "self_attn"
             key = f"base_model.model.model.layers.{layer}.{block}.{name}"
             for part, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
@@ -66,7 +73,7 @@ def write_random_adapter(folder: Path, model_config: dict, rank: int, seed: int)
                 tensors[f"{key}.{part}.weight"] = values.to(torch.bfloat16)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": PROJECTIONS}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": projections}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

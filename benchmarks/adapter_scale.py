@@ -1,0 +1,97 @@
+"""Throughput with 5 to 2,000 adapters, as in S-LoRA's experiment.
+
+SmolLM2-135M in bfloat16 in this process, 16 slots, 16 clients that each ask for the next answer
+when they have theirs. Which adapter a request names follows a power law of exponent 1 over all
+adapters of the set, anew in every round. Adapters have files and bytes of their own, on q, k, v and
+o; those of a set that have been asked for stay in host memory, as S-LoRA's do.
+
+Sets take turns in one engine, so that all meet the same machine; kept is a set's throughput over
+that of the smallest set in the same round. With `ranks=mixed` adapters have ranks 8, 16, 32 and 64.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.harness.engine_loop import (
+    ask,
+    power_law,
+    quantile,
+    requests_of,
+    serve,
+    smollm2,
+)
+from benchmarks.harness.fleet import Fleet
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.harness.smollm2 import model_config
+
+SLOTS = CLIENTS = 16
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+RANKS = {"8": (8,), "mixed": (8, 16, 32, 64)}
+
+
+@benchmark(
+    workload="SmolLM2-135M in bfloat16, 16 clients with requests of 64 + 32 tokens, a power law "
+    "over adapters on q, k, v and o, 16 slots",
+    control="the smallest set of adapters, in the same engine and round",
+    figure="throughput over that with the smallest set",
+    compares_to="0.95 from 5 to 2,000 adapters in S-LoRA's paper, on GPUs",
+    quick={"sets": "2,20", "rounds": 1, "requests": 16},
+    plot="kept throughput",
+)
+def adapter_scale(
+    sets: str = "5,100,1000,2000", ranks: str = "8", rounds: int = 3, requests: int = 64
+) -> Iterable[Figure]:
+    """Throughput with 5 to 2,000 adapters, as in S-LoRA's experiment.
+
+    Args:
+        sets: How many adapters there are.
+        ranks: `8`, or `mixed` for 8 to 64.
+        rounds: Of all sets; one more warms up.
+        requests: Of each set in each round.
+    """
+    sizes = [int(size) for size in sets.split(",")]
+    rates: dict[int, list[float]] = {size: [] for size in sizes}
+    firsts: dict[int, list[list[float]]] = {size: [] for size in sizes}
+    with tempfile.TemporaryDirectory() as scratch:
+        fleet = Fleet(
+            Path(scratch) / "adapters",
+            model_config(),
+            RANKS[ranks][0],
+            ("q_proj", "k_proj", "v_proj", "o_proj"),
+        )
+        adapters = requests_of(
+            [
+                fleet.add(f"adapter-{n}", rank=RANKS[ranks][n % len(RANKS[ranks])])
+                for n in range(max(sizes))
+            ]
+        )
+        with smollm2(
+            adapters=SLOTS,
+            max_rank=max(RANKS[ranks]),
+            max_cpu_loras=max(max(sizes), SLOTS),
+            max_num_seqs=CLIENTS,
+        ) as llm:
+            for number in range(-1, rounds):
+                for size in sizes if number % 2 else reversed(sizes):
+                    dice = random.Random(f"{number} {size}")
+                    chosen = dice.choices(adapters[:size], power_law(size), k=requests)
+                    asks = [ask(one, PROMPT_TOKENS, NEW_TOKENS, dice) for one in chosen]
+                    seconds = serve(llm, asks, clients=CLIENTS)
+                    print(f"round {number + 1}, {size} adapters: {seconds:.1f} s", file=sys.stderr)
+                    if number >= 0:
+                        rates[size].append(requests * NEW_TOKENS / seconds)
+                        firsts[size].append([one.first_token_ms for one in asks])
+    for size in sizes:
+        case = f"{size:,} adapters"
+        pairs = zip(rates[size], rates[sizes[0]], strict=True)
+        yield Figure(case, "output tokens/s", rates[size])
+        yield Figure(case, "kept throughput", [rate / least for rate, least in pairs])
+        medians = [statistics.median(times) for times in firsts[size]]
+        yield Figure(case, "first token, median, ms", medians)
+        yield Figure(case, "p99, ms", [quantile(times, 0.99) for times in firsts[size]])
