@@ -110,7 +110,7 @@ def draw(found: Benchmark, figures: Sequence[Figure]) -> None:
         bars = axes.barh([figure.case for figure in shown], medians, color="#4c72b0")
         axes.bar_label(bars, [cell(figure.values) for figure in shown], padding=3, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(found.plot)
+        axes.set_xlabel(found.plot or "")
         axes.set_xlim(0, 1.35 * max(medians))
         axes.spines[["top", "right"]].set_visible(False)
         canvas.savefig(picture(found), metadata={"Date": None})
