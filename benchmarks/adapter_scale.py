@@ -3,7 +3,8 @@
 SmolLM2-135M in bfloat16 in this process, 16 slots, 16 clients that each ask for the next answer
 when they have theirs. Which adapter a request names follows a power law of exponent 1 over all
 adapters of the set, anew in every round. Adapters have files and bytes of their own, on q, k, v and
-o; those of a set that have been asked for stay in host memory, as S-LoRA's do.
+o. As in S-LoRA's experiment all are in host memory before the clock runs; with `warm=false` each is
+read from disk when it is first asked for.
 
 Sets take turns in one engine, so that all meet the same machine; kept is a set's throughput over
 that of the smallest set in the same round. With `ranks=mixed` adapters have ranks 8, 16, 32 and 64.
@@ -45,7 +46,11 @@ RANKS = {"8": (8,), "mixed": (8, 16, 32, 64)}
     plot="kept throughput",
 )
 def adapter_scale(
-    sets: str = "5,100,1000,2000", ranks: str = "8", rounds: int = 3, requests: int = 64
+    sets: str = "5,100,1000,2000",
+    ranks: str = "8",
+    rounds: int = 3,
+    requests: int = 64,
+    warm: bool = True,
 ) -> Iterable[Figure]:
     """Throughput with 5 to 2,000 adapters, as in S-LoRA's experiment.
 
@@ -54,6 +59,7 @@ def adapter_scale(
         ranks: `8`, or `mixed` for 8 to 64.
         rounds: Of all sets; one more warms up.
         requests: Of each set in each round.
+        warm: Whether all adapters are in host memory before.
     """
     sizes = [int(size) for size in sets.split(",")]
     rates: dict[int, list[float]] = {size: [] for size in sizes}
@@ -77,6 +83,8 @@ def adapter_scale(
             max_cpu_loras=max(max(sizes), SLOTS),
             max_num_seqs=CLIENTS,
         ) as llm:
+            for adapter in adapters if warm else ():
+                llm.llm_engine.add_lora(adapter)
             for number in range(-1, rounds):
                 for size in sizes if number % 2 else reversed(sizes):
                     dice = random.Random(f"{number} {size}")
