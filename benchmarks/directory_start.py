@@ -15,10 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.harness.registry import Figure, benchmark
-from tests.serving.recipes import LINEAR_RECIPES
 from tests.serving.server import VllmServer
-from tests.serving.tiny_adapters import write_adapter
-from tests.serving.tiny_models import write_llama
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import AdapterDirectories, Settling
 
@@ -70,6 +67,10 @@ def look_ms(directory: Path) -> float:
 )
 def directory_start(folders: int = 500, rounds: int = 2) -> Iterable[Figure]:
     """What an adapter directory adds to a server's start."""
+    from tests.serving.recipes import LINEAR_RECIPES
+    from tests.serving.tiny_adapters import write_adapter
+    from tests.serving.tiny_models import write_llama
+
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         base = write_llama(root / "base")

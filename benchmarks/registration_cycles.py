@@ -17,10 +17,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.harness.registry import Figure, benchmark
-from tests.serving.recipes import FLEET_RECIPES
 from tests.serving.server import VllmServer
-from tests.serving.tiny_adapters import write_adapter
-from tests.serving.tiny_models import write_llama
 from vllm_multilora.commands.store import describe
 from vllm_multilora.store.launch import RunningStore
 
@@ -64,6 +61,10 @@ def cycle(server: VllmServer, number: int, folder: Path) -> tuple[float, float, 
 )
 def registration_cycles(cycles: int = 1000) -> Iterable[Figure]:
     """Memory and time over many cycles of load, request, unload, each with another adapter."""
+    from tests.serving.recipes import FLEET_RECIPES
+    from tests.serving.tiny_adapters import write_adapter
+    from tests.serving.tiny_models import write_llama
+
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         base = write_llama(root / "base")

@@ -25,21 +25,21 @@ from collections import Counter
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from benchmarks.harness.registry import Figure, benchmark
-from tests.attacks.random_attacks import Attackers
 from tests.serving import completions
 from tests.serving.cases import Scenario
-from tests.serving.recipes import FLEET_RECIPES
-from tests.serving.scenarios import build_scenario
 from tests.serving.server import VllmServer
-from tests.serving.tiny_models import write_llama
 from vllm_multilora.commands.store import describe
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 from vllm_multilora.store.launch import RunningStore
+
+if TYPE_CHECKING:
+    from tests.attacks.random_attacks import Attackers
 
 MIB = 2**20
 CUSTOMERS = 16
@@ -192,6 +192,11 @@ def growth(samples: list[tuple[float, int]]) -> tuple[float, float]:
 )
 def soak(minutes: float = 20.0, seed: int = 0, attackers: int = 2) -> Iterable[Figure]:
     """Sixteen well-behaved customers beside attackers, for as long as one likes."""
+    from tests.attacks.random_attacks import Attackers
+    from tests.serving.recipes import FLEET_RECIPES
+    from tests.serving.scenarios import build_scenario
+    from tests.serving.tiny_models import write_llama
+
     findings = Findings()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

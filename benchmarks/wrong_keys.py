@@ -14,12 +14,13 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.registry import Figure, benchmark
-from vllm_multilora.integration.server.access import Access
-from vllm_multilora.integration.server.access_middleware import AccessMiddleware
 from vllm_multilora.tenants.keys import new_key, stored
+
+if TYPE_CHECKING:
+    from vllm_multilora.integration.server.access import Access
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, int]:
@@ -44,6 +45,8 @@ def measured(work: Callable[[], Any]) -> tuple[float, int]:
 )
 def wrong_keys(keys: int = 100_000, tenants: int = 1_000) -> Iterable[Figure]:
     """What a wrong key costs an API server: processor time of one core, and memory."""
+    from vllm_multilora.integration.server.access import Access
+
     known = {f"t{number}": {"keys": [stored(new_key())]} for number in range(tenants)}
     wrong = [f"sk-{secrets.token_urlsafe(32)}" for _ in range(keys)]
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -79,6 +82,8 @@ async def ask(access: Access, keys: list[str]) -> None:
     async def send(message: Any) -> None:
         if message["type"] == "http.response.start":
             assert message["status"] == 401
+
+    from vllm_multilora.integration.server.access_middleware import AccessMiddleware
 
     door = AccessMiddleware(app, access)
     for key in keys:
