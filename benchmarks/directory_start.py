@@ -2,7 +2,8 @@
 
 `vllm serve` with a tiny random Llama, started alternately with an empty directory and with one of
 many adapters, until `/v1/models` answers with all of them. Reported are the seconds of each start,
-the ratio within each round, and what one look at the directory costs.
+the ratio within each round, the API server's memory, what a scrape of `/metrics` takes, and what
+one look at the directory costs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks.harness.registry import Figure, benchmark
 from tests.serving.server import VllmServer
@@ -20,6 +24,21 @@ from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import AdapterDirectories, Settling
 
 LOOKS = 9
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server that names all adapters.
+
+    Attributes:
+        seconds: Until it did.
+        mib: Resident memory of the API server.
+        scrape_ms: Median time that `/metrics` takes.
+    """
+
+    seconds: float
+    mib: float
+    scrape_ms: float
 
 
 def fill(directory: Path, adapter: Path, folders: int) -> None:
@@ -31,8 +50,8 @@ def fill(directory: Path, adapter: Path, folders: int) -> None:
             os.link(adapter / file, folder / file)
 
 
-def start(base: Path, directory: Path, expected: int, log: Path) -> float:
-    """Seconds until a server names all adapters."""
+def start(base: Path, directory: Path, expected: int, log: Path) -> Started:
+    """Starts a server, and looks at it when it names all adapters."""
     began = time.perf_counter()
     with VllmServer(
         base,
@@ -44,7 +63,13 @@ def start(base: Path, directory: Path, expected: int, log: Path) -> float:
         models = server.get("/v1/models").json()["data"]
         seconds = time.perf_counter() - began
         assert len(models) == 1 + expected, f"{len(models)} models\n{server.log_tail()}"
-    return seconds
+        mib = psutil.Process(server.pid).memory_info().rss / 2**20
+        scrapes = []
+        for _ in range(LOOKS):
+            asked = time.perf_counter()
+            server.get("/metrics").raise_for_status()
+            scrapes.append(1e3 * (time.perf_counter() - asked))
+    return Started(seconds, mib, statistics.median(scrapes))
 
 
 def look_ms(directory: Path) -> float:
@@ -81,14 +106,18 @@ def directory_start(folders: int = 500, rounds: int = 2) -> Iterable[Figure]:
             fill(root / name, adapter, count)
         # The first start of all reads vLLM from disk.
         start(base, root / "empty", 0, root / "log")
-        seconds: dict[str, list[float]] = {name: [] for name in sizes}
+        started: dict[str, list[Started]] = {name: [] for name in sizes}
         for number in range(rounds):
             # Each comes first in every other round.
             for name in sorted(sizes, reverse=number % 2 == 1):
-                seconds[name].append(start(base, root / name, sizes[name], root / "log"))
+                started[name].append(start(base, root / name, sizes[name], root / "log"))
         milliseconds = look_ms(root / "full")
-    for name, found in seconds.items():
-        yield Figure("", f"{name}, s", found)
-    pairs = zip(seconds["full"], seconds["empty"], strict=True)
-    yield Figure("", "full / empty", [full / empty for full, empty in pairs])
-    yield Figure("", "one look, ms of processor time", [milliseconds])
+    for name, count in sizes.items():
+        found = started[name]
+        case = f"{count:,} adapters"
+        yield Figure(case, "start, s", [one.seconds for one in found])
+        pairs = zip(found, started["empty"], strict=True)
+        yield Figure(case, "/ empty", [one.seconds / empty.seconds for one, empty in pairs])
+        yield Figure(case, "API server, MiB", [one.mib for one in found])
+        yield Figure(case, "/metrics, ms", [one.scrape_ms for one in found])
+    yield Figure(f"{folders:,} adapters", "one look, ms of processor time", [milliseconds])
