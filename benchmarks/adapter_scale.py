@@ -19,7 +19,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.harness.engine_loop import (
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.engine_loop import (
     ask,
     power_law,
     quantile,
@@ -27,9 +28,8 @@ from benchmarks.harness.engine_loop import (
     serve,
     smollm2,
 )
-from benchmarks.harness.fleet import Fleet
-from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.smollm2 import model_config
+from benchmarks.loads.fleet import Fleet
+from benchmarks.loads.smollm2 import model_config
 
 SLOTS = CLIENTS = 16
 PROMPT_TOKENS, NEW_TOKENS = 64, 32

@@ -30,10 +30,10 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.harness.fleet import Fleet
 from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.smollm2 import base_model, model_config
-from benchmarks.harness.streams import Phase, Streams
+from benchmarks.loads.fleet import Fleet
+from benchmarks.loads.smollm2 import base_model, model_config
+from benchmarks.loads.streams import Phase, Streams
 
 ROOT = Path(__file__).parents[1]
 

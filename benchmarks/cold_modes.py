@@ -23,9 +23,9 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.harness.fleet import MODEL, RANK, VOCABULARY, WEIGHTS, Fleet, write_base
 from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.streams import Phase, Streams
+from benchmarks.loads.fleet import MODEL, RANK, VOCABULARY, WEIGHTS, Fleet, write_base
+from benchmarks.loads.streams import Phase, Streams
 
 SLOTS = 4
 LOAD_TIMEOUT_S = 10.0

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.engine_loop import (
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.engine_loop import (
     Ask,
     ask,
     power_law,
@@ -30,9 +31,8 @@ from benchmarks.harness.engine_loop import (
     serve,
     smollm2,
 )
-from benchmarks.harness.fleet import WEIGHTS, Fleet
-from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.smollm2 import model_config
+from benchmarks.loads.fleet import WEIGHTS, Fleet
+from benchmarks.loads.smollm2 import model_config
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.simulation import ServerShape, simulate
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.smollm2 import base_model, model_config
+from benchmarks.loads.smollm2 import base_model, model_config
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

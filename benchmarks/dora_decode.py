@@ -31,7 +31,7 @@ from benchmarks.cpu_throughput import (
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.smollm2 import base_model, model_config
+from benchmarks.loads.smollm2 import base_model, model_config
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -36,8 +36,8 @@ from pathlib import Path
 import httpx
 
 from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.streams import token_times
 from benchmarks.harness.turns import paired
+from benchmarks.loads.streams import token_times
 
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
 VICTIM, AGGRESSOR = TENANTS[:2]

@@ -16,10 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.engine_loop import ask, requests_of, serve, smollm2
-from benchmarks.harness.fleet import Fleet
 from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.smollm2 import model_config
+from benchmarks.loads.engine_loop import ask, requests_of, serve, smollm2
+from benchmarks.loads.fleet import Fleet
+from benchmarks.loads.smollm2 import model_config
 
 NEIGHBOURS = 7
 PROMPT_TOKENS = 32

@@ -30,8 +30,8 @@ from benchmarks.cpu_throughput import (
     requested_adapters,
 )
 from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.smollm2 import base_model, model_config
 from benchmarks.harness.turns import paired
+from benchmarks.loads.smollm2 import base_model, model_config
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.metering.usage_log import UsageLog
 from vllm_multilora.metrics.adapter_metrics import AdapterMetrics

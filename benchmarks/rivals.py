@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu_throughput import RANKS, write_random_adapter
-from benchmarks.harness.engine_loop import Ask, requests_of, serve, smollm2
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.harness.results import ROOT
-from benchmarks.harness.smollm2 import base_model, model_config
+from benchmarks.loads.engine_loop import Ask, requests_of, serve, smollm2
+from benchmarks.loads.smollm2 import base_model, model_config
 
 REQUESTS, NEW_TOKENS = 16, 32
 _LIMIT_S = 150.0
-PROGRAMS = ROOT / "benchmarks" / "harness" / "rivals"
+PROGRAMS = ROOT / "benchmarks" / "loads" / "rivals"
 OWN = {
     "base": {},
     "plugin": {},

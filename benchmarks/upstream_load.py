@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.cpu_throughput import MAX_RANK, RANKS, fastest_dtype, write_random_adapter
 from benchmarks.harness.registry import Figure, benchmark
-from benchmarks.harness.smollm2 import base_model, model_config
+from benchmarks.loads.smollm2 import base_model, model_config
 
 CLIENTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 16
 ENGINES = {"plugin": (), "stock": ("--no-multilora",)}

@@ -1,1 +1,1 @@
-"""What benchmarks share: how they are declared, run, recorded and reported, and their loads."""
+"""How benchmarks are declared, run, recorded, compared and reported."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.smollm2 import base_model
+from benchmarks.loads.smollm2 import base_model
 from tests.serving.engine import running_engine
 
 _IDLE_S = 0.0005
