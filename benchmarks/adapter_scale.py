@@ -3,8 +3,8 @@
 SmolLM2-135M in bfloat16 in this process, 16 slots, 16 clients that each ask for the next answer
 when they have theirs. Which adapter a request names follows a power law of exponent 1 over all
 adapters of the set, anew in every round. Adapters have files and bytes of their own, on q, k, v and
-o. As in S-LoRA's experiment all are in host memory before the clock runs; with `warm=false` each is
-read from disk when it is first asked for.
+o. As in S-LoRA's experiment all that are asked for are in host memory before the clock runs; with
+`warm=false` each is read from disk when it is first asked for.
 
 Sets take turns in one engine, so that all meet the same machine; kept is a set's throughput over
 that of the smallest set in the same round. With `ranks=mixed` adapters have ranks 8, 16, 32 and 64.
@@ -12,15 +12,18 @@ that of the smallest set in the same round. With `ranks=mixed` adapters have ran
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.engine_loop import (
+    Ask,
     ask,
     power_law,
     quantile,
@@ -59,7 +62,7 @@ def adapter_scale(
         ranks: `8`, or `mixed` for 8 to 64.
         rounds: Of all sets; one more warms up.
         requests: Of each set in each round.
-        warm: Whether all adapters are in host memory before.
+        warm: Whether adapters are in host memory before they are asked for.
     """
     sizes = [int(size) for size in sets.split(",")]
     rates: dict[int, list[float]] = {size: [] for size in sizes}
@@ -83,13 +86,16 @@ def adapter_scale(
             max_cpu_loras=max(max(sizes), SLOTS),
             max_num_seqs=CLIENTS,
         ) as llm:
-            for adapter in adapters if warm else ():
-                llm.llm_engine.add_lora(adapter)
+            load = {}
+            for number, size in itertools.product(range(-1, rounds), sizes):
+                dice = random.Random(f"{number} {size}")
+                load[number, size] = asked_for(adapters[:size], requests, dice)
+            if warm:
+                for number in {one.adapter.lora_int_id for asks in load.values() for one in asks}:
+                    llm.llm_engine.add_lora(adapters[number - 1])
             for number in range(-1, rounds):
                 for size in sizes if number % 2 else reversed(sizes):
-                    dice = random.Random(f"{number} {size}")
-                    chosen = dice.choices(adapters[:size], power_law(size), k=requests)
-                    asks = [ask(one, PROMPT_TOKENS, NEW_TOKENS, dice) for one in chosen]
+                    asks = load[number, size]
                     seconds = serve(llm, asks, clients=CLIENTS)
                     print(f"round {number + 1}, {size} adapters: {seconds:.1f} s", file=sys.stderr)
                     if number >= 0:
@@ -103,3 +109,9 @@ def adapter_scale(
         medians = [statistics.median(times) for times in firsts[size]]
         yield Figure(case, "first token, median, ms", medians)
         yield Figure(case, "p99, ms", [quantile(times, 0.99) for times in firsts[size]])
+
+
+def asked_for(adapters: Sequence[Any], requests: int, dice: random.Random) -> list[Ask]:
+    """Requests for adapters by a power law."""
+    chosen = dice.choices(adapters, power_law(len(adapters)), k=requests)
+    return [ask(one, PROMPT_TOKENS, NEW_TOKENS, dice) for one in chosen]
