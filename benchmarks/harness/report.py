@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -45,10 +46,11 @@ def filled(text: str) -> str:
 def part(name: str) -> str:
     """What the page says of a benchmark."""
     found = registry.named(name)
-    lines = [
-        f"{found.workload} Control: {found.control}. Figure: {found.figure}; beside it: "
-        f"{found.compares_to}.",
-    ]
+    said = (
+        f"{found.workload}. Control: {found.control}. Figure: {found.figure}; beside it: "
+        f"{found.compares_to}."
+    )
+    lines = [textwrap.fill(said[0].upper() + said[1:], 140, break_on_hyphens=False)]
     for number, records in enumerate(measurements(found)):
         lines += ["", caption(records), "", table(results.pooled(records))]
         if found.plot and not number:
