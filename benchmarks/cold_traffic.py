@@ -121,9 +121,9 @@ def run(arm: str, phases: Sequence[Sequence[Ask]]) -> float | None:
             for phase in phases:
                 serve(llm, phase, clients=None if phase is not phases[0] else BATCH)
             return None
-        from vllm_multilora.integration.attached import ADAPTERS as KEPT
+        from vllm_multilora.integration.engine.core import adapters_of
 
-        kept = KEPT.get(llm.llm_engine.engine_core.engine_core)
+        kept = adapters_of(llm.llm_engine.engine_core.engine_core)
         assert kept is not None
 
         def look(one: Ask) -> None:
