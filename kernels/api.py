@@ -7,6 +7,8 @@ Semantics, for tokens t with slot s(t) (-1: no adapter), slices i and r = ranks[
 `OutputFactors` says what adapters with factors do to y then, and `reference.py` is the same in
 loops. Under `torch.compile` every call is one opaque operator of the library `multilora`; outside
 it the backend is called directly, which saves the dispatcher's time on every layer of every step.
+A `PreparedLinear` is named by a number there, which comes in a tensor: compiled code that is kept
+from process to process, or shared by several engines of one, then holds no other engine's layers.
 
 A batch in which nobody has an adapter launches no kernel. That is decided on the host as a call
 runs. While a CUDA graph is being captured a call launches its kernels all the same, for the graph
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import count
 from types import ModuleType
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -26,7 +30,6 @@ from multilora_kernels import native, torch_backend, triton_availability
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.native import segment_gemm
 from multilora_kernels.plan import (
-    HEADER_INTS,
     PLAN_OWN_GRAPHS,
     PLAN_ROWS,
     PLAN_TOKENS,
@@ -100,7 +103,7 @@ def lora_linear(
         x: of shape [T, K]; any of the three dtypes.
         lora_a: per slice, of shape [S, R, K] or [S, 1, R, K].
         lora_b: per slice, of shape [S, N_i, R] or [S, 1, N_i, R]; same dtype as lora_a. Rows
-            or columns are contiguous; on CPUs columns are faster (`column_major`).
+            or columns are contiguous; columns are faster (`column_major`).
         ranks: int32 of shape [slices, S]; only that many ranks are read and computed, and the
             weights past them may hold anything. 0: the slice is not adapted.
         plan: the batch; its tokens past T are skipped, rows of x past its tokens left alone.
@@ -211,9 +214,10 @@ def lora_expand(
 class PreparedLinear:
     """`lora_linear` for one layer: weights are checked and described once, then run per batch.
 
-    What a serving engine calls in every layer of every step. An instance must not be run by
-    two threads at the same time. On GPUs what a launch needs, beside a batch's own tensors, is
-    worked out once for each power of two of tokens and kept.
+    What a serving engine calls in every layer of every step, under `torch.compile` too; make it
+    before, outside the compiled code, and keep it as long as that code may run. An instance must
+    not be run by two threads at the same time. On GPUs what a launch needs, beside a batch's own
+    tensors, is worked out once for each power of two of tokens and kept.
 
     Args:
         lora_a, lora_b, ranks, scale, add_inputs, factors, backend: as for `lora_linear`. The
@@ -243,6 +247,9 @@ class PreparedLinear:
         self._width = sum(b.size(-2) for b in lora_b)
         self._layout = layout
         self._add_inputs = add_inputs
+        number = next(_numbers)
+        self._number = torch.tensor([number])
+        _prepared[number] = self
         if backend == "native":
             call = segment_gemm.Call(
                 segment_gemm.LINEAR,
@@ -275,24 +282,48 @@ class PreparedLinear:
         Raises:
             ValueError: A shape, dtype or stride does not fit, or the plan has another layout.
         """
-        _check_activations(y=y, x=x)
-        if x.size(1) != self._columns or y.size(1) < self._width or plan.layout != self._layout:
+        if torch.compiler.is_compiling():
+            _prepared_operator(y, x, plan.buffer, plan.host, self._number)
+            return
+        if plan.layout is not self._layout and plan.layout != self._layout:
+            raise ValueError(f"expected a plan of {self._layout}, found one of {plan.layout}")
+        self.run(y, x, plan.buffer, plan.host)
+
+    def run(
+        self, y: torch.Tensor, x: torch.Tensor, plan: torch.Tensor, host_plan: torch.Tensor
+    ) -> None:
+        """As a call, by the plan's `buffer` and `host`.
+
+        Raises:
+            ValueError: A shape, dtype or stride does not fit.
+        """
+        (rows, columns), (y_rows, y_columns) = _checked_shape("x", x), _checked_shape("y", y)
+        if (
+            columns != self._columns
+            or y_columns < self._width
+            or rows != y_rows
+            or plan.size(0) != self._layout.size
+        ):
             raise ValueError(
                 f"expected x of shape [tokens, {self._columns}], y of shape [tokens, >= "
-                f"{self._width}] and a plan of {self._layout}; found {list(x.shape)}, "
-                f"{list(y.shape)} and {plan.layout}"
+                f"{self._width}] and a plan of {self._layout.size} numbers; found {list(x.shape)}, "
+                f"{list(y.shape)} and {plan.size(0)}"
             )
-        if plan.rows or not (tokens := _tokens_to_skip(plan.host, y.device)):
-            self._run(plan.buffer, x=x, y=y)
+        if not (tokens := _tokens_to_skip(host_plan, y.device)):
+            self._run(plan, x=x, y=y)
         elif not self._add_inputs:
             y[:tokens, : self._width].zero_()
+
+
+_numbers = count(1)  # none is used again
+_prepared: WeakValueDictionary[int, PreparedLinear] = WeakValueDictionary()
 
 
 def column_major(lora_b: torch.Tensor) -> torch.Tensor:
     """A zeroed tensor of lora_b's shape and dtype, stored so that its columns are contiguous.
 
-    The native kernels stream the first r columns of B: stored this way they read exactly r
-    contiguous pieces, and nothing has to be transposed on the way.
+    Kernels read the first r columns of B: stored this way these are exactly r contiguous pieces.
+    The native kernels transpose nothing on the way, and GPUs read whole sectors at any rank.
     """
     return torch.zeros_like(lora_b.transpose(-1, -2).contiguous()).transpose(-1, -2)
 
@@ -367,19 +398,22 @@ def _check_weights(
 
 
 def _check_activations(**tensors: torch.Tensor) -> None:
-    rows = None
-    for name, tensor in tensors.items():
-        if tensor.dim() != 2 or tensor.stride(-1) != 1 or tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be 2-D with contiguous rows in float32, bfloat16 or float16; found "
-                f"shape {list(tensor.shape)}, strides {list(tensor.stride())}, {tensor.dtype}"
-            )
-        if rows is not None and tensor.size(0) != rows:
-            raise ValueError(
-                f"all activations must have the same tokens; found "
-                f"{ {key: list(value.shape) for key, value in tensors.items()} }"
-            )
-        rows = tensor.size(0)
+    rows = {_checked_shape(name, tensor)[0] for name, tensor in tensors.items()}
+    if len(rows) > 1:
+        raise ValueError(
+            f"all activations must have the same tokens; found "
+            f"{ {key: list(value.shape) for key, value in tensors.items()} }"
+        )
+
+
+def _checked_shape(name: str, tensor: torch.Tensor) -> torch.Size:
+    shape = tensor.shape
+    if len(shape) != 2 or tensor.stride(1) != 1 or tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be 2-D with contiguous rows in float32, bfloat16 or float16; found "
+            f"shape {list(shape)}, strides {list(tensor.stride())}, {tensor.dtype}"
+        )
+    return shape
 
 
 def _tokens_to_skip(plan: torch.Tensor, device: torch.device) -> int:
@@ -388,11 +422,10 @@ def _tokens_to_skip(plan: torch.Tensor, device: torch.device) -> int:
     A plan that was never filled has no tokens. It counts as one with adapters: whoever captures
     a graph before the first batch does not know yet what will come.
     """
-    header = plan[:HEADER_INTS].tolist()
+    header = plan.numpy()
     if header[PLAN_ROWS] or (not header[PLAN_OWN_GRAPHS] and _is_capturing(device)):
         return 0
-    tokens: int = header[PLAN_TOKENS]
-    return tokens
+    return int(header[PLAN_TOKENS])
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -494,6 +527,23 @@ def _expand_op(
     _module(backend).lora_expand(y, h, lora_b, ranks, plan, layout, offset, add_inputs)
 
 
+def _prepared_op(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    plan: torch.Tensor,
+    host_plan: torch.Tensor,
+    prepared: torch.Tensor,
+) -> None:
+    number = int(prepared.item())
+    found = _prepared.get(number)
+    if found is None:
+        raise RuntimeError(
+            f"compiled code asks for prepared layer {number}, which is gone: a PreparedLinear must "
+            "be kept as long as the code that was compiled with it"
+        )
+    found.run(y, x, plan, host_plan)
+
+
 def _zero_span(y: torch.Tensor, tokens: int, offset: int, lora_b: Sequence[torch.Tensor]) -> None:
     y[:tokens, offset : offset + sum(b.size(-2) for b in lora_b)].zero_()
 
@@ -519,3 +569,6 @@ def _register(name: str, function, mutated: str):  # type: ignore[no-untyped-def
 _linear = _register("lora_linear", _linear_op, "y")
 _shrink = _register("lora_shrink", _shrink_op, "h")
 _expand = _register("lora_expand", _expand_op, "y")
+
+_register("prepared_linear", _prepared_op, "y")
+_prepared_operator = torch.ops.multilora.prepared_linear.default

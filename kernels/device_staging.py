@@ -77,7 +77,8 @@ class DeviceStaging:
         table.copy_(host_table[: len(units)], non_blocking=True)
         for address, offset, size in runs:
             half[offset : offset + size].copy_(host_bytes(address, size), non_blocking=True)
-        scatter_launch(half[: self._capacity], table, unit).run()
+        longest = int((units[:, 2] * units[:, 3]).max())
+        scatter_launch(half[: self._capacity], table, unit, longest).run()
         if self._used:
             self._used[turn].record()
 

@@ -1,17 +1,17 @@
 """The batch plan: which tokens each adapter slot covers, ready for a kernel to read.
 
 A plan is built on the host once per step and shared by every layer. It sorts the batch's
-tokens by adapter slot, so that the tokens of one adapter form one *run*, and cuts every run
-into *tiles* of at most `tile_rows` rows, the unit of work of a kernel::
+tokens by adapter slot, so that the tokens of one adapter form one *run*, cuts every run into
+*tiles* of at most `tile_rows` rows, the unit of work of a kernel, and puts long tiles first::
 
     token        0  1  2  3  4  5        order       1  4  0  2  5 | 3     (row -> token)
-    slot         1  0  1 -1  0  1        runs        slot 0: rows 0-1, slot 1: rows 2-4
-                                         tiles of 2  (0, row 0, 2) (1, row 2, 2) (1, row 4, 1)
+    slot         1  0  1 -1  0  1        tiles of 2  (0, row 0, 2) (1, row 2, 2) (1, row 4, 1)
 
 Rows without an adapter (slot -1) come last in `order` and belong to no tile.
 
-The header also holds the rows of the longest tile: kernels whose blocks are shorter than
-`tile_rows` learn from it how many parts to cut a tile into.
+Kernels whose blocks are shorter than `tile_rows` cut tiles into parts of their own. The tiles that
+have an n-th part are the first so many, since long ones come first; the header says how many, and
+how many parts there are over all tiles, for blocks of any length that a kernel may have.
 
 Everything lives in one int32 buffer whose shape depends only on `PlanLayout` (the largest
 token count, the number of slots, the tile size), never on the batch. On an accelerator one
@@ -31,9 +31,21 @@ import torch
 
 from multilora_kernels.staging import CopyEvent, StagingRing
 
-HEADER_INTS = 16
+HEADER_INTS = 32
 """Length of the header; `PLAN_*` index it. `native/segment_gemm.c` reads the same fields."""
-PLAN_TOKENS, PLAN_ROWS, PLAN_RUNS, PLAN_TILES, PLAN_LONGEST, PLAN_OWN_GRAPHS = range(6)
+PLAN_TOKENS, PLAN_ROWS, PLAN_RUNS, PLAN_TILES, PLAN_OWN_GRAPHS = range(5)
+PLAN_PARTS = 8
+"""From here on, parts over all tiles in blocks of 16, 32, 64, 128 and 256 rows."""
+PLAN_LONGER = 16
+"""From here on, tiles of more than 0, 16, 32, ... rows; the first of these is `PLAN_TILES`."""
+
+PART_ROWS = 16
+"""The shortest block that tiles are cut into; longer ones are a power of two times as long."""
+MAX_TILE_ROWS = PART_ROWS * (HEADER_INTS - PLAN_LONGER)
+_BLOCKS = tuple(1 << i for i in range((MAX_TILE_ROWS // PART_ROWS).bit_length()))
+
+TILE_INTS = 4
+"""Length of a tile's record: slot, first row, rows, and one that is not used: 16 bytes in all."""
 
 DEFAULT_TILE_ROWS = 32
 
@@ -56,7 +68,7 @@ class PlanLayout:
         for name, low, high in (
             ("max_tokens", 1, 2**31 - 1),
             ("max_loras", 1, 2**15 - 2),
-            ("tile_rows", 1, 256),
+            ("tile_rows", 1, MAX_TILE_ROWS),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -68,29 +80,33 @@ class PlanLayout:
         return self.max_tokens // self.tile_rows + min(self.max_loras, self.max_tokens)
 
     @cached_property
-    def order(self) -> slice:
-        """int32 [max_tokens]: the token of each row, adapters' rows first."""
-        return slice(HEADER_INTS, HEADER_INTS + self.max_tokens)
-
-    @cached_property
     def tile_slot(self) -> slice:
-        """int32 [max_tiles]: the adapter slot of each tile."""
-        return slice(self.order.stop, self.order.stop + self.max_tiles)
+        """int32 [max_tiles]: the adapter slot of each tile, in the tiles' records."""
+        return self._of_tiles(0)
 
     @cached_property
     def tile_start(self) -> slice:
         """int32 [max_tiles]: the first row of each tile."""
-        return slice(self.tile_slot.stop, self.tile_slot.stop + self.max_tiles)
+        return self._of_tiles(1)
 
     @cached_property
     def tile_length(self) -> slice:
-        """int32 [max_tiles]: the number of rows of each tile."""
-        return slice(self.tile_start.stop, self.tile_start.stop + self.max_tiles)
+        """int32 [max_tiles]: the number of rows of each tile; long tiles come first."""
+        return self._of_tiles(2)
+
+    def _of_tiles(self, field: int) -> slice:
+        return slice(HEADER_INTS + field, self.order.start, TILE_INTS)
+
+    @cached_property
+    def order(self) -> slice:
+        """int32 [max_tokens]: the token of each row, adapters' rows first, tile by tile."""
+        first = HEADER_INTS + TILE_INTS * self.max_tiles
+        return slice(first, first + self.max_tokens)
 
     @cached_property
     def size(self) -> int:
         """Length of the whole buffer in int32 elements."""
-        size: int = self.tile_length.stop
+        size: int = self.order.stop
         return size
 
 
@@ -124,9 +140,7 @@ class BatchPlan:
             self.host = torch.zeros(HEADER_INTS, dtype=torch.int32)
             self._staging = StagingRing(self.buffer, make_event)
         self._header = self.host.numpy()
-        self._arange = np.arange(layout.max_tiles, dtype=np.int32)
-        parts = (layout.tile_slot, layout.tile_start, layout.tile_length)
-        self._tiles_at = tuple(part.start for part in parts)
+        self._arange = np.arange(max(layout.max_tiles, layout.max_tokens), dtype=np.int32)
 
     @classmethod
     def build(
@@ -186,23 +200,27 @@ class BatchPlan:
             )
         ints = self._header if self._staging is None else self._staging.open()
         rows = tokens - int(counts[0])
+        order = ints[layout.order]
+        runs = tiles = 0
         if rows:
             by_slot = keys.argsort(kind="stable")
-            base = layout.order.start
-            ints[base : base + rows] = by_slot[tokens - rows :]
-            ints[base + rows : base + tokens] = by_slot[: tokens - rows]
-            runs, tiles, longest = self._write_tiles(ints, counts[1:])
+            order[rows:tokens] = by_slot[: tokens - rows]
+            runs, tiles = self._write_tiles(ints, counts[1:], by_slot[tokens - rows :])
         else:
-            ints[layout.order][:tokens] = np.arange(tokens, dtype=np.int32)
-            runs = tiles = longest = 0
-        ints[:6] = (tokens, rows, runs, tiles, longest, own_graphs)
+            order[:tokens] = self._arange[:tokens]
+            ints[PLAN_PARTS:HEADER_INTS] = 0
+        ints[:5] = (tokens, rows, runs, tiles, own_graphs)
         if self._staging is not None:
             self._header[:] = ints[:HEADER_INTS]
             self._staging.send(layout.size)
 
     def _write_tiles(
-        self, ints: npt.NDArray[np.int32], rows_per_slot: npt.NDArray[np.intp]
-    ) -> tuple[int, int, int]:
+        self,
+        ints: npt.NDArray[np.int32],
+        rows_per_slot: npt.NDArray[np.intp],
+        by_slot: npt.NDArray[np.intp],
+    ) -> tuple[int, int]:
+        """Writes the tiles and the tokens of their rows; returns how many runs and tiles."""
         size = self.layout.tile_rows
         slots = rows_per_slot.nonzero()[0]
         lengths = rows_per_slot[slots]
@@ -217,11 +235,28 @@ class BatchPlan:
             slots = slots.repeat(per_run)
             lengths = np.minimum(lengths.repeat(per_run) - within * size, size)
             starts = starts.repeat(per_run) + within * size
-        slot_at, start_at, length_at = self._tiles_at
-        ints[slot_at : slot_at + tiles] = slots
-        ints[start_at : start_at + tiles] = starts
-        ints[length_at : length_at + tiles] = lengths
-        return runs, tiles, min(longest, size)
+        if tiles > 1 and (lengths[1:] > lengths[:-1]).any():
+            by_length = (-lengths).argsort(kind="stable")
+            slots, lengths = slots[by_length], lengths[by_length]
+            found = starts[by_length]
+            starts = lengths.cumsum() - lengths
+            by_slot = by_slot[(found - starts).repeat(lengths) + self._arange[: len(by_slot)]]
+        base = self.layout.order.start
+        ints[base : base + len(by_slot)] = by_slot
+        records = ints[HEADER_INTS:base].reshape(-1, TILE_INTS)[:tiles]
+        records[:, 0] = slots
+        records[:, 1] = starts
+        records[:, 2] = lengths
+        ints[PLAN_PARTS:HEADER_INTS] = 0
+        if longest <= PART_ROWS:
+            ints[PLAN_PARTS : PLAN_PARTS + len(_BLOCKS)] = ints[PLAN_LONGER] = tiles
+        else:
+            steps = np.bincount((lengths - 1) // PART_ROWS)
+            longer = steps[::-1].cumsum()[::-1]
+            ints[PLAN_LONGER : PLAN_LONGER + len(longer)] = longer
+            for i, block in enumerate(_BLOCKS):
+                ints[PLAN_PARTS + i] = longer[::block].sum()
+        return runs, tiles
 
     @property
     def tokens(self) -> int:

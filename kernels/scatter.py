@@ -118,6 +118,10 @@ class SlotTable:
     """Where A and B of every slice lie in every slot; built once per model.
 
     Keeps the tensors, and their addresses: they must not be moved (`Tensor.set_`, `resize_`).
+
+    Attributes:
+        slots, dtype, device: Of the tensors.
+        staging_bytes: Of device memory that copies to a GPU go through.
     """
 
     def __init__(
@@ -175,7 +179,7 @@ class SlotTable:
         self._staging: DeviceStaging | None = None
         if self.device.type == "cuda":
             self._staging = DeviceStaging(self.device, staging_bytes)
-        self._staging_bytes = staging_bytes
+        self.staging_bytes = staging_bytes
 
     def scatter(
         self, slot: int, index: SlotIndex, *, threads: int = 1, backend: str = "auto"
@@ -263,7 +267,7 @@ class SlotTable:
 
     def _device_staging(self) -> DeviceStaging:
         if self._staging is None:  # Triton's interpreter, on a CPU
-            self._staging = DeviceStaging(self.device, self._staging_bytes)
+            self._staging = DeviceStaging(self.device, self.staging_bytes)
         return self._staging
 
     def _resolve(self, backend: str) -> str:

@@ -6,6 +6,7 @@ beyond PyTorch. It reads the plan on the host, which on an accelerator waits for
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -93,14 +94,15 @@ def lora_expand(
 def _runs(
     plan: torch.Tensor, layout: PlanLayout, tokens: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each run's slot and the tokens it covers, those at or past `tokens` left out."""
+    """Each active slot and the tokens it covers, those at or past `tokens` left out."""
     count = int(plan[PLAN_TILES])
     order = plan[layout.order][: int(plan[PLAN_ROWS])].long()
-    lengths: dict[int, int] = {}  # of the runs: a run's tiles follow each other
-    slots, tile_lengths = plan[layout.tile_slot][:count], plan[layout.tile_length][:count]
-    for slot, length in zip(slots.tolist(), tile_lengths.tolist(), strict=True):
-        lengths[slot] = lengths.get(slot, 0) + length
-    for slot, rows in zip(lengths, order.split(list(lengths.values())), strict=True):
+    slots, lengths = plan[layout.tile_slot][:count], plan[layout.tile_length][:count]
+    tiles: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+    for slot, rows in zip(slots.tolist(), order.split(lengths.tolist()), strict=True):
+        tiles[slot].append(rows)
+    for slot, parts in tiles.items():
+        rows = torch.cat(parts)
         rows = rows[rows < tokens]
         if len(rows):
             yield slot, rows

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import Field, fields
 from pathlib import Path
 
+from tools.kernels import model
 from vllm_multilora.adapters.problems import Code
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.metrics.definitions import ALL, COMMON_LABELS
@@ -113,7 +114,17 @@ def problems() -> Iterable[str]:
         yield f"| `{code}` | {_CODES[code]} |"
 
 
-_TABLES = {"settings": settings, "metrics": metrics, "problems": problems}
+def gpu_model() -> Iterable[str]:
+    """What the kernels' analytical model expects of an H100."""
+    yield from model.table(model.GPUS["H100"])
+
+
+_TABLES = {
+    "settings": settings,
+    "metrics": metrics,
+    "problems": problems,
+    "gpu_model": gpu_model,
+}
 
 
 def filled(text: str) -> str:

@@ -29,22 +29,31 @@ _ASSUMED_BLOCKS = 4
 _PROGRAMS_PER_PROCESSOR = 2
 _SHORTEST_PART = 256
 
-# Every column block of the second half reads all planes of h again, in a short batch. Against the
-# weights of an adapter with one token these are 2 * parts / block_n * N / (K + N) of the bytes:
-# 6 % with 4 parts and 64 columns where the layer's sides are equal. The processors that more
-# parts would occupy get blocks of fewer ranks instead, which read x once more each. A longer K
-# may be cut more often: such layers have a shorter N.
-_MOST_PARTS_SHORT = 4
-_COLUMNS_OF_A_PART = 2048
-_RANK_BLOCKS = 4
+# A short batch cuts K often: a part is a chain of products, one after the other, and the shorter
+# the chain, the earlier it ends. What that costs are planes, which the second half reads again for
+# every run of column blocks. There are about as many runs as programs, however many adapters there
+# are; so it is batches with many tokens of one adapter that read most, and these are cut less. So
+# are layers with few columns over all slices, whose weights are few beside the planes.
+_FEW_TOKENS = 32
+_COLUMNS_OF_A_PART = 512
+_LONG_WIDTH = 8192
+_MOST_PARTS_FEW = 16
 _MOST_PARTS = 8
+
+# Programs that a multiprocessor is given. Of the first half as many as its shared memory holds:
+# that of sm_80, 90 and 100; the 100 KiB of sm_86, 89 and 120; the 64 KiB of a compute unit. Of the
+# second half, and where there are no tensor cores, as many as registers do. The compiler's report
+# shows that they fit.
+_PER_PROCESSOR, _PER_SMALL_PROCESSOR, _PER_COMPUTE_UNIT = 3, 2, 1
+_PER_PROCESSOR_SECOND = 3
+_SMALL_PROCESSORS = {"sm_86", "sm_89", "sm_120", "sm_121"}
 
 
 def default_shrink(workload: Workload) -> ShrinkConfig:
     """Blocks for `x @ A.T`: enough parts of K to occupy the device, and no more."""
     short = workload.tokens <= SHORT_BATCH
     block_m = _block_m(workload.tokens)
-    block_r = _block_r(-(-workload.max_rank // _RANK_BLOCKS) if short else workload.max_rank)
+    block_r = _block_r(workload.max_rank)
     if workload.item_size == 4:
         # No tensor cores: every thread keeps whole rows of both factors in registers.
         block_m, block_r = min(block_m, 32), min(block_r, 32)
@@ -53,24 +62,30 @@ def default_shrink(workload: Workload) -> ShrinkConfig:
         block_k = 256  # few rows of A are long ones, or too few bytes would be under way
     else:
         block_k = 128 if block_m <= 32 else 64
-    programs = workload.slices * -(-workload.max_rank // block_r) * _blocks(workload, block_m)
+    programs = workload.slices * _blocks(workload, block_m)
     # A program of a long batch has many bytes under way by itself.
     enough = workload.processors * (_PROGRAMS_PER_PROCESSOR if short else 1)
     wanted = power_of_two_down(enough // programs)
-    most = _most_parts(workload.width) if short else _MOST_PARTS
-    most = min(most, workload.width // _SHORTEST_PART)
+    is_long = short and workload.width > _LONG_WIDTH  # its chains would be, too
+    most = _MOST_PARTS_FEW if is_long or workload.tokens <= _FEW_TOKENS else _MOST_PARTS
+    most = min(
+        most,
+        workload.width // _SHORTEST_PART,
+        workload.slices * workload.width // _COLUMNS_OF_A_PART,
+    )
     return ShrinkConfig(
         block_m=block_m,
         block_r=block_r,
         block_k=min(block_k, max(MIN_BLOCK, power_of_two_up(workload.width))),
         split_k=max(1, min(wanted, most)),
-        num_warps=4,
+        num_warps=4 if short or workload.item_size == 2 else 8,
         num_stages=3,
+        per_processor=_per_processor(workload, is_short=short),
     )
 
 
 def default_expand(workload: Workload) -> ExpandConfig:
-    """Blocks for `h @ B.T`: narrower ones where few columns would leave processors idle."""
+    """Blocks for `h @ B.T`."""
     block_m = _block_m(workload.tokens)
     if workload.item_size == 4:
         return ExpandConfig(
@@ -79,15 +94,16 @@ def default_expand(workload: Workload) -> ExpandConfig:
             block_r=MIN_BLOCK,
             num_warps=8 if block_m == 64 else 4,
             num_stages=2,
+            per_processor=1 if block_m == 64 else _PER_PROCESSOR_SECOND,
         )
+    is_short = block_m == MIN_BLOCK
     return ExpandConfig(
         block_m=block_m,
-        block_n=_block_n(workload, block_m),
-        # Long batches are read once, so the widest block; short ones rather have more programs
-        # at a time on a processor, and a high rank takes two steps.
-        block_r=min(64 if block_m >= 64 else 32, _block_r(workload.max_rank)),
-        num_warps=8 if block_m >= 32 else 4,
+        block_n=64,  # where a rank is low, a short batch takes several at a time
+        block_r=_block_r(workload.max_rank),
+        num_warps=4 if is_short else 8,
         num_stages=2,
+        per_processor=_per_processor_second(workload, is_short=is_short),
     )
 
 
@@ -98,9 +114,10 @@ def invariant_shrink(workload: Workload) -> ShrinkConfig:
         block_m=32 if wide else 64,
         block_r=min(32 if wide else 64, _block_r(workload.max_rank)),
         block_k=32 if wide else 64,
-        split_k=max(1, min(_most_parts(workload.width), power_of_two_down(workload.width // 1024))),
+        split_k=max(1, min(_MOST_PARTS, power_of_two_down(workload.width // 1024))),
         num_warps=4,
         num_stages=3,
+        per_processor=_per_processor(workload, is_short=False),
     )
 
 
@@ -109,9 +126,10 @@ def invariant_expand(workload: Workload) -> ExpandConfig:
     return ExpandConfig(
         block_m=64,
         block_n=32 if workload.item_size == 4 else 64,
-        block_r=MIN_BLOCK if workload.item_size == 4 else min(32, _block_r(workload.max_rank)),
+        block_r=MIN_BLOCK if workload.item_size == 4 else _block_r(workload.max_rank),
         num_warps=8,
         num_stages=2,
+        per_processor=1,
     )
 
 
@@ -126,17 +144,24 @@ def _block_r(max_rank: int) -> int:
     return min(_LARGEST_BLOCK_R, max(MIN_BLOCK, power_of_two_up(max_rank)))
 
 
-def _most_parts(width: int) -> int:
-    return min(_MOST_PARTS, max(_MOST_PARTS_SHORT, width // _COLUMNS_OF_A_PART))
+def _per_processor(workload: Workload, *, is_short: bool) -> int:
+    if workload.architecture.startswith("gfx"):
+        return _PER_COMPUTE_UNIT
+    if workload.architecture in _SMALL_PROCESSORS:
+        # Blocks of 32 ranks are the longest, and take most shared memory.
+        return _PER_SMALL_PROCESSOR if is_short and _block_r(workload.max_rank) != 32 else 1
+    # A rank of more than one block takes more registers, as do products without tensor cores.
+    is_large = not is_short and workload.max_rank > _LARGEST_BLOCK_R
+    return 2 if is_large or workload.item_size == 4 else _PER_PROCESSOR
 
 
-def _block_n(workload: Workload, block_m: int) -> int:
-    blocks, processors = _blocks(workload, block_m), workload.processors
-    # A short batch may have fewer blocks of tokens than assumed.
-    many = processors * (_PROGRAMS_PER_PROCESSOR if workload.tokens <= SHORT_BATCH else 1)
-    if workload.width // 128 * blocks >= many:
-        return 128
-    return 64 if workload.width // 64 * blocks >= processors else 32
+def _per_processor_second(workload: Workload, *, is_short: bool) -> int:
+    if is_short:
+        # Few tokens have more planes, and so fewer programs that each read them.
+        return 2 if workload.tokens <= _FEW_TOKENS else _PER_PROCESSOR_SECOND
+    # A rank of more than one block takes more registers, and a compute unit has fewer.
+    is_large = workload.max_rank > _LARGEST_BLOCK_R or workload.architecture.startswith("gfx")
+    return 1 if is_large else 2
 
 
 def _blocks(workload: Workload, block_m: int) -> int:

@@ -42,12 +42,15 @@ class _Config:
         block_r: The widest block of ranks; narrower bodies down to 16 come with it.
         num_warps: Warps of a program.
         num_stages: Stages of the software pipeline over the inner loop.
+        per_processor: Programs that are started for each multiprocessor; no more than it holds at
+            once, or the rest would only wait for their turn.
     """
 
     block_m: int
     block_r: int
     num_warps: int
     num_stages: int
+    per_processor: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -80,7 +83,7 @@ class ExpandConfig(_Config):
     """Blocks of the second half.
 
     Attributes:
-        block_n: Columns of y that a program writes.
+        block_n: Columns of y that a program computes at a time.
     """
 
     block_n: int
@@ -94,6 +97,7 @@ _BOUNDS = {
     "split_k": (1, 64, False),
     "num_warps": (1, 16, True),
     "num_stages": (1, 8, False),
+    "per_processor": (1, 32, False),
 }
 
 

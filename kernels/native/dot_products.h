@@ -46,7 +46,7 @@ INLINE void dot_block(const int rows, const int ranks, const void *x, int64_t x_
         UNROLL for (int n = 0; n < ranks; n++) acc[m][n] = (f32v){0};
     int64_t i = 0;
     for (; i + PAIR <= k; i += PAIR) {
-        if (rows <= STREAMED_ROWS && next)
+        if (next)
             UNROLL for (int n = 0; n < ranks; n++)
                 for (int j = 0; j < PAIR; j += CACHE_LINE / (int)width)
                     __builtin_prefetch((const char *)a +

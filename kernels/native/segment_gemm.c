@@ -40,8 +40,8 @@ int omp_get_num_threads(void);
 #define MAX_TILE_ROWS 256
 #define MAX_SLICES 16
 
-/* The plan buffer's header; must match plan.py. */
-enum { PLAN_TOKENS = 0, PLAN_ROWS = 1, PLAN_RUNS = 2, PLAN_TILES = 3 };
+/* The plan buffer's header, and the length of a tile's record; must match plan.py. */
+enum { PLAN_TOKENS = 0, PLAN_ROWS = 1, PLAN_RUNS = 2, PLAN_TILES = 3, TILE_INTS = 4 };
 
 enum mode { MODE_LINEAR = 0, MODE_SHRINK = 1, MODE_EXPAND = 2 };
 
@@ -67,7 +67,8 @@ struct lora_call {
     int64_t x, x_row_stride, x_dtype;
     int64_t y, y_row_stride, y_dtype, y_offset;
     int64_t h, h_slice_stride, h_row_stride, h_dtype; /* for the shrink and expand halves */
-    int64_t plan, order, tile_slot, tile_start, tile_rows;
+    int64_t plan, order;
+    int64_t tile_slot, tile_start, tile_rows; /* the fields of the first tile */
     struct slice slice[MAX_SLICES];
 };
 const int64_t multilora_call_bytes = sizeof(struct lora_call);
@@ -86,7 +87,7 @@ INLINE int multiplies_as_bf16(const struct lora_call *c) {
 
 struct panel {
     int64_t first_tile, last_tile; /* tiles [first, last) */
-    int64_t first_row;             /* in sorted order */
+    int64_t first_row;             /* in the plan's order */
 };
 
 struct thread {
@@ -101,6 +102,9 @@ INLINE int64_t rank_of(const struct lora_call *c, int64_t slice, int64_t slot) {
 }
 
 INLINE int32_t entry(int64_t table, int64_t index) { return ((const int32_t *)table)[index]; }
+
+/* A field of a tile's record in the plan. */
+INLINE int32_t of_tile(int64_t field, int64_t tile) { return entry(field, TILE_INTS * tile); }
 
 INLINE void *row_of(int64_t base, int64_t row, int64_t stride, int dtype) {
     return (char *)base + (size_t)(row * stride) * width_of(dtype);
@@ -123,7 +127,7 @@ INLINE struct onto onto_of(const struct lora_call *c, int64_t slice, int64_t slo
 
 /* Cost of a pair: weights are read once and used for every row; 4 stands for the reading. */
 INLINE int64_t cost_of(const struct lora_call *c, int64_t tile, int64_t rank, int64_t width) {
-    return (rank + 1) * width * (4 + entry(c->tile_rows, tile));
+    return (rank + 1) * width * (4 + of_tile(c->tile_rows, tile));
 }
 
 /* The part [from, to) of `size` steps of `step` that falls into this thread's share, for a pair
@@ -154,7 +158,7 @@ static void gather_tile(const struct lora_call *c, struct thread *t, int64_t til
     int64_t key = c->mode == MODE_EXPAND ? tile * c->slices + slice : tile;
     if (t->gathered == key) return;
     t->gathered = key;
-    int64_t start = entry(c->tile_start, tile), rows = entry(c->tile_rows, tile);
+    int64_t start = of_tile(c->tile_start, tile), rows = of_tile(c->tile_rows, tile);
     for (int64_t m = 0; m < rows; m++) {
         int64_t token = entry(c->order, start + m);
         if (token >= c->tokens) continue;
@@ -171,8 +175,8 @@ static void gather_tile(const struct lora_call *c, struct thread *t, int64_t til
 static void shrink_pair(const struct lora_call *c, struct thread *t, const struct panel *p,
                         float *hs, int64_t tile, int64_t s, int64_t from, int64_t to) {
     const struct slice *w = &c->slice[s];
-    int64_t slot = entry(c->tile_slot, tile), start = entry(c->tile_start, tile);
-    int64_t rows = entry(c->tile_rows, tile), ldh = round_up(c->max_rank, PAIR);
+    int64_t slot = of_tile(c->tile_slot, tile), start = of_tile(c->tile_start, tile);
+    int64_t rows = of_tile(c->tile_rows, tile), ldh = round_up(c->max_rank, PAIR);
     int64_t ldx = round_up(c->k, PAIR);
     float *h = hs + ((start - p->first_row) * c->slices + s) * ldh;
     gather_tile(c, t, tile, s);
@@ -184,9 +188,9 @@ static void shrink_pair(const struct lora_call *c, struct thread *t, const struc
 
 static void write_h(const struct lora_call *c, const struct panel *p, const float *hs, int64_t tile,
                     int64_t s) {
-    int64_t start = entry(c->tile_start, tile), ldh = round_up(c->max_rank, PAIR);
-    int64_t rank = rank_of(c, s, entry(c->tile_slot, tile));
-    for (int64_t m = 0; m < entry(c->tile_rows, tile); m++) {
+    int64_t start = of_tile(c->tile_start, tile), ldh = round_up(c->max_rank, PAIR);
+    int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
+    for (int64_t m = 0; m < of_tile(c->tile_rows, tile); m++) {
         int64_t token = entry(c->order, start + m), i = 0;
         if (token >= c->tokens) continue;
         const float *from = hs + ((start + m - p->first_row) * c->slices + s) * ldh;
@@ -204,8 +208,8 @@ static void write_h(const struct lora_call *c, const struct panel *p, const floa
 static void expand_pair(const struct lora_call *c, struct thread *t, const struct panel *p,
                         const float *hs, int64_t tile, int64_t s, int64_t from, int64_t to) {
     const struct slice *w = &c->slice[s];
-    int64_t slot = entry(c->tile_slot, tile), start = entry(c->tile_start, tile);
-    int64_t rows = entry(c->tile_rows, tile), rank = rank_of(c, s, slot);
+    int64_t slot = of_tile(c->tile_slot, tile), start = of_tile(c->tile_start, tile);
+    int64_t rows = of_tile(c->tile_rows, tile), rank = rank_of(c, s, slot);
     int64_t ldh = round_up(c->max_rank, PAIR);
     const float *h = hs + ((start - p->first_row) * c->slices + s) * ldh;
     int64_t h_stride = c->slices * ldh;
@@ -249,10 +253,10 @@ static void run_shrink(const struct lora_call *c, struct thread *t, const struct
     int64_t total = 0, begin = 0, from, to;
     for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
         for (int64_t s = 0; s < c->slices; s++)
-            total += cost_of(c, tile, rank_of(c, s, entry(c->tile_slot, tile)), 1);
+            total += cost_of(c, tile, rank_of(c, s, of_tile(c->tile_slot, tile)), 1);
     for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
         for (int64_t s = 0; s < c->slices; s++) {
-            int64_t rank = rank_of(c, s, entry(c->tile_slot, tile));
+            int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
             int64_t cost = cost_of(c, tile, rank, 1);
             share_of(t, total, begin, cost, rank, RANK_STEP, &from, &to);
             if (from < to) shrink_pair(c, t, p, hs, tile, s, from, to);
@@ -265,10 +269,10 @@ static void run_expand(const struct lora_call *c, struct thread *t, const struct
     int64_t total = 0, begin = 0, from, to;
     for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
         for (int64_t s = 0; s < c->slices; s++)
-            total += cost_of(c, tile, rank_of(c, s, entry(c->tile_slot, tile)), c->slice[s].cols);
+            total += cost_of(c, tile, rank_of(c, s, of_tile(c->tile_slot, tile)), c->slice[s].cols);
     for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
         for (int64_t s = 0; s < c->slices; s++) {
-            int64_t cols = c->slice[s].cols, rank = rank_of(c, s, entry(c->tile_slot, tile));
+            int64_t cols = c->slice[s].cols, rank = rank_of(c, s, of_tile(c->tile_slot, tile));
             int64_t cost = cost_of(c, tile, rank, cols);
             share_of(t, total, begin, cost, cols, NB, &from, &to);
             if (from < to && (rank > 0 || c->overwrite)) expand_pair(c, t, p, hs, tile, s, from, to);
@@ -326,9 +330,9 @@ void multilora_run(const struct lora_call *c, int64_t tile_rows) {
         while (p.last_tile < tiles) {
             int64_t rows = 0;
             p.first_tile = p.last_tile;
-            p.first_row = entry(c->tile_start, p.first_tile);
-            while (p.last_tile < tiles && rows + entry(c->tile_rows, p.last_tile) <= PANEL_ROWS)
-                rows += entry(c->tile_rows, p.last_tile++);
+            p.first_row = of_tile(c->tile_start, p.first_tile);
+            while (p.last_tile < tiles && rows + of_tile(c->tile_rows, p.last_tile) <= PANEL_ROWS)
+                rows += of_tile(c->tile_rows, p.last_tile++);
             if (c->mode != MODE_EXPAND) {
                 run_shrink(c, &t, &p, hs);
 #pragma omp barrier

@@ -45,11 +45,13 @@ def lora_linear(
     if not x.size(0):
         return
     batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
-    planes, launch = shrink_launch(x, lora_a, batch, scale, kept_type(y, lora_b))
-    launch.run()
-    expand_launch(
+    planes, shrink = shrink_launch(x, lora_a, batch, scale, kept_type(y, lora_b))
+    # All memory is there before the first launch: nothing comes between the two.
+    expand = expand_launch(
         y, planes, lora_b, batch, offset, add_inputs, after_shrink=True, factors=factors
-    ).run()
+    )
+    shrink.run()
+    expand.run()
 
 
 def prepare_linear(

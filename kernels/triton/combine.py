@@ -18,7 +18,7 @@ import triton.language as tl
 
 from multilora_kernels.configs.defaults import SHORT_BATCH
 from multilora_kernels.configs.model import power_of_two_up
-from multilora_kernels.triton.launch import Batch, Launch, launch_options
+from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.tiles import (
     base_rows,
     count_parts,
@@ -26,9 +26,11 @@ from multilora_kernels.triton.tiles import (
     load_tokens,
     round_up,
     store_grain,
+    take_share,
 )
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 16, 64, 4
+PER_PROCESSOR = 6
 
 # What one launch more is taken to cost, in bytes that the second-level cache could deliver
 # meanwhile: a microsecond or two at some terabytes a second. An estimate, not measured.
@@ -68,10 +70,10 @@ def prepare_combine(
     """
     split_k, slices, tokens, max_rank = planes.shape
     grain = store_grain(h)
-    programs = slices * triton.cdiv(max_rank, BLOCK_N)
+    spread = Spread(slices * triton.cdiv(max_rank, BLOCK_N), BLOCK_M, PER_PROCESSOR)
     return Launch(
         combine_kernel,
-        (programs, batch.lanes(programs, tokens, BLOCK_M)),
+        (batch.programs(spread, tokens),),
         {
             "h": h,
             "planes": planes,
@@ -89,12 +91,13 @@ def prepare_combine(
             "ZEROS": zeros,
             "PDL": batch.facts.pdl,
         },
-        launch_options(NUM_WARPS, 1, pdl=batch.facts.pdl),
+        launch_options(NUM_WARPS, 1, batch.facts, PER_PROCESSOR, pdl=batch.facts.pdl),
+        spread=spread,
     )
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "tile_slot", "max_tiles", "h_slice", "h_row"],
+    do_not_specialize=["tokens", "order", "h_slice", "h_row"],
     # A layer's ranks are some rows of a table: where they begin must not make another kernel.
     do_not_specialize_on_alignment=["ranks"],
 )
@@ -104,8 +107,7 @@ def combine_kernel(
     ranks,  # int32 [slices, slots]
     plan,
     tokens,
-    tile_slot,
-    max_tiles,
+    order,
     h_slice,  # in units of GRAIN elements
     h_row,  # likewise: so the compiler sees rows that begin where a wide store may
     ranks_slice,
@@ -119,44 +121,47 @@ def combine_kernel(
     ZEROS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (slices x column blocks, lanes); a lane does every lanes-th unit of work."""
+    """A piece is a block of columns of one slice."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    slice_id = tl.program_id(0) // tl.cdiv(R, BLOCK_N)
-    column = tl.program_id(0) % tl.cdiv(R, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < R
-    h += slice_id * h_slice.to(tl.int64) * GRAIN + column
+    COLUMN_BLOCKS: tl.constexpr = tl.cdiv(R, BLOCK_N)
+    PIECES: tl.constexpr = SLICES * COLUMN_BLOCKS
     H_GRAIN: tl.constexpr = 128 // planes.dtype.element_ty.primitive_bitwidth
-    tiles, parts = count_parts(plan, BLOCK_M)
-    for part in tl.range(tl.program_id(1), parts, tl.num_programs(1), num_stages=1):
-        slot, start, rows = load_part(plan, part, tiles, tile_slot, max_tiles, BLOCK_M)
-        if rows > 0:
-            rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
-            token, live = load_tokens(plan, start, rows, tokens, BLOCK_M)
-            row = planes + (slice_id.to(tl.int64) * tokens + token) * R
-            at = row[:, None] + column[None, :]
-            loaded = column < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1)
-            computed = live[:, None] & loaded[None, :]
-            total = tl.load(at, mask=computed, other=0.0).to(tl.float32)
-            for _ in tl.range(1, SPLIT_K, num_stages=1):
-                at += tokens.to(tl.int64) * (SLICES * R)
-                total += tl.load(at, mask=computed, other=0.0)
-            total = tl.where(column[None, :] < rank, total, 0.0)
-            written = inside if ZEROS else column < round_up(rank, GRAIN)
-            tl.store(
-                h[None, :] + (token * h_row * GRAIN)[:, None],
-                total.to(h.dtype.element_ty),
-                mask=live[:, None] & written[None, :],
-            )
+    first, end = take_share(count_parts(plan, BLOCK_M) * PIECES)
+    for piece in tl.range(first, end, num_stages=1):
+        slot, start, rows = load_part(plan, piece // PIECES, BLOCK_M)
+        slice_id = piece % PIECES // COLUMN_BLOCKS
+        column = piece % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+        rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
+        token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
+        row = planes + (slice_id.to(tl.int64) * tokens + token) * R
+        at = row[:, None] + column[None, :]
+        loaded = column < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1)
+        computed = live[:, None] & loaded[None, :]
+        total = tl.load(at, mask=computed, other=0.0).to(tl.float32)
+        for _ in tl.range(1, SPLIT_K, num_stages=1):
+            at += tokens.to(tl.int64) * (SLICES * R)
+            total += tl.load(at, mask=computed, other=0.0)
+        total = tl.where(column[None, :] < rank, total, 0.0)
+        written = column < R if ZEROS else column < round_up(rank, GRAIN)
+        own = h + slice_id * h_slice.to(tl.int64) * GRAIN + column
+        tl.store(
+            own[None, :] + (token * h_row * GRAIN)[:, None],
+            total.to(h.dtype.element_ty),
+            mask=live[:, None] & written[None, :],
+        )
     if ZEROS:
-        first, count = base_rows(plan)
-        for done in tl.range(
-            tl.program_id(1) * BLOCK_M, count, tl.num_programs(1) * BLOCK_M, num_stages=1
-        ):
-            token, live = load_tokens(plan, first + done, count - done, tokens, BLOCK_M)
+        base, count = base_rows(plan)
+        first, end = take_share(tl.cdiv(count, BLOCK_M) * PIECES)
+        for piece in tl.range(first, end, num_stages=1):
+            done = piece // PIECES * BLOCK_M
+            slice_id = piece % PIECES // COLUMN_BLOCKS
+            column = piece % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+            token, live = load_tokens(plan, order, base + done, count - done, tokens, BLOCK_M)
+            own = h + slice_id * h_slice.to(tl.int64) * GRAIN + column
             tl.store(
-                h[None, :] + (token * h_row * GRAIN)[:, None],
+                own[None, :] + (token * h_row * GRAIN)[:, None],
                 tl.zeros((BLOCK_M, BLOCK_N), dtype=h.dtype.element_ty),
-                mask=live[:, None] & inside[None, :],
+                mask=live[:, None] & (column < R)[None, :],
             )

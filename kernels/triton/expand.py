@@ -1,9 +1,11 @@
-"""The second half, `y += h @ B.T`: a block of tokens against a block of one slice's columns.
+"""The second half, `y += h @ B.T`: a block of tokens against neighbouring columns of one slice.
 
-The grid's first axis runs over the column blocks of all slices, one slice after the other, so a
-narrow slice (k and v under grouped-query attention) brings only the blocks that it has. A program
-adds up the planes of `h` from a split product, always in the same order, on its way; in a long
-batch `combine` may have done so before, since all column blocks need the same sum.
+A piece of the work is a block of columns. The blocks of all slices are numbered one slice after the
+other, so a narrow slice (k and v under grouped-query attention) brings only the blocks that it
+has. A program takes a run of neighbouring blocks: it reads the plan, the rank and `h` once for all
+of those in one slice, and the next block of B while it works on one. The planes of `h` from a split
+product it adds up on its way, always in the same order; in a long batch `combine` may have done so
+before, since all runs need the same sum.
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
@@ -19,9 +21,10 @@ import triton
 import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
+from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.triton.combine import pays_before_expand, prepare_combine
-from multilora_kernels.triton.launch import Batch, Launch, launch_options
+from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.shrink import kept_type
 from multilora_kernels.triton.tiles import (
     base_rows,
@@ -30,9 +33,11 @@ from multilora_kernels.triton.tiles import (
     load_part,
     load_tokens,
     round_up,
+    take_share,
 )
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
+_MOST_SUMS = tl.constexpr(2048)  # of a block of y; 16 for each of 128 threads
 
 
 def prepare_expand(
@@ -65,17 +70,21 @@ def prepare_expand(
     tokens = y.size(0)
     block_m = batch.rows_per_program(config.block_m)
     widths = tuple(b.size(-2) for b in lora_b)
-    programs = sum(triton.cdiv(width, config.block_n) for width in widths)
+    blocks = sum(triton.cdiv(width, config.block_n) for width in widths)
+    spread = Spread(blocks, block_m, config.per_processor)
     pdl = batch.facts.pdl and after_shrink
     before = None
     kept = kept_type(y, lora_b)
-    if after_shrink and pays_before_expand(planes, programs, kept):
+    # As if every part of a tile were full: a slice's planes are read once for each run of blocks.
+    rounded = power_of_two_up(tokens)  # as all that decides what is launched
+    runs = min(blocks, len(widths) + batch.programs(spread, rounded) * block_m // rounded)
+    if after_shrink and pays_before_expand(planes, runs, kept):
         h = torch.empty(planes.shape[1:], dtype=kept, device=planes.device)
         before = prepare_combine(h, planes, batch, zeros=False)
         planes = h.unsqueeze(0)
     return Launch(
         expand_kernel,
-        (programs, batch.lanes(programs, tokens, block_m)),
+        (batch.programs(spread, tokens),),
         {
             "y": y,
             "planes": planes,
@@ -100,8 +109,11 @@ def prepare_expand(
             "PDL": pdl,
             **({} if factors is None else _steps_of(factors)),
         },
-        launch_options(config.num_warps, config.num_stages, pdl=pdl),
+        launch_options(
+            config.num_warps, config.num_stages, batch.facts, config.per_processor, pdl=pdl
+        ),
         before,
+        spread,
     )
 
 
@@ -127,7 +139,7 @@ def grain(lora_b: Sequence[torch.Tensor], max_rank: int) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "tile_slot", "max_tiles"],
+    do_not_specialize=["tokens", "order"],
     # A layer's ranks are some rows of a table: where they begin must not make another kernel.
     do_not_specialize_on_alignment=["ranks", "factors", "marks"],
 )
@@ -138,8 +150,7 @@ def expand_kernel(
     ranks,  # int32 [slices, slots]
     plan,
     tokens,
-    tile_slot,
-    max_tiles,
+    order,
     offset,
     y_row,
     ranks_slice,
@@ -162,82 +173,93 @@ def expand_kernel(
     FACTORS_SLOT: tl.constexpr = 0,
     MARKS_SLICE: tl.constexpr = 0,
 ):
-    """Grid: (column blocks of all slices, lanes); a lane does every lanes-th unit of work."""
-    # Which slice this program's column block lies in, and where the slice begins in y.
-    block = tl.program_id(0)
-    slice_id = block * 0
-    width = slice_id + WIDTHS[0]
-    before = slice_id  # columns of the slices before
+    """A piece is a block of columns of one slice."""
+    SLICES: tl.constexpr = len(WIDTHS)
+    pieces = 0
+    for i in tl.static_range(SLICES):
+        pieces += tl.cdiv(WIDTHS[i], BLOCK_N)
+    first, end = take_share(count_parts(plan, BLOCK_M) * pieces)
     y += offset
-    for i in tl.static_range(1, len(WIDTHS)):
-        blocks = tl.cdiv(WIDTHS[i - 1], BLOCK_N)
-        if (slice_id == i - 1) & (block >= blocks):
-            slice_id += 1
-            block -= blocks
-            width += WIDTHS[i] - WIDTHS[i - 1]
-            y += WIDTHS[i - 1]
-            before += WIDTHS[i - 1]
-    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < width
-    y += column
-    tiles, parts = count_parts(plan, BLOCK_M)
-    for part in tl.range(tl.program_id(1), parts, tl.num_programs(1), num_stages=1):
-        slot, start, rows = load_part(plan, part, tiles, tile_slot, max_tiles, BLOCK_M)
-        rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
-        if (rows > 0) & (rank > 0):
-            token, live = load_tokens(plan, start, rows, tokens, BLOCK_M)
+    for part in tl.range(first // pieces, tl.cdiv(end, pieces), num_stages=1):
+        slot, start, rows = load_part(plan, part, BLOCK_M)
+        token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
+        y_rows = y + token * y_row
+        from_block, to_block = first - part * pieces, end - part * pieces
+        before = rows * 0  # columns of the slices before
+        for number in tl.range(0, SLICES, num_stages=1):
+            slice_id = rows * 0 + number
+            width = rows * 0 + WIDTHS[0]
             b = b_slices[0] + slot * B_SLOT[0]
             b_row = B_ROW[0]
             b_column = B_COLUMN[0]
-            for i in tl.static_range(1, len(WIDTHS)):
+            for i in tl.static_range(1, SLICES):
                 if slice_id == i:
+                    width = rows * 0 + WIDTHS[i]
                     b = b_slices[i] + slot * B_SLOT[i]
                 if B_ROW[i] != B_ROW[0]:
                     b_row = tl.where(slice_id == i, B_ROW[i], b_row)
                 if B_COLUMN[i] != B_COLUMN[0]:
                     b_column = tl.where(slice_id == i, B_COLUMN[i], b_column)
-            factor, kept, is_marked = None, None, 0
-            if factors is not None:
-                is_marked = tl.load(marks + slice_id * MARKS_SLICE + slot)
-                factor = factors + slot * FACTORS_SLOT + before + column
-                if bias is not None:
-                    kept = bias + before + column
-            # As in the first half: one body per power of two up to BLOCK_R.
-            for halvings in tl.static_range(0, 8):
-                if BLOCK_R >> halvings >= _MIN_BLOCK:
-                    _expand_block(
-                        y[None, :] + (token * y_row)[:, None],
-                        planes + (slice_id.to(tl.int64) * tokens + token) * R,
-                        b + column.to(tl.int64) * b_row,
-                        b_column,
-                        factor,
-                        kept,
-                        is_marked,
-                        live,
-                        inside,
-                        rank,
-                        tokens,
-                        len(WIDTHS),
-                        R,
-                        GRAIN,
-                        SPLIT_K,
-                        OVERWRITE,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_R,
-                        BLOCK_R >> halvings,
-                        PDL,
-                    )
-        elif OVERWRITE:
-            _store_zeros(y, y_row, plan, start, rows, tokens, inside, BLOCK_M, BLOCK_N)
+            blocks = tl.cdiv(width, BLOCK_N)
+            block, to = tl.maximum(from_block, 0), tl.minimum(to_block, blocks)
+            if block < to:
+                rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
+                if rank > 0:
+                    factor, kept, is_marked = None, None, 0
+                    if factors is not None:
+                        is_marked = tl.load(marks + slice_id * MARKS_SLICE + slot)
+                        factor = factors + slot * FACTORS_SLOT + before
+                        if bias is not None:
+                            kept = bias + before
+                    # As in the first half: one body per power of two up to BLOCK_R.
+                    for halvings in tl.static_range(0, 8):
+                        if BLOCK_R >> halvings >= _MIN_BLOCK:
+                            _expand_blocks(
+                                y_rows + before,
+                                planes + (slice_id.to(tl.int64) * tokens + token) * R,
+                                b,
+                                b_row,
+                                b_column,
+                                factor,
+                                kept,
+                                is_marked,
+                                live,
+                                block,
+                                to,
+                                width,
+                                rank,
+                                tokens,
+                                SLICES,
+                                R,
+                                GRAIN,
+                                SPLIT_K,
+                                OVERWRITE,
+                                BLOCK_M,
+                                BLOCK_N,
+                                BLOCK_R,
+                                BLOCK_R >> halvings,
+                                PDL,
+                            )
+                elif OVERWRITE:
+                    _store_zeros(y_rows + before, live, block, to, width, BLOCK_M, BLOCK_N, PDL)
+            from_block -= blocks
+            to_block -= blocks
+            before += width
     if OVERWRITE:
-        first, count = base_rows(plan)
-        for done in tl.range(
-            tl.program_id(1) * BLOCK_M, count, tl.num_programs(1) * BLOCK_M, num_stages=1
-        ):
-            _store_zeros(
-                y, y_row, plan, first + done, count - done, tokens, inside, BLOCK_M, BLOCK_N
-            )
+        base, count = base_rows(plan)
+        first, end = take_share(tl.cdiv(count, BLOCK_M) * pieces)
+        for part in tl.range(first // pieces, tl.cdiv(end, pieces), num_stages=1):
+            done = part * BLOCK_M
+            token, live = load_tokens(plan, order, base + done, count - done, tokens, BLOCK_M)
+            y_rows = y + token * y_row
+            from_block, to_block = first - part * pieces, end - part * pieces
+            for i in tl.static_range(SLICES):
+                blocks = tl.cdiv(WIDTHS[i], BLOCK_N)
+                block, to = tl.maximum(from_block, 0), tl.minimum(to_block, blocks)
+                _store_zeros(y_rows, live, block, to, WIDTHS[i], BLOCK_M, BLOCK_N, PDL)
+                from_block -= blocks
+                to_block -= blocks
+                y_rows += WIDTHS[i]
     if PDL:
         # Programs without work wait too: a kernel launched next waits for this one only, and
         # must find the first half ended as well.
@@ -245,16 +267,19 @@ def expand_kernel(
 
 
 @triton.jit
-def _expand_block(
-    y,  # pointers, [BLOCK_M, BLOCK_N]
+def _expand_blocks(
+    y,  # pointers to the rows' first column in this slice, [BLOCK_M]
     h,  # pointers to the rows in the first plane, [BLOCK_M]
-    b,  # pointers to the rows, [BLOCK_N]
+    b,  # pointer to the first row
+    b_row,
     b_column,
-    factor,  # pointers, [BLOCK_N]; None: the slot has none
-    kept,  # pointers to what is not multiplied, [BLOCK_N]; None: nothing
+    factor,  # pointer to the slice's first; None: there are none
+    kept,  # pointer to what is not multiplied; None: nothing
     is_marked,  # whether the factors count
     live,
-    inside,
+    first,
+    to,
+    width,
     rank,
     tokens,
     SLICES: tl.constexpr,
@@ -268,98 +293,111 @@ def _expand_block(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`y += sum(planes)[:, :rank] @ b[:, :rank].T`, if BLOCK is the one for this rank."""
+    """`y += sum(planes)[:, :rank] @ b[:, :rank].T`, if BLOCK is the one for this rank.
+
+    For blocks of columns `first` up to `to`.
+    """
     HALF: tl.constexpr = BLOCK // 2 if BLOCK > _MIN_BLOCK else 0
     OUT: tl.constexpr = y.dtype.element_ty
+    # With fewer ranks more columns at a time, or too few bytes of B would be under way.
+    FITS: tl.constexpr = _MOST_SUMS // (BLOCK_M * BLOCK_N)
+    WIDER: tl.constexpr = FITS if FITS < BLOCK_R // BLOCK else BLOCK_R // BLOCK
+    COLUMNS: tl.constexpr = BLOCK_N * WIDER if WIDER > 1 else BLOCK_N
     short = tl.minimum(rank, BLOCK_R)
     if (short > HALF) & (short <= BLOCK):
-        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        product = _add_product(
-            product,
-            h,
-            b,
-            b_column,
-            0,
-            live,
-            inside,
-            rank,
-            tokens,
-            SLICES,
-            R,
-            GRAIN,
-            SPLIT_K,
-            BLOCK,
-            OUT,
-            PDL,
+        lane = tl.arange(0, COLUMNS)
+        end = to * BLOCK_N
+        weights = _load_b(
+            b, b_row, b_column, first * BLOCK_N, 0, width, end, rank, GRAIN, COLUMNS, BLOCK
         )
-        if (R > BLOCK_R) & (BLOCK == BLOCK_R):
-            for first in range(BLOCK, rank, BLOCK):
-                product = _add_product(
-                    product,
-                    h,
-                    b,
-                    b_column,
-                    first,
-                    live,
-                    inside,
-                    rank,
-                    tokens,
-                    SLICES,
-                    R,
-                    GRAIN,
-                    SPLIT_K,
-                    BLOCK,
-                    OUT,
-                    False,  # the first block has waited
-                )
-        mask = live[:, None] & inside[None, :]
-        if not OVERWRITE:
-            product += tl.load(y, mask=mask, other=0.0).to(tl.float32)
-        if factor is not None:  # noqa: SIM102 (known when it is compiled)
-            if is_marked != 0:
-                grown = product
-                if kept is not None:
-                    grown -= tl.load(kept, mask=inside, other=0.0)[None, :]
-                product += tl.load(factor, mask=inside, other=0.0)[None, :] * grown
-        tl.store(y, product.to(OUT), mask=mask)
+        if PDL:
+            # Returns when the first half has ended and its stores are visible. All that came
+            # before, the weights included, was loaded while it still ran.
+            tl.extra.cuda.gdc_wait()
+        total = _sum_planes(h, 0, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK)
+        for done in tl.range(first * BLOCK_N, end, COLUMNS, num_stages=1):
+            column = done + lane
+            inside = (column < width) & (column < end)
+            at = y[:, None] + column[None, :]
+            mask = live[:, None] & inside[None, :]
+            following = _load_b(
+                b, b_row, b_column, done + COLUMNS, 0, width, end, rank, GRAIN, COLUMNS, BLOCK
+            )
+            product = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+            product = _add_product(product, total, weights, 0, rank, OUT, BLOCK)
+            if (R > BLOCK_R) & (BLOCK == BLOCK_R):
+                for r in range(BLOCK, rank, BLOCK):
+                    more = _load_b(
+                        b, b_row, b_column, done, r, width, end, rank, GRAIN, COLUMNS, BLOCK
+                    )
+                    sums = _sum_planes(h, r, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK)
+                    product = _add_product(product, sums, more, r, rank, OUT, BLOCK)
+            if not OVERWRITE:
+                product += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            if factor is not None:  # noqa: SIM102 (known when it is compiled)
+                if is_marked != 0:
+                    grown = product
+                    if kept is not None:
+                        grown -= tl.load(kept + column, mask=inside, other=0.0)[None, :]
+                    product += tl.load(factor + column, mask=inside, other=0.0)[None, :] * grown
+            tl.store(at, product.to(OUT), mask=mask)
+            weights = following
 
 
 @triton.jit
-def _add_product(
-    product,
-    h,
+def _load_b(
     b,
+    b_row,
     b_column,
-    first,
+    first_column,
+    first_r,
+    width,
+    end,
+    rank,
+    GRAIN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`b[first_column:, first_r:].T`, [BLOCK, COLUMNS].
+
+    Of the columns below `width` and `end`, and to the end of the 16 bytes in which the rank ends.
+    """
+    column = first_column + tl.arange(0, COLUMNS)
+    r = first_r + tl.arange(0, BLOCK)
+    at = b + (column.to(tl.int64) * b_row)[None, :] + r[:, None] * b_column
+    mask = ((column < width) & (column < end))[None, :] & (r < round_up(rank, GRAIN))[:, None]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _sum_planes(
+    h,
+    first_r,
     live,
-    inside,
     rank,
     tokens,
     SLICES: tl.constexpr,
     R: tl.constexpr,
-    GRAIN: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
-    OUT: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """`product + sum(planes)[:, first:first + BLOCK] @ b[:, first:first + BLOCK].T`."""
-    r = first + tl.arange(0, BLOCK)
-    b_block = b[None, :] + r[:, None] * b_column
-    b_mask = inside[None, :] & (r < round_up(rank, GRAIN))[:, None]
-    weights = tl.load(b_block, mask=b_mask, other=0.0)
-    if PDL:
-        # Returns when the first half has ended and its stores are visible. All that came before,
-        # the weights included, was loaded while it still ran.
-        tl.extra.cuda.gdc_wait()
-    h_block = h[:, None] + r[None, :]
+    """`sum(planes)[:, first_r:]`, float32 [BLOCK_M, BLOCK], in ascending order of the planes."""
+    r = first_r + tl.arange(0, BLOCK)
+    at = h[:, None] + r[None, :]
     H_GRAIN: tl.constexpr = 128 // h.dtype.element_ty.primitive_bitwidth
-    h_mask = live[:, None] & (r < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1))[None, :]
-    total = tl.load(h_block, mask=h_mask, other=0.0).to(tl.float32)
+    mask = live[:, None] & (r < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1))[None, :]
+    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     # Pipelining this loop would keep a copy of the planes in shared memory for nothing.
     for _ in tl.range(1, SPLIT_K, num_stages=1):
-        h_block += tokens.to(tl.int64) * (SLICES * R)
-        total += tl.load(h_block, mask=h_mask, other=0.0)
+        at += tokens.to(tl.int64) * (SLICES * R)
+        total += tl.load(at, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _add_product(product, total, weights, first_r, rank, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """`product + total @ weights`."""
+    r = first_r + tl.arange(0, BLOCK)
     # Past the rank lies whatever the memory held, even NaN: both factors must be zero there.
     total = tl.where(r[None, :] < rank, total, 0.0)
     weights = tl.where(r[:, None] < rank, weights, 0.0)
@@ -370,10 +408,15 @@ def _add_product(
 
 @triton.jit
 def _store_zeros(
-    y, y_row, plan, start, rows, tokens, inside, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    y, live, first, to, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
 ):
-    """Zeros in this program's columns for plan rows `start` to `start + rows`."""
-    token, live = load_tokens(plan, start, rows, tokens, BLOCK_M)
-    at = y[None, :] + (token * y_row)[:, None]
-    zeros = tl.zeros((BLOCK_M, BLOCK_N), dtype=y.dtype.element_ty)
-    tl.store(at, zeros, mask=live[:, None] & inside[None, :])
+    """Zeros in the blocks of columns `first` up to `to`; y: pointers to the rows, [BLOCK_M]."""
+    if PDL:
+        # Nothing is written while a kernel before this one may still read it.
+        tl.extra.cuda.gdc_wait()
+    for block in tl.range(first, to, num_stages=1):
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), dtype=y.dtype.element_ty)
+        tl.store(
+            y[:, None] + column[None, :], zeros, mask=live[:, None] & (column < width)[None, :]
+        )

@@ -11,11 +11,24 @@ import torch
 from multilora_kernels.configs.model import MIN_BLOCK, power_of_two_up
 from multilora_kernels.plan import PlanLayout
 
-# Programs that one multiprocessor holds at once, at the four warps of most configurations. More
-# lanes than fill the device would only be programs that wait for their turn.
-RESIDENT_PROGRAMS = 16
-_MAX_LANES = 65_535  # what a grid's second axis takes
+_REGISTERS, _MOST_REGISTERS = 65_536, 255  # of a multiprocessor; of a thread
+_WARP_THREADS = 32
 _INTERPRETER_PROCESSORS = 16  # enough for the defaults to split K, as they do on a GPU
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much work a launch may have, and how many programs a device can hold for it.
+
+    Attributes:
+        pieces: Into which each part of a tile is cut.
+        block_m: Rows of a part.
+        per_processor: Programs for each multiprocessor.
+    """
+
+    pieces: int
+    block_m: int
+    per_processor: int
 
 
 @dataclass(frozen=True)
@@ -24,24 +37,27 @@ class Launch:
 
     Attributes:
         kernel: The Triton function.
-        grid: Programs on the two axes.
+        grid: Programs.
         arguments: Tensors and numbers by parameter name.
         constants: Compile-time parameters by name.
         options: Warps, stages and the like.
         before: A launch that this one needs the results of; run just before it.
+        spread: What the size of the grid follows from.
     """
 
     kernel: Any
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, int]
     before: Launch | None = None
+    spread: Spread | None = None
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Launches; returns Triton's compiled kernel, None in the interpreter."""
         if self.before is not None:
             self.before.run()
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True)
@@ -78,20 +94,18 @@ class Batch:
     facts: DeviceFacts
     batch_invariant: bool = False
 
-    def lanes(self, programs: int, tokens: int, block_m: int) -> int:
-        """How many programs share the tiles, for each of the `programs` of the first axis.
+    def programs(self, spread: Spread, tokens: int) -> int:
+        """How many programs share the work: as many as the device holds, or can have any.
 
         A function of shapes alone: a captured graph keeps it for whatever batch it replays. Any
-        number is correct, since a lane goes on to further tiles until none is left.
+        number is correct, since the programs divide among themselves what the plan says.
 
         Args:
-            programs: The grid's first axis.
+            spread: Of the launch.
             tokens: Rows of the activations.
-            block_m: Rows that a program takes at a time.
         """
-        most_parts = tokens // block_m + min(self.layout.max_loras, tokens)
-        enough = -(-RESIDENT_PROGRAMS * self.facts.processors // programs)
-        return max(1, min(most_parts, enough, _MAX_LANES))
+        most_parts = tokens // spread.block_m + min(self.layout.max_loras, tokens)
+        return max(1, min(most_parts * spread.pieces, spread.per_processor * self.facts.processors))
 
     def rows_per_program(self, block_m: int) -> int:
         """The configured block of tokens, but no longer than the plan's tiles can fill."""
@@ -103,8 +117,7 @@ class Batch:
             "ranks": self.ranks,
             "plan": self.plan,
             "tokens": tokens,
-            "tile_slot": self.layout.tile_slot.start,
-            "max_tiles": self.layout.max_tiles,
+            "order": self.layout.order.start,
             "ranks_slice": self.ranks.stride(0),
             "ranks_slot": self.ranks.stride(1),
         }
@@ -123,8 +136,23 @@ def device_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(architecture, properties.multi_processor_count, pdl=properties.major >= 9)
 
 
-def launch_options(num_warps: int, num_stages: int, *, pdl: bool = False) -> dict[str, int]:
-    """Options of a Triton launch."""
+def launch_options(
+    num_warps: int,
+    num_stages: int,
+    facts: DeviceFacts,
+    per_processor: int,
+    *,
+    pdl: bool = False,
+) -> dict[str, int]:
+    """Options of a Triton launch.
+
+    Where NVIDIA's compiler is asked, a thread gets no more registers than let a multiprocessor
+    hold `per_processor` programs at once.
+    """
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    # ROCm's Triton does not know the option, so it is named only where it is wanted.
+    if facts.architecture.startswith("sm_"):
+        most = _REGISTERS // (per_processor * num_warps * _WARP_THREADS) // 8 * 8
+        if most < _MOST_REGISTERS:  # a limit that allows all makes the compiler use all
+            options["maxnreg"] = most
+    # ROCm's Triton does not know the options, so this one is named only where it is wanted.
     return options | {"launch_pdl": True} if pdl else options

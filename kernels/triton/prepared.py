@@ -2,26 +2,32 @@
 
 Blocks, constants and options follow from the weights and from the number of tokens rounded up to
 a power of two. A layer has the same weights in every step, so they are looked up; what a step
-brings are tensors, the tokens and the lanes.
+brings are tensors, the tokens and the number of programs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
-from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch
+from multilora_kernels.triton.kept_launch import (
+    KeptLaunch,
+    current_stream,
+    is_aligned,
+    is_short,
+)
+from multilora_kernels.triton.launch import Batch, DeviceFacts
 from multilora_kernels.triton.product import expand_launch, shrink_launch
 from multilora_kernels.triton.shrink import kept_type
 
-# Arguments that are another tensor, or another number, in every batch.
-_OF_A_BATCH = {"plan", "tokens", "planes", "h", "h_slice", "x", "x_row", "y", "y_row"}
+_SHRINK = ("planes", "x", "x_row", "plan", "tokens")
+_COMBINE = ("h", "h_slice", "planes", "plan", "tokens")
+_EXPAND = ("y", "y_row", "planes", "plan", "tokens")
 
 
 @dataclass(frozen=True)
@@ -29,19 +35,28 @@ class _Launches:
     """What all batches of a range of token counts share.
 
     Attributes:
-        batch: For the lanes; its plan is not used.
-        shrink, combine, expand: Without the tensors of a batch, which would be kept alive.
+        shrink, combine, expand: The kernels.
         parts: Parts of K.
         plane_type, kept: The types of the planes and, if they are added up, of their sum.
+        h_grain: Elements that `combine` counts as one.
     """
 
-    batch: Batch
-    shrink: Launch
-    combine: Launch | None
-    expand: Launch
+    shrink: KeptLaunch
+    combine: KeptLaunch | None
+    expand: KeptLaunch
     parts: int
     plane_type: torch.dtype
     kept: torch.dtype
+    h_grain: int = 1
+
+    @property
+    def are_compiled(self) -> bool:
+        """Whether an aligned batch needs nothing of Triton."""
+        return (
+            self.shrink.is_compiled
+            and self.expand.is_compiled
+            and (self.combine is None or self.combine.is_compiled)
+        )
 
 
 class PreparedLaunches:
@@ -84,18 +99,29 @@ class PreparedLaunches:
             known = self._known[key] = self._work_out(plan, x, y)
         shape = len(self._lora_a), tokens, self._max_rank
         planes = torch.empty(known.parts, *shape, dtype=known.plane_type, device=x.device)
-        shared = {"plan": plan, "tokens": tokens}
-        _repeat(
-            known.shrink, known.batch, {"planes": planes, "x": x, "x_row": x.stride(0), **shared}
-        ).run()
-        before = None
+        h = None
         if known.combine is not None:
             h = torch.empty(shape, dtype=known.kept, device=x.device)
-            own = {"h": h, "h_slice": h.stride(0) // known.combine.constants["GRAIN"]}
-            before = _repeat(known.combine, known.batch, {**own, "planes": planes, **shared})
+        # One row begins where it begins, whatever lies behind it.
+        x_row, y_row = (x.stride(0), y.stride(0)) if tokens > 1 else (x.size(1), y.size(1))
+        at = plan.data_ptr(), x.data_ptr(), y.data_ptr(), planes.data_ptr()
+        own = 0 if h is None else h.data_ptr()
+        aligned = is_aligned(*at, own, x_row, y_row) and is_short(x_row, y_row)
+        h_slice = 0 if h is None else h.stride(0) // known.h_grain
+        if aligned and known.are_compiled:
+            plan_at, x_at, y_at, planes_at = at
+            stream = current_stream()
+            known.shrink.run_compiled(stream, planes_at, x_at, x_row, plan_at, tokens)
+            if known.combine is not None:
+                known.combine.run_compiled(stream, own, h_slice, planes_at, plan_at, tokens)
+                planes_at = own
+            known.expand.run_compiled(stream, y_at, y_row, planes_at, plan_at, tokens)
+            return
+        known.shrink.run(planes, x, x_row, plan, tokens, aligned=aligned)
+        if known.combine is not None and h is not None:
+            known.combine.run(h, h_slice, planes, plan, tokens, aligned=aligned)
             planes = h.unsqueeze(0)
-        expand = {"y": y, "y_row": y.stride(0), "planes": planes, **shared}
-        _repeat(known.expand, known.batch, expand, before).run()
+        known.expand.run(y, y_row, planes, plan, tokens, aligned=aligned)
 
     def _work_out(self, plan: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> _Launches:
         batch = Batch(self._ranks, plan, self._layout, self._facts, self._batch_invariant)
@@ -113,28 +139,11 @@ class PreparedLaunches:
         )
         combine = expand.before
         return _Launches(
-            batch=batch,
-            shrink=_without_batch(shrink),
-            combine=combine and _without_batch(combine),
-            expand=_without_batch(expand),
+            shrink=KeptLaunch(shrink, batch, _SHRINK),
+            combine=None if combine is None else KeptLaunch(combine, batch, _COMBINE),
+            expand=KeptLaunch(expand, batch, _EXPAND),
             parts=planes.size(0),
             plane_type=planes.dtype,
             kept=kept,
+            h_grain=1 if combine is None else combine.constants["GRAIN"],
         )
-
-
-def _without_batch(launch: Launch) -> Launch:
-    # Places of a batch's own arguments are kept, so that all launches name them in one order.
-    kept = {name: None if name in _OF_A_BATCH else a for name, a in launch.arguments.items()}
-    return replace(launch, arguments=kept, before=None)
-
-
-def _repeat(
-    launch: Launch, batch: Batch, of_the_batch: dict[str, Any], before: Launch | None = None
-) -> Launch:
-    programs, tokens = launch.grid[0], of_the_batch["tokens"]
-    lanes = batch.lanes(programs, tokens, launch.constants["BLOCK_M"])
-    arguments = {**launch.arguments, **of_the_batch}
-    return Launch(
-        launch.kernel, (programs, lanes), arguments, launch.constants, launch.options, before
-    )

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora_kernels.triton.launch import Launch, launch_options
+from multilora_kernels.triton.launch import Launch
 
-_LANES = 16  # programs per piece: 448 pieces of an 8B Llama fill any card many times over
+_MOST_LANES = 16  # programs per piece: steps' kernels wait for those that have begun
 _BLOCK = 1024  # units that a program copies at a time
 UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 """Widths in which rows are copied, in bytes."""
@@ -28,7 +28,7 @@ _FIELDS = tl.constexpr(5)
 
 
 @triton.jit
-def scatter_kernel(buffer, pieces, LANES: tl.constexpr, BLOCK: tl.constexpr):
+def scatter_kernel(buffer, pieces, BLOCK: tl.constexpr):
     """Copies pieces of `buffer`, in units of its element type, to where the table says.
 
     `pieces`, int64 [pieces, 5]: first unit in the buffer; address; rows; units of a row; units
@@ -42,7 +42,7 @@ def scatter_kernel(buffer, pieces, LANES: tl.constexpr, BLOCK: tl.constexpr):
     stride = tl.load(entry + 4)
     total = rows * columns
     lane = tl.arange(0, BLOCK)
-    for start in range(tl.program_id(1) * BLOCK, total, LANES * BLOCK):
+    for start in range(tl.program_id(1) * BLOCK, total, tl.num_programs(1) * BLOCK):
         at = start + lane
         live = at < total
         values = tl.load(source + at, mask=live)
@@ -53,13 +53,16 @@ def scatter_kernel(buffer, pieces, LANES: tl.constexpr, BLOCK: tl.constexpr):
             tl.store(target + row * stride + (at - row * columns), values, mask=live)
 
 
-def scatter_launch(staged: torch.Tensor, table: torch.Tensor, unit: int) -> Launch:
-    """The launch that copies pieces of a buffer.
+def scatter_launch(
+    staged: torch.Tensor, table: torch.Tensor, unit: int, longest: int = 0
+) -> Launch:
+    """The launch that copies pieces of a buffer, with a program for every `_BLOCK` units at most.
 
     Args:
         staged: uint8, in the memory of the device that the pieces' addresses belong to.
         table: int64 [n, 5], at least one piece, in the same memory; see `in_units`.
         unit: Bytes that are copied at a time, one of `UNITS`.
+        longest: Units of the longest piece.
     """
     whole = staged.numel() // unit * unit
     arguments: dict[str, Any] = {
@@ -68,10 +71,10 @@ def scatter_launch(staged: torch.Tensor, table: torch.Tensor, unit: int) -> Laun
     }
     return Launch(
         scatter_kernel,
-        (len(table), _LANES),
+        (len(table), max(1, min(_MOST_LANES, triton.cdiv(longest, _BLOCK)))),
         arguments,
-        {"LANES": _LANES, "BLOCK": _BLOCK},
-        launch_options(num_warps=4, num_stages=1),
+        {"BLOCK": _BLOCK},
+        {"num_warps": 4, "num_stages": 1},
     )
 
 

@@ -1,7 +1,8 @@
 """The first half, `h = scale * x @ A.T`: a block of tokens against a block of A's rows.
 
-A program owns (slice, block of ranks, part of K) and walks over its share of the batch's tiles.
-The product over one part of K goes to that part's own plane of `h`, so programs never add to
+A piece of the work is one part of K for one slice, up to the slot's rank. Neighbouring pieces are
+the parts of K of the same tokens and slice, so a program walks through several without a break. The
+product over one part of K goes to that part's own plane of `h`, so programs never add to
 the same place: no atomics, nothing to zero, the same sum in the same order every time. Where K
 is not cut, the one plane is `h` itself, and already has the type that B is multiplied in. Only
 the columns below a slot's rank count; what else is written ends the 16 bytes of a store.
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ShrinkConfig
-from multilora_kernels.triton.launch import Batch, Launch, launch_options
+from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.tiles import (
     count_parts,
     dot,
@@ -28,6 +29,7 @@ from multilora_kernels.triton.tiles import (
     load_tokens,
     round_up,
     store_grain,
+    take_share,
 )
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
@@ -69,10 +71,10 @@ def prepare_shrink(
     # Parts are added up before they are rounded.
     dtype = kept if split_k == 1 else torch.float32
     planes = torch.empty(split_k, len(lora_a), tokens, max_rank, dtype=dtype, device=x.device)
-    programs = split_k * len(lora_a) * triton.cdiv(max_rank, config.block_r)
+    spread = Spread(len(lora_a) * split_k, block_m, config.per_processor)
     launch = Launch(
         shrink_kernel,
-        (programs, batch.lanes(programs, tokens, block_m)),
+        (batch.programs(spread, tokens),),
         {
             "planes": planes,
             "x": x,
@@ -94,7 +96,8 @@ def prepare_shrink(
             "SPLIT_K": split_k,
             "PDL": batch.facts.pdl,
         },
-        launch_options(config.num_warps, config.num_stages),
+        launch_options(config.num_warps, config.num_stages, batch.facts, config.per_processor),
+        spread=spread,
     )
     return planes, launch
 
@@ -106,7 +109,7 @@ def kept_type(activations: torch.Tensor, weights: Sequence[torch.Tensor]) -> tor
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "tile_slot", "max_tiles"],
+    do_not_specialize=["tokens", "order"],
     # A layer's ranks are some rows of a table: where they begin must not make another kernel.
     do_not_specialize_on_alignment=["ranks"],
 )
@@ -117,8 +120,7 @@ def shrink_kernel(
     ranks,  # int32 [slices, slots]
     plan,
     tokens,
-    tile_slot,
-    max_tiles,
+    order,
     scale,
     x_row,
     ranks_slice,
@@ -135,90 +137,138 @@ def shrink_kernel(
     SPLIT_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (slices x blocks of R x SPLIT_K, lanes); a lane does every lanes-th unit of work."""
+    """A piece is a part of K for one slice."""
     if PDL:
         # The second half's programs may take their places as soon as the last ones of this half
         # have theirs; they wait for the results themselves.
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    split = program % SPLIT_K
-    first_r = program // SPLIT_K % tl.cdiv(R, BLOCK_R) * BLOCK_R
-    slice_id = program // (SPLIT_K * tl.cdiv(R, BLOCK_R))
-    tiles, parts = count_parts(plan, BLOCK_M)
-    for part in tl.range(tl.program_id(1), parts, tl.num_programs(1), num_stages=1):
-        slot, start, rows = load_part(plan, part, tiles, tile_slot, max_tiles, BLOCK_M)
+    SLICES: tl.constexpr = len(A_SLOT)
+    first, end = take_share(count_parts(plan, BLOCK_M) * (SLICES * SPLIT_K))
+    # Those of one slice and one part of a tile at a time.
+    for number in tl.range(first // SPLIT_K, tl.cdiv(end, SPLIT_K), num_stages=1):
+        slice_id = number % SLICES
+        slot, start, rows = load_part(plan, number // SLICES, BLOCK_M)
         rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
-        width = tl.minimum(rank - first_r, BLOCK_R)
-        if (rows > 0) & (width > 0):
-            token, live = load_tokens(plan, start, rows, tokens, BLOCK_M)
+        if rank > 0:
+            token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
             a = a_slices[0] + slot * A_SLOT[0]
             a_row = A_ROW[0]
-            for i in tl.static_range(1, len(A_SLOT)):
+            for i in tl.static_range(1, SLICES):
                 if slice_id == i:
                     a = a_slices[i] + slot * A_SLOT[i]
                 if A_ROW[i] != A_ROW[0]:
                     a_row = tl.where(slice_id == i, A_ROW[i], a_row)
-            a += first_r.to(tl.int64) * a_row
-            plane = split * len(A_SLOT) + slice_id
-            h = planes + (plane.to(tl.int64) * tokens + token) * R + first_r
-            # One body per power of two up to BLOCK_R, so that a low rank in a server of high
-            # ranks multiplies a narrow block and not a wide one of zeros.
-            for halvings in tl.static_range(0, 8):
-                if BLOCK_R >> halvings >= _MIN_BLOCK:
-                    _shrink_block(
-                        h,
-                        x + token * x_row,
-                        a,
-                        a_row,
-                        live,
-                        width,
-                        split * CHUNK,
-                        scale,
-                        K,
-                        GRAIN,
-                        BLOCK_M,
-                        BLOCK_R >> halvings,
-                        BLOCK_K,
-                        CHUNK,
-                        SPLIT_K,
-                    )
+            first_k = tl.maximum(first - number * SPLIT_K, 0)
+            plane = first_k * SLICES + slice_id
+            h = planes + (plane.to(tl.int64) * tokens + token) * R
+            end_k = tl.minimum(tl.minimum(end - number * SPLIT_K, SPLIT_K) * CHUNK, K)
+            for done_r in tl.range(0, rank if R > BLOCK_R else 1, BLOCK_R, num_stages=1):
+                first_r = rank * 0 + done_r  # a tensor in the interpreter, too
+                width = tl.minimum(rank - first_r, BLOCK_R)
+                # One body per power of two up to BLOCK_R, so that a low rank in a server of high
+                # ranks multiplies a narrow block and not a wide one of zeros.
+                for halvings in tl.static_range(0, 8):
+                    if BLOCK_R >> halvings >= _MIN_BLOCK:
+                        _shrink_block(
+                            h + first_r,
+                            tokens.to(tl.int64) * (SLICES * R),
+                            x + token * x_row,
+                            a + first_r.to(tl.int64) * a_row,
+                            a_row,
+                            live,
+                            width,
+                            first_k * CHUNK,
+                            end_k,
+                            scale,
+                            K,
+                            GRAIN,
+                            BLOCK_M,
+                            BLOCK_R,
+                            BLOCK_R >> halvings,
+                            BLOCK_K,
+                            CHUNK,
+                            SPLIT_K,
+                        )
 
 
 @triton.jit
 def _shrink_block(
-    h,  # pointers to the rows' first column, [BLOCK_M]
+    h,  # pointers to the rows' first column in the first plane, [BLOCK_M]
+    plane,  # elements from plane to plane
     x,  # pointers to the rows, [BLOCK_M]
     a,  # pointer to the first row
     a_row,
     live,
     width,
     first_k,
+    end_k,
     scale,
     K: tl.constexpr,
     GRAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """`h[:, :width] = scale * x[:, part of K] @ a[:width, part of K].T`, if BLOCK just fits."""
+    """`h[:, :width] = scale * x[:, part] @ a[:width, part].T`, if BLOCK is the one for this width.
+
+    For each part of K from column `first_k` to `end_k`.
+    """
     HALF: tl.constexpr = BLOCK // 2 if BLOCK > _MIN_BLOCK else 0
+    # Fewer rows of A are longer ones, or too few bytes would be under way: as long as they take
+    # no more memory than the widest block, and end where a part of K does.
+    FITS: tl.constexpr = BLOCK_K * (BLOCK_M + BLOCK_R) // (BLOCK_M + BLOCK)
+    STEP: tl.constexpr = (
+        4 * BLOCK_K
+        if FITS >= 4 * BLOCK_K and CHUNK % (4 * BLOCK_K) == 0
+        else (2 * BLOCK_K if FITS >= 2 * BLOCK_K and CHUNK % (2 * BLOCK_K) == 0 else BLOCK_K)
+    )
     if (width > HALF) & (width <= BLOCK):
-        k = first_k + tl.arange(0, BLOCK_K)
+        k = tl.arange(0, STEP)
         r = tl.arange(0, BLOCK)
         x_block = x[:, None] + k[None, :]
         a_block = a + r[None, :] * a_row + k[:, None]
-        product = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
-        for done in range(0, CHUNK, BLOCK_K):
-            x_mask = live[:, None]
-            a_mask = r[None, :] < width
-            if CHUNK * SPLIT_K != K:
-                x_mask &= k[None, :] + done < K
-                a_mask &= k[:, None] + done < K
-            xs = tl.load(x_block + done, mask=x_mask, other=0.0)
-            weights = tl.load(a_block + done, mask=a_mask, other=0.0)
-            product = dot(xs, weights, product)
         # Past the width the product is zero, or NaN in a row of x that has one.
-        mask = live[:, None] & (r < round_up(width, GRAIN))[None, :]
-        tl.store(h[:, None] + r[None, :], (product * scale).to(h.dtype.element_ty), mask=mask)
+        h_block = h[:, None] + r[None, :]
+        # A short batch walks through all of its parts without a break. In a long one a part is long
+        # by itself, and sums stay where the wide tensor-core instructions have them.
+        FLAT: tl.constexpr = SPLIT_K > 1 and BLOCK_M < 64
+        WHOLE: tl.constexpr = CHUNK * SPLIT_K == K
+        if FLAT:
+            product = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
+            for done in range(first_k, end_k, STEP):
+                product = _add_step(product, x_block, a_block, k, r, live, width, done, K, WHOLE)
+                reached = first_k * 0 + done + STEP
+                ends = (reached % CHUNK == 0) | (reached >= end_k)
+                stored = tl.where(ends, round_up(width, GRAIN), 0)
+                mask = live[:, None] & (r < stored)[None, :]
+                tl.store(h_block, (product * scale).to(h.dtype.element_ty), mask=mask)
+                h_block += tl.where(ends, plane, 0)
+                product = tl.where(ends, 0.0, product)
+        else:
+            mask = live[:, None] & (r < round_up(width, GRAIN))[None, :]
+            for begin in tl.range(first_k, end_k, CHUNK, num_stages=1):
+                product = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
+                for done in range(begin, tl.minimum(begin + CHUNK, end_k), STEP):
+                    product = _add_step(
+                        product, x_block, a_block, k, r, live, width, done, K, WHOLE
+                    )
+                tl.store(h_block, (product * scale).to(h.dtype.element_ty), mask=mask)
+                h_block += plane
+
+
+@triton.jit
+def _add_step(
+    product, x_block, a_block, k, r, live, width, done, K: tl.constexpr, WHOLE: tl.constexpr
+):
+    """The product, and that of the columns from `done` on; some may lie past K unless WHOLE."""
+    x_mask = live[:, None]
+    a_mask = r[None, :] < width
+    if not WHOLE:
+        x_mask &= k[None, :] + done < K
+        a_mask &= k[:, None] + done < K
+    xs = tl.load(x_block + done, mask=x_mask, other=0.0)
+    weights = tl.load(a_block + done, mask=a_mask, other=0.0)
+    return dot(xs, weights, product)

@@ -1,9 +1,13 @@
-"""What every kernel does first: walk its share of the plan's tiles and find its rows.
+"""What every kernel does first: take its share of the work, walk over the plan's tiles, find rows.
 
-A plan has one list of tiles of up to `tile_rows` rows. A kernel that works on blocks of fewer
-rows cuts each tile into *parts* of `BLOCK_M` rows and numbers these units of work part by part:
-all first parts, then all second parts, and so on. The header holds the rows of the longest tile,
-so where no adapter has more than `BLOCK_M` tokens there are no second parts to skip over.
+A plan has one list of tiles of up to `tile_rows` rows, long ones first. A kernel that works on
+blocks of fewer rows cuts each tile into *parts* of `BLOCK_M` rows and numbers them: all first
+parts, then all second parts, and so on. Only the first so many tiles have an n-th part, and the
+header holds how many, so every number is a part with rows in it.
+
+A part is worked on in *pieces*: slices and parts of K, or blocks of columns. All pieces of all
+parts are one list, and each program takes a run of neighbours from it. What neighbours share, a
+program reads once; no program is without work while there are as many pieces as programs.
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
@@ -16,10 +20,22 @@ import torch
 import triton
 import triton.language as tl
 
-from multilora_kernels.plan import HEADER_INTS, PLAN_LONGEST, PLAN_ROWS, PLAN_TILES, PLAN_TOKENS
+from multilora_kernels.plan import (
+    HEADER_INTS,
+    PART_ROWS,
+    PLAN_LONGER,
+    PLAN_PARTS,
+    PLAN_ROWS,
+    PLAN_TILES,
+    PLAN_TOKENS,
+    TILE_INTS,
+)
 
 _HEADER_INTS = tl.constexpr(HEADER_INTS)
-_LONGEST = tl.constexpr(PLAN_LONGEST)
+_TILE_INTS = tl.constexpr(TILE_INTS)
+_PART_ROWS = tl.constexpr(PART_ROWS)
+_LONGER = tl.constexpr(PLAN_LONGER)
+_PARTS = tl.constexpr(PLAN_PARTS)
 _ROWS = tl.constexpr(PLAN_ROWS)
 _TILES = tl.constexpr(PLAN_TILES)
 _TOKENS = tl.constexpr(PLAN_TOKENS)
@@ -38,33 +54,46 @@ def store_grain(h: torch.Tensor) -> int:
 
 
 @triton.jit
+def take_share(pieces):
+    """The first and the end of this program's pieces, of so many in all."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    each = pieces // programs
+    rest = pieces - each * programs
+    first = program * each + tl.minimum(program, rest)
+    return first, first + each + (program < rest).to(tl.int32)
+
+
+@triton.jit
 def count_parts(plan, BLOCK_M: tl.constexpr):
-    """Tiles of the batch, and units of work when each is cut into parts of `BLOCK_M` rows."""
-    tiles = tl.load(plan + _TILES)
-    return tiles, tiles * tl.cdiv(tl.load(plan + _LONGEST), BLOCK_M)
+    """Parts of `BLOCK_M` rows over all tiles."""
+    block = (BLOCK_M > 16) + (BLOCK_M > 32) + (BLOCK_M > 64) + (BLOCK_M > 128)
+    return tl.load(plan + _PARTS + block)
 
 
 @triton.jit
-def load_part(plan, part, tiles, tile_slot, max_tiles, BLOCK_M: tl.constexpr):
-    """The adapter slot, the first row and the row count (may be <= 0) of one unit of work."""
-    entry = plan + tile_slot + part % tiles
-    skipped = part // tiles * BLOCK_M
-    slot = tl.load(entry)
-    start = tl.load(entry + max_tiles) + skipped
-    rows = tl.load(entry + 2 * max_tiles) - skipped
-    return slot.to(tl.int64), start, rows
+def load_part(plan, part, BLOCK_M: tl.constexpr):
+    """The adapter slot (int64), the first row and the row count of a part."""
+    tile, skipped, reached = part, part * 0, tl.load(plan + _TILES)
+    while tile >= reached:
+        tile -= reached
+        skipped += BLOCK_M
+        reached = tl.load(plan + _LONGER + skipped // _PART_ROWS)
+    # 16 bytes that lie together.
+    record = plan + _HEADER_INTS + tile * _TILE_INTS
+    slot, start, rows = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+    return slot.to(tl.int64), start + skipped, rows - skipped
 
 
 @triton.jit
-def load_tokens(plan, start, rows, tokens, BLOCK_M: tl.constexpr):
+def load_tokens(plan, order, start, rows, tokens, BLOCK_M: tl.constexpr):
     """The tokens of up to `rows` plan rows, int64 [BLOCK_M], and which of them to work on.
 
-    Tokens past the activations' own `tokens` are masked. 64 bits, because a long batch of wide
-    rows has more than 2^31 elements.
+    `order` is where the plan's order of tokens begins in it. Tokens past the activations' own
+    `tokens` are masked. 64 bits, because a long batch of wide rows has more than 2^31 elements.
     """
     lane = tl.arange(0, BLOCK_M)
     live = lane < rows
-    token = tl.load(plan + _HEADER_INTS + start + lane, mask=live, other=0)
+    token = tl.load(plan + order + start + lane, mask=live, other=0)
     return token.to(tl.int64), live & (token < tokens)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multilora_kernels import BatchPlan, PlanLayout
-from multilora_kernels.plan import PLAN_LONGEST
+from multilora_kernels.plan import PLAN_LONGER, PLAN_PARTS
 
 BATCHES = {
     "one-token": [0],
@@ -40,8 +40,12 @@ def assert_covers(plan: BatchPlan, token_slots: list[int]) -> None:
     assert plan.rows == len(seen)
     assert plan.runs == len(set(seen.values()))
     assert plan.tiles <= plan.layout.max_tiles
-    longest = max((len(tokens) for _, tokens in tiles_of(plan)), default=0)
-    assert plan.buffer[PLAN_LONGEST] == longest
+    lengths = [len(tokens) for _, tokens in tiles_of(plan)]
+    assert lengths == sorted(lengths, reverse=True)
+    for depth in range(16):
+        assert plan.buffer[PLAN_LONGER + depth] == sum(n > 16 * depth for n in lengths)
+    for number, block in enumerate((16, 32, 64, 128, 256)):
+        assert plan.buffer[PLAN_PARTS + number] == sum(-(-n // block) for n in lengths)
 
 
 @pytest.mark.parametrize("tile_rows", [1, 4, 32])
@@ -52,7 +56,7 @@ def test_tiles_cover_each_adapted_token_once(token_slots, tile_rows):
 
 @given(
     token_slots=st.lists(st.integers(-1, 5), min_size=1, max_size=300),
-    tile_rows=st.integers(1, 40),
+    tile_rows=st.integers(1, 256),
 )
 @settings(max_examples=200, deadline=None)
 def test_tiles_cover_any_batch(token_slots, tile_rows):
@@ -61,7 +65,7 @@ def test_tiles_cover_any_batch(token_slots, tile_rows):
 
 def test_a_run_keeps_its_tokens_in_order():
     plan = BatchPlan.build([2, 0, 2, -1, 2, 0], 3)
-    assert tiles_of(plan) == [(0, [1, 5]), (2, [0, 2, 4])]
+    assert tiles_of(plan) == [(2, [0, 2, 4]), (0, [1, 5])]
 
 
 def test_the_buffer_keeps_its_address_and_forgets_the_last_batch():

@@ -18,7 +18,7 @@ from tools.kernels.measure.interpreter import launched_as_on
 from .problems import make_problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SLOTS, RANK, K, WIDTHS = 6, 64, 4096, (4096, 1024, 1024)
+SLOTS, RANK, K, WIDTHS = 6, 256, 4096, (4096, 1024, 1024)
 H100 = DeviceFacts("sm_90", 132, pdl=False)
 BF16, FP32 = torch.bfloat16, torch.float32
 BACKENDS = ["triton", "triton-invariant"]

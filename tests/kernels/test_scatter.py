@@ -292,10 +292,9 @@ from triton.compiler import ASTSource
 from multilora_kernels.triton.scatter import scatter_kernel
 for architecture in (80, 90, 100):
     for unit in ("i64", "i32", "i16"):
-        signature = {"buffer": "*" + unit, "pieces": "*i64", "LANES": "constexpr",
-                     "BLOCK": "constexpr"}
+        signature = {"buffer": "*" + unit, "pieces": "*i64", "BLOCK": "constexpr"}
         compiled = triton.compile(
-            ASTSource(scatter_kernel, signature, {(2,): 16, (3,): 1024},
+            ASTSource(scatter_kernel, signature, {(2,): 1024},
                       {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]}),
             target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
         assert "ld.global" in compiled.asm["ptx"] and compiled.asm["cubin"]

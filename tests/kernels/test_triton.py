@@ -237,9 +237,9 @@ def test_a_sum_beforehand_is_one_launch_between_the_halves(monkeypatch, sum_befo
 
     monkeypatch.setattr(Launch, "run", record)
     run(problem_here(INTERLEAVED, k=1100))
-    between = [("combine_kernel", 4)] if sum_before else []
-    last = 1 if sum_before else 4
-    assert kernels == [("shrink_kernel", 4), *between, ("expand_kernel", last)]
+    between = [("combine_kernel", 2)] if sum_before else []
+    last = 1 if sum_before else 2
+    assert kernels == [("shrink_kernel", 2), *between, ("expand_kernel", last)]
 
 
 def test_planes_are_summed_beforehand_where_many_column_blocks_would_read_them():
@@ -256,12 +256,12 @@ def test_planes_are_summed_beforehand_where_many_column_blocks_would_read_them()
     assert not pays(8, 128, 64, 448)  # decoding
 
 
-def test_the_grid_of_the_second_half_has_no_empty_column_blocks(monkeypatch):
-    grids = []
-    monkeypatch.setattr(Launch, "run", lambda launch: grids.append(launch.grid[0]))
+def test_pieces_of_the_second_half_are_the_column_blocks_that_slices_have(monkeypatch):
+    spreads = []
+    monkeypatch.setattr(Launch, "run", lambda launch: spreads.append(launch.spread))
     run(problem_here([0] * 16, widths=(96, 32, 32)))
     block_n = default_expand(Workload(16, 160, 3, 16, 4, "interpreter", 1)).block_n
-    assert grids[1] == sum(-(-width // block_n) for width in (96, 32, 32)) == 5
+    assert spreads[1].pieces == sum(-(-width // block_n) for width in (96, 32, 32)) == 5
 
 
 def test_a_layer_is_two_launches(monkeypatch):

@@ -277,3 +277,34 @@ def test_a_check_changes_nothing_and_says_what_vllm_says(rig: Rig) -> None:
     assert rig.link.next() == FillFailed(-2, FailureKind.INVALID, "this head has another shape")
     assert rig.model.lora_index_to_id == [None, None]
     assert not any(a.any() for a in rig.model.lora_a)
+
+
+def test_a_segment_is_page_locked_once_and_exactly_and_released_before_it_is_unmapped(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+            calls.append(("register", address, size, flags))
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+            calls.append(("unregister", address))
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    # The host's memory as for a GPU; copies stay on this machine.
+    monkeypatch.setattr(rig.filler, "_device", torch.device("cuda", 0))
+    rig.filler.open_memory(rig.client.address, SERVER)
+    monkeypatch.setattr(rig.filler, "_device", torch.device("cpu"))
+    packs = {adapter: rig.load(adapter, rank=4) for adapter in (7, 8)}
+    for order, adapter in enumerate((7, 8, 7)):
+        assert isinstance(rig.filler.fill_now(rig.fill(order, 0, adapter, packs[adapter])), Filled)
+    memory = rig.filler._memory
+    assert memory is not None
+    mapped = {each.address: each.size for each in memory._segments.values()}
+    assert calls == [("register", address, size, 8) for address, size in mapped.items()]
+    assert all(size % 4096 == 0 for size in mapped.values())
+    memory.close()
+    assert calls[len(mapped) :] == [("unregister", address) for address in mapped]

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from transformers import AutoConfig
 
 from vllm_multilora.metrics.definitions import LOAD_DURATION, REQUEST_WAIT, REQUESTS
 
@@ -80,9 +82,28 @@ def llama_answers(llama_engine: "LLM", llama: Scenario) -> "Answers":
 
 
 @pytest.fixture(scope="class")
-def qwen2_answers(qwen2: Scenario) -> "Iterator[Answers]":
+def qwen2_engine(qwen2: Scenario) -> "Iterator[LLM]":
     with running_engine(qwen2.base, in_process=True) as llm:
-        yield answers_by_adapter(llm, qwen2, qwen2.cases)
+        yield llm
+
+
+@pytest.fixture(scope="class")
+def qwen2_answers(qwen2_engine: "LLM", qwen2: Scenario) -> "Answers":
+    return answers_by_adapter(qwen2_engine, qwen2, qwen2.cases)
+
+
+def forwards_that_differ(worker: Any) -> tuple[int, list[str]]:
+    """How many layers have a forward of the plugin's, and those that it answers otherwise."""
+    modules = worker.model_runner.lora_manager.model_manager.modules
+    shortened = {name: layer for name, layer in modules.items() if "forward" in vars(layer)}
+    wrong = []
+    for name, layer in shortened.items():
+        rows = torch.randn(16, layer.input_size, generator=torch.Generator().manual_seed(0))
+        for x in (rows, rows[None]):
+            (found, bias), (expected, its_bias) = layer(x), type(layer).forward(layer, x)
+            if not torch.equal(found, expected) or bias is not its_bias:
+                wrong.append(name)
+    return len(shortened), wrong
 
 
 @pytest.mark.smoke("text generation", "`embed_tokens` and `lm_head`", "prefix caching")
@@ -128,6 +149,13 @@ class TestQwen2:
         self, qwen2_answers: "Answers", name: str | None
     ) -> None:
         assert_as_peft(qwen2_answers[name])
+
+    def test_the_short_forward_gives_what_vllms_gives(
+        self, qwen2_engine: "LLM", qwen2: Scenario, qwen2_answers: "Answers"
+    ) -> None:
+        layers = AutoConfig.from_pretrained(qwen2.base).num_hidden_layers
+        answer(qwen2_engine, qwen2, qwen2.cases[:3])
+        assert qwen2_engine.collective_rpc(forwards_that_differ) == [(4 * layers, [])]
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,12 @@ def layer_on_batch() -> LayerOnBatch:
 
 def test_a_layer_runs_with_the_configurations_asked_for(monkeypatch):
     """Two parts of K and two blocks of ranks, where the default has one of each."""
-    shrink = ShrinkConfig(block_m=16, block_r=16, num_warps=4, num_stages=2, block_k=16, split_k=2)
-    expand = ExpandConfig(block_m=16, block_r=16, num_warps=4, num_stages=2, block_n=16)
+    shrink = ShrinkConfig(
+        block_m=16, block_r=16, num_warps=4, num_stages=2, per_processor=2, block_k=16, split_k=2
+    )
+    expand = ExpandConfig(
+        block_m=16, block_r=16, num_warps=4, num_stages=2, per_processor=2, block_n=16
+    )
     ran, run = [], Launch.run
     monkeypatch.setattr(Launch, "run", lambda launch: (ran.append(launch), run(launch)))
     layer_on_batch().call(shrink, expand)  # a call with a wrong result would not be handed out
@@ -184,7 +188,9 @@ class PrefersBlocks:
 @interpreted  # the table is the interpreter's
 def test_the_computed_defaults_run_whatever_table_is_in_force(configured, monkeypatch):
     """What the benchmark compares a table with."""
-    config = ShrinkConfig(block_m=16, block_r=16, num_warps=4, num_stages=2, block_k=16, split_k=2)
+    config = ShrinkConfig(
+        block_m=16, block_r=16, num_warps=4, num_stages=2, per_processor=2, block_k=16, split_k=2
+    )
     write_table(configured / "interpreter.json", "interpreter", Table((Entry((), config),)))
     spec = held_out_specs(SMALL, range(3, 5), 2, 16)[3]
     batch = build(spec, dtype=torch.float32, seed=1)
@@ -245,7 +251,9 @@ def test_tuning_writes_a_table_that_the_kernels_then_use(configured, monkeypatch
 
 def test_an_entry_that_kept_the_default_shields_it_from_wider_entries(configured):
     narrow, wide = workload(tokens=16), workload(tokens=64)
-    config = ShrinkConfig(block_m=32, block_r=16, num_warps=2, num_stages=4, block_k=64, split_k=5)
+    config = ShrinkConfig(
+        block_m=32, block_r=16, num_warps=2, num_stages=4, per_processor=2, block_k=64, split_k=5
+    )
     entries = [Entry((("tokens", 64),), config, 1.2), Entry((("tokens", 16),), None)]
     table = Table(shrink=narrow_first(entries))
     write_table(configured / "sm_90.json", "sm_90", table)

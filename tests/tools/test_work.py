@@ -194,7 +194,7 @@ def test_a_prefill_that_does_not_cut_k_is_two_launches_with_16_bits_between_them
     assert [launch.kernel for launch in counted.launches] == ["shrink_kernel", "expand_kernel"]
     own, column_blocks = counted.traffic["intermediate"], 4096 // 128
     assert own.stored == 512 * 16 * 2
-    assert own.loaded == column_blocks * own.stored
+    assert own.stored <= own.loaded <= column_blocks // 3 * own.stored
 
 
 @interpreted

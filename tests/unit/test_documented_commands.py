@@ -42,6 +42,8 @@ TESTS = {
     "test_the_page_is_made_of_the_results",
     "python -m tools.kernels.bench": "tests/tools/test_bench.py::"
     "test_without_a_gpu_the_command_measures_the_cpu_and_says_so",
+    "python -m tools.kernels.model": "tests/tools/test_model.py::"
+    "test_the_command_gives_every_case_of_every_layer_as_modelled",
     "python -m tools.kernels.report": "tests/tools/test_triton_report.py::"
     "test_everything_asked_for_was_compiled",
     "python -m tools.kernels.tune": "tests/tools/test_tune.py::"

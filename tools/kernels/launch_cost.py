@@ -1,23 +1,26 @@
-"""Host time of one call of a layer's Triton kernels, without what Triton itself takes.
+"""Host time of one call of a layer's Triton kernels, without what the driver takes.
 
     python -m tools.kernels.launch_cost
 
 A GPU that computes a layer in less time than the host needs to launch it waits for the host,
-wherever no graph is replayed. Measured is all that this package does between `PreparedLinear` and
-Triton, with the launches themselves left out: checks, grids, buffers between the halves, the
-kernels' arguments. Beside it the same call without preparation. Blocks and grids are an H100's;
-no GPU is needed, and none is measured. Minimum over repeats, on one thread.
+wherever no graph is replayed. Measured is all that happens in Python: this package's checks, grids
+and buffers between the halves, and Triton's own work for a launch. Left out are the kernels,
+Triton's launcher in C and the driver (`measure/without_card.py`). No GPU is needed, and none is
+measured. Blocks and grids are an H100's. Minimum over repeats, on one thread.
+
+- operator: `PreparedLinear` as compiled code calls it
+- prepared: `PreparedLinear` as eager code calls it
+- through Triton: likewise, for activations that are not aligned to 16 bytes: Triton looks the
+  kernels up
+- not prepared: `lora_linear`
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import timeit
 from collections.abc import Callable
-from unittest.mock import patch
-
-os.environ["TRITON_INTERPRET"] = "1"  # these kernels on CPU tensors; before Triton is imported
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +30,11 @@ from tools.kernels.measure.batches import LAYERS
 
 SLOTS, MAX_RANK, MAX_TOKENS, TILE_ROWS = 16, 64, 8192, 128
 CALLS = {"decode": 64, "prefill of 600": 600, "prefill of 8192": 8192}
+WAYS = ("operator", "prepared", "through Triton", "not prepared")
 
 
-def measure(layer: str, tokens: int, backend: str) -> tuple[float, float]:
-    """Microseconds of a call of a prepared layer, and of one that is not prepared."""
+def measure(layer: str, tokens: int, backend: str) -> dict[str, float]:
+    """Microseconds of a call, by how it is made."""
     inputs, outputs = LAYERS[layer].inputs, LAYERS[layer].outputs
 
     def weights(*shape: int) -> torch.Tensor:
@@ -42,33 +46,60 @@ def measure(layer: str, tokens: int, backend: str) -> tuple[float, float]:
     plan = BatchPlan(PlanLayout(MAX_TOKENS, SLOTS, TILE_ROWS))
     plan.update(np.arange(tokens) % SLOTS)
     x = torch.empty(tokens, inputs, dtype=torch.bfloat16)
+    unaligned = torch.empty(tokens * inputs + 1, dtype=torch.bfloat16)[1:].view(tokens, inputs)
     y = torch.empty(tokens, sum(outputs), dtype=torch.bfloat16)
     prepared = PreparedLinear(lora_a, lora_b, ranks, plan.layout, backend=backend)
-    return (
-        best(lambda: prepared(y, x, plan)),
-        best(lambda: lora_linear(y, x, lora_a, lora_b, ranks, plan, backend=backend)),
-    )
+
+    def compiled(x: torch.Tensor) -> None:
+        prepared(y, x, plan)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "operator": _operator_call(compiled, x),
+        "prepared": lambda: prepared(y, x, plan),
+        "through Triton": lambda: prepared(y, unaligned, plan),
+        "not prepared": lambda: lora_linear(y, x, lora_a, lora_b, ranks, plan, backend=backend),
+    }
+    return {way: best(calls[way]) for way in WAYS}
 
 
-def best(function: Callable[[], None]) -> float:
+def _operator_call(function: Callable[[torch.Tensor], None], x: torch.Tensor) -> Callable[[], Any]:
+    """The one operator that compiled code makes of a function, with its arguments."""
+    calls: list[Callable[[], Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes = list(graph.graph.nodes)
+        given = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
+        (call,) = (node for node in nodes if node.op == "call_function")
+        arguments = tuple(given[node] for node in call.args)
+        calls.append(lambda: call.target(*arguments))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(x)
+    return calls[0]
+
+
+def best(function: Callable[[], Any]) -> float:
     """Microseconds of a call, the least over repeats."""
-    function()
-    return min(timeit.repeat(function, number=200, repeat=25)) / 200 * 1e6
+    with torch.inference_mode():
+        function()
+        function()
+        return min(timeit.repeat(function, number=200, repeat=25)) / 200 * 1e6
 
 
 def main() -> int:
     """Prints the table."""
-    from multilora_kernels.triton.launch import DeviceFacts, Launch
-    from tools.kernels.measure.interpreter import launched_as_on
+    from tools.kernels.measure.without_card import launched_without_card
 
-    print("| layer | batch | backend | prepared | not prepared |\n|---|---|---|---:|---:|")
-    facts = DeviceFacts("sm_90", 132, pdl=False)
-    with launched_as_on(facts), patch.object(Launch, "run", lambda launch: None):
+    print(f"| layer | batch | backend | {' | '.join(WAYS)} |\n|---|---|---|{'---:|' * len(WAYS)}")
+    with launched_without_card() as launches:
+        launches.noting = False
         for layer in ("8b.qkv", "8b.o"):
             for name, tokens in CALLS.items():
                 for backend in ("triton", "triton-invariant"):
-                    prepared, plain = measure(layer, tokens, backend)
-                    print(f"| {layer} | {name} | {backend} | {prepared:.1f} us | {plain:.1f} us |")
+                    times = measure(layer, tokens, backend)
+                    cells = " | ".join(f"{times[way]:.1f} us" for way in WAYS)
+                    print(f"| {layer} | {name} | {backend} | {cells} |", flush=True)
     return 0
 
 

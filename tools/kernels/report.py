@@ -4,7 +4,8 @@
 
 For every launch of every case (`measure/launch_cases.py`), and for the tables in force: registers
 and shared memory of a program, bytes spilled to local memory, how wide each tensor is read and
-written, tensor-core instructions. A launch that several cases share is compiled once.
+written, tensor-core instructions, and how many programs a multiprocessor holds. A launch that
+several cases share is compiled once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -27,19 +29,26 @@ from triton.compiler import ASTSource
 from multilora_kernels.triton import INTERPRETED
 from multilora_kernels.triton.launch import Launch
 from tools.kernels.measure.launch_cases import (
-    ARCHITECTURES,
+    CARDS,
     CASES,
     SHARED_MEMORY_LIMIT,
     LaunchCase,
     candidate_launches,
     launches,
     table_cases,
+    table_name,
 )
 from tools.kernels.measure.ptx import Ptx
 from tools.kernels.measure.signature import pointers_of, specialise
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _FRAME = re.compile(r"\.local \.align \d+ \.b8\s+__local_depot\d+\[(\d+)\]")
+_AMD_ACCESS = re.compile(r"\b(?:global|buffer)_(load|store)_(\w+)")
+_AMD_BYTES = {
+    **{f"dwordx{n}": 4 * n for n in (2, 3, 4)},
+    **dict.fromkeys(("dword", "lds_dword"), 4),
+    **dict.fromkeys(("short", "ushort", "sshort", "short_d16", "short_d16_hi"), 2),
+}
 _LOCAL_ACCESS = re.compile(r"\b(?:ld|st|cvta)\S*\.local\b")
 
 Widths = dict[str, dict[int, int]]
@@ -53,11 +62,13 @@ class Compiled:
     Attributes:
         case: The layer and load.
         kernel: Name of the Triton function.
-        architecture: Such as 90.
+        architecture: Such as 90 or gfx942.
         blocks: The blocks in words.
         constants: The compile-time parameters that are numbers.
         threads: Of a program.
         registers: Per thread.
+        per_processor: Programs that are started for each multiprocessor.
+        resident: Programs that one holds at once.
         shared_bytes: Per program.
         spilled_bytes: Local memory per thread; anything but 0 is a spill.
         tensor_core: Tensor-core instructions.
@@ -66,18 +77,21 @@ class Compiled:
         starts_early: Whether it is launched so that it may start before its predecessor has ended.
         ends_early: Whether it may even end before that.
         read_early: Tensors that it may read before that.
+        written_early: Tensors that it may write before that.
         types: Of each tensor's elements, as Triton calls them.
-        loads: How wide each tensor is read.
-        stores: How wide each tensor is written.
+        loads: How wide each tensor is read; on AMD's cards all of them together, as `all`.
+        stores: How wide each tensor is written; likewise.
     """
 
     case: str
     kernel: str
-    architecture: int
+    architecture: str
     blocks: str
     constants: dict[str, int]
     threads: int
     registers: int
+    per_processor: int
+    resident: int
     shared_bytes: int
     spilled_bytes: int
     tensor_core: int
@@ -86,6 +100,7 @@ class Compiled:
     starts_early: bool
     ends_early: bool
     read_early: list[str]
+    written_early: list[str]
     types: dict[str, str]
     loads: Widths
     stores: Widths
@@ -95,18 +110,21 @@ class Compiled:
         """What must not be, in words."""
         if self.spilled_bytes:
             return f"{self.spilled_bytes} bytes spilled"
-        if self.shared_bytes > SHARED_MEMORY_LIMIT:
-            return f"{self.shared_bytes} bytes of shared memory (limit {SHARED_MEMORY_LIMIT})"
+        limit = min(SHARED_MEMORY_LIMIT, CARDS[self.architecture].program_bytes)
+        if self.shared_bytes > limit:
+            return f"{self.shared_bytes} bytes of shared memory (limit {limit})"
+        if self.resident < self.per_processor:
+            return f"{self.per_processor} programs a multiprocessor, which holds {self.resident}"
         return f"{self.atomics} atomic operations" if self.atomics else None
 
 
-def compile_launch(title: str, launch: Launch, architecture: int) -> Compiled:
+def compile_launch(title: str, launch: Launch, architecture: str) -> Compiled:
     """Compiles a launch to machine code.
 
     Args:
         title: What to call it.
         launch: Over tensors without memory, if that is all there is.
-        architecture: Such as 90.
+        architecture: One of `CARDS`.
 
     Raises:
         RuntimeError: This process has Triton in interpreter mode.
@@ -114,11 +132,14 @@ def compile_launch(title: str, launch: Launch, architecture: int) -> Compiled:
     if INTERPRETED:
         raise RuntimeError("with TRITON_INTERPRET=1 nothing can be compiled: unset it")
     signature, constants, attributes = specialise(launch)
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options=launch.options,
+    is_amd = architecture.startswith("gfx")
+    target = (
+        GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", int(architecture), 32)
     )
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=launch.options)
+    if is_amd:
+        return _compiled_for_amd(title, launch, architecture, compiled, pointers_of(signature))
     text = compiled.asm["ptx"]
     usage = _USAGE.search(_resource_usage(compiled.asm["cubin"]))
     if usage is None:
@@ -126,32 +147,80 @@ def compile_launch(title: str, launch: Launch, architecture: int) -> Compiled:
     registers, stack, _ = map(int, usage.groups())
     ptx, pointers = Ptx(text), pointers_of(signature)
     widths: tuple[defaultdict[str, Counter[int]], ...] = defaultdict(Counter), defaultdict(Counter)
-    early = set()
+    early: tuple[set[str], ...] = set(), set()
     for access in ptx.accesses():
         found = sorted({pointers[p][0] for p in access.parameters & pointers.keys()})
         tensors = found or ["unknown"]
         widths[access.store][" or ".join(tensors)][access.size] += 1
-        if not (access.store or access.after_wait):
-            early.update(tensors)
+        if not access.after_wait:
+            early[access.store].update(tensors)
     return Compiled(
         case=title,
         kernel=launch.kernel.__name__.removesuffix("_kernel"),
-        architecture=architecture,
-        blocks=_blocks(launch),
-        constants={k: int(v) for k, v in launch.constants.items() if isinstance(v, int)},
-        threads=32 * launch.options["num_warps"],
         registers=registers,
-        shared_bytes=compiled.metadata.shared,
+        **_shared_facts(launch, architecture, 32, registers, compiled),
         spilled_bytes=stack - _untouched_frame(text),
         tensor_core=ptx.tensor_core,
         atomics=ptx.atomics,
         pdl="griddepcontrol" in text,
         starts_early=bool(launch.options.get("launch_pdl", False)),
         ends_early=ptx.may_end_unwaited,
-        read_early=sorted(early),
+        read_early=sorted(early[False]),
+        written_early=sorted(early[True]),
         types=dict(pointers.values()),
         loads={name: dict(sorted(sizes.items())) for name, sizes in widths[False].items()},
         stores={name: dict(sorted(sizes.items())) for name, sizes in widths[True].items()},
+    )
+
+
+def _shared_facts(
+    launch: Launch, architecture: str, warp_threads: int, registers: int, compiled: Any
+) -> dict[str, Any]:
+    threads, shared_bytes = warp_threads * launch.options["num_warps"], compiled.metadata.shared
+    return {
+        "architecture": architecture,
+        "blocks": _blocks(launch),
+        "constants": {k: int(v) for k, v in launch.constants.items() if isinstance(v, int)},
+        "threads": threads,
+        "per_processor": launch.spread.per_processor if launch.spread else 0,
+        "resident": CARDS[architecture].resident(threads, registers, shared_bytes),
+        "shared_bytes": shared_bytes,
+    }
+
+
+def _compiled_for_amd(
+    title: str,
+    launch: Launch,
+    architecture: str,
+    compiled: Any,
+    pointers: dict[int, tuple[str, str]],
+) -> Compiled:
+    """What its assembly says: all but which tensor an instruction reads."""
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", text)[-1])
+
+    widths: tuple[Counter[int], ...] = Counter(), Counter()
+    for verb, size in _AMD_ACCESS.findall(text):
+        widths[verb == "store"][_AMD_BYTES[size]] += 1
+    registers = number("vgpr_count")
+    return Compiled(
+        case=title,
+        kernel=launch.kernel.__name__.removesuffix("_kernel"),
+        registers=registers,
+        **_shared_facts(launch, architecture, 64, registers, compiled),
+        spilled_bytes=number("private_segment_fixed_size"),
+        tensor_core=text.count("v_mfma"),
+        atomics=len(re.findall(r"_atomic_", text)),
+        pdl=False,
+        starts_early=False,
+        ends_early=True,
+        read_early=[],
+        written_early=[],
+        types=dict(pointers.values()),
+        loads={"all": dict(sorted(widths[False].items()))},
+        stores={"all": dict(sorted(widths[True].items()))},
     )
 
 
@@ -189,12 +258,12 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def report(
-    architecture: int, wanted: tuple[str, ...] | None, *, candidates: bool
+    architecture: str, wanted: tuple[str, ...] | None, *, candidates: bool
 ) -> Iterator[Compiled]:
     """Compiles what was asked for on one architecture.
 
     Args:
-        architecture: One of `ARCHITECTURES`.
+        architecture: One of `CARDS`.
         wanted: Beginnings of the cases' titles; None: all cases.
         candidates: Compile the tuner's candidates instead.
     """
@@ -207,7 +276,7 @@ def report(
 
 
 def _asked_for(
-    architecture: int, wanted: tuple[str, ...] | None, candidates: bool
+    architecture: str, wanted: tuple[str, ...] | None, candidates: bool
 ) -> Iterator[tuple[LaunchCase, Launch]]:
     if candidates:
         yield from candidate_launches(architecture)
@@ -221,9 +290,9 @@ def _asked_for(
 def table(results: list[Compiled]) -> str:
     """The results as a table in Markdown."""
     rows = [
-        "| sm | kernel | case | blocks | registers | shared KiB | spilled | loads (bytes x count) "
-        "| tensor core | PDL |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| sm | kernel | case | blocks | registers | shared KiB | programs | fit | spilled "
+        "| loads (bytes x count) | tensor core | PDL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         loads = "; ".join(
@@ -232,8 +301,8 @@ def table(results: list[Compiled]) -> str:
         )
         rows.append(
             f"| {r.architecture} | {r.kernel} | {r.case} | {r.blocks} | {r.registers} | "
-            f"{r.shared_bytes / 1024:.1f} | {r.spilled_bytes} | {loads} | {r.tensor_core} | "
-            f"{'yes' if r.pdl else 'no'} |"
+            f"{r.shared_bytes / 1024:.1f} | {r.per_processor} | {r.resident} | {r.spilled_bytes} | "
+            f"{loads} | {r.tensor_core} | {'yes' if r.pdl else 'no'} |"
         )
     return "\n".join(rows)
 
@@ -244,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     The tuner drops candidates that spill or do not fit, so these are only shown.
     """
     parser = argparse.ArgumentParser(prog="python -m tools.kernels.report", description=__doc__)
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
+    parser.add_argument("--arch", choices=CARDS, action="append")
     parser.add_argument("--case", action="append", help="only cases that begin with this")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--candidates", action="store_true", help="the tuner's, instead of cases")
@@ -252,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = None if chosen.case is None else tuple(chosen.case)
     results = [
         result
-        for architecture in chosen.arch or ARCHITECTURES
+        for architecture in chosen.arch or CARDS
         for result in report(architecture, wanted, candidates=chosen.candidates)
     ]
     if chosen.json:
@@ -262,7 +331,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(results))
     bad = [r for r in results if r.problem is not None]
     for r in bad:
-        print(f"{r.kernel} for {r.case} on sm_{r.architecture}: {r.problem}", file=sys.stderr)
+        print(
+            f"{r.kernel} for {r.case} on {table_name(r.architecture)}: {r.problem}", file=sys.stderr
+        )
     return 1 if bad and not chosen.candidates else 0
 
 

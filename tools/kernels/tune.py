@@ -179,13 +179,13 @@ def tune_all(
 def _device(architecture: int, *, has_gpu: bool) -> tuple[DeviceFacts, int]:
     """The device's facts and shared memory; without a GPU those of a card of an architecture."""
     from multilora_kernels.triton.launch import DeviceFacts, device_facts
-    from tools.kernels.measure.launch_cases import ARCHITECTURES, SHARED_MEMORY_LIMIT
+    from tools.kernels.measure.launch_cases import CARDS, SHARED_MEMORY_LIMIT
     from tools.kernels.measure.trials import shared_memory_of
 
     if has_gpu:
         device = torch.device("cuda")
         return device_facts(device), shared_memory_of(device)
-    processors = ARCHITECTURES[architecture]
+    processors = CARDS[str(architecture)].processors
     return DeviceFacts(f"sm_{architecture}", processors, architecture >= 90), SHARED_MEMORY_LIMIT
 
 

@@ -29,6 +29,7 @@ from tools.kernels.measure.contenders import (
     Contender,
     ContenderUnavailableError,
     Multilora,
+    by_column,
     load_contenders,
 )
 
@@ -84,6 +85,8 @@ def count_contender(contender: Contender, batch: LayerBatch) -> Counted:
     from tools.kernels.measure.interpreter import launched_as_on
 
     own = batch.with_output(batch.y.clone())
+    if isinstance(contender, Multilora):
+        own = by_column(own)
     with launched_as_on(DeviceFacts(ARCHITECTURE, PROCESSORS, pdl=False)):
         work = count_work(contender.prepare(own), own)
     error = _relative_error(own.y, batch)

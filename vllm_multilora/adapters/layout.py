@@ -79,8 +79,8 @@ class ModelLayout:
         slices: In any order.
         max_rank: The largest rank that the slots have room for.
         dtype: Of the slots.
-        columns_first: Whether the slots hold B by columns, [r, outputs], as those on CPUs do,
-            rather than by rows.
+        columns_first: Whether the slots hold B by columns, [r, outputs], as those of linear layers
+            do, rather than by rows.
         naming: From modules' names in a checkpoint to their names here.
         special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
             experts): they, and everything below them, are no part of a packed adapter.

@@ -25,6 +25,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "slot_bytes": memory.slot_bytes,
         "fixed_bytes": memory.fixed_bytes,
         "total_bytes": plan.total,
+        "staging_bytes": model.staging_bytes,
         "layers": [
             {"name": part.name, "slot_bytes": part.slot_bytes, "fixed_bytes": part.fixed_bytes}
             for part in memory.layers
@@ -58,7 +59,7 @@ def _kv_cache(cache: KvCache | None, plan: Plan) -> dict[str, Any] | None:
         "requests_taken": cache.requests(plan.total),
     }
     if plan.budget is not None:
-        left = max(0, plan.budget - plan.total)
+        left = max(0, plan.left or 0)
         found |= {
             "most_tokens_left": cache.tokens(left),
             "most_requests_left": cache.requests(left),

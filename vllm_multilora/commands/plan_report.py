@@ -78,6 +78,7 @@ def _gpu(plan: Plan) -> Iterator[str]:
     yield (
         f"of a GPU's {readable(plan.gpu_bytes)}, vLLM takes {plan.utilization:.0%}; the weights "
         f"take {readable(model.weight_bytes)}, the slots {readable(plan.total)}"
+        + (f", copies into them {readable(model.staging_bytes)}" if model.staging_bytes else "")
     )
     if plan.budget <= 0:
         yield (

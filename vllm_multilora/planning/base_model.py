@@ -26,6 +26,7 @@ class BaseModel:
         kv_cache: None where the model has no KV cache.
         by_rank: Its slots' memory by rank: all ranks that this server could have.
         layouts: What it accepts of adapters, by the same ranks.
+        staging_bytes: What copies into slots go through on a GPU, whatever the slots.
     """
 
     name: str
@@ -39,6 +40,7 @@ class BaseModel:
     kv_cache: KvCache | None
     by_rank: Mapping[int, SlotMemory]
     layouts: Mapping[int, ModelLayout]
+    staging_bytes: int = 0
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -66,8 +66,10 @@ class Plan:
 
     @property
     def left(self) -> int | None:
-        """What the slots leave of that; negative where they do not fit."""
-        return None if self.budget is None else self.budget - self.total
+        """What the slots, and the copies into them, leave of that; negative: they do not fit."""
+        if self.budget is None:
+            return None
+        return self.budget - self.total - self.model.staging_bytes
 
     @property
     def host_least(self) -> int:

@@ -7,11 +7,11 @@ needed, since what they import may not be installed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import Protocol
 
-from multilora_kernels.api import PreparedLinear
+from multilora_kernels.api import PreparedLinear, column_major
 from tools.kernels.measure.batches import LayerBatch
 
 OTHERS = ("tools.kernels.stock_kernels:StockKernels",)
@@ -54,10 +54,18 @@ class Multilora:
 
     def prepare(self, batch: LayerBatch) -> Callable[[], None]:
         """See `Contender`; the plan was built with the batch."""
+        batch = by_column(batch)
         linear = PreparedLinear(
             batch.lora_a, batch.lora_b, batch.ranks, batch.plan.layout, backend=self._backend
         )
         return lambda: linear(batch.y, batch.x, batch.plan)
+
+
+def by_column(batch: LayerBatch) -> LayerBatch:
+    """The batch with B's columns contiguous, as these kernels' slots have them."""
+    if all(b.stride(-2) == 1 for b in batch.lora_b):
+        return batch
+    return replace(batch, lora_b=tuple(column_major(b).copy_(b) for b in batch.lora_b))
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,54 @@ from tools.kernels.measure.batches import LAYERS, PLAN_TILE_ROWS
 from tools.kernels.measure.candidates import expand_candidates, shrink_candidates
 from tools.kernels.measure.trials import workloads
 
-# Architecture: streaming multiprocessors, for the computed defaults (A100, H100, B200).
-ARCHITECTURES = {80: 108, 90: 132, 100: 148}
-SHARED_MEMORY_LIMIT = 99 * 1024
+
+@dataclass(frozen=True)
+class Card:
+    """What a multiprocessor (compute unit) of a card holds.
+
+    Attributes:
+        processors: How many there are, for the computed defaults.
+        threads: Of all programs that one holds at once.
+        shared_bytes: Of all programs that one holds at once.
+        program_bytes: Shared memory that one program can have.
+        registers: Of 32 bits, for all threads.
+        reserved_bytes: Shared memory that each program takes besides its own.
+    """
+
+    processors: int
+    threads: int
+    shared_bytes: int
+    program_bytes: int
+    registers: int = 65_536
+    reserved_bytes: int = 1024
+
+    def resident(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """Programs of so many threads, registers a thread and shared memory that one holds."""
+        return min(
+            self.threads // threads,
+            self.registers // (-(-registers // 8) * 8 * threads),
+            self.shared_bytes // max(1, shared_bytes + self.reserved_bytes),
+        )
+
+
+CARDS = {
+    "80": Card(108, 2048, 164 << 10, 163 << 10),  # A100
+    "90": Card(132, 2048, 228 << 10, 227 << 10),  # H100
+    "100": Card(148, 2048, 228 << 10, 227 << 10),  # B200
+    "120": Card(188, 1536, 100 << 10, 99 << 10),  # RTX PRO 6000
+    # MI300X: 4 x 512 registers for the 64 lanes of a wave.
+    "gfx942": Card(304, 2048, 64 << 10, 64 << 10, registers=131_072, reserved_bytes=0),
+}
+"""By architecture, as the report's `--arch` names it."""
+
+SHARED_MEMORY_LIMIT = 99 << 10
 """What a program may take on every card since sm_80; the smallest limit is that of sm_86."""
+
+
+def table_name(architecture: str) -> str:
+    """The name of an architecture's configuration table."""
+    return architecture if architecture.startswith("gfx") else f"sm_{architecture}"
+
 
 _SLOTS, _MAX_TOKENS = 64, 8192
 _UNLIMITED = {"tokens": _MAX_TOKENS, "width": 8192, "slices": 1, "max_rank": 64, "item_size": 2}
@@ -78,6 +122,7 @@ CASES = (
     LaunchCase("qkv decode", *_QKV, max_rank=16, tokens=16),
     LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=64),
     LaunchCase("qkv decode", *_QKV, max_rank=320, tokens=64),
+    LaunchCase("o mixed", 4096, (4096,), max_rank=64, tokens=256),
     LaunchCase("qkv mixed", *_QKV, max_rank=64, tokens=512),
     LaunchCase("qkv prefill", *_QKV, max_rank=64, tokens=2048),
     LaunchCase("qkv prefill", *_QKV, max_rank=64, tokens=8192),
@@ -111,9 +156,9 @@ CASES = (
 )
 
 
-def table_cases(architecture: int) -> list[LaunchCase]:
+def table_cases(architecture: str) -> list[LaunchCase]:
     """Cases that the entries of the architecture's table are for, at the entries' limits."""
-    table = load_table(f"sm_{architecture}")
+    table = load_table(table_name(architecture))
     cases = []
     halves: tuple[tuple[str, Any], ...] = (("shrink", table.shrink), ("expand", table.expand))
     for half, entries in halves:
@@ -133,7 +178,7 @@ def table_cases(architecture: int) -> list[LaunchCase]:
     return cases
 
 
-def launches(case: LaunchCase, architecture: int) -> Iterator[Launch]:
+def launches(case: LaunchCase, architecture: str) -> Iterator[Launch]:
     """The launches that the backend would run for a case."""
     batch = _batch(case, architecture)
     x, y, lora_a, lora_b = _tensors(case)
@@ -161,7 +206,7 @@ def launches(case: LaunchCase, architecture: int) -> Iterator[Launch]:
     yield expand_launch(y, h.unsqueeze(0), lora_b, batch, 0, case.add_inputs, after_shrink=False)
 
 
-def candidate_launches(architecture: int) -> Iterator[tuple[LaunchCase, Launch]]:
+def candidate_launches(architecture: str) -> Iterator[tuple[LaunchCase, Launch]]:
     """A launch of each combination of blocks that the tuner tries for a decode and a prefill."""
     seen: set[tuple[Any, ...]] = set()
 
@@ -184,8 +229,9 @@ def candidate_launches(architecture: int) -> Iterator[tuple[LaunchCase, Launch]]
             yield case, prepare_expand(y, planes, lora_b, batch, 0, True, second, after_shrink=True)
 
 
-def _batch(case: LaunchCase, architecture: int) -> Batch:
-    facts = DeviceFacts(f"sm_{architecture}", ARCHITECTURES[architecture], pdl=architecture >= 90)
+def _batch(case: LaunchCase, architecture: str) -> Batch:
+    pdl = architecture.isdigit() and int(architecture) >= 90
+    facts = DeviceFacts(table_name(architecture), CARDS[architecture].processors, pdl)
     layout = PlanLayout(_MAX_TOKENS, _SLOTS, PLAN_TILE_ROWS)
     ranks = _empty(len(case.widths), _SLOTS, dtype=torch.int32)
     plan = _empty(layout.size, dtype=torch.int32)

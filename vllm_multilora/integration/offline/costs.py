@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
 from multilora_kernels.dtypes import of_torch
+from multilora_kernels.scatter import STAGING_BYTES
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.integration.offline.model import (
     ALLOWED_RANKS,
@@ -79,6 +80,7 @@ def offline_costs(server: Server) -> BaseModel:
             kv_cache=_kv_cache(config),
             by_rank=by_rank,
             layouts=layouts,
+            staging_bytes=0 if kernel_backend(config) == "vllm" else STAGING_BYTES,
         )
 
 
@@ -89,7 +91,7 @@ def _slots_of_rank(
     wrapper_of_two = _wrapper_bytes(manager, config)
     one = _allocate(manager, 1, rank)
     wrapper = _wrapper_bytes(manager, config)
-    found = running_layout(manager, columns_first=False, dora=dora)
+    found = running_layout(manager, dora=dora)
     layers = tuple(
         LayerMemory(
             name,

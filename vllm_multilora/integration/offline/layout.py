@@ -44,4 +44,4 @@ def offline_layout(
         trust_remote_code=trust_remote_code,
     )
     with offline_manager(server.vllm_config()) as manager:
-        return running_layout(manager, columns_first=True, dora=dora).layout
+        return running_layout(manager, dora=dora).layout

@@ -627,6 +627,15 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM serves DoRA adapters.",
     ),
     Patch(
+        name="sleep",
+        target="vllm.v1.worker.gpu_worker:Worker.sleep",
+        takes=("self, level=1",),
+        handler="worker.manager:sleep",
+        why="Sleep mode takes the slots' memory away. Waits until nothing is being copied into it.",
+        checked=(),
+        until="vLLM asks a worker's LoRA manager before it sleeps.",
+    ),
+    Patch(
         name="wake-up",
         target="vllm.v1.worker.gpu_worker:Worker.wake_up",
         takes=("self, tags=None",),

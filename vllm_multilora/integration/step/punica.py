@@ -103,8 +103,8 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         self._first_rows = np.zeros(self.max_loras + 1, dtype=np.int64)
         self._slot_owners: list[int | None] = []
         self._slot_of = {0: -1}
-        self._prepared: PreparedLinear | None = None
-        self._prepared_for: tuple[tuple[torch.Tensor, ...], bool] | None = None
+        # By whether y is added to: the layer's B, and the layer with it.
+        self._prepared: dict[bool, tuple[tuple[torch.Tensor, ...], PreparedLinear]] = {}
 
     def adopt_layers(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
         """Learns which layers use this wrapper, so that a step prepares what they read and no more.
@@ -143,7 +143,31 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         """
         own = copy.copy(self)
         own.shrink_ranks, own.expand_ranks, own.factors = shrink_ranks, expand_ranks, factors
+        own._prepared = {}
         return own
+
+    def prepare(
+        self,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        *,
+        add_inputs: bool = True,
+    ) -> PreparedLinear:
+        """Describes the layer's weights once for all calls of `add_lora_linear` with these.
+
+        To be called before the model is compiled: what compiled code calls must be there.
+        """
+        prepared = PreparedLinear(
+            lora_a_stacked,
+            lora_b_stacked,
+            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
+            self.plan.layout,
+            add_inputs=add_inputs,
+            factors=self.factors if add_inputs else None,
+            backend=self.backend,
+        )
+        self._prepared[add_inputs] = lora_b_stacked, prepared
+        return prepared
 
     def memory_lost(self) -> None:
         """Makes what steps read on the device valid again after a sleep that kept no memory."""
@@ -217,38 +241,29 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         Then y is multiplied where the row's adapter does that.
         """
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        ranks = self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2))
-        factors = self.factors if add_inputs else None
-        if scale == 1.0 and not torch.compiler.is_compiling():
-            # The path of every layer and step: a layer's weights are described once.
-            if (
-                self._prepared is None
-                or self._prepared_for is None
-                or self._prepared_for[0] is not lora_b_stacked
-                or self._prepared_for[1] != add_inputs
-            ):
-                self._prepared = PreparedLinear(
-                    lora_a_stacked,
-                    lora_b_stacked,
-                    ranks,
-                    self.plan.layout,
-                    add_inputs=add_inputs,
-                    factors=factors,
-                    backend=self.backend,
-                )
-                self._prepared_for = lora_b_stacked, add_inputs
-            self._prepared(y, x, self.plan)
-            return
+        if scale == 1.0:  # the path of every layer and step
+            known = self._prepared.get(add_inputs)
+            if torch.compiler.is_compiling():
+                if known is not None:  # a layer calls its own wrapper, with its own weights
+                    known[1](y, x, self.plan)
+                    return
+            else:
+                if known is not None and known[0] is lora_b_stacked:
+                    prepared = known[1]
+                else:
+                    prepared = self.prepare(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)
+                prepared(y, x, self.plan)
+                return
         lora_linear(
             y,
             x,
             lora_a_stacked,
             lora_b_stacked,
-            ranks,
+            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
             self.plan,
             scale=scale,
             add_inputs=add_inputs,
-            factors=factors,
+            factors=self.factors if add_inputs else None,
             backend=self.backend,
         )
 

@@ -55,14 +55,11 @@ class RunningLayout:
     special: dict[str, BaseLayerWithLoRA]
 
 
-def running_layout(
-    manager: LoRAModelManager, *, columns_first: bool, dora: bool = False
-) -> RunningLayout:
+def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningLayout:
     """The layout of a manager's model, read from its LoRA layers.
 
     Args:
         manager: Its modules have been created.
-        columns_first: Whether the slots of linear layers hold B by columns.
         dora: Whether slots have room for DoRA adapters' factors.
     """
     slices: list[SliceLayout] = []
@@ -87,7 +84,7 @@ def running_layout(
         slices=tuple(slices),
         max_rank=lora_config.max_lora_rank,
         dtype=of_torch(lora_config.lora_dtype),
-        columns_first=columns_first,
+        columns_first=True,  # see `MultiLoRAModelManager`
         naming=module_naming(manager, names),
         special=special_names,
         special_shapes={

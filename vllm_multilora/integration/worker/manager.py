@@ -363,6 +363,13 @@ def set_active_loras_from_inputs(
     original(runner, prompts, tokens, requests, *args, **kwargs)
 
 
+def sleep(original: Callable[..., None], worker: Any, level: int = 1) -> None:
+    manager = manager_of(worker.model_runner)
+    if manager is not None:
+        manager.filler.await_all()
+    original(worker, level)
+
+
 def wake_up(original: Callable[..., None], worker: Any, tags: list[str] | None = None) -> None:
     original(worker, tags)
     manager = manager_of(worker.model_runner)

@@ -26,9 +26,11 @@ from vllm_multilora.adapters.pack_index import RankIndex
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+from vllm_multilora.integration.step.short_forward import shorten_forward
 from vllm_multilora.integration.worker.layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
+from vllm_multilora.integration.worker.slot_columns import SlotColumns
 from vllm_multilora.integration.worker.warm_up import warm_up
 
 
@@ -65,14 +67,12 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
-        on_cpu = self.device.type == "cpu"
         dora = settings_of(get_current_vllm_config()).dora
-        found = running_layout(self, columns_first=on_cpu, dora=dora)
+        found = running_layout(self, dora=dora)
         self.layout, self._special = found.layout, found.special
         rows = 0
         layers: list[tuple[Any, slice]] = []
-        if on_cpu:
-            _store_for_cpu(found.packed.values(), self.lora_config.lora_dtype)
+        _store_by_column(found.packed.values(), self.lora_config.lora_dtype, self.device)
         for module in found.packed.values():
             layers.append((module, slice(rows, rows + module.n_slices)))
             rows += module.n_slices
@@ -98,6 +98,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         shape = (rows, self.lora_slots)
         self._shrink_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._rank_columns = SlotColumns((self._shrink_ranks, self._expand_ranks))
         for shared in {id(w): w for w in self.punica_wrapper_mapping.values()}.values():
             shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
         self.factors = None
@@ -110,8 +111,12 @@ class MultiLoRAModelManager(LoRAModelManager):
             factors = None
             if self.factors is not None and number < len(found.packed):
                 factors = self.factors.of_layer(number)
-            layer.set_mapping(wrapper.for_layer(*ranks, factors))
-        if not on_cpu:
+            layer.set_mapping(own_wrapper := wrapper.for_layer(*ranks, factors))
+            if isinstance(layer, BaseLinearLayerWithLoRA) and not _shards_ranks(layer):
+                own_wrapper.prepare(layer.lora_a_stacked, layer.lora_b_stacked)
+            if self.device.type == "cpu":
+                shorten_forward(layer)
+        if self.device.type != "cpu":
             warm_up(self.modules.values())
             self.slot_table.warm_up()
         # Slots of special layers that hold something; the others need no clearing.
@@ -122,6 +127,8 @@ class MultiLoRAModelManager(LoRAModelManager):
         """Bytes on the device of all slots and of what the plugin keeps beside them."""
         wrappers = {id(w): w for w in self.punica_wrapper_mapping.values()}.values()
         tables = self._shrink_ranks.nbytes + self._expand_ranks.nbytes
+        if self.device.type != "cpu":
+            tables += self._rank_columns.nbytes + self.slot_table.staging_bytes
         if self.factors is not None:
             tables += self.factors.nbytes
         layers = sum(map(layer_bytes, self.modules.values()))
@@ -198,11 +205,7 @@ class MultiLoRAModelManager(LoRAModelManager):
     def _write_ranks(
         self, slot: int, shrink: npt.NDArray[np.int32], expand: npt.NDArray[np.int32]
     ) -> None:
-        for table, values in ((self._shrink_ranks, shrink), (self._expand_ranks, expand)):
-            host = torch.from_numpy(values)
-            if self.device.type != "cpu":
-                host = host.pin_memory()
-            table[:, slot].copy_(host, non_blocking=True)
+        self._rank_columns.write(slot, shrink, expand)
 
     def empty_all_slots(self) -> None:
         """Nobody's slots, all of them."""
@@ -241,11 +244,13 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}
 
 
-def _store_for_cpu(modules: Iterable[Any], dtype: Any) -> None:
-    """Allocates linear layers' slots anew: together in huge pages, and B's columns contiguous.
+def _store_by_column(modules: Iterable[Any], dtype: Any, device: torch.device) -> None:
+    """Allocates linear layers' slots anew, B's columns contiguous; on CPUs in huge pages.
 
-    vLLM and the kernels address the slots through the layers' attributes; how they are stored is
-    ours. vLLM's are freed first: there may be no room for both.
+    The columns of a low rank are then a few long pieces, where its rows would be pieces that are
+    shorter than what memory delivers at a time. vLLM and the kernels address the slots through the
+    layers' attributes; how they are stored is ours. vLLM's are freed first: there may be no room
+    for both.
     """
     modules = list(modules)
     shapes = [
@@ -254,7 +259,11 @@ def _store_for_cpu(modules: Iterable[Any], dtype: Any) -> None:
     ]
     for module in modules:
         module.lora_a_stacked = module.lora_b_stacked = ()
-    slots = iter(host_memory.zeros([s for ab in shapes for part in ab for s in part], dtype))
+    all_shapes = [s for ab in shapes for part in ab for s in part]
+    if device.type == "cpu":
+        slots = iter(host_memory.zeros(all_shapes, dtype))
+    else:
+        slots = (torch.zeros(shape, dtype=dtype, device=device) for shape in all_shapes)
     for module, (a_shapes, b_shapes) in zip(modules, shapes, strict=True):
         module.lora_a_stacked = tuple(next(slots) for _ in a_shapes)
         module.lora_b_stacked = tuple(next(slots).mT for _ in b_shapes)

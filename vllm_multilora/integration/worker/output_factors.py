@@ -31,6 +31,7 @@ from multilora_kernels import OutputFactors
 from multilora_kernels.pieces import host_bytes
 from vllm_multilora.integration.attached import ROW_SQUARES
 from vllm_multilora.integration.patching.activation import is_active, settings_of
+from vllm_multilora.integration.worker.slot_columns import SlotColumns
 
 _KEPT_BYTES = 256 << 20  # of host memory, for the factors of adapters that come back
 _CHUNK_ELEMENTS = 1 << 22
@@ -102,6 +103,7 @@ class SlotFactors:
         self._starts = np.array([*starts, columns], np.int64)
         self._values = torch.zeros(slots, columns, dtype=torch.float32, device=device)
         self._marks = torch.zeros(rows, slots, dtype=torch.int32, device=device)
+        self._mark_columns = SlotColumns((self._marks,))
         self._adapters: dict[int, _Adapter] = {}
         self._digests: dict[int, str] = {}  # of these
         self._unfinished: set[int] = set()
@@ -169,7 +171,7 @@ class SlotFactors:
             of_rows = dict(zip(rows.tolist(), ranks.tolist(), strict=True))
             self._adapters[slot] = _Adapter(of_rows, magnitudes)
             self._values[slot].copy_(magnitudes if known is None else known)
-        self._marks[:, slot].copy_(torch.from_numpy(marks))
+        self._mark_columns.write(slot, marks)
 
     def _magnitudes(
         self, rows: npt.NDArray[np.int32], addresses: npt.NDArray[np.int64]

@@ -2,8 +2,9 @@
 
 Which blocks a kernel has depends on a layer's shape and on the number of rows. vLLM's own warm-up
 meets few numbers of rows; every other one would compile for a second or more in the middle of a
-step, with all tenants waiting. Here each distinct layer is called once for every power of two. The
-plan is still empty then, so that the kernels start and end without reading or writing anything.
+step, with all tenants waiting. Here each layer is called once for every power of two, which also
+has it work out its launches. The plan is still empty then, so that the kernels start and end
+without reading or writing anything.
 """
 
 from __future__ import annotations
@@ -44,10 +45,9 @@ def warm_up(layers: Iterable[BaseLayerWithLoRA]) -> None:
         factors = wrapper.factors
         has_bias = None if factors is None else factors.bias is not None
         signature = type(layer), most, has_bias, *map(_facts, _weights(layer))
-        if signature not in seen:
-            seen.add(signature)
-            for rows in _row_counts(most):
-                _call(layer, rows)
+        seen.add(signature)
+        for rows in _row_counts(most):
+            _call(layer, rows)
     logger.info(
         "LoRA kernels for %d kinds of layer are ready after %.1f s.",
         len(seen),

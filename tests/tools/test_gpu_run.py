@@ -1,0 +1,108 @@
+"""What is to run on a card runs here as far as it can: listed, and in the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.gpu import run, times
+from tools.kernels.measure.batches import LAYERS, BatchSpec
+from tools.kernels.measure.contenders import Multilora
+from tools.kernels.measure.timing import WallTimer
+
+ROOT = Path(__file__).parents[2]
+
+
+def bare(**more: str) -> dict[str, str]:
+    """As on a machine where this checkout is not installed and has no path."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")} | {
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def test_a_dry_run_lists_all_parts_and_what_they_lack(tmp_path):
+    command = [str(ROOT / "tools/gpu/run.sh"), str(tmp_path), "--dry-run"]
+    done = subprocess.run(command, env=bare(), capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0].split()[0] for line in lines] == [
+        "stress", "tests", "sanitizer", "times",
+    ]  # fmt: skip
+    assert "left out: there is no compute-sanitizer" in lines[2] or torch.cuda.is_available()
+    assert all((ROOT / word).exists() for word in lines[1].split() if word.startswith("tests/"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
+def test_without_a_card_it_says_so(tmp_path):
+    command = [str(ROOT / "tools/gpu/run.sh"), str(tmp_path)]
+    done = subprocess.run(command, env=bare(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--dry-run says what would be run" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it takes its time")
+@pytest.mark.parametrize("breaks", [False, True], ids=["as it is", "with a wrong result"])
+def test_the_stress_test_finds_what_is_wrong(tmp_path, breaks):
+    program = "import sys; from tools.gpu import stress\n"
+    if breaks:
+        program += (
+            "expected = stress.captured\n"
+            "def captured(call):\n"
+            "    turns = iter(range(99))\n"
+            "    return lambda: call() if next(turns) != 2 else None\n"
+            "stress.captured = captured\n"
+        )
+    program += "sys.exit(stress.main(sys.argv[1:]))"
+    out = tmp_path / "stress.json"
+    command = [sys.executable, "-c", program, "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=bare(), capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == int(breaks), done.stderr
+    cases = json.loads(out.read_text())["cases"].values()
+    assert all(case["slots_filled"] == 2 for case in cases)
+    assert sum(case["wrong_slots"] for case in cases) == 0
+    assert sum(case["wrong_replays"] for case in cases) == int(breaks)
+
+
+def test_the_cases_are_the_stated_ones_and_each_is_there_once():
+    specs = list(times.cases())
+    assert len(specs) == len(set(specs))
+    assert {spec.tokens for spec in specs} == {1, 8, 32, 64, 256}
+    assert {spec.ranks for spec in specs} == {8, 16, 64, "mixed"}
+    assert {spec.layer for spec in specs} == set(LAYERS.values())
+    assert all(2 <= times.layers_of(spec) <= 16 for spec in specs)
+
+
+def test_a_case_is_timed_over_layers_of_their_own(monkeypatch):
+    monkeypatch.setattr(times, "layers_of", lambda spec: 3)
+    spec = BatchSpec(LAYERS["8b.qkv"].scaled(64), 4, "distinct", max_loras=4, active=4)
+    case = times.time_case(spec, [Multilora("torch")], WallTimer(), None)
+    assert case["layers"] == 3
+    assert set(case["microseconds"]) == {"multilora (torch)", "base layer"}
+    assert min(case["microseconds"].values()) > 0
+
+
+def test_a_part_that_takes_too_long_is_ended_and_the_rest_goes_on(tmp_path, monkeypatch):
+    sleeping = (sys.executable, "-c", "import time; time.sleep(60)")
+    fine = (sys.executable, "-c", "import multilora_kernels")
+    monkeypatch.setattr(
+        run,
+        "parts",
+        lambda folder: [
+            run.Part("slow", sleeping, 0.01),
+            run.Part("fine", fine, 1.0),
+            run.Part("lacking", fine, 1.0, needs="no_such_program"),
+        ],
+    )
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(run, "_GRACE_S", 0.0)
+    found = run.run(tmp_path, 20.0, None)["parts"]
+    assert found["slow"]["code"] == "too late"
+    assert found["fine"]["code"] == 0
+    assert found["lacking"] == {"left_out": "there is no no_such_program"}

@@ -1,0 +1,143 @@
+"""Runs all parts one after the other, each in a process of its own, within a time limit.
+
+    tools/gpu/run.sh FOLDER [--minutes 10] [--vllm FOLDER] [--dry-run]
+
+Results are JSON files in FOLDER, one a part, and `summary.json`, which says what was run on which
+card, what failed and what was left out for which reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+_GRACE_S = 5.0  # for a part that ends by itself
+KERNEL_TESTS = (
+    "test_triton.py",
+    "test_triton_bits.py",
+    "test_triton_replay.py",
+    "test_prepared_launches.py",
+    "test_graph_capture.py",
+    "test_scatter.py",
+    "test_output_factors.py",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command.
+
+    Attributes:
+        name: Of its result.
+        command: What is run, at the root of the checkout.
+        share: Of the time, at most; what is left over goes to later parts.
+        needs: A module or a program without which it is left out.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+    needs: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """What it needs and this machine has not."""
+        if self.needs is None or shutil.which(self.needs):
+            return None
+        return None if importlib.util.find_spec(self.needs) else self.needs
+
+
+def parts(folder: Path) -> Iterator[Part]:
+    """All parts, the most important ones first."""
+    stress = (sys.executable, "-m", "tools.gpu.stress")
+    yield Part("stress", (*stress, "--out", str(folder / "stress.json")), 0.2)
+    tests = tuple(f"tests/kernels/{name}" for name in KERNEL_TESTS)
+    report = f"--junitxml={folder / 'tests.xml'}"
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", report, *tests)
+    yield Part("tests", pytest, 0.4, needs="pytest")
+    sanitizer = ("compute-sanitizer", "--error-exitcode=9", *stress, "--replays=2")
+    yield Part("sanitizer", sanitizer, 0.15, needs="compute-sanitizer")
+    times = (sys.executable, "-m", "tools.gpu.times", "--out", str(folder / "times.json"))
+    yield Part("times", times, 1.0)
+
+
+def run(folder: Path, seconds: float, vllm: Path | None) -> dict[str, Any]:
+    """Runs the parts; returns the summary, which is also written."""
+    end = time.monotonic() + seconds
+    summary: dict[str, Any] = {"seconds": seconds, "parts": {}}
+    with tempfile.TemporaryDirectory() as paths:
+        # Tests import the kernels by their name, which is not that of their folder.
+        (Path(paths) / "multilora_kernels").symlink_to(ROOT / "kernels")
+        path = os.pathsep.join([paths, str(ROOT), *([str(vllm)] if vllm else [])])
+        for part in parts(folder):
+            if part.missing:
+                summary["parts"][part.name] = {"left_out": f"there is no {part.missing}"}
+                continue
+            left = end - time.monotonic()
+            limit = max(1.0, left * part.share)
+            begin = time.monotonic()
+            code = _run_part(part, folder, {"PYTHONPATH": path, "GPU_SECONDS": f"{limit:.0f}"})
+            took = time.monotonic() - begin
+            summary["parts"][part.name] = {"code": code, "seconds": round(took, 1)}
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _run_part(part: Part, folder: Path, environment: dict[str, str]) -> int | str:
+    with (folder / f"{part.name}.log").open("wb") as log:
+        try:
+            return subprocess.run(
+                part.command,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=float(environment["GPU_SECONDS"]) + _GRACE_S,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return "too late"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs everything; 1 if a part failed, 2 where there is no GPU."""
+    parser = argparse.ArgumentParser(
+        prog="tools/gpu/run.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="for results")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
+    parser.add_argument("--vllm", type=Path, help="a folder with vllm/, to be compared with")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    chosen = parser.parse_args(arguments)
+    if chosen.dry_run:
+        for part in parts(chosen.folder):
+            missing = f" (left out: there is no {part.missing})" if part.missing else ""
+            print(f"{part.name}{missing}: {' '.join(part.command)}")
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        print("PyTorch finds no GPU here; --dry-run says what would be run", file=sys.stderr)
+        return 2
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    summary = run(chosen.folder.absolute(), 60 * chosen.minutes, chosen.vllm)
+    print(json.dumps(summary, indent=1))
+    return int(any(part.get("code", 0) != 0 for part in summary["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

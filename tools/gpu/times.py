@@ -1,0 +1,177 @@
+"""Times of a layer's call within one graph over many layers, against others and the floor.
+
+    python -m tools.gpu.times [--out times.json] [--dry-run]
+
+Each layer of a graph has weights of its own, so that none is in the cache when its turn comes, and
+a replay's constant costs are shared by all. The floor is the time that the least possible work
+takes at the card's measured peaks. Cases come in an order in which an early end leaves the widest
+view; `GPU_SECONDS` in the environment says when to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import tools.kernels
+from tools.kernels.measure.agreement import TOLERANCES, Expected
+from tools.kernels.measure.baselines import BaseLayer
+from tools.kernels.measure.batches import LAYERS, BatchSpec, build
+from tools.kernels.measure.contenders import Multilora, load_contenders
+from tools.kernels.measure.environment import command_arguments, current_environment
+from tools.kernels.measure.limits import adapter_work, measure_peaks
+from tools.kernels.measure.timing import Timer, timer_for
+
+assert tools.kernels  # finds the checkout's kernels
+TOKENS = (1, 32, 8, 256, 64)
+ACTIVE = (64, 8, 1)
+RANKS: tuple[Any, ...] = ("mixed", 16, 64, 8)
+SLOTS = 64
+REPETITIONS = 15
+_MOST_LAYERS, _ENOUGH_BYTES = 16, 512 << 20  # several times the largest card's L2
+
+
+def cases() -> Iterator[BatchSpec]:
+    """All cases: batches of one token a request, adapters in turn."""
+    seen = set()
+    for ranks in RANKS:
+        for active in ACTIVE:
+            for tokens in TOKENS:
+                for layer in LAYERS.values():
+                    spec = BatchSpec(
+                        layer,
+                        tokens,
+                        "distinct",
+                        ranks,
+                        max_loras=SLOTS,
+                        active=min(active, tokens),
+                    )
+                    if spec not in seen:
+                        seen.add(spec)
+                        yield spec
+
+
+def layers_of(spec: BatchSpec) -> int:
+    """Layers that a graph needs, so that what they read does not stay in the cache."""
+    ranks = spec.slot_ranks()[: spec.active]
+    bytes_of_one = 2 * int(ranks.sum()) * (spec.layer.inputs + sum(spec.layer.outputs))
+    return max(2, min(_MOST_LAYERS, -(-_ENOUGH_BYTES // max(bytes_of_one, 1))))
+
+
+def time_case(spec: BatchSpec, contenders: Sequence[Any], timer: Timer, peaks: Any) -> Any:
+    """Microseconds of one layer's call by contender; those that are wrong are not timed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = [build(spec, device, seed=seed) for seed in range(layers_of(spec))]
+    chains: dict[str, Callable[[], None]] = {}
+    left_out: dict[str, str] = {}
+    for contender in [*contenders, BaseLayer()]:
+        calls = [contender.prepare(batch) for batch in batches]
+        if not isinstance(contender, BaseLayer):
+            error = Expected(batches[0]).relative_error(calls[0])
+            if error > TOLERANCES[batches[0].y.dtype]:
+                left_out[contender.name] = f"wrong: relative error {error:.2g}"
+                continue
+
+        def chain(calls: Sequence[Callable[[], None]] = tuple(calls)) -> None:
+            for call in calls:
+                call()
+
+        chains[contender.name] = chain
+    times = timer.paired(list(chains.values()), REPETITIONS)
+    floor = None
+    if peaks is not None:
+        work = adapter_work(batches[0])
+        floor = 1e6 * max(
+            work.bytes / peaks.bytes_per_second, work.operations / peaks.operations_per_second
+        )
+    return {
+        "layer": spec.layer.name,
+        "tokens": spec.tokens,
+        "adapters": spec.active,
+        "ranks": spec.ranks,
+        "layers": len(batches),
+        "microseconds": {
+            name: round(median(own) / len(batches), 3)
+            for name, own in zip(chains, times, strict=True)
+        },
+        "floor_microseconds": floor,
+        "left_out": left_out,
+    }
+
+
+def plan_waits(device: torch.device, seconds: float = 2.0) -> dict[str, float]:
+    """Microseconds until a step's plan has arrived, with and without slots being filled beside."""
+    from tools.gpu.stress import SLOTS as STRESS_SLOTS
+    from tools.gpu.stress import Filling, mixes
+
+    spec = BatchSpec(LAYERS["8b.gate_up"], 64, "distinct", max_loras=STRESS_SLOTS)
+    batch = build(spec, device)
+    plans = mixes(64)
+
+    def waits(until: float) -> list[float]:
+        found, turn = [], 0
+        while time.monotonic() < until:
+            begin = time.perf_counter()
+            batch.plan.update(plans[turn % len(plans)])
+            torch.cuda.current_stream().synchronize()
+            found.append(1e6 * (time.perf_counter() - begin))
+            turn += 1
+        return sorted(found)
+
+    alone = waits(time.monotonic() + seconds)
+    with Filling(batch):
+        beside = waits(time.monotonic() + seconds)
+    return {
+        f"{name} {share:.0%}": round(own[int(share * (len(own) - 1))], 1)
+        for name, own in (("alone", alone), ("beside copies", beside))
+        for share in (0.5, 0.99)
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Times what there is time for, and writes it after each case."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.times")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="only list the cases")
+    chosen = parser.parse_args(arguments)
+    todo = list(cases())
+    if chosen.dry_run:
+        for spec in todo:
+            print(spec.layer.name, spec.tokens, spec.active, spec.ranks, layers_of(spec))
+        return 0
+    if not torch.cuda.is_available():
+        print("PyTorch finds no GPU here; --dry-run lists the cases", file=sys.stderr)
+        return 2
+    end = time.monotonic() + float(os.environ.get("GPU_SECONDS", "480"))
+    device = torch.device("cuda")
+    timer, others = timer_for(device), load_contenders()
+    peaks = measure_peaks(timer, device, torch.bfloat16)
+    result: dict[str, Any] = {
+        **current_environment(device, "tools.gpu.times", command_arguments(arguments)).facts(),
+        "left_out": dict(others.left_out),
+        "plan_waits": plan_waits(device),
+        "cases": [],
+    }
+    for number, spec in enumerate(todo):
+        if time.monotonic() > end:
+            break
+        case = time_case(spec, [Multilora("triton"), *others.contenders], timer, peaks)
+        result["cases"].append(case)
+        result["cases_left"] = len(todo) - number - 1
+        print(json.dumps(case), flush=True)
+        if chosen.out:
+            chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""A LoRA layer's forward in one function, for processors where Python's share of a step counts.
+
+vLLM's LoRA layers look up some twenty attributes through `nn.Module` and go through four methods
+before they call the punica wrapper: on a CPU that takes as long as a small adapter's product. What
+remains of them for a layer on one rank without a second stream is the base layer's product, the
+adapters', and the bias that the layer hands on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    ColumnParallelLinearWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+)
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+if TYPE_CHECKING:
+    import torch
+
+_FORWARDS = (ColumnParallelLinearWithLoRA.forward, RowParallelLinearWithLoRA.forward)
+
+
+def shorten_forward(layer: BaseLayerWithLoRA) -> bool:
+    """Gives a layer the short forward, if vLLM's does the same; after its mapping is set.
+
+    Args:
+        layer: Any LoRA layer. Its slots and its punica wrapper must not be replaced afterwards.
+
+    Returns:
+        Whether it did. Layers that are sharded, use a second stream, call a forward of their base
+        layer's own, or are of other kinds keep vLLM's.
+    """
+    if not isinstance(layer, BaseLinearLayerWithLoRA) or not _does_the_same(layer):
+        return False
+    base: Any = layer.base_layer
+    hands_on_bias, returns_bias = base.skip_bias_add, base.return_bias
+    add_adapters = layer.punica_wrapper.add_lora_linear
+    weights = layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
+
+    def forward(input_: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        bias = base.bias
+        y: torch.Tensor = base.quant_method.apply(base, input_, None if hands_on_bias else bias)
+        add_adapters(y, input_, *weights)
+        return (y, bias if hands_on_bias else None) if returns_bias else y
+
+    layer.forward = forward
+    return True
+
+
+def _does_the_same(layer: BaseLinearLayerWithLoRA) -> bool:
+    kind, base_kind = type(layer), type(layer.base_layer)
+    plain = kind.apply is BaseLinearLayerWithLoRA.apply or (
+        kind.apply is MergedColumnParallelLinearWithLoRA.apply
+        and base_kind.forward is ColumnParallelLinear.forward
+    )
+    return (
+        plain
+        and kind.forward in _FORWARDS
+        and layer.tp_size == 1
+        and not layer._enable_aux_cuda_stream
+    )

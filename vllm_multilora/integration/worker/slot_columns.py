@@ -1,0 +1,54 @@
+"""Columns of small tables on the device, one column a slot, written while a server serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from multilora_kernels.staging import CopyEvent, StagingRing
+
+
+class SlotColumns:
+    """Writes a slot's column in several int32 tables, through memory that is allocated once.
+
+    PyTorch copies from host memory to a column, which is not contiguous, by way of a new tensor on
+    the device; a server has given all the device's memory away by then. For one thread at a time.
+
+    Args:
+        tables: int32 [rows, slots] each, on one device.
+        make_event: See `StagingRing`.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[torch.Tensor],
+        make_event: Callable[[], CopyEvent] | None = None,
+    ) -> None:
+        self._tables = tuple(tables)
+        rows = sum(len(table) for table in tables)
+        self._columns = torch.zeros(rows, dtype=torch.int32, device=tables[0].device)
+        on_host = self._columns.device.type == "cpu"
+        self._staging = None if on_host else StagingRing(self._columns, make_event)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self._columns.nbytes
+
+    def write(self, slot: int, *columns: npt.NDArray[np.int32]) -> None:
+        """Writes a column of each table, in the order of the current stream.
+
+        Args:
+            slot: The slot.
+            columns: [rows] for each table.
+        """
+        values = self._columns.numpy() if self._staging is None else self._staging.open()
+        np.concatenate(columns, out=values)
+        if self._staging is not None:
+            self._staging.send(len(values))
+        parts = self._columns.split([len(table) for table in self._tables])
+        for table, part in zip(self._tables, parts, strict=True):
+            table[:, slot].copy_(part)
