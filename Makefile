@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test pytest ruff mypy test-fast test-vllm test-all lint bench-cpu bench-plan bench-adapters bench-kernels bench-isolation bench-identity coverage docs dist dist-check clean
+.PHONY: help install demo test pytest ruff mypy test-fast test-vllm test-all lint bench bench-kernels coverage docs dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -97,24 +97,8 @@ dist: $(VENV)-dist/.installed ## an sdist, and from it a wheel with native code 
 dist-check: $(STAMP) ## what is in dist/, installed beside vLLM with no compiler on the path
 	MULTILORA_DIST=dist $(BIN)/python -m pytest tests/unit/test_packaging.py
 
-bench-cpu: $(STAMP) ## throughput on this CPU: base model, plugin, stock vLLM
-	$(BIN)/python benchmarks/cpu_throughput.py
-
-bench-plan: $(STAMP) ## time to prepare a step's metadata, ours against vLLM's
-	$(BIN)/python benchmarks/plan_cost.py
-
-bench-adapters: $(STAMP) ## disk to host memory to slot, ours against vLLM's; what a step pays for slots and news
-	$(BIN)/python benchmarks/adapter_moves.py
-	$(BIN)/python benchmarks/slots_step.py
-	$(BIN)/python benchmarks/engine_poll_cost.py
-	$(BIN)/python benchmarks/intake_cost.py
-
-bench-isolation: $(STAMP) ## what running streams notice of other customers' cold adapters
-	$(BIN)/python benchmarks/cold_loads.py
-	$(BIN)/python benchmarks/cold_loads.py --registrations --first-use --hostile
-
-bench-identity: $(STAMP) ## what digests, signatures and metering cost, with each over without
-	$(BIN)/python benchmarks/identity_cost.py
+bench: $(STAMP) ## benchmarks: NAME="cpu_throughput rounds=3", or without a name which there are
+	$(BIN)/python -m benchmarks $(if $(NAME),run $(NAME),list)
 
 bench-kernels: $(STAMP) ## the Triton kernels against vLLM's: time on a GPU, counted work without
 	$(BIN)/python -m tools.kernels.bench

@@ -1,7 +1,5 @@
 """Time from disk to host memory and from there into a slot: this plugin against stock vLLM.
 
-    python benchmarks/adapter_moves.py [--rank 16] [--rounds 9] [--dtype bfloat16]
-
 The adapter covers every projection of an 8B Llama: 32 layers, hidden 4096, 1024 for keys and
 values, 14336 in the MLP. Stock is vLLM's own code: `PEFTHelper.from_local_dir`,
 `LoRAModel.from_local_checkpoint` and the manager's merge for loading, `set_lora` of its real
@@ -17,23 +15,19 @@ in the page cache. Stock maps the file and leaves the reading of lora_a to the f
 
 from __future__ import annotations
 
-import argparse
 import json
 import mmap
-import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.harness.registry import Figure, benchmark
 from multilora_kernels import SlotIndex, SlotTable, host_memory
 from multilora_kernels.dtypes import BFLOAT16
 from vllm_multilora.adapters import ModelLayout, SliceLayout
@@ -293,8 +287,8 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def compare(folder: Path, rank: int, max_rank: int, rounds: int, columns: bool) -> list[str]:
-    """Rows of the table for one size of slots."""
+def compare(folder: Path, rank: int, max_rank: int, rounds: int, columns: bool) -> Iterable[Figure]:
+    """The figures of one size of slots."""
     sides = {"stock": Stock(folder, max_rank), "ours": Ours(folder, max_rank, columns=columns)}
     steps = ("load", "first activation", "load and first activation", "later activation")
     times: dict[str, dict[str, list[float]]] = {
@@ -312,43 +306,39 @@ def compare(folder: Path, rank: int, max_rank: int, rounds: int, columns: bool) 
             del adapter
     if not same_weights(sides["stock"], sides["ours"], 1, rank):
         raise RuntimeError("the two sides do not hold the same weights")
-    rows = []
     for step in steps:
         stock, ours = times["stock"][step], times["ours"][step]
-        ratios = sorted(s / o for s, o in zip(stock, ours, strict=True))
-        rows.append(
-            f"| {max_rank} | {step} | {statistics.median(stock):.1f} | "
-            f"{statistics.median(ours):.1f} | {statistics.median(ratios):.1f} "
-            f"({ratios[0]:.1f} to {ratios[-1]:.1f}) |"
-        )
-    return rows
+        case = f"slots for rank {max_rank}: {step}"
+        yield Figure(case, "stock, ms", stock)
+        yield Figure(case, "plugin, ms", ours)
+        yield Figure(case, "stock / plugin", [s / o for s, o in zip(stock, ours, strict=True)])
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rank", type=int, default=16, help="the adapter's rank")
-    parser.add_argument("--max-rank", type=int, action="append", help="default: 16 and 64")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", default="bfloat16", help="of the adapter's file")
-    parser.add_argument("--by-row", action="store_true", help="B by rows, as in slots on GPUs")
-    chosen = parser.parse_args()
+@benchmark(
+    workload="an adapter with an 8-billion Llama's shapes, its files in the page cache",
+    control="vLLM's own loading and activation, in the same process and round",
+    figure="stock's time over the plugin's, of each step",
+    compares_to="stock vLLM",
+    quick={"rank": 8, "max_rank": 8, "rounds": 1},
+)
+def adapter_moves(
+    rank: int = 16,
+    max_rank: int = 0,
+    rounds: int = 9,
+    dtype: str = "bfloat16",
+    by_row: bool = False,
+) -> Iterable[Figure]:
+    """Time from disk to host memory and from there into a slot: this plugin against stock vLLM.
+
+    Args:
+        rank: The adapter's.
+        max_rank: Of slots; 0 for 16 and 64.
+        rounds: Of both sides.
+        dtype: Of the adapter's file.
+        by_row: B by rows, as in slots on GPUs.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = write_adapter(folder, chosen.rank, getattr(torch, chosen.dtype))
-        print(
-            f"rank {chosen.rank}, {chosen.dtype}, {size / 1e6:.1f} MB; bfloat16 slots, B by "
-            f"{'rows' if chosen.by_row else 'columns'}; {torch.get_num_threads()} threads; median "
-            f"of {chosen.rounds} rounds\n"
-        )
-        print("| slots for rank | step | stock, ms | ours, ms | stock / ours |")
-        print("|---|---|---|---|---|")
-        for max_rank in chosen.max_rank or (16, 64):
-            for row in compare(
-                folder, chosen.rank, max_rank, chosen.rounds, columns=not chosen.by_row
-            ):
-                print(row, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        write_adapter(folder, rank, getattr(torch, dtype))
+        for size in (max_rank,) if max_rank else (16, 64):
+            yield from compare(folder, rank, size, rounds, columns=not by_row)

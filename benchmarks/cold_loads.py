@@ -1,8 +1,5 @@
 """What running requests notice of other tenants' cold adapters.
 
-    python benchmarks/cold_loads.py [--rounds 3] [--stock-rounds 1] [--json FILE]
-    python benchmarks/cold_loads.py --registrations --first-use --hostile [--rounds 3]
-
 `vllm serve`, where two streams, one with an adapter and one of the base model, generate all the
 time. Beside them, 12 requests come one after another, each for another tenant's adapter. Reported
 is the time between two tokens of the streams (both taken together), relative to a phase of the
@@ -10,7 +7,7 @@ same round and server without other requests, and the requests' time to first to
 has files of its own with bytes of its own, in the page cache. Medians over rounds; one server at a
 time.
 
-Without any of the three flags: SmolLM2-135M in float32, adapters of rank 64 (78 MB), this plugin
+SmolLM2-135M in float32, adapters of rank 64 (78 MB), this plugin
 and stock vLLM. The phases differ in where the other tenants' adapters are:
 
 - `quiet`: no requests beside the streams
@@ -19,42 +16,26 @@ and stock vLLM. The phases differ in where the other tenants' adapters are:
 - `new`: unknown; registered by `/v1/load_lora_adapter`, then asked for; the time to first token is
   from the registration on
 - `disk`: registered and not in memory, as most of a large fleet
-
-With them: a model of 8 layers, 2,048 wide, in bfloat16, adapters of 47 MB, this plugin alone,
-beside `quiet` and `slot`, which is the same requests for an adapter that is in a slot:
-
-- `--registrations`: adapters are registered one after another, and each is asked for once
-- `--first-use`: adapters lie in a `--multilora-adapter-dir`, and each is asked for once
-- `--hostile`: adapters are registered that are made to keep whoever checks them busy: headers of
-  40 MiB, 10,000 patterns, an expression of 4 MiB, a FIFO for a configuration, deep nesting. What
-  the server answers is shown; nobody asks for them
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import httpx
-from cold_fleet import Fleet
-from cold_modes import MODES, run_modes
-from streams import Phase, Streams
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.fleet import Fleet
+from benchmarks.loads.smollm2 import base_model, model_config
+from benchmarks.loads.streams import Phase, Streams
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
 
 RANK = 64
 SLOTS, HOST_PLACES = 3, 6
@@ -120,13 +101,10 @@ class Load:
 
 def run_engine(name: str, rounds: int, requests: int, scratch: Path) -> list[dict[str, Phase]]:
     """Starts a server and runs the rounds on it, after one short round to warm up."""
-    from base_model import build_base_model
-
     from tests.serving.server import VllmServer
 
-    model = build_base_model()
-    config = json.loads((model / "config.json").read_text())
-    fleet = Fleet(scratch / "adapters", config, RANK)
+    model = base_model()
+    fleet = Fleet(scratch / "adapters", model_config(), RANK)
     fleet.add("stream")
     arguments = (
         *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
@@ -160,71 +138,43 @@ def run_engine(name: str, rounds: int, requests: int, scratch: Path) -> list[dic
             raise
 
 
-def summary(rounds: list[dict[str, Phase]]) -> dict[str, dict[str, float]]:
-    """Medians over the rounds, by phase; relative ones from within a round."""
+def figures_of(name: str, rounds: list[dict[str, Phase]]) -> Iterable[Figure]:
+    """The figures of one engine; relative ones are from within a round."""
 
-    def median(figure: Callable[[dict[str, Phase]], float]) -> float:
-        return statistics.median(figure(result) for result in rounds)
+    def values(figure: Callable[[dict[str, Phase]], float]) -> list[float]:
+        return [figure(result) for result in rounds]
 
-    figures: dict[str, dict[str, float]] = {}
     for phase in PHASES:
-        row = figures[phase] = {}
-        for label, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
-            row[label] = median(lambda r, p=phase, s=share: r[p].quantile(s))
-            for other in ("quiet", "slot"):
-                row[f"{label}/{other}"] = median(
-                    lambda r, p=phase, s=share, o=other: r[p].quantile(s) / r[o].quantile(s)
-                )
+        case = f"{name}, {phase}"
+        for label, share in (("p50", 0.5), ("p99", 0.99), ("slowest", 1.0)):
+            yield Figure(case, f"{label}, ms", values(lambda r, p=phase, s=share: r[p].quantile(s)))
+            yield Figure(
+                case,
+                f"{label} / quiet",
+                values(lambda r, p=phase, s=share: r[p].quantile(s) / r["quiet"].quantile(s)),
+            )
         if phase != "quiet":
-            row["first token"] = median(lambda r, p=phase: statistics.median(r[p].first_token_ms))
-    return figures
+            first = values(lambda r, p=phase: statistics.median(r[p].first_token_ms))
+            yield Figure(case, "first token, ms", first)
 
 
-def report(results: dict[str, list[dict[str, Phase]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Prints the table; returns its figures."""
-    figures = {name: summary(rounds) for name, rounds in results.items()}
-    columns = [*(f"{q}{o}" for q in ("p50", "p99", "max") for o in ("", "/quiet", "/slot"))]
-    print(f"\n| engine | phase | {' | '.join(columns)} | first token |")
-    print("|---" * (len(columns) + 3) + "|")
-    for name, phases in figures.items():
-        for phase, row in phases.items():
-            cells = [f"{row[c]:.2f}" if "/" in c else f"{row[c]:.0f} ms" for c in columns]
-            first = f"{row['first token']:.0f} ms" if "first token" in row else ""
-            print(f"| {name} | {phase} | {' | '.join(cells)} | {first} |")
-    if len(figures) == 2:
-        print()
-        for phase in PHASES[1:]:
-            ours, stock = (figures[name][phase]["first token"] for name in ENGINES)
-            print(f"first token, plugin / stock, {phase}: {ours / stock:.2f}")
-    return figures
+@benchmark(
+    workload="SmolLM2-135M in float32; two streams, and beside them 12 requests for adapters of 78 "
+    "MB that are in slots, in host memory, on disk, or unknown",
+    control="the streams without other requests, in the same round, and stock vLLM",
+    figure="the streams' time from token to token over that without other requests",
+    compares_to="1, where nothing is noticed, and stock vLLM",
+    quick={"rounds": 1, "stock_rounds": 0, "requests": 2},
+)
+def cold_loads(rounds: int = 3, stock_rounds: int = 1, requests: int = 12) -> Iterable[Figure]:
+    """What running requests notice of other tenants' cold adapters.
 
-
-def main() -> None:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the plugin")
-    parser.add_argument("--stock-rounds", type=int, default=1, help="rounds of stock vLLM")
-    parser.add_argument("--requests", type=int, default=12, help="beside the streams, a phase")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    for mode, what in MODES.items():
-        parser.add_argument(f"--{mode}", action="store_true", help=what)
-    options = parser.parse_args()
-    if modes := [mode for mode in MODES if getattr(options, mode.replace("-", "_"))]:
-        run_modes(modes, options.rounds, options.requests, options.json)
-        return
-    counts = {"plugin": options.rounds, "stock": options.stock_rounds}
-    results = {}
-    for name, rounds in counts.items():
-        if rounds:
+    Args:
+        rounds: Of the plugin.
+        stock_rounds: Of stock vLLM.
+        requests: Beside the streams, in each phase.
+    """
+    for name, count in (("plugin", rounds), ("stock", stock_rounds)):
+        if count:
             with tempfile.TemporaryDirectory() as scratch:
-                results[name] = run_engine(name, rounds, options.requests, Path(scratch))
-    figures = report(results)
-    if options.json:
-        raw = {
-            name: [{p: asdict(v) for p, v in r.items()} for r in rs] for name, rs in results.items()
-        }
-        options.json.write_text(json.dumps({"figures": figures, "rounds": raw}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+                yield from figures_of(name, run_engine(name, count, requests, Path(scratch)))

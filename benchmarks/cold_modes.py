@@ -1,28 +1,35 @@
-"""What streams notice of registrations, first uses and hostile adapters; see `cold_loads.py`."""
+"""What streams notice of registrations, first uses and hostile adapters.
+
+As in `cold_loads.py`, but with a model of 8 layers, 2,048 wide, in bfloat16, adapters of 47 MB, and
+this plugin alone. Beside `quiet` and `slot`, which is the same requests for an adapter that is in a
+slot:
+
+- `registrations`: adapters are registered one after another, and each is asked for once
+- `first-use`: adapters lie in a `--multilora-adapter-dir`, and each is asked for once
+- `hostile`: adapters are registered that are made to keep whoever checks them busy: headers of
+  40 MiB, 10,000 patterns, an expression of 4 MiB, a FIFO for a configuration, deep nesting. What
+  the server answers is shown; nobody asks for them
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import httpx
-from cold_fleet import MODEL, RANK, VOCABULARY, WEIGHTS, Fleet, write_base
-from streams import Phase, Streams
+
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.fleet import MODEL, RANK, VOCABULARY, WEIGHTS, Fleet, write_base
+from benchmarks.loads.streams import Phase, Streams
 
 SLOTS = 4
 LOAD_TIMEOUT_S = 10.0
-MODES = {
-    "registrations": "12 new adapters of 47 MB, registered one after another and asked for once",
-    "first-use": "12 new adapters of 47 MB in an adapter directory, each asked for once",
-    "hostile": "registrations of adapters that are made to keep their checks busy",
-}
+MODES = ("registrations", "first-use", "hostile")
 _SHARES = {"p50": 0.5, "p99": 0.99, "slowest": 1.0}
 
 Rounds = list[dict[str, Phase]]
@@ -118,8 +125,18 @@ class _Server:
         return await self._streams.phase(register)
 
 
-def run_modes(modes: Sequence[str], rounds: int, requests: int, json_file: Path | None) -> None:
-    """Starts a server, runs the modes on it and prints their table."""
+@benchmark(
+    workload="a Llama of 8 layers, 2,048 wide, in bfloat16; two streams, and beside them 12 "
+    "adapters of 47 MB that are registered, used for the first time, or hostile",
+    control="the streams beside the same requests for an adapter in a slot, in the same round",
+    figure="the streams' time from token to token over that",
+    compares_to="1, where nothing is noticed",
+    quick={"modes": "first-use", "rounds": 1, "requests": 2},
+)
+def cold_modes(
+    modes: str = ",".join(MODES), rounds: int = 3, requests: int = 12
+) -> Iterable[Figure]:
+    """What streams notice of registrations, first uses and hostile adapters."""
     from tests.serving.server import VllmServer
 
     with tempfile.TemporaryDirectory() as name:
@@ -138,57 +155,41 @@ def run_modes(modes: Sequence[str], rounds: int, requests: int, json_file: Path 
             start_timeout=300.0,
         ) as server:
 
-            async def run() -> tuple[Rounds, float]:
+            async def run() -> Rounds:
                 async with httpx.AsyncClient(
                     base_url=server.url, timeout=None, trust_env=False
                 ) as client:
                     load = _Server(client, scratch, requests)
-                    return await load.run(modes, rounds), load.megabytes
+                    return await load.run(modes.split(","), rounds)
 
             try:
-                found, megabytes = asyncio.run(run())
+                found = asyncio.run(run())
             except Exception:
                 print(server.log_tail(), file=sys.stderr)
                 raise
-    print(f"\nadapters of {megabytes:.1f} MB")
-    figures = report(modes, found)
-    if json_file:
-        raw = [{mode: asdict(phase) for mode, phase in result.items()} for result in found]
-        json_file.write_text(json.dumps({"figures": figures, "rounds": raw}, indent=2) + "\n")
+    yield from figures_of(modes.split(","), found)
 
 
-def report(modes: Sequence[str], rounds: Rounds) -> dict[str, dict[str, float]]:
-    """Prints the table: medians over rounds, ratios from within a round; returns its figures."""
-    figures: dict[str, dict[str, float]] = {}
-    columns = [f"{label}{part}" for label in _SHARES for part in ("", "/quiet", "/slot")]
-    print(f"\n| beside the streams | {' | '.join(columns)} | registration | first token |")
-    print("|---" * (len(columns) + 3) + "|")
+def figures_of(modes: Sequence[str], rounds: Rounds) -> Iterable[Figure]:
+    """The figures; relative ones are from within a round."""
+
+    def values(figure: Callable[[dict[str, Phase]], float]) -> list[float]:
+        return [figure(result) for result in rounds]
+
     for mode in ("quiet", "slot", *modes):
-        row = figures[mode] = _row(mode, rounds)
-        cells = [f"{row[c]:.2f}" if "/" in c else f"{row[c]:.0f} ms" for c in columns]
-        for extra in ("registration", "first token"):
-            cells.append(f"{row[extra]:.0f} ms" if extra in row else "")
-        print(f"| {mode} | {' | '.join(cells)} |")
+        for label, share in _SHARES.items():
+            yield Figure(mode, f"{label}, ms", values(lambda r, m=mode, s=share: r[m].quantile(s)))
+            yield Figure(
+                mode,
+                f"{label} / slot",
+                values(lambda r, m=mode, s=share: r[m].quantile(s) / r["slot"].quantile(s)),
+            )
+        for label, of in (
+            ("registration, ms", lambda phase: phase.registration_ms),
+            ("first token, ms", lambda phase: phase.first_token_ms),
+        ):
+            if of(rounds[0][mode]):
+                medians = values(lambda r, m=mode, o=of: statistics.median(o(r[m])))
+                yield Figure(mode, label, medians)
     for name, status in rounds[-1].get("hostile", Phase([])).answers.items():
         print(f"{name}: answered with {status}")
-    return figures
-
-
-def _row(mode: str, rounds: Rounds) -> dict[str, float]:
-    def median(figure: Callable[[dict[str, Phase]], float]) -> float:
-        return statistics.median(map(figure, rounds))
-
-    row = {}
-    for label, share in _SHARES.items():
-        row[label] = median(lambda r, s=share: r[mode].quantile(s))
-        for other in ("quiet", "slot"):
-            row[f"{label}/{other}"] = median(
-                lambda r, s=share, o=other: r[mode].quantile(s) / r[o].quantile(s)
-            )
-    for label, of in (
-        ("registration", lambda phase: phase.registration_ms),
-        ("first token", lambda phase: phase.first_token_ms),
-    ):
-        if of(rounds[0][mode]):
-            row[label] = median(lambda r, o=of: statistics.median(o(r[mode])))
-    return row

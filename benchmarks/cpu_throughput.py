@@ -1,7 +1,5 @@
 """Throughput of a mixed-adapter batch on a CPU: the plugin, stock vLLM, and the base model.
 
-    python benchmarks/cpu_throughput.py [--stock-rounds 1] [--rounds 5] [--json FILE]
-
 One run starts three engines with the same settings: LoRA off (`base`), LoRA with this plugin
 (`plugin`), LoRA with vLLM's own kernels (`stock`). Each round times the same requests on each,
 one engine after the other, so that a change of the machine's speed hits all of them; the
@@ -19,23 +17,16 @@ MALLOC_TRIM_THRESHOLD_=4000000000` in the environment makes it keep them.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import random
-import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.smollm2 import base_model, model_config
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -46,8 +37,14 @@ MAX_RANK = 64
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def write_random_adapter(folder: Path, model_config: dict, rank: int, seed: int) -> Path:
-    """Writes a PEFT checkpoint of a random adapter on all projections of a Llama-like model."""
+def write_random_adapter(
+    folder: Path,
+    model_config: dict,
+    rank: int,
+    seed: int,
+    projections: Sequence[str] = PROJECTIONS,
+) -> Path:
+    """Writes a PEFT checkpoint of a random adapter on projections of a Llama-like model."""
     import torch
     from safetensors.torch import save_file
 
@@ -67,7 +64,8 @@ def write_random_adapter(folder: Path, model_config: dict, rank: int, seed: int)
     random_numbers = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(model_config["num_hidden_layers"]):
-        for name, (columns, rows) in shapes.items():
+        for name in projections:
+            columns, rows = shapes[name]
             block = "mlp" if name in PROJECTIONS[4:] else "self_attn"
             key = f"base_model.model.model.layers.{layer}.{block}.{name}"
             for part, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
@@ -75,7 +73,7 @@ def write_random_adapter(folder: Path, model_config: dict, rank: int, seed: int)
                 tensors[f"{key}.{part}.weight"] = values.to(torch.bfloat16)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": PROJECTIONS}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": projections}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -114,20 +112,25 @@ def requested_adapters(folder: Path, model_config: dict) -> list[LoRARequest]:
     return [adapters[i % len(adapters)] for i in range(REQUESTS)]
 
 
-def main() -> None:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of base and plugin")
-    parser.add_argument("--stock-rounds", type=int, default=1, help="rounds that time stock too")
-    parser.add_argument("--dtype", default=fastest_dtype(), help="(default here: %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
+@benchmark(
+    workload="SmolLM2-135M, 16 requests of 100 + 48 tokens, 8 adapters of ranks 8 to 64 on all "
+    "projections",
+    control="the base model with LoRA off, and stock vLLM, in the same rounds",
+    figure="the plugin's time over the base model's",
+    compares_to="1.10, the goal, and stock vLLM's time",
+    quick={"rounds": 1, "stock_rounds": 0},
+)
+def cpu_throughput(rounds: int = 5, stock_rounds: int = 1, dtype: str = "auto") -> Iterable[Figure]:
+    """Throughput of a mixed-adapter batch on a CPU: the plugin, stock vLLM, and the base model.
 
-    from base_model import build_base_model
+    Args:
+        rounds: Of the base model and the plugin.
+        stock_rounds: Those of them that time stock vLLM too.
+        dtype: Of the model; `auto` is the one that this processor is fastest with.
+    """
     from vllm import LLM, SamplingParams
 
-    model = build_base_model()
-    config = json.loads((model / "config.json").read_text())
+    model, config = base_model(), model_config()
     prompts = random_prompts(PROMPT_TOKENS)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
@@ -137,7 +140,7 @@ def main() -> None:
         def start(lora: bool, **additional: dict) -> LLM:
             settings = {
                 "model": str(model),
-                "dtype": options.dtype,
+                "dtype": fastest_dtype() if dtype == "auto" else dtype,
                 "enforce_eager": True,
                 "max_model_len": 256,
                 "max_num_seqs": REQUESTS,
@@ -155,7 +158,7 @@ def main() -> None:
             "base": start(lora=False),
             "plugin": start(lora=True),
         }
-        if options.stock_rounds:
+        if stock_rounds:
             engines["stock"] = start(lora=True, multilora={"backend": "vllm"})
 
         def seconds(name: str) -> float:
@@ -171,37 +174,18 @@ def main() -> None:
         print(f"warming up {', '.join(engines)} ...", flush=True)
         for name in ("base", "plugin"):
             seconds(name)
-        rounds = []
-        for number in range(max(options.rounds, options.stock_rounds)):
-            names = [n for n in engines if n != "stock" or number < options.stock_rounds]
-            rounds.append({name: seconds(name) for name in names})
-            times = ", ".join(f"{name} {time:.2f} s" for name, time in rounds[-1].items())
+        found: list[dict[str, float]] = []
+        for number in range(max(rounds, stock_rounds)):
+            names = [n for n in engines if n != "stock" or number < stock_rounds]
+            found.append({name: seconds(name) for name in names})
+            times = ", ".join(f"{name} {time:.2f} s" for name, time in found[-1].items())
             print(f"round {number + 1}: {times}", flush=True)
-    report(rounds, options.json)
-
-
-def report(rounds: list[dict[str, float]], json_file: Path | None) -> None:
-    """Prints medians and ratios of the rounds' seconds."""
     tokens = REQUESTS * NEW_TOKENS
-    print("\n| engine | seconds | output tokens/s |\n|---|---|---|")
-    for name in rounds[0]:
-        median = statistics.median(r[name] for r in rounds if name in r)
-        print(f"| {name} | {median:.2f} | {tokens / median:.0f} |")
-    ratios = {"plugin time / base time": [r["plugin"] / r["base"] for r in rounds]}
-    if "stock" in rounds[0]:
-        ratios["stock time / plugin time"] = [
-            r["stock"] / r["plugin"] for r in rounds if "stock" in r
-        ]
-    print()
-    for label, values in ratios.items():
-        print(
-            f"{label}: median {statistics.median(values):.2f} "
-            f"(min {min(values):.2f}, max {max(values):.2f}, {len(values)} rounds)"
-        )
-    if json_file:
-        figures = {"rounds": rounds, "ratios": ratios, "machine": platform.processor()}
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    for name in engines:
+        times = [r[name] for r in found if name in r]
+        yield Figure("", f"{name}, s", times)
+        yield Figure("", f"{name}, output tokens/s", [tokens / time for time in times])
+    yield Figure("", "plugin time / base time", [r["plugin"] / r["base"] for r in found])
+    if stock_rounds:
+        ratios = [r["stock"] / r["plugin"] for r in found if "stock" in r]
+        yield Figure("", "stock time / plugin time", ratios)

@@ -1,36 +1,44 @@
 """What an adapter directory adds to a server's start.
 
-    python benchmarks/directory_start.py [--folders 500] [--rounds 2] [--json FILE]
-
 `vllm serve` with a tiny random Llama, started alternately with an empty directory and with one of
 many adapters, until `/v1/models` answers with all of them. Reported are the seconds of each start,
-the ratio within each round, and what one look at the directory costs.
+the ratio within each round, the API server's memory, what a scrape of `/metrics` takes, and what
+one look at the directory costs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tests.serving.recipes import LINEAR_RECIPES
+from benchmarks.harness.registry import Figure, benchmark
 from tests.serving.server import VllmServer
-from tests.serving.tiny_adapters import write_adapter
-from tests.serving.tiny_models import write_llama
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import AdapterDirectories, Settling
 
 LOOKS = 9
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server that names all adapters.
+
+    Attributes:
+        seconds: Until it did.
+        mib: Resident memory of the API server.
+        scrape_ms: Median time that `/metrics` takes.
+    """
+
+    seconds: float
+    mib: float
+    scrape_ms: float
 
 
 def fill(directory: Path, adapter: Path, folders: int) -> None:
@@ -42,8 +50,8 @@ def fill(directory: Path, adapter: Path, folders: int) -> None:
             os.link(adapter / file, folder / file)
 
 
-def start(base: Path, directory: Path, expected: int, log: Path) -> float:
-    """Seconds until a server names all adapters."""
+def start(base: Path, directory: Path, expected: int, log: Path) -> Started:
+    """Starts a server, and looks at it when it names all adapters."""
     began = time.perf_counter()
     with VllmServer(
         base,
@@ -55,7 +63,13 @@ def start(base: Path, directory: Path, expected: int, log: Path) -> float:
         models = server.get("/v1/models").json()["data"]
         seconds = time.perf_counter() - began
         assert len(models) == 1 + expected, f"{len(models)} models\n{server.log_tail()}"
-    return seconds
+        mib = psutil.Process(server.pid).memory_info().rss / 2**20
+        scrapes = []
+        for _ in range(LOOKS):
+            asked = time.perf_counter()
+            server.get("/metrics").raise_for_status()
+            scrapes.append(1e3 * (time.perf_counter() - asked))
+    return Started(seconds, mib, statistics.median(scrapes))
 
 
 def look_ms(directory: Path) -> float:
@@ -69,40 +83,41 @@ def look_ms(directory: Path) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folders", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+@benchmark(
+    workload="`vllm serve` with a tiny random Llama, until it names all adapters of a directory",
+    control="the same with an empty directory, in the same rounds",
+    figure="seconds to start with the adapters over seconds without",
+    compares_to="1.05, the goal",
+    quick={"folders": 20, "rounds": 1},
+)
+def directory_start(folders: int = 500, rounds: int = 2) -> Iterable[Figure]:
+    """What an adapter directory adds to a server's start."""
+    from tests.serving.recipes import LINEAR_RECIPES
+    from tests.serving.tiny_adapters import write_adapter
+    from tests.serving.tiny_models import write_llama
+
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         base = write_llama(root / "base")
         adapter = write_adapter(base, root / "adapter", LINEAR_RECIPES[0], seed=0)
-        sizes = {"empty": 0, "full": arguments.folders}
-        for name, folders in sizes.items():
+        sizes = {"empty": 0, "full": folders}
+        for name, count in sizes.items():
             (root / name).mkdir()
-            fill(root / name, adapter, folders)
+            fill(root / name, adapter, count)
         # The first start of all reads vLLM from disk.
         start(base, root / "empty", 0, root / "log")
-        seconds: dict[str, list[float]] = {name: [] for name in sizes}
-        for number in range(arguments.rounds):
+        started: dict[str, list[Started]] = {name: [] for name in sizes}
+        for number in range(rounds):
             # Each comes first in every other round.
             for name in sorted(sizes, reverse=number % 2 == 1):
-                seconds[name].append(start(base, root / name, sizes[name], root / "log"))
+                started[name].append(start(base, root / name, sizes[name], root / "log"))
         milliseconds = look_ms(root / "full")
-    ratios = [full / empty for full, empty in zip(seconds["full"], seconds["empty"], strict=True)]
-    print(f"{'round':>5}  {'empty, s':>9}  {arguments.folders:>5} folders, s  ratio")
-    for number, ratio in enumerate(ratios):
-        empty, full = seconds["empty"][number], seconds["full"][number]
-        print(f"{number + 1:>5}  {empty:>9.1f}  {full:>16.1f}  {ratio:.3f}")
-    print(
-        f"median ratio {statistics.median(ratios):.3f}; one look: {milliseconds:.1f} ms of CPU time"
-    )
-    if arguments.json is not None:
-        result = {"seconds": seconds, "ratios": ratios, "look_ms": milliseconds}
-        arguments.json.write_text(json.dumps(result, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    for name, count in sizes.items():
+        found = started[name]
+        case = f"{count:,} adapters"
+        yield Figure(case, "start, s", [one.seconds for one in found])
+        pairs = zip(found, started["empty"], strict=True)
+        yield Figure(case, "/ empty", [one.seconds / empty.seconds for one, empty in pairs])
+        yield Figure(case, "API server, MiB", [one.mib for one in found])
+        yield Figure(case, "/metrics, ms", [one.scrape_ms for one in found])
+    yield Figure(f"{folders:,} adapters", "one look, ms of processor time", [milliseconds])

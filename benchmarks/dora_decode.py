@@ -1,7 +1,5 @@
 """Decoding with DoRA adapters against plain ones of the same ranks, on a CPU.
 
-    python benchmarks/dora_decode.py [--rounds 7] [--dtype bfloat16]
-
 SmolLM2-135M, 16 requests of 4 prompt tokens and 64 generated ones over 8 adapters of ranks 8, 16,
 32 and 64 on all seven projections; DoRA adapters have the plain ones' A and B, and magnitudes
 beside them. Two engines: with `--multilora-dora` (`dora` and `plain`) and without (`without`,
@@ -12,16 +10,15 @@ weights' rows cost when a DoRA adapter is used for the first time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpu_throughput import (
+from benchmarks.cpu_throughput import (
     MAX_RANK,
     NEW_TOKENS,
     RANKS,
@@ -32,6 +29,9 @@ from cpu_throughput import (
 )
 
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.smollm2 import base_model, model_config
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -80,25 +80,25 @@ def lengths(worker: Any) -> list[tuple[int, float]]:
     return worker.multilora_lengths
 
 
-def main() -> None:
-    """Runs the benchmark and prints its figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default=fastest_dtype(), help="(default here: %(default)s)")
-    options = parser.parse_args()
-
-    from base_model import build_base_model
+@benchmark(
+    workload="SmolLM2-135M, 16 requests of 4 + 64 tokens, 8 DoRA adapters of ranks 8 to 64",
+    control="plain adapters with the same A and B, in the same rounds",
+    figure="the time of DoRA adapters over that of plain ones",
+    compares_to="1.05, the goal",
+    quick={"rounds": 1},
+)
+def dora_decode(rounds: int = 7, dtype: str = "auto") -> Iterable[Figure]:
+    """Decoding with DoRA adapters against plain ones of the same ranks, on a CPU."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    model = build_base_model()
-    config = json.loads((model / "config.json").read_text())
+    model, config = base_model(), model_config()
     prompts = random_prompts(PROMPT_TOKENS)
 
     def start(**additional: bool) -> LLM:
         return LLM(
             str(model),
-            dtype=options.dtype,
+            dtype=fastest_dtype() if dtype == "auto" else dtype,
             enforce_eager=True,
             max_model_len=128,
             max_num_seqs=REQUESTS,
@@ -136,25 +136,16 @@ def main() -> None:
         for run in runs.values():
             seconds(*run)
         found = with_dora.collective_rpc(lengths)[0]
-        rounds = []
-        for number in range(options.rounds):
-            rounds.append({name: seconds(*run) for name, run in runs.items()})
-            times = ", ".join(f"{name} {time:.2f} s" for name, time in rounds[-1].items())
-            print(f"round {number + 1}: {times}", flush=True)
-    print()
+        times: list[dict[str, float]] = []
+        for number in range(rounds):
+            times.append({name: seconds(*run) for name, run in runs.items()})
+            print(f"round {number + 1}: {times[-1]}", flush=True)
     for label, above, below in (
         ("DoRA / plain", "dora", "plain"),
         ("plain with --multilora-dora / without", "plain", "without"),
     ):
-        ratios = [r[above] / r[below] for r in rounds]
-        print(
-            f"{label}: median {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds)"
-        )
+        yield Figure("", label, [r[above] / r[below] for r in times])
     for rank in sorted(set(RANKS)):
-        own = [1000 * time for of, time in found if of == rank]
-        print(f"lengths, rank {rank}: {statistics.median(own):.0f} ms")
-
-
-if __name__ == "__main__":
-    main()
+        yield Figure(
+            "", f"lengths, rank {rank}, ms", [1000 * took for of, took in found if of == rank]
+        )

@@ -1,7 +1,5 @@
 """What a step of the engine core pays to hear the store and its workers.
 
-    python benchmarks/engine_poll_cost.py
-
 Each step looks at the store's socket and at the workers' link once. `nothing`: nothing has come,
 as in nearly all steps. `a message`: the look that takes in one message of the store's, or one of
 each rank's; the other side has sent it before. Both sides have what an engine core that sleeps is
@@ -13,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from benchmarks.harness.registry import Figure, benchmark
 from vllm_multilora.integration.fill_link import Filled, FillLink, WorkerLink
 from vllm_multilora.store.channel import Channel
 from vllm_multilora.store.client import StoreClient
@@ -23,7 +22,6 @@ from vllm_multilora.store.messages import Evicted, FromClient
 
 RANKS = (1, 2, 8)
 LOOKS = 500
-REPEATS = 40
 
 Look = Callable[[], list]
 
@@ -72,10 +70,10 @@ def workers(ranks: int) -> Iterator[tuple[Look, Callable[[], None]]]:
     link.close()
 
 
-def nothing(look: Look) -> float:
+def nothing(look: Look, repeats: int) -> float:
     """Microseconds of a look that finds nothing."""
     best = float("inf")
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         begin = time.perf_counter()
         for _ in range(LOOKS):
             look()
@@ -83,10 +81,10 @@ def nothing(look: Look) -> float:
     return 1e6 * best / LOOKS
 
 
-def something(look: Look, tell: Callable[[], None], messages: int) -> float:
+def something(look: Look, tell: Callable[[], None], messages: int, repeats: int) -> float:
     """Microseconds of a look that finds so many messages."""
     best = float("inf")
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         total = 0.0
         for _ in range(LOOKS):
             tell()
@@ -99,16 +97,20 @@ def something(look: Look, tell: Callable[[], None], messages: int) -> float:
     return 1e6 * best / LOOKS
 
 
-def main() -> None:
-    """Prints the table."""
-    print("microseconds a look\n\n| at | nothing | a message |\n|---|---|---|")
+@benchmark(
+    workload="a look at the store's socket, and one at the workers' link",
+    control="a look that finds nothing",
+    figure="microseconds a look",
+    compares_to="a step of the engine core, of milliseconds",
+    quick={"repeats": 4},
+)
+def engine_poll_cost(repeats: int = 40) -> Iterable[Figure]:
+    """What a step of the engine core pays to hear the store and its workers."""
     with store() as (look, tell):
-        print(f"| the store | {nothing(look):.2f} | {something(look, tell, 1):.2f} |")
+        yield Figure("the store", "nothing, µs", [nothing(look, repeats)])
+        yield Figure("the store", "a message, µs", [something(look, tell, 1, repeats)])
     for ranks in RANKS:
+        case = f"{ranks} worker{'s' * (ranks > 1)}"
         with workers(ranks) as (look, tell):
-            row = f"{nothing(look):.2f} | {something(look, tell, ranks):.2f}"
-        print(f"| {ranks} worker{'s' * (ranks > 1)} | {row} |")
-
-
-if __name__ == "__main__":
-    main()
+            yield Figure(case, "nothing, µs", [nothing(look, repeats)])
+            yield Figure(case, "a message, µs", [something(look, tell, ranks, repeats)])

@@ -1,8 +1,5 @@
 """What a tenant notices of another with eight times its clients and long prompts beside it.
 
-    python benchmarks/fairness.py [--rounds 5] [--seconds 20] [--prefill-tokens 128] [--json FILE]
-    python benchmarks/fairness.py --no-servers [--rounds 15]
-
 Three `vllm serve` side by side, with a small random Llama and one adapter a tenant: fair shares,
 the plugin without them, and stock vLLM. In each round every server has every load in turn, so that
 ratios are between phases that lie close together:
@@ -16,24 +13,20 @@ The victim's 95th percentiles of the time to first token and from token to token
 its solo run in the same server and round. Jain's index is of the tokens served to the eight, a
 prompt's tokens counted once and generated ones twice.
 
-What fair shares cost is measured without servers (`--no-servers`: that alone): two engines, with
+What fair shares cost is measured without servers (`servers=none`: that alone): two engines, with
 them and without, are given the same requests turn by turn, of one tenant and of eight. Through HTTP
 the client and the waiting of vLLM's own processes for each other decide on a small model's speed.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import json
-import os
 import random
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,21 +34,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import httpx
-from streams import token_times
-from turns import paired
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.harness.turns import paired
+from benchmarks.loads.streams import token_times
 
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
 VICTIM, AGGRESSOR = TENANTS[:2]
 RANK, PLACES, STEP_TOKENS = 16, 64, 2048
 SHORT, LONG = 16, 256
 NEW_TOKENS = 48
-SERVERS = ("fair", "unfair", "stock")
 
 
 @dataclass
@@ -158,10 +146,12 @@ def jain(values: Sequence[float]) -> float:
     return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))
 
 
-def run(options: argparse.Namespace, urls: dict[str, str]) -> dict[str, dict[str, list[float]]]:
+def run(
+    urls: dict[str, str], rounds: int, seconds: float, clients: int
+) -> dict[str, dict[str, list[float]]]:
     """All rounds on all servers; each figure of each round, by server."""
-    victim = Load(VICTIM, options.clients, SHORT, streams=True)
-    aggressor = Load(AGGRESSOR, 8 * options.clients, LONG)
+    victim = Load(VICTIM, clients, SHORT, streams=True)
+    aggressor = Load(AGGRESSOR, 8 * clients, LONG)
     crowd = 2 * PLACES // len(TENANTS)
     loads = {
         "solo": [victim],
@@ -169,19 +159,20 @@ def run(options: argparse.Namespace, urls: dict[str, str]) -> dict[str, dict[str
         "equal": [Load(tenant, crowd, LONG // 4) for tenant in TENANTS],
     }
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in urls}
-    for number in range(-1, options.rounds):  # the first round warms up, and does not count
+    for number in range(-1, rounds):  # the first round warms up, and does not count
         order = list(urls)
         random.Random(number).shuffle(order)
-        for kind, clients in loads.items():
+        for kind, asked in loads.items():
             for name in order:
-                seconds = options.seconds if number >= 0 else 2.0
                 try:
-                    served = asyncio.run(phase(urls[name], clients, seconds, number))
+                    served = asyncio.run(
+                        phase(urls[name], asked, seconds if number >= 0 else 2.0, number)
+                    )
                 except Exception as error:
                     raise RuntimeError(f"round {number + 1}, {name}, load {kind!r}") from error
                 if number >= 0:
                     note(figures[name], kind, served)
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return figures
 
 
@@ -197,29 +188,17 @@ def note(figures: dict[str, list[float]], kind: str, served: dict[str, Served]) 
     if kind == "equal":
         add("jain", jain([each.cost for each in served.values()]))
     if not any(each.cost for each in served.values()):
-        raise RuntimeError(f"no request of the load {kind!r} was answered in time: raise --seconds")
+        raise RuntimeError(f"no request of the load {kind!r} was answered in time: raise `seconds`")
 
 
-def report(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Prints the tables; returns the medians over the rounds."""
-    results: dict[str, dict[str, float]] = {}
-    print("\n95th percentiles of the victim's times")
-    print("| server | first token, solo | beside | ratio | next token, solo | beside | ratio |")
-    print("|---" * 7 + "|")
-    for name, values in figures.items():
-        row, cells = results.setdefault(name, {}), []
-        for what in ("first token", "next token"):
-            solo, beside = values[f"solo {what}"], values[f"beside {what}"]
-            ratio = statistics.median(b / s for s, b in zip(solo, beside, strict=True))
-            row |= {f"solo {what}": statistics.median(solo), f"{what} ratio": ratio}
-            cells += [f"{statistics.median(solo):.1f} ms", f"{statistics.median(beside):.1f} ms"]
-            cells.append(f"{ratio:.2f}")
-        print(f"| {name} | {' | '.join(cells)} |")
-    print("\nJain's index of eight equal tenants (median, least of all rounds)")
-    for name, values in figures.items():
-        results[name]["jain"] = statistics.median(values["jain"])
-        print(f"{name}: {results[name]['jain']:.4f}, {min(values['jain']):.4f}")
-    return results
+def figures_of(name: str, values: dict[str, list[float]]) -> Iterable[Figure]:
+    """A server's figures; 95th percentiles of the victim's times."""
+    for what in ("first token", "next token"):
+        solo, beside = values[f"solo {what}"], values[f"beside {what}"]
+        yield Figure(name, f"{what}, solo, ms", solo)
+        yield Figure(name, f"{what}, beside, ms", beside)
+        yield Figure(name, f"{what}, ratio", [b / s for s, b in zip(solo, beside, strict=True)])
+    yield Figure(name, "Jain's index of eight equal tenants", values["jain"])
 
 
 def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[float]]:
@@ -269,36 +248,41 @@ def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[f
         ratios[kind] = [times["fair"] / times["unfair"] for times in paired(acts, rounds)]
     for engine in engines.values():
         engine.llm_engine.engine_core.shutdown(timeout=30.0)
-    print("\ntime with fair shares / without (median, least to most of all rounds)")
-    for kind, found in ratios.items():
-        print(f"{kind}: {statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})")
     return ratios
 
 
-def main() -> None:
-    """Runs the benchmark and prints its tables."""
+@benchmark(
+    workload="a victim's clients beside eight times as many with prompts 16 times as long",
+    control="the victim alone, in the same round; stock vLLM and the plugin without fair shares",
+    figure="the victim's 95th percentiles beside the aggressor over those alone",
+    compares_to="1, where nothing is noticed, and stock vLLM",
+    quick={"rounds": 1, "seconds": 3.0},
+)
+def fairness(
+    rounds: int = 5,
+    seconds: float = 20.0,
+    clients: int = 4,
+    prefill_tokens: int = 128,
+    servers: str = "fair,unfair,stock",
+) -> Iterable[Figure]:
+    """What a tenant notices of another with eight times its clients and long prompts beside it.
+
+    Args:
+        rounds: Of all servers, and of what fair shares cost.
+        seconds: Of each load, in each round.
+        clients: Of the victim.
+        prefill_tokens: `--multilora-fair-prefill-tokens`.
+        servers: Those to run; `none` measures what fair shares cost, and nothing else.
+    """
     from tests.serving.recipes import AdapterRecipe
     from tests.serving.server import VllmServer
     from tests.serving.tiny_adapters import write_adapter
     from tests.serving.tiny_models import write_llama
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load, in each round")
-    parser.add_argument("--clients", type=int, default=4, help="of the victim")
-    parser.add_argument(
-        "--prefill-tokens", type=int, default=128, help="--multilora-fair-prefill-tokens"
-    )
-    parser.add_argument("--server", action="append", choices=SERVERS, help="only this one")
-    parser.add_argument(
-        "--no-servers", action="store_true", help="only what fair shares cost, without servers"
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
     settings = {
         "fair": [
             *("--multilora-fair-shares", "--multilora-fair-prefill-tokens"),
-            str(options.prefill_tokens),
+            str(prefill_tokens),
         ],
         "unfair": [],
         "stock": [],
@@ -310,10 +294,13 @@ def main() -> None:
             name: write_adapter(base, scratch / name, AdapterRecipe(name, rank=RANK), seed=n)
             for n, name in enumerate(TENANTS)
         }
-        costs = cost(base, adapters, options.rounds)
-        if options.no_servers:
+        for kind, ratios in cost(base, adapters, rounds).items():
+            yield Figure(
+                f"{kind} tenants" if kind == "equal" else kind, "time with / without", ratios
+            )
+        if servers == "none":
             return
-        servers = {
+        started = {
             name: stack.enter_context(
                 VllmServer(
                     base,
@@ -329,20 +316,13 @@ def main() -> None:
                     env={"VLLM_PLUGINS": "none"} if name == "stock" else {},
                 )
             )
-            for name in options.server or SERVERS
+            for name in servers.split(",")
         }
         try:
-            figures = run(options, {name: server.url for name, server in servers.items()})
+            figures = run({n: s.url for n, s in started.items()}, rounds, seconds, clients)
         except Exception:
-            for server in servers.values():
+            for server in started.values():
                 print(server.log_tail(), file=sys.stderr)
             raise
-    results = report(figures)
-    if options.json:
-        options.json.write_text(
-            json.dumps({"medians": results, "rounds": figures, "costs": costs}, indent=2)
-        )
-
-
-if __name__ == "__main__":
-    main()
+    for name, values in figures.items():
+        yield from figures_of(name, values)

@@ -1,7 +1,5 @@
 """What identity and metering cost, as ratios of paired rounds: with each of them over without.
 
-    python benchmarks/identity_cost.py [--rounds 15] [--engine-rounds 7] [--json FILE]
-
 Loading: an adapter is opened, checked and packed into memory that was touched before, from the page
 cache, with its digest and without, turn by turn; and signed, with a key, against unsigned. Of each
 round the ratio of the two times is taken. The goal for the digest is at most 1.10.
@@ -12,27 +10,22 @@ server does, into metrics and a log. The goal is at least 0.99. Nothing else may
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
-from intake_cost import PROJECTIONS, Memory, layout_of, write_adapter
-from turns import paired
 
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.harness.turns import paired
+from benchmarks.intake_cost import PROJECTIONS, Memory, layout_of, write_adapter
 from vllm_multilora.adapters.digest import AdapterDigest
 from vllm_multilora.adapters.intake import Rules, open_adapter
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.signers import Signers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-DIGEST_GOAL, METERING_GOAL = 1.10, 0.99
 RANK = 64
 
 
@@ -78,36 +71,28 @@ def loading(megabytes: float, rounds: int) -> dict[str, list[dict[str, float]]]:
         }
 
 
-def report(what: str, ratios: list[float], goal: str) -> None:
-    """A line of the table."""
-    median, least, most = statistics.median(ratios), min(ratios), max(ratios)
-    print(f"| {what} | {median:.3f} | {least:.3f} to {most:.3f} | {goal} |", flush=True)
+@benchmark(
+    workload="an adapter of rank 64, opened, checked and packed; 16 requests that are metered",
+    control="the same without a digest, without a signature, and without metering",
+    figure="time with over time without",
+    compares_to="1.10 for digests and 1.01 for metering, the goals",
+    quick={"megabytes": 8.0, "rounds": 2, "engine_rounds": 0},
+)
+def identity_cost(
+    megabytes: float = 84.0, rounds: int = 15, engine_rounds: int = 7
+) -> Iterable[Figure]:
+    """What identity and metering cost, as ratios of paired rounds: with each of them over without.
 
+    Args:
+        megabytes: Of the adapter.
+        rounds: Of loading.
+        engine_rounds: Of both engines; 0 for loading alone.
+    """
+    found = loading(megabytes, rounds)
+    for what, of in (("digest", "loading with a digest"), ("signature", "loading what is signed")):
+        yield Figure("", of, [one["with"] / one["without"] for one in found[what]])
+    if engine_rounds:
+        from benchmarks.metrics_cost import throughput
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=84.0, help="of the adapter")
-    parser.add_argument("--rounds", type=int, default=15, help="of loading")
-    parser.add_argument("--engine-rounds", type=int, default=7, help="of both engines")
-    parser.add_argument("--no-engines", action="store_true", help="measure loading alone")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
-    figures = loading(options.megabytes, options.rounds)
-    if not options.no_engines:
-        from metrics_cost import throughput
-
-        figures["metering"] = throughput(options.engine_rounds, "metering")
-    print("| with, over without | median | all rounds | goal |\n|---|---|---|---|")
-    for what, goal in (("digest", f"at most {DIGEST_GOAL:.2f}"), ("signature", "none")):
-        ratios = [one["with"] / one["without"] for one in figures[what]]
-        report(f"time to load, {what}", ratios, goal)
-    if "metering" in figures:
-        ratios = [one["off"] / one["on"] for one in figures["metering"]]
-        report("throughput, metering", ratios, f"at least {METERING_GOAL:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        metering = throughput(engine_rounds, "metering")
+        yield Figure("", "requests that are metered", [one["on"] / one["off"] for one in metering])

@@ -1,7 +1,5 @@
 """CPU time of taking an adapter in: from the page cache into memory, checked and digested.
 
-    python benchmarks/intake_cost.py [--megabytes 84] [--rank 64] [--rounds 7]
-
 The adapter has the shapes of Llama-3.1-8B's projections, in bfloat16, in as many layers as make up
 the size; its scaling is not 1. Times are those of the process (user and system) on one core,
 medians. "Fresh pages" packs into memory that has never been touched, so that the kernel hands out
@@ -10,17 +8,17 @@ and clears a page for every 4 KiB written; the store does so once in its life fo
 
 from __future__ import annotations
 
-import argparse
 import json
 import mmap
-import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
 
+from benchmarks.harness.registry import Figure, benchmark
 from multilora_kernels.dtypes import BFLOAT16
 from vllm_multilora.adapters import ModelLayout, SliceLayout
 from vllm_multilora.adapters.digest import AdapterDigest
@@ -109,52 +107,47 @@ def take(folder: Path, layout: ModelLayout, memory: Memory | None) -> tuple[floa
     return (checked - start) * 1e3, (end - checked) * 1e3, taken.nbytes
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--megabytes", type=float, default=84.0)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    chosen = parser.parse_args()
-    of_a_layer = 2 * chosen.rank * sum(map(sum, PROJECTIONS.values()))
-    layers = max(1, round(chosen.megabytes * 1e6 / of_a_layer))
+@benchmark(
+    workload="an adapter of Llama-3.1-8B's shapes, read from the page cache, checked and packed",
+    control="the same without a digest, and into memory that was touched before",
+    figure="processor time, user and system",
+    compares_to="BLAKE3 of as many bytes, alone",
+    quick={"megabytes": 8.0, "rounds": 1},
+)
+def intake_cost(megabytes: float = 84.0, rank: int = 64, rounds: int = 7) -> Iterable[Figure]:
+    """CPU time of taking an adapter in: from the page cache into memory, checked and digested."""
+    layers = max(1, round(megabytes * 1e6 / (2 * rank * sum(map(sum, PROJECTIONS.values())))))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_adapter(folder, layers, chosen.rank)
+        write_adapter(folder, layers, rank)
         size = (folder / "adapter_model.safetensors").stat().st_size
-        print(f"rank {chosen.rank}, {layers} layers, {size / 1e6:.1f} MB, {chosen.rounds} rounds\n")
-        print("| B in slots | pages | digest | open and check, ms | read, ms | all, ms |")
-        print("|---|---|---|---|---|---|")
         update = AdapterDigest.update
         for columns_first in (False, True):
-            layout = layout_of(layers, chosen.rank, columns_first=columns_first)
+            layout = layout_of(layers, rank, columns_first=columns_first)
             for fresh in (False, True):
                 for digest in (True, False):
                     AdapterDigest.update = update if digest else lambda self, content: None
                     times = []
-                    for _ in range(chosen.rounds + 1):  # the first warms up
+                    for _ in range(rounds + 1):  # the first warms up
                         memory = Memory(size + (1 << 20), fresh=fresh)
                         times.append(take(folder, layout, memory)[:2])
                         del memory
-                    check, read = (statistics.median(t) for t in zip(*times[1:], strict=True))
-                    total = statistics.median(sum(t) for t in times[1:])
-                    print(
-                        f"| by {'columns' if columns_first else 'rows'} "
-                        f"| {'fresh' if fresh else 'touched'} | {'yes' if digest else 'no'} "
-                        f"| {check:.1f} | {read:.1f} | {total:.1f} |",
-                        flush=True,
+                    case = (
+                        f"B by {'columns' if columns_first else 'rows'}, "
+                        f"{'fresh' if fresh else 'touched'} pages, "
+                        f"{'with' if digest else 'without'} digest"
                     )
+                    check, read = zip(*times[1:], strict=True)
+                    yield Figure(case, "open and check, ms", check)
+                    yield Figure(case, "read, ms", read)
+                    yield Figure(case, "all, ms", [sum(t) for t in times[1:]])
         AdapterDigest.update = update
         content = bytearray((folder / "adapter_model.safetensors").read_bytes())
         hashing = []
-        for _ in range(chosen.rounds):
+        for _ in range(rounds):
             start = time.process_time()
             digest_of = blake3()
             for at in range(0, len(content), 1 << 20):
                 digest_of.update(memoryview(content)[at : at + (1 << 20)])
             hashing.append((time.process_time() - start) * 1e3)
-        print(f"\nBLAKE3 of as many bytes in memory, alone: {statistics.median(hashing):.1f} ms")
-
-
-if __name__ == "__main__":
-    main()
+        yield Figure("BLAKE3 of as many bytes in memory, alone", "all, ms", hashing)

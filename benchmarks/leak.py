@@ -1,7 +1,5 @@
 """What somebody learns of another's prompts and adapters by the time that its own requests take.
 
-    python benchmarks/leak.py [--trials 300] [--json FILE]
-
 Two `vllm serve` side by side with a small random Llama and prefix caching, one with a tenants file
 and one without keys. In each trial a coin decides what a victim asks for, and then the attacker
 times the first token of one request of its own:
@@ -25,27 +23,21 @@ favour; one trial is one look, and looks can be repeated.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import statistics
 import sys
 import tempfile
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.harness.registry import Figure, benchmark
 
 VICTIM, ATTACKER, OPERATOR = "victim", "attacker", "operator"
 KEYS = {name: f"sk-{name}-0123456789abcdef" for name in (VICTIM, ATTACKER, OPERATOR)}
@@ -184,27 +176,19 @@ def run(arms: dict[str, Arm], trials: int, seed: int) -> dict[str, dict[str, Loo
     return seen
 
 
-def report(seen: dict[str, dict[str, Looks]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Prints the table; returns its figures."""
+def figures_of(seen: dict[str, dict[str, Looks]]) -> Iterable[Figure]:
+    """What the attacker can tell, by kind and server."""
     numbers = random.Random(0)
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    print("\n| the attacker tells | server | AUC | 95 of 100 | median after yes | after no |")
-    print("|---|---|---|---|---|---|")
     for kind, looks in seen.items():
         for name, each in looks.items():
             low, high = each.interval(numbers)
             yes, no = (abs(statistics.median(times)) for times in (each.yes, each.no))
-            results.setdefault(kind, {})[name] = {
-                "auc": each.auc(),
-                "low": low,
-                "high": high,
-                "yes_ms": yes,
-                "no_ms": no,
-                "trials": len(each.yes) + len(each.no),
-            }
-            cells = f"{each.auc():.2f} | {low:.2f} to {high:.2f} | {yes:.1f} ms | {no:.1f} ms"
-            print(f"| {kind} | {name} | {cells} |")
-    return results
+            case = f"{kind}, {name}"
+            yield Figure(case, "AUC", [each.auc()])
+            yield Figure(case, "least of 95 of 100", [low])
+            yield Figure(case, "most", [high])
+            yield Figure(case, "median after yes, ms", [yes])
+            yield Figure(case, "after no, ms", [no])
 
 
 def write_settings(scratch: Path) -> list[str]:
@@ -228,18 +212,20 @@ def client_of(url: str, who: str, has_keys: bool) -> httpx.Client:
     return httpx.Client(base_url=url, headers=headers, timeout=120, trust_env=False)
 
 
-def main() -> None:
-    """Runs the benchmark and prints its table."""
+@benchmark(
+    workload="an attacker who times requests of its own, on a server with prefix caching",
+    control="a server without tenants beside it, in the same trials",
+    figure="the area under the curve (AUC): how well it tells what a victim has asked for",
+    compares_to="0.5, which is guessing",
+    quick={"trials": 4},
+)
+def leak(trials: int = 300, seed: int = 0) -> Iterable[Figure]:
+    """What somebody learns of another's prompts and adapters by the time that its requests take."""
     from tests.serving.recipes import AdapterRecipe
     from tests.serving.server import VllmServer
     from tests.serving.tiny_adapters import write_adapter
     from tests.serving.tiny_models import write_llama
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=300, help="of each kind, on each server")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         base = write_llama(scratch / "base", positions=1024)
@@ -266,11 +252,4 @@ def main() -> None:
             for each in clients.values():
                 stack.callback(each.close)
             arms[name] = Arm(clients)
-        results = report(run(arms, options.trials, options.seed))
-    if options.json:
-        said = {"trials": options.trials, "load_average": os.getloadavg(), "results": results}
-        options.json.write_text(json.dumps(said, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        yield from figures_of(run(arms, trials, seed))

@@ -1,7 +1,5 @@
 """What the LoRA metrics and metering cost: microseconds, and throughput with them on and off.
 
-    python benchmarks/metrics_cost.py [--of metrics] [--rounds 5] [--json FILE] [--no-engines]
-
 The first table times what is recorded, each in its own loop; minimum over repeats. `step` is all
 that a step of a running batch records; the rest happens when a request or an adapter comes or goes.
 `scrape` is what reading the files of an engine with 200 adapters takes of an API server.
@@ -9,32 +7,21 @@ that a step of a running batch records; the rest happens when a request or an ad
 The second part starts two engines with the same settings, metrics on (`on`: vLLM's statistics,
 its own metrics among them, are on in both) and off, and times the same requests on each, turn by
 turn; reported are medians, and the medians of the ratios taken within a round. With
-`--of metering` metrics are on in both, and one meters its requests as an API server does, into
+`of=metering` metrics are on in both, and one meters its requests as an API server does, into
 metrics and a log.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
-
-from cpu_throughput import (
+from benchmarks.cpu_throughput import (
     MAX_RANK,
     RANKS,
     REQUESTS,
@@ -42,8 +29,9 @@ from cpu_throughput import (
     random_prompts,
     requested_adapters,
 )
-from turns import paired
-
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.harness.turns import paired
+from benchmarks.loads.smollm2 import base_model, model_config
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.metering.usage_log import UsageLog
 from vllm_multilora.metrics.adapter_metrics import AdapterMetrics
@@ -115,14 +103,12 @@ def recording_costs(folder: Path) -> dict[str, float]:
 
 def throughput(rounds: int, of: str) -> list[dict[str, float]]:
     """Seconds for the same requests with metrics, or metering, on and off, by round."""
-    from base_model import build_base_model
     from vllm import LLM, SamplingParams
 
     from vllm_multilora.integration.attached import METER
     from vllm_multilora.integration.server.metering import ServerMeter
 
-    model = build_base_model()
-    config = json.loads((model / "config.json").read_text())
+    model, config = base_model(), model_config()
     prompts = random_prompts(PROMPT_TOKENS)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
@@ -180,38 +166,23 @@ def throughput(rounds: int, of: str) -> list[dict[str, float]]:
         return found
 
 
-def main() -> None:
-    """Runs the benchmark and prints its tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--of", choices=("metrics", "metering"), default="metrics", help="what is on and off"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of both engines")
-    parser.add_argument("--no-engines", action="store_true", help="time the recording alone")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
+@benchmark(
+    workload="what is recorded, each in a loop; 16 requests of 16 + 48 tokens over 8 adapters",
+    control="an engine with the same settings that does not record, in the same rounds",
+    figure="time with metrics, or metering, over time without",
+    compares_to="1.01, the goal",
+    quick={"rounds": 0},
+)
+def metrics_cost(of: str = "metrics", rounds: int = 5) -> Iterable[Figure]:
+    """What the LoRA metrics and metering cost: microseconds, and throughput with them on and off.
 
+    Args:
+        of: What is on and off: `metrics` or `metering`.
+        rounds: Of both engines; 0 for the recording alone.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        costs = recording_costs(Path(scratch))
-    print("| recorded | microseconds |\n|---|---|")
-    for what, cost in costs.items():
-        print(f"| {what} | {cost:.1f} |")
-    figures: dict[str, Any] = {"microseconds": costs}
-    if not options.no_engines:
-        rounds = throughput(options.rounds, options.of)
-        ratios = [r["on"] / r["off"] for r in rounds]
-        print(f"\n| {options.of} | output tokens/s |\n|---|---|")
-        for name in ("off", "on"):
-            median = statistics.median(r[name] for r in rounds)
-            print(f"| {name} | {REQUESTS * NEW_TOKENS / median:.0f} |")
-        print(
-            f"\ntime on / time off: median {statistics.median(ratios):.3f} "
-            f"(min {min(ratios):.3f}, max {max(ratios):.3f}, {len(ratios)} rounds)"
-        )
-        figures |= {"rounds": rounds, "ratios": ratios}
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        for what, cost in recording_costs(Path(scratch)).items():
+            yield Figure("", f"{what}, µs", [cost])
+    if rounds:
+        found = throughput(rounds, of)
+        yield Figure("", f"time with {of} / without", [one["on"] / one["off"] for one in found])

@@ -1,7 +1,5 @@
 """Host time to prepare a step's LoRA metadata: this plugin against stock vLLM.
 
-    python benchmarks/plan_cost.py
-
 Both sides start from what the model runner has (the requests' adapter ids and token counts)
 and end with metadata that the kernels can read: stock through `make_lora_inputs`, `LoRAMapping`
 and `PunicaWrapperCPU.update_metadata`, ours through `BatchMapping` and our wrapper's
@@ -12,20 +10,19 @@ repeats, 32 adapters; the ratio is what counts.
 
 from __future__ import annotations
 
-import os
 import timeit
-from collections.abc import Callable
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+
+from benchmarks.harness.registry import Figure, benchmark
 
 ADAPTERS = 32
 VOCABULARY = 49152
 
 
-def measure(tokens: int, requests: int) -> tuple[float, float, float]:
+def milliseconds(tokens: int, requests: int, repeats: int) -> tuple[float, float, float]:
     """Milliseconds a step of stock in total, of stock's metadata alone, and of ours."""
     from types import SimpleNamespace
 
@@ -59,30 +56,32 @@ def measure(tokens: int, requests: int) -> tuple[float, float, float]:
 
     mapping = stock_mapping()
     return (
-        best(lambda: stock_metadata(stock_mapping())),
-        best(lambda: stock_metadata(mapping)),
-        best(ours_all),
+        best(lambda: stock_metadata(stock_mapping()), repeats),
+        best(lambda: stock_metadata(mapping), repeats),
+        best(ours_all, repeats),
     )
 
 
-def main() -> None:
-    """Prints the table."""
-    print("| tokens | requests | stock total | stock metadata | ours | ours / stock metadata |")
-    print("|---|---|---|---|---|---|")
-    for tokens, requests in ((64, 64), (2048, 32), (8192, 64)):
-        total, metadata, own = measure(tokens, requests)
-        print(
-            f"| {tokens} | {requests} | {total:.3f} ms | {metadata:.3f} ms | {own:.3f} ms | "
-            f"{own / metadata:.2f} |"
-        )
-
-
-def best(function: Callable[[], None]) -> float:
+def best(function: Callable[[], None], repeats: int) -> float:
     """Milliseconds of a call, the least over repeats."""
     number = max(1, int(0.02 / max(1e-6, timeit.timeit(function, number=1))))
-    return min(timeit.repeat(function, number=number, repeat=15)) / number * 1e3
+    return min(timeit.repeat(function, number=number, repeat=repeats)) / number * 1e3
 
 
-if __name__ == "__main__":
+@benchmark(
+    workload="32 adapters; what the model runner has of a step, until kernels can read it",
+    control="vLLM's own metadata, in the same process",
+    figure="time over that of vLLM's metadata alone",
+    compares_to="stock vLLM",
+    quick={"repeats": 2},
+)
+def plan_cost(repeats: int = 15) -> Iterable[Figure]:
+    """Host time to prepare a step's LoRA metadata: this plugin against stock vLLM."""
     torch.set_num_threads(1)
-    main()
+    for tokens, requests in ((64, 64), (2048, 32), (8192, 64)):
+        total, metadata, own = milliseconds(tokens, requests, repeats)
+        case = f"{tokens:,} tokens of {requests} requests"
+        yield Figure(case, "stock in total, ms", [total])
+        yield Figure(case, "stock's metadata, ms", [metadata])
+        yield Figure(case, "plugin, ms", [own])
+        yield Figure(case, "plugin / stock's metadata", [own / metadata])

@@ -1,36 +1,23 @@
 """Memory and time over many cycles of load, request, unload, each with another adapter.
 
-    python benchmarks/registration_cycles.py [--cycles 1000] [--json FILE]
-
 A server with a tiny random Llama, over HTTP. Every cycle registers an adapter under a new name
 (twenty different checkpoints of ranks 8 to 64 in turn), asks it for a few tokens and unloads it.
 Reported is the resident memory of each process of the server, and of the store, after a warm-up and
-at the end, and what the routes took. The exit status is 1 if a process has grown by more than 2 %
+at the end, and what the routes took. It fails if a process has grown by more than 2 %
 and 16 MiB.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tests.serving.recipes import FLEET_RECIPES
+from benchmarks.harness.registry import Figure, benchmark
 from tests.serving.server import VllmServer
-from tests.serving.tiny_adapters import write_adapter
-from tests.serving.tiny_models import write_llama
 from vllm_multilora.commands.store import describe
 from vllm_multilora.store.launch import RunningStore
 
@@ -65,12 +52,19 @@ def cycle(server: VllmServer, number: int, folder: Path) -> tuple[float, float, 
     return times[1] - times[0], times[2] - times[1], times[3] - times[2]
 
 
-def main() -> int:
-    """Runs the cycles and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cycles", type=int, default=1000)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
+@benchmark(
+    workload="load, request and unload of a small adapter over HTTP, each under a new name",
+    control="each process's memory after the first tenth of the cycles",
+    figure="how much of its memory a process has grown by",
+    compares_to="2 % and 16 MiB, the limits",
+    quick={"cycles": 20},
+)
+def registration_cycles(cycles: int = 1000) -> Iterable[Figure]:
+    """Memory and time over many cycles of load, request, unload, each with another adapter."""
+    from tests.serving.recipes import FLEET_RECIPES
+    from tests.serving.tiny_adapters import write_adapter
+    from tests.serving.tiny_models import write_llama
+
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         base = write_llama(root / "base")
@@ -86,38 +80,24 @@ def main() -> int:
             log=root / "vllm.log",
             env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
         ) as server:
-            warm_up = max(ADAPTERS, int(options.cycles * WARM_UP_SHARE))
+            warm_up = max(ADAPTERS, int(cycles * WARM_UP_SHARE))
             for number in range(warm_up):
                 cycle(server, number, folders[number % ADAPTERS])
             before = resident(server)
             times = [
                 cycle(server, warm_up + number, folders[number % ADAPTERS])
-                for number in range(options.cycles)
+                for number in range(cycles)
             ]
             after = resident(server)
-    return report(before, after, times, options.json)
-
-
-def report(
-    before: dict[str, float],
-    after: dict[str, float],
-    times: list[tuple[float, float, float]],
-    json_file: Path | None,
-) -> int:
-    """Prints the figures; 1 if a process has grown."""
-    grown = False
-    print(f"| process | MiB before | after {len(times)} cycles | growth |\n|---|---|---|---|")
+    names = ("load, ms", "answer, ms", "unload, ms")
+    for label, seconds in zip(names, zip(*times, strict=True), strict=True):
+        yield Figure("", label, [1000 * took for took in seconds])
+    grown = []
     for name, first in before.items():
         last = after.get(name, float("nan"))
-        growth = last / first - 1
-        grown |= growth > MOST_GROWTH and last - first > LEAST_MIB
-        print(f"| {name} | {first:.1f} | {last:.1f} | {100 * growth:+.2f} % |")
-    for label, seconds in zip(("load", "answer", "unload"), zip(*times, strict=True), strict=True):
-        print(f"{label}: median {1000 * statistics.median(seconds):.1f} ms")
-    if json_file:
-        json_file.write_text(json.dumps({"before": before, "after": after, "times": times}) + "\n")
-    return int(grown)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if last / first - 1 > MOST_GROWTH and last - first > LEAST_MIB:
+            grown.append(f"{name}: {first:.1f} to {last:.1f} MiB")
+    most = max(100 * (after[name] / first - 1) for name, first in before.items() if name in after)
+    yield Figure("", "most growth of a process, %", [most])
+    if grown:
+        raise SystemExit("grown: " + "; ".join(grown))

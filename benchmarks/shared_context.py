@@ -1,7 +1,5 @@
 """Time to the first token over a context that another adapter's request has computed already.
 
-    python benchmarks/shared_context.py [--context 2000] [--adapters 6] [--rounds 3]
-
 A small random Llama with adapters of equal size, activated ones (aLoRA) and plain ones, that take
 turns over one context, each with a tail of its own. Each asks for one token, alone. The first of a
 round computes the context; activated ones that come after it find it in the prefix cache, plain
@@ -11,14 +9,14 @@ the times are this machine's. Needs `peft`.
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness.registry import Figure, benchmark
 
 INVOCATION = (1000, 1001)
 WORDS = 1000
@@ -70,25 +68,31 @@ def first_token_s(llm: Any, prompt: list[int], lora: Any) -> tuple[float, int]:
     return time.perf_counter() - begin, output.num_cached_tokens
 
 
-def main() -> None:
-    """Prints the medians and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--context", type=int, default=2000, help="tokens (default: %(default)s)")
-    parser.add_argument("--adapters", type=int, default=6, help="of a kind (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="contexts (default: %(default)s)")
-    arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+@benchmark(
+    workload="a small random Llama; adapters that take turns over one context",
+    control="plain adapters over the same contexts",
+    figure="time to the first token of plain adapters over that of activated ones",
+    compares_to="1, where nothing is shared",
+    quick={"context": 256, "adapters": 2, "rounds": 1},
+)
+def shared_context(context: int = 2000, adapters: int = 6, rounds: int = 3) -> Iterable[Figure]:
+    """Time to the first token over a context that another adapter's request has computed already.
+
+    Args:
+        context: Its tokens.
+        adapters: Of each kind.
+        rounds: Contexts.
+    """
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    source, length = random.Random(0), arguments.context + len(INVOCATION) + TAIL + 1
+    source, length = random.Random(0), context + len(INVOCATION) + TAIL + 1
     kinds = {"activated": INVOCATION, "plain": ()}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base")
         write_base(base, length)
         loras: dict[str, list[Any]] = {kind: [] for kind in kinds}
-        for number in range(1, arguments.adapters * len(kinds) + 1):
+        for number in range(1, adapters * len(kinds) + 1):
             kind = list(kinds)[number % len(kinds)]
             path = Path(folder, f"{kind}-{number}")
             write_adapter(base, path, kinds[kind])
@@ -98,7 +102,7 @@ def main() -> None:
             enforce_eager=True,
             skip_tokenizer_init=True,
             enable_lora=True,
-            max_loras=arguments.adapters * len(kinds),
+            max_loras=adapters * len(kinds),
             max_model_len=length,
             seed=0,
             disable_log_stats=False,  # else cached tokens are not told
@@ -111,25 +115,18 @@ def main() -> None:
             first_token_s(llm, [*words(TAIL), *INVOCATION], lora)
         times: dict[str, list[float]] = {kind: [] for kind in kinds}
         cached: dict[str, set[int]] = {kind: set() for kind in kinds}
-        for _ in range(arguments.rounds):
-            context = words(arguments.context)
+        for _ in range(rounds):
+            shared = words(context)
             for turn, pair in enumerate(zip(loras["activated"], loras["plain"], strict=True)):
                 for kind, lora in zip(kinds, pair, strict=True):
-                    prompt = [*context, *INVOCATION, *words(TAIL)]
+                    prompt = [*shared, *INVOCATION, *words(TAIL)]
                     seconds, found = first_token_s(llm, prompt, lora)
                     if turn:
                         times[kind].append(seconds)
                         cached[kind].add(found)
         llm.llm_engine.engine_core.shutdown(timeout=30.0)
     for kind, found in times.items():
-        from_cache = ", ".join(map(str, sorted(cached[kind])))
-        print(
-            f"{kind:9}  {statistics.median(found) * 1e3:8.1f} ms to the first token "
-            f"({len(found)} requests; {from_cache} of {length - 1} tokens cached)"
-        )
-    ratio = statistics.median(times["plain"]) / statistics.median(times["activated"])
-    print(f"ratio      {ratio:8.1f}")
-
-
-if __name__ == "__main__":
-    main()
+        yield Figure("", f"{kind}, ms to the first token", [1e3 * seconds for seconds in found])
+        yield Figure("", f"{kind}, tokens from the cache", sorted(cached[kind]))
+    pairs = zip(times["plain"], times["activated"], strict=True)
+    yield Figure("", "plain / activated", [plain / activated for plain, activated in pairs])

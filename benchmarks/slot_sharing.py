@@ -1,34 +1,25 @@
 """Six tenants and three slots under constant load: how long each waits, here and in stock vLLM.
 
-    python benchmarks/slot_sharing.py [--seconds 120] [--clients 4] [--flood 4] [--json FILE]
-
 `vllm serve` with a small random Llama and adapters of ranks 8 to 64. Each client of a tenant asks
-for 12 tokens, and for the next 12 as soon as it has them. `--flood` gives the first tenant more
+for 12 tokens, and for the next 12 as soon as it has them. `flood` gives the first tenant more
 clients than the others have. Per tenant: requests served, mean and 99th percentile of their
 latency. One server after the other, on the same load for the same time.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import httpx
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.harness.registry import Figure, benchmark
 
 SLOTS, TENANTS = 3, 6
 RANKS = (8, 16, 24, 32, 64, 8)
@@ -110,50 +101,34 @@ def run_engine(
     return dict(zip(adapters, found, strict=True))
 
 
-def report(results: dict[str, dict[str, list[float]]], clients: Sequence[int]) -> dict[str, dict]:
-    """Prints the table; returns its figures, in milliseconds."""
-    figures: dict[str, dict] = {}
-    print("\n| engine | tenant | rank | clients | served | mean | p99 |")
-    print("|---" * 7 + "|")
-    for engine, tenants in results.items():
-        rows = figures[engine] = {}
-        for (name, latencies), rank, count in zip(tenants.items(), RANKS, clients, strict=True):
-            ordered = sorted(1000 * latency for latency in latencies)
-            row = rows[name] = {
-                "served": len(ordered),
-                "mean": statistics.mean(ordered),
-                "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-            }
-            print(
-                f"| {engine} | {name} | {rank} | {count} | {row['served']} "
-                f"| {row['mean']:.0f} ms | {row['p99']:.0f} ms |"
-            )
-    print()
-    for engine, rows in figures.items():
-        means = [row["mean"] for row in rows.values()]
-        print(f"{engine}: slowest tenant's mean / fastest's: {max(means) / min(means):.2f}")
-    return figures
+@benchmark(
+    workload="six tenants' four clients each, over three slots, for two minutes",
+    control="stock vLLM under the same load",
+    figure="the slowest tenant's mean latency over the fastest's",
+    compares_to="1, where slots are shared evenly",
+    quick={"seconds": 5.0},
+)
+def slot_sharing(
+    seconds: float = 120.0, clients: int = 4, flood: int = 0, engine: str = ""
+) -> Iterable[Figure]:
+    """Six tenants and three slots under constant load: how long each waits, here and in stock vLLM.
 
-
-def main() -> None:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=120.0, help="of load, for each engine")
-    parser.add_argument("--clients", type=int, default=4, help="of each tenant")
-    parser.add_argument("--flood", type=int, help="clients of the first tenant, instead")
-    parser.add_argument("--engine", choices=tuple(ENGINES), help="only this one")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
-    clients = [options.flood or options.clients, *[options.clients] * (TENANTS - 1)]
-    results = {}
-    for engine in [options.engine] if options.engine else ENGINES:
-        print(f"{engine}: {options.seconds:.0f} s ...", flush=True)
+    Args:
+        seconds: Of load, for each engine.
+        clients: Of each tenant.
+        flood: Clients of the first tenant, instead.
+        engine: Only this one: `plugin` or `stock`.
+    """
+    counts = [flood or clients, *[clients] * (TENANTS - 1)]
+    for name in [engine] if engine else ENGINES:
+        print(f"{name}: {seconds:.0f} s ...", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
-            results[engine] = run_engine(engine, clients, options.seconds, Path(scratch))
-    figures = report(results, clients)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+            found = run_engine(name, counts, seconds, Path(scratch))
+        means = [1000 * statistics.mean(latencies) for latencies in found.values()]
+        for rank, mean, (tenant, latencies) in zip(RANKS, means, found.items(), strict=True):
+            ordered = sorted(latencies)
+            case = f"{name}, {tenant} of rank {rank}"
+            yield Figure(case, "served", [len(ordered)])
+            yield Figure(case, "mean, ms", [mean])
+            yield Figure(case, "p99, ms", [1000 * ordered[int(0.99 * (len(ordered) - 1))]])
+        yield Figure(name, "slowest mean / fastest", [max(means) / min(means)])

@@ -1,7 +1,5 @@
 """Host time that slots take of an engine step when every adapter has one.
 
-    python benchmarks/slots_step.py
-
 `same`: the step has the adapters of the step before, as most decoding steps do. `other`: one
 adapter in 64 differs, so that the policy is told and look-ups are counted. Minimum over repeats,
 microseconds a step.
@@ -10,15 +8,14 @@ microseconds a step.
 from __future__ import annotations
 
 import timeit
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from benchmarks.harness.registry import Figure, benchmark
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.registry import make_policy, policy_names
 
 ADAPTERS = 64
 STEPS = 100  # short runs, so that some are undisturbed on a busy machine
-REPEATS = 300
-LIMIT_US = 20.0
 
 
 def filled_slots(policy: str) -> SlotAssignment:
@@ -31,27 +28,29 @@ def filled_slots(policy: str) -> SlotAssignment:
     return slots
 
 
-def microseconds(slots: SlotAssignment, steps: Sequence[frozenset[int]]) -> float:
+def microseconds(slots: SlotAssignment, steps: Sequence[frozenset[int]], repeats: int) -> float:
     """Least time of a step, over repeats of a hundred steps that take turns."""
 
     def run() -> None:
         for turn in range(STEPS):
             slots.running(steps[turn % len(steps)])
 
-    return min(timeit.repeat(run, number=1, repeat=REPEATS)) / STEPS * 1e6
+    return min(timeit.repeat(run, number=1, repeat=repeats)) / STEPS * 1e6
 
 
-def main() -> None:
-    """Prints the table."""
+@benchmark(
+    workload="64 adapters a step, all in slots",
+    control="a step with the adapters of the step before (`same`)",
+    figure="microseconds of the engine core a step",
+    compares_to="20 µs, the limit",
+    quick={"repeats": 10},
+)
+def slots_step(repeats: int = 300) -> Iterable[Figure]:
+    """Host time that slots take of an engine step when every adapter has one."""
     first = frozenset(range(1, ADAPTERS + 1))
     second = frozenset(range(2, ADAPTERS + 2))
     cases: dict[str, Sequence[frozenset[int]]] = {"same": [first], "other": [first, second]}
-    print(f"{ADAPTERS} adapters a step, all in slots; microseconds a step (limit {LIMIT_US:g})")
-    print("policy  " + "  ".join(case.rjust(5) for case in cases))
     for policy in policy_names():
-        times = [microseconds(filled_slots(policy), steps) for steps in cases.values()]
-        print(policy.ljust(6) + "  " + "  ".join(f"{time:.2f}".rjust(5) for time in times))
-
-
-if __name__ == "__main__":
-    main()
+        for case, steps in cases.items():
+            found = microseconds(filled_slots(policy), steps, repeats)
+            yield Figure(policy, f"{case}, µs", [found])

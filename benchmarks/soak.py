@@ -1,14 +1,12 @@
 """Sixteen well-behaved customers beside attackers, for as long as one likes.
 
-    python benchmarks/soak.py [--minutes 20] [--seed 0] [--attackers 2] [--json FILE]
-
 A server with a tiny random Llama in float32, over HTTP and with a key. Two threads ask sixteen
 adapters one after another, and compare each answer with PEFT's; another one asks for `/health`.
 Attackers register what is broken, hostile names and poison, flood, give up, reload, unload, delete
 and rewrite files and use wrong keys, at random (`tests/attacks/random_attacks.py`), and each attack
 knows how it must be answered.
 
-The exit status is 1 if an answer was not PEFT's, `/health` was not 200, an attack was answered
+It fails if an answer was not PEFT's, `/health` was not 200, an attack was answered
 otherwise than expected, a process grew by more than 2 % after the warm-up, or anything is left in
 /dev/shm that the server's processes had there. oneDNN, with which PyTorch multiplies on CPUs, keeps
 what it compiles for each number of rows, up to a thousand times and for half an hour's worth of
@@ -17,37 +15,31 @@ growth here; the server is told to keep eight.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tests.attacks.random_attacks import Attackers
+from benchmarks.harness.registry import Figure, benchmark
 from tests.serving import completions
 from tests.serving.cases import Scenario
-from tests.serving.recipes import FLEET_RECIPES
-from tests.serving.scenarios import build_scenario
 from tests.serving.server import VllmServer
-from tests.serving.tiny_models import write_llama
 from vllm_multilora.commands.store import describe
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 from vllm_multilora.store.launch import RunningStore
+
+if TYPE_CHECKING:
+    from tests.attacks.random_attacks import Attackers
 
 MIB = 2**20
 CUSTOMERS = 16
@@ -191,14 +183,20 @@ def growth(samples: list[tuple[float, int]]) -> tuple[float, float]:
     return first / MIB, end / MIB
 
 
-def main() -> int:
-    """Runs, and prints what was seen."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--attackers", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="also write what was seen to this file")
-    options = parser.parse_args()
+@benchmark(
+    workload="sixteen customers whose answers are compared with PEFT's, beside attackers",
+    control="each process's memory after the warm-up",
+    figure="answers that were not PEFT's, and how much of its memory a process has grown by",
+    compares_to="none, and 2 %",
+    quick={"minutes": 0.5},
+)
+def soak(minutes: float = 20.0, seed: int = 0, attackers: int = 2) -> Iterable[Figure]:
+    """Sixteen well-behaved customers beside attackers, for as long as one likes."""
+    from tests.attacks.random_attacks import Attackers
+    from tests.serving.recipes import FLEET_RECIPES
+    from tests.serving.scenarios import build_scenario
+    from tests.serving.tiny_models import write_llama
+
     findings = Findings()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -224,41 +222,38 @@ def main() -> int:
             },
         ) as server:
             hostile = []
-            for number in range(options.attackers):
+            for number in range(attackers):
                 (folder := root / f"attacker-{number}").mkdir()
-                source = random.Random(f"{options.seed} {number}")
+                source = random.Random(f"{seed} {number}")
                 first = 100_000 * number
                 hostile.append(Attackers(server.url, KEY, scenario, folder, source, first))
-            Run(server, scenario, findings).go(60 * options.minutes, hostile)
+            Run(server, scenario, findings).go(60 * minutes, hostile)
             log_bytes = (root / "vllm.log").stat().st_size
         time.sleep(5)  # the store stays for two seconds
         left = sorted(name for name in findings.shared if (SHM / name).exists())
-    return report(findings, left, log_bytes, options)
+    grown = yield from figures_of(findings, log_bytes)
+    if findings.wrong or grown or left:
+        raise SystemExit(
+            f"wrong: {len(findings.wrong)}; grown: {grown or 'nothing'}; "
+            f"left in {SHM}: {left or 'nothing'}"
+        )
 
 
-def report(findings: Findings, left: list[str], log_bytes: int, options: argparse.Namespace) -> int:
-    """Prints the figures; 1 if anything is not as it should be."""
-    grown = []
-    print("| process | MiB after the warm-up | at the end | growth |\n|---|---|---|---|")
+def figures_of(findings: Findings, log_bytes: int) -> Generator[Figure, None, list[str]]:
+    """The figures; returns which processes have grown."""
+    grown, most = [], 0.0
     for name, samples in findings.memory.items():
         first, last = growth(samples)
         if not first or not last:  # a job of the store, or what did not live long enough
             continue
-        print(f"| {name} | {first:.1f} | {last:.1f} | {100 * (last / first - 1):+.2f} % |")
+        most = max(most, 100 * (last / first - 1))
         if last / first - 1 > MOST_GROWTH:
-            grown.append(name)
-    print(f"answers: {dict(findings.answers)}")
-    print(f"attacks: {sum(findings.attacks.values())}: {dict(findings.attacks.most_common())}")
-    print(f"/health: {len(findings.health)} times, {max(findings.health):.2f} s at most")
-    print(f"log: {log_bytes / MIB:.1f} MiB; left in {SHM}: {left or 'nothing'}")
-    print(f"load of the machine at the end: {os.getloadavg()}")
-    print(f"wrong: {len(findings.wrong)}; grown: {grown or 'nothing'}")
-    if options.json:
-        kinds = {key: dict(value) for key, value in (("answers", findings.answers),)}
-        found = kinds | {"wrong": findings.wrong, "memory": findings.memory, "left": left}
-        options.json.write_text(json.dumps(found) + "\n")
-    return int(bool(findings.wrong or grown or left))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            grown.append(f"{name}: {first:.1f} to {last:.1f} MiB")
+    print(f"attacks: {dict(findings.attacks.most_common())}")
+    for kind in ("right", "wrong", "refused"):
+        yield Figure("", f"answers, {kind}", [findings.answers[kind]])
+    yield Figure("", "attacks", [sum(findings.attacks.values())])
+    yield Figure("", "most growth of a process, %", [most])
+    yield Figure("", "slowest /health, s", [max(findings.health)])
+    yield Figure("", "log, MiB", [log_bytes / MIB])
+    return grown

@@ -1,7 +1,5 @@
 """What a wrong key costs an API server: processor time of one core, and memory.
 
-    python benchmarks/wrong_keys.py [--keys 100000] [--tenants 1000] [--json FILE]
-
 `look-up` hashes a key and compares it in constant time; `answer` is everything that the plugin does
 for such a request, its 401 included; what uvicorn does with the bytes before and after comes on
 top. Each is timed over all keys, all of them different; memory is what is left of them.
@@ -9,21 +7,20 @@ top. Each is timed over all keys, all of them different; memory is what is left 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import secrets
-import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.integration.server.access import Access
-from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+from benchmarks.harness.registry import Figure, benchmark
 from vllm_multilora.tenants.keys import new_key, stored
+
+if TYPE_CHECKING:
+    from vllm_multilora.integration.server.access import Access
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, int]:
@@ -39,16 +36,21 @@ def measured(work: Callable[[], Any]) -> tuple[float, int]:
     return seconds, left
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keys", type=int, default=100_000)
-    parser.add_argument("--tenants", type=int, default=1_000)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    tenants = {f"t{number}": {"keys": [stored(new_key())]} for number in range(options.tenants)}
-    wrong = [f"sk-{secrets.token_urlsafe(32)}" for _ in range(options.keys)]
+@benchmark(
+    workload="wrong keys, all of them different, beside a thousand tenants",
+    control="the look-up alone (`look-up`) of what the plugin does for such a request (`answer`)",
+    figure="wrong keys a second of one core, and bytes that are left of them",
+    compares_to="10,000 a second, the limit",
+    quick={"keys": 2_000, "tenants": 10},
+)
+def wrong_keys(keys: int = 100_000, tenants: int = 1_000) -> Iterable[Figure]:
+    """What a wrong key costs an API server: processor time of one core, and memory."""
+    from vllm_multilora.integration.server.access import Access
+
+    known = {f"t{number}": {"keys": [stored(new_key())]} for number in range(tenants)}
+    wrong = [f"sk-{secrets.token_urlsafe(32)}" for _ in range(keys)]
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"tenants": tenants}, file)
+        json.dump({"tenants": known}, file)
         file.flush()
         access = Access(admin_keys=[new_key()], tenants_path=file.name)
 
@@ -60,16 +62,12 @@ def main() -> None:
         "look-up": measured(look_up),
         "answer": measured(lambda: asyncio.run(ask(access, wrong))),
     }
-    found = {}
     for name, (seconds, left) in results.items():
-        rate = len(wrong) / seconds
-        found[name] = {"per_second_of_a_core": round(rate), "bytes_left": left}
-        cost = f"{1e6 * seconds / len(wrong):6.1f} us  {rate:9,.0f} a second"
-        print(f"{name:8}  {cost}  {left:,} bytes left")
-    if options.json:
-        options.json.write_text(json.dumps({"keys": len(wrong), **found}, indent=2))
+        yield Figure(name, "µs of a core", [1e6 * seconds / len(wrong)])
+        yield Figure(name, "a second of a core", [len(wrong) / seconds])
+        yield Figure(name, "bytes left", [left])
     if any(len(wrong) / seconds < 10_000 for seconds, _ in results.values()):
-        sys.exit("fewer than 10,000 wrong keys a second of one core")
+        raise SystemExit("fewer than 10,000 wrong keys a second of one core")
 
 
 async def ask(access: Access, keys: list[str]) -> None:
@@ -85,12 +83,10 @@ async def ask(access: Access, keys: list[str]) -> None:
         if message["type"] == "http.response.start":
             assert message["status"] == 401
 
+    from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+
     door = AccessMiddleware(app, access)
     for key in keys:
         headers = [(b"host", b"test"), (b"authorization", f"Bearer {key}".encode())]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
         await door(scope, receive, send)
-
-
-if __name__ == "__main__":
-    main()

@@ -37,6 +37,9 @@ TESTS = {
     "prometheus": "tests/monitoring/test_monitoring.py::"
     "test_prometheus_takes_the_files_and_the_rules_hold",
     "python examples/activated/shared_context.py": "tests/serving/test_activated_example.py",
+    "python -m benchmarks list": "tests/unit/test_benchmarks.py::test_each_says_what_it_measures",
+    "python -m benchmarks report": "tests/unit/test_benchmarks.py::"
+    "test_the_page_is_made_of_the_results",
     "python -m tools.kernels.bench": "tests/tools/test_bench.py::"
     "test_without_a_gpu_the_command_measures_the_cpu_and_says_so",
     "python -m tools.kernels.model": "tests/tools/test_model.py::"
@@ -75,7 +78,6 @@ UNTESTED = {
     "docker": "needs Docker, and a GPU; tests/unit/test_examples.py reads the files",
     "git clone": "this is a clone",
     "kubectl": "needs a cluster; tests/unit/test_examples.py reads the files",
-    "make bench-": "takes minutes and a quiet machine; docs/benchmarks.md says when it last ran",
     "make coverage": "is the tests themselves",
     "make docs": "draws MkDocs in from an index; tests/unit/test_docs.py checks links and the nav",
     "make help": "prints a part of the Makefile",
@@ -86,7 +88,8 @@ UNTESTED = {
     "pip install --editable": "is what these tests run in",
     "pip install '.[": "an extra draws packages in from an index, as make install does",
     'pip install "vllm-multilora[': "an extra draws packages in from an index",
-    "python benchmarks/": "measures, for minutes and on a quiet machine",
+    "python -m benchmarks run": "measures, for minutes and on a quiet machine; "
+    "tests/unit/test_benchmarks.py runs a short one",
     "python check.py": "takes three minutes; its parts are tested in tests/monitoring",
     "python -m sglang.launch_server": "is another server's",
     "python -m tools.page_screenshots": "makes a picture of the demo's server; the page itself "

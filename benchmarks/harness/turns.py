@@ -10,7 +10,7 @@ def paired(acts: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[st
     """What two acts take, turn by turn; one round before counts not."""
     found = []
     for number in range(rounds + 1):
-        order = list(acts) if number % 2 else list(reversed(acts))
+        order = list(acts) if number % 2 else list(acts)[::-1]
         found.append({name: acts[name]() for name in order})
         print(
             f"round {number}: {found[-1]}" if number else "warmed up", file=sys.stderr, flush=True

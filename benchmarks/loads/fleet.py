@@ -10,8 +10,11 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu_throughput import PROJECTIONS, write_random_adapter
 
 RANK = 64
 VOCABULARY = 1024
@@ -54,27 +57,44 @@ class Fleet:
     Args:
         folder: Of all of them.
         model: The base model's configuration.
-        rank: Theirs.
+        rank: Theirs, where no other is asked for.
+        projections: That they adapt.
     """
 
-    def __init__(self, folder: Path, model: dict, rank: int) -> None:
-        from cpu_throughput import write_random_adapter
-
+    def __init__(
+        self,
+        folder: Path,
+        model: dict[str, Any],
+        rank: int,
+        projections: Sequence[str] = PROJECTIONS,
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._first = write_random_adapter(folder.parent / "first-adapter", model, rank, seed=0)
+        self._model, self._rank, self._projections = model, rank, projections
         self._count = 0
 
-    def add(self, name: str, folder: Path | None = None) -> Path:
+    @property
+    def _first(self) -> Path:
+        return self._of_rank(self._rank)
+
+    def _of_rank(self, rank: int) -> Path:
+        """An adapter whose copies the others are."""
+        path = self.folder.parent / f"first-adapter-{rank}"
+        if not path.exists():
+            write_random_adapter(path, self._model, rank, rank, self._projections)
+        return path
+
+    def add(self, name: str, folder: Path | None = None, rank: int | None = None) -> Path:
         """Writes another adapter; where there is one, other weights take the place of its own."""
         self._count += 1
         path = (folder or self.folder) / name
         hidden = path.with_name(f".{name}")  # directories are looked at meanwhile
         shutil.rmtree(hidden, ignore_errors=True)
-        shutil.copytree(self._first, hidden)
+        shutil.copytree(self._of_rank(rank or self._rank), hidden)
         with (hidden / WEIGHTS).open("r+b") as file:
             file.seek(-8, os.SEEK_END)
-            file.write(struct.pack("<4H", *[0x3C00 + self._count % 128] * 4))  # finite in bfloat16
+            digits = (0x3C00 + self._count // 128**place % 128 for place in range(4))
+            file.write(struct.pack("<4H", *digits))  # finite in bfloat16
             os.fsync(file.fileno())
         hidden.rename(path)
         return path

@@ -1,0 +1,1 @@
+"""How benchmarks are declared, run, recorded, compared and reported."""

@@ -1,0 +1,82 @@
+"""What a rank-8 tenant pays for the ranks of those whose requests are in its batch.
+
+SmolLM2-135M in bfloat16 in this process. One request of a tenant with an adapter of rank 8, and
+beside it seven of others, with adapters of their own on all projections: of rank 8, of rank 128, or
+without adapter. All have prompts and answers of the same length, so that all batches have the same
+tokens; what counts is the time from token to token while all eight generate.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.engine_loop import ask, requests_of, serve, smollm2
+from benchmarks.loads.fleet import Fleet
+from benchmarks.loads.smollm2 import model_config
+
+NEIGHBOURS = 7
+PROMPT_TOKENS = 32
+ENGINES: dict[str, dict[str, Any]] = {
+    "plugin": {},
+    "stock": {"additional_config": {"multilora": {"enabled": False}}},
+}
+
+
+@benchmark(
+    workload="SmolLM2-135M in bfloat16, one request of a rank-8 tenant beside seven others of "
+    "32 + 32 tokens",
+    control="the same beside seven rank-8 tenants, in the same engine and round; stock vLLM",
+    figure="the tenant's time from token to token beside rank-128 tenants over that beside rank-8 "
+    "tenants",
+    compares_to="1.10, the goal; stock vLLM",
+    quick={"rounds": 1, "stock_rounds": 0, "new_tokens": 8},
+)
+def interference(rounds: int = 5, stock_rounds: int = 1, new_tokens: int = 32) -> Iterable[Figure]:
+    """What a rank-8 tenant pays for the ranks of those whose requests are in its batch."""
+    with tempfile.TemporaryDirectory() as scratch:
+        fleet = Fleet(Path(scratch) / "adapters", model_config(), 8)
+        ranks = [8] * (1 + NEIGHBOURS) + [128] * NEIGHBOURS
+        folders = [fleet.add(f"adapter-{n}", rank=rank) for n, rank in enumerate(ranks)]
+        victim, *others = requests_of(folders)
+        beside = {
+            "alone": [],
+            "seven without adapter": [None] * NEIGHBOURS,
+            "seven of rank 8": others[:NEIGHBOURS],
+            "seven of rank 128": others[NEIGHBOURS:],
+        }
+        for name, count in (("plugin", rounds), ("stock", stock_rounds)):
+            if count:
+                settings = ENGINES[name]
+                with smollm2(adapters=len(ranks), max_rank=128, max_num_seqs=8, **settings) as llm:
+                    found = measured(llm, victim, beside, count, new_tokens)
+                for kind, times in found.items():
+                    case = f"{name}, {kind}"
+                    least = found["seven of rank 8"]
+                    yield Figure(case, "from token to token, ms", times)
+                    ratios = [a / b for a, b in zip(times, least, strict=True)]
+                    yield Figure(case, "/ beside rank 8", ratios)
+
+
+def measured(
+    llm: Any, victim: Any, beside: dict[str, list[Any]], rounds: int, new_tokens: int
+) -> dict[str, list[float]]:
+    """The victim's median time from token to token in each round, by who is beside it."""
+    found: dict[str, list[float]] = {kind: [] for kind in beside}
+    for number in range(-1, rounds):
+        dice = random.Random(number)
+        for kind in beside if number % 2 else reversed(beside):
+            batch = [victim, *beside[kind]]
+            tokens = new_tokens if number >= 0 else 2  # the first brings all into their slots
+            asks = [ask(one, PROMPT_TOKENS, tokens, dice) for one in batch]
+            serve(llm, asks, clients=len(batch))
+            if number >= 0:
+                gaps = [after - before for before, after in pairwise(asks[0].tokens_s)]
+                found[kind].append(1000 * statistics.median(gaps))
+    return found

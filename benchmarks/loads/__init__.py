@@ -1,0 +1,1 @@
+"""What benchmarks measure with: base models, adapters, clients, other engines."""

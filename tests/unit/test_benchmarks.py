@@ -1,0 +1,99 @@
+"""Benchmarks: each says what it measures, one runs, and the page is made of what they recorded."""
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.harness import registry, report, results, revisions
+from benchmarks.harness.registry import Figure
+from benchmarks.harness.results import RESULTS, Record
+from benchmarks.harness.tables import table
+
+
+def test_each_says_what_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    listed = capsys.readouterr().out
+    for name in registry.names():
+        found = registry.named(name)
+        assert found.about.endswith("."), name
+        assert all((found.workload, found.control, found.figure, found.compares_to)), name
+        assert set(found.quick) <= set(found.options), name
+        assert f"{name}: {found.about}" in listed
+
+
+def test_one_runs_and_is_recorded(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "records.jsonl"
+    command = ["run", "slots_step", "--quick", "--json", str(file)]
+    assert main([*command, "repeats=2"]) == 0
+    assert "| lru |" in capsys.readouterr().out
+    [record] = results.read(file)
+    assert (record.benchmark, record.options) == ("slots_step", {"repeats": 2})
+    assert record.machine["cores"]
+    assert record.versions["python"]
+    assert all(figure.values for figure in record.figures)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nonsense"], "there is no benchmark 'nonsense'"),
+        (["slots_step", "rounds=3"], "slots_step has no option 'rounds'"),
+        (["slots_step", "repeats=many"], "repeats must be int, got 'many'"),
+        (["repeats=3"], "name a benchmark"),
+    ],
+)
+def test_what_there_is_not_is_refused(words, said, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_table_has_medians_and_what_all_rounds_were() -> None:
+    figures = [
+        Figure("a", "time, s", [3, 1, 2]),
+        Figure("b", "time, s", [0.5]),
+        Figure("b", "kept", [0.25, 0.5, 0.375]),
+    ]
+    assert table(figures).splitlines() == [
+        "| | time, s | kept |",
+        "|---|---|---|",
+        "| a | 2 (1 to 3) |  |",
+        "| b | 0.50 | 0.38 (0.25 to 0.50) |",
+    ]
+
+
+def test_rounds_of_several_runs_count_as_those_of_one() -> None:
+    runs = [
+        Record("x", "2026-01-01", "abc", {}, 1.0, {}, {}, [Figure("", "s", values)])
+        for values in ([1.0, 2.0], [3.0])
+    ]
+    assert results.pooled(runs) == [Figure("", "s", [1.0, 2.0, 3.0])]
+
+
+def test_two_revisions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratio of each pair is this revision's median over the other's."""
+    order = []
+
+    def run_in(tree, words) -> Record:
+        order.append(tree == results.ROOT)
+        value = 2.0 if tree == results.ROOT else 4.0
+        return Record("x", "2026-01-01", "abc", {}, 1.0, {}, {}, [Figure("", "s", [value])])
+
+    monkeypatch.setattr(revisions, "run_in", run_in)
+    figures, records = revisions.compare("HEAD", ["x"], pairs=2)
+    assert figures == [Figure("", "s: here / HEAD", [0.5, 0.5])]
+    assert order == [False, True, True, False]
+    assert len(records) == 4
+
+
+def test_the_page_is_made_of_the_results() -> None:
+    assert report.filled(report.PAGE.read_text()) == report.PAGE.read_text(), (
+        "run python -m benchmarks report"
+    )
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.stem)
+def test_results_are_of_a_benchmark_and_on_the_page(file) -> None:
+    for record in results.read(file):
+        assert record.benchmark == file.stem
+        assert set(record.options) <= set(registry.named(file.stem).options)
+        assert not record.commit.endswith("+"), "measured with files that nobody else has"
+    assert f"<!-- figures: {file.stem} -->" in report.PAGE.read_text()
