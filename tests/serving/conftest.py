@@ -1,8 +1,12 @@
 """Environment and shared checkpoints of the serving tests."""
 
+import fcntl
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from .blends import BlendScenario
     from .cases import Scenario
 
+_Built = TypeVar("_Built")
+
 _NEEDED = ("vllm", "transformers", "peft")
 
 
@@ -30,13 +36,27 @@ def _require_serving_stack() -> None:
         pytest.skip(f"serving tests need {', '.join(missing)}")
 
 
+def _shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], _Built]) -> _Built:
+    """What one of the processes that run the tests has built, for all of them."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    built = folder / f"{name}.pickle"
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            built.write_bytes(pickle.dumps(build(factory.mktemp(name))))
+    found: _Built = pickle.loads(built.read_bytes())
+    return found
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     """A tiny Llama, its nine adapters, and cases answered by PEFT."""
     _require_serving_stack()
     from .scenarios import llama_scenario
 
-    return llama_scenario(tmp_path_factory.mktemp("llama"))
+    return _shared(tmp_path_factory, "llama", llama_scenario)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +65,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     _require_serving_stack()
     from .scenarios import qwen2_scenario
 
-    return qwen2_scenario(tmp_path_factory.mktemp("qwen2"))
+    return _shared(tmp_path_factory, "qwen2", qwen2_scenario)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +74,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     _require_serving_stack()
     from .scenarios import fleet_scenario
 
-    return fleet_scenario(tmp_path_factory.mktemp("fleet"))
+    return _shared(tmp_path_factory, "fleet", fleet_scenario)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +83,7 @@ def activated(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     _require_serving_stack()
     from .activated import activated_scenario
 
-    return activated_scenario(tmp_path_factory.mktemp("activated"))
+    return _shared(tmp_path_factory, "activated", activated_scenario)
 
 
 @pytest.fixture(scope="session")
@@ -72,4 +92,4 @@ def blends(tmp_path_factory: pytest.TempPathFactory) -> "BlendScenario":
     _require_serving_stack()
     from .blends import blend_scenario
 
-    return blend_scenario(tmp_path_factory.mktemp("blends"))
+    return _shared(tmp_path_factory, "blends", blend_scenario)

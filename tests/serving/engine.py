@@ -13,6 +13,7 @@ import pytest
 
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 
+from . import template
 from .cases import NEW_TOKENS, Case, Scenario
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
                     # vLLM looks at the attributes of all modules, and fails on those of this one,
                     # which an earlier engine has brought that drafts tokens by n-grams.
                     patch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
+                else:
+                    stack.enter_context(template.forked_processes())
                 llm = LLM(str(model), **{**_SETTINGS, **overrides})
             try:
                 yield llm
@@ -103,8 +106,13 @@ def _children() -> set[psutil.Process]:
 
 
 def _await_exit(processes: set[psutil.Process]) -> None:
-    # multiprocessing keeps one tracker of shared resources for as long as this process lives.
-    engine = [process for process in processes if not _is_resource_tracker(process)]
+    # For as long as this process lives, there are multiprocessing's tracker of shared resources and
+    # the template.
+    engine = [
+        process
+        for process in processes
+        if not _is_resource_tracker(process) and not template.is_first(process.pid)
+    ]
     _, alive = psutil.wait_procs(engine, timeout=_EXIT_LIMIT_S)
     for process in alive:
         process.kill()

@@ -16,6 +16,7 @@ import httpx
 
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 
+from . import template
 from .engine import store_folder
 
 _TAIL_LINES = 60
@@ -39,6 +40,8 @@ class VllmServer:
         start_timeout: Seconds until the server has to be healthy.
         stop_timeout: Seconds between SIGTERM and SIGKILL to the process group.
         request_timeout: Seconds until a request has to be answered.
+        new_interpreter: Whether it is started as by the command line, rather than as a fork of a
+            process that has imported vLLM already, which takes a fifth of the time.
 
     Raises:
         ServerStartError: On entry, with the end of the log.
@@ -54,12 +57,13 @@ class VllmServer:
         start_timeout: float = 300.0,
         stop_timeout: float = 30.0,
         request_timeout: float = 120.0,
+        new_interpreter: bool = False,
     ) -> None:
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+        self._arguments = [
+            *("serve", str(model)),
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *args,
         ]
@@ -74,19 +78,23 @@ class VllmServer:
         self._client = httpx.Client(
             base_url=self.url, timeout=request_timeout, trust_env=False, headers=headers
         )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._new_interpreter = new_interpreter or not template.fits(self._env)
+        self._process: subprocess.Popen[bytes] | template.Process | None = None
 
     def __enter__(self) -> Self:
         self._env.setdefault(FOLDER_VARIABLE, self._store.enter_context(store_folder()))
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            if self._new_interpreter:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "vllm.entrypoints.cli.main", *self._arguments],
+                    env=self._env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            else:
+                self._process = template.start_server(self._arguments, self._env, log.fileno())
         try:
             self._await_health(self._process)
         except BaseException:
@@ -140,7 +148,7 @@ class VllmServer:
         self._process.wait()
         self._store.close()
 
-    def _await_health(self, process: "subprocess.Popen[bytes]") -> None:
+    def _await_health(self, process: "subprocess.Popen[bytes] | template.Process") -> None:
         deadline = time.monotonic() + self._start_timeout
         while time.monotonic() < deadline:
             if process.poll() is not None:

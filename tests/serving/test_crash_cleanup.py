@@ -39,6 +39,7 @@ def make_server(fleet: Scenario, folder: Path, log: Path) -> VllmServer:
         *("--lora-modules", f"{NAME}={fleet.adapters[NAME]}"),
         log=log,
         env={FOLDER_VARIABLE: str(folder)},
+        new_interpreter=True,
     )
 
 

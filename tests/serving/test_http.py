@@ -28,6 +28,7 @@ def server(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         *("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "6", "--max-lora-rank", "64"),
         *("--lora-modules", *(f"{name}={path}" for name, path in llama.adapters.items())),
         log=tmp_path_factory.mktemp("server") / "vllm.log",
+        new_interpreter=True,
     ) as running:
         yield running
 

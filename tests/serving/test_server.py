@@ -14,7 +14,9 @@ pytestmark = pytest.mark.serving
 def test_a_start_over_its_limit_shows_the_log_and_ends_the_group(
     llama: Scenario, tmp_path: Path
 ) -> None:
-    server = VllmServer(llama.base, log=tmp_path / "vllm.log", start_timeout=0.5)
+    server = VllmServer(
+        llama.base, log=tmp_path / "vllm.log", start_timeout=0.5, new_interpreter=True
+    )
     with pytest.raises(ServerStartError, match=r"not healthy after 0\.5 s.*vllm\.log"), server:
         pytest.fail("no server starts that fast")
     with pytest.raises(ProcessLookupError):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.kernels.triton_problems import watched
 from vllm_multilora.metrics.definitions import EVICTIONS
 
 from .cases import Case, Scenario
@@ -59,14 +60,6 @@ def watch_steps(worker: Any) -> None:
         wrapper.update_metadata = note
 
 
-def watch_kernels(worker: Any) -> None:
-    """Runs in the worker: no interpreted kernel may reach beside its tensors. (Faster, too.)"""
-    from tests.kernels.triton_problems import watched
-
-    worker.watch = watched()
-    worker.watch.__enter__()
-
-
 def steps_seen(worker: Any) -> list[tuple[set[int], int]]:
     """Runs in the worker: what it noted."""
     return worker.steps_seen
@@ -77,15 +70,18 @@ def engine_of(llama: Scenario, backend: str, **overrides: Any) -> "Iterator[LLM]
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
-        with running_engine(
-            llama.base,
-            max_loras=2,
-            enable_prefix_caching=False,
-            disable_log_stats=False,
-            additional_config={"multilora": SETTINGS[backend]},
-            **overrides,
-        ) as llm:
-            llm.collective_rpc(watch_kernels)
+        with (
+            watched(),  # no interpreted kernel may reach beside its tensors
+            running_engine(
+                llama.base,
+                in_process=True,
+                max_loras=2,
+                enable_prefix_caching=False,
+                disable_log_stats=False,
+                additional_config={"multilora": SETTINGS[backend]},
+                **overrides,
+            ) as llm,
+        ):
             yield llm
 
 
@@ -136,6 +132,28 @@ def mixed(llama: Scenario) -> list[Case]:
     return [own[0], base[0], *own[1:3], base[1], *own[3:]]
 
 
+@pytest.mark.slow
+def test_in_bfloat16_backends_agree_as_far_as_rounding_allows(llama: Scenario):
+    """Log-probabilities of each new token, up to the first one that is not the same.
+
+    Its engines come before the fixture's: there is one at a time in a process.
+    """
+    cases = mixed(llama)[:3]  # two adapters, and a base row between them
+    found = {}
+    for backend in ("torch", "triton"):
+        with engine_of(llama, backend, dtype="bfloat16") as llm:
+            found[backend] = [output.outputs[0] for output in answer(llm, llama, cases)]
+    differences = []
+    for one, other in zip(found["torch"], found["triton"], strict=True):
+        pairs = zip(one.token_ids, other.token_ids, strict=True)
+        same = next((step for step, (a, b) in enumerate(pairs) if a != b), len(one.token_ids))
+        for step, token in enumerate(one.token_ids[:same]):
+            a, b = (each.logprobs[step][token].logprob for each in (one, other))
+            differences.append(a - b)
+    assert len(differences) > 15  # of 25
+    assert torch.tensor(differences).square().mean().sqrt() < LOGPROB_RMS
+
+
 def test_every_layer_runs_on_the_backend_that_was_asked_for(engine):
     backend, llm = engine
     assert llm.collective_rpc(backends_of_layers) == [{backend}]
@@ -164,22 +182,3 @@ def test_an_adapter_is_itself_again_after_losing_its_slot(engine, llama: Scenari
     cases = [next(c for c in llama.cases_of(name) if len(c.prompt) == 1) for name in ADAPTERS[:2]]
     assert_as_peft(llm, llama, cases)
     assert evictions(llm) > before
-
-
-@pytest.mark.slow
-def test_in_bfloat16_backends_agree_as_far_as_rounding_allows(llama: Scenario):
-    """Log-probabilities of each new token, up to the first one that is not the same."""
-    cases = mixed(llama)[:3]  # two adapters, and a base row between them
-    found = {}
-    for backend in ("torch", "triton"):
-        with engine_of(llama, backend, dtype="bfloat16") as llm:
-            found[backend] = [output.outputs[0] for output in answer(llm, llama, cases)]
-    differences = []
-    for one, other in zip(found["torch"], found["triton"], strict=True):
-        pairs = zip(one.token_ids, other.token_ids, strict=True)
-        same = next((step for step, (a, b) in enumerate(pairs) if a != b), len(one.token_ids))
-        for step, token in enumerate(one.token_ids[:same]):
-            a, b = (each.logprobs[step][token].logprob for each in (one, other))
-            differences.append(a - b)
-    assert len(differences) > 15  # of 25
-    assert torch.tensor(differences).square().mean().sqrt() < LOGPROB_RMS

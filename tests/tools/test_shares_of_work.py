@@ -98,5 +98,6 @@ def test_nothing_comes_between_the_launches_of_a_layer(monkeypatch):
         seen.clear()
         call()
         assert "memory" in seen
-        assert seen[-2:] == ["launch", "launch"]
-        assert seen.count("launch") == 2
+        launches = seen[seen.index("launch") :]
+        assert len(launches) >= 2
+        assert set(launches) == {"launch"}

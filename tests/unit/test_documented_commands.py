@@ -82,7 +82,7 @@ UNTESTED = {
     "make docs": "draws MkDocs in from an index; tests/unit/test_docs.py checks links and the nav",
     "make help": "prints a part of the Makefile",
     "make install": "is what these tests run in",
-    "make lint": "runs before these tests",
+    "make lint": "runs beside these tests, as a part of make test",
     "make test": "is the tests themselves",
     "make TORCH_INDEX=": "is make install with another index",
     "pip install --editable": "is what these tests run in",
