@@ -1,24 +1,26 @@
 """What a tenant notices of another with eight times its clients and long prompts beside it.
 
-    python benchmarks/fairness.py [--rounds 5] [--seconds 20] [--prefill-tokens 128] [--json FILE]
-    python benchmarks/fairness.py --no-servers [--rounds 15]
+    python benchmarks/fairness.py [--rounds 5] [--seconds 20] [--slowdown 1.5] [--json FILE]
+    python benchmarks/fairness.py --only cost [--rounds 15]
 
-Three `vllm serve` side by side, with a small random Llama and one adapter a tenant: fair shares,
-the plugin without them, and stock vLLM. In each round every server has every load in turn, so that
-ratios are between phases that lie close together:
+Three `vllm serve` side by side, with a random Llama of 8 layers, 768 wide, in bfloat16 and one
+adapter a tenant: fair shares, the plugin without them, and stock vLLM. In each round every server
+has every load in turn, so that ratios are between phases that lie close together:
 
 - *solo*: the victim's clients, streaming;
 - *beside*: the same, and the aggressor's, with eight times the clients and prompts sixteen times
   as long;
-- *equal*: eight tenants, each with the same clients, more than there are places in the batch.
+- *equal*: eight other tenants, each with the same clients, more than there are places in the batch.
 
 The victim's 95th percentiles of the time to first token and from token to token are relative to
-its solo run in the same server and round. Jain's index is of the tokens served to the eight, a
+its solo run in the same server and round; what begins in the first two seconds does not count, as
+nobody has had more than another then. Jain's index is of the tokens served to the eight, a
 prompt's tokens counted once and generated ones twice.
 
-What fair shares cost is measured without servers (`--no-servers`: that alone): two engines, with
-them and without, are given the same requests turn by turn, of one tenant and of eight. Through HTTP
-the client and the waiting of vLLM's own processes for each other decide on a small model's speed.
+What fair shares cost is measured without servers (`--only cost`: that alone): two engines of a tiny
+Llama, with them and without, are given the same requests turn by turn, of one tenant and of eight.
+Through HTTP the client and the waiting of vLLM's own processes for each other decide on a small
+model's speed.
 """
 
 from __future__ import annotations
@@ -51,10 +53,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
-VICTIM, AGGRESSOR = TENANTS[:2]
+VICTIM, AGGRESSOR = "victim", "aggressor"
 RANK, PLACES, STEP_TOKENS = 16, 64, 2048
 SHORT, LONG = 16, 256
 NEW_TOKENS = 48
+SETTLE_S = 2.0
 SERVERS = ("fair", "unfair", "stock")
 
 
@@ -90,7 +93,12 @@ class Load:
 
 
 async def ask_until(
-    end: float, client: httpx.AsyncClient, load: Load, numbers: random.Random, served: Served
+    begin: float,
+    end: float,
+    client: httpx.AsyncClient,
+    load: Load,
+    numbers: random.Random,
+    served: Served,
 ) -> None:
     """One client: one request after another; what does not end in time is cut off."""
     from tests.serving.tiny_models import VOCAB_SIZE
@@ -106,7 +114,7 @@ async def ask_until(
             "stream": load.streams,
         }
         if load.streams:
-            await _stream(end, client, body, served)
+            await _stream(begin, end, client, body, served)
         else:
             response = await client.post("/v1/completions", json=body)
             if response.is_error:
@@ -115,30 +123,33 @@ async def ask_until(
         served.prompt += load.prompt
 
 
-async def _stream(end: float, client: httpx.AsyncClient, body: dict, served: Served) -> None:
-    begin = time.perf_counter()
+async def _stream(
+    begin: float, end: float, client: httpx.AsyncClient, body: dict, served: Served
+) -> None:
+    asked = time.perf_counter()
     times = [arrived async for arrived in token_times(client, body)]
-    if times[-1] < end:
-        served.first_ms.append(1000 * (times[0] - begin))
+    if asked > begin and times[-1] < end:
+        served.first_ms.append(1000 * (times[0] - asked))
         served.gaps_ms += (1000 * (after - before) for before, after in pairwise(times))
     served.generated += sum(moment < end for moment in times)
 
 
 async def phase(url: str, loads: Sequence[Load], seconds: float, seed: int) -> dict[str, Served]:
-    """Runs all clients for so long; what each tenant was served."""
+    """Runs all clients for so long after a start; what each tenant was served, start included."""
     served = {load.tenant: Served() for load in loads}
     limits = httpx.Limits(max_connections=sum(load.clients for load in loads))
     async with httpx.AsyncClient(
         base_url=url, timeout=None, trust_env=False, limits=limits
     ) as client:
-        end = time.perf_counter() + seconds
+        begin = time.perf_counter() + SETTLE_S
+        end = begin + seconds
         clients = []
         for load in loads:
             for number in range(load.clients):
                 numbers = random.Random(f"{seed} {load} {number}")
-                asking = ask_until(end, client, load, numbers, served[load.tenant])
+                asking = ask_until(begin, end, client, load, numbers, served[load.tenant])
                 clients.append(asyncio.create_task(asking))
-        done, late = await asyncio.wait(clients, timeout=seconds)
+        done, late = await asyncio.wait(clients, timeout=SETTLE_S + seconds)
         for task in late:
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -149,13 +160,17 @@ async def phase(url: str, loads: Sequence[Load], seconds: float, seed: int) -> d
 
 
 def quantile(values: Sequence[float], share: float = 0.95) -> float:
+    """Infinity where nothing was answered in time."""
+    if not values:
+        return float("inf")
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def jain(values: Sequence[float]) -> float:
     """1 where all are equal, 1/n where one has everything."""
-    return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))
+    squares = sum(value**2 for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else float("nan")
 
 
 def run(options: argparse.Namespace, urls: dict[str, str]) -> dict[str, dict[str, list[float]]]:
@@ -180,24 +195,25 @@ def run(options: argparse.Namespace, urls: dict[str, str]) -> dict[str, dict[str
                 except Exception as error:
                     raise RuntimeError(f"round {number + 1}, {name}, load {kind!r}") from error
                 if number >= 0:
-                    note(figures[name], kind, served)
+                    note(figures[name], kind, served, SETTLE_S + seconds)
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
     return figures
 
 
-def note(figures: dict[str, list[float]], kind: str, served: dict[str, Served]) -> None:
+def note(
+    figures: dict[str, list[float]], kind: str, served: dict[str, Served], seconds: float
+) -> None:
     """Adds the figures of a phase."""
 
     def add(name: str, value: float) -> None:
         figures.setdefault(name, []).append(value)
 
-    if VICTIM in served and served[VICTIM].gaps_ms:
+    if VICTIM in served:
         add(f"{kind} first token", quantile(served[VICTIM].first_ms))
         add(f"{kind} next token", quantile(served[VICTIM].gaps_ms))
+    add(f"{kind} cost a second", sum(each.cost for each in served.values()) / seconds)
     if kind == "equal":
         add("jain", jain([each.cost for each in served.values()]))
-    if not any(each.cost for each in served.values()):
-        raise RuntimeError(f"no request of the load {kind!r} was answered in time: raise --seconds")
 
 
 def report(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
@@ -215,11 +231,50 @@ def report(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, fl
             cells += [f"{statistics.median(solo):.1f} ms", f"{statistics.median(beside):.1f} ms"]
             cells.append(f"{ratio:.2f}")
         print(f"| {name} | {' | '.join(cells)} |")
+    print("\ncost of all that was served in a second: beside, equal")
+    for name, values in figures.items():
+        both = [statistics.median(values[f"{kind} cost a second"]) for kind in ("beside", "equal")]
+        results[name] |= {"beside cost a second": both[0], "equal cost a second": both[1]}
+        print(f"{name}: {both[0]:.0f}, {both[1]:.0f}")
     print("\nJain's index of eight equal tenants (median, least of all rounds)")
     for name, values in figures.items():
         results[name]["jain"] = statistics.median(values["jain"])
         print(f"{name}: {results[name]['jain']:.4f}, {min(values['jain']):.4f}")
     return results
+
+
+def write_base(path: Path) -> Path:
+    """A model whose steps outweigh what HTTP and Python add to them, and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.serving.tiny_models import VOCAB_SIZE, write_llama
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    write_llama(path)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def write_adapters(base: Path, folder: Path) -> dict[str, Path]:
+    """One for each tenant, by name."""
+    from tests.serving.recipes import AdapterRecipe
+    from tests.serving.tiny_adapters import write_adapter
+
+    return {
+        name: write_adapter(base, folder / name, AdapterRecipe(name, rank=RANK), seed=n)
+        for n, name in enumerate((*TENANTS, VICTIM, AGGRESSOR))
+    }
 
 
 def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[float]]:
@@ -256,7 +311,8 @@ def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[f
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
     )
     named = [LoRARequest(name, n, str(path)) for n, (name, path) in enumerate(adapters.items(), 1)]
-    loads = {"alone": named[:1] * len(prompts), "equal": named * (len(prompts) // len(named))}
+    equal = [named[n % len(TENANTS)] for n in range(len(prompts))]
+    loads = {"alone": named[:1] * len(prompts), "equal": equal}
 
     def seconds(is_fair: bool, kind: str) -> float:
         begin = time.perf_counter()
@@ -277,50 +333,43 @@ def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[f
 
 def main() -> None:
     """Runs the benchmark and prints its tables."""
-    from tests.serving.recipes import AdapterRecipe
     from tests.serving.server import VllmServer
-    from tests.serving.tiny_adapters import write_adapter
     from tests.serving.tiny_models import write_llama
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load, in each round")
     parser.add_argument("--clients", type=int, default=4, help="of the victim")
-    parser.add_argument(
-        "--prefill-tokens", type=int, default=128, help="--multilora-fair-prefill-tokens"
-    )
+    parser.add_argument("--slowdown", default="1.5", help="--multilora-fair-slowdown")
     parser.add_argument("--server", action="append", choices=SERVERS, help="only this one")
     parser.add_argument(
-        "--no-servers", action="store_true", help="only what fair shares cost, without servers"
+        "--only", choices=("cost", "servers"), help="what fair shares cost, or what they are for"
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     settings = {
-        "fair": [
-            *("--multilora-fair-shares", "--multilora-fair-prefill-tokens"),
-            str(options.prefill_tokens),
-        ],
+        "fair": ["--multilora-fair-shares", "--multilora-fair-slowdown", options.slowdown],
         "unfair": [],
         "stock": [],
     }
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        base = write_llama(scratch / "base", positions=1024)
-        adapters = {
-            name: write_adapter(base, scratch / name, AdapterRecipe(name, rank=RANK), seed=n)
-            for n, name in enumerate(TENANTS)
-        }
-        costs = cost(base, adapters, options.rounds)
-        if options.no_servers:
+        small = write_llama(scratch / "small", positions=1024)
+        costs = {}
+        if options.only != "servers":
+            costs = cost(small, write_adapters(small, scratch / "for-small"), options.rounds)
+        if options.only == "cost":
             return
+        base = write_base(scratch / "base")
+        adapters = write_adapters(base, scratch)
         servers = {
             name: stack.enter_context(
                 VllmServer(
                     base,
-                    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
+                    *("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "512"),
                     *("--max-num-seqs", str(PLACES), "--no-enable-prefix-caching"),
                     *("--max-num-batched-tokens", str(STEP_TOKENS)),
-                    *("--enable-lora", "--max-loras", str(len(TENANTS))),
+                    *("--enable-lora", "--max-loras", str(len(adapters))),
                     *("--max-lora-rank", str(RANK)),
                     *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
                     *settings[name],
