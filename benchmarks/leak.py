@@ -1,6 +1,6 @@
 """What somebody learns of another's prompts and adapters by the time that its own requests take.
 
-    python benchmarks/leak.py [--trials 300] [--json FILE]
+    python benchmarks/leak.py [--trials 300] [--seconds 3600] [--json FILE]
 
 Two `vllm serve` side by side with a small random Llama and prefix caching, one with a tenants file
 and one without keys. In each trial a coin decides what a victim asks for, and then the attacker
@@ -55,7 +55,7 @@ FILLERS = tuple(f"filler-{number}" for number in range(2 * SLOTS))
 OWN = {who: tuple(f"{who}-{number}" for number in range(SLOTS)) for who in (VICTIM, ATTACKER)}
 ADAPTERS = (SHARED, *FILLERS, *OWN[VICTIM], *OWN[ATTACKER])
 SHORT, LONG = 8, 448
-WARM_UP = 5  # trials of each kind that do not count
+WARM_UP = 2  # pairs of trials of each kind that do not count
 BOOTSTRAPS = 1000
 ARMS = ("tenants", "no tenants")
 
@@ -165,22 +165,25 @@ def auc(yes: Sequence[float], no: Sequence[float]) -> float:
     return above / (len(yes) * len(no))
 
 
-def run(arms: dict[str, Arm], trials: int, seed: int) -> dict[str, dict[str, Looks]]:
-    """All trials; what was seen, by kind and arm."""
+def run(
+    arms: dict[str, Arm], trials: int, seconds: float, seed: int
+) -> dict[str, dict[str, Looks]]:
+    """All trials, or as many as the time allows; what was seen, by kind and arm."""
     numbers = random.Random(seed)
     questions = Trials(numbers)
-    seen: dict[str, dict[str, Looks]] = {}
-    for kind, question in KINDS.items():
-        looks = seen[kind] = {name: Looks([], []) for name in arms}
-        # As many of each, in an order of the coin's.
-        coins = [number % 2 == 0 for number in range(trials)]
-        numbers.shuffle(coins)
-        for number, is_yes in enumerate([True, False] * WARM_UP + coins):
-            for name in numbers.sample(list(arms), len(arms)):
-                taken = question(questions, arms[name], is_yes)
-                if number >= 2 * WARM_UP:
-                    (looks[name].yes if is_yes else looks[name].no).append(taken)
-        print(f"{kind}: {trials} trials", file=sys.stderr, flush=True)
+    seen = {kind: {name: Looks([], []) for name in arms} for kind in KINDS}
+    end = time.monotonic() + seconds
+    for number in range(-WARM_UP, trials // 2):
+        if time.monotonic() > end:
+            print(f"{2 * number} trials in {seconds:.0f} s", file=sys.stderr, flush=True)
+            break
+        for kind, question in KINDS.items():
+            for is_yes in numbers.sample([True, False], 2):  # as many of each
+                for name in numbers.sample(list(arms), len(arms)):
+                    taken = question(questions, arms[name], is_yes)
+                    if number >= 0:
+                        looks = seen[kind][name]
+                        (looks.yes if is_yes else looks.no).append(taken)
     return seen
 
 
@@ -237,6 +240,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=300, help="of each kind, on each server")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for all trials, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
@@ -266,9 +270,9 @@ def main() -> None:
             for each in clients.values():
                 stack.callback(each.close)
             arms[name] = Arm(clients)
-        results = report(run(arms, options.trials, options.seed))
+        results = report(run(arms, options.trials, options.seconds, options.seed))
     if options.json:
-        said = {"trials": options.trials, "load_average": os.getloadavg(), "results": results}
+        said = {"load_average": os.getloadavg(), "results": results}
         options.json.write_text(json.dumps(said, indent=2) + "\n")
 
 
