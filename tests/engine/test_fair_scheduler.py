@@ -116,6 +116,24 @@ def test_two_that_both_wait_get_the_same_tokens_however_many_requests_they_have(
     assert abs(costs["flood"] - costs["few"]) <= PLACES * (64 + 2 * 16)
 
 
+@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
+def test_eight_equal_tenants_get_equal_shares(configs, base):
+    """Jain's index of their tokens, while each always has as many requests of any length."""
+    steps, lengths = Steps(configs(places=16), base), Random(0)
+    names, asked = "abcdefgh", Counter[str]()
+    costs: Counter[str] = Counter()
+    for _ in range(500):
+        for name in names:
+            while asked[name] - _ended(steps, f"{name} ") < 4:
+                asked[name] += 1
+                sizes = {"prompt": lengths.randint(16, 128), "generate": lengths.randint(10, 40)}
+                steps.ask(f"{name} {asked[name]}", tenant=name, **sizes)
+        for request, tokens in steps.step().items():
+            costs[request.split()[0]] += tokens if tokens > 1 else 2
+    total = costs.total()
+    assert total**2 / (8 * sum(cost**2 for cost in costs.values())) > 0.995
+
+
 def test_shares_are_by_weight(steps):
     for number in range(120):
         steps.ask(f"gold {number}", tenant="gold", weight=3.0)
@@ -203,9 +221,9 @@ def test_running_requests_of_a_heavy_party_take_part_of_a_step_only(configs):
     assert Counter(seen).total() > 30 * 30
 
 
-def test_requests_that_steps_leave_out_have_all_their_tokens_in_the_end(steps_of):
-    steps = steps_of(blocks=10_000)
-    steps.scheduler.max_num_running_reqs = 40
+@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
+def test_requests_that_steps_leave_out_have_all_their_tokens_in_the_end(configs, base):
+    steps = Steps(configs(places=40), base)
     asked = [steps.ask(f"large {number}", adapter=2, generate=30) for number in range(30)]
     asked.append(steps.ask("small", adapter=1, generate=300))
     steps.drain()

@@ -161,7 +161,7 @@ class FairSharesMixin(AdapterAwareMixin):
         weight = self._shares.heavy_weight
         if self._bound is None or not weight:
             return None
-        is_full = len(self.running) >= self.max_num_running_reqs  # type: ignore[attr-defined]
+        is_full = len(self.running) >= self.max_num_active_reqs  # type: ignore[attr-defined]
         if (is_full or self._is_spared_in_vain) and all(map(self._is_heavy, self.running)):
             return None  # the others wait for a place or memory, which they get the sooner
         return self._bound.next(_LEAST_SHARE * weight * self._light_had)
