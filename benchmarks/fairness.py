@@ -1,21 +1,23 @@
 """What a tenant notices of another with eight times its clients and long prompts beside it.
 
-Three `vllm serve` side by side, with a small random Llama and one adapter a tenant: fair shares,
-the plugin without them, and stock vLLM. In each round every server has every load in turn, so that
-ratios are between phases that lie close together:
+Three `vllm serve` side by side, with a random Llama of 8 layers, 768 wide, in bfloat16 and one
+adapter a tenant: fair shares, the plugin without them, and stock vLLM. In each round every server
+has every load in turn, so that ratios are between phases that lie close together:
 
 - *solo*: the victim's clients, streaming;
 - *beside*: the same, and the aggressor's, with eight times the clients and prompts sixteen times
   as long;
-- *equal*: eight tenants, each with the same clients, more than there are places in the batch.
+- *equal*: eight other tenants, each with the same clients, more than there are places in the batch.
 
 The victim's 95th percentiles of the time to first token and from token to token are relative to
-its solo run in the same server and round. Jain's index is of the tokens served to the eight, a
+its solo run in the same server and round; what begins in the first two seconds does not count, as
+nobody has had more than another then. Jain's index is of the tokens served to the eight, a
 prompt's tokens counted once and generated ones twice.
 
-What fair shares cost is measured without servers (`servers=none`: that alone): two engines, with
-them and without, are given the same requests turn by turn, of one tenant and of eight. Through HTTP
-the client and the waiting of vLLM's own processes for each other decide on a small model's speed.
+What fair shares cost is measured without servers (`servers=none`: that alone): two engines of a
+tiny Llama, with them and without, are given the same requests turn by turn, of one tenant and of
+eight. Through HTTP the client and the waiting of vLLM's own processes for each other decide on a
+small model's speed.
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ from benchmarks.harness.turns import paired
 from benchmarks.loads.streams import token_times
 
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
-VICTIM, AGGRESSOR = TENANTS[:2]
+VICTIM, AGGRESSOR = "victim", "aggressor"
 RANK, PLACES, STEP_TOKENS = 16, 64, 2048
 SHORT, LONG = 16, 256
 NEW_TOKENS = 48
+SETTLE_S = 2.0
 
 
 @dataclass
@@ -78,7 +81,12 @@ class Load:
 
 
 async def ask_until(
-    end: float, client: httpx.AsyncClient, load: Load, numbers: random.Random, served: Served
+    begin: float,
+    end: float,
+    client: httpx.AsyncClient,
+    load: Load,
+    numbers: random.Random,
+    served: Served,
 ) -> None:
     """One client: one request after another; what does not end in time is cut off."""
     from tests.serving.tiny_models import VOCAB_SIZE
@@ -94,7 +102,7 @@ async def ask_until(
             "stream": load.streams,
         }
         if load.streams:
-            await _stream(end, client, body, served)
+            await _stream(begin, end, client, body, served)
         else:
             response = await client.post("/v1/completions", json=body)
             if response.is_error:
@@ -103,30 +111,33 @@ async def ask_until(
         served.prompt += load.prompt
 
 
-async def _stream(end: float, client: httpx.AsyncClient, body: dict, served: Served) -> None:
-    begin = time.perf_counter()
+async def _stream(
+    begin: float, end: float, client: httpx.AsyncClient, body: dict, served: Served
+) -> None:
+    asked = time.perf_counter()
     times = [arrived async for arrived in token_times(client, body)]
-    if times[-1] < end:
-        served.first_ms.append(1000 * (times[0] - begin))
+    if asked > begin and times[-1] < end:
+        served.first_ms.append(1000 * (times[0] - asked))
         served.gaps_ms += (1000 * (after - before) for before, after in pairwise(times))
     served.generated += sum(moment < end for moment in times)
 
 
 async def phase(url: str, loads: Sequence[Load], seconds: float, seed: int) -> dict[str, Served]:
-    """Runs all clients for so long; what each tenant was served."""
+    """Runs all clients for so long after a start; what each tenant was served, start included."""
     served = {load.tenant: Served() for load in loads}
     limits = httpx.Limits(max_connections=sum(load.clients for load in loads))
     async with httpx.AsyncClient(
         base_url=url, timeout=None, trust_env=False, limits=limits
     ) as client:
-        end = time.perf_counter() + seconds
+        begin = time.perf_counter() + SETTLE_S
+        end = begin + seconds
         clients = []
         for load in loads:
             for number in range(load.clients):
                 numbers = random.Random(f"{seed} {load} {number}")
-                asking = ask_until(end, client, load, numbers, served[load.tenant])
+                asking = ask_until(begin, end, client, load, numbers, served[load.tenant])
                 clients.append(asyncio.create_task(asking))
-        done, late = await asyncio.wait(clients, timeout=seconds)
+        done, late = await asyncio.wait(clients, timeout=SETTLE_S + seconds)
         for task in late:
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -137,6 +148,9 @@ async def phase(url: str, loads: Sequence[Load], seconds: float, seed: int) -> d
 
 
 def quantile(values: Sequence[float], share: float = 0.95) -> float:
+    """Infinity where nothing was answered in time."""
+    if not values:
+        return float("inf")
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -171,24 +185,28 @@ def run(
                 except Exception as error:
                     raise RuntimeError(f"round {number + 1}, {name}, load {kind!r}") from error
                 if number >= 0:
-                    note(figures[name], kind, served)
+                    note(figures[name], kind, served, SETTLE_S + seconds)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return figures
 
 
-def note(figures: dict[str, list[float]], kind: str, served: dict[str, Served]) -> None:
-    """Adds the figures of a phase."""
+def note(
+    figures: dict[str, list[float]], kind: str, served: dict[str, Served], seconds: float
+) -> None:
+    """Adds the figures of a phase of so many seconds."""
+    is_too_short = kind == "solo" and not served[VICTIM].gaps_ms
+    if is_too_short or not any(each.cost for each in served.values()):
+        raise RuntimeError(f"no request of the load {kind!r} was answered in time: raise `seconds`")
 
     def add(name: str, value: float) -> None:
         figures.setdefault(name, []).append(value)
 
-    if VICTIM in served and served[VICTIM].gaps_ms:
+    if VICTIM in served:
         add(f"{kind} first token", quantile(served[VICTIM].first_ms))
         add(f"{kind} next token", quantile(served[VICTIM].gaps_ms))
+    add(f"{kind} cost a second", sum(each.cost for each in served.values()) / seconds)
     if kind == "equal":
         add("jain", jain([each.cost for each in served.values()]))
-    if not any(each.cost for each in served.values()):
-        raise RuntimeError(f"no request of the load {kind!r} was answered in time: raise `seconds`")
 
 
 def figures_of(name: str, values: dict[str, list[float]]) -> Iterable[Figure]:
@@ -198,7 +216,43 @@ def figures_of(name: str, values: dict[str, list[float]]) -> Iterable[Figure]:
         yield Figure(name, f"{what}, solo, ms", solo)
         yield Figure(name, f"{what}, beside, ms", beside)
         yield Figure(name, f"{what}, ratio", [b / s for s, b in zip(solo, beside, strict=True)])
+    for kind in ("beside", "equal"):
+        yield Figure(name, f"cost a second, {kind}", values[f"{kind} cost a second"])
     yield Figure(name, "Jain's index of eight equal tenants", values["jain"])
+
+
+def write_base(path: Path) -> Path:
+    """A model whose steps outweigh what HTTP and Python add to them, and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.serving.tiny_models import VOCAB_SIZE, write_llama
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    write_llama(path)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def write_adapters(base: Path, folder: Path) -> dict[str, Path]:
+    """One for each tenant, by name."""
+    from tests.serving.recipes import AdapterRecipe
+    from tests.serving.tiny_adapters import write_adapter
+
+    return {
+        name: write_adapter(base, folder / name, AdapterRecipe(name, rank=RANK), seed=n)
+        for n, name in enumerate((*TENANTS, VICTIM, AGGRESSOR))
+    }
 
 
 def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[float]]:
@@ -235,7 +289,8 @@ def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[f
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
     )
     named = [LoRARequest(name, n, str(path)) for n, (name, path) in enumerate(adapters.items(), 1)]
-    loads = {"alone": named[:1] * len(prompts), "equal": named * (len(prompts) // len(named))}
+    equal = [named[n % len(TENANTS)] for n in range(len(prompts))]
+    loads = {"alone": named[:1] * len(prompts), "equal": equal}
 
     def seconds(is_fair: bool, kind: str) -> float:
         begin = time.perf_counter()
@@ -256,58 +311,54 @@ def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[f
     control="the victim alone, in the same round; stock vLLM and the plugin without fair shares",
     figure="the victim's 95th percentiles beside the aggressor over those alone",
     compares_to="1, where nothing is noticed, and stock vLLM",
-    quick={"rounds": 1, "seconds": 3.0},
+    quick={"rounds": 1, "cost_rounds": 1, "seconds": 8.0},
 )
 def fairness(
     rounds: int = 5,
     seconds: float = 20.0,
     clients: int = 4,
-    prefill_tokens: int = 128,
+    slowdown: float = 1.5,
     servers: str = "fair,unfair,stock",
+    cost_rounds: int = 5,
 ) -> Iterable[Figure]:
     """What a tenant notices of another with eight times its clients and long prompts beside it.
 
     Args:
-        rounds: Of all servers, and of what fair shares cost.
+        rounds: Of all servers.
         seconds: Of each load, in each round.
         clients: Of the victim.
-        prefill_tokens: `--multilora-fair-prefill-tokens`.
+        slowdown: `--multilora-fair-slowdown`.
         servers: Those to run; `none` measures what fair shares cost, and nothing else.
+        cost_rounds: Of what fair shares cost; 0 for the servers alone.
     """
-    from tests.serving.recipes import AdapterRecipe
     from tests.serving.server import VllmServer
-    from tests.serving.tiny_adapters import write_adapter
     from tests.serving.tiny_models import write_llama
 
     settings = {
-        "fair": [
-            *("--multilora-fair-shares", "--multilora-fair-prefill-tokens"),
-            str(prefill_tokens),
-        ],
+        "fair": ["--multilora-fair-shares", "--multilora-fair-slowdown", str(slowdown)],
         "unfair": [],
         "stock": [],
     }
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        base = write_llama(scratch / "base", positions=1024)
-        adapters = {
-            name: write_adapter(base, scratch / name, AdapterRecipe(name, rank=RANK), seed=n)
-            for n, name in enumerate(TENANTS)
-        }
-        for kind, ratios in cost(base, adapters, rounds).items():
-            yield Figure(
-                f"{kind} tenants" if kind == "equal" else kind, "time with / without", ratios
-            )
+        if cost_rounds:
+            small = write_llama(scratch / "small", positions=1024)
+            small_adapters = write_adapters(small, scratch / "for-small")
+            for kind, ratios in cost(small, small_adapters, cost_rounds).items():
+                case = "eight equal tenants" if kind == "equal" else "one tenant"
+                yield Figure(case, "time with fair shares / without", ratios)
         if servers == "none":
             return
+        base = write_base(scratch / "base")
+        adapters = write_adapters(base, scratch)
         started = {
             name: stack.enter_context(
                 VllmServer(
                     base,
-                    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
+                    *("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "512"),
                     *("--max-num-seqs", str(PLACES), "--no-enable-prefix-caching"),
                     *("--max-num-batched-tokens", str(STEP_TOKENS)),
-                    *("--enable-lora", "--max-loras", str(len(TENANTS))),
+                    *("--enable-lora", "--max-loras", str(len(adapters))),
                     *("--max-lora-rank", str(RANK)),
                     *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
                     *settings[name],

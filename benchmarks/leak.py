@@ -47,7 +47,7 @@ FILLERS = tuple(f"filler-{number}" for number in range(2 * SLOTS))
 OWN = {who: tuple(f"{who}-{number}" for number in range(SLOTS)) for who in (VICTIM, ATTACKER)}
 ADAPTERS = (SHARED, *FILLERS, *OWN[VICTIM], *OWN[ATTACKER])
 SHORT, LONG = 8, 448
-WARM_UP = 5  # trials of each kind that do not count
+WARM_UP = 2  # pairs of trials of each kind that do not count
 BOOTSTRAPS = 1000
 ARMS = ("tenants", "no tenants")
 
@@ -157,22 +157,25 @@ def auc(yes: Sequence[float], no: Sequence[float]) -> float:
     return above / (len(yes) * len(no))
 
 
-def run(arms: dict[str, Arm], trials: int, seed: int) -> dict[str, dict[str, Looks]]:
-    """All trials; what was seen, by kind and arm."""
+def run(
+    arms: dict[str, Arm], trials: int, seconds: float, seed: int
+) -> dict[str, dict[str, Looks]]:
+    """All trials, or as many as the time allows; what was seen, by kind and arm."""
     numbers = random.Random(seed)
     questions = Trials(numbers)
-    seen: dict[str, dict[str, Looks]] = {}
-    for kind, question in KINDS.items():
-        looks = seen[kind] = {name: Looks([], []) for name in arms}
-        # As many of each, in an order of the coin's.
-        coins = [number % 2 == 0 for number in range(trials)]
-        numbers.shuffle(coins)
-        for number, is_yes in enumerate([True, False] * WARM_UP + coins):
-            for name in numbers.sample(list(arms), len(arms)):
-                taken = question(questions, arms[name], is_yes)
-                if number >= 2 * WARM_UP:
-                    (looks[name].yes if is_yes else looks[name].no).append(taken)
-        print(f"{kind}: {trials} trials", file=sys.stderr, flush=True)
+    seen = {kind: {name: Looks([], []) for name in arms} for kind in KINDS}
+    end = time.monotonic() + seconds
+    for number in range(-WARM_UP, trials // 2):
+        if number > 0 and time.monotonic() > end:
+            print(f"{2 * number} trials in {seconds:.0f} s", file=sys.stderr, flush=True)
+            break
+        for kind, question in KINDS.items():
+            for is_yes in numbers.sample([True, False], 2):  # as many of each
+                for name in numbers.sample(list(arms), len(arms)):
+                    taken = question(questions, arms[name], is_yes)
+                    if number >= 0:
+                        looks = seen[kind][name]
+                        (looks.yes if is_yes else looks.no).append(taken)
     return seen
 
 
@@ -184,6 +187,7 @@ def figures_of(seen: dict[str, dict[str, Looks]]) -> Iterable[Figure]:
             low, high = each.interval(numbers)
             yes, no = (abs(statistics.median(times)) for times in (each.yes, each.no))
             case = f"{kind}, {name}"
+            yield Figure(case, "trials", [len(each.yes) + len(each.no)])
             yield Figure(case, "AUC", [each.auc()])
             yield Figure(case, "least of 95 of 100", [low])
             yield Figure(case, "most", [high])
@@ -219,8 +223,14 @@ def client_of(url: str, who: str, has_keys: bool) -> httpx.Client:
     compares_to="0.5, which is guessing",
     quick={"trials": 4},
 )
-def leak(trials: int = 300, seed: int = 0) -> Iterable[Figure]:
-    """What somebody learns of another's prompts and adapters by the time that its requests take."""
+def leak(trials: int = 300, seconds: float = 3600.0, seed: int = 0) -> Iterable[Figure]:
+    """What somebody learns of another's prompts and adapters by the time that its requests take.
+
+    Args:
+        trials: Of each kind, on each server.
+        seconds: For all trials, at most; two of each kind are taken in any case.
+        seed: Of the coins and prompts.
+    """
     from tests.serving.recipes import AdapterRecipe
     from tests.serving.server import VllmServer
     from tests.serving.tiny_adapters import write_adapter
@@ -252,4 +262,4 @@ def leak(trials: int = 300, seed: int = 0) -> Iterable[Figure]:
             for each in clients.values():
                 stack.callback(each.close)
             arms[name] = Arm(clients)
-        yield from figures_of(run(arms, trials, seed))
+        yield from figures_of(run(arms, trials, seconds, seed))

@@ -89,9 +89,8 @@ class MultiLoRAConfig:
             4 bytes for each output of each layer, and the kernels do so.
         fair_shares: Whether tenants (adapters, where a request is no tenant's) have equal shares of
             the engine, or shares by their weights, while several have requests.
-        fair_prefill_tokens: Most prompt tokens in a step, all together, of those who have had much
-            more of late than another that takes part in the step; None: half of vLLM's
-            `--max-num-batched-tokens`.
+        fair_slowdown: How many times as long a step may take because of those who have had much
+            more of late than another that takes part in it.
         routes: File of routes: public model names that lead to adapters by share or by what the
             request says. Only for HTTP servers.
         admin_key_file: File with the keys of operators, who alone may load and unload adapters and
@@ -277,16 +276,16 @@ class MultiLoRAConfig:
             "(the default); with --scheduling-policy priority too.",
         },
     )
-    fair_prefill_tokens: int | None = field(
-        default=None,
+    fair_slowdown: float = field(
+        default=1.5,
         metadata={
-            "flag": "--multilora-fair-prefill-tokens",
-            "metavar": "N",
-            "type": int,
-            "help": "With fair shares, most prompt tokens in a step of those, all together, who "
-            "have had much more of late than another that takes part in the step. The lower, the "
-            "less the others' tokens are delayed by long prompts, and the longer these take. "
-            "Without it, half of --max-num-batched-tokens.",
+            "flag": "--multilora-fair-slowdown",
+            "metavar": "RATIO",
+            "type": float,
+            "help": "With fair shares, how many times as long a step may take because of the "
+            "tokens of those who have had much more of late than another that takes part in it. "
+            "They have as many of a step as it takes, by measured times. The lower, the less the "
+            "others' tokens wait for theirs, and the longer their own requests take.",
         },
     )
     routes: str | None = field(
@@ -487,13 +486,11 @@ def _check(settings: MultiLoRAConfig) -> None:
         raise ConfigError(
             f"{CONFIG_KEY}.max_blends must be a whole number from 0 to 1000, got {blends!r}"
         )
-    tokens = settings.fair_prefill_tokens
-    if tokens is not None and (
-        isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1
-    ):
+    ratio = settings.fair_slowdown
+    is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+    if not is_number or not 1 < ratio <= 1_000:
         raise ConfigError(
-            f"{CONFIG_KEY}.fair_prefill_tokens must be a whole number of tokens, at least 1, got "
-            f"{tokens!r}"
+            f"{CONFIG_KEY}.fair_slowdown must be a number above 1 and at most 1000, got {ratio!r}"
         )
     for name in ("load_timeout_s", "unload_timeout_s"):
         value = getattr(settings, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -36,7 +37,9 @@ def cell(values: Sequence[float]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, and all of a larger number."""
+    """Three digits, and all of a larger number; `inf` for what never came."""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     size = abs(value)

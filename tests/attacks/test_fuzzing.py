@@ -1,5 +1,7 @@
 """Whatever is sent to the routes for adapters, and named in a request: never 500, and no harm.
 
+Bodies are of the routes' own schemas, in parts or altogether of others.
+
 MULTILORA_TEST_FUZZ_EXAMPLES says how many calls are made; a few hundred take seconds, and 20,000
 some minutes.
 """
@@ -8,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -55,11 +58,27 @@ COMPLETIONS = st.fixed_dictionaries(
     {"model": NAMES, "prompt": st.just([1, 2, 3]), "max_tokens": st.just(1)},
     optional={"user": TEXTS | JSON, "metadata": JSON | st.dictionaries(st.just("task"), JSON)},
 )
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]) | TEXTS, "content": TEXTS})
+    | JSON,
+    max_size=2,
+)
+CHATS = st.fixed_dictionaries(
+    {"model": NAMES, "messages": MESSAGES | JSON, "max_tokens": st.just(1)},
+    optional={"user": TEXTS | JSON, "metadata": JSON, "chat_template_kwargs": JSON},
+)
+SAGEMAKER_LOADS = st.fixed_dictionaries(
+    {"name": NAMES, "src": PATHS}, optional={"preload": JSON, "pin": JSON}
+)
 CALLS = st.one_of(
     st.tuples(st.just("/v1/load_lora_adapter"), LOADS | JSON),
     st.tuples(st.just("/v1/unload_lora_adapter"), UNLOADS | JSON),
-    st.tuples(st.just("/v1/completions"), COMPLETIONS),
+    st.tuples(st.just("/adapters"), SAGEMAKER_LOADS | JSON),
+    st.tuples(st.just("/v1/completions"), COMPLETIONS | JSON),
+    st.tuples(st.just("/v1/chat/completions"), CHATS | JSON),
+    st.tuples(st.just("/invocations"), COMPLETIONS | CHATS),
 )
+LOADING = {"/v1/load_lora_adapter": ("lora_name", "lora_path"), "/adapters": ("name", "src")}
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +98,13 @@ def fuzzed(site: Site) -> Iterator[Site]:
 )
 def test_no_call_is_answered_with_500(fuzzed: Site, call: tuple[str, Any], headers: Any) -> None:
     path, body = call
-    if isinstance(body, dict) and body.get("lora_name") in (GOOD, *ROUTES, BASE):
+    name_of, path_of = LOADING.get(path, ("lora_name", "lora_path"))
+    if isinstance(body, dict) and body.get(name_of) in (GOOD, *ROUTES, BASE):
         body = {key: value for key, value in body.items() if key != "load_inplace"}
         if path.endswith("unload_lora_adapter"):
             body["lora_name"] = "nobody"  # the good customer's own key would be needed for that
-    if isinstance(body, dict) and isinstance(body.get("lora_path"), str):
-        body = {**body, "lora_path": body["lora_path"].replace("{root}", str(fuzzed.root))}
+    if isinstance(body, dict) and isinstance(body.get(path_of), str):
+        body = {**body, path_of: body[path_of].replace("{root}", str(fuzzed.root))}
     response = fuzzed.post(
         path, body, {key: value.encode("latin-1") for key, value in headers.items()}
     )
@@ -93,13 +113,27 @@ def test_no_call_is_answered_with_500(fuzzed: Site, call: tuple[str, Any], heade
         f"{fuzzed.server.log_tail()}"
     )
     assert len(response.content) < 100_000
-    if response.status_code == 200 and path.endswith("/load_lora_adapter"):
-        assert fuzzed.unload(body["lora_name"]).status_code == 200
+    if response.status_code == 200 and path in LOADING:
+        assert fuzzed.unload(body[name_of]).status_code == 200
 
 
 def is_passing(response: httpx.Response) -> bool:
     """Whether a later try may help: 503 with a reason."""
     return response.status_code == 503 and bool(response.json()["error"]["message"])
+
+
+@given(name=NAMES.filter(lambda name: GOOD not in name))
+@settings(
+    max_examples=EXAMPLES // 3,
+    deadline=None,
+    derandomize=EXAMPLES <= 1000,
+    suppress_health_check=list(HealthCheck),
+)
+def test_no_name_in_an_address_is_answered_with_500(fuzzed: Site, name: str) -> None:
+    written = quote(name.encode("utf-8", "surrogatepass"), safe="").replace(".", "%2E")
+    response = httpx.delete(f"{fuzzed.server.url}/adapters/{written}", timeout=60, trust_env=False)
+    assert response.status_code < 500, f"{name!a}: {response.text[:500]}"
+    assert len(response.content) < 100_000
 
 
 @given(content=st.binary(max_size=200) | st.builds(lambda v: json.dumps(v).encode()[:-1], JSON))

@@ -15,6 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.engine.parties import Engine, pack_info
 from tests.engine.real_scheduler import BLOCK_SIZE, SCHEDULERS, Steps, make_config
+from vllm_multilora.integration.engine import fair_scheduler as fair_scheduler_module
 from vllm_multilora.integration.engine import scheduler as scheduler_module
 from vllm_multilora.integration.engine.fair_scheduler import (
     BASE_MODEL,
@@ -26,10 +27,25 @@ PLACES, STEP_TOKENS, LIMIT = 4, 256, 32
 PARTY = ("adapter", "adapter-1")
 
 
+class FixedBound:
+    """As `StepBound`, without a clock: heavy parties may have LIMIT of each step."""
+
+    def __init__(self, slowdown: float, most: int) -> None:
+        self.took_part: list[float] = []
+
+    def next(self, least: float) -> float:
+        return LIMIT
+
+    def took(self, seconds: float, added: float) -> None:
+        assert seconds > 0
+        self.took_part.append(added)
+
+
 @pytest.fixture(autouse=True)
 def no_naps(monkeypatch):
     monkeypatch.setattr(scheduler_module, "_IDLE_S", 0.0)
     monkeypatch.setattr(scheduler_module, "engine_recorder", lambda config: None)
+    monkeypatch.setattr(fair_scheduler_module, "StepBound", FixedBound)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +56,7 @@ def configs(tmp_path_factory):
         key = tuple(sorted(options.items()))
         if key not in made:
             folder: Path = tmp_path_factory.mktemp("model")
-            given = {"places": PLACES, "step_tokens": STEP_TOKENS, "fair_prefill_tokens": LIMIT}
+            given = {"places": PLACES, "step_tokens": STEP_TOKENS}
             made[key] = make_config(folder, **{"fair_shares": True} | given | options)
         return made[key]
 
@@ -98,6 +114,24 @@ def test_two_that_both_wait_get_the_same_tokens_however_many_requests_they_have(
             seen[name] += tokens
     assert costs["flood"] > 500
     assert abs(costs["flood"] - costs["few"]) <= PLACES * (64 + 2 * 16)
+
+
+@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
+def test_eight_equal_tenants_get_equal_shares(configs, base):
+    """Jain's index of their tokens, while each always has as many requests of any length."""
+    steps, lengths = Steps(configs(places=16), base), Random(0)
+    names, asked = "abcdefgh", Counter[str]()
+    costs: Counter[str] = Counter()
+    for _ in range(500):
+        for name in names:
+            while asked[name] - _ended(steps, f"{name} ") < 4:
+                asked[name] += 1
+                sizes = {"prompt": lengths.randint(16, 128), "generate": lengths.randint(10, 40)}
+                steps.ask(f"{name} {asked[name]}", tenant=name, **sizes)
+        for request, tokens in steps.step().items():
+            costs[request.split()[0]] += tokens if tokens > 1 else 2
+    total = costs.total()
+    assert total**2 / (8 * sum(cost**2 for cost in costs.values())) > 0.995
 
 
 def test_shares_are_by_weight(steps):
@@ -170,13 +204,65 @@ def test_adapters_of_requests_that_a_step_leaves_out_keep_their_slots(configs):
     steps.drain()
 
 
-def test_without_a_setting_heavy_prompts_have_half_a_step(configs):
-    steps = Steps(configs(fair_prefill_tokens=None))
-    steps.ask("small", adapter=1, generate=40)
+def test_running_requests_of_a_heavy_party_take_part_of_a_step_only(configs):
+    """Those that came first go on, so that each ends in its turn."""
+    steps = Steps(configs(places=40))
+    for number in range(30):
+        steps.ask(f"large {number:2}", adapter=2, generate=60)
+    run(steps, 20)
+    steps.ask("small", adapter=1, generate=200)
     run(steps, 3)
-    steps.ask("long", adapter=2, prompt=1500)
+    seen: list[str] = []
+    while of(step := steps.step(), "large") and "small" in step:
+        names = [name for name in step if name.startswith("large")]
+        assert len(names) <= LIMIT // 2
+        seen += names
+    assert list(dict.fromkeys(seen)) == [f"large {number:2}" for number in range(30)]
+    assert Counter(seen).total() > 30 * 30
+
+
+@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
+def test_requests_that_steps_leave_out_have_all_their_tokens_in_the_end(configs, base):
+    steps = Steps(configs(places=40), base)
+    asked = [steps.ask(f"large {number}", adapter=2, generate=30) for number in range(30)]
+    asked.append(steps.ask("small", adapter=1, generate=300))
+    steps.drain()
+    assert [len(request.output_token_ids) for request in asked] == [30] * 30 + [300]
+
+
+def test_steps_in_which_others_generate_are_timed(configs):
+    steps = Steps(configs())
+    steps.ask("small", adapter=1, prompt=16, generate=30)
+    run(steps, 2)
+    steps.ask("long", adapter=2, prompt=600, generate=4)
     run(steps, 1)
-    assert steps.step()["long"] == STEP_TOKENS // 2
+    assert not steps.scheduler._bound.took_part  # nobody was heavy yet
+    run(steps, 5)
+    assert steps.scheduler._bound.took_part == [LIMIT] * 5
+    steps.ask("small too", adapter=1, prompt=16, generate=3)
+    run(steps, 1)
+    assert len(steps.scheduler._bound.took_part) == 5  # a prompt of others, of any length
+
+
+def test_nobody_is_held_back_for_one_that_finds_no_place(configs):
+    steps = Steps(configs(places=20))
+    for number in range(20):
+        steps.ask(f"large {number}", adapter=2, generate=40)
+    run(steps, 4)
+    steps.ask("small", adapter=1)
+    for _ in range(5):
+        assert of(Counter(steps.step()), "large") == 20
+
+
+def test_nobody_is_held_back_for_one_that_finds_no_memory(configs):
+    steps = Steps(configs(places=30), blocks=27)
+    for number in range(24):
+        steps.ask(f"large {number}", adapter=2, generate=14, prompt=1)
+    run(steps, 4)
+    steps.ask("small", adapter=1, prompt=100)
+    run(steps, 1)
+    for _ in range(5):
+        assert of(Counter(steps.step()), "large") == 24
 
 
 def test_equal_parties_are_not_limited(steps):
@@ -376,8 +462,8 @@ def test_no_step_idles_and_every_request_ends(configs, base, traffic, blocks):
         for _ in range(pause):
             step = steps.step()
             if steps.leaves_a_place and blocks > 40:
-                # The step is full, or has all the tokens of heavy prompts that it may have.
-                assert sum(step.values()) >= LIMIT
+                # The step is full, or has all that heavy parties may have of it.
+                assert sum(step.values()) >= LIMIT // 2
         if aborts:
             steps.abort(names[number // 2])
     steps.drain()

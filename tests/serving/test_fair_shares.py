@@ -121,6 +121,28 @@ def test_two_that_always_wait_get_the_same(engine: Engine) -> None:
     engine.run()
 
 
+def test_requests_that_steps_leave_out_are_answered_right(engine: Engine) -> None:
+    scheduler = engine._engine.engine_core.engine_core.scheduler
+    scheduler._shares._idle.clear()  # neither has had anything lately
+    scheduler._bound.allowance = 1.0  # a token in a step, beside one of the other's
+    engine.ask(GREEDY, PLACES - 1)
+    for _ in range(3):
+        engine.step()
+    engine.cost.clear()
+    engine.ask(MODEST, 1)
+    while not engine.cost[MODEST]:
+        engine.step()
+    steps: Counter[int] = Counter()
+    while engine.pending[MODEST]:
+        before = engine.cost.copy()
+        engine.step()
+        if engine.cost[MODEST] > before[MODEST]:
+            steps[(engine.cost[GREEDY] - before[GREEDY]) // 2] += 1
+    assert steps.keys() <= {0, 1}
+    assert steps[1] >= 3
+    engine.run()
+
+
 def test_alone_a_customer_has_all_places(engine: Engine) -> None:
     engine.finished.clear()
     engine.ask(GREEDY, 4 * PLACES)

@@ -55,7 +55,7 @@ class Engine:
 
     def step(self) -> set[str]:
         """Schedules and computes a step; the parties that something was computed for."""
-        self.shares.begin_step()
+        self.shares.begin_step({party for party, queue in self.waiting.items() if queue})
         budget, charges = STEP_TOKENS, defaultdict(float)
 
         def compute(request: Request) -> None:
@@ -175,6 +175,65 @@ def test_idle_time_earns_no_credit():
     assert shares.served("late") == pytest.approx(990)  # as the others at the last step's begin
 
 
+def test_a_party_that_gets_all_that_it_asks_for_earns_no_credit():
+    """Else it could have the engine for itself for as long as it had asked for little."""
+    shares = FairShares()
+    for party in ("modest", "greedy"):
+        shares.join(party)
+    for _ in range(100):
+        shares.begin_step({"greedy"})
+        shares.charge("greedy", 50)
+        shares.charge("modest", 2)
+    shares.begin_step({"greedy", "modest"})  # now it wants more, too
+    assert shares.served("modest") == shares.served("greedy") - 48
+
+
+def test_where_nobody_waits_nobody_owes_anything():
+    shares = FairShares()
+    for party in ("modest", "greedy"):
+        shares.join(party)
+    for _ in range(100):
+        shares.begin_step(set())
+        shares.charge("greedy", 50)
+        shares.charge("modest", 2)
+    shares.begin_step(set())
+    assert shares.served("modest") == shares.served("greedy")
+    first, last = sorted(shares.ranks(), key=shares.ranks().__getitem__)
+    assert (first, last) == ("modest", "greedy")
+
+
+def test_one_that_waits_for_a_slot_keeps_its_credit_though_no_queue_has_it():
+    shares = FairShares()
+    for party in ("waiting", "greedy"):
+        shares.join(party)
+    for _ in range(10):
+        shares.begin_step(set())
+        shares.hold("waiting", waits_for_slot=True)
+        shares.charge("greedy", 50)
+    shares.begin_step(set())
+    assert shares.served("waiting") == 0
+
+
+def test_a_party_is_heavy_until_another_has_had_nearly_as_much():
+    shares = FairShares()
+    for party in ("large", "small"):
+        shares.join(party)
+
+    def step(large: float, small: float) -> bool:
+        shares.begin_step()
+        shares.charge("large", large)
+        shares.charge("small", small)
+        return shares.is_heavy("large")
+
+    for _ in range(2 * HALF_LIFE_STEPS):
+        step(HEAVY_RATIO + 1, 1)
+    assert all(step(1.5, 1) for _ in range(10 * HALF_LIFE_STEPS))
+    for _ in range(10 * HALF_LIFE_STEPS):
+        is_heavy = step(1.1, 1)
+    assert not is_heavy
+    assert not any(step(HEAVY_RATIO - 1, 1) for _ in range(10 * HALF_LIFE_STEPS))
+
+
 def test_a_party_that_leaves_and_comes_back_has_had_what_it_had():
     shares = FairShares()
     for party in ("greedy", "other"):
@@ -219,7 +278,7 @@ def test_a_party_is_heavy_beside_one_that_has_had_much_less_of_late():
         False,
         False,
     ]
-    for _ in range(4 * HALF_LIFE_STEPS):
+    for _ in range(6 * HALF_LIFE_STEPS):
         shares.charge("large", 1)
         shares.charge("middle", 1)
         shares.charge("small", 1)

@@ -49,14 +49,14 @@ def test_what_there_is_not_is_refused(words, said, capsys: pytest.CaptureFixture
 def test_a_table_has_medians_and_what_all_rounds_were() -> None:
     figures = [
         Figure("a", "time, s", [3, 1, 2]),
-        Figure("b", "time, s", [0.5]),
+        Figure("b", "time, s", [0.5, 1.5, float("inf")]),
         Figure("b", "kept", [0.25, 0.5, 0.375]),
     ]
     assert table(figures).splitlines() == [
         "| | time, s | kept |",
         "|---|---|---|",
         "| a | 2 (1 to 3) |  |",
-        "| b | 0.50 | 0.38 (0.25 to 0.50) |",
+        "| b | 1.50 (0.50 to inf) | 0.38 (0.25 to 0.50) |",
     ]
 
 

@@ -42,7 +42,7 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         ),
         ({"fair_shares": "yes"}, "multilora.fair_shares must be true or false, got 'yes'"),
         ({"max_blends": -1}, "multilora.max_blends must be a whole .* got -1"),
-        ({"fair_prefill_tokens": 0}, "multilora.fair_prefill_tokens must be a whole .* got 0"),
+        ({"fair_slowdown": 1}, "multilora.fair_slowdown must be a number above 1 .* got 1"),
         ("torch", r'additional_config\["multilora"\] must be a mapping .* got \'torch\''),
     ],
     ids=[
@@ -59,7 +59,7 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         "signed-pickles",
         "fair-shares",
         "max-blends",
-        "fair-prefill-tokens",
+        "fair-slowdown",
         "no-mapping",
     ],
 )

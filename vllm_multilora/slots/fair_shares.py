@@ -5,16 +5,19 @@ Each has a counter of the service that it has had, divided by its weight, and th
 is served first: the virtual token counter of Sheng et al., "Fairness in Serving Large Language
 Models" (OSDI 2024). A token of a prompt costs 1 and a generated one `GENERATED_COST`.
 
-- **No credit for idle time.** A party that comes (back) is lifted to the least counter of those
-  that are being served. Counters above it are kept, so that nobody gets rid of one by leaving.
+- **No credit for what nobody asked for.** A party that comes (back) is lifted to the least counter
+  of those that are being served, and one whose requests all run to the least of those that have
+  requests waiting; where none waits, nobody owes anything. Counters above it are kept, so that
+  nobody gets rid of one by leaving.
 - **Work-conserving.** Only an order is decided here: a party that is alone, or beside others that
   have nothing to compute, is held back by nothing.
 - **Bounded.** Two parties that both have requests waiting differ by no more than one of them can be
   given between two decisions: the requests that a batch takes in at once.
 
 Some parties are *heavy*: in the last steps (`HALF_LIFE_STEPS`) they have had more than
-`HEAVY_RATIO` times what another has had that is being served. The scheduler lets the prompts of
-these take part of a step only, so that the others' tokens do not wait for all of it.
+`HEAVY_RATIO` times what another has had that is being served, and since then more than
+`LEAST_HEAVY_RATIO` times. The scheduler bounds what these add to a step (`StepBound`), so that the
+others' tokens do not wait for all of theirs.
 
 A step costs a few operations for each party that has requests, and next to nothing while only one
 has any.
@@ -22,14 +25,16 @@ has any.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 PROMPT_COST = 1.0
 GENERATED_COST = 2.0
 """Cost of a generated token, a computed token of a prompt having 1; as in the paper."""
 
-HEAVY_RATIO = 3.0
+HEAVY_RATIO, LEAST_HEAVY_RATIO = 3.0, 1.25
+"""To others' service: above the first a party gets heavy, and it is so until below the second."""
+
 HALF_LIFE_STEPS = 64
 HELD_STEPS = 8
 """Steps after which a request that could not run is worth another look, in a step that has room."""
@@ -55,6 +60,7 @@ class _Account:
         charged_in: The latest step in which something was computed for it.
         held_in: The latest step in which a request of it was not ready to run.
         waits_for_slot: Whether it was ready but for a slot then.
+        is_heavy: Whether it has had much more of late than another.
     """
 
     weight: float
@@ -64,23 +70,23 @@ class _Account:
     charged_in: int = -1
     held_in: int = -1
     waits_for_slot: bool = False
+    is_heavy: bool = False
 
 
 class FairShares:
     """Counters of service by party; pure bookkeeping over parties and steps.
 
     Attributes:
-        has_heavy: Whether some party is heavy in this step.
+        heavy_weight: Of the parties that are heavy in this step, all together.
     """
 
     def __init__(self) -> None:
-        self.has_heavy = False
+        self.heavy_weight = 0.0
         self._step = 0
         self._scale = 1.0  # of `recent`: grows, instead of everybody's falling
         self._working: dict[Party, _Account] = {}
         self._idle: dict[Party, _Account] = {}  # those that left last are last
         self._floor = 0.0
-        self._heavy_above = float("inf")
 
     @property
     def is_contended(self) -> bool:
@@ -128,21 +134,50 @@ class FairShares:
 
     # Steps
 
-    def begin_step(self) -> None:
-        """A step is being scheduled while `is_contended`."""
+    def begin_step(self, waiting: Collection[Party] | None = None) -> None:
+        """A step is being scheduled while `is_contended`.
+
+        Args:
+            waiting: Parties that have more requests than those that run; None: all.
+        """
         self._next_step()
-        served = [account for account in self._working.values() if not self._is_held(account)]
+        self.heavy_weight = 0.0
+        served = []
+        for account in self._working.values():
+            if self._is_held(account):
+                account.is_heavy = False
+            else:
+                served.append(account)
         if not served:
-            self._heavy_above, self.has_heavy = float("inf"), False
             return
+        if waiting is not None:
+            self._lift_satisfied(waiting)
         self._floor = max(self._floor, min(account.served for account in served))
-        self._heavy_above = HEAVY_RATIO * min(account.recent for account in served)
-        self.has_heavy = max(account.recent for account in served) > self._heavy_above
+        least = min(account.recent for account in served)
+        for account in served:
+            ratio = LEAST_HEAVY_RATIO if account.is_heavy else HEAVY_RATIO
+            account.is_heavy = account.recent > ratio * least
+            if account.is_heavy:
+                self.heavy_weight += account.weight
         if len(served) < len(self._working):
             for account in self._working.values():
                 # One whose adapter is being loaded, say, is idle for the others.
                 if self._is_held(account) and not account.waits_for_slot:
                     account.served = max(account.served, self._floor)
+
+    def _lift_satisfied(self, waiting: Collection[Party]) -> None:
+        """Takes their credit from those that have all that they ask for."""
+        wanting: list[_Account] = []
+        satisfied: list[_Account] = []
+        for party, account in self._working.items():
+            wants = party in waiting or (self._is_held(account) and account.waits_for_slot)
+            (wanting if wants else satisfied).append(account)
+        if wanting:
+            level = min(account.served for account in wanting)
+        else:
+            level = max(account.served for account in satisfied)
+        for account in satisfied:
+            account.served = max(account.served, level)
 
     def step_alone(self, tokens: int) -> None:
         """A step was scheduled, with so many tokens, while no more than one party had requests.
@@ -151,8 +186,9 @@ class FairShares:
         but it may be heavy beside them.
         """
         self._next_step()
-        self.has_heavy = False
+        self.heavy_weight = 0.0
         for account in self._working.values():
+            account.is_heavy = False
             account.recent += tokens * PROMPT_COST / account.weight * self._scale
 
     def hold(self, party: Party, *, waits_for_slot: bool = False) -> None:
@@ -190,9 +226,9 @@ class FairShares:
         account = self._working.get(party)
         return self._floor if account is None else account.served
 
-    def counters(self) -> dict[Party, float]:
-        """What each party with requests has had, by its weight."""
-        return {party: account.served for party, account in self._working.items()}
+    def ranks(self) -> dict[Party, tuple[float, float]]:
+        """What each party with requests has had by its weight, and, among equals, of late."""
+        return {party: (each.served, each.recent) for party, each in self._working.items()}
 
     def worth(self, party: Party, cost: float) -> float:
         """By how much a cost would raise what a party with requests has had."""
@@ -200,7 +236,7 @@ class FairShares:
 
     def is_heavy(self, party: Party) -> bool:
         """Whether a party with requests has had much more of late than another."""
-        return self._working[party].recent > self._heavy_above
+        return self._working[party].is_heavy
 
     def _is_held(self, account: _Account) -> bool:
         since = self._step - account.held_in

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, count
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,11 @@ class FairQueue(RequestQueue):
         # The parties by what they have had and would have; None until the step needs it.
         self._order: list[tuple[float, float, int, Party]] | None = None
         self._numbers = count()
+
+    @property
+    def parties(self) -> Collection[Party]:
+        """Those that have requests in the queue."""
+        return self._queues.keys()
 
     def begin_step(self) -> None:
         """Counters have changed: another step is being scheduled."""

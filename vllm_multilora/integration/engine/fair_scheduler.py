@@ -1,4 +1,4 @@
-"""The scheduler's part of fair shares: who is first in a step, and how much of it a prompt takes.
+"""The scheduler's part of fair shares: who is first in a step, and how much of it others may have.
 
 vLLM takes waiting requests in the order in which they came, and computes as much of a prompt in a
 step as there is room for: a tenant with many clients and long prompts stands before all others, and
@@ -6,8 +6,9 @@ their tokens wait for its prompts. The mixin, over `AdapterAwareMixin`,
 
 - has the request of whoever has had least of the engine at the head of the queue (`FairQueue`), and
   of the running requests as well, so that whoever has had most is preempted first;
-- lets *heavy* parties (`FairShares`) have a limited number of prompt tokens in a step, all of them
-  together, while others take part in it;
+- bounds what *heavy* parties (`FairShares`), all of them together, add to a step while others take
+  part in it (`StepBound`): prompts are computed in smaller pieces, and running requests beyond the
+  bound, those that came last, are left out of the step;
 - charges each party for what is computed, a token's first computing only: what a preempted request
   has to compute again is charged once, and what the prefix cache has, never.
 
@@ -20,8 +21,10 @@ it holds up nobody's prompts either.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.adapters.blends import is_blend
@@ -29,13 +32,27 @@ from vllm_multilora.integration.engine.fair_queue import FairQueue
 from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.tenant_of_request import tenant_of
-from vllm_multilora.slots.fair_shares import GENERATED_COST, FairShares, Party, cost_of
+from vllm_multilora.slots.fair_shares import (
+    GENERATED_COST,
+    PROMPT_COST,
+    FairShares,
+    Party,
+    cost_of,
+)
+from vllm_multilora.slots.step_bound import StepBound
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 BASE_MODEL: Party = ("base model", "")
 """The party of all requests that name neither a tenant nor an adapter."""
+
+_LEAST_SHARE = 1.5
+"""Of a step heavy parties have so many times what the others' tokens cost, by weight, however long
+it takes: no less than these, whose prompts come on top."""
+
+_MOST_UNDER_WAY = 16
+"""Steps whose results may be awaited at a time; older ones never had any."""
 
 BLENDS: Party = ("blends", "")
 """The party of all requests for blends that name no tenant: there are as many as one likes."""
@@ -52,6 +69,21 @@ def party_of(request: Request) -> Party:
     return BLENDS if is_blend(lora.lora_path) else ("adapter", lora.lora_name)
 
 
+@dataclass(frozen=True)
+class _BoundStep:
+    """A step under way whose time says how much heavy parties may have of others.
+
+    Attributes:
+        output: The scheduler's.
+        began: When it was scheduled, by `time.perf_counter`.
+        added: The cost of what heavy parties have of it.
+    """
+
+    output: Any
+    began: float
+    added: float
+
+
 class FairSharesMixin(AdapterAwareMixin):
     """A scheduler in which parties have equal shares, or shares by their weights."""
 
@@ -65,14 +97,19 @@ class FairSharesMixin(AdapterAwareMixin):
         # By adapter: of those that were found waiting for it to get a slot, who has had least.
         self._slot_parties: dict[int, Party] = {}
         self.waiting: FairQueue = FairQueue(self._shares, party_of)
-        # Prompts that vLLM can only compute in pieces of its own choice are not limited.
+        # Where vLLM alone chooses the pieces of prompts, nothing is limited.
         is_divisible = scheduler_config.enable_chunked_prefill and not getattr(
             self, "need_mamba_block_aligned_split", False
         )
-        limit = settings_of(vllm_config).fair_prefill_tokens or max(1, step_tokens // 2)
-        self._heavy_limit = limit if is_divisible else None
-        # What heavy parties' prompts may still have of the step; None: as much as there is.
-        self._heavy_tokens: int | None = None
+        slowdown = settings_of(vllm_config).fair_slowdown
+        self._bound = StepBound(slowdown, step_tokens) if is_divisible else None
+        # The cost of what heavy parties may still have of the step; None: as much as there is.
+        self._heavy_left: float | None = None
+        # By weight, what the one of the others had that had least when they generated last.
+        self._light_had = 0.0
+        self._is_spared_in_vain = False  # nothing of theirs could be computed in the last step
+        self._under_way: deque[_BoundStep] = deque(maxlen=_MOST_UNDER_WAY)
+        self._last_result = 0.0
         self._reserve: Callable[[Request, int, int], int] = super()._reserve_prefill_lookahead  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
@@ -90,22 +127,53 @@ class FairSharesMixin(AdapterAwareMixin):
         shares = self._shares
         self.waiting.begin_step()
         if not shares.is_contended:
-            self._heavy_tokens = None
+            self._heavy_left = None
             output = super().schedule(*args, **kwargs)
             shares.step_alone(output.total_num_scheduled_tokens)
             return output
-        shares.begin_step()
-        self._heavy_tokens = self._heavy_limit if shares.has_heavy else None
-        parties = self._parties
-        had = shares.counters()
+        began = time.perf_counter()
+        shares.begin_step(self.waiting.parties)
+        parties, ranks = self._parties, shares.ranks()
         # Python's sort keeps the order of those that are equal: within a party nothing changes.
-        self.running.sort(key=lambda request: had[parties[request.request_id]])
+        self.running.sort(key=lambda request: ranks[parties[request.request_id]])
+        self._heavy_left = allowed = self._allowance()
         output = super().schedule(*args, **kwargs)
-        self._charge(output.num_scheduled_tokens)
+        is_timed = self._charge(output.num_scheduled_tokens)
+        if allowed is not None and self._heavy_left is not None and is_timed:
+            self._under_way.append(_BoundStep(output, began, allowed - self._heavy_left))
         return output
 
-    def _charge(self, scheduled: dict[str, int]) -> None:
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Takes in a step's results."""
+        now = time.perf_counter()
+        for step in self._under_way:
+            if step.output is scheduler_output:
+                assert self._bound is not None
+                # It waited for the one before, where vLLM schedules ahead.
+                self._bound.took(now - max(step.began, self._last_result), step.added)
+                self._under_way.remove(step)
+                break
+        self._last_result = now
+        return super().update_from_output(scheduler_output, *args, **kwargs)
+
+    def _allowance(self) -> float | None:
+        """What heavy parties may have of this step; None: whatever there is."""
+        weight = self._shares.heavy_weight
+        if self._bound is None or not weight:
+            return None
+        is_full = len(self.running) >= self.max_num_active_reqs  # type: ignore[attr-defined]
+        if (is_full or self._is_spared_in_vain) and all(map(self._is_heavy, self.running)):
+            return None  # the others wait for a place or memory, which they get the sooner
+        return self._bound.next(_LEAST_SHARE * weight * self._light_had)
+
+    def _charge(self, scheduled: dict[str, int]) -> bool:
+        """Charges parties for a step.
+
+        Returns:
+            Whether others than heavy parties generate in it, and have no prompts.
+        """
         costs: defaultdict[Party, float] = defaultdict(float)
+        with_prompts: set[Party] = set()
         requests, parties, computed = self.requests, self._parties, self._computed
         for request_id, tokens in scheduled.items():
             request = requests[request_id]
@@ -115,14 +183,26 @@ class FairSharesMixin(AdapterAwareMixin):
                 continue
             begin = min(end, max(end - tokens, computed.get(request_id, 0)))
             costs[parties[request_id]] += cost_of(prompt, begin, end)
+            if end - tokens < prompt:
+                with_prompts.add(parties[request_id])
+        shares, is_timed = self._shares, False
+        if shares.heavy_weight:
+            light = [party for party in costs if not shares.is_heavy(party)]
+            self._is_spared_in_vain = not light
+            is_timed = bool(light) and with_prompts.isdisjoint(light)
+            if is_timed:
+                self._light_had = min(shares.worth(party, costs[party]) for party in light)
         for party, cost in costs.items():
-            self._shares.charge(party, cost)
+            shares.charge(party, cost)
+        return is_timed
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        if self._heavy_tokens == 0 and self._is_heavy(request):
-            return False
-        if self._adapters is None and self._heavy_tokens is not None and self._is_one_more(request):
-            return False
+        left = self._heavy_left
+        if left is not None:
+            if left < 1 and self._is_heavy(request):
+                return False
+            if self._adapters is None and self._is_one_more(request):
+                return False
         may_run = super()._handle_blocked_waiting_request(request)
         if may_run or not self._shares.is_contended:
             return may_run
@@ -157,16 +237,19 @@ class FairSharesMixin(AdapterAwareMixin):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         # vLLM asks this of every request that it has decided to compute so many tokens of.
-        left = self._heavy_tokens
-        if (
-            left is None
-            or num_computed_tokens >= request.num_tokens - 1  # its next token
-            or request.has_encoder_inputs
-            or not self._is_heavy(request)
-        ):
+        left = self._heavy_left
+        if left is None or not self._is_heavy(request):
             return self._reserve(request, num_computed_tokens, num_new_tokens)
-        num_new_tokens = self._reserve(request, num_computed_tokens, min(num_new_tokens, left))
-        self._heavy_tokens = left - num_new_tokens
+        cost = PROMPT_COST
+        if num_computed_tokens >= request.num_tokens - 1:  # its next token
+            cost = GENERATED_COST
+        elif request.has_encoder_inputs:
+            return self._reserve(request, num_computed_tokens, num_new_tokens)
+        if left < cost:
+            return 0
+        num_new_tokens = min(num_new_tokens, int(left / cost))
+        num_new_tokens = self._reserve(request, num_computed_tokens, num_new_tokens)
+        self._heavy_left = left - cost * num_new_tokens
         return num_new_tokens
 
     def _is_one_more(self, request: Request) -> bool:
