@@ -95,6 +95,7 @@ UNTESTED = {
     "python -m tools.page_screenshots": "makes a picture of the demo's server; the page itself "
     "is in tests/status_page",
     "python -m tools.kernels.launch_cost": "measures, for minutes and on a quiet machine",
+    "vllm bench serve": "is vLLM's own, and run by benchmarks/upstream_load.py",
 }
 """How commands begin, and why no test runs them."""
 
