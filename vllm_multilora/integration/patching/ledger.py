@@ -539,6 +539,26 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM's attention reads nothing beyond a request's own tokens.",
     ),
     Patch(
+        name="attention-without-amx",
+        target="vllm.v1.attention.backends.cpu_attn:_get_attn_isa",
+        takes=("dtype, block_size, head_size=None, kv_cache_dtype=None",),
+        handler="worker.amx:attention_isa",
+        why="With AMX, vLLM's attention on CPUs lets NaN of one request into the answers of others "
+        "in its step. Takes the kernels that do not.",
+        checked=(),
+        until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",
+    ),
+    Patch(
+        name="whole-tiles",
+        target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        takes=("layer, remove_weight",),
+        handler="worker.amx:dispatch_gemm",
+        why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
+        "tile, and makes NaN of them. Fills it.",
+        checked=(),
+        until="oneDNN reads no more than a row has.",
+    ),
+    Patch(
         name="executor",
         target="vllm.v1.executor.abstract:Executor.__init__",
         takes=("self, vllm_config",),
