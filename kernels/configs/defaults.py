@@ -97,10 +97,14 @@ def default_expand(workload: Workload) -> ExpandConfig:
             per_processor=1 if block_m == 64 else _PER_PROCESSOR_SECOND,
         )
     is_short = block_m == MIN_BLOCK
+    block_r = _block_r(workload.max_rank)
+    # With 64 lanes in a wave, a block of so few ranks needs more columns for wide loads.
+    is_thin = is_short and block_r == MIN_BLOCK and workload.architecture.startswith("gfx")
     return ExpandConfig(
         block_m=block_m,
-        block_n=64,  # where a rank is low, a short batch takes several at a time
-        block_r=_block_r(workload.max_rank),
+        # Where a rank is low, a short batch takes several at a time.
+        block_n=128 if is_thin else 64,
+        block_r=block_r,
         num_warps=4 if is_short else 8,
         num_stages=2,
         per_processor=_per_processor_second(workload, is_short=is_short),
@@ -110,14 +114,19 @@ def default_expand(workload: Workload) -> ExpandConfig:
 def invariant_shrink(workload: Workload) -> ShrinkConfig:
     """Blocks that depend on the weights only, so that a row's sum is cut the same everywhere."""
     wide = workload.item_size == 4
+    # Without the wide tensor-core instructions of sm_90 and sm_100, loops over parts of K, and even
+    # more so those over blocks of ranks, take more registers.
+    is_small = workload.architecture in _SMALL_PROCESSORS
+    is_narrow = is_small or workload.architecture == "sm_80"
+    per_processor = _per_processor(workload, is_short=False)
     return ShrinkConfig(
         block_m=32 if wide else 64,
         block_r=min(32 if wide else 64, _block_r(workload.max_rank)),
         block_k=32 if wide else 64,
         split_k=max(1, min(_MOST_PARTS, power_of_two_down(workload.width // 1024))),
-        num_warps=4,
+        num_warps=8 if is_small and workload.max_rank > _LARGEST_BLOCK_R else 4,
         num_stages=3,
-        per_processor=_per_processor(workload, is_short=False),
+        per_processor=min(2, per_processor) if is_narrow else per_processor,
     )
 
 
@@ -156,12 +165,14 @@ def _per_processor(workload: Workload, *, is_short: bool) -> int:
 
 
 def _per_processor_second(workload: Workload, *, is_short: bool) -> int:
-    if is_short:
-        # Few tokens have more planes, and so fewer programs that each read them.
-        return 2 if workload.tokens <= _FEW_TOKENS else _PER_PROCESSOR_SECOND
     # A rank of more than one block takes more registers, and a compute unit has fewer.
-    is_large = workload.max_rank > _LARGEST_BLOCK_R or workload.architecture.startswith("gfx")
-    return 1 if is_large else 2
+    is_crowded = workload.max_rank > _LARGEST_BLOCK_R or workload.architecture.startswith("gfx")
+    if not is_short:
+        return 1 if is_crowded else 2
+    # So do narrow accesses to y's rows. Few tokens have more planes, and so fewer programs that
+    # each read them.
+    is_crowded |= workload.width % 16 != 0
+    return 2 if is_crowded or workload.tokens <= _FEW_TOKENS else _PER_PROCESSOR_SECOND
 
 
 def _blocks(workload: Workload, block_m: int) -> int:

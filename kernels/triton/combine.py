@@ -125,7 +125,7 @@ def combine_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    COLUMN_BLOCKS: tl.constexpr = tl.cdiv(R, BLOCK_N)
+    COLUMN_BLOCKS: tl.constexpr = (R + BLOCK_N - 1) // BLOCK_N  # Triton 3.6 nests cdiv's constant
     PIECES: tl.constexpr = SLICES * COLUMN_BLOCKS
     H_GRAIN: tl.constexpr = 128 // planes.dtype.element_ty.primitive_bitwidth
     first, end = take_share(count_parts(plan, BLOCK_M) * PIECES)

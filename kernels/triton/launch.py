@@ -147,12 +147,12 @@ def launch_options(
     """Options of a Triton launch.
 
     Where NVIDIA's compiler is asked, a thread gets no more registers than let a multiprocessor
-    hold `per_processor` programs at once.
+    hold `per_processor` programs at once. It is always told a limit: left to itself it picks a
+    number that lets more run, and spills a few bytes for it.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if facts.architecture.startswith("sm_"):
         most = _REGISTERS // (per_processor * num_warps * _WARP_THREADS) // 8 * 8
-        if most < _MOST_REGISTERS:  # a limit that allows all makes the compiler use all
-            options["maxnreg"] = most
+        options["maxnreg"] = min(most, _MOST_REGISTERS)
     # ROCm's Triton does not know the options, so this one is named only where it is wanted.
     return options | {"launch_pdl": True} if pdl else options

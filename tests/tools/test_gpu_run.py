@@ -45,6 +45,12 @@ def test_without_a_card_it_says_so(tmp_path):
     assert "--dry-run says what would be run" in done.stderr
 
 
+def test_a_folder_without_vllm_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run.main([str(tmp_path / "results"), "--vllm", str(tmp_path)])
+    assert "python -m tools.gpu.vllm_kernels makes a folder" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it takes its time")
 @pytest.mark.parametrize("breaks", [False, True], ids=["as it is", "with a wrong result"])
 def test_the_stress_test_finds_what_is_wrong(tmp_path, breaks):

@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +34,7 @@ from tools.kernels.measure.agreement import Expected
 from tools.kernels.measure.batches import LAYERS, Layer, build
 from tools.kernels.measure.candidates import (
     CHANGES,
+    MOST,
     expand_candidates,
     shrink_candidates,
 )
@@ -52,7 +57,7 @@ from tools.kernels.measure.tuning import Task
 
 EFFORT = Effort(screening=5, finalists=3, final=20, validation=50)
 MARGINS = Margins(gain=0.03, errors=3.0, loss=0.05)
-SHARED_MEMORY = 99 * 1024
+SHARED_MEMORY = 227 * 1024
 FACTS = DeviceFacts("interpreter", 16, pdl=False)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -76,7 +81,9 @@ def test_candidates_are_different_valid_and_near_the_default(layer, tokens, max_
         (shrink_candidates(shrink, SHARED_MEMORY), default_shrink(shrink)),
         (expand_candidates(expand, SHARED_MEMORY), default_expand(expand)),
     ):
-        assert len(candidates) > 20
+        assert 20 < len(candidates) <= MOST == 30
+        values = {config.per_processor for config in candidates}
+        assert values > {default.per_processor}
         assert len(set(candidates)) == len(candidates)
         assert default not in candidates
         for config in candidates:  # a config checks itself
@@ -89,11 +96,16 @@ def test_candidates_are_different_valid_and_near_the_default(layer, tokens, max_
 def test_candidates_leave_out_what_does_not_fit_shared_memory():
     facts = DeviceFacts("sm_90", 132, pdl=True)
     shrink, _ = workloads(LAYERS["8b.qkv"], 64, 64, 2, facts)
-    small, large = (set(shrink_candidates(shrink, size * 1024)) for size in (40, 99))
-    assert small < large
-    for config in large - small:
-        staged = 2 * config.block_k * (config.block_m + config.block_r) * config.num_stages
-        assert 40 * 1024 < staged <= 99 * 1024
+    most = {}
+    for size in (99 << 10, 227 << 10):
+        candidates = shrink_candidates(shrink, size)
+        assert len(candidates) > 10
+        steps = [(2 * c.block_k * (c.block_m + c.block_r), c) for c in candidates]
+        assert all(step * c.num_stages <= size for step, c in steps)
+        held = [step * (c.num_stages - 1 or 1) * c.per_processor for step, c in steps]
+        most[size] = max(held)
+        assert most[size] <= size
+    assert most[227 << 10] > 99 << 10
 
 
 def test_held_out_batches_share_no_kind_of_batch_with_training():
@@ -218,7 +230,7 @@ ENVIRONMENT = Environment("a card", True, "570.1", "2.13.0", "3.9.0", "2026-11-2
 def test_tuning_writes_a_table_that_the_kernels_then_use(configured, monkeypatch, capsys):
     tasks = [Task(SMALL, bucket, 2, 16, torch.float16) for bucket in buckets([2, 4])]
     monkeypatch.setattr(LayerOnBatch, "_check", lambda *_: None)  # hundreds of interpreted runs
-    timer = PrefersBlocks(block_k=16, num_stages=1)
+    timer = PrefersBlocks(block_k=16, per_processor=1)
     written = tune.tune_all(
         tasks,
         torch.device("cpu"),
@@ -239,7 +251,7 @@ def test_tuning_writes_a_table_that_the_kernels_then_use(configured, monkeypatch
         assert entry.config.block_k == 16
         assert entry.gain == pytest.approx(1.25)
     for entry in written.expand:
-        assert entry.config.num_stages == 1
+        assert entry.config.per_processor == 1
         assert entry.gain == pytest.approx(1.25)
     shrink, expand = workloads(SMALL, 3, 16, 2, FACTS)
     assert choose_shrink(shrink) == written.shrink[1].config
@@ -327,15 +339,63 @@ def test_a_dry_run_lists_candidates_and_timings(capsys):
         "8b.o, R 64, T 1 to 16",
         "8b.o, R 64, T 17 to 64",
     ]
-    total = 0
+    total = compiled = 0
     for row in rows:
         shrink, expand, calls = (int(cell) for cell in row.split("|")[2:5])
         total += calls
         assert calls == sum(Effort().timed_calls(half, 4, 4) for half in (shrink, expand))
+        assert max(shrink, expand) <= MOST
+        compiled += shrink + expand
     assert f"{total} timed calls at most" in printed
+    assert f"{compiled} candidates to be compiled, at most 30 for each half" in printed
     assert tune.main(["--dry-run", "--list", *chosen]) == 0
     listed = capsys.readouterr().out
     assert listed.count(": shrink block_m=") == sum(int(row.split("|")[2]) for row in rows)
+
+
+AHEAD = """
+import json, os
+from pathlib import Path
+import torch
+from multilora_kernels.configs import default_expand, default_shrink
+from tools.kernels.measure.ahead import Ahead, Work
+from tools.kernels.measure.batches import Layer, build
+from tools.kernels.measure.launch_cases import card_facts
+from tools.kernels.measure.trials import LayerOnBatch, training_specs, workloads
+from tools.kernels.measure.tuning import Task, launch_case
+from tools.kernels.measure.without_card import compile_without_card
+
+def kept(pattern):
+    return sorted(path.name for path in Path(os.environ["TRITON_CACHE_DIR"]).glob(pattern))
+
+if __name__ == "__main__":
+    facts, layer = card_facts("90"), Layer("o", 64, (64,))
+    task = Task(layer, range(1, 17), 6, 16, torch.float16)
+    shrink, expand = workloads(layer, 16, 16, 2, facts)
+    blocks = default_shrink(shrink), default_expand(expand)
+    with Ahead(1) as ahead:
+        problems = ahead.compile([Work(launch_case(task), facts, *blocks)])
+    compiled, before = kept("*/*.cubin"), kept("*")
+    spec = training_specs(layer, task.bucket, task.max_loras, task.max_rank)[0]
+    for launch in LayerOnBatch(build(spec, "cpu", task.dtype), facts)._launches(*blocks):
+        compile_without_card(launch, facts.architecture)
+    print(json.dumps([problems, compiled, len(kept("*")) - len(before)]))
+"""
+
+
+def test_what_is_compiled_ahead_is_what_a_launch_asks_for(tmp_path):
+    """In processes without Triton's interpreter: a launch of the tuner's compiles nothing more."""
+    program = tmp_path / "ahead.py"
+    program.write_text(AHEAD)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[], ["expand_kernel.cubin", "shrink_kernel.cubin"], 0]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
     tools/gpu/run.sh FOLDER [--minutes 10] [--vllm FOLDER] [--dry-run]
 
 Results are JSON files in FOLDER, one a part, and `summary.json`, which says what was run on which
-card, what failed and what was left out for which reason.
+card, what failed and what was left out for which reason. The folder for --vllm is made where vLLM
+is installed, by `python -m tools.gpu.vllm_kernels`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def run(folder: Path, seconds: float, vllm: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as paths:
         # Tests import the kernels by their name, which is not that of their folder.
         (Path(paths) / "multilora_kernels").symlink_to(ROOT / "kernels")
-        path = os.pathsep.join([paths, str(ROOT), *([str(vllm)] if vllm else [])])
+        path = os.pathsep.join([paths, str(ROOT), *([str(vllm.absolute())] if vllm else [])])
         for part in parts(folder):
             if part.missing:
                 summary["parts"][part.name] = {"left_out": f"there is no {part.missing}"}
@@ -128,6 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
             missing = f" (left out: there is no {part.missing})" if part.missing else ""
             print(f"{part.name}{missing}: {' '.join(part.command)}")
         return 0
+    if chosen.vllm is not None and not (chosen.vllm / "vllm" / "lora").is_dir():
+        parser.error(f"{chosen.vllm} has no vLLM; python -m tools.gpu.vllm_kernels makes a folder")
     import torch
 
     if not torch.cuda.is_available():

@@ -158,6 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         **current_environment(device, "tools.gpu.times", command_arguments(arguments)).facts(),
         "left_out": dict(others.left_out),
+        # What vLLM's kernels go by.
+        "settings": {k: v for k, v in os.environ.items() if k.startswith("VLLM_")},
         "plan_waits": plan_waits(device),
         "cases": [],
     }

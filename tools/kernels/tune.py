@@ -5,13 +5,15 @@
 
 For every class of workloads, candidates are timed on training batches, and the best one is
 compared with the computed default on held-out batches; what does not win there beyond noise is
-not taken. The kernels' README says how to run it, check its table and use it. It needs a GPU;
-`--dry-run` lists what would be timed and does not.
+not taken. Candidates are compiled by several processes before they are timed. The kernels' README
+says how to run it, check its table and use it. It needs a GPU; `--dry-run` lists what would be
+timed and does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ from tools.kernels.measure.timing import Timer, timer_for
 
 if TYPE_CHECKING:  # these import Triton, which is asked for politely first
     from multilora_kernels.triton.launch import DeviceFacts
+    from tools.kernels.measure.ahead import Ahead
     from tools.kernels.measure.tuning import Task
 
 TOKENS = (16, 64, 256, 1024, 4096)
@@ -75,8 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"note: to be found, the file must be named {facts.architecture}.json")
     device = torch.device("cuda")
     environment = current_environment(device, "tools.kernels.tune", command_arguments(arguments))
+    from tools.kernels.measure.ahead import Ahead
+
+    timer = timer_for(device)
     try:
-        tune_all(tasks, device, facts, shared_memory, timer_for(device), path, environment)
+        with Ahead(chosen.processes) as ahead:
+            tune_all(tasks, device, facts, shared_memory, timer, path, environment, ahead=ahead)
     except UnusableConfigError as error:
         print(f"the computed default does not run as it should here: {error}", file=sys.stderr)
         return 1
@@ -107,6 +114,7 @@ def dry_run(
     tasks: Sequence[Task], facts: DeviceFacts, shared_memory: int, effort: Effort, *, listed: bool
 ) -> str:
     """What would be timed, as a table; with `listed` every candidate as well."""
+    from tools.kernels.measure.candidates import MOST
     from tools.kernels.measure.tuning import describe, outlook
 
     lines = [
@@ -124,7 +132,10 @@ def dry_run(
         candidates += [f"{task.name}: shrink {describe(config)}" for config in plan.shrink]
         candidates += [f"{task.name}: expand {describe(config)}" for config in plan.expand]
         total += plan.timed_calls
-    lines.append(f"{total} timed calls at most, and a compilation for each candidate of a layer")
+    lines.append(
+        f"{len(candidates)} candidates to be compiled, at most {MOST} for each half of a layer; "
+        f"{total} timed calls at most"
+    )
     return "\n".join(lines + (candidates if listed else []))
 
 
@@ -138,6 +149,7 @@ def tune_all(
     environment: Environment,
     effort: Effort | None = None,
     margins: Margins | None = None,
+    ahead: Ahead | None = None,
 ) -> Table:
     """Tunes one task after the other; the file holds what is finished, if it is interrupted.
 
@@ -164,7 +176,14 @@ def tune_all(
     for task in tasks:
         print(task.name)
         tuned = tune(
-            task, device, facts, shared_memory, timer, effort or Effort(), margins or Margins()
+            task,
+            device,
+            facts,
+            shared_memory,
+            timer,
+            effort or Effort(),
+            margins or Margins(),
+            ahead,
         )
         say("shrink", tuned.shrink)
         say("expand", tuned.expand)
@@ -178,15 +197,15 @@ def tune_all(
 
 def _device(architecture: int, *, has_gpu: bool) -> tuple[DeviceFacts, int]:
     """The device's facts and shared memory; without a GPU those of a card of an architecture."""
-    from multilora_kernels.triton.launch import DeviceFacts, device_facts
-    from tools.kernels.measure.launch_cases import CARDS, SHARED_MEMORY_LIMIT
+    from multilora_kernels.triton.launch import device_facts
+    from tools.kernels.measure.launch_cases import CARDS, card_facts
     from tools.kernels.measure.trials import shared_memory_of
 
     if has_gpu:
         device = torch.device("cuda")
         return device_facts(device), shared_memory_of(device)
-    processors = CARDS[str(architecture)].processors
-    return DeviceFacts(f"sm_{architecture}", processors, architecture >= 90), SHARED_MEMORY_LIMIT
+    card = str(architecture)
+    return card_facts(card), CARDS[card].program_bytes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,11 +219,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-rank", nargs="+", type=_positive, default=[16, 64])
     parser.add_argument("--max-loras", type=_positive, default=32, help="less takes less memory")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--processes", type=_positive, default=os.cpu_count() or 1, help="that compile"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: ARCHITECTURE.json")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be timed")
     parser.add_argument("--list", action="store_true", help="with --dry-run: every candidate")
     parser.add_argument(
-        "--arch", type=int, choices=(80, 90, 100), default=90, help="of --dry-run without a GPU"
+        "--arch",
+        type=int,
+        choices=(80, 90, 100, 120),
+        default=90,
+        help="of --dry-run without a GPU",
     )
     return parser
 

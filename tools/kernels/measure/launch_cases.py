@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from multilora_kernels.configs import ExpandConfig, ShrinkConfig, load_table
+from multilora_kernels.configs import (
+    ExpandConfig,
+    ShrinkConfig,
+    default_expand,
+    default_shrink,
+    load_table,
+)
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.combine import prepare_combine
@@ -74,7 +80,7 @@ def table_name(architecture: str) -> str:
     return architecture if architecture.startswith("gfx") else f"sm_{architecture}"
 
 
-_SLOTS, _MAX_TOKENS = 64, 8192
+_MAX_TOKENS = 8192
 _UNLIMITED = {"tokens": _MAX_TOKENS, "width": 8192, "slices": 1, "max_rank": 64, "item_size": 2}
 
 
@@ -96,6 +102,7 @@ class LaunchCase:
         add_inputs: Whether y is added to.
         halves: If not None, each half is a call of its own, and h between them has this type.
         factors: Whether outputs have factors: None, or whether the base layer has a bias then.
+        slots: Of adapters.
     """
 
     name: str
@@ -111,6 +118,7 @@ class LaunchCase:
     add_inputs: bool = True
     halves: torch.dtype | None = None
     factors: bool | None = None
+    slots: int = 64
 
     @property
     def title(self) -> str:
@@ -180,7 +188,7 @@ def table_cases(architecture: str) -> list[LaunchCase]:
 
 def launches(case: LaunchCase, architecture: str) -> Iterator[Launch]:
     """The launches that the backend would run for a case."""
-    batch = _batch(case, architecture)
+    batch = _batch(case, card_facts(architecture))
     x, y, lora_a, lora_b = _tensors(case)
     if case.halves is None:
         planes, launch = shrink_launch(x, lora_a, batch, 1.0)
@@ -206,6 +214,27 @@ def launches(case: LaunchCase, architecture: str) -> Iterator[Launch]:
     yield expand_launch(y, h.unsqueeze(0), lora_b, batch, 0, case.add_inputs, after_shrink=False)
 
 
+def configured_launches(
+    case: LaunchCase, facts: DeviceFacts, shrink: ShrinkConfig, expand: ExpandConfig
+) -> Iterator[Launch]:
+    """The launches of both halves with these blocks, and of the sum between them if there is one.
+
+    Args:
+        case: The layer and load.
+        facts: The device.
+        shrink: Blocks of the first half.
+        expand: Blocks of the second half.
+    """
+    batch = _batch(case, facts)
+    x, y, lora_a, lora_b = _tensors(case)
+    planes, first = prepare_shrink(x, lora_a, batch, 1.0, shrink)
+    yield first
+    second = prepare_expand(y, planes, lora_b, batch, 0, True, expand, after_shrink=True)
+    if second.before is not None:
+        yield second.before
+    yield second
+
+
 def candidate_launches(architecture: str) -> Iterator[tuple[LaunchCase, Launch]]:
     """A launch of each combination of blocks that the tuner tries for a decode and a prefill."""
     seen: set[tuple[Any, ...]] = set()
@@ -216,24 +245,29 @@ def candidate_launches(architecture: str) -> Iterator[tuple[LaunchCase, Launch]]
         seen.add((type(config), *blocks))
         return not known
 
-    layer = LAYERS["8b.qkv"]
+    layer, facts = LAYERS["8b.qkv"], card_facts(architecture)
+    memory = CARDS[architecture].program_bytes
     for tokens in (16, _MAX_TOKENS):
-        case = LaunchCase("tuner's candidates", layer.inputs, layer.outputs, 64, tokens)
-        batch = _batch(case, architecture)
-        x, y, lora_a, lora_b = _tensors(case)
-        shrink, expand = workloads(layer, tokens, case.max_rank, x.element_size(), batch.facts)
-        for first in filter(is_new, shrink_candidates(shrink, SHARED_MEMORY_LIMIT)):
-            yield case, prepare_shrink(x, lora_a, batch, 1.0, first)[1]
-        planes = _empty(1, len(lora_a), tokens, case.max_rank, dtype=torch.float32)
-        for second in filter(is_new, expand_candidates(expand, SHARED_MEMORY_LIMIT)):
-            yield case, prepare_expand(y, planes, lora_b, batch, 0, True, second, after_shrink=True)
+        case = LaunchCase(
+            "tuner's candidates", layer.inputs, layer.outputs, 64, tokens, by_column=True
+        )
+        shrink, expand = workloads(layer, tokens, case.max_rank, case.dtype.itemsize, facts)
+        for first in filter(is_new, shrink_candidates(shrink, memory)):
+            yield case, next(configured_launches(case, facts, first, default_expand(expand)))
+        for second in filter(is_new, expand_candidates(expand, memory)):
+            *_, last = configured_launches(case, facts, default_shrink(shrink), second)
+            yield case, last
 
 
-def _batch(case: LaunchCase, architecture: str) -> Batch:
+def card_facts(architecture: str) -> DeviceFacts:
+    """What a launch needs to know of a card of `CARDS`."""
     pdl = architecture.isdigit() and int(architecture) >= 90
-    facts = DeviceFacts(table_name(architecture), CARDS[architecture].processors, pdl)
-    layout = PlanLayout(_MAX_TOKENS, _SLOTS, PLAN_TILE_ROWS)
-    ranks = _empty(len(case.widths), _SLOTS, dtype=torch.int32)
+    return DeviceFacts(table_name(architecture), CARDS[architecture].processors, pdl)
+
+
+def _batch(case: LaunchCase, facts: DeviceFacts) -> Batch:
+    layout = PlanLayout(_MAX_TOKENS, case.slots, PLAN_TILE_ROWS)
+    ranks = _empty(len(case.widths), case.slots, dtype=torch.int32)
     plan = _empty(layout.size, dtype=torch.int32)
     return Batch(ranks, plan, layout, facts, case.batch_invariant)
 
@@ -246,11 +280,11 @@ def _tensors(
     lora_a, lora_b = [], []
     for i, n in enumerate(case.widths):
         more = 16 * i if case.uneven else 0
-        a = _empty(_SLOTS, 1, rank + more, case.k + more, dtype=dtype)
+        a = _empty(case.slots, 1, rank + more, case.k + more, dtype=dtype)
         if case.by_column:
-            b = _empty(_SLOTS, 1, rank + more, n + more, dtype=dtype).transpose(-1, -2)
+            b = _empty(case.slots, 1, rank + more, n + more, dtype=dtype).transpose(-1, -2)
         else:
-            b = _empty(_SLOTS, 1, n + more, rank + more, dtype=dtype)
+            b = _empty(case.slots, 1, n + more, rank + more, dtype=dtype)
         lora_a.append(a[..., :rank, : case.k])
         lora_b.append(b[..., :n, :rank])
     x = _empty(case.tokens, case.k, dtype=case.dtype)
@@ -262,8 +296,8 @@ def _factors(case: LaunchCase) -> OutputFactors | None:
         return None
     width = sum(case.widths)
     return OutputFactors(
-        _empty(_SLOTS, width, dtype=torch.float32),
-        _empty(len(case.widths), _SLOTS, dtype=torch.int32),
+        _empty(case.slots, width, dtype=torch.float32),
+        _empty(len(case.widths), case.slots, dtype=torch.int32),
         _empty(width, dtype=torch.float32) if case.factors else None,
     )
 

@@ -28,6 +28,7 @@ from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch, device_f
 from multilora_kernels.triton.shrink import prepare_shrink
 from tools.kernels.measure.agreement import TOLERANCES, Expected
 from tools.kernels.measure.batches import MIXED_RANKS, BatchSpec, Layer, LayerBatch
+from tools.kernels.measure.contenders import by_column
 from tools.kernels.measure.selection import UnusableConfigError
 from tools.kernels.measure.timing import Call
 
@@ -119,7 +120,7 @@ class LayerOnBatch:
     """
 
     def __init__(self, batch: LayerBatch, facts: DeviceFacts) -> None:
-        self._batch = batch
+        batch = self._batch = by_column(batch)
         self._shared = Batch(batch.ranks, batch.plan.buffer, batch.plan.layout, facts)
         self._expected = Expected(batch)
         self._usable: set[tuple[ShrinkConfig, ExpandConfig]] = set()

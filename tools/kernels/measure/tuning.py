@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
 
-from multilora_kernels.configs import ExpandConfig, ShrinkConfig, Workload
+from multilora_kernels.configs import (
+    ExpandConfig,
+    ShrinkConfig,
+    Workload,
+    default_expand,
+    default_shrink,
+)
 from multilora_kernels.configs.table import Entry
 from multilora_kernels.triton.launch import DeviceFacts
+from tools.kernels.measure.ahead import Ahead, Work
 from tools.kernels.measure.batches import Layer, build
 from tools.kernels.measure.candidates import expand_candidates, shrink_candidates
+from tools.kernels.measure.launch_cases import LaunchCase
 from tools.kernels.measure.selection import Choice, Effort, Margins, choose
 from tools.kernels.measure.timing import Timer
 from tools.kernels.measure.trials import (
@@ -95,8 +104,19 @@ def tune(
     timer: Timer,
     effort: Effort,
     margins: Margins,
+    ahead: Ahead | None = None,
 ) -> Tuned:
     """Chooses the first half's configuration, then the second half's beside it.
+
+    Args:
+        task: What is tuned.
+        device: Where it is timed.
+        facts: The device.
+        shared_memory: Bytes that a program can have.
+        timer: How to measure.
+        effort: How often.
+        margins: What to ask for.
+        ahead: Compiles a half's candidates before they are timed; None: each in its turn.
 
     Raises:
         UnusableConfigError: The computed default does not run as it should on this device.
@@ -113,6 +133,14 @@ def tune(
             (held_out_specs(*shape), _HELD_OUT_SEED),
         )
     )
+    shrink_workload, expand_workload = _workloads(task, facts)
+    defaults = default_shrink(shrink_workload), default_expand(expand_workload)
+
+    def prepare(halves: Sequence[tuple[ShrinkConfig, ExpandConfig]]) -> None:
+        if ahead is not None:
+            ahead.compile([Work(launch_case(task), facts, *both) for both in halves])
+
+    prepare([(first, defaults[1]) for first in (defaults[0], *plan.shrink)])
     shrink = choose(
         plan.shrink,
         [ShrinkTrial(layer) for layer in training],
@@ -121,6 +149,7 @@ def tune(
         effort,
         margins,
     )
+    prepare([(shrink.config or defaults[0], second) for second in plan.expand])
     expand = choose(
         plan.expand,
         [ExpandTrial(layer, shrink.config) for layer in training],
@@ -129,8 +158,21 @@ def tune(
         effort,
         margins,
     )
-    shrink_workload, expand_workload = _workloads(task, facts)
     return Tuned(shrink, expand, entry(shrink_workload, shrink), entry(expand_workload, expand))
+
+
+def launch_case(task: Task) -> LaunchCase:
+    """The task's fullest batches, as far as compiling goes."""
+    return LaunchCase(
+        task.layer.name,
+        task.layer.inputs,
+        task.layer.outputs,
+        task.max_rank,
+        task.bucket[-1],
+        dtype=task.dtype,
+        by_column=True,
+        slots=task.max_loras,
+    )
 
 
 def entry(workload: Workload, choice: Choice[Config]) -> Entry[Config]:

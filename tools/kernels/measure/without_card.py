@@ -1,9 +1,9 @@
-"""Launches through the real Triton of a process without a GPU, but for compiler and driver.
+"""Launches through the real Triton of a process without a GPU, but for compiler or driver.
 
 What Triton does on the host for a launch, binding and specialising arguments and looking kernels
-up, runs as on a card; where it would compile, a stand-in is made, and where it would call the
-driver's launcher, the launch is noted. Not for processes with TRITON_INTERPRET=1. Written against
-Triton 3.6 to 3.9.
+up, runs as on a card. `compile_without_card` also compiles. In `launched_without_card` a stand-in
+is made instead, and where it would call the driver's launcher, the launch is noted. Not for
+processes with TRITON_INTERPRET=1. Written against Triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton.runtime import driver
 
 from multilora_kernels import triton as backend
 from multilora_kernels import triton_availability
-from multilora_kernels.triton.launch import DeviceFacts
+from multilora_kernels.triton.launch import DeviceFacts, Launch
 
 
 @dataclass
@@ -60,10 +60,13 @@ class _StandIn(CompiledKernel):  # type: ignore[misc]
 
 
 class _Driver:
-    """Of one card of an architecture."""
+    """Of one card of an architecture, such as sm_90 or gfx942."""
 
-    def __init__(self, architecture: int) -> None:
-        self._target = GPUTarget("cuda", architecture, 32)
+    def __init__(self, architecture: str) -> None:
+        if architecture.startswith("gfx"):
+            self._target = GPUTarget("hip", architecture, 64)
+        else:
+            self._target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -73,6 +76,29 @@ class _Driver:
 
     def get_current_target(self) -> GPUTarget:
         return self._target
+
+
+def compile_without_card(launch: Launch, architecture: str) -> None:
+    """Puts the kernel of a launch where a launch on such a card will find it: on disk.
+
+    Args:
+        launch: Over tensors without memory, if that is all there is.
+        architecture: Such as sm_90 or gfx942.
+    """
+    with _driver_of(architecture):
+        launch.kernel.warmup(
+            grid=launch.grid, **launch.arguments, **launch.constants, **launch.options
+        )
+
+
+@contextmanager
+def _driver_of(architecture: str) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_Driver(architecture))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
 
 
 @contextmanager
@@ -89,10 +115,6 @@ def launched_without_card(processors: int = 132, architecture: int = 90) -> Iter
         patch.object(triton.compiler, "compile", compile_nothing),
         patch.object(backend, "device_facts", lambda device: facts),
         patch.object(triton_availability, "require", lambda device: None),
+        _driver_of(facts.architecture),
     ):
-        before = driver._active
-        driver.set_active(_Driver(architecture))
-        try:
-            yield launches
-        finally:
-            driver.set_active(before)
+        yield launches
