@@ -46,6 +46,8 @@ TESTS = {
     "test_the_command_gives_every_case_of_every_layer_as_modelled",
     "python -m tools.kernels.report": "tests/tools/test_triton_report.py::"
     "test_everything_asked_for_was_compiled",
+    "python -m tools.gpu.vllm_kernels": "tests/tools/test_vllm_kernels.py::"
+    "test_carried_kernels_need_nothing_else_of_vllm_and_are_right",
     "python -m tools.kernels.tune": "tests/tools/test_tune.py::"
     "test_a_dry_run_lists_candidates_and_timings",
     "python -m tools.kernels.work": "tests/tools/test_work.py::"
