@@ -35,6 +35,7 @@ from vllm_multilora.integration.worker.slot_columns import SlotColumns
 
 _KEPT_BYTES = 256 << 20  # of host memory, for the factors of adapters that come back
 _CHUNK_ELEMENTS = 1 << 22
+_LEAST_SQUARE = 1e-6  # of the base row's; a shorter row has no length that float32 could tell
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,9 @@ class SlotFactors:
             of_a = of_a.float()
             b = module.lora_b_stacked[i][slot, 0, :, : len(of_a)].float()
             crossed = 2 * product.mT + b @ (of_a @ of_a.mT)
-            found.append(base[outputs] + (b * crossed).sum(dim=1))
+            squares = base[outputs] + (b * crossed).sum(dim=1)
+            # What is left of a row that an update takes away is rounding, another on each machine.
+            found.append(squares.where(squares > _LEAST_SQUARE * base[outputs], 0))
         return found
 
     def weights_changed(self) -> None:
