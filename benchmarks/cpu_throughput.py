@@ -42,6 +42,23 @@ MAX_RANK = 64
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def _shapes(model_config: dict) -> dict[str, tuple[int, int]]:
+    """Columns and rows of a layer's projections, by name."""
+    hidden, inner = model_config["hidden_size"], model_config["intermediate_size"]
+    head = hidden // model_config["num_attention_heads"]
+    kv = head * model_config["num_key_value_heads"]
+    return dict(
+        zip(
+            PROJECTIONS,
+            [
+                *((hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)),
+                *((hidden, inner), (hidden, inner), (inner, hidden)),
+            ],
+            strict=True,
+        )
+    )
+
+
 def write_random_adapter(
     folder: Path,
     model_config: dict,
@@ -53,19 +70,7 @@ def write_random_adapter(
     import torch
     from safetensors.torch import save_file
 
-    hidden, inner = model_config["hidden_size"], model_config["intermediate_size"]
-    head = hidden // model_config["num_attention_heads"]
-    kv = head * model_config["num_key_value_heads"]
-    shapes = dict(
-        zip(
-            PROJECTIONS,
-            [
-                *((hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)),
-                *((hidden, inner), (hidden, inner), (inner, hidden)),
-            ],
-            strict=True,
-        )
-    )
+    shapes = _shapes(model_config)
     random_numbers = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(model_config["num_hidden_layers"]):
@@ -121,10 +126,8 @@ def least_seconds(model_config: dict, itemsize: int) -> float:
     """Seconds that all requests' adapters need for reading and arithmetic alone, measured here."""
     import torch
 
-    hidden, inner = model_config["hidden_size"], model_config["intermediate_size"]
-    kv = hidden // model_config["num_attention_heads"] * model_config["num_key_value_heads"]
-    # Columns and rows of q, k, v, o, gate, up and down.
-    sides = 4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner)
+    hidden = model_config["hidden_size"]
+    sides = sum(map(sum, _shapes(model_config).values()))
     numbers = sum(RANKS) * sides * model_config["num_hidden_layers"]
     matrix = torch.ones(numbers * itemsize // (4 * hidden), hidden)
     vector, square = torch.ones(hidden), torch.ones(1024, 1024)

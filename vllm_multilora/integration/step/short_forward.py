@@ -25,18 +25,17 @@ if TYPE_CHECKING:
 _FORWARDS = (ColumnParallelLinearWithLoRA.forward, RowParallelLinearWithLoRA.forward)
 
 
-def shorten_forward(layer: BaseLayerWithLoRA) -> bool:
+def shorten_forward(layer: BaseLayerWithLoRA) -> None:
     """Gives a layer the short forward, if vLLM's does the same; after its mapping is set.
+
+    Layers that are sharded, use a second stream, call a forward of their base layer's own, or are
+    of other kinds keep vLLM's.
 
     Args:
         layer: Any LoRA layer. Its slots and its punica wrapper must not be replaced afterwards.
-
-    Returns:
-        Whether it did. Layers that are sharded, use a second stream, call a forward of their base
-        layer's own, or are of other kinds keep vLLM's.
     """
     if not isinstance(layer, BaseLinearLayerWithLoRA) or not _does_the_same(layer):
-        return False
+        return
     base: Any = layer.base_layer
     hands_on_bias, returns_bias = base.skip_bias_add, base.return_bias
     add_adapters = layer.punica_wrapper.add_lora_linear
@@ -49,7 +48,6 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> bool:
         return (y, bias if hands_on_bias else None) if returns_bias else y
 
     layer.forward = forward
-    return True
 
 
 def _does_the_same(layer: BaseLinearLayerWithLoRA) -> bool:
