@@ -126,8 +126,6 @@ def test_two_that_always_wait_get_the_same(engine: Engine) -> None:
 def test_requests_that_steps_leave_out_are_answered_right(engine: Engine) -> None:
     scheduler = engine._engine.engine_core.engine_core.scheduler
     scheduler._shares._idle.clear()  # neither has had anything lately
-    engine.ask(GREEDY, 4 * PLACES)  # more than the other's request will cost by far
-    engine.run()
     scheduler._bound.allowance = 1.0  # a token in a step, beside one of the other's
     engine.ask(GREEDY, PLACES - 1)
     for _ in range(3):

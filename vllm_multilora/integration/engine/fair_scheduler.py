@@ -127,7 +127,7 @@ class FairSharesMixin(AdapterAwareMixin):
         shares = self._shares
         self.waiting.begin_step()
         if not shares.is_contended:
-            self._heavy_left = None
+            self._heavy_left, self._light_had = None, 0.0
             output = super().schedule(*args, **kwargs)
             shares.step_alone(output.total_num_scheduled_tokens)
             return output
