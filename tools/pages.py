@@ -14,6 +14,7 @@ from pathlib import Path
 from tools.kernels import model
 from vllm_multilora.adapters.problems import Code
 from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.patching.flags import flag_of
 from vllm_multilora.metrics.definitions import ALL, COMMON_LABELS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -73,15 +74,16 @@ def settings() -> Iterable[str]:
     yield "| flag of `vllm serve` | key | default | meaning |"
     yield "|---|---|---|---|"
     for setting in fields(MultiLoRAConfig):
-        flag = f"`{' '.join(filter(None, (_flag(setting), setting.metadata.get('metavar'))))}`"
-        if choices := setting.metadata.get("choices"):
+        options = setting.metadata["options"]
+        flag = f"`{' '.join(filter(None, (_flag(setting), options.get('metavar'))))}`"
+        if choices := options.get("choices"):
             flag += ": " + ", ".join(f"`{choice}`" for choice in choices)
-        meaning = setting.metadata["help"].replace("%%", "%").replace("__", r"\_\_")
+        meaning = options["help"].replace("%%", "%").replace("__", r"\_\_")
         yield f"| {flag} | `{setting.name}` | {_default(setting)} | {meaning} |"
 
 
 def _flag(setting: Field[object]) -> str:
-    flag: str = setting.metadata["flag"]
+    flag = flag_of(setting.name)
     if setting.default is True or setting.name == "enabled":
         return flag.replace("--", "--[no-]", 1)
     return flag

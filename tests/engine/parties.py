@@ -1,8 +1,8 @@
 """An engine core's adapters between a store and workers that the test plays."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
 
+import msgspec
 from vllm.lora.request import LoRARequest
 
 from tests.slots.situations import make_slots
@@ -19,6 +19,7 @@ from vllm_multilora.store.messages import (
     PackInfo,
     Reading,
     Restarted,
+    Want,
 )
 
 
@@ -28,27 +29,29 @@ def lora(number: int, *, path: str | None = None, inplace: bool = False) -> LoRA
 
 
 def pack_info(pack: int, digest: str = "", *, special: bool = False) -> PackInfo:
-    return PackInfo(pack, 8, 64, 4096, digest or f"digest {pack}", "v", [1], 0, 64, special, ())
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A want, as the store has heard it."""
-
-    ticket: int
-    adapter: int
-    path: str
-    keep: bool
-    fresh: bool
-    owners: tuple[str, ...] = ()
-    most: int | None = None
+    return PackInfo(
+        rank=8,
+        has_special=special,
+        left_out=(),
+        invocation_tokens=(),
+        dora=False,
+        pack=pack,
+        nbytes=64,
+        held_bytes=4096,
+        digest=digest or f"digest {pack}",
+        version="v",
+        segments=[1],
+        index_place=0,
+        index_bytes=64,
+        parts=(),
+    )
 
 
 class FakeStore:
     """Answers what the test says; takes note of leases."""
 
     def __init__(self) -> None:
-        self.wants: dict[int, Asked] = {}
+        self.wants: dict[int, Want] = {}
         self.leases: Counter[int] = Counter()
         self.forgotten: list[int] = []
         self.used_packs: list[list[int]] = []
@@ -57,16 +60,14 @@ class FakeStore:
 
     # What the engine core asks
 
-    def want(self, adapter, name, path, *, owners=(), most=None, keep=True, fresh=False):
+    def want(self, want):
         self.tickets += 1
-        self.wants[self.tickets] = Asked(
-            self.tickets, adapter, path, keep, fresh, tuple(owners), most
-        )
+        self.wants[self.tickets] = msgspec.structs.replace(want, ticket=self.tickets)
         return self.tickets
 
     def share(self, ticket, owner):
         asked = self.wants[ticket]
-        self.wants[ticket] = replace(asked, owners=(*asked.owners, owner))
+        self.wants[ticket] = msgspec.structs.replace(asked, owners=(*asked.owners, owner))
 
     def cancel(self, ticket):
         self.wants.pop(ticket, None)
@@ -91,11 +92,11 @@ class FakeStore:
 
     # What the test says
 
-    def only(self) -> Asked:
+    def only(self) -> Want:
         (want,) = self.wants.values()
         return want
 
-    def loaded(self, pack: PackInfo, want: Asked | None = None, *, was_read: bool = True) -> None:
+    def loaded(self, pack: PackInfo, want: Want | None = None, *, was_read: bool = True) -> None:
         want = want or self.only()
         del self.wants[want.ticket]
         leased = want.keep
@@ -107,7 +108,7 @@ class FakeStore:
         self.inbox.append(Reading(self.only().ticket))
 
     def failed(
-        self, want: Asked | None = None, kind=FailureKind.INVALID, problems: tuple = ()
+        self, want: Want | None = None, kind=FailureKind.INVALID, problems: tuple = ()
     ) -> None:
         want = want or self.only()
         del self.wants[want.ticket]

@@ -14,6 +14,7 @@ from vllm_multilora.store.messages import (
     Reading,
     Restarted,
     Totals,
+    Want,
 )
 
 
@@ -36,7 +37,7 @@ def stores(parts) -> MachineStores:
 
 
 def load(stores: MachineStores, parts: list[FakeStore], packs: tuple[int, int]) -> Loaded:
-    ticket = stores.want(1, "a", "/adapters/1")
+    ticket = stores.want(Want(1, "a", "/adapters/1"))
     for store, pack in zip(parts, packs, strict=True):
         store.inbox.append(loaded(store, store.tickets, pack))
     (answer,) = stores.poll()
@@ -49,7 +50,7 @@ def leases(parts: list[FakeStore]) -> list[int]:
 
 
 def test_an_adapter_is_loaded_when_the_last_machine_has_it(stores, parts):
-    ticket = stores.want(1, "a", "/adapters/1")
+    ticket = stores.want(Want(1, "a", "/adapters/1"))
     assert [store.wants[1].path for store in parts] == ["/adapters/1"] * 2
     parts[1].inbox.append(Reading(1))
     assert stores.poll() == [Reading(ticket)]
@@ -72,20 +73,20 @@ def test_the_same_packs_have_the_same_number(stores, parts):
 
 
 def test_one_machines_failure_is_the_adapters_and_leaves_no_lease(stores, parts):
-    ticket = stores.want(1, "a", "/adapters/1")
+    ticket = stores.want(Want(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30))
     parts[1].inbox.append(Failed(1, 1, FailureKind.GONE, "no such folder", []))
     assert stores.poll() == [Failed(ticket, 1, FailureKind.GONE, "no such folder", [])]
     assert leases(parts) == [0, 0]
 
-    ticket = stores.want(1, "a", "/adapters/1")
+    ticket = stores.want(Want(1, "a", "/adapters/1"))
     parts[0].inbox.append(Failed(2, 1, FailureKind.GONE, "no such folder", []))
     assert [type(message) for message in stores.poll()] == [Failed]
     assert not parts[1].wants, "the other machine need not go on"
 
 
 def test_machines_with_different_files_refuse_the_adapter(stores, parts):
-    stores.want(1, "a", "/adapters/1")
+    stores.want(Want(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30, "digest 1"))
     parts[1].inbox.append(loaded(parts[1], 1, 70, "digest 2"))
     (answer,) = stores.poll()
@@ -96,7 +97,7 @@ def test_machines_with_different_files_refuse_the_adapter(stores, parts):
 
 
 def test_a_want_can_be_taken_back_at_any_time(stores, parts):
-    ticket = stores.want(1, "a", "/adapters/1")
+    ticket = stores.want(Want(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30))
     assert stores.poll() == []
     stores.cancel(ticket)
@@ -106,7 +107,7 @@ def test_a_want_can_be_taken_back_at_any_time(stores, parts):
 
 
 def test_a_check_that_keeps_nothing_somewhere_keeps_nothing(stores, parts):
-    ticket = stores.want(1, "a", "/adapters/1", keep=False)
+    ticket = stores.want(Want(1, "a", "/adapters/1", keep=False))
     parts[0].inbox.append(loaded(parts[0], 1, 30, keep=False))
     parts[1].inbox.append(loaded(parts[1], 1, 0, keep=False))
     (answer,) = stores.poll()
@@ -114,7 +115,7 @@ def test_a_check_that_keeps_nothing_somewhere_keeps_nothing(stores, parts):
 
 
 def test_a_check_whose_pack_one_machine_evicts_meanwhile_keeps_nothing(stores, parts):
-    stores.want(1, "a", "/adapters/1", keep=False)
+    stores.want(Want(1, "a", "/adapters/1", keep=False))
     parts[1].inbox += [loaded(parts[1], 1, 70, keep=False), Evicted(70)]
     assert stores.poll() == []
     parts[0].inbox.append(loaded(parts[0], 1, 30, keep=False))
@@ -157,7 +158,7 @@ def test_totals_add_up(stores, parts):
 
 def test_after_a_restart_everything_is_loaded_again_and_leases_end_when_given_back(stores, parts):
     held = load(stores, parts, (30, 70)).pack.pack
-    waiting = stores.want(2, "b", "/adapters/2")
+    waiting = stores.want(Want(2, "b", "/adapters/2"))
     parts[1].inbox.append(loaded(parts[1], 2, 71))
     assert stores.poll() == []
 
@@ -183,7 +184,7 @@ def test_a_pack_of_the_stores_is_told_as_it_is_on_the_first_machine(stores, part
 
 
 def test_all_machines_hear_whose_turn_a_load_may_take(stores, parts):
-    ticket = stores.want(1, "a", "/adapters/1", owners=("acme",), most=3)
+    ticket = stores.want(Want(1, "a", "/adapters/1", owners=("acme",), most=3))
     for owner in ("other", "other"):
         stores.share(ticket, owner)
     assert [(s.wants[1].owners, s.wants[1].most) for s in parts] == [(("acme", "other"), 3)] * 2

@@ -6,10 +6,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.engine.parties import Asked, FakeStore, pack_info
+from tests.engine.parties import FakeStore, pack_info
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.machines import MachineStores
-from vllm_multilora.store.messages import Evicted, Failed, Forgotten, Loaded, Restarted
+from vllm_multilora.store.messages import Evicted, Failed, Forgotten, Loaded, Restarted, Want
 
 MACHINES = 2
 ADAPTERS = st.integers(1, 2)
@@ -40,8 +40,8 @@ class Part(FakeStore):
         super().restart()
         self.resident.clear()
         for message in lost:
-            self.wants[message.ticket] = Asked(
-                message.ticket, message.adapter, "/a", message.leased, False
+            self.wants[message.ticket] = Want(
+                message.adapter, "a", "/a", keep=message.leased, ticket=message.ticket
             )
 
 
@@ -59,7 +59,7 @@ class Machines(RuleBasedStateMachine):
 
     @rule(adapter=ADAPTERS, keep=st.booleans())
     def want(self, adapter, keep):
-        self.asked[self.stores.want(adapter, "a", "/a", keep=keep)] = keep
+        self.asked[self.stores.want(Want(adapter, "a", "/a", keep=keep))] = keep
 
     @precondition(lambda self: len(self.asked) > 2)
     @rule(data=st.data())

@@ -19,7 +19,7 @@ from vllm_multilora.integration.worker.store_relay import StoreRelay
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import FOLDER_VARIABLE, StoreUnavailableError
 from vllm_multilora.store.launch import StoreThread
-from vllm_multilora.store.messages import Loaded, Restarted, StoreSettings
+from vllm_multilora.store.messages import Loaded, Restarted, StoreSettings, Want
 
 PATIENT_S = 20.0
 
@@ -156,7 +156,7 @@ def test_a_store_is_used_through_its_relay(relayed):
     client, store = relayed
     assert client.address == f"unix:{store.path}"
     for number in range(1, 4):
-        client.want(number, "a", f"/fake/{number}?blocks=64,128")
+        client.want(Want(number, "a", f"/fake/{number}?blocks=64,128"))
         assert until(client, Loaded).adapter == number
 
 
@@ -167,11 +167,11 @@ def test_a_relay_does_not_mind_silence(relayed):
 
 def test_a_store_that_has_gone_comes_back_through_its_relay(relayed):
     client, store = relayed
-    client.want(1, "a", "/fake/1")
+    client.want(Want(1, "a", "/fake/1"))
     assert until(client, Loaded).was_read
     store.made[-1].shutdown(socket.SHUT_RDWR)
     until(client, Restarted)
-    client.want(1, "a", "/fake/1")
+    client.want(Want(1, "a", "/fake/1"))
     assert until(client, Loaded).adapter == 1
 
 

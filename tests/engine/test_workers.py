@@ -18,7 +18,7 @@ from vllm_multilora.store.channel import ChannelClosedError
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 from vllm_multilora.store.launch import StoreThread
-from vllm_multilora.store.messages import Evicted, Failed, Forgotten, Loaded, StoreSettings
+from vllm_multilora.store.messages import Evicted, Failed, Forgotten, Loaded, StoreSettings, Want
 
 ORDER = Fill(0, 1, lora(1), pack_info(1))
 
@@ -149,7 +149,7 @@ def leases(stub: Stub) -> int:
 
 
 def test_a_want_is_answered_at_once_with_the_engines_own_numbers(store, stubs):
-    ticket = store.want(1, "one", "/fake/one")
+    ticket = store.want(Want(1, "one", "/fake/one"))
     (answer,) = store.poll()
     assert isinstance(answer, Loaded)
     assert (answer.ticket, answer.pack.pack, answer.leased) == (ticket, ticket, True)
@@ -161,31 +161,31 @@ def test_a_want_is_answered_at_once_with_the_engines_own_numbers(store, stubs):
 
 
 def test_what_is_only_checked_is_no_pack(store):
-    store.want(1, "one", "/fake/one", keep=False)
+    store.want(Want(1, "one", "/fake/one", keep=False))
     (answer,) = store.poll()
     assert (answer.pack.pack, answer.leased) == (0, False)
 
 
 def test_a_failure_is_an_answer(store):
-    ticket = store.want(1, "one", "/fake/one?fail=bad")
+    ticket = store.want(Want(1, "one", "/fake/one?fail=bad"))
     (answer,) = store.poll()
     assert isinstance(answer, Failed)
     assert (answer.ticket, "bad" in answer.message) == (ticket, True)
 
 
 def test_a_failure_of_one_worker_leaves_nothing_on_lease_at_the_others(store, stubs, monkeypatch):
-    def fail(ticket, adapter, name, path, **options):
-        return Failed(ticket, adapter, FailureKind.UNREADABLE, "no such disk", [])
+    def fail(want):
+        return Failed(want.ticket, want.adapter, FailureKind.UNREADABLE, "no such disk", [])
 
     monkeypatch.setattr(stubs[1].own_store, "load", fail)
-    store.want(1, "one", "/fake/one")
+    store.want(Want(1, "one", "/fake/one"))
     (answer,) = store.poll()
     assert isinstance(answer, Failed)
     assert leases(stubs[0]) == 0
 
 
 def test_a_want_taken_back_gives_its_lease_back(store, stubs):
-    store.cancel(store.want(1, "one", "/fake/one"))
+    store.cancel(store.want(Want(1, "one", "/fake/one")))
     assert store.poll() == []
     assert [leases(stub) for stub in stubs] == [0, 0]
 
@@ -193,7 +193,7 @@ def test_a_want_taken_back_gives_its_lease_back(store, stubs):
 def test_a_store_that_does_not_answer_is_a_failure(store, stubs, monkeypatch):
     for stub in stubs:
         monkeypatch.setattr(stub.own_store, "_limit_s", 0.2)
-    store.want(1, "one", "/fake/one?hang=1")
+    store.want(Want(1, "one", "/fake/one?hang=1"))
     (answer,) = store.poll()
     assert isinstance(answer, Failed)
     assert answer.kind is FailureKind.TIMEOUT
@@ -208,7 +208,7 @@ def test_a_store_that_hears_of_others_only_is_a_failure_in_time(stubs, monkeypat
         own._client, "wait", lambda seconds: [*wait(min(seconds, 0.02)), Evicted(99)]
     )
     begin = time.monotonic()
-    answer = own.load(1, 1, "one", "/fake/one?hang=2", keep=True, fresh=False)
+    answer = own.load(Want(1, "one", "/fake/one?hang=2", ticket=1))
     assert isinstance(answer, Failed)
     assert time.monotonic() - begin < 1.5
 
@@ -216,11 +216,11 @@ def test_a_store_that_hears_of_others_only_is_a_failure_in_time(stubs, monkeypat
 @pytest.mark.parametrize("heard", ["by a load", "by a withdrawal", "by a fill"])
 def test_packs_of_a_store_that_was_started_again_are_gone(stubs, heard):
     own = stubs[0].own_store
-    own.load(1, 1, "one", "/fake/one", keep=True, fresh=False)
+    own.load(Want(1, "one", "/fake/one", ticket=1))
     assert own.pack(1) is not None
     own._client._lose(ChannelClosedError("it ended"))
     if heard == "by a load":
-        answer = own.load(2, 2, "two", "/fake/two", keep=True, fresh=False)
+        answer = own.load(Want(2, "two", "/fake/two", ticket=2))
         assert isinstance(answer, Loaded)
         assert own.pack(2) is not None
     elif heard == "by a withdrawal":
@@ -238,13 +238,13 @@ def test_a_fill_from_a_pack_that_nobody_has_any_more_is_made_again_from_another(
 
 
 def test_a_withdrawn_adapter_is_forgotten_at_once(store):
-    store.want(1, "one", "/fake/one", keep=False)
+    store.want(Want(1, "one", "/fake/one", keep=False))
     store.poll()
     store.forget(1)
     assert store.poll() == [Forgotten(1)]
 
 
 def test_workers_know_what_the_engine_asks_of_them(stubs):
-    assert calls.load_now(stubs[0], 5, 1, "one", "/fake/one", True, False).ticket == 5
+    assert calls.load_now(stubs[0], Want(1, "one", "/fake/one", ticket=5)).ticket == 5
     calls.release_now(stubs[0], 5)
     assert leases(stubs[0]) == 0

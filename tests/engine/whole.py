@@ -11,7 +11,7 @@ from tests.engine.fake_scheduler import AwareScheduler, FakeRequest
 from tests.engine.parties import lora
 from tests.slots.situations import make_slots
 from tests.store.fake_reader import digest_of
-from tests.store.registries import PAGE, World
+from tests.store.registries import CONTENTS, PAGE, World
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.observer import AdapterObserver
@@ -67,7 +67,8 @@ class Store(World):
         self.jobs[job] = "checked"
         blocks = np.full(pages, PAGE, np.int64)
         special = self.loads[job].path == SPECIAL
-        self.registry.loads.checked(job, blocks, 8, special, (), (), False, self.now)
+        contents = msgspec.structs.replace(CONTENTS, has_special=special)
+        self.registry.loads.checked(job, contents, blocks, self.now)
 
     def tell(self, job, message, segments):
         super().tell(job, message, segments)
@@ -128,9 +129,9 @@ class Link:
     def _say(self, method, *args) -> None:
         self.outgoing.append(lambda: method(self.number, *args))
 
-    def want(self, adapter, name, path, *, owners=(), most=None, keep=True, fresh=False):
+    def want(self, want):
         self.tickets += 1
-        want = Want(self.tickets, adapter, name, path, tuple(owners), most, keep, fresh)
+        want = msgspec.structs.replace(want, ticket=self.tickets)
         self.wants[want.ticket] = want
         self._say(self.store.registry.want, want, self.store.now)
         return want.ticket

@@ -19,7 +19,7 @@ from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
 from vllm_multilora.integration.orders import Check, Fill
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.launch import StoreThread
-from vllm_multilora.store.messages import Loaded, PackInfo, StoreSettings
+from vllm_multilora.store.messages import Loaded, PackInfo, StoreSettings, Want
 
 pytestmark = pytest.mark.serving
 
@@ -102,7 +102,7 @@ class Rig:
             if any(f"layers.{layer}." in name for layer in layers)
         }
         folder = write(self._folder / f"{adapter}", tensors, rank, alpha=2 * rank)
-        self.client.want(adapter, f"adapter {adapter}", str(folder))
+        self.client.want(Want(adapter, f"adapter {adapter}", str(folder)))
         while True:
             for message in self.client.wait(LIMIT_S):
                 if isinstance(message, Loaded):

@@ -10,7 +10,7 @@ from tests.store.fake_reader import FakeReader
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 from vllm_multilora.store.launch import StoreProcess, StoreThread
-from vllm_multilora.store.messages import Description, Failed, Loaded, StoreSettings
+from vllm_multilora.store.messages import Description, Failed, Loaded, StoreSettings, Want
 
 FAKE = "tests.store.fake_reader:FakeReader"
 PATIENT_S = 20.0
@@ -39,7 +39,7 @@ class Engine:
         return answer
 
     def load(self, adapter: int, path: str, **options):
-        return self.answer(self.client.want(adapter, f"adapter {adapter}", path, **options))
+        return self.answer(self.client.want(Want(adapter, f"adapter {adapter}", path, **options)))
 
     def describe(self) -> Description:
         self.client.describe()

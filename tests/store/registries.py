@@ -12,12 +12,13 @@ from vllm_multilora.store.arena import Arena
 from vllm_multilora.store.entries import Client
 from vllm_multilora.store.job_messages import CheckOnly, Go, Known, Place
 from vllm_multilora.store.memory import HostMemory
-from vllm_multilora.store.messages import Evicted, Failed, Loaded, StoreSettings, Want
+from vllm_multilora.store.messages import Contents, Evicted, Failed, Loaded, StoreSettings, Want
 from vllm_multilora.store.policies import make_policy
 from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.registry import Registry
 
 PAGE = 4096
+CONTENTS = Contents(8, has_special=False, left_out=(), invocation_tokens=(), dora=False)
 
 
 class World:
@@ -75,7 +76,7 @@ class World:
     def want(self, client: int, adapter: int = 1, path: str | None = None, **options) -> int:
         self.tickets += 1
         path = path or f"/adapters/{adapter}"
-        want = Want(self.tickets, adapter, f"adapter {adapter}", path, **options)
+        want = Want(adapter, f"adapter {adapter}", path, ticket=self.tickets, **options)
         self.registry.want(client, want, self.now)
         self.registry.loads.tick(self.now)
         return self.tickets
@@ -98,7 +99,7 @@ class World:
     def checked(self, job: int, pages: int = 1) -> None:
         self.jobs[job] = "checked"
         blocks = np.full(pages, PAGE, np.int64)
-        self.registry.loads.checked(job, blocks, 8, False, (), (), False, self.now)
+        self.registry.loads.checked(job, CONTENTS, blocks, self.now)
 
     def done(self, job: int, digest: str | None = None) -> None:
         path = self.loads[job].path

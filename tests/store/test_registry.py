@@ -482,7 +482,7 @@ def test_an_engine_that_is_not_configured_is_told_so():
     world = World()
     world.registry.clients[1] = Client(1, "engine", "s", 1)
     world.said[1] = []
-    world.registry.want(1, Want(1, 1, "a", "/a"), 0.0)
+    world.registry.want(1, Want(1, "a", "/a", ticket=1), 0.0)
     assert "not configured" in world.answer(1, 1).message
 
 

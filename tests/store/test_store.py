@@ -26,6 +26,7 @@ from vllm_multilora.store.messages import (
     Restarted,
     StoreSettings,
     Totals,
+    Want,
 )
 
 MIB = 1 << 20
@@ -126,7 +127,7 @@ def test_a_full_arena_makes_room_and_says_who_left(engines):
 @pytest.mark.parametrize("hanging", [4, 40])
 def test_loads_that_hang_do_not_hold_up_another(engine, hanging):
     for adapter in range(hanging):
-        engine.client.want(adapter, "hangs", f"/fake/{adapter}?hang=600")
+        engine.client.want(Want(adapter, "hangs", f"/fake/{adapter}?hang=600"))
     begun = time.perf_counter()
     assert isinstance(engine.load(99, "/fake/sane"), Loaded)
     assert time.perf_counter() - begun < 20.0  # 50 ms for each on a quiet machine
@@ -141,7 +142,7 @@ def test_a_load_that_hangs_is_killed_at_its_time(engines):
 
 
 def test_a_cancelled_load_ends_its_job(engine):
-    ticket = engine.client.want(1, "hangs", "/fake/a?hang=600")
+    ticket = engine.client.want(Want(1, "hangs", "/fake/a?hang=600"))
     store = engine.store()
     engine.until(lambda: bool(store.children()))
     engine.client.cancel(ticket)
@@ -152,7 +153,7 @@ def test_a_killed_store_is_started_again_and_no_want_is_lost(engine):
     loaded = engine.load(1, "/fake/a")
     store = engine.store()
     engine.until(lambda: not store.children())
-    ticket = engine.client.want(2, "slow", "/fake/b?sleep=2")
+    ticket = engine.client.want(Want(2, "slow", "/fake/b?sleep=2"))
     engine.until(lambda: bool(store.children()))
     (job,) = store.children()
     store.kill()
@@ -206,7 +207,7 @@ def test_a_frozen_store_stops_nobody_and_goes_on(engine):
     store = engine.store()
     store.suspend()
     begun = time.perf_counter()
-    tickets = [engine.client.want(n, "waits", f"/fake/{n}") for n in range(200)]
+    tickets = [engine.client.want(Want(n, "waits", f"/fake/{n}")) for n in range(200)]
     for _ in range(200):
         engine.client.used(range(500))
         assert not [m for m in engine.client.poll() if isinstance(m, Loaded)]
@@ -231,7 +232,7 @@ time.sleep(600)
 """
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"loaded\n"
-    ticket = engine.client.want(2, "waits", f"/fake/b?blocks={MIB}")
+    ticket = engine.client.want(Want(2, "waits", f"/fake/b?blocks={MIB}"))
     other.kill()
     other.wait()
     other.stdout.close()
@@ -282,7 +283,7 @@ def test_few_descriptors_are_a_clear_failure_and_no_end(engines):
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     engine = engines(jobs=400, budget_bytes=None)
     resource.prlimit(engine.store().pid, resource.RLIMIT_NOFILE, (40, hard))
-    tickets = [engine.client.want(n, "a", f"/fake/{n}?sleep=1") for n in range(60)]
+    tickets = [engine.client.want(Want(n, "a", f"/fake/{n}?sleep=1")) for n in range(60)]
     failed = [a for a in map(engine.answer, tickets) if not isinstance(a, Loaded)]
     assert failed
     for one in failed:
@@ -315,7 +316,7 @@ def test_a_store_that_cannot_come_up_is_given_up_soon_with_its_last_words():
 def test_a_waking_thread_calls_once_until_the_next_poll(engine):
     woken = threading.Semaphore(0)
     engine.client.start_waking(woken.release)
-    ticket = engine.client.want(1, "a", "/fake/a?sleep=0.3")
+    ticket = engine.client.want(Want(1, "a", "/fake/a?sleep=0.3"))
     assert woken.acquire(timeout=10)
     time.sleep(0.6)
     assert not woken.acquire(blocking=False), "called again before a poll"
@@ -323,7 +324,7 @@ def test_a_waking_thread_calls_once_until_the_next_poll(engine):
     while woken.acquire(blocking=False):
         pass
     engine.client.poll()
-    engine.client.want(2, "b", "/fake/b")
+    engine.client.want(Want(2, "b", "/fake/b"))
     assert woken.acquire(timeout=10)
 
 
@@ -370,7 +371,7 @@ def test_the_same_store_runs_on_a_thread(threaded):
 )
 def test_what_cannot_be_said_to_the_store_fails_alone(threaded, number, name, path):
     def is_refused():
-        answer = threaded.answer(threaded.client.want(number, name, path))
+        answer = threaded.answer(threaded.client.want(Want(number, name, path)))
         return (answer.kind, answer.adapter) == (FailureKind.INVALID, number)
 
     assert is_refused()

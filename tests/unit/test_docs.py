@@ -11,6 +11,7 @@ import yaml
 
 from tools import pages
 from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.patching.flags import flag_of
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -53,7 +54,7 @@ def test_tables_are_those_of_the_code(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_of_the_plugin_exist(page: Path) -> None:
-    flags = {setting.metadata["flag"] for setting in fields(MultiLoRAConfig)}
+    flags = {flag_of(setting.name) for setting in fields(MultiLoRAConfig)}
     named = set(re.findall(r"--(?:no-)?multilora(?:-[a-z]+)*", page.read_text()))
     assert {flag.replace("--no-", "--", 1) for flag in named} <= flags
 

@@ -93,7 +93,7 @@ class StoreClient:
 
     @property
     def address(self) -> str:
-        """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-3.sock`."""
+        """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-4.sock`."""
         return f"unix:{self._host.path}"
 
     def configure(
@@ -132,18 +132,8 @@ class StoreClient:
             reason = f"it has ended {self._losses} times; it says: {self._host.last_words()}"
         raise StoreUnavailableError(f"the store at {self.address} does not serve: {reason}")
 
-    def want(
-        self,
-        adapter: int,
-        name: str,
-        path: str,
-        *,
-        owners: Collection[str] = (),
-        most: int | None = None,
-        keep: bool = True,
-        fresh: bool = False,
-    ) -> int:
-        """Asks for an adapter; arguments as of `Want`; a relative path is one of this process's.
+    def want(self, want: Want) -> int:
+        """Asks for an adapter; a relative path is one of this process's.
 
         Returns:
             The ticket: `Reading` may come for it, then `Loaded` or `Failed`, the latter also where
@@ -152,14 +142,15 @@ class StoreClient:
         ticket = self._next_ticket
         self._next_ticket += 1
         try:
-            want = Want(ticket, adapter, name, located(path), tuple(owners), most, keep, fresh)
-            _check(want)
+            path = located(want.path)
+            sent = msgspec.structs.replace(want, path=path, ticket=ticket)
+            _check(sent)
         except (TypeError, ValueError) as error:
-            message = f"adapter {name!a} cannot be asked for from {path!a}: {error}"
-            self._inbox.append(Failed(ticket, adapter, FailureKind.INVALID, message, []))
+            message = f"adapter {want.name!a} cannot be asked for from {want.path!a}: {error}"
+            self._inbox.append(Failed(ticket, want.adapter, FailureKind.INVALID, message, []))
             return ticket
-        self._wants[ticket] = want
-        self._send(want)
+        self._wants[ticket] = sent
+        self._send(sent)
         return ticket
 
     def share(self, ticket: int, owner: str) -> None:

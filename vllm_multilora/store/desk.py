@@ -177,16 +177,16 @@ def _pass_on(number: int, message: FromJob, loads: Loads) -> None:
     match message:
         case Opened(version):
             loads.opened(number, version[:1024], _now())
-        case Checked(rank, has_special, left_out, invocation_tokens, dora, data):
+        case Checked(contents, data):
             blocks = np.frombuffer(data, np.int64)
             if not len(blocks) or (blocks <= 0).any() or (blocks % 64).any():
                 raise ValueError("blocks are not positive multiples of 64 bytes")
             if blocks.max() > 1 << 40 or float(blocks.sum(dtype=np.float64)) > float(1 << 50):
                 raise ValueError("blocks are too large")
-            if len(invocation_tokens) > 64 or any(not 0 <= t < 1 << 31 for t in invocation_tokens):
+            tokens = contents.invocation_tokens
+            if len(tokens) > 64 or any(not 0 <= token < 1 << 31 for token in tokens):
                 raise ValueError("invocation tokens")
-            special = has_special, left_out, invocation_tokens, dora
-            loads.checked(number, blocks, rank, *special, _now())
+            loads.checked(number, contents, blocks, _now())
         case Done(digest, nbytes, parts):
             if any(len(each) != 64 for each in (digest, *parts)) or not 0 <= nbytes < 1 << 50:
                 raise ValueError("digest or size")

@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_multilora.store.arena import Allocation
-from vllm_multilora.store.messages import PackInfo, StoreSettings
+from vllm_multilora.store.messages import Contents, PackInfo, StoreSettings
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Load:
         version: Of the files; empty if they have none.
         followers: Loads of the same files, which wait for this one's end.
         leader: The load that this one follows.
-        blocks: int64 [n], bytes of the blocks, once they are known.
-        rank: The largest rank; so `has_special`, `left_out`, `invocation_tokens`, `dora`.
+        contents: What the files' check has found; None before; so the next.
+        blocks: int64 [n], bytes of the blocks.
         allocation: Where the job packs to; None: it only checks.
         withdrawn: Whether its adapter was withdrawn meanwhile; others may still wait for it.
         tenant: Who is to have the pack; empty: nobody in particular.
@@ -116,12 +117,8 @@ class Load:
     version: str = ""
     followers: list[Load] = field(default_factory=list)
     leader: Load | None = None
+    contents: Contents | None = None
     blocks: NDArray[np.int64] | None = None
-    rank: int = 0
-    has_special: bool = False
-    left_out: tuple[str, ...] = ()
-    invocation_tokens: tuple[int, ...] = ()
-    dora: bool = False
     allocation: Allocation | None = None
     withdrawn: bool = False
     tenant: str = ""
@@ -142,10 +139,11 @@ class Load:
     def info(self, digest: str, nbytes: int, parts: tuple[str, ...]) -> PackInfo:
         """What it has read, as a pack without a number."""
         allocation = self.allocation
+        assert self.contents is not None
         assert self.blocks is not None
         return PackInfo(
+            **msgspec.structs.asdict(self.contents),
             pack=0,
-            rank=self.rank,
             nbytes=nbytes,
             held_bytes=allocation.held_bytes if allocation else 0,
             digest=digest,
@@ -153,10 +151,6 @@ class Load:
             segments=list(allocation.segments) if allocation else [],
             index_place=int(allocation.places[-1]) if allocation else 0,
             index_bytes=int(self.blocks[-1]),
-            has_special=self.has_special,
-            left_out=self.left_out,
-            invocation_tokens=self.invocation_tokens,
-            dora=self.dora,
             parts=parts,
         )
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.messages import Contents
 
 
 class JobMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -27,18 +28,11 @@ class Checked(JobMessage, frozen=True):
     """Config and header are right; answered by `Place` or `CheckOnly`.
 
     Attributes:
-        rank: The largest rank.
-        has_special: Whether there are tensors for layers that vLLM fills itself.
-        left_out: Modules that nothing adapts here.
-        invocation_tokens: As of `PackInfo`; so `dora`.
+        contents: What was found.
         block_bytes: int64 [n], bytes of each block, as they lie in memory.
     """
 
-    rank: int
-    has_special: bool
-    left_out: tuple[str, ...]
-    invocation_tokens: tuple[int, ...]
-    dora: bool
+    contents: Contents
     block_bytes: bytes
 
 

@@ -26,7 +26,7 @@ from vllm_multilora.store.job_messages import (
     Place,
     ToJob,
 )
-from vllm_multilora.store.messages import StoreSettings
+from vllm_multilora.store.messages import Contents, StoreSettings
 from vllm_multilora.store.reader import Reader
 from vllm_multilora.store.recent_failures import Failure
 
@@ -86,16 +86,14 @@ def _read(channel: Channel[ToJob], task: Task, reader: Reader, confine: Callable
             return
         intake = source.check(task.layouts)
         blocks = np.ascontiguousarray(intake.block_bytes, np.int64)
-        channel.send(
-            Checked(
-                intake.rank,
-                intake.has_special,
-                tuple(intake.left_out),
-                tuple(intake.invocation_tokens),
-                intake.dora,
-                blocks.tobytes(),
-            )
+        contents = Contents(
+            rank=intake.rank,
+            has_special=intake.has_special,
+            left_out=tuple(intake.left_out),
+            invocation_tokens=tuple(intake.invocation_tokens),
+            dora=intake.dora,
         )
+        channel.send(Checked(contents, blocks.tobytes()))
         answer, descriptors = _next(channel)
         if isinstance(answer, CheckOnly):
             taken = intake.read(None, None)

@@ -14,7 +14,7 @@ from vllm_multilora.store.arena import Allocation
 from vllm_multilora.store.entries import Binding, Client, Load, Pack, Ticket
 from vllm_multilora.store.job_messages import CheckOnly, Go, Known, Place
 from vllm_multilora.store.memory import HostMemory
-from vllm_multilora.store.messages import PackInfo
+from vllm_multilora.store.messages import Contents, PackInfo
 from vllm_multilora.store.queue import FairQueue, Lane
 from vllm_multilora.store.recent_failures import Failure, RecentFailures
 from vllm_multilora.store.waits import Room
@@ -124,23 +124,13 @@ class Loads:
         self._effects.tell(number, Go(), ())
 
     def checked(
-        self,
-        number: int,
-        blocks: NDArray[np.int64],
-        rank: int,
-        has_special: bool,
-        left_out: tuple[str, ...],
-        invocation_tokens: tuple[int, ...],
-        dora: bool,
-        now: float,
+        self, number: int, contents: Contents, blocks: NDArray[np.int64], now: float
     ) -> None:
         """A job has checked the files, and asks where to pack to."""
         load = self._loads.get(number)
         if load is None:
             return
-        load.blocks, load.rank = blocks, rank
-        load.has_special, load.left_out = has_special, left_out
-        load.invocation_tokens, load.dora = invocation_tokens, dora
+        load.contents, load.blocks = contents, blocks
         if load.keep():
             self._memory.keep_within(load.binding.scope, load.tenant, load.most, coming=1)
             if (reason := self._room.never(load)) is not None:

@@ -14,7 +14,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
@@ -60,13 +60,31 @@ class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
     signing_keys: str | None = None
 
 
-class PackInfo(msgspec.Struct, frozen=True, array_like=True):
+class Contents(msgspec.Struct, frozen=True, array_like=True):
+    """What the check of an adapter's files has found in them.
+
+    Attributes:
+        rank: The largest rank of its modules.
+        has_special: Whether it has tensors for layers that vLLM fills itself.
+        left_out: Modules of the adapter that nothing adapts here.
+        invocation_tokens: Token ids from whose last occurrence in a prompt on the adapter acts;
+            none: it acts on all of it.
+        dora: Whether it is a DoRA adapter, which multiplies outputs too.
+    """
+
+    rank: int
+    has_special: bool
+    left_out: tuple[str, ...]
+    invocation_tokens: tuple[int, ...]
+    dora: bool
+
+
+class PackInfo(Contents, frozen=True):
     """An adapter as it lies in host memory, packed for every rank of one model.
 
     Attributes:
         pack: Its number, never used twice, not even by a store that is started again.
             0: it was read and checked, and not kept in memory.
-        rank: The largest rank of its modules.
         nbytes: Bytes of its blocks.
         held_bytes: Bytes of memory that it takes: its pages.
         digest: BLAKE3 of its files, hexadecimal.
@@ -74,16 +92,10 @@ class PackInfo(msgspec.Struct, frozen=True, array_like=True):
         segments: Numbers of the segments that it lies in; places refer to them by their index.
         index_place: Place of the block that says what lies where (`adapters/pack_index.py`).
         index_bytes: Bytes of that block, padding included.
-        has_special: Whether it has tensors for layers that vLLM fills itself.
-        left_out: Modules of the adapter that nothing adapts here.
-        invocation_tokens: Token ids from whose last occurrence in a prompt on the adapter acts;
-            none: it acts on all of it.
-        dora: Whether it is a DoRA adapter, which multiplies outputs too.
         parts: The digests of a blend's parts, in their order; none for other adapters.
     """
 
     pack: int
-    rank: int
     nbytes: int
     held_bytes: int
     digest: str
@@ -91,11 +103,7 @@ class PackInfo(msgspec.Struct, frozen=True, array_like=True):
     segments: list[int]
     index_place: int
     index_bytes: int
-    has_special: bool
-    left_out: tuple[str, ...]
-    invocation_tokens: tuple[int, ...] = ()
-    dora: bool = False
-    parts: tuple[str, ...] = ()
+    parts: tuple[str, ...]
 
     @property
     def kind(self) -> str:
@@ -145,7 +153,6 @@ class Want(Message, frozen=True):
     """Asks for an adapter; answered by `Loaded` or `Failed` with the same ticket.
 
     Attributes:
-        ticket: The client's number for this want, unique among its outstanding ones.
         adapter: The adapter's number, the same in all engines of a server.
         name: The adapter's name, for messages.
         path: The adapter's folder, or what it is blended of (`adapters.blends.Blend.source`).
@@ -155,9 +162,10 @@ class Want(Message, frozen=True):
         keep: Whether it is wanted in memory: `Loaded` then comes with a lease, and other adapters
             leave for it. Otherwise it is read and checked, and kept only where room is free.
         fresh: Whether its files are looked at again even if it is in memory.
+        ticket: The client's number for this want, unique among its outstanding ones: the client
+            gives it when it sends the want.
     """
 
-    ticket: int
     adapter: int
     name: str
     path: str
@@ -165,6 +173,7 @@ class Want(Message, frozen=True):
     most: int | None = None
     keep: bool = True
     fresh: bool = False
+    ticket: int = 0
 
 
 class Share(Message, frozen=True):

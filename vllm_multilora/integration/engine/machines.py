@@ -25,25 +25,21 @@ from vllm_multilora.store.messages import (
     Restarted,
     Totals,
     ToUser,
+    Want,
 )
 
 
 @dataclass(eq=False)
 class _Want:
-    """One want of the engine core's: the arguments, and what each machine has to say.
+    """One want of the engine core's, and what each machine has to say.
 
     Attributes:
+        want: What is asked of each machine.
         tickets: Of the machines' own wants.
         loaded: What has come so far; None where nothing has.
     """
 
-    adapter: int
-    name: str
-    path: str
-    owners: list[str]
-    most: int | None
-    keep: bool
-    fresh: bool
+    want: Want
     tickets: list[int] = field(default_factory=list)
     loaded: list[Loaded | None] = field(default_factory=list)
 
@@ -93,38 +89,28 @@ class MachineStores:
         known = self._packs.get(pack)
         return () if known is None else known.parts[1:]
 
-    def want(
-        self,
-        adapter: int,
-        name: str,
-        path: str,
-        *,
-        owners: Sequence[str] = (),
-        most: int | None = None,
-        keep: bool = True,
-        fresh: bool = False,
-    ) -> int:
+    def want(self, want: Want) -> int:
         ticket = next(self._tickets)
-        want = _Want(adapter, name, path, list(owners), most, keep, fresh)
-        self._wants[ticket] = want
+        asked = self._wants[ticket] = _Want(want)
         for machine in range(len(self._clients)):
-            want.tickets.append(self._ask(machine, ticket, want))
-            want.loaded.append(None)
+            asked.tickets.append(self._ask(machine, ticket, want))
+            asked.loaded.append(None)
         return ticket
 
     def share(self, ticket: int, owner: str) -> None:
-        want = self._wants.get(ticket)
-        if want is None or owner in want.owners:
+        asked = self._wants.get(ticket)
+        if asked is None or owner in asked.want.owners:
             return
-        want.owners.append(owner)
-        for client, part, loaded in zip(self._clients, want.tickets, want.loaded, strict=True):
+        owners = (*asked.want.owners, owner)
+        asked.want = msgspec.structs.replace(asked.want, owners=owners)
+        for client, part, loaded in zip(self._clients, asked.tickets, asked.loaded, strict=True):
             if loaded is None:
                 client.share(part, owner)
 
     def cancel(self, ticket: int) -> None:
-        want = self._wants.pop(ticket, None)
-        if want is not None:
-            self._take_back(want)
+        asked = self._wants.pop(ticket, None)
+        if asked is not None:
+            self._take_back(asked)
 
     def release(self, pack: int) -> None:
         known = self._packs.get(pack)
@@ -162,22 +148,14 @@ class MachineStores:
         for client in self._clients:
             client.close()
 
-    def _ask(self, machine: int, ticket: int, want: _Want) -> int:
-        part = self._clients[machine].want(
-            want.adapter,
-            want.name,
-            want.path,
-            owners=want.owners,
-            most=want.most,
-            keep=want.keep,
-            fresh=want.fresh,
-        )
+    def _ask(self, machine: int, ticket: int, want: Want) -> int:
+        part = self._clients[machine].want(want)
         self._own_ticket[machine][part] = ticket
         return part
 
-    def _take_back(self, want: _Want) -> None:
-        for machine, part in enumerate(want.tickets):
-            loaded = want.loaded[machine]
+    def _take_back(self, asked: _Want) -> None:
+        for machine, part in enumerate(asked.tickets):
+            loaded = asked.loaded[machine]
             if loaded is None:
                 self._own_ticket[machine].pop(part, None)
                 self._clients[machine].cancel(part)
@@ -189,9 +167,9 @@ class MachineStores:
         match message:
             case Loaded(part):
                 ticket = self._own_ticket[machine].pop(part)
-                want = self._wants[ticket]
-                want.loaded[machine] = message
-                return self._merge(ticket, want)
+                asked = self._wants[ticket]
+                asked.loaded[machine] = message
+                return self._merge(ticket, asked)
             case Failed(part):
                 ticket = self._own_ticket[machine].pop(part)
                 self.cancel(ticket)  # the other machines need not go on
@@ -210,14 +188,15 @@ class MachineStores:
                 return self._start_over(machine)
         return []
 
-    def _merge(self, ticket: int, want: _Want) -> list[ToUser]:
-        found = [loaded for loaded in want.loaded if loaded is not None]
+    def _merge(self, ticket: int, asked: _Want) -> list[ToUser]:
+        want = asked.want
+        found = [loaded for loaded in asked.loaded if loaded is not None]
         if len(found) < len(self._clients):
             return []
         del self._wants[ticket]
         digests = {loaded.pack.digest for loaded in found}
         if len(digests) > 1:
-            self._take_back(want)
+            self._take_back(asked)
             return [
                 Failed(
                     ticket,
@@ -266,11 +245,11 @@ class MachineStores:
 
     def _forget_checked(self, machine: int, pack: int) -> None:
         """A pack without a lease has gone before all machines had theirs: it was checked only."""
-        for want in self._wants.values():
-            loaded = want.loaded[machine]
+        for asked in self._wants.values():
+            loaded = asked.loaded[machine]
             if loaded is not None and loaded.pack.pack == pack:
                 gone = msgspec.structs.replace(loaded.pack, pack=0)
-                want.loaded[machine] = msgspec.structs.replace(loaded, pack=gone)
+                asked.loaded[machine] = msgspec.structs.replace(loaded, pack=gone)
 
     def _forgotten(self, machine: int, adapter: int) -> list[ToUser]:
         waiting = self._leaving.get(adapter, deque())
@@ -304,10 +283,10 @@ class MachineStores:
         """A machine's store is a new one: no adapter is on all machines any more."""
         self._totals[machine] = None
         self._lose(lambda _: True)
-        for ticket, want in self._wants.items():
-            if want.loaded[machine] is not None:
-                want.loaded[machine] = None
-                want.tickets[machine] = self._ask(machine, ticket, want)
+        for ticket, asked in self._wants.items():
+            if asked.loaded[machine] is not None:
+                asked.loaded[machine] = None
+                asked.tickets[machine] = self._ask(machine, ticket, asked.want)
         # Whoever waits for an adapter to be forgotten is answered by the restart itself.
         self._leaving.clear()
         return [Restarted()]

@@ -7,23 +7,13 @@ from typing import Protocol
 
 from vllm_multilora.integration.fill_link import Answer
 from vllm_multilora.integration.orders import Order
-from vllm_multilora.store.messages import ToUser
+from vllm_multilora.store.messages import ToUser, Want
 
 
 class Store(Protocol):
     """What is asked of the store; `StoreClient` is one. Nothing of it blocks."""
 
-    def want(
-        self,
-        adapter: int,
-        name: str,
-        path: str,
-        *,
-        owners: Sequence[str] = (),
-        most: int | None = None,
-        keep: bool = True,
-        fresh: bool = False,
-    ) -> int:
+    def want(self, want: Want) -> int:
         """Asks for an adapter; returns the ticket that the answer names."""
 
     def share(self, ticket: int, owner: str) -> None:

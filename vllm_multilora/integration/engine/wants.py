@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from vllm_multilora.adapters.fingerprint import Fingerprint
 from vllm_multilora.integration.engine.entries import Entry
 from vllm_multilora.integration.engine.parties import Store
+from vllm_multilora.store.messages import Want
 
 BLENDS = "\0blends"
 """Whose turn blends of no tenant take in the store's queue: all of them that of one adapter."""
@@ -114,7 +115,7 @@ class Wants:
             keys = Fingerprint.at(self._signing_keys)
             # What one key has signed may be in memory after the key has gone.
             fresh = fresh or keys is None or keys != entry.checked_under
-        ticket = self._store.want(
+        want = Want(
             entry.number,
             request.lora_name,
             request.lora_path,
@@ -123,6 +124,7 @@ class Wants:
             keep=keep,
             fresh=fresh,
         )
+        ticket = self._store.want(want)
         self._tickets[ticket], self._asked_under[ticket] = entry, keys
         return ticket
 

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from vllm_multilora.integration.fill_link import Answer, FillLink
 from vllm_multilora.integration.orders import Order
 from vllm_multilora.integration.worker import calls
-from vllm_multilora.store.messages import Failed, Forgotten, Loaded, PackInfo, ToUser
+from vllm_multilora.store.messages import Failed, Forgotten, Loaded, PackInfo, ToUser, Want
 
 Call = Callable[..., Any]
 """`collective_rpc` of vLLM's executor."""
@@ -99,24 +101,13 @@ class WaitingStore:
         self._tickets = itertools.count(1)
         self._inbox: list[ToUser] = []
 
-    def want(
-        self,
-        adapter: int,
-        name: str,
-        path: str,
-        *,
-        owners: Sequence[str] = (),
-        most: int | None = None,
-        keep: bool = True,
-        fresh: bool = False,
-    ) -> int:
+    def want(self, want: Want) -> int:
         ticket = next(self._tickets)
-        answers: list[Loaded | Failed] = self._call(
-            calls.load_now, args=(ticket, adapter, name, path, keep, fresh, tuple(owners), most)
-        )
+        sent = msgspec.structs.replace(want, ticket=ticket)
+        answers: list[Loaded | Failed] = self._call(calls.load_now, args=(sent,))
         # Workers of one model agree on all that is looked at here; a failure of one is enough.
         failure = next((answer for answer in answers if isinstance(answer, Failed)), None)
-        if failure is not None and keep:
+        if failure is not None and want.keep:
             self.release(ticket)  # some may have it
         self._inbox.append(failure or answers[0])
         return ticket

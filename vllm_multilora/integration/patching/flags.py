@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 
+def flag_of(setting: str) -> str:
+    """The flag of a setting."""
+    if setting == "enabled":
+        return f"--{CONFIG_KEY}"
+    return f"--{CONFIG_KEY}-{setting.replace('_', '-')}"
+
+
 def _destination(name: str) -> str:
     return f"{CONFIG_KEY}_{name}"
 
@@ -24,14 +31,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "vllm-multilora", "Multi-tenant LoRA serving (plugin vllm-multilora)."
     )
     for setting in fields(MultiLoRAConfig):
-        options = {key: value for key, value in setting.metadata.items() if key != "flag"}
+        options = dict(setting.metadata["options"])
         if not options.keys() - {"help"}:
             options["action"] = argparse.BooleanOptionalAction
         group.add_argument(
-            setting.metadata["flag"],
-            dest=_destination(setting.name),
-            default=None,
-            **options,
+            flag_of(setting.name), dest=_destination(setting.name), default=None, **options
         )
 
 

@@ -23,11 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
-from vllm.lora.layers import (
-    BaseLayerWithLoRA,
-    FusedMoEWithLoRA,
-    VocabParallelEmbeddingWithLoRA,
-)
+from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
@@ -42,11 +38,10 @@ from multilora_kernels import (
 )
 from multilora_kernels.plan import DEFAULT_TILE_ROWS
 from vllm_multilora.integration.patching.activation import kernel_backend
-from vllm_multilora.integration.step.heads import ClassificationHead, TokenHead
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import OutputRows
 from vllm_multilora.integration.step.punica_moe import ExpertLayers
-from vllm_multilora.integration.step.staged_rows import StagedRows
+from vllm_multilora.integration.step.stock_rows import StockRows
 
 if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
@@ -83,24 +78,16 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         layout = PlanLayout(max_num_batched_tokens, self.max_loras, tile_rows)
         self.plan = BatchPlan(layout, device)
         self.output_rows = OutputRows(layout, device)
-        # What is left of vLLM's own metadata: embedding layers read the first, full-weight heads
-        # the others, by sampled rows or (vLLM 0.33's for tokens) by tokens. All are prepared
-        # until adopt_layers() knows better.
-        self._embedding_offsets = StagedRows(max_num_batched_tokens, device)
-        self._sampler_slots = StagedRows(max_num_batched_tokens, device)
-        self._token_slots = StagedRows(max_num_batched_tokens, device)
-        self._embeddings_indices = self._embedding_offsets.buffer
-        self._sampler_indices = self._sampler_slots.buffer
-        self._token_lora_indices = self._token_slots.buffer
-        self._has_embeddings = self._has_heads = self._has_token_heads = True
+        self._stock_rows = StockRows(max_num_batched_tokens, self.max_loras, device)
+        self._embeddings_indices = self._stock_rows.embedding_offsets.buffer
+        self._sampler_indices = self._stock_rows.sampler_slots.buffer
+        self._token_lora_indices = self._stock_rows.token_slots.buffer
         self._own_graphs = _have_own_graphs(get_current_vllm_config_or_none())
         self._lora_config = lora_config
         self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
         self.shrink_ranks: torch.Tensor | None = None
         self.expand_ranks: torch.Tensor | None = None
         self.factors: OutputFactors | None = None
-        self._vocab_size = 0
-        self._first_rows = np.zeros(self.max_loras + 1, dtype=np.int64)
         self._slot_owners: list[int | None] = []
         self._slot_of = {0: -1}
         # By whether y is added to: the layer's B, and the layer with it.
@@ -113,13 +100,8 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
             layers: All of them, before the first step.
         """
         layers = list(layers)
-
-        def has(kind: type[BaseLayerWithLoRA]) -> bool:
-            return any(isinstance(layer, kind) for layer in layers)
-
-        self._has_embeddings = has(VocabParallelEmbeddingWithLoRA)
-        self._has_heads, self._has_token_heads = has(ClassificationHead), has(TokenHead)
-        if has(FusedMoEWithLoRA):
+        self._stock_rows.adopt_layers(layers)
+        if any(isinstance(layer, FusedMoEWithLoRA) for layer in layers):
             self._pass_experts_to_stock(
                 self.plan.layout.max_tokens,
                 self.max_batches,
@@ -171,8 +153,7 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
 
     def memory_lost(self) -> None:
         """Makes what steps read on the device valid again after a sleep that kept no memory."""
-        for rows in (self._embedding_offsets, self._sampler_slots, self._token_slots):
-            rows.clear()
+        self._stock_rows.clear()
         for buffer in (self.plan.buffer, self.output_rows.buffer):
             buffer.zero_()
         for (_, rank), ranks in self._full_ranks.items():
@@ -189,8 +170,8 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         """Takes over a step's mapping of rows to adapters; once per step, not per layer."""
         if lora_index_to_id != self._slot_owners:  # as a rule they are those of the step before
             self._slot_owners = list(lora_index_to_id)
-            self._slot_of = {owner: slot for slot, owner in enumerate(lora_index_to_id) if owner}
-            self._slot_of[0] = -1
+            own = {owner: slot for slot, owner in enumerate(lora_index_to_id) if owner}
+            self._slot_of = {0: -1} | own
         slot_of = self._slot_of
         if isinstance(mapping, BatchMapping):
             ids = mapping.ids
@@ -209,20 +190,10 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         own_graphs = self._own_graphs and mapping.type is LoRAMappingType.LANGUAGE
         self.plan.update(token_slots, own_graphs=own_graphs)
         self.output_rows.set_step(self.plan, token_slots, sampler_slots)
-        if self._has_embeddings:
-            if vocab_size != self._vocab_size:
-                # By slot; what -1 finds is the last entry, for rows without adapter.
-                self._vocab_size = vocab_size
-                self._first_rows = np.arange(self.max_loras + 1) * vocab_size
-                self._first_rows[-1] = 0
-            self._embedding_offsets.update(self._first_rows[token_slots])
-        if self._has_heads:
-            self._sampler_slots.update(sampler_slots)
-        if self._has_token_heads:
-            self._token_slots.update(token_slots)
+        self._stock_rows.update(token_slots, sampler_slots, vocab_size)
         self._update_experts(token_slots)
-        tokens, rows = len(token_slots), len(sampler_slots)
-        self.indices_len[:] = (tokens, rows, rows, tokens)
+        rows = len(sampler_slots)
+        self.indices_len[:] = (len(token_slots), rows, rows, len(token_slots))
 
     def add_lora_linear(
         self,
@@ -242,16 +213,11 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         """
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         if scale == 1.0:  # the path of every layer and step
-            known = self._prepared.get(add_inputs)
-            if torch.compiler.is_compiling():
-                if known is not None:  # a layer calls its own wrapper, with its own weights
-                    known[1](y, x, self.plan)
-                    return
-            else:
-                if known is not None and known[0] is lora_b_stacked:
-                    prepared = known[1]
-                else:
-                    prepared = self.prepare(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)
+            lora_b, prepared = self._prepared.get(add_inputs, (None, None))
+            # When compiled, a layer takes what is there: wrapper and weights are its own.
+            if lora_b is not lora_b_stacked and not torch.compiler.is_compiling():
+                prepared = self.prepare(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)
+            if prepared is not None:
                 prepared(y, x, self.plan)
                 return
         lora_linear(

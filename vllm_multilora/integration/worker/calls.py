@@ -13,7 +13,7 @@ from vllm_multilora.integration.remote_link import Address, dial, this_machine
 from vllm_multilora.integration.worker.store_relay import StoreRelay
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import store_host
-from vllm_multilora.store.messages import Failed, Loaded
+from vllm_multilora.store.messages import Failed, Loaded, Want
 
 if TYPE_CHECKING:
     from vllm_multilora.integration.worker.manager import MultiLoRAWorkerManager
@@ -112,21 +112,9 @@ def carry_out_now(worker: Any, orders: list[Order]) -> list[Answer]:
     return [_manager(worker).carry_out_now(order) for order in orders]
 
 
-def load_now(
-    worker: Any,
-    ticket: int,
-    adapter: int,
-    name: str,
-    path: str,
-    keep: bool,
-    fresh: bool,
-    owners: tuple[str, ...] = (),
-    most: int | None = None,
-) -> Loaded | Failed:
+def load_now(worker: Any, want: Want) -> Loaded | Failed:
     """Loads an adapter from the worker's own store."""
-    return _manager(worker).own_store.load(
-        ticket, adapter, name, path, keep=keep, fresh=fresh, owners=owners, most=most
-    )
+    return _manager(worker).own_store.load(want)
 
 
 def release_now(worker: Any, pack: int) -> None:

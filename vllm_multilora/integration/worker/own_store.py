@@ -17,6 +17,7 @@ from vllm_multilora.store.messages import (
     Restarted,
     StoreSettings,
     ToUser,
+    Want,
 )
 
 _MARGIN_S = 10.0  # beyond the store's own limit for one adapter: others may be before it
@@ -50,22 +51,14 @@ class OwnStore:
         self._limit_s = settings.timeout_s + _MARGIN_S
         self._packs: dict[int, PackInfo] = {}
 
-    def load(
-        self,
-        ticket: int,
-        adapter: int,
-        name: str,
-        path: str,
-        *,
-        keep: bool,
-        fresh: bool,
-        owners: tuple[str, ...] = (),
-        most: int | None = None,
-    ) -> Loaded | Failed:
-        """Loads an adapter; returns the store's answer, with the engine core's numbers in it."""
-        own = self._client.want(
-            adapter, name, path, owners=owners, most=most, keep=keep, fresh=fresh
-        )
+    def load(self, want: Want) -> Loaded | Failed:
+        """Loads an adapter; returns the store's answer, with the engine core's numbers in it.
+
+        Args:
+            want: With the engine core's ticket.
+        """
+        ticket = want.ticket
+        own = self._client.want(want)
         deadline = time.monotonic() + self._limit_s
         while (left := deadline - time.monotonic()) > 0:
             answer = self._take(self._client.wait(left), own)
@@ -80,7 +73,7 @@ class OwnStore:
         self._client.cancel(own)
         return Failed(
             ticket,
-            adapter,
+            want.adapter,
             FailureKind.TIMEOUT,
             f"the store of this worker's machine has not answered within {self._limit_s:g} s",
             [],

@@ -1,0 +1,75 @@
+"""What layers other than linear ones still read of vLLM's own metadata of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.lora.layers import BaseLayerWithLoRA, VocabParallelEmbeddingWithLoRA
+
+from vllm_multilora.integration.step.heads import ClassificationHead, TokenHead
+from vllm_multilora.integration.step.staged_rows import StagedRows
+
+
+class StockRows:
+    """Numbers by row that layers other than linear ones read, and only what a model's do.
+
+    Args:
+        max_tokens: The most tokens in a step.
+        slots: Of adapters.
+        device: Where the model runs.
+
+    Attributes:
+        embedding_offsets: First row of each token's adapter in an embedding's A.
+        sampler_slots: Slots by sampled row, which full-weight heads read.
+        token_slots: Slots by token, which vLLM 0.33's heads for tokens read.
+    """
+
+    def __init__(self, max_tokens: int, slots: int, device: torch.device | str) -> None:
+        self.embedding_offsets = StagedRows(max_tokens, device)
+        self.sampler_slots = StagedRows(max_tokens, device)
+        self.token_slots = StagedRows(max_tokens, device)
+        self._has_embeddings = self._has_heads = self._has_token_heads = True
+        self._vocab_size = 0
+        self._first_rows = np.zeros(slots + 1, dtype=np.int64)
+
+    def adopt_layers(self, layers: Sequence[BaseLayerWithLoRA]) -> None:
+        """Learns which layers there are; until then all is prepared."""
+
+        def has(kind: type[BaseLayerWithLoRA]) -> bool:
+            return any(isinstance(layer, kind) for layer in layers)
+
+        self._has_embeddings = has(VocabParallelEmbeddingWithLoRA)
+        self._has_heads, self._has_token_heads = has(ClassificationHead), has(TokenHead)
+
+    def update(
+        self,
+        token_slots: npt.NDArray[np.int64],
+        sampler_slots: npt.NDArray[np.int64],
+        vocab_size: int,
+    ) -> None:
+        """Takes over a step.
+
+        Args:
+            token_slots: int64 [tokens], the slot of each; -1: none.
+            sampler_slots: int64 [rows], the same of the rows that are sampled.
+            vocab_size: Rows of an adapter in an embedding's A.
+        """
+        if self._has_embeddings:
+            if vocab_size != self._vocab_size:
+                # By slot; what -1 finds is the last entry, for rows without adapter.
+                self._vocab_size = vocab_size
+                self._first_rows = np.arange(len(self._first_rows)) * vocab_size
+                self._first_rows[-1] = 0
+            self.embedding_offsets.update(self._first_rows[token_slots])
+        if self._has_heads:
+            self.sampler_slots.update(sampler_slots)
+        if self._has_token_heads:
+            self.token_slots.update(token_slots)
+
+    def clear(self) -> None:
+        """Their memory on the device was lost."""
+        for rows in (self.embedding_offsets, self.sampler_slots, self.token_slots):
+            rows.clear()
