@@ -3,8 +3,10 @@
 import pytest
 
 from vllm_multilora.capacity.calibration import CalibrationError
-from vllm_multilora.capacity.measuring import Adapter, Limits, Measuring
-from vllm_multilora.capacity.step_cost import TERMS, Batch, StepCost, fit, pairs_of
+from vllm_multilora.capacity.fitting import fit
+from vllm_multilora.capacity.measuring import Measuring
+from vllm_multilora.capacity.step_cost import TERMS, Batch, StepCost, pairs_of
+from vllm_multilora.capacity.timing import Adapter, Limits
 from vllm_multilora.operations.completions import Answer
 from vllm_multilora.slots.budget import MIB
 

@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 
-from vllm_multilora.capacity.step_cost import TERMS, Batch, Sample, StepCost, fit, line, pairs_of
+from vllm_multilora.capacity.fitting import Sample, fit, line
+from vllm_multilora.capacity.step_cost import TERMS, Batch, StepCost, pairs_of
 from vllm_multilora.slots.budget import MIB
 
 SECONDS = {term: 0.001 * n for n, term in enumerate(TERMS, 1)}

@@ -65,7 +65,7 @@ class Loads(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Residual(msgspec.Struct, frozen=True, kw_only=True):
-    """How well the model of a step fits; see `step_cost.Fit`."""
+    """How well the model of a step fits; see `fitting.Fit`."""
 
     rms: float
     worst: float

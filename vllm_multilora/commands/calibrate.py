@@ -20,8 +20,6 @@ from vllm_multilora.capacity.calibration import (
     Settings,
     write_calibration,
 )
-from vllm_multilora.capacity.measuring import Adapter, Limits, Measuring
-from vllm_multilora.capacity.step_cost import fit
 from vllm_multilora.commands.status import fetch
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.operations.completions import Completions
@@ -85,6 +83,10 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
         UnreachableError: The server does not answer as it should.
         CalibrationError: It cannot be measured.
     """
+    from vllm_multilora.capacity.fitting import fit
+    from vllm_multilora.capacity.measuring import Measuring
+    from vllm_multilora.capacity.timing import Adapter, Limits
+
     seqs, tokens = arguments.max_num_seqs, arguments.max_num_batched_tokens
     if not 2 <= seqs <= tokens:
         raise CalibrationError(
