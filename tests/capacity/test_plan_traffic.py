@@ -67,6 +67,7 @@ def test_the_text_says_the_same(plan):
     assert "0.3 generated tokens/s, 1.7 tokens/s of prompts; the engine computes 39%" in out
     assert "first token, ms     4,700.0  4,700.0" in out
     assert "1 loads, 1 copies into slots" in out
+    assert "calibrated 2026-11-27T00:00:00+00:00 on abacus; steps are fitted to 1.0%" in out
 
 
 def test_settings_may_be_others_than_the_calibrated_ones(plan):

@@ -26,6 +26,8 @@ from vllm_multilora.operations.completions import Completions
 from vllm_multilora.operations.http_client import base_url, get_json, get_text
 
 WRITTEN, FAILED = 0, 2
+_MUCH = 0.1
+"""As a residual; on a calm machine it is half of this."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +200,11 @@ def report(calibration: Calibration, path: Path) -> str:
         f"with adapters {1000 * step['adapters_at_all']:.1f} ms more, and "
         f"{1000 * step['adapter_mib']:.2f} ms for each MiB of them",
     ]
+    if residual.rms > _MUCH:
+        lines.insert(
+            1,
+            "that is much: if others use the machine or the server, calibrate again without them",
+        )
     if loads is None:
         lines.append("no load was timed: there was no adapter that nobody has asked for yet")
     else:

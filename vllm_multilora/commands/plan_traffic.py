@@ -73,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     except MultiLoRAError as error:
         print(f"vllm-multilora plan: error: {error}", file=sys.stderr)
         return FAILED
-    print(_json(found, server, calibration) if arguments.json else _text(found, server))
+    print(
+        _json(found, server, calibration) if arguments.json else _text(found, server, calibration)
+    )
     for each in found.outside:
         print(f"vllm-multilora plan: outside the calibration: {each}", file=sys.stderr)
     return PLANNED
@@ -112,7 +114,7 @@ def _server(arguments: argparse.Namespace, calibration: Calibration) -> Server:
     return Server(shape, step_tokens, arguments.policy)
 
 
-def _text(found: Forecast, server: Server) -> str:
+def _text(found: Forecast, server: Server, calibration: Calibration) -> str:
     rows = [
         ("", "p50", "p99"),
         ("first token, ms", _ms(found.first_token_p50), _ms(found.first_token_p99)),
@@ -132,6 +134,8 @@ def _text(found: Forecast, server: Server) -> str:
             f"adapters: {found.gpu_hit_rate:.1%} of requests find theirs in a slot, "
             f"{found.cpu_hit_rate:.1%} in a slot or in host memory; {found.loads} loads, "
             f"{found.activations} copies into slots",
+            f"calibrated {calibration.created} on {calibration.machine['processor']}; steps are "
+            f"fitted to {calibration.residual.rms:.1%}",
         ]
     )
 
