@@ -31,7 +31,7 @@ from vllm_multilora.operations.completions import Answer, Ask, Completions
 
 SLOTS, HOST_PLACES, BATCH, STEP_TOKENS = 8, 64, 16, 512
 RANKS = (8, 16, 32, 64)
-CALIBRATED = 16
+CALIBRATED = 24
 """Adapters that the calibration has for itself."""
 
 MEASURES = {

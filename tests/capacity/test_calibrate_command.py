@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
                 event = {"choices": [{}], "usage": {"completion_tokens": n}}
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
                 if asked["max_tokens"] > 1:
-                    threading.Event().wait(0.002)
+                    threading.Event().wait(0.005)
             self.wfile.write(b"data: [DONE]\n\n")
         except OSError:
             pass  # whoever asked has seen enough
@@ -108,7 +108,7 @@ def test_a_server_is_measured_into_a_file(server, tmp_path, capsys):
     assert (settings.max_model_len, settings.max_loras, settings.kv_tokens) == (128, 4, 1600)
     assert (settings.max_cpu_loras, settings.cpu_cache_bytes) == (8, 10**9)
     assert found.adapters == SIZES
-    assert found.step_s["step"] > 0
+    assert sum(found.step_s.values()) > 0
     assert (found.ranges.rows, found.ranges.prompt_tokens) == (4, 64)
     assert found.ranges.load_bytes == max(SIZES.values())
 

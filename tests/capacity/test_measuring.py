@@ -128,7 +128,9 @@ def test_the_fit_finds_what_the_server_takes():
     assert loads.fixed_s == pytest.approx(LOAD_S, rel=0.1)
     assert loads.s_per_mib == pytest.approx(LOAD_S_PER_MIB, rel=0.1)
     assert loads.copy_fixed_s == pytest.approx(COPY_S, rel=0.1)
-    assert loads.slowdown == pytest.approx(SLOWDOWN, rel=0.25)
+    expected = SLOWDOWN * (LOAD_S + LOAD_S_PER_MIB * 20)
+    assert loads.seconds(20 * MIB, computing=True) == pytest.approx(expected, rel=0.25)
+    assert loads.beside_s_per_mib > loads.s_per_mib
     assert (loads.source, loads.measured) == ("page cache", 13)
 
     ranges = measured.ranges

@@ -12,8 +12,10 @@ import msgspec
 from vllm_multilora import __version__
 from vllm_multilora.capacity.step_cost import TERMS
 from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.slots.budget import MIB
 
 FORMAT = 1
+_LEAST_S = 1e-6
 
 
 class CalibrationError(MultiLoRAError, ValueError):
@@ -48,7 +50,8 @@ class Loads(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         fixed_s: Seconds of a load, whatever the adapter's size, while the engine is idle.
         s_per_mib: More of them for each MiB.
-        slowdown: How many times as long a load takes while the engine computes, at least 1.
+        beside_fixed_s: As `fixed_s`, while the engine computes all the time.
+        beside_s_per_mib: As `s_per_mib`, likewise.
         copy_fixed_s: Seconds of a copy into a slot, whatever the size.
         copy_s_per_mib: More of them for each MiB.
         source: Where the files were: `disk` or `page cache`.
@@ -57,11 +60,22 @@ class Loads(msgspec.Struct, frozen=True, kw_only=True):
 
     fixed_s: float
     s_per_mib: float
-    slowdown: float
+    beside_fixed_s: float
+    beside_s_per_mib: float
     copy_fixed_s: float
     copy_s_per_mib: float
     source: str
     measured: int
+
+    def seconds(self, size: int, *, computing: bool) -> float:
+        """Seconds of a load of so many bytes, while the engine computes or is idle."""
+        if computing:
+            return max(_LEAST_S, self.beside_fixed_s + self.beside_s_per_mib * size / MIB)
+        return max(_LEAST_S, self.fixed_s + self.s_per_mib * size / MIB)
+
+    def copy_seconds(self, size: int) -> float:
+        """Seconds of a copy of so many bytes into a slot."""
+        return self.copy_fixed_s + self.copy_s_per_mib * size / MIB
 
 
 class Residual(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,7 +173,7 @@ def read_calibration(path: Path) -> Calibration:
     numbers = [*found.step_s.values(), found.request_s]
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise CalibrationError(f"{path}: a cost is below 0 or no number; {advice}")
-    if not found.step_s["step"]:
+    if not any(found.step_s.values()):
         raise CalibrationError(f"{path}: a step takes no time; {advice}")
     return found
 

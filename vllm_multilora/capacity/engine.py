@@ -17,7 +17,6 @@ from vllm_multilora.capacity.memory import HostMemory
 from vllm_multilora.capacity.served import Costs, Request, Served
 from vllm_multilora.capacity.step_cost import Batch, pairs_of
 from vllm_multilora.slots.assignment import SlotAssignment
-from vllm_multilora.slots.budget import MIB
 from vllm_multilora.slots.registry import policy_factory
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.turns import SlotTurns
@@ -190,7 +189,7 @@ class Engine:
             self._served.activations += 1
             loads = self._costs.loads
             assert loads is not None
-            seconds = loads.copy_fixed_s + loads.copy_s_per_mib * self._sizes[adapter] / MIB
+            seconds = loads.copy_seconds(self._sizes[adapter])
             heapq.heappush(self._copies, (self._now + seconds, order.order, adapter))
         return False
 

@@ -95,7 +95,7 @@ def _nonnegative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
     while kept:
         scaled, *_ = np.linalg.lstsq(matrix[:, kept] / norms[kept], target, rcond=None)
         if scaled.min() >= 0:
-            found[kept] = scaled / norms[kept]
+            found[kept] = np.abs(scaled) / norms[kept]  # no -0
             break
         del kept[int(scaled.argmin())]
     return found

@@ -12,7 +12,7 @@ from vllm_multilora.capacity.timing import SHORT_PROMPT, STREAMS, Adapter, Timed
 from vllm_multilora.operations.completions import Ask
 from vllm_multilora.slots.budget import MIB
 
-IDLE_LOADS, BESIDE_LOADS, COPIES = 8, 6, 6
+IDLE_LOADS, BESIDE_LOADS, COPIES = 8, 8, 6
 """The most that are timed of each."""
 
 _WARM = 3
@@ -32,7 +32,7 @@ def time_loads(
         What loads take, None if no adapter is cold; and the steps beside loads.
     """
     cold = [adapter.name for adapter in list_adapters() if adapter.state == "absent"]
-    beside = (cold[2::3] or cold[1:2])[:BESIDE_LOADS]
+    beside = (cold[2::3] or cold[1:2])[:BESIDE_LOADS]  # neither all large nor all small ones
     idle = [name for name in cold if name not in beside][:IDLE_LOADS]
     samples: list[Sample] = []
     first = [(name, _first_beyond(server, name)) for name in idle]
@@ -50,12 +50,12 @@ def time_loads(
     copy_fixed, copy_slope = line(by_size(copies)) if by_size(copies) else (0.0, 0.0)
     found = [(x, max(0.0, y - copy_fixed - copy_slope * x)) for x, y in by_size(first)]
     fixed, slope = line(found)
-    expected = sum(fixed + slope * size for size, _ in by_size(late))
-    took = sum(seconds for _, seconds in by_size(late))
+    beside_fixed, beside_slope = line(by_size(late) or found)
     loads = Loads(
         fixed_s=fixed,
         s_per_mib=slope,
-        slowdown=max(1.0, took / expected) if expected else 1.0,
+        beside_fixed_s=beside_fixed,
+        beside_s_per_mib=beside_slope,
         copy_fixed_s=copy_fixed,
         copy_s_per_mib=copy_slope,
         source=source,

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from vllm_multilora.capacity.calibration import Loads
-from vllm_multilora.slots.budget import MIB, CpuBudget
+from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.errors import HostMemoryFullError
 from vllm_multilora.slots.host_tier import HostTier
 from vllm_multilora.slots.policy import CachePolicy
@@ -48,7 +48,7 @@ class HostMemory:
         self._loads = loads
         self._at_once = at_once
         self._queue: deque[int] = deque()
-        self._left: dict[int, float] = {}  # adapters being read: seconds that remain of each alone
+        self._left: dict[int, float] = {}  # adapters being read: the share of each that remains
         self._leased: set[int] = set()
         self.loaded: Counter[int] = Counter()
 
@@ -63,7 +63,9 @@ class HostMemory:
     @property
     def next_s(self) -> float:
         """Seconds until a load ends if the engine stays idle; infinite without loads."""
-        return min(self._left.values(), default=float("inf")) * len(self._left)
+        if not self._left:
+            return float("inf")
+        return min(self._needed(adapter, computing=False) for adapter in self._left)
 
     def used(self, adapters: frozenset[int]) -> None:
         """Tells the adapters of the running batch, when they have changed."""
@@ -89,22 +91,24 @@ class HostMemory:
             seconds: So much.
             computing: Whether the engine computes meanwhile.
         """
-        if self._loads is None:
-            return
-        rate = 1 / self._loads.slowdown if computing else 1.0
         while self._left:
-            share = rate / len(self._left)
-            first = min(self._left, key=self._left.__getitem__)
-            needed = self._left[first] / share
-            passed = min(seconds, needed)
-            for adapter in self._left:
-                self._left[adapter] -= passed * share
+            needed = {adapter: self._needed(adapter, computing=computing) for adapter in self._left}
+            first = min(needed, key=needed.__getitem__)
+            passed = min(seconds, needed[first])
+            for adapter, whole in needed.items():
+                self._left[adapter] *= 1 - passed / max(whole, _ROUNDING_S)
             seconds -= passed
-            if needed > passed + _ROUNDING_S:
+            if needed[first] > passed + _ROUNDING_S:
                 break
             del self._left[first]
             self._leased.add(first)
             self._begin()
+
+    def _needed(self, adapter: int, *, computing: bool) -> float:
+        """Seconds until a load ends, if nothing changes."""
+        assert self._loads is not None
+        alone = self._loads.seconds(self._sizes[adapter], computing=computing)
+        return self._left[adapter] * alone * len(self._left)
 
     def _begin(self) -> None:
         while self._queue and len(self._left) < self._at_once:
@@ -119,5 +123,4 @@ class HostMemory:
             self._tier.take(adapter, size)
             self._queue.popleft()
             self.loaded[adapter] += 1
-            assert self._loads is not None
-            self._left[adapter] = self._loads.fixed_s + self._loads.s_per_mib * size / MIB
+            self._left[adapter] = 1.0
