@@ -131,14 +131,27 @@ COMMANDS = {
     ),
     "plan": Command(
         "vllm_multilora.commands.plan",
-        "say what adapter slots cost, before a server is started",
+        "say what adapter slots cost, before a server is started, and what it can carry",
         "Says, to the byte, what a setting of --max-loras and --max-lora-rank takes of a GPU's "
         "memory and so of the KV cache, and what a directory's adapters need. Only the base "
-        "model's config.json is read. Exits with 1 if the given GPU has no room for it, "
-        "with 2 if the costs cannot be told.",
+        "model's config.json is read. With --traffic it says what throughput and which latencies "
+        "a server would have, by a calibration of one on the same machine. Exits with 1 if the "
+        "given GPU has no room for it, with 2 if the costs cannot be told.",
         (
             "plan --model ./Llama-3.1-8B --max-loras 32 --max-lora-rank 64 --gpu-memory 80",
             "plan --model config.json --max-loras 16 --max-lora-rank 16 --adapters ./adapters",
+            "plan --traffic trace.csv --calibration calibration.json --max-loras 32",
+        ),
+    ),
+    "calibrate": Command(
+        "vllm_multilora.commands.calibrate",
+        "measure what steps and loads of a running server cost, for plan --traffic",
+        "Sends a server requests for a minute or two, and writes a file that says what its steps "
+        "take by what is in them, and what loads of adapters do. Exits with 2 if the server does "
+        "not answer, or the file cannot be written.",
+        (
+            "calibrate --max-num-seqs 64 --max-num-batched-tokens 2048 --output calibration.json",
+            "calibrate --url http://localhost:8001 --max-num-seqs 16 --max-num-batched-tokens 512",
         ),
     ),
     "validate": Command(

@@ -14,6 +14,7 @@ from vllm_multilora.cli import INTERRUPTED, PIPE_CLOSED, main
 
 NOBODY = "http://127.0.0.1:{port}"
 PLAN = "plan --model m --max-loras 2 --max-lora-rank 8"
+CALIBRATE = "calibrate --max-num-seqs"
 BUSY_S = 1.0
 """Seconds of processor time after which a command is past its imports."""
 SOON_S = 5.0
@@ -80,6 +81,9 @@ WRONG = [
     ("tenants check", "check takes a file"),
     # plan and validate
     ("plan", "the following arguments are required: --model, --max-loras, --max-lora-rank"),
+    ("plan --traffic {trace}", "--traffic needs --calibration"),
+    ("plan --traffic {missing} --calibration {empty}", "No such file"),
+    ("plan --traffic {trace} --calibration {empty}", "lacks prompt_tokens and generation_tokens"),
     ("plan --model m --max-loras 2", "the following arguments are required: --max-lora-rank"),
     (f"{PLAN} --max-loras 0", "--max-loras must be at least 1"),
     (f"{PLAN} --max-lora-rank 0", "--max-lora-rank must be at least 1"),
@@ -87,6 +91,12 @@ WRONG = [
     (f"{PLAN} --gpu-memory nan", "--gpu-memory must be a positive number"),
     (f"{PLAN} --gpu-memory-utilization 2", "--gpu-memory-utilization must be in (0, 1]"),
     (f"{PLAN} --dtype int8", "invalid choice: 'int8'"),
+    (f"{PLAN} --calibration {{empty}}", "--calibration is for --traffic"),
+    ("calibrate", "required: --max-num-seqs, --max-num-batched-tokens"),
+    (f"{CALIBRATE} 1 --max-num-batched-tokens 64", "--max-num-seqs must be at least 2"),
+    (f"{CALIBRATE} 64 --max-num-batched-tokens 16", "got 64 and 16"),
+    (f"{CALIBRATE} 4 --max-num-batched-tokens 64 --url nonsense", "is no address of a server"),
+    (f"{CALIBRATE} 4 --max-num-batched-tokens 64 --url {{nobody}}", "cannot be reached"),
     ("validate", "the following arguments are required: DIR, --model"),
     ("validate {folder}", "the following arguments are required: --model"),
     # digest and doctor

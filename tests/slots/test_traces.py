@@ -8,7 +8,13 @@ import pytest
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.adapter_sizes import parse_rank_mix, read_sizes, sizes_by_rank
 from vllm_multilora.slots.synthetic_traces import KINDS, Traffic, synthetic_trace
-from vllm_multilora.slots.traces import Trace, TraceError, read_trace
+from vllm_multilora.slots.traces import (
+    TimedRequest,
+    Trace,
+    TraceError,
+    read_timed_trace,
+    read_trace,
+)
 
 MIB = 2**20
 
@@ -39,6 +45,17 @@ def test_requests_are_read_in_order_of_time(write, name, text):
     trace = read_trace(write(name, text))
     assert trace == Trace(("a", "b", "c", "a"), {"a": 100})
     assert trace.adapters == ("a", "b", "c")
+
+
+def test_a_timed_trace_says_how_much_is_asked_for_and_serves_simulate_too(write):
+    path = write(
+        "t.csv",
+        "time,adapter,prompt_tokens,generation_tokens,bytes\n0.5,a,10,3,100\n0.5,b,20,1,\n",
+    )
+    trace = read_timed_trace(path)
+    assert trace.requests == (TimedRequest(0.5, "a", 10, 3), TimedRequest(0.5, "b", 20, 1))
+    assert trace.sizes == {"a": 100}
+    assert read_trace(path) == Trace(("a", "b"), {"a": 100})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ MOST_CPU_S = 0.5
 
 WRONG = {
     "advise": ["--url", "http://localhost", "--prometheus", "http://localhost"],
+    "calibrate": ["--max-num-seqs", "16"],
     "completion": ["cmd"],
     "digest": [],
     "doctor": ["--no-such-flag"],

@@ -64,7 +64,9 @@ TESTS = {
     "vllm-multilora doctor": "tests/serving/test_plugin.py::"
     "test_the_doctor_finds_everything_in_place",
     "vllm-multilora doctor --against": "tests/unit/test_against.py",
+    "vllm-multilora calibrate": "tests/capacity/test_calibrate_command.py",
     "vllm-multilora plan": "tests/planning/test_plan_command.py",
+    "vllm-multilora plan --traffic": "tests/capacity/test_plan_traffic.py",
     "vllm-multilora sign": "tests/adapters/test_signatures.py",
     "vllm-multilora simulate": "tests/commands/test_simulate.py",
     "vllm-multilora status": "tests/operations/test_status_command.py",

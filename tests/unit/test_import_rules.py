@@ -24,6 +24,7 @@ FLOORS = (
     ("vllm_multilora.slots", "vllm_multilora.store"),
     ("vllm_multilora.metering",),
     (
+        "vllm_multilora.capacity",
         "vllm_multilora.metrics",
         "vllm_multilora.planning",
         "vllm_multilora.routing",

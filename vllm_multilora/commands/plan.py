@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_multilora.commands import plots
+from vllm_multilora.commands import plan_traffic, plots
 from vllm_multilora.commands.quiet import quieten_vllm
 from vllm_multilora.errors import ConfigError, MultiLoRAError
 
@@ -28,11 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server, as the flags of vllm serve")
     server.add_argument(
         "--model",
-        required=True,
         help="the base model's folder or name, or a config.json; no weights are read",
     )
-    server.add_argument("--max-loras", type=int, required=True, metavar="N", help="slots")
-    server.add_argument("--max-lora-rank", type=int, required=True, metavar="R", help="their rank")
+    server.add_argument("--max-loras", type=int, metavar="N", help="slots")
+    server.add_argument("--max-lora-rank", type=int, metavar="R", help="their rank")
     server.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="T", help="workers (default: 1)"
     )
@@ -73,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw the slots' memory over their number, as FILE.png or FILE.svg",
     )
+    plan_traffic.add_arguments(parser)
 
 
 def _offline_costs(arguments: argparse.Namespace) -> BaseModel:
@@ -110,6 +110,8 @@ def run(
     Returns:
         0, 1 if a GPU of --gpu-memory has no room for it, 2 if the costs cannot be told.
     """
+    if arguments.traffic is not None:
+        return plan_traffic.run(arguments)
     try:
         _check(arguments)
         if arguments.plot:
@@ -141,8 +143,19 @@ def _check(arguments: argparse.Namespace) -> None:
     """Checks what neither argparse nor vLLM checks, or checks in words of its own.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A number is out of range, or one is missing.
     """
+    given = {
+        "--model": arguments.model,
+        "--max-loras": arguments.max_loras,
+        "--max-lora-rank": arguments.max_lora_rank,
+    }
+    if lacking := [flag for flag, value in given.items() if value is None]:
+        raise ConfigError(
+            f"without --traffic the following arguments are required: {', '.join(lacking)}"
+        )
+    if arguments.calibration is not None:
+        raise ConfigError("--calibration is for --traffic, which is not given")
     for flag, value, most in (
         ("--max-loras", arguments.max_loras, _MOST_SLOTS),
         ("--max-lora-rank", arguments.max_lora_rank, math.inf),

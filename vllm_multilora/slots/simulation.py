@@ -50,6 +50,19 @@ class ServerShape:
         if self.concurrency < 1:
             raise ConfigError(f"concurrency must be at least 1, got {self.concurrency}")
 
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Checks that host memory has room for each of these adapters alone, given their bytes.
+
+        Raises:
+            ConfigError: It has not.
+        """
+        for adapter, size in sizes.items():
+            if not self.budget.fits(1, size):
+                raise ConfigError(
+                    f"adapter {adapter!r} has {size / MIB:.1f} MiB, more than the whole CPU "
+                    f"budget ({self.budget}); raise --cpu-cache-gib"
+                )
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -198,12 +211,7 @@ def simulate(
         ConfigError: An adapter alone is larger than the byte budget.
     """
     ids = {adapter: i for i, adapter in enumerate(dict.fromkeys(requests))}
-    for adapter in ids:
-        if not shape.budget.fits(1, sizes[adapter]):
-            raise ConfigError(
-                f"adapter {adapter!r} has {sizes[adapter] / MIB:.1f} MiB, more than the whole CPU "
-                f"budget ({shape.budget}); raise --cpu-cache-gib"
-            )
+    shape.check_sizes({adapter: sizes[adapter] for adapter in ids})
     server = _Server(shape, policy, [sizes[adapter] for adapter in ids])
     for adapter in requests:
         server.request(ids[adapter])

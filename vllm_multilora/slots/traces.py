@@ -2,6 +2,9 @@
 
 A trace is CSV with a header line, or JSON lines. Columns or keys: `time` (a number in any unit,
 it orders the requests), `adapter` (its name) and, optionally, `bytes` (its size in host memory).
+
+A timed trace is one in the order of time, its times in seconds, that also says how much a request
+asks for: `prompt_tokens` and `generation_tokens`, named as in the usage log.
 """
 
 from __future__ import annotations
@@ -9,12 +12,15 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_multilora.errors import MultiLoRAError
+
+_COLUMNS = ("time", "adapter")
+_TOKENS = ("prompt_tokens", "generation_tokens")
 
 
 class TraceError(MultiLoRAError, ValueError):
@@ -39,46 +45,99 @@ class Trace:
         return tuple(dict.fromkeys(self.requests))
 
 
+@dataclass(frozen=True)
+class TimedRequest:
+    """A request of a timed trace.
+
+    Attributes:
+        arrives_s: Seconds, from whenever the trace counts.
+        adapter: The adapter's name.
+        prompt_tokens: At least 1.
+        generation_tokens: Likewise.
+    """
+
+    arrives_s: float
+    adapter: str
+    prompt_tokens: int
+    generation_tokens: int
+
+
+@dataclass(frozen=True)
+class TimedTrace:
+    """Requests in the order of their arrival, at least one; `sizes` as in `Trace`."""
+
+    requests: tuple[TimedRequest, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
 def read_trace(path: Path) -> Trace:
     """Reads a `.csv` or `.jsonl` trace; requests of the same time keep their order.
 
     Raises:
         TraceError: The file cannot be read, or a line is wrong.
     """
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise TraceError(f"{path}: a trace must end in .csv, .jsonl or .ndjson")
     arrivals: list[tuple[float, str]] = []
     sizes: dict[str, int] = {}
-    try:
-        for line, row in reader(path):
-            where = f"{path}, line {line}"
-            arrivals.append((_time(row, where), _adapter(row, where)))
-            _note_size(row, arrivals[-1][1], sizes, where)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"{path}: cannot be read: {error}") from error
-    if not arrivals:
-        raise TraceError(f"{path}: holds no request")
+    for where, row in _rows(path, _COLUMNS):
+        arrivals.append((_time(row, where), _adapter(row, where)))
+        _note_size(row, arrivals[-1][1], sizes, where)
     arrivals.sort(key=lambda arrival: arrival[0])
     return Trace(tuple(adapter for _, adapter in arrivals), sizes)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def read_timed_trace(path: Path) -> TimedTrace:
+    """Reads a timed trace.
+
+    Raises:
+        TraceError: The file cannot be read, a line is wrong, or comes before the one above it.
+    """
+    requests: list[TimedRequest] = []
+    sizes: dict[str, int] = {}
+    for where, row in _rows(path, (*_COLUMNS, *_TOKENS)):
+        time, adapter = _time(row, where), _adapter(row, where)
+        if requests and time < requests[-1].arrives_s:
+            raise TraceError(
+                f"{where}: time {time:g} is before {requests[-1].arrives_s:g}, the time of the "
+                "request above it; sort the trace by time"
+            )
+        prompt, generation = (_positive(row, name, where) for name in _TOKENS)
+        requests.append(TimedRequest(time, adapter, prompt, generation))
+        _note_size(row, adapter, sizes, where)
+    return TimedTrace(tuple(requests), sizes)
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All rows, at least one, and where each is."""
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise TraceError(f"{path}: a trace must end in .csv, .jsonl or .ndjson")
+    is_empty = True
+    try:
+        for line, row in reader(path, columns):
+            is_empty = False
+            yield f"{path}, line {line}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(f"{path}: cannot be read: {error}") from error
+    if is_empty:
+        raise TraceError(f"{path}: holds no request")
+
+
+def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        lacking = [name for name in ("time", "adapter") if name not in (reader.fieldnames or ())]
+        lacking = [name for name in columns if name not in (reader.fieldnames or ())]
         if lacking:
             found = ", ".join(reader.fieldnames or ()) or "nothing"
             raise TraceError(
                 f"{path}, line 1: the header lacks {' and '.join(lacking)} (found: {found}; "
-                "expected: time, adapter and optionally bytes)"
+                f"expected: {', '.join(columns)} and optionally bytes)"
             )
         for row in reader:
             yield reader.line_num, row
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with path.open(encoding="utf-8") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
@@ -110,16 +169,21 @@ def _adapter(row: Mapping[str, Any], where: str) -> str:
     return found
 
 
-def _note_size(row: Mapping[str, Any], adapter: str, sizes: dict[str, int], where: str) -> None:
-    found = row.get("bytes")
-    if found is None or found == "":
-        return
+def _positive(row: Mapping[str, Any], name: str, where: str) -> int:
+    found = row.get(name)
     try:
-        size = 0 if isinstance(found, bool | float) else int(found)
+        number = 0 if found is None or isinstance(found, bool | float) else int(found)
     except (TypeError, ValueError):
-        size = 0
-    if size < 1:
-        raise TraceError(f"{where}: bytes must be a positive integer, got {found!r}")
+        number = 0
+    if number < 1:
+        raise TraceError(f"{where}: {name} must be a positive integer, got {found!r}")
+    return number
+
+
+def _note_size(row: Mapping[str, Any], adapter: str, sizes: dict[str, int], where: str) -> None:
+    if row.get("bytes") in (None, ""):
+        return
+    size = _positive(row, "bytes", where)
     if sizes.setdefault(adapter, size) != size:
         raise TraceError(
             f"{where}: adapter {adapter!r} has {size} bytes here and {sizes[adapter]} before; an "

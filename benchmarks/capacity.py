@@ -1,0 +1,191 @@
+"""What `vllm-multilora plan --traffic` predicts of a server, and what the server does.
+
+A server of SmolLM2-135M in bfloat16 with adapters of ranks 8 to 64 on all projections is calibrated
+(`vllm-multilora calibrate`) and then gets three traces over HTTP, in turns. `steady` asks for half
+of what the server can do; `bursty` comes close to that, in bursts, over many more adapters than
+slots; `saturating` asks for all at once, of adapters of all ranks. In each round all adapters
+of a trace are new to the server, so that it begins as the prediction does: cold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks.cpu_throughput import fastest_dtype
+from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.engine_loop import power_law, quantile
+from benchmarks.loads.fleet import Fleet
+from benchmarks.loads.smollm2 import base_model, model_config
+from vllm_multilora.cli import main
+from vllm_multilora.operations.completions import Answer, Ask, Completions
+
+SLOTS, HOST_PLACES, BATCH, STEP_TOKENS = 8, 64, 16, 512
+RANKS = (8, 16, 32, 64)
+CALIBRATED = 24
+"""Adapters that the calibration has for itself."""
+
+MEASURES = {
+    "generated_per_s": "output tokens/s",
+    "first_token_p50": "first token, p50, ms",
+    "first_token_p99": "p99, ms",
+    "next_token_p50": "later tokens, p50, ms",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A request of a trace, its adapter as a number."""
+
+    time: float
+    adapter: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+def steady(dice: random.Random, requests: int) -> Iterable[Line]:
+    """Three requests a second for six adapters."""
+    return _lines(dice, (dice.expovariate(3) for _ in range(requests)), power_law(6))
+
+
+def bursty(dice: random.Random, requests: int) -> Iterable[Line]:
+    """Bursts of six a second, and one a second between them, for 24 adapters."""
+    gaps = (dice.expovariate(6 if n // 12 % 2 == 0 else 1.5) for n in range(requests))
+    return _lines(dice, gaps, power_law(24))
+
+
+def saturating(dice: random.Random, requests: int) -> Iterable[Line]:
+    """Thirty requests a second for eight adapters of all ranks."""
+    return _lines(dice, (dice.expovariate(30) for _ in range(requests)), [1.0] * SLOTS)
+
+
+TRACES: tuple[Callable[[random.Random, int], Iterable[Line]], ...] = (steady, bursty, saturating)
+
+
+def _lines(dice: random.Random, gaps: Iterable[float], weights: Sequence[float]) -> Iterable[Line]:
+    time = 0.0
+    for gap in gaps:
+        time += gap
+        (adapter,) = dice.choices(range(len(weights)), weights)
+        yield Line(round(time, 4), adapter, dice.randint(16, 128), dice.randint(8, 32))
+
+
+@benchmark(
+    workload="SmolLM2-135M in bfloat16 behind HTTP, adapters of ranks 8 to 64 on all projections "
+    "in 8 slots, requests of 16 to 128 + 8 to 32 tokens: steady at half of the capacity, bursty "
+    "with cold adapters near it, and saturating",
+    control="the real server, in three rounds after one calibration",
+    figure="what `plan --traffic` predicts over what the server does",
+    compares_to="0.90 to 1.10, the goal",
+    quick={"rounds": 1, "requests": 6},
+)
+def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Figure]:
+    """Predicted throughput and first tokens against those of a real server.
+
+    Args:
+        rounds: Of all traces.
+        requests: Of each trace.
+        keep: A folder for the calibration and the traces.
+    """
+    from tests.serving.server import VllmServer
+
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        kept = Path(keep) if keep else scratch
+        fleet = Fleet(scratch / "adapters", model_config(), RANKS[0])
+        for n in range(CALIBRATED):
+            fleet.add(f"calibrated-{n}", rank=RANKS[n % len(RANKS)])
+        traces = {make.__name__: list(make(random.Random(0), requests)) for make in TRACES}
+        for kind, lines in traces.items():
+            for turn in range(rounds):
+                for n in {line.adapter for line in lines}:
+                    fleet.add(_name(kind, turn, n), rank=RANKS[n % len(RANKS)])
+        with VllmServer(
+            base_model(),
+            *("--served-model-name", "base", "--dtype", fastest_dtype(), "--enforce-eager"),
+            *("--max-model-len", "512", "--max-num-seqs", str(BATCH)),
+            *("--max-num-batched-tokens", str(STEP_TOKENS), "--no-enable-prefix-caching"),
+            *("--enable-lora", "--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST_PLACES)),
+            *("--max-lora-rank", str(max(RANKS)), "--multilora-adapter-dir", str(fleet.folder)),
+            log=scratch / "server.log",
+        ) as server:
+            file = kept / "calibration.json"
+            settings = ("--max-num-seqs", str(BATCH), "--max-num-batched-tokens", str(STEP_TOKENS))
+            _command("calibrate", "--url", server.url, *settings, "--output", str(file))
+            client = Completions(server.url, seed=0)
+            found: dict[str, list[dict[str, float]]] = {kind: [] for kind in traces}
+            for turn in range(rounds):
+                for kind, lines in traces.items():
+                    asks = [
+                        Ask(
+                            _name(kind, turn, x.adapter),
+                            x.prompt_tokens,
+                            x.generation_tokens,
+                            x.time,
+                        )
+                        for x in lines
+                    ]
+                    found[kind].append(_summary(client.together(asks)))
+                    print(f"{kind}: {found[kind][-1]}", file=sys.stderr, flush=True)
+        for kind, lines in traces.items():
+            trace = kept / f"{kind}.csv"
+            _write(trace, kind, lines)
+            words = ("--traffic", str(trace), "--calibration", str(file))
+            told = _command("plan", *words, "--adapters", str(fleet.folder), "--json")
+            forecast = json.loads(told)["forecast"]
+            for key, measure in MEASURES.items():
+                scale = 1 if key == "generated_per_s" else 1000
+                real = [scale * one[key] for one in found[kind]]
+                expected = scale * forecast[key]
+                yield Figure(f"{kind}, real", measure, real)
+                yield Figure(f"{kind}, predicted", measure, [expected])
+                yield Figure(f"{kind}, predicted / real", measure, [expected / r for r in real])
+
+
+def _name(kind: str, turn: int, adapter: int) -> str:
+    return f"trace-{kind}-{turn}-{adapter}"  # after those that the calibration takes first
+
+
+def _write(path: Path, kind: str, lines: Sequence[Line]) -> None:
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("time", "adapter", "prompt_tokens", "generation_tokens"))
+        for x in lines:
+            rows.writerow((x.time, _name(kind, 0, x.adapter), x.prompt_tokens, x.generation_tokens))
+
+
+def _command(*words: str) -> str:
+    """What a command prints.
+
+    Raises:
+        RuntimeError: It fails.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(words)
+    if status:
+        raise RuntimeError(f"vllm-multilora {' '.join(words)} ended with {status}")
+    return printed.getvalue()
+
+
+def _summary(answers: Sequence[Answer]) -> dict[str, float]:
+    """What the server did, in seconds, as the prediction names it."""
+    begin = min(answer.begin_s for answer in answers)
+    end = max(answer.tokens_s[-1] for answer in answers)
+    first = [answer.first_token_s for answer in answers]
+    gaps = [after - before for answer in answers for before, after in pairwise(answer.tokens_s)]
+    return {
+        "generated_per_s": sum(len(answer.tokens_s) for answer in answers) / (end - begin),
+        "first_token_p50": quantile(first, 0.5),
+        "first_token_p99": quantile(first, 0.99),
+        "next_token_p50": quantile(gaps, 0.5),
+    }

@@ -1,0 +1,161 @@
+"""`vllm-multilora calibrate` against a server that answers as vLLM's HTTP routes do, at once."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from vllm_multilora import __version__
+from vllm_multilora.capacity.calibration import read_calibration
+from vllm_multilora.cli import main
+from vllm_multilora.commands.calibrate import forget_files, kv_tokens
+from vllm_multilora.errors import MultiLoRAError
+
+SIZES = {"acme": 1_000_000, "globex": 4_000_000, "legal": 2_000_000, "sales": 3_000_000}
+METRICS = 'vllm:other 1\nvllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        rows = [
+            {
+                "id": name,
+                "path": f"/adapters/{name}",
+                "state": "slot" if name in server.asked else "absent",
+                "bytes": size if name in server.asked else 0,
+            }
+            for name, size in SIZES.items()
+        ]
+        body = {
+            "/v1/models": {
+                "data": [
+                    {"id": "base", "root": "/models/tiny", "parent": None, "max_model_len": 128},
+                    {"id": "acme", "root": "/adapters/acme", "parent": "base"},
+                ]
+            },
+            "/v1/lora_adapters": {
+                "data": rows,
+                "slots": {"total": 4, "free": 0},
+                "cpu": {"adapters": 0, "bytes": 0, "bytes_limit": 10**9, "adapters_limit": 8},
+            },
+            "/version": {"version": "0.32.0"},
+            "/metrics": METRICS,
+        }[self.path]
+        self.answer(200, body if isinstance(body, str) else json.dumps(body))
+
+    def answer(self, status, text):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.refuses:
+            self.answer(404, "no such adapter")
+            return
+        self.server.asked.add(asked["model"])
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for n in range(1, asked["max_tokens"] + 1):
+                event = {"choices": [{}], "usage": {"completion_tokens": n}}
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                if asked["max_tokens"] > 1:
+                    threading.Event().wait(0.005)
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            pass  # whoever asked has seen enough
+        self.close_connection = True
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.refuses = set(), False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def calibrate(server, output, *flags):
+    words = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--output", str(output)]
+    return main(["calibrate", "--url", f"http://127.0.0.1:{server.server_port}", *words, *flags])
+
+
+def test_a_server_is_measured_into_a_file(server, tmp_path, capsys):
+    file = tmp_path / "calibration.json"
+    assert calibrate(server, file) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"wrote {file}: ")
+    assert "a load from page cache takes " in out
+    assert "measuring loads of adapters from page cache" in err
+    found = read_calibration(file)
+    assert found.model == ["base", "/models/tiny"]
+    assert found.versions == {"vllm": "0.32.0", "vllm-multilora": __version__}
+    assert found.machine["cores"] > 0
+    settings = found.settings
+    assert (settings.max_num_seqs, settings.max_num_batched_tokens) == (4, 64)
+    assert (settings.max_model_len, settings.max_loras, settings.kv_tokens) == (128, 4, 1600)
+    assert (settings.max_cpu_loras, settings.cpu_cache_bytes) == (8, 10**9)
+    assert found.adapters == SIZES
+    assert sum(found.step_s.values()) > 0
+    assert (found.ranges.rows, found.ranges.prompt_tokens) == (4, 64)
+    assert found.ranges.load_bytes == max(SIZES.values())
+
+
+def test_the_file_serves_a_plan(server, tmp_path, capsys):
+    file, trace = tmp_path / "calibration.json", tmp_path / "trace.csv"
+    trace.write_text("time,adapter,prompt_tokens,generation_tokens\n0,acme,20,4\n0,base,20,4\n")
+    assert calibrate(server, file) == 0
+    assert main(["plan", "--traffic", str(trace), "--calibration", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert "2 requests in " in out
+    assert "error" not in err
+
+
+def test_a_server_that_refuses_is_named(server, tmp_path, capsys):
+    server.refuses = True
+    assert calibrate(server, tmp_path / "calibration.json") == 2
+    err = capsys.readouterr().err
+    assert "calibrate: error: a request for base failed: 404 no such adapter" in err
+    assert not (tmp_path / "calibration.json").exists()
+
+
+def test_a_file_that_cannot_be_written_is_named(server, tmp_path, capsys):
+    assert calibrate(server, tmp_path / "none" / "calibration.json") == 2
+    assert "calibration.json: cannot be written: No such file" in capsys.readouterr().err
+
+
+def test_files_that_are_elsewhere_cannot_be_read_from_disk(server, tmp_path, capsys):
+    assert calibrate(server, tmp_path / "calibration.json", "--from-disk") == 2
+    assert "--from-disk: /adapters/acme: " in capsys.readouterr().err
+
+
+def test_files_are_still_there_when_the_system_has_forgotten_them(tmp_path):
+    (tmp_path / "weights").write_bytes(b"abc")
+    forget_files([str(tmp_path)])
+    assert (tmp_path / "weights").read_bytes() == b"abc"
+    with pytest.raises(MultiLoRAError, match="No such file"):
+        forget_files([str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "tokens"),
+    [
+        (METRICS, 1600),
+        ("", None),
+        ('vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0\n', None),
+    ],
+)
+def test_what_the_kv_cache_holds(metrics, tokens):
+    assert kv_tokens(metrics) == tokens

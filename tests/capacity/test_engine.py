@@ -1,0 +1,129 @@
+"""The simulated engine, step by step: a step takes 1 s, each token of a prompt 10 ms more, each
+generated token 100 ms; a request is 0.5 s on its way; an adapter of 2 MiB is read in 2 s (4 beside
+steps) and copied in 1.
+"""
+
+import time
+
+import pytest
+
+from vllm_multilora.capacity.engine import Engine
+from vllm_multilora.capacity.served import Costs, Request
+from vllm_multilora.capacity.step_cost import TERMS, StepCost
+from vllm_multilora.slots.budget import MIB, CpuBudget
+from vllm_multilora.slots.simulation import ServerShape
+
+from .calibrations import LOADS, REQUEST_S, STEP_S
+
+COSTS = Costs(StepCost(STEP_S), REQUEST_S, LOADS)
+
+
+def serve(*requests, slots=2, places=8, batch=4, step_tokens=64, costs=COSTS, sizes=None):
+    shape = ServerShape(slots, CpuBudget(adapters=places), batch)
+    engine = Engine(shape, step_tokens, "lru", costs, sizes or [2 * MIB] * 8)
+    return engine.serve([Request(*request) for request in requests])
+
+
+def test_a_request_alone():
+    served = serve((0, None, 10, 3))
+    assert served.first_token_s == pytest.approx([0.5 + 1.2])
+    assert served.steps == [(pytest.approx(s), rows) for s, rows in ((1.2, 0), (1.1, 1), (1.1, 1))]
+    assert served.end_s == pytest.approx(0.5 + 1.2 + 1.1 + 1.1)
+    assert served.most_context == 12  # the last token is never computed
+
+
+def test_a_prompt_is_computed_in_pieces_of_a_step():
+    served = serve((0, None, 20, 1), step_tokens=8)
+    assert [s for s, _ in served.steps] == pytest.approx([1.08, 1.08, 1.14])
+    assert served.first_token_s == pytest.approx([0.5 + 3.3])
+
+
+def test_those_who_generate_go_before_prompts():
+    """The second step has room for 7 tokens beside the one that is generated."""
+    served = serve((0, None, 1, 5), (0, None, 17, 1), step_tokens=8)
+    assert [s for s, _ in served.steps] == pytest.approx([1.18, 1.17, 1.23, 1.1, 1.1])
+    assert served.first_token_s == pytest.approx([0.5 + 1.18, 0.5 + 1.18 + 1.17 + 1.23])
+
+
+def test_a_full_batch_has_others_wait():
+    served = serve((0, None, 10, 2), (0, None, 10, 1), batch=1)
+    assert served.first_token_s == pytest.approx([1.7, 1.7 + 1.1 + 1.2])
+
+
+def test_who_comes_during_a_step_waits_for_its_end():
+    served = serve((0, None, 10, 2), (0.1, None, 10, 1))
+    assert served.first_token_s == pytest.approx([1.7, 1.7 + 1.3 - 0.1])
+
+
+def test_attention_looks_at_all_tokens_before():
+    step = StepCost(dict.fromkeys(TERMS, 0.0) | {"prompt_pair": 1.0, "context_token": 1.0})
+    served = serve((0, None, 4, 3), step_tokens=3, costs=Costs(step, 0, None))
+    assert [s for s, _ in served.steps] == [1 + 2 + 3, 4, 5, 6]
+
+
+def test_each_adapter_of_a_batch_is_read_once_and_multiplies_each_of_its_tokens():
+    step = StepCost(
+        dict.fromkeys(TERMS, 0.0)
+        | {"adapters_at_all": 1000.0, "adapter_mib": 100.0, "adapted_token_mib": 1.0}
+    )
+    three = ((0, 0, 5, 2), (0, 0, 5, 2), (0, 1, 5, 2))
+    served = serve(*three, costs=Costs(step, 0, LOADS), sizes=[2 * MIB, 4 * MIB])
+    # The first adapter is there first: it shares its time with the second one's load.
+    assert [s for s, _ in served.steps] == [1220, 1204 + 400 + 5 * 4, 1404]
+
+
+def test_a_cold_adapter_of_an_idle_engine():
+    served = serve((0, 0, 10, 1))
+    assert served.first_token_s == pytest.approx([0.5 + 2 + 1 + 1.2])
+    assert (served.loads, served.activations) == (1, 1)
+    assert (served.gpu_hits, served.cpu_hits) == (0, 0)
+
+
+def test_a_cold_adapter_beside_a_request_that_generates():
+    """Read from 0.5 to 4.5, found at 5.0, copied until 6.0, found at 6.1."""
+    served = serve((0, None, 10, 10), (0, 0, 10, 1))
+    assert served.first_token_s == pytest.approx([1.7, 6.1 + 1.3])
+
+
+def test_loads_share_the_machine_and_two_are_read_at_once():
+    """Two in 4 s; the third in the idle second of the copies, 1.4 s of a step, 0.3 s after it."""
+    served = serve((0, 0, 10, 1), (0, 1, 10, 1), (0, 2, 10, 1), slots=4)
+    assert served.loads == 3
+    both = 0.5 + 4 + 1 + 1.4
+    assert served.first_token_s == pytest.approx([both, both, both + 0.3 + 1 + 1.2])
+
+
+def test_hits_and_what_leaves_a_slot_are_those_of_the_policy():
+    served = serve((0, 0, 10, 1), (100, 1, 10, 1), (200, 0, 10, 1), (300, 0, 10, 1), slots=1)
+    assert (served.loads, served.activations) == (2, 3)
+    assert (served.gpu_hits, served.cpu_hits) == (1, 2)
+    # A slot is spared as soon as a step has gone by without its adapter.
+    copied, there = served.first_token_s[2:]
+    assert copied == pytest.approx(0.5 + 0.001 + 1 + 1.2)
+    assert there == pytest.approx(0.5 + 1.2)
+
+
+def test_host_memory_without_room_has_loads_wait_for_a_lease():
+    """With one place the second adapter is read when the first one has been copied."""
+    served = serve((0, 0, 10, 1), (0, 1, 10, 1), slots=1, places=1)
+    assert served.loads == 2
+    first = 0.5 + 2 + 1 + 1.2
+    assert served.first_token_s[0] == pytest.approx(first)
+    # Read beside that step: 1.2 s of it count as 0.6.
+    assert served.first_token_s[1] == pytest.approx(first + 2 - 0.6 + 1 + 1.2)
+
+
+def test_more_adapters_than_slots_take_turns_and_all_are_served():
+    requests = [(n * 0.01, n % 8, 10, 4) for n in range(64)]
+    served = serve(*requests, slots=2, places=8)
+    assert all(seconds > 0 for seconds in served.first_token_s)
+    assert served.activations >= 8
+
+
+def test_ten_thousand_requests_take_seconds_and_come_out_the_same():
+    requests = [(n * 0.8, n * 7919 % 40, 50, 20) for n in range(10_000)]
+    begin = time.process_time()
+    served = serve(*requests, slots=8, places=32, batch=16, step_tokens=512, sizes=[2 * MIB] * 40)
+    assert time.process_time() - begin < 20  # one or two, on a calm machine
+    again = serve(*requests, slots=8, places=32, batch=16, step_tokens=512, sizes=[2 * MIB] * 40)
+    assert served == again

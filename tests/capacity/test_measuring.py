@@ -1,0 +1,153 @@
+"""Measuring a server that takes exactly what a model says: the fit finds the model."""
+
+import pytest
+
+from vllm_multilora.capacity.calibration import CalibrationError
+from vllm_multilora.capacity.fitting import fit
+from vllm_multilora.capacity.measuring import Measuring
+from vllm_multilora.capacity.step_cost import TERMS, Batch, StepCost, pairs_of
+from vllm_multilora.capacity.timing import Adapter, Limits
+from vllm_multilora.operations.completions import Answer
+from vllm_multilora.slots.budget import MIB
+
+SECONDS = {
+    "step": 0.05,
+    "prompt_token": 0.0004,
+    "generated_token": 0.001,
+    "prompt_pair": 1e-7,
+    "context_token": 2e-6,
+    "adapters_at_all": 0.005,
+    "adapter_mib": 0.0002,
+    "adapted_token": 0.00002,
+    "adapted_token_mib": 0.00001,
+    "mixed": 0.004,
+    "mixed_row": 0.0005,
+    "load_beside": 0.003,
+}
+REQUEST_S = 0.006
+LOAD_S, LOAD_S_PER_MIB, SLOWDOWN, COPY_S = 0.06, 0.004, 2.0, 0.02
+COST = StepCost(SECONDS)
+SIZES = {f"a{n}": (n % 4 + 1) * 8 * MIB for n in range(16)}
+LIMITS = Limits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=512)
+SLOTS = 8
+
+
+class Server:
+    """Answers at once, with the times that the model says; nobody waits for anybody."""
+
+    def __init__(self, adapters=SIZES):
+        self.now = 0.0
+        self.slots: list[str] = []
+        self.host: set[str] = set()
+        self.adapters = adapters
+
+    def listed(self):
+        return [
+            Adapter(name, self.state(name), size if name in self.host else 0)
+            for name, size in self.adapters.items()
+        ]
+
+    def state(self, name):
+        return "slot" if name in self.slots else "host" if name in self.host else "absent"
+
+    def fetched(self, model, slowdown=1.0):
+        """Seconds until an adapter is in a slot."""
+        if model not in self.adapters or model in self.slots:
+            return 0.0
+        load = LOAD_S + LOAD_S_PER_MIB * self.adapters[model] / MIB
+        seconds = COPY_S + (0 if model in self.host else load * slowdown)
+        self.host.add(model)
+        self.slots = [*self.slots, model][-SLOTS:]
+        return seconds
+
+    def batch(self, running, late=None, age=0, is_loading=False):
+        """Of requests that have generated so many tokens, and one whose prompt is computed."""
+        asks = [*running, *([late] if late else [])]
+        tokens = [(ask, 1) for ask in running] + ([(late, late.prompt_tokens)] if late else [])
+        size = {ask.model: self.adapters.get(ask.model, 0) for ask in asks}
+        return Batch(
+            prompt_tokens=late.prompt_tokens if late else 0,
+            rows=len(asks),
+            prompt_pairs=pairs_of(late.prompt_tokens) if late else 0,
+            context_tokens=sum(ask.prompt_tokens + age for ask in running),
+            adapter_bytes=sum(size.values()),
+            adapted_tokens=sum(n for ask, n in tokens if size[ask.model]),
+            adapted_token_bytes=sum(n * size[ask.model] for ask, n in tokens),
+            is_loading=is_loading,
+        )
+
+    def together(self, asks):
+        answers = [Answer(ask, self.now) for ask in asks]
+        if len(asks) == 1:
+            fetched = self.fetched(asks[0].model)
+            self.now += REQUEST_S + fetched + COST.of(self.batch([], asks[0]))
+        for age in range(asks[0].new_tokens):
+            self.now += COST.of(self.batch(asks, age=age)) if age else 0.0
+            for answer in answers:
+                answer.tokens_s.append(self.now)
+        return answers
+
+    def beside(self, asks, late):
+        streams, answers = [Answer(ask, self.now) for ask in asks], []
+
+        def step(ask=None, *, is_loading=False):
+            age = len(streams[0].tokens_s)
+            self.now += COST.of(self.batch(asks, ask, age, is_loading=is_loading))
+            for stream in streams:
+                stream.tokens_s.append(self.now)
+
+        step()
+        for ask in late:
+            step()
+            step()
+            half = COST.of(self.batch(asks)) / 2
+            answer = Answer(ask, self.now - half)
+            answers.append(answer)
+            seconds = self.fetched(ask.model, SLOWDOWN)
+            if seconds > COPY_S:
+                ready = self.now + seconds - COPY_S
+                while self.now + half < ready:
+                    step(is_loading=True)
+                step()  # in which it is copied
+            step(ask)
+            answer.tokens_s.append(self.now)
+        return streams, answers
+
+
+def test_the_fit_finds_what_the_server_takes():
+    server = Server()
+    measured = Measuring(server, "base", LIMITS, server.listed, "page cache").run()
+    found = fit(measured.samples)
+    assert set(found.seconds) == set(TERMS)
+    # Contexts beside loads are not followed, and so what goes with them is a little off.
+    assert found.seconds == pytest.approx(SECONDS, rel=0.25)
+    assert found.request_s == pytest.approx(REQUEST_S, rel=0.1)
+    assert found.residual < 0.01
+
+    loads = measured.loads
+    assert loads.fixed_s == pytest.approx(LOAD_S, rel=0.1)
+    assert loads.s_per_mib == pytest.approx(LOAD_S_PER_MIB, rel=0.1)
+    assert loads.copy_fixed_s == pytest.approx(COPY_S, rel=0.1)
+    expected = SLOWDOWN * (LOAD_S + LOAD_S_PER_MIB * 20)
+    assert loads.seconds(20 * MIB, computing=True) == pytest.approx(expected, rel=0.25)
+    assert loads.beside_s_per_mib > loads.s_per_mib
+    assert (loads.source, loads.measured) == ("page cache", 13)
+
+    ranges = measured.ranges
+    assert (ranges.prompt_tokens, ranges.rows, ranges.load_bytes) == (511, 16, 32 * MIB)
+    assert measured.sizes == {name: SIZES[name] for name in server.host}
+
+
+def test_without_cold_adapters_nothing_is_known_of_loads():
+    server = Server({})
+    measured = Measuring(server, "base", LIMITS, server.listed, "page cache").run()
+    assert measured.loads is None
+    found = fit(measured.samples)
+    assert found.seconds["step"] == pytest.approx(SECONDS["step"], rel=0.02)
+    assert found.seconds["adapter_mib"] == 0
+
+
+def test_a_server_of_short_requests_is_refused():
+    server, limits = Server(), Limits(16, 512, 64)
+    with pytest.raises(CalibrationError, match="takes 64 tokens a request, and at least 88 are"):
+        Measuring(server, "base", limits, server.listed, "page cache").run()

@@ -1,0 +1,275 @@
+"""A server's steps one after another, for a trace of requests: vLLM's scheduler in simulated time.
+
+In each step every request that generates gets a token, then prompts are computed as far as there is
+room (chunked prefill), first those that have been begun, then waiting ones in the order of their
+arrival. A waiting request whose adapter is not in its slot is passed over, as in
+`integration/engine/scheduler.py`: it is read, has its turn, is copied, and the step after that may
+have the request. Slots, turns, policies and host memory are the classes that serve.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+
+from vllm_multilora.capacity.memory import HostMemory
+from vllm_multilora.capacity.served import Costs, Request, Served
+from vllm_multilora.capacity.step_cost import Batch, pairs_of
+from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.slots.registry import policy_factory
+from vllm_multilora.slots.simulation import ServerShape
+from vllm_multilora.slots.turns import SlotTurns
+
+_IDLE_S = 0.001
+
+
+class Engine:
+    """An engine with empty slots and empty host memory.
+
+    Args:
+        shape: Slots, host memory, and the most requests of a batch (`concurrency`).
+        step_tokens: The most tokens of a step, at least as many.
+        policy: The name of the cache policy.
+        costs: What things take.
+        sizes: Bytes of each adapter, by number.
+
+    Raises:
+        PolicyError: There is no such policy.
+    """
+
+    def __init__(
+        self,
+        shape: ServerShape,
+        step_tokens: int,
+        policy: str,
+        costs: Costs,
+        sizes: Sequence[int],
+    ) -> None:
+        make = policy_factory(policy)
+        self._slots = SlotAssignment(shape.slots, make())
+        self._turns = SlotTurns()
+        self._memory = HostMemory(make(), shape.budget, sizes, costs.loads)
+        self._shape = shape
+        self._step_tokens = step_tokens
+        self._costs = costs
+        self._sizes = sizes
+        self._now = 0.0
+        self._waiting: dict[int | None, deque[int]] = {}  # by adapter, in the order of arrival
+        self._prefilling: dict[int, int] = {}  # by request: tokens that were computed
+        self._ending: defaultdict[int, list[int]] = defaultdict(list)  # by step
+        self._generating = self._context = 0  # requests, and their tokens
+        self._adapted_rows = self._adapted_row_bytes = 0  # of those with adapters
+        self._running: Counter[int] = Counter()  # adapters by requests
+        self._running_set: frozenset[int] = frozenset()
+        self._users: Counter[int] = Counter()  # adapters by requests that have come
+        self._copies: list[tuple[float, int, int]] = []  # when they end, order, adapter
+        self._placing: set[int] = set()
+        self._waits_for_slot = False  # somebody, in this step
+
+    def serve(self, requests: Sequence[Request]) -> Served:
+        """Serves requests, in the order of their arrival; once."""
+        self._requests = requests
+        self._served = Served([0.0] * len(requests))
+        coming = 0
+        while True:
+            while coming < len(requests) and self._reaches(coming) <= self._now:
+                self._come(coming)
+                coming += 1
+            if self._waiting or self._prefilling or self._generating:
+                batch, completed = self._schedule()
+                if batch is not None:
+                    self._compute(batch, completed)
+                    continue
+            elif coming == len(requests):
+                break
+            self._idle(self._reaches(coming) if coming < len(requests) else float("inf"))
+        self._served.end_s = self._now
+        self._served.loads = self._memory.loaded.total()
+        return self._served
+
+    def _reaches(self, number: int) -> float:
+        return self._requests[number].arrives_s + self._costs.request_s
+
+    def _idle(self, until: float) -> None:
+        """Nothing can be computed before a request comes, a load ends or a copy does."""
+        events = [until, self._now + self._memory.next_s]
+        if self._copies:
+            events.append(self._copies[0][0])
+        if self._waits_for_slot:
+            events.append(self._now + _IDLE_S)  # as engines that hold requests back look again
+        then = min(events)
+        self._memory.advance(then - self._now, computing=False)
+        self._now = max(then, self._now)
+
+    def _come(self, number: int) -> None:
+        adapter = self._requests[number].adapter
+        self._waiting.setdefault(adapter, deque()).append(number)
+        if adapter is None:
+            return
+        self._users[adapter] += 1
+        if self._slots.slot_of(adapter) is not None:
+            self._served.gpu_hits += 1
+            self._served.cpu_hits += 1
+        else:
+            self._served.cpu_hits += adapter in self._memory
+            self._memory.want(adapter)
+
+    # A step
+
+    def _schedule(self) -> tuple[Batch | None, list[int]]:
+        """What the next step computes, None if nothing; the requests whose prompts it completes."""
+        while self._copies and self._copies[0][0] <= self._now:
+            _, order, adapter = heapq.heappop(self._copies)
+            self._slots.filled(order)
+            self._memory.release(adapter)
+        self._turns.begin_step(
+            self._running, self._shape.slots, self._placing - self._running.keys()
+        )
+        self._placing.clear()
+        self._waits_for_slot = False
+        left = self._step_tokens - self._generating
+        parts: list[tuple[int, int, int]] = []  # request, tokens before, tokens now
+        for number, before in self._prefilling.items():
+            tokens = min(left, self._requests[number].prompt_tokens - before)
+            if tokens > 0:
+                parts.append((number, before, tokens))
+                left -= tokens
+        for number in self._admitted(left):
+            tokens = min(left, self._requests[number].prompt_tokens)
+            parts.append((number, 0, tokens))
+            left -= tokens
+        if self._running_set != self._running.keys():
+            self._running_set = frozenset(self._running)
+            self._memory.used(self._running_set)
+        self._slots.running(self._running_set)
+        if not parts and not self._generating:
+            return None, []
+        return self._batch(parts)
+
+    def _admitted(self, left: int) -> list[int]:
+        """The waiting requests that are taken into the batch, which has room for so many tokens."""
+        room = self._shape.concurrency - self._generating - len(self._prefilling)
+        heads = [(queue[0], adapter) for adapter, queue in self._waiting.items()]
+        heapq.heapify(heads)
+        taken = []
+        while heads and room > 0 and left > 0:
+            number, adapter = heapq.heappop(heads)
+            if adapter is not None and not self._may_run(adapter):
+                continue  # and so it is with all that wait for the same
+            queue = self._waiting[adapter]
+            queue.popleft()
+            if queue:
+                heapq.heappush(heads, (queue[0], adapter))
+            else:
+                del self._waiting[adapter]
+            taken.append(number)
+            room -= 1
+            left -= self._requests[number].prompt_tokens
+            if adapter is not None:
+                self._running[adapter] += 1
+        return taken
+
+    def _may_run(self, adapter: int) -> bool:
+        """Whether a waiting request may join the batch; brings its adapter nearer if not."""
+        if self._slots.slot_of(adapter) is None and adapter not in self._memory:
+            self._turns.forget(adapter)
+            self._memory.want(adapter)
+            return False
+        if not self._turns.admit(adapter):
+            self._waits_for_slot = True
+            return False
+        if self._slots.admit(adapter, adapter):
+            return True
+        self._placing.add(adapter)
+        order = self._slots.assign(adapter, adapter)
+        if order is None:
+            self._waits_for_slot |= self._slots.slot_of(adapter) is None
+        else:
+            self._served.activations += 1
+            loads = self._costs.loads
+            assert loads is not None
+            seconds = loads.copy_seconds(self._sizes[adapter])
+            heapq.heappush(self._copies, (self._now + seconds, order.order, adapter))
+        return False
+
+    def _batch(self, parts: Sequence[tuple[int, int, int]]) -> tuple[Batch, list[int]]:
+        prompt_tokens, pairs = 0, 0.0
+        adapted, adapted_bytes = self._adapted_rows, float(self._adapted_row_bytes)
+        completed = []
+        for number, before, tokens in parts:
+            request = self._requests[number]
+            prompt_tokens += tokens
+            pairs += pairs_of(tokens, before)
+            if request.adapter is not None:
+                adapted += tokens
+                adapted_bytes += tokens * self._sizes[request.adapter]
+            self._prefilling[number] = before + tokens
+            if before + tokens == request.prompt_tokens:
+                completed.append(number)
+        batch = Batch(
+            prompt_tokens=prompt_tokens,
+            rows=self._generating + len(completed),
+            prompt_pairs=pairs,
+            context_tokens=self._context + self._generating,
+            adapter_bytes=sum(self._sizes[adapter] for adapter in self._running),
+            adapted_tokens=adapted,
+            adapted_token_bytes=adapted_bytes,
+            is_loading=self._memory.is_loading,
+        )
+        return batch, completed
+
+    def _compute(self, batch: Batch, completed: Sequence[int]) -> None:
+        seconds = self._costs.step.of(batch)
+        self._note(batch, seconds)
+        self._now += seconds
+        self._memory.advance(seconds, computing=True)
+        self._context += self._generating
+        step = len(self._served.steps)
+        for number in self._ending.pop(step, ()):
+            self._generates(number, -1)
+            self._leave(number)
+        for number in completed:
+            request = self._requests[number]
+            del self._prefilling[number]
+            self._served.first_token_s[number] = self._now - request.arrives_s
+            if request.generation_tokens == 1:
+                self._leave(number)
+            else:
+                self._generates(number, 1)
+                self._ending[step + request.generation_tokens - 1].append(number)
+
+    def _note(self, batch: Batch, seconds: float) -> None:
+        served = self._served
+        served.steps.append((seconds, self._generating))
+        served.most_context = max(
+            served.most_context, self._context + sum(self._prefilling.values()) + self._generating
+        )
+        for what in ("prompt_tokens", "rows", "prompt_pairs", "context_tokens", "adapter_bytes"):
+            served.most[what] = max(served.most[what], getattr(batch, what))
+
+    def _generates(self, number: int, count: int) -> None:
+        """A request begins to generate (1), or has all its tokens (-1)."""
+        request = self._requests[number]
+        self._generating += count
+        # A token is computed when the next one is made: the last never is.
+        self._context += (
+            request.prompt_tokens
+            if count > 0
+            else 1 - request.prompt_tokens - request.generation_tokens
+        )
+        if request.adapter is not None:
+            self._adapted_rows += count
+            self._adapted_row_bytes += count * self._sizes[request.adapter]
+
+    def _leave(self, number: int) -> None:
+        adapter = self._requests[number].adapter
+        if adapter is None:
+            return
+        self._running[adapter] -= 1
+        if not self._running[adapter]:
+            del self._running[adapter]
+        self._users[adapter] -= 1
+        if not self._users[adapter]:
+            self._turns.forget(adapter)
+            self._memory.release(adapter)

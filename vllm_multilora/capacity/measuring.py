@@ -1,0 +1,210 @@
+"""Times a server's steps and loads through its HTTP routes, and makes a calibration of them.
+
+What is in each step is known, because nothing else asks the server: requests that were sent
+together generate together, so the time from token to token is that of a step with all of them; and
+a lone request's time to its first token is that of a step with its prompt, and its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vllm_multilora.capacity.calibration import CalibrationError, Loads, Ranges
+from vllm_multilora.capacity.fitting import Sample
+from vllm_multilora.capacity.load_timing import time_loads
+from vllm_multilora.capacity.step_cost import Batch, pairs_of
+from vllm_multilora.capacity.timing import (
+    SHORT_PROMPT,
+    STREAMS,
+    Adapter,
+    Client,
+    Limits,
+    Timed,
+    steps_of,
+)
+from vllm_multilora.operations.completions import Answer, Ask
+
+_DECODED, _REPEATS = 24, 5
+_PROMPTS = (8, 32, 128, 512, 2048)
+_BESIDE = (32, 128)
+
+
+@dataclass
+class Measured:
+    """What was measured.
+
+    Attributes:
+        samples: Steps.
+        loads: What loads take; None if none was timed.
+        sizes: Bytes by adapter, of those that were loaded.
+    """
+
+    samples: list[Sample]
+    loads: Loads | None
+    sizes: dict[str, int]
+
+    @property
+    def ranges(self) -> Ranges:
+        """The most of everything."""
+        batches = [sample.batch for sample in self.samples]
+        return Ranges(
+            prompt_tokens=max(batch.prompt_tokens for batch in batches),
+            rows=max(batch.rows for batch in batches),
+            prompt_pairs=max(batch.prompt_pairs for batch in batches),
+            context_tokens=max(batch.context_tokens for batch in batches),
+            adapter_bytes=max(batch.adapter_bytes for batch in batches),
+            load_bytes=max(self.sizes.values(), default=0) if self.loads else 0,
+        )
+
+
+class Measuring:
+    """One run of all measurements.
+
+    Args:
+        client: Asks the server, which nobody else asks meanwhile.
+        model: The base model's name.
+        limits: Of the server.
+        list_adapters: The server's adapters now.
+        source: Where the files of cold adapters lie, as `Loads.source`.
+        progress: Is told what is measured.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: str,
+        limits: Limits,
+        list_adapters: Callable[[], Sequence[Adapter]],
+        source: str,
+        progress: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self._server = Timed(client, model, limits)
+        self._model, self._limits = model, limits
+        self._list = list_adapters
+        self._source = source
+        self._progress = progress
+        self._measured = Measured([], None, {})
+
+    def run(self) -> Measured:
+        """Measures; a minute or two where a step takes 0.1 seconds.
+
+        Raises:
+            CalibrationError: The server takes too short requests.
+            UnreachableError: It does not answer.
+        """
+        if self._limits.max_model_len < 4 * SHORT_PROMPT + _DECODED:
+            raise CalibrationError(
+                f"the server takes {self._limits.max_model_len} tokens a request, and at least "
+                f"{4 * SHORT_PROMPT + _DECODED} are needed"
+            )
+        self._server.alone(self._model, SHORT_PROMPT, times=3)
+        self._progress(f"loads of adapters from {self._source}")
+        self._measured.loads, self._measured.samples = time_loads(
+            self._server, self._list, self._source
+        )
+        in_slots = self._in_slots()
+        self._prompts([self._model, *dict.fromkeys((*in_slots[:1], *in_slots[-1:]))])
+        self._generation(in_slots)
+        self._mixed(in_slots)
+        return self._measured
+
+    # Steps
+
+    def _in_slots(self) -> list[str]:
+        """The loaded adapters that can be asked for without a load; the smallest first."""
+        listed = self._list()
+        slots = [adapter.name for adapter in listed if adapter.state == "slot"]
+        self._measured.sizes |= {a.name: a.bytes for a in listed if a.bytes}
+        known = [name for name in slots if name in self._measured.sizes]
+        return sorted(known, key=self._measured.sizes.__getitem__)
+
+    def _prompts(self, models: Sequence[str]) -> None:
+        most = min(self._limits.max_num_batched_tokens, self._limits.max_model_len - 1)
+        lengths = sorted({*(p for p in _PROMPTS if p < most), most})
+        for model in models:
+            self._progress(f"prompts for {model}")
+            size = self._size(model)
+            for length in lengths:
+                batch = Batch(
+                    prompt_tokens=length,
+                    rows=1,
+                    prompt_pairs=pairs_of(length),
+                    adapter_bytes=size,
+                    adapted_tokens=length if size else 0,
+                    adapted_token_bytes=length * size,
+                )
+                self._measured.samples += [
+                    Sample(f"prompt of {length} for {model}", batch, seconds, has_request=True)
+                    for seconds in self._server.alone(model, length, times=_REPEATS)
+                ]
+
+    def _generation(self, in_slots: Sequence[str]) -> None:
+        for rows in sorted({1, min(4, self._seqs), -(-self._seqs // 2), self._seqs}):
+            self._progress(f"generation for {rows} requests")
+            mixes = [[self._model], in_slots[:1], in_slots[-1:]]
+            if rows > 1 and len(in_slots) > 2:
+                mixes.append(list(in_slots))
+            for models in mixes:
+                if models:
+                    self._generate(rows, models, SHORT_PROMPT)
+        long = self._limits.max_model_len - _DECODED - 1
+        self._generate(min(4, self._seqs), [self._model], long)
+
+    def _generate(self, rows: int, models: Sequence[str], prompt: int) -> None:
+        chosen = [models[n % len(models)] for n in range(rows)]
+        answers = self._server.client.together(
+            [Ask(model, prompt, _DECODED + 1) for model in chosen]
+        )
+        sizes = [self._size(model) for model in chosen]
+        adapters = dict(zip(chosen, sizes, strict=True))
+        name = models[0] if len(models) == 1 else f"{len(adapters)} adapters"
+        for age, (begin, end) in enumerate(steps_of(answers), 1):
+            batch = Batch(
+                rows=rows,
+                context_tokens=rows * (prompt + age),
+                adapter_bytes=sum(adapters.values()),
+                adapted_tokens=sum(size > 0 for size in sizes),
+                adapted_token_bytes=sum(sizes),
+            )
+            case = f"{rows} tokens after {prompt} for {name}"
+            self._measured.samples.append(Sample(case, batch, end - begin))
+
+    def _mixed(self, in_slots: Sequence[str]) -> None:
+        """Steps with a prompt beside requests that generate."""
+        lengths = [length for length in _BESIDE if length < self._limits.max_model_len / 2]
+        for rows in sorted({min(STREAMS, self._seqs - 1), self._seqs - 1}):
+            for models in filter(None, ([self._model], list(in_slots))):
+                self._progress(f"prompts beside {rows} requests")
+                chosen = [models[n % len(models)] for n in range(rows)]
+                late = [Ask(chosen[-1], n, 1) for n in lengths for _ in range(_REPEATS)]
+                streams, answers = self._server.beside(chosen, late)
+                for answer in answers:
+                    self._note_mixed(streams, answer)
+
+    def _note_mixed(self, streams: Sequence[Answer], answer: Answer) -> None:
+        steps = steps_of(streams)
+        age, (begin, end) = min(
+            enumerate(steps, 1), key=lambda step: abs(step[1][1] - answer.tokens_s[0])
+        )
+        prompt, size = answer.ask.prompt_tokens, self._size(answer.ask.model)
+        sizes = [self._size(stream.ask.model) for stream in streams]
+        batch = Batch(
+            prompt_tokens=prompt,
+            rows=len(streams) + 1,
+            prompt_pairs=pairs_of(prompt),
+            context_tokens=len(streams) * (SHORT_PROMPT + age),
+            adapter_bytes=sum(map(self._size, {stream.ask.model for stream in streams})),
+            adapted_tokens=sum(each > 0 for each in sizes) + prompt * (size > 0),
+            adapted_token_bytes=sum(sizes) + prompt * size,
+        )
+        kind = "with adapters" if size else "without"
+        case = f"prompt of {prompt} beside {len(streams)} {kind}"
+        self._measured.samples.append(Sample(case, batch, end - begin))
+
+    def _size(self, model: str) -> int:
+        return self._measured.sizes.get(model, 0)
+
+    @property
+    def _seqs(self) -> int:
+        return self._limits.max_num_seqs

@@ -1,0 +1,216 @@
+"""`vllm-multilora calibrate`: what steps and loads of a running server cost, into a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vllm_multilora import __version__
+from vllm_multilora.capacity.calibration import (
+    FORMAT,
+    Calibration,
+    CalibrationError,
+    Residual,
+    Settings,
+    write_calibration,
+)
+from vllm_multilora.commands.status import fetch
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.operations.completions import Completions
+from vllm_multilora.operations.http_client import base_url, get_json, get_text
+
+WRITTEN, FAILED = 0, 2
+_MUCH = 0.1
+"""As a residual; on a calm machine it is half of this."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "--url",
+        default="http://localhost:8000",
+        help="the server's address (default: %(default)s); nobody else may use it meanwhile",
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("VLLM_API_KEY"),
+        metavar="KEY",
+        help="the server's, where it has one (default: $VLLM_API_KEY)",
+    )
+    for flag in ("--max-num-seqs", "--max-num-batched-tokens"):
+        parser.add_argument(
+            flag, type=int, required=True, metavar="N", help="as the server was given it"
+        )
+    parser.add_argument(
+        "--from-disk",
+        action="store_true",
+        help="have the system forget adapters' files before they are loaded, so that loads read "
+        "the disk (Linux; on the server's machine); by default they lie wherever they lie",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("calibration.json"),
+        metavar="FILE",
+        help="where to write (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0, or 2 where the server does not say, or the file cannot be written.
+    """
+    try:
+        calibration = calibrate(arguments)
+        write_calibration(calibration, arguments.output)
+    except MultiLoRAError as error:
+        print(f"vllm-multilora calibrate: error: {error}", file=sys.stderr)
+        return FAILED
+    print(report(calibration, arguments.output))
+    return WRITTEN
+
+
+def calibrate(arguments: argparse.Namespace) -> Calibration:
+    """Measures.
+
+    Raises:
+        UnreachableError: The server does not answer as it should.
+        CalibrationError: It cannot be measured.
+    """
+    from vllm_multilora.capacity.fitting import fit
+    from vllm_multilora.capacity.measuring import Measuring
+    from vllm_multilora.capacity.timing import Adapter, Limits
+
+    seqs, tokens = arguments.max_num_seqs, arguments.max_num_batched_tokens
+    if not 2 <= seqs <= tokens:
+        raise CalibrationError(
+            f"--max-num-seqs must be at least 2 and at most --max-num-batched-tokens, got {seqs} "
+            f"and {tokens}"
+        )
+    url, key = base_url(arguments.url), arguments.api_key
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    models = get_json(f"{url}/v1/models", api_key=key)["data"]
+    base = [model for model in models if not model.get("parent")]
+    if not base:
+        raise CalibrationError(f"{url}/v1/models lists no base model")
+    listing = fetch(url, api_key=key)
+    if arguments.from_disk:
+        forget_files(row["path"] for row in listing["data"] if row["state"] == "absent")
+
+    def listed() -> list[Adapter]:
+        rows = fetch(url, api_key=key)["data"]
+        return [Adapter(row["id"], row["state"], row["bytes"]) for row in rows]
+
+    limits = Limits(seqs, tokens, base[0]["max_model_len"])
+    measured = Measuring(
+        Completions(url, key),
+        base[0]["id"],
+        limits,
+        listed,
+        "disk" if arguments.from_disk else "page cache",
+        lambda what: print(f"measuring {what}", file=sys.stderr, flush=True),
+    ).run()
+    found = fit(measured.samples)
+    return Calibration(
+        format=FORMAT,
+        created=created,
+        machine=machine(),
+        versions={
+            "vllm": str(get_json(f"{url}/version", api_key=key)["version"]),
+            "vllm-multilora": __version__,
+        },
+        model=list(dict.fromkeys(name for model in base for name in (model["id"], model["root"]))),
+        settings=Settings(
+            max_num_seqs=seqs,
+            max_num_batched_tokens=tokens,
+            max_model_len=limits.max_model_len,
+            max_loras=listing["slots"]["total"],
+            max_cpu_loras=listing["cpu"]["adapters_limit"],
+            cpu_cache_bytes=listing["cpu"]["bytes_limit"],
+            kv_tokens=kv_tokens(get_text(f"{url}/metrics", api_key=key)),
+        ),
+        step_s=found.seconds,
+        request_s=found.request_s,
+        residual=Residual(
+            rms=found.residual,
+            worst=found.worst,
+            worst_case=found.worst_case,
+            steps=len(measured.samples),
+        ),
+        loads=measured.loads,
+        ranges=measured.ranges,
+        adapters=measured.sizes,
+    )
+
+
+def forget_files(folders: Iterable[str]) -> None:
+    """Has the system drop what it has cached of the files in folders.
+
+    Raises:
+        CalibrationError: They are not on this machine, or the system cannot.
+    """
+    for folder in folders:
+        try:
+            for path in Path(folder).iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        except (OSError, AttributeError) as error:
+            raise CalibrationError(f"--from-disk: {folder}: {error}") from error
+
+
+def kv_tokens(metrics: str) -> int | None:
+    """Tokens that the KV cache of one engine holds, from the text of `/metrics`."""
+    info = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.M)
+    if info is None:
+        return None
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', info.group(1)))
+    blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
+    return int(blocks) * int(size) if blocks.isdigit() and size.isdigit() else None
+
+
+def machine() -> dict[str, str | int]:
+    """The processor, its number of cores and the system."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M)
+        processor = named.group(1) if named else processor
+    system = f"{platform.system()} {platform.release()}"
+    return {"processor": processor, "cores": os.cpu_count() or 1, "system": system}
+
+
+def report(calibration: Calibration, path: Path) -> str:
+    """What to tell people."""
+    residual, loads, step = calibration.residual, calibration.loads, calibration.step_s
+    lines = [
+        f"wrote {path}: {residual.steps} steps of {calibration.model[0]}, fitted to "
+        f"{residual.rms:.1%} (root mean square of all cases; the worst is {residual.worst:+.1%}, "
+        f"{residual.worst_case})",
+        f"a step takes {1000 * step['step']:.1f} ms, {1000 * step['prompt_token']:.3f} ms more for "
+        f"each token of a prompt, {1000 * step['generated_token']:.2f} ms for each generated one",
+        f"with adapters {1000 * step['adapters_at_all']:.1f} ms more, and "
+        f"{1000 * step['adapter_mib']:.2f} ms for each MiB of them",
+    ]
+    if residual.rms > _MUCH:
+        lines.insert(
+            1,
+            "that is much: if others use the machine or the server, calibrate again without them",
+        )
+    if loads is None:
+        lines.append("no load was timed: there was no adapter that nobody has asked for yet")
+    else:
+        lines.append(
+            f"a load from {loads.source} takes {1000 * loads.fixed_s:.0f} ms and "
+            f"{1000 * loads.s_per_mib:.1f} ms for each MiB; beside steps "
+            f"{1000 * loads.beside_fixed_s:.0f} ms and {1000 * loads.beside_s_per_mib:.1f} ms"
+        )
+    return "\n".join(lines)
