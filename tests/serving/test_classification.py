@@ -54,6 +54,11 @@ class Classifier:
         with torch.inference_mode():
             return model.eval()(input_ids=torch.tensor([prompt])).logits[0]
 
+    def logits_of_tokens(self, name: str | None, prompt: Sequence[int]) -> torch.Tensor:
+        """As `logits`, of each token's state: float32 of shape [tokens, labels]."""
+        ends = range(1, 1 + len(prompt))
+        return torch.stack([self.logits(name, prompt[:end]) for end in ends])
+
 
 def classifier(root: Path, labels: int) -> Classifier:
     base = write_classifier(root / "base", labels=labels)
@@ -150,3 +155,35 @@ def test_a_cross_encoders_scores_equal_pefts_beside_adapters_that_fail(tmp_path:
             assert answer.outputs.score == pytest.approx(expected, rel=1e-3), name
             seen.add(round(expected, 3))
     assert len(seen) == len(PAIRS) * (1 + len(CLASSIFIER_RECIPES)), "a mix-up would show"
+
+
+def test_tokens_classes_equal_pefts_and_heads_that_vllm_cannot_apply_are_refused(
+    tmp_path: Path,
+) -> None:
+    """vLLM 0.33 does apply adapters' own heads to tokens, for a few models."""
+    model = classifier(tmp_path, labels=3)
+    requests = mixed([([5, 6, 7], [250, 21])])
+    served = {None, "base-head-r64"}
+    with running_engine(
+        model.base,
+        in_process=True,
+        runner="pooling",
+        pooler_config={"task": "token_classify"},
+        max_loras=2,
+        enable_prefix_caching=False,
+    ) as llm:
+        answers = llm.encode(
+            [{"prompt_token_ids": [*query, *document]} for _, (query, document) in requests],
+            pooling_task="token_classify",
+            lora_request=[model.lora(name) for name, _ in requests],
+            use_tqdm=False,
+        )
+    for answer, (name, (query, document)) in zip(answers, requests, strict=True):
+        if name in served:
+            assert answer.error is None, (name, answer.error)
+            expected = model.logits_of_tokens(name, [*query, *document]).softmax(dim=-1)
+            torch.testing.assert_close(answer.outputs.data, expected, rtol=1e-3, atol=1e-5)
+        elif name == GONE:
+            assert_only_the_guilty_fail(name, answer.error)
+        else:  # the adapter that overflows has a head of its own, too
+            assert "token_classify" in answer.error.message, name
