@@ -100,8 +100,17 @@ def write_configs(folder: Path) -> None:
 
 
 @contextmanager
-def real_manager(folder: Path, setting: Setting, groups: Callable[[], Any]) -> Iterator[Any]:
-    """A worker's LoRA manager over a model with memory, within the process groups of a context."""
+def real_manager(
+    folder: Path, setting: Setting, groups: Callable[[], Any], *, mixed_experts: bool = False
+) -> Iterator[Any]:
+    """A worker's LoRA manager over a model with memory, within the process groups of a context.
+
+    Args:
+        folder: Of the model's config.json.
+        setting: What a server would be started with.
+        groups: A context with the process groups of one worker.
+        mixed_experts: As by `--enable-mixed-moe-lora-format`.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -110,6 +119,7 @@ def real_manager(folder: Path, setting: Setting, groups: Callable[[], Any]) -> I
     from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 
     config = Server(str(folder), **vars(setting)).vllm_config()
+    config.lora_config.enable_mixed_moe_lora_format = mixed_experts
     with set_current_vllm_config(config), groups():
         with set_default_torch_dtype(config.model_config.dtype):
             model = initialize_model(config)

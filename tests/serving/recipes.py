@@ -24,6 +24,7 @@ class AdapterRecipe:
         layers: Only these layers are adapted; all of them where None.
         invocation: PEFT's ``alora_invocation_tokens``; none: the adapter acts on whole prompts.
         dora: PEFT's ``use_dora``: magnitudes are those of the base model, changed at random.
+        own_head: Brings a head for classes, saved whole, as PEFT's adapters of classifiers do.
     """
 
     name: str
@@ -37,6 +38,7 @@ class AdapterRecipe:
     layers: tuple[int, ...] | None = None
     invocation: tuple[int, ...] = ()
     dora: bool = False
+    own_head: bool = False
 
 
 LINEAR_RECIPES = (
@@ -74,6 +76,14 @@ DORA_RECIPES = (
     AdapterRecipe("dora-up-only-r8", targets=("up_proj",), gain=1.0, dora=True),
 )
 """DoRA adapters, some of parts of fused layers only."""
+
+CLASSIFIER_RECIPES = (
+    AdapterRecipe("own-head-r8", own_head=True),
+    AdapterRecipe("own-head-qv-r5", targets=("q_proj", "v_proj"), rank=5, gain=0.8, own_head=True),
+    AdapterRecipe("adapted-head-r16", targets=(*_ATTENTION, "score"), rank=16),
+    AdapterRecipe("base-head-r64", rank=MAX_RANK, alpha=32),
+)
+"""Adapters of classifiers: what they do to the head is what tells them apart."""
 
 FLEET_RECIPES = tuple(
     AdapterRecipe(f"customer-{number}", rank=rank, alpha=2 * rank)

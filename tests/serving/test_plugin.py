@@ -152,6 +152,19 @@ def test_the_doctor_finds_everything_in_place():
     assert re.search(r"^checks in it +limits of time, memory and files", done.stdout, re.MULTILINE)
 
 
+def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(monkeypatch, caplog):
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_multilora.integration.server.engine_config import warn_of_rust
+
+    warn_of_rust(UsageContext.OPENAI_API_SERVER)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    warn_of_rust(UsageContext.LLM_CLASS)
+    assert not caplog.records
+    warn_of_rust(UsageContext.OPENAI_API_SERVER)
+    assert "loads no plugins" in caplog.text
+
+
 def test_compiled_code_is_not_shared_with_stock_vllm(llama: Scenario):
     """vLLM finds what torch.compile has made by a hash of the configuration."""
     from vllm.engine.arg_utils import EngineArgs

@@ -5,12 +5,15 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
+from peft.utils import ModulesToSaveWrapper
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .recipes import AdapterRecipe
 
 
-def write_adapter(base: Path, path: Path, recipe: AdapterRecipe, *, seed: int) -> Path:
+def write_adapter(
+    base: Path, path: Path, recipe: AdapterRecipe, *, seed: int, classifier: bool = False
+) -> Path:
     """Writes an adapter for the base checkpoint in ``base``, with non-zero A and B.
 
     Args:
@@ -18,12 +21,14 @@ def write_adapter(base: Path, path: Path, recipe: AdapterRecipe, *, seed: int) -
         path: Directory to write ``adapter_config.json`` and ``adapter_model.safetensors`` into.
         recipe: The adapter's shape.
         seed: Seeds the weights.
+        classifier: The base checkpoint has a head for classes, not one for tokens.
 
     Returns:
         ``path``.
     """
+    task = None if classifier else "CAUSAL_LM"
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if recipe.own_head else task,
         target_modules=list(recipe.targets),
         r=recipe.rank,
         lora_alpha=recipe.alpha,
@@ -34,11 +39,15 @@ def write_adapter(base: Path, path: Path, recipe: AdapterRecipe, *, seed: int) -
         alora_invocation_tokens=list(recipe.invocation) or None,
         use_dora=recipe.dora,
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    model = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)
     for _, module in sorted(model.named_modules(), key=lambda item: item[0]):
         if isinstance(module, LoraLayer):
             _randomise(module, recipe.gain, generator)
+        elif isinstance(module, ModulesToSaveWrapper):
+            weight = module.modules_to_save["default"].weight.data
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.std())
     model.save_pretrained(path)
     return path
 

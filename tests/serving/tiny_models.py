@@ -9,12 +9,17 @@ every block moves the residual stream, and logits have a standard deviation of a
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -39,20 +44,59 @@ def write_llama(path: Path, *, seed: int = 0, positions: int = 256) -> Path:
     Returns:
         ``path``.
     """
-    config = LlamaConfig(
+    config = _llama_config(max_position_embeddings=positions)
+    return _write(LlamaForCausalLM, config, path, seed)
+
+
+def write_granite(path: Path, *, seed: int = 3) -> Path:
+    """Writes a Granite, which scales its logits, with a Qwen2's sizes: see `write_qwen2`."""
+    config = GraniteConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=96,
-        intermediate_size=176,
-        num_hidden_layers=3,
-        num_attention_heads=8,
+        hidden_size=128,
+        intermediate_size=208,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=positions,
+        max_position_embeddings=256,
+        attention_multiplier=0.2,
+        residual_multiplier=0.7,
+        logits_scaling=1.5,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
     )
-    return _write(LlamaForCausalLM, config, path, seed)
+    return _write(GraniteForCausalLM, config, path, seed)
+
+
+def write_classifier(path: Path, *, labels: int, seed: int = 2) -> Path:
+    """Writes a Llama as `write_llama` does, with a head for classes in the place of its own.
+
+    Args:
+        path: Directory to write into.
+        labels: Classes; with one the model is a cross-encoder to vLLM, and its class a score.
+        seed: Seeds the weights.
+
+    Returns:
+        ``path``.
+    """
+    return _write(LlamaForSequenceClassification, _llama_config(num_labels=labels), path, seed)
+
+
+def _llama_config(**more: Any) -> LlamaConfig:
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 96,
+        "intermediate_size": 176,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaConfig(**{**settings, **more})
 
 
 def write_qwen2(path: Path, *, seed: int = 1) -> Path:
@@ -77,8 +121,8 @@ def write_qwen2(path: Path, *, seed: int = 1) -> Path:
 
 
 def _write(
-    build: Callable[[LlamaConfig | Qwen2Config], PreTrainedModel],
-    config: LlamaConfig | Qwen2Config,
+    build: Callable[[Any], PreTrainedModel],
+    config: PreTrainedConfig,
     path: Path,
     seed: int,
 ) -> Path:

@@ -3,7 +3,7 @@
     .venv-vllm-0.33/bin/python -m tools.testbed --runner 2
 
 What is kept goes into results.json, docs/compatibility.md and the ledger. More arguments are
-pytest's; with any, nothing is kept. `--resume` runs those that failed last time.
+pytest's; with any, nothing is kept. `--resume` runs those that have not passed before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> int:
     """Runs the tests; returns pytest's exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.testbed", description=__doc__)
     parser.add_argument("--runner", type=int, choices=(1, 2), default=1, help="vLLM's model runner")
-    parser.add_argument("--resume", action="store_true", help="run what failed last time")
+    parser.add_argument("--resume", action="store_true", help="run what has not passed before")
     arguments, selection = parser.parse_known_args()
     vllm = version("vllm")
     run = ".".join(vllm.split(".")[:2]) + ("/2" if arguments.runner == 2 else "")
@@ -37,11 +37,12 @@ def main() -> int:
     if not arguments.resume and not selection:
         shutil.rmtree(folder, ignore_errors=True)
     called.mkdir(parents=True, exist_ok=True)
-    failed = [name for name, test in before.items() if test["outcome"] == "failed"]
+    # With an equals sign: pytest takes other words that are paths for what it is to collect.
     command = [
         *(sys.executable, "-m", "pytest", "-m", "smoke", "-p", "tools.testbed.outcomes"),
-        *([] if selection else ["--outcomes", str(outcomes)]),
-        *(selection or ["--numprocesses", "2", "--dist", "loadfile", *failed]),
+        *([] if selection else [f"--outcomes={outcomes}"]),
+        *([f"--passed={outcomes}"] if arguments.resume else []),
+        *(selection or ["--numprocesses", "2", "--dist", "loadfile"]),
     ]
     environment = os.environ | _environment(arguments.runner) | {_CALLED: str(called)}
     status = subprocess.run(command, cwd=_ROOT, env=environment, check=False).returncode

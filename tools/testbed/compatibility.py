@@ -46,19 +46,20 @@ ROWS = (
     Row(
         "scoring and classification of requests",
         SAME_PATH,
-        "An adapter acts in the model's layers, as for embeddings. Heads in `modules_to_save` are "
-        "tested at the interface of vLLM's layers.",
+        "With the base model's head, and with heads that adapters bring, saved whole or adapted.",
     ),
     Row(
         "classification of tokens",
         SAME_PATH,
-        "As above; vLLM applies adapters' own heads for tokens from 0.33 on.",
+        "Tested by `make test`, with 0.32 and the first model runner: with the base model's head. "
+        "Adapters that bring one are refused, but by 0.33 for a few models; that is tested at the "
+        "interface of vLLM's layers.",
     ),
     Row(
         "MoE formats",
         SAME_PATH,
-        "Tested at the interface of vLLM's layers, with the metadata that its kernels read; those "
-        "kernels need a GPU.",
+        "What slots hold is tested against what PEFT adds to experts, and the metadata that vLLM's "
+        "kernels read at the interface of its layers; those kernels need a GPU.",
     ),
     Row(
         "activated LoRA",

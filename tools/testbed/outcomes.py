@@ -16,12 +16,23 @@ _OUTCOMES = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="write the tests' outcomes to this file")
+    parser.addoption("--passed", type=Path, help="leave tests out that passed, by such a file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_OUTCOMES] = defaultdict(lambda: {"outcome": "passed", "features": []})
     _note_called_patches()
     config.pluginmanager.register(_Collector(config), "testbed-outcomes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    file = config.getoption("--passed")
+    if file is None:
+        return
+    before = json.loads(file.read_text())
+    passed = {name for name, test in before.items() if test["outcome"] == "passed"}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+    items[:] = [item for item in items if item.nodeid not in passed]
 
 
 def _note_called_patches() -> None:

@@ -120,7 +120,7 @@ PATCHES: tuple[Patch, ...] = (
             "self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, "
             "prompt_lens",
         ),
-        handler="worker.model_manager:compute_prompt_scores",
+        handler="worker.sampling:compute_prompt_scores",
         why="As prompt-logprobs, for vLLM's second model runner.",
         checked=("0.33/2",),
         until="As prompt-logprobs.",
@@ -130,7 +130,7 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.worker.gpu.sample.prompt_logprob:"
         "PromptLogprobsWorker.compute_prompt_token_id_logprobs",
         takes=("self, logits_fn, hidden_states, input_batch, prompt_lens",),
-        handler="worker.model_manager:compute_prompt_scores",
+        handler="worker.sampling:compute_prompt_scores",
         why="As prompt-logprobs, for the scores of given tokens.",
         checked=("0.33/2",),
         until="As prompt-logprobs.",

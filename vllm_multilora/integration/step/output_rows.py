@@ -43,7 +43,7 @@ class OutputRows:
         self._request_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._sampler_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._planned: npt.NDArray[np.int64] | None = None
-        self._hidden_states: torch.Tensor | None = None
+        self._first_token: int | None = None
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -87,17 +87,17 @@ class OutputRows:
         self._planned = None
 
     @contextmanager
-    def from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
-        """Within it, inputs that lie in `hidden_states` are prompts' rows, not sampled ones.
+    def from_prompt(self, first_token: int | None) -> Iterator[None]:
+        """Within it, an output layer's rows are consecutive tokens of the step, not sampled ones.
 
         Args:
-            hidden_states: [tokens, width], the hidden states of all tokens of the step.
+            first_token: Which token the first row belongs to; None: the rows are sampled ones.
         """
-        self._hidden_states = hidden_states
+        self._first_token = first_token
         try:
             yield
         finally:
-            self._hidden_states = None
+            self._first_token = None
 
     def plan(self, x: torch.Tensor) -> BatchPlan:
         """The plan over the rows of an output layer's input x of shape [rows, width].
@@ -106,7 +106,7 @@ class OutputRows:
         vLLM: nobody can say whose they are.
         """
         slots = self._sampler_slots
-        if (first := self._first_token(x)) is not None:
+        if (first := self._first_token) is not None:
             slots = self._token_slots[first : first + x.size(0)]
         if len(slots) < x.size(0):
             _warn_of_unknown_rows()
@@ -117,11 +117,14 @@ class OutputRows:
             self._planned = slots
         return self._own_plan
 
-    def _first_token(self, x: torch.Tensor) -> int | None:
-        """The token that x's first row is the hidden state of, if x is a part of them."""
-        hidden = self._hidden_states
-        if hidden is None:
-            return None
-        row_bytes = hidden.stride(0) * hidden.element_size()
-        first = (x.data_ptr() - hidden.data_ptr()) / row_bytes
-        return int(first) if 0 <= first < hidden.size(0) and first.is_integer() else None
+
+def first_row(part: torch.Tensor, whole: torch.Tensor) -> int | None:
+    """Which row of `whole` is the first of `part`; None if `part` does not lie in its memory.
+
+    Args:
+        part: [rows, width].
+        whole: [all rows, width].
+    """
+    row_bytes = whole.stride(0) * whole.element_size()
+    first = (part.data_ptr() - whole.data_ptr()) / row_bytes
+    return int(first) if 0 <= first < whole.size(0) and first.is_integer() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.pack_index import RankIndex
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.step.heads import ClassificationHead
+from vllm_multilora.integration.step.output_rows import first_row
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.short_forward import shorten_forward
 from vllm_multilora.integration.worker.layout import is_ranked, running_layout
@@ -215,11 +216,29 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     @contextmanager
     def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
-        """Within it, output layers get prompts' rows; see `OutputRows.from_prompts`."""
-        with ExitStack() as stack:
-            for wrapper in self.punica_wrapper_mapping.values():
-                stack.enter_context(wrapper.output_rows.from_prompts(hidden_states))
+        """Within it, `compute_logits` of the model is given parts of a step's hidden states.
+
+        The rows of its output layers are then those tokens, whatever the model makes of them first:
+        some normalise there.
+
+        Args:
+            hidden_states: [tokens, width], of all tokens of the step.
+        """
+        model: Any = self.model
+        compute = model.compute_logits
+
+        def compute_logits(rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            first = first_row(rows, hidden_states)
+            with ExitStack() as stack:
+                for wrapper in self.punica_wrapper_mapping.values():
+                    stack.enter_context(wrapper.output_rows.from_prompt(first))
+                return compute(rows, *args, **kwargs)
+
+        model.compute_logits = compute_logits
+        try:
             yield
+        finally:
+            del model.compute_logits  # that of its class again
 
     def set_sampled_rows(self, counts: npt.NDArray[np.integer]) -> None:
         """Says how many rows of each request reach the output layers; see `OutputRows`."""
@@ -295,18 +314,3 @@ def _true_ranks(weights: LoRALayerWeights, slices: int) -> npt.NDArray[np.int32]
     else:
         ranks = [weights.lora_a.shape[0]] * slices
     return np.array(ranks, dtype=np.int32)
-
-
-def compute_prompt_scores(
-    original: Callable[..., Any],
-    self: Any,
-    logits_fn: Any,
-    hidden_states: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    manager = getattr(getattr(logits_fn, "__self__", None), "lora_manager", None)
-    if not isinstance(manager, MultiLoRAModelManager):
-        return original(self, logits_fn, hidden_states, *args, **kwargs)
-    with manager.rows_from_prompts(hidden_states):
-        return original(self, logits_fn, hidden_states, *args, **kwargs)

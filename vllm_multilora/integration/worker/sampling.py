@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_multilora.integration.worker.manager import manager_of
+from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 
 
 def get_prompt_logprobs(
@@ -22,6 +23,22 @@ def get_prompt_logprobs(
         return original(runner, hidden_states, *args, **kwargs)
     with manager.model_manager.rows_from_prompts(hidden_states):
         return original(runner, hidden_states, *args, **kwargs)
+
+
+def compute_prompt_scores(
+    original: Callable[..., Any],
+    worker: Any,
+    logits_fn: Any,
+    hidden_states: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    model = getattr(logits_fn, "__self__", None)
+    manager = getattr(model, "lora_manager", None)
+    if model is None or not isinstance(manager, MultiLoRAModelManager):
+        return original(worker, logits_fn, hidden_states, *args, **kwargs)
+    with manager.rows_from_prompts(hidden_states):
+        return original(worker, model.compute_logits, hidden_states, *args, **kwargs)
 
 
 def sample(

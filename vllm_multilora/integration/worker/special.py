@@ -93,7 +93,7 @@ class SpecialParts:
             weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
             skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
         )
-        special.is_3d_lora_weight = request.is_3d_lora_weight
+        special.is_3d_lora_weight = request.is_3d_lora_weight or _has_fused_experts(special)
         for name in _CHECKS:
             if check := getattr(manager, name, None):
                 check(special)
@@ -107,6 +107,14 @@ class SpecialParts:
             return False
         module = layout.naming.rename(role.module) if role else None
         return role is None or (module is not None and layout.is_special(module))
+
+
+def _has_fused_experts(special: LoRAModel) -> bool:
+    """Whether an adapter holds all experts of a layer as one, as PEFT does for parameters.
+
+    vLLM is told so with the request, which only some ways of registering an adapter can say.
+    """
+    return any(name.endswith(".experts.base_layer") for name in special.loras)
 
 
 def _copy(raw: RawTensor, memory: SegmentMapper, segments: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,189 @@
+"""Classes and scores: each adapter's are PEFT's, its own head's where it brings one."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.attacks.poison import poisoned
+
+from .engine import running_engine
+from .recipes import CLASSIFIER_RECIPES
+from .tiny_adapters import write_adapter
+from .tiny_models import VOCAB_SIZE, write_classifier
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+pytestmark = pytest.mark.serving
+
+GONE, POISON = "gone", "poison"
+PAIRS = ((3, 4), (12, 11), (25, 17))
+"""Tokens of a query and of a document, the last ones more than a step takes in."""
+
+Pair = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A base checkpoint and its adapters, two of which fail."""
+
+    base: Path
+    adapters: Mapping[str, Path]
+
+    def lora(self, name: str | None) -> "LoRARequest | None":
+        from vllm.lora.request import LoRARequest
+
+        if name is None:
+            return None
+        return LoRARequest(name, 1 + list(self.adapters).index(name), str(self.adapters[name]))
+
+    def logits(self, name: str | None, prompt: Sequence[int]) -> torch.Tensor:
+        """What PEFT and transformers say of a prompt: float32 of shape [labels]."""
+        from peft import PeftConfig, PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        model = AutoModelForSequenceClassification.from_pretrained(self.base, dtype=torch.float32)
+        if name is not None:
+            config = PeftConfig.from_pretrained(self.adapters[name])
+            model = PeftModel.from_pretrained(model, self.adapters[name], config=config)
+        with torch.inference_mode():
+            return model.eval()(input_ids=torch.tensor([prompt])).logits[0]
+
+    def logits_of_tokens(self, name: str | None, prompt: Sequence[int]) -> torch.Tensor:
+        """As `logits`, of each token's state: float32 of shape [tokens, labels]."""
+        ends = range(1, 1 + len(prompt))
+        return torch.stack([self.logits(name, prompt[:end]) for end in ends])
+
+
+def classifier(root: Path, labels: int) -> Classifier:
+    base = write_classifier(root / "base", labels=labels)
+    adapters = {
+        recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed, classifier=True)
+        for seed, recipe in enumerate(CLASSIFIER_RECIPES)
+    }
+    adapters[POISON] = poisoned(adapters[CLASSIFIER_RECIPES[0].name], root / POISON, "float32")
+    return Classifier(base, {**adapters, GONE: root / GONE})
+
+
+def mixed(pairs: Sequence[Pair]) -> list[tuple[str | None, Pair]]:
+    """Requests of the base model and of every adapter for each pair, in any order."""
+    names = (None, *(recipe.name for recipe in CLASSIFIER_RECIPES), GONE, POISON)
+    requests = [(name, pair) for pair in pairs for name in names]
+    random.Random(1).shuffle(requests)
+    return requests
+
+
+def random_pairs() -> list[Pair]:
+    source = random.Random(0)
+
+    def tokens(length: int) -> list[int]:
+        return [source.randrange(VOCAB_SIZE) for _ in range(length)]
+
+    return [(tokens(query), tokens(document)) for query, document in PAIRS]
+
+
+def text(tokens: Sequence[int]) -> str:
+    return " ".join(f"t{token}" for token in tokens)
+
+
+def assert_only_the_guilty_fail(name: str | None, error: Any) -> None:
+    if name == GONE:
+        assert error.code == "gone", error
+    elif name == POISON:
+        assert "quarantined" in error.message, error
+    else:
+        assert error is None, (name, error)
+
+
+@pytest.mark.smoke("scoring and classification of requests")
+def test_classes_equal_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
+    model = classifier(tmp_path, labels=3)
+    requests = mixed(random_pairs())
+    with running_engine(
+        model.base,
+        in_process=True,
+        runner="pooling",
+        max_loras=2,
+        max_num_batched_tokens=24,
+        enable_prefix_caching=False,
+    ) as llm:
+        answers = llm.classify(
+            [{"prompt_token_ids": [*query, *document]} for _, (query, document) in requests],
+            lora_request=[model.lora(name) for name, _ in requests],
+            use_tqdm=False,
+        )
+    seen = set()
+    for answer, (name, (query, document)) in zip(answers, requests, strict=True):
+        assert_only_the_guilty_fail(name, answer.error)
+        if answer.error is None:
+            expected = model.logits(name, [*query, *document]).softmax(dim=0)
+            found = torch.tensor(answer.outputs.probs)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+            seen.add(tuple(round(p, 3) for p in answer.outputs.probs))
+    assert len(seen) == len(PAIRS) * (1 + len(CLASSIFIER_RECIPES)), "a mix-up would show"
+
+
+@pytest.mark.smoke("scoring and classification of requests")
+def test_a_cross_encoders_scores_equal_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
+    model = classifier(tmp_path, labels=1)
+    requests = mixed(random_pairs())
+    with running_engine(
+        model.base,
+        in_process=True,
+        runner="pooling",
+        skip_tokenizer_init=False,
+        max_loras=2,
+        max_num_batched_tokens=24,
+        enable_prefix_caching=False,
+    ) as llm:
+        answers = llm.score(
+            [f"{text(query)} " for _, (query, _) in requests],  # vLLM puts nothing between them
+            [text(document) for _, (_, document) in requests],
+            lora_request=[model.lora(name) for name, _ in requests],
+            use_tqdm=False,
+        )
+    seen = set()
+    for answer, (name, (query, document)) in zip(answers, requests, strict=True):
+        assert_only_the_guilty_fail(name, answer.error)
+        if answer.error is None:
+            expected = model.logits(name, [*query, *document]).sigmoid().item()
+            assert answer.outputs.score == pytest.approx(expected, rel=1e-3), name
+            seen.add(round(expected, 3))
+    assert len(seen) == len(PAIRS) * (1 + len(CLASSIFIER_RECIPES)), "a mix-up would show"
+
+
+def test_tokens_classes_equal_pefts_and_heads_that_vllm_cannot_apply_are_refused(
+    tmp_path: Path,
+) -> None:
+    """vLLM 0.33 does apply adapters' own heads to tokens, for a few models."""
+    model = classifier(tmp_path, labels=3)
+    requests = mixed([([5, 6, 7], [250, 21])])
+    served = {None, "base-head-r64"}
+    with running_engine(
+        model.base,
+        in_process=True,
+        runner="pooling",
+        pooler_config={"task": "token_classify"},
+        max_loras=2,
+        enable_prefix_caching=False,
+    ) as llm:
+        answers = llm.encode(
+            [{"prompt_token_ids": [*query, *document]} for _, (query, document) in requests],
+            pooling_task="token_classify",
+            lora_request=[model.lora(name) for name, _ in requests],
+            use_tqdm=False,
+        )
+    for answer, (name, (query, document)) in zip(answers, requests, strict=True):
+        if name in served:
+            assert answer.error is None, (name, answer.error)
+            expected = model.logits_of_tokens(name, [*query, *document]).softmax(dim=-1)
+            torch.testing.assert_close(answer.outputs.data, expected, rtol=1e-3, atol=1e-5)
+        elif name == GONE:
+            assert_only_the_guilty_fail(name, answer.error)
+        else:  # the adapter that overflows has a head of its own, too
+            assert "token_classify" in answer.error.message, name

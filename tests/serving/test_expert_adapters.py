@@ -1,0 +1,162 @@
+"""Adapters that hold all experts of a layer as one: PEFT writes them, slots hold what it means."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
+from vllm_multilora.integration.orders import Fill
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.launch import StoreThread
+from vllm_multilora.store.messages import Failed, Loaded, StoreSettings
+
+from .allocated_slots import Setting, real_manager, write_configs
+
+pytestmark = pytest.mark.serving
+
+LIMIT_S = 30.0
+SLOT, RANK, ALPHA = 1, 4, 8
+SETTING = Setting(max_loras=2, max_lora_rank=8)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter, and what it adds to experts.
+
+    Attributes:
+        folder: Of the adapter.
+        deltas: By the experts' module and parameter: float32 [experts, outputs, inputs].
+    """
+
+    folder: Path
+    deltas: Mapping[tuple[str, str], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("configs")
+    write_configs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A GPT-OSS's adapter of all experts."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.layer import ParamWrapper
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configs / "gpt-oss"))
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        r=RANK,
+        lora_alpha=ALPHA,
+    )
+    peft: Any = get_peft_model(model.float(), config)
+    generator = torch.Generator().manual_seed(0)
+    deltas = {}
+    for name, module in peft.named_modules():
+        if isinstance(module, ParamWrapper):
+            for part in (module.lora_A, module.lora_B):
+                weight = part["default"].weight.data
+                values = torch.randn(weight.shape, generator=generator)
+                weight.copy_(values.bfloat16())  # as the slots can hold them
+            layer = name[name.index("model.layers.") :].partition(".mlp.experts")[0]
+            delta = module.get_delta_weight("default").detach().mT
+            deltas[f"{layer}.mlp.experts", module.parameter_name] = delta
+    folder = tmp_path_factory.mktemp("trained")
+    peft.save_pretrained(folder)
+    return Trained(folder, deltas)
+
+
+@contextmanager
+def filler(manager: Any) -> Iterator[Any]:
+    """Fills slots of a real model from a store, and returns what its worker answers."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.worker.filler import SlotFiller
+    from vllm_multilora.integration.worker.special import SpecialParts
+
+    client = StoreClient(StoreThread(), "server")
+    try:
+        client.configure([manager.layout], StoreSettings())
+        filler = SlotFiller(manager, SpecialParts(manager, LoRAModel, None), None)
+        filler.open_memory(client.address, "server")
+
+        def fill(folder: Path) -> Answer:
+            client.want(7, "experts", str(folder))
+            while True:
+                for message in client.wait(LIMIT_S):
+                    assert not isinstance(message, Failed), message
+                    if isinstance(message, Loaded):
+                        lora = LoRARequest("experts", 7, str(folder))
+                        return filler.fill_now(Fill(1, SLOT, lora, message.pack))
+
+        yield fill
+    finally:
+        client.close()
+
+
+def in_slot(layer: Any, part: str) -> torch.Tensor:
+    """What the slot adds to projections: float32 [experts, outputs, inputs]."""
+    a, b = (getattr(layer, f"{part}_lora_{x}_stacked") for x in "ab")
+    parts = [two[SLOT].float() @ one[SLOT].float() for one, two in zip(a, b, strict=True)]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.smoke("MoE formats")
+@pytest.mark.parametrize("mixed", [False, True], ids=["as-the-model-has-them", "mixed-formats"])
+def test_slots_hold_what_peft_adds(configs: Path, trained: Trained, mixed: bool) -> None:
+    """Nobody has said of the adapter which format it has."""
+    from vllm_multilora.integration.offline.model import one_worker
+
+    with (
+        real_manager(configs / "gpt-oss", SETTING, one_worker, mixed_experts=mixed) as manager,
+        filler(manager) as fill,
+    ):
+        answer = fill(trained.folder)
+        assert isinstance(answer, Filled), answer
+        layers = {
+            name: module for name, module in manager.modules.items() if name.endswith("experts")
+        }
+        assert len(layers) == 2
+        for name, layer in layers.items():
+            expected = trained.deltas[name, "gate_up_proj"]
+            if mixed:  # gate and up are apart there, which take turns in a GPT-OSS
+                expected = torch.cat([expected[:, ::2], expected[:, 1::2]], dim=1)
+            torch.testing.assert_close(in_slot(layer, "w13"), expected, rtol=1e-4, atol=1e-4)
+            expected = trained.deltas[name, "down_proj"]
+            torch.testing.assert_close(in_slot(layer, "w2"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_of_single_experts_refuses_it_and_says_why(
+    configs: Path, trained: Trained, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from vllm_multilora.integration.offline.model import one_worker
+
+    file = "adapter_model.safetensors"
+    tensors = load_file(trained.folder / file)
+    of_mixtral = {n.replace(".mlp.", ".block_sparse_moe."): t for n, t in tensors.items()}
+    save_file(of_mixtral, tmp_path / file)
+    config = "adapter_config.json"
+    (tmp_path / config).write_text((trained.folder / config).read_text())
+    with (
+        real_manager(configs / "mixtral", SETTING, one_worker) as manager,
+        filler(manager) as fill,
+    ):
+        answer = fill(tmp_path)
+    assert isinstance(answer, FillFailed), answer
+    assert answer.kind == FailureKind.INVALID
+    assert "fused 3D MoE weights" in answer.message
+    assert "--enable-mixed-moe-lora-format" in answer.message
