@@ -23,6 +23,7 @@ import triton.language as tl
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
 from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.factors import OutputFactors
+from multilora_kernels.triton.activations import row_step
 from multilora_kernels.triton.combine import pays_before_expand, prepare_combine
 from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.shrink import kept_type
@@ -45,7 +46,6 @@ def prepare_expand(
     planes: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
     batch: Batch,
-    offset: int,
     add_inputs: bool,
     config: ExpandConfig,
     *,
@@ -55,12 +55,11 @@ def prepare_expand(
     """The launch for all slices, to be run; it may bring one that adds up the planes before it.
 
     Args:
-        y: of shape [T, W], changed in place.
+        y: of shape [T, W], aligned (see `activations`); its first columns are changed in place.
         planes: of shape [parts of K, slices, T, R], contiguous; its sum over the first dimension
             is what B is multiplied by.
         lora_b: As for `multilora_kernels.lora_expand`.
         batch: The batch.
-        offset: First column of y.
         add_inputs: If False, overwrite.
         config: The blocks.
         after_shrink: Whether `shrink` is what was launched just before, so that this launch may
@@ -89,8 +88,7 @@ def prepare_expand(
             "y": y,
             "planes": planes,
             "b_slices": tuple(lora_b),
-            "offset": offset,
-            "y_row": y.stride(0),
+            "y_row": row_step(y),
             **batch.arguments(tokens),
             **({} if factors is None else _tensors_of(factors)),
         },
@@ -144,14 +142,13 @@ def grain(lora_b: Sequence[torch.Tensor], max_rank: int) -> int:
     do_not_specialize_on_alignment=["ranks", "factors", "marks"],
 )
 def expand_kernel(
-    y,  # [tokens, >= offset + sum(WIDTHS)]
+    y,  # [tokens, >= sum(WIDTHS)]
     planes,  # [SPLIT_K, slices, tokens, R]
     b_slices,  # per slice [slots, width, R]
     ranks,  # int32 [slices, slots]
     plan,
     tokens,
     order,
-    offset,
     y_row,
     ranks_slice,
     ranks_slot,
@@ -179,7 +176,6 @@ def expand_kernel(
     for i in tl.static_range(SLICES):
         pieces += tl.cdiv(WIDTHS[i], BLOCK_N)
     first, end = take_share(count_parts(plan, BLOCK_M) * pieces)
-    y += offset
     for part in tl.range(first // pieces, tl.cdiv(end, pieces), num_stages=1):
         slot, start, rows = load_part(plan, part, BLOCK_M)
         token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)

@@ -22,6 +22,7 @@ from multilora_kernels.configs import (
 )
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
+from multilora_kernels.triton.activations import aligned_copy
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import prepare_expand
 from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch
@@ -198,7 +199,6 @@ def launches(case: LaunchCase, architecture: str) -> Iterator[Launch]:
             planes,
             lora_b,
             batch,
-            0,
             case.add_inputs,
             after_shrink=True,
             factors=_factors(case),
@@ -211,7 +211,7 @@ def launches(case: LaunchCase, architecture: str) -> Iterator[Launch]:
     planes, launch = shrink_launch(x, lora_a, batch, 1.0, h.dtype)
     yield launch
     yield prepare_combine(h, planes, batch)
-    yield expand_launch(y, h.unsqueeze(0), lora_b, batch, 0, case.add_inputs, after_shrink=False)
+    yield expand_launch(y, h.unsqueeze(0), lora_b, batch, case.add_inputs, after_shrink=False)
 
 
 def configured_launches(
@@ -229,7 +229,7 @@ def configured_launches(
     x, y, lora_a, lora_b = _tensors(case)
     planes, first = prepare_shrink(x, lora_a, batch, 1.0, shrink)
     yield first
-    second = prepare_expand(y, planes, lora_b, batch, 0, True, expand, after_shrink=True)
+    second = prepare_expand(y, planes, lora_b, batch, True, expand, after_shrink=True)
     if second.before is not None:
         yield second.before
     yield second
@@ -287,8 +287,11 @@ def _tensors(
             b = _empty(case.slots, 1, n + more, rank + more, dtype=dtype)
         lora_a.append(a[..., :rank, : case.k])
         lora_b.append(b[..., :n, :rank])
-    x = _empty(case.tokens, case.k, dtype=case.dtype)
-    return x, _empty(case.tokens, sum(case.widths), dtype=case.dtype), lora_a, lora_b
+    x, y = (
+        aligned_copy(_empty(case.tokens, width, dtype=case.dtype))  # as odd ones get there
+        for width in (case.k, sum(case.widths))
+    )
+    return x, y, lora_a, lora_b
 
 
 def _factors(case: LaunchCase) -> OutputFactors | None:
