@@ -52,9 +52,7 @@ def make_layers(dtype: torch.dtype, lora_dtype: torch.dtype) -> list[Any]:
                 lora_a_stacked=tuple(
                     random(SLOTS, 1, RANK, inputs, to=lora_dtype) for _ in outputs
                 ),
-                lora_b_stacked=tuple(
-                    random(SLOTS, 1, RANK, n, to=lora_dtype).mT for n in outputs
-                ),
+                lora_b_stacked=tuple(random(SLOTS, 1, RANK, n, to=lora_dtype).mT for n in outputs),
             )
         )
     return layers

@@ -117,7 +117,8 @@ class MultiLoRAModelManager(LoRAModelManager):
             if self.device.type == "cpu":
                 shorten_forward(layer)
         if self.device.type != "cpu":
-            warm_up(self.modules.values(), config.model_config.dtype)
+            dtype: Any = config.model_config.dtype
+            warm_up(self.modules.values(), dtype)
             self.slot_table.warm_up()
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()

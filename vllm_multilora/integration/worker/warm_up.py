@@ -37,7 +37,7 @@ def prepare(layer: BaseLayerWithLoRA) -> None:
         layer: With its own `MultiLoRAPunicaWrapper` and ranks that are tracked.
     """
     wrapper: Any = layer.punica_wrapper
-    a, b = layer.lora_a_stacked, layer.lora_b_stacked  # type: ignore[attr-defined]
+    a, b = layer.lora_a_stacked, layer.lora_b_stacked
     if isinstance(layer, VocabParallelEmbeddingWithLoRA):
         wrapper.expand(b)
     elif is_sharded(layer):
