@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -301,7 +302,7 @@ def _run_prepared(
     host_plan: torch.Tensor,
     prepared: torch.Tensor,
 ) -> None:
-    number = int(prepared.item())
+    number: Any = prepared.item()
     found = _prepared.get(number)
     if found is None:
         raise RuntimeError(

@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
-from multilora_kernels.triton.activations import aligned, aligned_h, aligned_span
+from multilora_kernels.triton.activations import aligned, aligned_h, aligned_output
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import expand_kernel
 from multilora_kernels.triton.launch import Batch, device_facts
@@ -58,11 +58,11 @@ def lora_linear(
     if not x.size(0):
         return
     batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
-    with aligned_span(y, offset) as own:
+    with aligned_output(y, offset) as (own, first):
         planes, shrink = shrink_launch(aligned(x), lora_a, batch, scale, kept_type(y, lora_b))
         # All memory is there before the first launch: nothing comes between the two.
         expand = expand_launch(
-            own, planes, lora_b, batch, add_inputs, after_shrink=True, factors=factors
+            own, planes, lora_b, batch, first, add_inputs, after_shrink=True, factors=factors
         )
         shrink.run()
         expand.run()
@@ -131,8 +131,8 @@ def lora_expand(
         return
     batch = Batch(ranks, plan, layout, device_facts(y.device), batch_invariant)
     planes = aligned_h(h).unsqueeze(0)
-    with aligned_span(y, offset) as own:
-        expand_launch(own, planes, lora_b, batch, add_inputs, after_shrink=False).run()
+    with aligned_output(y, offset) as (own, first):
+        expand_launch(own, planes, lora_b, batch, first, add_inputs, after_shrink=False).run()
 
 
 def prepare_shrink(

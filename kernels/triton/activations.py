@@ -26,16 +26,16 @@ def fits(bits: int, steps: int) -> bool:
     """Whether the kernels take activations as they are.
 
     Args:
-        bits: All that must be a multiple of 16, joined by `|`: addresses and steps.
+        bits: All that must be a multiple of 16, joined by `|`: addresses, steps, first columns.
         steps: All steps from row to row, likewise.
     """
     return not (bits % _GRAIN or steps >> _STRIDE_BITS)
 
 
-def is_aligned(rows: torch.Tensor) -> bool:
-    """Whether the kernels take [T, W] as it is."""
+def is_aligned(rows: torch.Tensor, first_column: int = 0) -> bool:
+    """Whether the kernels take [T, W] as it is, from a column on."""
     step = row_step(rows)
-    return fits(rows.data_ptr() | step, step)
+    return fits(rows.data_ptr() | step | first_column, step)
 
 
 def aligned_copy(rows: torch.Tensor) -> torch.Tensor:
@@ -51,13 +51,19 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def aligned_span(y: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
-    """The columns of y from `first` on, to be changed in place by kernels."""
-    span = y[:, first:] if first else y
-    own = aligned(span)
-    yield own
-    if own is not span:
-        span.copy_(own)
+def aligned_output(y: torch.Tensor, first_column: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Where kernels are to change the columns of y from one on, and which column that is there.
+
+    The column depends on `first_column` alone. If it is a copy, y gets what it holds in the end.
+    """
+    if is_aligned(y, first_column):
+        yield y, first_column
+        return
+    first = 0 if first_column % _GRAIN else first_column
+    span = y[:, first_column - first :]
+    own = aligned_copy(span)
+    yield own, first
+    span.copy_(own)
 
 
 def aligned_h(h: torch.Tensor) -> torch.Tensor:

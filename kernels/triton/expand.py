@@ -46,6 +46,7 @@ def prepare_expand(
     planes: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
     batch: Batch,
+    offset: int,
     add_inputs: bool,
     config: ExpandConfig,
     *,
@@ -55,11 +56,12 @@ def prepare_expand(
     """The launch for all slices, to be run; it may bring one that adds up the planes before it.
 
     Args:
-        y: of shape [T, W], aligned (see `activations`); its first columns are changed in place.
+        y: of shape [T, W], aligned from column `offset` on (see `activations`), changed in place.
         planes: of shape [parts of K, slices, T, R], contiguous; its sum over the first dimension
             is what B is multiplied by.
         lora_b: As for `multilora_kernels.lora_expand`.
         batch: The batch.
+        offset: First column of y.
         add_inputs: If False, overwrite.
         config: The blocks.
         after_shrink: Whether `shrink` is what was launched just before, so that this launch may
@@ -88,6 +90,7 @@ def prepare_expand(
             "y": y,
             "planes": planes,
             "b_slices": tuple(lora_b),
+            "offset": offset,
             "y_row": row_step(y),
             **batch.arguments(tokens),
             **({} if factors is None else _tensors_of(factors)),
@@ -142,13 +145,14 @@ def grain(lora_b: Sequence[torch.Tensor], max_rank: int) -> int:
     do_not_specialize_on_alignment=["ranks", "factors", "marks"],
 )
 def expand_kernel(
-    y,  # [tokens, >= sum(WIDTHS)]
+    y,  # [tokens, >= offset + sum(WIDTHS)]
     planes,  # [SPLIT_K, slices, tokens, R]
     b_slices,  # per slice [slots, width, R]
     ranks,  # int32 [slices, slots]
     plan,
     tokens,
     order,
+    offset,
     y_row,
     ranks_slice,
     ranks_slot,
@@ -176,6 +180,7 @@ def expand_kernel(
     for i in tl.static_range(SLICES):
         pieces += tl.cdiv(WIDTHS[i], BLOCK_N)
     first, end = take_share(count_parts(plan, BLOCK_M) * pieces)
+    y += offset
     for part in tl.range(first // pieces, tl.cdiv(end, pieces), num_stages=1):
         slot, start, rows = load_part(plan, part, BLOCK_M)
         token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)

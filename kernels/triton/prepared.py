@@ -18,7 +18,7 @@ from multilora_kernels.plan import PlanLayout
 from multilora_kernels.triton.activations import (
     aligned,
     aligned_h,
-    aligned_span,
+    aligned_output,
     fits,
     row_step,
 )
@@ -100,7 +100,7 @@ class PreparedLaunches:
         x_row, y_row = (x.stride(0), y.stride(0)) if tokens > 1 else (0, 0)
         rows = x_row | y_row
         if not fits(x_at | y_at | rows, rows):
-            with aligned_span(y, 0) as own:
+            with aligned_output(y, 0) as (own, _):
                 self.run(plan, x=aligned(x), y=own)
             return
         key = power_of_two_up(tokens), x.dtype, y.dtype
@@ -140,6 +140,7 @@ class PreparedLaunches:
             planes,
             self._lora_b,
             batch,
+            0,
             self._add_inputs,
             after_shrink=True,
             factors=self._factors,
@@ -253,15 +254,15 @@ class PreparedExpandLaunches:
         """Computes a batch in place on y; arguments are valid."""
         if not y.size(0):
             return
-        with aligned_span(y, self._offset) as own:
-            self._run(plan, aligned_h(h), own)
+        with aligned_output(y, self._offset) as (own, first):
+            self._run(plan, aligned_h(h), own, first)
 
-    def _run(self, plan: torch.Tensor, h: torch.Tensor, y: torch.Tensor) -> None:
+    def _run(self, plan: torch.Tensor, h: torch.Tensor, y: torch.Tensor, first: int) -> None:
         tokens = y.size(0)
         key = power_of_two_up(tokens), h.dtype, y.dtype
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = self._work_out(plan, h, y)
+            known = self._known[key] = self._work_out(plan, h, y, first)
         y_row = row_step(y)
         if known.is_compiled:
             addresses = y.data_ptr(), y_row, h.data_ptr(), plan.data_ptr()
@@ -269,9 +270,11 @@ class PreparedExpandLaunches:
         else:
             known.run(y, y_row, h.unsqueeze(0), plan, tokens)
 
-    def _work_out(self, plan: torch.Tensor, h: torch.Tensor, y: torch.Tensor) -> KeptLaunch:
+    def _work_out(
+        self, plan: torch.Tensor, h: torch.Tensor, y: torch.Tensor, first: int
+    ) -> KeptLaunch:
         batch = Batch(self._ranks, plan, self._layout, self._facts, self._batch_invariant)
         launch = expand_launch(
-            y, h.unsqueeze(0), self._lora_b, batch, self._add_inputs, after_shrink=False
+            y, h.unsqueeze(0), self._lora_b, batch, first, self._add_inputs, after_shrink=False
         )
         return KeptLaunch(launch, batch, _EXPAND)

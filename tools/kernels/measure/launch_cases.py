@@ -199,6 +199,7 @@ def launches(case: LaunchCase, architecture: str) -> Iterator[Launch]:
             planes,
             lora_b,
             batch,
+            0,
             case.add_inputs,
             after_shrink=True,
             factors=_factors(case),
@@ -211,7 +212,7 @@ def launches(case: LaunchCase, architecture: str) -> Iterator[Launch]:
     planes, launch = shrink_launch(x, lora_a, batch, 1.0, h.dtype)
     yield launch
     yield prepare_combine(h, planes, batch)
-    yield expand_launch(y, h.unsqueeze(0), lora_b, batch, case.add_inputs, after_shrink=False)
+    yield expand_launch(y, h.unsqueeze(0), lora_b, batch, 0, case.add_inputs, after_shrink=False)
 
 
 def configured_launches(
@@ -229,7 +230,7 @@ def configured_launches(
     x, y, lora_a, lora_b = _tensors(case)
     planes, first = prepare_shrink(x, lora_a, batch, 1.0, shrink)
     yield first
-    second = prepare_expand(y, planes, lora_b, batch, True, expand, after_shrink=True)
+    second = prepare_expand(y, planes, lora_b, batch, 0, True, expand, after_shrink=True)
     if second.before is not None:
         yield second.before
     yield second

@@ -155,7 +155,7 @@ class LayerOnBatch:
         planes, launch = prepare_shrink(batch.x, batch.lora_a, self._shared, 1.0, shrink)
         yield launch
         yield prepare_expand(
-            batch.y, planes, batch.lora_b, self._shared, True, expand, after_shrink=True
+            batch.y, planes, batch.lora_b, self._shared, 0, True, expand, after_shrink=True
         )
 
     def _check(self, chosen: tuple[ShrinkConfig, ExpandConfig], call: Call) -> None:
