@@ -117,7 +117,9 @@ def _call(layer: Any, rows: int, dtype: torch.dtype) -> None:
     elif is_sharded(layer):
         offset, width = first_column(layer), sum(each.size(-2) for each in b)
         wrapper.add_shrink(half(a, a[0].size(-2)), activations(a[0].size(-1)), a, 1.0)
-        y, h = activations(offset + width), half(b, b[0].size(-1))
+        # With memory of its own: it is copied back where the offset is no multiple of 16.
+        y = torch.empty(rows, offset + width, dtype=dtype, device=wrapper.device)
+        h = half(b, b[0].size(-1))
         wrapper.add_expand(y, h, b, layer.output_slices, offset_start=offset)
     else:
         y, x = activations(sum(each.size(-2) for each in b)), activations(a[0].size(-1))
