@@ -14,18 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multilora_kernels import host_memory, reference
-    from multilora_kernels.api import (
-        BACKENDS,
-        PreparedLinear,
-        column_major,
-        lora_expand,
-        lora_linear,
-        lora_shrink,
-        resolve_backend,
-    )
+    from multilora_kernels.api import column_major, lora_expand, lora_linear, lora_shrink
+    from multilora_kernels.backends import BACKENDS, resolve_backend
     from multilora_kernels.factors import OutputFactors
     from multilora_kernels.native.builds import NativeUnavailableError
     from multilora_kernels.plan import BatchPlan, PlanLayout
+    from multilora_kernels.prepared import PreparedExpand, PreparedLinear, PreparedShrink
     from multilora_kernels.scatter import SlotIndex, SlotTable
     from multilora_kernels.triton_availability import TritonUnavailableError
 
@@ -35,7 +29,9 @@ __all__ = [
     "NativeUnavailableError",
     "OutputFactors",
     "PlanLayout",
+    "PreparedExpand",
     "PreparedLinear",
+    "PreparedShrink",
     "SlotIndex",
     "SlotTable",
     "TritonUnavailableError",
@@ -49,13 +45,18 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BACKENDS": "backends",
     "BatchPlan": "plan",
     "NativeUnavailableError": "native.builds",
     "OutputFactors": "factors",
     "PlanLayout": "plan",
+    "PreparedExpand": "prepared",
+    "PreparedLinear": "prepared",
+    "PreparedShrink": "prepared",
     "SlotIndex": "scatter",
     "SlotTable": "scatter",
     "TritonUnavailableError": "triton_availability",
+    "resolve_backend": "backends",
 }
 _MODULES = ("host_memory", "reference")
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.pieces import MOST_PIECES, host_bytes
+from multilora_kernels.pieces import MOST_PIECES, host_bytes, registered_parts
 
 SEGMENT_ALIGNMENT = 4096
-"""Host memory that is registered with CUDA in several parts: each begins at a multiple of this."""
+"""Host memory may be several mappings: each begins at a multiple of this."""
 
 _ALIGNMENT = 64
 _FIELDS = 5
@@ -76,7 +76,9 @@ class DeviceStaging:
         table = table[: len(units)]
         table.copy_(host_table[: len(units)], non_blocking=True)
         for address, offset, size in runs:
-            half[offset : offset + size].copy_(host_bytes(address, size), non_blocking=True)
+            for begin, part in registered_parts(address, size):
+                at = offset + begin - address
+                half[at : at + part].copy_(host_bytes(begin, part), non_blocking=True)
         longest = int((units[:, 2] * units[:, 3]).max())
         scatter_launch(half[: self._capacity], table, unit, longest).run()
         if self._used:

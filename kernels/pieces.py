@@ -21,6 +21,10 @@ PIECE = np.dtype([(name, np.int64) for name in ("source", "target", "rows", "row
 MOST_PIECES = 2048
 """In a group."""
 
+REGISTERED_BYTES = 16 << 20
+"""Host memory is registered with CUDA in parts that end at multiples of this: registering keeps the
+driver from launching kernels meanwhile, a few milliseconds for such a part."""
+
 _Ints = npt.NDArray[np.int64]
 
 
@@ -53,6 +57,19 @@ def in_groups(
         held += size
     if first < len(sizes):
         yield cut[first:], of[first:], line[first:]
+
+
+def registered_parts(address: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cuts a range of memory where parts of it end that were registered with CUDA.
+
+    Yields:
+        The address and the bytes of each part.
+    """
+    end = address + size
+    while address < end:
+        until = min(end, (address // REGISTERED_BYTES + 1) * REGISTERED_BYTES)
+        yield address, until - address
+        address = until
 
 
 def host_bytes(address: int, size: int) -> torch.Tensor:

@@ -14,17 +14,30 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
+from multilora_kernels.triton.activations import aligned, aligned_h, aligned_output
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import expand_kernel
 from multilora_kernels.triton.launch import Batch, device_facts
-from multilora_kernels.triton.prepared import PreparedLaunches
+from multilora_kernels.triton.prepared import (
+    PreparedExpandLaunches,
+    PreparedLaunches,
+    PreparedShrinkLaunches,
+)
 from multilora_kernels.triton.product import expand_launch, shrink_launch
 from multilora_kernels.triton.shrink import kept_type
 
 INTERPRETED = isinstance(expand_kernel, InterpretedFunction)
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this was imported."""
 
-__all__ = ["INTERPRETED", "lora_expand", "lora_linear", "lora_shrink", "prepare_linear"]
+__all__ = [
+    "INTERPRETED",
+    "lora_expand",
+    "lora_linear",
+    "lora_shrink",
+    "prepare_expand",
+    "prepare_linear",
+    "prepare_shrink",
+]
 
 
 def lora_linear(
@@ -45,13 +58,14 @@ def lora_linear(
     if not x.size(0):
         return
     batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
-    planes, shrink = shrink_launch(x, lora_a, batch, scale, kept_type(y, lora_b))
-    # All memory is there before the first launch: nothing comes between the two.
-    expand = expand_launch(
-        y, planes, lora_b, batch, offset, add_inputs, after_shrink=True, factors=factors
-    )
-    shrink.run()
-    expand.run()
+    with aligned_output(y, offset) as (own, first):
+        planes, shrink = shrink_launch(aligned(x), lora_a, batch, scale, kept_type(y, lora_b))
+        # All memory is there before the first launch: nothing comes between the two.
+        expand = expand_launch(
+            own, planes, lora_b, batch, first, add_inputs, after_shrink=True, factors=factors
+        )
+        shrink.run()
+        expand.run()
 
 
 def prepare_linear(
@@ -93,9 +107,12 @@ def lora_shrink(
     if not x.size(0):
         return
     batch = Batch(ranks, plan, layout, device_facts(x.device), batch_invariant)
-    planes, launch = shrink_launch(x, lora_a, batch, scale, h.dtype)
+    own = aligned_h(h)
+    planes, launch = shrink_launch(aligned(x), lora_a, batch, scale, h.dtype)
     launch.run()
-    prepare_combine(h, planes, batch).run()
+    prepare_combine(own, planes, batch).run()
+    if own is not h:
+        h.copy_(own)
 
 
 def lora_expand(
@@ -113,5 +130,35 @@ def lora_expand(
     if not y.size(0):
         return
     batch = Batch(ranks, plan, layout, device_facts(y.device), batch_invariant)
-    planes = h.contiguous().unsqueeze(0)
-    expand_launch(y, planes, lora_b, batch, offset, add_inputs, after_shrink=False).run()
+    planes = aligned_h(h).unsqueeze(0)
+    with aligned_output(y, offset) as (own, first):
+        expand_launch(own, planes, lora_b, batch, first, add_inputs, after_shrink=False).run()
+
+
+def prepare_shrink(
+    lora_a: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    batch_invariant: bool = False,
+) -> PreparedShrinkLaunches:
+    """See `multilora_kernels.PreparedShrink`; arguments are valid."""
+    facts = device_facts(ranks.device)
+    return PreparedShrinkLaunches(
+        lora_a, ranks, layout, scale, facts, batch_invariant=batch_invariant
+    )
+
+
+def prepare_expand(
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+    offset: int,
+    add_inputs: bool,
+    batch_invariant: bool = False,
+) -> PreparedExpandLaunches:
+    """See `multilora_kernels.PreparedExpand`; arguments are valid."""
+    facts = device_facts(ranks.device)
+    return PreparedExpandLaunches(
+        lora_b, ranks, layout, offset, add_inputs, facts, batch_invariant=batch_invariant
+    )

@@ -23,6 +23,7 @@ import triton.language as tl
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
 from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.factors import OutputFactors
+from multilora_kernels.triton.activations import row_step
 from multilora_kernels.triton.combine import pays_before_expand, prepare_combine
 from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.shrink import kept_type
@@ -55,7 +56,7 @@ def prepare_expand(
     """The launch for all slices, to be run; it may bring one that adds up the planes before it.
 
     Args:
-        y: of shape [T, W], changed in place.
+        y: of shape [T, W], aligned from column `offset` on (see `activations`), changed in place.
         planes: of shape [parts of K, slices, T, R], contiguous; its sum over the first dimension
             is what B is multiplied by.
         lora_b: As for `multilora_kernels.lora_expand`.
@@ -90,7 +91,7 @@ def prepare_expand(
             "planes": planes,
             "b_slices": tuple(lora_b),
             "offset": offset,
-            "y_row": y.stride(0),
+            "y_row": row_step(y),
             **batch.arguments(tokens),
             **({} if factors is None else _tensors_of(factors)),
         },

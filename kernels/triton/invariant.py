@@ -10,5 +10,7 @@ from multilora_kernels import triton
 
 lora_linear = partial(triton.lora_linear, batch_invariant=True)
 prepare_linear = partial(triton.prepare_linear, batch_invariant=True)
+prepare_shrink = partial(triton.prepare_shrink, batch_invariant=True)
+prepare_expand = partial(triton.prepare_expand, batch_invariant=True)
 lora_shrink = partial(triton.lora_shrink, batch_invariant=True)
 lora_expand = partial(triton.lora_expand, batch_invariant=True)

@@ -3,9 +3,8 @@
 For every launch Triton looks at each argument, makes a key of what it finds and looks the kernel
 up: tens of microseconds on the host. Nearly all of these arguments are a layer's own and never
 change. What a batch brings are addresses, row strides and a number of tokens, and from those Triton
-compiles anew for nothing but whether they are multiples of 16 (addresses in bytes, strides in
-elements) and whether a stride is 1 or needs 64 bits. So a kernel that was compiled for a batch that
-is aligned throughout fits every other such batch; all others go through Triton.
+compiles anew only for what `activations` keeps away. So the kernel that was compiled for one batch
+fits every other.
 """
 
 from __future__ import annotations
@@ -18,22 +17,6 @@ import torch
 from triton.runtime import driver
 
 from multilora_kernels.triton.launch import Batch, Launch
-
-_ALIGNMENT = 16
-_INT32_BITS = 31
-
-
-def is_aligned(*numbers: int) -> bool:
-    """Whether all of these addresses and strides are what Triton takes for aligned."""
-    bits = 0
-    for number in numbers:
-        bits |= number
-    return bits % _ALIGNMENT == 0
-
-
-def is_short(*strides: int) -> bool:
-    """Whether these strides are 32-bit numbers to Triton."""
-    return max(strides) >> _INT32_BITS == 0
 
 
 def current_stream() -> int:
@@ -52,6 +35,9 @@ class KeptLaunch:
         batch: For the number of programs; its plan is not used.
         names: The arguments of a batch, `tokens` among them, in the order in which `run` and
             `run_compiled` take them.
+
+    Attributes:
+        is_compiled: Whether `run_compiled` may be called.
     """
 
     def __init__(self, launch: Launch, batch: Batch, names: Sequence[str]) -> None:
@@ -61,32 +47,29 @@ class KeptLaunch:
         # Places of a batch's own are kept, so that all launches name arguments in one order.
         arguments = {n: None if n in names else value for n, value in launch.arguments.items()}
         self._launch = replace(launch, arguments=arguments, before=None)
-        self._compiled: Any = None
+        self._launcher: Any = None
+        self._compiled: tuple[Any, Any] = (None, None)
         self._values: list[Any] = []
         self._places: tuple[int, ...] = ()
+        self._tokens = self._programs = 0  # of the last batch: as a rule the next has as many
+        self.is_compiled = False
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether `run_compiled` may be called."""
-        return self._compiled is not None
-
-    def run(self, *of_the_batch: Any, aligned: bool) -> None:
+    def run(self, *of_the_batch: Any) -> None:
         """Launches through Triton.
 
         Args:
             of_the_batch: Tensors and numbers by the names of the constructor.
-            aligned: Whether `is_aligned` holds for their addresses and strides, and `is_short`.
         """
-        grid = self._grid(of_the_batch[self._tokens_at])
+        programs = self._programs_for(of_the_batch[self._tokens_at])
         own = dict(zip(self._names, of_the_batch, strict=True))
         arguments = {**self._launch.arguments, **own}
-        compiled = replace(self._launch, grid=grid, arguments=arguments).run()
-        if aligned and compiled is not None and self._batch.facts.architecture.startswith("sm_"):
+        compiled = replace(self._launch, grid=(programs,), arguments=arguments).run()
+        if compiled is not None and self._batch.facts.architecture.startswith("sm_"):
             # Elsewhere Triton looks at more: ROCm's, at the sizes of tensors.
             self._keep(compiled)
 
     def run_compiled(self, stream: int, *of_the_batch: int) -> None:
-        """Launches the compiled kernel, for an aligned batch.
+        """Launches the compiled kernel.
 
         Triton's hooks at launches, by which its profiler names kernels, are not called.
 
@@ -97,16 +80,16 @@ class KeptLaunch:
         values = self._values.copy()
         for place, value in zip(self._places, of_the_batch, strict=True):
             values[place] = value
-        (programs,) = self._grid(of_the_batch[self._tokens_at])
-        kernel = self._compiled
-        kernel.run(
-            programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
-            *values,
-        )  # fmt: skip
+        tokens = of_the_batch[self._tokens_at]
+        programs = self._programs if tokens == self._tokens else self._programs_for(tokens)
+        function, metadata = self._compiled
+        self._launcher(programs, 1, 1, stream, function, metadata, None, None, None, *values)
 
-    def _grid(self, tokens: int) -> tuple[int]:
+    def _programs_for(self, tokens: int) -> int:
         assert self._launch.spread is not None, "a layer's launches follow from their work"
-        return (self._batch.programs(self._launch.spread, tokens),)
+        self._programs = self._batch.programs(self._launch.spread, tokens)
+        self._tokens = tokens
+        return self._programs
 
     def _keep(self, compiled: Any) -> None:
         given = {**self._launch.arguments, **self._launch.constants}
@@ -115,7 +98,9 @@ class KeptLaunch:
             _addresses(given.get(name, parameter.default)) for name, parameter in parameters.items()
         ]
         self._places = tuple(list(parameters).index(name) for name in self._names)
-        self._compiled = compiled
+        self._launcher = compiled.run
+        self._compiled = compiled.function, compiled.packed_metadata
+        self.is_compiled = True
 
 
 def _addresses(value: Any) -> Any:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ShrinkConfig
+from multilora_kernels.triton.activations import row_step
 from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.tiles import (
     count_parts,
@@ -46,7 +47,7 @@ def prepare_shrink(
     """The launch for all slices, to be run, and the memory that it writes.
 
     Args:
-        x: of shape [T, K].
+        x: of shape [T, K], aligned (see `activations`).
         lora_a: As for `multilora_kernels.lora_shrink`.
         batch: The batch.
         scale: Factor of every product.
@@ -80,7 +81,7 @@ def prepare_shrink(
             "x": x,
             "a_slices": tuple(lora_a),
             "scale": scale,
-            "x_row": x.stride(0),
+            "x_row": row_step(x),
             **batch.arguments(tokens),
         },
         {

@@ -5,17 +5,35 @@
 
 import json
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multilora_kernels import BatchPlan, PlanLayout, PreparedLinear, SlotIndex, SlotTable
-from multilora_kernels.triton import kept_launch, prepared
+from multilora_kernels import (
+    BatchPlan,
+    PlanLayout,
+    PreparedExpand,
+    PreparedLinear,
+    PreparedShrink,
+    SlotIndex,
+    SlotTable,
+)
+from multilora_kernels.triton import kept_launch
+from multilora_kernels.triton.kept_launch import KeptLaunch
 from tools.kernels.measure.without_card import Launches, launched_without_card
 
 SLOTS, RANK, K, WIDTHS, MAX_TOKENS = 6, 64, 1024, (1024, 256), 4096
 TOKENS = (1, 2, 64, 33, 1000, 600, 4096, 2049)
+PLACES: dict[str, dict[str, int]] = {
+    "aligned": {},
+    "longer rows": {"extra": 16},
+    "begin late": {"skipped": 1},
+    "begin 16 bytes late": {"skipped": 8},
+    "odd rows": {"extra": 1},
+    "rows of 8 more": {"extra": 8},
+}
 
 
 class Layer:
@@ -27,21 +45,28 @@ class Layer:
         self.plan = BatchPlan(PlanLayout(MAX_TOKENS, SLOTS, 128))
         # A layer's ranks are some rows of a table: aligned or not.
         ranks = torch.ones(len(widths) + 1, SLOTS, dtype=torch.int32)[1:]
-        a, b = (weights(RANK, k) for _ in widths), (weights(width, RANK) for width in widths)
-        self.prepared = PreparedLinear(tuple(a), tuple(b), ranks, self.plan.layout, backend=backend)
+        a = tuple(weights(RANK, k) for _ in widths)
+        b = tuple(weights(width, RANK) for width in widths)
+        self.slices = len(widths)
+        self.prepared = PreparedLinear(a, b, ranks, self.plan.layout, backend=backend)
+        self.shrink = PreparedShrink(a, ranks, self.plan.layout, backend=backend)
+        self.expand = PreparedExpand(b, ranks, self.plan.layout, offset=16, backend=backend)
 
     def call(self, tokens: int, skipped: int = 0, extra: int = 0) -> None:
         """A batch whose activations begin so many elements late, in rows so much longer."""
         self.plan.update(np.arange(tokens) % SLOTS)
-        self.prepared(
-            activations(tokens, self.width, 0, extra),
-            activations(tokens, self.k, skipped, extra),
-            self.plan,
-        )
+        y, x = (activations(tokens, n, skipped, extra) for n in (self.width + 16, self.k))
+        self.prepared(y, x, self.plan)
+        h = activations(self.slices * tokens, RANK, skipped, extra, torch.float32)
+        h = h.unflatten(0, (self.slices, tokens))
+        self.shrink(h, x, self.plan)
+        self.expand(y, h, self.plan)
 
 
-def activations(rows: int, width: int, skipped: int, extra: int) -> torch.Tensor:
-    memory = torch.empty(rows * (width + extra) + skipped, dtype=torch.bfloat16)
+def activations(
+    rows: int, width: int, skipped: int, extra: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    memory = torch.empty(rows * (width + extra) + skipped, dtype=dtype)
     return memory[skipped:].view(rows, width + extra)[:, :width]
 
 
@@ -121,7 +146,7 @@ def scatter(launches: Launches) -> dict[str, Any]:
 
 
 def main() -> None:
-    result: dict[str, Any] = {"differ": [], "compiled_late": [], "through_triton": {}}
+    result: dict[str, Any] = {"differ": [], "compiled_late": [], "looked_up_late": {}}
     looked_up = 0
     run = kept_launch.Launch.run
 
@@ -131,7 +156,7 @@ def main() -> None:
         return run(launch)
 
     kept_launch.Launch.run = counted  # type: ignore[method-assign]
-    always = kept_launch.is_aligned
+    never = property(lambda launch: False, lambda launch, value: None)
     with launched_without_card() as launches:
         for backend in ("triton", "triton-invariant"):
             layer = Layer(backend)
@@ -141,34 +166,25 @@ def main() -> None:
             compiled, looked_up = len(launches.compiled), 0
             for tokens in TOKENS:
                 layer.call(tokens)
-                kept = described(launches)
-                prepared.is_aligned = lambda *_: False  # type: ignore[assignment]
-                through, looked_up_kept = looked_up, looked_up
-                layer.call(tokens)
-                looked_up = through
-                prepared.is_aligned = always
-                if not kept or not same(kept, described(launches)) or looked_up_kept:
+                kept, found = described(launches), looked_up
+                with patch.object(KeptLaunch, "is_compiled", never, create=True):
+                    layer.call(tokens)
+                looked_up = found
+                if not kept or not same(kept, described(launches)) or found:
                     result["differ"].append((backend, tokens))
             result["compiled_late"].append(len(launches.compiled) - compiled)
-        for name, options in {
-            "aligned": {},
-            "longer rows": {"extra": 16},
-            "begin late": {"skipped": 1},
-            "begin 16 bytes late": {"skipped": 8},
-            "odd rows": {"extra": 1},
-            "rows of 8 more": {"extra": 8},
-        }.items():
-            layer = Layer("triton")
+        for name, k, widths in (("even", K, WIDTHS), ("odd", 75, (51, 8))):
+            layer = Layer("triton", k=k, widths=widths)
             layer.call(64)
-            looked_up, before = 0, len(launches.compiled)
-            layer.call(64, **options)
-            result["through_triton"][name] = looked_up, len(launches.compiled) - before
+            for place, options in PLACES.items():
+                looked_up, before = 0, len(launches.compiled)
+                layer.call(64, **options)
+                kept = looked_up
+                with patch.object(KeptLaunch, "is_compiled", never, create=True):
+                    layer.call(64, **options)
+                late = kept, len(launches.compiled) - before
+                result["looked_up_late"][f"{name}, {place}"] = late
         result["scatter"] = scatter(launches)
-        odd = Layer("triton", k=75, widths=(51,))
-        looked_up = 0
-        odd.call(64)
-        odd.call(64)
-        result["odd layer looked up"] = looked_up
     print(json.dumps(result))
 
 

@@ -110,7 +110,7 @@ def test_a_prepared_layer_is_one_operator_that_follows_the_plan(add_inputs):
         assert_close(compiled(problem.x), expected * 2, size * 2)
     graph, _ = compiled_graph(layer, problem.x)
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    assert torch.ops.multilora.prepared_linear.default in [node.target for node in calls]
+    assert torch.ops.multilora.prepared.default in [node.target for node in calls]
 
 
 def test_compiled_code_of_one_layer_computes_another_that_is_put_in_its_place():
@@ -140,7 +140,7 @@ def test_a_prepared_layer_that_is_gone_is_missed():
     del layer
     gc.collect()
     with pytest.raises(RuntimeError, match="must be kept as long as"):
-        torch.ops.multilora.prepared_linear(problem.y, problem.x, plan.buffer, plan.host, number)
+        torch.ops.multilora.prepared(problem.y, problem.x, plan.buffer, plan.host, number)
 
 
 def test_the_operator_of_prepared_layers_passes_torch_library_checks():
@@ -150,4 +150,4 @@ def test_the_operator_of_prepared_layers_passes_torch_library_checks():
     prepared = Layer(problem).prepared
     plan = problem.plan.buffer
     arguments = problem.y, problem.x, plan, plan, prepared._number
-    torch.library.opcheck(torch.ops.multilora.prepared_linear.default, arguments)
+    torch.library.opcheck(torch.ops.multilora.prepared.default, arguments)

@@ -7,10 +7,10 @@ import torch
 from multilora_kernels import (
     BatchPlan,
     PreparedLinear,
-    api,
     lora_expand,
     lora_linear,
     lora_shrink,
+    skipping,
     torch_backend,
 )
 
@@ -53,7 +53,7 @@ ALL = ["lora_linear", "lora_linear", "lora_shrink", "lora_expand"]
 def test_a_graph_holds_the_kernels_whatever_batch_it_is_captured_with(
     monkeypatch, launched, call_all, token_slots
 ):
-    monkeypatch.setattr(api, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(skipping, "is_capturing", lambda device: True)
     problem = make_problem(token_slots)
     assert call_all(problem).equal(problem.y), "kernels write, nothing else does"
     assert launched == ALL
@@ -65,7 +65,7 @@ def test_a_graph_holds_the_kernels_whatever_batch_it_is_captured_with(
 def test_graphs_of_their_own_hold_none_for_batches_without_adapters(
     monkeypatch, launched, call_all, token_slots, expected
 ):
-    monkeypatch.setattr(api, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(skipping, "is_capturing", lambda device: True)
     problem = make_problem(token_slots)
     problem.plan.update(np.array(token_slots), own_graphs=True)
     call_all(problem)
@@ -73,7 +73,7 @@ def test_graphs_of_their_own_hold_none_for_batches_without_adapters(
 
 
 def test_what_a_plan_was_told_holds_for_one_batch(monkeypatch, launched, call_all):
-    monkeypatch.setattr(api, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(skipping, "is_capturing", lambda device: True)
     problem = make_problem(NOBODY)
     problem.plan.update(np.array(NOBODY), own_graphs=True)
     assert problem.plan.own_graphs
@@ -97,13 +97,13 @@ def test_the_header_says_on_the_host_and_on_the_device_what_the_plan_was_told():
 @pytest.mark.parametrize("capturing", [False, True])
 def test_the_driver_is_asked_about_the_current_stream_on_gpus_only(monkeypatch, capturing):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert api._is_capturing(torch.device("cuda", 0)) is capturing
+    assert skipping.is_capturing(torch.device("cuda", 0)) is capturing
 
     def never() -> bool:
         raise AssertionError("the driver was asked")
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", never)
-    assert api._is_capturing(torch.device("cpu")) is False
+    assert skipping.is_capturing(torch.device("cpu")) is False
 
 
 def test_the_driver_is_not_asked_where_the_batch_decides(monkeypatch, launched, call_all):
@@ -112,6 +112,6 @@ def test_the_driver_is_not_asked_where_the_batch_decides(monkeypatch, launched, 
     def never(device: torch.device) -> bool:
         raise AssertionError("the driver was asked")
 
-    monkeypatch.setattr(api, "_is_capturing", never)
+    monkeypatch.setattr(skipping, "is_capturing", never)
     call_all(make_problem(SOMEBODY))
     assert launched == ALL

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import SlotIndex, SlotTable, column_major, native, scatter
+from multilora_kernels import (
+    SlotIndex,
+    SlotTable,
+    column_major,
+    device_staging,
+    native,
+    pieces,
+    scatter,
+)
 from multilora_kernels.device_staging import SEGMENT_ALIGNMENT, _arranged
 from multilora_kernels.pieces import PIECE
 
@@ -311,3 +319,27 @@ for architecture in (80, 90, 100):
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 9
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="copies are watched on the host")
+def test_no_copy_crosses_the_end_of_a_part_that_was_registered_with_cuda(monkeypatch):
+    """CUDA does not copy across memory that was registered in two parts."""
+    monkeypatch.setattr(pieces, "REGISTERED_BYTES", 256)
+    seen = []
+    read = device_staging.host_bytes
+    monkeypatch.setattr(
+        device_staging, "host_bytes", lambda *where: seen.append(where) or read(*where)
+    )
+    model = make_model()
+    plain = model.clone()
+    index, matrices, buffer = make_adapter(model, dict.fromkeys(range(5), 7))
+    model.table.scatter(1, index, backend="triton")
+    assert buffer is not None
+    assert matrices
+    assert len(seen) > 20
+    assert all(begin // 256 == (begin + size - 1) // 256 for begin, size in seen)
+    plain.table.scatter(1, index, backend="torch")
+    for mine, other in zip(
+        (*model.lora_a, *model.lora_b), (*plain.lora_a, *plain.lora_b), strict=True
+    ):
+        assert mine.equal(other)

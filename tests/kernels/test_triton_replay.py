@@ -1,8 +1,8 @@
 """Launches that were captured once compute whatever batch the plan holds when they are repeated.
 
-On a GPU they are a CUDA graph. In the interpreter they are what it recorded: the same kernels with
-the same grids, numbers and buffers, run again without the code that chose them. In between, the
-plan, the ranks, the weights and the activations change in place.
+On a GPU they are a CUDA graph. In the interpreter they are what was recorded: the same kernels and
+copies with the same grids, numbers and buffers, run again without the code that chose them. In
+between, the plan, the ranks, the weights and the activations change in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,9 +12,19 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
-from multilora_kernels import PreparedLinear, lora_expand, lora_linear, lora_shrink, reference
+from multilora_kernels import (
+    PreparedExpand,
+    PreparedLinear,
+    PreparedShrink,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+    reference,
+)
+from multilora_kernels.prepared import Prepared
 from multilora_kernels.triton import expand
 from multilora_kernels.triton.launch import Launch
 
@@ -50,14 +60,18 @@ class Captured:
         half: The layer, in one call or prepared for many, or a half of it.
         tokens: Rows of the activations.
         k: Columns of x; 1100: cut into parts.
+        margin: Columns of y that no slice has; 8 and a k of 48: rows that need not be copied.
         add_inputs: Whether y is added to.
         sum_before: Whether planes are added up by a launch of its own, whatever pays.
         backend: Which kernels.
     """
 
-    half: Literal["linear", "prepared", "shrink", "expand"] = "linear"
+    half: Literal[
+        "linear", "prepared", "shrink", "expand", "prepared-shrink", "prepared-expand"
+    ] = "linear"
     tokens: int = 48
     k: int = 40
+    margin: int = 3
     add_inputs: bool = True
     sum_before: bool = False
     backend: str = "triton"
@@ -66,6 +80,10 @@ class Captured:
 CASES = {
     "decode": Captured(),
     "prepared": Captured("prepared"),
+    "aligned": Captured(k=48, margin=8),
+    "aligned-prepared": Captured("prepared", k=48, margin=8),
+    "prepared-shrink": Captured("prepared-shrink", k=1100),
+    "prepared-expand": Captured("prepared-expand"),
     "split-k": Captured(k=1100),
     "sum-before": Captured(k=1100, sum_before=True),
     "overwriting": Captured(add_inputs=False),
@@ -101,17 +119,25 @@ class Layer:
         self.problem = self._problem(token_slots, seed=0)
         self.tokens = len(token_slots)
         self.h = torch.empty(len(WIDTHS), self.tokens, MAX_RANK, device=DEVICE)
-        self.out = self.h if case.half == "shrink" else self.problem.y
+        self.out = self.h if case.half.endswith("shrink") else self.problem.y
         self.before = self.out.clone()
-        weights = self.problem.lora_a, self.problem.lora_b, self.problem.ranks
+        own, layout = self.problem, self.problem.plan.layout
         options = {"backend": case.backend, "add_inputs": case.add_inputs}
-        self.prepared = PreparedLinear(*weights, self.problem.plan.layout, **options)
+        self.prepared: Prepared = PreparedLinear(
+            own.lora_a, own.lora_b, own.ranks, layout, **options
+        )
+        if case.half == "prepared-shrink":
+            kept = {"scale": 0.5, "backend": case.backend}
+            self.prepared = PreparedShrink(own.lora_a, own.ranks, layout, **kept)
+        elif case.half == "prepared-expand":
+            self.prepared = PreparedExpand(own.lora_b, own.ranks, layout, **options)
 
     def _problem(self, token_slots: list[int], seed: int) -> Problem:
         return even_problem(
             token_slots,
             slots=SLOTS,
             k=self.case.k,
+            margin=self.case.margin,
             widths=WIDTHS,
             max_rank=MAX_RANK,
             dtype=torch.bfloat16,
@@ -134,8 +160,9 @@ class Layer:
         options = {"backend": case.backend, "add_inputs": case.add_inputs}
         if case.half == "expand":
             lora_expand(self.out, self.h, own.lora_b, *shared, **options)
-        elif case.half == "prepared":
-            self.prepared(self.out, own.x, own.plan)
+        elif case.half.startswith("prepared"):
+            given = self.h if case.half == "prepared-expand" else own.x
+            self.prepared(self.out, given, own.plan)
         else:
             lora_linear(self.out, own.x, own.lora_a, own.lora_b, *shared, **options)
 
@@ -151,9 +178,9 @@ class Layer:
             strict=True,
         ):
             mine.copy_(new)
-        if self.case.half == "shrink" or not self.case.add_inputs:
+        if self.out is self.h or not self.case.add_inputs:
             self.out.fill_(float("nan"))
-        if self.case.half == "expand":
+        if self.case.half.endswith("expand"):
             self.h.normal_(generator=torch.Generator(DEVICE).manual_seed(seed))
         self.before = self.out.clone()
 
@@ -162,7 +189,7 @@ class Layer:
         own, case = self.problem, self.case
         tokens, width = len(own.token_slots), sum(WIDTHS)
         shared = own.ranks, own.token_slots
-        if case.half == "shrink":
+        if self.out is self.h:
             x = own.x.double()[:tokens]
             expected = reference.lora_shrink(x, own.lora_a, *shared, scale=0.5)
             assert_even(self.out[:, :tokens], expected)
@@ -170,7 +197,7 @@ class Layer:
             return
         expected = self.before[:tokens].double()
         options = {"add_inputs": case.add_inputs}
-        if case.half == "expand":
+        if case.half.endswith("expand"):
             h = self.h[:, :tokens].double()
             reference.lora_expand(expected, h, own.lora_b, *shared, **options)
         else:
@@ -200,28 +227,40 @@ def _capture_graph(layer: Layer) -> Callable[[], None]:
 def _record(layer: Layer) -> Callable[[], None]:
     launches, run = [], InterpretedFunction.run
 
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                launches.append((None, args, {}))
+            return func(*args, **(kwargs or {}))
+
+    copies = Copies()
+
     def record(kernel, *arguments, **named):
         launches.append((kernel, arguments, named))
-        return run(kernel, *arguments, **named)
+        with _disable_current_modes():  # what the interpreter itself copies
+            return run(kernel, *arguments, **named)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, copies:
         patch.setattr(InterpretedFunction, "run", record)
         layer()
-    assert launches
+    assert any(kernel for kernel, *_ in launches)
     own = {tensor.data_ptr() for tensor in (layer.problem.x, layer.out, layer.h)}
     between = [
         value
-        for _, _, named in launches
-        for value in named.values()
+        for kernel, arguments, named in launches
+        for value in (named.values() if kernel else arguments[:1])
         if isinstance(value, torch.Tensor) and value.is_floating_point()
-        if value.data_ptr() not in own
+        if value.untyped_storage().data_ptr() not in own
     ]
 
     def replay() -> None:
         for tensor in between:
             tensor.fill_(float("nan"))
         for kernel, arguments, named in launches:
-            run(kernel, *arguments, **named)
+            if kernel is None:
+                torch.ops.aten.copy_(*arguments)
+            else:
+                run(kernel, *arguments, **named)
 
     return replay
 

@@ -259,12 +259,12 @@ class TestGraphs:
 
     @pytest.mark.parametrize("specialize", [True, False])
     def test_a_layer_captured_without_adapters(self, monkeypatch, specialize):
-        from multilora_kernels import api, torch_backend
+        from multilora_kernels import skipping, torch_backend
         from vllm_multilora.integration.step import punica
 
         calls: list[Any] = []
         monkeypatch.setattr(torch_backend, "lora_linear", lambda *args: calls.append(args))
-        monkeypatch.setattr(api, "_is_capturing", lambda device: True)
+        monkeypatch.setattr(skipping, "is_capturing", lambda device: True)
         monkeypatch.setattr(
             punica, "get_current_vllm_config_or_none", lambda: config(specialize=specialize)
         )

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.serving  # imports vLLM
 SLOTS, RANK, HIDDEN, VOCABULARY = 5, 16, 96, 150
 MAX_TOKENS, MAX_BATCHES = 700, 20
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLACES = {"as allocated": (0, 0), "late": (1, 0), "odd rows": (0, 1), "both": (3, 8)}
+"""Elements before the first row, and between rows."""
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def kind_of(value: Any, special: bool) -> Any:
 
 
 def stacked(*shape: int) -> torch.Tensor:
-    return torch.zeros(SLOTS, *shape, dtype=torch.bfloat16, device=DEVICE)
+    return torch.zeros(SLOTS, *shape, dtype=torch.float16, device=DEVICE)
 
 
 def make_layer(kind: str, a: Any, b: Any, **attributes: Any) -> Any:
@@ -54,8 +56,8 @@ def make_layer(kind: str, a: Any, b: Any, **attributes: Any) -> Any:
     layer = object.__new__(getattr(layers, kind))
     torch.nn.Module.__init__(layer)
     layer.lora_a_stacked, layer.lora_b_stacked = a, b
-    layer.lora_config = SimpleNamespace(fully_sharded_loras=attributes.pop("sharded", False))
     layer._enable_aux_cuda_stream = attributes.pop("aside", False)
+    vars(layer).update(attributes)
     layer.output_slices = tuple(each.size(-2) for each in b) if isinstance(b, tuple) else ()
     return layer
 
@@ -70,26 +72,34 @@ def make_layers() -> dict[str, Any]:
         "qkv of the next layer": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
         "odd": make_layer("RowParallelLinearWithLoRA", *linear(51, k=75)),
         "aside": make_layer("ColumnParallelLinearWithLoRA", *linear(160), aside=True),
-        "sharded": make_layer(
-            "ColumnParallelLinearWithShardedLoRA", *linear(80, a_rank=8), sharded=True
+        "sharded": make_layer("ColumnParallelLinearWithShardedLoRA", *linear(80, a_rank=8)),
+        "second of sharded rows": make_layer(
+            "RowParallelLinearWithShardedLoRA", *linear(40), tp_rank=1
         ),
+        "whole beside sharded": make_layer("ReplicatedLinearWithLoRA", *linear(64)),
         "embedding": make_layer(
             "VocabParallelEmbeddingWithLoRA", stacked(VOCABULARY, RANK), stacked(1, HIDDEN, RANK)
         ),
         "logits": make_layer(
-            "LogitsProcessorWithLoRA", stacked(1, RANK, HIDDEN), stacked(1, VOCABULARY, RANK)
+            "LogitsProcessorWithLoRA",
+            stacked(1, RANK, HIDDEN),
+            stacked(1, VOCABULARY, RANK),
+            base_layer=SimpleNamespace(head_dtype=torch.float32),
         ),
     }
 
 
-def call_as_vllm_does(layers: dict[str, Any], tokens: int, outputs: int) -> None:
-    def activations(rows: int, width: int) -> torch.Tensor:
-        return torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
+def call_as_vllm_does(
+    layers: dict[str, Any], tokens: int, outputs: int, late: int, extra: int
+) -> None:
+    def activations(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        memory = torch.zeros(rows * (width + extra) + late, dtype=dtype, device=DEVICE)
+        return memory[late:].view(rows, width + extra)[:, :width]
 
     def half(rank: int) -> torch.Tensor:
-        return torch.zeros(1, tokens, rank, device=DEVICE)
+        return activations(tokens, rank, torch.float32).unsqueeze(0)
 
-    for name in ("qkv", "qkv of the next layer", "odd", "aside"):
+    for name in ("qkv", "qkv of the next layer", "odd", "aside", "whole beside sharded"):
         layer = layers[name]
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         options = {"add_inputs": False} if name == "aside" else {}
@@ -102,19 +112,23 @@ def call_as_vllm_does(layers: dict[str, Any], tokens: int, outputs: int) -> None
             layer.output_slices,
             **options,
         )
-    layer = layers["sharded"]
-    layer.punica_wrapper.add_shrink(half(8), activations(tokens, HIDDEN), layer.lora_a_stacked, 1.0)
-    layer.punica_wrapper.add_expand(
-        activations(tokens, 80), half(RANK), layer.lora_b_stacked, layer.output_slices
-    )
+    for name, rank, first in (("sharded", 8, 0), ("second of sharded rows", RANK, 40)):
+        layer = layers[name]
+        layer.punica_wrapper.add_shrink(
+            half(rank), activations(tokens, HIDDEN), layer.lora_a_stacked, 1.0
+        )
+        layer.punica_wrapper.add_expand(
+            activations(tokens, 80), half(RANK), layer.lora_b_stacked, layer.output_slices,
+            offset_start=first,
+        )  # fmt: skip
     layer = layers["embedding"]
     layer.punica_wrapper.add_lora_embedding(
-        activations(tokens, HIDDEN), activations(tokens, RANK), layer.lora_b_stacked
+        activations(tokens, HIDDEN), activations(tokens, RANK, torch.float16), layer.lora_b_stacked
     )
     layer = layers["logits"]
     layer.punica_wrapper.add_lora_logits(
-        activations(outputs, 192), activations(outputs, HIDDEN), layer.lora_a_stacked,
-        layer.lora_b_stacked, 1.0,
+        activations(outputs, 192, torch.float32), activations(outputs, HIDDEN),
+        layer.lora_a_stacked, layer.lora_b_stacked, 1.0,
     )  # fmt: skip
 
 
@@ -135,7 +149,7 @@ def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, b
         slices = len(layer.output_slices) or 1
         ranks = table[row : row + slices]  # aligned for the first, not for the next
         layer.set_mapping(wrapper.for_layer(ranks, ranks))
-    warm_up(layers.values())
+    warm_up(layers.values(), torch.bfloat16)
     warmed = set(variants)
     assert {kernel for kernel, _ in warmed} == {"shrink_kernel", "expand_kernel", "combine_kernel"}
     for tokens in (1, 2, 3, 5, 8, 13, 31, 64, 100, 129, 257, 512, 513, MAX_TOKENS):
@@ -145,5 +159,6 @@ def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, b
         adapters = [1 + i % SLOTS for i in range(outputs)]
         mapping = LoRAMapping(tuple(np.repeat(adapters, lengths)), tuple(adapters))
         wrapper.update_metadata(mapping, list(range(1, SLOTS + 1)), SLOTS + 1, VOCABULARY)
-        call_as_vllm_does(layers, tokens, outputs)
-        assert variants == warmed, f"a step of {tokens} tokens"
+        for place, (late, extra) in PLACES.items():
+            call_as_vllm_does(layers, tokens, outputs, late, extra)
+            assert variants == warmed, f"a step of {tokens} tokens, {place}"

@@ -170,6 +170,46 @@ def test_a_killed_store_is_started_again_and_no_want_is_lost(engine):
     assert not job.is_running() or job.status() == psutil.STATUS_ZOMBIE, "a job without its store"
 
 
+def test_a_worker_that_registers_maps_what_the_store_makes_before_it_needs_it(engines):
+    engine = engines(budget_bytes=80 * MIB)
+    told = []
+
+    def watcher():
+        return SegmentMapper(
+            engine.client.address,
+            "server",
+            pinned=True,
+            mapped=lambda number, address, size: told.append(number),
+        )
+
+    early = watcher()
+    early.map_opened()
+    assert told == []
+    pack = engine.load(1, f"/fake/a?blocks={60 * MIB}").pack
+    assert early.wait(10)
+    early.map_opened()
+    late = watcher()
+    late.map_opened()  # connects; what there is already, it is told too
+    assert late.wait(10)
+    late.map_opened()
+    assert told == pack.segments * 2
+    for mapper in (early, late):
+        mapper.address(pack.index_place, pack.segments)
+        assert not mapper.wait(0)
+        mapper.close()
+    assert told == pack.segments * 2
+
+
+def test_a_worker_that_registers_nothing_is_told_of_no_segment(engine):
+    mapper = SegmentMapper(engine.client.address, "server")
+    mapper.map_opened()
+    engine.load(1, "/fake/a")
+    mapper.map_opened()
+    assert not mapper.wait(0)
+    assert not mapper._segments
+    mapper.close()
+
+
 def test_a_worker_keeps_what_it_has_mapped_of_a_store_that_has_died(engine):
     path = "/fake/a"
     pack = engine.load(1, path).pack

@@ -2,6 +2,9 @@
 
     python -m tools.gpu.stress [--replays 3000] [--out stress.json]
 
+A case ends early where `GPU_SECONDS` in the environment says that time is up; the result tells how
+many replays there were.
+
 The plan is updated before each replay and nobody waits for it; the kernels' programmatic dependent
 launches meet every mix of adapters. Another thread fills slots that no batch uses on a stream of
 its own. Expected are the bits of the same call made by itself. Without a GPU it runs in Triton's
@@ -15,8 +18,10 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ from tools.kernels.measure.batches import LAYERS, BatchSpec, LayerBatch, build
 from tools.kernels.measure.environment import command_arguments, current_environment
 
 assert tools.kernels  # finds the checkout's kernels
+import_module("multilora_kernels.triton.scatter")  # before there are two threads to import it
 SLOTS, FILLED = 16, 2  # the last ones are filled meanwhile, and in no batch
 MIXES = 12 if torch.cuda.is_available() else 4
 
@@ -46,8 +52,9 @@ def mixes(tokens: int, seed: int = 0) -> list[np.ndarray[Any, Any]]:
     return found
 
 
-def wrong_replays(batch: LayerBatch, replays: int) -> int:
-    """Replays whose result has other bits than the call by itself."""
+def wrong_replays(batch: LayerBatch, replays: int, seconds: float) -> tuple[int, int]:
+    """Replays whose result has other bits than the call by itself, and how many there were."""
+    end = time.monotonic() + seconds
     linear = PreparedLinear(
         batch.lora_a, batch.lora_b, batch.ranks, batch.plan.layout, backend="triton"
     )
@@ -65,11 +72,15 @@ def wrong_replays(batch: LayerBatch, replays: int) -> int:
         expected.append(y.clone())
     replay = captured(call)
     wrong = torch.zeros((), dtype=torch.int64, device=y.device)
+    done = 0
     for i in range(replays):
+        if i and time.monotonic() > end:
+            break
         batch.plan.update(plans[i * 7 % MIXES])
         replay()
         wrong += (y.view(torch.int16) != expected[i * 7 % MIXES].view(torch.int16)).any()
-    return int(wrong.item())
+        done += 1
+    return int(wrong.item()), done
 
 
 def captured(call: Callable[[], None]) -> Callable[[], None]:
@@ -157,10 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if on_gpu else "cpu")
     result: dict[str, Any] = {
         **current_environment(device, "tools.gpu.stress", command_arguments(arguments)).facts(),
-        "replays": chosen.replays,
         "cases": {},
     }
-    wrong = 0
+    wrong, seconds = 0, float(os.environ.get("GPU_SECONDS", "3600"))
     specs = [
         BatchSpec(LAYERS[name], tokens, "distinct", max_loras=SLOTS)
         for name, tokens in (("8b.qkv", 32), ("8b.o", 1), ("8b.down", 256))
@@ -171,10 +181,11 @@ def main(arguments: list[str] | None = None) -> int:
     for spec in specs:
         batch = build(spec, device)
         with Filling(batch, None if on_gpu else 2) as filling:
-            replays = wrong_replays(batch, chosen.replays)
-        wrong += replays + filling.wrong
+            failed, replays = wrong_replays(batch, chosen.replays, seconds / len(specs))
+        wrong += failed + filling.wrong
         result["cases"][f"{spec.layer.name}, {spec.tokens} tokens"] = {
-            "wrong_replays": replays,
+            "replays": replays,
+            "wrong_replays": failed,
             "slots_filled": filling.done,
             "wrong_slots": filling.wrong,
         }

@@ -10,8 +10,6 @@ measured. Blocks and grids are an H100's. Minimum over repeats, on one thread.
 
 - operator: `PreparedLinear` as compiled code calls it
 - prepared: `PreparedLinear` as eager code calls it
-- through Triton: likewise, for activations that are not aligned to 16 bytes: Triton looks the
-  kernels up
 - not prepared: `lora_linear`
 """
 
@@ -30,7 +28,7 @@ from tools.kernels.measure.batches import LAYERS
 
 SLOTS, MAX_RANK, MAX_TOKENS, TILE_ROWS = 16, 64, 8192, 128
 CALLS = {"decode": 64, "prefill of 600": 600, "prefill of 8192": 8192}
-WAYS = ("operator", "prepared", "through Triton", "not prepared")
+WAYS = ("operator", "prepared", "not prepared")
 
 
 def measure(layer: str, tokens: int, backend: str) -> dict[str, float]:
@@ -46,7 +44,6 @@ def measure(layer: str, tokens: int, backend: str) -> dict[str, float]:
     plan = BatchPlan(PlanLayout(MAX_TOKENS, SLOTS, TILE_ROWS))
     plan.update(np.arange(tokens) % SLOTS)
     x = torch.empty(tokens, inputs, dtype=torch.bfloat16)
-    unaligned = torch.empty(tokens * inputs + 1, dtype=torch.bfloat16)[1:].view(tokens, inputs)
     y = torch.empty(tokens, sum(outputs), dtype=torch.bfloat16)
     prepared = PreparedLinear(lora_a, lora_b, ranks, plan.layout, backend=backend)
 
@@ -56,7 +53,6 @@ def measure(layer: str, tokens: int, backend: str) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {
         "operator": _operator_call(compiled, x),
         "prepared": lambda: prepared(y, x, plan),
-        "through Triton": lambda: prepared(y, unaligned, plan),
         "not prepared": lambda: lora_linear(y, x, lora_a, lora_b, ranks, plan, backend=backend),
     }
     return {way: best(calls[way]) for way in WAYS}

@@ -29,10 +29,12 @@ from vllm_multilora.store.messages import (
     Retract,
     Saw,
     Segment,
+    SegmentOpened,
     Share,
     Unmap,
     Used,
     Want,
+    Watch,
 )
 from vllm_multilora.store.names import Names
 from vllm_multilora.store.policies import ContainedPolicy, PolicyError, make_policy
@@ -53,6 +55,7 @@ class Connection:
         known: Whether it has said `Hello`.
         leaving: Whether it is closed as soon as all is sent.
         mapped: Segments that it has mapped.
+        watches: Whether it is told of new segments.
     """
 
     number: int
@@ -60,6 +63,7 @@ class Connection:
     known: bool = False
     leaving: bool = False
     mapped: set[int] = field(default_factory=set)
+    watches: bool = False
 
 
 class RefusedError(Exception):
@@ -116,6 +120,10 @@ class Conversation:
                 registry.forget(number, adapter, now)
             case Map():
                 self._hand_out(connection, message)
+            case Watch():
+                connection.watches = True
+                for each in self._segments.numbers:
+                    connection.channel.send(SegmentOpened(each))
             case Unmap(segment):
                 connection.mapped.discard(segment)
             case Publish():

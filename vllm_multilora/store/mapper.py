@@ -22,7 +22,9 @@ from vllm_multilora.store.messages import (
     Refused,
     Segment,
     SegmentClosed,
+    SegmentOpened,
     Unmap,
+    Watch,
 )
 
 _ANSWER_S = 10.0
@@ -46,7 +48,10 @@ class _Mapped:
 
 
 class SegmentMapper:
-    """Maps segments when they are first needed, and keeps them; for one thread.
+    """Maps segments when they are first needed, and keeps them; for one thread but for `wait`.
+
+    One that registers segments with a device watches for new ones, and maps them ahead
+    (`map_opened`): the store makes a segment before it begins to read what is to lie there.
 
     Args:
         address: `StoreClient.address` of the engine core.
@@ -81,6 +86,7 @@ class SegmentMapper:
         self._on_mapped = mapped
         self._on_unmapping = unmapping
         self._segments: dict[int, _Mapped] = {}
+        self._opened: set[int] = set()  # and not mapped yet
         self._closed: set[int] = set()
         self._channel: Channel[FromStore] | None = None
 
@@ -99,6 +105,39 @@ class SegmentMapper:
     def view(self, place: int, nbytes: int, segments: Sequence[int]) -> memoryview:
         """The bytes at a place, mapped as long as this view is there. Raises as above."""
         return self._segment(segments[place >> PLACE_BITS]).view(place & OFFSET_MASK, nbytes)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until the store may have said something; from any thread.
+
+        Returns:
+            Whether it has, or is not connected.
+        """
+        channel = self._channel
+        if channel is None:
+            return True
+        poller = select.poll()
+        try:
+            poller.register(channel, select.POLLIN)
+        except ValueError:  # it was closed meanwhile
+            return True
+        return bool(poller.poll(seconds * 1000))
+
+    def map_opened(self) -> None:
+        """Maps the segments that the store has made.
+
+        Raises:
+            StoreUnavailableError: There is no store; the next call finds its successor.
+        """
+        try:
+            self._connected()
+            self._channel_wait(0)
+        except ChannelClosedError as error:
+            self._disconnect()
+            raise StoreUnavailableError(str(error)) from error
+        while self._opened:
+            number = self._opened.pop()
+            with contextlib.suppress(StoreUnavailableError):  # it was closed again
+                self._segment(number)
 
     def drop_closed(self) -> None:
         """Unmaps what the store has closed, or left when it died; to be called between copies.
@@ -160,14 +199,7 @@ class SegmentMapper:
                 self._disconnect()
 
     def _ask(self, number: int) -> tuple[Segment, list[int]]:
-        if self._channel is None:
-            try:
-                sock = folder.connect(self._path)
-            except OSError as error:
-                raise ChannelClosedError(f"{self._path}: {error}") from error
-            self._channel = Channel(sock, FromStore, take_descriptors=True)
-            self._channel.send(self._hello)
-        self._channel.send(Map(number, self._pinned, self._writable))
+        self._connected().send(Map(number, self._pinned, self._writable))
         while True:
             received = self._channel_wait(_ANSWER_S)
             if not received:
@@ -178,11 +210,24 @@ class SegmentMapper:
                 if isinstance(message, Refused):
                     raise StoreUnavailableError(f"the store refuses: {message.reason}")
 
+    def _connected(self) -> Channel[FromStore]:
+        if self._channel is None:
+            try:
+                sock = folder.connect(self._path)
+            except OSError as error:
+                raise ChannelClosedError(f"{self._path}: {error}") from error
+            self._channel = Channel(sock, FromStore, take_descriptors=True)
+            self._channel.send(self._hello)
+            if self._pinned:
+                self._channel.send(Watch())
+        return self._channel
+
     def _channel_wait(self, seconds: float) -> list[tuple[FromStore, list[int]]]:
         assert self._channel is not None
         poller = select.poll()
         poller.register(self._channel, select.POLLIN)
         received = self._channel.receive() if poller.poll(seconds * 1000) else []
+        self._opened |= {m.number for m, _ in received if isinstance(m, SegmentOpened)}
         self._closed |= {m.number for m, _ in received if isinstance(m, SegmentClosed)}
         return received
 
@@ -190,5 +235,6 @@ class SegmentMapper:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+        self._opened.clear()
         # Nobody says any more when these are closed. A copy may still need some of them.
         self._closed |= self._segments.keys()

@@ -236,6 +236,14 @@ class Map(Message, frozen=True):
     writable: bool = False
 
 
+class Watch(Message, frozen=True):
+    """Asks to be told of all segments, those that are there first, by `SegmentOpened`.
+
+    For clients that register them with a device: that takes long, and is to be over when a pack in
+    one is to be copied.
+    """
+
+
 class Unmap(Message, frozen=True):
     """The client has unmapped a segment."""
 
@@ -389,6 +397,12 @@ class Segment(Message, frozen=True):
     size: int
 
 
+class SegmentOpened(Message, frozen=True):
+    """There is a segment of this number."""
+
+    number: int
+
+
 class SegmentClosed(Message, frozen=True):
     """Nothing lies in a segment that the client has mapped, and nothing will; to be unmapped."""
 
@@ -479,6 +493,7 @@ FromClient: TypeAlias = (
     | Used
     | Forget
     | Map
+    | Watch
     | Unmap
     | Publish
     | Retract
@@ -495,6 +510,7 @@ FromStore: TypeAlias = (
     | Forgotten
     | Totals
     | Segment
+    | SegmentOpened
     | SegmentClosed
     | Published
     | Retracted

@@ -18,6 +18,7 @@ class SharedSegments:
     Attributes:
         pinned: Numbers of segments that a device reads: their pages are never given back singly,
             because a device goes on reading the pages that it has pinned.
+        opened: Numbers of segments that were made, for whoever tells those who watch.
         closed: Numbers of segments that were closed, for whoever tells those who map them.
     """
 
@@ -25,6 +26,7 @@ class SharedSegments:
         self._descriptors: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self.pinned: set[int] = set()
+        self.opened: list[int] = []
         self.closed: list[int] = []
 
     def create(self, number: int, size: int) -> None:
@@ -36,6 +38,7 @@ class SharedSegments:
             raise
         self._descriptors[number] = descriptor
         self._sizes[number] = size
+        self.opened.append(number)
 
     def close(self, number: int) -> None:
         os.close(self._descriptors.pop(number))
@@ -53,6 +56,11 @@ class SharedSegments:
             ctypes.c_int64(offset),
             ctypes.c_int64(size),
         )
+
+    @property
+    def numbers(self) -> list[int]:
+        """Those of all segments."""
+        return list(self._sizes)
 
     def size(self, number: int) -> int:
         """Bytes of a segment; 0 if there is none of this number."""

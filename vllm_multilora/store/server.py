@@ -27,6 +27,7 @@ from vllm_multilora.store.messages import (
     Description,
     Refused,
     SegmentClosed,
+    SegmentOpened,
     Totals,
 )
 from vllm_multilora.store.names import Names
@@ -153,7 +154,7 @@ class Server:
                 self._registry.loads.failed(number, failure, time.monotonic())
                 self._registry.loads.gone(number, failure, time.monotonic())
             self._registry.loads.tick(time.monotonic())  # there may be a place again
-        self._tell_closed_segments()
+        self._tell_segments()
         self._tell_totals()
         for number, connection in list(self._connections.items()):
             waits = connection.channel.pending > 0
@@ -230,7 +231,12 @@ class Server:
         if not self._connections:
             self._alone_since = time.monotonic()
 
-    def _tell_closed_segments(self) -> None:
+    def _tell_segments(self) -> None:
+        opened, self._segments.opened = self._segments.opened, []
+        for segment in opened:
+            for number, connection in list(self._connections.items()):
+                if connection.watches:
+                    self.send(number, SegmentOpened(segment))
         closed, self._segments.closed = self._segments.closed, []
         for segment in closed:
             for number, connection in self._connections.items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import Protocol
 
-from multilora_kernels.api import PreparedLinear, column_major
+from multilora_kernels import PreparedLinear, column_major
 from tools.kernels.measure.batches import LayerBatch
 
 OTHERS = ("tools.kernels.stock_kernels:StockKernels",)

@@ -22,6 +22,7 @@ from multilora_kernels.configs import (
 )
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.plan import PlanLayout
+from multilora_kernels.triton.activations import aligned_copy
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import prepare_expand
 from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch
@@ -287,8 +288,11 @@ def _tensors(
             b = _empty(case.slots, 1, n + more, rank + more, dtype=dtype)
         lora_a.append(a[..., :rank, : case.k])
         lora_b.append(b[..., :n, :rank])
-    x = _empty(case.tokens, case.k, dtype=case.dtype)
-    return x, _empty(case.tokens, sum(case.widths), dtype=case.dtype), lora_a, lora_b
+    x, y = (
+        aligned_copy(_empty(case.tokens, width, dtype=case.dtype))  # as odd ones get there
+        for width in (case.k, sum(case.widths))
+    )
+    return x, y, lora_a, lora_b
 
 
 def _factors(case: LaunchCase) -> OutputFactors | None:

@@ -31,7 +31,6 @@ from multilora_kernels import (
     BatchPlan,
     OutputFactors,
     PlanLayout,
-    PreparedLinear,
     lora_expand,
     lora_linear,
     lora_shrink,
@@ -41,6 +40,7 @@ from vllm_multilora.integration.patching.activation import kernel_backend
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import OutputRows
 from vllm_multilora.integration.step.punica_moe import ExpertLayers
+from vllm_multilora.integration.step.punica_prepared import PreparedLayers, slices_of
 from vllm_multilora.integration.step.stock_rows import StockRows
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _TRITON_TILE_ROWS = 128
 
 
-class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
+class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
     """Computes every adapter of a mixed batch with `multilora_kernels`.
 
     Args:
@@ -84,14 +84,11 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         self._token_lora_indices = self._stock_rows.token_slots.buffer
         self._own_graphs = _have_own_graphs(get_current_vllm_config_or_none())
         self._lora_config = lora_config
-        self._full_ranks: dict[tuple[int, int], torch.Tensor] = {}
-        self.shrink_ranks: torch.Tensor | None = None
-        self.expand_ranks: torch.Tensor | None = None
-        self.factors: OutputFactors | None = None
+        self._full_ranks = {}
+        self.shrink_ranks = self.expand_ranks = self.factors = None
         self._slot_owners: list[int | None] = []
         self._slot_of = {0: -1}
-        # By whether y is added to: the layer's B, and the layer with it.
-        self._prepared: dict[bool, tuple[tuple[torch.Tensor, ...], PreparedLinear]] = {}
+        self._prepared = {}
 
     def adopt_layers(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
         """Learns which layers use this wrapper, so that a step prepares what they read and no more.
@@ -127,29 +124,6 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         own.shrink_ranks, own.expand_ranks, own.factors = shrink_ranks, expand_ranks, factors
         own._prepared = {}
         return own
-
-    def prepare(
-        self,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        *,
-        add_inputs: bool = True,
-    ) -> PreparedLinear:
-        """Describes the layer's weights once for all calls of `add_lora_linear` with these.
-
-        To be called before the model is compiled: what compiled code calls must be there.
-        """
-        prepared = PreparedLinear(
-            lora_a_stacked,
-            lora_b_stacked,
-            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
-            self.plan.layout,
-            add_inputs=add_inputs,
-            factors=self.factors if add_inputs else None,
-            backend=self.backend,
-        )
-        self._prepared[add_inputs] = lora_b_stacked, prepared
-        return prepared
 
     def memory_lost(self) -> None:
         """Makes what steps read on the device valid again after a sleep that kept no memory."""
@@ -213,10 +187,7 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         """
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         if scale == 1.0:  # the path of every layer and step
-            lora_b, prepared = self._prepared.get(add_inputs, (None, None))
-            # When compiled, a layer takes what is there: wrapper and weights are its own.
-            if lora_b is not lora_b_stacked and not torch.compiler.is_compiling():
-                prepared = self.prepare(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)
+            prepared = self.linear(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)
             if prepared is not None:
                 prepared(y, x, self.plan)
                 return
@@ -243,9 +214,15 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
     ) -> None:
         """`y[i] = scale * x @ A_i.T`, finished for every row: layers that shard ranks gather y."""
         assert isinstance(y, torch.Tensor), "y must be one tensor [slices, tokens, ranks]"
+        x = x.view(-1, x.shape[-1])
+        if scale == 1.0:
+            prepared = self.shrink(lora_a_stacked)
+            if prepared is not None:
+                prepared(y, x, self.plan)
+                return
         lora_shrink(
             y,
-            x.view(-1, x.shape[-1]),
+            x,
             lora_a_stacked,
             self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
             self.plan,
@@ -265,13 +242,28 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
     ) -> None:
         """`y[:, offset_i:] += x[i] @ B_i.T`, from column `offset_start` on."""
         assert isinstance(x, torch.Tensor), "x must be one tensor [slices, tokens, ranks]"
+        self._expand(y.view(-1, y.shape[-1]), x, lora_b_stacked, offset_start, add_inputs)
+
+    def _expand(
+        self,
+        y: torch.Tensor,
+        h: torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...] | torch.Tensor,
+        offset: int,
+        add_inputs: bool,
+    ) -> None:
+        prepared = self.expand(lora_b_stacked, offset, add_inputs=add_inputs)
+        if prepared is not None:
+            prepared(y, h, self.plan)
+            return
+        slices = slices_of(lora_b_stacked)
         lora_expand(
-            y.view(-1, y.shape[-1]),
-            x,
-            lora_b_stacked,
-            self._ranks(self.expand_ranks, len(lora_b_stacked), lora_b_stacked[0].size(-1)),
+            y,
+            h,
+            slices,
+            self._ranks(self.expand_ranks, len(slices), slices[0].size(-1)),
             self.plan,
-            offset=offset_start,
+            offset=offset,
             add_inputs=add_inputs,
             backend=self.backend,
         )
@@ -285,15 +277,7 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
         **kwargs: Any,
     ) -> None:
         """`y += x @ B.T`; x holds each token's row of the adapter's embedding."""
-        lora_expand(
-            y,
-            x.unsqueeze(0),
-            (lora_b_stacked,),
-            self._ranks(self.expand_ranks, 1, lora_b_stacked.size(-1)),
-            self.plan,
-            add_inputs=add_inputs,
-            backend=self.backend,
-        )
+        self._expand(y, x.unsqueeze(0), lora_b_stacked, 0, add_inputs)
 
     def add_lora_logits(
         self,
@@ -306,11 +290,17 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
     ) -> None:
         """`y += scale * (x @ A.T) @ B.T` over the rows that reach the logits."""
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        columns = y.size(-1)
+        if scale == 1.0:
+            prepared = self.logits(lora_a_stacked, lora_b_stacked, columns)
+            if prepared is not None:
+                prepared(y, x, self.output_rows.plan(x))
+                return
         lora_linear(
             y,
             x,
             (lora_a_stacked,),
-            (lora_b_stacked[..., : y.size(-1), :],),
+            (lora_b_stacked[..., :columns, :],),
             self._ranks(self.shrink_ranks, 1, lora_a_stacked.size(-2)),
             self.output_rows.plan(x),
             scale=scale,
@@ -336,17 +326,6 @@ class MultiLoRAPunicaWrapper(ExpertLayers, PunicaWrapperBase):
             backend=self.backend,
         )
         y.copy_(self._select_full_linear_output(y, head[0], bias_stacked, module_enabled))
-
-    def _ranks(self, true_ranks: torch.Tensor | None, slices: int, rank: int) -> torch.Tensor:
-        """The layer's true ranks, or `rank` throughout for layers that keep the shared wrapper."""
-        if true_ranks is not None:
-            return true_ranks
-        key = (slices, rank)
-        if key not in self._full_ranks:
-            self._full_ranks[key] = torch.full(
-                (slices, self.max_loras), rank, dtype=torch.int32, device=self.device
-            )
-        return self._full_ranks[key]
 
 
 def _have_own_graphs(config: Any) -> bool:

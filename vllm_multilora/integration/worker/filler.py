@@ -8,6 +8,7 @@ read the slot, and beside the steps that follow.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from multilora_kernels import SlotIndex
+from multilora_kernels.pieces import registered_parts
 from vllm_multilora.adapters.pack_index import PackIndex, RankIndex
 from vllm_multilora.failures import FailureKind, classify_failure, describe_failure
 from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed, WorkerLink
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
+_RETRY_S = 1.0
 
 
 class SlotFiller:
@@ -76,13 +79,17 @@ class SlotFiller:
         """
         self._machine, self._place = machine, place
         pins = self._device.type != "cpu"
+        registered = Registered()
         self._memory = SegmentMapper(
             address,
             server,
             pinned=pins,
-            mapped=_register if pins else None,
-            unmapping=_unregister if pins else None,
+            mapped=registered.add if pins else None,
+            unmapping=registered.drop if pins else None,
         )
+        if pins:
+            name, own = "multilora-segments", (self._memory,)
+            threading.Thread(target=self._map_ahead, name=name, args=own, daemon=True).start()
 
     def begin(self, order: Order) -> None:
         """Begins to carry out an order; its answer goes to the engine core."""
@@ -131,7 +138,31 @@ class SlotFiller:
         if self._link is not None:
             self._link.tell(future.result())
 
+    def _map_ahead(self, memory: SegmentMapper) -> None:
+        """Runs on a thread of its own: has the other one map what the store makes, while it reads.
+
+        Registering a segment with the device takes hundreds of milliseconds, which would otherwise
+        come between the order to fill a slot and its answer.
+        """
+        while memory is self._memory:
+            if not memory.wait(_RETRY_S):
+                continue
+            try:
+                mapping = self._thread.submit(self._map_opened, memory)
+            except RuntimeError:  # the process ends
+                return
+            error = mapping.exception()
+            if error is not None:
+                if not isinstance(error, StoreUnavailableError):
+                    logger.error("Host memory cannot be mapped ahead", exc_info=error)
+                time.sleep(_RETRY_S)
+
     # What follows runs on the thread.
+
+    def _map_opened(self, memory: SegmentMapper) -> None:
+        if self._device.type != "cpu":
+            torch.cuda.set_device(self._device)
+        memory.map_opened()
 
     def _carry_out(self, order: Order, queued: Any, known: torch.Tensor | None) -> Answer:
         begin = time.perf_counter()
@@ -209,18 +240,33 @@ def _addresses(
     return bases[places >> PLACE_BITS] + (places & OFFSET_MASK)
 
 
-def _register(number: int, address: int, size: int) -> None:
-    """Page-locks a segment for the GPU; copies from one that is not are slower, and right."""
-    code = torch.cuda.cudart().cudaHostRegister(address, size, _REGISTER_READ_ONLY)
-    if int(code) != 0:
-        logger.warning(
-            "Segment %d of adapters' host memory (%d bytes) cannot be page-locked (CUDA error "
-            "%d): copies from it to the GPU are slower.",
-            number,
-            size,
-            int(code),
-        )
+class Registered:
+    """Page-locks segments for the GPU, part by part; steps' kernels are launched in between.
 
+    Copies from memory that is not page-locked are slower, and right.
+    """
 
-def _unregister(number: int, address: int, size: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+    def __init__(self) -> None:
+        self._parts: dict[int, list[int]] = {}  # by segment, where those that are begin
+
+    def add(self, number: int, address: int, size: int) -> None:
+        """Page-locks a segment."""
+        parts = self._parts[number] = []
+        for begin, part in registered_parts(address, size):
+            code = torch.cuda.cudart().cudaHostRegister(begin, part, _REGISTER_READ_ONLY)
+            if int(code) != 0:
+                logger.warning(
+                    "Segment %d of adapters' host memory cannot be page-locked (CUDA error %d "
+                    "after %d of %d bytes): copies from the rest of it to the GPU are slower.",
+                    number,
+                    int(code),
+                    begin - address,
+                    size,
+                )
+                return
+            parts.append(begin)
+
+    def drop(self, number: int, address: int, size: int) -> None:
+        """Lets go of it, before it is unmapped."""
+        for begin in self._parts.pop(number):
+            torch.cuda.cudart().cudaHostUnregister(begin)

@@ -32,7 +32,7 @@ from vllm_multilora.integration.worker.layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
 from vllm_multilora.integration.worker.slot_columns import SlotColumns
-from vllm_multilora.integration.worker.warm_up import warm_up
+from vllm_multilora.integration.worker.warm_up import prepare, warm_up
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
-        dora = settings_of(get_current_vllm_config()).dora
+        config = get_current_vllm_config()
+        dora = settings_of(config).dora
         found = running_layout(self, dora=dora)
         self.layout, self._special = found.layout, found.special
         rows = 0
@@ -112,13 +113,13 @@ class MultiLoRAModelManager(LoRAModelManager):
             factors = None
             if self.factors is not None and number < len(found.packed):
                 factors = self.factors.of_layer(number)
-            layer.set_mapping(own_wrapper := wrapper.for_layer(*ranks, factors))
-            if isinstance(layer, BaseLinearLayerWithLoRA) and not _shards_ranks(layer):
-                own_wrapper.prepare(layer.lora_a_stacked, layer.lora_b_stacked)
+            layer.set_mapping(wrapper.for_layer(*ranks, factors))
+            prepare(layer)
             if self.device.type == "cpu":
                 shorten_forward(layer)
         if self.device.type != "cpu":
-            warm_up(self.modules.values())
+            dtype: Any = config.model_config.dtype
+            warm_up(self.modules.values(), dtype)
             self.slot_table.warm_up()
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()

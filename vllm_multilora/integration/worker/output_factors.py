@@ -2,20 +2,16 @@
 
 A DoRA adapter (https://arxiv.org/abs/2402.09353) scales each row of `W + s B A` to a length of its
 own, its magnitude. The length that the row has without that is found here, from the running
-model's weights: with rows w of W, b of `s B`
-
-    |w + b A|^2 = |w|^2 + 2 (w A^T) b^T + b (A A^T) b^T
-
-and `W A^T` is what the base layer makes of A's rows. That runs in the worker's main thread, before
-the first step that needs it: all ranks are at the same step then, so that row-parallel layers, of
-which each rank has a part of every row, can add up their parts; and no step runs beside it, which
-vLLM's layers for CPUs would not stand.
+model's weights (`RowSquares`). That runs in the worker's main thread, before the first step that
+needs it: all ranks are at the same step then, so that row-parallel layers, of which each rank has a
+part of every row, can add up their parts; and no step runs beside it, which vLLM's layers for CPUs
+would not stand.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.config import get_current_vllm_config_or_none
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
@@ -31,11 +27,12 @@ from multilora_kernels import OutputFactors
 from multilora_kernels.pieces import host_bytes
 from vllm_multilora.integration.attached import ROW_SQUARES
 from vllm_multilora.integration.patching.activation import is_active, settings_of
+from vllm_multilora.integration.worker.row_squares import RowSquares, write_row_squares
+from vllm_multilora.integration.worker.sharding import is_sharded
 from vllm_multilora.integration.worker.slot_columns import SlotColumns
 
 _KEPT_BYTES = 256 << 20  # of host memory, for the factors of adapters that come back
-_CHUNK_ELEMENTS = 1 << 22
-_LEAST_SQUARE = 1e-6  # of the base row's; a shorter row has no length that float32 could tell
+_CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,19 @@ class SlotFactors:
         self._adapters: dict[int, _Adapter] = {}
         self._digests: dict[int, str] = {}  # of these
         self._unfinished: set[int] = set()
-        self._squares: dict[int, torch.Tensor] = {}  # of the base weights' rows, by layer
+        self._squares = RowSquares(
+            [layer.module for layer in self._layers],
+            [layer.columns for layer in self._layers],
+            device,
+        )
+        self._lengths = torch.empty(columns, dtype=torch.float32, device=device)
+        in_parts = sum(
+            layer.columns[-1] - layer.columns[0] for layer in self._layers if layer.is_part
+        )
+        # What all ranks add up; other ranks' parts of rows are not among `_lengths` until then.
+        self._parts = torch.zeros(in_parts, dtype=torch.float32, device=device)
+        if self._parts.device.type not in ("cpu", "meta"):
+            self._add_up_parts()  # makes the connections, which take memory too
         self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._most_known = max(slots, _KEPT_BYTES // max(self._values[:1].nbytes, 1))
 
@@ -116,7 +125,8 @@ class SlotFactors:
     def nbytes(self) -> int:
         """Bytes on the device."""
         biases = sum(layer.bias.nbytes for layer in self._layers if layer.bias is not None)
-        return self._values.nbytes + self._marks.nbytes + biases
+        lengths = self._squares.nbytes + self._lengths.nbytes + self._parts.nbytes
+        return self._values.nbytes + self._marks.nbytes + biases + lengths
 
     def of_layer(self, index: int) -> OutputFactors:
         """What a layer's kernels take, by the layer's place among all."""
@@ -201,54 +211,34 @@ class SlotFactors:
     @torch.no_grad()
     def _finish(self, slot: int) -> None:
         ranks = self._adapters[slot].ranks
-        squares = torch.ones_like(self._values[slot])
-        parts: list[torch.Tensor] = []
+        self._lengths.fill_(1)
+        self._parts.zero_()
+        summed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        first_part = 0
         for number, layer in enumerate(self._layers):
-            marked = [row for row in layer.rows if row in ranks]
-            if not marked:
-                continue
-            found = self._row_squares(number, slot, marked)
-            for row, of_row in zip(marked, found, strict=True):
-                own = squares[self._starts[row] : self._starts[row + 1]]
-                own.copy_(of_row)
+            for index, row in enumerate(layer.rows):
+                own = self._lengths[self._starts[row] : self._starts[row + 1]]
                 if layer.is_part:
-                    parts.append(own)
-        if parts:
-            whole = tensor_model_parallel_all_reduce(torch.cat(parts))
-            for part, of_part in zip(parts, whole.split([len(p) for p in parts]), strict=True):
-                part.copy_(of_part)
-        self._values[slot].div_(squares.clamp_(min=0).sqrt_()).sub_(1)
+                    whole, own = own, self._parts[first_part : first_part + len(own)]
+                    first_part += len(own)
+                    if row in ranks:
+                        summed.append((whole, own))
+                if row in ranks:
+                    self._squares.write(number, slot, index, ranks[row], own)
+        if summed:
+            self._add_up_parts()
+            for whole, own in summed:
+                whole.copy_(own)
+        self._values[slot].div_(self._lengths.clamp_(min=0).sqrt_()).sub_(1)
 
-    def _row_squares(self, number: int, slot: int, marked: Sequence[int]) -> list[torch.Tensor]:
-        """The squared lengths of the rows of `W + s B A`, or of this rank's part of them."""
-        layer = self._layers[number]
-        module, ranks = layer.module, self._adapters[slot].ranks
-        base = self._squares.get(number)
-        if base is None:
-            base = self._squares[number] = _base_squares(module.base_layer)
-        slices = [row - layer.rows.start for row in marked]
-        a = [
-            module.lora_a_stacked[i][slot, 0, : ranks[r]]
-            for i, r in zip(slices, marked, strict=True)
-        ]
-        rows_of_a = torch.cat(a).to(module.base_layer.params_dtype)
-        products = module.base_layer.quant_method.apply(module.base_layer, rows_of_a, None)
-        found, first = [], 0
-        for i, of_a in zip(slices, a, strict=True):
-            outputs = slice(*(column - layer.columns[0] for column in layer.columns[i : i + 2]))
-            product = products[first : first + len(of_a), outputs].float()
-            first += len(of_a)
-            of_a = of_a.float()
-            b = module.lora_b_stacked[i][slot, 0, :, : len(of_a)].float()
-            crossed = 2 * product.mT + b @ (of_a @ of_a.mT)
-            squares = base[outputs] + (b * crossed).sum(dim=1)
-            # What is left of a row that an update takes away is rounding, another on each machine.
-            found.append(squares.where(squares > _LEAST_SQUARE * base[outputs], 0))
-        return found
+    def _add_up_parts(self) -> None:
+        """Sums over the ranks in place; vLLM's own would return another tensor."""
+        if len(self._parts):
+            torch.distributed.all_reduce(self._parts, group=get_tp_group().device_group)
 
     def weights_changed(self) -> None:
         """The base model has other weights: `finish` is to be called before the next step."""
-        self._squares.clear()
+        self._squares.forget()
         self._known.clear()
         for layer in self._layers:
             bias = _added_bias(layer.module)
@@ -275,8 +265,8 @@ def no_factors(module: Any) -> str | None:
         return f"its weights are quantised ({type(method).__name__})"
     if base.weight.dim() != 2 and ROW_SQUARES.get(base) is None:
         return "vLLM has repacked its weights"
-    if module.lora_config.fully_sharded_loras and module.tp_size > 1:
-        return "--fully-sharded-loras adds products where the base's are not whole"
+    if is_sharded(module):
+        return "--fully-sharded-loras computes products in halves, which multiply nothing"
     if getattr(module, "_enable_aux_cuda_stream", False):
         return "VLLM_LORA_ENABLE_DUAL_STREAM computes products beside the base's"
     return None
@@ -293,20 +283,6 @@ def _added_bias(module: Any) -> torch.Tensor | None:
     return bias
 
 
-def _base_squares(base: Any) -> torch.Tensor:
-    if base.weight.dim() == 2:
-        return row_squares(base.weight)
-    squares = ROW_SQUARES.get(base)
-    assert squares is not None  # the layout has no such layers
-    return squares
-
-
-def row_squares(weight: torch.Tensor) -> torch.Tensor:
-    """The squared lengths of rows, float32 [rows]; `weight` is [rows, columns]."""
-    step = max(_CHUNK_ELEMENTS // max(weight.size(1), 1), 1)
-    return torch.cat([chunk.detach().float().square().sum(dim=1) for chunk in weight.split(step)])
-
-
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
     weight, squares = layer.weight, None
     config = get_current_vllm_config_or_none()
@@ -318,7 +294,8 @@ def process_weights_after_loading(original: Callable[..., None], method: Any, la
         and is_active(config)
         and settings_of(config).dora
     ):
-        squares = row_squares(weight)
+        squares = torch.empty(len(weight), dtype=torch.float32)
+        write_row_squares(weight, squares, torch.empty(max(_CHUNK_ELEMENTS, weight.size(1))))
     original(method, layer)
     if squares is not None:
         ROW_SQUARES.set(layer, squares)

@@ -4,7 +4,8 @@ Which blocks a kernel has depends on a layer's shape and on the number of rows. 
 meets few numbers of rows; every other one would compile for a second or more in the middle of a
 step, with all tenants waiting. Here each layer is called once for every power of two, which also
 has it work out its launches. The plan is still empty then, so that the kernels start and end
-without reading or writing anything.
+without reading or writing anything. Where activations lie makes no other kernel
+(`multilora_kernels.triton.activations`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,31 @@ from vllm.lora.layers import (
 )
 
 from vllm_multilora.integration.worker.layout import is_ranked
+from vllm_multilora.integration.worker.sharding import first_column, is_sharded
 
 logger = logging.getLogger(__name__)
 
 
-def warm_up(layers: Iterable[BaseLayerWithLoRA]) -> None:
+def prepare(layer: BaseLayerWithLoRA) -> None:
+    """Describes a layer's weights for its calls in compiled code, before that is compiled.
+
+    Output layers are never compiled: they are prepared when they are first called.
+
+    Args:
+        layer: With its own `MultiLoRAPunicaWrapper` and ranks that are tracked.
+    """
+    wrapper: Any = layer.punica_wrapper
+    a, b = layer.lora_a_stacked, layer.lora_b_stacked
+    if isinstance(layer, VocabParallelEmbeddingWithLoRA):
+        wrapper.expand(b)
+    elif is_sharded(layer):
+        wrapper.shrink(a)
+        wrapper.expand(b, first_column(layer))
+    elif not isinstance(layer, LogitsProcessorWithLoRA):
+        wrapper.linear(a, b)
+
+
+def warm_up(layers: Iterable[BaseLayerWithLoRA], dtype: torch.dtype) -> None:
     """Calls each layer's kernels once for every number of rows that may choose other blocks.
 
     MoE expert layers, whose kernels are vLLM's, and classification heads, which run once for a
@@ -34,6 +55,7 @@ def warm_up(layers: Iterable[BaseLayerWithLoRA]) -> None:
 
     Args:
         layers: Layers with their own `MultiLoRAPunicaWrapper`, before the first step.
+        dtype: Of the model's activations.
     """
     begin, seen = time.perf_counter(), set()
     for layer in layers:
@@ -47,7 +69,7 @@ def warm_up(layers: Iterable[BaseLayerWithLoRA]) -> None:
         signature = type(layer), most, has_bias, *map(_facts, _weights(layer))
         seen.add(signature)
         for rows in _row_counts(most):
-            _call(layer, rows)
+            _call(layer, rows, dtype)
     logger.info(
         "LoRA kernels for %d kinds of layer are ready after %.1f s.",
         len(seen),
@@ -72,39 +94,34 @@ def _row_counts(most: int) -> Iterator[int]:
     yield most
 
 
-def _call(layer: Any, rows: int) -> None:
+def _call(layer: Any, rows: int, dtype: torch.dtype) -> None:
     wrapper, a, b = layer.punica_wrapper, layer.lora_a_stacked, layer.lora_b_stacked
+
+    def activations(width: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        """[rows, width] with the memory of one row: nothing will touch it."""
+        return torch.empty(width, dtype=dtype, device=wrapper.device).expand(rows, width)
+
+    def half(weights: tuple[torch.Tensor, ...], rank: int) -> torch.Tensor:
+        shape = len(weights), rows, rank
+        return torch.empty(shape, dtype=torch.float32, device=wrapper.device)
+
     if isinstance(layer, VocabParallelEmbeddingWithLoRA):
-        wrapper.add_lora_embedding(_activations(rows, b.size(-2), b), _dense(rows, b), b)
+        found = torch.empty(rows, b.size(-1), dtype=b.dtype, device=wrapper.device)
+        wrapper.add_lora_embedding(activations(b.size(-2)), found, b)
     elif isinstance(layer, LogitsProcessorWithLoRA):
         # Logits end with the padding of vLLM's vocabulary, to a multiple of 64.
-        y = _activations(rows, -(-b.size(-2) // 64) * 64, b)
-        x = _activations(rows, a.size(-1), a)
+        columns = -(-b.size(-2) // 64) * 64
+        y = activations(columns, getattr(layer.base_layer, "head_dtype", None) or dtype)
         # Over the tokens' plan: that of the sampled rows begins with a step.
-        wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (b.size(-2),))
+        wrapper.logits(a, b, columns)(y, activations(a.size(-1)), wrapper.plan)
+    elif is_sharded(layer):
+        offset, width = first_column(layer), sum(each.size(-2) for each in b)
+        wrapper.add_shrink(half(a, a[0].size(-2)), activations(a[0].size(-1)), a, 1.0)
+        # With memory of its own: it is copied back where the offset is no multiple of 16.
+        y = torch.empty(rows, offset + width, dtype=dtype, device=wrapper.device)
+        h = half(b, b[0].size(-1))
+        wrapper.add_expand(y, h, b, layer.output_slices, offset_start=offset)
     else:
-        y = _activations(rows, sum(each.size(-2) for each in b), b[0])
-        x = _activations(rows, a[0].size(-1), a[0])
-        if layer.lora_config.fully_sharded_loras:
-            shape = len(a), rows
-            h = torch.empty(*shape, a[0].size(-2), dtype=torch.float32, device=x.device)
-            wrapper.add_shrink(h, x, a, 1.0)
-            h = torch.empty(*shape, b[0].size(-1), dtype=torch.float32, device=x.device)
-            wrapper.add_expand(y, h, b, layer.output_slices)
-        else:
-            aside = {"add_inputs": False} if layer._enable_aux_cuda_stream else {}
-            wrapper.add_lora_linear(y, x, a, b, 1.0, layer.output_slices, **aside)
-
-
-def _dense(rows: int, b: torch.Tensor) -> torch.Tensor:
-    return torch.empty(rows, b.size(-1), dtype=b.dtype, device=b.device)
-
-
-def _activations(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """[rows, width] with hardly any memory behind it: nothing will touch it.
-
-    Triton compiles anew only for another alignment of the row's length.
-    """
-    row = 0 if width % 16 == 0 else 17
-    storage = torch.empty(width + row * (rows - 1), dtype=like.dtype, device=like.device)
-    return storage.as_strided((rows, width), (row, 1))
+        y, x = activations(sum(each.size(-2) for each in b)), activations(a[0].size(-1))
+        aside = {"add_inputs": False} if layer._enable_aux_cuda_stream else {}
+        wrapper.add_lora_linear(y, x, a, b, 1.0, layer.output_slices, **aside)
