@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test pytest ruff mypy test-fast test-vllm test-all lint bench bench-kernels coverage docs dist dist-check clean
+.PHONY: help install demo test pytest ruff mypy test-fast test-vllm test-all lint bench bench-kernels coverage docs metadata dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -44,8 +44,8 @@ demo: $(STAMP) ## four customers and the base model in one batch, over HTTP and 
 
 # Two files at a time, and mypy, which is slow, beside them. The files in their order: the tests'
 # conftest puts those first that take long.
-test: $(STAMP) ## ruff, mypy and all tests, the ones with real vLLM included
-	$(MAKE) ruff
+test: $(STAMP) ## everything of `make lint`, and all tests, the ones with real vLLM included
+	$(MAKE) ruff docs metadata
 	$(MAKE) --jobs 2 mypy pytest
 
 pytest: $(STAMP)
@@ -74,7 +74,7 @@ test-all: test ## all tests, and the smoke tests with every vLLM and both model 
 coverage: $(STAMP) ## which lines and branches the tests without vLLM engines run
 	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow" --cov --cov-report term:skip-covered
 
-lint: ruff mypy ## ruff, mypy, and the quick checks of docs and packages
+lint: ruff mypy docs metadata ## ruff, mypy, the site of the docs, and what PyPI and GitHub will read
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/test_docs.py tests/unit/test_documented_commands.py tests/unit/test_packaging.py
 
 # Tools that need no vLLM, and that it does not need: the extra of the same name in pyproject.toml.
@@ -85,7 +85,14 @@ $(VENV)-dist/.installed $(VENV)-docs/.installed: $(VENV)-%/.installed: pyproject
 	@touch $@
 
 docs: $(VENV)-docs/.installed ## the site of docs/ and all READMEs, into build/site
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+# An sdist has the wheel's metadata, and needs no compiler.
+metadata: $(VENV)-dist/.installed ## checks the package's metadata as PyPI does, and the workflow that publishes it
+	rm -rf build/metadata && mkdir -p build/metadata
+	$(VENV)-dist/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('build/metadata')" >build/metadata.log
+	$(VENV)-dist/bin/twine check --strict build/metadata/*
+	$(VENV)-dist/bin/zizmor --offline --quiet .github
 
 # auditwheel says for which Linuxes the wheel is, and fails where it needs anything but their libc.
 dist: $(VENV)-dist/.installed ## an sdist, and from it a wheel with native code for this kind of machine, into dist/
@@ -93,6 +100,7 @@ dist: $(VENV)-dist/.installed ## an sdist, and from it a wheel with native code 
 	$(VENV)-dist/bin/python -m build
 	PATH="$(abspath $(VENV)-dist/bin):$$PATH" auditwheel repair --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
+	$(VENV)-dist/bin/twine check --strict dist/*
 
 dist-check: $(STAMP) ## what is in dist/, installed beside vLLM with no compiler on the path
 	MULTILORA_DIST=dist $(BIN)/python -m pytest tests/unit/test_packaging.py

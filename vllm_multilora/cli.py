@@ -37,10 +37,10 @@ COMPLETION = "completion"
 COMMANDS = {
     "doctor": Command(
         "vllm_multilora.commands.doctor",
-        "say whether vLLM sees the plugin, and what will run",
-        "Checks the installation: is the plugin seen by vLLM, which vLLM and platform are there, "
-        "which patches are in place, which kernels will run. Exits with 1 if the plugin would not "
-        "act.",
+        "check the installation: does vLLM see the plugin, and what will run",
+        "Checks the installation: whether vLLM sees the plugin, which vLLM and platform there "
+        "are, which patches apply, and which kernels will run. Exits with 1 if the plugin would "
+        "do nothing.",
         (
             "doctor",
             "doctor --against vllm-0.33.0-cp38-abi3-manylinux1_x86_64.whl",
@@ -48,9 +48,9 @@ COMMANDS = {
     ),
     "digest": Command(
         "vllm_multilora.commands.digest",
-        "say which version of their weights adapters are",
-        "Prints the digest of each adapter: of its configuration and all of its tensors, as a "
-        "server computes it when it loads the adapter. Exits with 1 if one cannot be read.",
+        "print which version of its weights each adapter has",
+        "Prints each adapter's digest, computed over its configuration and all of its tensors as "
+        "a server does when it loads the adapter. Exits with 1 if one cannot be read.",
         (
             "digest adapters/acme adapters/globex",
             "digest adapters/* --json > digests.json",
@@ -59,8 +59,8 @@ COMMANDS = {
     "sign": Command(
         "vllm_multilora.commands.sign",
         "sign an adapter's folder",
-        "Signs all files of a folder with a private key, as OpenSSF model signing does, and writes "
-        "the signature to model.sig there. Exits with 2 if that cannot be done.",
+        "Signs all files of a folder with a private key, following OpenSSF model signing, and "
+        "writes the signature to model.sig in that folder. Exits with 2 if that fails.",
         (
             "sign adapters/acme --key signing.key",
             "sign adapters/* --key signing.key --certificate signing.crt",
@@ -68,9 +68,9 @@ COMMANDS = {
     ),
     "verify": Command(
         "vllm_multilora.commands.verify",
-        "say whether adapters are signed, and as they were signed",
-        "Checks the signatures of adapters' folders as a server does that requires them. Exits "
-        "with 0 if all are right, with 1 if one is not, with 2 if that cannot be told.",
+        "check adapters' signatures",
+        "Checks adapters' signatures as a server that requires them does. Exits with 0 if all are "
+        "valid, with 1 if one is not, with 2 if the keys cannot be used.",
         (
             "verify adapters/acme --keys signing.pub",
             "verify adapters/* --keys trusted.pem",
@@ -79,9 +79,9 @@ COMMANDS = {
     "simulate": Command(
         "vllm_multilora.commands.simulate",
         "replay a trace against the adapter cache under every policy",
-        "Says how often requests would have found their adapter in a slot or in host memory, what "
-        "was loaded, copied and evicted, and how far each policy is from the best possible. The "
-        "cache is the server's own code.",
+        "Reports how often requests would have found their adapter in a slot or in host memory, "
+        "what would have been loaded, copied and evicted, and how far each policy is from the "
+        "optimum. It runs the server's own cache code.",
         (
             "simulate --synthetic zipf --adapters 500 --max-loras 16",
             "simulate trace.csv --max-loras 32 --policy lru --policy gdsf --json",
@@ -89,10 +89,10 @@ COMMANDS = {
     ),
     "advise": Command(
         "vllm_multilora.commands.advise",
-        "say what to change about a running server, and why",
-        "Watches a server, or asks a Prometheus that has watched it, and compares what it sees "
+        "recommend changes to a running server, with reasons",
+        "Watches a server, or asks a Prometheus that has scraped it, and compares what it finds "
         "with the rules for serving many adapters. Exits with 0 if there is nothing to change, "
-        "with 1 if there is, with 2 if that cannot be told.",
+        "with 1 if there is, with 2 if the server or Prometheus gives no answer.",
         (
             "advise --url http://localhost:8000 --window 60",
             "advise --prometheus http://localhost:9090 --window 86400",
@@ -100,8 +100,9 @@ COMMANDS = {
     ),
     "status": Command(
         "vllm_multilora.commands.status",
-        "show every adapter of a running server: where it is, and how it is used",
-        "Shows what GET /v1/lora_adapters of a server says. Exits with 2 if that cannot be had.",
+        "show every adapter of a running server: where it is and how it is used",
+        "Shows a server's GET /v1/lora_adapters as a table. Exits with 2 if the server gives no "
+        "answer.",
         (
             "status --url http://localhost:8000 --watch",
             "status --json",
@@ -109,9 +110,9 @@ COMMANDS = {
     ),
     "tenants": Command(
         "vllm_multilora.commands.tenants",
-        "make and hash tenants' keys, and check a tenants file",
-        "Makes keys for the file of --multilora-tenants, which holds their hashes alone, and says "
-        "whether such a file can be used. Exits with 1 if it cannot.",
+        "create and hash tenants' keys, and check a tenants file",
+        "Creates keys for the file given to --multilora-tenants, which contains only their "
+        "hashes, and checks whether such a file is valid. Exits with 1 if it is not.",
         (
             "tenants new",
             "tenants check /etc/vllm/tenants.yaml",
@@ -119,11 +120,11 @@ COMMANDS = {
     ),
     "store": Command(
         "vllm_multilora.commands.store",
-        "run the store that several servers share, or show it",
-        "Runs the process that reads, checks and keeps adapters for all servers of this user on "
-        "this machine. Servers start one by themselves, which ends with the last of them; one "
-        "that is run by hand keeps adapters in host memory between them, until Ctrl-C. Exits "
-        "with 2 if one runs already, or if there is none to describe.",
+        "run or inspect the store that several servers share",
+        "Runs the process that reads, checks and caches adapters for all servers of this user on "
+        "this machine. Servers start a store automatically, and it exits with the last of them; "
+        "one started by hand keeps adapters in host memory between servers, until Ctrl-C. Exits "
+        "with 2 if a store is already running, or if there is none to describe.",
         (
             "store",
             "store --describe --json",
@@ -156,10 +157,10 @@ COMMANDS = {
     ),
     "validate": Command(
         "vllm_multilora.commands.validate",
-        "say whether adapters can be served over a base model",
-        "Checks adapters as the server does when they are registered, without the base model's "
-        "weights. Exits with 0 if all can be served, with 1 if one cannot, with 2 if that cannot "
-        "be told.",
+        "check whether adapters can be served over a base model",
+        "Checks adapters as the server does when they are registered, without loading the base "
+        "model's weights. Exits with 0 if all can be served, with 1 if one cannot, with 2 if the "
+        "base model cannot be used.",
         (
             "validate adapters/acme --model ./Llama-3.1-8B --max-lora-rank 64",
             "validate adapters/* --model ./Llama-3.1-8B --json",
@@ -167,9 +168,9 @@ COMMANDS = {
     ),
     COMPLETION: Command(
         "vllm_multilora.commands.completion",
-        "print what a shell needs to complete these commands",
-        "Prints a script for a shell, which completes commands and flags. Exits with 2 if shtab is "
-        "not installed.",
+        "print a shell's completion script for these commands",
+        "Prints a script with which a shell completes commands and flags. Exits with 2 if shtab "
+        "is not installed.",
         (
             "completion bash > ~/.local/share/bash-completion/completions/vllm-multilora",
             'completion zsh > "${fpath[1]}/_vllm-multilora"',
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; `argv` defaults to the process's arguments.
 
     Returns:
-        0, 1 or 2 as the command's description says: 2 always means that it could not tell.
+        0, 1 or 2 as the command's description says: 2 always means that it has no answer.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     # No option that may come before a command takes a value.

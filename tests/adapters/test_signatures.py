@@ -594,7 +594,7 @@ def test_the_command_verifies_as_a_server_does(
 def test_what_cannot_be_signed_is_said(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     key = ("--key", str(site.ours.private))
     assert main(["sign", str(site.root / "nowhere"), *key]) == 2
-    assert "nowhere is no folder" in capsys.readouterr().err
+    assert "nowhere is not a folder" in capsys.readouterr().err
     assert main(["sign", str(site.folder), "--key", str(site.ours.public)]) == 2
     (site.folder / "link").symlink_to(site.folder / CONFIG)
     assert main(["sign", str(site.folder), *key]) == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.adapters.signing import KeyPair
 from tests.serving.server import free_port
 from vllm_multilora.cli import INTERRUPTED, PIPE_CLOSED, main
 
@@ -104,6 +105,17 @@ WRONG = [
     ("digest {missing}", "does not exist, expected an adapter folder"),
     ("digest {empty}", "is a file, expected an adapter folder"),
     ("digest {folder}", "adapter_config.json"),
+    # sign and verify
+    ("sign", "the following arguments are required: DIR, --key"),
+    ("sign {folder}", "the following arguments are required: --key"),
+    ("sign {folder} --key {missing}", "No such file"),
+    ("sign {missing} --key {key}", "is not a folder"),
+    ("verify {folder}", "the following arguments are required: --keys"),
+    ("verify {folder} --keys {missing}", "cannot be read: No such file"),
+    ("verify {folder} --keys {empty}", "has no key, expected"),
+    # completion
+    ("completion", "the following arguments are required: shell"),
+    ("completion cmd", "invalid choice: 'cmd'"),
     ("doctor --against {missing}", "has no vLLM"),
     ("doctor --against {folder}", "has no vLLM"),
 ]
@@ -118,6 +130,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     Path(named["trace"]).write_text("time,adapter\n0,a\n")
     named["folder"] = str(tmp_path / "folder.csv")
     Path(named["folder"]).mkdir()
+    named["key"] = str(KeyPair.make(tmp_path, "signing").private)
     return named | {"nobody": NOBODY.format(port=free_port())}
 
 
@@ -135,6 +148,8 @@ def test_one_sentence_says_what_is_wrong(command, message, paths, capfd):
     assert message in said
     assert said.startswith(("vllm-multilora", *paths.values())), said
     assert "Traceback" not in err
+    before = err.strip().splitlines()[:-1]
+    assert all(line.startswith(("usage: ", " ")) for line in before), err
 
 
 def running(*arguments: str, **options) -> subprocess.Popen:

@@ -11,8 +11,8 @@ from vllm_multilora import __version__
 from vllm_multilora.cli import COMMANDS, main, parser_of
 
 HEAVY = ("torch", "vllm", "numpy", "triton", "matplotlib", "prometheus_client")
-MOST_CPU_S = 0.5
-"""Many times what an answer takes (0.05 s), and less than importing torch takes."""
+MOST_CPU_S = 0.3
+"""Several times what an answer takes (0.05 s), and less than importing torch takes."""
 
 WRONG = {
     "advise": ["--url", "http://localhost", "--prometheus", "http://localhost"],

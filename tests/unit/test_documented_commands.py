@@ -83,7 +83,7 @@ UNTESTED = {
     "git clone": "this is a clone",
     "kubectl": "needs a cluster; tests/unit/test_examples.py reads the files",
     "make coverage": "is the tests themselves",
-    "make docs": "draws MkDocs in from an index; tests/unit/test_docs.py checks links and the nav",
+    "make docs": "runs beside these tests, as a part of make test",
     "make help": "prints a part of the Makefile",
     "make install": "is what these tests run in",
     "make lint": "runs beside these tests, as a part of make test",

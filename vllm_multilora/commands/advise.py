@@ -24,26 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--url", help="a server to watch for the window, from now on, such as http://localhost:8000"
+        "--url", help="watch this server for one window, such as http://localhost:8000"
     )
     source.add_argument(
         "--prometheus",
         metavar="URL",
-        help="a Prometheus that has watched the server, such as http://localhost:9090: looks at "
-        "the window that ends now",
+        help="query this Prometheus about the window that ends now, such as http://localhost:9090",
     )
     parser.add_argument(
         "--window",
         type=float,
         default=ACTIVITY_WINDOW_S,
         metavar="SECONDS",
-        help="how long to look (default: %(default).0f); in less, no adapter is called idle",
+        help="length of the window (default: %(default).0f); a shorter one calls no adapter idle",
     )
     parser.add_argument(
         "--match",
         default="",
         metavar="LABELS",
-        help='with --prometheus: which of its servers, as job="vllm",instance="gpu7:8000"',
+        help='with --prometheus: which servers, such as job="vllm",instance="gpu7:8000"',
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -20,7 +20,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import shtab
     except ImportError:
-        print("needs shtab: pip install 'vllm-multilora[completion]'", file=sys.stderr)
+        print(
+            "vllm-multilora completion: shtab is not installed: "
+            "pip install 'vllm-multilora[completion]'",
+            file=sys.stderr,
+        )
         return 2
     print(shtab.complete(arguments.program, shell=arguments.shell))
     return 0

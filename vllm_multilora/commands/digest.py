@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read adapter_model.bin and .pt too, as --multilora-allow-pickle does",
+        help="also read adapter_model.bin and .pt, as with --multilora-allow-pickle",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print a JSON object from the folders' names to their digests, as "
+        help="print a JSON object that maps folder names to digests, as "
         "--multilora-require-digest reads it",
     )
 

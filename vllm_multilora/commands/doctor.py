@@ -13,9 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         type=Path,
         metavar="WHEEL-OR-DIR",
-        help="look at a vLLM that is not installed instead, a wheel or a folder with its package: "
-        "is everything that the plugin changes or uses as in the versions that it knows? Nothing "
-        "of it is imported. Exits with 1 if something differs, with 2 if there is no vLLM",
+        help="check a vLLM that is not installed, given as a wheel or a folder with its package: "
+        "is everything that the plugin patches or uses the same as in the versions it supports? "
+        "Nothing of it is imported. Exits with 1 if something differs, with 2 if there is no vLLM",
     )
 
 

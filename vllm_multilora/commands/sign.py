@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--certificate",
         metavar="FILE",
-        help="the key's certificate, in PEM: servers need to trust only who has issued it then",
+        help="the key's certificate in PEM, so that servers need to trust only its issuer",
     )
     parser.add_argument(
         "--chain",
         action="append",
         default=[],
         metavar="FILE",
-        help="certificates between that one and one that servers trust; may be given several times",
+        help="an intermediate certificate, up to one that servers trust; repeatable",
     )
 
 
@@ -39,7 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from model_signing import hashing, signing
     except ImportError:
-        print("signing needs vllm-multilora[signing]: install it", file=sys.stderr)
+        print(
+            "vllm-multilora sign: model-signing is not installed: "
+            "pip install 'vllm-multilora[signing]'",
+            file=sys.stderr,
+        )
         return CANNOT
     try:
         config = signing.Config()
@@ -54,12 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
             )
         for folder in map(Path, arguments.adapters):
             if not folder.is_dir():
-                raise NotADirectoryError(f"{folder} is no folder")
+                raise NotADirectoryError(f"{folder} is not a folder")
             path = folder / SIGNATURE_NAME
             hashes = hashing.Config().set_ignored_paths(paths=[Path(SIGNATURE_NAME)])
             config.set_hashing_config(hashes).sign(folder, path)
             print(path)
     except (OSError, TypeError, ValueError) as error:
-        print(f"cannot sign: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename is not None
+        what = f"{error.filename}: {error.strerror}" if named else error
+        print(f"vllm-multilora sign: {what}", file=sys.stderr)
         return CANNOT
     return DONE

@@ -45,12 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Traffic()
     traffic = parser.add_argument_group("traffic")
     traffic.add_argument(
-        "trace", nargs="?", type=Path, help="CSV or JSON lines with time, adapter, optionally bytes"
+        "trace",
+        nargs="?",
+        type=Path,
+        help="CSV or JSON lines: time, adapter and, optionally, bytes",
     )
     traffic.add_argument(
-        "--synthetic", choices=KINDS, help="made-up traffic instead. " + kinds_help()
+        "--synthetic", choices=KINDS, help="generate traffic instead. " + kinds_help()
     )
-    synthetic = parser.add_argument_group("made-up traffic")
+    synthetic = parser.add_argument_group("synthetic traffic")
     for flag, kind, default, meaning in (
         ("--requests", int, defaults.requests, "number of requests"),
         ("--adapters", int, defaults.adapters, "number of adapters"),
@@ -63,39 +66,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag, type=kind, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
         )
 
-    sizes = parser.add_argument_group("sizes of adapters, where the trace has no bytes")
+    sizes = parser.add_argument_group("sizes of adapters, if the trace has no bytes")
     way = sizes.add_mutually_exclusive_group()
     way.add_argument(
         "--adapter-mib",
         type=float,
         default=DEFAULT_ADAPTER_MIB,
         metavar="MIB",
-        help=f"all alike (default: {DEFAULT_ADAPTER_MIB:g}, rank 16 on an 8-billion Llama 3)",
+        help=f"one size for all (default: {DEFAULT_ADAPTER_MIB:g}, rank 16 on Llama 3 8B)",
     )
     way.add_argument(
         "--adapter-sizes", type=Path, metavar="FILE", help='JSON in MiB, like {"acme": 80}'
     )
     way.add_argument(
-        "--rank-mix", metavar="MIX", help="ranks at random by weight, like 8=70,16=20,64=10"
+        "--rank-mix", metavar="MIX", help="random ranks with these weights, like 8=70,16=20,64=10"
     )
     sizes.add_argument(
         "--mib-per-rank",
         type=float,
         default=DEFAULT_MIB_PER_RANK,
         metavar="MIB",
-        help="size of one rank, for --rank-mix (default: %(default)g, an 8-billion Llama 3)",
+        help="size of one rank, for --rank-mix (default: %(default)g, Llama 3 8B)",
     )
 
     server = parser.add_argument_group("server")
-    server.add_argument("--max-loras", type=int, default=16, metavar="N", help="slots")
+    server.add_argument("--max-loras", type=int, default=16, metavar="N", help="number of slots")
     server.add_argument(
-        "--max-cpu-loras", type=int, metavar="N", help="most adapters in host memory"
+        "--max-cpu-loras", type=int, metavar="N", help="limit of adapters in host memory"
     )
     server.add_argument(
         "--cpu-cache-gib",
         type=float,
         metavar="GIB",
-        help="most GiB of adapters in host memory (default: "
+        help="limit of host memory for adapters, in GiB (default: "
         f"{DEFAULT_CPU_CACHE_GIB:g} without --max-cpu-loras)",
     )
     server.add_argument(
@@ -103,8 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="the running batch is the N most recent requests (default: %(default)s); a policy has "
-        "a choice only where there are more slots than the batch has adapters",
+        help="the running batch is the N most recent requests (default: %(default)s); policies "
+        "differ only if there are more slots than adapters in the batch",
     )
     server.add_argument(
         "--policy",
@@ -119,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the GPU hit rate over the number of slots, as FILE.png or FILE.svg",
+        help="plot the GPU hit rate against the number of slots, as FILE.png or FILE.svg",
     )
 
 

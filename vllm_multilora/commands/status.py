@@ -33,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         const=_WATCH_S,
         metavar="SECONDS",
-        help=f"show it again and again, every {_WATCH_S:.0f} seconds or as given, until Ctrl-C",
+        help=f"refresh every SECONDS (default: {_WATCH_S:.0f}) until Ctrl-C",
     )
     parser.add_argument(
         "--api-key",
         default=os.environ.get("VLLM_API_KEY"),
         metavar="KEY",
-        help="the server's, where it has one (default: $VLLM_API_KEY)",
+        help="the server's API key, if it has one (default: $VLLM_API_KEY)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, one line each time")
+    parser.add_argument("--json", action="store_true", help="print JSON, one line for each refresh")
 
 
 def run(arguments: argparse.Namespace) -> int:

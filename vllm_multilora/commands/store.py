@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--describe",
         action="store_true",
-        help="show the store that runs: its clients, its memory, and what protects its checks",
+        help="show the running store: clients, memory, and how its checks are sandboxed",
     )
     parser.add_argument("--json", action="store_true", help="with --describe: print JSON")
 

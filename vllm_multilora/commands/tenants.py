@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=_ACTIONS,
-        help="new: make a random key, and print it and its hash; hash: print the hash of a key "
-        "from standard input; check: say whether a tenants file can be used",
+        help="new: print a random key and its hash; hash: print the hash of a key read from "
+        "standard input; check: check a tenants file",
     )
     parser.add_argument("file", nargs="?", metavar="FILE", help="the tenants file, for check")
 

@@ -34,32 +34,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="as the server will have it (default: %(default)s, vLLM's own)",
+        help="the server's --max-lora-rank (default: %(default)s, as in vLLM)",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float16", "bfloat16", "float32"),
-        help="the base model's, as the server will have it (default: %(default)s)",
+        help="the server's --dtype (default: %(default)s)",
     )
     parser.add_argument(
         "--lora-dtype",
         default="auto",
         choices=("auto", "float16", "bfloat16"),
-        help="as the server will have it: values must not overflow (default: the base model's)",
+        help="the server's --lora-dtype; values must not overflow (default: the base model's)",
     )
     parser.add_argument(
         "--lora-target-modules",
         nargs="+",
         metavar="MODULE",
-        help="as the server will have it, after the folders: an adapter of which these leave "
-        "nothing is refused (default: all that the base model supports)",
+        help="the server's --lora-target-modules, given after the folders: an adapter without any "
+        "of them is refused (default: all that the base model supports)",
     )
     parser.add_argument(
         "--check-finite",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="read all weights, and look for NaN, infinity and overflow",
+        help="read all weights and look for NaN, infinity and overflow",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the base model"
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multilora-dora",
         action="store_true",
-        help="as the server will have it: without it DoRA adapters are refused",
+        help="as given to the server; without it DoRA adapters are refused",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -136,10 +136,11 @@ def _folder(model: str) -> str:
 
 
 def _said(error: Exception) -> str:
-    """The error's message, without what pydantic puts around it."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "; ".join(part["msg"].removeprefix("Value error, ") for part in error.errors())
+    """The error's message in one line, without what pydantic puts around it."""
+    said = str(error)
+    if isinstance(error, ValidationError):
+        said = "; ".join(part["msg"].removeprefix("Value error, ") for part in error.errors())
+    return " ".join(said.split())
 
 
 @contextmanager
