@@ -64,8 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
             config.set_hashing_config(hashes).sign(folder, path)
             print(path)
     except (OSError, TypeError, ValueError) as error:
-        named = isinstance(error, OSError) and error.filename is not None
-        what = f"{error.filename}: {error.strerror}" if named else error
+        what = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            what = f"{error.filename}: {error.strerror}"
         print(f"vllm-multilora sign: {what}", file=sys.stderr)
         return CANNOT
     return DONE
