@@ -45,7 +45,7 @@ demo: $(STAMP) ## four customers and the base model in one batch, over HTTP and 
 # Two files at a time, and mypy, which is slow, beside them. The files in their order: the tests'
 # conftest puts those first that take long.
 test: $(STAMP) ## everything of `make lint`, and all tests, the ones with real vLLM included
-	$(MAKE) --jobs 2 ruff docs metadata
+	$(MAKE) ruff docs metadata
 	$(MAKE) --jobs 2 mypy pytest
 
 pytest: $(STAMP)
