@@ -11,25 +11,7 @@
 #include "streaming.h"
 #include "vectors.h"
 
-enum kind {
-    CONVERT = 0,   /* store [rows, columns] */
-    TRANSPOSE = 1, /* store [columns, rows] */
-    RAW = 2,       /* store the bytes as they are; judge what they would be in a slot */
-};
-
-/* Mirrored by PIECE in kernels/packing.py. */
-struct piece {
-    int64_t from;          /* of the first element, in bytes from the span's beginning */
-    int64_t from_stride;   /* from row to row, in elements */
-    int64_t from_dtype;
-    int64_t rows, columns;
-    int64_t to;            /* address of the first element; 0: only judged */
-    int64_t to_stride;     /* from row to row as they are stored, in elements */
-    int64_t to_dtype;      /* of the slots */
-    int64_t kind;
-    double scale;          /* rounded to float32 */
-};
-const int64_t multilora_pack_piece_bytes = sizeof(struct piece);
+const int64_t multilora_pack_piece_bytes = sizeof(struct pack_piece);
 
 #define RUN 2048 /* elements that are converted at a time */
 #define TILE 64  /* rows and columns that are transposed at a time */
@@ -118,7 +100,7 @@ INLINE int64_t past_line(const char *to, size_t width) {
     return (int64_t)(((uintptr_t)to & (LINE - 1)) / width);
 }
 
-static void pack_rows(const struct piece *p, const char *span, run_function *run,
+static void pack_rows(const struct pack_piece *p, const char *span, run_function *run,
                       uint32_t *largest) {
     uint32_t tile[RUN] __attribute__((aligned(LINE)));
     size_t from_width = width_of((int)p->from_dtype), to_width = width_of((int)p->to_dtype);
@@ -166,7 +148,7 @@ static void transpose32(uint32_t (*restrict to)[TILE], uint32_t (*restrict from)
         for (int64_t i = 0; i < rows; i++) to[j][i] = from[i][j];
 }
 
-static void pack_transposed(const struct piece *p, const char *span, run_function *run,
+static void pack_transposed(const struct pack_piece *p, const char *span, run_function *run,
                             uint32_t *largest) {
     uint32_t values[TILE * TILE] __attribute__((aligned(LINE)));
     uint32_t turned[TILE * TILE] __attribute__((aligned(LINE)));
@@ -192,7 +174,7 @@ static void pack_transposed(const struct piece *p, const char *span, run_functio
     }
 }
 
-static void copy_raw(const struct piece *p, const char *span) {
+static void copy_raw(const struct pack_piece *p, const char *span) {
     size_t width = width_of((int)p->from_dtype), bytes = (size_t)p->columns * width;
     for (int64_t row = 0; row < p->rows; row++)
         memcpy((char *)p->to + (size_t)(row * p->to_stride) * width,
@@ -201,17 +183,17 @@ static void copy_raw(const struct piece *p, const char *span) {
 
 /* Packs `count` pieces of a span; `largest` gets the largest magnitude of each, as the bits of
  * its `to_dtype` without the sign. */
-void multilora_pack(const char *span, const struct piece *pieces, int64_t count,
+void multilora_pack(const char *span, const struct pack_piece *pieces, int64_t count,
                     uint32_t *largest) {
     for (int64_t i = 0; i < count; i++) {
-        const struct piece *p = &pieces[i];
+        const struct pack_piece *p = &pieces[i];
         run_function *run = run_functions[p->from_dtype][p->to_dtype];
         largest[i] = 0;
         if (!p->rows || !p->columns) continue;
         if (p->kind == TRANSPOSE && p->to) {
             pack_transposed(p, span, run, &largest[i]);
         } else if (p->kind == RAW && p->to) {
-            struct piece judged = *p;
+            struct pack_piece judged = *p;
             judged.to = 0;
             copy_raw(p, span);
             pack_rows(&judged, span, run, &largest[i]);

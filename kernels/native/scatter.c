@@ -3,6 +3,7 @@
  * The bytes of all pieces are one long line, of which each thread copies one contiguous share.
  * A piece whose rows follow each other in the slot too is cut anywhere, another between rows.
  */
+#include "abi.h"
 #include "streaming.h"
 
 #if defined(_OPENMP)
@@ -19,14 +20,7 @@ int omp_get_num_threads(void);
 #define PAGE 4096
 #define PAGES 4 /* copied line by line in turn: more requests under way, a third less time */
 
-/* Mirrored by PIECE in kernels/pieces.py. All in bytes. */
-struct piece {
-    int64_t from; /* address of the first row of the source, in which they follow each other */
-    int64_t to;   /* address of the first row in the slot */
-    int64_t rows, row_bytes;
-    int64_t stride; /* from row to row in the slot */
-};
-const int64_t multilora_scatter_piece_bytes = sizeof(struct piece);
+const int64_t multilora_scatter_piece_bytes = sizeof(struct scatter_piece);
 
 static void copy(char *restrict to, const char *restrict from, size_t bytes) {
 #if defined(__SSE2__)
@@ -44,7 +38,7 @@ static void copy(char *restrict to, const char *restrict from, size_t bytes) {
 }
 
 /* Bytes [first, last) of a piece; whole rows where they are apart in the slot. */
-static void copy_part(const struct piece *p, int64_t first, int64_t last) {
+static void copy_part(const struct scatter_piece *p, int64_t first, int64_t last) {
     const char *from = (const char *)p->from;
     if (p->stride == p->row_bytes) {
         copy((char *)p->to + first, from + first, (size_t)(last - first));
@@ -55,7 +49,7 @@ static void copy_part(const struct piece *p, int64_t first, int64_t last) {
         copy((char *)p->to + row * p->stride, from + row * p->row_bytes, (size_t)p->row_bytes);
 }
 
-void multilora_scatter(const struct piece *pieces, int64_t count, int64_t threads) {
+void multilora_scatter(const struct scatter_piece *pieces, int64_t count, int64_t threads) {
     int64_t total = 0;
     for (int64_t i = 0; i < count; i++) total += pieces[i].rows * pieces[i].row_bytes;
 #pragma omp parallel num_threads((int)threads)

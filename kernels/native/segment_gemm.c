@@ -20,8 +20,7 @@
  * Each output element is the sum of the same products in the same order whatever the batch,
  * the layout of B or the number of threads: a row's bits do not depend on the other rows.
  *
- * No Python or torch headers: the caller passes addresses (see native/__init__.py, which mirrors
- * struct lora_call).
+ * abi.h says how it is called.
  */
 #include "dot_products.h"
 #include "outer_products.h"
@@ -38,39 +37,7 @@ int omp_get_num_threads(void);
 
 #define PANEL_ROWS 256 /* bounds the memory for h: rows * slices * R floats */
 #define MAX_TILE_ROWS 256
-#define MAX_SLICES 16
 
-/* The plan buffer's header, and the length of a tile's record; must match plan.py. */
-enum { PLAN_TOKENS = 0, PLAN_ROWS = 1, PLAN_RUNS = 2, PLAN_TILES = 3, TILE_INTS = 4 };
-
-enum mode { MODE_LINEAR = 0, MODE_SHRINK = 1, MODE_EXPAND = 2 };
-
-struct slice {
-    int64_t a, a_slot_stride, a_row_stride;               /* address; strides in elements */
-    int64_t b, b_slot_stride, b_row_stride, b_col_stride; /* one of the last two is 1 */
-    int64_t cols;   /* output columns N_i */
-    int64_t offset; /* first of them, from y_offset on */
-};
-
-struct lora_call {
-    /* What a layer's weights fix once. */
-    int64_t mode, slices, k, max_rank, weight_dtype;
-    int64_t ranks, ranks_stride; /* int32 [slices, slots] */
-    int64_t overwrite;           /* 1: y = delta instead of y += delta, for every row */
-    int64_t factors, factors_stride; /* float32 [slots, all columns]; 0: there are none */
-    int64_t marks, marks_stride;     /* int32 [slices, slots]: whose factors count */
-    int64_t bias;                    /* float32 [all columns]: not multiplied; 0: there is none */
-    double scale;
-    /* What changes from call to call. */
-    int64_t threads, scratch;
-    int64_t tokens; /* rows of x (or h) and y; plan entries at or past it are skipped */
-    int64_t x, x_row_stride, x_dtype;
-    int64_t y, y_row_stride, y_dtype, y_offset;
-    int64_t h, h_slice_stride, h_row_stride, h_dtype; /* for the shrink and expand halves */
-    int64_t plan, order;
-    int64_t tile_slot, tile_start, tile_rows; /* the fields of the first tile */
-    struct slice slice[MAX_SLICES];
-};
 const int64_t multilora_call_bytes = sizeof(struct lora_call);
 
 /* Whether x stays as it is: the processor multiplies pairs of bfloat16 and adds them to float32. */

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "abi.h"
+
 #if defined(__F16C__) || defined(__FMA__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -40,8 +42,6 @@ typedef float f32x4 __attribute__((vector_size(16), aligned(4)));
 typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
 typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(4)));
 typedef uint16_t u16x8 __attribute__((vector_size(16), aligned(2)));
-
-enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
 /* For loops over registers: left as loops, their arrays would lie in memory. */
 #if defined(__clang__)
