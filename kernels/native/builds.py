@@ -73,7 +73,9 @@ KERNELS = Library(
     _files("abi.h", "vectors.h", "dot_products.h", "outer_products.h", "streaming.h"),
     openmp=True,
 )
-PACKING = Library("packing", _files("pack.c"), _files("abi.h", "vectors.h", "streaming.h"), openmp=False)
+PACKING = Library(
+    "packing", _files("pack.c"), _files("abi.h", "vectors.h", "streaming.h"), openmp=False
+)
 LIBRARIES = (KERNELS, PACKING)
 
 _V3 = frozenset({"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"})

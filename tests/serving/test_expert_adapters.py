@@ -14,7 +14,7 @@ from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
 from vllm_multilora.integration.orders import Fill
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.launch import StoreThread
-from vllm_multilora.store.messages import Failed, Loaded, StoreSettings
+from vllm_multilora.store.messages import Failed, Loaded, StoreSettings, Want
 
 from .allocated_slots import Setting, real_manager, write_configs
 
@@ -93,7 +93,7 @@ def filler(manager: Any) -> Iterator[Any]:
         filler.open_memory(client.address, "server")
 
         def fill(folder: Path) -> Answer:
-            client.want(7, "experts", str(folder))
+            client.want(Want(7, "experts", str(folder)))
             while True:
                 for message in client.wait(LIMIT_S):
                     assert not isinstance(message, Failed), message
