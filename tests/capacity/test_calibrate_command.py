@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -13,6 +14,7 @@ from vllm_multilora.commands.calibrate import forget_files, kv_tokens
 from vllm_multilora.errors import MultiLoRAError
 
 SIZES = {"acme": 1_000_000, "globex": 4_000_000, "legal": 2_000_000, "sales": 3_000_000}
+STEP_S, LATE_S = 0.005, 0.02
 METRICS = 'vllm:other 1\nvllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'
 
 
@@ -65,12 +67,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Connection", "close")
         self.end_headers()
+        if asked["max_tokens"] == 1:
+            time.sleep(LATE_S)  # not before those have begun beside which it is asked for
         try:
             for n in range(1, asked["max_tokens"] + 1):
                 event = {"choices": [{}], "usage": {"completion_tokens": n}}
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
                 if asked["max_tokens"] > 1:
-                    threading.Event().wait(0.005)
+                    time.sleep(STEP_S)
             self.wfile.write(b"data: [DONE]\n\n")
         except OSError:
             pass  # whoever asked has seen enough

@@ -164,7 +164,11 @@ def running(*arguments: str, **options) -> subprocess.Popen:
 
 def test_control_c_ends_a_command_at_once():
     """While it replays a long trace."""
-    process = running("simulate", "--synthetic", "zipf", "--requests", "5000000")
+    process = running(
+        *("simulate", "--synthetic", "zipf", "--requests", "5000000"),
+        # A shell's background job ignores it, and so would what that starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     with process:
         works = psutil.Process(process.pid)
         while works.cpu_times().user < BUSY_S:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+from vllm_multilora.capacity.calibration import CalibrationError
 from vllm_multilora.operations.completions import Answer, Ask
 
 SHORT_PROMPT, STREAMS = 16, 4
@@ -77,8 +78,18 @@ class Timed:
 
 
 def steps_of(answers: Sequence[Answer]) -> list[tuple[float, float]]:
-    """When each step began and ended in which all of the requests got a token."""
+    """When each step began and ended in which all of the requests got a token.
+
+    Raises:
+        CalibrationError: There is none.
+    """
     last = max(answers, key=lambda answer: answer.tokens_s[0])
     end = min(answer.tokens_s[-1] for answer in answers)
     times = sorted(set(last.tokens_s))
-    return [(a, b) for a, b in pairwise(times) if b <= end]
+    steps = [(a, b) for a, b in pairwise(times) if b <= end]
+    if not steps:
+        raise CalibrationError(
+            f"{len(answers)} requests that were sent together got no tokens in the same steps: the "
+            "server has other traffic, or runs fewer at once than --max-num-seqs says"
+        )
+    return steps
