@@ -291,7 +291,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.versions:maybe_get_adapters",
         why="vLLM looks a name up twice, and a reload may come between. Keeps a request to the "
         "version that its answer's headers name.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM resolves a model name once.",
     ),
     Patch(
@@ -300,7 +300,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, lora_request",),
         handler="server.versions:add_lora",
         why="Notes the digest that the engine answers a registration with.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM tells what it has loaded.",
     ),
     Patch(
@@ -309,7 +309,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, req_state",),
         handler="server.metering:finish_request",
         why="As engine-door.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -336,7 +336,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, request_ids, internal",),
         handler="server.metering:abort_requests",
         why="As engine-door.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -364,7 +364,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="failures:beam_search",
         why="A search whose adapter has failed ends all of the call with an IndexError. Has it end "
         "with a sequence that says why.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM's beam search looks at its requests' finish reasons.",
     ),
     Patch(
@@ -375,7 +375,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vllm:lora_requests_info never names an adapter whose requests wait, since an API "
         "server hears of a request with its first output, and names adapters that have none. "
         "Leaves it at what the engine core has said.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM's scheduler says which adapters have waiting requests.",
     ),
     Patch(
@@ -428,7 +428,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.access_middleware:verify_token",
         why="vLLM knows API keys that may do everything. Lets in who has an operator's or a "
         "tenant's key, which `middleware` has looked at.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM has keys of several kinds.",
     ),
     Patch(
@@ -439,7 +439,7 @@ PATCHES: tuple[Patch, ...] = (
         why="All requests come by here on their way to the engine, in their client's context. "
         "Says whose each is, gives it its tenant's salt, refuses what no check of the model's name "
         "has granted, and follows each prompt to its end: vLLM counts tokens of whole servers.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM's requests carry who sent them, and it counts tokens by adapter.",
     ),
     Patch(
@@ -463,7 +463,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="server.stored_responses:init_responses",
         why="Stored responses are found by whoever has their id. Keeps each tenant's apart.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -514,7 +514,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.prefix_keys:block_hash_keys",
         why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
         "activated adapter does not act on to the base model, which has computed them.",
-        checked=(),
+        checked=("0.33/2",),
         until="vLLM serves activated LoRA.",
     ),
     Patch(
@@ -524,7 +524,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.core:preprocess_add_request",
         why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
         "known yet. Hashes them once it is.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="As prefix-cache-keys.",
     ),
     Patch(
@@ -545,7 +545,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.amx:attention_isa",
         why="With AMX, vLLM's attention on CPUs lets NaN of one request into the answers of others "
         "in its step. Takes the kernels that do not.",
-        checked=(),
+        checked=("0.33/2",),
         until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",
     ),
     Patch(
@@ -555,7 +555,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.amx:dispatch_gemm",
         why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
         "tile, and makes NaN of them. Fills it.",
-        checked=(),
+        checked=("0.33/2",),
         until="oneDNN reads no more than a row has.",
     ),
     Patch(
@@ -643,7 +643,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.output_factors:process_weights_after_loading",
         why="On CPUs vLLM repacks weights when they are loaded and keeps nothing else. Notes the "
         "lengths of their rows before, which DoRA adapters need.",
-        checked=(),
+        checked=("0.33/2",),
         until="vLLM serves DoRA adapters.",
     ),
     Patch(
