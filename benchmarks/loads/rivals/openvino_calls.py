@@ -10,7 +10,13 @@ import openvino_genai as genai
 def main():
     job = json.load(sys.stdin)
     adapters = [genai.Adapter(f"{path}/adapter_model.safetensors") for path in job["adapters"]]
-    pipeline = genai.LLMPipeline(job["gguf"], "CPU", adapters=genai.AdapterConfig(adapters))
+    pipeline = genai.LLMPipeline(job["model"], "CPU", adapters=genai.AdapterConfig(adapters))
+    prompt = job["requests"][0]["prompt"]
+    plain, adapted = (
+        pipeline.generate(prompt, adapters=genai.AdapterConfig(chosen), max_new_tokens=16)
+        for chosen in ([], [(adapters[0], 1e4)])  # so much of it that it must show
+    )
+    assert plain != adapted, "adapters change nothing"
     groups = {}
     for place, one in enumerate(job["requests"]):
         groups.setdefault(one["adapter"], []).append(place)
