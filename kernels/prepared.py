@@ -26,7 +26,6 @@ from multilora_kernels.checks import (
     checked_shape,
 )
 from multilora_kernels.factors import OutputFactors
-from multilora_kernels.native import segment_gemm
 from multilora_kernels.operators import register
 from multilora_kernels.plan import BatchPlan, PlanLayout
 from multilora_kernels.skipping import tokens_to_skip
@@ -103,27 +102,9 @@ class PreparedLinear(Prepared):
         self._columns = lora_a[0].size(-1)
         self._width = sum(b.size(-2) for b in lora_b)
         self._add_inputs = add_inputs
-        if backend == "native":
-            self._run: Callable[..., None] = segment_gemm.Call(
-                segment_gemm.LINEAR,
-                lora_a,
-                lora_b,
-                ranks,
-                layout,
-                scale=scale,
-                overwrite=not add_inputs,
-                factors=factors,
-            ).run
-        elif backend.startswith("triton"):
-            prepare = module_of(backend).prepare_linear
-            self._run = prepare(lora_a, lora_b, ranks, layout, scale, add_inputs, factors).run
-        else:
-            module, kept = module_of(backend), (tuple(lora_a), tuple(lora_b), ranks)
-
-            def run(plan: torch.Tensor, *, x: torch.Tensor, y: torch.Tensor) -> None:
-                module.lora_linear(y, x, *kept, plan, layout, scale, 0, add_inputs, factors)
-
-            self._run = run
+        self._run: Callable[..., None] = module_of(backend).prepare_linear(
+            lora_a, lora_b, ranks, layout, scale, add_inputs, factors
+        )
 
     def run(
         self, out: torch.Tensor, given: torch.Tensor, plan: torch.Tensor, host_plan: torch.Tensor
@@ -177,18 +158,9 @@ class PreparedShrink(Prepared):
         super().__init__(layout)
         self._slices, self._max_rank = len(lora_a), lora_a[0].size(-2)
         self._columns = lora_a[0].size(-1)
-        if backend == "native":
-            call = segment_gemm.Call(segment_gemm.SHRINK, lora_a, (), ranks, layout, scale=scale)
-            self._run: Callable[..., None] = call.run
-        elif backend.startswith("triton"):
-            self._run = module_of(backend).prepare_shrink(lora_a, ranks, layout, scale).run
-        else:
-            module, kept = module_of(backend), (tuple(lora_a), ranks)
-
-            def run(plan: torch.Tensor, *, x: torch.Tensor, h: torch.Tensor) -> None:
-                module.lora_shrink(h, x, *kept, plan, layout, scale)
-
-            self._run = run
+        self._run: Callable[..., None] = module_of(backend).prepare_shrink(
+            lora_a, ranks, layout, scale
+        )
 
     def run(
         self, out: torch.Tensor, given: torch.Tensor, plan: torch.Tensor, host_plan: torch.Tensor
@@ -247,25 +219,9 @@ class PreparedExpand(Prepared):
         self._slices, self._max_rank = len(lora_b), max_rank
         self._span = slice(offset, offset + sum(b.size(-2) for b in lora_b))
         self._add_inputs = add_inputs
-        if backend == "native":
-            call = segment_gemm.Call(
-                segment_gemm.EXPAND, (), lora_b, ranks, layout, overwrite=not add_inputs
-            )
-
-            def run_native(plan: torch.Tensor, *, h: torch.Tensor, y: torch.Tensor) -> None:
-                call.run(plan, h=h, y=y, offset=offset)
-
-            self._run: Callable[..., None] = run_native
-        elif backend.startswith("triton"):
-            prepare = module_of(backend).prepare_expand
-            self._run = prepare(lora_b, ranks, layout, offset, add_inputs).run
-        else:
-            module, kept = module_of(backend), (tuple(lora_b), ranks)
-
-            def run(plan: torch.Tensor, *, h: torch.Tensor, y: torch.Tensor) -> None:
-                module.lora_expand(y, h, *kept, plan, layout, offset, add_inputs)
-
-            self._run = run
+        self._run: Callable[..., None] = module_of(backend).prepare_expand(
+            lora_b, ranks, layout, offset, add_inputs
+        )
 
     def run(
         self, out: torch.Tensor, given: torch.Tensor, plan: torch.Tensor, host_plan: torch.Tensor

@@ -7,7 +7,7 @@ beyond PyTorch. It reads the plan on the host, which on an accelerator waits for
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -89,6 +89,52 @@ def lora_expand(
                     total += factors.values[slot, own] * (total - bias)
                 y[rows, span] = total.to(y.dtype)
             start += b.size(-2)
+
+
+def prepare_linear(
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    add_inputs: bool,
+    factors: OutputFactors | None = None,
+) -> Callable[..., None]:
+    """What runs a batch of `multilora_kernels.PreparedLinear`; arguments are valid."""
+    kept = tuple(lora_a), tuple(lora_b), ranks
+
+    def run(plan: torch.Tensor, *, x: torch.Tensor, y: torch.Tensor) -> None:
+        lora_linear(y, x, *kept, plan, layout, scale, 0, add_inputs, factors)
+
+    return run
+
+
+def prepare_shrink(
+    lora_a: Sequence[torch.Tensor], ranks: torch.Tensor, layout: PlanLayout, scale: float
+) -> Callable[..., None]:
+    """The same of `multilora_kernels.PreparedShrink`."""
+    kept = tuple(lora_a), ranks
+
+    def run(plan: torch.Tensor, *, x: torch.Tensor, h: torch.Tensor) -> None:
+        lora_shrink(h, x, *kept, plan, layout, scale)
+
+    return run
+
+
+def prepare_expand(
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+    offset: int,
+    add_inputs: bool,
+) -> Callable[..., None]:
+    """The same of `multilora_kernels.PreparedExpand`."""
+    kept = tuple(lora_b), ranks
+
+    def run(plan: torch.Tensor, *, h: torch.Tensor, y: torch.Tensor) -> None:
+        lora_expand(y, h, *kept, plan, layout, offset, add_inputs)
+
+    return run
 
 
 def _runs(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 
@@ -188,6 +188,47 @@ def _places_of(factors: OutputFactors | None) -> tuple[int, int, int, int, int]:
     )
 
 
+def prepare_linear(
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+    scale: float,
+    add_inputs: bool,
+    factors: OutputFactors | None = None,
+) -> Callable[..., None]:
+    """What runs a batch of `multilora_kernels.PreparedLinear`; arguments are valid."""
+    return Call(
+        LINEAR,
+        lora_a,
+        lora_b,
+        ranks,
+        layout,
+        scale=scale,
+        overwrite=not add_inputs,
+        factors=factors,
+    ).run
+
+
+def prepare_shrink(
+    lora_a: Sequence[torch.Tensor], ranks: torch.Tensor, layout: PlanLayout, scale: float
+) -> Callable[..., None]:
+    """The same of `multilora_kernels.PreparedShrink`."""
+    return Call(SHRINK, lora_a, (), ranks, layout, scale=scale).run
+
+
+def prepare_expand(
+    lora_b: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    layout: PlanLayout,
+    offset: int,
+    add_inputs: bool,
+) -> Callable[..., None]:
+    """The same of `multilora_kernels.PreparedExpand`."""
+    call = Call(EXPAND, (), lora_b, ranks, layout, overwrite=not add_inputs)
+    return partial(call.run, offset=offset)
+
+
 def lora_linear(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -202,17 +243,8 @@ def lora_linear(
     factors: OutputFactors | None = None,
 ) -> None:
     """See `multilora_kernels.lora_linear`; arguments are valid, tensors are on the CPU."""
-    call = Call(
-        LINEAR,
-        lora_a,
-        lora_b,
-        ranks,
-        layout,
-        scale=scale,
-        overwrite=not add_inputs,
-        factors=factors,
-    )
-    call.run(plan, x=x, y=y, offset=offset)
+    run = prepare_linear(lora_a, lora_b, ranks, layout, scale, add_inputs, factors)
+    run(plan, x=x, y=y, offset=offset)
 
 
 def lora_shrink(
@@ -225,7 +257,7 @@ def lora_shrink(
     scale: float,
 ) -> None:
     """See `multilora_kernels.lora_shrink`; arguments are valid, tensors are on the CPU."""
-    Call(SHRINK, lora_a, (), ranks, layout, scale=scale).run(plan, x=x, h=h)
+    prepare_shrink(lora_a, ranks, layout, scale)(plan, x=x, h=h)
 
 
 def lora_expand(
@@ -239,5 +271,4 @@ def lora_expand(
     add_inputs: bool,
 ) -> None:
     """See `multilora_kernels.lora_expand`; arguments are valid, tensors are on the CPU."""
-    call = Call(EXPAND, (), lora_b, ranks, layout, overwrite=not add_inputs)
-    call.run(plan, y=y, h=h, offset=offset)
+    prepare_expand(lora_b, ranks, layout, offset, add_inputs)(plan, y=y, h=h)

@@ -7,7 +7,7 @@ memory on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
@@ -77,8 +77,8 @@ def prepare_linear(
     add_inputs: bool,
     factors: OutputFactors | None = None,
     batch_invariant: bool = False,
-) -> PreparedLaunches:
-    """See `multilora_kernels.PreparedLinear`; arguments are valid."""
+) -> Callable[..., None]:
+    """What runs a batch of `multilora_kernels.PreparedLinear`; arguments are valid."""
     facts = device_facts(ranks.device)
     return PreparedLaunches(
         lora_a,
@@ -90,7 +90,7 @@ def prepare_linear(
         facts,
         batch_invariant=batch_invariant,
         factors=factors,
-    )
+    ).run
 
 
 def lora_shrink(
@@ -141,12 +141,12 @@ def prepare_shrink(
     layout: PlanLayout,
     scale: float,
     batch_invariant: bool = False,
-) -> PreparedShrinkLaunches:
-    """See `multilora_kernels.PreparedShrink`; arguments are valid."""
+) -> Callable[..., None]:
+    """What runs a batch of `multilora_kernels.PreparedShrink`; arguments are valid."""
     facts = device_facts(ranks.device)
     return PreparedShrinkLaunches(
         lora_a, ranks, layout, scale, facts, batch_invariant=batch_invariant
-    )
+    ).run
 
 
 def prepare_expand(
@@ -156,9 +156,9 @@ def prepare_expand(
     offset: int,
     add_inputs: bool,
     batch_invariant: bool = False,
-) -> PreparedExpandLaunches:
-    """See `multilora_kernels.PreparedExpand`; arguments are valid."""
+) -> Callable[..., None]:
+    """What runs a batch of `multilora_kernels.PreparedExpand`; arguments are valid."""
     facts = device_facts(ranks.device)
     return PreparedExpandLaunches(
         lora_b, ranks, layout, offset, add_inputs, facts, batch_invariant=batch_invariant
-    )
+    ).run

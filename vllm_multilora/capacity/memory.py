@@ -6,12 +6,13 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from vllm_multilora.capacity.calibration import Loads
+from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.errors import HostMemoryFullError
 from vllm_multilora.slots.host_tier import HostTier
 from vllm_multilora.slots.policy import CachePolicy
 
-READ_AT_ONCE = 2
+READ_AT_ONCE = MultiLoRAConfig.loader_threads
 """Loads of a server (`--multilora-loader-threads`)."""
 
 _ROUNDING_S = 1e-9
