@@ -183,6 +183,7 @@ def test_tenants_are_kept_apart(deployment: Deployment, path: str) -> None:
     assert len(texts) == 1, texts
 
 
+@pytest.mark.smoke("embeddings")
 def test_offline_a_failed_request_is_told_beside_the_others_embeddings(
     llama: Scenario, truth: dict[str | None, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -203,7 +204,7 @@ def test_offline_a_failed_request_is_told_beside_the_others_embeddings(
         )
     good, gone, base = answers
     for answer, expected in ((good, truth[name]), (base, truth[None])):
-        assert answer.error is None
+        assert getattr(answer, "error", None) is None  # vLLM 0.31 has none then
         torch.testing.assert_close(
             torch.tensor(answer.outputs.embedding), expected, rtol=1e-4, atol=1e-5
         )

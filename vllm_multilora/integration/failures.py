@@ -202,6 +202,26 @@ def mark_failed(request_outputs: list[Any], failures: dict[str, LoadFailure]) ->
             output.error = make_error(code=failure.kind.value, message=failure.message)
 
 
+def offline_answer(original: Callable[..., Any], request_output: Any) -> Any:
+    """Offline: what `LLM.embed`, `classify` or `score` returns for one request.
+
+    Of a failed one, in vLLM 0.31, as later versions have it: no numbers or a score of 0, and an
+    `error`, which answers to others lack there.
+    """
+    error = getattr(request_output, "error", None)
+    if error is None or hasattr(outputs, "RequestError"):
+        return original(request_output)
+    is_score = original.__qualname__.startswith("ScoringRequestOutput")
+    answer = original(
+        SimpleNamespace(
+            **vars(request_output)
+            | {"outputs": outputs.PoolingOutput(torch.zeros(() if is_score else 0))}
+        )
+    )
+    answer.error = error
+    return answer
+
+
 def beam_search(
     original: Callable[..., Any],
     llm: Any,

@@ -368,6 +368,35 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM's beam search looks at its requests' finish reasons.",
     ),
     Patch(
+        name="failed-embedding",
+        target="vllm.outputs:EmbeddingRequestOutput.from_base",
+        takes=("request_output",),
+        handler="failures:offline_answer",
+        why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
+        "request: it ends the call of all others with a ValueError or drops the reason. Has that "
+        "request's answer carry the reason, as later versions do.",
+        checked=(),
+        until="vLLM 0.31 is supported no longer.",
+    ),
+    Patch(
+        name="failed-classification",
+        target="vllm.outputs:ClassificationRequestOutput.from_base",
+        takes=("request_output",),
+        handler="failures:offline_answer",
+        why="As failed-embedding, for classes.",
+        checked=(),
+        until="As failed-embedding.",
+    ),
+    Patch(
+        name="failed-score",
+        target="vllm.outputs:ScoringRequestOutput.from_base",
+        takes=("request_output",),
+        handler="failures:offline_answer",
+        why="As failed-embedding, for scores.",
+        checked=(),
+        until="As failed-embedding.",
+    ),
+    Patch(
         name="waiting-adapters",
         target="vllm.v1.engine.output_processor:OutputProcessor.update_scheduler_stats",
         takes=("self, scheduler_stats",),
