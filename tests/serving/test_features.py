@@ -1,13 +1,17 @@
 """What else vLLM can do with a request, under adapters: every answer is as PEFT's."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.attacks.poison import poisoned
+
 from .cases import NEW_TOKENS, Case, Scenario
 from .engine import lora_request, running_engine
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
+from .tiny_models import write_eagle
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -158,24 +162,61 @@ def test_adapters_are_pinned_listed_and_removed(engine: "LLM", llama: Scenario) 
     assert request.lora_int_id not in engine.llm_engine.list_loras()
 
 
-@pytest.mark.smoke("speculative decoding (ngram)")
-def test_drafted_tokens_are_verified_under_their_adapter(
-    llama: Scenario, cases: list[Case]
-) -> None:
+def ngram(llama: Scenario, path: Path) -> dict[str, Any]:
     # What is looked up has one token, which random prompts of 300 words do repeat.
-    drafter = {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_min": 1,
-        "prompt_lookup_max": 2,
-    }
+    return {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+
+
+def small_model(llama: Scenario, path: Path) -> dict[str, Any]:
+    """The base model itself, no smaller: it does guess what some adapters say."""
+    return {"method": "draft_model", "model": str(llama.base)}
+
+
+def eagle(llama: Scenario, path: Path) -> dict[str, Any]:
+    """Shares the embedding and the head, which one of the adapters has changed."""
+    return {"method": "eagle", "model": str(write_eagle(path, llama.base))}
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        pytest.param(ngram, marks=pytest.mark.smoke("speculative decoding (ngram)")),
+        pytest.param(small_model, marks=pytest.mark.smoke("speculative decoding (draft model)")),
+        pytest.param(eagle, marks=pytest.mark.smoke("speculative decoding (EAGLE)")),
+    ],
+)
+def test_drafted_tokens_are_verified_under_their_adapter(
+    llama: Scenario,
+    cases: list[Case],
+    drafter: Callable[[Scenario, Path], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Beside adapters that fail, and with fewer slots than adapters."""
+    from vllm.lora.request import LoRARequest
+
+    loras = loras_of(llama, cases)
+    poison = poisoned(llama.adapters[NAMES[0]], tmp_path / "poison", "float32")
+    failing = [
+        LoRARequest("poison", 90, str(poison)),
+        LoRARequest("gone", 91, str(tmp_path / "gone")),
+    ]
     with running_engine(
-        llama.base, in_process=True, speculative_config=drafter, disable_log_stats=False
+        llama.base,
+        in_process=True,
+        max_loras=2,
+        speculative_config={**drafter(llama, tmp_path / "drafter"), "num_speculative_tokens": 3},
+        disable_log_stats=False,
     ) as llm:
         outputs = llm.generate(
-            prompts_of(cases), greedy(), lora_request=loras_of(llama, cases), use_tqdm=False
+            prompts_of([*cases[:2], *cases]),
+            greedy(),
+            lora_request=[*failing, *loras],
+            use_tqdm=False,
         )
         drafts = counter(llm, "vllm:spec_decode_num_drafts")
-    for output, case in zip(outputs, cases, strict=True):
+        accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
+    assert [output.outputs[0].finish_reason for output in outputs[:2]] == ["error"] * 2
+    for output, case in zip(outputs[2:], cases, strict=True):
         assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
     assert drafts > 0
+    assert accepted > 0 or drafter is not small_model

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GraniteConfig,
@@ -33,19 +34,45 @@ LOGIT_STD = 6.0
 _GAINS = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 3.0, "down_proj": 3.0, "lm_head": LOGIT_STD}
 
 
-def write_llama(path: Path, *, seed: int = 0, positions: int = 256) -> Path:
+def write_llama(path: Path, *, seed: int = 0, positions: int = 256, mlp: int = 176) -> Path:
     """Writes a three-layer Llama: 8 heads, 2 key-value heads, untied embeddings, no biases.
 
     Args:
         path: Directory to write into.
         seed: Seeds the weights.
         positions: Tokens that a request can have.
+        mlp: Width of the MLPs.
 
     Returns:
         ``path``.
     """
-    config = _llama_config(max_position_embeddings=positions)
+    config = _llama_config(max_position_embeddings=positions, intermediate_size=mlp)
     return _write(LlamaForCausalLM, config, path, seed)
+
+
+def write_eagle(path: Path, base: Path) -> Path:
+    """Writes an EAGLE head for a Llama: its first layer again, of the mean of token and state.
+
+    Args:
+        path: Directory to write into.
+        base: Directory of the Llama, whose embedding and head serve here, too.
+
+    Returns:
+        ``path``.
+    """
+    config = LlamaConfig.from_pretrained(base)
+    half = torch.eye(config.hidden_size) / 2
+    weights = {
+        name.removeprefix("model."): weight
+        for name, weight in load_file(base / "model.safetensors").items()
+        # The layer's input has no norm here.
+        if name.startswith("model.layers.0.") and "input_layernorm" not in name
+    }
+    weights["fc.weight"] = torch.cat([half, half], dim=1)
+    config.num_hidden_layers = 1
+    config.save_pretrained(path)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def write_granite(path: Path, *, seed: int = 3) -> Path:

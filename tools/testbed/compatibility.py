@@ -42,6 +42,18 @@ ROWS = (
     Row("priorities"),
     Row("preemption"),
     Row("speculative decoding (ngram)"),
+    Row(
+        "speculative decoding (draft model)",
+        SAME_PATH,
+        "Drafts are the base model's own; adapters verify them.",
+    ),
+    Row("speculative decoding (EAGLE)", SAME_PATH, "As above."),
+    Row(
+        "quantised base models",
+        SAME_PATH,
+        "Schemes that vLLM's CPU build runs: GPTQ, AWQ and compressed-tensors with weights of 4 "
+        "bits, compressed-tensors with weights and activations of 8. DoRA adapters are refused.",
+    ),
     Row("embeddings"),
     Row(
         "scoring and classification of requests",
