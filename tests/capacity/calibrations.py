@@ -42,6 +42,7 @@ def calibration(**changes: Any) -> Calibration:
         ),
         "step_s": STEP_S,
         "request_s": REQUEST_S,
+        "request_beside_s": REQUEST_S,
         "residual": Residual(rms=0.01, worst=0.02, worst_case="none", steps=10),
         "loads": LOADS,
         "ranges": Ranges(

@@ -15,7 +15,7 @@ from vllm_multilora.slots.simulation import ServerShape
 
 from .calibrations import LOADS, REQUEST_S, STEP_S
 
-COSTS = Costs(StepCost(STEP_S), REQUEST_S, LOADS)
+COSTS = Costs(StepCost(STEP_S), REQUEST_S, REQUEST_S, LOADS)
 
 
 def serve(*requests, slots=2, places=8, batch=4, step_tokens=64, costs=COSTS, sizes=None):
@@ -55,9 +55,17 @@ def test_who_comes_during_a_step_waits_for_its_end():
     assert served.first_token_s == pytest.approx([1.7, 1.7 + 1.3 - 0.1])
 
 
+def test_on_its_way_beside_a_step_a_request_may_miss_the_next_one():
+    """Steps begin at 0.5, 1.7 and 2.8: who is sent at 0.9 would reach the second in 0.5 s."""
+    busy = Costs(StepCost(STEP_S), REQUEST_S, 1.0, LOADS)
+    for costs, begins in ((COSTS, 1.7), (busy, 2.8)):
+        served = serve((0, None, 10, 3), (0.9, None, 10, 1), costs=costs)
+        assert served.first_token_s[1] == pytest.approx(begins + 1.3 - 0.9)
+
+
 def test_attention_looks_at_all_tokens_before():
     step = StepCost(dict.fromkeys(TERMS, 0.0) | {"prompt_pair": 1.0, "context_token": 1.0})
-    served = serve((0, None, 4, 3), step_tokens=3, costs=Costs(step, 0, None))
+    served = serve((0, None, 4, 3), step_tokens=3, costs=Costs(step, 0, 0, None))
     assert [s for s, _ in served.steps] == [1 + 2 + 3, 4, 5, 6]
 
 
@@ -67,7 +75,7 @@ def test_each_adapter_of_a_batch_is_read_once_and_multiplies_each_of_its_tokens(
         | {"adapters_at_all": 1000.0, "adapter_mib": 100.0, "adapted_token_mib": 1.0}
     )
     three = ((0, 0, 5, 2), (0, 0, 5, 2), (0, 1, 5, 2))
-    served = serve(*three, costs=Costs(step, 0, LOADS), sizes=[2 * MIB, 4 * MIB])
+    served = serve(*three, costs=Costs(step, 0, 0, LOADS), sizes=[2 * MIB, 4 * MIB])
     # The first adapter is there first: it shares its time with the second one's load.
     assert [s for s, _ in served.steps] == [1220, 1204 + 400 + 5 * 4, 1404]
 

@@ -24,7 +24,7 @@ SECONDS = {
     "mixed_row": 0.0005,
     "load_beside": 0.003,
 }
-REQUEST_S = 0.006
+REQUEST_S, BESIDE_S = 0.006, 0.02
 LOAD_S, LOAD_S_PER_MIB, SLOWDOWN, COPY_S = 0.06, 0.004, 2.0, 0.02
 COST = StepCost(SECONDS)
 SIZES = {f"a{n}": (n % 4 + 1) * 8 * MIB for n in range(16)}
@@ -102,6 +102,11 @@ class Server:
             step()
             half = COST.of(self.batch(asks)) / 2
             answer = Answer(ask, self.now - half)
+            if ask.delay_s:  # sent at its own time of a step, it is on its way for a part of one
+                before = COST.of(self.batch(asks, age=len(streams[0].tokens_s) - 1))
+                answer.begin_s = self.now - before + ask.delay_s % before
+                if answer.begin_s + BESIDE_S > self.now:
+                    step()
             answers.append(answer)
             seconds = self.fetched(ask.model, SLOWDOWN)
             if seconds > COPY_S:
@@ -123,6 +128,7 @@ def test_the_fit_finds_what_the_server_takes():
     assert found.seconds == pytest.approx(SECONDS, rel=0.25)
     assert found.request_s == pytest.approx(REQUEST_S, rel=0.1)
     assert found.residual < 0.01
+    assert measured.request_beside_s == pytest.approx(BESIDE_S, rel=0.25)
 
     loads = measured.loads
     assert loads.fixed_s == pytest.approx(LOAD_S, rel=0.1)

@@ -166,11 +166,12 @@ def changed(**attributes):
     ("measured", "said"),
     [
         ("{", "calibration.json: Input data was truncated; expected a file that"),
-        ('{"format": 1}', "Object missing required field `created`"),
+        ('{"format": 2}', "Object missing required field `created`"),
         (changed(surprise=1), "contains unknown field `surprise`"),
-        (changed(format=7), "has format 7, this version reads 1"),
+        (changed(format=7), "has format 7, this version reads 2"),
         (changed(step_s={"step": 1.0}), "step_s has step; expected"),
         (changed(request_s=-1.0), "a cost is below 0"),
+        (changed(request_beside_s=-1.0), "a cost is below 0"),
         (
             changed(step_s=dict.fromkeys(calibration().step_s, 0.0)),
             "a step takes no time",

@@ -14,7 +14,7 @@ from vllm_multilora.capacity.step_cost import TERMS
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.slots.budget import MIB
 
-FORMAT = 1
+FORMAT = 2
 _LEAST_S = 1e-6
 
 
@@ -118,7 +118,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         model: The names that the server has for its base model, and what it is loaded from.
         settings: The server's.
         step_s: Seconds for one of each of `step_cost.TERMS`.
-        request_s: Seconds of a request outside the engine.
+        request_s: Seconds of a request outside the engine, while that is idle.
+        request_beside_s: As `request_s`, while the engine computes.
         residual: How well these fit.
         loads: What loads take; None: no adapter was cold.
         ranges: What was measured.
@@ -133,6 +134,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     settings: Settings
     step_s: dict[str, float]
     request_s: float
+    request_beside_s: float
     residual: Residual
     loads: Loads | None
     ranges: Ranges
@@ -170,7 +172,7 @@ def read_calibration(path: Path) -> Calibration:
         raise CalibrationError(
             f"{path}: step_s has {', '.join(sorted(found.step_s)) or 'nothing'}; {advice}"
         )
-    numbers = [*found.step_s.values(), found.request_s]
+    numbers = [*found.step_s.values(), found.request_s, found.request_beside_s]
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise CalibrationError(f"{path}: a cost is below 0 or no number; {advice}")
     if not any(found.step_s.values()):

@@ -55,6 +55,7 @@ class Engine:
         self._costs = costs
         self._sizes = sizes
         self._now = 0.0
+        self._way_s = costs.request_s  # outside the engine, of requests that come now
         self._waiting: dict[int | None, deque[int]] = {}  # by adapter, in the order of arrival
         self._prefilling: dict[int, int] = {}  # by request: tokens that were computed
         self._ending: defaultdict[int, list[int]] = defaultdict(list)  # by step
@@ -83,13 +84,15 @@ class Engine:
                     continue
             elif coming == len(requests):
                 break
-            self._idle(self._reaches(coming) if coming < len(requests) else float("inf"))
+            self._way_s = self._costs.request_s
+            comes = self._reaches(coming) if coming < len(requests) else float("inf")
+            self._idle(max(comes, self._now))
         self._served.end_s = self._now
         self._served.loads = self._memory.loaded.total()
         return self._served
 
     def _reaches(self, number: int) -> float:
-        return self._requests[number].arrives_s + self._costs.request_s
+        return self._requests[number].arrives_s + self._way_s
 
     def _idle(self, until: float) -> None:
         """Nothing can be computed before a request comes, a load ends or a copy does."""
@@ -223,6 +226,7 @@ class Engine:
         seconds = self._costs.step.of(batch)
         self._note(batch, seconds)
         self._now += seconds
+        self._way_s = self._costs.request_beside_s
         self._memory.advance(seconds, computing=True)
         self._context += self._generating
         step = len(self._served.steps)

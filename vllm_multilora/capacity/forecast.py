@@ -126,7 +126,12 @@ def forecast(
         number = numbers.get(one.adapter)
         arrives = one.arrives_s - begin
         requests.append(Request(arrives, number, one.prompt_tokens, one.generation_tokens))
-    costs = Costs(StepCost(calibration.step_s), calibration.request_s, calibration.loads)
+    costs = Costs(
+        StepCost(calibration.step_s),
+        calibration.request_s,
+        calibration.request_beside_s,
+        calibration.loads,
+    )
     engine = Engine(
         server.shape,
         server.max_num_batched_tokens,

@@ -7,8 +7,9 @@ a lone request's time to its first token is that of a step with its prompt, and 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_multilora.capacity.calibration import CalibrationError, Loads, Ranges
 from vllm_multilora.capacity.fitting import Sample
@@ -25,9 +26,13 @@ from vllm_multilora.capacity.timing import (
 )
 from vllm_multilora.operations.completions import Answer, Ask
 
-_DECODED, _REPEATS = 24, 5
+_DECODED, _REPEATS, _LATE = 24, 5, 16
 _PROMPTS = (8, 32, 128, 512, 2048)
 _BESIDE = (32, 128)
+_GOLDEN, _SPREAD = 0.618, 3
+"""Late requests are sent at times that are spread evenly over so many steps, and so cover a step
+evenly, however long it is.
+"""
 
 
 @dataclass
@@ -38,11 +43,23 @@ class Measured:
         samples: Steps.
         loads: What loads take; None if none was timed.
         sizes: Bytes by adapter, of those that were loaded.
+        missed_s: Of each late request, the seconds of steps between the one in which it was sent
+            and the one that had it.
     """
 
     samples: list[Sample]
     loads: Loads | None
     sizes: dict[str, int]
+    missed_s: list[float] = field(default_factory=list)
+
+    @property
+    def request_beside_s(self) -> float | None:
+        """Seconds of a request outside the engine while that computes; None if not known.
+
+        Requests that are sent at any time of a step miss the next one the more often the longer
+        their way is: on average they lose just so much.
+        """
+        return statistics.mean(self.missed_s) if self.missed_s else None
 
     @property
     def ranges(self) -> Ranges:
@@ -173,11 +190,21 @@ class Measuring:
     def _mixed(self, in_slots: Sequence[str]) -> None:
         """Steps with a prompt beside requests that generate."""
         lengths = [length for length in _BESIDE if length < self._limits.max_model_len / 2]
+        generated = [s.seconds for s in self._measured.samples if not s.batch.prompt_tokens]
+        step_s = statistics.median(generated)
         for rows in sorted({min(STREAMS, self._seqs - 1), self._seqs - 1}):
             for models in filter(None, ([self._model], list(in_slots))):
                 self._progress(f"prompts beside {rows} requests")
                 chosen = [models[n % len(models)] for n in range(rows)]
-                late = [Ask(chosen[-1], n, 1) for n in lengths for _ in range(_REPEATS)]
+                late = [
+                    Ask(
+                        chosen[-1],
+                        lengths[n % len(lengths)],
+                        1,
+                        _SPREAD * step_s * (n * _GOLDEN % 1),
+                    )
+                    for n in range(_LATE)
+                ]
                 streams, answers = self._server.beside(chosen, late)
                 for answer in answers:
                     self._note_mixed(streams, answer)
@@ -187,6 +214,8 @@ class Measuring:
         age, (begin, end) = min(
             enumerate(steps, 1), key=lambda step: abs(step[1][1] - answer.tokens_s[0])
         )
+        boundary = next((each for _, each in steps if each > answer.begin_s), begin)
+        self._measured.missed_s.append(max(0.0, begin - boundary))
         prompt, size = answer.ask.prompt_tokens, self._size(answer.ask.model)
         sizes = [self._size(stream.ask.model) for stream in streams]
         batch = Batch(

@@ -32,12 +32,14 @@ class Costs:
 
     Attributes:
         step: Steps.
-        request_s: Seconds of a request outside the engine.
+        request_s: Seconds of a request outside the engine, while that is idle.
+        request_beside_s: As `request_s`, while the engine computes.
         loads: Loads and copies; None if all adapters are in slots from the start.
     """
 
     step: StepCost
     request_s: float
+    request_beside_s: float
     loads: Loads | None
 
 

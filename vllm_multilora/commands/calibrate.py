@@ -118,7 +118,7 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
         "disk" if arguments.from_disk else "page cache",
         lambda what: print(f"measuring {what}", file=sys.stderr, flush=True),
     ).run()
-    found = fit(measured.samples)
+    found, beside = fit(measured.samples), measured.request_beside_s
     return Calibration(
         format=FORMAT,
         created=created,
@@ -139,6 +139,7 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
         ),
         step_s=found.seconds,
         request_s=found.request_s,
+        request_beside_s=found.request_s if beside is None else beside,
         residual=Residual(
             rms=found.residual,
             worst=found.worst,
