@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.integration.server import access as access_module
+from vllm_multilora.integration.server import access_middleware
 from vllm_multilora.integration.server.access import Access, access_for, read_admin_keys
 from vllm_multilora.integration.server.access_middleware import (
     AccessMiddleware,
@@ -31,7 +33,7 @@ from vllm_multilora.integration.server.access_middleware import (
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.tenants.keys import KeyRing, stored
-from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
+from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, TokenBucket
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Limits, Tenant
 
@@ -62,7 +64,8 @@ class App:
         await send({"type": "http.response.body", "body": b""})
 
 
-async def call(app, access, path, key=None, method="POST"):
+async def call(app, access, path, key=None, method="POST", door=None):
+    """The answer's start; through a door of its own, if it is told none."""
     sent = []
 
     async def receive():
@@ -73,7 +76,7 @@ async def call(app, access, path, key=None, method="POST"):
 
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
     scope = {"type": "http", "method": method, "path": path, "headers": headers}
-    await AccessMiddleware(app, access)(scope, receive, send)
+    await (door or AccessMiddleware(app, access))(scope, receive, send)
     return sent[0]
 
 
@@ -115,6 +118,32 @@ def test_a_wrong_key_costs_one_look_up_and_reaches_nothing(tenants, monkeypatch)
     asyncio.run(attack())
     assert len(looked) == 1000
     assert not app.callers
+
+
+def test_many_wrong_keys_wait_for_their_answers_and_others_do_not(tenants, monkeypatch):
+    """At one time: a minute's worth is answered at once, then one each second or after 5 s."""
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    still = partial(TokenBucket, clock=lambda: 100.0)
+    monkeypatch.setattr(access_middleware, "TokenBucket", still)
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+    app = App()
+    door = AccessMiddleware(app, access, strangers_per_minute=60)
+
+    async def attack():
+        for number in range(200):
+            answer = await call(app, access, "/v1/completions", f"sk-{number}", door=door)
+            assert answer["status"] == 401
+        before = len(pauses)
+        assert (await call(app, access, "/v1/completions", ADMIN, door=door))["status"] == 200
+        assert len(pauses) == before
+
+    asyncio.run(attack())
+    assert pauses == [1.0, 2.0, 3.0, 4.0, *[5.0] * 136]
 
 
 def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenants):

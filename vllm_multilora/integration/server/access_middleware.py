@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from vllm_multilora.integration.server.access_log import keep_refusals_few
 from vllm_multilora.integration.server.callers import Caller, current_caller, error_response
 from vllm_multilora.metrics.server_counts import count_refused
-from vllm_multilora.tenants.limits import Account, LimitReachedError
+from vllm_multilora.tenants.limits import Account, LimitReachedError, TokenBucket
 from vllm_multilora.tenants.rules import Endpoint, Role, endpoint_of, refusal
 
 if TYPE_CHECKING:
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 _REFUSALS = (HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS)
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 
+STRANGERS_PER_MINUTE = 3_000
+"""Requests without a valid key that are answered; after a minute without any, so many at once."""
+
+LONGEST_PAUSE_S = 5.0
+"""Until a request without a valid key is answered, however many there are."""
+
 
 class AccessMiddleware:
     """Answers what nobody may ask, and says who asks for the rest.
@@ -38,11 +44,15 @@ class AccessMiddleware:
     Args:
         app: What answers the requests.
         access: The server's keys.
+        strangers_per_minute: See `STRANGERS_PER_MINUTE`.
     """
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(
+        self, app: ASGIApp, access: Access, strangers_per_minute: float = STRANGERS_PER_MINUTE
+    ) -> None:
         self._app = app
         self._access = access
+        self._strangers = TokenBucket(strangers_per_minute)
         keep_refusals_few()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,6 +66,8 @@ class AccessMiddleware:
         status = refusal(self._access.locks, caller.role, endpoint, path)
         if status is not None:
             count_refused(None if caller.tenant is None else caller.tenant.name, status)
+            if status is HTTPStatus.UNAUTHORIZED:
+                await self._pause()
             await _refuse(status, scope, receive, send)
             return
         token = current_caller.set(caller)
@@ -67,6 +79,18 @@ class AccessMiddleware:
         finally:
             current_caller.reset(token)
             caller.ended()
+
+    async def _pause(self) -> None:
+        """Has a stranger wait for an answer where there are many.
+
+        A connection's next request is looked at when its last one has been answered, so that floods
+        of wrong keys wait in the system's buffers and cost the event loop next to nothing.
+        """
+        wait_s = self._strangers.wait_s()
+        if wait_s < LONGEST_PAUSE_S:
+            self._strangers.charge(1)
+        if wait_s > 0:
+            await asyncio.sleep(min(wait_s, LONGEST_PAUSE_S))
 
     async def _call(
         self, caller: Caller, account: Account, scope: Scope, receive: Receive, send: Send
