@@ -1,9 +1,10 @@
 """Chats over many adapters: for whom the KV cache's blocks are, and who should lose them first.
 
 FASTLIBRA (a paper on caching for servers of many LoRA adapters) evicts adapters and blocks of the
-KV cache together, as blocks of an adapter that is not on the GPU are of no use while it is not. Here chats of some turns
-go over 40 adapters in 8 slots, with a KV cache for about a third of all histories; a turn's prompt
-is the whole history. After each batch, every cached block is counted by where its adapter is.
+KV cache together, as blocks of an adapter that is not on the GPU are of no use while it is not.
+Here chats of some turns go over 40 adapters in 8 slots, with a KV cache for about a third of all
+histories; a turn's prompt is the whole history. After each batch, every cached block is counted by
+where its adapter is.
 
 What another choice of victims would gain is computed from the same requests: the blocks that each
 turn looks for and leaves behind are replayed on a cache of the same size that evicts the block that
