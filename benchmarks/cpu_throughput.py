@@ -122,19 +122,30 @@ def requested_adapters(folder: Path, model_config: dict) -> list[LoRARequest]:
     return [adapters[i % len(adapters)] for i in range(REQUESTS)]
 
 
+def reading_seconds(model_config: dict, ranks: int, itemsize: int) -> float:
+    """Seconds in which the weights of adapters with so many ranks in all are read once, here."""
+    import torch
+
+    hidden = model_config["hidden_size"]
+    numbers = ranks * _numbers_of_a_rank(model_config)
+    matrix, vector = torch.ones(numbers * itemsize // (4 * hidden), hidden), torch.ones(hidden)
+    return _fastest(lambda: torch.mv(matrix, vector))
+
+
 def least_seconds(model_config: dict, itemsize: int) -> float:
     """Seconds that all requests' adapters need for reading and arithmetic alone, measured here."""
     import torch
 
-    hidden = model_config["hidden_size"]
-    sides = sum(map(sum, _shapes(model_config).values()))
-    numbers = sum(RANKS) * sides * model_config["num_hidden_layers"]
-    matrix = torch.ones(numbers * itemsize // (4 * hidden), hidden)
-    vector, square = torch.ones(hidden), torch.ones(1024, 1024)
-    read = _fastest(lambda: torch.mv(matrix, vector))
+    square = torch.ones(1024, 1024)
     multiply = _fastest(lambda: torch.mm(square, square)) / 1024**3
-    prompt_tokens_each = REQUESTS * PROMPT_TOKENS / len(RANKS)
-    return (NEW_TOKENS - 1) * read + numbers * prompt_tokens_each * multiply
+    products = sum(RANKS) * _numbers_of_a_rank(model_config) * REQUESTS * PROMPT_TOKENS / len(RANKS)
+    read = reading_seconds(model_config, sum(RANKS), itemsize)
+    return (NEW_TOKENS - 1) * read + products * multiply
+
+
+def _numbers_of_a_rank(model_config: dict) -> int:
+    sides = sum(map(sum, _shapes(model_config).values()))
+    return int(sides * model_config["num_hidden_layers"])
 
 
 def _fastest(work: Callable[[], object]) -> float:
