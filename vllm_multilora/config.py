@@ -302,15 +302,15 @@ class MultiLoRAConfig:
                 object.__setattr__(self, setting.name, tuple(dict.fromkeys(value)))
         if self.batch_invariant and self.backend in _NOT_INVARIANT:
             raise ConfigError(
-                f"{CONFIG_KEY}.batch_invariant does not go with the backend {self.backend!r}: "
+                f"{CONFIG_KEY}.batch_invariant cannot be used with the backend {self.backend!r}: "
                 f"{_NOT_INVARIANT[self.backend]}. Choose the backend 'auto', 'native' or 'triton', "
                 f"or leave batch_invariant out"
             )
         if self.signing_keys is not None and self.allow_pickle:
             raise ConfigError(
-                f"{CONFIG_KEY}.signing_keys and {CONFIG_KEY}.allow_pickle exclude each other: a "
-                "pickle is read too often for its signature to mean what is used. Sign "
-                "safetensors files"
+                f"{CONFIG_KEY}.signing_keys and {CONFIG_KEY}.allow_pickle cannot be used "
+                "together: a pickle is read several times, so its signature does not prove which "
+                "bytes are used. Sign safetensors files"
             )
 
     @classmethod

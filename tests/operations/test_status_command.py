@@ -111,8 +111,8 @@ def test_the_key_of_a_guarded_server(site, capsys, monkeypatch):
     ("answer", "message"),
     [
         ((404, "Not Found"), "is it a vLLM server with vllm-multilora and --enable-lora?"),
-        ((200, "hello"), "something else than JSON"),
-        ((200, "{}"), "something else than a list of adapters"),
+        ((200, "hello"), "did not answer with JSON"),
+        ((200, "{}"), "did not answer with a list of adapters"),
     ],
 )
 def test_servers_that_do_not_say(site, answer, message, capsys):

@@ -74,8 +74,8 @@ def require_directories(directories: Sequence[str]) -> None:
             os.scandir(directory).close()
         except OSError as error:
             raise ConfigError(
-                f"{CONFIG_KEY}.adapter_dir names {directory!r}, which is no directory that the "
-                f"server can read ({error.strerror}): create it, or correct "
+                f"{CONFIG_KEY}.adapter_dir names {directory!r}, which is not a directory that "
+                f"the server can read ({error.strerror}): create it, or correct "
                 "--multilora-adapter-dir"
             ) from error
 

@@ -95,8 +95,8 @@ class Measuring:
         """
         if self._limits.max_model_len < 4 * SHORT_PROMPT + _DECODED:
             raise CalibrationError(
-                f"the server takes {self._limits.max_model_len} tokens a request, and at least "
-                f"{4 * SHORT_PROMPT + _DECODED} are needed"
+                f"the server accepts {self._limits.max_model_len} tokens per request, but "
+                f"calibrating it needs at least {4 * SHORT_PROMPT + _DECODED}"
             )
         self._server.alone(self._model, SHORT_PROMPT, times=3)
         self._progress(f"loads of adapters from {self._source}")

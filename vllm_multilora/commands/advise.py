@@ -74,14 +74,16 @@ def _snapshots(arguments: argparse.Namespace) -> list[Snapshot]:
     if arguments.prometheus:
         if arguments.window > LONGEST_HISTORY_S:
             raise MultiLoRAError(
-                f"--window may be {LONGEST_HISTORY_S:.0f} s (a day) at most with --prometheus, got "
-                f"{arguments.window:.0f}"
+                f"--window must be at most {LONGEST_HISTORY_S:.0f} s (a day) with --prometheus, "
+                f"got {arguments.window:.0f}"
             )
         return history(
             base_url(arguments.prometheus), arguments.window, arguments.match, now=time.time()
         )
     if arguments.match:
-        raise MultiLoRAError("--match chooses among the servers of a --prometheus")
+        raise MultiLoRAError(
+            "--match needs --prometheus: it selects among the servers that Prometheus knows"
+        )
     return _watch(base_url(arguments.url), arguments.window)
 
 

@@ -97,5 +97,5 @@ def fetch(url: str, *, api_key: str | None = None) -> dict[str, Any]:
             hint = "; is it a vLLM server with vllm-multilora and --enable-lora?"
         raise UnreachableError(f"{error}{hint}") from error
     if not isinstance(listing, dict) or any(part not in listing for part in _PARTS):
-        raise UnreachableError(f"{url}{PATH} answers with something else than a list of adapters")
+        raise UnreachableError(f"{url}{PATH} did not answer with a list of adapters")
     return listing

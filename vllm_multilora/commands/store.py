@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         if arguments.json and not arguments.describe:
-            raise MultiLoRAError("--json prints what --describe shows: give both")
+            raise MultiLoRAError("--json needs --describe: it prints the same as JSON")
         if arguments.describe:
             _show(as_json=arguments.json)
         else:
@@ -75,8 +75,8 @@ def _listen() -> socket.socket:
         except OSError:
             return folder.listen(path)
     raise StoreUnavailableError(
-        f"a store of this user runs already, at {path}: `vllm-multilora store --describe` shows "
-        "whose; one that a server has started ends a moment after its last client"
+        f"a store of this user is already running at {path}: `vllm-multilora store --describe` "
+        "shows whose it is; one that a server started ends a moment after its last client"
     )
 
 
@@ -107,7 +107,7 @@ def describe(host: RunningStore, patience_s: float = _ANSWER_S) -> Description:
         client.close()
     raise StoreUnavailableError(
         f"the store at {host.path} has not answered within {patience_s:g} seconds; requests for "
-        "adapters in slots go on, others wait; if it stays so, end its process: servers start "
+        "adapters in slots go on, others wait; if this persists, end its process: servers start "
         "another one"
     )
 

@@ -80,8 +80,7 @@ class Source:
             return None
         if len(found) > LONGEST_VALUE:
             raise BadValueError(
-                f"its {self.text} has more than {LONGEST_VALUE} characters, and at most these are "
-                "taken"
+                f"its {self.text} has more than {LONGEST_VALUE} characters, which is the limit"
             )
         return _stripped(found)
 

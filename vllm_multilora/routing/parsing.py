@@ -157,7 +157,8 @@ class _Parser:
             raise self._error(keys, f"found {_shown(data)}, expected {expected}{hint}")
         if data in self._routes:
             raise self._error(
-                keys, f"found the route {data!r}, expected an adapter: routes lead to no routes"
+                keys,
+                f"found the route {data!r}, expected an adapter: a route cannot lead to a route",
             )
         return data
 

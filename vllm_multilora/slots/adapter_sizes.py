@@ -37,7 +37,7 @@ def read_sizes(path: Path) -> dict[str, int]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise TraceError(f"{path}, line {error.lineno}: no JSON: {error.msg}") from error
+        raise TraceError(f"{path}, line {error.lineno}: invalid JSON: {error.msg}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: cannot be read: {error}") from error
     if not isinstance(table, dict):

@@ -120,7 +120,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path}: cannot be read: {error}") from error
     if is_empty:
-        raise TraceError(f"{path}: holds no request")
+        raise TraceError(f"{path}: contains no requests")
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -145,7 +145,7 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mappin
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise TraceError(f"{path}, line {line}: no JSON: {error}") from error
+                raise TraceError(f"{path}, line {line}: invalid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise TraceError(f"{path}, line {line}: expected a JSON object, got {row!r}")
             yield line, row

@@ -39,7 +39,7 @@ def store_folder() -> Path:
         folder = Path(named)
         if (fault := _fault(folder)) is not None:
             raise StoreUnavailableError(
-                f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can get at"
+                f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can access"
             )
         return folder
     runtime = os.environ.get("XDG_RUNTIME_DIR")

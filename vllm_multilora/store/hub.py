@@ -73,6 +73,6 @@ def fetched(path: str, *, is_allowed: bool) -> str:
                 "",
                 said,
                 EXPECTED,
-                f"{name} is no folder here, and the Hugging Face hub does not give it: {said}",
+                f"{name} is not a folder here, and the Hugging Face hub does not have it: {said}",
             )
         ) from error

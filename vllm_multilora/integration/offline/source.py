@@ -52,7 +52,7 @@ class Source:
             read = partial(_text, path.parent)
         if read(_PACKAGE) is None:
             raise ConfigError(
-                f"{path} has no vLLM: expected a wheel (from `pip download --no-deps "
+                f"{path} contains no vLLM: expected a wheel (from `pip download --no-deps "
                 f"vllm==VERSION`), or a folder with vLLM's package `vllm` in it, such as a checkout"
             )
         return cls(read)

@@ -62,15 +62,15 @@ def require_adapters_apart(transfer: KVTransferConfig | None) -> None:
     for name, is_vllms in _connectors(of_all):
         if is_vllms and name in _BY_TOKENS:
             raise ConfigError(
-                f"the KV connector {name} finds blocks by their tokens alone, so that one adapter "
-                "would be answered with what another has computed: serve without --enable-lora or "
-                "with a connector that goes by vLLM's block hashes, such as OffloadingConnector"
+                f"the KV connector {name} looks up blocks by their tokens alone, so one adapter "
+                "would be answered with what another has computed: serve without --enable-lora, or "
+                "use a connector that looks up vLLM's block hashes, such as OffloadingConnector"
             )
         if not is_vllms or name not in _BY_HASHES | _BY_REQUEST:
             logger.warning(
-                "The KV connector %s is none that vllm-multilora knows: unless it finds blocks by "
-                "vLLM's block hashes (Request.block_hashes), adapters are answered with what "
-                "others have computed.",
+                "vllm-multilora does not know the KV connector %s: unless it looks up blocks by "
+                "vLLM's block hashes (Request.block_hashes), one adapter is answered with what "
+                "another has computed.",
                 name,
             )
 
