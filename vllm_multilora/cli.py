@@ -1,4 +1,4 @@
-"""The `vllm-multilora` command. A subcommand's module is imported only when it is called."""
+"""The `vllm-multilora` command. A subcommand's module is imported only when it is run."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The settings, one frozen dataclass.
 
 Every field is a flag of `vllm serve` and a key of `additional_config["multilora"]`, so that
-`LLM(..., additional_config={"multilora": {"backend": "torch"}})` and
-`vllm serve ... --multilora-backend torch` mean the same. What a setting means is said by its help,
-what it may be by its kind; `integration/patching/flags.py` makes the flags of them, so a field
-added here needs no second place.
+`LLM(..., additional_config={"multilora": {"backend": "torch"}})` and `vllm serve ...
+--multilora-backend torch` mean the same. A field states its meaning (its help) and which values it
+accepts; `integration/patching/flags.py` makes the flags from the fields, so a new setting needs
+nothing else.
 """
 
 from __future__ import annotations

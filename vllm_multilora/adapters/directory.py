@@ -1,8 +1,8 @@
-"""Directories whose sub-folders are adapters: what is there, and what of it has changed.
+"""Directories whose sub-folders are adapters: what is in them, and what has changed.
 
-Nothing is opened here. A folder is an adapter if it has an `adapter_config.json`, and a version of
-it is told from another by the fingerprints of its two files, so that looking at thousands of
-folders takes milliseconds.
+Nothing is opened here. A folder is an adapter if it has an `adapter_config.json`, and its versions
+are told apart by the fingerprints of its two files, so that looking at thousands of folders takes
+milliseconds.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 r"""Patterns of module names, as PEFT matches them, in bounded time and memory.
 
-A pattern stands for the end of a name, beginning at a dot, and is a regular expression; the first
-one that fits counts (PEFT's `get_pattern_key`). They come from strangers, and both matching and
-compiling one can be made to take for ever: `(a+)+b` in Python's `re`, `((a{1000}){1000}){1000}` in
-the `regex` package, which vLLM uses. So patterns with nested repetition are refused, and those
-with more repetitions and alternatives than anybody needs to name modules.
+A pattern is a regular expression for the end of a name, starting at a dot; the first one that
+matches counts (PEFT's `get_pattern_key`). Patterns are untrusted, and both matching and compiling
+one can take forever: `(a+)+b` in Python's `re`, `((a{1000}){1000}){1000}` in the `regex` package,
+which vLLM uses. So patterns with nested repetition are refused, and so are those with more
+repetitions and alternatives than anybody needs to name modules.
 
-Nearly all patterns are names, though, and PEFT's own are names of single modules, by the thousand.
-Those are looked up and never compiled; the few that are expressions share a budget of processor
-time, which is looked at before each of them.
+But nearly all patterns are plain names; PEFT itself writes names of single modules, by the
+thousand. These are looked up and never compiled. The few regular expressions share a budget of
+processor time, which is checked before each of them.
 """
 
 from __future__ import annotations

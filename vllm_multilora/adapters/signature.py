@@ -1,13 +1,13 @@
 """The signature of an adapter's folder, in the format of OpenSSF model signing, version 1.
 
 `model.sig` is a Sigstore bundle in JSON around a DSSE envelope, whose payload is an in-toto
-statement with the digest of every file: the manifest. The envelope is signed with a key, or with a
-certificate's. https://github.com/sigstore/model-transparency and
+statement with the digest of every file: the manifest. The envelope is signed with a key, or with
+the key of a certificate. https://github.com/sigstore/model-transparency and
 https://github.com/secure-systems-lab/dsse
 
-It is looked at here, and not by the package model-signing, because that hashes files by their
-paths, which may lead to others by the time they are read; takes a certificate as it was when it
-began to be valid, so that it never expires; and imports Sigstore's client.
+It is verified here and not by the package model-signing, because that package hashes files by their
+paths, which may lead to other files by the time they are read; accepts a certificate as of the time
+when it became valid, so that it never expires; and imports Sigstore's client.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A calibration: what steps, requests and loads cost on one machine, as a file of JSON."""
+"""A calibration: what steps, requests and loads cost on one machine, as a JSON file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server is expected to do with a trace."""
+"""Predicts how a server handles a trace."""
 
 from __future__ import annotations
 

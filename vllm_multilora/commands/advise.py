@@ -1,4 +1,4 @@
-"""`vllm-multilora advise`: watches a server for a while and says what to change about it."""
+"""`vllm-multilora advise`: watches a server for a while and recommends what to change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora calibrate`: what steps and loads of a running server cost, into a file."""
+"""`vllm-multilora calibrate`: measures what steps and loads of a running server cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora completion`: what a shell needs to complete the command's words."""
+"""`vllm-multilora completion`: completion scripts for shells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora plan`: what settings cost, before a server is started."""
+"""`vllm-multilora plan`: computes what settings cost, before a server is started."""
 
 from __future__ import annotations
 

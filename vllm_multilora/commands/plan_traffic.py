@@ -1,4 +1,4 @@
-"""`vllm-multilora plan --traffic`: what a calibrated server would do with a trace."""
+"""`vllm-multilora plan --traffic`: predicts how a calibrated server would handle a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora sign`: signs adapters' folders with a key."""
+"""`vllm-multilora sign`: signs adapter folders with a key."""
 
 from __future__ import annotations
 

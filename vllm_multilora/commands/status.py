@@ -1,4 +1,4 @@
-"""`vllm-multilora status`: the adapters of a running server, once or again and again."""
+"""`vllm-multilora status`: shows the adapters of a running server, once or repeatedly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora store`: runs this user's store by hand, or says how it is doing."""
+"""`vllm-multilora store`: runs this user's store by hand, or shows its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora validate`: adapters checked before they are deployed."""
+"""`vllm-multilora validate`: checks adapters before they are deployed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora verify`: whether adapters' folders are as somebody who is trusted signed them."""
+"""`vllm-multilora verify`: checks that adapter folders match their signatures."""
 
 from __future__ import annotations
 

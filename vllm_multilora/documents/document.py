@@ -1,4 +1,4 @@
-"""Reads a YAML or JSON file as plain data that knows where in the file it was."""
+"""Reads a YAML or JSON file as plain data that remembers each value's line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The usage log: a line of JSON for each prompt that was answered, or given up.
+"""The usage log: a line of JSON for each prompt that was answered or abandoned.
 
 Lines are written on a thread of their own, behind a queue of limited length: a slow disk costs
 lines, which the log then says, and never a request any time. Several API servers may write to one

@@ -1,4 +1,4 @@
-"""What a directory's adapters need: ranks, modules, host memory."""
+"""What the adapters in a directory need: ranks, modules, host memory."""
 
 from __future__ import annotations
 

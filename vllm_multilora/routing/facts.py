@@ -1,4 +1,4 @@
-"""What a route may look at in a request, and how a routes file names it."""
+"""What a route may look at in a request, and how a routes file refers to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a routes file's data to routes; the first thing that is wrong is an error with its place."""
+"""Turns a routes file's data into routes; the first fault is an error with its place."""
 
 from __future__ import annotations
 

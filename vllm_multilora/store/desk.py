@@ -1,4 +1,4 @@
-"""The jobs that are under way, and those that were killed and have not ended."""
+"""Running jobs, and killed jobs that have not exited yet."""
 
 from __future__ import annotations
 

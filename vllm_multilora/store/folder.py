@@ -1,4 +1,4 @@
-"""Where the stores of a user are found: a folder that nobody else can get at."""
+"""The folder where a user's stores are found, which no other user can access."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that are named after a repository of the Hugging Face hub instead of a folder."""
+"""Adapters named by a repository of the Hugging Face hub instead of a folder."""
 
 from __future__ import annotations
 

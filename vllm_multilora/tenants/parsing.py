@@ -1,4 +1,4 @@
-"""From a tenants file to tenants; the first thing that is wrong is an error with its place."""
+"""Turns a tenants file's data into tenants; the first fault is an error with its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds definitions in the source of a vLLM that is not installed; nothing of it is executed."""
+"""Finds definitions in the source of a vLLM that is not installed, without executing it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache's settings, checked against the engine's, and what the store is to keep."""
+"""Checks the cache's settings against the engine's, and derives what the store keeps."""
 
 from __future__ import annotations
 

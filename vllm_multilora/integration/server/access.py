@@ -1,4 +1,4 @@
-"""The keys of an API server, and whose they are; the middleware asks here for every request."""
+"""The keys of an API server and whose they are; the middleware asks here for every request."""
 
 from __future__ import annotations
 

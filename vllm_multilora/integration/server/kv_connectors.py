@@ -1,8 +1,9 @@
-"""Whether the stores of a KV connector can tell adapters apart.
+"""Whether a KV connector's stores can tell adapters apart.
 
-Connectors that find blocks by vLLM's hashes do: the digest of the weights is in them. So do those
-that hand a request's blocks from one engine to another. Some make keys of their own, from tokens
-alone: what one adapter has computed is then found for another, by stock vLLM too.
+Connectors that look up blocks by vLLM's hashes can, since the hashes contain the digest of the
+weights. So can those that pass a request's blocks from one engine to another. Others make keys of
+their own, from tokens alone: what one adapter has computed is then found for another, in stock vLLM
+too.
 """
 
 from __future__ import annotations
