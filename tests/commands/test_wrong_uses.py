@@ -116,7 +116,7 @@ WRONG = [
     # completion
     ("completion", "the following arguments are required: shell"),
     ("completion cmd", "invalid choice: 'cmd'"),
-    ("doctor --against {missing}", "contains no vLLM"),
+    ("doctor --against {missing}", "does not exist: expected a wheel"),
     ("doctor --against {folder}", "contains no vLLM"),
 ]
 

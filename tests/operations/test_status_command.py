@@ -58,7 +58,7 @@ def test_the_table_has_the_nearest_adapters_first_and_errors_below():
     lines = table(LISTING, now=NOW)
     assert lines[:3] == [
         "slots        1 of 8",
-        "host memory  1 adapters, 84 MB of 2000 MB",
+        "host memory  1 adapter, 84 MB of 2000 MB",
         "registered   3",
     ]
     header, hot, broken, cold = (line.split() for line in lines[4:8])

@@ -132,5 +132,7 @@ def test_of_a_store_that_nobody_knows_the_log_warns(
         )
     finally:
         logger.removeHandler(caplog.handler)
-    warned = [record for record in caplog.records if "does not know the KV connector" in record.message]
+    warned = [
+        record for record in caplog.records if "does not know the KV connector" in record.message
+    ]
     assert bool(warned) is not is_known

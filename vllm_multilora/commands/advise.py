@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         seen = observe(_snapshots(arguments))
     except MultiLoRAError as error:
-        print(f"vllm-multilora advise: {error}", file=sys.stderr)
+        print(f"vllm-multilora advise: error: {error}", file=sys.stderr)
         return FAILED
     findings = advise(seen)
     if arguments.json:

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             return judge(arguments.against)
         except ConfigError as error:
-            print(f"vllm-multilora doctor: {error}", file=sys.stderr)
+            print(f"vllm-multilora doctor: error: {error}", file=sys.stderr)
             return 2
     from vllm_multilora.integration.offline.doctor import diagnose
 

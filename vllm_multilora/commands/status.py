@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             time.sleep(arguments.watch)
             _show(arguments, url)
     except MultiLoRAError as error:
-        print(f"vllm-multilora status: {error}", file=sys.stderr)
+        print(f"vllm-multilora status: error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         pass  # the end of a watch

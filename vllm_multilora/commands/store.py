@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_multilora.commands.table import aligned
+from vllm_multilora.commands.table import aligned, counted
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.store import folder
 from vllm_multilora.store.client import StoreClient
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _become_store()
     except MultiLoRAError as error:
-        print(f"vllm-multilora store: {error}", file=sys.stderr)
+        print(f"vllm-multilora store: error: {error}", file=sys.stderr)
         return FAILED
     return DONE
 
@@ -132,10 +132,10 @@ def table(found: Description, path: str) -> list[str]:
 def _memory(totals: Totals) -> str:
     limits = []
     if totals.adapters_limit is not None:
-        limits.append(f"{totals.adapters_limit} adapters")
+        limits.append(counted(totals.adapters_limit, "adapter"))
     if totals.bytes_limit is not None:
         limits.append(_mb(totals.bytes_limit))
-    held = f"{totals.adapters} adapters, {_mb(totals.bytes)}"
+    held = f"{counted(totals.adapters, 'adapter')}, {_mb(totals.bytes)}"
     return held + (f" of {' and '.join(limits)}" if limits else "")
 
 
