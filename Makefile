@@ -73,6 +73,11 @@ test-all: test ## all tests, and the smoke tests with every vLLM and both model 
 
 coverage: $(STAMP) ## which lines and branches the tests without vLLM engines run
 	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow" --cov --cov-report term:skip-covered
+	@total() { echo "$$1: $$($(BIN)/python -m coverage report --format total $$2 $$3) %"; }; \
+	  total "kernels" "--include=kernels/*"; \
+	  total "vllm_multilora without integration" "--include=vllm_multilora/*" "--omit=*/integration/*"; \
+	  total "vllm_multilora/integration" "--include=vllm_multilora/integration/*"; \
+	  total "all"
 
 lint: ruff mypy docs metadata ## ruff, mypy, the site of the docs, and what PyPI and GitHub will read
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/test_docs.py tests/unit/test_documented_commands.py tests/unit/test_packaging.py
