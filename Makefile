@@ -73,12 +73,17 @@ test-all: test ## all tests, and the smoke tests with every vLLM and both model 
 
 coverage: $(STAMP) ## which lines and branches the tests without vLLM engines run
 	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow" --cov --cov-report term:skip-covered
+	@total() { echo "$$1: $$($(BIN)/python -m coverage report --format total $$2 $$3) %"; }; \
+	  total "kernels" "--include=kernels/*"; \
+	  total "vllm_multilora without integration" "--include=vllm_multilora/*" "--omit=*/integration/*"; \
+	  total "vllm_multilora/integration" "--include=vllm_multilora/integration/*"; \
+	  total "all"
 
 lint: ruff mypy docs metadata ## ruff, mypy, the site of the docs, and what PyPI and GitHub will read
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/test_docs.py tests/unit/test_documented_commands.py tests/unit/test_packaging.py
 
 # Tools that need no vLLM, and that it does not need: the extra of the same name in pyproject.toml.
-$(VENV)-dist/.installed $(VENV)-docs/.installed: $(VENV)-%/.installed: pyproject.toml
+$(VENV)-dist/.installed $(VENV)-docs/.installed $(VENV)-workflows/.installed: $(VENV)-%/.installed: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet $$($(@D)/bin/python -c "import tomllib; \
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'])")
@@ -88,11 +93,12 @@ docs: $(VENV)-docs/.installed ## the site of docs/ and all READMEs, into build/s
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 
 # An sdist has the wheel's metadata, and needs no compiler.
-metadata: $(VENV)-dist/.installed ## checks the package's metadata as PyPI does, and the workflow that publishes it
+metadata: $(VENV)-dist/.installed $(VENV)-workflows/.installed ## checks the package's metadata as PyPI does, and the workflow that publishes it
 	rm -rf build/metadata && mkdir -p build/metadata
 	$(VENV)-dist/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('build/metadata')" >build/metadata.log
 	$(VENV)-dist/bin/twine check --strict build/metadata/*
-	$(VENV)-dist/bin/zizmor --offline --quiet .github
+	$(VENV)-workflows/bin/zizmor --offline --quiet .github
+	$(VENV)-workflows/bin/actionlint -shellcheck $(VENV)-workflows/bin/shellcheck .github/workflows/*.yml
 
 # auditwheel says for which Linuxes the wheel is, and fails where it needs anything but their libc.
 dist: $(VENV)-dist/.installed ## an sdist, and from it a wheel with native code for this kind of machine, into dist/
@@ -114,4 +120,4 @@ bench-kernels: $(STAMP) ## the Triton kernels against vLLM's: time on a GPU, cou
 	$(BIN)/python -m tools.kernels.launch_cost
 
 clean:
-	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-workflows $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

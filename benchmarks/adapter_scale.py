@@ -43,7 +43,7 @@ RANKS = {"8": (8,), "mixed": (8, 16, 32, 64)}
     workload="SmolLM2-135M in bfloat16, 16 clients with requests of 64 + 32 tokens, a power law "
     "over adapters on q, k, v and o, 16 slots",
     control="the smallest set of adapters, in the same engine and round",
-    figure="throughput over that with the smallest set",
+    figure="throughput divided by that with the smallest set",
     compares_to="0.95 from 5 to 2,000 adapters in S-LoRA's paper, on GPUs",
     quick={"sets": "2,20", "rounds": 1, "requests": 16},
     plot="kept throughput",

@@ -84,8 +84,8 @@ def _lines(dice: random.Random, gaps: Iterable[float], weights: Sequence[float])
     "in 8 slots, requests of 16 to 128 + 8 to 32 tokens: steady at half of the capacity, bursty "
     "with cold adapters near it, and saturating",
     control="the real server, in three rounds after one calibration",
-    figure="what `plan --traffic` predicts over what the server does",
-    compares_to="0.90 to 1.10, the goal",
+    figure="the prediction of `plan --traffic` divided by what the server does",
+    compares_to="the goal, 0.90 to 1.10",
     quick={"rounds": 1, "requests": 6},
 )
 def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Figure]:

@@ -98,14 +98,14 @@ def something(look: Look, tell: Callable[[], None], messages: int, repeats: int)
 
 
 @benchmark(
-    workload="a look at the store's socket, and one at the workers' link",
-    control="a look that finds nothing",
-    figure="microseconds a look",
-    compares_to="a step of the engine core, of milliseconds",
+    workload="one poll of the store's socket, and one of the workers' link",
+    control="a poll that finds nothing",
+    figure="microseconds per poll",
+    compares_to="a step of the engine core, which takes milliseconds",
     quick={"repeats": 4},
 )
 def engine_poll_cost(repeats: int = 40) -> Iterable[Figure]:
-    """What a step of the engine core pays to hear the store and its workers."""
+    """What it costs a step of the engine core to poll the store and its workers."""
     with store() as (look, tell):
         yield Figure("the store", "nothing, µs", [nothing(look, repeats)])
         yield Figure("the store", "a message, µs", [something(look, tell, 1, repeats)])

@@ -69,9 +69,9 @@ def best(function: Callable[[], None], repeats: int) -> float:
 
 
 @benchmark(
-    workload="32 adapters; what the model runner has of a step, until kernels can read it",
+    workload="32 adapters; turning what the model runner knows of a step into what kernels read",
     control="vLLM's own metadata, in the same process",
-    figure="time over that of vLLM's metadata alone",
+    figure="time divided by that of vLLM's metadata alone",
     compares_to="stock vLLM",
     quick={"repeats": 2},
 )

@@ -39,10 +39,10 @@ def microseconds(slots: SlotAssignment, steps: Sequence[frozenset[int]], repeats
 
 
 @benchmark(
-    workload="64 adapters a step, all in slots",
-    control="a step with the adapters of the step before (`same`)",
-    figure="microseconds of the engine core a step",
-    compares_to="20 µs, the limit",
+    workload="64 adapters per step, all in slots",
+    control="a step with the same adapters as the previous one (`same`)",
+    figure="microseconds of the engine core per step",
+    compares_to="the limit, 20 µs",
     quick={"repeats": 10},
 )
 def slots_step(repeats: int = 300) -> Iterable[Figure]:

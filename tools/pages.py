@@ -98,14 +98,16 @@ def _default(setting: Field[object]) -> str:
 
 def metrics() -> Iterable[str]:
     """Every metric of the plugin's own."""
-    yield "| metric | type | labels | what it says |"
+    yield "| metric | type | labels | meaning |"
     yield "|---|---|---|---|"
     for metric in ALL:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         yield f"| `{metric.name}` | {metric.kind.value} | {labels} | {metric.help} |"
     yield ""
     common = " and ".join(f"`{label}`" for label in COMMON_LABELS)
-    yield f"All have vLLM's labels {common}, too; what API servers count has no `engine`."
+    yield (
+        f"All have vLLM's labels {common}, too; metrics that API servers count have no `engine`."
+    )
 
 
 def problems() -> Iterable[str]:

@@ -1,10 +1,11 @@
-"""The `vllm-multilora` command. A subcommand's module is imported only when it is called."""
+"""The `vllm-multilora` command. A subcommand's module is imported only when it is run."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -132,12 +133,12 @@ COMMANDS = {
     ),
     "plan": Command(
         "vllm_multilora.commands.plan",
-        "say what adapter slots cost, before a server is started, and what it can carry",
-        "Says, to the byte, what a setting of --max-loras and --max-lora-rank takes of a GPU's "
-        "memory and so of the KV cache, and what a directory's adapters need. Only the base "
-        "model's config.json is read. With --traffic it says what throughput and which latencies "
-        "a server would have, by a calibration of one on the same machine. Exits with 1 if the "
-        "given GPU has no room for it, with 2 if the costs cannot be told.",
+        "compute what adapter slots cost, before a server is started, and what it can carry",
+        "Computes, to the byte, how much of a GPU's memory, and so of the KV cache, --max-loras "
+        "and --max-lora-rank take, and what the adapters in a directory need. Only the base "
+        "model's config.json is read. With --traffic, predicts a server's throughput and "
+        "latencies from a calibration on the same machine. Exits with 1 if the given GPU has too "
+        "little room, with 2 if the costs cannot be computed.",
         (
             "plan --model ./Llama-3.1-8B --max-loras 32 --max-lora-rank 64 --gpu-memory 80",
             "plan --model config.json --max-loras 16 --max-lora-rank 16 --adapters ./adapters",
@@ -147,9 +148,9 @@ COMMANDS = {
     "calibrate": Command(
         "vllm_multilora.commands.calibrate",
         "measure what steps and loads of a running server cost, for plan --traffic",
-        "Sends a server requests for a minute or two, and writes a file that says what its steps "
-        "take by what is in them, and what loads of adapters do. Exits with 2 if the server does "
-        "not answer, or the file cannot be written.",
+        "Sends requests to a server for a minute or two, and writes a file with the time that its "
+        "steps take, depending on what is in them, and that loads of adapters take. Exits with 2 "
+        "if the server does not answer, or the file cannot be written.",
         (
             "calibrate --max-num-seqs 64 --max-num-batched-tokens 2048 --output calibration.json",
             "calibrate --url http://localhost:8001 --max-num-seqs 16 --max-num-batched-tokens 512",
@@ -169,7 +170,7 @@ COMMANDS = {
     COMPLETION: Command(
         "vllm_multilora.commands.completion",
         "print a shell's completion script for these commands",
-        "Prints a script with which a shell completes commands and flags. Exits with 2 if shtab "
+        "Prints a script that makes a shell complete commands and flags. Exits with 2 if shtab "
         "is not installed.",
         (
             "completion bash > ~/.local/share/bash-completion/completions/vllm-multilora",
@@ -180,6 +181,7 @@ COMMANDS = {
 
 
 PROGRAM = "vllm-multilora"
+_USUAL_WIDTH, _NO_BREAK = 80, "\0"
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells have them: 128 and the signal
 
 
@@ -237,7 +239,21 @@ def _wrapped(text: str) -> str:
 
 
 def _shown(examples: Iterable[str]) -> str:
-    return "\n".join(("examples:", *(f"  {PROGRAM} {example}" for example in examples)))
+    return "\n".join(("examples:", *(_continued(f"{PROGRAM} {example}") for example in examples)))
+
+
+def _continued(command: str) -> str:
+    """A command in as many lines as a terminal of usual width needs, which a shell reads as one."""
+    kept_together = re.sub(r" (?!--|>)", _NO_BREAK, command)
+    lines = textwrap.wrap(
+        kept_together,
+        _USUAL_WIDTH - len(" \\"),
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return " \\\n".join(lines).replace(_NO_BREAK, " ")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The settings, one frozen dataclass.
 
 Every field is a flag of `vllm serve` and a key of `additional_config["multilora"]`, so that
-`LLM(..., additional_config={"multilora": {"backend": "torch"}})` and
-`vllm serve ... --multilora-backend torch` mean the same. What a setting means is said by its help,
-what it may be by its kind; `integration/patching/flags.py` makes the flags of them, so a field
-added here needs no second place.
+`LLM(..., additional_config={"multilora": {"backend": "torch"}})` and `vllm serve ...
+--multilora-backend torch` mean the same. A field states its meaning (its help) and which values it
+accepts; `integration/patching/flags.py` makes the flags from the fields, so a new setting needs
+nothing else.
 """
 
 from __future__ import annotations
@@ -107,28 +107,27 @@ class MultiLoRAConfig:
 
     enabled: bool | None = _setting(
         None,
-        "Use vllm-multilora for LoRA. On by default with supported vLLM versions; "
-        "--multilora forces it on with others, --no-multilora leaves vLLM as it is.",
+        "Use vllm-multilora for LoRA. On by default with supported vLLM versions; --multilora "
+        "forces it on with others, --no-multilora leaves vLLM as it is.",
         lambda value: value is None or isinstance(value, bool),
         "true, false or null",
     )
     backend: str = _choice(
         "auto",
         BACKENDS,
-        "What computes the adapters' products: native (C kernels, CPU), triton (NVIDIA "
-        "and AMD GPUs), torch (plain PyTorch), vllm (stock, for comparison), or auto (the best "
-        "for the platform).",
+        "What computes the LoRA products: native (C kernels, CPU), triton (NVIDIA and AMD "
+        "GPUs), torch (plain PyTorch), vllm (stock, for comparison), or auto (the best one for "
+        "the platform).",
     )
     batch_invariant: bool = _switch(
         False,
-        "Give an adapter's product for a token the same bits in any batch, at some "
-        "speed on GPUs. VLLM_BATCH_INVARIANT=1 does the same for the base model, and includes "
-        "this.",
+        "Compute the same bits for a token's LoRA product in any batch; on GPUs this costs some "
+        "speed. VLLM_BATCH_INVARIANT=1 does the same for the base model, and implies this flag.",
     )
     cache_policy: str = _setting(
         "lru",
-        "Which adapter gives up its place when room is needed: lru, lfu, slru, gdsf, a "
-        "policy of an installed package, or module:Class.",
+        "Which adapter is evicted when room is needed: lru, lfu, slru, gdsf, the policy of an "
+        "installed package, or module:Class.",
         _is_text,
         "the name of a policy",
         metavar="NAME",
@@ -137,59 +136,62 @@ class MultiLoRAConfig:
         None,
         "GIB",
         _POSITIVE,
-        "Host memory for adapters in GiB: one copy of each for all servers of this "
-        "user on the machine, and the largest budget that any of them asks for counts. Without "
-        "it, --max-cpu-loras is the only limit; without either, 10 %% of the machine's memory.",
+        "Host memory for adapters in GiB. All servers of this user on the machine share one "
+        "copy of each adapter, and the largest budget that any of them sets applies. Without "
+        "this flag, --max-cpu-loras is the only limit; without either, 10 %% of the machine's "
+        "memory.",
     )
     async_loading: bool = _switch(
         True,
-        "Load adapters in the background, while other requests go on (the default); "
-        "--no-multilora-async-loading makes the engine wait, as vLLM does.",
+        "Load adapters in the background while other requests go on (the default). With "
+        "--no-multilora-async-loading the engine waits for each load, as vLLM does.",
     )
     store: str = _choice(
         "process",
         STORES,
-        "Where adapters are read, checked and kept in host memory: in a process that "
-        "all servers of this user on the machine share, its checks sandboxed (process, the "
+        "Where adapters are read, checked and kept in host memory: in a process shared by all "
+        "servers of this user on the machine, which sandboxes its checks (process, the "
         "default), or on a thread of each engine, without a sandbox (thread).",
     )
     loader_threads: int = _whole(
         2,
         range(1, 64 + 1),
-        "Adapters that are read at once on this machine; those that take long do not count.",
+        "How many adapters this machine reads at a time; loads that take long do not count.",
     )
     load_timeout_s: float = _number(
         60.0,
         "SECONDS",
         _SECONDS,
-        "Seconds after which a load is given up and its requests fail.",
+        "Seconds after which a load is abandoned and its requests fail.",
     )
     unload_timeout_s: float = _number(
         60.0,
         "SECONDS",
         _SECONDS,
-        "Seconds that an unloaded adapter's running requests have to end; then they are ended.",
+        "Seconds that running requests for an unloaded adapter have to finish; after that they "
+        "are ended.",
     )
     allowed_roots: tuple[str, ...] = _list(
         "folders",
         "DIR",
-        "Adapters load only from below this folder, links resolved; may be given "
-        "several times. Without it, from anywhere.",
+        "Load adapters only from below this folder, after resolving links. May be given several "
+        "times. Without it, adapters may be anywhere.",
     )
     adapter_dir: tuple[str, ...] = _list(
         "folders",
         "DIR",
-        "Serve every sub-folder with an adapter under the folder's name, from its "
-        "first use on; new, changed and removed ones are noticed. May be given several times.",
+        "Serve every sub-folder with an adapter under the folder's name. An adapter is loaded "
+        "when it is first used; new, changed and removed ones are noticed. May be given several "
+        "times.",
     )
     allow_pickle: bool = _switch(
         False,
-        "Read adapter_model.bin and .pt too, with PyTorch's restricted unpickler.",
+        "Also read adapter_model.bin and .pt, with PyTorch's restricted unpickler.",
     )
     allow_hub: bool = _switch(
         False,
-        "Download an adapter from the Hugging Face hub where its path is no folder, "
-        "as vLLM does; the time counts towards its load's limit.",
+        "Download an adapter from the Hugging Face hub if its path is not a folder, as vLLM "
+        "does. The download counts towards the time limit of the load.",
     )
     check_finite: bool = _switch(
         True,
@@ -197,97 +199,94 @@ class MultiLoRAConfig:
     )
     quarantine: bool = _switch(
         True,
-        "Take an adapter out of service whose numbers are not finite in use, and empty "
-        "blocks of the KV cache before they are used again, so that nobody reads what it has "
+        "Take an adapter out of service if it produces non-finite numbers, and clear blocks of "
+        "the KV cache before they are reused, so that no request reads what such an adapter "
         "left there (the default).",
     )
     dora: bool = _switch(
         False,
-        "Serve DoRA adapters (PEFT's use_dora) too. Slots get larger by 4 bytes for "
-        "each output of each layer; vllm-multilora plan says how much that is.",
+        "Also serve DoRA adapters (PEFT's use_dora). Slots grow by 4 bytes for each output of "
+        "each layer; vllm-multilora plan shows how much that is in total.",
     )
     fair_shares: bool = _switch(
         False,
-        "While several tenants (adapters, where a request is no tenant's) have "
-        "requests, give each of them the same share of tokens, places and slots, or shares by "
-        "weight. Without it requests are served in the order in which they come, as by vLLM "
-        "(the default); with --scheduling-policy priority too.",
+        "While several tenants have requests, give each the same share of tokens, places and "
+        "slots, or shares by weight; a request without a tenant counts for its adapter. Without "
+        "this flag (the default) or with --scheduling-policy priority, requests are served in "
+        "vLLM's order.",
     )
     fair_slowdown: float = _number(
         1.5,
         "RATIO",
         _RATIO,
-        "With fair shares, how many times as long a step may take because of the "
-        "tokens of those who have had much more of late than another that takes part in it. "
-        "They have as many of a step as it takes, by measured times. The lower, the less the "
-        "others' tokens wait for theirs, and the longer their own requests take.",
+        "With fair shares, how many times as long a step may become because of tenants that "
+        "have lately been served much more than another one in the step. How many of their "
+        "tokens that allows is found by measuring. A lower ratio shortens the others' time per "
+        "token, and lengthens the requests of those tenants.",
     )
     routes: str | None = _file(
-        "YAML or JSON file of routes: public model names that lead to adapters by "
-        "share, by language or by whatever the request says, with fallbacks. Read again when "
-        "it changes. Only for servers: LLM() names adapters itself.",
+        "YAML or JSON file of routes: public model names that lead to adapters by share, by "
+        "language or by other values in the request, with fallbacks. Read again when it "
+        "changes. Only for servers: LLM() names adapters itself.",
     )
     admin_key_file: str | None = _file(
-        "File with the operators' keys, one in each line: only they may load and "
-        "unload adapters, and only they are told folders. Without it MULTILORA_ADMIN_KEY "
-        "counts; without either, the API key is the operator's.",
+        "File with the operators' keys, one per line. Only operators may load and unload "
+        "adapters and see folders. Without this flag the MULTILORA_ADMIN_KEY environment "
+        "variable applies; without either, the API key is the operator's.",
     )
     tenants: str | None = _file(
-        "YAML or JSON file of tenants: which key is whose, the adapters and routes "
-        "that each may use and see, weights and limits. Read again when it changes. Only for "
-        "servers.",
+        "YAML or JSON file of tenants: their keys, the adapters and routes that each may use "
+        "and see, weights and limits. Read again when it changes. Only for servers.",
     )
     require_digest: str | None = _file(
-        "Serve adapters only with the digests that this file has for their names: a "
-        'JSON object, as vllm-multilora digest --json prints it; "*": "any" lets all others '
-        "be. Read again when it changes.",
+        "Serve an adapter only if it has the digest that this file lists for its name: a JSON "
+        'object, as vllm-multilora digest --json prints it; "*": "any" allows adapters that are '
+        "not listed. Read again when it changes.",
     )
     signing_keys: str | None = _file(
-        "Serve only adapters that are signed (OpenSSF model signing, model.sig in the "
-        "adapter's folder) by one of the public keys or certificates in this PEM file, and are "
-        "as they were signed. Read again for each adapter that is loaded. Needs "
-        "vllm-multilora[signing].",
+        "Serve an adapter only if it is signed (OpenSSF model signing, model.sig in its folder) "
+        "by one of the public keys or certificates in this PEM file, and has not changed since. "
+        "Read again for each adapter that is loaded. Needs vllm-multilora[signing].",
     )
     usage_log: str | None = _file(
-        "Append a line of JSON to this file for each prompt that was answered or given "
-        "up: time, tenant, route, adapter, version, tokens, status. Only for servers.",
+        "Append a line of JSON to this file for each prompt that was answered or abandoned: "
+        "time, tenant, route, adapter, version, tokens, status. Only for servers.",
     )
     usage_log_mib: float = _number(
         256.0,
         "MIB",
         _POSITIVE,
-        "Size at which the usage log is renamed, with the time added to its name, and "
-        "a new one begun (256 by default). Nothing is ever deleted.",
+        "Size at which the usage log is renamed, with the time added to its name, and a new one "
+        "is started (256 by default). Nothing is ever deleted.",
     )
     latency_metrics: bool = _switch(
         False,
-        "Add histograms of the time to the first token and between tokens by adapter "
+        "Add histograms by adapter of the time to the first token and the time per output token "
         "to the metrics: 19 more series for each adapter.",
     )
     metrics_max_adapters: int = _whole(
         200,
         range(100_000 + 1),
-        "Adapters with series of their own in the LoRA metrics; the others are counted "
+        "How many adapters get series of their own in the LoRA metrics; the others are counted "
         'together as lora_name="__other__".',
     )
     status_page: bool = _switch(
         True,
-        "Show the adapters, slots and host memory on a page for browsers, /multilora "
-        "(the default). The page itself is open to everybody; what it shows needs the keys "
-        "that GET /v1/lora_adapters needs.",
+        "Show the adapters, slots and host memory on a web page, /multilora (the default). "
+        "Anyone may open the page; its data needs the same key as GET /v1/lora_adapters.",
     )
     max_blends: int = _whole(
         32,
         range(1_000 + 1),
-        "Different blends of adapters that each tenant (all requests of no tenant "
-        "together) may have in use at a time; more are forgotten when nobody uses them, and "
-        "made again. 0: requests for blends are refused.",
+        "How many different blends of adapters each tenant may have in use at a time; all "
+        "requests without a tenant count as one tenant. Beyond that, blends that nobody uses "
+        "are forgotten, and made again when requested. 0 refuses requests for blends.",
     )
     pin: tuple[str, ...] = _list(
         "adapter names",
         "NAME",
-        "An adapter that keeps its slot once it has one; may be given several times, "
-        "for fewer adapters than --max-loras.",
+        "An adapter that keeps its slot once it has one. May be given several times, for fewer "
+        "adapters than --max-loras.",
     )
 
     def __post_init__(self) -> None:
@@ -303,15 +302,15 @@ class MultiLoRAConfig:
                 object.__setattr__(self, setting.name, tuple(dict.fromkeys(value)))
         if self.batch_invariant and self.backend in _NOT_INVARIANT:
             raise ConfigError(
-                f"{CONFIG_KEY}.batch_invariant does not go with the backend {self.backend!r}: "
+                f"{CONFIG_KEY}.batch_invariant cannot be used with the backend {self.backend!r}: "
                 f"{_NOT_INVARIANT[self.backend]}. Choose the backend 'auto', 'native' or 'triton', "
                 f"or leave batch_invariant out"
             )
         if self.signing_keys is not None and self.allow_pickle:
             raise ConfigError(
-                f"{CONFIG_KEY}.signing_keys and {CONFIG_KEY}.allow_pickle exclude each other: a "
-                "pickle is read too often for its signature to mean what is used. Sign "
-                "safetensors files"
+                f"{CONFIG_KEY}.signing_keys and {CONFIG_KEY}.allow_pickle cannot be used "
+                "together: a pickle is read several times, so its signature does not prove which "
+                "bytes are used. Sign safetensors files"
             )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Why an adapter could not be loaded, as a fact that may cross threads and processes."""
+"""Why an adapter could not be loaded, as a value that can be sent across threads and processes."""
 
 from __future__ import annotations
 

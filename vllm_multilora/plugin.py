@@ -1,4 +1,4 @@
-"""The entry points that vLLM calls; everything they do is in `integration/`."""
+"""The entry points that vLLM calls; all the work is in `integration/`."""
 
 from __future__ import annotations
 

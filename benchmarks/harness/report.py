@@ -47,8 +47,8 @@ def part(name: str) -> str:
     """What the page says of a benchmark."""
     found = registry.named(name)
     said = (
-        f"{found.workload}. Control: {found.control}. Figure: {found.figure}; beside it: "
-        f"{found.compares_to}."
+        f"{found.workload}. Control: {found.control}. Metric: {found.figure}. Compared "
+        f"with: {found.compares_to}."
     )
     lines = [textwrap.fill(said[0].upper() + said[1:], 140, break_on_hyphens=False)]
     for number, records in enumerate(measurements(found)):

@@ -344,15 +344,15 @@ TAMPERED: dict[Callable[[Site], None], tuple[Code, str]] = {
     flip_nested: (Code.NOT_AS_SIGNED, "training/log.txt"),
     cut_weights: (Code.NOT_AS_SIGNED, WEIGHTS),
     lengthen_weights: (Code.NOT_AS_SIGNED, WEIGHTS),
-    sign_by_another: (Code.WRONG_SIGNATURE, "which nobody trusts here"),
+    sign_by_another: (Code.WRONG_SIGNATURE, "which is not trusted here"),
     take_another_signature: (Code.NOT_AS_SIGNED, WEIGHTS),
     remove_signature: (Code.NOT_SIGNED, "no model.sig"),
-    empty_signature: (Code.WRONG_SIGNATURE, "no JSON"),
-    cut_signature: (Code.WRONG_SIGNATURE, "no JSON"),
+    empty_signature: (Code.WRONG_SIGNATURE, "not JSON"),
+    cut_signature: (Code.WRONG_SIGNATURE, "not JSON"),
     link_a_file: (Code.NOT_AS_SIGNED, "README.md is a link"),
     link_weights: (Code.NOT_AS_SIGNED, f"{WEIGHTS} is a link"),
     link_a_folder: (Code.NOT_AS_SIGNED, "training is a link"),
-    change_manifest: (Code.WRONG_SIGNATURE, "not of its manifest"),
+    change_manifest: (Code.WRONG_SIGNATURE, "does not match its manifest"),
     sign_without_weights: (Code.NOT_AS_SIGNED, f"{WEIGHTS} is not in the signature"),
     sign_that_weights_do_not_matter: (Code.NOT_AS_SIGNED, f"{WEIGHTS} is not in the signature"),
     sign_a_path_outside: (Code.WRONG_SIGNATURE, "'../b/README.md'"),
@@ -360,7 +360,7 @@ TAMPERED: dict[Callable[[Site], None], tuple[Code, str]] = {
     sign_a_file_twice: (Code.WRONG_SIGNATURE, "twice"),
     sign_by_a_broken_digest: (Code.WRONG_SIGNATURE, "'crc32'"),
     sign_another_kind_of_statement: (Code.WRONG_SIGNATURE, "slsa.dev"),
-    claim_to_be_of_sigstores_service: (Code.WRONG_SIGNATURE, "those of Sigstore's service"),
+    claim_to_be_of_sigstores_service: (Code.WRONG_SIGNATURE, "keyless ones can only be checked"),
 }
 
 

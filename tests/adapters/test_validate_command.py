@@ -31,7 +31,7 @@ def test_good_adapters_exit_with_zero(good, capsys):
     assert command(good) == 0
     table = capsys.readouterr().out
     assert f"{good}  ok\n" in table
-    assert table.endswith("1 adapters, 0 cannot be served\n")
+    assert table.endswith("1 adapter, 0 cannot be served\n")
 
 
 def test_one_bad_adapter_exits_with_one_and_every_problem_is_told(good, bad, capsys):
@@ -79,4 +79,4 @@ def test_a_base_model_that_cannot_be_had_exits_with_two(good, capsys):
     assert command(good, layout_of=fail) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "vllm-multilora validate: no such model\n"
+    assert captured.err == "vllm-multilora validate: error: no such model\n"

@@ -155,5 +155,8 @@ def test_without_cold_adapters_nothing_is_known_of_loads():
 
 def test_a_server_of_short_requests_is_refused():
     server, limits = Server(), Limits(16, 512, 64)
-    with pytest.raises(CalibrationError, match="takes 64 tokens a request, and at least 88 are"):
+    with pytest.raises(
+        CalibrationError,
+        match="accepts 64 tokens per request, but calibrating it needs at least 88",
+    ):
         Measuring(server, "base", limits, server.listed, "page cache").run()

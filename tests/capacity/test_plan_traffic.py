@@ -127,7 +127,7 @@ def test_what_was_not_calibrated_is_said(plan, trace, flags, said):
     [
         ("time,adapter\n0,a\n", "the header lacks prompt_tokens and generation_tokens"),
         ("", "the header lacks time and adapter and prompt_tokens and generation_tokens"),
-        (f"{HEADER}\n", "holds no request"),
+        (f"{HEADER}\n", "contains no requests"),
         (
             f"{HEADER}\n1,a,5,5\n0.5,a,5,5\n",
             "line 3: time 0.5 is before 1, the time of the request",
@@ -137,7 +137,7 @@ def test_what_was_not_calibrated_is_said(plan, trace, flags, said):
         (f"{HEADER}\n0,a,5,many\n", "generation_tokens must be a positive integer, got 'many'"),
         (f"{HEADER}\n0,a,5\n", "generation_tokens must be a positive integer, got None"),
         (f"{HEADER}\n0,acme,5,5\n", "adapter 'acme' is unknown: the calibration has a, b, and the"),
-        (f"{HEADER}\n0,a,120,9\n", "0 s has 120 + 9 tokens, and the calibrated server takes 128"),
+        (f"{HEADER}\n0,a,120,9\n", "0 s has 120 + 9 tokens, but the calibrated server accepts"),
     ],
 )
 def test_a_bad_trace_is_one_sentence(plan, trace, said):
@@ -170,17 +170,17 @@ def changed(**attributes):
         (changed(surprise=1), "contains unknown field `surprise`"),
         (changed(format=7), "has format 7, this version reads 2"),
         (changed(step_s={"step": 1.0}), "step_s has step; expected"),
-        (changed(request_s=-1.0), "a cost is below 0"),
-        (changed(request_beside_s=-1.0), "a cost is below 0"),
+        (changed(request_s=-1.0), "a cost is negative"),
+        (changed(request_beside_s=-1.0), "a cost is negative"),
         (
             changed(step_s=dict.fromkeys(calibration().step_s, 0.0)),
             "a step takes no time",
         ),
         (
             changed(versions={"vllm-multilora": "0.0.1"}),
-            f"was measured with vllm-multilora 0.0.1, and here is {__version__}; calibrate",
+            f"was measured with vllm-multilora 0.0.1, but {__version__} is installed; calibrate",
         ),
-        (changed(loads=None), "the calibration knows nothing of loads: calibrate a server that"),
+        (changed(loads=None), "the calibration has no times of loads: calibrate a server that"),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused(plan, measured, said):
@@ -196,7 +196,7 @@ def test_another_vllm_is_refused_and_another_build_of_it_is_not(plan, monkeypatc
     monkeypatch.setattr(plan_traffic, "versions_here", lambda: here)
     assert plan(measured=changed(versions=here | {"vllm": "0.32.0"}))[0] == 0
     _, _, err = plan(measured=changed(versions=here | {"vllm": "0.31.0"}))
-    assert "was measured with vllm 0.31.0, and here is 0.32.0+cpu; calibrate a server" in err
+    assert "was measured with vllm 0.31.0, but 0.32.0+cpu is installed; calibrate a server" in err
 
 
 @pytest.mark.parametrize("model", ["base", "/models/tiny", "/models/tiny/"])
@@ -207,11 +207,11 @@ def test_the_model_is_compared_where_it_is_given(plan, model):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--model", "/models/large"), "was measured with the model base alias /models/tiny, and"),
+        (("--model", "/models/large"), "was measured with the model base alias /models/tiny, but"),
         (("--max-loras", 0), "the number of slots must be a positive integer, got 0"),
         (("--max-num-seqs", 0), "concurrency must be at least 1, got 0"),
         (("--max-num-batched-tokens", 3), "3 is less than --max-num-seqs 4, which vLLM refuses"),
-        (("--max-cpu-loras", 1), "1 adapters are fewer than 2 slots"),
+        (("--max-cpu-loras", 1), "got 1 for 2 slots"),
         (("--cpu-cache-gib", -1), "--cpu-cache-gib -1 must be a positive number of MiB"),
         (("--cpu-cache-gib", 0.001), "adapter 'a' has 2.0 MiB, more than the whole CPU budget"),
         (("--policy", "best"), "unknown cache policy 'best'"),

@@ -134,7 +134,7 @@ def test_sizes_come_from_a_file_or_a_mix_of_ranks(trace, tmp_path, capsys):
         (["no-such-trace.csv"], "no-such-trace.csv: cannot be read"),
         ([*SMALL, "--policy", "lur"], "unknown cache policy 'lur'; did you mean 'lru'?"),
         ([*SMALL, "--max-loras", "0"], "number of slots must be a positive integer, got 0"),
-        ([*SMALL, "--max-cpu-loras", "3"], "3 adapters are fewer than 4 slots"),
+        ([*SMALL, "--max-cpu-loras", "3"], "got 3 for 4 slots"),
         ([*SMALL, "--concurrency", "0"], "concurrency must be at least 1, got 0"),
         ([*SMALL, "--cpu-cache-gib", "-1"], "--cpu-cache-gib -1 must be a positive number of MiB"),
         ([*SMALL, "--cpu-cache-gib", "1e308"], "--cpu-cache-gib 1e+308 must be a positive number"),

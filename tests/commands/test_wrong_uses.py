@@ -57,8 +57,8 @@ WRONG = [
     ("simulate --synthetic zipf --requests 0", "got 0"),
     ("simulate --synthetic zipf --adapters 0", "got 0"),
     # status and advise
-    ("status --url nonsense", "is no address of a server: expected http://HOST:PORT"),
-    ("status --url ftp://localhost", "is no address of a server"),
+    ("status --url nonsense", "is not a server address: expected http://HOST:PORT"),
+    ("status --url ftp://localhost", "is not a server address"),
     ("status --url {nobody}", "cannot be reached: Connection refused"),
     ("status --url {nobody} --json", "cannot be reached"),
     ("status --watch often", "invalid float value: 'often'"),
@@ -67,12 +67,12 @@ WRONG = [
     ("advise --url {nobody}", "cannot be reached"),
     ("advise --url {nobody} --window 0", "--window must be a positive number of seconds"),
     ("advise --url {nobody} --window soon", "invalid float value: 'soon'"),
-    ("advise --url {nobody} --match job=a", "--match chooses among the servers"),
+    ("advise --url {nobody} --match job=a", "--match needs --prometheus"),
     ("advise --prometheus {nobody}", "cannot be reached"),
-    ("advise --prometheus {nobody} --window 1e9", "(a day) at most"),
-    ("advise --prometheus localhost:9090", "is no address of a server"),
+    ("advise --prometheus {nobody} --window 1e9", "at most 86400 s (a day)"),
+    ("advise --prometheus localhost:9090", "is not a server address"),
     # store and tenants
-    ("store --describe", "no store of this user runs"),
+    ("store --describe", "no store of this user is running"),
     ("store describe", "unrecognized arguments: describe"),
     ("tenants", "the following arguments are required"),
     ("tenants burn", "invalid choice: 'burn'"),
@@ -96,7 +96,7 @@ WRONG = [
     ("calibrate", "required: --max-num-seqs, --max-num-batched-tokens"),
     (f"{CALIBRATE} 1 --max-num-batched-tokens 64", "--max-num-seqs must be at least 2"),
     (f"{CALIBRATE} 64 --max-num-batched-tokens 16", "got 64 and 16"),
-    (f"{CALIBRATE} 4 --max-num-batched-tokens 64 --url nonsense", "is no address of a server"),
+    (f"{CALIBRATE} 4 --max-num-batched-tokens 64 --url nonsense", "is not a server address"),
     (f"{CALIBRATE} 4 --max-num-batched-tokens 64 --url {{nobody}}", "cannot be reached"),
     ("validate", "the following arguments are required: DIR, --model"),
     ("validate {folder}", "the following arguments are required: --model"),
@@ -116,8 +116,8 @@ WRONG = [
     # completion
     ("completion", "the following arguments are required: shell"),
     ("completion cmd", "invalid choice: 'cmd'"),
-    ("doctor --against {missing}", "has no vLLM"),
-    ("doctor --against {folder}", "has no vLLM"),
+    ("doctor --against {missing}", "does not exist: expected a wheel"),
+    ("doctor --against {folder}", "contains no vLLM"),
 ]
 
 

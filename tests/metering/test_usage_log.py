@@ -1,12 +1,15 @@
 """The usage log: whole lines, none of them in anybody's way, and said where some are missing."""
 
+import errno
 import json
 import multiprocessing
+import os
 import threading
 
 import pytest
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.metering import usage_log
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
 
@@ -90,6 +93,37 @@ def test_a_slow_disk_costs_lines_and_no_time_and_the_log_says_how_many(tmp_path,
     found = lines(tmp_path)
     assert [line["request_id"] for line in found if "request_id" in line] == ["first", "0", "1"]
     assert [line["dropped"] for line in found if "dropped" in line] == [3]
+
+
+def test_a_full_disk_costs_whole_lines_and_the_log_says_how_many(tmp_path, monkeypatch, caplog):
+    is_full, has_failed = threading.Event(), threading.Event()
+    write, complain = os.write, UsageLog._complain
+
+    def filling(descriptor, content):
+        if not is_full.is_set():
+            return write(descriptor, content)
+        if len(content) > 10:
+            return write(descriptor, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def told(self, why):
+        complain(self, why)
+        has_failed.set()
+
+    monkeypatch.setattr(usage_log.os, "write", filling)
+    monkeypatch.setattr(UsageLog, "_complain", told)
+    log = UsageLog(tmp_path / "usage", BIG)
+    is_full.set()
+    log.write(Usage("lost"))
+    assert has_failed.wait(60)
+    assert (tmp_path / "usage").read_bytes() == b""
+    is_full.clear()
+    log.write(Usage("kept"))
+    log.close()
+    first, second = lines(tmp_path)
+    assert first["request_id"] == "kept"
+    assert second["dropped"] == 1
+    assert "No space left on device" in caplog.text
 
 
 def test_a_folder_that_is_not_there_is_said_at_the_start(tmp_path):

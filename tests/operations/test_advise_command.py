@@ -114,9 +114,9 @@ def test_a_past_window_of_prometheus(prometheus, capsys):
         (["--url", "{url}"], "/metrics answers 404"),
         (["--url", "http://127.0.0.1:9"], "cannot be reached"),
         (["--prometheus", "{url}"], "/api/v1/query_range answers 404"),
-        (["--prometheus", "{url}", "--window", "86401"], "a day) at most"),
+        (["--prometheus", "{url}", "--window", "86401"], "at most 86400 s (a day)"),
         (["--url", "{url}", "--window", "0"], "--window must be a positive number"),
-        (["--url", "{url}", "--match", 'job="a"'], "--match chooses among"),
+        (["--url", "{url}", "--match", 'job="a"'], "--match needs --prometheus"),
     ],
 )
 def test_what_cannot_be_told_is_a_status_of_its_own(site, arguments, message, capsys):

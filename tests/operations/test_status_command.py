@@ -58,7 +58,7 @@ def test_the_table_has_the_nearest_adapters_first_and_errors_below():
     lines = table(LISTING, now=NOW)
     assert lines[:3] == [
         "slots        1 of 8",
-        "host memory  1 adapters, 84 MB of 2000 MB",
+        "host memory  1 adapter, 84 MB of 2000 MB",
         "registered   3",
     ]
     header, hot, broken, cold = (line.split() for line in lines[4:8])
@@ -111,8 +111,8 @@ def test_the_key_of_a_guarded_server(site, capsys, monkeypatch):
     ("answer", "message"),
     [
         ((404, "Not Found"), "is it a vLLM server with vllm-multilora and --enable-lora?"),
-        ((200, "hello"), "something else than JSON"),
-        ((200, "{}"), "something else than a list of adapters"),
+        ((200, "hello"), "did not answer with JSON"),
+        ((200, "{}"), "did not answer with a list of adapters"),
     ],
 )
 def test_servers_that_do_not_say(site, answer, message, capsys):

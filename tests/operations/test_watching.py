@@ -117,5 +117,5 @@ def test_without_lora_metrics_nothing_can_be_told(seen):
 
 
 def test_what_is_no_exposition_is_said_to_be_none():
-    with pytest.raises(UnreachableError, match="no Prometheus text"):
+    with pytest.raises(UnreachableError, match="did not answer in Prometheus's text format"):
         parse_exposition('{"error": "not found"}', 0)

@@ -116,8 +116,8 @@ def test_a_route_may_not_have_the_name_of_something_that_is_served():
 
 
 BROKEN = {
-    "no-yaml": ("routes: a: b", 1, "", "no YAML"),
-    "tab": ("routes:\n\ta: b", 2, "", "no YAML"),
+    "no-yaml": ("routes: a: b", 1, "", "invalid YAML"),
+    "tab": ("routes:\n\ta: b", 2, "", "invalid YAML"),
     "empty": ("", None, "", "found nothing, expected one key, routes"),
     "list": ("- a", 1, "", "expected one key, routes"),
     "other-key": ("version: 1\nroutes: {}", 1, "", "found version, routes, expected one key"),
@@ -182,7 +182,12 @@ BROKEN = {
     ),
     "chain": ("routes:\n  a: b\n  b: c", 2, "routes.a", "found the route 'b', expected an adapter"),
     "chain-in-split": ("routes:\n  a: {split: {a: 1}}", 2, "routes.a.split.a", "found the route"),
-    "self-containing": ("routes: &all\n  a: *all", 2, "routes.a", "alias of what it is part of"),
+    "self-containing": (
+        "routes: &all\n  a: *all",
+        2,
+        "routes.a",
+        "alias of an object that contains it",
+    ),
 }
 
 
@@ -199,7 +204,7 @@ def test_an_error_names_file_line_and_key_and_says_what_is_expected(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"routes": {"r": "a",}}', "routes.json, line 1: found no JSON: "),
+        ('{"routes": {"r": "a",}}', "routes.json, line 1: found invalid JSON: "),
         ('{"routes":\n {"r": "a", "r": "b"}}', "routes.json: found the key 'r' twice"),
         ('{"routes": {"r": {"split": {"a": "x"}}}}', "routes.json, routes.r.split.a: found 'x'"),
     ],

@@ -102,7 +102,7 @@ def test_a_store_that_goes_by_tokens_alone_is_refused(
     }
     transfer = KVTransferConfig(**(several if is_nested else tokens))
     with (
-        pytest.raises(ConfigError, match="ExampleConnector finds blocks by their tokens alone"),
+        pytest.raises(ConfigError, match="ExampleConnector looks up blocks by their tokens alone"),
         running_engine(llama.base, kv_transfer_config=transfer),
     ):
         pass
@@ -132,5 +132,7 @@ def test_of_a_store_that_nobody_knows_the_log_warns(
         )
     finally:
         logger.removeHandler(caplog.handler)
-    warned = [record for record in caplog.records if "adapters are answered" in record.message]
+    warned = [
+        record for record in caplog.records if "does not know the KV connector" in record.message
+    ]
     assert bool(warned) is not is_known

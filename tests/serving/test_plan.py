@@ -216,8 +216,8 @@ def test_the_command(llama_8b, capsys):
     [
         ("nothing-here", (), "there is no such folder"),
         ("", (), "local directory that contains a recognized configuration file"),
-        ("mamba", (), "vLLM has no LoRA for MambaForCausalLM"),
-        ("llama", ("--max-lora-rank", "17"), "max_lora_rank is 17, and vLLM takes one of 1, 8, 16"),
+        ("mamba", (), "vLLM does not support LoRA for MambaForCausalLM"),
+        ("llama", ("--max-lora-rank", "17"), "max_lora_rank is 17, but vLLM accepts only 1, 8, 16"),
         ("llama", ("--tensor-parallel-size", "3"), "must be divisible by tensor parallel size"),
         (
             "llama",

@@ -97,5 +97,5 @@ def test_unpinning_takes_back_what_a_call_did() -> None:
 
 
 def test_settings_that_pin_every_slot_are_refused() -> None:
-    with pytest.raises(ConfigError, match="settings pin 2 adapters and there are 2 slots, one of"):
+    with pytest.raises(ConfigError, match="settings pin 2 adapters, but there are 2 slots and one"):
         Pins(2, ["acme", "globex"])

@@ -63,14 +63,14 @@ def test_a_timed_trace_says_how_much_is_asked_for_and_serves_simulate_too(write)
     [
         ("t.csv", "when,adapter\n", "t.csv, line 1: the header lacks time .found: when, adapter"),
         ("t.csv", "", "t.csv, line 1: the header lacks time and adapter .found: nothing"),
-        ("t.csv", "time,adapter\n", "t.csv: holds no request"),
+        ("t.csv", "time,adapter\n", "t.csv: contains no requests"),
         ("t.csv", "time,adapter\n1,a\nsoon,b\n", "t.csv, line 3: time .* number, got 'soon'"),
         ("t.csv", "time,adapter\n1,a\nnan,b\n", "t.csv, line 3: time must be a finite number"),
         ("t.csv", "time,adapter\n1,a\n2,\n", "t.csv, line 3: adapter must be a name, got ''"),
         ("t.csv", "time,adapter\n1,a\n2\n", "t.csv, line 3: adapter must be a name, got None"),
         ("t.csv", "time,adapter,bytes\n1,a,-5\n", "t.csv, line 2: bytes must be a positive in"),
         ("t.csv", "time,adapter,bytes\n1,a,5\n2,a,6\n", "line 3: adapter 'a' has 6 bytes .* 5 bef"),
-        ("t.jsonl", '{"time": 1, "adapter": "a"}\n{"time"\n', "t.jsonl, line 2: no JSON"),
+        ("t.jsonl", '{"time": 1, "adapter": "a"}\n{"time"\n', "t.jsonl, line 2: invalid JSON"),
         ("t.jsonl", "[1]\n", r"t.jsonl, line 1: expected a JSON object, got \[1\]"),
         ("t.jsonl", '{"time": true, "adapter": "a"}\n', "line 1: time must be .* got True"),
         ("t.jsonl", '{"time": 1, "adapter": 7}\n', "line 1: adapter must be a name, got 7"),
@@ -152,7 +152,7 @@ def test_sizes_are_read_in_mib(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 80,\n}', "s.json, line 2: no JSON"),
+        ('{"a": 80,\n}', "s.json, line 2: invalid JSON"),
         ("[80]", "s.json: expected an object such as"),
         ('{"a": "80"}', "s.json: adapter 'a' must have a positive MiB, got '80'"),
         ('{"a": 0}', "s.json: adapter 'a' must have a positive MiB, got 0"),

@@ -61,5 +61,5 @@ def test_a_repository_is_its_snapshot(hub: Path) -> None:
 
 @pytest.mark.parametrize("name", ["acme/unknown", "not/a/repository", "acme/me\ndical"])
 def test_what_the_hub_does_not_have_is_not_found(hub: Path, name: str) -> None:
-    with pytest.raises(AdapterNotFoundError, match="is no folder here"):
+    with pytest.raises(AdapterNotFoundError, match="is not a folder here"):
         fetched(name, is_allowed=True)

@@ -70,7 +70,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing_behind(by_hand, store_folder):
 
 def test_a_second_one_is_refused(by_hand, store_folder, capsys):
     assert main(["store"]) == 2
-    assert f"runs already, at {socket_path(store_folder)}" in capsys.readouterr().err
+    assert f"is already running at {socket_path(store_folder)}" in capsys.readouterr().err
 
 
 def test_the_place_of_a_store_that_was_killed_is_taken(by_hand, store_folder):
@@ -83,7 +83,7 @@ def test_the_place_of_a_store_that_was_killed_is_taken(by_hand, store_folder):
 
 def test_describing_starts_no_store(store_folder, capsys):
     assert main(["store", "--describe"]) == 2
-    assert f"no store of this user runs (none listens at {socket_path(store_folder)})" in (
+    assert f"no store of this user is running (none listens at {socket_path(store_folder)})" in (
         capsys.readouterr().err
     )
     assert not socket_path(store_folder).exists()
@@ -99,7 +99,7 @@ def test_a_store_that_does_not_answer_is_given_up(by_hand):
 
 def test_json_without_describe_is_refused(store_folder, capsys):
     assert main(["store", "--json"]) == 2
-    assert "give both" in capsys.readouterr().err
+    assert "needs --describe" in capsys.readouterr().err
 
 
 def test_the_table_names_memory_loads_protection_and_clients():

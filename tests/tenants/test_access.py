@@ -323,7 +323,9 @@ def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch
 
 
 def test_a_tenants_key_is_nobody_elses(tenants):
-    with pytest.raises(DocumentError, match="'acme' that is the server's admin key or API key"):
+    with pytest.raises(
+        DocumentError, match="'acme' that is also the server's admin key or API key"
+    ):
         Access(admin_keys=[ACME], tenants_path=str(tenants))
 
 
@@ -412,7 +414,7 @@ def engine(tenants, *, lora=True):
 
 
 def test_a_server_that_would_guard_nothing_does_not_start(tenants):
-    with pytest.raises(ConfigError, match="guard nothing here"):
+    with pytest.raises(ConfigError, match="protect nothing here"):
         check_access(engine(tenants, lora=False), UsageContext.OPENAI_API_SERVER)
 
 

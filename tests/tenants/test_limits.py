@@ -42,7 +42,7 @@ def test_calls_wait_in_order_and_then_are_refused():
         found = account(running=1, waiting=2)
         first, second, third = (found.begin() for _ in range(3))
         assert [turn.done() for turn in (first, second, third)] == [True, False, False]
-        with pytest.raises(LimitReachedError, match="1 calls at a time") as caught:
+        with pytest.raises(LimitReachedError, match="1 calls may run at a time") as caught:
             found.begin()
         assert caught.value.retry_after_s == 1
         found.end()
@@ -122,7 +122,7 @@ def test_tokens_are_charged_as_they_come():
         tokens = 20
         found.begin()
         tokens, ended = 90, True
-        with pytest.raises(LimitReachedError, match="60 tokens a minute") as caught:
+        with pytest.raises(LimitReachedError, match="60 tokens per minute") as caught:
             found.begin()
         assert caught.value.retry_after_s == 61
         tokens = 1000  # nobody looks any more

@@ -79,10 +79,10 @@ def tenant(text):
         (f"tenants: {{{'a' * 65}: {{}}}}", "expected 1 to 64 letters"),
         ("tenants: {a: {}}", "tenants.a.keys: found nothing, expected a list of hashed keys"),
         ("tenants: {a: {keys: []}}", "at least one"),
-        ("tenants: {a: {keys: [sk-secret]}}", "vllm-multilora tenants hash makes it"),
+        ("tenants: {a: {keys: [sk-secret]}}", "vllm-multilora tenants hash makes one"),
         (
             f'tenants: {{a: {{keys: ["{KEY}"]}}, b: {{keys: ["{KEY}"]}}}}',
-            "tenants.b.keys.0: found a key that 'a' has too",
+            "tenants.b.keys.0: found a key that 'a' has, too",
         ),
         (tenant("kyes: []"), "tenants.acme.kyes: found an unknown key.*did you mean keys"),
         (tenant("adapters: all"), "found a text of 3 characters, expected a list of names"),

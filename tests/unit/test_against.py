@@ -156,4 +156,6 @@ def test_what_differs_in_another_vllm_is_told(
 
 def test_a_path_without_vllm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--against", str(tmp_path / "nothing")]) == 2
-    assert "has no vLLM: expected a wheel" in capsys.readouterr().err
+    assert "/nothing does not exist: expected a wheel" in capsys.readouterr().err
+    assert main(["doctor", "--against", str(tmp_path)]) == 2
+    assert "contains no vLLM: expected a wheel" in capsys.readouterr().err

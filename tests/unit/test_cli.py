@@ -83,12 +83,21 @@ def test_help_and_wrong_arguments_import_nothing_heavy(arguments, status, text):
 def test_examples_are_in_the_help_and_can_be_parsed(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().out.replace(" \\\n      ", " ")
     for example in COMMANDS[name].examples:
         assert f"\n  vllm-multilora {example}\n" in shown
         words = shlex.split(example.partition(">")[0])
         assert words[0] == name
         assert parser_of([name]).parse_args(words).run
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help_fits_a_terminal_of_usual_width(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([*words, "--help"])
+    _usage, _, text = capsys.readouterr().out.partition("\n\n")  # argparse breaks no alternatives
+    assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

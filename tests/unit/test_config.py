@@ -38,7 +38,7 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         ({"signing_keys": ""}, "multilora.signing_keys must be the path of a file, got ''"),
         (
             {"signing_keys": "keys.pem", "allow_pickle": True},
-            "multilora.signing_keys and multilora.allow_pickle exclude each other",
+            "multilora.signing_keys and multilora.allow_pickle cannot be used together",
         ),
         ({"fair_shares": "yes"}, "multilora.fair_shares must be true or false, got 'yes'"),
         ({"max_blends": -1}, "multilora.max_blends must be a whole .* got -1"),

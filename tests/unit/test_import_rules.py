@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, no circles, one place that changes vLLM, no huge class."""
+"""Import layers, no import cycles, one place that changes vLLM, no huge class."""
 
 import ast
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ PACKAGES = {
     "tools": ROOT / "tools",
 }
 
-FLOORS = (
+LAYERS = (
     ("multilora_kernels",),
     (
         "vllm_multilora.errors",
@@ -36,7 +36,7 @@ FLOORS = (
     ("vllm_multilora.cli",),
     ("tools",),
 )
-"""The lowest first. A module imports from its own floor and from those below it."""
+"""The lowest first. A module imports from its own layer and from those below it."""
 
 VLLM_IMPORTERS = ("vllm_multilora.integration", "tools")
 
@@ -76,18 +76,18 @@ MODULES = dict(found_modules())
 IMPORTS = {name: imports_of(file) for name, file in MODULES.items()}
 
 
-def floor_of(name: str) -> int | None:
-    return next((i for i, floor in enumerate(FLOORS) if any(is_in(name, p) for p in floor)), None)
+def layer_of(name: str) -> int | None:
+    return next((i for i, layer in enumerate(LAYERS) if any(is_in(name, p) for p in layer)), None)
 
 
 def test_modules_import_only_what_their_floor_allows():
     wrong = []
     for name, imported in IMPORTS.items():
-        own = floor_of(name)
+        own = layer_of(name)
         if name == "vllm_multilora":  # the package itself: only its version lives there
             own = -1
-        assert own is not None, f"{name} has no floor; add it to FLOORS"
-        wrong += [f"{name} imports {i}" for i in imported if (floor_of(i) or 0) > max(own, 0)]
+        assert own is not None, f"{name} has no layer; add it to LAYERS"
+        wrong += [f"{name} imports {i}" for i in imported if (layer_of(i) or 0) > max(own, 0)]
         if not any(is_in(name, importer) for importer in VLLM_IMPORTERS):
             wrong += [f"{name} imports {i}" for i in imported if is_in(i, "vllm")]
     assert not wrong, "\n".join(sorted(wrong))

@@ -79,7 +79,7 @@ def test_a_broken_file_leaves_the_routes_and_is_logged_once(path, caplog):
         assert not file.refresh()
     assert names(file) == ["one"]
     assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert "no YAML" in caplog.text
+    assert "invalid YAML" in caplog.text
     path.write_text("routes: {one: 7}")
     assert not file.refresh()
     assert len(caplog.records) == 2

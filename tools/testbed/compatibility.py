@@ -58,14 +58,14 @@ ROWS = (
     Row(
         "scoring and classification of requests",
         SAME_PATH,
-        "With the base model's head, and with heads that adapters bring, saved whole or adapted.",
+        "With the base model's head, and with adapters' own heads, saved whole or adapted.",
     ),
     Row(
         "classification of tokens",
         SAME_PATH,
         "Tested by `make test`, with 0.32 and the first model runner: with the base model's head. "
-        "Adapters that bring one are refused, but by 0.33 for a few models; that is tested at the "
-        "interface of vLLM's layers.",
+        "Adapters with a head of their own are refused, except by 0.33 for a few models; that is "
+        "tested at the interface of vLLM's layers.",
     ),
     Row(
         "MoE formats",
@@ -100,7 +100,7 @@ ROWS = (
         "DP 2",
         SAME_PATH,
         "Tested by `make test`, with 0.32 and the first model runner. vLLM's CPU worker of 0.33 "
-        "takes no two engines on one NUMA node, so that the smoke tests have none of it.",
+        "does not accept two engines on one NUMA node, so the smoke tests leave it out.",
     ),
     Row("several API servers", SAME_PATH, "As DP 2, with two engines."),
     Row("registration over HTTP"),
@@ -112,18 +112,18 @@ ROWS = (
     Row(
         "sleep",
         SAME_PATH,
-        "vLLM's sleep mode needs a GPU. That adapters return to slots whose memory is lost is "
-        "tested with memory that is overwritten.",
+        "vLLM's sleep mode needs a GPU. The return of adapters to slots whose memory is lost is "
+        "tested by overwriting that memory.",
     ),
     Row(
         "pipeline parallelism",
         SAME_PATH,
-        "A stage's adapters are those of its layers. vLLM's CPU build cannot run it.",
+        "Each stage holds the adapters of its own layers. vLLM's CPU build cannot run it.",
     ),
     Row(
         "vLLM's front end in Rust",
         NO,
-        "It loads no plugins: the server warns of what is missing when it starts.",
+        "It loads no plugins; the server warns about what is missing when it starts.",
     ),
 )
 
@@ -137,22 +137,23 @@ def _lines(results: Mapping[str, Result]) -> Iterator[str]:
     yield "# Compatibility"
     yield ""
     yield (
-        "What is tested with which vLLM and model runner. `make test-all` runs the tests, all of "
-        "them with real vLLM on a CPU,"
+        "This page shows what is tested with which version of vLLM and which model runner. "
+        "`make test-all` runs the tests, all of"
     )
     yield (
-        "and compares answers with PEFT's; this page is written from what they have shown "
-        "(`python -m tools.testbed.compatibility`)."
+        "them with real vLLM on a CPU, and compares answers with PEFT's. The page is generated "
+        "from their results"
+    )
+    yield "(`python -m tools.testbed.compatibility`)."
+    yield ""
+    yield (
+        "vLLM has two model runners. On CUDA it uses the second by default. Its CPU builds use the "
+        "first, and can run the second only"
     )
     yield (
-        "vLLM has two model runners. On CUDA it chooses the second by default; its builds for CPUs "
-        "choose the first, and run"
+        "with a Triton that has a backend for CPUs: [the test bed](../tools/testbed/README.md) has "
+        "one, which interprets."
     )
-    yield (
-        "the second only with a Triton that has a backend for CPUs, for which "
-        "[the test bed](../tools/testbed/README.md) has one"
-    )
-    yield "that interprets."
     yield ""
     yield f"| feature | {' | '.join(map(_title, RUNS))} |"
     yield f"|---|{'---|' * len(RUNS)}"
@@ -166,13 +167,13 @@ def _lines(results: Mapping[str, Result]) -> Iterator[str]:
         yield f"| {row.feature}{mark} | {' | '.join(cells)} |"
     yield ""
     yield f"* `{TESTED}`: tests of it have passed."
-    yield f"* `{SAME_PATH}`: not tested there; it takes the same way through the code as what is."
-    yield f"* `{NO}`: it does not work together, for the reason given."
+    yield f"* `{SAME_PATH}`: not tested there, but the same path through the code as where it is."
+    yield f"* `{NO}`: they do not work together, for the reason given."
     yield "* `-`: the smoke tests have not run there yet."
     yield ""
     yield from (f"{number}. {note}" for number, note in enumerate(notes, 1))
     yield ""
-    yield "| run | vLLM | tests passed | entries of the ledger that were called |"
+    yield "| run | vLLM | tests passed | ledger entries called |"
     yield "|---|---|---|---|"
     for run in RUNS:
         if (result := results.get(run)) is not None:
@@ -180,19 +181,19 @@ def _lines(results: Mapping[str, Result]) -> Iterator[str]:
     called = {name for result in results.values() for name in result.called}
     missed = [f"`{patch.name}`" for patch in PATCHES if patch.name not in called]
     yield ""
-    yield f"Entries that none of these runs has called: {', '.join(missed) or 'none'}."
+    yield f"Ledger entries that no run has called: {', '.join(missed) or 'none'}."
     yield ""
     yield "## A newer vLLM"
     yield ""
     yield (
-        "`vllm-multilora doctor --against WHEEL-OR-DIR` says within a minute what another vLLM "
-        "changes for the plugin, from"
+        "`vllm-multilora doctor --against WHEEL-OR-DIR` reports within a minute what another "
+        "version of vLLM changes for the plugin. It"
     )
     yield (
-        "its source alone: whether everything that the plugin replaces, extends or imports is "
-        "there, with the parameters"
+        "reads that version's source only, and checks that everything that the plugin replaces, "
+        "extends or imports is there, with the"
     )
-    yield "that it had in the versions above."
+    yield "same parameters as in the versions above."
 
 
 def _title(run: str) -> str:

@@ -1,13 +1,13 @@
-"""A LoRA checkpoint on disk, and what the running base model takes of it.
+"""A LoRA checkpoint on disk, and what of it the running base model accepts.
 
     with open_adapter(path, Rules()) as source:
         intake = source.check(layouts)
         taken = intake.read(addresses, places)
 
-`names` and `config` read what PEFT wrote, `folder` opens the files, `layout` says what the base
-model accepts on each worker, `validation` names all that does not fit, and `intake` reads an
-adapter once and packs it into memory. Nothing here knows vLLM, and nothing needs PyTorch but
-`pickled`, where pickles are allowed.
+`names` and `config` read what PEFT wrote, `folder` opens the files, `layout` describes what the
+base model accepts on each worker, `validation` reports everything that does not fit, and `intake`
+reads an adapter once and packs it into memory. Nothing here depends on vLLM, and only `pickled`,
+for servers that allow pickles, needs PyTorch.
 """
 
 from vllm_multilora.adapters.config import AdapterConfig

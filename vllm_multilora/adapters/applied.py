@@ -1,4 +1,4 @@
-"""What of an adapter is applied: modules, tensors, and the factors of their values."""
+"""What of an adapter is applied: modules, tensors, and their scaling factors."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""Takes a blend in: opens and checks its parts as any adapters, and packs them side by side.
+"""Takes a blend in: opens and checks its parts like any adapters, and packs them side by side.
 
     with open_blend(blend, rules) as source:
         intake = source.check(layouts)
         taken = intake.read(addresses, places)
 
-Each part's files are opened once and read once, under all the rules of an adapter that is asked for
-by itself. Scales and weights go into the values of B on their way into the pack, so parts may
-differ in rank, alpha and modules. Not every adapter is a sum that others can be added to: see
-`_misfits`.
+Each part's files are opened once and read once, under all the rules that apply to an adapter on its
+own. Scales and weights are multiplied into the values of B on their way into the pack, so parts may
+differ in rank, alpha and modules. Not every adapter can be part of a sum: see `_misfits`.
 """
 
 from __future__ import annotations

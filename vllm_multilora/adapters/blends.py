@@ -1,9 +1,9 @@
 """Blends: several adapters with a weight each, served as one.
 
-What a blend computes is the sum of its parts' products, each times its weight: the ranks stand side
-by side, as PEFT's `add_weighted_adapter` puts them with `combination_type="cat"`. It has no files.
-Where other adapters have a folder it has a text, its `source`, which names the folders and weights
-of its parts.
+A blend computes the sum of its parts' products, each times its weight: the ranks stand side by
+side, as in PEFT's `add_weighted_adapter` with `combination_type="cat"`. A blend has no files. Where
+other adapters have a folder, it has a text, its `source`, which names the folders and weights of
+its parts.
 """
 
 from __future__ import annotations

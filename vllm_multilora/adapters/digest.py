@@ -1,4 +1,4 @@
-"""What tells one adapter from another: a digest of all that decides what it computes.
+"""A digest that identifies an adapter: it covers everything that decides what it computes.
 
 It is BLAKE3 over
 

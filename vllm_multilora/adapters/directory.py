@@ -1,8 +1,8 @@
-"""Directories whose sub-folders are adapters: what is there, and what of it has changed.
+"""Directories whose sub-folders are adapters: what is in them, and what has changed.
 
-Nothing is opened here. A folder is an adapter if it has an `adapter_config.json`, and a version of
-it is told from another by the fingerprints of its two files, so that looking at thousands of
-folders takes milliseconds.
+Nothing is opened here. A folder is an adapter if it has an `adapter_config.json`, and its versions
+are told apart by the fingerprints of its two files, so that looking at thousands of folders takes
+milliseconds.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def require_directories(directories: Sequence[str]) -> None:
             os.scandir(directory).close()
         except OSError as error:
             raise ConfigError(
-                f"{CONFIG_KEY}.adapter_dir names {directory!r}, which is no directory that the "
-                f"server can read ({error.strerror}): create it, or correct "
+                f"{CONFIG_KEY}.adapter_dir names {directory!r}, which is not a directory that "
+                f"the server can read ({error.strerror}): create it, or correct "
                 "--multilora-adapter-dir"
             ) from error
 

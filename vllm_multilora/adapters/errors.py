@@ -1,4 +1,4 @@
-"""What can be wrong with an adapter's files; each message names the file and the tensor or key."""
+"""Exceptions for an adapter's files; each message names the file and the tensor or key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells one state of a file from another."""
+"""A fingerprint that tells one state of a file from another."""
 
 from __future__ import annotations
 

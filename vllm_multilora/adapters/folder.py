@@ -1,4 +1,4 @@
-"""An adapter's folder, opened once, and its files, opened without following surprises."""
+"""An adapter's folder, opened once, and its files, opened without following links."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
         intake = source.check(layouts)
         taken = intake.read(addresses, places)
 
-This is what processes run that hold nothing worth taking: everything that a customer wrote is
-parsed here, and nothing here needs PyTorch (but for pickles, where they are allowed).
+This runs in processes that hold nothing worth stealing: everything that a customer wrote is parsed
+here, and nothing here needs PyTorch (except for pickles, if they are allowed).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""JSON of strangers, parsed in bounded time and memory.
+"""Parses untrusted JSON in bounded time and memory.
 
-Python makes a list of 64 bytes from two characters, `[]`, and a number of 24 from two more. So what
-a text would become is counted before it is parsed. That is enough: nesting ends at Python's limit
-of recursion, and numbers at its limit of digits.
+Python turns two characters, `[]`, into a list of 64 bytes, and two more into a number of 24. So
+what a text would become is counted before it is parsed. Nothing else needs a bound: nesting ends at
+Python's recursion limit, and numbers at its limit of digits.
 """
 
 from __future__ import annotations

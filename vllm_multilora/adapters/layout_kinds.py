@@ -1,4 +1,4 @@
-"""Layouts that an adapter has to be checked against once only."""
+"""Groups of layouts that an adapter has to be checked against only once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large an adapter's files may be, known before anything of them is read."""
+"""How large an adapter's files may be, known before any of them is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a path is, and what to do, where it is not a folder with an adapter's two files.
+"""Explains a path that is not a folder with an adapter's two files.
 
 Only names are looked at here; whoever opens the files lists the folder.
 """

@@ -1,8 +1,9 @@
-"""What becomes of a checkpoint's module names in the running model, as data.
+"""How a checkpoint's module names map to the running model, as data.
 
 vLLM computes this with live objects: a model's `WeightsMapper`, its LoRA manager, the model itself.
-Adapters are judged in processes that have none of them, so all that decides is written down here,
-and can travel as a message. `integration/worker/module_naming.py` reads it off a model.
+Adapters are checked in processes that have none of these, so everything that matters is recorded
+here as data that can be sent as a message. `integration/worker/module_naming.py` reads it from a
+model.
 """
 
 from __future__ import annotations

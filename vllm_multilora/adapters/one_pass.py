@@ -1,9 +1,8 @@
-"""Reads a tensor file once, from its first tensor to its end: shows, packs and judges its bytes.
+"""Reads a tensor file once from start to end, and hashes, packs and checks its bytes.
 
-The bytes are read in spans that stay in the cache while they are looked at, hashed and packed. A
-span holds whole rows of one or more tensors that follow each other. Spans are shown (hashed, that
-is) on a thread of their own while they are packed and the next one is read: each takes about as
-long as the other.
+The bytes are read in spans that stay in the cache while they are checked, hashed and packed. A span
+holds whole rows of one or more consecutive tensors. Hashing runs on a thread of its own, while the
+same span is packed and the next one is read: each takes about as long as the other.
 """
 
 from __future__ import annotations

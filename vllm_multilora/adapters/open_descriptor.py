@@ -1,4 +1,4 @@
-"""What is open for as long as an object lives or a block lasts."""
+"""A descriptor that stays open as long as an object lives or a block lasts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the parts of an adapter lie in host memory: written once, with the adapter, and sent along.
+"""Where the parts of an adapter are in host memory: written once, with the adapter.
 
 A *place* is one int64, `(k << 40) | offset`: `k` counts the pack's own segments, and the offset is
 in bytes in that segment.

@@ -1,14 +1,14 @@
 r"""Patterns of module names, as PEFT matches them, in bounded time and memory.
 
-A pattern stands for the end of a name, beginning at a dot, and is a regular expression; the first
-one that fits counts (PEFT's `get_pattern_key`). They come from strangers, and both matching and
-compiling one can be made to take for ever: `(a+)+b` in Python's `re`, `((a{1000}){1000}){1000}` in
-the `regex` package, which vLLM uses. So patterns with nested repetition are refused, and those
-with more repetitions and alternatives than anybody needs to name modules.
+A pattern is a regular expression for the end of a name, starting at a dot; the first one that
+matches counts (PEFT's `get_pattern_key`). Patterns are untrusted, and both matching and compiling
+one can take forever: `(a+)+b` in Python's `re`, `((a{1000}){1000}){1000}` in the `regex` package,
+which vLLM uses. So patterns with nested repetition are refused, and so are those with more
+repetitions and alternatives than anybody needs to name modules.
 
-Nearly all patterns are names, though, and PEFT's own are names of single modules, by the thousand.
-Those are looked up and never compiled; the few that are expressions share a budget of processor
-time, which is looked at before each of them.
+But nearly all patterns are plain names; PEFT itself writes names of single modules, by the
+thousand. These are looked up and never compiled. The few regular expressions share a budget of
+processor time, which is checked before each of them.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Budget:
         self._expressions += 1
         if self._expressions > MOST_EXPRESSIONS:
             raise PatternError(
-                f"is one of more than {MOST_EXPRESSIONS} regular expressions in the file; names of "
-                "modules are taken by the thousand"
+                f"is one of more than {MOST_EXPRESSIONS} regular expressions in the file; plain "
+                "module names do not count"
             )
         self.require_left()
 
@@ -210,7 +210,7 @@ def check_expression(pattern: str) -> None:
 def _check_length(pattern: str) -> None:
     if len(pattern) > MOST_CHARACTERS:
         raise PatternError(
-            f"has {len(pattern)} characters, and at most {MOST_CHARACTERS} are taken"
+            f"has {len(pattern)} characters, and at most {MOST_CHARACTERS} are allowed"
         )
 
 
@@ -272,7 +272,7 @@ class _Scan:
     def _repeat(self, quantifier: str) -> None:
         optional = quantifier == "?"
         if self._atom_has_choices and not optional:
-            raise PatternError("repeats what repeats or branches itself")
+            raise PatternError("repeats a group that has repetitions or alternatives itself")
         self.choices *= 2 if optional else self._atom
         self._has_choices[-1] = True
 
@@ -281,7 +281,7 @@ class _Scan:
         if self._pattern.startswith("?", self._at):
             kind = _PLAIN_GROUP.match(self._pattern, self._at)
             if kind is None:
-                raise PatternError("has a group of a kind that is not taken")
+                raise PatternError("has a group of an unsupported kind")
             self._at = kind.end()
         self._alternatives.append(1)
         self._has_choices.append(False)

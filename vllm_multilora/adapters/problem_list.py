@@ -1,4 +1,4 @@
-"""Collects problems, one for each cause however many tensors have it."""
+"""Collects problems: one per cause, however many tensors have it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with an adapter, in words for people and in fields for programs."""
+"""What is wrong with an adapter, as text for people and as fields for programs."""
 
 from __future__ import annotations
 

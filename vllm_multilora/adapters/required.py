@@ -1,4 +1,4 @@
-"""Which versions of adapters may be served: the digests that a file names.
+"""Which versions of adapters may be served: the digests listed in a file.
 
 The file is a JSON object from adapters' names to their digests, as `vllm-multilora digest` prints
 it: one digest, or a list of them while one replaces another. An adapter that it does not name may

@@ -1,4 +1,4 @@
-"""Names under which adapters are served, and their folders' paths, as strangers write them."""
+"""Names of served adapters and the paths of their folders, as untrusted clients write them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """The signature of an adapter's folder, in the format of OpenSSF model signing, version 1.
 
 `model.sig` is a Sigstore bundle in JSON around a DSSE envelope, whose payload is an in-toto
-statement with the digest of every file: the manifest. The envelope is signed with a key, or with a
-certificate's. https://github.com/sigstore/model-transparency and
+statement with the digest of every file: the manifest. The envelope is signed with a key, or with
+the key of a certificate. https://github.com/sigstore/model-transparency and
 https://github.com/secure-systems-lab/dsse
 
-It is looked at here, and not by the package model-signing, because that hashes files by their
-paths, which may lead to others by the time they are read; takes a certificate as it was when it
-began to be valid, so that it never expires; and imports Sigstore's client.
+It is verified here and not by the package model-signing, because that package hashes files by their
+paths, which may lead to other files by the time they are read; accepts a certificate as of the time
+when it became valid, so that it never expires; and imports Sigstore's client.
 """
 
 from __future__ import annotations
@@ -142,12 +142,12 @@ def _keys(material: _Json, signers: Signers, now: datetime) -> list[EllipticCurv
         if keys := signers.keys_of(hint):
             return keys
         raise SignatureError(
-            f"signed with the key {hint[:16]}..., which nobody trusts here", _trusted(signers)
+            f"signed with the key {hint[:16]}..., which is not trusted here", _trusted(signers)
         )
     raise SignatureError(
-        "signed without a key or a chain of certificates of its own",
-        "a signature by key or certificate: those of Sigstore's service can only be checked with "
-        "it",
+        "signed without a key or a certificate chain of its own",
+        "a signature by key or certificate: keyless ones can only be checked with Sigstore's "
+        "service",
     )
 
 
@@ -167,7 +167,7 @@ def _require_signed(
         except InvalidSignature:
             continue
         return
-    raise SignatureError("a signature that is not of its manifest", _trusted(signers))
+    raise SignatureError("a signature that does not match its manifest", _trusted(signers))
 
 
 def _manifest(statement: _Json) -> Manifest:
@@ -199,7 +199,9 @@ def _manifest(statement: _Json) -> Manifest:
         files[name] = algorithm, digest
     roots = [one.object("digest").text("sha256") for one in statement.objects("subject")]
     if roots != [everything.hexdigest()]:
-        raise SignatureError("a manifest that is not of its subject", "the digest of all digests")
+        raise SignatureError(
+            "a manifest that does not match its subject", "the digest of all digests"
+        )
     ignored = how.value("ignore_paths", list, [])
     links = how.value("allow_symlinks", bool, False)
     return Manifest(files, frozenset(filter(_is_text, ignored)), links)
@@ -227,7 +229,9 @@ class _Json:
         try:
             value = parse_json(content, parts=_MOST_PARTS, values=_MOST_VALUES, pairs=_unique)
         except ValueError as error:
-            raise SignatureError(f"{what} that is no JSON ({error})", "a Sigstore bundle") from None
+            raise SignatureError(
+                f"{what} that is not JSON ({error})", "a Sigstore bundle"
+            ) from None
         return cls(value, what)
 
     def __contains__(self, key: str) -> bool:
@@ -248,7 +252,9 @@ class _Json:
         try:
             return base64.b64decode(self.text(key), validate=True)
         except ValueError:
-            raise SignatureError(f"{self._what} with {key!r} that is broken", "base64") from None
+            raise SignatureError(
+                f"{self._what} with {key!r} that is not base64", "base64"
+            ) from None
 
     def object(self, key: str) -> _Json:
         return _Json(self.value(key, dict), self._what)

@@ -1,4 +1,4 @@
-"""A folder whose files must be as their signature says: all of them, by the bytes that are used."""
+"""A folder whose files must match its signature: all of them, in the bytes that are used."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Signers:
                 elif kind == CERTIFICATE:
                     anchors.append(x509.load_pem_x509_certificate(pem))
                 else:
-                    raise ValueError("nobody signs with it, or everybody could")
+                    raise ValueError("neither a public key nor a certificate")
             except ValueError as error:
                 raise ConfigError(
                     f"{path}: has a {kind} that cannot be used ({error}), expected {_EXPECTED}"
@@ -136,7 +136,7 @@ class Signers:
         from cryptography.x509 import BasicConstraints, KeyUsage, verification
 
         if not self.anchors:
-            raise ValueError("there are only keys to trust")
+            raise ValueError("only keys are trusted here, not certificates")
         policy, criticality = verification.ExtensionPolicy, verification.Criticality.AGNOSTIC
         authorities = (
             policy.permit_all()
@@ -204,7 +204,7 @@ def _may_sign(certificate: Certificate) -> bool:
 
 def _is_authority(policy: object, certificate: object, extension: Any) -> None:
     if not extension.ca:
-        raise ValueError("it is issued by a certificate that is no authority")
+        raise ValueError("it is issued by a certificate that is not an authority")
 
 
 def _may_issue(policy: object, certificate: object, extension: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors fit the base model, judged by the header alone."""
+"""Whether a checkpoint's tensors fit the base model, judging by the header alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that the slots cannot hold: NaN, infinity, and what overflows once it is scaled."""
+"""Weights that slots cannot hold: NaN, infinity, and values that overflow when scaled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A calibration: what steps, requests and loads cost on one machine, as a file of JSON."""
+"""A calibration: what steps, requests and loads cost on one machine, as a JSON file."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def read_calibration(path: Path) -> Calibration:
         )
     numbers = [*found.step_s.values(), found.request_s, found.request_beside_s]
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
-        raise CalibrationError(f"{path}: a cost is below 0 or no number; {advice}")
+        raise CalibrationError(f"{path}: a cost is negative or not a number; {advice}")
     if not any(found.step_s.values()):
         raise CalibrationError(f"{path}: a step takes no time; {advice}")
     return found
@@ -206,16 +206,16 @@ def check_fits(
     Raises:
         CalibrationError: It speaks of others.
     """
-    again = "calibrate a server with it anew"
+    again = "calibrate a server with it again"
     names = {name.rstrip("/") for name in calibration.model}
     if model is not None and model.rstrip("/") not in names:
         raise CalibrationError(
-            f"{path} was measured with the model {' alias '.join(calibration.model)}, and --model "
+            f"{path} was measured with the model {' alias '.join(calibration.model)}, but --model "
             f"is {model}; {again}"
         )
     for package, version in versions.items():
         found = calibration.versions.get(package, "unknown")
         if found.partition("+")[0] != version.partition("+")[0]:
             raise CalibrationError(
-                f"{path} was measured with {package} {found}, and here is {version}; {again}"
+                f"{path} was measured with {package} {found}, but {version} is installed; {again}"
             )

@@ -1,10 +1,11 @@
-"""A server's steps one after another, for a trace of requests: vLLM's scheduler in simulated time.
+"""Simulates vLLM's scheduler step by step, for a trace of requests.
 
-In each step every request that generates gets a token, then prompts are computed as far as there is
-room (chunked prefill), first those that have been begun, then waiting ones in the order of their
-arrival. A waiting request whose adapter is not in its slot is passed over, as in
-`integration/engine/scheduler.py`: it is read, has its turn, is copied, and the step after that may
-have the request. Slots, turns, policies and host memory are the classes that serve.
+In each step, every request that generates gets a token. Then prompts are computed as far as there
+is room (chunked prefill): first those that have been started, then waiting ones in the order of
+their arrival. A waiting request whose adapter is not in a slot is passed over, as in
+`integration/engine/scheduler.py`: the adapter is read, waits for its turn and is copied, and the
+request may run in the step after that. Slots, turns, policies and host memory are decided by the
+same classes as in a server.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fit of the model of a step's time to steps that were timed."""
+"""Fits the model of a step's time to measured steps."""
 
 from __future__ import annotations
 

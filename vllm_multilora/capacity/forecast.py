@@ -1,4 +1,4 @@
-"""What a server is expected to do with a trace."""
+"""Predicts how a server handles a trace."""
 
 from __future__ import annotations
 
@@ -105,13 +105,13 @@ def forecast(
         if name not in known:
             raise TraceError(
                 f"adapter {name!r} is unknown: the calibration has {_few(calibration.adapters)}, "
-                f"and the base model {calibration.model[0]}; give its size in the trace's column "
-                "bytes, or the directory that it lies in with --adapters"
+                f"and the base model {calibration.model[0]}; give its size in the trace's bytes "
+                "column, or its directory with --adapters"
             )
     if numbers and calibration.loads is None:
         raise CalibrationError(
-            "the trace has adapters, and the calibration knows nothing of loads: calibrate a "
-            "server that has adapters which nobody has asked for yet"
+            "the trace has adapters, but the calibration has no times of loads: calibrate a server "
+            "that has adapters which nobody has requested yet"
         )
     server.shape.check_sizes({name: known[name] for name in numbers})
     begin = trace.requests[0].arrives_s
@@ -121,7 +121,7 @@ def forecast(
         if tokens > most:
             raise TraceError(
                 f"the request at {one.arrives_s:g} s has {one.prompt_tokens} + "
-                f"{one.generation_tokens} tokens, and the calibrated server takes {most} at most"
+                f"{one.generation_tokens} tokens, but the calibrated server accepts at most {most}"
             )
         number = numbers.get(one.adapter)
         arrives = one.arrives_s - begin

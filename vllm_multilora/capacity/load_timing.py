@@ -1,4 +1,4 @@
-"""Times loads of a server's adapters, and copies into its slots."""
+"""Measures how long a server takes to load adapters, and to copy them into slots."""
 
 from __future__ import annotations
 

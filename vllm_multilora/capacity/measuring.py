@@ -1,8 +1,8 @@
-"""Times a server's steps and loads through its HTTP routes, and makes a calibration of them.
+"""Measures a server's steps and loads through its HTTP routes, and makes a calibration of them.
 
-What is in each step is known, because nothing else asks the server: requests that were sent
-together generate together, so the time from token to token is that of a step with all of them; and
-a lone request's time to its first token is that of a step with its prompt, and its way.
+The content of each step is known, because nothing else uses the server. Requests that are sent
+together generate together, so their time per token is that of a step with all of them. A single
+request's time to its first token is that of a step with its prompt, plus the request's overhead.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class Measuring:
         """
         if self._limits.max_model_len < 4 * SHORT_PROMPT + _DECODED:
             raise CalibrationError(
-                f"the server takes {self._limits.max_model_len} tokens a request, and at least "
-                f"{4 * SHORT_PROMPT + _DECODED} are needed"
+                f"the server accepts {self._limits.max_model_len} tokens per request, but "
+                f"calibrating it needs at least {4 * SHORT_PROMPT + _DECODED}"
             )
         self._server.alone(self._model, SHORT_PROMPT, times=3)
         self._progress(f"loads of adapters from {self._source}")

@@ -1,4 +1,4 @@
-"""Host memory and the loads into it, over simulated time."""
+"""Host memory and the loads into it, in simulated time."""
 
 from __future__ import annotations
 

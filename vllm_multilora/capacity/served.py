@@ -1,4 +1,4 @@
-"""What goes into a simulated engine, and what comes out."""
+"""The input of a simulated engine, and its output."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""How long a step takes, by what is in its batch: a sum of terms that are 0 or more.
+"""How long a step takes, by what is in its batch: a sum of terms, each 0 or more.
 
-A step has a fixed part (the model's weights are read once, Python runs through its layers), a part
-for each token of a prompt and each request that gets a token, and attention's: one for each pair of
-tokens of a prompt, and one for each token of a context that is read for one more. Where adapters
-take part, their kernels have a fixed part, their matrices are read once each, and they multiply
-each of their tokens: in proportion to the adapter's bytes, which are in proportion to its rank.
-Prompts beside requests that generate cost more than each alone, as kernels are made for one or the
-other. Loads beside a step take processor time from it.
+A step has a fixed part (the model's weights are read once, and Python runs through its layers), a
+part for each token of a prompt and for each request that gets a token, and two parts for attention:
+one for each pair of tokens of a prompt, and one for each token of a context that is read for
+another token. Adapters add a fixed part for their kernels, a part for reading their matrices once
+each, and a part for multiplying each of their tokens; both are proportional to the adapter's bytes,
+and so to its rank. Prompts beside requests that generate cost more than either alone, since kernels
+are made for one or the other. Loads beside a step take processor time from it.
 """
 
 from __future__ import annotations

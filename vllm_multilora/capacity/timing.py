@@ -1,4 +1,4 @@
-"""What is known of a server that is timed, and how its answers are read."""
+"""The server that is being measured, and how its answers are read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What `vllm-multilora ...` runs: one module a command.
+"""What `vllm-multilora ...` runs: one module per command.
 
 A command's module has `add_arguments(parser)` and `run(arguments)`, which returns an exit status.
 It is imported only when the command is called, and imports torch and vLLM only when it runs, so
-that help and wrong arguments answer at once.
+that help and errors in the arguments appear at once.
 """

@@ -1,4 +1,4 @@
-"""`vllm-multilora advise`: watches a server for a while and says what to change about it."""
+"""`vllm-multilora advise`: watches a server for a while and recommends what to change."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         seen = observe(_snapshots(arguments))
     except MultiLoRAError as error:
-        print(f"vllm-multilora advise: {error}", file=sys.stderr)
+        print(f"vllm-multilora advise: error: {error}", file=sys.stderr)
         return FAILED
     findings = advise(seen)
     if arguments.json:
@@ -74,14 +74,16 @@ def _snapshots(arguments: argparse.Namespace) -> list[Snapshot]:
     if arguments.prometheus:
         if arguments.window > LONGEST_HISTORY_S:
             raise MultiLoRAError(
-                f"--window may be {LONGEST_HISTORY_S:.0f} s (a day) at most with --prometheus, got "
-                f"{arguments.window:.0f}"
+                f"--window must be at most {LONGEST_HISTORY_S:.0f} s (a day) with --prometheus, "
+                f"got {arguments.window:.0f}"
             )
         return history(
             base_url(arguments.prometheus), arguments.window, arguments.match, now=time.time()
         )
     if arguments.match:
-        raise MultiLoRAError("--match chooses among the servers of a --prometheus")
+        raise MultiLoRAError(
+            "--match needs --prometheus: it selects among the servers that Prometheus knows"
+        )
     return _watch(base_url(arguments.url), arguments.window)
 
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora calibrate`: what steps and loads of a running server cost, into a file."""
+"""`vllm-multilora calibrate`: measures what steps and loads of a running server cost."""
 
 from __future__ import annotations
 
@@ -41,24 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         default=os.environ.get("VLLM_API_KEY"),
         metavar="KEY",
-        help="the server's, where it has one (default: $VLLM_API_KEY)",
+        help="the server's API key, if it has one (default: $VLLM_API_KEY)",
     )
     for flag in ("--max-num-seqs", "--max-num-batched-tokens"):
-        parser.add_argument(
-            flag, type=int, required=True, metavar="N", help="as the server was given it"
-        )
+        parser.add_argument(flag, type=int, required=True, metavar="N", help="the server's setting")
     parser.add_argument(
         "--from-disk",
         action="store_true",
-        help="have the system forget adapters' files before they are loaded, so that loads read "
-        "the disk (Linux; on the server's machine); by default they lie wherever they lie",
+        help="drop adapters' files from the system's cache before they are loaded, so that loads "
+        "read the disk (Linux; on the server's machine); by default the cache is left as it is",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("calibration.json"),
         metavar="FILE",
-        help="where to write (default: %(default)s)",
+        help="the file to write (default: %(default)s)",
     )
 
 

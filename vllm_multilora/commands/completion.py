@@ -1,4 +1,4 @@
-"""`vllm-multilora completion`: what a shell needs to complete the command's words."""
+"""`vllm-multilora completion`: completion scripts for shells."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         import shtab
     except ImportError:
         print(
-            "vllm-multilora completion: shtab is not installed: "
+            "vllm-multilora completion: error: shtab is not installed: "
             "pip install 'vllm-multilora[completion]'",
             file=sys.stderr,
         )

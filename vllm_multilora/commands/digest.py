@@ -1,4 +1,4 @@
-"""`vllm-multilora digest`: the digests of adapters, as a server would find them."""
+"""`vllm-multilora digest`: prints adapters' digests, as a server would compute them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora doctor`: what is installed, and what would run."""
+"""`vllm-multilora doctor`: shows what is installed, and what would run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             return judge(arguments.against)
         except ConfigError as error:
-            print(f"vllm-multilora doctor: {error}", file=sys.stderr)
+            print(f"vllm-multilora doctor: error: {error}", file=sys.stderr)
             return 2
     from vllm_multilora.integration.offline.doctor import diagnose
 

@@ -1,4 +1,4 @@
-"""A picture of hit rates."""
+"""Plots hit rates."""
 
 from __future__ import annotations
 

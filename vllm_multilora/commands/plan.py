@@ -1,4 +1,4 @@
-"""`vllm-multilora plan`: what settings cost, before a server is started."""
+"""`vllm-multilora plan`: computes what settings cost, before a server is started."""
 
 from __future__ import annotations
 
@@ -25,21 +25,25 @@ _MOST_SLOTS = 2**15 - 2  # what the kernels' plans can number
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    server = parser.add_argument_group("server, as the flags of vllm serve")
+    server = parser.add_argument_group("server (as for vllm serve)")
     server.add_argument(
         "--model",
         help="the base model's folder or name, or a config.json; no weights are read",
     )
-    server.add_argument("--max-loras", type=int, metavar="N", help="slots")
-    server.add_argument("--max-lora-rank", type=int, metavar="R", help="their rank")
+    server.add_argument("--max-loras", type=int, metavar="N", help="number of slots")
+    server.add_argument("--max-lora-rank", type=int, metavar="R", help="rank of the slots")
     server.add_argument(
-        "--tensor-parallel-size", type=int, default=1, metavar="T", help="workers (default: 1)"
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="T",
+        help="number of workers (default: 1)",
     )
     server.add_argument(
         "--fully-sharded-loras",
         "--fully-sharded",
         action="store_true",
-        help="LoRA is sharded as far as it goes",
+        help="shard LoRA as far as possible",
     )
     server.add_argument(
         "--lora-target-modules",
@@ -51,26 +55,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32")
     )
     server.add_argument("--lora-dtype", default="auto", choices=("auto", "float16", "bfloat16"))
-    server.add_argument("--max-model-len", type=int, metavar="TOKENS", help="the longest request")
     server.add_argument(
-        "--gpu-memory-utilization", type=float, metavar="SHARE", help="default: vLLM's own"
+        "--max-model-len", type=int, metavar="TOKENS", help="length of the longest request"
+    )
+    server.add_argument(
+        "--gpu-memory-utilization", type=float, metavar="SHARE", help="default: vLLM's default"
     )
     server.add_argument("--trust-remote-code", action="store_true")
     server.add_argument(
-        "--multilora-dora", action="store_true", help="slots have room for DoRA adapters"
+        "--multilora-dora", action="store_true", help="reserve room for DoRA adapters"
     )
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="of one GPU: says what is left for requests"
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="memory of one GPU; shows what is left for requests",
     )
     parser.add_argument(
-        "--adapters", type=Path, metavar="DIR", help="whose sub-folders are the adapters to serve"
+        "--adapters",
+        type=Path,
+        metavar="DIR",
+        help="folder whose sub-folders are the adapters to serve",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the slots' memory over their number, as FILE.png or FILE.svg",
+        help="plot the slots' memory against their number, as FILE.png or FILE.svg",
     )
     plan_traffic.add_arguments(parser)
 

@@ -1,4 +1,4 @@
-"""What a plan says about a directory's adapters."""
+"""What a plan says about the adapters in a directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture of what slots cost."""
+"""Plots what slots cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm-multilora plan --traffic`: what a calibrated server would do with a trace."""
+"""`vllm-multilora plan --traffic`: predicts how a calibrated server would handle a trace."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that belong to --traffic."""
     traffic = parser.add_argument_group(
-        "traffic, in place of memory; what is not given is as in the calibrated server"
+        "traffic instead of memory (settings default to those of the calibrated server)"
     )
     traffic.add_argument(
         "--traffic",
         type=Path,
         metavar="TRACE",
-        help="say what a server would do with these requests: CSV or JSON lines with time (in "
+        help="predict how a server handles these requests: CSV or JSON lines with time (in "
         "seconds), adapter, prompt_tokens, generation_tokens and optionally bytes",
     )
     traffic.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="that vllm-multilora calibrate has written"
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="a file written by vllm-multilora calibrate",
     )
     for flag, meaning in (
-        ("--max-num-seqs", "most requests in a step"),
-        ("--max-num-batched-tokens", "most tokens of a step"),
+        ("--max-num-seqs", "most requests per step"),
+        ("--max-num-batched-tokens", "most tokens per step"),
         ("--max-cpu-loras", "most adapters in host memory"),
     ):
         traffic.add_argument(flag, type=int, metavar="N", help=meaning)

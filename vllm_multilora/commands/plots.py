@@ -1,4 +1,4 @@
-"""What all pictures have in common; they need matplotlib, which is an optional extra."""
+"""What all plots have in common; they need matplotlib, which is an optional extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps vLLM's own lines out of what a command prints."""
+"""Keeps vLLM's own output out of what a command prints."""
 
 from __future__ import annotations
 

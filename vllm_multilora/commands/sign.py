@@ -1,4 +1,4 @@
-"""`vllm-multilora sign`: signs adapters' folders with a key."""
+"""`vllm-multilora sign`: signs adapter folders with a key."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         from model_signing import hashing, signing
     except ImportError:
         print(
-            "vllm-multilora sign: model-signing is not installed: "
+            "vllm-multilora sign: error: model-signing is not installed: "
             "pip install 'vllm-multilora[signing]'",
             file=sys.stderr,
         )
@@ -67,6 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
         what = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             what = f"{error.filename}: {error.strerror}"
-        print(f"vllm-multilora sign: {what}", file=sys.stderr)
+        print(f"vllm-multilora sign: error: {what}", file=sys.stderr)
         return CANNOT
     return DONE

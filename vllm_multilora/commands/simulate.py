@@ -1,4 +1,4 @@
-"""`vllm-multilora simulate`: what cache settings and policies would do with a trace."""
+"""`vllm-multilora simulate`: what hit rates cache settings and policies give for a trace."""
 
 from __future__ import annotations
 

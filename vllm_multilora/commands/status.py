@@ -1,4 +1,4 @@
-"""`vllm-multilora status`: the adapters of a running server, once or again and again."""
+"""`vllm-multilora status`: shows the adapters of a running server, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             time.sleep(arguments.watch)
             _show(arguments, url)
     except MultiLoRAError as error:
-        print(f"vllm-multilora status: {error}", file=sys.stderr)
+        print(f"vllm-multilora status: error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         pass  # the end of a watch
@@ -97,5 +97,5 @@ def fetch(url: str, *, api_key: str | None = None) -> dict[str, Any]:
             hint = "; is it a vLLM server with vllm-multilora and --enable-lora?"
         raise UnreachableError(f"{error}{hint}") from error
     if not isinstance(listing, dict) or any(part not in listing for part in _PARTS):
-        raise UnreachableError(f"{url}{PATH} answers with something else than a list of adapters")
+        raise UnreachableError(f"{url}{PATH} did not answer with a list of adapters")
     return listing

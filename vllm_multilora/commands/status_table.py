@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_multilora.commands.table import aligned
+from vllm_multilora.commands.table import aligned, counted
 from vllm_multilora.states import AdapterState
 
 _HEADER = (
@@ -52,10 +52,10 @@ def _order(adapter: Mapping[str, Any]) -> tuple[int, str]:
 
 def _totals(listing: Mapping[str, Any]) -> list[str]:
     slots, cpu = listing["slots"], listing["cpu"]
-    used = f"{cpu['adapters']} adapters, {_mb(cpu['bytes'])} MB"
+    used = f"{counted(cpu['adapters'], 'adapter')}, {_mb(cpu['bytes'])} MB"
     limits = []
     if cpu["adapters_limit"] is not None:
-        limits.append(f"{cpu['adapters_limit']} adapters")
+        limits.append(counted(cpu["adapters_limit"], "adapter"))
     if cpu["bytes_limit"] is not None:
         limits.append(f"{_mb(cpu['bytes_limit'])} MB")
     return [

@@ -1,4 +1,4 @@
-"""`vllm-multilora store`: runs this user's store by hand, or says how it is doing."""
+"""`vllm-multilora store`: runs this user's store by hand, or shows its state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_multilora.commands.table import aligned
+from vllm_multilora.commands.table import aligned, counted
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.store import folder
 from vllm_multilora.store.client import StoreClient
@@ -45,13 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         if arguments.json and not arguments.describe:
-            raise MultiLoRAError("--json prints what --describe shows: give both")
+            raise MultiLoRAError("--json needs --describe: it prints the same as JSON")
         if arguments.describe:
             _show(as_json=arguments.json)
         else:
             _become_store()
     except MultiLoRAError as error:
-        print(f"vllm-multilora store: {error}", file=sys.stderr)
+        print(f"vllm-multilora store: error: {error}", file=sys.stderr)
         return FAILED
     return DONE
 
@@ -75,8 +75,8 @@ def _listen() -> socket.socket:
         except OSError:
             return folder.listen(path)
     raise StoreUnavailableError(
-        f"a store of this user runs already, at {path}: `vllm-multilora store --describe` shows "
-        "whose; one that a server has started ends a moment after its last client"
+        f"a store of this user is already running at {path}: `vllm-multilora store --describe` "
+        "shows whose it is; one that a server started ends a moment after its last client"
     )
 
 
@@ -107,7 +107,7 @@ def describe(host: RunningStore, patience_s: float = _ANSWER_S) -> Description:
         client.close()
     raise StoreUnavailableError(
         f"the store at {host.path} has not answered within {patience_s:g} seconds; requests for "
-        "adapters in slots go on, others wait; if it stays so, end its process: servers start "
+        "adapters in slots go on, others wait; if this persists, end its process: servers start "
         "another one"
     )
 
@@ -132,10 +132,10 @@ def table(found: Description, path: str) -> list[str]:
 def _memory(totals: Totals) -> str:
     limits = []
     if totals.adapters_limit is not None:
-        limits.append(f"{totals.adapters_limit} adapters")
+        limits.append(counted(totals.adapters_limit, "adapter"))
     if totals.bytes_limit is not None:
         limits.append(_mb(totals.bytes_limit))
-    held = f"{totals.adapters} adapters, {_mb(totals.bytes)}"
+    held = f"{counted(totals.adapters, 'adapter')}, {_mb(totals.bytes)}"
     return held + (f" of {' and '.join(limits)}" if limits else "")
 
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words, such as `1 adapter` or `2 adapters`."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def aligned(rows: Sequence[Sequence[str]], *, right: Container[int] = ()) -> list[str]:
     """Lines in which every column is as wide as its widest cell.
 

@@ -32,14 +32,16 @@ def run(arguments: argparse.Namespace) -> int:
         0, 1 where the file or the key cannot be used, 2 where the arguments do not fit together.
     """
     if (arguments.action == "check") != (arguments.file is not None):
-        print("vllm-multilora tenants: check takes a file, new and hash none", file=sys.stderr)
+        print(
+            "vllm-multilora tenants: error: check takes a file, new and hash none", file=sys.stderr
+        )
         return MISUSED
     if arguments.action == "check":
         return _check(arguments.file)
     key = new_key() if arguments.action == "new" else _given_key()
     if not key.isascii() or not key.isprintable() or not 0 < len(key) <= MAX_KEY_LENGTH:
         print(
-            f"vllm-multilora tenants: found no key that HTTP can carry, expected 1 to "
+            f"vllm-multilora tenants: error: found no key that HTTP can carry, expected 1 to "
             f"{MAX_KEY_LENGTH} printable ASCII characters in one line",
             file=sys.stderr,
         )
@@ -61,7 +63,7 @@ def _check(path: str) -> int:
     try:
         tenants = load_tenants(path)
     except DocumentError as error:
-        print(f"vllm-multilora tenants: {error}", file=sys.stderr)
+        print(f"vllm-multilora tenants: error: {error}", file=sys.stderr)
         return BAD
     count = len(tenants.by_name)
     print(f"{path}: {count} {'tenant' if count == 1 else 'tenants'}")

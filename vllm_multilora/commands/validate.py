@@ -1,4 +1,4 @@
-"""`vllm-multilora validate`: adapters checked before they are deployed."""
+"""`vllm-multilora validate`: checks adapters before they are deployed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_multilora.commands.quiet import quieten_vllm
-from vllm_multilora.commands.table import aligned
+from vllm_multilora.commands.table import aligned, counted
 from vllm_multilora.errors import MultiLoRAError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multilora-dora",
         action="store_true",
-        help="as given to the server; without it DoRA adapters are refused",
+        help="accept DoRA adapters, as the server does with this flag",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -105,7 +105,7 @@ def run(
     try:
         layout = layout_of(arguments)
     except MultiLoRAError as error:
-        print(f"vllm-multilora validate: {error}", file=sys.stderr)
+        print(f"vllm-multilora validate: error: {error}", file=sys.stderr)
         return FAILED
     found = {
         folder: validate(Path(folder), layout, check_finite=arguments.check_finite)
@@ -147,4 +147,4 @@ def _table(found: Mapping[str, list[Problem]]) -> list[str]:
     for problems in found.values():
         lines += ["", *(f"- {problem}" for problem in problems)] if problems else []
     invalid = sum(bool(problems) for problems in found.values())
-    return [*lines, "", f"{len(found)} adapters, {invalid} cannot be served"]
+    return [*lines, "", f"{counted(len(found), 'adapter')}, {invalid} cannot be served"]

@@ -1,4 +1,4 @@
-"""`vllm-multilora verify`: whether adapters' folders are as somebody who is trusted signed them."""
+"""`vllm-multilora verify`: checks that adapter folders match their signatures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         rules = Rules(signers=Signers.read(arguments.keys))
     except ConfigError as error:
-        print(f"vllm-multilora verify: {error}", file=sys.stderr)
+        print(f"vllm-multilora verify: error: {error}", file=sys.stderr)
         return FAILED
     status = VERIFIED
     for folder in arguments.adapters:

@@ -1,4 +1,4 @@
-"""Files of settings that may change while they are in use: YAML or JSON, with exact errors."""
+"""Settings files that may change while they are in use: YAML or JSON, with precise errors."""
 
 from vllm_multilora.documents.document import Document, DocumentError, Keys, read_document
 from vllm_multilora.documents.watched import WatchedFile, read_file

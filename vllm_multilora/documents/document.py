@@ -1,4 +1,4 @@
-"""Reads a YAML or JSON file as plain data that knows where in the file it was."""
+"""Reads a YAML or JSON file as plain data that remembers each value's line."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _read_json(file: str, text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise _error(file, error.lineno, "", f"found no JSON: {error.msg}") from None
+        raise _error(file, error.lineno, "", f"found invalid JSON: {error.msg}") from None
 
 
 class _YamlReader:
@@ -106,9 +106,9 @@ class _YamlReader:
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else None
             problem = " ".join(filter(None, (error.context, error.problem)))
-            raise _error(self._file, line, "", f"found no YAML: {problem}") from None
+            raise _error(self._file, line, "", f"found invalid YAML: {problem}") from None
         except self._yaml.YAMLError as error:
-            raise _error(self._file, None, "", f"found no YAML: {error}") from None
+            raise _error(self._file, None, "", f"found invalid YAML: {error}") from None
         finally:
             loader.dispose()
 
@@ -153,7 +153,9 @@ class _YamlReader:
             return self._loader.construct_object(node)
         if any(node is outer for outer in self._open):
             line = self._lines[keys]
-            raise _error(self._file, line, ".".join(keys), "found an alias of what it is part of")
+            raise _error(
+                self._file, line, ".".join(keys), "found an alias of an object that contains it"
+            )
         self._open.append(node)
         try:
             if isinstance(node, self._yaml.SequenceNode):

@@ -1,4 +1,4 @@
-"""A file of settings that may be changed while they are in use."""
+"""A settings file that may be changed while it is in use."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""From which token of its prompt on a request's adapter acts, where that is not the first one.
+"""From which token of its prompt a request's adapter is active, if not from the first.
 
-An activated adapter (aLoRA) acts from the last occurrence of its invocation tokens in the prompt
-on. Where that is, is found out once, in the engine core, and kept with the request's adapter: vLLM
-sends that to the workers with the request, keeps it there in both model runners, and sends it again
-where they have forgotten the request.
+An activated adapter (aLoRA) is active from the last occurrence of its invocation tokens in the
+prompt. That position is found once, in the engine core, and kept with the request's adapter: vLLM
+sends it to the workers with the request, both model runners keep it there, and vLLM sends it again
+if they have dropped the request.
 """
 
 from __future__ import annotations

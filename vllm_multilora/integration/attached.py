@@ -1,8 +1,8 @@
-"""What the plugin keeps with objects of vLLM's, each thing by a typed name; all of it is here.
+"""State that the plugin attaches to vLLM's objects, each item under a typed name.
 
-An executor, an engine core or an API server lives as long as what belongs to it, and vLLM has no
-place for a plugin's part of them. Everything that is kept with such an object is in one attribute
-of it, a mapping by name.
+An executor, an engine core or an API server lives as long as what belongs to it, but vLLM has no
+place for a plugin's state. Everything that is kept with such an object is in one attribute of it, a
+mapping by name.
 """
 
 from __future__ import annotations

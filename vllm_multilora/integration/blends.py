@@ -4,8 +4,8 @@
                     (LoRARequest("domain", 2, "/adapters/domain"), 0.5)])
     llm.generate(prompts, params, lora_request=lora)
 
-Such a request is like any other to vLLM and to most of this package: a name, a number, and in the
-folder's place a text that says what is blended (`adapters.blends`).
+To vLLM and most of this package, such a request is like any other: it has a name, a number and, in
+place of a folder, a text that says what is blended (`adapters.blends`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How a failed load reaches the client whose request it fails, and nobody else.
+"""How a failed load reaches the clients whose requests it fails, and no others.
 
-The engine core ends the request with vLLM's own finish reason for errors; the reason travels as
-the output's stop reason, which vLLM carries through unread, and is taken out again in the process
-that answers: as an HTTP status and message there, as finish reason and text for `LLM.generate`.
+The engine core ends the request with vLLM's own finish reason for errors. The reason travels as the
+output's stop reason, which vLLM passes on unread. The process that answers takes it out again: as
+an HTTP status and message in a server, as finish reason and text for `LLM.generate`.
 """
 
 from __future__ import annotations

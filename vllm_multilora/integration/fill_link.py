@@ -1,9 +1,9 @@
-"""The link on which workers tell their engine core what has become of its orders.
+"""The link on which workers report to their engine core what became of its orders.
 
-Orders go to the workers with vLLM's own calls, in step with the batches; answers come when copies
-are made, which is at any time. Each worker of this machine connects to a socket of the engine core
-while the engine starts, one on another machine over TCP (`remote_link`), and none is ever asked:
-what it has to say arrives, in order, once.
+Orders go to the workers in vLLM's own calls, in step with the batches; answers come whenever copies
+are finished. Each worker of this machine connects to a socket of the engine core while the engine
+starts, and each worker of another machine over TCP (`remote_link`). Workers are never asked: what
+they report arrives in order, and once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Keeps what one tenant's adapter leaves in the KV cache from every other request.
+"""Keeps what a tenant's adapter leaves in the KV cache from all other requests.
 
 An adapter that overflows leaves NaN and infinity in the keys and values of its requests. vLLM's
-attention multiplies what lies in a block beyond a request's own tokens by zero, which makes NaN of
-them again, for whoever has the block next. So blocks are emptied before they are used again,
-whoever had them before and however that request ended, by what vLLM has for models with states.
+attention multiplies whatever is in a block beyond a request's own tokens by zero, which is NaN
+again for the next request that has the block. So blocks are cleared before they are reused,
+whatever request had them before and however it ended, with vLLM's own mechanism for models with
+state.
 """
 
 from __future__ import annotations

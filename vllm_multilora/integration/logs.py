@@ -1,4 +1,4 @@
-"""Sends this project's log lines where vLLM's go."""
+"""Sends this project's log lines to vLLM's log."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Where the processes of an engine record the LoRA metrics.
 
-The process that starts an engine makes a folder if vLLM's statistics are on. Its engine core finds
-it by the engine's instance and records into it; every API server shows what is there
-(`server.metrics`). With `--disable-log-stats` there is no folder, and nothing is
-recorded or shown.
+The process that starts an engine creates a folder, if vLLM's statistics are on. Its engine core
+finds the folder by the engine's instance and records into it, and every API server reports what is
+in it (`server.metrics`). With `--disable-log-stats` there is no folder, and nothing is recorded or
+reported.
 """
 
 from __future__ import annotations

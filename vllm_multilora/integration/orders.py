@@ -1,4 +1,4 @@
-"""What the engine core has its workers do, as values that travel with vLLM's calls."""
+"""Orders of the engine core to its workers, as values that vLLM's calls carry."""
 
 from __future__ import annotations
 

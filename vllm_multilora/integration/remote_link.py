@@ -1,9 +1,9 @@
 """Connections from workers on other machines to their engine core, over TCP.
 
-The engine core listens while it runs; its workers learn the address and a key with a call of
-vLLM's, which reaches all machines. Whoever connects says what for, and proves that it has the key;
-anybody else is hung up on. What follows is neither encrypted nor signed, like vLLM's own traffic
-between machines, so both belong on a network that no tenant can get at.
+The engine core listens while it runs. Its workers learn the address and a key from one of vLLM's
+calls, which reaches all machines. A client says what it connects for and proves that it has the
+key; all others are disconnected. What follows is neither encrypted nor signed, like vLLM's own
+traffic between machines, so both belong on a network that no tenant can access.
 """
 
 from __future__ import annotations

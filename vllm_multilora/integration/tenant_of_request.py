@@ -1,4 +1,4 @@
-"""Whose a request is: written by the API server, read by whatever handles requests after it.
+"""Which tenant a request belongs to: written by the API server, read by all later code.
 
 On the wire the tenant travels beside the trace headers (`tenants.on_request`). The engine core
 takes it out of them when the request arrives, since vLLM sends trace headers back with the output

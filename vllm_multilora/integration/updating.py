@@ -1,7 +1,8 @@
-"""Lets several API servers change their adapters, which vLLM refuses at start.
+"""Lets several API servers change their adapters, which vLLM rejects at start.
 
-vLLM looks at its variable in the process that starts them. It is taken away there, and given back
-in the API servers, when they load their plugins; `server.shared_names` makes it work.
+vLLM checks its environment variable in the process that starts the API servers. The variable is
+removed there, and restored in the API servers when they load their plugins; `server.shared_names`
+does the actual work.
 """
 
 from __future__ import annotations

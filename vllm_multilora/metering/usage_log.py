@@ -1,4 +1,4 @@
-"""The usage log: a line of JSON for each prompt that was answered, or given up.
+"""The usage log: a line of JSON for each prompt that was answered or abandoned.
 
 Lines are written on a thread of their own, behind a queue of limited length: a slow disk costs
 lines, which the log then says, and never a request any time. Several API servers may write to one
@@ -102,9 +102,14 @@ class UsageLog:
                 os.close(descriptor)
                 descriptor = self._open()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            view = memoryview(content)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            size = os.fstat(descriptor).st_size
+            try:
+                view = memoryview(content)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            except OSError:
+                os.ftruncate(descriptor, size)  # else the next line would go on in half of this one
+                raise
             if os.fstat(descriptor).st_size >= self._limit and self._is_current(descriptor):
                 self._path.rename(self._next_name())
         finally:

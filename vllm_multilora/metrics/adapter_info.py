@@ -1,4 +1,4 @@
-"""What `vllm:lora_adapter_info` says of an adapter, as one number.
+"""Encodes what `vllm:lora_adapter_info` says about an adapter as one number.
 
 Series in a file cannot be taken back, and an adapter's tier changes all the time. So the file has
 one number for each adapter, and whoever reads it makes labels of it.

@@ -1,4 +1,4 @@
-"""What the engine core records of its adapters: where they are, and how they got there."""
+"""What the engine core records about its adapters: where they are, and how they got there."""
 
 from __future__ import annotations
 

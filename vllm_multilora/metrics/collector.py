@@ -1,4 +1,4 @@
-"""Shows the values of all processes of an engine to Prometheus: reads their files and adds up."""
+"""Reports the values of all processes of an engine to Prometheus, added up from their files."""
 
 from __future__ import annotations
 

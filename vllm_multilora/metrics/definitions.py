@@ -65,23 +65,23 @@ COMMON_LABELS = ("model_name", "engine")
 
 LOADS = _counter(
     "vllm:lora_adapter_load_total",
-    "LoRA adapters loaded: from files into host memory, wanted or only registered (source=disk), "
-    "from host memory into a slot (source=cpu).",
+    "LoRA adapters loaded: from files into host memory, for a request or at registration "
+    "(source=disk), or from host memory into a slot (source=cpu).",
     "source",
     "lora_name",
 )
 EVICTIONS = _counter(
     "vllm:lora_adapter_evict_total",
-    "LoRA adapters that gave up their slot (tier=gpu) or host memory (tier=cpu) to make room; "
-    "unloading is none.",
+    "LoRA adapters evicted from their slot (tier=gpu) or from host memory (tier=cpu) to make "
+    "room; unloading an adapter does not count.",
     "tier",
     "lora_name",
 )
 LOAD_DURATION = _histogram(
     "vllm:lora_adapter_load_duration_ms",
-    "Milliseconds that loads of LoRA adapters took, by source as in vllm:lora_adapter_load_total: "
-    "from disk with the wait for their turn; into a slot the copy on the first worker, which runs "
-    "beside the steps.",
+    "Milliseconds that loads of LoRA adapters took, by source as in vllm:lora_adapter_load_total. "
+    "From disk, this includes the wait for the load's turn; into a slot, it is the copy on the "
+    "first worker, which runs in parallel with the steps.",
     _LOAD_MS,
     "source",
 )
@@ -90,36 +90,37 @@ REQUESTS = Definition(
     "vllm:lora_requests_by_adapter",
     # A counter would have to be called `_total`.
     Kind.GAUGE,
-    "Requests that the engine has accepted for a LoRA adapter (n=2 are two); only grows.",
+    "Requests that the engine has accepted for a LoRA adapter (n=2 counts as two); it only grows.",
     ("lora_name",),
 )
 HITS = _counter(
     "vllm:lora_cache_hits_total",
-    "Times that a LoRA adapter joined the running batch and was in the tier already. Host memory "
-    "(tier=cpu) is looked at where a slot (tier=gpu) was missed.",
+    "How often a LoRA adapter joined the running batch and was already in the tier. Host memory "
+    "(tier=cpu) is checked only after a miss in the slots (tier=gpu).",
     "tier",
 )
 MISSES = _counter(
     "vllm:lora_cache_misses_total",
-    "Times that a LoRA adapter joined the running batch and was not in the tier; of host memory, "
-    "that it had to be read for this use.",
+    "How often a LoRA adapter joined the running batch and was not in the tier; for host memory, "
+    "how often it had to be read for this use.",
     "tier",
 )
 CACHE_ADAPTERS = _gauge(
     "vllm:lora_cache_adapters",
-    "LoRA adapters in this engine's slots (tier=gpu), and in the store's host memory, those being "
-    "read included (tier=cpu). Engines that share a store each show all of it: use max, not sum.",
+    "LoRA adapters in this engine's slots (tier=gpu), and in the store's host memory, including "
+    "those being read (tier=cpu). Engines that share a store each report all of it: use max, not "
+    "sum.",
     "tier",
 )
 CACHE_BYTES = _gauge(
     "vllm:lora_cache_bytes",
-    "Bytes of the LoRA adapters in a tier now, at true rank, for all workers of the machine; tiers "
-    "as in vllm:lora_cache_adapters.",
+    "Bytes that LoRA adapters take in a tier now, at true rank, for all workers of the machine; "
+    "tiers as in vllm:lora_cache_adapters.",
     "tier",
 )
 CACHE_BYTES_LIMIT = _gauge(
     "vllm:lora_cache_bytes_limit",
-    "Bytes that the tier's LoRA adapters may take; engines that share a store have one limit.",
+    "Bytes that LoRA adapters may take in the tier; engines that share a store have one limit.",
     "tier",
 )
 CACHE_ADAPTERS_LIMIT = _gauge(
@@ -132,15 +133,15 @@ SLOTS_FREE = _gauge("vllm:lora_slots_free", "Slots without a LoRA adapter now.")
 MAX_RANK = _gauge("vllm:lora_max_rank", "Highest rank a LoRA adapter may have (--max-lora-rank).")
 LOAD_FAILURES = _counter(
     "vllm:lora_adapter_load_failures_total",
-    "Loads of LoRA adapters that failed, at registration too: gone, invalid, unreadable, "
-    "no_memory, timeout, quarantined, internal. A failure answers for two seconds, and counts each "
-    "time.",
+    "Loads of LoRA adapters that failed, including registrations, by reason: gone, invalid, "
+    "unreadable, no_memory, timeout, quarantined, internal. A failure is repeated as the answer "
+    "for two seconds, and counts each time.",
     "reason",
 )
 REQUEST_WAIT = _histogram(
     "vllm:lora_request_wait_seconds",
-    "Seconds from a request's arrival in the engine until its LoRA adapter was in host memory, or "
-    "had failed; 0 where it was there already.",
+    "Seconds from a request's arrival in the engine until its LoRA adapter was in host memory or "
+    "had failed to load; 0 if it was already there.",
     _WAIT_S,
 )
 WANTED = _gauge(
@@ -154,8 +155,8 @@ BATCH_ADAPTERS = _histogram(
 )
 INFO = _gauge(
     "vllm:lora_adapter_info",
-    "1 for each LoRA adapter that was read and that the engine knows: where it is (gpu, cpu, "
-    "disk), its rank, whether it is pinned.",
+    "1 for each LoRA adapter that has been read and that the engine knows, with its tier (gpu, "
+    "cpu, disk), its rank, and whether it is pinned.",
     "lora_name",
     "tier",
     "rank",
@@ -163,7 +164,7 @@ INFO = _gauge(
 )
 ROUTE_REQUESTS = _counter(
     "vllm:lora_route_requests_total",
-    "Requests for a route's name, by the LoRA adapter that they were given and why.",
+    "Requests for a route's name, by the LoRA adapter that was chosen and why.",
     "route",
     "lora_name",
     "reason",
@@ -171,25 +172,26 @@ ROUTE_REQUESTS = _counter(
 _USER = ("lora_name", "route", "tenant")
 PROMPT_TOKENS = _counter(
     "vllm:lora_prompt_tokens_total",
-    "Prompt tokens of requests for LoRA adapters, as in the answers' usage, when a request has "
-    "ended; by route and tenant where there are any.",
+    "Prompt tokens of requests for LoRA adapters, as in the answers' usage, counted when a "
+    "request ends; by route and tenant, if there are any.",
     *_USER,
 )
 CACHED_PROMPT_TOKENS = _counter(
     "vllm:lora_cached_prompt_tokens_total",
-    "Those of vllm:lora_prompt_tokens_total that were found in the prefix cache.",
+    "The part of vllm:lora_prompt_tokens_total that was found in the prefix cache.",
     *_USER,
 )
 GENERATION_TOKENS = _counter(
     "vllm:lora_generation_tokens_total",
-    "Tokens generated for requests for LoRA adapters, counted likewise.",
+    "Tokens generated by requests for LoRA adapters, counted when a request ends; by route and "
+    "tenant, if there are any.",
     *_USER,
 )
 REFUSED = _counter(
     "vllm:lora_refused_requests_total",
-    "Requests that were refused where the server has keys, by tenant, which is empty where the key "
-    "is nobody's or no tenant's: without a key (status=401), without the right to (403), for what "
-    "there is not (404), over a limit (429).",
+    "Requests refused by a server with keys: without a valid key (status=401), without permission "
+    "(403), for something that does not exist (404), or over a limit (429). tenant is empty if "
+    "the key is not a tenant's.",
     "tenant",
     "status",
 )
@@ -201,7 +203,7 @@ FIRST_TOKEN = _histogram(
 )
 PER_TOKEN = _histogram(
     "vllm:lora_time_per_output_token_seconds",
-    "Seconds between the tokens of a request for a LoRA adapter, on average, after the first one.",
+    "Average seconds between the tokens of a request for a LoRA adapter, after the first one.",
     _PACE_S,
     "lora_name",
 )

@@ -1,4 +1,4 @@
-"""Stamps in the names of files that tell which process has made them, and whether it lives.
+"""Stamps in file names that identify the process that made a file, and whether it still lives.
 
 A stamp is the namespace of process ids, the id, and the time the process started: ids are reused.
 """

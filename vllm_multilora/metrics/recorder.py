@@ -1,4 +1,4 @@
-"""Counts and measures in one process, into its file."""
+"""Counts and measures in one process, in a file of its own."""
 
 from __future__ import annotations
 

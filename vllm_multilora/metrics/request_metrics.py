@@ -1,4 +1,4 @@
-"""What an engine core records of requests by adapter: accepted, unfinished, kept waiting."""
+"""What an engine core records about requests by adapter: accepted, unfinished, kept waiting."""
 
 from __future__ import annotations
 

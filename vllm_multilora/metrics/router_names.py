@@ -1,4 +1,4 @@
-"""What is counted anyway, under the names by which routers ask: llm-d's, and vLLM's as proposed.
+"""Exposes metrics under the names that routers read: llm-d's, and those proposed for vLLM.
 
 Nothing is recorded for them: they are made of other metrics' values when these are shown.
 """

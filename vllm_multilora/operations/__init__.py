@@ -1,4 +1,4 @@
-"""Watching servers from outside: what is where, and what to change about it.
+"""Watches servers from outside: where their adapters are, and what to change about it.
 
 Clients of a server's HTTP routes and of Prometheus, and the rules that judge what they see.
 """

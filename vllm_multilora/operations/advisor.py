@@ -1,4 +1,4 @@
-"""The rules: from what was observed of a server to what should be changed about it.
+"""The rules that turn observations of a server into recommendations.
 
 A server that keeps all rules gets no finding. The thresholds are those that operators of LoRA
 servers go by; each finding states its rule.

@@ -1,4 +1,4 @@
-"""Requests to `/v1/completions`, and when their tokens came."""
+"""Requests to `/v1/completions`, and when their tokens arrived."""
 
 from __future__ import annotations
 

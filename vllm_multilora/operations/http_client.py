@@ -27,7 +27,7 @@ def base_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UnreachableError(
-            f"{text!r} is no address of a server: expected http://HOST:PORT or https://HOST:PORT"
+            f"{text!r} is not a server address: expected http://HOST:PORT or https://HOST:PORT"
         )
     return text.rstrip("/")
 
@@ -71,6 +71,4 @@ def get_json(url: str, query: dict[str, str] | None = None, *, api_key: str | No
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UnreachableError(
-            f"{url} answers with something else than JSON: {text[:_SHOWN]!r}"
-        ) from error
+        raise UnreachableError(f"{url} did not answer with JSON: {text[:_SHOWN]!r}") from error

@@ -1,4 +1,4 @@
-"""What was seen of a server over a window of time: the facts that advice is given on."""
+"""What was observed of a server over a window of time: the facts that advice is based on."""
 
 from __future__ import annotations
 

@@ -94,7 +94,9 @@ def parse_exposition(text: str, at: float) -> Snapshot:
             if sample.name in NAMES
         }
     except ValueError as error:
-        raise UnreachableError(f"/metrics answers with no Prometheus text: {error}") from error
+        raise UnreachableError(
+            f"/metrics did not answer in Prometheus's text format: {error}"
+        ) from error
     return Snapshot(at, samples)
 
 
@@ -148,7 +150,7 @@ def _range_query(url: str, query: str, times: list[float], step: float) -> list[
         },
     )
     if not isinstance(answer, dict) or answer.get("status") != "success":
-        raise UnreachableError(f"{url} does not answer as Prometheus does: {str(answer)[:200]}")
+        raise UnreachableError(f"{url} does not answer like Prometheus: {str(answer)[:200]}")
     result: list[dict[str, Any]] = answer["data"]["result"]
     return result
 

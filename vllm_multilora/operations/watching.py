@@ -38,8 +38,8 @@ def observe(seen: Sequence[Snapshot]) -> Observations:
     engines = _by_engine(seen)
     if not engines:
         raise UnreachableError(
-            f"no {names.SLOTS!r} among the metrics, at least twice: is this a vLLM server with "
-            "vllm-multilora and --enable-lora, and has it been scraped during the window?"
+            f"found {names.SLOTS!r} less than twice among the metrics: is this a vLLM server with "
+            "vllm-multilora and --enable-lora, and was it scraped during the window?"
         )
     growths = {engine: _growth(watched) for engine, watched in engines.items()}
     last = {engine: watched[-1] for engine, watched in engines.items()}

@@ -1,4 +1,4 @@
-"""What a directory's adapters need: ranks, modules, host memory."""
+"""What the adapters in a directory need: ranks, modules, host memory."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def _folders(directory: Path) -> list[Path]:
         folders = sorted(folder for folder in directory.iterdir() if _is_adapter(folder))
     except OSError as error:
         raise SurveyError(
-            f"{directory} is no directory that can be read ({error.strerror}): --adapters expects "
-            "a folder whose sub-folders are adapters"
+            f"{directory} is not a directory that can be read ({error.strerror}): --adapters "
+            "expects a folder whose sub-folders are adapters"
         ) from error
     if not folders:
         raise SurveyError(

@@ -1,4 +1,4 @@
-"""Conclusions from what slots cost and what a directory's adapters need."""
+"""Conclusions from what slots cost and what the adapters in a directory need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What memory means to the KV cache: tokens and requests."""
+"""What an amount of memory means for the KV cache: tokens and requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a request for a route."""
+"""Exceptions for requests for a route."""
 
 from __future__ import annotations
 

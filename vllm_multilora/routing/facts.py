@@ -1,4 +1,4 @@
-"""What a route may look at in a request, and how a routes file names it."""
+"""What a route may look at in a request, and how a routes file refers to it."""
 
 from __future__ import annotations
 
@@ -80,8 +80,7 @@ class Source:
             return None
         if len(found) > LONGEST_VALUE:
             raise BadValueError(
-                f"its {self.text} has more than {LONGEST_VALUE} characters, and at most these are "
-                "taken"
+                f"its {self.text} has more than {LONGEST_VALUE} characters, which is the limit"
             )
         return _stripped(found)
 

@@ -1,4 +1,4 @@
-"""From a routes file's data to routes; the first thing that is wrong is an error with its place."""
+"""Turns a routes file's data into routes; the first fault is an error with its place."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ class _Parser:
             raise self._error(keys, f"found {_shown(data)}, expected {expected}{hint}")
         if data in self._routes:
             raise self._error(
-                keys, f"found the route {data!r}, expected an adapter: routes lead to no routes"
+                keys,
+                f"found the route {data!r}, expected an adapter: a route cannot lead to a route",
             )
         return data
 

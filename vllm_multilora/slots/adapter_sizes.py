@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import MIB
-from vllm_multilora.slots.traces import TraceError
+from vllm_multilora.slots.traces import TraceError, reason
 
 DEFAULT_MIB_PER_RANK = 5.0
 """An adapter of all linear layers of an 8-billion Llama 3 in 16 bits: 2,621,440 weights a rank."""
@@ -37,9 +37,9 @@ def read_sizes(path: Path) -> dict[str, int]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise TraceError(f"{path}, line {error.lineno}: no JSON: {error.msg}") from error
+        raise TraceError(f"{path}, line {error.lineno}: invalid JSON: {error.msg}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"{path}: cannot be read: {error}") from error
+        raise TraceError(f"{path}: cannot be read: {reason(error)}") from error
     if not isinstance(table, dict):
         raise TraceError(f'{path}: expected an object such as {{"acme": 80}}, in MiB')
     for adapter, mib in table.items():

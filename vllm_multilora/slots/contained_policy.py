@@ -1,4 +1,4 @@
-"""A policy of somebody else's that cannot end the process it decides in."""
+"""Wraps a third-party policy so that its errors cannot end the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What slots and host memory refuse, and why; each message says what to raise or to do."""
+"""Exceptions of slots and host memory; each message says what to raise or to do."""
 
 from __future__ import annotations
 

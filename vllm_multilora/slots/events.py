@@ -1,4 +1,4 @@
-"""What happens in slots, for those who count it: metrics, usage and simulation."""
+"""Events in slots, for those who count them: metrics, usage and simulation."""
 
 from __future__ import annotations
 

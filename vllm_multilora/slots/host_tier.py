@@ -1,4 +1,4 @@
-"""Host memory: packed adapters within a budget, and who must leave for another."""
+"""Host memory: packed adapters within a budget, and which one is evicted for another."""
 
 from __future__ import annotations
 

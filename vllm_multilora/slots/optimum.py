@@ -1,4 +1,4 @@
-"""What no policy can beat: Belady's rule with knowledge of the future."""
+"""An upper bound for every policy: Belady's rule, which knows the future."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class Pins:
         self._number_of: dict[str, int | None] = dict.fromkeys(sorted(names))
         if len(self._number_of) > self._limit:
             raise ConfigError(
-                f"the settings pin {len(self._number_of)} adapters and there are {slots} slots, "
-                "one of which must be left for all others: raise --max-loras or pin fewer adapters"
+                f"the settings pin {len(self._number_of)} adapters, but there are {slots} slots "
+                "and one must stay free for all others: raise --max-loras or pin fewer adapters"
             )
         self._called: set[int] = set()
 

@@ -1,4 +1,4 @@
-"""One tier and its policy: who is in it, and what the policy has been told."""
+"""One tier and its policy: what is in it, and what the policy has been told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a policy's name to the policy: built in, from an entry point, or `module:Class`."""
+"""Finds a policy by its name: built in, from an entry point, or `module:Class`."""
 
 from __future__ import annotations
 

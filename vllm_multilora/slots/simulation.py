@@ -43,9 +43,9 @@ class ServerShape:
         SlotAssignment(self.slots, LruPolicy())  # checks their number
         if self.budget.adapters is not None and self.budget.adapters < self.slots:
             raise ConfigError(
-                f"vLLM refuses a host memory for fewer adapters than slots: {self.budget.adapters} "
-                f"adapters are fewer than {self.slots} slots; raise --max-cpu-loras or lower "
-                "--max-loras"
+                "vLLM needs host memory for at least as many adapters as slots, got "
+                f"{self.budget.adapters} for {self.slots} slots: raise --max-cpu-loras "
+                "or lower --max-loras"
             )
         if self.concurrency < 1:
             raise ConfigError(f"concurrency must be at least 1, got {self.concurrency}")

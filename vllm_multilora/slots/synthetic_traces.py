@@ -1,4 +1,4 @@
-"""Made-up traffic, seeded: the same arguments give the same trace on every machine."""
+"""Synthetic traffic from a seed: the same arguments give the same trace on every machine."""
 
 from __future__ import annotations
 

@@ -27,6 +27,11 @@ class TraceError(MultiLoRAError, ValueError):
     """A trace or a table of sizes cannot be used; the message names file and line."""
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, without its path, which the system's errors repeat."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 @dataclass(frozen=True)
 class Trace:
     """Requests in the order of their arrival.
@@ -118,9 +123,9 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str
             is_empty = False
             yield f"{path}, line {line}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"{path}: cannot be read: {error}") from error
+        raise TraceError(f"{path}: cannot be read: {reason(error)}") from error
     if is_empty:
-        raise TraceError(f"{path}: holds no request")
+        raise TraceError(f"{path}: contains no requests")
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -145,7 +150,7 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mappin
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise TraceError(f"{path}, line {line}: no JSON: {error}") from error
+                raise TraceError(f"{path}, line {line}: invalid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise TraceError(f"{path}, line {line}: expected a JSON object, got {row!r}")
             yield line, row

@@ -1,4 +1,4 @@
-"""What is remembered of each adapter's use, for those who ask."""
+"""What is remembered about each adapter's use, for those who ask."""
 
 from __future__ import annotations
 

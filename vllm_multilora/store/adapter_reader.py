@@ -1,4 +1,4 @@
-"""How jobs get at adapters' files; the one place where the store knows what an adapter is."""
+"""How jobs read adapters; the only place where the store knows what an adapter is."""
 
 from __future__ import annotations
 

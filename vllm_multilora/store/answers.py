@@ -1,4 +1,4 @@
-"""What the store's decisions ask of the world, and how clients are told of them."""
+"""Carries out the store's decisions, and tells clients about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store's connections: what clients say goes to the registry."""
+"""The store's connections: passes what clients say on to the registry."""
 
 from __future__ import annotations
 

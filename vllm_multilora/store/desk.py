@@ -1,4 +1,4 @@
-"""The jobs that are under way, and those that were killed and have not ended."""
+"""Running jobs, and killed jobs that have not exited yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from vllm_multilora.adapters.blends import MOST_PARTS, folders_of, title
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.entries import Load
-from vllm_multilora.store.job_messages import Checked, Done, FromJob, JobFailed, Opened
+from vllm_multilora.store.job_messages import (
+    Checked,
+    CheckOnly,
+    Done,
+    FromJob,
+    Go,
+    JobFailed,
+    JobMessage,
+    Opened,
+    Place,
+)
 from vllm_multilora.store.jobs import Task
 from vllm_multilora.store.loads import Loads
 from vllm_multilora.store.reader import Reader
@@ -30,6 +40,12 @@ _SOON_S = 1.0  # a killed job that has not ended by then is stuck
 _LOOK_S = 0.005
 _LOOK_AT_STUCK_S = 0.5
 
+_ANSWER_TO: dict[type[msgspec.Struct], type[JobMessage]] = {
+    Go: Checked,
+    Place: Done,
+    CheckOnly: Done,
+}
+
 
 @dataclass(eq=False)
 class _Job:
@@ -38,6 +54,7 @@ class _Job:
     running: RunningJob
     channel: Channel[FromJob]
     timeout_s: float
+    turn_to_say: type[JobMessage] | None = Opened
     killed: float = 0.0
 
 
@@ -72,6 +89,7 @@ class Desk:
         job = self._jobs.get(number)
         if job is None:
             return
+        job.turn_to_say = _ANSWER_TO.get(type(message))
         try:
             job.channel.send(message, descriptors)
         except ChannelClosedError:
@@ -104,6 +122,7 @@ class Desk:
         for message, _ in messages:
             if number in self._jobs:
                 try:
+                    _take_turn(job, message)
                     _pass_on(number, message, loads)
                 except ValueError as error:
                     found = f"{title(job.path)}: what its check says makes no sense: {error}"
@@ -170,6 +189,15 @@ def _failure_of(job: _Job, end: End) -> Failure:
         return Failure(FailureKind.TIMEOUT, message, [])
     message = f"{title(job.path)}: the process that read it {end.how}, without an answer"
     return Failure(FailureKind.INTERNAL, message, [])
+
+
+def _take_turn(job: _Job, message: FromJob) -> None:
+    """Raises ValueError for what a job says out of turn, which the loads do not expect."""
+    if isinstance(message, JobFailed):
+        return
+    if type(message) is not job.turn_to_say:
+        raise ValueError(f"{type(message).__name__} out of turn")
+    job.turn_to_say = None
 
 
 def _pass_on(number: int, message: FromJob, loads: Loads) -> None:

@@ -1,4 +1,4 @@
-"""Where clients come in: this user's processes only, and as long as there are descriptors."""
+"""Accepts clients: only processes of this user, and only while there are descriptors."""
 
 from __future__ import annotations
 

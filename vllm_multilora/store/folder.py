@@ -1,4 +1,4 @@
-"""Where the stores of a user are found: a folder that nobody else can get at."""
+"""The folder where a user's stores are found, which no other user can access."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def store_folder() -> Path:
         folder = Path(named)
         if (fault := _fault(folder)) is not None:
             raise StoreUnavailableError(
-                f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can get at"
+                f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can access"
             )
         return folder
     runtime = os.environ.get("XDG_RUNTIME_DIR")

@@ -1,4 +1,4 @@
-"""Adapters that are named after a repository of the Hugging Face hub instead of a folder."""
+"""Adapters named by a repository of the Hugging Face hub instead of a folder."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def fetched(path: str, *, is_allowed: bool) -> str:
                 "",
                 said,
                 EXPECTED,
-                f"{name} is no folder here, and the Hugging Face hub does not give it: {said}",
+                f"{name} is not a folder here, and the Hugging Face hub does not have it: {said}",
             )
         ) from error

@@ -1,4 +1,4 @@
-"""What a job does: opens one adapter's files, checks them, and packs them where the store says."""
+"""What a job does: opens an adapter's files, checks them, and packs them where the store says."""
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ class RunningStore:
             return folder.connect(self.path)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise StoreUnavailableError(
-                f"no store of this user runs (none listens at {self.path}): the first server with "
-                "--enable-lora starts one, or `vllm-multilora store`"
+                f"no store of this user is running (none listens at {self.path}): the first server "
+                "with --enable-lora starts one, or `vllm-multilora store`"
             ) from error
         except OSError as error:
             raise StoreUnavailableError(f"{self.path}: {error}") from error

@@ -1,4 +1,4 @@
-"""The loads: which job is started, what jobs say, and what becomes of those who wait."""
+"""The loads: which job is started, what jobs report, and what those who wait are told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a worker gets at host memory: the store's segments, mapped to be read."""
+"""How a worker accesses host memory: the store's segments, mapped read-only."""
 
 from __future__ import annotations
 

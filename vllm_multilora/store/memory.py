@@ -1,4 +1,4 @@
-"""The packs in host memory: who they are, who holds them, and which one leaves."""
+"""The packs in host memory: what they are, who holds them, and which one is evicted."""
 
 from __future__ import annotations
 

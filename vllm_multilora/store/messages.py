@@ -1,9 +1,10 @@
 """What the store and its clients say to each other: msgpack arrays, tagged by their type's name.
 
-A client says `Hello` first, then, as an engine, `Configure`; the store answers `Configured` or
-`Refused`. From then on either side speaks when it has something to say. `PROTOCOL` rises with every
-change that an older side would misread; it is part of the socket's name, so that servers of
-different versions on one machine have stores of their own.
+Messages are msgpack arrays, tagged with the name of their type. A client sends `Hello` first and,
+if it is an engine, `Configure`; the store answers `Configured` or `Refused`. After that, either
+side sends whenever it has something to say. `PROTOCOL` is raised with every change that an older
+side would misread. It is part of the socket's name, so that servers of different versions on one
+machine use different stores.
 """
 
 from __future__ import annotations

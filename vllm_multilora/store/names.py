@@ -1,4 +1,4 @@
-"""The names of adapters that a server's API servers share: what one registers, all serve."""
+"""The adapter names that the API servers of one server share: all serve what one registers."""
 
 from __future__ import annotations
 

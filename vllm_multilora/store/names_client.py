@@ -1,4 +1,4 @@
-"""How an API server shares the names of its adapters with the other ones of its server."""
+"""How an API server shares its adapters' names with the others of its server."""
 
 from __future__ import annotations
 

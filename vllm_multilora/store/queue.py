@@ -1,4 +1,4 @@
-"""Whose load is next: fair between owners, and never held up for long by loads that hang."""
+"""Which load is next: fair between owners, and not delayed for long by loads that hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the store needs to know of adapters' files; `adapter_reader` knows how."""
+"""What the store needs to know about adapters' files; `adapter_reader` implements it."""
 
 from __future__ import annotations
 

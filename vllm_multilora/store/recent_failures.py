@@ -1,4 +1,4 @@
-"""Failures that answer further wants for a while, in bounded number and length."""
+"""Recent failures, which answer further wants for a while; bounded in number and length."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Who wants what: the store's decisions, without I/O or clock.
 
-Whoever owns a `Registry` tells it what clients say, and its `loads` what becomes of jobs, with the
-time, and carries out what these ask of `Effects`.
+The owner of a `Registry` tells it what clients say and what time it is, tells its `loads` what
+becomes of jobs, and carries out what both ask of `Effects`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How jobs are run: in processes of their own, or on threads where there can be none."""
+"""How jobs are run: in processes of their own, or on threads if there can be none."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What keeps a job that reads a hostile file in bounds; all of it applies to the calling process.
+"""Confines a job that reads an untrusted file; all of it applies to the calling process.
 
-Memory, time and files are limited everywhere. Where Linux has Landlock, the job can read below the
-allowed roots (anywhere, where there are none) and write nowhere; where it has seccomp, it can make
-no connection, start no program and touch no other process.
+Memory, time and files are limited everywhere. With Landlock, the job can read only below the
+allowed roots (anywhere, if there are none) and write nowhere. With seccomp, it can make no
+connection, start no program and touch no other process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arena's segments: anonymous files in memory, mapped by whoever is handed their descriptor."""
+"""The arena's segments: anonymous memory files, mapped by those who get their descriptor."""
 
 from __future__ import annotations
 

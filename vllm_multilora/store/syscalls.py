@@ -1,4 +1,4 @@
-"""Numbers of Linux system calls, by machine, and how to make one."""
+"""Linux system call numbers by machine, and how to make a call."""
 
 from __future__ import annotations
 

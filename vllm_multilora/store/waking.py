@@ -1,4 +1,4 @@
-"""Wakes a thread that waits elsewhere when something comes from the store."""
+"""Wakes a thread that waits elsewhere when the store sends something."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of clients: stored as hashes, and looked up at one price for right and wrong ones."""
+"""Clients' keys: stored as hashes; looking up a right or a wrong one costs the same."""
 
 from __future__ import annotations
 

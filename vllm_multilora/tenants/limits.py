@@ -152,8 +152,7 @@ class Account:
         limits = self._limits
         if self._bucket is not None and (wait := self._bucket.wait_s()) > 0:
             raise LimitReachedError(
-                f"{self.tenant.limits.tokens_per_minute:g} tokens a minute are allowed, and they "
-                f"are used up",
+                f"the {self.tenant.limits.tokens_per_minute:g} tokens per minute are used up",
                 wait,
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -162,8 +161,8 @@ class Account:
             turn.set_result(None)
         elif limits.waiting is not None and len(self._waiting) >= limits.waiting:
             raise LimitReachedError(
-                f"{self.tenant.limits.running} calls at a time are allowed, "
-                f"and {self.tenant.limits.waiting} that wait for their turn"
+                f"{self.tenant.limits.running} calls may run at a time, and "
+                f"{self.tenant.limits.waiting} more may wait for their turn"
             )
         else:
             self._waiting.append(turn)
@@ -191,7 +190,7 @@ class Account:
         """
         limit = self._limits.adapters
         if limit is not None and adapter not in self._adapters and len(self._adapters) >= limit:
-            raise LimitReachedError(f"{limit} different adapters at a time are allowed")
+            raise LimitReachedError(f"{limit} different adapters may be in use at a time")
         self._adapters[adapter] += 1
 
     def release(self, adapter: str) -> None:

@@ -1,4 +1,4 @@
-"""How a request says whose it is on its way from the API server to the engine core.
+"""How a request carries its tenant from the API server to the engine core.
 
 vLLM carries a request's trace headers to the engine core, for generating and pooling requests
 alike, and fills them from two headers of tracing alone: no client can write what is put beside

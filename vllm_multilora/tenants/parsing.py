@@ -1,4 +1,4 @@
-"""From a tenants file to tenants; the first thing that is wrong is an error with its place."""
+"""Turns a tenants file's data into tenants; the first fault is an error with its place."""
 
 from __future__ import annotations
 
@@ -130,12 +130,14 @@ class _Parser:
             except ValueError as error:
                 raise self._error(
                     at,
-                    f"found something else than a hashed key, {error}: vllm-multilora tenants "
-                    f"hash makes it of the key",
+                    f"found something other than a hashed key, {error}: vllm-multilora tenants "
+                    f"hash makes one from the key",
                 ) from None
             owner = self.keys.setdefault(digest, name)
             if owner != name:
-                raise self._error(at, f"found a key that {owner!r} has too, expected another one")
+                raise self._error(
+                    at, f"found a key that {owner!r} has, too, expected a different one"
+                )
 
     def _names(self, data: Any, place: Keys) -> Names:
         if data is None:

@@ -184,12 +184,12 @@ def rank_pattern_with_a_broken_expression(draft: Draft) -> None:
     draft.config["rank_pattern"] = {"(q_proj": 8}
 
 
-@bad_config(Code.CONFIG_PATTERN, words=("'rank_pattern'", "(.*)*x", "repeats what repeats"))
+@bad_config(Code.CONFIG_PATTERN, words=("'rank_pattern'", "(.*)*x", "repeats a group"))
 def rank_pattern_that_never_ends(draft: Draft) -> None:
     draft.config["rank_pattern"] = {"(.*)*x": 8}
 
 
-@bad_config(Code.CONFIG_PATTERN, words=("'alpha_pattern'", "repeats what repeats"))
+@bad_config(Code.CONFIG_PATTERN, words=("'alpha_pattern'", "repeats a group"))
 def alpha_pattern_that_fills_memory(draft: Draft) -> None:
     draft.config["alpha_pattern"] = {"(((a{1000}){1000}){1000}){1000}": 8}
 

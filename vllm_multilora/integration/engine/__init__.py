@@ -1,1 +1,1 @@
-"""What acts in the engine core: requests wait for their adapters there, and share the slots."""
+"""What runs in the engine core: requests wait for their adapters there, and share the slots."""

@@ -1,7 +1,7 @@
-"""Finds where in its prompt a request's adapter begins to act, once its weights are known.
+"""Finds where in its prompt a request's adapter becomes active, once its weights are known.
 
-The invocation counts in the prompt alone, its last occurrence, and generated tokens are computed
-with the adapter, whatever they are; a request that was preempted goes on where it was.
+Only the last invocation in the prompt counts. Generated tokens are computed with the adapter,
+whatever they are, and a request that was preempted keeps its position.
 """
 
 from __future__ import annotations

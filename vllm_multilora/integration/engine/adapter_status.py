@@ -1,8 +1,8 @@
-"""What every adapter is doing, put together for `GET /v1/lora_adapters`.
+"""Collects what every adapter is doing, for `GET /v1/lora_adapters`.
 
-The engine core tells of its adapters, the API server of its names. The engine core is asked with
-one call, only when a client asks, and answers with plain mappings: vLLM sends nothing else between
-the two.
+The engine core reports on its adapters, the API server on its names. The engine core is asked with
+a single call, and only when a client asks. It answers with plain mappings, since vLLM sends nothing
+else between the two processes.
 """
 
 from __future__ import annotations

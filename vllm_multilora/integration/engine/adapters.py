@@ -1,16 +1,17 @@
 """The engine core's adapters: wants them from the store, gives them slots, has workers fill these.
 
-The store owns files and host memory and tells what it has; workers tell when an order was carried
-out; slots are decided here. Nothing blocks: the scheduler asks in each step, and holds requests
-back until their adapter is in its slot.
+The store owns files and host memory and reports what it has; workers report when an order has been
+carried out; slots are decided here. Nothing blocks: the scheduler asks in each step, and holds
+requests back until their adapter is in its slot.
 
 ```
  want ──► store: QUEUED, READING ──► Loaded, with a lease ──► bring ──► workers: Fill
                     └─► Failed                                             └─► Filled: lease back
 ```
 
-What is known of each adapter is its `Entry`. `Registrations` holds these, `Wants` what the store
-was asked, `OrdersUnderWay` what the workers were told; `Arrivals` takes in what both answer.
+What is known of an adapter is its `Entry`. `Registrations` holds the entries, `Wants` what the
+store was asked, and `OrdersUnderWay` what the workers were told; `Arrivals` handles the answers of
+both.
 """
 
 from __future__ import annotations

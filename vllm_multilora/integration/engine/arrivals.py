@@ -1,4 +1,4 @@
-"""What the store and the workers say of an engine core's adapters, and what follows from it."""
+"""Handles what the store and the workers report about an engine core's adapters."""
 
 from __future__ import annotations
 

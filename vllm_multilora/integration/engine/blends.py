@@ -1,4 +1,4 @@
-"""Which blends an engine core knows: few at a time, since anybody can ask for any number of them.
+"""Which blends an engine core knows: few at a time, since clients can request any number of them.
 
 A blend is made when a request asks for it, and made again if it has left memory. So one that nobody
 uses can be forgotten as soon as there are too many.

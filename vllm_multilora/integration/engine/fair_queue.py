@@ -1,8 +1,8 @@
-"""vLLM's queue of waiting requests, with the request of whoever has had least at its head.
+"""vLLM's queue of waiting requests, with the request of the party served least at its head.
 
-Each party's requests are in the order of their arrival, as in vLLM's own queue. Which party is
-first is decided anew in each step, and while it is scheduled a request that was taken counts as
-computed: of several parties that have had the same, each gets a place, and not one of them all.
+Each party's requests are in the order of their arrival, as in vLLM's own queue. The first party is
+determined anew in each step, and within a step a request that was taken counts as computed. So if
+several parties have had the same, each of them gets a place, and not one of them all places.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""The scheduler's part of fair shares: who is first in a step, and how much of it others may have.
+"""The scheduler's part of fair shares: who is first in a step, and what others may add to it.
 
-vLLM takes waiting requests in the order in which they came, and computes as much of a prompt in a
-step as there is room for: a tenant with many clients and long prompts stands before all others, and
-their tokens wait for its prompts. The mixin, over `AdapterAwareMixin`,
+vLLM takes waiting requests in the order of their arrival, and computes as much of a prompt in a
+step as there is room for. So a tenant with many clients and long prompts is served before all
+others, and their tokens wait for its prompts. The mixin, over `AdapterAwareMixin`,
 
-- has the request of whoever has had least of the engine at the head of the queue (`FairQueue`), and
-  of the running requests as well, so that whoever has had most is preempted first;
-- bounds what *heavy* parties (`FairShares`), all of them together, add to a step while others take
-  part in it (`StepBound`): prompts are computed in smaller pieces, and running requests beyond the
-  bound, those that came last, are left out of the step;
-- charges each party for what is computed, a token's first computing only: what a preempted request
-  has to compute again is charged once, and what the prefix cache has, never.
+- puts the request of the party served least at the head of the queue (`FairQueue`) and of the
+  running requests, so that the party served most is preempted first;
+- bounds what all *heavy* parties (`FairShares`) together add to a step while others take part in it
+  (`StepBound`): prompts are computed in smaller chunks, and the latest running requests beyond the
+  bound are left out of the step;
+- charges each party for what is computed, but only once: tokens that a preempted request computes
+  again are free, and so are tokens from the prefix cache.
 
-Places in the batch and slots are given in the queue's order, so they are shared by the same
-counters. Nothing is ordered or limited while one party only has requests.
+Places in the batch and slots are given in the queue's order, so the same counters share them. While
+only one party has requests, nothing is reordered or limited.
 
-A request that waits for an adapter to be loaded, a grammar or more input is not in anybody's way;
-it holds up nobody's prompts either.
+A request that waits for an adapter, a grammar or more input is in nobody's way, and does not limit
+anybody's prompts either.
 """
 
 from __future__ import annotations

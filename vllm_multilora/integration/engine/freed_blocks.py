@@ -1,4 +1,4 @@
-"""Blocks of the KV cache that requests gave back while their steps were under way."""
+"""KV cache blocks that requests gave back while their steps were still running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stores of several machines, as one.
+"""Presents the stores of several machines as one.
 
 Where an engine's workers are on several machines, each machine's store packs adapters for the
 workers there. An adapter is loaded when all of them have it; all must have read the same files.

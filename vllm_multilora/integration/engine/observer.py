@@ -1,4 +1,4 @@
-"""Sees what happens to an engine's adapters, for metrics and for those who ask."""
+"""Observes what happens to an engine's adapters, for metrics and for those who ask."""
 
 from __future__ import annotations
 

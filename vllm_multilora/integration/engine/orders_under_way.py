@@ -1,4 +1,4 @@
-"""The orders that workers have: who has answered, and the leases that they hold."""
+"""Orders that workers have not finished: who has answered, and which leases they hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom an engine core's adapters talk to: the store, and the engine's workers."""
+"""What an engine core's adapters talk to: the store, and the engine's workers."""
 
 from __future__ import annotations
 

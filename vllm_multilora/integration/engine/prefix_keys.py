@@ -1,23 +1,23 @@
-"""Keys of cached prefixes: the digest of the weights that compute them, and nothing else of theirs.
+"""Keys of cached prefixes: of an adapter, they contain the digest of its weights and no more.
 
-vLLM hashes a request's blocks with the adapter's name and path. Here the adapter's part of such a
-key is the digest of its weights, so that the same weights have the same keys under every name, on
-every server and after every restart, and other weights have others. KV connectors and offloading
-that go by vLLM's block hashes inherit that. So does the encoder cache, where adapters change what
-a tower makes of an image (`enable_tower_connector_lora`): its keys get the digest too.
+vLLM hashes a request's blocks with the adapter's name and path. Here, the adapter's part of such a
+key is the digest of its weights. So the same weights have the same keys under every name, on every
+server and after every restart, and other weights have other keys. KV connectors and offloading that
+use vLLM's block hashes inherit this. So does the encoder cache, if adapters change how a tower
+encodes an image (`enable_tower_connector_lora`): its keys contain the digest too.
 
-Hashes are computed when a request arrives, if its adapter's weights are known by then, and else
-when it has its turn: a request that is held back for its adapter has none until then. Before it
-runs, its keys are compared with the weights in the slot, and made anew where these are others by
-now.
+Hashes are computed when a request arrives, if its adapter's weights are known by then; otherwise
+when the request has its turn, since a request that waits for its adapter has none before that.
+Before the request runs, its keys are compared with the weights in the slot, and computed again if
+those have changed.
 
-What an activated adapter leaves to the base model is the base model's: blocks that end before the
-adapter begins to act are keyed as those of requests without adapter, and shared with them and with
-those of all other activated adapters. The block in which it begins has in its key where, besides
-the digest: the same tokens may invoke it here or there, depending on what follows. All later blocks
-inherit that.
+Blocks that end before an activated adapter becomes active are the base model's: they are keyed like
+those of requests without an adapter, and shared with them and with those of all other activated
+adapters. The key of the block in which the adapter becomes active contains the position as well as
+the digest, because the same tokens may invoke it at different positions, depending on what follows.
+All later blocks inherit that.
 
-The base model is in none of vLLM's keys; servers that share a KV store serve one base model.
+The base model is not part of vLLM's keys; servers that share a KV store must serve the same one.
 """
 
 from __future__ import annotations

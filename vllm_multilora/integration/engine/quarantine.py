@@ -1,16 +1,15 @@
-"""Adapters whose numbers were not finite in use.
+"""Takes adapters out of service that produced non-finite numbers.
 
-A checkpoint may pass every check and still overflow with some prompt. Numbers that are not finite
-reach the logits of the step that makes them, where vLLM counts them, behind captured graphs and in
-both model runners (`kv_blocks.start` switches that on; `worker.sampling` has it count by request
-where tokens are drafted); what pooling models answer is looked at here. The adapter's requests end,
-and no others are let in until it has other weights, or these were registered anew.
-What they leave in the KV cache is read by nobody, see `kv_blocks`.
+A checkpoint may pass every check and still overflow with some prompt. Non-finite numbers reach the
+logits of the step that makes them, where vLLM counts them, behind captured graphs and in both model
+runners (`kv_blocks.start` turns that on; `worker.sampling` makes it count by request if tokens are
+drafted). What pooling models answer is examined here. The adapter's requests are ended, and new
+ones are refused until the adapter has other weights or was registered again. What its requests
+leave in the KV cache is never read, see `kv_blocks`.
 
-What the base model makes of a prompt by itself is no adapter's fault: once it has made numbers that
-are not finite for a request without adapter, nobody is quarantined any more, and the log says so.
-Nor is what a client has computed (embeddings in a prompt's place, images): such requests are not
-looked at.
+An adapter is not blamed for what the base model does: once that has made non-finite numbers for a
+request without an adapter, no adapter is quarantined any more, and the log says so. Requests with
+input that a client has computed (prompt embeddings, images) are not examined either.
 """
 
 from __future__ import annotations

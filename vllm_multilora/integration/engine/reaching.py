@@ -136,6 +136,6 @@ def _await(door: RemoteDoor, purpose: Purpose, rank: int) -> socket.socket:
     deadline = time.monotonic() + _ARRIVAL_LIMIT_S
     while (connection := door.take(purpose, rank)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"worker {rank} has connected, and nothing has arrived of it")
+            raise TimeoutError(f"worker {rank} has connected but sent nothing")
         time.sleep(0.01)
     return connection

@@ -1,15 +1,15 @@
-"""The scheduler's part: requests run when their adapter is in its slot, or fail alone.
+"""The scheduler's part: requests run when their adapter is in its slot, or fail on their own.
 
 vLLM schedules up to `max_loras` different adapters in a step, whichever they are, and leaves it to
 the model step to load what is missing. The mixin, over whichever scheduler class vLLM chose,
 
-- holds a request back until its adapter was read, has its turn for a slot, and is in it on every
-  rank: no step contains a load or a copy;
-- ends the requests of an adapter that cannot be had, with the reason, and no others;
-- leaves pinned adapters their slots, and has the other adapters take turns.
+- holds a request back until its adapter has been read, has its turn for a slot, and is in the slot
+  on every rank: no step contains a load or a copy;
+- ends the requests of an adapter that cannot be loaded, with the reason, and no others;
+- leaves pinned adapters in their slots, and lets the other adapters take turns.
 
-A request that is held back stays where it is in vLLM's waiting queue, as one does that waits for
-its grammar to be compiled: order, priorities, preemption and aborts are vLLM's own.
+A request that is held back stays where it is in vLLM's waiting queue, like one that waits for its
+grammar to be compiled: order, priorities, preemption and aborts are vLLM's own.
 """
 
 from __future__ import annotations

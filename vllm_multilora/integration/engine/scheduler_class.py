@@ -1,4 +1,4 @@
-"""Which scheduler class vLLM gets: the one that it chose, with ours over it."""
+"""Builds the scheduler class for vLLM: the one that it chose, extended with ours."""
 
 from __future__ import annotations
 

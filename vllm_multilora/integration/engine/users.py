@@ -1,4 +1,4 @@
-"""Who uses an engine core's adapters: requests that have not ended, by adapter."""
+"""Which unfinished requests use an engine core's adapters."""
 
 from __future__ import annotations
 

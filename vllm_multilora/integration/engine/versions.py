@@ -1,7 +1,7 @@
-"""How an engine core tells API servers which version of its adapter a request runs on.
+"""How an engine core tells API servers which version of an adapter a request runs on.
 
-Once, with the request's first output, by a field of vLLM's that is carried through unread: an
-engine's outputs have no room for a plugin's words.
+The version is sent once, with the request's first output, in one of vLLM's fields that is passed on
+unread: an engine's outputs have no field for plugins.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an engine core asks of its store: wants, leases, and adapters to be forgotten."""
+"""What an engine core asks of its store: wants, leases, and forgetting adapters."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How the engine core reaches its workers and, where there is no other way, a store through them.
+"""How the engine core reaches its workers and, if there is no other way, a store through them.
 
-`LinkedWorkers` answer on a link of their own. Workers on other machines that do not reach their
+`LinkedWorkers` answer on a link of their own. Workers on other machines that cannot reach their
 engine core have none: each of them asks a store of its own machine, and the engine waits.
 `WaitingStore` and `WaitingWorkers` do the same for `--no-multilora-async-loading`.
 """

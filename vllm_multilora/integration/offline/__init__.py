@@ -1,1 +1,1 @@
-"""What acts without an engine: the diagnosis, and models without weights for the commands."""
+"""What runs without an engine: the diagnosis, and models without weights for the commands."""

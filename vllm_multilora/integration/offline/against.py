@@ -1,4 +1,4 @@
-"""`vllm-multilora doctor --against`: what another vLLM would mean for the plugin."""
+"""`vllm-multilora doctor --against`: what another version of vLLM would mean for the plugin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a base model costs on one worker, found without its weights, a GPU or an engine.
+"""What a base model costs on one worker, without its weights, a GPU or an engine.
 
 vLLM's own layers allocate their slots on the meta device. That is done for one slot and for two,
 and for every rank: a further slot always adds the same, which is not so for ranks (fully sharded

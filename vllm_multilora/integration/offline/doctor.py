@@ -1,4 +1,4 @@
-"""`vllm-multilora doctor`: what is installed, and what would run."""
+"""`vllm-multilora doctor`: shows what is installed, and what would run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a base model accepts of an adapter, found without its weights and without an engine."""
+"""What a base model accepts of an adapter, without its weights and without an engine."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Server:
         """
         if self.max_lora_rank not in ALLOWED_RANKS:
             raise BaseModelError(
-                f"max_lora_rank is {self.max_lora_rank}, and vLLM takes one of "
+                f"max_lora_rank is {self.max_lora_rank}, but vLLM accepts only "
                 f"{', '.join(map(str, ALLOWED_RANKS))}"
             )
         if self.fully_sharded_loras and self.max_lora_rank % self.tensor_parallel_size:
@@ -114,7 +114,7 @@ class Server:
         # RuntimeError: a build of vLLM for GPUs, on a machine without one.
         except (ValueError, OSError, RuntimeError) as error:
             raise BaseModelError(
-                f"vLLM does not take the base model {self.model}: {_said(error)}"
+                f"vLLM cannot load the base model {self.model}: {_said(error)}"
             ) from error
 
 
@@ -129,7 +129,7 @@ def _folder(model: str) -> str:
         return str(path.parent)
     if model.startswith(("/", ".", "~")) and not path.is_dir():
         raise BaseModelError(
-            f"vLLM does not take the base model {model}: there is no such folder; expected one "
+            f"vLLM cannot load the base model {model}: there is no such folder; expected one "
             "with a config.json, the path of that file, or a model's name"
         )
     return model
@@ -163,7 +163,7 @@ def _wrapped(config: VllmConfig) -> LoRAModelManager:
         model = initialize_model(config)
     give_experts_kernels(model)
     if not supports_lora(model):
-        raise BaseModelError(f"vLLM has no LoRA for {type(model).__name__}")
+        raise BaseModelError(f"vLLM does not support LoRA for {type(model).__name__}")
     scheduler: Any = config.scheduler_config
     return _UnrunnableManager(
         model=model,  # type: ignore[arg-type]

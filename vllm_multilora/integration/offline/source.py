@@ -1,4 +1,4 @@
-"""Finds definitions in the source of a vLLM that is not installed; nothing of it is executed."""
+"""Finds definitions in the source of a vLLM that is not installed, without executing it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from vllm_multilora.errors import ConfigError
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _PACKAGE = "vllm/__init__.py"
+_EXPECTED = (
+    "a wheel (from `pip download --no-deps vllm==VERSION`), or a folder with vLLM's package `vllm` "
+    "in it, such as a checkout"
+)
 _MOST_HOPS = 12  # from a name that is imported to where it is defined
 
 
@@ -47,14 +51,13 @@ class Source:
         Raises:
             ConfigError: It is neither.
         """
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist: expected {_EXPECTED}")
         read = _from_wheel(path) if path.is_file() else partial(_text, path)
         if path.is_dir() and path.name == "vllm" and read(_PACKAGE) is None:
             read = partial(_text, path.parent)
         if read(_PACKAGE) is None:
-            raise ConfigError(
-                f"{path} has no vLLM: expected a wheel (from `pip download --no-deps "
-                f"vllm==VERSION`), or a folder with vLLM's package `vllm` in it, such as a checkout"
-            )
+            raise ConfigError(f"{path} contains no vLLM: expected {_EXPECTED}")
         return cls(read)
 
     @property

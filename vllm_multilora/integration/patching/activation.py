@@ -1,4 +1,4 @@
-"""Whether the plugin acts for an engine, and with which backend: one answer for all patches."""
+"""Whether the plugin is active for an engine, and with which backend: one answer for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache's settings, checked against the engine's, and what the store is to keep."""
+"""Checks the cache's settings against the engine's, and derives what the store keeps."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def check_cache_settings(settings: MultiLoRAConfig, vllm_config: VllmConfig) -> 
     slots = vllm_config.lora_config.max_loras
     if len(settings.pin) >= slots:
         raise ConfigError(
-            f"{CONFIG_KEY}.pin names {len(settings.pin)} adapters and there are {slots} slots, one "
-            "of which must be left for all others: raise --max-loras or pin fewer adapters"
+            f"{CONFIG_KEY}.pin names {len(settings.pin)} adapters, but there are {slots} slots and "
+            "one must stay free for all others: raise --max-loras or pin fewer adapters"
         )
     policy_factory(settings.cache_policy)
 

@@ -1,7 +1,7 @@
-"""What classes of ours expect of vLLM's classes that they extend or call, beside the ledger.
+"""What our classes expect of the vLLM classes that they extend or call, besides the ledger.
 
-No import fails where a new vLLM no longer has a method that is overridden here.
-`vllm-multilora doctor --against` compares these, as it does the ledger's targets.
+If a new vLLM no longer has a method that is overridden here, no import fails. `vllm-multilora
+doctor --against` compares these methods, as it does the ledger's targets.
 """
 
 from __future__ import annotations

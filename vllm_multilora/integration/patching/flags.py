@@ -60,8 +60,8 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
     own = (engine_args.additional_config or {}).get(CONFIG_KEY) or {}
     if getattr(args, "grpc", False) and {"tenants", "admin_key_file"} & {*own}:
         raise ConfigError(
-            "--multilora-tenants and --multilora-admin-key-file guard HTTP servers, and --grpc "
-            "starts another one: leave either out"
+            "--multilora-tenants and --multilora-admin-key-file protect HTTP servers, but --grpc "
+            "starts a gRPC server: leave out either --grpc or these flags"
         )
 
 

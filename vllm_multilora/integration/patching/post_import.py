@@ -1,7 +1,7 @@
-"""Runs a function as soon as a module has been imported, whoever imports it, if anybody does.
+"""Runs a function as soon as a module has been imported, by whomever, if ever.
 
-A process of vLLM needs a part of vLLM's modules only. What is to be changed in a module that this
-process may never use waits here, rather than have the module imported for it.
+A vLLM process needs only some of vLLM's modules. A change to a module that this process may never
+use waits here, so that the module is not imported just for the change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which vLLM is installed, and whether this plugin knows it."""
+"""Which vLLM is installed, and whether this plugin supports it."""
 
 from __future__ import annotations
 

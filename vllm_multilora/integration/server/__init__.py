@@ -1,1 +1,1 @@
-"""What acts where requests come in: a new engine's settings, and the API server."""
+"""What runs where requests arrive: the settings of a new engine, and the API server."""

@@ -1,4 +1,4 @@
-"""The keys of an API server, and whose they are; the middleware asks here for every request."""
+"""The keys of an API server and whose they are; the middleware asks here for every request."""
 
 from __future__ import annotations
 
@@ -157,8 +157,8 @@ class Access:
         tenants = parse_tenants(file, text)
         for digest in tenants.keys.keys() & self._fixed.keys():
             raise DocumentError(
-                f"{file}: found a key of the tenant {tenants.keys[digest]!r} that is the server's "
-                f"admin key or API key too, expected another one"
+                f"{file}: found a key of the tenant {tenants.keys[digest]!r} that is also the "
+                f"server's admin key or API key, expected a different one"
             )
         return tenants
 
@@ -180,11 +180,11 @@ def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -
             found = Path(path).read_text().split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"{path}: cannot read the admin key ({error}); expected a text file with a key in "
-                f"each line (--multilora-admin-key-file)"
+                f"{path}: cannot read the admin key ({error}); expected a text file with one key "
+                f"per line (--multilora-admin-key-file)"
             ) from None
         if not found:
-            raise ConfigError(f"{path}: found no admin key, expected one in each line")
+            raise ConfigError(f"{path}: found no admin key, expected one per line")
     if any(len(key) < MIN_ADMIN_KEY for key in found):
         raise ConfigError(
             f"{where}: found an admin key of fewer than {MIN_ADMIN_KEY} characters, expected a "

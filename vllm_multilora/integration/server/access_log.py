@@ -1,4 +1,4 @@
-"""Uvicorn's lines for requests without a valid key: few, however many there are."""
+"""Limits uvicorn's log lines for requests without a valid key."""
 
 from __future__ import annotations
 

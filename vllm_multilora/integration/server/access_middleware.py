@@ -1,7 +1,7 @@
-"""The first that acts on a request: who gets in, whose request it is, and when it has its turn.
+"""The first middleware: who gets in, whose request it is, and when it has its turn.
 
-This stands before all of vLLM's own middleware. vLLM's check of its API key stays where it is; it
-takes a request for checked that has been let in here (`verify_token`).
+It runs before all of vLLM's own middleware. vLLM's check of its API key stays in place, but accepts
+requests that were admitted here as checked (`verify_token`).
 """
 
 from __future__ import annotations

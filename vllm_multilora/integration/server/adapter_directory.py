@@ -1,12 +1,12 @@
 """The API server's part of `--multilora-adapter-dir`: serves what is in the directories.
 
 All adapters of a directory are in vLLM's table of names from the start, so that `/v1/models` and
-every route know them; an adapter is read and checked when it is first used, as a registration
-would. A changed folder is reloaded as a registration is: in place, under a new number, and with
-the old version serving on if the new one is refused.
+every route know them. An adapter is read and checked when it is first used, as by a registration. A
+changed folder is reloaded like a registration: in place, under a new number, and if the new version
+is refused, the old one is served on.
 
-Several API servers look at the directories each for itself. They come to the same numbers
-(`AdapterFolder.number`), so that the engine holds an adapter once.
+With several API servers, each watches the directories for itself. They arrive at the same numbers
+(`AdapterFolder.number`), so the engine holds each adapter once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who sent the HTTP request that is being worked for, and what they may be answered.
+"""Who sent the HTTP request that is being handled, and what they may be told.
 
-vLLM looks model names up, lists models and hands requests to the engine far below HTTP. Whatever
-depends on who asks finds out here; where no keys are set there is no caller, and everything is as
+vLLM looks up model names, lists models and hands requests to the engine far below HTTP. Code that
+depends on who asks finds out here. If no keys are set there is no caller, and everything works as
 without this module.
 """
 

@@ -99,13 +99,13 @@ def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = N
     if settings.tenants is None and settings.admin_key_file is None:
         return
     if usage_context is UsageContext.LLM_CLASS:
-        logger.warning("Keys and tenants have no effect in LLM(...): they guard HTTP servers.")
+        logger.warning("Keys and tenants have no effect in LLM(...): they protect HTTP servers.")
         return
     if not is_active(vllm_config) or envs.VLLM_USE_RUST_FRONTEND:
         raise ConfigError(
-            "--multilora-tenants and --multilora-admin-key-file guard nothing here, since "
-            "vllm-multilora does not act (--enable-lora, a supported vLLM and vLLM's Python front "
-            "end are needed): leave them out, or have it act"
+            "--multilora-tenants and --multilora-admin-key-file protect nothing here, because "
+            "vllm-multilora is not active: it needs --enable-lora, a supported vLLM and vLLM's "
+            "Python front end. Provide these, or leave both flags out"
         )
     read_admin_keys(settings, os.environ)
     if settings.tenants is not None:

@@ -1,7 +1,7 @@
-"""What happens to a request in the API server on its last step before the engine.
+"""The last check of a request in the API server before it goes to the engine.
 
-All endpoints come by here, those too that are new in vLLM: what was not granted to a tenant is
-refused, whatever has let it through.
+All endpoints pass through here, including those that are new in vLLM: what a tenant was not granted
+is refused, whatever let it through before.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""What must pass between HTTP and the code that finds and runs adapters.
+"""What HTTP and the code that finds and runs adapters have to tell each other.
 
-vLLM resolves a request's model name, and runs it, far below HTTP. What the two have to tell each
-other travels in a context variable, which reaches every task that works for the request: the
-request's headers one way, the adapter and its version the other.
+vLLM resolves a request's model name, and runs the request, far below HTTP. What both sides have to
+tell each other travels in a context variable, which reaches every task that works for the request:
+the request's headers in one direction, the adapter and its version in the other.
 
 An answer says which version of an adapter made it:
 
 - in the headers `x-multilora-adapter` and `x-multilora-version`. A stream's headers are sent before
-  anything is computed; they name the version that the adapter's name stood for then, which the
-  request is bound to;
-- in the field `multilora` of the answer, or of a stream's first event once it is known, which
-  names what has computed it. The two differ where an adapter's files have changed without a
-  registration, and its old version was not in memory any more.
+  anything is computed; they name the version that the adapter's name stood for at that time, which
+  the request is bound to;
+- in the field `multilora` of the answer, or of a stream's first event once it is known, which names
+  the version that computed it. The two differ if an adapter's files have changed without a
+  registration, and its old version was no longer in memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Whether the stores of a KV connector can tell adapters apart.
+"""Whether a KV connector's stores can tell adapters apart.
 
-Connectors that find blocks by vLLM's hashes do: the digest of the weights is in them. So do those
-that hand a request's blocks from one engine to another. Some make keys of their own, from tokens
-alone: what one adapter has computed is then found for another, by stock vLLM too.
+Connectors that look up blocks by vLLM's hashes can, since the hashes contain the digest of the
+weights. So can those that pass a request's blocks from one engine to another. Others make keys of
+their own, from tokens alone: what one adapter has computed is then found for another, in stock vLLM
+too.
 """
 
 from __future__ import annotations
@@ -62,15 +63,15 @@ def require_adapters_apart(transfer: KVTransferConfig | None) -> None:
     for name, is_vllms in _connectors(of_all):
         if is_vllms and name in _BY_TOKENS:
             raise ConfigError(
-                f"the KV connector {name} finds blocks by their tokens alone, so that one adapter "
-                "would be answered with what another has computed: serve without --enable-lora or "
-                "with a connector that goes by vLLM's block hashes, such as OffloadingConnector"
+                f"the KV connector {name} looks up blocks by their tokens alone, so one adapter "
+                "would be answered with what another has computed: serve without --enable-lora, or "
+                "use a connector that looks up vLLM's block hashes, such as OffloadingConnector"
             )
         if not is_vllms or name not in _BY_HASHES | _BY_REQUEST:
             logger.warning(
-                "The KV connector %s is none that vllm-multilora knows: unless it finds blocks by "
-                "vLLM's block hashes (Request.block_hashes), adapters are answered with what "
-                "others have computed.",
+                "vllm-multilora does not know the KV connector %s: unless it looks up blocks by "
+                "vLLM's block hashes (Request.block_hashes), one adapter is answered with what "
+                "another has computed.",
                 name,
             )
 

@@ -1,9 +1,9 @@
-"""Follows every prompt in an API server to its end, and says what it has used and what has run it.
+"""Follows every prompt in an API server to its end, and records what it used and what ran it.
 
-Counted is what answers count in their `usage`, in the process that answers: tokens after a stop
-string, which the engine has computed, are not in it, and the prompt of several choices is in it
-once. A beam search is many requests to the engine, and one prompt here. What was preempted counts
-once, and what was aborted counts as far as it got.
+It counts what the answers' `usage` counts, in the process that answers: tokens that the engine
+computed after a stop string are left out, and a prompt with several choices counts once. A beam
+search is many requests to the engine, but one prompt here. What was preempted counts once, and what
+was aborted counts as far as it got.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the LoRA metrics get into vLLM's own `/metrics`: their folder, and who shows it.
+"""Adds the LoRA metrics to vLLM's own `/metrics`: their folder, and who reports it.
 
 The process that starts an engine makes the folder if vLLM's statistics are on, and every API
 server shows what is there; see `integration.metrics` for who records into it.

@@ -1,4 +1,4 @@
-"""Adapters and what a request shows beside text."""
+"""Adapters and requests with images, audio or other input besides text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks by adapters' names, of those names alone that somebody is working with."""
+"""Locks by adapter name, only for names that are being worked with."""
 
 from __future__ import annotations
 

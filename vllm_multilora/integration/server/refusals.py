@@ -1,4 +1,4 @@
-"""Adapters that were refused lately, and when each may be tried again."""
+"""Adapters that were refused recently, and when each may be tried again."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Adapters that vLLM's resolvers find by name, with the engine's own words where one is refused.
+"""Adapters that vLLM's resolvers find by name, with the engine's reasons if one is refused.
 
-vLLM asks its resolvers (`LoRAResolverRegistry`) for names that nobody serves, says of an adapter
-that cannot be loaded that it cannot, and asks again with every request. `FilesystemResolver` joins
-the name to its folder, whatever it is, and opens and parses what is there on the event loop.
+vLLM asks its resolvers (`LoRAResolverRegistry`) for names that nobody serves. If an adapter cannot
+be loaded, stock vLLM does not say why, and tries again with every request. `FilesystemResolver`
+joins its folder with any name, and opens and parses what is there on the event loop.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
 """Routes in an API server: from a public model name to the adapter that answers a request.
 
-A route is resolved where vLLM looks a request's model name up, which every endpoint does, with
-the parsed request at hand: `request.model` is set to the adapter's name, and all that follows is
-vLLM's own way with adapters. Rewriting bodies before vLLM parses them would have to know every
-endpoint's format and parse each body twice. The answer's `model` names the adapter, as OpenAI's
-names the model behind an alias.
+A route is resolved where vLLM looks up a request's model name, which every endpoint does, with the
+parsed request at hand: `request.model` is set to the adapter's name, and everything after that is
+vLLM's own handling of adapters. Rewriting bodies before vLLM parses them would require knowing
+every endpoint's format, and parsing each body twice. The answer's `model` names the adapter, as
+OpenAI's names the model behind an alias.
 
-An adapter is unavailable, and a route's fallback answers, where
+An adapter is unavailable, and a route's fallback answers, if
 
 - no adapter of the name is registered, in an adapter directory, or found by vLLM's resolvers;
-- its first load from an adapter directory is refused, whatever the reason;
-- its last load in the engine failed. Which adapter a request goes to is decided before the
-  engine sees it, so the request that finds the failure is answered with the failure's status;
-  later ones get the fallback. The adapter is tried again in the background, and answers again
-  as soon as it has been loaded.
+- its first load from an adapter directory is refused, for whatever reason;
+- its last load in the engine failed. A request's adapter is chosen before the engine sees the
+  request, so the request that discovers the failure is answered with the failure's status, and
+  later ones get the fallback. The adapter is tried again in the background, and answers again as
+  soon as it has been loaded.
 
-Nothing falls back where the file does not say so, and to the base model only by its own name.
+There is no fallback unless the file says so, and the base model answers only if the file names it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Registrations that hold in all API servers of a server, through the store.
 
-With several API servers each has a table of names of its own. What one registers or unloads is in
-the others' tables when it answers, and every one of them gives an adapter the same number.
+With several API servers, each has its own table of names. What one of them registers or unloads is
+in the others' tables by the time it answers, and all of them give an adapter the same number.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def require_guards(models: Any) -> None:
     missing = [patch.name for patch in PATCHES if patch.name in _GUARDS and not patch.apply()]
     if missing:
         raise ConfigError(
-            f"--multilora-tenants cannot be kept with this vLLM, which lacks what the patches "
-            f"{', '.join(missing)} need; expected one of those that vllm-multilora supports"
+            f"--multilora-tenants cannot be enforced with this vLLM, which lacks what the patches "
+            f"{', '.join(missing)} need: install a version that vllm-multilora supports"
         )
 
 

@@ -1,12 +1,12 @@
 """`GET /multilora`: what `GET /v1/lora_adapters` says, as a page for a browser.
 
-A browser that opens an address sends no key. So the page is one static file, the same for
-everybody and open to everybody, and says nothing about the server but that this plugin runs in it.
-All that it shows it asks the status route for, which is guarded as ever, with the key that its
-reader enters; the key stays in the page's memory. What customers have written (adapters' names,
-reasons) comes as JSON and is put into the page as text. If that were ever forgotten, the policy
-below would still keep it from running: scripts run by their digest alone, nothing comes from or
-goes to elsewhere, and text is not made into elements (`require-trusted-types-for`).
+A browser that opens an address sends no key. So the page is one static file, the same for everybody
+and open to everybody, and reveals nothing about the server except that this plugin runs in it. It
+gets all its data from the status route, which is protected as always, with a key that its reader
+enters and that stays in the page's memory. What customers have written (adapters' names, reasons)
+arrives as JSON and is inserted into the page as text. If that were ever forgotten, the policy below
+would still keep it from running: only scripts with the right digest run, nothing is loaded from or
+sent to other hosts, and text cannot become elements (`require-trusted-types-for`).
 """
 
 from __future__ import annotations

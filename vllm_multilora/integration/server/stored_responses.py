@@ -1,4 +1,4 @@
-"""Stored responses are found by those who made them.
+"""Stored responses can be read only by those who created them.
 
 vLLM keeps responses, their messages, events and tasks by id, for whoever has the id, and clients
 may choose ids. Where tenants are set, each of them has ids of its own.

@@ -1,4 +1,4 @@
-"""Attributes on vLLM's spans of requests: which adapter has answered, which version, for whom."""
+"""Attributes on vLLM's request spans: which adapter answered, which version, for whom."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Which version of its weights each registered adapter is, in an API server.
 
-A registration's answer from the engine is the digest of what it has read, with its kind where that
-is not a plain one. A client may ask for one version: `name@digits`, the first digits of its digest,
-as a model name.
+The engine answers a registration with the digest of what it has read, and with the adapter's kind
+if it is not a plain one. A client may ask for a specific version with the model name `name@digits`,
+the first digits of its digest.
 """
 
 from __future__ import annotations

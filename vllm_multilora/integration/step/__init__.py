@@ -1,1 +1,1 @@
-"""What acts in each step of a worker: whose rows are whose, and the kernels' calls."""
+"""What runs in each step of a worker: which rows belong to whom, and the kernels' calls."""

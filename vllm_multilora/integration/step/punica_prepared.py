@@ -1,8 +1,8 @@
 """A layer's calls of the punica wrapper, whose weights are described before the first batch.
 
-A layer calls with the same weights in every step: they are checked, and on GPUs the launches worked
-out, once. What compiled code calls has to be there before the model is compiled; elsewhere the
-first call prepares what nobody has.
+A layer calls with the same weights in every step, so they are checked once, and on GPUs the
+launches are prepared once. What compiled code calls must be prepared before the model is compiled;
+elsewhere, the first call does it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A LoRA layer's forward in one function, for processors where Python's share of a step counts.
+"""A LoRA layer's forward in one function, for processors where Python's overhead matters.
 
 vLLM's LoRA layers look up some twenty attributes through `nn.Module` and go through four methods
-before they call the punica wrapper: on a CPU that takes as long as a small adapter's product. What
-remains of them for a layer on one rank without a second stream is the base layer's product, the
-adapters', and the bias that the layer hands on.
+before they call the punica wrapper, which on a CPU takes as long as a small adapter's product. For
+a layer on one rank without a second stream, all that is needed is the base layer's product, the
+adapters' products, and the bias that the layer passes on.
 """
 
 from __future__ import annotations

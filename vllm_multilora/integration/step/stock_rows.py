@@ -1,4 +1,4 @@
-"""What layers other than linear ones still read of vLLM's own metadata of a step."""
+"""The parts of vLLM's own step metadata that layers other than linear ones still read."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What acts in each worker between the steps, and when it starts: adapters, slots, layouts."""
+"""What runs in each worker between steps and at its start: adapters, slots, layouts."""

@@ -1,4 +1,4 @@
-"""Which rows of a step an activated adapter does not act on, in vLLM's first model runner."""
+"""Which rows of a step an activated adapter is not active on, in vLLM's first model runner."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Keeps one request's numbers out of its neighbours' on processors with AMX.
 
-AMX multiplies tiles of 32 columns of 16 bits. What two of vLLM's kernels read beyond their own data
-to fill a tile, they multiply by zero, which makes NaN of a NaN or an infinity that another request
-of the step has left there: vLLM's attention for AMX, and oneDNN's products of rows whose length is
-no multiple of a tile's, for which the end of a row is the beginning of the next. Both were seen
-with vLLM 0.32; the same kernels without AMX, and rows that fill their tiles, keep requests apart.
+AMX multiplies tiles of 32 columns of 16 bits. Two of vLLM's kernels read beyond their own data to
+fill a tile, and multiply what they read by zero. If another request of the step has left a NaN or
+an infinity there, the result is NaN. The two are vLLM's attention for AMX, and oneDNN's products of
+rows whose length is not a multiple of a tile's, where the next row begins right after the end of a
+row. Both were seen with vLLM 0.32. The same kernels without AMX, and rows that fill their tiles,
+keep requests apart.
 """
 
 from __future__ import annotations

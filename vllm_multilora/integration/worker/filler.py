@@ -1,4 +1,4 @@
-"""Fills slots beside the engine's steps, on a thread of its own, as the engine core orders.
+"""Fills slots in parallel with the engine's steps, on its own thread, as the engine core orders.
 
 No step uses a slot between the order to fill it and the answer, so that nothing waits for a copy.
 On a GPU the copy runs on a stream of its own: behind what was queued before it, which may still

@@ -1,4 +1,4 @@
-"""Reads off a running model what it accepts of an adapter on this worker."""
+"""Reads from a running model what it accepts of an adapter on this worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker's LoRA manager: vLLM's interface over slots that the engine core disposes of."""
+"""The worker's LoRA manager: vLLM's interface to slots that the engine core controls."""
 
 from __future__ import annotations
 

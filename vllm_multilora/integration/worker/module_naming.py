@@ -1,4 +1,4 @@
-"""Reads off a running model what becomes of module names in its adapters' checkpoints."""
+"""Reads from a running model how module names in its adapters' checkpoints are mapped."""
 
 from __future__ import annotations
 

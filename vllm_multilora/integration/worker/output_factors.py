@@ -1,11 +1,10 @@
-"""What DoRA adapters multiply layers' outputs by: magnitude over norm, by slot and output.
+"""The factors that DoRA adapters apply to layers' outputs: magnitude over norm, by slot and output.
 
 A DoRA adapter (https://arxiv.org/abs/2402.09353) scales each row of `W + s B A` to a length of its
-own, its magnitude. The length that the row has without that is found here, from the running
-model's weights (`RowSquares`). That runs in the worker's main thread, before the first step that
-needs it: all ranks are at the same step then, so that row-parallel layers, of which each rank has a
-part of every row, can add up their parts; and no step runs beside it, which vLLM's layers for CPUs
-would not stand.
+own, its magnitude. The unscaled length of each row is computed here, from the running model's
+weights (`RowSquares`), in the worker's main thread, before the first step that needs it. All ranks
+are at the same step then, so that row-parallel layers, where each rank has a part of every row, can
+add up their parts. And no step runs in parallel, which vLLM's layers for CPUs could not handle.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A store that a worker asks by itself, with its engine waiting; see `engine.workers`."""
+"""A store that a worker asks directly while its engine waits; see `engine.workers`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Squared lengths of the rows of `W + s B A`, found in memory that is set apart at the start.
+"""Squared lengths of the rows of `W + s B A`, computed in memory reserved at the start.
 
 With rows w of W and b of `s B`
 
     |w + b A|^2 = |w|^2 + 2 (w A^T) b^T + b (A A^T) b^T
 
-and `W A^T` is what the base layer makes of A's rows. A server has given all the device's memory
-away when the first DoRA adapter comes, so nothing here allocates any: rows and columns are worked
-on in as many blocks as the scratch memory needs.
+and `W A^T` is the base layer's output for A's rows. By the time the first DoRA adapter comes, the
+server has already given away all of the device's memory, so nothing here allocates any: rows and
+columns are processed in as many blocks as the scratch memory requires.
 """
 
 from __future__ import annotations

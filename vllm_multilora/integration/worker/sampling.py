@@ -1,4 +1,4 @@
-"""Which rows of the output layers are whose, where vLLM's model runners do not say it."""
+"""Which rows of the output layers belong to whom, where vLLM's model runners do not say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that compute the two halves of a product apart, with other ranks' shares between them."""
+"""Layers that compute the two halves of a product separately, with communication in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns of small tables on the device, one column a slot, written while a server serves."""
+"""Columns of small tables on the device, one per slot, written while a server serves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Adapters' parts for layers that vLLM fills itself: embeddings, output heads, experts.
 
 The store has read and checked their tensors, and keeps them as they are in the checkpoint. vLLM's
-own classes make of them what its layers take.
+own classes convert them to what its layers expect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the adapters of a server take, said once when it starts."""
+"""Logs once, when a server starts, how much memory its adapters take."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Brings this machine's store within reach of an engine core on another machine.
+"""Connects this machine's store to an engine core on another machine.
 
-Whatever either says is handed on as it is: the engine core talks to this store as to its own. When
-either has gone, so has the other's connection; the relay then connects both anew, and starts the
-store again where it has to.
+Everything is passed on unchanged: the engine core talks to this store as to its own. If either side
+disconnects, the relay closes the other connection, connects both again, and restarts the store if
+necessary.
 """
 
 from __future__ import annotations

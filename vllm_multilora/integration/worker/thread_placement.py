@@ -1,4 +1,4 @@
-"""Where the thread that fills slots runs: beside the model's own threads, not in their way."""
+"""Where the thread that fills slots runs: beside the model's own threads, and not in their way."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels that serving will need, before there is anyone to keep waiting.
+"""Compiles the Triton kernels that serving will need, before there are requests to delay.
 
-Which blocks a kernel has depends on a layer's shape and on the number of rows. vLLM's own warm-up
-meets few numbers of rows; every other one would compile for a second or more in the middle of a
-step, with all tenants waiting. Here each layer is called once for every power of two, which also
-has it work out its launches. The plan is still empty then, so that the kernels start and end
-without reading or writing anything. Where activations lie makes no other kernel
+The blocks of a kernel depend on a layer's shape and on the number of rows. vLLM's own warm-up meets
+few numbers of rows; each other one would compile for a second or more in the middle of a step, with
+all tenants waiting. Here, each layer is called once for every power of two, which also makes it
+prepare its launches. The plan is still empty then, so the kernels start and end without reading or
+writing anything. The addresses of activations make no difference to a kernel
 (`multilora_kernels.triton.activations`).
 """
 

@@ -1,0 +1,203 @@
+"""What a job says is taken in its turn and within bounds: nobody knows what a file made of it."""
+
+import selectors
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from tests.store.registries import CONTENTS, PAGE, World, digest_of
+from vllm_multilora.adapters.blends import MOST_PARTS
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store import desk as desks
+from vllm_multilora.store.channel import Channel
+from vllm_multilora.store.desk import MOST_STUCK, Desk
+from vllm_multilora.store.job_messages import (
+    Checked,
+    Done,
+    Go,
+    JobFailed,
+    Opened,
+    Place,
+    ToJob,
+)
+from vllm_multilora.store.messages import Failed, Loaded, StoreSettings
+from vllm_multilora.store.runner import End, Use
+
+DIGEST = digest_of("an adapter")
+
+
+def blocks(*nbytes: int) -> bytes:
+    return np.array(nbytes, np.int64).tobytes()
+
+
+OPENED = Opened("version")
+CHECKED = Checked(CONTENTS, blocks(PAGE))
+DONE = Done(DIGEST, 64, ())
+
+
+class PlayedJob:
+    """A job whose words are the test's."""
+
+    def __init__(self) -> None:
+        self.ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self.channel = Channel(theirs, ToJob)
+        self.is_killed = False
+        self.can_end = True
+
+    def kill(self) -> None:
+        self.is_killed = True
+
+    def gone(self) -> End | None:
+        return End("was killed by signal 9") if self.is_killed and self.can_end else None
+
+    def use(self) -> Use:
+        return Use(0.0, is_ready=False)
+
+
+class DeskWorld(World):
+    """A registry with a desk, at which the test plays the jobs and not what the desk does."""
+
+    def __init__(self) -> None:
+        super().__init__(StoreSettings(budget_bytes=100 * PAGE, jobs=MOST_STUCK + 1))
+        self.now = time.monotonic()
+        self.started: dict[str, PlayedJob] = {}
+        self.desk = Desk(self.Runner(self.started), None, selectors.DefaultSelector())
+
+    class Runner:
+        def __init__(self, started: dict[str, PlayedJob]) -> None:
+            self._started = started
+
+        def start(self, task, reader):
+            job = self._started[task.path] = PlayedJob()
+            return job, job.ours
+
+    def start(self, load):
+        self.loads[load.number] = load
+        self.desk.start(load)
+
+    def tell(self, job, message, segments):
+        self.desk.tell(job, message, [])
+
+    def kill(self, job):
+        self.desk.kill(job)
+
+    def refusal(self, path):
+        return self.desk.refusal(path)
+
+    def number(self, path: str) -> int:
+        return max(number for number, load in self.loads.items() if load.path == path)
+
+    def say(self, path: str, *messages) -> list:
+        """A job says something; what the store answers to all of it."""
+        job = self.started[path]
+        for message in messages:
+            job.channel.send(message)
+        self.desk.hear(self.number(path), self.registry.loads)
+        if job.is_killed:
+            return []
+        return [message for message, _ in job.channel.receive()]
+
+    def look(self) -> None:
+        self.desk.look(self.registry.loads)
+        self.registry.loads.tick(self.now)
+
+
+@pytest.fixture
+def world() -> DeskWorld:
+    return DeskWorld()
+
+
+def test_a_job_that_says_what_it_should_is_heard(world):
+    client = world.client(-1)
+    ticket = world.want(client, 1)
+    assert world.say("/adapters/1", OPENED) == [Go()]
+    (place,) = world.say("/adapters/1", CHECKED)
+    assert isinstance(place, Place)
+    world.say("/adapters/1", DONE)
+    assert isinstance(world.answer(client, ticket), Loaded)
+
+
+def test_a_job_may_fail_at_any_time(world):
+    client = world.client(-1)
+    ticket = world.want(client, 1)
+    world.say("/adapters/1", JobFailed(FailureKind.INVALID, "it is broken", []))
+    assert world.answer(client, ticket).message == "it is broken"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param([DONE], id="done before it has opened anything"),
+        pytest.param([CHECKED], id="checked before it has opened anything"),
+        pytest.param([OPENED, OPENED], id="opened twice"),
+        pytest.param([OPENED, DONE], id="done before it has checked anything"),
+        pytest.param([OPENED, CHECKED, CHECKED], id="checked twice, for a second place"),
+    ],
+)
+def test_a_job_that_speaks_out_of_turn_fails_alone(world, said):
+    client = world.client(-1)
+    hostile, honest = world.want(client, 1), world.want(client, 2)
+    for message in said:
+        world.say("/adapters/1", message)
+    failed = world.answer(client, hostile)
+    assert isinstance(failed, Failed)
+    assert failed.kind is FailureKind.INTERNAL
+    assert "/adapters/1" in failed.message
+    assert "out of turn" in failed.message
+    assert world.started["/adapters/1"].is_killed
+    world.look()
+    assert world.memory.totals().bytes == 0  # nothing stays taken
+    for message in (OPENED, CHECKED, DONE):
+        world.say("/adapters/2", message)
+    assert isinstance(world.answer(client, honest), Loaded)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        pytest.param(Checked(CONTENTS, b""), "not positive", id="no blocks"),
+        pytest.param(Checked(CONTENTS, blocks(64, -64)), "not positive", id="a negative block"),
+        pytest.param(Checked(CONTENTS, blocks(65)), "multiples of 64", id="an odd block"),
+        pytest.param(Checked(CONTENTS, blocks(64)[:5]), "buffer size", id="half a number"),
+        pytest.param(Checked(CONTENTS, blocks(1 << 60)), "too large", id="a huge block"),
+        pytest.param(
+            Checked(CONTENTS, blocks(*[1 << 40] * 1025)), "too large", id="blocks that overflow"
+        ),
+        pytest.param(Done("short", 64, ()), "digest", id="no digest"),
+        pytest.param(Done(DIGEST, -1, ()), "size", id="a negative size"),
+        pytest.param(Done(DIGEST, 64, ("short",)), "digest", id="no digest of a part"),
+        pytest.param(Done(DIGEST, 64, (DIGEST,) * (MOST_PARTS + 1)), "parts", id="too many parts"),
+    ],
+)
+def test_numbers_that_no_honest_job_gives_fail_its_adapter(world, said, reason):
+    client = world.client(-1)
+    ticket = world.want(client, 1)
+    world.say("/adapters/1", OPENED)
+    if isinstance(said, Done):
+        world.say("/adapters/1", CHECKED)
+    world.say("/adapters/1", said)
+    failed = world.answer(client, ticket)
+    assert failed.kind is FailureKind.INTERNAL
+    assert reason in failed.message
+
+
+def test_jobs_that_hang_on_one_mount_stop_new_ones_there_and_nowhere_else(world, monkeypatch):
+    monkeypatch.setattr(desks, "_mount_points", lambda: ["/slow", "/fine"])
+    client = world.client(-1)
+    for number in range(MOST_STUCK):
+        world.want(client, number, path=f"/slow/{number}")
+        world.started[f"/slow/{number}"].can_end = False
+        world.kill(world.number(f"/slow/{number}"))
+    monkeypatch.setattr(desks, "_now", lambda: time.monotonic() + 60)
+    assert world.desk.stuck == MOST_STUCK
+    refusal = world.refusal("/slow/another")
+    assert refusal is not None
+    assert "/slow do not end" in refusal
+    assert world.refusal("/fine/another") is None
+    world.started["/slow/0"].can_end = True
+    world.look()
+    assert world.desk.stuck == MOST_STUCK - 1
+    assert world.refusal("/slow/another") is None
