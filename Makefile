@@ -83,7 +83,7 @@ lint: ruff mypy docs metadata ## ruff, mypy, the site of the docs, and what PyPI
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/test_docs.py tests/unit/test_documented_commands.py tests/unit/test_packaging.py
 
 # Tools that need no vLLM, and that it does not need: the extra of the same name in pyproject.toml.
-$(VENV)-dist/.installed $(VENV)-docs/.installed $(VENV)-workflows/.installed: $(VENV)-%/.installed: pyproject.toml
+$(VENV)-dist/.installed $(VENV)-docs/.installed: $(VENV)-%/.installed: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet $$($(@D)/bin/python -c "import tomllib; \
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'])")
@@ -93,12 +93,11 @@ docs: $(VENV)-docs/.installed ## the site of docs/ and all READMEs, into build/s
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 
 # An sdist has the wheel's metadata, and needs no compiler.
-metadata: $(VENV)-dist/.installed $(VENV)-workflows/.installed ## checks the package's metadata as PyPI does, and the workflow that publishes it
+metadata: $(VENV)-dist/.installed ## checks the package's metadata as PyPI does, and the workflow that publishes it
 	rm -rf build/metadata && mkdir -p build/metadata
 	$(VENV)-dist/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('build/metadata')" >build/metadata.log
 	$(VENV)-dist/bin/twine check --strict build/metadata/*
-	$(VENV)-workflows/bin/zizmor --offline --quiet .github
-	$(VENV)-workflows/bin/actionlint -shellcheck $(VENV)-workflows/bin/shellcheck .github/workflows/*.yml
+	$(VENV)-dist/bin/zizmor --offline --quiet .github
 
 # auditwheel says for which Linuxes the wheel is, and fails where it needs anything but their libc.
 dist: $(VENV)-dist/.installed ## an sdist, and from it a wheel with native code for this kind of machine, into dist/
@@ -120,4 +119,4 @@ bench-kernels: $(STAMP) ## the Triton kernels against vLLM's: time on a GPU, cou
 	$(BIN)/python -m tools.kernels.launch_cost
 
 clean:
-	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-workflows $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
