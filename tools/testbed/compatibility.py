@@ -42,6 +42,18 @@ ROWS = (
     Row("priorities"),
     Row("preemption"),
     Row("speculative decoding (ngram)"),
+    Row(
+        "images",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner: a LLaVA and a Qwen2-VL. With "
+        "an image in the prompt nobody is quarantined, as a client may bring numbers of its own.",
+    ),
+    Row(
+        "adapters of towers and connectors",
+        SAME_PATH,
+        "With `--enable-tower-connector-lora`, as above. Without it, adapters of these parts alone "
+        "are refused, and of those that adapt the language model too that part acts, as in vLLM.",
+    ),
     Row("embeddings"),
     Row(
         "scoring and classification of requests",

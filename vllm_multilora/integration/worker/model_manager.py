@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     VocabParallelEmbeddingWithLoRA,
@@ -32,6 +32,7 @@ from vllm_multilora.integration.worker.layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
 from vllm_multilora.integration.worker.slot_columns import SlotColumns
+from vllm_multilora.integration.worker.tower_tokens import count_all_tower_tokens
 from vllm_multilora.integration.worker.warm_up import prepare, warm_up
 
 
@@ -65,6 +66,10 @@ class MultiLoRAModelManager(LoRAModelManager):
     layout: ModelLayout
     factors: SlotFactors | None
     punica_wrapper_mapping: dict[str, MultiLoRAPunicaWrapper]  # type: ignore[assignment]
+
+    def _maybe_init_mm(self, vllm_config: VllmConfig, max_num_batched_tokens: int) -> None:
+        count_all_tower_tokens(self.model)
+        super()._maybe_init_mm(vllm_config, max_num_batched_tokens)
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
