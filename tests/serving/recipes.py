@@ -109,6 +109,13 @@ QWEN2_VL_RECIPES = (
 )
 """With adapters of what sees, of what comes between that and the language model, and of both."""
 
+SPEECH_RECIPES = (
+    AdapterRecipe("decoder-r8", (*_ATTENTION[:3], "fc1"), within="decoder"),
+    AdapterRecipe("encoder-r16", ("q_proj", "v_proj", "out_proj", "fc2"), 16, within="encoder"),
+    AdapterRecipe("both-r5", ("q_proj", "v_proj"), rank=5, gain=0.8),
+)
+"""Adapters of a decoder, of an encoder, and, as usual with Whisper, of both."""
+
 FLEET_RECIPES = tuple(
     AdapterRecipe(f"customer-{number}", rank=rank, alpha=2 * rank)
     for number, rank in zip(range(40), (8, 16, 24, 32, 64) * 8, strict=True)

@@ -54,6 +54,13 @@ ROWS = (
         "With `--enable-tower-connector-lora`, as above. Without it, adapters of these parts alone "
         "are refused, and of those that adapt the language model too that part acts, as in vLLM.",
     ),
+    Row(
+        "speech (Whisper)",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner: `LLM(...)`, adapters of "
+        "encoder and decoder. Nobody is quarantined, as with images. vLLM's transcription route "
+        "reads no sound in the tests' environments, and is not tested.",
+    ),
     Row("embeddings"),
     Row(
         "scoring and classification of requests",

@@ -120,7 +120,8 @@ PATCHES: tuple[Patch, ...] = (
         why="Where adapters act in encoders, vLLM spells the rows of a step's images out in "
         "numbers of 32 bits, too few for those of adapter directories: the engine dies. It "
         "collects their adapters in a set, as with batch-inputs, and takes all groups of images "
-        "for one. Maps each group when it comes.",
+        "for one. In models with encoder and decoder it takes the encoder's rows for the "
+        "decoder's. Maps each group when it comes.",
         checked=(),
         until="vLLM maps encoders' rows group by group, by numbers of 64 bits.",
     ),
@@ -134,6 +135,15 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.encoders:set_active_mm_loras",
         why="As encoder-step, for vLLM's second model runner, which also maps rows of images that "
         "it has encoded before and does not encode.",
+        checked=(),
+        until="As encoder-step.",
+    ),
+    Patch(
+        name="encoder-items-2",
+        target="vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs",
+        takes=("self, scheduled_encoder_inputs",),
+        handler="worker.encoders:prepare_mm_inputs",
+        why="Says what the groups of encoder-step-2 are made of, and in which order.",
         checked=(),
         until="As encoder-step.",
     ),

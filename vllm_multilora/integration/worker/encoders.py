@@ -1,7 +1,9 @@
 """Whose images and sounds the encoders of a step look at, where adapters act in encoders.
 
 vLLM calls an encoder a tower, and what follows it, up to the language model, a connector. They take
-a step's items in groups, one after the other, and each group begins at their first row.
+a step's items in groups, one after the other, and each group begins at their first row. In models
+with an encoder and a decoder, such as Whisper, vLLM knows no towers, and takes the encoder's rows
+for the decoder's.
 """
 
 from __future__ import annotations
@@ -41,22 +43,31 @@ class _EncoderStep:
     Args:
         manager: The worker's.
         model: The model.
-        items: In their order within each kind.
         requests: The adapters of the step, by number.
+        ids: The numbers of requests' adapters, by the requests' ids; 0 for none.
+
+    Attributes:
+        ids: As given.
     """
 
     def __init__(
         self,
         manager: MultiLoRAWorkerManager,
         model: Any,
-        items: Iterable[_Item],
         requests: Mapping[int, Any],
+        ids: Mapping[str, int],
     ) -> None:
-        self._manager, self._model, self._requests = manager, model, requests
+        self._manager, self._model, self._requests, self.ids = manager, model, requests, ids
+        self._all: list[_Item] = []
         self._items: defaultdict[str, deque[_Item]] = defaultdict(deque)
-        for item in items:
-            self._items[item.modality].append(item)
         self._group: deque[_Item] | None = None
+
+    def expect(self, items: Iterable[_Item]) -> None:
+        """Learns what groups will be made of, in its order within each kind."""
+        self._all = list(items)
+        self._items.clear()
+        for item in self._all:
+            self._items[item.modality].append(item)
 
     def groups(self, found: Iterable[tuple[str, int, Any]]) -> Iterator[tuple[str, int, Any]]:
         """Hands vLLM's groups on, each when towers and connectors know whose rows it has.
@@ -74,25 +85,28 @@ class _EncoderStep:
             self._map(self._group)
             yield modality, count, data
         self._group = None
+        if self._all and self._manager.model_manager.encoder_wrapper is not None:
+            self._map(self._all)  # a decoder's attention reads all of them
 
     def _map(self, items: Sequence[_Item]) -> None:
         ids = np.array([item.lora_id for item in items], dtype=np.int64)
         active = [self._requests[number] for number in sorted(set(ids.tolist()) - {0})]
-        counts = [
-            self._model.get_mm_lora_token_counts(
-                modality=item.modality,
-                mm_kwargs=item.data,
-                num_mm_embeds=item.position.get_num_embeds(),
-            )
-            for item in items
-        ]
-        kinds = [LoRAMappingType.TOWER]
-        if self._model.get_mm_mapping().connector:
-            kinds.append(LoRAMappingType.CONNECTOR)
-        for kind, tokens in zip(kinds, zip(*counts, strict=True), strict=False):
+        counts = [self._rows(item) for item in items]
+        kinds = LoRAMappingType.TOWER, LoRAMappingType.CONNECTOR
+        for kind, tokens in zip(kinds, zip(*counts, strict=True), strict=True):
             if None not in tokens:
                 mapping = BatchMapping(ids, np.array(tokens, dtype=np.int64), None, kind)
                 self._manager.set_active_adapters(active, mapping)
+
+    def _rows(self, item: _Item) -> tuple[int, int | None]:
+        """How many an item has in the tower, and in the connector if there is one."""
+        handed_on = item.position.get_num_embeds()
+        if self._manager.model_manager.encoder_wrapper is not None:
+            return handed_on, None
+        tower, connector = self._model.get_mm_lora_token_counts(
+            modality=item.modality, mm_kwargs=item.data, num_mm_embeds=handed_on
+        )
+        return tower, connector if self._model.get_mm_mapping().connector else None
 
 
 _STEP: ContextVar[_EncoderStep | None] = ContextVar("multilora_encoder_step", default=None)
@@ -108,22 +122,27 @@ def grouped_items(
 
 def execute_mm_encoder(original: Callable[..., Any], runner: Any, scheduler_output: Any) -> Any:
     manager = manager_of(runner)
-    if manager is None or not manager.supports_tower_connector_lora():
+    if manager is None or not _acts_in_encoders(manager):
         return original(runner, scheduler_output)
     _, found, owners = runner._batch_mm_inputs_from_scheduler(scheduler_output)
     batch = runner.input_batch
-    ids = [int(batch.request_lora_mapping[batch.req_id_to_index[owner]]) for owner, _ in owners]
-    items = [
-        _Item(lora_id, modality, data, position)
-        for lora_id, (modality, data), (_, position) in zip(ids, found, owners, strict=True)
-    ]
-    step = _EncoderStep(manager, runner.model, items, batch.lora_id_to_lora_request)
+    ids = {name: int(batch.request_lora_mapping[batch.req_id_to_index[name]]) for name, _ in owners}
+    step = _EncoderStep(manager, runner.model, batch.lora_id_to_lora_request, ids)
+    step.expect(
+        _Item(ids[name], modality, data, position)
+        for (name, position), (modality, data) in zip(owners, found, strict=True)
+    )
     token = _STEP.set(step)
     try:
         with _mapped_here(manager):
             return original(runner, scheduler_output)
     finally:
         _STEP.reset(token)
+
+
+def _acts_in_encoders(manager: MultiLoRAWorkerManager) -> bool:
+    is_decoders = manager.model_manager.encoder_wrapper is not None
+    return is_decoders or manager.supports_tower_connector_lora()
 
 
 @contextmanager
@@ -157,17 +176,29 @@ def set_active_mm_loras(
             scheduled_encoder_inputs,
         )
         return
-    if encoder_cache is None or not lora_manager.supports_tower_connector_lora():
+    if encoder_cache is None or not _acts_in_encoders(lora_manager):
         return
-    items: list[_Item] = []
-    requests: dict[int, Any] = {}
-    for name, numbers in scheduled_encoder_inputs.items():
-        if (index := req_id_to_index.get(name)) is None:
-            continue
-        lora_id = int(lora_state.lora_ids[index])
-        if lora_id:
-            requests[lora_id] = lora_state.lora_requests[name]
-        for feature in (encoder_cache.mm_features[name][number] for number in numbers):
-            if feature.data is not None and feature.identifier not in encoder_cache.encoder_outputs:
-                items.append(_Item(lora_id, feature.modality, feature.data, feature.mm_position))
-    _STEP.set(_EncoderStep(lora_manager, model, items, requests))
+    names = [name for name in scheduled_encoder_inputs if name in req_id_to_index]
+    ids = {name: int(lora_state.lora_ids[req_id_to_index[name]]) for name in names}
+    requests = {ids[name]: lora_state.lora_requests[name] for name in names if ids[name]}
+    _STEP.set(_EncoderStep(lora_manager, model, requests, ids))
+
+
+def prepare_mm_inputs(
+    original: Callable[..., Any], runner: Any, scheduled_encoder_inputs: Mapping[str, Sequence[int]]
+) -> Any:
+    step = _STEP.get()
+    if step is not None:
+        cache = runner.encoder_cache
+        features = [
+            (name, cache.mm_features[name][number])
+            for name, numbers in scheduled_encoder_inputs.items()
+            for number in numbers
+            if name in step.ids
+        ]
+        step.expect(
+            _Item(step.ids[name], feature.modality, feature.data, feature.mm_position)
+            for name, feature in features
+            if feature.data is not None and feature.identifier not in cache.encoder_outputs
+        )
+    return original(runner, scheduled_encoder_inputs)
