@@ -48,6 +48,11 @@ def write_llama(path: Path, *, seed: int = 0, positions: int = 256) -> Path:
     return _write(LlamaForCausalLM, config, path, seed)
 
 
+def write_tied_llama(path: Path, *, seed: int = 4) -> Path:
+    """Writes a Llama as `write_llama` does, whose embedding is its head as well."""
+    return _write(LlamaForCausalLM, _llama_config(tie_word_embeddings=True), path, seed)
+
+
 def write_granite(path: Path, *, seed: int = 3) -> Path:
     """Writes a Granite, which scales its logits, with a Qwen2's sizes: see `write_qwen2`."""
     config = GraniteConfig(

@@ -33,6 +33,12 @@ class Row:
 ROWS = (
     Row("text generation"),
     Row("`embed_tokens` and `lm_head`"),
+    Row(
+        "`embed_tokens` and `lm_head` that are tied",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner: adapters of either, and of "
+        "both.",
+    ),
     Row("prefix caching"),
     Row("chunked prefill"),
     Row("prompt_logprobs"),
