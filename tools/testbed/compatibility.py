@@ -117,6 +117,18 @@ ROWS = (
     ),
     Row("several API servers", SAME_PATH, "As DP 2, with two engines."),
     Row("registration over HTTP"),
+    Row(
+        "chat completions, responses and messages",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner.",
+    ),
+    Row("routes for scores, ranks, classes and pooled states", SAME_PATH, "As above."),
+    Row(
+        "vLLM's filesystem resolver",
+        SAME_PATH,
+        "As above; with `VLLM_PLUGINS` naming it and `multilora`, and without.",
+    ),
+    Row("`vllm run-batch` and `vllm bench serve`", SAME_PATH, "As above."),
     Row("reload beside running requests"),
     Row("default adapters for images and audio"),
     Row("pinning"),
