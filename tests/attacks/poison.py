@@ -21,16 +21,25 @@ LARGE = {"float32": 1e19, "bfloat16": 1e19, "float16": 6e3}
 _STEPS = 2_000  # at most, until an adapter has been read and its prompt begun
 
 
-def poisoned(source: Path, target: Path, dtype: str, number: int = 0) -> Path:
+def poisoned(
+    source: Path, target: Path, dtype: str, number: int = 0, *, part: str = "v_proj"
+) -> Path:
     """A copy of an adapter with large weights; each number has its own.
 
     Quarantined weights would attack no more, whatever they are called.
+
+    Args:
+        source: The adapter's folder.
+        target: The copy's.
+        dtype: The type in which its products overflow.
+        number: Of the copy.
+        part: What tensors have in their names that are made large.
     """
     shutil.copytree(source, target)
     file = target / "adapter_model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
-        if "v_proj" in name:
+        if part in name:
             tensor.fill_(LARGE[dtype] * (1 + number / 20))
     save_file(tensors, file)
     return target

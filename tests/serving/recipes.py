@@ -25,6 +25,7 @@ class AdapterRecipe:
         invocation: PEFT's ``alora_invocation_tokens``; none: the adapter acts on whole prompts.
         dora: PEFT's ``use_dora``: magnitudes are those of the base model, changed at random.
         own_head: Brings a head for classes, saved whole, as PEFT's adapters of classifiers do.
+        within: Only modules below this one are adapted; all of them where empty.
     """
 
     name: str
@@ -39,6 +40,7 @@ class AdapterRecipe:
     invocation: tuple[int, ...] = ()
     dora: bool = False
     own_head: bool = False
+    within: str = ""
 
 
 LINEAR_RECIPES = (
@@ -84,6 +86,35 @@ CLASSIFIER_RECIPES = (
     AdapterRecipe("base-head-r64", rank=MAX_RANK, alpha=32),
 )
 """Adapters of classifiers: what they do to the head is what tells them apart."""
+
+LANGUAGE_RECIPES = (
+    AdapterRecipe("language-all-r8", within="language_model"),
+    AdapterRecipe(
+        "language-qv-r5", ("q_proj", "v_proj"), rank=5, gain=0.8, within="language_model"
+    ),
+)
+"""Adapters of the language model of a model that sees."""
+
+LLAVA_RECIPES = (
+    *LANGUAGE_RECIPES,
+    AdapterRecipe("tower-r16", ("q_proj", "v_proj", "out_proj", "fc1"), 16, within="vision_tower"),
+    AdapterRecipe("connector-r8", ("linear_1", "linear_2"), within="multi_modal_projector"),
+    AdapterRecipe("both-r12", ("q_proj", "v_proj", "fc2", "linear_1"), rank=12),
+)
+QWEN2_VL_RECIPES = (
+    *LANGUAGE_RECIPES,
+    AdapterRecipe("tower-r16", ("qkv", "proj", "fc1"), rank=16, within="visual.blocks"),
+    AdapterRecipe("connector-r8", ("0", "2"), within="visual.merger"),
+    AdapterRecipe("both-r12", ("q_proj", "v_proj", "qkv", "fc2"), rank=12),
+)
+"""With adapters of what sees, of what comes between that and the language model, and of both."""
+
+SPEECH_RECIPES = (
+    AdapterRecipe("decoder-r8", (*_ATTENTION[:3], "fc1"), within="decoder"),
+    AdapterRecipe("encoder-r16", ("q_proj", "v_proj", "out_proj", "fc2"), 16, within="encoder"),
+    AdapterRecipe("both-r5", ("q_proj", "v_proj"), rank=5, gain=0.8),
+)
+"""Adapters of a decoder, of an encoder, and, as usual with Whisper, of both."""
 
 FLEET_RECIPES = tuple(
     AdapterRecipe(f"customer-{number}", rank=rank, alpha=2 * rank)

@@ -61,9 +61,11 @@ class Classifier:
 
 
 def classifier(root: Path, labels: int) -> Classifier:
+    from transformers import AutoModelForSequenceClassification as Auto
+
     base = write_classifier(root / "base", labels=labels)
     adapters = {
-        recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed, classifier=True)
+        recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed, auto=Auto)
         for seed, recipe in enumerate(CLASSIFIER_RECIPES)
     }
     adapters[POISON] = poisoned(adapters[CLASSIFIER_RECIPES[0].name], root / POISON, "float32")

@@ -1,18 +1,20 @@
 """Writes a recipe as an adapter checkpoint, by PEFT itself and in PEFT's own file layout."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from .recipes import AdapterRecipe
 
 
 def write_adapter(
-    base: Path, path: Path, recipe: AdapterRecipe, *, seed: int, classifier: bool = False
+    base: Path, path: Path, recipe: AdapterRecipe, *, seed: int, auto: Any = AutoModelForCausalLM
 ) -> Path:
     """Writes an adapter for the base checkpoint in ``base``, with non-zero A and B.
 
@@ -21,15 +23,18 @@ def write_adapter(
         path: Directory to write ``adapter_config.json`` and ``adapter_model.safetensors`` into.
         recipe: The adapter's shape.
         seed: Seeds the weights.
-        classifier: The base checkpoint has a head for classes, not one for tokens.
+        auto: The class of Transformers' that loads the base checkpoint.
 
     Returns:
         ``path``.
     """
-    task = None if classifier else "CAUSAL_LM"
+    task = "CAUSAL_LM" if auto is AutoModelForCausalLM else None
+    targets: list[str] | str = list(recipe.targets)
+    if recipe.within:
+        targets = rf".*\b{re.escape(recipe.within)}\..*\b({'|'.join(recipe.targets)})"
     config = LoraConfig(
         task_type="SEQ_CLS" if recipe.own_head else task,
-        target_modules=list(recipe.targets),
+        target_modules=targets,
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         use_rslora=recipe.rslora,
@@ -39,7 +44,6 @@ def write_adapter(
         alora_invocation_tokens=list(recipe.invocation) or None,
         use_dora=recipe.dora,
     )
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     model = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)
     for _, module in sorted(model.named_modules(), key=lambda item: item[0]):

@@ -7,7 +7,7 @@ every block moves the residual stream, and logits have a standard deviation of a
 ``LOGIT_STD``, which keeps the best token clear of the second best.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,11 @@ def write_eagle(path: Path, base: Path) -> Path:
     config.save_pretrained(path)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def write_tied_llama(path: Path, *, seed: int = 4) -> Path:
+    """Writes a Llama as `write_llama` does, whose embedding is its head as well."""
+    return _write(LlamaForCausalLM, _llama_config(tie_word_embeddings=True), path, seed)
 
 
 def write_granite(path: Path, *, seed: int = 3) -> Path:
@@ -154,13 +159,13 @@ def _write(
     seed: int,
 ) -> Path:
     model = build(config).to(torch.float32)
-    _randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(path)
-    _write_tokenizer(path)
+    word_tokenizer().save_pretrained(path)
     return path
 
 
-def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Fills every parameter in place, in the order of the model's parameter names."""
     for name, parameter in sorted(model.named_parameters()):
         module, _, kind = name.rpartition(".")
@@ -173,13 +178,19 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         elif leaf == "embed_tokens":
             value = noise
         else:
-            value = noise * _GAINS.get(leaf, 1.0) / parameter.shape[1] ** 0.5
+            value = noise * _GAINS.get(leaf, 1.0) / parameter[0].numel() ** 0.5
         parameter.data.copy_(value)
 
 
-def _write_tokenizer(path: Path) -> None:
-    """Writes a tokenizer of the words ``t0 t1 …``, one a token id."""
-    vocabulary = {f"t{token}": token for token in range(VOCAB_SIZE)}
+def word_tokenizer(special: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words ``t0 t1 …``, one a token id.
+
+    Args:
+        special: Tokens that are no words, whose ids come next.
+        **named: Which of them is what, as the tokenizer's arguments.
+    """
+    words = [*(f"t{token}" for token in range(VOCAB_SIZE)), *special]
+    vocabulary = {word: token for token, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(path)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", **named)

@@ -33,6 +33,12 @@ class Row:
 ROWS = (
     Row("text generation"),
     Row("`embed_tokens` and `lm_head`"),
+    Row(
+        "`embed_tokens` and `lm_head` that are tied",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner: adapters of either, and of "
+        "both.",
+    ),
     Row("prefix caching"),
     Row("chunked prefill"),
     Row("prompt_logprobs"),
@@ -53,6 +59,25 @@ ROWS = (
         SAME_PATH,
         "Schemes that vLLM's CPU build runs: GPTQ, AWQ and compressed-tensors with weights of 4 "
         "bits, compressed-tensors with weights and activations of 8. DoRA adapters are refused.",
+    ),
+    Row(
+        "images",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner: a LLaVA and a Qwen2-VL. With "
+        "an image in the prompt nobody is quarantined, as a client may bring numbers of its own.",
+    ),
+    Row(
+        "adapters of towers and connectors",
+        SAME_PATH,
+        "With `--enable-tower-connector-lora`, as above. Without it, adapters of these parts alone "
+        "are refused, and of those that adapt the language model too that part acts, as in vLLM.",
+    ),
+    Row(
+        "speech (Whisper)",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner: `LLM(...)`, adapters of "
+        "encoder and decoder. Nobody is quarantined, as with images. vLLM's transcription route "
+        "reads no sound in the tests' environments, and is not tested.",
     ),
     Row("embeddings"),
     Row(
@@ -104,6 +129,18 @@ ROWS = (
     ),
     Row("several API servers", SAME_PATH, "As DP 2, with two engines."),
     Row("registration over HTTP"),
+    Row(
+        "chat completions, responses and messages",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner.",
+    ),
+    Row("routes for scores, ranks, classes and pooled states", SAME_PATH, "As above."),
+    Row(
+        "vLLM's filesystem resolver",
+        SAME_PATH,
+        "As above; with `VLLM_PLUGINS` naming it and `multilora`, and without.",
+    ),
+    Row("`vllm run-batch` and `vllm bench serve`", SAME_PATH, "As above."),
     Row("reload beside running requests"),
     Row("default adapters for images and audio"),
     Row("pinning"),

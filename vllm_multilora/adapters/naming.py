@@ -117,8 +117,8 @@ class ModuleNaming:
     Attributes:
         names: Modules that this worker adapts.
         renames: The model's own renames; None: it has none.
-        text_names: Names that adapters of a multimodal model's text-only sibling have -> the names
-            of the same modules here.
+        text_names: Names that adapters of a multimodal model's text-only sibling have, or those of
+            a later Transformers than the base model's -> the names of the same modules here.
         skipped: A module whose name has one of these at its beginning, or after a dot, is left
             out of the model on purpose.
         others: Beginnings, each with its dot, of modules that other workers have.

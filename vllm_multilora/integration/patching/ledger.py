@@ -113,6 +113,59 @@ PATCHES: tuple[Patch, ...] = (
         until="As batch-mapping.",
     ),
     Patch(
+        name="encoder-step",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._execute_mm_encoder",
+        takes=("self, scheduler_output",),
+        handler="worker.encoders:execute_mm_encoder",
+        why="Where adapters act in encoders, vLLM spells the rows of a step's images out in "
+        "numbers of 32 bits, too few for those of adapter directories: the engine dies. It "
+        "collects their adapters in a set, as with batch-inputs, and takes all groups of images "
+        "for one. In models with encoder and decoder it takes the encoder's rows for the "
+        "decoder's. Maps each group when it comes.",
+        checked=(),
+        until="vLLM maps encoders' rows group by group, by numbers of 64 bits.",
+    ),
+    Patch(
+        name="encoder-step-2",
+        target="vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
+        takes=(
+            "model, lora_manager, encoder_cache, req_id_to_index, lora_state, "
+            "scheduled_encoder_inputs",
+        ),
+        handler="worker.encoders:set_active_mm_loras",
+        why="As encoder-step, for vLLM's second model runner, which also maps rows of images that "
+        "it has encoded before and does not encode.",
+        checked=(),
+        until="As encoder-step.",
+    ),
+    Patch(
+        name="encoder-items-2",
+        target="vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs",
+        takes=("self, scheduled_encoder_inputs",),
+        handler="worker.encoders:prepare_mm_inputs",
+        why="Says what the groups of encoder-step-2 are made of, and in which order.",
+        checked=(),
+        until="As encoder-step.",
+    ),
+    Patch(
+        name="encoder-groups",
+        target="vllm.v1.worker.gpu_model_runner:group_and_batch_mm_kwargs",
+        takes=("mm_kwargs, *, device=None, pin_memory=False",),
+        handler="worker.encoders:grouped_items",
+        why="Says when a group of encoder-step comes.",
+        checked=(),
+        until="As encoder-step.",
+    ),
+    Patch(
+        name="encoder-groups-2",
+        target="vllm.v1.worker.gpu.mm.encoder_runner:group_and_batch_mm_kwargs",
+        takes=("mm_kwargs, *, device=None, pin_memory=False",),
+        handler="worker.encoders:grouped_items",
+        why="As encoder-groups, for vLLM's second model runner.",
+        checked=(),
+        until="As encoder-step.",
+    ),
+    Patch(
         name="prompt-logprobs-2",
         target="vllm.v1.worker.gpu.sample.prompt_logprob:"
         "PromptLogprobsWorker.compute_prompt_logprobs",

@@ -185,7 +185,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
 
         Then y is multiplied where the row's adapter does that.
         """
-        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         if scale == 1.0:  # the path of every layer and step
             prepared = self.linear(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)
             if prepared is not None:
@@ -214,7 +214,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
     ) -> None:
         """`y[i] = scale * x @ A_i.T`, finished for every row: layers that shard ranks gather y."""
         assert isinstance(y, torch.Tensor), "y must be one tensor [slices, tokens, ranks]"
-        x = x.view(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
         if scale == 1.0:
             prepared = self.shrink(lora_a_stacked)
             if prepared is not None:
@@ -289,7 +289,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         **kwargs: Any,
     ) -> None:
         """`y += scale * (x @ A.T) @ B.T` over the rows that reach the logits."""
-        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         columns = y.size(-1)
         if scale == 1.0:
             prepared = self.logits(lora_a_stacked, lora_b_stacked, columns)

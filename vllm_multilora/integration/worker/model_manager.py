@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     VocabParallelEmbeddingWithLoRA,
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
@@ -28,6 +29,12 @@ from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.output_rows import first_row
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.short_forward import shorten_forward
+from vllm_multilora.integration.worker.encoder_rows import (
+    ENCODER,
+    count_all_tower_tokens,
+    encoder_wrapper,
+    reads_encoder,
+)
 from vllm_multilora.integration.worker.layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
@@ -58,13 +65,40 @@ class MultiLoRAModelManager(LoRAModelManager):
     and activating adapters, inherited from the base class, are not used.
 
     Attributes:
+        encoder_wrapper: For what has the rows of an encoder, in a model with encoder and decoder;
+            None in others, where encoders are vLLM's towers.
         layout: What the model accepts of an adapter.
         factors: What DoRA adapters multiply outputs by; None where they are not served.
     """
 
+    encoder_wrapper: MultiLoRAPunicaWrapper | None
     layout: ModelLayout
     factors: SlotFactors | None
     punica_wrapper_mapping: dict[str, MultiLoRAPunicaWrapper]  # type: ignore[assignment]
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
+        super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+        self.encoder_wrapper = None
+        if vllm_config.model_config.is_encoder_decoder:
+            self.encoder_wrapper = encoder_wrapper(vllm_config, self.lora_config, self.device)
+            self.punica_wrapper_mapping[ENCODER] = self.encoder_wrapper
+
+    def _get_punica_wrapper(self, module_name: str) -> Any:
+        if self.encoder_wrapper is not None and reads_encoder(module_name):
+            return self.encoder_wrapper
+        return super()._get_punica_wrapper(module_name)
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        wrapper = self.encoder_wrapper
+        if wrapper is None or mapping.type is not LoRAMappingType.TOWER:
+            super()._set_adapter_mapping(mapping)
+            return
+        slots = self.lora_slots + 1
+        wrapper.update_metadata(mapping, self.lora_index_to_id, slots, self.vocab_size)
+
+    def _maybe_init_mm(self, vllm_config: VllmConfig, max_num_batched_tokens: int) -> None:
+        count_all_tower_tokens(self.model)
+        super()._maybe_init_mm(vllm_config, max_num_batched_tokens)
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()

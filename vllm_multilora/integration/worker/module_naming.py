@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _READ = frozenset(f"orig_to_new_{kind}" for kind in ("renaming", "regex", "substr", "prefix"))
 _READ |= {"orig_to_new_suffix", "orig_to_new_stacked"}  # the last is empty in a rename mapper
+_OLD_TOWER = ".vision_model."
 # Flags that have the same meaning and value in Python's `re` and in `regex`, which vLLM uses.
 _FLAGS = int(re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE)
 
@@ -37,10 +38,11 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
     targets = getattr(manager.lora_config, "target_modules", None)
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
+    unwrapped = frozenset(_unwrapped(model, packed))
     return ModuleNaming(
         names=names,
         renames=renames_of(mapper.get_rename_mapper()) if mapper is not None else None,
-        text_names=_text_names(manager, names),
+        text_names=_text_names(manager, names) | _later_names(names),
         skipped=tuple(getattr(model, "lora_skip_prefixes", None) or ()),
         others=tuple(
             f"{name}." for name, part in model.named_modules() if isinstance(part, PPMissingLayer)
@@ -49,7 +51,7 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
         pooling=bool(manager.is_pooling_model),
         targets=tuple(targets) if targets is not None else None,
         packed=packed,
-        unwrapped=frozenset(_unwrapped(model, packed)) - names,
+        unwrapped=(unwrapped | _later_names(unwrapped).keys()) - names,
     )
 
 
@@ -115,6 +117,11 @@ def _text_names(manager: LoRAModelManager, names: Iterable[str]) -> dict[str, st
     """What adapters of the text-only model call a multimodal model's modules (vLLM 0.33 on)."""
     of = getattr(manager, "_get_text_lora_names", lambda name: ())
     return {other: name for name in sorted(names) for other in of(name)}
+
+
+def _later_names(names: Iterable[str]) -> dict[str, str]:
+    """What Transformers has called modules of a CLIP's or a SigLIP's tower since its version 5."""
+    return {name.replace(_OLD_TOWER, ".", 1): name for name in sorted(names) if _OLD_TOWER in name}
 
 
 def _unwrapped(model: torch.nn.Module, packed: Mapping[str, tuple[str, ...]]) -> Iterator[str]:

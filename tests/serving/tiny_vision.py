@@ -1,0 +1,131 @@
+"""Tiny random models that look at images, written as ordinary Hugging Face checkpoints."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from .tiny_models import VOCAB_SIZE, randomise, word_tokenizer
+
+IMAGE_TOKEN = VOCAB_SIZE
+"""What stands for an image in a prompt; the first token that is no word."""
+
+_SPECIAL = ("<image>", "<video>", "<vision>", "</vision>")
+_TOKENS = VOCAB_SIZE + len(_SPECIAL)
+
+_SIDE, _PATCH = 28, 14
+"""Of images and of their patches, in pixels."""
+
+_TEXT = {
+    "vocab_size": _TOKENS,
+    "hidden_size": 128,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def write_llava(path: Path, *, seed: int = 5) -> Path:
+    """Writes a LLaVA whose tower is a CLIP: it has a token more than it hands on, its class's."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=_SIDE,
+            patch_size=_PATCH,
+        ),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    side = {"height": _SIDE, "width": _SIDE}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=side, crop_size=side),
+        tokenizer=_tokenizer(),
+        patch_size=_PATCH,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    _write(LlavaForConditionalGeneration(config), processor, path, seed)
+    # Published checkpoints have the names of before Transformers 5, which vLLM asks for.
+    file = path / "model.safetensors"
+    tensors = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    return path
+
+
+def write_qwen2_vl(path: Path, *, seed: int = 6) -> Path:
+    """Writes a Qwen2-VL: its images have as many tokens as their sizes make of them."""
+    config = Qwen2VLConfig(
+        text_config={
+            **_TEXT,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [4, 6, 6],
+                "rope_theta": 1e4,
+            },
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": _TEXT["hidden_size"],
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": _PATCH,
+        },
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=IMAGE_TOKEN + 1,
+        vision_start_token_id=IMAGE_TOKEN + 2,
+        vision_end_token_id=IMAGE_TOKEN + 3,
+        tie_word_embeddings=False,
+    )
+    pixels = {"shortest_edge": _SIDE**2, "longest_edge": 16 * _SIDE**2}
+    processor = Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessorPil(size=pixels),
+        tokenizer=_tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(size=pixels),
+    )
+    return _write(Qwen2VLForConditionalGeneration(config), processor, path, seed)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    names = dict(zip(("image", "video", "vision_bos", "vision_eos"), _SPECIAL, strict=True))
+    return word_tokenizer(_SPECIAL, **{f"{kind}_token": text for kind, text in names.items()})
+
+
+def _write(model: PreTrainedModel, processor: ProcessorMixin, path: Path, seed: int) -> Path:
+    model = model.to(torch.float32)
+    randomise(model, torch.Generator().manual_seed(seed))
+    model.lm_head.weight.data[VOCAB_SIZE:] = 0.0  # answers are words
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
