@@ -6,13 +6,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .recipes import AdapterRecipe
 
 
 def write_adapter(
-    base: Path, path: Path, recipe: AdapterRecipe, *, seed: int, classifier: bool = False
+    base: Path,
+    path: Path,
+    recipe: AdapterRecipe,
+    *,
+    seed: int,
+    classifier: bool = False,
+    headless: bool = False,
 ) -> Path:
     """Writes an adapter for the base checkpoint in ``base``, with non-zero A and B.
 
@@ -22,11 +28,12 @@ def write_adapter(
         recipe: The adapter's shape.
         seed: Seeds the weights.
         classifier: The base checkpoint has a head for classes, not one for tokens.
+        headless: It has none.
 
     Returns:
         ``path``.
     """
-    task = None if classifier else "CAUSAL_LM"
+    task = None if classifier or headless else "CAUSAL_LM"
     config = LoraConfig(
         task_type="SEQ_CLS" if recipe.own_head else task,
         target_modules=list(recipe.targets),
@@ -39,7 +46,8 @@ def write_adapter(
         alora_invocation_tokens=list(recipe.invocation) or None,
         use_dora=recipe.dora,
     )
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    with_head = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    auto = AutoModel if headless else with_head
     model = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)
     for _, module in sorted(model.named_modules(), key=lambda item: item[0]):
