@@ -1,4 +1,4 @@
-"""A base model in other forms: computed by Transformers' own code, or with one matrix for two."""
+"""A base model in other forms: Transformers' own code, one matrix for two, two names for one."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from .tiny_models import write_llama
 
 pytestmark = pytest.mark.serving
 
+ALIASED = "AliasedLayersLlamaForCausalLM"
 TIED_RECIPES = (
     LINEAR_RECIPES[0],
     AdapterRecipe("head", targets=("q_proj", "lm_head")),
@@ -42,3 +43,15 @@ def test_a_head_that_is_the_embedding_is_adapted_as_either(tmp_path: Path) -> No
     )
     with running_engine(scenario.base, in_process=True, max_loras=2) as llm:
         assert_as_peft(answer(llm, scenario, scenario.cases), scenario.cases)
+
+
+def test_layers_of_two_names_are_adapted_once(llama: Scenario) -> None:
+    from vllm import ModelRegistry
+
+    from .aliased_layers import AliasedLayersLlamaForCausalLM
+
+    ModelRegistry.register_model(ALIASED, AliasedLayersLlamaForCausalLM)
+    with running_engine(
+        llama.base, in_process=True, max_loras=2, hf_overrides={"architectures": [ALIASED]}
+    ) as llm:
+        assert_as_peft(answer(llm, llama, llama.cases), llama.cases)
