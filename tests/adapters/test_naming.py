@@ -25,6 +25,7 @@ NAMING = ModuleNaming(
     targets=("q_proj", "qkv_proj"),
     packed={"qkv_proj": ("q_proj", "k_proj", "v_proj")},
     unwrapped=frozenset({"visual.blocks.0.attn.q_proj"}),
+    unloaded=("model.pooler.",),
 )
 
 
@@ -51,6 +52,8 @@ def test_a_layout_is_the_same_after_a_journey():
         ("model.layers.9.self_attn.v_proj", "model.layers.9.self_attn.v_proj"),
         ("model.layers.9.mlp.up_proj", None),  # no target
         ("visual.blocks.0.attn.q_proj", None),
+        ("model.pooler.q_proj", None),
+        ("model.poolers.q_proj", "model.poolers.q_proj"),
         ("mtp.layers.0.q_proj", None),
         ("model.mtp.q_proj", None),
         ("model.layers.7.self_attn.q_proj", None),

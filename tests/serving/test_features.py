@@ -9,9 +9,10 @@ import pytest
 from tests.attacks.poison import poisoned
 
 from .cases import NEW_TOKENS, Case, Scenario
-from .engine import lora_request, running_engine
+from .engine import BLOCK_SIZE, lora_request, running_engine
+from .peft_reference import PeftReference
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
-from .tiny_models import write_eagle
+from .tiny_models import VOCAB_SIZE, write_eagle
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -150,6 +151,53 @@ def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
         assert list(output.outputs[0].token_ids) == [likeliest(case)[2]], case.adapter
     for output, case in zip(outputs[len(cases) :], cases, strict=True):
         assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+
+
+def test_the_allowed_tokens_are_ranked_by_the_adapter(
+    engine: "LLM", llama: Scenario, cases: list[Case]
+) -> None:
+    ranked = [list(case.expected.top[0]) for case in cases]
+    outputs = engine.generate(
+        prompts_of(cases),
+        [greedy(max_tokens=1, allowed_token_ids=sorted(likeliest[1:])) for likeliest in ranked],
+        lora_request=loras_of(llama, cases),
+        use_tqdm=False,
+    )
+    for output, likeliest, case in zip(outputs, ranked, cases, strict=True):
+        assert list(output.outputs[0].token_ids) == [likeliest[1]], case.adapter
+    with pytest.raises(Exception, match="out-of-vocab"):
+        engine.generate(
+            prompts_of(cases[1:2]),
+            greedy(allowed_token_ids=[VOCAB_SIZE]),
+            lora_request=loras_of(llama, cases[1:2]),
+            use_tqdm=False,
+        )
+
+
+def test_adapters_that_take_turns_over_one_prefix_keep_their_own_cache_of_it(
+    engine: "LLM", llama: Scenario
+) -> None:
+    """In parts, and with a KV cache that has room for a part of them, time after time."""
+    prefix = tuple(7 * number % 97 + 1 for number in range(2 * BLOCK_SIZE))
+    prompts = [(*prefix, *(tail + 3 * number for number in range(9))) for tail in range(4)]
+    truth = PeftReference(llama.base, {name: llama.adapters[name] for name in NAMES})
+    answers = {name: truth.generate(name, prompts, NEW_TOKENS) for name in (None, *NAMES)}
+    many = [
+        Case(name, prompt, of[row])
+        for row, prompt in enumerate(prompts)
+        for name, of in answers.items()
+        if of[row].min_margin > 0.01
+    ]
+    assert {case.adapter for case in many} == {None, *NAMES}
+    cached = 0
+    for _ in range(3):
+        outputs = engine.generate(
+            prompts_of(many), greedy(), lora_request=loras_of(llama, many), use_tqdm=False
+        )
+        for output, case in zip(outputs, many, strict=True):
+            assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+        cached += sum(output.num_cached_tokens for output in outputs)
+    assert 0 < cached < 3 * len(many) * len(prefix)
 
 
 @pytest.mark.smoke("pinning")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from vllm_multilora.tenants.keys import stored
 
 from .cases import Scenario
 from .engine import running_engine
-from .recipes import LINEAR_RECIPES
+from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from .server import VllmServer
 
 pytestmark = pytest.mark.serving
@@ -26,6 +26,7 @@ BASE = "base"
 GONE = "gone"
 POISON = "poison"
 GOOD = (None, *(recipe.name for recipe in LINEAR_RECIPES[:3]))
+WITH_HEAD = EMBEDDING_RECIPE.name
 PROMPT = [7, 21, 88, 140, 3, 250, 64]
 KEY, ACME = "sk-operator", "sk-acme"
 
@@ -46,13 +47,15 @@ class Deployment:
         torch.testing.assert_close(found, self.truth[name], rtol=1e-4, atol=1e-5)
 
 
-def reference_embeddings(scenario: Scenario) -> dict[str | None, torch.Tensor]:
+def reference_embeddings(
+    scenario: Scenario, names: Iterable[str | None]
+) -> dict[str | None, torch.Tensor]:
     """The last token's hidden state, normalised, as PEFT and transformers compute it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     found: dict[str | None, torch.Tensor] = {}
-    for name in GOOD:
+    for name in names:
         model = AutoModelForCausalLM.from_pretrained(scenario.base, dtype=torch.float32)
         if name is not None:
             model = PeftModel.from_pretrained(model, scenario.adapters[name])
@@ -64,7 +67,7 @@ def reference_embeddings(scenario: Scenario) -> dict[str | None, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def truth(llama: Scenario) -> dict[str | None, torch.Tensor]:
-    return reference_embeddings(llama)
+    return reference_embeddings(llama, (*GOOD, WITH_HEAD))
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +190,13 @@ def test_tenants_are_kept_apart(deployment: Deployment, path: str) -> None:
 def test_offline_a_failed_request_is_told_beside_the_others_embeddings(
     llama: Scenario, truth: dict[str | None, torch.Tensor], tmp_path: Path
 ) -> None:
+    """An adapter that has changed the head for tokens, too, is an adapter of embeddings."""
     from vllm.lora.request import LoRARequest
 
-    name = GOOD[1]
-    assert name is not None
+    served = {name: llama.adapters[name] for name in (GOOD[1], WITH_HEAD) if name}
     loras = [
-        LoRARequest(name, 1, str(llama.adapters[name])),
-        LoRARequest(GONE, 2, str(tmp_path / GONE)),
+        *(LoRARequest(name, llama.adapter_id(name), str(path)) for name, path in served.items()),
+        LoRARequest(GONE, 90, str(tmp_path / GONE)),
         None,
     ]
     with running_engine(
@@ -202,11 +205,11 @@ def test_offline_a_failed_request_is_told_beside_the_others_embeddings(
         answers = llm.embed(
             [{"prompt_token_ids": PROMPT}] * len(loras), lora_request=loras, use_tqdm=False
         )
-    good, gone, base = answers
-    for answer, expected in ((good, truth[name]), (base, truth[None])):
+    gone = answers.pop(-2)
+    for answer, name in zip(answers, (*served, None), strict=True):
         assert getattr(answer, "error", None) is None  # vLLM 0.31 has none then
         torch.testing.assert_close(
-            torch.tensor(answer.outputs.embedding), expected, rtol=1e-4, atol=1e-5
+            torch.tensor(answer.outputs.embedding), truth[name], rtol=1e-4, atol=1e-5
         )
     assert gone.outputs.embedding == []
     assert gone.error.code == "gone"

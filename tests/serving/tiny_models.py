@@ -15,16 +15,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 VOCAB_SIZE = 300
@@ -34,19 +40,24 @@ LOGIT_STD = 6.0
 _GAINS = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 3.0, "down_proj": 3.0, "lm_head": LOGIT_STD}
 
 
-def write_llama(path: Path, *, seed: int = 0, positions: int = 256, mlp: int = 176) -> Path:
-    """Writes a three-layer Llama: 8 heads, 2 key-value heads, untied embeddings, no biases.
+def write_llama(
+    path: Path, *, seed: int = 0, positions: int = 256, mlp: int = 176, tied: bool = False
+) -> Path:
+    """Writes a three-layer Llama: 8 heads, 2 key-value heads, no biases.
 
     Args:
         path: Directory to write into.
         seed: Seeds the weights.
         positions: Tokens that a request can have.
         mlp: Width of the MLPs.
+        tied: Whether the head is the embedding.
 
     Returns:
         ``path``.
     """
-    config = _llama_config(max_position_embeddings=positions, intermediate_size=mlp)
+    config = _llama_config(
+        max_position_embeddings=positions, intermediate_size=mlp, tie_word_embeddings=tied
+    )
     return _write(LlamaForCausalLM, config, path, seed)
 
 
@@ -114,6 +125,39 @@ def write_classifier(path: Path, *, labels: int, seed: int = 2) -> Path:
     return _write(LlamaForSequenceClassification, _llama_config(num_labels=labels), path, seed)
 
 
+_ENCODER = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+
+def write_bert(path: Path, *, seed: int = 4) -> Path:
+    """Writes a three-layer BERT without a head for tokens, and with its pooler."""
+    return _write(BertModel, BertConfig(**_ENCODER), path, seed)
+
+
+def write_modern_bert(path: Path, *, seed: int = 5) -> Path:
+    """Writes a three-layer ModernBERT: q, k and v are one, and most attention is to neighbours."""
+    config = ModernBertConfig(
+        **_ENCODER,
+        global_attn_every_n_layers=2,
+        local_attention=16,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), 1),
+    )
+    return _write(ModernBertModel, config, path, seed)
+
+
+def write_roberta(path: Path, *, labels: int, seed: int = 6) -> Path:
+    """Writes a three-layer RoBERTa with a head for so many classes."""
+    config = RobertaConfig(**_ENCODER, type_vocab_size=1, num_labels=labels)
+    return _write(RobertaForSequenceClassification, config, path, seed)
+
+
 def _llama_config(**more: Any) -> LlamaConfig:
     settings = {
         "vocab_size": VOCAB_SIZE,
@@ -171,11 +215,11 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         module, _, kind = name.rpartition(".")
         leaf = module.rpartition(".")[2]
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in leaf:
+        if "norm" in leaf.lower():
             value = 1.0 + 0.1 * noise
         elif kind == "bias":
             value = 0.5 * noise
-        elif leaf == "embed_tokens":
+        elif leaf.endswith(("embed_tokens", "embeddings")):
             value = noise
         else:
             value = noise * _GAINS.get(leaf, 1.0) / parameter[0].numel() ** 0.5

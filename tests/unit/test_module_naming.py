@@ -182,10 +182,40 @@ def test_a_pooling_models_names_and_a_text_only_siblings_lead_to_its_modules():
 
 def test_linear_layers_that_vllm_leaves_alone_are_known_by_name():
     tower = torch.nn.ModuleDict({"qkv_proj": torch.nn.Linear(2, 2), "norm": torch.nn.LayerNorm(2)})
-    model = torch.nn.ModuleDict({"visual": tower, "other": torch.nn.Linear(2, 2)})
+    head = torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2)})
+    model = torch.nn.ModuleDict(
+        {"visual": tower, "other": torch.nn.Linear(2, 2), "classifier": head}
+    )
     packed = {"qkv_proj": ["q_proj", "k_proj"]}
     naming = module_naming(manager_of(packed=packed, model=model), frozenset({"other"}))
     assert naming.unwrapped == {"visual.qkv_proj", "visual.q_proj", "visual.k_proj"}
     assert naming.rename("visual.q_proj") is None
     assert not naming.elsewhere("visual.q_proj")
-    assert naming.rename("visual.norm") == "visual.norm"  # unknown: refused
+    for refused in ("visual.norm", "classifier.dense"):  # as unknown
+        assert naming.rename(refused) == refused
+
+
+@pytest.mark.parametrize("part", ["score", "norm"])
+def test_what_vllm_leaves_in_the_checkpoint_is_known_by_name(part):
+    """A converted model's head for tokens, unless classes may be made of it; BERT's pooler."""
+    from vllm.model_executor.models.utils import StageMissingLayer
+
+    inner = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2)})
+    inner.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"pooler.": None, "old.": "new."})
+    tower, head = StageMissingLayer("vision_tower"), StageMissingLayer("output")
+    model = torch.nn.ModuleDict(
+        {"model": inner, "visual": tower, "lm_head": head, part: torch.nn.Linear(2, 2)}
+    )
+    named = frozenset({"model.encoder", part})
+
+    def left_out(*, pooling: bool) -> set[str]:
+        naming = module_naming(manager_of(model=model, pooling=pooling), named)
+        names = ("lm_head", "pooler.dense", "model.pooler.dense", "visual.qkv", "visuals", "new.x")
+        return {name for name in names if naming.rename(name) is None}
+
+    if part == "score":
+        assert left_out(pooling=True) == {"visual.qkv"}
+    else:
+        poolers = {"pooler.dense", "model.pooler.dense"}
+        assert left_out(pooling=True) == {"lm_head", "visual.qkv"} | poolers
+        assert left_out(pooling=False) == {"lm_head", "visual.qkv"}

@@ -129,6 +129,8 @@ class ModuleNaming:
         packed: Kinds of fused modules -> the kinds of module that they are made of.
         unwrapped: Linear layers of the model to which vLLM applies no adapters, such as those of
             a vision tower.
+        unloaded: Beginnings of modules of the base checkpoint that what the server does has no use
+            for, so that vLLM does not load them, such as a head for tokens beside embeddings.
     """
 
     names: frozenset[str] = frozenset()
@@ -141,6 +143,7 @@ class ModuleNaming:
     targets: tuple[str, ...] | None = None
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unwrapped: frozenset[str] = frozenset()
+    unloaded: tuple[str, ...] = ()
 
     def rename(self, module: str) -> str | None:
         """The running model's name of a module, by its name in a checkpoint.
@@ -159,7 +162,9 @@ class ModuleNaming:
             return self.text_names[module]
         if self.pooling and f"model.{module}" in self.names:
             return f"model.{module}"
-        if module in self.unwrapped or self._is_others(module) or not self.is_target(module):
+        if module in self.unwrapped or self._is_unloaded(module):
+            return None
+        if self._is_others(module) or not self.is_target(module):
             return None
         return module
 
@@ -168,8 +173,7 @@ class ModuleNaming:
         if self._is_skipped(module):
             return False
         module = self._mapped(module)
-        names = (module, f"model.{module}") if self.pooling else (module,)
-        is_others = any(f"{name}.".startswith(self.others) for name in names)
+        is_others = any(name.startswith(self.others) for name in self._beginnings(module))
         return is_others and self.is_target(module)
 
     def is_target(self, module: str) -> bool:
@@ -198,6 +202,13 @@ class ModuleNaming:
             return module
         name = f"{_PEFT_PREFIX}{module}{_END}".replace(_PEFT_PREFIX, "")
         return self.renames.apply(name).removesuffix(_END)
+
+    def _is_unloaded(self, module: str) -> bool:
+        return any(name.startswith(self.unloaded) for name in self._beginnings(module))
+
+    def _beginnings(self, module: str) -> tuple[str, ...]:
+        """What names below a module begin with here."""
+        return (f"{module}.", f"model.{module}.") if self.pooling else (f"{module}.",)
 
     def _is_others(self, module: str) -> bool:
         """Whether another worker has a module, or may have: this one has nothing of the kind."""

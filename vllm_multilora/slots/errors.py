@@ -13,8 +13,8 @@ class HostMemoryFullError(SlotsError):
     """No room in host memory, and not enough packs that may be evicted."""
 
 
-class PinLimitError(SlotsError):
-    """One pin more would leave no slot for the other adapters."""
+class PinLimitError(SlotsError, RuntimeError):
+    """One pin more would leave no slot for the other adapters; a RuntimeError, as vLLM's own."""
 
 
 class PolicyError(SlotsError, ValueError):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
+from vllm_multilora.adapters.names import HEADS
 from vllm_multilora.adapters.naming import ModuleNaming, Renames, Replacement, SourceRename
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
         targets=tuple(targets) if targets is not None else None,
         packed=packed,
         unwrapped=(unwrapped | _later_names(unwrapped).keys()) - names,
+        unloaded=tuple(_unloaded(model, pools=bool(manager.is_pooling_model))),
     )
 
 
@@ -125,14 +127,37 @@ def _later_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _unwrapped(model: torch.nn.Module, packed: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Linear layers that vLLM has not wrapped, also by the names of what it has fused in them."""
+    """Linear layers that vLLM has not wrapped, also by the names of what it has fused in them.
+
+    None of a head for classes, which decides every answer: an adapter of one is not served without.
+    """
     wrapped = {name for name, part in model.named_modules() if isinstance(part, BaseLayerWithLoRA)}
+    heads = frozenset(HEADS)
     for name, part in model.named_modules(remove_duplicate=False):
         parent, _, kind = name.rpartition(".")
         if not isinstance(part, LinearBase | torch.nn.Linear) or _is_below(name, wrapped):
             continue
+        if not heads.isdisjoint(name.split(".")):
+            continue
         yield name
         yield from (f"{parent}.{of}" if parent else of for of in packed.get(kind, ()))
+
+
+def _unloaded(model: torch.nn.Module, *, pools: bool) -> Iterator[str]:
+    """Beginnings of the modules that vLLM leaves in the checkpoint, as a task has no use for them.
+
+    Where there are classes, a head for tokens does have: vLLM makes some models' of its rows.
+    """
+    parts = dict(model.named_modules())
+    classifies = any(name.rpartition(".")[2] in HEADS for name in parts)
+    for name, part in parts.items():
+        if isinstance(part, StageMissingLayer):
+            if part.stage_name != "output" or not classifies:
+                yield f"{name}."
+        elif name and pools and not classifies:
+            mapper = getattr(part, "hf_to_vllm_mapper", None)
+            prefixes = getattr(mapper, "orig_to_new_prefix", None) or {}
+            yield from (f"{name}.{prefix}" for prefix, new in prefixes.items() if new is None)
 
 
 def _is_below(name: str, modules: set[str]) -> bool:
