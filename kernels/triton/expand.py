@@ -29,8 +29,8 @@ from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_option
 from multilora_kernels.triton.shrink import kept_type
 from multilora_kernels.triton.tiles import (
     base_rows,
-    count_parts,
     dot,
+    load_header,
     load_part,
     load_tokens,
     round_up,
@@ -179,10 +179,11 @@ def expand_kernel(
     pieces = 0
     for i in tl.static_range(SLICES):
         pieces += tl.cdiv(WIDTHS[i], BLOCK_N)
-    first, end = take_share(count_parts(plan, BLOCK_M) * pieces)
+    parts, header = load_header(plan, tl.program_id(0) // pieces, BLOCK_M)
+    first, end = take_share(parts * pieces)
     y += offset
     for part in tl.range(first // pieces, tl.cdiv(end, pieces), num_stages=1):
-        slot, start, rows = load_part(plan, part, BLOCK_M)
+        slot, start, rows = load_part(plan, part, header, BLOCK_M)
         token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
         y_rows = y + token * y_row
         from_block, to_block = first - part * pieces, end - part * pieces

@@ -24,8 +24,8 @@ from multilora_kernels.configs import MIN_BLOCK, ShrinkConfig
 from multilora_kernels.triton.activations import row_step
 from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.tiles import (
-    count_parts,
     dot,
+    load_header,
     load_part,
     load_tokens,
     round_up,
@@ -144,14 +144,15 @@ def shrink_kernel(
         # have theirs; they wait for the results themselves.
         tl.extra.cuda.gdc_launch_dependents()
     SLICES: tl.constexpr = len(A_SLOT)
-    first, end = take_share(count_parts(plan, BLOCK_M) * (SLICES * SPLIT_K))
+    parts, header = load_header(plan, tl.program_id(0) // (SLICES * SPLIT_K), BLOCK_M)
+    first, end = take_share(parts * (SLICES * SPLIT_K))
     # Those of one slice and one part of a tile at a time.
     for number in tl.range(first // SPLIT_K, tl.cdiv(end, SPLIT_K), num_stages=1):
         slice_id = number % SLICES
-        slot, start, rows = load_part(plan, number // SLICES, BLOCK_M)
+        slot, start, rows = load_part(plan, number // SLICES, header, BLOCK_M)
         rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
+        token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
         if rank > 0:
-            token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
             a = a_slices[0] + slot * A_SLOT[0]
             a_row = A_ROW[0]
             for i in tl.static_range(1, SLICES):

@@ -177,6 +177,21 @@ def test_what_starts_early_waits_before_it_reads_what_its_predecessor_wrote(aske
             assert "b_slices" in result["read_early"], result
 
 
+def test_a_short_batchs_program_reads_its_tiles_record_beside_the_header(compiled):
+    """Record, rank and tokens, weights and activations: three loads one after the other, at best.
+
+    That is where the program has guessed its tile. In a long batch it waits for the header. What
+    scales the product is read later.
+    """
+    for result in compiled:
+        first = dict(result["loads_before"])
+        header = int(result["constants"]["BLOCK_M"] > 16)
+        assert (first.pop("plan"), first.pop("ranks")) == (0, 1 + header), result
+        late = {first.pop(name, 0) for name in ("marks", "factors", "bias")}
+        assert set(first.values()) == {2 + header}, result
+        assert max(late) <= 3 + header, result
+
+
 def test_the_cases_have_every_kind_of_launch():
     """A constant that no case varies would be a kernel that nobody compiles before it runs."""
     values = defaultdict(set)
