@@ -39,6 +39,7 @@ from multilora_kernels.triton.tiles import (
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
 _MOST_SUMS = tl.constexpr(2048)  # of a block of y; 16 for each of 128 threads
+_PLANES = tl.constexpr(8)  # of h, that are asked for before the first has come
 
 
 def prepare_expand(
@@ -389,10 +390,19 @@ def _sum_planes(
     H_GRAIN: tl.constexpr = 128 // h.dtype.element_ty.primitive_bitwidth
     mask = live[:, None] & (r < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1))[None, :]
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    # Pipelining this loop would keep a copy of the planes in shared memory for nothing.
-    for _ in tl.range(1, SPLIT_K, num_stages=1):
-        at += tokens.to(tl.int64) * (SLICES * R)
-        total += tl.load(at, mask=mask, other=0.0)
+    plane = tokens.to(tl.int64) * (SLICES * R)
+    # Pipelining these loops would keep a copy of the planes in shared memory for nothing.
+    if SPLIT_K <= _PLANES:
+        for _ in tl.range(1, SPLIT_K, num_stages=1):
+            at += plane
+            total += tl.load(at, mask=mask, other=0.0)
+    else:
+        # The compiler must not see how many groups there are, or it asks for all planes at once
+        # and has no registers for them.
+        for first in tl.range(1, rank * 0 + SPLIT_K, _PLANES, num_stages=1):
+            for i in tl.static_range(_PLANES):
+                at += plane
+                total += tl.load(at, mask=mask & (first + i < SPLIT_K), other=0.0)
     return total
 
 

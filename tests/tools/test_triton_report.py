@@ -23,7 +23,12 @@ from tools.kernels.measure.launch_cases import (
 
 ROOT = Path(__file__).parents[2]
 ONE = ("qkv decode, R 64, T 64",)
-SOME = ("o mixed", "qkv decode, overwriting", "qkv decode, factors")
+SOME = (
+    "o mixed",
+    "qkv decode, R 64, T 8",  # most planes
+    "qkv decode, overwriting",
+    "qkv decode, factors",
+)
 CROWDED = ("qkv invariant, high rank",)
 # What has most in registers, or fewest places to load from at once: where others spill, too, only
 # `python -m tools.kernels.report` shows.

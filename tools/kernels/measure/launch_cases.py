@@ -129,6 +129,7 @@ class LaunchCase:
 _QKV, _GATE_UP = (4096, (4096, 1024, 1024)), (8192, (28672, 28672))
 CASES = (
     LaunchCase("qkv decode", *_QKV, max_rank=16, tokens=16),
+    LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=8),
     LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=64),
     LaunchCase("qkv decode", *_QKV, max_rank=320, tokens=64),
     LaunchCase("o mixed", 4096, (4096,), max_rank=64, tokens=256),
