@@ -250,6 +250,10 @@ def _blocks(launch: Launch) -> str:
         for key, short in letters.items()
         if key in launch.constants
     ]
+    if launch.constants.get("VECTOR_ROWS"):
+        words.append(f"rows {launch.constants['VECTOR_ROWS']}")
+    if launch.constants.get("EARLY"):
+        words.append("early")
     options = launch.options
     return f"{' '.join(words)}, {options['num_warps']} warps, {options['num_stages']} stages"
 
