@@ -39,7 +39,8 @@ from multilora_kernels.triton.tiles import (
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
 _MOST_SUMS = tl.constexpr(2048)  # of a block of y; 16 for each of 128 threads
-_PLANES = tl.constexpr(8)  # of h, that are asked for before the first has come
+# Planes of h that are asked for at once: up to so many, or in groups of so many.
+_PLANES, _GROUP = tl.constexpr(8), tl.constexpr(6)
 
 
 def prepare_expand(
@@ -399,8 +400,8 @@ def _sum_planes(
     else:
         # The compiler must not see how many groups there are, or it asks for all planes at once
         # and has no registers for them.
-        for first in tl.range(1, rank * 0 + SPLIT_K, _PLANES, num_stages=1):
-            for i in tl.static_range(_PLANES):
+        for first in tl.range(1, rank * 0 + SPLIT_K, _GROUP, num_stages=1):
+            for i in tl.static_range(_GROUP):
                 at += plane
                 total += tl.load(at, mask=mask & (first + i < SPLIT_K), other=0.0)
     return total
