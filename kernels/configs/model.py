@@ -54,8 +54,12 @@ class _Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            low, high, power_of_two = _BOUNDS[field.name]
             value: Any = getattr(self, field.name)
+            if field.type == "bool":
+                if type(value) is not bool:
+                    raise ValueError(f"{field.name} must be true or false, got {value!r}")
+                continue
+            low, high, power_of_two = _BOUNDS[field.name]
             kind = "a power of two" if power_of_two else "an integer"
             if (
                 type(value) is not int
@@ -72,10 +76,14 @@ class ShrinkConfig(_Config):
     Attributes:
         block_k: Columns of x in one step of the inner loop.
         split_k: Parts that K is cut into, each summed by its own program.
+        vector_rows: Blocks of up to so many tokens are multiplied without tensor cores.
+        early: Whether programs are placed while the kernel before ends, where the device can.
     """
 
     block_k: int
     split_k: int
+    vector_rows: int = 0
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ _BOUNDS = {
     "block_k": (MIN_BLOCK, 512, True),
     "block_r": (MIN_BLOCK, 256, True),
     "split_k": (1, 64, False),
+    "vector_rows": (0, 4, False),
     "num_warps": (1, 16, True),
     "num_stages": (1, 8, False),
     "per_processor": (1, 32, False),

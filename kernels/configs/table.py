@@ -15,11 +15,12 @@ A table lists entries for each half; the first one whose limits hold the workloa
       "expand": []
     }
 
-The limits `max_tokens`, `max_width`, `max_rank`, `max_slices` and `max_item_size` may be left out:
-no limit. The configuration "default" is the computed default of the workload: it keeps a wider
-entry further down from being taken where measuring found nothing better. `origin` says what the
-table was measured on, and `gain` how many times faster than the default an entry was; both are
-for readers and may be left out.
+A shrink's configuration may also have `vector_rows` and `early`. The limits `max_tokens`,
+`max_width`, `max_rank`, `max_slices` and `max_item_size` may be left out: no limit. The
+configuration "default" is the computed default of the workload: it keeps a wider entry further down
+from being taken where measuring found nothing better. `origin` says what the table was measured on,
+and `gain` how many times faster than the default an entry was; both are for readers and may be left
+out.
 
 Files are looked for in the folder named by MULTILORA_CONFIG_DIR, then in this package.
 `python -m tools.kernels.tune` writes them.
@@ -31,7 +32,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -208,7 +209,8 @@ def _entries(path: Path, half: str, items: Any, kind: type[Config]) -> tuple[Ent
 def _config(path: Path, where: str, values: Any, kind: type[Config]) -> Config | None:
     if values == _DEFAULT:
         return None
-    _check_keys(path, where, values, {field.name for field in fields(kind)}, set())
+    optional = {field.name for field in fields(kind) if field.default is not MISSING}
+    _check_keys(path, where, values, {field.name for field in fields(kind)} - optional, optional)
     try:
         return kind(**values)
     except ValueError as error:

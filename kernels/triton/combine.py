@@ -21,7 +21,7 @@ from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.tiles import (
     base_rows,
-    count_parts,
+    load_header,
     load_part,
     load_tokens,
     round_up,
@@ -128,9 +128,10 @@ def combine_kernel(
     COLUMN_BLOCKS: tl.constexpr = (R + BLOCK_N - 1) // BLOCK_N  # Triton 3.6 nests cdiv's constant
     PIECES: tl.constexpr = SLICES * COLUMN_BLOCKS
     H_GRAIN: tl.constexpr = 128 // planes.dtype.element_ty.primitive_bitwidth
-    first, end = take_share(count_parts(plan, BLOCK_M) * PIECES)
+    parts, header = load_header(plan, tl.program_id(0) // PIECES, BLOCK_M)
+    first, end = take_share(parts * PIECES)
     for piece in tl.range(first, end, num_stages=1):
-        slot, start, rows = load_part(plan, piece // PIECES, BLOCK_M)
+        slot, start, rows = load_part(plan, piece // PIECES, header, BLOCK_M)
         slice_id = piece % PIECES // COLUMN_BLOCKS
         column = piece % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
         rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)

@@ -29,8 +29,8 @@ from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_option
 from multilora_kernels.triton.shrink import kept_type
 from multilora_kernels.triton.tiles import (
     base_rows,
-    count_parts,
     dot,
+    load_header,
     load_part,
     load_tokens,
     round_up,
@@ -39,6 +39,8 @@ from multilora_kernels.triton.tiles import (
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
 _MOST_SUMS = tl.constexpr(2048)  # of a block of y; 16 for each of 128 threads
+# Planes of h that are asked for at once: up to so many, or in groups of so many.
+_PLANES, _GROUP = tl.constexpr(8), tl.constexpr(6)
 
 
 def prepare_expand(
@@ -179,10 +181,11 @@ def expand_kernel(
     pieces = 0
     for i in tl.static_range(SLICES):
         pieces += tl.cdiv(WIDTHS[i], BLOCK_N)
-    first, end = take_share(count_parts(plan, BLOCK_M) * pieces)
+    parts, header = load_header(plan, tl.program_id(0) // pieces, BLOCK_M)
+    first, end = take_share(parts * pieces)
     y += offset
     for part in tl.range(first // pieces, tl.cdiv(end, pieces), num_stages=1):
-        slot, start, rows = load_part(plan, part, BLOCK_M)
+        slot, start, rows = load_part(plan, part, header, BLOCK_M)
         token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
         y_rows = y + token * y_row
         from_block, to_block = first - part * pieces, end - part * pieces
@@ -388,10 +391,19 @@ def _sum_planes(
     H_GRAIN: tl.constexpr = 128 // h.dtype.element_ty.primitive_bitwidth
     mask = live[:, None] & (r < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1))[None, :]
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    # Pipelining this loop would keep a copy of the planes in shared memory for nothing.
-    for _ in tl.range(1, SPLIT_K, num_stages=1):
-        at += tokens.to(tl.int64) * (SLICES * R)
-        total += tl.load(at, mask=mask, other=0.0)
+    plane = tokens.to(tl.int64) * (SLICES * R)
+    # Pipelining these loops would keep a copy of the planes in shared memory for nothing.
+    if SPLIT_K <= _PLANES:
+        for _ in tl.range(1, SPLIT_K, num_stages=1):
+            at += plane
+            total += tl.load(at, mask=mask, other=0.0)
+    else:
+        # The compiler must not see how many groups there are, or it asks for all planes at once
+        # and has no registers for them.
+        for first in tl.range(1, rank * 0 + SPLIT_K, _GROUP, num_stages=1):
+            for i in tl.static_range(_GROUP):
+                at += plane
+                total += tl.load(at, mask=mask & (first + i < SPLIT_K), other=0.0)
     return total
 
 

@@ -9,7 +9,8 @@ the columns below a slot's rank count; what else is written ends the 16 bytes of
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
-# ruff: noqa: N803, N806
+# Tuples are put together by `+`: Triton knows no other way.
+# ruff: noqa: N803, N806, RUF005
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from multilora_kernels.configs import MIN_BLOCK, ShrinkConfig
 from multilora_kernels.triton.activations import row_step
 from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.tiles import (
-    count_parts,
     dot,
+    load_header,
     load_part,
     load_tokens,
     round_up,
@@ -34,6 +35,7 @@ from multilora_kernels.triton.tiles import (
 )
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
+_MOST_VALUES = tl.constexpr(4096)  # of A that are widened at a time; 32 for each of 128 threads
 
 
 def prepare_shrink(
@@ -73,6 +75,7 @@ def prepare_shrink(
     dtype = kept if split_k == 1 else torch.float32
     planes = torch.empty(split_k, len(lora_a), tokens, max_rank, dtype=dtype, device=x.device)
     spread = Spread(len(lora_a) * split_k, block_m, config.per_processor)
+    early = batch.facts.pdl and config.early
     launch = Launch(
         shrink_kernel,
         (batch.programs(spread, tokens),),
@@ -96,8 +99,13 @@ def prepare_shrink(
             "CHUNK": chunk * config.block_k,
             "SPLIT_K": split_k,
             "PDL": batch.facts.pdl,
+            "EARLY": early,
+            "VECTOR_ROWS": config.vector_rows,
+            "STAGES": config.num_stages,
         },
-        launch_options(config.num_warps, config.num_stages, batch.facts, config.per_processor),
+        launch_options(
+            config.num_warps, config.num_stages, batch.facts, config.per_processor, pdl=early
+        ),
         spread=spread,
     )
     return planes, launch
@@ -137,21 +145,30 @@ def shrink_kernel(
     CHUNK: tl.constexpr,  # elements of K in a part, a multiple of BLOCK_K
     SPLIT_K: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,  # launched so that it may start before its predecessor has ended
+    VECTOR_ROWS: tl.constexpr,  # of parts that are multiplied without tensor cores, at most
+    STAGES: tl.constexpr,
 ):
     """A piece is a part of K for one slice."""
-    if PDL:
+    if PDL and not EARLY:
         # The second half's programs may take their places as soon as the last ones of this half
         # have theirs; they wait for the results themselves.
         tl.extra.cuda.gdc_launch_dependents()
     SLICES: tl.constexpr = len(A_SLOT)
-    first, end = take_share(count_parts(plan, BLOCK_M) * (SLICES * SPLIT_K))
+    parts, header = load_header(plan, tl.program_id(0) // (SLICES * SPLIT_K), BLOCK_M)
+    first, end = take_share(parts * (SLICES * SPLIT_K))
     # Those of one slice and one part of a tile at a time.
     for number in tl.range(first // SPLIT_K, tl.cdiv(end, SPLIT_K), num_stages=1):
         slice_id = number % SLICES
-        slot, start, rows = load_part(plan, number // SLICES, BLOCK_M)
+        slot, start, rows = load_part(plan, number // SLICES, header, BLOCK_M)
         rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
+        token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
+        if EARLY:
+            # Returns when the kernel before has ended. Before that nobody reads x, which it may
+            # have written, or writes; nor do the second half's programs take places that it needs.
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         if rank > 0:
-            token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
             a = a_slices[0] + slot * A_SLOT[0]
             a_row = A_ROW[0]
             for i in tl.static_range(1, SLICES):
@@ -166,6 +183,7 @@ def shrink_kernel(
             for done_r in tl.range(0, rank if R > BLOCK_R else 1, BLOCK_R, num_stages=1):
                 first_r = rank * 0 + done_r  # a tensor in the interpreter, too
                 width = tl.minimum(rank - first_r, BLOCK_R)
+                few = tl.where(rows <= VECTOR_ROWS, width, 0) if VECTOR_ROWS > 0 else 0
                 # One body per power of two up to BLOCK_R, so that a low rank in a server of high
                 # ranks multiplies a narrow block and not a wide one of zeros.
                 for halvings in tl.static_range(0, 8):
@@ -177,7 +195,7 @@ def shrink_kernel(
                             a + first_r.to(tl.int64) * a_row,
                             a_row,
                             live,
-                            width,
+                            width - few,
                             first_k * CHUNK,
                             end_k,
                             scale,
@@ -190,6 +208,34 @@ def shrink_kernel(
                             CHUNK,
                             SPLIT_K,
                         )
+                        if VECTOR_ROWS > 0:
+                            _shrink_rows(
+                                planes + plane.to(tl.int64) * tokens * R + first_r,
+                                tokens.to(tl.int64) * (SLICES * R),
+                                x,
+                                x_row,
+                                a + first_r.to(tl.int64) * a_row,
+                                a_row,
+                                plan + order + start,
+                                rows,
+                                tokens,
+                                few,
+                                first_k * CHUNK,
+                                end_k,
+                                scale,
+                                K,
+                                R,
+                                GRAIN,
+                                BLOCK_R >> halvings,
+                                BLOCK_K,
+                                CHUNK,
+                                SPLIT_K,
+                                VECTOR_ROWS,
+                                STAGES,
+                            )
+    if EARLY:
+        # Programs without work wait too: the second half waits for this launch only.
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -220,12 +266,7 @@ def _shrink_block(
     HALF: tl.constexpr = BLOCK // 2 if BLOCK > _MIN_BLOCK else 0
     # Fewer rows of A are longer ones, or too few bytes would be under way: as long as they take
     # no more memory than the widest block, and end where a part of K does.
-    FITS: tl.constexpr = BLOCK_K * (BLOCK_M + BLOCK_R) // (BLOCK_M + BLOCK)
-    STEP: tl.constexpr = (
-        4 * BLOCK_K
-        if FITS >= 4 * BLOCK_K and CHUNK % (4 * BLOCK_K) == 0
-        else (2 * BLOCK_K if FITS >= 2 * BLOCK_K and CHUNK % (2 * BLOCK_K) == 0 else BLOCK_K)
-    )
+    STEP: tl.constexpr = _step(BLOCK_K, CHUNK, BLOCK_K * (BLOCK_M + BLOCK_R) // (BLOCK_M + BLOCK))
     if (width > HALF) & (width <= BLOCK):
         k = tl.arange(0, STEP)
         r = tl.arange(0, BLOCK)
@@ -258,6 +299,108 @@ def _shrink_block(
                     )
                 tl.store(h_block, (product * scale).to(h.dtype.element_ty), mask=mask)
                 h_block += plane
+
+
+@triton.jit
+def _shrink_rows(
+    h,  # pointer to the first row's first column in the first plane
+    plane,  # elements from plane to plane
+    x,  # pointer to the first row
+    x_row,
+    a,  # pointer to the first row
+    a_row,
+    of_rows,  # pointer to the tokens of the part's rows
+    rows,
+    tokens,
+    width,
+    first_k,
+    end_k,
+    scale,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    GRAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """As `_shrink_block`, for a part of at most ROWS rows, by vector instructions.
+
+    A chain of tensor-core products takes as long for one row as for sixteen. Here each thread adds
+    up its own columns of x, and threads add up what they have once a part of K.
+    """
+    HALF: tl.constexpr = BLOCK // 2 if BLOCK > _MIN_BLOCK else 0
+    STEP: tl.constexpr = _step(BLOCK_K, CHUNK, _MOST_VALUES // BLOCK)
+    WHOLE: tl.constexpr = CHUNK * SPLIT_K == K
+    if (width > HALF) & (width <= BLOCK):
+        r = tl.arange(0, BLOCK)
+        places = ()
+        for i in tl.static_range(ROWS):
+            token = tl.load(of_rows + i, mask=i < rows, other=0).to(tl.int64)
+            # Of rows that are not there nothing is read or written.
+            live = (i < rows) & (token < tokens)
+            columns, ranks = tl.where(live, K, 0), tl.where(live, round_up(width, GRAIN), 0)
+            own = (x + token * x_row, columns, h + token * R, ranks)
+            places = places + (own,)  # type: ignore[assignment]
+        for begin in tl.range(first_k, end_k, CHUNK, num_stages=1):
+            sums = ()
+            for _ in tl.static_range(ROWS):
+                sums = sums + (_no_sums(a, BLOCK, STEP),)  # type: ignore[assignment]
+            for done in tl.range(begin, tl.minimum(begin + CHUNK, end_k), STEP, num_stages=STAGES):
+                sums = _add_rows(sums, places, a, a_row, width, done, K, WHOLE, BLOCK, STEP)
+            for i in tl.static_range(ROWS):
+                _, _, to, ranks = places[i]  # type: ignore[var-annotated]
+                total = tl.sum(sums[i], axis=1) * scale
+                at = to + ((begin - first_k) // CHUNK) * plane + r
+                tl.store(at, total.to(h.dtype.element_ty), mask=r < ranks)
+
+
+@triton.jit
+def _no_sums(a, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """One for each row of A and each 16 bytes of a step, all zero."""
+    GROUP: tl.constexpr = 128 // a.dtype.element_ty.primitive_bitwidth
+    return tl.zeros((BLOCK, STEP // GROUP), dtype=tl.float32)
+
+
+@triton.jit
+def _add_rows(
+    sums,
+    places,
+    a,
+    a_row,
+    width,
+    done,
+    K: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The sums, and products of the columns from `done` on; some may lie past K unless WHOLE."""
+    GROUP: tl.constexpr = 128 // a.dtype.element_ty.primitive_bitwidth
+    r, k = tl.arange(0, BLOCK), done + tl.arange(0, STEP)
+    mask = r[:, None] < width
+    if not WHOLE:
+        mask &= k[None, :] < K
+    weights = tl.load(a + r[:, None] * a_row + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    grown = ()
+    for i in tl.static_range(len(sums)):
+        row, columns, _, _ = places[i]
+        values = tl.load(row + k, mask=k < columns, other=0.0)
+        products = weights * values.to(tl.float32)[None, :]
+        own = tl.sum(tl.reshape(products, (BLOCK, STEP // GROUP, GROUP)), axis=2)
+        grown = grown + (sums[i] + own,)  # type: ignore[assignment]
+    return grown
+
+
+@triton.constexpr_function
+def _step(block_k, chunk, fits):
+    """Columns of a step: up to four times `block_k` if that fits; a part has whole steps."""
+    step = min(block_k, fits)
+    while 2 * step <= min(fits, 4 * block_k) and chunk % (2 * step) == 0:
+        step *= 2
+    return step
 
 
 @triton.jit

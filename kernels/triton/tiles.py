@@ -64,24 +64,52 @@ def take_share(pieces):
 
 
 @triton.jit
-def count_parts(plan, BLOCK_M: tl.constexpr):
-    """Parts of `BLOCK_M` rows over all tiles."""
+def load_header(plan, expected, BLOCK_M: tl.constexpr):
+    """Parts of `BLOCK_M` rows over all tiles, and what `load_part` takes of the header.
+
+    With a short batch's header comes the record of part `expected`, if it is a tile's first one. A
+    program that is right about its part, as each one is where there is a piece for each, finds its
+    rows without waiting for the header. In a long batch nobody is, and registers are few.
+    """
     block = (BLOCK_M > 16) + (BLOCK_M > 32) + (BLOCK_M > 64) + (BLOCK_M > 128)
-    return tl.load(plan + _PARTS + block)
+    parts, tiles = tl.load(plan + _PARTS + block), tl.load(plan + _TILES)
+    if BLOCK_M > _PART_ROWS:
+        known, slot, start, rows = tiles, tiles, tiles, tiles  # the first is asked for
+    else:
+        slot, start, rows = _load_record(plan, expected)
+        known = tl.where(expected < tiles, expected, -1)
+    return parts, (known, slot, start, rows)
 
 
 @triton.jit
-def load_part(plan, part, BLOCK_M: tl.constexpr):
+def load_part(plan, part, header, BLOCK_M: tl.constexpr):
     """The adapter slot (int64), the first row and the row count of a part."""
-    tile, skipped, reached = part, part * 0, tl.load(plan + _TILES)
+    known, slot, start, rows = header
+    if BLOCK_M > _PART_ROWS:
+        slot, start, rows = _find_part(plan, part, known, BLOCK_M)
+    elif part != known:
+        # The number of tiles is read again: to keep it would take a register of every thread.
+        slot, start, rows = _find_part(plan, part, tl.load(plan + _TILES), BLOCK_M)
+    return slot.to(tl.int64), start, rows
+
+
+@triton.jit
+def _find_part(plan, part, tiles, BLOCK_M: tl.constexpr):
+    """The slot, the first row and the row count of a part."""
+    tile, skipped, reached = part, part * 0, tiles
     while tile >= reached:
         tile -= reached
         skipped += BLOCK_M
         reached = tl.load(plan + _LONGER + skipped // _PART_ROWS)
-    # 16 bytes that lie together.
+    slot, start, rows = _load_record(plan, tile)
+    return slot, start + skipped, rows - skipped
+
+
+@triton.jit
+def _load_record(plan, tile):
+    """The slot, the first row and the rows of a tile, from the 16 bytes of its record."""
     record = plan + _HEADER_INTS + tile * _TILE_INTS
-    slot, start, rows = tl.load(record), tl.load(record + 1), tl.load(record + 2)
-    return slot.to(tl.int64), start + skipped, rows - skipped
+    return tl.load(record), tl.load(record + 1), tl.load(record + 2)
 
 
 @triton.jit

@@ -110,6 +110,20 @@ def test_invariant_blocks_do_not_depend_on_the_tokens_or_the_table(write):
             assert half(changed(WORKLOAD, tokens=tokens), batch_invariant=True) == before
 
 
+def test_only_a_table_asks_for_rows_without_tensor_cores_or_an_early_start(write):
+    for tokens, width in itertools.product((1, 16, 128, 8192), (64, 4096, 28672)):
+        workload = changed(WORKLOAD, tokens=tokens, width=width)
+        for batch_invariant in (False, True):
+            chosen = choose_shrink(workload, batch_invariant=batch_invariant)
+            assert (chosen.vector_rows, chosen.early) == (0, False)
+    choice.choose_shrink.cache_clear()
+    wanted = SHRINK | {"vector_rows": 4, "early": True}
+    write(table(shrink=[{"config": wanted}]))
+    assert choose_shrink(WORKLOAD) == ShrinkConfig(**wanted)
+    invariant = choose_shrink(WORKLOAD, batch_invariant=True)
+    assert (invariant.vector_rows, invariant.early) == (0, False)
+
+
 def test_the_first_entry_that_holds_the_workload_is_taken(write):
     wider = {"max_tokens": 8192, "config": SHRINK | {"split_k": 9}}
     write(table(shrink=[table()["shrink"][0], wider]))
@@ -160,6 +174,14 @@ BAD_TABLES = {
     "not-an-integer": (
         table(expand=[{"config": EXPAND | {"num_stages": True}}]),
         r"expand\[0\].config: num_stages must be an integer from 1 to 8, got True",
+    ),
+    "not-true-or-false": (
+        table(shrink=[{"config": SHRINK | {"early": 1}}]),
+        r"shrink\[0\].config: early must be true or false, got 1",
+    ),
+    "too-many-rows": (
+        table(shrink=[{"config": SHRINK | {"vector_rows": 5}}]),
+        r"shrink\[0\].config: vector_rows must be an integer from 0 to 4, got 5",
     ),
 }
 

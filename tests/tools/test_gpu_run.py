@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 
-from tools.gpu import run, times
+from tools.gpu import run, stress, times
 from tools.kernels.measure.batches import LAYERS, BatchSpec
 from tools.kernels.measure.contenders import Multilora
-from tools.kernels.measure.timing import WallTimer
+from tools.kernels.measure.timing import GraphTimer, WallTimer
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,86 @@ def test_without_a_card_it_says_so(tmp_path):
     command = [str(ROOT / "tools/gpu/run.sh"), str(tmp_path)]
     done = subprocess.run(command, env=bare(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--dry-run says what would be run" in done.stderr
+    assert "--dry-run says what would be run, --rehearse does it" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_all_parts_and_says_that_nothing_was_measured(tmp_path):
+    """Without a card, and on one without it. The tests are only collected."""
+    results = tmp_path / "results"
+    command = [str(ROOT / "tools/gpu/run.sh"), str(results), "--rehearse", "--minutes=9"]
+    done = subprocess.run(command, env=bare(), capture_output=True, text=True, check=False)
+    logs = {path.stem: path.read_text() for path in results.glob("*.log")}
+    assert done.returncode == 0, (done.stdout, done.stderr, logs)
+    summary, stress, found = (
+        json.loads((results / f"{name}.json").read_text())
+        for name in ("summary", "stress", "times")
+    )
+    assert json.loads(done.stdout) == summary
+    assert {name: part["code"] for name, part in summary["parts"].items()} == dict.fromkeys(
+        ("stress", "tests", "sanitizer", "times"), 0
+    )
+    for written in (summary, stress, found):
+        assert written["measured"] is False
+    assert not stress["on_gpu"]
+    assert all(case["replays"] > 0 == case["wrong_replays"] for case in stress["cases"].values())
+    assert "tests collected" in logs["tests"]
+    assert len(found["cases"]) == 10
+    assert found["cases_left"] == 0
+    assert {case["layer"].partition("/")[0] for case in found["cases"]} == set(LAYERS)
+    for case in found["cases"]:
+        assert case["microseconds"] == {"multilora (triton)": None, "base layer": None}
+        assert (case["floor_microseconds"], case["left_out"]) == (None, {})
+    assert set(found["plan_waits"].values()) == {None}
+
+
+def test_a_rehearsal_is_not_for_compiled_kernels(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit):
+        times.main(["--rehearse"])
+    assert "--rehearse needs TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stand_in_for_cuda(monkeypatch) -> list[str]:
+    """Takes what torch takes, and does nothing: each replay is noted."""
+    replays: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("CUDAGraph", "graph", "Stream", "stream", "Event", "device"):
+        monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))
+    for name in ("synchronize", "current_stream", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))
+    torch.cuda.CUDAGraph.return_value.replay.side_effect = lambda: replays.append("replay")
+    torch.cuda.Event.return_value.elapsed_time.return_value = 0.25
+    torch.cuda.get_device_properties.return_value.L2_cache_size = 1 << 20
+    return replays
+
+
+def test_graphs_are_captured_and_replayed_by_calls_that_torch_has(stand_in_for_cuda):
+    """Wrong names and arguments would show on a card only."""
+    calls: list[int] = []
+    replay = stress.captured(lambda: calls.append(1))
+    assert (len(calls), stand_in_for_cuda) == (1, [])
+    replay()
+    timer = GraphTimer(torch.device("cpu"))
+    assert timer.paired([lambda: calls.append(2), lambda: calls.append(3)], 2) == [[250.0] * 2] * 2
+    assert calls.count(2) == calls.count(3) == 2 + 1  # to warm up, and to be captured
+    assert len(stand_in_for_cuda) == 1 + 2 * (3 + 2)
+    assert timer.floor(3) == 250.0
+
+
+def test_a_result_that_is_not_finite_is_wrong(monkeypatch):
+    spec = BatchSpec(LAYERS["8b.qkv"].scaled(64), 4, "distinct", max_loras=4, active=4)
+
+    class Broken:
+        name = "broken"
+
+        def prepare(self, batch):
+            return lambda: batch.y.fill_(float("nan"))
+
+    case = times.time_case(spec, [Broken()], WallTimer(), None, times.REHEARSAL)
+    assert case["left_out"] == {"broken": "wrong: relative error inf"}
+    assert set(case["microseconds"]) == {"base layer"}
 
 
 def test_a_folder_without_vllm_is_refused(tmp_path, capsys):
@@ -86,7 +166,7 @@ def test_the_cases_are_the_stated_ones_and_each_is_there_once():
 
 
 def test_a_case_is_timed_over_layers_of_their_own(monkeypatch):
-    monkeypatch.setattr(times, "layers_of", lambda spec: 3)
+    monkeypatch.setattr(times, "layers_of", lambda spec, scale: 3)
     spec = BatchSpec(LAYERS["8b.qkv"].scaled(64), 4, "distinct", max_loras=4, active=4)
     case = times.time_case(spec, [Multilora("torch")], WallTimer(), None)
     assert case["layers"] == 3
@@ -100,7 +180,7 @@ def test_a_part_that_takes_too_long_is_ended_and_the_rest_goes_on(tmp_path, monk
     monkeypatch.setattr(
         run,
         "parts",
-        lambda folder: [
+        lambda folder, rehearsal: [
             run.Part("slow", sleeping, 0.01),
             run.Part("fine", fine, 1.0),
             run.Part("lacking", fine, 1.0, needs="no_such_program"),

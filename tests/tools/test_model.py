@@ -40,3 +40,38 @@ def test_the_table_keeps_what_was_measured_in_a_column_of_its_own():
     heads, _, *rows = model.table(model.GPUS["H100"])
     assert heads.endswith("| measured |")
     assert all(row.endswith("| nothing yet |") for row in rows)
+
+
+def gains(card: str) -> dict[str, dict[tuple[str, model.Batch], float]]:
+    """How many times faster each candidate is, by layer and batch."""
+    gpu, found = model.GPUS[card], {}
+    for batch in model.cases():
+        for name, layer in LAYERS.items():
+            own = model.model(layer, batch, gpu).ours
+            for candidate, other in model.candidates(layer, batch, gpu).items():
+                found.setdefault(candidate, {})[name, batch] = own / other
+    return found
+
+
+@pytest.mark.parametrize("card", model.GPUS)
+def test_what_can_be_tuned_is_what_the_model_expects_a_quarter_from(card):
+    """And clusters, which Triton cannot express; a branch beside the base's product gains less."""
+    found = gains(card)
+    one = model.Batch(1, 1, "16")
+    assert found["early"]["8b.qkv", one] == max(found["early"].values()) > model.ENOUGH
+    assert found["vector_rows"]["70b.down", one] == max(found["vector_rows"].values())
+    assert found["vector_rows"]["70b.down", one] > model.ENOUGH
+    assert max(found["beside"].values()) < 1.2
+    assert max(found["cluster"].values()) > model.ENOUGH
+
+
+def test_rows_without_tensor_cores_are_for_few_rows_of_an_adapter():
+    for _, batch in gains("H100")["vector_rows"]:
+        assert batch.tokens <= 4 * batch.adapters
+
+
+def test_the_command_shows_what_each_candidate_gains_most_for(capsys):
+    assert model.main(["--candidates"]) == 0
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == list(gains("H100"))
+    assert "| early | 1.29 | 8b.qkv, 1 tokens, 1 adapters, 8: 5.8 to 4.5 µs |" in rows[0]

@@ -68,10 +68,11 @@ def test_what_neighbouring_columns_share_is_read_at_most_a_third_as_often_as_by_
 
 def test_columns_of_a_low_rank_are_read_in_whole_sectors():
     """Of rank 8 in 64 columns a row has 16 bytes, half a sector; a column is one piece."""
-    batch = build(BatchSpec(SMALL, 4, "distinct", 8, max_loras=4), dtype=torch.float16)
+    batch = build(BatchSpec(SMALL, 64, "distinct", 8), dtype=torch.float16)
     rows, columns = (counted(b).traffic["weights"] for b in (batch, by_column(batch)))
-    of_b = 4 * 8 * sum(SMALL.outputs) * 2
-    assert columns.sectors == columns.touched == rows.touched
+    of_b = 64 * 8 * sum(SMALL.outputs) * 2
+    of_a = 64 * 8 * SMALL.inputs * len(SMALL.outputs) * 2
+    assert columns.sectors == columns.touched == rows.touched == of_a + of_b
     assert rows.sectors == rows.touched + of_b
 
 

@@ -23,7 +23,14 @@ from tools.kernels.measure.launch_cases import (
 
 ROOT = Path(__file__).parents[2]
 ONE = ("qkv decode, R 64, T 64",)
-SOME = ("o mixed", "qkv decode, overwriting", "qkv decode, factors")
+SOME = (
+    "o mixed",
+    "qkv decode, R 64, T 8",  # most planes
+    "qkv decode, overwriting",
+    "qkv decode, factors",
+    "qkv decode, early",
+    "qkv decode by rows",
+)
 CROWDED = ("qkv invariant, high rank",)
 # What has most in registers, or fewest places to load from at once: where others spill, too, only
 # `python -m tools.kernels.report` shows.
@@ -40,7 +47,11 @@ TIGHT = (
 )
 BY_TITLE = {case.title: case for case in CASES}
 # Where not every row begins where a wide access may, and Triton cannot know which do.
-NARROW = {"K of whole loads only": {"x", "y"}, "odd sides and rank": {"x", "y", "planes", "slices"}}
+NARROW = {
+    "K of whole loads only": {"x", "y"},
+    "odd sides and rank": {"x", "y", "planes", "slices"},
+    "qkv decode by rows": {"x", "planes"},  # one row is less than 16 bytes for each thread
+}
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -156,6 +167,7 @@ def test_halves_overlap_where_the_card_can(compiled):
             result["kernel"] == "expand" and BY_TITLE[result["case"]].halves is not None
         )
         can = result["architecture"] != "80"
+        first_of_a_call &= BY_TITLE[result["case"]].shrink != (("early", True),)
         assert result["starts_early"] == (can and not first_of_a_call), result
         # The first half lets others start, even if it does not itself.
         assert result["pdl"] == (can and (result["starts_early"] or result["kernel"] == "shrink"))
@@ -164,17 +176,39 @@ def test_halves_overlap_where_the_card_can(compiled):
 def test_what_starts_early_waits_before_it_reads_what_its_predecessor_wrote(asked_for, compiled):
     """And before it ends: whoever comes next waits for this one only."""
     early = [result for result in compiled if result["starts_early"]]
-    sums_before = any(case.name == "o mixed" for case in asked_for[0])
-    assert {result["kernel"] for result in early} == (
-        {"combine", "expand"} if sums_before else {"expand"}
-    )
+    names = {case.name for case in asked_for[0]}
+    more = {"o mixed": "combine", "qkv decode, early": "shrink"}
+    assert {result["kernel"] for result in early} == {
+        "expand",
+        *(kernel for name, kernel in more.items() if name in names),
+    }
     for result in early:
-        assert "planes" in result["loads"], result
+        if result["kernel"] == "shrink":
+            # The kernel before may have written x, or still use the memory that planes get.
+            assert set(result["read_early"]) == {"plan", "ranks"}, result
+            assert "x" in result["loads"], result
+        else:
+            assert "planes" in result["loads"], result
         assert "planes" not in result["read_early"], result
         assert result["written_early"] == [], result
         assert not result["ends_early"], result
         if result["kernel"] == "expand":
             assert "b_slices" in result["read_early"], result
+
+
+def test_a_short_batchs_program_reads_its_tiles_record_beside_the_header(compiled):
+    """Record, rank and tokens, weights and activations: three loads one after the other, at best.
+
+    That is where the program has guessed its tile. In a long batch it waits for the header. What
+    scales the product is read later.
+    """
+    for result in compiled:
+        first = dict(result["loads_before"])
+        header = int(result["constants"]["BLOCK_M"] > 16)
+        assert (first.pop("plan"), first.pop("ranks")) == (0, 1 + header), result
+        late = {first.pop(name, 0) for name in ("marks", "factors", "bias")}
+        assert set(first.values()) == {2 + header}, result
+        assert max(late) <= 3 + header, result
 
 
 def test_the_cases_have_every_kind_of_launch():
@@ -186,7 +220,7 @@ def test_the_cases_have_every_kind_of_launch():
                 for name, value in launch.constants.items():
                     values[launch.kernel.__name__, name].add(value)
     for kernel, name in values:
-        if name in ("OVERWRITE", "PDL", "ZEROS"):
+        if name in ("OVERWRITE", "PDL", "ZEROS", "EARLY"):
             assert values[kernel, name] == {False, True}, (kernel, name)
         if name in ("BLOCK_M", "BLOCK_R", "BLOCK_K", "GRAIN", "SPLIT_K") and kernel[0] != "c":
             assert len(values[kernel, name]) > 1, (kernel, name)
@@ -252,3 +286,10 @@ def test_the_tuners_candidates_compile_and_few_of_them_spill():
         assert result["tensor_core"] > 0, result
         assert result["atomics"] == 0, result
         assert result["kernel"] == "shrink" or "planes" not in result["read_early"], result
+    early = [result for result in results if "early" in result["blocks"]]
+    by_rows = [result for result in results if "rows" in result["blocks"]]
+    assert len(early) > 1
+    assert len(by_rows) > 2
+    for result in early:
+        assert set(result["read_early"]) == {"plan", "ranks"}, result
+        assert (result["written_early"], result["ends_early"]) == ([], False), result

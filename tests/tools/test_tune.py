@@ -39,6 +39,7 @@ from tools.kernels.measure.candidates import (
     shrink_candidates,
 )
 from tools.kernels.measure.contenders import Multilora
+from tools.kernels.measure.counting import count_work
 from tools.kernels.measure.environment import Environment
 from tools.kernels.measure.selection import (
     Effort,
@@ -108,6 +109,16 @@ def test_candidates_leave_out_what_does_not_fit_shared_memory():
     assert most[227 << 10] > 99 << 10
 
 
+def test_candidates_try_an_early_start_and_rows_without_tensor_cores_where_there_are_such():
+    for architecture, starts in (("sm_80", {False}), ("sm_90", {False, True})):
+        facts = DeviceFacts(architecture, 132, pdl=architecture == "sm_90")
+        for tokens, rows in ((8, {0, 1, 2, 4}), (128, {0, 1, 2, 4}), (512, {0})):
+            shrink, _ = workloads(LAYERS["70b.down"], tokens, 64, 2, facts)
+            candidates = shrink_candidates(shrink, SHARED_MEMORY)
+            assert {config.early for config in candidates} == starts
+            assert {config.vector_rows for config in candidates} == rows
+
+
 def test_held_out_batches_share_no_kind_of_batch_with_training():
     for bucket, max_rank in itertools.product(buckets([16, 1024, 64]), (8, 16, 64)):
         shape = LAYERS["8b.o"], bucket, 32, max_rank
@@ -145,6 +156,18 @@ def test_a_layer_runs_with_the_configurations_asked_for(monkeypatch):
     first, second = ran[-2:]
     assert (first.constants["SPLIT_K"], first.constants["BLOCK_R"]) == (2, 16)
     assert (second.constants["BLOCK_N"], second.constants["BLOCK_R"]) == (16, 16)
+
+
+@interpreted
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_layer_may_be_timed_behind_another_kernel(follows):
+    """Or nobody could start early beside it; what is computed stays the same."""
+    spec = held_out_specs(SMALL, range(3, 5), 2, 32)[3]
+    batch = build(spec, DEVICE, torch.float32, seed=1)
+    before = batch.x.clone()
+    call = LayerOnBatch(batch, FACTS, follows=follows).call(None, None)
+    assert count_work(call, batch).operators == (("mul_",) if follows else ())
+    assert torch.equal(batch.x, before)
 
 
 def test_a_configuration_with_a_wrong_result_is_unusable(monkeypatch):

@@ -1,10 +1,14 @@
 """Runs all parts one after the other, each in a process of its own, within a time limit.
 
-    tools/gpu/run.sh FOLDER [--minutes 10] [--vllm FOLDER] [--dry-run]
+    tools/gpu/run.sh FOLDER [--minutes 10] [--vllm FOLDER] [--dry-run | --rehearse]
 
 Results are JSON files in FOLDER, one a part, and `summary.json`, which says what was run on which
 card, what failed and what was left out for which reason. The folder for --vllm is made where vLLM
 is installed, by `python -m tools.gpu.vllm_kernels`.
+
+`--rehearse` runs the same parts without a card, with the kernels in Triton's interpreter and at
+sizes at which that takes a minute or two: cases are built, results compared and files written as on
+a card. Nothing is measured, and the files say so: `"measured": false`, and null for every figure.
 """
 
 from __future__ import annotations
@@ -60,38 +64,51 @@ class Part:
         return None if importlib.util.find_spec(self.needs) else self.needs
 
 
-def parts(folder: Path) -> Iterator[Part]:
-    """All parts, the most important ones first."""
+def parts(folder: Path, *, rehearsal: bool = False) -> Iterator[Part]:
+    """All parts, the most important ones first.
+
+    Args:
+        folder: For results.
+        rehearsal: Whether to do without a card and what comes with one. Tests are only collected:
+            without a card they run in the interpreter whenever they run.
+    """
     stress = (sys.executable, "-m", "tools.gpu.stress")
     yield Part("stress", (*stress, "--out", str(folder / "stress.json")), 0.2)
     tests = tuple(f"tests/kernels/{name}" for name in KERNEL_TESTS)
     report = f"--junitxml={folder / 'tests.xml'}"
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", report, *tests)
-    yield Part("tests", pytest, 0.4, needs="pytest")
-    sanitizer = ("compute-sanitizer", "--error-exitcode=9", *stress, "--replays=2")
-    yield Part("sanitizer", sanitizer, 0.15, needs="compute-sanitizer")
+    yield Part("tests", (*pytest, *(["--collect-only"] if rehearsal else [])), 0.4, needs="pytest")
+    few = (*stress, "--replays=2")
+    if rehearsal:
+        yield Part("sanitizer", few, 0.15)
+    else:
+        sanitizer = ("compute-sanitizer", "--error-exitcode=9", *few)
+        yield Part("sanitizer", sanitizer, 0.15, needs="compute-sanitizer")
     times = (sys.executable, "-m", "tools.gpu.times", "--out", str(folder / "times.json"))
-    yield Part("times", times, 1.0)
+    yield Part("times", (*times, *(["--rehearse"] if rehearsal else [])), 1.0)
 
 
-def run(folder: Path, seconds: float, vllm: Path | None) -> dict[str, Any]:
+def run(
+    folder: Path, seconds: float, vllm: Path | None, *, rehearsal: bool = False
+) -> dict[str, Any]:
     """Runs the parts; returns the summary, which is also written."""
     end = time.monotonic() + seconds
-    summary: dict[str, Any] = {"seconds": seconds, "parts": {}}
+    summary: dict[str, Any] = {"measured": not rehearsal, "seconds": seconds, "parts": {}}
+    more = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearsal else {}
     with tempfile.TemporaryDirectory() as paths:
         # Tests import the kernels by their name, which is not that of their folder.
         (Path(paths) / "multilora_kernels").symlink_to(ROOT / "kernels")
         path = os.pathsep.join([paths, str(ROOT), *([str(vllm.absolute())] if vllm else [])])
-        for part in parts(folder):
+        for part in parts(folder, rehearsal=rehearsal):
             if part.missing:
                 summary["parts"][part.name] = {"left_out": f"there is no {part.missing}"}
-                continue
-            left = end - time.monotonic()
-            limit = max(1.0, left * part.share)
-            begin = time.monotonic()
-            code = _run_part(part, folder, {"PYTHONPATH": path, "GPU_SECONDS": f"{limit:.0f}"})
-            took = time.monotonic() - begin
-            summary["parts"][part.name] = {"code": code, "seconds": round(took, 1)}
+            else:
+                begin = time.monotonic()
+                limit = max(1.0, (end - begin) * part.share)
+                given = {**more, "PYTHONPATH": path, "GPU_SECONDS": f"{limit:.0f}"}
+                code = _run_part(part, folder, given)
+                took = time.monotonic() - begin
+                summary["parts"][part.name] = {"code": code, "seconds": round(took, 1)}
             (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -122,7 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="for results")
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
     parser.add_argument("--vllm", type=Path, help="a folder with vllm/, to be compared with")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    how.add_argument(
+        "--rehearse", action="store_true", help="run it without a card, measure nothing"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.dry_run:
         for part in parts(chosen.folder):
@@ -133,11 +154,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{chosen.vllm} has no vLLM; python -m tools.gpu.vllm_kernels makes a folder")
     import torch
 
-    if not torch.cuda.is_available():
-        print("PyTorch finds no GPU here; --dry-run says what would be run", file=sys.stderr)
+    if not chosen.rehearse and not torch.cuda.is_available():
+        print(
+            "PyTorch finds no GPU here; --dry-run says what would be run, --rehearse does it at "
+            "tiny sizes in Triton's interpreter",
+            file=sys.stderr,
+        )
         return 2
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    summary = run(chosen.folder.absolute(), 60 * chosen.minutes, chosen.vllm)
+    summary = run(
+        chosen.folder.absolute(), 60 * chosen.minutes, chosen.vllm, rehearsal=chosen.rehearse
+    )
     print(json.dumps(summary, indent=1))
     return int(any(part.get("code", 0) != 0 for part in summary["parts"].values()))
 

@@ -168,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if on_gpu else "cpu")
     result: dict[str, Any] = {
         **current_environment(device, "tools.gpu.stress", command_arguments(arguments)).facts(),
+        "measured": on_gpu,
         "cases": {},
     }
     wrong, seconds = 0, float(os.environ.get("GPU_SECONDS", "3600"))

@@ -1,6 +1,6 @@
 """An analytical model of a layer's time on a GPU, for these kernels' grids and for vLLM's.
 
-    python -m tools.kernels.model [--card H200] [--json]
+    python -m tools.kernels.model [--card H200] [--json] [--candidates]
 
 Nothing here was measured; it is arithmetic over what the launches say about themselves, to choose
 defaults and to know where to look first once there is a card. It may be wrong by half in either
@@ -19,6 +19,21 @@ direction. What it assumes:
   64 parts of K by atomic operations (8 from 128 tokens on), and starts programs for every slot: all
   of them, or the next power of two of those in use, as its specialised graphs do.
 * The base layer's product runs before or beside all of that and costs neither anything.
+
+`--candidates` models what these kernels do not do by default. It takes the worse assumption where
+there are two:
+
+* `vector_rows`: the shrink kernel without tensor cores, for at most `FEW_ROWS` rows of an adapter.
+  A multiprocessor does `LANES` operations in `OPERATION`: one for each row and value of A, and one
+  to widen that value. Threads add up what they have in `SUM`, once a part of K.
+* `early`: the shrink kernel is placed while the base layer's product ends. That lets others start
+  no earlier than by ending, so what is saved is `START` less `OVERLAPPED`, and no load.
+* `beside`: the shrink kernel on a second branch of the graph, beside the base layer's product,
+  whose programs have a processor to themselves and so end later by as long as the shrink's hold
+  it. What is left to save is a launch; the branches' join costs the expand kernel its early start.
+* `cluster`: one launch. The programs of a cluster of `CLUSTER` share out K, exchange their parts of
+  h in `EXCHANGE`, and share out columns; several clusters for one part of a tile, as many as are
+  best, each compute the h that they need.
 """
 
 from __future__ import annotations
@@ -29,12 +44,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from multilora_kernels.configs import Workload, default_expand, default_shrink
+from multilora_kernels.configs import (
+    ExpandConfig,
+    ShrinkConfig,
+    Workload,
+    default_expand,
+    default_shrink,
+)
 from multilora_kernels.configs.model import power_of_two_up
 from tools.kernels.measure.batches import LAYERS, MIXED_RANKS, Layer
 
 START, OVERLAPPED, PROGRAM = 2.0, 0.7, 0.0011  # microseconds
 CACHE, MEMORY, PRODUCT = 0.25, 0.65, 0.02
+LANES, OPERATION, SUM = 128, 0.0006, 0.15
+CLUSTER, EXCHANGE, FEW_ROWS, ENOUGH = 8, 0.5, 4, 1.25
 SHARE = 0.85
 MAX_RANK, SLOTS, ITEM = 64, 64, 2
 TOKENS, ADAPTERS, RANKS = (1, 8, 32, 64, 256), (1, 8, 64), ("8", "16", "64", "mixed")
@@ -108,44 +131,127 @@ def model(layer: Layer, batch: Batch, gpu: GPU) -> Modelled:
     )
 
 
+@dataclass(frozen=True)
+class _Half:
+    """One launch of these kernels.
+
+    Attributes:
+        programs: That are started.
+        chain: Microseconds of the loads that its longest program waits for, one after the other.
+        products: Microseconds of that program's products, which wait for each other too.
+        moving: Microseconds in which all programs' bytes move.
+    """
+
+    programs: int
+    chain: float
+    products: float
+    moving: float
+
+    def after(self, launch: float) -> float:
+        """Microseconds, those that the launch costs included."""
+        return launch + self.programs * PROGRAM + max(self.chain + self.products, self.moving)
+
+
 def _ours(layer: Layer, batch: Batch, gpu: GPU) -> float:
-    slices, width = len(layer.outputs), sum(layer.outputs)
-    tokens, rows = batch.tokens, batch.tokens / batch.adapters
-    mean_rank = sum(batch.rank_of_each()) / batch.adapters
+    return _shrink(layer, batch, gpu).after(START) + _expand(layer, batch, gpu).after(OVERLAPPED)
+
+
+def candidates(layer: Layer, batch: Batch, gpu: GPU) -> dict[str, float]:
+    """Microseconds of a layer call by candidate; without those that are not for this batch."""
+    shrink, expand = _shrink(layer, batch, gpu), _expand(layer, batch, gpu)
+    found = {
+        "early": shrink.after(OVERLAPPED) + expand.after(OVERLAPPED),
+        "beside": shrink.after(0.0) + expand.after(START),
+        "cluster": min(_cluster(layer, batch, gpu, clusters) for clusters in (1, 2, 4, 8, 16)),
+    }
+    if batch.tokens <= FEW_ROWS * batch.adapters:
+        vector = _shrink(layer, batch, gpu, vector=True)
+        found["vector_rows"] = vector.after(START) + expand.after(OVERLAPPED)
+    return found
+
+
+def _cluster(layer: Layer, batch: Batch, gpu: GPU, clusters: int) -> float:
+    """With so many clusters for each part of a tile."""
+    slices, width, rows = len(layer.outputs), sum(layer.outputs), batch.tokens / batch.adapters
+    expand = default_expand(_workload(layer, batch.tokens, width, gpu))
+    shrink = default_shrink(_workload(layer, batch.tokens, layer.inputs, gpu))
+    ranks, columns = sum(batch.rank_of_each()), 2 * expand.block_n
+    programs = batch.adapters * math.ceil(rows / expand.block_m) * clusters * CLUSTER
+    at_once = min(programs, expand.per_processor * gpu.processors)
+    rounds = math.ceil(programs / at_once)
+    own_slices = math.ceil(slices / clusters)  # whose h a cluster needs
+    chunk = layer.inputs / CLUSTER
+    products = own_slices * chunk / 16 * PRODUCT
+    steps = math.ceil(width / (clusters * CLUSTER * columns))
+    rank = ranks / batch.adapters
+    a_bytes = ranks * layer.inputs * slices * ITEM
+    b_bytes = (ranks + 2 * batch.tokens) * width * ITEM
+    of_a = at_once * 2 * min(chunk, shrink.block_k) * rank * ITEM
+    of_b = at_once * columns * (2 * rank + min(rows, expand.block_m)) * ITEM
+    again = a_bytes * max(0, clusters * own_slices / slices - 1) / gpu.cache_bandwidth
+    first = max(rounds * (2 * CACHE + MEMORY + products), _moving(a_bytes, of_a, gpu) + again)
+    second = max(rounds * steps * (MEMORY / 2 + 4 * PRODUCT), _moving(b_bytes, of_b, gpu))
+    return START + programs * PROGRAM + first + rounds * EXCHANGE + second
+
+
+def _shrink(layer: Layer, batch: Batch, gpu: GPU, *, vector: bool = False) -> _Half:
+    """A piece is a part of K of one slice; `vector`: multiplied without tensor cores."""
+    slices, tokens, rows = len(layer.outputs), batch.tokens, batch.tokens / batch.adapters
     shrink = default_shrink(_workload(layer, tokens, layer.inputs, gpu))
-    expand = default_expand(_workload(layer, tokens, width, gpu))
-    most = tokens // shrink.block_m + min(SLOTS, tokens)
+    mean_rank = sum(batch.rank_of_each()) / batch.adapters
     parts = batch.adapters * math.ceil(rows / shrink.block_m)
-    # Shrink: a piece is a part of K of one slice.
     per_part = slices * shrink.split_k
-    programs = min(most * per_part, shrink.per_processor * gpu.processors)
+    programs = min(_most_parts(tokens, shrink) * per_part, shrink.per_processor * gpu.processors)
     pieces = parts * per_part
     share = math.ceil(pieces / programs)
     chunk = math.ceil(layer.inputs / shrink.split_k)
     runs = math.ceil(share / shrink.split_k)
-    chain = runs * (2 * CACHE + MEMORY) + share * chunk / 16 * PRODUCT + CACHE
     block = power_of_two_up(max(16, int(mean_rank)))
+    products = share * chunk / 16 * PRODUCT
+    if vector:
+        resident = math.ceil(min(pieces, programs) / gpu.processors)
+        operations = share * chunk * block * (power_of_two_up(math.ceil(rows)) + 1)
+        products = resident * operations / LANES * OPERATION + share * SUM
     step = shrink.block_k * (shrink.block_m + shrink.block_r) // (shrink.block_m + block)
     under_way = min(pieces, programs) * 2 * min(step, chunk) * mean_rank * ITEM
     a_bytes = sum(batch.rank_of_each()) * layer.inputs * slices * ITEM
-    first = START + programs * PROGRAM + max(chain, _moving(a_bytes, under_way, gpu))
-    # Expand: a piece is a block of columns; runs of them share the plan, the rank and h.
+    return _Half(
+        programs, runs * (2 * CACHE + MEMORY) + CACHE, products, _moving(a_bytes, under_way, gpu)
+    )
+
+
+def _expand(layer: Layer, batch: Batch, gpu: GPU) -> _Half:
+    """A piece is a block of columns; runs of them share the plan, the rank and h."""
+    slices, width = len(layer.outputs), sum(layer.outputs)
+    tokens, rows = batch.tokens, batch.tokens / batch.adapters
+    mean_rank = sum(batch.rank_of_each()) / batch.adapters
+    split_k = default_shrink(_workload(layer, tokens, layer.inputs, gpu)).split_k
+    expand = default_expand(_workload(layer, tokens, width, gpu))
+    parts = batch.adapters * math.ceil(rows / expand.block_m)
     per_part = sum(math.ceil(n / expand.block_n) for n in layer.outputs)
-    programs = min(most * per_part, expand.per_processor * gpu.processors)
+    programs = min(_most_parts(tokens, expand) * per_part, expand.per_processor * gpu.processors)
     pieces = parts * per_part
     share = math.ceil(pieces / programs)
     runs = math.ceil(share * slices / per_part) if share > per_part / slices else 1
+    block = power_of_two_up(max(16, int(mean_rank)))
     columns = expand.block_n * min(2 if expand.block_m == 16 else 1, max(1, int(64 / block)))
     steps = math.ceil(share * expand.block_n / columns)
-    chain = runs * (2 * CACHE + shrink.split_k * PRODUCT) + steps * (MEMORY / 2 + 4 * PRODUCT)
     of_y = min(rows, expand.block_m)
     under_way = min(pieces, programs) * columns * (2 * mean_rank + of_y) * ITEM
     b_bytes = sum(batch.rank_of_each()) * width * ITEM
     y_bytes = 2 * tokens * width * ITEM
     planes = min(pieces, programs + parts * slices) * of_y
-    in_cache = planes * mean_rank * 4 * shrink.split_k / gpu.cache_bandwidth
-    moved = _moving(b_bytes + y_bytes, under_way, gpu) + in_cache
-    return first + OVERLAPPED + programs * PROGRAM + max(chain, moved)
+    in_cache = planes * mean_rank * 4 * split_k / gpu.cache_bandwidth
+    return _Half(
+        programs,
+        runs * (2 * CACHE + split_k * PRODUCT),
+        steps * (MEMORY / 2 + 4 * PRODUCT),
+        _moving(b_bytes + y_bytes, under_way, gpu) + in_cache,
+    )
+
+
+def _most_parts(tokens: int, config: ShrinkConfig | ExpandConfig) -> int:
+    return tokens // config.block_m + min(SLOTS, tokens)
 
 
 def _workload(layer: Layer, tokens: int, width: int, gpu: GPU) -> Workload:
@@ -198,6 +304,24 @@ def cases() -> Iterator[Batch]:
                     yield Batch(tokens, adapters, ranks)
 
 
+def candidates_table(gpu: GPU) -> Iterator[str]:
+    """For each candidate the batch that it gains most for, in Markdown."""
+    gains: dict[str, list[tuple[float, str]]] = {}
+    for batch in cases():
+        for layer in LAYERS.values():
+            own = _ours(layer, batch, gpu)
+            where = f"{layer.name}, {batch.tokens} tokens, {batch.adapters} adapters, {batch.ranks}"
+            for name, other in candidates(layer, batch, gpu).items():
+                case = f"{where}: {own:.1f} to {other:.1f} µs"
+                gains.setdefault(name, []).append((own / other, case))
+    yield f"| candidate | most | where | at least {ENOUGH} |"
+    yield "|---|---:|---|---:|"
+    for name, found in gains.items():
+        most, where = max(found, key=lambda each: each[0])
+        enough = sum(gain >= ENOUGH for gain, _ in found)
+        yield f"| {name} | {most:.2f} | {where} | {enough} of {len(found)} |"
+
+
 def table(gpu: GPU, layers: Sequence[Layer] = tuple(LAYERS.values())) -> Iterator[str]:
     """The model's answers in Markdown, beside what was measured.
 
@@ -219,12 +343,16 @@ def table(gpu: GPU, layers: Sequence[Layer] = tuple(LAYERS.values())) -> Iterato
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table, or one JSON object a line."""
+    """Prints a table, or one JSON object a line."""
     parser = argparse.ArgumentParser(prog="python -m tools.kernels.model", description=__doc__)
     parser.add_argument("--card", choices=GPUS, default="H100")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--candidates", action="store_true", help="what is not done by default")
     chosen = parser.parse_args(arguments)
     gpu = GPUS[chosen.card]
+    if chosen.candidates:
+        print(*candidates_table(gpu), sep="\n")
+        return 0
     if not chosen.json:
         print(*table(gpu), sep="\n")
         return 0

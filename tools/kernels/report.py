@@ -4,8 +4,8 @@
 
 For every launch of every case (`measure/launch_cases.py`), and for the tables in force: registers
 and shared memory of a program, bytes spilled to local memory, how wide each tensor is read and
-written, tensor-core instructions, and how many programs a multiprocessor holds. A launch that
-several cases share is compiled once.
+written, how many loads one after the other come before that, tensor-core instructions, and how many
+programs a multiprocessor holds. A launch that several cases share is compiled once.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Compiled:
         ends_early: Whether it may even end before that.
         read_early: Tensors that it may read before that.
         written_early: Tensors that it may write before that.
+        loads_before: By tensor, the loads that end one after the other before it is first read.
         types: Of each tensor's elements, as Triton calls them.
         loads: How wide each tensor is read; on AMD's cards all of them together, as `all`.
         stores: How wide each tensor is written; likewise.
@@ -101,6 +102,7 @@ class Compiled:
     ends_early: bool
     read_early: list[str]
     written_early: list[str]
+    loads_before: dict[str, int]
     types: dict[str, str]
     loads: Widths
     stores: Widths
@@ -148,12 +150,17 @@ def compile_launch(title: str, launch: Launch, architecture: str) -> Compiled:
     ptx, pointers = Ptx(text), pointers_of(signature)
     widths: tuple[defaultdict[str, Counter[int]], ...] = defaultdict(Counter), defaultdict(Counter)
     early: tuple[set[str], ...] = set(), set()
+    loads_before: dict[str, int] = {}
     for access in ptx.accesses():
         found = sorted({pointers[p][0] for p in access.parameters & pointers.keys()})
         tensors = found or ["unknown"]
         widths[access.store][" or ".join(tensors)][access.size] += 1
         if not access.after_wait:
             early[access.store].update(tensors)
+        if not access.store:
+            for tensor in tensors:
+                before = loads_before.get(tensor, access.loads_before)
+                loads_before[tensor] = min(before, access.loads_before)
     return Compiled(
         case=title,
         kernel=launch.kernel.__name__.removesuffix("_kernel"),
@@ -167,6 +174,7 @@ def compile_launch(title: str, launch: Launch, architecture: str) -> Compiled:
         ends_early=ptx.may_end_unwaited,
         read_early=sorted(early[False]),
         written_early=sorted(early[True]),
+        loads_before=loads_before,
         types=dict(pointers.values()),
         loads={name: dict(sorted(sizes.items())) for name, sizes in widths[False].items()},
         stores={name: dict(sorted(sizes.items())) for name, sizes in widths[True].items()},
@@ -218,6 +226,7 @@ def _compiled_for_amd(
         ends_early=True,
         read_early=[],
         written_early=[],
+        loads_before={},
         types=dict(pointers.values()),
         loads={"all": dict(sorted(widths[False].items()))},
         stores={"all": dict(sorted(widths[True].items()))},
@@ -241,6 +250,10 @@ def _blocks(launch: Launch) -> str:
         for key, short in letters.items()
         if key in launch.constants
     ]
+    if launch.constants.get("VECTOR_ROWS"):
+        words.append(f"rows {launch.constants['VECTOR_ROWS']}")
+    if launch.constants.get("EARLY"):
+        words.append("early")
     options = launch.options
     return f"{' '.join(words)}, {options['num_warps']} warps, {options['num_stages']} stages"
 
@@ -291,18 +304,19 @@ def table(results: list[Compiled]) -> str:
     """The results as a table in Markdown."""
     rows = [
         "| sm | kernel | case | blocks | registers | shared KiB | programs | fit | spilled "
-        "| loads (bytes x count) | tensor core | PDL |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| loads (bytes x count) | loads before | tensor core | PDL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         loads = "; ".join(
             f"{tensor} " + ", ".join(f"{size} x {count}" for size, count in sizes.items())
             for tensor, sizes in sorted(r.loads.items())
         )
+        before = ", ".join(f"{tensor} {loads}" for tensor, loads in sorted(r.loads_before.items()))
         rows.append(
             f"| {r.architecture} | {r.kernel} | {r.case} | {r.blocks} | {r.registers} | "
             f"{r.shared_bytes / 1024:.1f} | {r.per_processor} | {r.resident} | {r.spilled_bytes} | "
-            f"{loads} | {r.tensor_core} | {'yes' if r.pdl else 'no'} |"
+            f"{loads} | {before} | {r.tensor_core} | {'yes' if r.pdl else 'no'} |"
         )
     return "\n".join(rows)
 

@@ -22,6 +22,7 @@ from multilora_kernels.configs import (
     default_expand,
     default_shrink,
 )
+from multilora_kernels.configs.defaults import SHORT_BATCH
 from multilora_kernels.configs.model import power_of_two_up
 from tools.kernels.measure.batches import PLAN_TILE_ROWS
 
@@ -36,6 +37,8 @@ _SPLITS = (1, 2, 4, 8, 16)
 _WARPS = (2, 4, 8)
 _STAGES = (1, 2, 3, 4)
 _PER_PROCESSOR = (1, 2, 3, 4, 6, 8)
+_VECTOR_ROWS = (0, 1, 2, 4)
+_WITH_EARLY_STARTS = ("sm_90", "sm_100", "sm_120")
 _SHORTEST_PART = 128  # columns of x in a part of K; shorter ones are all launch and no work
 _REGISTERS, _THREADS = 65_536, 2048  # of a multiprocessor
 _RESERVED = 1024  # bytes of shared memory that a program takes besides its own
@@ -58,6 +61,8 @@ def shrink_candidates(workload: Workload, shared_memory: int) -> list[ShrinkConf
         "num_warps": _WARPS,
         "num_stages": _STAGES,
         "per_processor": _PER_PROCESSOR,
+        "vector_rows": _VECTOR_ROWS if workload.tokens <= SHORT_BATCH else (),
+        "early": (False, True) if workload.architecture in _WITH_EARLY_STARTS else (),
     }
 
     def fits(config: ShrinkConfig) -> bool:

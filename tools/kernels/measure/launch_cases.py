@@ -8,7 +8,7 @@ and others in which they are not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from multilora_kernels.triton.expand import prepare_expand
 from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch
 from multilora_kernels.triton.product import expand_launch, shrink_launch
 from multilora_kernels.triton.shrink import prepare_shrink
-from tools.kernels.measure.batches import LAYERS, PLAN_TILE_ROWS
+from tools.kernels.measure.batches import LAYERS, PLAN_TILE_ROWS, Layer
 from tools.kernels.measure.candidates import expand_candidates, shrink_candidates
 from tools.kernels.measure.trials import workloads
 
@@ -104,6 +104,7 @@ class LaunchCase:
         halves: If not None, each half is a call of its own, and h between them has this type.
         factors: Whether outputs have factors: None, or whether the base layer has a bias then.
         slots: Of adapters.
+        shrink: Names and values of the first half's configuration that are not the default's.
     """
 
     name: str
@@ -120,6 +121,7 @@ class LaunchCase:
     halves: torch.dtype | None = None
     factors: bool | None = None
     slots: int = 64
+    shrink: tuple[tuple[str, Any], ...] = ()
 
     @property
     def title(self) -> str:
@@ -129,6 +131,7 @@ class LaunchCase:
 _QKV, _GATE_UP = (4096, (4096, 1024, 1024)), (8192, (28672, 28672))
 CASES = (
     LaunchCase("qkv decode", *_QKV, max_rank=16, tokens=16),
+    LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=8),
     LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=64),
     LaunchCase("qkv decode", *_QKV, max_rank=320, tokens=64),
     LaunchCase("o mixed", 4096, (4096,), max_rank=64, tokens=256),
@@ -153,6 +156,8 @@ CASES = (
     LaunchCase("qkv prefill, fp32 adapters", *_QKV, 64, tokens=8192, weight_dtype=torch.float32),
     LaunchCase("qkv decode, overwriting", *_QKV, max_rank=64, tokens=64, add_inputs=False),
     LaunchCase("qkv prefill, overwriting", *_QKV, max_rank=64, tokens=8192, add_inputs=False),
+    LaunchCase("qkv decode, early", *_QKV, max_rank=64, tokens=64, shrink=(("early", True),)),
+    LaunchCase("qkv decode by rows", *_QKV, max_rank=64, tokens=8, shrink=(("vector_rows", 2),)),
     LaunchCase("qkv decode, halves", *_QKV, max_rank=64, tokens=64, halves=torch.float32),
     LaunchCase("qkv prefill, halves", *_QKV, max_rank=64, tokens=8192, halves=torch.bfloat16),
     LaunchCase("qkv decode, factors", *_QKV, max_rank=64, tokens=64, factors=True),
@@ -189,7 +194,14 @@ def table_cases(architecture: str) -> list[LaunchCase]:
 
 def launches(case: LaunchCase, architecture: str) -> Iterator[Launch]:
     """The launches that the backend would run for a case."""
-    batch = _batch(case, card_facts(architecture))
+    facts = card_facts(architecture)
+    if case.shrink:
+        layer = Layer(case.name, case.k, case.widths)
+        first, second = workloads(layer, case.tokens, case.max_rank, case.dtype.itemsize, facts)
+        config = replace(default_shrink(first), **dict(case.shrink))
+        yield from configured_launches(case, facts, config, default_expand(second))
+        return
+    batch = _batch(case, facts)
     x, y, lora_a, lora_b = _tensors(case)
     if case.halves is None:
         planes, launch = shrink_launch(x, lora_a, batch, 1.0)
@@ -241,7 +253,8 @@ def candidate_launches(architecture: str) -> Iterator[tuple[LaunchCase, Launch]]
     seen: set[tuple[Any, ...]] = set()
 
     def is_new(config: ShrinkConfig | ExpandConfig) -> bool:
-        blocks = tuple(v for k, v in asdict(config).items() if k.startswith("block_"))
+        names = ("block_", "vector_rows", "early")
+        blocks = tuple(v for k, v in asdict(config).items() if k.startswith(names))
         known = (type(config), *blocks) in seen
         seen.add((type(config), *blocks))
         return not known

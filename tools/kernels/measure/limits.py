@@ -63,12 +63,26 @@ class Peaks:
     method: str
 
 
-def measure_peaks(timer: Timer, device: torch.device, dtype: torch.dtype) -> Peaks:
-    """Measures a copy and a product in `dtype`: what can be reached, not what is advertised."""
-    source = torch.zeros(_COPIED, dtype=torch.uint8, device=device)
+def measure_peaks(
+    timer: Timer,
+    device: torch.device,
+    dtype: torch.dtype,
+    copied: int = _COPIED,
+    side: int = _SIDE,
+) -> Peaks:
+    """Measures a copy and a product in `dtype`: what can be reached, not what is advertised.
+
+    Args:
+        timer: How to measure.
+        device: What is measured.
+        dtype: Of the product's matrices.
+        copied: Bytes of the copy.
+        side: Rows and columns of each matrix.
+    """
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    factors = [torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2)]
-    product = torch.empty(_SIDE, _SIDE, dtype=dtype, device=device)
+    factors = [torch.randn(side, side, device=device).to(dtype) for _ in range(2)]
+    product = torch.empty(side, side, dtype=dtype, device=device)
 
     def copy() -> None:
         target.copy_(source)
@@ -78,11 +92,11 @@ def measure_peaks(timer: Timer, device: torch.device, dtype: torch.dtype) -> Pea
 
     copy_time, multiply_time = map(median, timer.paired([copy, multiply], _REPETITIONS))
     return Peaks(
-        bytes_per_second=2 * _COPIED / copy_time * 1e6,
-        operations_per_second=2 * _SIDE**3 / multiply_time * 1e6,
+        bytes_per_second=2 * copied / copy_time * 1e6,
+        operations_per_second=2 * side**3 / multiply_time * 1e6,
         method=(
-            f"measured: copy of {_COPIED >> 20} MiB (read + written), product of two "
-            f"{_SIDE} x {_SIDE} matrices in {str(dtype).removeprefix('torch.')}"
+            f"measured: copy of {copied >> 20} MiB (read + written), product of two "
+            f"{side} x {side} matrices in {str(dtype).removeprefix('torch.')}"
         ),
     )
 

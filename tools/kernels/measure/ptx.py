@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _LABEL = re.compile(r"^(\$\w+):")
-_STATEMENT = re.compile(r"^(?:@!?%\w+\s+)?([a-z][\w.:]*)\s*(.*);$")
+_STATEMENT = re.compile(r"^(?:@!?(%\w+)\s+)?([a-z][\w.:]*)\s*(.*);$")
 _REGISTER = re.compile(r"%[a-z]+\d+")
 _PARAMETER = re.compile(r"_param_(\d+)")
 _WIDTH = re.compile(r"(?:\.v(\d))?\.[busf](\d+)$")
@@ -22,6 +22,7 @@ _ATOMIC = ("atom.", "red.")
 _WAIT = "griddepcontrol.wait"
 _WIDE = "%rd"  # registers of 64 bits, as addresses are
 _SHARED = "shared memory"
+_BRANCHES = ("bra", "bra.uni", "ret", "exit")
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,22 @@ class Access:
         size: Bytes that a thread moves with it.
         store: Whether it writes.
         after_wait: Whether every way to it passes `griddepcontrol.wait`.
+        loads_before: Loads that end one after the other before it can be started, on the way
+            with the fewest: those that its address, its predicate or a branch before it needs.
     """
 
     parameters: frozenset[int]
     size: int
     store: bool
     after_wait: bool
+    loads_before: int
 
 
 @dataclass(frozen=True)
 class _Statement:
     operation: str
     operands: str
-    predicated: bool
+    predicate: str | None
 
 
 class Ptx:
@@ -64,15 +68,16 @@ class Ptx:
 
     def accesses(self) -> list[Access]:
         """Loads (asynchronous copies too) and stores, in the order of the text."""
-        origins, waited = self._origins(), self._waited()
+        origins, waited, loads_before = self._origins(), self._waited(), self._loads_before()
         found = []
-        for block, has_waited in zip(self._blocks, waited, strict=True):
-            for each in block:
+        for number, has_waited in enumerate(waited):
+            for place, each in enumerate(self._blocks[number]):
                 has_waited = has_waited or _waits(each)
                 if (described := _described(each)) is not None:
                     address, size, store = described
                     parameters = frozenset[int]().union(*(origins[r] for r in address))
-                    found.append(Access(parameters, size, store, has_waited))
+                    before = loads_before.get((number, place), 0)
+                    found.append(Access(parameters, size, store, has_waited, before))
         return found
 
     @property
@@ -133,6 +138,47 @@ class Ptx:
                     queue.append(successor)
         return waited
 
+    def _loads_before(self) -> dict[tuple[int, int], int]:
+        """`Access.loads_before` of each statement, by its block and its place there.
+
+        Of a loop the first pass counts.
+        """
+        known: defaultdict[str, dict[int, int]] = defaultdict(dict)  # by register and block
+        on_the_way = {0: 0}  # by block, the loads that branches have waited for
+        found = {}
+        for number in self._in_order():
+            for place, each in enumerate(self._blocks[number]):
+                targets, sources = _targets(each)
+                needed = [*sources, *([each.predicate] if each.predicate else [])]
+                # A value that comes from several blocks: by the shortest way.
+                values = (min(known[r].values()) for r in needed if r in known)
+                loads = found[number, place] = max([on_the_way[number], *values])
+                if each.operation in _BRANCHES:
+                    on_the_way[number] = loads
+                for target in targets:
+                    if target == _SHARED:
+                        known[target].clear()
+                    known[target][number] = loads + each.operation.startswith("ld.global")
+            for successor in self._successors[number]:
+                here = on_the_way[number]
+                on_the_way[successor] = min(here, on_the_way.get(successor, here))
+        return found
+
+    def _in_order(self) -> list[int]:
+        """Blocks that can be reached, each after those that lead to it but for loops."""
+        order: list[int] = []
+        seen, stack = {0}, [(0, iter(self._successors[0]))]
+        while stack:
+            number, rest = stack[-1]
+            following = next((s for s in rest if s not in seen), None)
+            if following is None:
+                order.append(number)
+                stack.pop()
+            else:
+                seen.add(following)
+                stack.append((following, iter(self._successors[following])))
+        return order[::-1]
+
 
 def _flow(statement: _Statement) -> tuple[list[str], list[str]]:
     """Registers that get a result in which an address may be, and those that it is made of."""
@@ -142,16 +188,29 @@ def _flow(statement: _Statement) -> tuple[list[str], list[str]]:
         return [_SHARED], [r for r in registers if r.startswith(_WIDE)]
     if not registers or operation.startswith(("ld.global", "st.", "cp.", "ldmatrix")):
         return [], []
+    targets, sources = _targets(statement)
+    if operation.startswith("ld.shared"):
+        return [r for r in targets if r.startswith(_WIDE)], [_SHARED]
+    return targets, sources
+
+
+def _targets(statement: _Statement) -> tuple[list[str], list[str]]:
+    """Registers that get a result, and those that it is made of."""
+    operation, operands = statement.operation, statement.operands
+    registers = _REGISTER.findall(operands)
+    if operation.startswith("st.shared"):
+        return [_SHARED], registers
+    if operation.startswith(("st.", "cp.", "bra", "bar")):
+        return [], registers
     targets = 1
     if operands.startswith("{"):
         targets = len(_REGISTER.findall(operands.partition("}")[0]))
-    if operation.startswith("ld.shared"):
-        return [r for r in registers[:targets] if r.startswith(_WIDE)], [_SHARED]
-    return registers[:targets], registers[targets:]
+    shared = [_SHARED] if operation.startswith(("ld.shared", "ldmatrix")) else []
+    return registers[:targets], registers[targets:] + shared
 
 
 def _waits(statement: _Statement) -> bool:
-    return statement.operation == _WAIT and not statement.predicated
+    return statement.operation == _WAIT and statement.predicate is None
 
 
 def _described(statement: _Statement) -> tuple[list[str], int, bool] | None:
@@ -185,7 +244,7 @@ def _blocks(text: str) -> tuple[list[list[_Statement]], list[list[int]]]:
             continue
         if (match := _STATEMENT.match(line)) is None:
             continue
-        each = _Statement(match[1], match[2], line.startswith("@"))
+        each = _Statement(match[2], match[3], match[1])
         blocks[-1].append(each)
         root = each.operation.partition(".")[0]
         if root in ("brx", "call"):
@@ -193,7 +252,7 @@ def _blocks(text: str) -> tuple[list[list[_Statement]], list[list[int]]]:
         if root in ("bra", "ret", "exit", "trap"):
             if root == "bra":
                 jumps.append((len(blocks) - 1, each.operands.strip()))
-            if each.predicated:
+            if each.predicate is not None:
                 falls_through.add(len(blocks) - 1)
             blocks.append([])
     successors: list[list[int]] = [[] for _ in blocks]

@@ -117,10 +117,13 @@ class LayerOnBatch:
     Args:
         batch: Its y is overwritten.
         facts: The device.
+        follows: Whether each call begins with another kernel, as the base layer's product comes
+            before in serving. Without one there is nothing that a launch could overlap with.
     """
 
-    def __init__(self, batch: LayerBatch, facts: DeviceFacts) -> None:
+    def __init__(self, batch: LayerBatch, facts: DeviceFacts, *, follows: bool = False) -> None:
         batch = self._batch = by_column(batch)
+        self._follows = follows
         self._shared = Batch(batch.ranks, batch.plan.buffer, batch.plan.layout, facts)
         self._expected = Expected(batch)
         self._usable: set[tuple[ShrinkConfig, ExpandConfig]] = set()
@@ -147,6 +150,8 @@ class LayerOnBatch:
         return call
 
     def _run(self, shrink: ShrinkConfig, expand: ExpandConfig) -> None:
+        if self._follows:
+            self._batch.x.mul_(1)
         for launch in self._launches(shrink, expand):
             launch.run()
 

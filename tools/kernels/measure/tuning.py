@@ -125,7 +125,7 @@ def tune(
     shape = task.layer, task.bucket, task.max_loras, task.max_rank
     training, held_out = (
         [
-            LayerOnBatch(build(spec, device, task.dtype, seed), facts)
+            LayerOnBatch(build(spec, device, task.dtype, seed), facts, follows=True)
             for seed, spec in enumerate(specs, first_seed)
         ]
         for specs, first_seed in (
