@@ -122,7 +122,7 @@ PATCHES: tuple[Patch, ...] = (
         "collects their adapters in a set, as with batch-inputs, and takes all groups of images "
         "for one. In models with encoder and decoder it takes the encoder's rows for the "
         "decoder's. Maps each group when it comes.",
-        checked=("0.31",),
+        checked=("0.31", "0.33"),
         until="vLLM maps encoders' rows group by group, by numbers of 64 bits.",
     ),
     Patch(
@@ -153,7 +153,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("mm_kwargs, *, device=None, pin_memory=False",),
         handler="worker.encoders:grouped_items",
         why="Says when a group of encoder-step comes.",
-        checked=("0.31",),
+        checked=("0.31", "0.33"),
         until="As encoder-step.",
     ),
     Patch(
@@ -428,7 +428,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
         "request: it ends the call of all others with a ValueError or drops the reason. Has that "
         "request's answer carry the reason, as later versions do.",
-        checked=("0.31",),
+        checked=("0.31", "0.33"),
         until="vLLM 0.31 is supported no longer.",
     ),
     Patch(
@@ -437,7 +437,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("request_output",),
         handler="failures:offline_answer",
         why="As failed-embedding, for classes.",
-        checked=("0.31",),
+        checked=("0.31", "0.33"),
         until="As failed-embedding.",
     ),
     Patch(
@@ -446,7 +446,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("request_output",),
         handler="failures:offline_answer",
         why="As failed-embedding, for scores.",
-        checked=("0.31",),
+        checked=("0.31", "0.33"),
         until="As failed-embedding.",
     ),
     Patch(
@@ -596,7 +596,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.prefix_keys:block_hash_keys",
         why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
         "activated adapter does not act on to the base model, which has computed them.",
-        checked=("0.31", "0.33/2"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM serves activated LoRA.",
     ),
     Patch(
@@ -627,7 +627,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.amx:attention_isa",
         why="With AMX, vLLM's attention on CPUs lets NaN of one request into the answers of others "
         "in its step. Takes the kernels that do not.",
-        checked=("0.31", "0.33/2"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",
     ),
     Patch(
@@ -637,7 +637,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.amx:dispatch_gemm",
         why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
         "tile, and makes NaN of them. Fills it.",
-        checked=("0.31", "0.33/2"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="oneDNN reads no more than a row has.",
     ),
     Patch(
@@ -725,7 +725,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.output_factors:process_weights_after_loading",
         why="On CPUs vLLM repacks weights when they are loaded and keeps nothing else. Notes the "
         "lengths of their rows before, which DoRA adapters need.",
-        checked=("0.31", "0.33/2"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM serves DoRA adapters.",
     ),
     Patch(
