@@ -135,7 +135,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.encoders:set_active_mm_loras",
         why="As encoder-step, for vLLM's second model runner, which also maps rows of images that "
         "it has encoded before and does not encode.",
-        checked=(),
+        checked=("0.33/2",),
         until="As encoder-step.",
     ),
     Patch(
@@ -144,7 +144,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, scheduled_encoder_inputs",),
         handler="worker.encoders:prepare_mm_inputs",
         why="Says what the groups of encoder-step-2 are made of, and in which order.",
-        checked=(),
+        checked=("0.33/2",),
         until="As encoder-step.",
     ),
     Patch(
@@ -162,7 +162,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("mm_kwargs, *, device=None, pin_memory=False",),
         handler="worker.encoders:grouped_items",
         why="As encoder-groups, for vLLM's second model runner.",
-        checked=(),
+        checked=("0.33/2",),
         until="As encoder-step.",
     ),
     Patch(
@@ -428,7 +428,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
         "request: it ends the call of all others with a ValueError or drops the reason. Has that "
         "request's answer carry the reason, as later versions do.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="vLLM 0.31 is supported no longer.",
     ),
     Patch(
@@ -437,7 +437,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("request_output",),
         handler="failures:offline_answer",
         why="As failed-embedding, for classes.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="As failed-embedding.",
     ),
     Patch(
@@ -446,7 +446,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("request_output",),
         handler="failures:offline_answer",
         why="As failed-embedding, for scores.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="As failed-embedding.",
     ),
     Patch(
