@@ -9,6 +9,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from torch.cuda import graphs, streams
 
 from tools.gpu import run, stress, times
 from tools.kernels.measure.batches import LAYERS, BatchSpec
@@ -88,7 +89,10 @@ def stand_in_for_cuda(monkeypatch) -> list[str]:
     """Takes what torch takes, and does nothing: each replay is noted."""
     replays: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("CUDAGraph", "graph", "Stream", "stream", "Event", "device"):
+    # As they are in torch: an engine of vLLM's for CPUs leaves others in `torch.cuda`.
+    for original in (graphs.CUDAGraph, graphs.graph, streams.Stream, streams.Event):
+        monkeypatch.setattr(torch.cuda, original.__name__, create_autospec(original))
+    for name in ("stream", "device"):
         monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))
     for name in ("synchronize", "current_stream", "get_device_properties"):
         monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))

@@ -36,6 +36,8 @@ TESTS = {
     "test_prometheus_takes_the_files_and_the_rules_hold",
     "prometheus": "tests/monitoring/test_monitoring.py::"
     "test_prometheus_takes_the_files_and_the_rules_hold",
+    "vllm bench serve": "tests/serving/test_named_adapters.py",
+    "vllm run-batch": "tests/serving/test_named_adapters.py",
     "python examples/activated/shared_context.py": "tests/serving/test_activated_example.py",
     "python -m benchmarks list": "tests/unit/test_benchmarks.py::test_each_says_what_it_measures",
     "python -m benchmarks report": "tests/unit/test_benchmarks.py::"
@@ -99,7 +101,6 @@ UNTESTED = {
     "python -m tools.page_screenshots": "makes a picture of the demo's server; the page itself "
     "is in tests/status_page",
     "python -m tools.kernels.launch_cost": "measures, for minutes and on a quiet machine",
-    "vllm bench serve": "is vLLM's own, and run by benchmarks/upstream_load.py",
 }
 """How commands begin, and why no test runs them."""
 
