@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.serving.cases import Case, Scenario
-from tests.serving.engine import answer, lora_request, running_engine
+from tests.serving.engine import answer, lora_request, needs_ngram_drafts, running_engine
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -126,6 +126,7 @@ NGRAM = {
 }
 
 
+@needs_ngram_drafts
 @pytest.mark.smoke("quarantine", "speculative decoding (ngram)")
 def test_with_drafted_tokens_nobody_else_is_blamed(fleet: Scenario, tmp_path: Path) -> None:
     """A request has several rows of logits then; vLLM counts their NaN row by row."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from vllm_multilora.integration.patching.version import installed_version
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 
 from . import template
@@ -40,6 +41,12 @@ _SETTINGS: dict[str, Any] = {
 }
 
 _EXIT_LIMIT_S = 30.0
+
+needs_ngram_drafts = pytest.mark.skipif(
+    str(installed_version()).startswith("0.31.")
+    and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+    reason="vLLM 0.31's second model runner refuses drafts by n-grams",
+)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from .activated import CHUNK, RECIPES, TWIN, invocation_of
 from .cases import NEW_TOKENS, Case, Prompt, Scenario
-from .engine import lora_request, running_engine
+from .engine import lora_request, needs_ngram_drafts, running_engine
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -189,6 +189,7 @@ def test_context_is_computed_once_for_six_activated_adapters_and_the_base_model(
     assert computed(prompt_of("check"), twin) == len(prompt_of("check"))
 
 
+@needs_ngram_drafts
 @pytest.mark.smoke("activated LoRA with TP 2 and drafted tokens")
 def test_two_ranks_verify_drafted_tokens_as_peft(activated: Scenario) -> None:
     drafter = {

@@ -9,7 +9,7 @@ import pytest
 from tests.attacks.poison import poisoned
 
 from .cases import NEW_TOKENS, Case, Scenario
-from .engine import BLOCK_SIZE, lora_request, running_engine
+from .engine import BLOCK_SIZE, lora_request, needs_ngram_drafts, running_engine
 from .peft_reference import PeftReference
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from .tiny_models import VOCAB_SIZE, write_eagle
@@ -228,7 +228,9 @@ def eagle(llama: Scenario, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "drafter",
     [
-        pytest.param(ngram, marks=pytest.mark.smoke("speculative decoding (ngram)")),
+        pytest.param(
+            ngram, marks=[needs_ngram_drafts, pytest.mark.smoke("speculative decoding (ngram)")]
+        ),
         pytest.param(small_model, marks=pytest.mark.smoke("speculative decoding (draft model)")),
         pytest.param(eagle, marks=pytest.mark.smoke("speculative decoding (EAGLE)")),
     ],

@@ -47,7 +47,7 @@ ROWS = (
     Row("structured outputs"),
     Row("priorities"),
     Row("preemption"),
-    Row("speculative decoding (ngram)"),
+    Row("speculative decoding (ngram)", NO, "vLLM 0.31's second model runner refuses it."),
     Row(
         "speculative decoding (draft model)",
         SAME_PATH,
