@@ -200,7 +200,7 @@ def _lines(results: Mapping[str, Result]) -> Iterator[str]:
         if row.note:
             notes.append(row.note)
             mark = f" [{len(notes)}]"
-        cells = (_cell(row, results.get(run)) for run in RUNS)
+        cells = (_cell(row, results.get(run), results) for run in RUNS)
         yield f"| {row.feature}{mark} | {' | '.join(cells)} |"
     yield ""
     yield f"* `{TESTED}`: tests of it have passed."
@@ -238,9 +238,10 @@ def _title(run: str) -> str:
     return f"{version}, {'second' if runner else 'first'}"
 
 
-def _cell(row: Row, result: Result | None) -> str:
+def _cell(row: Row, result: Result | None, results: Mapping[str, Result]) -> str:
     if result is None:
-        return NO if row.untested == NO else "-"
+        works = any(each.features.get(row.feature) == "passed" for each in results.values())
+        return NO if row.untested == NO and not works else "-"
     return TESTED if result.features.get(row.feature) == "passed" else row.untested or "-"
 
 
