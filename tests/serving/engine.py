@@ -18,6 +18,7 @@ from . import template
 from .cases import NEW_TOKENS, Case, Scenario
 
 if TYPE_CHECKING:
+    import torch
     from vllm import LLM, RequestOutput
     from vllm.lora.request import LoRARequest
 
@@ -143,6 +144,16 @@ def lora_request(scenario: Scenario, name: str) -> "LoRARequest":
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name, scenario.adapter_id(name), str(scenario.adapters[name]))
+
+
+def prompt_logprobs(output: "RequestOutput") -> "torch.Tensor":
+    """As `PeftReference.prompt_logprobs`, of a request with `prompt_logprobs`."""
+    import torch
+
+    assert output.prompt_logprobs is not None
+    assert output.prompt_token_ids is not None
+    pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    return torch.tensor([scored[token].logprob for scored, token in pairs])
 
 
 def answer(

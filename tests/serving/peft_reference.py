@@ -101,6 +101,19 @@ class PeftReference:
         """Float32 logits of the last position, of shape [sequences, vocabulary]."""
         return self.logits(adapter, sequences, offsets)[:, -1]
 
+    def prompt_logprobs(self, adapter: str | None, prompt: Prompt) -> torch.Tensor:
+        """Log-probability of each of a prompt's tokens but the first, float32.
+
+        Args:
+            adapter: The adapter's name, or None for the base model.
+            prompt: Token ids.
+        """
+        if self._peft is not None and adapter is not None:
+            self._peft.set_adapter(adapter)
+        with torch.inference_mode():
+            scores = self.logits(adapter, torch.tensor([prompt]))[0, :-1].log_softmax(dim=-1)
+        return scores[range(len(prompt) - 1), list(prompt[1:])]
+
     def logits(
         self, adapter: str | None, sequences: torch.Tensor, offsets: list[int] | None = None
     ) -> torch.Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from .activated import CHUNK, RECIPES, TWIN, invocation_of
-from .cases import NEW_TOKENS, Case, Prompt, Scenario
-from .engine import lora_request, needs_ngram_drafts, running_engine
+from .cases import NEW_TOKENS, Case, Scenario
+from .engine import lora_request, needs_ngram_drafts, prompt_logprobs, running_engine
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -219,20 +219,12 @@ def test_bfloat16_scores_are_near_pefts_in_float32(activated: Scenario) -> None:
     with running_engine(activated.base, in_process=True, dtype="bfloat16", max_loras=2) as llm:
         outputs = ask(llm, activated, cases, prompt_logprobs=0)
 
-    def scores(name: str | None, prompt: Prompt) -> torch.Tensor:
-        reference.generate(name, [prompt], 1)  # chooses the adapter
-        with torch.inference_mode():
-            logits = reference.logits(name, torch.tensor([prompt]))[0, :-1]
-        return torch.log_softmax(logits, dim=-1)[range(len(prompt) - 1), list(prompt[1:])]
-
     errors, effects = [], []
     for output, case in zip(outputs, cases, strict=True):
-        assert output.prompt_logprobs is not None
-        pairs = zip(output.prompt_logprobs[1:], case.prompt[1:], strict=True)
-        found = torch.tensor([scored[token].logprob for scored, token in pairs])
-        exact, active = scores(case.adapter, case.prompt), slice(_active_from(case), None)
-        errors.append((found - exact)[active])
-        effects.append((scores(None, case.prompt) - exact)[active])
+        exact = reference.prompt_logprobs(case.adapter, case.prompt)
+        active = slice(_active_from(case), None)
+        errors.append((prompt_logprobs(output) - exact)[active])
+        effects.append((reference.prompt_logprobs(None, case.prompt) - exact)[active])
     assert torch.cat(errors).square().mean().sqrt() < BFLOAT16_RMS
     assert torch.cat(effects).square().mean().sqrt() > 5 * BFLOAT16_RMS
 

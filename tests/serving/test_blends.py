@@ -2,14 +2,13 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from .blends import BLENDS, BlendScenario, blending_reference
-from .cases import NEW_TOKENS, Case, Prompt
-from .engine import assert_as_peft, running_engine
+from .cases import NEW_TOKENS, Case
+from .engine import assert_as_peft, prompt_logprobs, running_engine
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -151,23 +150,10 @@ def test_bfloat16_scores_are_near_pefts_in_float32(blends: BlendScenario) -> Non
             use_tqdm=False,
         )
 
-    def scores(name: str | None, prompt: Prompt) -> torch.Tensor:
-        """Log-probability of each of the prompt's tokens but the first."""
-        reference.generate(name, [prompt], 1)  # chooses the adapter
-        with torch.inference_mode():
-            logits = reference.logits(name, torch.tensor([prompt]))[0, :-1]
-        return torch.log_softmax(logits, dim=-1)[range(len(prompt) - 1), list(prompt[1:])]
-
     apart, effect = {}, {}
     for name, prompt, output in zip(names, prompts, outputs, strict=True):
-        found = [scored[token].logprob for scored, token in _scored(output, prompt)]
-        exact = scores(name, prompt)
-        apart[name] = (torch.tensor(found) - exact).abs().mean().item()
-        effect[name] = (scores(None, prompt) - exact).abs().mean().item()
+        exact = reference.prompt_logprobs(name, prompt)
+        apart[name] = (prompt_logprobs(output) - exact).abs().mean().item()
+        effect[name] = (reference.prompt_logprobs(None, prompt) - exact).abs().mean().item()
     assert max(apart.values()) < BFLOAT16_ATOL, apart
     assert min(effect[name] for name in BLENDS) > 5 * BFLOAT16_ATOL, effect
-
-
-def _scored(output: "RequestOutput", prompt: Prompt) -> Iterator[tuple[Any, int]]:
-    assert output.prompt_logprobs is not None
-    yield from zip(output.prompt_logprobs[1:], prompt[1:], strict=True)

@@ -10,7 +10,7 @@ import torch
 
 from . import completions
 from .cases import NEW_TOKENS, Case, Scenario
-from .engine import answer, lora_request, running_engine
+from .engine import answer, lora_request, prompt_logprobs, running_engine
 from .server import VllmServer
 from .test_parity import assert_as_peft
 
@@ -176,18 +176,8 @@ def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
         )
     errors = {}
     for output, case in zip(outputs, cases, strict=True):
-        ids = torch.tensor([case.prompt])
-        if case.adapter:
-            reference._peft.set_adapter(case.adapter)
-        with torch.inference_mode():
-            scores = torch.log_softmax(reference.logits(case.adapter, ids), dim=-1)[0]
-        expected = [scores[i, token].item() for i, token in enumerate(case.prompt[1:])]
-        found = [
-            entry[token].logprob
-            for entry, token in zip(output.prompt_logprobs[1:], case.prompt[1:], strict=True)
-        ]
-        squares = [(a - b) ** 2 for a, b in zip(found, expected, strict=True)]
-        errors[case.adapter] = (sum(squares) / len(squares)) ** 0.5
+        expected = reference.prompt_logprobs(case.adapter, case.prompt)
+        errors[case.adapter] = (prompt_logprobs(output) - expected).square().mean().sqrt().item()
     assert max(errors.values()) < BFLOAT16_RMS, errors
 
 

@@ -1,25 +1,16 @@
-"""A base model in other forms: Transformers' own code, one matrix for two, two names for one."""
-
-from pathlib import Path
+"""A base model in other forms: Transformers' own code, and two names for one layer."""
 
 import pytest
 
 from .cases import Scenario
 from .engine import answer, assert_as_peft, running_engine
-from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES, AdapterRecipe
-from .scenarios import build_scenario
-from .tiny_models import write_llama
+from .recipes import EMBEDDING_RECIPE
 
 pytestmark = pytest.mark.serving
 
 LENGTH = 23
 """Of the prompts."""
 ALIASED = "AliasedLayersLlamaForCausalLM"
-TIED_RECIPES = (
-    LINEAR_RECIPES[0],
-    AdapterRecipe("head", targets=("q_proj", "lm_head")),
-    AdapterRecipe("embedding", targets=("q_proj", "embed_tokens")),
-)
 
 
 def test_transformers_own_model_answers_as_peft(llama: Scenario) -> None:
@@ -34,18 +25,6 @@ def test_transformers_own_model_answers_as_peft(llama: Scenario) -> None:
     for output in outputs[: len(head)]:
         assert output.outputs[0].finish_reason == "error"
         assert "lm_head" in str(output.outputs[0].stop_reason)
-
-
-def test_a_head_that_is_the_embedding_is_adapted_as_either(tmp_path: Path) -> None:
-    scenario = build_scenario(
-        tmp_path,
-        lambda path: write_llama(path, tied=True),
-        TIED_RECIPES,
-        lengths=(7, 23),
-        min_margin=0.01,
-    )
-    with running_engine(scenario.base, in_process=True, max_loras=2) as llm:
-        assert_as_peft(answer(llm, scenario, scenario.cases), scenario.cases)
 
 
 def test_layers_of_two_names_are_adapted_once(llama: Scenario) -> None:

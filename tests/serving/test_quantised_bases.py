@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from tests.attacks.poison import poisoned
 
 from .cases import Prompt
-from .engine import running_engine
+from .engine import prompt_logprobs, running_engine
 from .peft_reference import PeftReference
 from .quantised import SCHEMES, Scheme, round_inputs, write
 from .recipes import LINEAR_RECIPES
@@ -47,20 +46,9 @@ def decisive(reference: PeftReference, name: str | None, prompts: Sequence[Promp
 
 def error(reference: PeftReference, name: str | None, output: "RequestOutput") -> float:
     """Root mean square of the differences of a prompt's log-probabilities from PEFT's."""
-    ids = torch.tensor(output.prompt_token_ids)
-    if name is not None:
-        assert reference._peft is not None
-        reference._peft.set_adapter(name)
-    with torch.inference_mode():
-        scores = reference.logits(name, ids[None])[0, :-1].log_softmax(dim=-1)
-    expected = scores.gather(1, ids[1:, None])[:, 0]
-    assert output.prompt_logprobs is not None
-    found = [
-        entry[token].logprob
-        for entry, token in zip(output.prompt_logprobs[1:], ids[1:].tolist(), strict=True)
-        if entry is not None
-    ]
-    return float((torch.tensor(found) - expected).square().mean().sqrt())
+    assert output.prompt_token_ids is not None
+    expected = reference.prompt_logprobs(name, tuple(output.prompt_token_ids))
+    return float((prompt_logprobs(output) - expected).square().mean().sqrt())
 
 
 @pytest.mark.smoke("quantised base models")

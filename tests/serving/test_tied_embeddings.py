@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.attacks.poison import NAME, poisoned
 from .engine import answer, assert_as_peft, running_engine
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES, AdapterRecipe
 from .scenarios import build_scenario
-from .tiny_models import write_tied_llama
+from .tiny_models import write_llama
 
 pytestmark = pytest.mark.serving
 
@@ -21,10 +22,15 @@ RECIPES = (
     AdapterRecipe("embedding-r5", ("embed_tokens",), rank=5, gain=1.0),
     AdapterRecipe("head-r16", ("lm_head",), rank=16, gain=1.0),
 )
+RECIPES_WITH_QUERIES = (
+    LINEAR_RECIPES[0],
+    AdapterRecipe("head", targets=("q_proj", "lm_head")),
+    AdapterRecipe("embedding", targets=("q_proj", "embed_tokens")),
+)
 
 
 def test_answers_are_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
-    tied = build_scenario(tmp_path, write_tied_llama, RECIPES, lengths=(7,))
+    tied = build_scenario(tmp_path, partial(write_llama, tied=True, seed=4), RECIPES, lengths=(7,))
     failing = {
         "gone": tmp_path / "gone",
         NAME: poisoned(tied.adapters[RECIPES[0].name], tmp_path / NAME, "float32"),
@@ -39,3 +45,15 @@ def test_answers_are_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
     gone, poison = (str(output.outputs[0].stop_reason) for output in outputs[5:7])
     assert "gone" in gone
     assert "quarantined" in poison
+
+
+def test_a_head_that_is_the_embedding_is_adapted_as_either(tmp_path: Path) -> None:
+    scenario = build_scenario(
+        tmp_path,
+        partial(write_llama, tied=True),
+        RECIPES_WITH_QUERIES,
+        lengths=(7, 23),
+        min_margin=0.01,
+    )
+    with running_engine(scenario.base, in_process=True, max_loras=2) as llm:
+        assert_as_peft(answer(llm, scenario, scenario.cases), scenario.cases)

@@ -86,11 +86,6 @@ def write_eagle(path: Path, base: Path) -> Path:
     return path
 
 
-def write_tied_llama(path: Path, *, seed: int = 4) -> Path:
-    """Writes a Llama as `write_llama` does, whose embedding is its head as well."""
-    return _write(LlamaForCausalLM, _llama_config(tie_word_embeddings=True), path, seed)
-
-
 def write_granite(path: Path, *, seed: int = 3) -> Path:
     """Writes a Granite, which scales its logits, with a Qwen2's sizes: see `write_qwen2`."""
     config = GraniteConfig(
