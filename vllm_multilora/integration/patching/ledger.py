@@ -18,7 +18,7 @@ PUNICA_WRAPPER = Patch(
     handler="step.punica:get_punica_wrapper",
     why="The wrapper class is the platform's choice; an out-of-tree wrapper has no way in. "
     "Returns ours when the plugin is active and has kernels for the platform.",
-    checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+    checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
     until="vLLM selects punica wrappers through a registry.",
 )
 
@@ -29,7 +29,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("parser",),
         handler="patching.flags:add_cli_args",
         why="vLLM has no hook for a plugin's own flags on `vllm serve`; adds the --multilora ones.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins add arguments.",
     ),
     Patch(
@@ -39,7 +39,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="patching.flags:from_cli_args",
         why="Unknown flags are dropped there; moves ours into additional_config, which reaches "
         "every process.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins add arguments.",
     ),
     Patch(
@@ -49,7 +49,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.engine_config:create_engine_config",
         why="additional_config is not validated by vLLM; a wrong setting must be one clear "
         "sentence at start-up, for `vllm serve` and `LLM(...)` alike.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins validate their part of additional_config.",
     ),
     PUNICA_WRAPPER,
@@ -60,7 +60,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.manager:make_worker_manager",
         why="The manager class is imported by name and not configurable. Ours fills slots as the "
         "engine core orders and tells the kernels the true rank of every module and slot.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM makes the LoRA manager class configurable.",
     ),
     Patch(
@@ -97,7 +97,7 @@ PATCHES: tuple[Patch, ...] = (
         "reload with requests in flight. Tells them apart by number. The count by which vLLM "
         "picks a captured graph still goes by name; our kernels read all adapters from the plan, "
         "whatever the graph was captured with.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="As batch-mapping.",
     ),
     Patch(
@@ -109,7 +109,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.manager:set_active_loras_from_inputs",
         why="Takes what batch-inputs makes; spells it out for stock managers.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="As batch-mapping.",
     ),
     Patch(
@@ -135,7 +135,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.encoders:set_active_mm_loras",
         why="As encoder-step, for vLLM's second model runner, which also maps rows of images that "
         "it has encoded before and does not encode.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="As encoder-step.",
     ),
     Patch(
@@ -144,7 +144,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, scheduled_encoder_inputs",),
         handler="worker.encoders:prepare_mm_inputs",
         why="Says what the groups of encoder-step-2 are made of, and in which order.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="As encoder-step.",
     ),
     Patch(
@@ -162,7 +162,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("mm_kwargs, *, device=None, pin_memory=False",),
         handler="worker.encoders:grouped_items",
         why="As encoder-groups, for vLLM's second model runner.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="As encoder-step.",
     ),
     Patch(
@@ -175,7 +175,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.sampling:compute_prompt_scores",
         why="As prompt-logprobs, for vLLM's second model runner.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="As prompt-logprobs.",
     ),
     Patch(
@@ -185,7 +185,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, logits_fn, hidden_states, input_batch, prompt_lens",),
         handler="worker.sampling:compute_prompt_scores",
         why="As prompt-logprobs, for the scores of given tokens.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="As prompt-logprobs.",
     ),
     Patch(
@@ -196,7 +196,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM's second model runner maps one row a request to the output layer, though "
         "speculative decoding samples several, and takes the counts of their NaN for those of "
         "requests. Tells our wrapper how many, and adds the counts up.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="vLLM's LoRA mapping covers all sampled rows, and its counts go by request.",
     ),
     Patch(
@@ -222,7 +222,7 @@ PATCHES: tuple[Patch, ...] = (
         "others' requests keep coming. It takes requests in the order in which they come: a tenant "
         "with many long ones stands before all others. See `engine.scheduler` and "
         "`engine.fair_scheduler`.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's scheduler knows which adapters are ready and who has slots, and shares its "
         "steps among tenants.",
     ),
@@ -232,7 +232,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, lora_id",),
         handler="engine.core:pin_lora",
         why="Slots are decided in the engine core, and so are pins.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As scheduler-class.",
     ),
     Patch(
@@ -241,7 +241,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self",),
         handler="engine.core:list_loras",
         why="Workers know only what is in their slots. Adds the adapters in host memory.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As scheduler-class.",
     ),
     Patch(
@@ -251,7 +251,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.core:wake_up",
         why="Sleep mode may discard the slots' memory. Has adapters brought into slots again "
         "before their requests go on.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM restores adapter slots after a sleep.",
     ),
     Patch(
@@ -261,7 +261,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.core:remove_lora",
         why="vLLM takes an adapter away from requests that use it, which then read it again. "
         "Waits until they have ended, for a limited time.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's remove_lora waits for running requests.",
     ),
     Patch(
@@ -272,7 +272,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM answers a bad adapter with HTTP 500 and a reload with a mixture of old and new "
         "weights. Answers with the right status and all problems, and gives every version a "
         "number of its own.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM validates adapters at registration and versions reloads.",
     ),
     Patch(
@@ -281,7 +281,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, request",),
         handler="server.registration:unload_lora_adapter",
         why="vLLM forgets the name and keeps slot and memory. Frees them.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's unload removes the adapter from the workers.",
     ),
     Patch(
@@ -292,7 +292,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM has no hook in an API server that is about to serve; looks at the adapter "
         "directories and reads the routes there, and puts locks that go when nobody holds them in "
         "the place of vLLM's, which keeps one for every name that was ever asked for.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM calls plugins when an API server starts.",
     ),
     Patch(
@@ -304,7 +304,7 @@ PATCHES: tuple[Patch, ...] = (
         "may load adapters too, and their failures lose status and reason. Asks them in vLLM's "
         "place, finds adapters of the adapter directories, and answers as a registration would; "
         "before that, puts an adapter's name in the place of a route's.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's resolvers work without VLLM_ALLOW_RUNTIME_LORA_UPDATING and may refuse.",
     ),
     Patch(
@@ -313,7 +313,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, request",),
         handler="server.model_names:check_pooling_model",
         why="As model-names, for embeddings, scores and the like.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As model-names.",
     ),
     Patch(
@@ -324,7 +324,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM applies an adapter that is named like a part of a chat message, `text` or "
         "`image`, to base-model requests that have such a part, whoever has registered it. Does "
         "so for the operator's `default_mm_loras` alone.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM looks default adapters up in its configuration.",
     ),
     Patch(
@@ -334,7 +334,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.multimodal:encoder_output_key",
         why="As prefix-cache-keys, for the encodings of images and the like, where adapters act "
         "in their encoders.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's keys tell versions of an adapter apart.",
     ),
     Patch(
@@ -344,7 +344,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.versions:maybe_get_adapters",
         why="vLLM looks a name up twice, and a reload may come between. Keeps a request to the "
         "version that its answer's headers name.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM resolves a model name once.",
     ),
     Patch(
@@ -353,7 +353,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, lora_request",),
         handler="server.versions:add_lora",
         why="Notes the digest that the engine answers a registration with.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM tells what it has loaded.",
     ),
     Patch(
@@ -362,7 +362,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, req_state",),
         handler="server.metering:finish_request",
         why="As engine-door.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -389,7 +389,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, request_ids, internal",),
         handler="server.metering:abort_requests",
         why="As engine-door.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -417,7 +417,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="failures:beam_search",
         why="A search whose adapter has failed ends all of the call with an IndexError. Has it end "
         "with a sequence that says why.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's beam search looks at its requests' finish reasons.",
     ),
     Patch(
@@ -428,7 +428,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
         "request: it ends the call of all others with a ValueError or drops the reason. Has that "
         "request's answer carry the reason, as later versions do.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM 0.31 is supported no longer.",
     ),
     Patch(
@@ -437,7 +437,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("request_output",),
         handler="failures:offline_answer",
         why="As failed-embedding, for classes.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-embedding.",
     ),
     Patch(
@@ -446,7 +446,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("request_output",),
         handler="failures:offline_answer",
         why="As failed-embedding, for scores.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-embedding.",
     ),
     Patch(
@@ -457,7 +457,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vllm:lora_requests_info never names an adapter whose requests wait, since an API "
         "server hears of a request with its first output, and names adapters that have none. "
         "Leaves it at what the engine core has said.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's scheduler says which adapters have waiting requests.",
     ),
     Patch(
@@ -466,7 +466,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self",),
         handler="server.routes:show_available_models",
         why="Lists the routes beside the adapters, and the adapters' digests.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM has model aliases that lead to adapters.",
     ),
     Patch(
@@ -476,7 +476,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, request",),
         handler="server.routes:check_load_request",
         why="Refuses to register an adapter under a route's name, where it could not be reached.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As models-list.",
     ),
     Patch(
@@ -487,7 +487,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM looks model names up without HTTP at hand. Brings the request's headers to the "
         "routes, and the adapter and its version into the answer. Looks at keys, where there are "
         "any: vLLM guards /v1, but not SageMaker's routes, and knows no operators or tenants.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As models-list.",
     ),
     Patch(
@@ -510,7 +510,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.access_middleware:verify_token",
         why="vLLM knows API keys that may do everything. Lets in who has an operator's or a "
         "tenant's key, which `middleware` has looked at.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM has keys of several kinds.",
     ),
     Patch(
@@ -521,7 +521,7 @@ PATCHES: tuple[Patch, ...] = (
         why="All requests come by here on their way to the engine, in their client's context. "
         "Says whose each is, gives it its tenant's salt, refuses what no check of the model's name "
         "has granted, and follows each prompt to its end: vLLM counts tokens of whole servers.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's requests carry who sent them, and it counts tokens by adapter.",
     ),
     Patch(
@@ -545,7 +545,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="server.stored_responses:init_responses",
         why="Stored responses are found by whoever has their id. Keeps each tenant's apart.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -555,7 +555,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="step.mapping:init_lora_state",
         why="vLLM's second model runner keeps adapters' numbers in 32 bits; those of adapter "
         "directories, which servers find without asking each other, need more.",
-        checked=("0.31/2", "0.33/2"),
+        checked=("0.31/2", "0.32/2", "0.33/2"),
         until="vLLM keeps them in 64 bits, as its first model runner does.",
     ),
     Patch(
@@ -565,7 +565,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.status_route:attach_router",
         why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
         "all others out. Adds GET /v1/lora_adapters, and the page /multilora that shows it.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
     ),
     Patch(
@@ -575,7 +575,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.adapter_status:collective_rpc",
         why="An API server can send workers nothing but the names of their own methods. Answers "
         "one more name, for status-route, with what the workers tell of their adapters.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As status-route.",
     ),
     Patch(
@@ -586,7 +586,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Cached prefixes are found by an adapter's name and path, so that new weights at the "
         "same path get blocks of the old ones, and equal weights elsewhere get none. Has the "
         "digest of the weights in their place.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's keys go by what adapters contain.",
     ),
     Patch(
@@ -596,7 +596,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.prefix_keys:block_hash_keys",
         why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
         "activated adapter does not act on to the base model, which has computed them.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM serves activated LoRA.",
     ),
     Patch(
@@ -606,7 +606,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.core:preprocess_add_request",
         why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
         "known yet. Hashes them once it is.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As prefix-cache-keys.",
     ),
     Patch(
@@ -617,7 +617,7 @@ PATCHES: tuple[Patch, ...] = (
         why="What one tenant's adapter leaves in a block of the KV cache, NaN for instance, is "
         "multiplied by zero for the next one who has the block, and is NaN there. Has blocks "
         "emptied before they are used again, as vLLM does for models with states.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's attention reads nothing beyond a request's own tokens.",
     ),
     Patch(
@@ -627,7 +627,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.amx:attention_isa",
         why="With AMX, vLLM's attention on CPUs lets NaN of one request into the answers of others "
         "in its step. Takes the kernels that do not.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",
     ),
     Patch(
@@ -637,7 +637,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.amx:dispatch_gemm",
         why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
         "tile, and makes NaN of them. Fills it.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="oneDNN reads no more than a row has.",
     ),
     Patch(
@@ -646,7 +646,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, vllm_config",),
         handler="engine.core:init_executor",
         why="Opens the socket on which workers answer the engine core's orders, before they start.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As scheduler-class.",
     ),
     Patch(
@@ -656,7 +656,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.core:add_request",
         why="Connects the store, the workers and the scheduler, before the first request. Takes a "
         "request's tenant out of its trace headers, which vLLM sends back with every output.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As scheduler-class.",
     ),
     Patch(
@@ -666,7 +666,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.core:add_lora",
         why="Registering an adapter reads it in the workers while no step runs. Has the store read "
         "it and answers when that is done.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM loads adapters in the background.",
     ),
     Patch(
@@ -676,7 +676,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="engine.core:handle_client_request",
         why="An idle engine core waits for clients only; has it look at what the store and the "
         "workers have said when it is woken for that.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As add-lora.",
     ),
     Patch(
@@ -691,7 +691,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM answers a request that fails in the engine with HTTP 500 and no reason. Puts "
         "the status and the reason of a failed load in their place, and notes which version of "
         "its adapter each request runs on.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM carries a status and a reason with a failed request.",
     ),
     Patch(
@@ -704,7 +704,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.metrics:init_stat_loggers",
         why="vLLM has one LoRA metric. Has the process that shows an engine's metrics show ours "
         "too, in LLM.get_metrics() and, with one API server, on /metrics.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM counts loads, evictions and requests by adapter.",
     ),
     Patch(
@@ -725,7 +725,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.output_factors:process_weights_after_loading",
         why="On CPUs vLLM repacks weights when they are loaded and keeps nothing else. Notes the "
         "lengths of their rows before, which DoRA adapters need.",
-        checked=("0.31", "0.31/2", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM serves DoRA adapters.",
     ),
     Patch(
