@@ -1,6 +1,10 @@
-"""What else vLLM can do with a request, under adapters: every answer is as PEFT's."""
+"""What else vLLM can do with a request, under adapters: every answer is as PEFT's.
+
+There are fewer slots than adapters, and requests of adapters that fail are in the same batches.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +19,7 @@ from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from .tiny_models import VOCAB_SIZE, write_eagle
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
 pytestmark = pytest.mark.serving
@@ -23,7 +27,7 @@ pytestmark = pytest.mark.serving
 NAMES = (LINEAR_RECIPES[0].name, LINEAR_RECIPES[3].name, EMBEDDING_RECIPE.name)
 LENGTH = 23
 """Of the prompts: with the answer they need a second block of the KV cache."""
-BLOCKS = 18
+BLOCKS = 12
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,7 @@ def engine(llama: Scenario) -> "Iterator[LLM]":
     with running_engine(
         llama.base,
         in_process=True,
+        max_loras=2,
         skip_tokenizer_init=False,
         scheduling_policy="priority",
         max_num_batched_tokens=64,  # a part of the prompts each step
@@ -57,6 +62,47 @@ def loras_of(llama: Scenario, cases: Sequence[Case]) -> "list[LoRARequest | None
     return [lora_request(llama, case.adapter) if case.adapter else None for case in cases]
 
 
+_numbers = count(90)
+
+
+@pytest.fixture
+def failing(llama: Scenario, tmp_path: Path) -> "list[LoRARequest]":
+    """An adapter that overflows in use, and one whose files are not there; new in each test."""
+    from vllm.lora.request import LoRARequest
+
+    first, second = next(_numbers), next(_numbers)
+    source = llama.adapters[NAMES[0]]
+    poison = poisoned(source, tmp_path / "poison", "float32", number=first)
+    return [
+        LoRARequest(f"poison{first}", first, str(poison)),
+        LoRARequest(f"gone{second}", second, str(tmp_path / "gone")),
+    ]
+
+
+def generate(
+    llm: "LLM",
+    llama: Scenario,
+    cases: Sequence[Case],
+    failing: "Sequence[LoRARequest]",
+    parameters: "SamplingParams | list[SamplingParams]",
+    **options: Any,
+) -> "list[RequestOutput]":
+    """The outputs of the cases. The failing adapters' requests, a part of the batch, all fail."""
+    if isinstance(parameters, list):
+        parameters = [*parameters[: len(failing)], *parameters]
+    outputs = llm.generate(
+        prompts_of([*cases[: len(failing)], *cases]),
+        parameters,
+        lora_request=[*failing, *loras_of(llama, cases)],
+        use_tqdm=False,
+        **options,
+    )
+    for output, adapter in zip(outputs, failing, strict=False):
+        reasons = {completion.finish_reason for completion in output.outputs}
+        assert reasons == {"error"}, adapter.lora_name
+    return outputs[len(failing) :]
+
+
 def greedy(**options: Any) -> "SamplingParams":
     from vllm import SamplingParams
 
@@ -70,14 +116,11 @@ def counter(llm: "LLM", name: str) -> float:
 
 @pytest.mark.smoke("text generation", "chunked prefill", "n > 1", "`embed_tokens` and `lm_head`")
 def test_each_of_several_answers_is_pefts(
-    engine: "LLM", llama: Scenario, cases: list[Case]
+    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
 ) -> None:
-    outputs = engine.generate(
-        prompts_of(cases),
-        greedy(n=3, temperature=1.0, top_k=1),  # vLLM draws one answer if there is no temperature
-        lora_request=loras_of(llama, cases),
-        use_tqdm=False,
-    )
+    # vLLM draws one answer if there is no temperature.
+    parameters = greedy(n=3, temperature=1.0, top_k=1)
+    outputs = generate(engine, llama, cases, failing, parameters)
     for output, case in zip(outputs, cases, strict=True):
         tokens = [tuple(completion.token_ids) for completion in output.outputs]
         assert tokens == [case.expected.tokens] * 3, case.adapter
@@ -85,18 +128,13 @@ def test_each_of_several_answers_is_pefts(
 
 @pytest.mark.smoke("priorities", "preemption")
 def test_requests_that_are_preempted_and_go_first_answer_as_peft(
-    engine: "LLM", llama: Scenario, cases: list[Case]
+    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
 ) -> None:
     """The KV cache has room for half of what the requests need in the end."""
     before = counter(engine, "vllm:num_preemptions")
     many = cases * 4
-    outputs = engine.generate(
-        prompts_of(many),
-        greedy(),
-        lora_request=loras_of(llama, many),
-        priority=[-i for i in range(len(many))],
-        use_tqdm=False,
-    )
+    priority = [-i for i in range(len(failing) + len(many))]
+    outputs = generate(engine, llama, many, failing, greedy(), priority=priority)
     for output, case in zip(outputs, many, strict=True):
         assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
     assert counter(engine, "vllm:num_preemptions") > before
@@ -104,16 +142,20 @@ def test_requests_that_are_preempted_and_go_first_answer_as_peft(
 
 @pytest.mark.smoke("beam search")
 def test_one_beam_is_pefts_answer_and_more_find_none_worse(
-    engine: "LLM", llama: Scenario, cases: list[Case]
+    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
 ) -> None:
     from vllm.sampling_params import BeamSearchParams
 
     def search(width: int) -> list[Any]:
-        return engine.beam_search(
-            prompts_of(cases),
+        """By the cases; a failing adapter's search ends without a token."""
+        outputs = engine.beam_search(
+            prompts_of([*cases[: len(failing)], *cases]),
             BeamSearchParams(beam_width=width, max_tokens=4, ignore_eos=True),
-            lora_request=loras_of(llama, cases),
+            lora_request=[*failing, *loras_of(llama, cases)],
         )
+        for output in outputs[: len(failing)]:
+            assert [beam.tokens for beam in output.sequences] == [[]]
+        return outputs[len(failing) :]
 
     for one, three, case in zip(search(1), search(3), cases, strict=True):
         assert tuple(one.sequences[0].tokens[LENGTH:]) == case.expected.tokens[:4], case.adapter
@@ -124,7 +166,7 @@ def test_one_beam_is_pefts_answer_and_more_find_none_worse(
 
 @pytest.mark.smoke("structured outputs")
 def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
-    engine: "LLM", llama: Scenario, cases: list[Case]
+    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
 ) -> None:
     """Beside a request without one: its answer stays PEFT's."""
     from vllm.sampling_params import StructuredOutputsParams
@@ -141,12 +183,8 @@ def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
         )
         for case in cases
     ]
-    outputs = engine.generate(
-        prompts_of([*cases, *cases]),
-        [*parameters, *[greedy()] * len(cases)],
-        lora_request=loras_of(llama, cases) * 2,
-        use_tqdm=False,
-    )
+    parameters += [greedy()] * len(cases)
+    outputs = generate(engine, llama, [*cases, *cases], failing, parameters)
     for output, case in zip(outputs, cases, strict=False):
         assert list(output.outputs[0].token_ids) == [likeliest(case)[2]], case.adapter
     for output, case in zip(outputs[len(cases) :], cases, strict=True):
@@ -154,15 +192,13 @@ def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
 
 
 def test_the_allowed_tokens_are_ranked_by_the_adapter(
-    engine: "LLM", llama: Scenario, cases: list[Case]
+    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
 ) -> None:
     ranked = [list(case.expected.top[0]) for case in cases]
-    outputs = engine.generate(
-        prompts_of(cases),
-        [greedy(max_tokens=1, allowed_token_ids=sorted(likeliest[1:])) for likeliest in ranked],
-        lora_request=loras_of(llama, cases),
-        use_tqdm=False,
-    )
+    parameters = [
+        greedy(max_tokens=1, allowed_token_ids=sorted(likeliest[1:])) for likeliest in ranked
+    ]
+    outputs = generate(engine, llama, cases, failing, parameters)
     for output, likeliest, case in zip(outputs, ranked, cases, strict=True):
         assert list(output.outputs[0].token_ids) == [likeliest[1]], case.adapter
     with pytest.raises(Exception, match="out-of-vocab"):
@@ -175,7 +211,7 @@ def test_the_allowed_tokens_are_ranked_by_the_adapter(
 
 
 def test_adapters_that_take_turns_over_one_prefix_keep_their_own_cache_of_it(
-    engine: "LLM", llama: Scenario
+    engine: "LLM", llama: Scenario, failing: "list[LoRARequest]"
 ) -> None:
     """In parts, and with a KV cache that has room for a part of them, time after time."""
     prefix = tuple(7 * number % 97 + 1 for number in range(2 * BLOCK_SIZE))
@@ -191,9 +227,7 @@ def test_adapters_that_take_turns_over_one_prefix_keep_their_own_cache_of_it(
     assert {case.adapter for case in many} == {None, *NAMES}
     cached = 0
     for _ in range(3):
-        outputs = engine.generate(
-            prompts_of(many), greedy(), lora_request=loras_of(llama, many), use_tqdm=False
-        )
+        outputs = generate(engine, llama, many, failing, greedy())
         for output, case in zip(outputs, many, strict=True):
             assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
         cached += sum(output.num_cached_tokens for output in outputs)
@@ -238,18 +272,10 @@ def eagle(llama: Scenario, path: Path) -> dict[str, Any]:
 def test_drafted_tokens_are_verified_under_their_adapter(
     llama: Scenario,
     cases: list[Case],
+    failing: "list[LoRARequest]",
     drafter: Callable[[Scenario, Path], dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    """Beside adapters that fail, and with fewer slots than adapters."""
-    from vllm.lora.request import LoRARequest
-
-    loras = loras_of(llama, cases)
-    poison = poisoned(llama.adapters[NAMES[0]], tmp_path / "poison", "float32")
-    failing = [
-        LoRARequest("poison", 90, str(poison)),
-        LoRARequest("gone", 91, str(tmp_path / "gone")),
-    ]
     with running_engine(
         llama.base,
         in_process=True,
@@ -257,16 +283,10 @@ def test_drafted_tokens_are_verified_under_their_adapter(
         speculative_config={**drafter(llama, tmp_path / "drafter"), "num_speculative_tokens": 3},
         disable_log_stats=False,
     ) as llm:
-        outputs = llm.generate(
-            prompts_of([*cases[:2], *cases]),
-            greedy(),
-            lora_request=[*failing, *loras],
-            use_tqdm=False,
-        )
+        outputs = generate(llm, llama, cases, failing, greedy())
         drafts = counter(llm, "vllm:spec_decode_num_drafts")
         accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
-    assert [output.outputs[0].finish_reason for output in outputs[:2]] == ["error"] * 2
-    for output, case in zip(outputs[2:], cases, strict=True):
+    for output, case in zip(outputs, cases, strict=True):
         assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
     assert drafts > 0
     assert accepted > 0 or drafter is not small_model

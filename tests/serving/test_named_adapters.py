@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.attacks.poison import poisoned
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 
 from . import template
@@ -43,20 +44,29 @@ def case_of(llama: Scenario, name: str | None) -> Case:
 
 @pytest.fixture(scope="module")
 def server(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    """All plugins of vLLM's are loaded, as nothing says which."""
+    """All plugins of vLLM's are loaded, as nothing says which; one adapter's files have gone."""
     folder = tmp_path_factory.mktemp("named")
     resolved = folder / "resolved"
     shutil.copytree(llama.adapters[FOUND], resolved / FOUND)
+    source = llama.adapters[NAMED[0]]
+    adapters = {name: llama.adapters[name] for name in NAMED}
+    adapters[GONE] = shutil.copytree(source, folder / GONE)
+    for number, name in enumerate(POISONS.values()):
+        adapters[name] = poisoned(source, folder / name, "float32", number)
     with VllmServer(
         llama.base,
         *("--served-model-name", BASE, *SETTINGS),
-        *("--lora-modules", *(f"{name}={llama.adapters[name]}" for name in NAMED)),
+        *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
         log=folder / "vllm.log",
         env={
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_LORA_RESOLVER_CACHE_DIR": str(resolved),
         },
     ) as running:
+        for name in NAMED:  # they push the others out of host memory
+            body = {"model": name, "prompt": [1], "max_tokens": 1}
+            assert running.post("/v1/completions", body).is_success
+        shutil.rmtree(adapters[GONE])
         yield running
 
 
@@ -89,6 +99,10 @@ GENERATING: dict[str, tuple[Callable[[Case], dict[str, Any]], Callable[[dict[str
 }
 
 
+POISONS = {path: f"poison{number}" for number, path in enumerate(GENERATING)}
+"""By route: an adapter that overflows in use. In quarantine it would harm no other route."""
+
+
 @pytest.mark.parametrize("path", GENERATING)
 def test_each_route_answers_as_peft_for_the_adapter_that_is_named(
     server: VllmServer, llama: Scenario, path: str
@@ -103,8 +117,15 @@ def test_each_route_answers_as_peft_for_the_adapter_that_is_named(
         assert said(response.json()).split() == words(case), name
         assert response.json()["model"] == (name or BASE)
 
-    with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(check, name) for name in (None, *NAMED, FOUND) * 2]:
+    def check_failure(name: str, status: int) -> None:
+        response = server.post(path, {"model": name, **ask(case_of(llama, NAMED[0]))})
+        assert response.status_code == status, f"{name}: {response.text}"
+        assert name in response.text
+
+    with ThreadPoolExecutor(16) as pool:
+        failures = [pool.submit(check_failure, *of) for of in ((POISONS[path], 400), (GONE, 404))]
+        answers = [pool.submit(check, name) for name in (None, *NAMED, FOUND) * 2]
+        for done in (*failures, *answers):
             done.result()
     unknown = server.post(path, {"model": "nobody", **ask(case_of(llama, None))})
     assert unknown.status_code == 404, unknown.text

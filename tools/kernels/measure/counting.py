@@ -210,11 +210,11 @@ class _Counter:
             self._regions[start] = _Region(kind, start, stop, tensor.element_size())
             self._kept.append(tensor)  # so that nothing else gets this memory meanwhile
 
-    def begin_launch(self, kernel: str, tensors: Iterable[torch.Tensor]) -> None:
+    def begin_launch(self, kernel: Callable[..., Any], tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
             self._add(INTERMEDIATE if tensor.is_floating_point() else METADATA, tensor)
         self._starts = np.array(sorted(self._regions), dtype=np.uint64)
-        self.launches.append(_Launch(kernel))
+        self.launches.append(_Launch(kernel.__name__))
         self.is_launching = True
 
     def end_launch(self) -> None:

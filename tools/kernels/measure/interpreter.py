@@ -24,8 +24,8 @@ from multilora_kernels.triton.launch import DeviceFacts
 class Observer(Protocol):
     """Gets to know what interpreted kernels do."""
 
-    def begin_launch(self, kernel: str, tensors: list[torch.Tensor]) -> None:
-        """A kernel is launched with these tensors among its arguments."""
+    def begin_launch(self, kernel: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
+        """A kernel, of whatever package, is launched with these tensors among its arguments."""
 
     def begin_program(self) -> None:
         """The next program of the launch starts."""
@@ -77,7 +77,7 @@ def observe(observer: Observer) -> Iterator[None]:
     def observed_run(kernel: Any, *arguments: Any, **named: Any) -> Any:
         patched.clear()
         tensors = list(_tensors((*arguments, *named.values())))
-        observer.begin_launch(kernel.__name__, tensors)
+        observer.begin_launch(kernel.fn, tensors)
         try:
             return run(kernel, *arguments, **named)
         finally:
