@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,7 +32,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def make_server(fleet: Scenario, folder: Path, log: Path) -> VllmServer:
+def make_server(fleet: Scenario, folder: Path, log: Path, **options: Any) -> VllmServer:
     return VllmServer(
         fleet.base,
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
@@ -39,7 +40,7 @@ def make_server(fleet: Scenario, folder: Path, log: Path) -> VllmServer:
         *("--lora-modules", f"{NAME}={fleet.adapters[NAME]}"),
         log=log,
         env={FOLDER_VARIABLE: str(folder)},
-        new_interpreter=True,
+        **options,
     )
 
 
@@ -65,16 +66,19 @@ def test_nothing_is_left_when_processes_are_killed(
     fleet: Scenario, folder: Path, tmp_path: Path, victim: str
 ) -> None:
     before = own_shared_memory()
-    with make_server(fleet, folder, tmp_path / "vllm.log") as server:
+    # Only processes of their own have vLLM's titles.
+    has_titles = not victim.startswith("all")
+    log = tmp_path / "vllm.log"
+    with make_server(fleet, folder, log, new_interpreter=has_titles) as server:
         serve(server, fleet)
         store, members = store_process(socket_path(folder)), family(server)
-        if victim.startswith("all"):
+        if has_titles:
+            (one,) = (p for p in members if p.cmdline()[0].startswith(victim))
+            one.kill()
+        else:
             if victim.endswith("store"):
                 store.kill()
             os.killpg(server.pid, signal.SIGKILL)
-        else:
-            (one,) = (p for p in members if p.cmdline()[0].startswith(victim))
-            one.kill()
         _, alive = psutil.wait_procs(members, timeout=EXIT_LIMIT_S)
         assert not alive, server.log_tail()
     await_end(store, STORE_LIMIT_S)

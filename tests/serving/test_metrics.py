@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -196,28 +195,3 @@ def test_promtool_reads_a_real_exposition(deployment: Deployment) -> None:
         "check", "metrics", text=lines_of_lora_metrics(scrape(deployment.server)) + "\n"
     )
     assert "error while linting" not in checked.stderr
-
-
-def test_every_api_server_shows_every_engine(llama: Scenario, tmp_path: Path) -> None:
-    """Two engines, and by vLLM's default as many API servers, whichever answers."""
-    names = SOURCES[:3]
-    with VllmServer(
-        llama.base,
-        *SETTINGS,
-        *("--data-parallel-size", "2"),
-        *("--lora-modules", *(f"{name}={llama.adapters[name]}" for name in names)),
-        log=tmp_path / "vllm.log",
-        start_timeout=240.0,
-    ) as server:
-        for name in names * 2:
-            completions.assert_serves(server, name, llama.cases_of(name)[0])
-        # Each on a connection of its own, which the kernel gives to one server or another.
-        texts = [httpx.get(f"{server.url}/metrics", trust_env=False).text for _ in range(8)]
-    for text in texts:
-        asked = values(text, "vllm:lora_requests_by_adapter", "lora_name")
-        assert asked == dict.fromkeys(names, 2)
-        slots = values(text, "vllm:lora_slots", "engine", "model_name")
-        assert slots == {("0", BASE): 2, ("1", BASE): 2}
-        reads = values(text, "vllm:lora_adapter_load_total", "source", "engine")
-        # The engines have a store in common.
-        assert sum(n for (source, _), n in reads.items() if source == "disk") == len(names)

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.serving
 
 BASE = "base"
 NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES[:4])
+UNREAD = tuple(recipe.name for recipe in LINEAR_RECIPES[4:7])
+"""Adapters that only one test asks for."""
 SETTINGS = (
     *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
     *("--max-model-len", "128", "--max-num-seqs", "16", "--block-size", "32"),
@@ -130,6 +132,30 @@ def test_what_one_registers_both_serve_at_once(
     assert server.post("/v1/unload_lora_adapter", {"lora_name": f"my-{NAMES[0]}"}).is_success
     gone = ask_both(server, f"my-{NAMES[0]}", llama.cases_of(NAMES[0])[0])
     assert {response.status_code for response in gone} == {404}
+
+
+def test_every_api_server_shows_every_engine(server: VllmServer, llama: Scenario) -> None:
+    """Whichever answers a scrape, over a connection of its own."""
+    sources = {f"shown-{name}": name for name in UNREAD}
+    before = disk_reads(scrape(server))
+    for name, source in sources.items():
+        assert load(server, name, llama.adapters[source]).status_code == 200
+        for _ in range(2):
+            completions.assert_serves(server, name, llama.cases_of(source)[0])
+    texts = [httpx.get(f"{server.url}/metrics", trust_env=False).text for _ in range(8)]
+    for text in texts:
+        asked = values(text, "vllm:lora_requests_by_adapter", "lora_name")
+        assert {name: asked.get(name) for name in sources} == dict.fromkeys(sources, 2)
+        slots = values(text, "vllm:lora_slots", "engine", "model_name")
+        assert slots == {("0", BASE): 2, ("1", BASE): 2}
+        # The engines have a store in common.
+        assert disk_reads(text) - before == len(sources)
+
+
+def disk_reads(text: str) -> float:
+    """The adapters that all engines together have had read from files."""
+    reads = values(text, "vllm:lora_adapter_load_total", "source", "engine")
+    return sum(number for (source, _), number in reads.items() if source == "disk")
 
 
 def test_a_reload_serves_new_weights_through_both(

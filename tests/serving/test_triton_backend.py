@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.serving
 
-LENGTHS = (5, 12, 8)
+LENGTHS = (3, 7, 5)
 """New tokens of the requests, in turn: they end at different steps, beside others that go on."""
 ADAPTERS = ("patterns", "qv-r5", EMBEDDING_RECIPE.name, "rslora-r16", "layer1-only-r8")
 """Ranks that differ by module, an odd rank, embedding and head, a scaling, untouched layers."""
@@ -85,7 +85,13 @@ def engine_of(llama: Scenario, backend: str, **overrides: Any) -> "Iterator[LLM]
             yield llm
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.smoke("Triton kernels") if name == "triton" else ())
+        for name in SETTINGS
+    ],
+)
 def engine(request, llama: Scenario) -> "Iterator[tuple[str, LLM]]":
     with engine_of(llama, request.param) as llm:
         yield request.param, llm
@@ -150,7 +156,7 @@ def test_in_bfloat16_backends_agree_as_far_as_rounding_allows(llama: Scenario):
         for step, token in enumerate(one.token_ids[:same]):
             a, b = (each.logprobs[step][token].logprob for each in (one, other))
             differences.append(a - b)
-    assert len(differences) > 15  # of 25
+    assert len(differences) > 9  # of 15
     assert torch.tensor(differences).square().mean().sqrt() < LOGPROB_RMS
 
 

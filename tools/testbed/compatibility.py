@@ -119,6 +119,7 @@ ROWS = (
         "adapter like others.",
     ),
     Row("blends of adapters with TP 2", SAME_PATH, "As above."),
+    Row("Triton kernels", SAME_PATH, "In Triton's interpreter: see [GPUs](gpu.md)."),
     Row("TP 2"),
     Row("fully sharded"),
     Row(
