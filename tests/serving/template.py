@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import values
 
 # Not what is imported after plugins are loaded: patches may have to be there first.
 _IMPORTS = (
@@ -42,7 +43,7 @@ _IMPORTS = (
 
 # Read when modules are imported: with other values of these a process has to import for itself.
 # Not LD_PRELOAD and LD_LIBRARY_PATH, which vLLM and OpenCV set for libraries that are loaded then.
-_READ_ON_IMPORT = ("OMP_", "OTEL_", "PROMETHEUS_", "PYTHON", "TRITON_INTERPRET")
+_READ_ON_IMPORT = ("OMP_", "PYTHON", "TRITON_INTERPRET")
 
 _STREAMS = (1, 2)
 
@@ -162,6 +163,7 @@ def _arrive(environment: Mapping[str, str], streams: Sequence[Any], leader: bool
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(_SET_BY_IMPORTS | dict(environment))
+    values.ValueClass = values.get_value_class()  # as its import would, by PROMETHEUS_MULTIPROC_DIR
     if leader:
         os.setsid()
         # Its own, which removes what is left of the shared memory of the group's processes.
