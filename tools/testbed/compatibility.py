@@ -63,8 +63,9 @@ ROWS = (
     Row(
         "images",
         SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner: a LLaVA and a Qwen2-VL. With "
-        "an image in the prompt nobody is quarantined, as a client may bring numbers of its own.",
+        "Tested by `make test`, with 0.32 and the first model runner: a LLaVA, a Qwen2-VL and an "
+        "Idefics3. With an image in the prompt nobody is quarantined, as a client may bring "
+        "numbers of its own.",
     ),
     Row(
         "adapters of towers and connectors",
