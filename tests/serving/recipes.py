@@ -1,6 +1,6 @@
 """The kinds of adapter that the serving tests serve: one recipe per thing that can go wrong."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MAX_RANK = 64
 
@@ -106,6 +106,12 @@ QWEN2_VL_RECIPES = (
     AdapterRecipe("tower-r16", ("qkv", "proj", "fc1"), rank=16, within="visual.blocks"),
     AdapterRecipe("connector-r8", ("0", "2"), within="visual.merger"),
     AdapterRecipe("both-r12", ("q_proj", "v_proj", "qkv", "fc2"), rank=12),
+)
+IDEFICS3_RECIPES = (
+    *(replace(recipe, within="text_model") for recipe in LANGUAGE_RECIPES),
+    AdapterRecipe("tower-r16", ("q_proj", "v_proj", "out_proj", "fc1"), 16, within="vision_model"),
+    AdapterRecipe("connector-r8", ("proj",), within="connector"),
+    AdapterRecipe("both-r12", ("q_proj", "v_proj", "fc2", "proj"), rank=12),
 )
 """With adapters of what sees, of what comes between that and the language model, and of both."""
 

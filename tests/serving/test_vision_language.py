@@ -14,9 +14,15 @@ from transformers import AutoModelForImageTextToText
 from tests.attacks.poison import poisoned
 
 from .engine import running_engine
-from .recipes import LANGUAGE_RECIPES, LLAVA_RECIPES, QWEN2_VL_RECIPES, AdapterRecipe
+from .recipes import (
+    IDEFICS3_RECIPES,
+    LANGUAGE_RECIPES,
+    LLAVA_RECIPES,
+    QWEN2_VL_RECIPES,
+    AdapterRecipe,
+)
 from .tiny_adapters import write_adapter
-from .tiny_vision import write_llava, write_qwen2_vl
+from .tiny_vision import write_idefics3, write_llava, write_qwen2_vl
 from .vision import NEW_TOKENS, Gallery, Question, VisionReference, gallery
 
 if TYPE_CHECKING:
@@ -29,6 +35,8 @@ FIRST_NUMBER = 1 << 40
 """Of an adapter: those that adapter directories give need more than 32 bits."""
 GONE, POISON, POISONED_TOWER = "gone", "poison", "poisoned-tower"
 IMAGES = ((0,), (1,), (2, 1))
+MIXED = ("tower-r16", "connector-r8")
+"""Of other parts than language: as many as there are slots."""
 LANGUAGE_NAMES = tuple(recipe.name for recipe in LANGUAGE_RECIPES)
 
 
@@ -110,6 +118,7 @@ def assert_as_peft(
             id="llava",
         ),
         pytest.param(write_qwen2_vl, QWEN2_VL_RECIPES, "qkv", id="qwen2-vl"),
+        pytest.param(write_idefics3, IDEFICS3_RECIPES, "v_proj", id="idefics3"),
     ],
 )
 def test_adapters_of_all_parts_answer_as_peft_beside_some_that_fail(
@@ -128,6 +137,10 @@ def test_adapters_of_all_parts_answer_as_peft_beside_some_that_fail(
         max_cpu_loras=3,
         enable_tower_connector_lora=True,
     ) as llm:
+        # Once in their slots, all of these have the same steps, and the same groups of images.
+        ask(llm, [Question(name, (), (1,), ()) for name in MIXED], adapters)
+        mixed = [question for question in questions if question.adapter in (None, *MIXED)]
+        assert_as_peft(mixed, ask(llm, mixed, adapters))
         for _ in range(2):  # then from what is cached of the images
             assert_as_peft(questions, ask(llm, questions, adapters))
 

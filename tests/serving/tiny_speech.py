@@ -26,9 +26,13 @@ _SPECIAL = (
     "<|translate|>",
     "<|notimestamps|>",
 )
-END, START, ENGLISH, TRANSCRIBE, _, NO_TIMES = range(VOCAB_SIZE, VOCAB_SIZE + len(_SPECIAL))
-PROMPT = (START, ENGLISH, TRANSCRIBE, NO_TIMES)
-"""What a transcription of an English recording begins with."""
+_TOKENS = {text: VOCAB_SIZE + number for number, text in enumerate(_SPECIAL)}
+END, START, ENGLISH = (_TOKENS[text] for text in _SPECIAL[:3])
+
+
+def prompt_of(task: str) -> tuple[int, ...]:
+    """What the transcription, or the translation, of an English recording begins with."""
+    return START, ENGLISH, _TOKENS[f"<|{task}|>"], _TOKENS["<|notimestamps|>"]
 
 
 def write_whisper(path: Path, *, seed: int = 8) -> Path:
@@ -79,5 +83,9 @@ def write_whisper(path: Path, *, seed: int = 8) -> Path:
 
 def _tokenizer() -> WhisperTokenizer:
     words = {f"t{number}": number for number in range(VOCAB_SIZE)}
-    vocabulary = words | {text: VOCAB_SIZE + i for i, text in enumerate(_SPECIAL)}
-    return WhisperTokenizer(vocab=vocabulary, merges=[], additional_special_tokens=[*_SPECIAL])
+    return WhisperTokenizer(
+        vocab=words | _TOKENS,
+        merges=[],
+        unk_token="<|en|>",  # for all languages' tokens: there is no other
+        additional_special_tokens=[*_SPECIAL],
+    )

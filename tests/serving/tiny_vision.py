@@ -1,5 +1,6 @@
 """Tiny random models that look at images, written as ordinary Hugging Face checkpoints."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,6 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    Idefics3VisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -117,9 +123,44 @@ def write_qwen2_vl(path: Path, *, seed: int = 6) -> Path:
     return _write(Qwen2VLForConditionalGeneration(config), processor, path, seed)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def write_idefics3(path: Path, *, seed: int = 7) -> Path:
+    """Writes an Idefics3: it looks at an image tile by tile, and hands on one token of four."""
+    tiles = 3
+    """Along an image's longer side."""
+    special = (
+        *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+        *(f"<row_{row + 1}_col_{column + 1}>" for row in range(tiles) for column in range(tiles)),
+    )
+    config = Idefics3Config(
+        vision_config=Idefics3VisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=_SIDE,
+            patch_size=_PATCH,
+        ),
+        text_config=LlamaConfig(**{**_TEXT, "vocab_size": _TOKENS + len(special)}),
+        scale_factor=2,
+        image_token_id=IMAGE_TOKEN,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": tiles * _SIDE}, max_image_size={"longest_edge": _SIDE}
+        ),
+        tokenizer=_tokenizer(special),
+        image_seq_len=(_SIDE // _PATCH // config.scale_factor) ** 2,
+    )
+    return _write(Idefics3ForConditionalGeneration(config), processor, path, seed)
+
+
+def _tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     names = dict(zip(("image", "video", "vision_bos", "vision_eos"), _SPECIAL, strict=True))
-    return word_tokenizer(_SPECIAL, **{f"{kind}_token": text for kind, text in names.items()})
+    return word_tokenizer(
+        (*_SPECIAL, *more), **{f"{kind}_token": text for kind, text in names.items()}
+    )
 
 
 def _write(model: PreTrainedModel, processor: ProcessorMixin, path: Path, seed: int) -> Path:

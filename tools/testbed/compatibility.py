@@ -63,8 +63,9 @@ ROWS = (
     Row(
         "images",
         SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner: a LLaVA and a Qwen2-VL. With "
-        "an image in the prompt nobody is quarantined, as a client may bring numbers of its own.",
+        "Tested by `make test`, with 0.32 and the first model runner: a LLaVA, a Qwen2-VL and an "
+        "Idefics3. With an image in the prompt nobody is quarantined, as a client may bring "
+        "numbers of its own.",
     ),
     Row(
         "adapters of towers and connectors",
@@ -76,8 +77,7 @@ ROWS = (
         "speech (Whisper)",
         SAME_PATH,
         "Tested by `make test`, with 0.32 and the first model runner: `LLM(...)`, adapters of "
-        "encoder and decoder. Nobody is quarantined, as with images. vLLM's transcription route "
-        "reads no sound in the tests' environments, and is not tested.",
+        "encoder and decoder. Nobody is quarantined, as with images.",
     ),
     Row("embeddings"),
     Row(
@@ -136,6 +136,12 @@ ROWS = (
         "Tested by `make test`, with 0.32 and the first model runner.",
     ),
     Row("routes for scores, ranks, classes and pooled states", SAME_PATH, "As above."),
+    Row(
+        "transcriptions and translations",
+        SAME_PATH,
+        "As above, with WAV files, which vLLM reads with `soundfile`. If a request does not say "
+        "which language it is in, vLLM detects that with the base model, without the adapter.",
+    ),
     Row(
         "vLLM's filesystem resolver",
         SAME_PATH,

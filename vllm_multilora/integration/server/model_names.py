@@ -65,6 +65,8 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
         return refusal
     if refusal is not None:
         return _as_shown(refusal, caller, serving.models, request.model)
+    if getattr(request, "language", "") is None:
+        caller.grant(None)  # the base model says to vLLM which language a recording is in
     name = request.model
     return caller.grant(None if not name or serving.models.is_base_model(name) else name)
 
