@@ -103,6 +103,7 @@ POISONS = {path: f"poison{number}" for number, path in enumerate(GENERATING)}
 """By route: an adapter that overflows in use. In quarantine it would harm no other route."""
 
 
+@pytest.mark.smoke("chat completions, responses and messages")
 @pytest.mark.parametrize("path", GENERATING)
 def test_each_route_answers_as_peft_for_the_adapter_that_is_named(
     server: VllmServer, llama: Scenario, path: str

@@ -176,6 +176,7 @@ def test_recordings_are_heard_as_by_peft_beside_adapters_that_fail(
             assert tuple(completion.token_ids) == answers[name, number], (name, number)
 
 
+@pytest.mark.smoke("transcriptions and translations")
 def test_files_are_transcribed_and_translated_as_by_peft_beside_adapters_that_fail(
     speech: Speech, tmp_path: Path
 ) -> None:

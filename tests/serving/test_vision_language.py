@@ -107,6 +107,7 @@ def assert_as_peft(
             assert tokens == question.answer, (question.adapter, question.images, reason)
 
 
+@pytest.mark.smoke("images", "adapters of towers and connectors")
 @pytest.mark.parametrize(
     ("write", "recipes", "tower"),
     [
@@ -114,7 +115,6 @@ def assert_as_peft(
             write_llava,
             LLAVA_RECIPES,
             "v_proj",
-            marks=pytest.mark.smoke("images", "adapters of towers and connectors"),
             id="llava",
         ),
         pytest.param(write_qwen2_vl, QWEN2_VL_RECIPES, "qkv", id="qwen2-vl"),

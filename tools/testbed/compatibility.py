@@ -63,21 +63,19 @@ ROWS = (
     Row(
         "images",
         SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner: a LLaVA, a Qwen2-VL and an "
-        "Idefics3. With an image in the prompt nobody is quarantined, as a client may bring "
-        "numbers of its own.",
+        "A LLaVA, a Qwen2-VL and an Idefics3. With an image in the prompt nobody is quarantined, "
+        "as a client may bring numbers of its own.",
     ),
     Row(
         "adapters of towers and connectors",
         SAME_PATH,
-        "With `--enable-tower-connector-lora`, as above. Without it, adapters of these parts alone "
+        "With `--enable-tower-connector-lora`. Without it, adapters of these parts alone "
         "are refused, and of those that adapt the language model too that part acts, as in vLLM.",
     ),
     Row(
         "speech (Whisper)",
         SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner: `LLM(...)`, adapters of "
-        "encoder and decoder. Nobody is quarantined, as with images.",
+        "Adapters of encoder and decoder. Nobody is quarantined, as with images.",
     ),
     Row("embeddings"),
     Row(
@@ -130,17 +128,17 @@ ROWS = (
     ),
     Row("several API servers", SAME_PATH, "As DP 2, with two engines."),
     Row("registration over HTTP"),
-    Row(
-        "chat completions, responses and messages",
-        SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner.",
-    ),
-    Row("routes for scores, ranks, classes and pooled states", SAME_PATH, "As above."),
+    Row("chat completions, responses and messages"),
     Row(
         "transcriptions and translations",
         SAME_PATH,
-        "As above, with WAV files, which vLLM reads with `soundfile`. If a request does not say "
-        "which language it is in, vLLM detects that with the base model, without the adapter.",
+        "Of WAV files, which vLLM reads with `soundfile`. If a request does not say which language "
+        "it is in, vLLM detects that with the base model, without the adapter.",
+    ),
+    Row(
+        "routes for scores, ranks, classes and pooled states",
+        SAME_PATH,
+        "Tested by `make test`, with 0.32 and the first model runner.",
     ),
     Row(
         "vLLM's filesystem resolver",
