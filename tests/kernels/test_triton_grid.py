@@ -46,17 +46,19 @@ def is_quick(case: Case) -> bool:
 
 
 def grid() -> list:
+    """The quick cases and every other one: so three axes meet in all ways, all four in half."""
     return [
         pytest.param(case, id=case.name, marks=[] if is_quick(case) else pytest.mark.slow)
         for case in CASES
+        if is_quick(case) or sum(places(case)) % 2
     ]
 
 
 @pytest.mark.parametrize("case", grid())
-def test_the_whole_grid_matches_the_reference(case: Case):
-    """Every other one in float16, and every other one overwrites an output full of NaN."""
+def test_the_grid_matches_the_reference(case: Case):
+    """Half of them in float16, and half overwrite an output full of NaN."""
     phase, layer, popularity, ranks = places(case)
-    dtype = (torch.bfloat16, torch.float16)[(layer + popularity + ranks) % 2]
+    dtype = (torch.bfloat16, torch.float16)[(popularity // 2 + ranks) % 2]
     overwrites = (layer // 2 + popularity + phase) % 2 == 1
     model, _, kind = case.layer.name.partition(".")
     divisor = DIVISORS[kind] * (2 if model == "70b" else 1)

@@ -1,15 +1,12 @@
 """The demo's trained adapters on SmolLM2: one mixed batch, answered as PEFT answers."""
 
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from .cases import Case, Scenario
 from .engine import answer, running_engine
-from .server import VllmServer
 
 pytestmark = pytest.mark.serving
 
@@ -72,44 +69,9 @@ def offline_tokens(float32_scenario: Scenario) -> list[tuple[int, ...]]:
     return [tuple(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.fixture(scope="module")
-def served_tokens(float32_scenario: Scenario, tmp_path_factory) -> Iterator[list[tuple[int, ...]]]:
-    with VllmServer(
-        float32_scenario.base,
-        *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
-        *("--max-model-len", "256", "--max-num-seqs", "16"),
-        *("--enable-lora", "--max-loras", "4", "--max-lora-rank", "32"),
-        *("--lora-modules", *(f"{n}={p}" for n, p in float32_scenario.adapters.items())),
-        log=tmp_path_factory.mktemp("server") / "vllm.log",
-    ) as server:
-
-        def complete(case: Case) -> tuple[int, ...]:
-            response = server.post(
-                "/v1/completions",
-                {
-                    "model": case.adapter or "base",
-                    "prompt": list(case.prompt),
-                    "max_tokens": NEW_TOKENS,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "return_token_ids": True,
-                },
-            )
-            assert response.status_code == 200, f"{response.text}\n{server.log_tail()}"
-            return tuple(response.json()["choices"][0]["token_ids"])
-
-        with ThreadPoolExecutor(len(float32_scenario.cases)) as pool:
-            yield list(pool.map(complete, float32_scenario.cases))
-
-
 @pytest.mark.parametrize("index", range(5), ids=lambda i: f"customer-{i}")
 def test_offline_in_float32_every_token_is_pefts(float32_scenario, offline_tokens, index):
     assert offline_tokens[index] == float32_scenario.cases[index].expected.tokens
-
-
-@pytest.mark.parametrize("index", range(5), ids=lambda i: f"customer-{i}")
-def test_over_http_in_float32_every_token_is_pefts(float32_scenario, served_tokens, index):
-    assert served_tokens[index] == float32_scenario.cases[index].expected.tokens
 
 
 def test_in_bfloat16_log_probabilities_agree():

@@ -1,12 +1,15 @@
 """When the plugin acts, and that vLLM is untouched when it does not."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from . import template
 from .cases import Scenario
 from .engine import running_engine
 
@@ -33,8 +36,7 @@ def vllm_version(tmp_path, monkeypatch):
         folder = tmp_path / f"vllm-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-        monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.syspath_prepend(str(tmp_path))  # which processes that are started inherit
 
     return pretend
 
@@ -123,16 +125,14 @@ def test_a_wrong_setting_stops_the_engine_with_one_sentence(llama: Scenario, set
         LLM(str(llama.base), enable_lora=True, additional_config={"multilora": settings})
 
 
-def test_the_flags_are_on_vllm_serve():
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "--help=multilora"],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert "--multilora-backend {auto,native,torch,triton,vllm}" in done.stdout, done.stderr[-2000:]
-    assert "--no-multilora" in done.stdout
+def test_the_flags_are_on_vllm_serve(tmp_path: Path):
+    log = tmp_path / "help"
+    with log.open("wb") as output:
+        process = template.start_server(["serve", "--help=multilora"], os.environ, output.fileno())
+        process.wait(180)
+    shown = log.read_text()
+    assert "--multilora-backend {auto,native,torch,triton,vllm}" in shown, shown[-2000:]
+    assert "--no-multilora" in shown
 
 
 @pytest.mark.smoke
