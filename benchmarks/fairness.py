@@ -317,7 +317,7 @@ def fairness(
     rounds: int = 5,
     seconds: float = 20.0,
     clients: int = 4,
-    slowdown: float = 1.5,
+    slowdown: float = 1.4,
     servers: str = "fair,unfair,stock",
     cost_rounds: int = 5,
 ) -> Iterable[Figure]:

@@ -215,8 +215,9 @@ class MultiLoRAConfig:
         "this flag (the default) or with --scheduling-policy priority, requests are served in "
         "vLLM's order.",
     )
+    # A request that comes also waits for the step under way: this keeps first tokens within 1.5.
     fair_slowdown: float = _number(
-        1.5,
+        1.4,
         "RATIO",
         _RATIO,
         "With fair shares, how many times as long a step may become because of tenants that "
