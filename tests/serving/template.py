@@ -7,6 +7,7 @@ it does anything, it forks a template of its own, for the processes that it will
 parents, process groups and memory are what they are without templates.
 """
 
+import atexit
 import multiprocessing
 import os
 import shutil
@@ -150,7 +151,10 @@ class _Newborn:
         return _arrive, arguments, {"_process": self._process}
 
     def _bootstrap(self, parent_sentinel: int) -> int:
-        return self._process._bootstrap(parent_sentinel)
+        try:
+            return self._process._bootstrap(parent_sentinel)
+        finally:
+            atexit._run_exitfuncs()  # a new interpreter's end would, a fork's does not
 
 
 def _arrive(environment: Mapping[str, str], streams: Sequence[Any], leader: bool) -> _Newborn:

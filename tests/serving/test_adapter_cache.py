@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.adapters.test_pickled import Bomb
+from tests.attacks.poison import poisoned
 from vllm_multilora.metrics.definitions import LOAD_DURATION
 from vllm_multilora.metrics.definitions import SLOTS as SLOTS_IN_ALL
 from vllm_multilora.store.arena import PAGE
@@ -224,7 +226,13 @@ def test_a_malicious_pickle_is_refused_where_pickles_are_allowed(
         pytest.param(True, id="fully-sharded", marks=pytest.mark.smoke("TP 2", "fully sharded")),
     ],
 )
-def test_two_ranks_answer_as_peft_and_share_one_read(fleet: Scenario, fully_sharded: bool) -> None:
+def test_two_ranks_answer_as_peft_and_share_one_read(
+    fleet: Scenario, fully_sharded: bool, tmp_path: Path
+) -> None:
+    """Afterwards, beside adapters that fail."""
+    poison = poisoned(fleet.adapters["customer-0"], tmp_path / "poison", "float32")
+    failing = {"poison": poison, "gone": tmp_path / "gone"}
+    deployed = Scenario(fleet.base, {**fleet.adapters, **failing}, ())
     with running_engine(
         fleet.base,
         max_loras=SLOTS,
@@ -239,6 +247,11 @@ def test_two_ranks_answer_as_peft_and_share_one_read(fleet: Scenario, fully_shar
         assert_answers_as_peft(llm, fleet, shuffled(fleet)[: HOST_PLACES * 3 // 2])
         view = probe.look()
         metrics = llm.get_metrics()
+        few = shuffled(fleet, seed=1)[:3]
+        bad = [replace(few[0], adapter=name) for name in failing]
+        outputs = answer(llm, deployed, [*bad, *few])
+    assert [output.outputs[0].finish_reason for output in outputs[:2]] == ["error"] * 2
+    assert_as_peft(outputs[2:], few)
     assert view.workers_agree
     # Slots and reads are the engine's, however many workers there are.
     assert [m.value for m in metrics if m.name == SLOTS_IN_ALL.name] == [SLOTS]

@@ -8,12 +8,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from tests.attacks.poison import poisoned
 from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
 from vllm_multilora.tenants.keys import stored
 
@@ -31,7 +34,7 @@ pytestmark = pytest.mark.serving
 BASE = "base"
 NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES[:4])
 UNREAD = tuple(recipe.name for recipe in LINEAR_RECIPES[4:7])
-"""Adapters that only one test asks for."""
+"""Adapters whose weights no other adapter has."""
 SETTINGS = (
     *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
     *("--max-model-len", "128", "--max-num-seqs", "16", "--block-size", "32"),
@@ -182,6 +185,34 @@ def test_a_name_is_refused_by_both_where_either_has_it(server: VllmServer, llama
         body = {"lora_name": "twice", "lora_path": str(llama.adapters[NAMES[3]])}
         again.add(post(server, "/v1/load_lora_adapter", body).status_code)
     assert again == {400}
+
+
+def test_adapters_that_fail_hurt_nobody_through_either(
+    server: VllmServer, llama: Scenario, tmp_path: Path
+) -> None:
+    gone = shutil.copytree(llama.adapters[UNREAD[0]], tmp_path / "gone")
+    assert load(server, "my-gone", gone).status_code == 200
+    poison = poisoned(llama.adapters[NAMES[0]], tmp_path / "poison", "float32")
+    assert load(server, "my-poison", poison).status_code == 200
+    for name in NAMES:  # they push the others out of host memory
+        assert load(server, f"my-{name}", llama.adapters[name], load_inplace=True).is_success
+        completions.assert_serves(server, f"my-{name}", llama.cases_of(name)[0])
+    shutil.rmtree(gone)
+    good = [(f"my-{name}", llama.cases_of(name)[0]) for name in NAMES]
+    bad = [(name, llama.cases_of(NAMES[0])[0]) for name in ("my-gone", "my-poison")]
+    asked = [*bad, *good] * 4
+    bodies = [completions.body(name, case) for name, case in asked]
+    with ThreadPoolExecutor(ASKED) as pool:
+        found = list(pool.map(partial(post, server, "/v1/completions"), bodies))
+    for (name, case), response in zip(asked, found, strict=True):
+        if name == "my-gone":
+            assert response.status_code == 404, response.text
+        elif name == "my-poison":
+            assert response.status_code == 400, response.text
+            assert "quarantined" in response.text
+        else:
+            assert response.status_code == 200, f"{response.text}\n{server.log_tail()}"
+            assert completions.token_ids(response) == case.expected.tokens
 
 
 @pytest.mark.parametrize(("key", "status"), [(None, 401), ("sk-wrong", 401), (ACME, 403)])
