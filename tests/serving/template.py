@@ -47,6 +47,7 @@ _IMPORTS = (
 _READ_ON_IMPORT = ("OMP_", "PYTHON", "TRITON_INTERPRET")
 
 _STREAMS = (1, 2)
+_MOMENT_S = 0.0005
 
 NAME = "template"
 """As psutil has it, the name of a template that belongs to a process of vLLM."""
@@ -168,6 +169,7 @@ def _arrive(environment: Mapping[str, str], streams: Sequence[Any], leader: bool
     os.environ.clear()
     os.environ.update(_SET_BY_IMPORTS | dict(environment))
     values.ValueClass = values.get_value_class()  # as its import would, by PROMETHEUS_MULTIPROC_DIR
+    _wait_without_spinning()
     if leader:
         os.setsid()
         # Its own, which removes what is left of the shared memory of the group's processes.
@@ -176,6 +178,16 @@ def _arrive(environment: Mapping[str, str], streams: Sequence[Any], leader: bool
     _fork_template()
     SpawnProcess._Popen = staticmethod(_start)
     return _Newborn.__new__(_Newborn)
+
+
+def _wait_without_spinning() -> None:
+    """Has vLLM's processes sleep for moments while they wait for each other.
+
+    With more of them than cores, those that spin take the time of those that compute.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(_MOMENT_S)
 
 
 def _fork_template() -> None:

@@ -213,6 +213,8 @@ def test_adapters_that_fail_hurt_nobody_through_either(
         else:
             assert response.status_code == 200, f"{response.text}\n{server.log_tail()}"
             assert completions.token_ids(response) == case.expected.tokens
+    for name, _ in bad:
+        assert server.post("/v1/unload_lora_adapter", {"lora_name": name}).is_success
 
 
 @pytest.mark.parametrize(("key", "status"), [(None, 401), ("sk-wrong", 401), (ACME, 403)])
