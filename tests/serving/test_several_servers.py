@@ -187,36 +187,6 @@ def test_a_name_is_refused_by_both_where_either_has_it(server: VllmServer, llama
     assert again == {400}
 
 
-def test_adapters_that_fail_hurt_nobody_through_either(
-    server: VllmServer, llama: Scenario, tmp_path: Path
-) -> None:
-    gone = shutil.copytree(llama.adapters[UNREAD[0]], tmp_path / "gone")
-    assert load(server, "my-gone", gone).status_code == 200
-    poison = poisoned(llama.adapters[NAMES[0]], tmp_path / "poison", "float32")
-    assert load(server, "my-poison", poison).status_code == 200
-    for name in NAMES:  # they push the others out of host memory
-        assert load(server, f"my-{name}", llama.adapters[name], load_inplace=True).is_success
-        completions.assert_serves(server, f"my-{name}", llama.cases_of(name)[0])
-    shutil.rmtree(gone)
-    good = [(f"my-{name}", llama.cases_of(name)[0]) for name in NAMES]
-    bad = [(name, llama.cases_of(NAMES[0])[0]) for name in ("my-gone", "my-poison")]
-    asked = [*bad, *good] * 4
-    bodies = [completions.body(name, case) for name, case in asked]
-    with ThreadPoolExecutor(ASKED) as pool:
-        found = list(pool.map(partial(post, server, "/v1/completions"), bodies))
-    for (name, case), response in zip(asked, found, strict=True):
-        if name == "my-gone":
-            assert response.status_code == 404, response.text
-        elif name == "my-poison":
-            assert response.status_code == 400, response.text
-            assert "quarantined" in response.text
-        else:
-            assert response.status_code == 200, f"{response.text}\n{server.log_tail()}"
-            assert completions.token_ids(response) == case.expected.tokens
-    for name, _ in bad:
-        assert server.post("/v1/unload_lora_adapter", {"lora_name": name}).is_success
-
-
 @pytest.mark.parametrize(("key", "status"), [(None, 401), ("sk-wrong", 401), (ACME, 403)])
 def test_sagemakers_routes_are_operators_too(
     server: VllmServer, llama: Scenario, key: str | None, status: int
@@ -364,3 +334,31 @@ def test_all_engines_of_all_servers_share_one_copy_of_each_adapter(
         by_engine = values(text, "vllm:lora_cache_bytes", "tier", "engine")
         shown = {n for (tier, _), n in by_engine.items() if tier == "cpu"}
         assert shown == {rows[0]["cpu"]["bytes"]}
+
+
+def test_adapters_that_fail_hurt_nobody_through_either(
+    server: VllmServer, llama: Scenario, tmp_path: Path
+) -> None:
+    gone = shutil.copytree(llama.adapters[UNREAD[1]], tmp_path / "gone")
+    assert load(server, "my-gone", gone).status_code == 200
+    poison = poisoned(llama.adapters[NAMES[0]], tmp_path / "poison", "float32")
+    assert load(server, "my-poison", poison).status_code == 200
+    for name in NAMES:  # they push the others out of host memory
+        assert load(server, f"my-{name}", llama.adapters[name], load_inplace=True).is_success
+        completions.assert_serves(server, f"my-{name}", llama.cases_of(name)[0])
+    shutil.rmtree(gone)
+    good = [(f"my-{name}", llama.cases_of(name)[0]) for name in NAMES]
+    bad = [(name, llama.cases_of(NAMES[0])[0]) for name in ("my-gone", "my-poison")]
+    asked = [*bad, *good] * 4
+    bodies = [completions.body(name, case) for name, case in asked]
+    with ThreadPoolExecutor(ASKED) as pool:
+        found = list(pool.map(partial(post, server, "/v1/completions"), bodies))
+    for (name, case), response in zip(asked, found, strict=True):
+        if name == "my-gone":
+            assert response.status_code == 404, response.text
+        elif name == "my-poison":
+            assert response.status_code == 400, response.text
+            assert "quarantined" in response.text
+        else:
+            assert response.status_code == 200, f"{response.text}\n{server.log_tail()}"
+            assert completions.token_ids(response) == case.expected.tokens
