@@ -40,6 +40,7 @@ import httpx
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.harness.turns import paired
 from benchmarks.loads.streams import token_times
+from vllm_multilora.config import MultiLoRAConfig
 
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
 VICTIM, AGGRESSOR = "victim", "aggressor"
@@ -317,7 +318,7 @@ def fairness(
     rounds: int = 5,
     seconds: float = 20.0,
     clients: int = 4,
-    slowdown: float = 1.4,
+    slowdown: float = MultiLoRAConfig.fair_slowdown,
     servers: str = "fair,unfair,stock",
     cost_rounds: int = 5,
 ) -> Iterable[Figure]:

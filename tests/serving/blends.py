@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .cases import MIN_MARGIN, NEW_TOKENS, Case, Scenario
 from .peft_reference import PeftReference
 from .recipes import LINEAR_RECIPES, AdapterRecipe
-from .tiny_adapters import write_adapter
+from .tiny_adapters import write_adapters
 from .tiny_models import write_llama
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ class BlendScenario(Scenario):
 def blend_scenario(root: Path) -> BlendScenario:
     """The adapters, and a case of every length for each of them, each blend and the base model."""
     base = write_llama(root / "base", positions=256)
-    adapters = {
-        recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed)
-        for seed, recipe in enumerate(PARTS)
-    }
+    adapters = write_adapters(base, root, PARTS)
     reference = blending_reference(base, adapters)
     return BlendScenario(base, adapters, tuple(_cases(reference, list(adapters))))
 

@@ -15,7 +15,7 @@ from .recipes import (
     LINEAR_RECIPES,
     AdapterRecipe,
 )
-from .tiny_adapters import write_adapter
+from .tiny_adapters import write_adapter, write_adapters
 from .tiny_models import VOCAB_SIZE, write_llama, write_qwen2
 
 _CANDIDATES = 6
@@ -78,10 +78,7 @@ def build_scenario(
         LookupError: No candidate prompt of some length can be a case of some adapter.
     """
     base = write_base(root / "base")
-    adapters = {
-        recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed)
-        for seed, recipe in enumerate(recipes)
-    }
+    adapters = write_adapters(base, root, recipes)
     prompts = _candidate_prompts(lengths)
     truth = reference_continuations(base, adapters, prompts, NEW_TOKENS, dtype=dtype)
     # Neighbours differ in their adapter, so that a batch taken from the front is mixed.

@@ -13,7 +13,7 @@ from tests.attacks.poison import poisoned
 
 from .engine import running_engine
 from .recipes import CLASSIFIER_RECIPES
-from .tiny_adapters import write_adapter
+from .tiny_adapters import write_adapters
 from .tiny_models import VOCAB_SIZE, write_classifier
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ def classifier(root: Path, labels: int) -> Classifier:
     from transformers import AutoModelForSequenceClassification as Auto
 
     base = write_classifier(root / "base", labels=labels)
-    adapters = {
-        recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed, auto=Auto)
-        for seed, recipe in enumerate(CLASSIFIER_RECIPES)
-    }
+    adapters = write_adapters(base, root, CLASSIFIER_RECIPES, auto=Auto)
     adapters[POISON] = poisoned(adapters[CLASSIFIER_RECIPES[0].name], root / POISON, "float32")
     return Classifier(base, {**adapters, GONE: root / GONE})
 

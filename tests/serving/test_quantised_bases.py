@@ -14,7 +14,7 @@ from .engine import prompt_logprobs, running_engine
 from .peft_reference import PeftReference
 from .quantised import SCHEMES, Scheme, round_inputs, write
 from .recipes import LINEAR_RECIPES
-from .tiny_adapters import write_adapter
+from .tiny_adapters import write_adapters
 from .tiny_models import VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ def test_adapters_of_a_quantised_base_answer_as_peft_beside_some_that_fail(
     from vllm.lora.request import LoRARequest
 
     base, truth = write(tmp_path, scheme)
-    adapters = {
-        recipe.name: write_adapter(truth, tmp_path / recipe.name, recipe, seed=seed)
-        for seed, recipe in enumerate(RECIPES)
-    }
+    adapters = write_adapters(truth, tmp_path, RECIPES)
     reference = PeftReference(truth, adapters)
     if scheme.rounds_inputs:
         assert reference._peft is not None

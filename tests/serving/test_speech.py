@@ -26,7 +26,7 @@ from .cases import MIN_MARGIN
 from .engine import running_engine
 from .recipes import SPEECH_RECIPES
 from .server import VllmServer
-from .tiny_adapters import write_adapter
+from .tiny_adapters import write_adapters
 from .tiny_speech import RATE, SECONDS, prompt_of, write_whisper
 
 pytestmark = pytest.mark.serving
@@ -117,12 +117,7 @@ class Speech:
 def speech(tmp_path_factory: pytest.TempPathFactory) -> Speech:
     root = tmp_path_factory.mktemp("speech")
     base = write_whisper(root / "base")
-    adapters = {
-        recipe.name: write_adapter(
-            base, root / recipe.name, recipe, seed=seed, auto=AutoModelForSpeechSeq2Seq
-        )
-        for seed, recipe in enumerate(SPEECH_RECIPES)
-    }
+    adapters = write_adapters(base, root, SPEECH_RECIPES, auto=AutoModelForSpeechSeq2Seq)
     reference = SpeechReference(base, adapters)
     answers = {task: reference.answers(task) for task in ROUTES}
     return Speech(base, adapters, answers, reference.text)

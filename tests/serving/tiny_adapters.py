@@ -1,6 +1,7 @@
 """Writes a recipe as an adapter checkpoint, by PEFT itself and in PEFT's own file layout."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM
 
 from .recipes import AdapterRecipe
+
+
+def write_adapters(
+    base: Path, root: Path, recipes: Iterable[AdapterRecipe], *, auto: Any = AutoModelForCausalLM
+) -> dict[str, Path]:
+    """Writes an adapter of each recipe below ``root``, with seeds from 0; by the recipes' names."""
+    return {
+        recipe.name: write_adapter(base, root / recipe.name, recipe, seed=seed, auto=auto)
+        for seed, recipe in enumerate(recipes)
+    }
 
 
 def write_adapter(

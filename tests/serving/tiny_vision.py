@@ -38,6 +38,14 @@ _TOKENS = VOCAB_SIZE + len(_SPECIAL)
 _SIDE, _PATCH = 28, 14
 """Of images and of their patches, in pixels."""
 
+_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": _SIDE,
+    "patch_size": _PATCH,
+}
 _TEXT = {
     "vocab_size": _TOKENS,
     "hidden_size": 128,
@@ -55,14 +63,7 @@ _TEXT = {
 def write_llava(path: Path, *, seed: int = 5) -> Path:
     """Writes a LLaVA whose tower is a CLIP: it has a token more than it hands on, its class's."""
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=_SIDE,
-            patch_size=_PATCH,
-        ),
+        vision_config=CLIPVisionConfig(**_TOWER),
         text_config=LlamaConfig(**_TEXT),
         image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-1,
@@ -132,14 +133,7 @@ def write_idefics3(path: Path, *, seed: int = 7) -> Path:
         *(f"<row_{row + 1}_col_{column + 1}>" for row in range(tiles) for column in range(tiles)),
     )
     config = Idefics3Config(
-        vision_config=Idefics3VisionConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=_SIDE,
-            patch_size=_PATCH,
-        ),
+        vision_config=Idefics3VisionConfig(**_TOWER),
         text_config=LlamaConfig(**{**_TEXT, "vocab_size": _TOKENS + len(special)}),
         scale_factor=2,
         image_token_id=IMAGE_TOKEN,

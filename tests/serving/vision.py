@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .cases import MIN_MARGIN
 from .recipes import AdapterRecipe
-from .tiny_adapters import write_adapter
+from .tiny_adapters import write_adapters
 from .tiny_models import VOCAB_SIZE
 from .tiny_vision import IMAGE_TOKEN
 
@@ -126,12 +126,7 @@ def gallery(
         LookupError: No prompt is answered decisively, and unlike by all others.
     """
     base = write_base(root / "base")
-    adapters = {
-        recipe.name: write_adapter(
-            base, root / recipe.name, recipe, seed=seed, auto=AutoModelForImageTextToText
-        )
-        for seed, recipe in enumerate(recipes)
-    }
+    adapters = write_adapters(base, root, recipes, auto=AutoModelForImageTextToText)
     reference = VisionReference(base, adapters)
     questions = [
         question for shown in images for question in _questions(reference, (None, *adapters), shown)
