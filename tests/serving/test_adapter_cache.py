@@ -42,6 +42,20 @@ def assert_answers_as_peft(llm: "LLM", fleet: Scenario, cases: Sequence[Case]) -
     assert_as_peft(answer(llm, fleet, cases), cases)
 
 
+def assert_answers_beside_failing(
+    llm: "LLM", fleet: Scenario, cases: Sequence[Case], root: Path
+) -> None:
+    """Cases beside one that overflows in use and one without files, which go to `root`."""
+    poison = poisoned(fleet.adapters["customer-0"], root / "poison", "float32")
+    failing = {"poison": poison, "gone": root / "gone"}
+    deployed = Scenario(fleet.base, {**fleet.adapters, **failing}, ())
+    bad = [replace(cases[0], adapter=name) for name in failing]
+    outputs = answer(llm, deployed, [*bad, *cases])
+    reasons = [output.outputs[0].finish_reason for output in outputs]
+    assert reasons[: len(bad)] == ["error"] * len(bad)
+    assert_as_peft(outputs[len(bad) :], cases)
+
+
 def shuffled(fleet: Scenario, seed: int = 0) -> list[Case]:
     """Every adapter's case and the base model's, in random order."""
     return random.Random(seed).sample(fleet.cases, len(fleet.cases))
@@ -165,8 +179,9 @@ def test_a_pinned_adapter_keeps_its_slot_while_all_others_come_and_go(
 
 @pytest.mark.smoke("sleep")
 def test_adapters_return_to_slots_whose_memory_was_lost(
-    engine: "LLM", fleet: Scenario, probe: CacheProbe
+    engine: "LLM", fleet: Scenario, probe: CacheProbe, tmp_path: Path
 ) -> None:
+    """Beside adapters that fail."""
     cases = [case_of(fleet, number) for number in range(3)]
     assert_answers_as_peft(engine, fleet, cases)
     probe.look()
@@ -176,6 +191,8 @@ def test_adapters_return_to_slots_whose_memory_was_lost(
     view = probe.look()
     assert view.in_slots == ids(fleet, 0, 1, 2)
     assert not view.reads  # from host memory
+    probe.lose_slots()
+    assert_answers_beside_failing(engine, fleet, cases, tmp_path)
 
 
 def test_new_files_are_read_where_the_request_says_so(
@@ -230,9 +247,6 @@ def test_two_ranks_answer_as_peft_and_share_one_read(
     fleet: Scenario, fully_sharded: bool, tmp_path: Path
 ) -> None:
     """Afterwards, beside adapters that fail."""
-    poison = poisoned(fleet.adapters["customer-0"], tmp_path / "poison", "float32")
-    failing = {"poison": poison, "gone": tmp_path / "gone"}
-    deployed = Scenario(fleet.base, {**fleet.adapters, **failing}, ())
     with running_engine(
         fleet.base,
         max_loras=SLOTS,
@@ -247,11 +261,7 @@ def test_two_ranks_answer_as_peft_and_share_one_read(
         assert_answers_as_peft(llm, fleet, shuffled(fleet)[: HOST_PLACES * 3 // 2])
         view = probe.look()
         metrics = llm.get_metrics()
-        few = shuffled(fleet, seed=1)[:3]
-        bad = [replace(few[0], adapter=name) for name in failing]
-        outputs = answer(llm, deployed, [*bad, *few])
-    assert [output.outputs[0].finish_reason for output in outputs[:2]] == ["error"] * 2
-    assert_as_peft(outputs[2:], few)
+        assert_answers_beside_failing(llm, fleet, shuffled(fleet, seed=1)[:3], tmp_path)
     assert view.workers_agree
     # Slots and reads are the engine's, however many workers there are.
     assert [m.value for m in metrics if m.name == SLOTS_IN_ALL.name] == [SLOTS]

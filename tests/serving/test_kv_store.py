@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.attacks.poison import poisoned
 from vllm_multilora.errors import ConfigError
 
 from .cases import Case, Scenario
@@ -61,10 +62,16 @@ def long_case(scenario: Scenario, name: str) -> Case:
 def test_weights_find_what_they_have_computed_before_a_restart_and_no_others_do(
     llama: Scenario, tmp_path: Path
 ) -> None:
+    """Nor does anybody find what an adapter has left that overflows."""
     first, store, deployed = llama.adapters[FIRST], tmp_path / "store", tmp_path / "deployed"
+    failing = {
+        "poison": poisoned(first, tmp_path / "poison", "float32"),
+        "gone": tmp_path / "gone",
+    }
     cases = {name: long_case(llama, name) for name in (FIRST, SECOND)}
     prompts = [Case("deployed", case.prompt, case.expected) for case in cases.values()]
-    scenario = Scenario(llama.base, {"deployed": deployed}, ())
+    scenario = Scenario(llama.base, {"deployed": deployed, **failing}, ())
+    bad = [Case(name, prompts[0].prompt, prompts[0].expected) for name in failing]
     shutil.copytree(first, deployed)
     with engine_with(llama.base, store) as llm:
         assert found(llm, "first", 1, first) == 0
@@ -72,6 +79,9 @@ def test_weights_find_what_they_have_computed_before_a_restart_and_no_others_do(
         assert found(llm, "second", 2, llama.adapters[SECOND]) == 0
         assert_as_peft(answer(llm, scenario, prompts[:1]), prompts[:1])
         answer(llm, scenario, prompts[1:])  # stored under the old weights
+        beside = answer(llm, scenario, [*bad, *prompts[:1]])
+        assert [output.outputs[0].finish_reason for output in beside[:2]] == ["error"] * 2
+        assert_as_peft(beside[2:], prompts[:1])
     shutil.copytree(llama.adapters[SECOND], deployed, dirs_exist_ok=True)
     with engine_with(llama.base, store) as llm:
         # In another order, under other names and numbers.
@@ -82,9 +92,10 @@ def test_weights_find_what_they_have_computed_before_a_restart_and_no_others_do(
         # Of a name and path that had other weights, nothing that these have computed.
         assert len(prompts[1].prompt) > BLOCK_SIZE
         assert_as_peft(answer(llm, scenario, prompts[1:]), prompts[1:])
-        again = answer(llm, scenario, prompts[1:])
-        assert again[0].num_cached_tokens >= BLOCK_SIZE
-        assert_as_peft(again, prompts[1:])
+        again = answer(llm, scenario, [*bad, *prompts[1:]])
+        assert [output.outputs[0].finish_reason for output in again[:2]] == ["error"] * 2
+        assert again[2].num_cached_tokens >= BLOCK_SIZE
+        assert_as_peft(again[2:], prompts[1:])
 
 
 @pytest.mark.parametrize("is_nested", [False, True], ids=["alone", "among others"])

@@ -1,10 +1,18 @@
-"""A base model in other forms: Transformers' own code, and two names for one layer."""
+"""Other forms of a base model: Transformers' own code, two names for one layer, layers of state."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from tests.attacks.poison import poisoned
+
 from .cases import Scenario
 from .engine import answer, assert_as_peft, running_engine
-from .recipes import EMBEDDING_RECIPE
+from .recipes import EMBEDDING_RECIPE, AdapterRecipe
+from .scenarios import build_scenario
+from .tiny_models import write_granite_hybrid
 
 pytestmark = pytest.mark.serving
 
@@ -38,3 +46,40 @@ def test_layers_of_two_names_are_adapted_once(llama: Scenario) -> None:
         llama.base, in_process=True, max_loras=2, hf_overrides={"architectures": [ALIASED]}
     ) as llm:
         assert_as_peft(answer(llm, llama, cases), cases)
+
+
+@pytest.mark.smoke("models with a state")
+def test_layers_of_state_answer_as_peft_beside_adapters_that_fail(tmp_path: Path) -> None:
+    """None of what an adapter leaves in a state that overflows is another request's."""
+    recipes = (
+        AdapterRecipe("state-in", ("in_proj", "q_proj", "v_proj"), gain=1.0),
+        AdapterRecipe("state-out", ("out_proj", "o_proj", "input_linear"), gain=1.0),
+    )
+    hybrid = build_scenario(tmp_path, write_granite_hybrid, recipes, lengths=(7, 40))
+    source = hybrid.adapters["state-in"]
+    failing = {
+        **{
+            part: poisoned(source, tmp_path / part, "float32", number, part=part)
+            for number, part in enumerate(("in_proj", "v_proj"))
+        },
+        "gone": tmp_path / "gone",
+    }
+    deployed = Scenario(hybrid.base, {**hybrid.adapters, **failing}, ())
+    cases = [
+        *hybrid.cases * 3,
+        *(replace(case, adapter=name) for case in hybrid.cases_of(None) for name in failing),
+    ]
+    random.Random(1).shuffle(cases)
+    with running_engine(
+        hybrid.base, in_process=True, max_loras=1, max_cpu_loras=2, num_gpu_blocks_override=40
+    ) as llm:
+        for _ in range(2):
+            outputs = answer(llm, deployed, cases)
+            bad = [o for o, case in zip(outputs, cases, strict=True) if case.adapter in failing]
+            good = [
+                (o, case)
+                for o, case in zip(outputs, cases, strict=True)
+                if case.adapter not in failing
+            ]
+            assert {output.outputs[0].finish_reason for output in bad} == {"error"}
+            assert_as_peft(*zip(*good, strict=True))

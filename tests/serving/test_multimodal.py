@@ -1,11 +1,39 @@
 """Names of adapters mean nothing to a chat's images and texts; their versions do to encodings."""
 
+import base64
+import io
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
+from tests.attacks.poison import poisoned
+
+from .engine import running_engine
+from .recipes import LLAVA_RECIPES, AdapterRecipe
+from .server import VllmServer
+from .test_classification import text
+from .test_vision_language import ask, assert_as_peft, generate
+from .tiny_vision import IMAGE_TOKEN, write_llava
+from .vision import NEW_TOKENS, Gallery, Question, gallery, picture
+
 pytestmark = pytest.mark.serving  # imports vLLM
+
+BASE, GONE, POISON = "base", "gone", "poison"
+LANGUAGE, BOTH = (recipe.name for recipe in (LLAVA_RECIPES[0], LLAVA_RECIPES[-1]))
+"""Adapters: one of language, and one that sees too, which is the operator's default for images."""
+OTHER = "other"
+"""Pushes others out of host memory."""
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<vision> <image> </vision>{% else %}{{ part['text'] }}"
+    "{% endif %} {% endfor %}{% endfor %}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +102,130 @@ def test_encodings_of_two_versions_of_an_adapter_are_two():
     assert key(None) == "hash"
     processor.lora_config.enable_tower_connector_lora = False
     assert key(LoRARequest("acme", 1, "/acme")) == "hash"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+    """Questions with an image, and without."""
+    recipes = (LLAVA_RECIPES[0], LLAVA_RECIPES[-1], AdapterRecipe(OTHER, ("k_proj", "o_proj")))
+    return gallery(tmp_path_factory.mktemp("shown"), write_llava, recipes, [(1,), ()])
+
+
+def of_base(question: Question) -> Question:
+    """The same, asked of the base model."""
+    return Question(None, question.images, question.prompt, question.answer)
+
+
+def by_default(shown: Gallery) -> list[Question]:
+    """What nobody names an adapter for: an image is seen by the default, a text by none."""
+    return [
+        of_base(question)
+        for question in shown.questions
+        if question.adapter == (BOTH if question.images else None)
+    ]
+
+
+def failing(shown: Gallery, root: Path) -> dict[str, Path]:
+    """By name, adapters that overflow in use, and that are to lose their files."""
+    source = shown.adapters[LANGUAGE]
+    return {
+        POISON: poisoned(source, root / POISON, "float32"),
+        GONE: shutil.copytree(source, root / GONE),
+    }
+
+
+def failures(shown: Gallery) -> list[Question]:
+    image, words = by_default(shown)
+    return [
+        Question(POISON, (), words.prompt[:3], ()),
+        Question(GONE, image.images, image.prompt, ()),
+    ]
+
+
+def named(shown: Gallery) -> list[Question]:
+    return [question for question in shown.questions if question.adapter is not None]
+
+
+@pytest.mark.smoke("default adapters for images and audio")
+def test_images_that_name_no_adapter_are_answered_as_by_pefts_default(
+    shown: Gallery, tmp_path: Path
+) -> None:
+    """Beside adapters that fail. vLLM gives the default the number 1."""
+    from vllm.lora.request import LoRARequest
+
+    adapters = {**shown.adapters, **failing(shown, tmp_path)}
+    shutil.rmtree(adapters[GONE])
+    questions = [*failures(shown), *by_default(shown), *named(shown)]
+    image = by_default(shown)[0]
+    other = next(question for question in named(shown) if question.adapter == LANGUAGE)
+    same_number = LoRARequest(LANGUAGE, 1, str(shown.adapters[LANGUAGE]))
+    with running_engine(
+        shown.base,
+        in_process=True,
+        skip_tokenizer_init=False,
+        max_loras=2,
+        max_cpu_loras=2,
+        enable_tower_connector_lora=True,
+        default_mm_loras={"image": str(shown.adapters[BOTH])},
+    ) as llm:
+        assert_as_peft(questions, ask(llm, questions, adapters))
+        by_one = generate(llm, [image, other], [None, same_number])
+        alone = generate(llm, [other], [same_number])
+    assert by_one[0][0] == image.answer
+    assert "number 1 is that of adapter 'image'" in by_one[1][1]
+    assert alone[0][0] == other.answer
+
+
+def data_url(number: int) -> str:
+    file = io.BytesIO()
+    picture(number).save(file, "png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def chat(question: Question) -> list[dict[str, Any]]:
+    """A question's message, its image where it stands in the prompt."""
+    words = question.prompt
+    if not question.images:
+        return [{"role": "user", "content": [{"type": "text", "text": text(words)}]}]
+    place = words.index(IMAGE_TOKEN)
+    (number,) = question.images
+    parts = [
+        {"type": "text", "text": text(words[: place - 1])},
+        {"type": "image_url", "image_url": {"url": data_url(number)}},
+        {"type": "text", "text": text(words[place + 2 :])},
+    ]
+    return [{"role": "user", "content": parts}]
+
+
+@pytest.mark.smoke("default adapters for images and audio")
+def test_chats_with_images_are_answered_as_by_pefts_default(shown: Gallery, tmp_path: Path) -> None:
+    """Beside adapters that fail, with fewer slots and less host memory than all of them need."""
+    adapters = {**shown.adapters, **failing(shown, tmp_path)}
+    with VllmServer(
+        shown.base,
+        *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
+        *("--max-model-len", "128", "--max-num-seqs", "16", "--block-size", "32"),
+        *("--chat-template", TEMPLATE, "--enable-lora", "--enable-tower-connector-lora"),
+        *("--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", "64"),
+        *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
+        *("--default-mm-loras", json.dumps({"image": str(shown.adapters[BOTH])})),
+        log=tmp_path / "vllm.log",
+    ) as server:
+
+        def answer(question: Question) -> httpx.Response:
+            body = {"model": question.adapter or BASE, "messages": chat(question)}
+            more = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+            return server.post("/v1/chat/completions", {**body, **more})
+
+        for name in (LANGUAGE, OTHER):  # they push the others out of host memory
+            assert answer(Question(name, (), (1,), ())).is_success, server.log_tail()
+        shutil.rmtree(adapters[GONE])
+        asked = [*by_default(shown), *named(shown)] * 2
+        with ThreadPoolExecutor(16) as pool:
+            failed = list(pool.map(answer, failures(shown)))
+            answers = list(pool.map(answer, asked))
+    assert [response.status_code for response in failed] == [400, 404]
+    for question, response in zip(asked, answers, strict=True):
+        assert response.is_success, f"{response.text}\n{server.log_tail()}"
+        words = response.json()["choices"][0]["message"]["content"]
+        assert words.split() == text(question.answer).split(), question

@@ -25,7 +25,7 @@ from .test_classification import classifier, text
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
-BASE, GONE = "base", "gone"
+BASE, GONE, POISON = "base", "gone", "poison"
 NAMED = tuple(recipe.name for recipe in LINEAR_RECIPES[:3])
 FOUND = LINEAR_RECIPES[3].name
 """An adapter that nobody registers: vLLM's filesystem resolver finds it."""
@@ -135,7 +135,9 @@ def test_each_route_answers_as_peft_for_the_adapter_that_is_named(
 def test_vllms_load_generator_gets_answers_of_all_adapters(
     server: VllmServer, llama: Scenario, tmp_path: Path
 ) -> None:
-    requests = 6
+    """Those that fail fail alone, and are counted as failed."""
+    each = 2
+    poison = next(iter(POISONS.values()))
 
     def asked() -> dict[Any, float]:
         return values(scrape(server), "vllm:lora_requests_by_adapter", "lora_name")
@@ -146,13 +148,13 @@ def test_vllms_load_generator_gets_answers_of_all_adapters(
         *("bench", "serve", "--base-url", server.url, "--model", BASE),
         *("--tokenizer", str(llama.base), "--dataset-name", "random", "--ignore-eos"),
         *("--random-input-len", "8", "--random-output-len", "4", "--disable-tqdm"),
-        *("--num-prompts", str(requests), "--lora-assignment", "round-robin"),
+        *("--num-prompts", str(5 * each), "--lora-assignment", "round-robin"),
         *("--save-result", "--result-filename", str(tmp_path / "result.json")),
-        *("--lora-modules", *NAMED),
+        *("--lora-modules", *NAMED, poison, GONE),
     )
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["completed"] == requests
-    assert result["total_output_tokens"] == 4 * requests
+    assert (result["completed"], result["failed"]) == (3 * each, 2 * each)
+    assert result["total_output_tokens"] == 4 * 3 * each
     after = asked()
     # The first is asked once more, to see whether the server is ready.
     counts = [after[name] - before.get(name, 0) for name in NAMED]
@@ -160,7 +162,9 @@ def test_vllms_load_generator_gets_answers_of_all_adapters(
 
 
 def test_a_batch_of_requests_is_answered_as_by_peft(llama: Scenario, tmp_path: Path) -> None:
+    """Those that name an adapter that overflows or is unknown fail alone."""
     asked = [(name, case_of(llama, name)) for name in (None, *NAMED)]
+    poison = poisoned(llama.adapters[NAMED[0]], tmp_path / POISON, "float32")
     lines = [
         {
             "custom_id": name or BASE,
@@ -175,7 +179,10 @@ def test_a_batch_of_requests_is_answered_as_by_peft(llama: Scenario, tmp_path: P
         }
         for name, case in asked
     ]
-    lines.append({**lines[0], "custom_id": "nobody", "body": {**lines[0]["body"], "model": "no"}})
+    lines += [
+        {**lines[0], "custom_id": name, "body": {**lines[0]["body"], "model": name}}
+        for name in (POISON, "nobody")
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(
         tmp_path / "log",
@@ -183,10 +190,12 @@ def test_a_batch_of_requests_is_answered_as_by_peft(llama: Scenario, tmp_path: P
         *("--output-file", str(tmp_path / "out.jsonl"), "--model", str(llama.base)),
         *("--served-model-name", BASE, *SETTINGS),
         *("--lora-modules", *(f"{name}={llama.adapters[name]}" for name in NAMED)),
+        f"{POISON}={poison}",
     )
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     answers = {answer["custom_id"]: answer["response"] for answer in found}
-    assert answers.pop("nobody")["status_code"] != 200
+    for name in (POISON, "nobody"):
+        assert answers.pop(name)["status_code"] != 200
     assert {
         name: answer["body"]["choices"][0]["message"]["content"].split()
         for name, answer in answers.items()

@@ -52,12 +52,19 @@ def ask(
     llm: "LLM", questions: Sequence[Question], adapters: Mapping[str, Path]
 ) -> list[tuple[tuple[int, ...], str]]:
     """The answers to questions that are asked at once: tokens, and why they ended."""
+    return generate(llm, questions, [lora(adapters, question.adapter) for question in questions])
+
+
+def generate(
+    llm: "LLM", questions: Sequence[Question], loras: "Sequence[LoRARequest | None]"
+) -> list[tuple[tuple[int, ...], str]]:
+    """The same, of adapters that are given here."""
     from vllm import SamplingParams
 
     outputs = llm.generate(
         [question.request() for question in questions],
         SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False),
-        lora_request=[lora(adapters, question.adapter) for question in questions],
+        lora_request=list(loras),
         use_tqdm=False,
     )
     return [
@@ -109,16 +116,12 @@ def assert_as_peft(
 
 @pytest.mark.smoke("images", "adapters of towers and connectors")
 @pytest.mark.parametrize(
-    ("write", "recipes", "tower"),
+    ("write", "recipes", "tower", "ranks"),
     [
-        pytest.param(
-            write_llava,
-            LLAVA_RECIPES,
-            "v_proj",
-            id="llava",
-        ),
-        pytest.param(write_qwen2_vl, QWEN2_VL_RECIPES, "qkv", id="qwen2-vl"),
-        pytest.param(write_idefics3, IDEFICS3_RECIPES, "v_proj", id="idefics3"),
+        pytest.param(write_llava, LLAVA_RECIPES, "v_proj", 1, id="llava"),
+        pytest.param(write_llava, LLAVA_RECIPES, "v_proj", 2, id="llava-tp2"),
+        pytest.param(write_qwen2_vl, QWEN2_VL_RECIPES, "qkv", 1, id="qwen2-vl"),
+        pytest.param(write_idefics3, IDEFICS3_RECIPES, "v_proj", 1, id="idefics3"),
     ],
 )
 def test_adapters_of_all_parts_answer_as_peft_beside_some_that_fail(
@@ -126,12 +129,14 @@ def test_adapters_of_all_parts_answer_as_peft_beside_some_that_fail(
     write: Callable[[Path], Path],
     recipes: Sequence[AdapterRecipe],
     tower: str,
+    ranks: int,
 ) -> None:
     shown = gallery(tmp_path, write, recipes, IMAGES)
     questions, adapters = with_failing(shown, tmp_path, tower)
     with running_engine(
         shown.base,
-        in_process=True,
+        in_process=ranks == 1,
+        tensor_parallel_size=ranks,
         skip_tokenizer_init=False,
         max_loras=2,
         max_cpu_loras=3,

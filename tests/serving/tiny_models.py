@@ -19,6 +19,8 @@ from transformers import (
     BertModel,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -104,6 +106,31 @@ def write_granite(path: Path, *, seed: int = 3) -> Path:
         eos_token_id=None,
     )
     return _write(GraniteForCausalLM, config, path, seed)
+
+
+def write_granite_hybrid(path: Path, *, seed: int = 8) -> Path:
+    """Writes a Granite 4 without experts: a Mamba 2 layer, which has a state, and an attention."""
+    config = GraniteMoeHybridConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=208,
+        shared_intermediate_size=208,
+        num_hidden_layers=2,
+        layer_types=["mamba", "attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        position_embedding_type="rope",
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+    )
+    return _write(GraniteMoeHybridForCausalLM, config, path, seed)
 
 
 def write_classifier(path: Path, *, labels: int, seed: int = 2) -> Path:
