@@ -21,6 +21,7 @@ sys.path[:0] = [str(_HERE), str(_HERE.parent / "demo")]
 from base_model import build_base_model  # noqa: E402
 from demo import ENVIRONMENT, free_port, wait_until_ready  # noqa: E402
 from processes import started  # noqa: E402
+from prompts import KV_CACHE_BYTES  # noqa: E402
 from train import OUTPUT, save, train  # noqa: E402
 
 BASE, ADAPTER = "base", "ticket"
@@ -87,6 +88,7 @@ def serve_command(model: Path, adapter: Path, port: int) -> list[str]:
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024"),
         *("--block-size", str(BLOCK), "--enable-prompt-tokens-details"),
+        *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
         *("--enable-lora", "--max-loras", "1", "--max-lora-rank", "16"),
         *("--lora-modules", f"{ADAPTER}={adapter}"),
     ]

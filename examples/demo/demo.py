@@ -24,12 +24,19 @@ import httpx
 from base_model import BASE_MODEL_NAME, build_base_model
 from display import UNSTYLED, heading, say, show_all
 from processes import Child, started
-from prompts import ADAPTED, ADAPTERS, CUSTOMERS, MAX_LORA_RANK, NEW_TOKENS, Customer
+from prompts import (
+    ADAPTED,
+    ADAPTERS,
+    CUSTOMERS,
+    KV_CACHE_BYTES,
+    MAX_LORA_RANK,
+    NEW_TOKENS,
+    Customer,
+)
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Settings of all engines, where the user has not set them."""
@@ -63,6 +70,7 @@ def serve_command(model: Path, port: int) -> list[str]:
         *("vllm", "serve", str(model)),
         *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)),
         *("--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),
+        *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
         *("--max-num-seqs", "16", "--enable-lora", "--max-loras", str(len(ADAPTED))),
         *("--max-lora-rank", str(MAX_LORA_RANK), "--lora-modules", *modules),
     ]

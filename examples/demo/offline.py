@@ -22,6 +22,7 @@ from prompts import (
     COMPARED_REQUESTS,
     COMPARED_TOKENS,
     CUSTOMERS,
+    KV_CACHE_BYTES,
     MAX_LORA_RANK,
     NEW_TOKENS,
 )
@@ -42,6 +43,7 @@ def start(model: Path, backend: str) -> LLM:
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=16,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         enable_prefix_caching=False,
         enable_lora=True,
         max_loras=len(ADAPTED),

@@ -1,9 +1,10 @@
 """An offline vLLM engine for tests: one at a time, and gone when its block ends."""
 
+import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,11 @@ MAX_LORAS = 4
 MAX_CPU_LORAS = 6
 BLOCK_SIZE = 32
 TOP_LOGPROBS = 5
+KV_CACHE_BYTES = 64 << 20
+"""Of a worker. It is all written to at the start, and memory is new to a virtual machine."""
+
+_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+"""In GiB. Where it is set, vLLM does not ask what an engine has been told."""
 
 _SETTINGS: dict[str, Any] = {
     "dtype": "float32",
@@ -37,6 +43,7 @@ _SETTINGS: dict[str, Any] = {
     "max_model_len": 128,
     "max_num_seqs": 16,
     "block_size": BLOCK_SIZE,
+    "kv_cache_memory_bytes": KV_CACHE_BYTES,
     "seed": 0,
     "skip_tokenizer_init": True,
 }
@@ -77,7 +84,12 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
     started: set[psutil.Process] = set()
     with ExitStack() as stack, store_folder() as folder, pytest.MonkeyPatch.context() as life:
         life.setenv(FOLDER_VARIABLE, folder)  # an engine in this process looks for it late
+        life.delenv(_KV_CACHE_VARIABLE, raising=False)
         if in_process:
+            # vLLM collects garbage time and again: it looks at what is new, and so its own, alone.
+            gc.freeze()
+            life.setattr(gc, "freeze", lambda: None)
+            life.setattr(gc, "unfreeze", lambda: None)
             # A worker of vLLM chooses how many threads there are, and makes this do nothing.
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             life.setattr(torch, "set_num_threads", torch.set_num_threads)
@@ -99,6 +111,12 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
                 llm.llm_engine.engine_core.shutdown(timeout=_EXIT_LIMIT_S)
         finally:
             _await_exit(started | (_children() - before))
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Of a process with an engine whose KV cache is told its size: this one's, and more."""
+    kept = {name: value for name, value in os.environ.items() if name != _KV_CACHE_VARIABLE}
+    return {**kept, **more}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import httpx
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 
 from . import template
-from .engine import store_folder
+from .engine import KV_CACHE_BYTES, environment, store_folder
 
 _TAIL_LINES = 60
 _POLL_S = 0.25
@@ -65,11 +65,12 @@ class VllmServer:
         self._arguments = [
             *("serve", str(model)),
             *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
             *args,
         ]
         key = {"VLLM_API_KEY": api_key} if api_key else {}
         # Tests read the log; commands run in this process may have made vLLM quieter.
-        self._env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **key, **(env or {})}
+        self._env = environment({"VLLM_LOGGING_LEVEL": "INFO", **key, **(env or {})})
         self._store = contextlib.ExitStack()
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout

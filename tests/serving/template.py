@@ -8,6 +8,7 @@ parents, process groups and memory are what they are without templates.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import shutil
@@ -161,6 +162,7 @@ class _Newborn:
 def _arrive(environment: Mapping[str, str], streams: Sequence[Any], leader: bool) -> _Newborn:
     """In a forked process: surrounds it by what it would have as a new interpreter."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _keep_imports_out_of_collections()
     Path("/proc/self/comm").write_text("python")
     for stream, handle in zip(_STREAMS, streams, strict=True):
         descriptor = handle.detach()
@@ -178,6 +180,15 @@ def _arrive(environment: Mapping[str, str], streams: Sequence[Any], leader: bool
     _fork_template()
     SpawnProcess._Popen = staticmethod(_start)
     return _Newborn.__new__(_Newborn)
+
+
+def _keep_imports_out_of_collections() -> None:
+    """Has the collections that vLLM asks for at its start and end look at what is new alone.
+
+    What has been imported is most of what there is, and stays.
+    """
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
 
 
 def _wait_without_spinning() -> None:

@@ -17,7 +17,7 @@ from vllm_multilora.store.folder import FOLDER_VARIABLE
 
 from . import template
 from .cases import NEW_TOKENS, Case, Scenario
-from .engine import store_folder
+from .engine import KV_CACHE_BYTES, environment, store_folder
 from .exposition import scrape, values
 from .recipes import CLASSIFIER_RECIPES, LINEAR_RECIPES
 from .server import VllmServer
@@ -189,6 +189,7 @@ def test_a_batch_of_requests_is_answered_as_by_peft(llama: Scenario, tmp_path: P
         *("run-batch", "--input-file", str(tmp_path / "in.jsonl")),
         *("--output-file", str(tmp_path / "out.jsonl"), "--model", str(llama.base)),
         *("--served-model-name", BASE, *SETTINGS),
+        *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
         *("--lora-modules", *(f"{name}={llama.adapters[name]}" for name in NAMED)),
         f"{POISON}={poison}",
     )
@@ -205,8 +206,8 @@ def test_a_batch_of_requests_is_answered_as_by_peft(llama: Scenario, tmp_path: P
 def run(log: Path, *arguments: str) -> None:
     """A command of vLLM's."""
     with store_folder() as store, log.open("wb") as output:
-        environment = {**os.environ, FOLDER_VARIABLE: store}
-        process = template.start_server(arguments, environment, output.fileno())
+        given = environment({FOLDER_VARIABLE: store})
+        process = template.start_server(arguments, given, output.fileno())
         try:
             assert process.wait(300) == 0, log.read_text()[-3000:]
         finally:

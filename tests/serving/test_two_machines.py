@@ -16,6 +16,7 @@ from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
 
 from . import completions
 from .cases import Scenario
+from .engine import KV_CACHE_BYTES, environment
 from .recipes import LINEAR_RECIPES
 from .server import VllmServer, free_port
 from .stores import await_end, store_process
@@ -57,6 +58,7 @@ def machines(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Itera
         *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
         *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
         *("--max-model-len", "128", "--max-num-seqs", "16"),
+        *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
         *("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "4", "--max-lora-rank", "64"),
     )
     env = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
@@ -66,7 +68,7 @@ def machines(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(llama.base)),
                 *(*settings, "--node-rank", "1", "--headless"),
             ],
-            env=os.environ | env | {FOLDER_VARIABLE: str(folders[1])},
+            env=environment(env | {FOLDER_VARIABLE: str(folders[1])}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
