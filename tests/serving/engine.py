@@ -87,6 +87,7 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
         life.delenv(_KV_CACHE_VARIABLE, raising=False)
         if in_process:
             # vLLM collects garbage time and again: it looks at what is new, and so its own, alone.
+            gc.collect()  # the last engine
             gc.freeze()
             life.setattr(gc, "freeze", lambda: None)
             life.setattr(gc, "unfreeze", lambda: None)

@@ -77,6 +77,12 @@ ROWS = (
         SAME_PATH,
         "Adapters of encoder and decoder. Nobody is quarantined, as with images.",
     ),
+    Row(
+        "models with a state",
+        SAME_PATH,
+        "A Granite 4 with a Mamba 2 layer. Qwen3-Next and Qwen3.5, with Gated DeltaNet, need a GPU "
+        "to have adapters: vLLM's CPU build refuses the one, and has no experts for the other.",
+    ),
     Row("embeddings"),
     Row(
         "scoring and classification of requests",
