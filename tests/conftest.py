@@ -5,6 +5,7 @@ here, before any test module. Some tests start processes that must not inherit t
 is set for the import only, and again by the tests that launch kernels.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(item.get_closest_marker(mark) for mark in ("serving", "slow"))
     }
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    """Tests and modules stay to the end, and are thousands: no collection need look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.serving import template
 from tests.serving.cases import Case, Scenario
 from tests.serving.engine import answer, lora_request, needs_ngram_drafts, running_engine
 
@@ -51,6 +52,7 @@ def engine(fleet: Scenario, request: pytest.FixtureRequest) -> Iterator["LLM"]:
     # Few blocks, so that those of the attacker go round; chunks, so that it is met in mid-prefill.
     with running_engine(
         fleet.base,
+        in_process=True,
         **request.param,
         max_loras=4,
         max_cpu_loras=8,
@@ -141,7 +143,7 @@ def test_with_drafted_tokens_nobody_else_is_blamed(fleet: Scenario, tmp_path: Pa
     folder = poisoned(fleet.adapters[SOURCE], tmp_path / POISON, 3e19)
     attack = Asked(POISON, [7, 21] * 10, 10, LoRARequest(POISON, 1000, str(folder)))
     # An engine in this process would leave threads that others' tests wait for.
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with template.forked_processes(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         undisturbed, disturbed = pool.submit(with_drafts, fleet.base, long, short, attack).result(
             timeout=300
         )

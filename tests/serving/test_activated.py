@@ -25,7 +25,7 @@ NAMES = tuple(recipe.name for recipe in RECIPES)
 def roomy(activated: Scenario) -> "Iterator[LLM]":
     """Room for long prompts, and for everything in the prefix cache."""
     with running_engine(
-        activated.base, max_loras=2, max_model_len=2304, disable_log_stats=False
+        activated.base, in_process=True, max_loras=2, max_model_len=2304, disable_log_stats=False
     ) as llm:
         yield llm
 

@@ -4,13 +4,13 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
 
+from . import template
 from .cases import Scenario
 from .completions import assert_serves
 from .engine import store_folder
@@ -32,7 +32,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def make_server(fleet: Scenario, folder: Path, log: Path, **options: Any) -> VllmServer:
+def make_server(fleet: Scenario, folder: Path, log: Path) -> VllmServer:
     return VllmServer(
         fleet.base,
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
@@ -40,7 +40,6 @@ def make_server(fleet: Scenario, folder: Path, log: Path, **options: Any) -> Vll
         *("--lora-modules", f"{NAME}={fleet.adapters[NAME]}"),
         log=log,
         env={FOLDER_VARIABLE: str(folder)},
-        **options,
     )
 
 
@@ -55,26 +54,32 @@ def family(server: VllmServer) -> list[psutil.Process]:
     return [leader, *leader.children(recursive=True)]
 
 
+def started(parent: psutil.Process) -> psutil.Process:
+    """The one process that a process of vLLM has started, by its template."""
+    (its_template,) = (child for child in parent.children() if child.name() == template.NAME)
+    (one,) = (child for child in its_template.children() if child.name() != template.NAME)
+    return one
+
+
 def own_shared_memory() -> set[str]:
     """Names in shared memory; those of metrics outlive a killed process until the next start."""
     names = {path.name for path in SHARED_MEMORY.glob("*multilora*")}
     return {name for name in names if not name.startswith("multilora-metrics-")}
 
 
-@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "all", "all and the store"])
+@pytest.mark.parametrize("victim", ["engine core", "worker", "all", "all and the store"])
 def test_nothing_is_left_when_processes_are_killed(
     fleet: Scenario, folder: Path, tmp_path: Path, victim: str
 ) -> None:
     before = own_shared_memory()
-    # Only processes of their own have vLLM's titles.
-    has_titles = not victim.startswith("all")
-    log = tmp_path / "vllm.log"
-    with make_server(fleet, folder, log, new_interpreter=has_titles) as server:
+    with make_server(fleet, folder, tmp_path / "vllm.log") as server:
         serve(server, fleet)
         store, members = store_process(socket_path(folder)), family(server)
-        if has_titles:
-            (one,) = (p for p in members if p.cmdline()[0].startswith(victim))
-            one.kill()
+        core = started(members[0])
+        if victim == "engine core":
+            core.kill()
+        elif victim == "worker":
+            started(core).kill()
         else:
             if victim.endswith("store"):
                 store.kill()

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from . import template
 from .allocated_slots import (
     CONFIGS,
     Setting,
@@ -46,7 +47,10 @@ def allocated_by_two(folder, tmp_path_factory):
     cases = {f"{m} {s}": (folder / m, s) for m, s in itertools.product(CONFIGS, SHARED)}
     meeting = tmp_path_factory.mktemp("meeting") / "rendezvous"
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as workers:
+    with (
+        template.forked_processes(),
+        ProcessPoolExecutor(2, mp_context=context) as workers,
+    ):
         first, second = (
             workers.submit(allocate_as_one_of, 2, rank, meeting, cases) for rank in range(2)
         )

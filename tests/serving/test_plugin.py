@@ -87,7 +87,7 @@ def test_prompt_log_probabilities_use_each_prompts_own_adapter(llama: Scenario):
         steps = output.prompt_logprobs[1:]
         return [sorted((e.logprob for e in step.values()), reverse=True)[:3] for step in steps]
 
-    with running_engine(llama.base, enable_prefix_caching=False) as llm:
+    with running_engine(llama.base, in_process=True, enable_prefix_caching=False) as llm:
 
         def ask(*cases: Any) -> list[Any]:
             return llm.generate(

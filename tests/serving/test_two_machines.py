@@ -5,8 +5,6 @@ Here both are this machine, under two folders of stores: that is what tells mach
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 
 from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
 
-from . import completions
+from . import completions, template
 from .cases import Scenario
 from .engine import KV_CACHE_BYTES, environment
 from .recipes import LINEAR_RECIPES
@@ -63,16 +61,10 @@ def machines(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     env = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with (root / "there.log").open("wb") as log:
-        there = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(llama.base)),
-                *(*settings, "--node-rank", "1", "--headless"),
-            ],
-            env=environment(env | {FOLDER_VARIABLE: str(folders[1])}),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        there = template.start_server(
+            ["serve", str(llama.base), *settings, "--node-rank", "1", "--headless"],
+            environment(env | {FOLDER_VARIABLE: str(folders[1])}),
+            log.fileno(),
         )
         try:
             with VllmServer(
