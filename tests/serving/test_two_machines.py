@@ -6,6 +6,7 @@ Here both are this machine, under two folders of stores: that is what tells mach
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,12 @@ class Machines:
         return self.server.post("/v1/load_lora_adapter", body)
 
     def assert_serves(self, name: str, of: str) -> None:
-        for case in self.scenario.cases_of(of):
-            response = completions.ask(self.server, name, case)
-            assert response.status_code == 200, f"{response.text}\n{self.server.log_tail()}"
-            assert completions.token_ids(response) == case.expected.tokens
+        cases = self.scenario.cases_of(of)
+        with ThreadPoolExecutor(len(cases)) as pool:
+            for done in [
+                pool.submit(completions.assert_serves, self.server, name, case) for case in cases
+            ]:
+                done.result()
 
 
 @pytest.fixture(scope="module")
