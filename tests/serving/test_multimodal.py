@@ -1,4 +1,7 @@
-"""Names of adapters mean nothing to a chat's images and texts; their versions do to encodings."""
+"""A default adapter sees images that no adapter is named for; a mere name makes it no default.
+
+Encodings of images are those of one version of an adapter.
+"""
 
 import base64
 import io
