@@ -5,8 +5,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.promtool import run_promtool
@@ -15,6 +18,7 @@ from vllm_multilora.metrics.names import OTHER
 
 from . import completions
 from .cases import NEW_TOKENS, Scenario
+from .engine import answer, assert_as_peft, running_engine
 from .exposition import lines_of_lora_metrics, lora_samples, scrape, values
 from .server import VllmServer
 
@@ -195,3 +199,49 @@ def test_promtool_reads_a_real_exposition(deployment: Deployment) -> None:
         "check", "metrics", text=lines_of_lora_metrics(scrape(deployment.server)) + "\n"
     )
     assert "error while linting" not in checked.stderr
+
+
+def lists() -> dict[str, float]:
+    """When each list of running adapters was last true, as this process's metrics have it."""
+    return {
+        sample.labels["running_lora_adapters"]: sample.value
+        for family in REGISTRY.collect()
+        if family.name == "vllm:lora_requests_info"
+        for sample in family.samples
+    }
+
+
+@pytest.mark.smoke("metrics")
+def test_lists_of_adapters_with_requests_do_not_pile_up(
+    llama: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest one, which routers read, is always there."""
+    from vllm_multilora.integration.server import metering
+
+    monkeypatch.setattr(metering, "_MOST_LISTS", 3)
+    with running_engine(llama.base, in_process=True, disable_log_stats=False) as llm:
+        for case in [case for case in llama.cases if case.adapter]:
+            assert_as_peft(answer(llm, llama, [case]), [case])
+            found = lists()
+            assert len(found) <= 3
+            assert case.adapter in found
+
+
+def test_files_of_several_servers_get_no_more_lists_than_they_can_forget(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm_multilora.integration.server import metering
+
+    monkeypatch.setattr(metering, "_MOST_LISTS", 3)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
+    gauge = Gauge("lists", "Of adapters.", ["running"], registry=CollectorRegistry())
+    stats = SimpleNamespace(gauge_lora_info=gauge)
+
+    def original(stats: Any, running: str) -> None:
+        if stats.gauge_lora_info is not None:
+            stats.gauge_lora_info.labels(running).set_to_current_time()
+
+    for number in range(9):
+        metering.record(original, stats, f"{number}")
+    assert [len(family.samples) for family in gauge.collect()] == [3]
+    assert caplog.text.count("gets no more") == 1

@@ -461,6 +461,20 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM's scheduler says which adapters have waiting requests.",
     ),
     Patch(
+        name="newest-lists",
+        target="vllm.v1.metrics.loggers:PrometheusStatLogger.record",
+        takes=(
+            "self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=None",
+            "self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0",
+        ),
+        handler="server.metering:record",
+        why="vllm:lora_requests_info has a series for every set of adapters that ever had requests "
+        "at once: an API server's memory and its /metrics grow for as long as it lives. Bounds "
+        "their number; the newest, which routers read, stays.",
+        checked=(),
+        until="vLLM removes its series of what has passed.",
+    ),
+    Patch(
         name="models-list",
         target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
         takes=("self",),

@@ -9,6 +9,8 @@ was aborted counts as far as it got.
 from __future__ import annotations
 
 import atexit
+import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -34,7 +36,12 @@ from vllm_multilora.metrics.server_counts import count_latencies, count_tokens
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
+logger = logging.getLogger(__name__)
+
 _MIB = 1 << 20
+_MOST_LISTS = 1024
+"""Of adapters, that one of vLLM's metrics has a series of; a few are added in a second."""
+_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
 
 
@@ -291,6 +298,33 @@ async def beam_search(
         if not is_over and usage.status is Status.OK and not usage.prompt_tokens:
             usage.status = Status.ABORTED
         meter.count(usage)
+
+
+def record(original: Callable[..., None], stats: Any, *args: Any, **kwargs: Any) -> None:
+    """Records a step in vLLM's metrics, with at most so many lists of adapters that have requests.
+
+    Files of several API servers' metrics forget nothing: a full one is written no more.
+
+    Args:
+        original: vLLM's, which makes a series of every list that is new.
+        stats: vLLM's `PrometheusStatLogger`.
+        *args: What the step was like, as the rest of what vLLM's takes.
+        **kwargs: More of it.
+    """
+    gauge = stats.gauge_lora_info
+    if len(getattr(gauge, "_metrics", ())) < _MOST_LISTS:
+        original(stats, *args, **kwargs)
+    elif _MULTIPROCESS not in os.environ:
+        gauge.clear()
+        original(stats, *args, **kwargs)
+    else:
+        stats.gauge_lora_info = None
+        logger.warning(
+            "vllm:lora_requests_info has %d series, and gets no more: of several API servers "
+            "none can be removed.",
+            _MOST_LISTS,
+        )
+        original(stats, *args, **kwargs)
 
 
 def update_scheduler_stats(
