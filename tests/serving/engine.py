@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,3 +205,14 @@ def assert_as_peft(outputs: "Sequence[RequestOutput]", cases: Sequence[Case]) ->
         if tuple(output.outputs[0].token_ids) != case.expected.tokens
     ]
     assert not wrong, f"{len(wrong)} of {len(cases)} answers are wrong: {wrong}"
+
+
+def assert_others_as_peft(
+    outputs: "Sequence[RequestOutput]", cases: Sequence[Case], failing: Collection[str]
+) -> None:
+    """Requests for failing adapters have ended with an error; all others have PEFT's tokens."""
+    answers = list(zip(outputs, cases, strict=True))
+    bad = [output for output, case in answers if case.adapter in failing]
+    good = [(output, case) for output, case in answers if case.adapter not in failing]
+    assert {output.outputs[0].finish_reason for output in bad} == {"error"}
+    assert_as_peft(*zip(*good, strict=True))

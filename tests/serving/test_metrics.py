@@ -227,15 +227,20 @@ def test_lists_of_adapters_with_requests_do_not_pile_up(
             assert case.adapter in found
 
 
+@pytest.mark.parametrize(("is_on", "lists"), [(True, 3), (False, 9)], ids=["on", "off"])
 def test_files_of_several_servers_get_no_more_lists_than_they_can_forget(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_on: bool, lists: int
 ) -> None:
+    """With the plugin off, vLLM's metrics are as they are without it."""
     from vllm_multilora.integration.server import metering
 
     monkeypatch.setattr(metering, "_MOST_LISTS", 3)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
     gauge = Gauge("lists", "Of adapters.", ["running"], registry=CollectorRegistry())
-    stats = SimpleNamespace(gauge_lora_info=gauge)
+    config = SimpleNamespace(
+        lora_config=object(), additional_config={"multilora": {"enabled": is_on}}
+    )
+    stats = SimpleNamespace(gauge_lora_info=gauge, vllm_config=config)
 
     def original(stats: Any, running: str) -> None:
         if stats.gauge_lora_info is not None:
@@ -243,5 +248,5 @@ def test_files_of_several_servers_get_no_more_lists_than_they_can_forget(
 
     for number in range(9):
         metering.record(original, stats, f"{number}")
-    assert [len(family.samples) for family in gauge.collect()] == [3]
-    assert caplog.text.count("gets no more") == 1
+    assert [len(family.samples) for family in gauge.collect()] == [lists]
+    assert caplog.text.count("gets no more") == is_on

@@ -36,6 +36,20 @@ from transformers import (
 )
 
 VOCAB_SIZE = 300
+TWO_LAYERS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+"""Of a small decoder: its heads are of 32, the least that vLLM's attention on CPUs takes."""
+
 LOGIT_STD = 6.0
 
 # Standard deviation of a projection's output for an input of unit variance.
@@ -91,19 +105,7 @@ def write_eagle(path: Path, base: Path) -> Path:
 def write_granite(path: Path, *, seed: int = 3) -> Path:
     """Writes a Granite, which scales its logits, with a Qwen2's sizes: see `write_qwen2`."""
     config = GraniteConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=208,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        attention_multiplier=0.2,
-        residual_multiplier=0.7,
-        logits_scaling=1.5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
+        **TWO_LAYERS, attention_multiplier=0.2, residual_multiplier=0.7, logits_scaling=1.5
     )
     return _write(GraniteForCausalLM, config, path, seed)
 
@@ -111,14 +113,9 @@ def write_granite(path: Path, *, seed: int = 3) -> Path:
 def write_granite_hybrid(path: Path, *, seed: int = 8) -> Path:
     """Writes a Granite 4 without experts: a Mamba 2 layer, which has a state, and an attention."""
     config = GraniteMoeHybridConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=208,
-        shared_intermediate_size=208,
-        num_hidden_layers=2,
+        **TWO_LAYERS,
+        shared_intermediate_size=TWO_LAYERS["intermediate_size"],
         layer_types=["mamba", "attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
         num_local_experts=0,
         num_experts_per_tok=0,
         mamba_n_heads=8,
@@ -126,9 +123,7 @@ def write_granite_hybrid(path: Path, *, seed: int = 8) -> Path:
         mamba_d_state=16,
         mamba_n_groups=1,
         position_embedding_type="rope",
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+        pad_token_id=None,
     )
     return _write(GraniteMoeHybridForCausalLM, config, path, seed)
 
@@ -203,19 +198,7 @@ def write_qwen2(path: Path, *, seed: int = 1) -> Path:
     vLLM derives a Qwen2 head's size from the hidden size, and its CPU attention takes no head
     below 32: four heads are what a hidden size of 128 leaves room for.
     """
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=208,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return _write(Qwen2ForCausalLM, config, path, seed)
+    return _write(Qwen2ForCausalLM, Qwen2Config(**TWO_LAYERS), path, seed)
 
 
 def _write(

@@ -27,7 +27,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from .tiny_models import VOCAB_SIZE, randomise, word_tokenizer
+from .tiny_models import TWO_LAYERS, VOCAB_SIZE, randomise, word_tokenizer
 
 IMAGE_TOKEN = VOCAB_SIZE
 """What stands for an image in a prompt; the first token that is no word."""
@@ -46,18 +46,7 @@ _TOWER = {
     "image_size": _SIDE,
     "patch_size": _PATCH,
 }
-_TEXT = {
-    "vocab_size": _TOKENS,
-    "hidden_size": 128,
-    "intermediate_size": 208,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+_TEXT = {**TWO_LAYERS, "vocab_size": _TOKENS}
 
 
 def write_llava(path: Path, *, seed: int = 5) -> Path:

@@ -25,7 +25,7 @@ from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.attached import ACCOUNT, ENDED, METER, ON_FAILURE
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
-from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.patching.activation import is_active, settings_of
 from vllm_multilora.integration.server.callers import current_caller
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
 from vllm_multilora.metering.usage import Status, Usage
@@ -312,19 +312,17 @@ def record(original: Callable[..., None], stats: Any, *args: Any, **kwargs: Any)
         **kwargs: More of it.
     """
     gauge = stats.gauge_lora_info
-    if len(getattr(gauge, "_metrics", ())) < _MOST_LISTS:
-        original(stats, *args, **kwargs)
-    elif _MULTIPROCESS not in os.environ:
-        gauge.clear()
-        original(stats, *args, **kwargs)
-    else:
-        stats.gauge_lora_info = None
-        logger.warning(
-            "vllm:lora_requests_info has %d series, and gets no more: of several API servers "
-            "none can be removed.",
-            _MOST_LISTS,
-        )
-        original(stats, *args, **kwargs)
+    if len(getattr(gauge, "_metrics", ())) >= _MOST_LISTS and is_active(stats.vllm_config):
+        if _MULTIPROCESS in os.environ:
+            stats.gauge_lora_info = None
+            logger.warning(
+                "vllm:lora_requests_info has %d series, and gets no more: of several API servers "
+                "none can be removed.",
+                _MOST_LISTS,
+            )
+        else:
+            gauge.clear()
+    original(stats, *args, **kwargs)
 
 
 def update_scheduler_stats(
