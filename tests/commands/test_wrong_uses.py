@@ -1,5 +1,6 @@
 """Wrong uses of the commands: one sentence each, the right exit status, and no traceback."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -153,8 +154,10 @@ def test_one_sentence_says_what_is_wrong(command, message, paths, capfd):
 
 
 def running(*arguments: str, **options) -> subprocess.Popen:
+    """Its output is held back until there is much of it, or the end, as in most shells."""
     return subprocess.Popen(
         [sys.executable, "-m", "vllm_multilora.cli", *arguments],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
