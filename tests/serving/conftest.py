@@ -30,6 +30,15 @@ _Built = TypeVar("_Built")
 _NEEDED = ("vllm", "transformers", "peft")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _servers_can_be_forked() -> None:
+    """No test module may set what would have every server and engine import vLLM for itself."""
+    from . import template
+
+    changed = template.changed_since_import(os.environ)
+    assert not changed, "set on import by a test module, or left by a test: do it in a fixture"
+
+
 def _require_serving_stack() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:

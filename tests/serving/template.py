@@ -69,9 +69,15 @@ _BEFORE = {entry.partition("=")[0] for entry in _INITIAL}
 _SET_BY_IMPORTS = {name: value for name, value in os.environ.items() if name not in _BEFORE}
 
 
+def changed_since_import(environment: Mapping[str, str]) -> list[str]:
+    """The variables by which a process would import other than what the template has imported."""
+    entries = _read_on_import(environment).items() ^ _READ.items()
+    return sorted({name for name, _ in entries})
+
+
 def fits(environment: Mapping[str, str]) -> bool:
     """Whether a process with this environment would import what the template has imported."""
-    return _read_on_import(environment) == _READ
+    return not changed_since_import(environment)
 
 
 @contextmanager

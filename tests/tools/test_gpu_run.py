@@ -150,8 +150,9 @@ def test_the_stress_test_finds_what_is_wrong(tmp_path, breaks):
     program += "sys.exit(stress.main(sys.argv[1:]))"
     out = tmp_path / "stress.json"
     command = [sys.executable, "-c", program, "--out", str(out)]
+    environment = bare(TRITON_INTERPRET="1")
     done = subprocess.run(
-        command, cwd=ROOT, env=bare(), capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == int(breaks), done.stderr
     cases = json.loads(out.read_text())["cases"].values()

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-if not torch.cuda.is_available():
+if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import tools.kernels
