@@ -20,6 +20,7 @@ from vllm_multilora.adapters.blends import Blend, BlendPart
 from . import completions
 from .blends import BLENDS, PARTS, BlendScenario
 from .cases import Case
+from .metered import LIMIT_S, logged
 from .recipes import AdapterRecipe
 from .server import VllmServer
 from .tiny_adapters import write_adapter
@@ -77,7 +78,15 @@ class Deployment:
         return next(card["digest"] for card in cards if card["id"] == name)
 
     def usage(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.root / "usage.jsonl").read_text().splitlines()]
+        return logged(self.root / "usage.jsonl")
+
+    def line_of(self, adapter: str, after: int) -> dict[str, Any]:
+        """What the log says last of an adapter after so many lines: it does after the answer."""
+        deadline = time.monotonic() + LIMIT_S
+        while not (found := [line for line in self.usage()[after:] if line["adapter"] == adapter]):
+            assert time.monotonic() < deadline, self.usage()[after:]
+            time.sleep(0.1)
+        return found[-1]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +126,7 @@ def name_of(weights: dict[str, float]) -> str:
 
 @pytest.mark.parametrize("name", BLENDS)
 def test_answers_are_pefts_and_say_what_has_made_them(deployment: Deployment, name: str) -> None:
-    weights = dict(BLENDS[name])
+    weights, before = dict(BLENDS[name]), len(deployment.usage())
     for case in deployment.scenario.cases_of(name):
         response = deployment.ask(case, weights)
         assert response.status_code == 200, response.text
@@ -129,8 +138,7 @@ def test_answers_are_pefts_and_say_what_has_made_them(deployment: Deployment, na
     assert response.headers["x-multilora-adapter"] == found["model"] == name_of(weights)
     assert response.headers["x-multilora-version"] == version
     assert found["multilora"] == {"adapter": name_of(weights), "version": version}
-    line = deployment.usage()[-1]
-    assert (line["adapter"], line["version"][:16]) == (name_of(weights), version)
+    assert deployment.line_of(name_of(weights), before)["version"][:16] == version
 
 
 BODIES = {
@@ -150,11 +158,12 @@ def test_endpoints_that_generate_take_blends(
 ) -> None:
     weights = dict(BLENDS["three"])
     body = {"model": BASE, "temperature": 0, "stream": stream, "lora_blend": weights}
+    before = len(deployment.usage())
     response = deployment.request("POST", path, {**body, **BODIES[path]})
     assert response.status_code == 200, response.text
     assert response.headers["x-multilora-adapter"] == name_of(weights)
     assert len(response.headers["x-multilora-version"]) == 16
-    assert deployment.usage()[-1]["adapter"] == name_of(weights)
+    assert deployment.line_of(name_of(weights), before)
 
 
 BAD: dict[str, tuple[Any, int, str]] = {

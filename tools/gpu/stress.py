@@ -37,7 +37,6 @@ from tools.kernels.measure.batches import LAYERS, BatchSpec, LayerBatch, build
 from tools.kernels.measure.environment import command_arguments, current_environment
 
 assert tools.kernels  # finds the checkout's kernels
-import_module("multilora_kernels.triton.scatter")  # before there are two threads to import it
 SLOTS, FILLED = 16, 2  # the last ones are filled meanwhile, and in no batch
 MIXES = 12 if torch.cuda.is_available() else 4
 
@@ -98,6 +97,8 @@ class Filling:
     """Fills the last slots in turn until it is told to end, and looks at what has arrived."""
 
     def __init__(self, batch: LayerBatch, times: int | None = None) -> None:
+        # Before there are two threads to import it.
+        import_module("multilora_kernels.triton.scatter")
         self._table = SlotTable(batch.lora_a, batch.lora_b)
         self._batch, self._times = batch, times
         self.wrong = self.done = 0
