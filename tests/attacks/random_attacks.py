@@ -50,14 +50,7 @@ class Attackers:
         self.sources = list(scenario.adapters.values())
         self.source = self.sources[-1]
         self._numbers = count(first)
-        self._client = httpx.Client(
-            base_url=url,
-            timeout=120,
-            trust_env=False,
-            headers={"Authorization": f"Bearer {key}"},
-            # A kept connection may be closed by the server in the moment in which it is used again.
-            limits=httpx.Limits(max_connections=200, max_keepalive_connections=0),
-        )
+        self._key = key
         self._corpus = {name: case.write(folder / f"corpus-{name}") for name, case in BAD.items()}
 
     def attack(self) -> tuple[str, str | None]:
@@ -68,8 +61,15 @@ class Attackers:
         except (httpx.HTTPError, OSError) as error:
             return chosen.__name__, repr(error)
 
-    def close(self) -> None:
-        self._client.close()
+    def client(self) -> httpx.Client:
+        """For one request. Of clients that threads share, one may close another's connection."""
+        return httpx.Client(
+            base_url=self.url,
+            timeout=120,
+            trust_env=False,
+            verify=False,  # of certificates, which are long to read and not asked for here
+            headers={"Authorization": f"Bearer {self._key}"},
+        )
 
     def number(self) -> int:
         return next(self._numbers)
@@ -85,10 +85,12 @@ class Attackers:
         ]
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return self._client.post(path, json=body, **options)
+        with self.client() as client:
+            return client.post(path, json=body, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return self._client.get(path, **options)
+        with self.client() as client:
+            return client.get(path, **options)
 
     def load(self, name: str, path: Path | str, **options: Any) -> int:
         body = {"lora_name": name, "lora_path": str(path), **options}
@@ -109,7 +111,8 @@ class Attackers:
         body = self.body(model, 60, 60) | {"stream": True}
         with (
             contextlib.suppress(httpx.HTTPError),
-            self._client.stream("POST", "/v1/completions", json=body) as response,
+            self.client() as client,
+            client.stream("POST", "/v1/completions", json=body) as response,
         ):
             next(response.iter_bytes(), None)
 
@@ -237,7 +240,8 @@ def send_junk(by: Attackers) -> str | None:
     content = by.random.randbytes(by.random.randrange(2_000))
     headers = {"content-type": "application/json"}
     path = by.random.choice(["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
-    found = by._client.post(path, content=content, headers=headers).status_code
+    with by.client() as client:
+        found = client.post(path, content=content, headers=headers).status_code
     return expect(found, 400, 422)
 
 
