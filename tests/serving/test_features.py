@@ -3,12 +3,14 @@
 There are fewer slots than adapters, and requests of adapters that fail are in the same batches.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from tests.attacks.poison import poisoned
 
@@ -16,7 +18,7 @@ from .cases import NEW_TOKENS, Case, Scenario
 from .engine import BLOCK_SIZE, lora_request, needs_ngram_drafts, running_engine
 from .peft_reference import PeftReference
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
-from .tiny_models import VOCAB_SIZE, write_eagle
+from .tiny_models import VOCAB_SIZE, write_eagle, write_llama
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -191,16 +193,36 @@ def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
         assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
 
 
-def test_the_allowed_tokens_are_ranked_by_the_adapter(
-    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
+def others_allowed(ranked: list[int]) -> dict[str, Any]:
+    return {"allowed_token_ids": sorted(ranked[1:])}
+
+
+def likeliest_biased(ranked: list[int]) -> dict[str, Any]:
+    return {"logit_bias": {ranked[0]: -100.0}}
+
+
+def likeliest_forbidden(ranked: list[int]) -> dict[str, Any]:
+    return {"bad_words": [f"t{ranked[0]}"], "detokenize": True}
+
+
+@pytest.mark.parametrize("steer", [others_allowed, likeliest_biased, likeliest_forbidden])
+def test_the_tokens_that_remain_are_ranked_by_the_adapter(
+    engine: "LLM",
+    llama: Scenario,
+    cases: list[Case],
+    failing: "list[LoRARequest]",
+    steer: Callable[[list[int]], dict[str, Any]],
 ) -> None:
     ranked = [list(case.expected.top[0]) for case in cases]
-    parameters = [
-        greedy(max_tokens=1, allowed_token_ids=sorted(likeliest[1:])) for likeliest in ranked
-    ]
+    parameters = [greedy(**{"max_tokens": 1, **steer(likeliest)}) for likeliest in ranked]
     outputs = generate(engine, llama, cases, failing, parameters)
     for output, likeliest, case in zip(outputs, ranked, cases, strict=True):
         assert list(output.outputs[0].token_ids) == [likeliest[1]], case.adapter
+
+
+def test_tokens_that_there_are_not_cannot_be_allowed(
+    engine: "LLM", llama: Scenario, cases: list[Case]
+) -> None:
     with pytest.raises(Exception, match="out-of-vocab"):
         engine.generate(
             prompts_of(cases[1:2]),
@@ -242,6 +264,70 @@ def test_adapters_are_pinned_listed_and_removed(engine: "LLM", llama: Scenario) 
     assert request.lora_int_id in engine.llm_engine.list_loras()
     assert engine.llm_engine.remove_lora(request.lora_int_id)
     assert request.lora_int_id not in engine.llm_engine.list_loras()
+
+
+def test_a_logits_processor_of_ones_own_acts_on_its_requests_under_their_adapters(
+    llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
+) -> None:
+    """Beside requests that it leaves as they are: their answers stay PEFT's."""
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class Forbidding(AdapterLogitsProcessor):
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def new_req_logits_processor(self, params: "SamplingParams") -> Any:
+            token = (params.extra_args or {}).get("forbidden")
+            if token is None:
+                return None
+            return lambda output, logits: logits.index_fill(0, torch.tensor([token]), float("-inf"))
+
+    ranked = [list(case.expected.top[0]) for case in cases]
+    parameters = [
+        greedy(max_tokens=1, extra_args={"forbidden": likeliest[0]}) for likeliest in ranked
+    ]
+    parameters += [greedy()] * len(cases)
+    with running_engine(
+        llama.base, in_process=True, max_loras=2, logits_processors=[Forbidding]
+    ) as llm:
+        outputs = generate(llm, llama, [*cases, *cases], failing, parameters)
+    for output, likeliest in zip(outputs, ranked, strict=False):
+        assert list(output.outputs[0].token_ids) == [likeliest[1]]
+    for output, case in zip(outputs[len(cases) :], cases, strict=True):
+        assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+
+
+@pytest.mark.smoke("other weights for the base model")
+def test_adapters_act_on_the_weights_that_the_base_model_has_got(
+    llama: Scenario, failing: "list[LoRARequest]", tmp_path: Path
+) -> None:
+    """And on the first ones when it has those again; adapters are in slots all the while."""
+    # Not the one whose file also has the first weights' embedding, which PEFT would load.
+    adapters = {recipe.name: llama.adapters[recipe.name] for recipe in LINEAR_RECIPES[:4]}
+    bases = [llama.base, write_llama(tmp_path / "other", seed=7)]
+    dice = random.Random(5)
+    prompts = [tuple(dice.randrange(VOCAB_SIZE) for _ in range(LENGTH)) for _ in range(8)]
+    many: list[list[Case]] = []
+    for base in bases:
+        truth = PeftReference(base, adapters)
+        many.append(
+            [
+                Case(name, prompt, answer)
+                for name in (None, *adapters)
+                for prompt, answer in zip(
+                    prompts, truth.generate(name, prompts, NEW_TOKENS), strict=True
+                )
+                if answer.min_margin > 0.01
+            ]
+        )
+        assert {case.adapter for case in many[-1]} == {None, *adapters}
+    with running_engine(llama.base, in_process=True, max_loras=2) as llm:
+        for turn in (0, 1, 0):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(bases[turn])})
+            llm.reset_prefix_cache()
+            outputs = generate(llm, llama, many[turn], failing, greedy())
+            for output, case in zip(outputs, many[turn], strict=True):
+                assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
 
 
 def ngram(llama: Scenario, path: Path) -> dict[str, Any]:

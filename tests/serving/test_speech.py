@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import wave
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -178,7 +179,7 @@ def test_files_are_transcribed_and_translated_as_by_peft_beside_adapters_that_fa
     """By a server with fewer slots, and less host memory, than all adapters need.
 
     Adapters are asked by a tenant that may not use the base model, and languages are detected where
-    a request does not say which it is.
+    a request does not say which it is: by the base model, and so they are metered.
     """
     gone = shutil.copytree(speech.adapters["both-r5"], tmp_path / GONE)
     adapters = {**speech.adapters, GONE: gone}
@@ -193,6 +194,7 @@ def test_files_are_transcribed_and_translated_as_by_peft_beside_adapters_that_fa
         *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
         *("--multilora-tenants", str(tmp_path / "tenants.json")),
         *("--multilora-admin-key-file", str(tmp_path / "admin-key")),
+        *("--multilora-usage-log", str(tmp_path / "usage.jsonl")),
         log=tmp_path / "vllm.log",
         api_key=KEY,
     ) as server:
@@ -224,6 +226,15 @@ def test_files_are_transcribed_and_translated_as_by_peft_beside_adapters_that_fa
         random.Random(1).shuffle(asked)
         with ThreadPoolExecutor(len(asked)) as pool:
             found = list(pool.map(lambda of: ask(*of), asked))
+    # The log is complete when the server has ended.
+    lines = [json.loads(line) for line in (tmp_path / "usage.jsonl").read_text().splitlines()]
+    used = Counter((line["tenant"], line["adapter"]) for line in lines if line["status"] == "ok")
+    answered, detected = len(SOUNDS) * len(ROUTES), len(SOUNDS)
+    assert used == {
+        (None, None): answered + detected,
+        ("acme", None): detected * len(adapters),
+        **{("acme", name): answered + 1 for name in speech.adapters},
+    }
     for (task, name, number), response in zip(asked, found, strict=True):
         if name == GONE:
             assert response.status_code == 404, response.text

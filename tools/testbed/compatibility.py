@@ -157,6 +157,7 @@ ROWS = (
     Row("pinning"),
     Row("metrics"),
     Row("quarantine"),
+    Row("other weights for the base model"),
     Row(
         "sleep",
         SAME_PATH,
