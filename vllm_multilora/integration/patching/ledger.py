@@ -471,7 +471,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vllm:lora_requests_info has a series for every set of adapters that ever had requests "
         "at once: an API server's memory and its /metrics grow for as long as it lives. Bounds "
         "their number; the newest, which routers read, stays.",
-        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM removes its series of what has passed.",
     ),
     Patch(
