@@ -1,5 +1,6 @@
 """The engine's folder: found by its instance, and gone after its maker's end."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,20 +28,58 @@ def test_an_instance_finds_its_own_folder(tmp_path: Path, instance: str) -> None
     assert find_folder(instance, tmp_path) is None
 
 
+UNSHARE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+MAKE = (
+    "from pathlib import Path; from vllm_multilora.metrics.folder import create_folder; "
+    "import sys; (create_folder(sys.argv[1], Path(sys.argv[2])) / 'file').touch(); "
+)
+
+
 def test_a_start_removes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path; from vllm_multilora.metrics.folder import create_folder; "
-        f"(create_folder('dead', Path({str(tmp_path)!r})) / 'file').touch()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", MAKE, "dead", tmp_path], check=True, timeout=60)
     assert find_folder("dead", tmp_path) is not None
     living = create_folder("living", tmp_path)
-    (tmp_path / "multilora-metrics-of-somebody").mkdir()
-    (tmp_path / "multilora-metrics-1-2-3-link").symlink_to(living)
+    (tmp_path / "of-somebody").mkdir()
+    (tmp_path / "multilora-metrics-link").symlink_to(living)
     create_folder("new", tmp_path)
     assert find_folder("dead", tmp_path) is None
     assert find_folder("living", tmp_path) == living
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("end", ["is killed", "lives"])
+def test_who_has_died_is_known_in_another_container_too(tmp_path: Path, end: str) -> None:
+    """Which has process ids of its own, where such may be made, and shared memory with this one."""
+    program = MAKE + "print('made', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", program, "other", str(tmp_path)]
+    if shutil.which("unshare") and subprocess.run([*UNSHARE, "true"], check=False).returncode == 0:
+        words = [*UNSHARE, *words]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"made\n"
+        if end == "is killed":
+            process.kill()
+            process.stdout.read()  # until nobody is left in there
+        create_folder("new", tmp_path)
+        assert (find_folder("other", tmp_path) is None) == (end == "is killed")
+
+
+def test_an_instance_that_has_a_folder_gets_no_other_one(tmp_path: Path) -> None:
+    (create_folder("one", tmp_path) / "file").touch()
+    with pytest.raises(OSError, match="not empty"):
+        create_folder("one", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["multilora-metrics-one"]
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_removed_folder_leaves_no_descriptor(tmp_path: Path) -> None:
+    before = descriptors()
+    for number in range(5):
+        remove_folder(create_folder(str(number), tmp_path))
+    assert descriptors() == before
 
 
 def test_folders_are_where_vllm_keeps_its_values_of_several_servers(

@@ -1,12 +1,14 @@
 """The folder in which the processes of an engine keep their values.
 
 Whoever starts the engine makes it before, and removes it at its end; what a crash leaves, the next
-start removes. Its name tells the instance, by which the engine's processes find it, and the
-process that made it.
+start removes. Its name tells the instance, by which the engine's processes find it. Its maker has
+it locked for as long as it lives: that is known in every container that shares the file system,
+where process ids are not.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -15,14 +17,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from vllm_multilora.metrics.process_stamps import ProcessStamp
-
 logger = logging.getLogger(__name__)
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "multilora-metrics-"
 _INSTANCE_CHARACTERS = 48
-_NAME = re.compile(re.escape(_PREFIX) + ProcessStamp.PATTERN + r"-.+")
+
+_locks: dict[Path, int] = {}
+"""Of folders that this process has made: the descriptors that keep them locked."""
 
 
 def parent_folder() -> Path:
@@ -40,30 +42,57 @@ def create_folder(instance_id: str, parent: Path) -> Path:
         OSError: It cannot be made.
     """
     _remove_stale(parent)
-    folder = parent / f"{_PREFIX}{ProcessStamp.own()}-{_file_name_part(instance_id)}"
-    folder.mkdir(mode=0o700)
+    folder = _named(instance_id, parent)
+    # It has its name when it is locked: nobody may take it for what is left of the dead.
+    made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+    descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made.rename(folder)
+    except OSError:
+        os.close(descriptor)
+        made.rmdir()
+        raise
+    _locks[folder] = descriptor
     return folder
 
 
 def find_folder(instance_id: str, parent: Path) -> Path | None:
     """An instance's folder; None where there is none: metrics are off, or it is elsewhere."""
-    found = parent.glob(f"{_PREFIX}*-{_file_name_part(instance_id)}")
-    return next((folder for folder in found if _is_own(folder)), None)
+    folder = _named(instance_id, parent)
+    return folder if _is_own(folder) else None
 
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder with all that is in it; does nothing where it is gone."""
     shutil.rmtree(folder, ignore_errors=True)
+    if (descriptor := _locks.pop(folder, None)) is not None:
+        os.close(descriptor)
 
 
 def _remove_stale(parent: Path) -> None:
     for folder in sorted(parent.glob(f"{_PREFIX}*")):
-        name = _NAME.fullmatch(folder.name)
-        if name is None or not _is_own(folder):
-            continue
-        if ProcessStamp(int(name["space"]), int(name["pid"]), int(name["started"])).is_dead():
+        if _is_own(folder) and not _is_locked(folder):
             remove_folder(folder)
             logger.info("Removed the metrics of a server that is dead: %s", folder)
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _named(instance_id: str, parent: Path) -> Path:
+    return parent / f"{_PREFIX}{_file_name_part(instance_id)}"
 
 
 def _is_own(folder: Path) -> bool:

@@ -26,8 +26,6 @@ class ProcessStamp:
     pid: int
     started: int
 
-    PATTERN = r"(?P<space>\d+)-(?P<pid>\d+)-(?P<started>\d+)"
-
     @classmethod
     def own(cls) -> ProcessStamp:
         """This process's."""
