@@ -10,7 +10,7 @@ import pytest
 from vllm.utils.counter import AtomicCounter
 
 from vllm_multilora.failures import FailureKind, LoadFailure
-from vllm_multilora.integration.server import registration, routes
+from vllm_multilora.integration.server import engine_door, registration, routes
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
 from vllm_multilora.integration.server.status_route import NEW_S, RecentListing
@@ -142,6 +142,7 @@ class Engine:
         self.engine_core = self
         self.asked: list[int] = []
         self.removed: list[int] = []
+        self.output_processor: Any = None
 
     async def add_lora(self, lora: Any) -> bool:
         self.asked.append(lora.lora_int_id)
@@ -182,3 +183,33 @@ def test_a_registration_touches_no_path_here_and_leaves_nothing_in_other_engines
         return answer
 
     assert asyncio.run(scenario()).error.code == 500
+
+
+def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even where the request comes after the adapter was removed, and has it read again."""
+    monkeypatch.setattr(registration, "LATE_GRACE_S", 0.0)
+
+    def add(processor: Any, request: Any, *_: Any) -> None:
+        processor.request_states[request.request_id] = SimpleNamespace(request_id="1")
+
+    async def scenario() -> list[int]:
+        engine, kept, gone = Engine(), lora_of("kept", 7), lora_of("gone", 8)
+        engine.output_processor = SimpleNamespace(request_states={})
+        models = SimpleNamespace(
+            engine_client=engine, lora_requests={"kept": kept, "again": lora_of("again", 10)}
+        )
+        registration.start(models)
+        for number, lora in enumerate((None, kept, gone, lora_of("again", 9))):
+            request = SimpleNamespace(request_id=str(number), lora_request=lora)
+            engine_door.add_request(add, engine.output_processor, request, None)
+        for _ in range(4):
+            await asyncio.sleep(0)
+        return engine.removed
+
+    assert asyncio.run(scenario()) == [8, 9]
+
+
+def lora_of(name: str, number: int) -> Any:
+    return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=f"/adapters/{name}")

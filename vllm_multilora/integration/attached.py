@@ -93,6 +93,9 @@ LISTING: Attached[RecentListing] = Attached("listing")
 ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attached("on-failure")
 """Of an `OutputProcessor`: is told of every adapter whose load has failed requests."""
 
+SEE_OFF: Attached[Callable[[LoRARequest], None]] = Attached("see-off")
+"""Of an `OutputProcessor`: is told of the adapter of every request that goes to the engine."""
+
 TENANT: Attached[RequestTenant] = Attached("tenant")
 """Of an engine core's `Request`: its tenant; see `tenant_of_request`."""
 

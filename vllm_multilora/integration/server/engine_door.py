@@ -12,7 +12,7 @@ from typing import Any
 from vllm.exceptions import VLLMNotFoundError
 
 from vllm_multilora.adapters.blends import folders_of
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS
+from vllm_multilora.integration.attached import HIDDEN_FOLDERS, SEE_OFF
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.tenant_of_request import set_tenant
@@ -39,6 +39,8 @@ def add_request(
     state = processor.request_states.get(request.request_id)
     if state is not None and is_new:
         metering.begin(processor, state)
+        if request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
+            see_off(request.lora_request)
     if caller is None or state is None:
         return
     if caller.hides_folders:

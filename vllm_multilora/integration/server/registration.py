@@ -21,6 +21,7 @@ from vllm.lora.request import LoRARequest
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.attached import SEE_OFF
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
 from vllm_multilora.integration.patching.activation import kernel_backend
@@ -37,6 +38,11 @@ MOST_ADAPTERS = 65_536
 
 GRACE_S = 5.0
 """How long a request may be on its way from its adapter's name to the engine."""
+
+
+LATE_GRACE_S = 3 * GRACE_S
+"""As long for an adapter whose request came after that. Another API server, which looks at adapter
+directories for itself, knows by then that the version is an old one."""
 
 
 class AdapterErrorInfo(ErrorInfo):
@@ -181,6 +187,17 @@ async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S)
     # A folder that was put back as it was has the number that it had.
     if not is_current(models, lora):
         await remove(models, lora)
+
+
+def start(models: Any) -> None:
+    """Sees to it that no adapter stays with the engine for a request that came late."""
+
+    def see_off(lora: LoRARequest) -> None:
+        # Its name has gone while the request was on its way, maybe longer than an unload waits.
+        if not is_current(models, lora):
+            in_background(remove_later(models, lora, LATE_GRACE_S))
+
+    SEE_OFF.set(models.engine_client.output_processor, see_off)
 
 
 _tasks: set[asyncio.Task[None]] = set()

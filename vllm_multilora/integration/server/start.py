@@ -49,6 +49,7 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
         await status_route.engine_reports(models.engine_client.engine_core, [])
     await original(models)
     if registration.acts_for(models):
+        registration.start(models)
         shared_names.start(models)
         metering.start(models)
     await adapter_directory.start(models)
