@@ -389,6 +389,30 @@ def test_without_keys_nothing_is_guarded(monkeypatch):
     assert access_for(arguments(enabled=False)) is None
 
 
+@pytest.mark.parametrize("key", [None, "sk-guessed"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/adapters"),
+        ("DELETE", "/adapters/victim"),
+        ("POST", "/invocations"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("GET", "/v1/lora_adapters"),
+    ],
+)
+def test_an_api_key_alone_guards_the_routes_outside_vllms_prefix_too(
+    monkeypatch, method, path, key
+):
+    monkeypatch.delenv("MULTILORA_ADMIN_KEY", raising=False)
+    given = arguments()
+    given.api_key = [CLIENT]
+    access, app = access_for(given), App()
+    assert asyncio.run(call(app, access, path, key, method))["status"] == 401
+    assert not app.callers
+    assert asyncio.run(call(app, access, path, CLIENT, method))["status"] == 200
+    assert [caller.role for caller in app.callers] == [Role.OPERATOR]
+
+
 def test_api_servers_of_one_server_have_the_same_salt(tenants, monkeypatch):
     monkeypatch.setenv("MULTILORA_CACHE_SALT", "shared")
     monkeypatch.setenv("MULTILORA_API_SERVERS", "2")
