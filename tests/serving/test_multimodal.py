@@ -138,10 +138,11 @@ def failing(shown: Gallery, root: Path) -> dict[str, Path]:
 
 
 def failures(shown: Gallery) -> list[Question]:
-    image, words = by_default(shown)
+    words = by_default(shown)[1]
+    image = next(one for one in shown.questions if one.adapter == LANGUAGE and one.images)
     return [
         Question(POISON, (), words.prompt[:3], ()),
-        Question(GONE, image.images, image.prompt, ()),
+        Question(GONE, image.images, image.prompt, image.answer),
     ]
 
 
@@ -227,7 +228,12 @@ def test_chats_with_images_are_answered_as_by_pefts_default(shown: Gallery, tmp_
         with ThreadPoolExecutor(16) as pool:
             failed = list(pool.map(answer, failures(shown)))
             answers = list(pool.map(answer, asked))
-    assert [response.status_code for response in failed] == [400, 404]
+    poison, gone = failed
+    assert poison.status_code == 400, poison.text
+    if gone.is_success:  # it has the weights of another, and may be in memory as long as that is
+        asked, answers = [*asked, failures(shown)[1]], [*answers, gone]
+    else:
+        assert gone.status_code == 404, gone.text
     for question, response in zip(asked, answers, strict=True):
         assert response.is_success, f"{response.text}\n{server.log_tail()}"
         words = response.json()["choices"][0]["message"]["content"]
