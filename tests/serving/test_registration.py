@@ -189,6 +189,14 @@ def test_a_missing_adapter_is_not_found(deployment: Deployment) -> None:
     assert "nobody" in response.json()["error"]["message"]
 
 
+def test_a_url_is_not_taken_for_a_folder_here(deployment: Deployment) -> None:
+    response = deployment.load("nobody", "s3://bucket/acme/v1")
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert "s3://bucket/acme/v1 is a URL" in error["message"]
+    assert "download" in error["problems"][0]["hint"]
+
+
 @pytest.mark.parametrize("way", ["elsewhere", "dots", "link", "linked-file", "hub-name"])
 def test_adapters_come_from_the_allowed_folders_only(
     deployment: Deployment, tmp_path: Path, way: str

@@ -37,6 +37,13 @@ def test_paths_of_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.Monke
     assert fetched("/not/there", is_allowed=False) == "/not/there"
 
 
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_a_url_is_called_what_it_is(hub: Path, is_allowed: bool) -> None:
+    assert located("s3://acme/medical") == "s3://acme/medical"
+    with pytest.raises(AdapterNotFoundError, match="s3://acme/medical is a URL"):
+        fetched("s3://acme/medical", is_allowed=is_allowed)
+
+
 def test_of_a_blend_each_parts_path_is_looked_at(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

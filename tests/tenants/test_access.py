@@ -442,6 +442,14 @@ def test_a_server_that_would_guard_nothing_does_not_start(tenants):
         check_access(engine(tenants, lora=False), UsageContext.OPENAI_API_SERVER)
 
 
+def test_a_server_whose_front_end_loads_no_plugins_does_not_start_with_tenants(
+    tenants, monkeypatch
+):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ConfigError, match="Python front end"):
+        check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)
+
+
 def test_a_file_that_cannot_be_used_stops_the_start(tenants):
     tenants.write_text('{"tenants": 7}')
     with pytest.raises(DocumentError, match="expected tenants by name"):

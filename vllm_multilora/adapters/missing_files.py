@@ -16,6 +16,11 @@ _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors|.*\.safetensors\.index\.json")
 _MOST_NAMED = 5
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, which leads to no folder."""
+    return _URL.match(path) is not None
+
+
 def no_folder(path: str, *, is_file: bool = False) -> Problem:
     """The problem of a path that leads to no folder.
 
@@ -24,7 +29,7 @@ def no_folder(path: str, *, is_file: bool = False) -> Problem:
         is_file: Whether there is something else under it.
     """
     name = shown_name(path)
-    if _URL.match(path):
+    if is_url(path):
         message = f"{name} is a URL, and adapters are read from folders, expected {EXPECTED}"
         hint = "download the adapter, and give the path of its folder"
         return Problem(Code.FOLDER_MISSING, name, "", "a URL", EXPECTED, message, hint)

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_multilora.commands.quiet import quieten_vllm
@@ -108,7 +107,7 @@ def run(
         print(f"vllm-multilora validate: error: {error}", file=sys.stderr)
         return FAILED
     found = {
-        folder: validate(Path(folder), layout, check_finite=arguments.check_finite)
+        folder: validate(folder, layout, check_finite=arguments.check_finite)
         for folder in arguments.adapters
     }
     if arguments.json:

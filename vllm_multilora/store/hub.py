@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_multilora.adapters.blends import Blend
 from vllm_multilora.adapters.errors import AdapterNotFoundError
-from vllm_multilora.adapters.missing_files import EXPECTED, no_folder
+from vllm_multilora.adapters.missing_files import EXPECTED, is_url, no_folder
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 
 # Nothing that leads elsewhere: whether such a path exists is told to those who may look there.
@@ -17,7 +17,7 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def located(path: str) -> str:
-    """An absolute path where there is or must be one; what may be a repository stays as it is.
+    """An absolute path where there is or must be one; a URL or a repository stays as it is.
 
     Of a blend, the same is done with the paths of its parts.
 
@@ -26,6 +26,8 @@ def located(path: str) -> str:
     """
     if (blend := Blend.read(path)) is not None:
         return blend.at(located).source
+    if is_url(path):
+        return path
     given = Path(path)
     try:
         given = given.expanduser()
@@ -44,13 +46,15 @@ def fetched(path: str, *, is_allowed: bool) -> str:
         is_allowed: Whether the hub may be asked (`--multilora-allow-hub`).
 
     Raises:
-        AdapterNotFoundError: It is a repository, and the hub does not have it or is not to be
-            asked.
+        AdapterNotFoundError: It is a URL, or a repository that the hub does not have or that it is
+            not to be asked for.
     """
     if (blend := Blend.read(path)) is not None:
         return blend.at(partial(fetched, is_allowed=is_allowed)).source
     if Path(path).is_absolute():
         return path
+    if is_url(path):
+        raise AdapterNotFoundError.of(no_folder(path))
     name = shown_name(path)
     if not is_allowed:
         hint = (

