@@ -65,11 +65,20 @@ def _model_slots(worker: Any) -> tuple[int | None, ...]:
 
 
 def _overwrite_slots(worker: Any) -> None:
+    """Runs in the worker: all that sleep level 2 does not keep."""
     manager = worker.model_runner.lora_manager
     for module in manager.model_manager.modules.values():
         for stacked in (*module.lora_a_stacked, *module.lora_b_stacked):
             stacked.fill_(float("nan"))
+    buffers = [
+        buffer
+        for wrapper in manager.model_manager.punica_wrapper_mapping.values()
+        for buffer in (wrapper.plan.buffer, wrapper.output_rows.buffer)
+    ]
+    for buffer in buffers:
+        buffer.fill_(-(2**30))
     manager.slots_lost()
+    assert not any(buffer.any() for buffer in buffers)
 
 
 class CacheProbe:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -190,6 +190,36 @@ def test_adapters_return_to_slots_whose_memory_was_lost(
     assert not view.reads  # from host memory
     probe.lose_slots()
     assert_answers_beside_failing(engine, fleet, cases, tmp_path)
+
+
+def orders(worker: Any) -> int:
+    """Runs in the worker: how many slots it was told to fill or to check."""
+    count: int = worker.model_runner.lora_manager._orders
+    return count
+
+
+def dummy_batch(worker: Any, adapters: int) -> None:
+    """Runs in the worker: a batch of adapters that there are not."""
+    worker.model_runner._dummy_run(8, num_active_loras=adapters)
+
+
+@pytest.mark.parametrize("adapters", [None, 0, 2], ids=["as vLLM has it", "none", "two"])
+def test_what_an_idle_rank_computes_leaves_the_slots_as_they_are(
+    engine: "LLM", fleet: Scenario, probe: CacheProbe, adapters: int | None
+) -> None:
+    """While others work, vLLM has it compute such batches."""
+    cases = [case_of(fleet, number) for number in range(3)]
+    assert_answers_as_peft(engine, fleet, cases)
+    before, told = probe.look(), engine.collective_rpc(orders)
+    for _ in range(2):
+        if adapters is None:
+            engine.collective_rpc("execute_dummy_batch")
+        else:
+            engine.collective_rpc(dummy_batch, args=(adapters,))
+    assert_answers_as_peft(engine, fleet, cases)
+    view = probe.look()
+    assert (view.slots, view.model_slots) == (before.slots, before.model_slots)
+    assert engine.collective_rpc(orders) == told
 
 
 def test_new_files_are_read_where_the_request_says_so(
