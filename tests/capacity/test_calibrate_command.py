@@ -13,6 +13,8 @@ from vllm_multilora.cli import main
 from vllm_multilora.commands.calibrate import forget_files, kv_tokens
 from vllm_multilora.errors import MultiLoRAError
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"acme": 1_000_000, "globex": 4_000_000, "legal": 2_000_000, "sales": 3_000_000}
 STEP_S, LATE_S = 0.005, 0.02
 METRICS = 'vllm:other 1\nvllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'

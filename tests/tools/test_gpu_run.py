@@ -135,6 +135,7 @@ def test_a_folder_without_vllm_is_refused(tmp_path, capsys):
     assert "python -m tools.gpu.vllm_kernels makes a folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it takes its time")
 @pytest.mark.parametrize("breaks", [False, True], ids=["as it is", "with a wrong result"])
 def test_the_stress_test_finds_what_is_wrong(tmp_path, breaks):

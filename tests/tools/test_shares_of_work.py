@@ -18,9 +18,12 @@ from tools.kernels.measure.contenders import Multilora, by_column
 from tools.kernels.measure.counting import Work, count_work
 from tools.kernels.measure.interpreter import launched_as_on
 
-pytestmark = pytest.mark.skipif(
-    not backend.INTERPRETED, reason="here these kernels are compiled, not interpreted"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not backend.INTERPRETED, reason="here these kernels are compiled, not interpreted"
+    ),
+]
 H100 = DeviceFacts("sm_90", 132, pdl=False)
 SMALL = Layer("small", 512, (2048, 512, 512))
 

@@ -47,6 +47,8 @@ TIGHT = (
 )
 BY_TITLE = {case.title: case for case in CASES}
 # Where not every row begins where a wide access may, and Triton cannot know which do.
+pytestmark = pytest.mark.slow
+
 NARROW = {
     "K of whole loads only": {"x", "y"},
     "odd sides and rank": {"x", "y", "planes", "slices"},
@@ -72,8 +74,8 @@ def report(*arguments: str) -> list[dict]:
         pytest.param((SOME, ("90",)), id="some"),
         pytest.param((ONE, ("120",)), id="small-card"),
         pytest.param((CROWDED, ("80", "100", "120")), id="crowded"),
-        pytest.param((None, ("90",)), id="all", marks=pytest.mark.slow),
-        pytest.param((TIGHT, ("80", "100", "120")), id="tight", marks=pytest.mark.slow),
+        pytest.param((None, ("90",)), id="all"),
+        pytest.param((TIGHT, ("80", "100", "120")), id="tight"),
     ],
 )
 def asked_for(request) -> tuple[list[LaunchCase], tuple[str, ...]]:
@@ -253,7 +255,7 @@ def test_a_table_in_force_is_compiled_too(tmp_path, monkeypatch):
     "cases",
     [
         pytest.param(ONE, id="one"),
-        pytest.param(TIGHT, id="tight", marks=pytest.mark.slow),
+        pytest.param(TIGHT, id="tight"),
     ],
 )
 def test_amds_cards_get_wide_loads_and_matrix_instructions_and_nothing_spills(cases):
@@ -273,7 +275,6 @@ def test_amds_cards_get_wide_loads_and_matrix_instructions_and_nothing_spills(ca
             assert result["tensor_core"] > 0, result
 
 
-@pytest.mark.slow
 def test_the_tuners_candidates_compile_and_few_of_them_spill():
     """Which do, the tuner finds out by compiling them; on paper they all have enough registers."""
     results = report("--candidates", "--arch=90")

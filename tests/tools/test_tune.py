@@ -406,6 +406,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_a_launch_asks_for(tmp_path):
     """In processes without Triton's interpreter: a launch of the tuner's compiles nothing more."""
     program = tmp_path / "ahead.py"

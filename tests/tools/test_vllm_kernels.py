@@ -38,6 +38,7 @@ print(json.dumps({
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they are compiled, not interpreted")
+@pytest.mark.slow
 def test_carried_kernels_need_nothing_else_of_vllm_and_are_right(tmp_path, capsys):
     assert vllm_kernels.main([str(tmp_path)]) == 0
     assert "KiB in " in capsys.readouterr().out

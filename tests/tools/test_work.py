@@ -34,6 +34,8 @@ interpreted = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 SPEC = BatchSpec(Layer("small", 128, (96, 32)), tokens=8, popularity="distinct", max_loras=8)
 H100 = DeviceFacts("sm_90", 132, pdl=False)
+pytestmark = pytest.mark.slow
+
 ZERO = Traffic()
 
 
@@ -170,8 +172,8 @@ def test_a_layer_reads_its_true_ranks_and_nothing_more(batch):
     [
         ("decode, rank 64", 2),
         ("prefill, mixed ranks", 3),
-        pytest.param("prefill, mixed ranks, qkv", 2, marks=pytest.mark.slow),
-        pytest.param("decode, 8 of 64 slots", 2, marks=pytest.mark.slow),
+        pytest.param("prefill, mixed ranks, qkv", 2),
+        pytest.param("decode, 8 of 64 slots", 2),
     ],
 )
 def test_what_lies_between_the_halves_is_a_small_part_of_the_traffic(case, launches):
@@ -261,7 +263,6 @@ def programs(record: dict) -> int:
     return sum(launch["programs"] for launch in record["launches"])
 
 
-@pytest.mark.slow
 @with_vllm
 class TestAgainstVllm:
     """At full layer size; a wrong result of anybody would have ended the command."""
