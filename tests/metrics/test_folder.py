@@ -39,8 +39,8 @@ def test_a_start_removes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> 
     subprocess.run([sys.executable, "-c", MAKE, "dead", tmp_path], check=True, timeout=60)
     assert find_folder("dead", tmp_path) is not None
     living = create_folder("living", tmp_path)
-    (tmp_path / "of-somebody").mkdir()
-    (tmp_path / "multilora-metrics-link").symlink_to(living)
+    (tmp_path / "multilora-metrics-of-somebody").mkdir()
+    (tmp_path / "multilora-metrics-link.engine").symlink_to(living)
     create_folder("new", tmp_path)
     assert find_folder("dead", tmp_path) is None
     assert find_folder("living", tmp_path) == living
@@ -68,7 +68,7 @@ def test_an_instance_that_has_a_folder_gets_no_other_one(tmp_path: Path) -> None
     (create_folder("one", tmp_path) / "file").touch()
     with pytest.raises(OSError, match="not empty"):
         create_folder("one", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["multilora-metrics-one"]
+    assert [path.name for path in tmp_path.iterdir()] == ["multilora-metrics-one.engine"]
 
 
 def descriptors() -> int:

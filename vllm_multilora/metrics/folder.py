@@ -20,7 +20,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _SHARED_MEMORY = Path("/dev/shm")
-_PREFIX = "multilora-metrics-"
+_PREFIX, _SUFFIX = "multilora-metrics-", ".engine"
 _INSTANCE_CHARACTERS = 48
 
 _locks: dict[Path, int] = {}
@@ -71,7 +71,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def _remove_stale(parent: Path) -> None:
-    for folder in sorted(parent.glob(f"{_PREFIX}*")):
+    for folder in sorted(parent.glob(f"{_PREFIX}*{_SUFFIX}")):
         if _is_own(folder) and not _is_locked(folder):
             remove_folder(folder)
             logger.info("Removed the metrics of a server that is dead: %s", folder)
@@ -92,7 +92,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _named(instance_id: str, parent: Path) -> Path:
-    return parent / f"{_PREFIX}{_file_name_part(instance_id)}"
+    return parent / f"{_PREFIX}{_file_name_part(instance_id)}{_SUFFIX}"
 
 
 def _is_own(folder: Path) -> bool:
