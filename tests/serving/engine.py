@@ -50,9 +50,11 @@ _SETTINGS: dict[str, Any] = {
 
 _EXIT_LIMIT_S = 30.0
 
+IS_0_31 = str(installed_version()).startswith("0.31.")
+"""Whether vLLM is 0.31."""
+
 needs_ngram_drafts = pytest.mark.skipif(
-    str(installed_version()).startswith("0.31.")
-    and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+    IS_0_31 and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
     reason="vLLM 0.31's second model runner refuses drafts by n-grams",
 )
 
@@ -73,11 +75,10 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
         RuntimeError: A process of the engine outlived its shutdown (and was killed).
     """
     import torch
-    import vllm
     import zmq
     from vllm import LLM
 
-    if vllm.__version__.startswith("0.31."):
+    if IS_0_31:
         # Collected, a context of its clients may wait for ever for what nobody takes any more.
         zmq.Context.__del__ = lambda context: None
     before = _children()

@@ -4,7 +4,7 @@ There are fewer slots than adapters, and requests of adapters that fail are in t
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from tests.attacks.poison import poisoned
 
 from .cases import NEW_TOKENS, Case, Scenario
-from .engine import BLOCK_SIZE, lora_request, needs_ngram_drafts, running_engine
+from .engine import BLOCK_SIZE, assert_as_peft, lora_request, needs_ngram_drafts, running_engine
 from .peft_reference import PeftReference
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from .tiny_models import VOCAB_SIZE, write_eagle, write_llama
@@ -105,6 +105,22 @@ def generate(
     return outputs[len(failing) :]
 
 
+def decisive(
+    base: Path, adapters: Mapping[str, Path], prompts: Sequence[tuple[int, ...]]
+) -> list[Case]:
+    """PEFT's answers for each adapter and the base model, as far as none hangs on rounding."""
+    truth = PeftReference(base, adapters)
+    answers = {name: truth.generate(name, prompts, NEW_TOKENS) for name in (None, *adapters)}
+    found = [
+        Case(name, prompt, of[row])
+        for row, prompt in enumerate(prompts)
+        for name, of in answers.items()
+        if of[row].min_margin > 0.01
+    ]
+    assert {case.adapter for case in found} == {None, *adapters}
+    return found
+
+
 def greedy(**options: Any) -> "SamplingParams":
     from vllm import SamplingParams
 
@@ -137,8 +153,7 @@ def test_requests_that_are_preempted_and_go_first_answer_as_peft(
     many = cases * 4
     priority = [-i for i in range(len(failing) + len(many))]
     outputs = generate(engine, llama, many, failing, greedy(), priority=priority)
-    for output, case in zip(outputs, many, strict=True):
-        assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+    assert_as_peft(outputs, many)
     assert counter(engine, "vllm:num_preemptions") > before
 
 
@@ -189,8 +204,7 @@ def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
     outputs = generate(engine, llama, [*cases, *cases], failing, parameters)
     for output, case in zip(outputs, cases, strict=False):
         assert list(output.outputs[0].token_ids) == [likeliest(case)[2]], case.adapter
-    for output, case in zip(outputs[len(cases) :], cases, strict=True):
-        assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+    assert_as_peft(outputs[len(cases) :], cases)
 
 
 def others_allowed(ranked: list[int]) -> dict[str, Any]:
@@ -238,20 +252,11 @@ def test_adapters_that_take_turns_over_one_prefix_keep_their_own_cache_of_it(
     """In parts, and with a KV cache that has room for a part of them, time after time."""
     prefix = tuple(7 * number % 97 + 1 for number in range(2 * BLOCK_SIZE))
     prompts = [(*prefix, *(tail + 3 * number for number in range(9))) for tail in range(4)]
-    truth = PeftReference(llama.base, {name: llama.adapters[name] for name in NAMES})
-    answers = {name: truth.generate(name, prompts, NEW_TOKENS) for name in (None, *NAMES)}
-    many = [
-        Case(name, prompt, of[row])
-        for row, prompt in enumerate(prompts)
-        for name, of in answers.items()
-        if of[row].min_margin > 0.01
-    ]
-    assert {case.adapter for case in many} == {None, *NAMES}
+    many = decisive(llama.base, {name: llama.adapters[name] for name in NAMES}, prompts)
     cached = 0
     for _ in range(3):
         outputs = generate(engine, llama, many, failing, greedy())
-        for output, case in zip(outputs, many, strict=True):
-            assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+        assert_as_peft(outputs, many)
         cached += sum(output.num_cached_tokens for output in outputs)
     assert 0 < cached < 3 * len(many) * len(prefix)
 
@@ -293,8 +298,7 @@ def test_a_logits_processor_of_ones_own_acts_on_its_requests_under_their_adapter
         outputs = generate(llm, llama, [*cases, *cases], failing, parameters)
     for output, likeliest in zip(outputs, ranked, strict=False):
         assert list(output.outputs[0].token_ids) == [likeliest[1]]
-    for output, case in zip(outputs[len(cases) :], cases, strict=True):
-        assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+    assert_as_peft(outputs[len(cases) :], cases)
 
 
 @pytest.mark.smoke("other weights for the base model")
@@ -307,27 +311,13 @@ def test_adapters_act_on_the_weights_that_the_base_model_has_got(
     bases = [llama.base, write_llama(tmp_path / "other", seed=7)]
     dice = random.Random(5)
     prompts = [tuple(dice.randrange(VOCAB_SIZE) for _ in range(LENGTH)) for _ in range(8)]
-    many: list[list[Case]] = []
-    for base in bases:
-        truth = PeftReference(base, adapters)
-        many.append(
-            [
-                Case(name, prompt, answer)
-                for name in (None, *adapters)
-                for prompt, answer in zip(
-                    prompts, truth.generate(name, prompts, NEW_TOKENS), strict=True
-                )
-                if answer.min_margin > 0.01
-            ]
-        )
-        assert {case.adapter for case in many[-1]} == {None, *adapters}
+    many = [decisive(base, adapters, prompts) for base in bases]
     with running_engine(llama.base, in_process=True, max_loras=2) as llm:
         for turn in (0, 1, 0):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(bases[turn])})
             llm.reset_prefix_cache()
             outputs = generate(llm, llama, many[turn], failing, greedy())
-            for output, case in zip(outputs, many[turn], strict=True):
-                assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+            assert_as_peft(outputs, many[turn])
 
 
 def ngram(llama: Scenario, path: Path) -> dict[str, Any]:
@@ -372,7 +362,6 @@ def test_drafted_tokens_are_verified_under_their_adapter(
         outputs = generate(llm, llama, cases, failing, greedy())
         drafts = counter(llm, "vllm:spec_decode_num_drafts")
         accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
-    for output, case in zip(outputs, cases, strict=True):
-        assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
+    assert_as_peft(outputs, cases)
     assert drafts > 0
     assert accepted > 0 or drafter is not small_model

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.poison import poisoned
-from vllm_multilora.integration.patching.version import installed_version
 
 from .cases import Scenario
-from .engine import answer, assert_as_peft, assert_others_as_peft, running_engine
+from .engine import IS_0_31, answer, assert_as_peft, assert_others_as_peft, running_engine
 from .recipes import EMBEDDING_RECIPE, AdapterRecipe
 from .scenarios import build_scenario
 from .tiny_models import write_granite_hybrid
@@ -49,10 +48,7 @@ def test_layers_of_two_names_are_adapted_once(llama: Scenario) -> None:
         assert_as_peft(answer(llm, llama, cases), cases)
 
 
-@pytest.mark.skipif(
-    str(installed_version()).startswith("0.31."),
-    reason="vLLM 0.31's CPU build has such layers in bfloat16 alone",
-)
+@pytest.mark.skipif(IS_0_31, reason="vLLM 0.31's CPU build has such layers in bfloat16 alone")
 @pytest.mark.smoke("models with a state")
 def test_layers_of_state_answer_as_peft_beside_adapters_that_fail(tmp_path: Path) -> None:
     """None of what an adapter leaves in a state that overflows is another request's."""
