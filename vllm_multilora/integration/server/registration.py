@@ -39,10 +39,9 @@ MOST_ADAPTERS = 65_536
 GRACE_S = 5.0
 """How long a request may be on its way from its adapter's name to the engine."""
 
-
 LATE_GRACE_S = 3 * GRACE_S
-"""As long for an adapter whose request came after that. Another API server, which looks at adapter
-directories for itself, knows by then that the version is an old one."""
+"""How long an adapter stays that a request has brought back after that. By then other API servers,
+which look at adapter directories for themselves, know too that its version is an old one."""
 
 
 class AdapterErrorInfo(ErrorInfo):
