@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.server.status_route import RecentListing
     from vllm_multilora.integration.server.versions import Version
     from vllm_multilora.metering.usage import Usage
+    from vllm_multilora.store.client import StoreClient
     from vllm_multilora.tenants.on_request import RequestTenant
 
 _T = TypeVar("_T")
@@ -62,6 +63,9 @@ class Attached(Generic[_T]):
 
 LINK: Attached[FillLink | None] = Attached("link")
 """Of an executor: the link on which its workers answer; None where they cannot."""
+
+STORE: Attached[StoreClient | None] = Attached("store")
+"""Of an executor: its engine core's connection to this machine's store."""
 
 REACHED: Attached[Reached] = Attached("reached")
 """Of an executor: the other machines that its workers are on, where they can be heard."""

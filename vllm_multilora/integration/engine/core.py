@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.attached import ADAPTERS, LINK, REACHED
+from vllm_multilora.integration.attached import ADAPTERS, LINK, REACHED, STORE
 from vllm_multilora.integration.engine import activation, prefix_keys
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
@@ -36,6 +36,7 @@ from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.folder import StoreUnavailableError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,12 +55,18 @@ _T = TypeVar("_T")
 def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
     """Wraps the start of an executor and its workers, which connect to their link meanwhile.
 
+    The store starts beside them, since an engine waits for it as soon as its model is loaded.
+
     Args:
-        executor: Gets the link as its `LINK`; None if its workers cannot be heard.
+        executor: Gets the link as its `LINK`; None if its workers cannot be heard. Gets a
+            connection to this machine's store as its `STORE`.
         vllm_config: Of the engine.
     """
     link = _make_link(vllm_config)
     LINK.set(executor, link)
+    if link is not None and settings_of(vllm_config).store == "process":  # no thread: workers fork
+        with suppress(StoreUnavailableError):  # which is told where it is needed
+            STORE.set(executor, _connect_store(vllm_config))
     if vllm_config.lora_config is not None and kernel_backend(vllm_config) != "vllm":
         logging.getLogger("vllm.v1.engine.core").addFilter(_REFUSALS_IN_ONE_LINE)
         if settings_of(vllm_config).quarantine:
@@ -67,8 +74,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if link is not None:
-            link.close()
+        _disconnect(executor)
         raise
     finally:
         os.environ.pop(PATH_VARIABLE, None)
@@ -81,8 +87,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
             "will wait while adapters are loaded.",
             ", ".join(map(str, missing)),
         )
-        link.close()
-        LINK.set(executor, None)
+        _disconnect(executor)
         return
     logger.info(
         "Adapters are loaded in the background on %d other machine(s).", len(reached.machines)
@@ -102,6 +107,17 @@ def _make_link(vllm_config: VllmConfig) -> FillLink | None:
         return None
     os.environ[PATH_VARIABLE] = str(link.path)
     return link
+
+
+def _disconnect(executor: Any) -> None:
+    for attached in (LINK, STORE):
+        if (connection := attached.get(executor)) is not None:
+            connection.close()
+            attached.set(executor, None)
+
+
+def _connect_store(vllm_config: VllmConfig) -> StoreClient:
+    return StoreClient.connect(settings_of(vllm_config).store, server_of(vllm_config))  # type: ignore[arg-type]
 
 
 def adapters_of(engine_core: Any) -> EngineAdapters | None:
@@ -185,7 +201,7 @@ def _open_stores(
     remote = [] if reached is None else reached.machines
     away = {rank for machine in remote for rank in machine.ranks}
     here = [r for r in range(vllm_config.parallel_config.world_size) if r not in away]
-    clients = [StoreClient.connect(settings.store, server)] if here else []  # type: ignore[arg-type]
+    clients = [STORE.get(executor) or _connect_store(vllm_config)] if here else []
     machines = [(here, client.address) for client in clients]
     clients += [StoreClient(machine.store, server) for machine in remote]
     machines += [(machine.ranks, machine.address) for machine in remote]
