@@ -1,0 +1,59 @@
+"""What an engine core has ready while its workers start: their link, and the store."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import VllmConfig
+
+from tests.serving.stores import await_end, store_process
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.attached import LINK, STORE
+from vllm_multilora.integration.engine import core
+from vllm_multilora.store import folder
+
+LIMIT_S = 10.0
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """Where the store of this test's engines is."""
+    (tmp_path / "store").mkdir(mode=0o700)
+    monkeypatch.setenv(folder.FOLDER_VARIABLE, str(tmp_path / "store"))
+    monkeypatch.setattr(core, "kernel_backend", lambda config: "native")
+    monkeypatch.setattr(core, "settings_of", lambda config: MultiLoRAConfig())
+    return folder.socket_path(folder.store_folder())
+
+
+def test_the_store_is_up_before_the_workers_and_goes_with_those_that_fail(path):
+    executor = SimpleNamespace()
+    stores = []
+
+    def start():
+        with core.starting_workers(executor, VllmConfig()):
+            stores.append(store_process(path))
+            assert STORE.get(executor).address == f"unix:{path}"
+            raise MemoryError("of a worker")
+
+    with pytest.raises(MemoryError, match="of a worker"):
+        start()
+    assert (LINK.get(executor), STORE.get(executor)) == (None, None)
+    await_end(stores[0], LIMIT_S)
+
+
+def test_no_connection_is_left_where_workers_are_not_heard(path, monkeypatch):
+    monkeypatch.setattr(core, "reach", lambda *arguments: None)
+    executor = SimpleNamespace()
+    with core.starting_workers(executor, VllmConfig()):
+        store = store_process(path)
+    assert (LINK.get(executor), STORE.get(executor)) == (None, None)
+    await_end(store, LIMIT_S)
+
+
+def test_a_store_that_cannot_start_is_told_where_it_is_needed(path, monkeypatch):
+    path.parent.chmod(0o777)
+    executor = SimpleNamespace()
+    monkeypatch.setattr(core, "reach", lambda *arguments: None)
+    with core.starting_workers(executor, VllmConfig()):
+        assert STORE.get(executor) is None
+    with pytest.raises(folder.StoreUnavailableError, match="store"):
+        core._connect_store(VllmConfig())
