@@ -20,7 +20,7 @@ GOOD = "good-customer"
 NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES)
 SOURCE = NAMES[0]
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-MOST_LABELS = 4
+MOST_LABELS = 8
 
 ROUTES = """
 routes:

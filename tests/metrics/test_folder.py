@@ -1,8 +1,10 @@
 """The engine's folder: found by its instance, and gone after its maker's end."""
 
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,19 @@ def test_a_start_removes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> 
     assert find_folder("dead", tmp_path) is None
     assert find_folder("living", tmp_path) == living
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_the_dead_left_without_a_name_is_removed_when_nobody_can_be_at_it(
+    tmp_path: Path,
+) -> None:
+    die = "import fcntl, os; fcntl.flock = lambda *_: os._exit(0); "
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", die + MAKE, "dead", tmp_path], check=True, timeout=60)
+    old, new = tmp_path.iterdir()
+    hour_ago = time.time() - 3600
+    os.utime(old, (hour_ago, hour_ago))
+    living = create_folder("living", tmp_path)
+    assert {*tmp_path.iterdir()} == {new, living}
 
 
 @pytest.mark.parametrize("end", ["is killed", "lives"])

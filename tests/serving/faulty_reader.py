@@ -1,16 +1,19 @@
 """A store's reader with faults that no file can cause, in adapters that ask for them.
 
 An adapter's folder may hold a file `fault` with one of these words: `hang`, `slow`, `die`,
-`no memory` and `disk error`.
+`no memory`, `disk error` and `two at a time`: of two jobs for the adapter, the first one reads it
+and the second one then finds it bad.
 """
 
 import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_multilora.adapters.errors import AdapterFormatError
 from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.messages import StoreSettings
 from vllm_multilora.store.reader import Source
@@ -19,6 +22,9 @@ FAULTY_READER = f"{__name__}:FaultyReader"
 FAULT = "fault"
 SLOW_S = 0.12
 """Processor time of a slow adapter's job before it opens anything."""
+
+TOGETHER_S = 1.0
+"""Time within which two jobs for an adapter begin."""
 
 
 class FaultyReader(AdapterReader):
@@ -29,12 +35,13 @@ class FaultyReader(AdapterReader):
     def open(self, path: str, rules: Any) -> Iterator[Source]:
         settings, rules = rules
         with contextlib.suppress(FileNotFoundError):
-            _make(Path(path, FAULT).read_text(), settings)
+            _make(Path(path, FAULT), settings)
         with super().open(path, rules) as source:
             yield source
 
 
-def _make(fault: str, settings: StoreSettings) -> None:
+def _make(file: Path, settings: StoreSettings) -> None:
+    fault = file.read_text()
     if fault == "hang":
         time.sleep(5 * settings.timeout_s)
     elif fault == "slow":
@@ -46,3 +53,11 @@ def _make(fault: str, settings: StoreSettings) -> None:
         raise MemoryError("cannot allocate the adapter")
     elif fault == "disk error":
         raise OSError(5, "Input/output error")
+    elif fault == "two at a time":
+        lock = os.open(file, os.O_RDONLY)  # until this job ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # when the other one is done
+            raise AdapterFormatError("another job has read it") from None
+        time.sleep(TOGETHER_S)

@@ -36,16 +36,45 @@ class Engine:
             return True
         content = (Path(lora.lora_path) / "adapter_model.safetensors").read_text()
         self.read.append(f"{lora.lora_name}: {content}")
-        for text, kind in (("bad", "invalid"), ("away", "unreadable")):
-            if content == text:
-                problem = {"code": "x", "file": "f", "message": f"{text} weights", "hint": ""}
-                fields = json.dumps({"kind": kind, "problems": [problem]})
-                raise RuntimeError(f"{text} weights{REFUSAL_MARK}{fields}")
+        refuse(content)
         self.held[lora.lora_int_id] = content
         return True
 
     async def remove_lora_async(self, lora_id: int) -> bool:
         return self.held.pop(lora_id, None) is not None
+
+
+class TwoEngines(Engine):
+    """Data parallelism: the second engine reads an adapter after the first, if it can.
+
+    Attributes:
+        fault: What it finds in the place of weights; None: what the first has found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held_by_second: dict[int, str] = {}
+        self.fault: str | None = None
+
+    async def add_lora(self, lora: LoRARequest) -> bool:
+        await super().add_lora(lora)
+        if lora.lora_int_id not in self.held_by_second:
+            content = self.fault or self.held[lora.lora_int_id]
+            refuse(content)
+            self.held_by_second[lora.lora_int_id] = content
+        return True
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        self.held_by_second.pop(lora_id, None)
+        return await super().remove_lora_async(lora_id)
+
+
+def refuse(content: str) -> None:
+    for text, kind in (("bad", "invalid"), ("away", "unreadable")):
+        if content == text:
+            problem = {"code": "x", "file": "f", "message": f"{text} weights", "hint": ""}
+            fields = json.dumps({"kind": kind, "problems": [problem]})
+            raise RuntimeError(f"{text} weights{REFUSAL_MARK}{fields}")
 
 
 class Models:
@@ -61,14 +90,18 @@ class Models:
 
 
 class Site:
-    """A directory, an engine, and API servers over both."""
+    """A directory, one engine or two, and API servers over both."""
 
-    def __init__(self, root: Path, servers: int = 1) -> None:
+    def __init__(self, root: Path, servers: int = 1, engine: Engine | None = None) -> None:
         self.root = root
-        self.engine = Engine()
+        self.engine = engine or Engine()
         self.models = [Models(self.engine) for _ in range(servers)]
         self.servers = [
-            DirectoryServer(models, AdapterDirectories([str(root)], AllowedRoots((), [root])))
+            DirectoryServer(
+                models,
+                AdapterDirectories([str(root)], AllowedRoots((), [root])),
+                is_alone=servers == 1,
+            )
             for models in self.models
         ]
         self.now = 0.0
@@ -382,6 +415,85 @@ def test_a_server_that_has_not_used_an_adapter_keeps_what_another_serves(tmp_pat
         for server in range(2):
             await site.look(server)
         assert await site.ask("acme", 1) == "good"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "servers"),
+    [("bad", 400, 1), ("bad", 400, 2), ("away", 503, 1)],
+    ids=["bad", "bad-several-servers", "away"],
+)
+def test_what_one_engine_refuses_no_other_keeps(
+    tmp_path: Path, fault: str, status: int, servers: int
+) -> None:
+    async def scenario() -> None:
+        engine = TwoEngines()
+        site = Site(tmp_path, servers, engine)
+        site.put("acme", "good")
+        engine.fault = fault
+        assert await site.ask("acme") == status
+        await settle()
+        assert engine.held == engine.held_by_second == {}
+        engine.fault = None
+        site.put("acme", "version two")
+        assert await site.ask("acme") == "version two"
+        engine.fault = fault
+        site.put("acme", "version three")
+        await site.look()
+        assert await site.ask("acme") == "version two"
+        for held in (engine.held, engine.held_by_second):
+            assert list(held.values()) == ["version two"]
+
+    run(scenario())
+
+
+def test_a_new_version_that_one_engine_refuses_stays_nowhere_under_an_old_number(
+    tmp_path: Path,
+) -> None:
+    """No request has used the old version: there is none to go on with."""
+
+    async def scenario() -> None:
+        engine = TwoEngines()
+        site = Site(tmp_path, engine=engine)
+        site.put("acme", "good")
+        await site.look()
+        site.put("acme", "version two")
+        engine.fault = "bad"
+        assert await site.ask("acme") == 400
+        await settle()
+        assert engine.held == {}
+
+    run(scenario())
+
+
+def test_what_another_server_serves_stays_while_an_engine_cannot_read_it_again(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        engine = TwoEngines()
+        site = Site(tmp_path, 2, engine)
+        site.put("acme", "good")
+        assert await site.ask("acme", 0) == "good"
+        engine.held_by_second.clear()  # evicted, and now the storage hangs
+        engine.fault = "away"
+        assert await site.ask("acme", 1) == 503
+        await settle()
+        assert await site.ask("acme", 0) == "good"
+
+    run(scenario())
+
+
+def test_what_one_engine_could_not_read_goes_with_its_folder(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = TwoEngines()
+        site = Site(tmp_path, 2, engine)
+        site.put("acme", "good")
+        engine.fault = "away"
+        assert await site.ask("acme") == 503
+        site.take("acme")
+        await site.look()
+        assert engine.held == {}
 
     run(scenario())
 

@@ -7,7 +7,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,16 @@ import psutil
 import pytest
 
 from tests.attacks.poison import poisoned
+from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
+from vllm_multilora.store.launch import StoreProcess
 from vllm_multilora.tenants.keys import stored
 
 from . import completions, spans
 from .cases import Case, Scenario
+from .engine import store_folder
 from .exposition import scrape, values
+from .faulty_reader import FAULT, FAULTY_READER
 from .metered import User, Work, assert_adds_up
 from .recipes import LINEAR_RECIPES
 from .server import VllmServer
@@ -65,27 +70,45 @@ def collector() -> Iterator[Collector]:
         yield running
 
 
+@contextlib.contextmanager
+def faulty_store() -> Iterator[str]:
+    """The folder of a running store that has faults for adapters that ask for them."""
+    with store_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, folder)
+        with contextlib.closing(StoreClient(StoreProcess(FAULTY_READER), "tests", role="observer")):
+            yield folder
+
+
 @pytest.fixture(scope="module")
 def server(
     llama: Scenario, collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmServer]:
     folder = tmp_path_factory.mktemp("servers")
+    (folder / "adapters").mkdir()
     (folder / "tenants.json").write_text(json.dumps({"tenants": TENANTS}))
     (folder / "routes.json").write_text(json.dumps({"routes": {ROUTE: {"adapter": "my-first"}}}))
     (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
-    with VllmServer(
-        llama.base,
-        *("--api-server-count", "2", "--data-parallel-size", "2", *SETTINGS),
-        *("--multilora-tenants", str(folder / "tenants.json"), "--enable-prompt-tokens-details"),
-        *("--multilora-routes", str(folder / "routes.json")),
-        *("--multilora-usage-log", str(folder / "usage.jsonl"), "--multilora-latency-metrics"),
-        *("--chat-template", str(folder / "chat.jinja")),
-        *("--otlp-traces-endpoint", collector.url),
-        api_key=KEY,
-        log=folder / "vllm.log",
-        env=ENVIRONMENT | spans.ENVIRONMENT,
-        start_timeout=480.0,
-    ) as running:
+    with (
+        faulty_store() as stores,
+        VllmServer(
+            llama.base,
+            *("--api-server-count", "2", "--data-parallel-size", "2", *SETTINGS),
+            *("--multilora-adapter-dir", str(folder / "adapters")),
+            *(
+                "--multilora-tenants",
+                str(folder / "tenants.json"),
+                "--enable-prompt-tokens-details",
+            ),
+            *("--multilora-routes", str(folder / "routes.json")),
+            *("--multilora-usage-log", str(folder / "usage.jsonl"), "--multilora-latency-metrics"),
+            *("--chat-template", str(folder / "chat.jinja")),
+            *("--otlp-traces-endpoint", collector.url),
+            api_key=KEY,
+            log=folder / "vllm.log",
+            env=ENVIRONMENT | spans.ENVIRONMENT | {FOLDER_VARIABLE: stores},
+            start_timeout=480.0,
+        ) as running,
+    ):
         yield running
 
 
@@ -151,6 +174,38 @@ def disk_reads(text: str) -> float:
     """The adapters that all engines together have had read from files."""
     reads = values(text, "vllm:lora_adapter_load_total", "source", "engine")
     return sum(number for (source, _), number in reads.items() if source == "disk")
+
+
+def in_host_memory(text: str) -> float:
+    found = values(text, "vllm:lora_cache_adapters", "tier", "engine")
+    return max(number for (tier, _), number in found.items() if tier == "cpu")
+
+
+def test_what_one_engine_finds_bad_in_a_directory_stays_in_no_other(
+    server: VllmServer, llama: Scenario
+) -> None:
+    folder = server.log.parent / "adapters" / "found"
+    aside = shutil.copytree(llama.adapters[UNREAD[0]], folder.with_name(".found"))
+    (aside / FAULT).write_text("two at a time")
+    before = scrape(server)
+    aside.rename(folder)
+    case = llama.cases_of(UNREAD[0])[0]
+    refused = completions.ask(server, "found", case)
+    assert refused.status_code == 400, refused.text
+    assert "another job has read it" in refused.text
+    assert eventually(lambda: disk_reads(scrape(server)) == disk_reads(before) + 1)
+    assert eventually(lambda: in_host_memory(scrape(server)) == in_host_memory(before))
+    (folder / FAULT).unlink()
+    os.utime(folder / "adapter_config.json")  # another version: the old one is not tried again
+    completions.assert_serves(server, "found", case)
+    shutil.rmtree(folder)
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return held
 
 
 def test_what_one_registers_both_serve_at_once(

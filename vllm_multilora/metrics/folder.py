@@ -8,6 +8,7 @@ where process ids are not.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -15,6 +16,8 @@ import os
 import re
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX, _SUFFIX = "multilora-metrics-", ".engine"
 _INSTANCE_CHARACTERS = 48
+_MAKING_S = 60.0  # far longer than it takes to lock a folder and give it its name
 
 _locks: dict[Path, int] = {}
 """Of folders that this process has made: the descriptors that keep them locked."""
@@ -44,7 +48,7 @@ def create_folder(instance_id: str, parent: Path) -> Path:
     _remove_stale(parent)
     folder = _named(instance_id, parent)
     # It has its name when it is locked: nobody may take it for what is left of the dead.
-    made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+    made = Path(tempfile.mkdtemp(_SUFFIX, f".{_PREFIX}", parent))
     descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,10 +75,18 @@ def remove_folder(folder: Path) -> None:
 
 
 def _remove_stale(parent: Path) -> None:
-    for folder in sorted(parent.glob(f"{_PREFIX}*{_SUFFIX}")):
+    for folder in sorted((*parent.glob(f"{_PREFIX}*{_SUFFIX}"), *_unfinished(parent))):
         if _is_own(folder) and not _is_locked(folder):
             remove_folder(folder)
             logger.info("Removed the metrics of a server that is dead: %s", folder)
+
+
+def _unfinished(parent: Path) -> Iterator[Path]:
+    """Folders whose makers should have locked and named them long ago."""
+    for folder in parent.glob(f".{_PREFIX}*{_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - folder.lstat().st_mtime > _MAKING_S:
+                yield folder
 
 
 def _is_locked(folder: Path) -> bool:

@@ -70,11 +70,13 @@ class DirectoryServer:
     Args:
         models: vLLM's `OpenAIServingModels`.
         directories: Whose adapters are served.
+        is_alone: Whether no other API server of these engines serves from the directories.
     """
 
-    def __init__(self, models: Any, directories: AdapterDirectories) -> None:
+    def __init__(self, models: Any, directories: AdapterDirectories, *, is_alone: bool) -> None:
         self._models = models
         self._directories = directories
+        self._is_alone = is_alone
         self._settling = Settling()
         self._served: dict[str, _Served] = {}
         # Versions that somebody has unloaded or replaced over HTTP: they stay away.
@@ -181,7 +183,8 @@ class DirectoryServer:
         served = self._served.pop(name)
         if self._is_ours(served):
             del self._models.lora_requests[name]
-            if served.is_admitted:
+            # Of several engines, one may have what another could not read.
+            if served.is_admitted or self._missed.last(served.folder) is not None:
                 registration.in_background(registration.remove(self._models, served.lora))
                 registration.in_background(
                     registration.remove_later(self._models, served.lora, _GRACE_S)
@@ -206,7 +209,7 @@ class DirectoryServer:
         lora = served.lora if folder == served.folder else _request(folder)
         refusal = await registration.admit(self._models, lora)
         if refusal is not None:
-            return await self._refuse(served, folder, refusal)
+            return await self._refuse(served, folder, lora, refusal)
         if not self._is_ours(served):  # unloaded, or its folder taken away, meanwhile
             registration.in_background(registration.remove_later(self._models, lora))
             return None
@@ -222,15 +225,20 @@ class DirectoryServer:
         return None
 
     async def _refuse(
-        self, served: _Served, folder: AdapterFolder, refusal: ErrorResponse
+        self, served: _Served, folder: AdapterFolder, lora: LoRARequest, refusal: ErrorResponse
     ) -> ErrorResponse | None:
         refusal.error.param = "model"  # what the client has sent
-        self._tell(f"{folder.path} is refused: {refusal.error.message}")
-        if refusal.error.code == HTTPStatus.BAD_REQUEST:
+        self._tell(f"{folder.path} is refused: {_beginning(refusal.error.message)}")
+        is_bad = refusal.error.code == HTTPStatus.BAD_REQUEST
+        if is_bad:
             served.refused = folder, refusal  # not read again until its files change
         else:
             self._missed.remember(folder, refusal)
-        if served.is_admitted or folder == served.folder:
+        # Another engine may have taken it. What was only not to be had now, another API server may
+        # serve: it had it read in better times.
+        if is_bad or self._is_alone:
+            registration.in_background(registration.remove(self._models, lora))
+        if served.is_admitted or folder == served.folder or self._is_alone:
             return refusal
         # Another API server may have had the version before read: it serves on.
         if await registration.admit(self._models, served.lora) is not None:
@@ -259,11 +267,13 @@ async def start(models: Any) -> None:
     """Serves the adapters of the directories that the settings name, if they name any."""
     if not registration.acts_for(models):
         return
-    settings = settings_of(models.engine_client.vllm_config)
+    vllm_config = models.engine_client.vllm_config
+    settings = settings_of(vllm_config)
     if not settings.adapter_dir:
         return
     directories = AdapterDirectories(settings.adapter_dir, AllowedRoots.of(settings))
-    server = DirectoryServer(models, directories)
+    is_alone = vllm_config.parallel_config._api_process_count <= 1
+    server = DirectoryServer(models, directories, is_alone=is_alone)
     DIRECTORY.set(models, server)
     await server.scan()
     registration.in_background(server.watch())
@@ -283,6 +293,13 @@ def refused(models: Any) -> dict[int, str]:
 
 def _request(folder: AdapterFolder) -> LoRARequest:
     return LoRARequest(lora_name=folder.name, lora_int_id=folder.number, lora_path=folder.path)
+
+
+def _beginning(message: str) -> str:
+    """The first problems of an adapter: a new version may have a hundred others every time."""
+    problems = message.splitlines()
+    told = "\n".join(problems[:_MOST_NAMED])
+    return told if len(problems) <= _MOST_NAMED else f"{told}\n(requests for it are told all)"
 
 
 def _listed(names: list[str]) -> str:
