@@ -40,6 +40,7 @@ def schemas_of(document: dict[str, Any], method: str, path: str) -> dict[str, st
     }
 
 
+@pytest.mark.smoke
 def test_refusals_and_their_problems_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     found = document(monkeypatch, "--enable-lora")
     for path in (LOAD, UNLOAD):

@@ -191,6 +191,7 @@ def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(monkeypatch, caplog)
     assert "loads no plugins" in caplog.text
 
 
+@pytest.mark.smoke
 def test_compiled_code_is_not_shared_with_stock_vllm(llama: Scenario):
     """vLLM finds what torch.compile has made by a hash of the configuration."""
     from vllm.engine.arg_utils import EngineArgs
