@@ -1,9 +1,11 @@
 """When the plugin acts, and that vLLM is untouched when it does not."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +200,13 @@ def test_compiled_code_is_not_shared_with_stock_vllm(llama: Scenario):
 
     from vllm_multilora.integration.patching.ledger import apply_patches
 
-    def key(**additional: Any) -> str:
+    def key(make: Callable[..., Any] | None = None, **additional: Any) -> str:
         arguments = EngineArgs(str(llama.base), enable_lora=True, additional_config=additional)
-        return arguments.create_engine_config().compute_hash()
+        make = make or EngineArgs.create_engine_config
+        return make(arguments).compute_hash()
 
     apply_patches()
-    ours, stock = key(), key(multilora={"enabled": False})
-    assert len({ours, stock, key(multilora={"backend": "torch"})}) == 3
+    stock = key(inspect.unwrap(EngineArgs.create_engine_config))
+    ours, other = key(), key(multilora={"backend": "torch"})
+    assert len({ours, stock, other}) == 3
     assert ours == key()
