@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.engine.adapter_status import METHOD
+from vllm_multilora.integration.step.staged_rows import StagedRows
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -65,16 +66,17 @@ def _model_slots(worker: Any) -> tuple[int | None, ...]:
 
 
 def _overwrite_slots(worker: Any) -> None:
-    """Runs in the worker: all that sleep level 2 does not keep."""
+    """Runs in the worker: all that level 2 does not keep in vLLM before 0.33."""
     manager = worker.model_runner.lora_manager
     for module in manager.model_manager.modules.values():
         for stacked in (*module.lora_a_stacked, *module.lora_b_stacked):
             stacked.fill_(float("nan"))
-    buffers = [
-        buffer
-        for wrapper in manager.model_manager.punica_wrapper_mapping.values()
-        for buffer in (wrapper.plan.buffer, wrapper.output_rows.buffer)
-    ]
+    model = manager.model_manager
+    buffers = [model._shrink_ranks, model._expand_ranks]
+    for wrapper in model.punica_wrapper_mapping.values():
+        rows = vars(wrapper._stock_rows).values()
+        buffers += [wrapper.plan.buffer, wrapper.output_rows.buffer]
+        buffers += [staged.buffer for staged in rows if isinstance(staged, StagedRows)]
     for buffer in buffers:
         buffer.fill_(-(2**30))
     manager.slots_lost()
@@ -127,6 +129,7 @@ class CacheProbe:
         return found
 
     def lose_slots(self) -> None:
-        """Overwrites all slots, and has the engine wake up as if it had slept without them."""
+        """Has the engine sleep and wake up; all memory that it may lose on a GPU is overwritten."""
+        self._llm.sleep(level=2)
         self._llm.collective_rpc(_overwrite_slots, timeout=60)
         self._llm.wake_up()

@@ -87,6 +87,14 @@ CLASSIFIER_RECIPES = (
 )
 """Adapters of classifiers: what they do to the head is what tells them apart."""
 
+TOKEN_CLASSIFIER_RECIPES = (
+    AdapterRecipe("own-head-r8", targets=("query", "key", "value"), own_head=True),
+    AdapterRecipe("own-head-qv-r5", targets=("query", "value"), rank=5, gain=0.8, own_head=True),
+    AdapterRecipe("adapted-head-r16", targets=("query", "value", "classifier"), rank=16),
+    AdapterRecipe("base-head-r64", ("query", "key", "value", "dense"), rank=MAX_RANK, alpha=32),
+)
+"""The same of a BERT that tells the classes of tokens."""
+
 LANGUAGE_RECIPES = (
     AdapterRecipe("language-all-r8", within="language_model"),
     AdapterRecipe(

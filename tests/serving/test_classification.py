@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.attacks.poison import poisoned
+from vllm_multilora.integration.patching.version import installed_version
 
 from .engine import running_engine
-from .recipes import CLASSIFIER_RECIPES
+from .recipes import CLASSIFIER_RECIPES, TOKEN_CLASSIFIER_RECIPES, AdapterRecipe
 from .tiny_adapters import write_adapters
-from .tiny_models import VOCAB_SIZE, write_classifier
+from .tiny_models import VOCAB_SIZE, write_classifier, write_token_classifier
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -27,6 +28,11 @@ PAIRS = ((3, 4), (12, 11), (25, 17))
 
 Pair = tuple[list[int], list[int]]
 
+has_token_heads = pytest.mark.skipif(
+    (installed_version() or "0").split(".") < ["0", "33"],
+    reason="vLLM before 0.33 has adapters of no model with heads for tokens",
+)
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -34,6 +40,7 @@ class Classifier:
 
     base: Path
     adapters: Mapping[str, Path]
+    auto: Any
 
     def lora(self, name: str | None) -> "LoRARequest | None":
         from vllm.lora.request import LoRARequest
@@ -43,11 +50,13 @@ class Classifier:
         return LoRARequest(name, 1 + list(self.adapters).index(name), str(self.adapters[name]))
 
     def logits(self, name: str | None, prompt: Sequence[int]) -> torch.Tensor:
-        """What PEFT and transformers say of a prompt: float32 of shape [labels]."""
-        from peft import PeftConfig, PeftModel
-        from transformers import AutoModelForSequenceClassification
+        """What PEFT and transformers say of a prompt: float32 of shape [labels].
 
-        model = AutoModelForSequenceClassification.from_pretrained(self.base, dtype=torch.float32)
+        Of shape [tokens, labels] where the model tells classes of tokens.
+        """
+        from peft import PeftConfig, PeftModel
+
+        model = self.auto.from_pretrained(self.base, dtype=torch.float32)
         if name is not None:
             config = PeftConfig.from_pretrained(self.adapters[name])
             model = PeftModel.from_pretrained(model, self.adapters[name], config=config)
@@ -64,14 +73,28 @@ def classifier(root: Path, labels: int) -> Classifier:
     from transformers import AutoModelForSequenceClassification as Auto
 
     base = write_classifier(root / "base", labels=labels)
-    adapters = write_adapters(base, root, CLASSIFIER_RECIPES, auto=Auto)
-    adapters[POISON] = poisoned(adapters[CLASSIFIER_RECIPES[0].name], root / POISON, "float32")
-    return Classifier(base, {**adapters, GONE: root / GONE})
+    return with_adapters(base, root, CLASSIFIER_RECIPES, Auto, part="v_proj")
 
 
-def mixed(pairs: Sequence[Pair]) -> list[tuple[str | None, Pair]]:
+def token_classifier(root: Path, labels: int) -> Classifier:
+    from transformers import AutoModelForTokenClassification as Auto
+
+    base = write_token_classifier(root / "base", labels=labels)
+    return with_adapters(base, root, TOKEN_CLASSIFIER_RECIPES, Auto, part="value")
+
+
+def with_adapters(
+    base: Path, root: Path, recipes: Sequence[AdapterRecipe], auto: Any, *, part: str
+) -> Classifier:
+    """A classifier with its adapters; what overflows is a part of the first one's copy."""
+    adapters = write_adapters(base, root, recipes, auto=auto)
+    adapters[POISON] = poisoned(adapters[recipes[0].name], root / POISON, "float32", part=part)
+    return Classifier(base, {**adapters, GONE: root / GONE}, auto)
+
+
+def mixed(model: Classifier, pairs: Sequence[Pair]) -> list[tuple[str | None, Pair]]:
     """Requests of the base model and of every adapter for each pair, in any order."""
-    names = (None, *(recipe.name for recipe in CLASSIFIER_RECIPES), GONE, POISON)
+    names = (None, *model.adapters)
     requests = [(name, pair) for pair in pairs for name in names]
     random.Random(1).shuffle(requests)
     return requests
@@ -107,7 +130,7 @@ def assert_only_the_guilty_fail(name: str | None, error: Any) -> None:
 @pytest.mark.smoke("scoring and classification of requests")
 def test_classes_equal_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
     model = classifier(tmp_path, labels=3)
-    requests = mixed(random_pairs())
+    requests = mixed(model, random_pairs())
     with running_engine(
         model.base,
         in_process=True,
@@ -135,7 +158,7 @@ def test_classes_equal_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
 @pytest.mark.smoke("scoring and classification of requests")
 def test_a_cross_encoders_scores_equal_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
     model = classifier(tmp_path, labels=1)
-    requests = mixed(random_pairs())
+    requests = mixed(model, random_pairs())
     with running_engine(
         model.base,
         in_process=True,
@@ -166,7 +189,7 @@ def test_tokens_classes_equal_pefts_and_heads_that_vllm_cannot_apply_are_refused
 ) -> None:
     """vLLM 0.33 does apply adapters' own heads to tokens, for a few models."""
     model = classifier(tmp_path, labels=3)
-    requests = mixed([([5, 6, 7], [250, 21])])
+    requests = mixed(model, [([5, 6, 7], [250, 21])])
     served = {None, "base-head-r64"}
     with running_engine(
         model.base,
@@ -191,3 +214,36 @@ def test_tokens_classes_equal_pefts_and_heads_that_vllm_cannot_apply_are_refused
             assert_only_the_guilty_fail(name, error_of(answer))
         else:  # the adapter that overflows has a head of its own, too
             assert "token_classify" in error_of(answer).message, name
+
+
+@has_token_heads
+@pytest.mark.smoke("classification of tokens")
+def test_tokens_classes_of_adapters_own_heads_equal_pefts_beside_adapters_that_fail(
+    tmp_path: Path,
+) -> None:
+    model = token_classifier(tmp_path, labels=3)
+    requests = mixed(model, random_pairs())
+    with running_engine(
+        model.base,
+        in_process=True,
+        runner="pooling",
+        max_loras=2,
+        max_model_len=96,
+        max_num_batched_tokens=96,  # several requests a step, each with all of its tokens
+        enable_prefix_caching=False,
+    ) as llm:
+        answers = llm.encode(
+            [{"prompt_token_ids": [*query, *document]} for _, (query, document) in requests],
+            pooling_task="token_classify",
+            lora_request=[model.lora(name) for name, _ in requests],
+            use_tqdm=False,
+        )
+    seen: dict[int, list[torch.Tensor]] = {}
+    for answer, (name, (query, document)) in zip(answers, requests, strict=True):
+        assert_only_the_guilty_fail(name, error_of(answer))
+        if error_of(answer) is None:
+            expected = model.logits(name, [*query, *document]).softmax(dim=-1)
+            torch.testing.assert_close(answer.outputs.data, expected, rtol=1e-3, atol=1e-5)
+            seen.setdefault(len(expected), []).append(expected.flatten())
+    for of_one_prompt in seen.values():
+        assert torch.pdist(torch.stack(of_one_prompt)).min() > 0.1, "a mix-up would show"

@@ -100,11 +100,28 @@ def test_an_adapter_that_comes_back_costs_no_lengths(engine: "LLM", dora: Scenar
         engine.collective_rpc(lengths_again)
 
 
+@pytest.mark.smoke("DoRA")
+def test_an_idle_ranks_batches_cost_no_lengths(engine: "LLM", dora: Scenario) -> None:
+    """While others work, vLLM has it compute such batches, with adapters that there are not."""
+    kinds = [name for name in dora.adapters if name.startswith("dora")][:2]
+    cases = [dora.cases_of(name)[0] for name in kinds]
+    assert_all_as_peft(engine, dora, cases)
+    known = engine.collective_rpc(known_factors)
+    engine.collective_rpc(no_more_lengths)
+    try:
+        engine.collective_rpc("execute_dummy_batch")
+        assert engine.collective_rpc(known_factors) == known
+        assert_all_as_peft(engine, dora, cases)
+    finally:
+        engine.collective_rpc(lengths_again)
+
+
 def test_factors_are_found_again_when_the_base_model_has_other_weights(
     engine: "LLM", dora: Scenario
 ) -> None:
     cases = [case for case in dora.cases if case.adapter == "dora-all-r8"]
     assert_all_as_peft(engine, dora, cases)
+    engine.collective_rpc("execute_dummy_batch")  # which changes no weights
     engine.collective_rpc(weights_replaced)
     assert engine.collective_rpc(known_factors) == [0]
     assert_all_as_peft(engine, dora, cases)

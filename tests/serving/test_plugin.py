@@ -1,9 +1,11 @@
 """When the plugin acts, and that vLLM is untouched when it does not."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +193,20 @@ def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(monkeypatch, caplog)
     assert "loads no plugins" in caplog.text
 
 
+@pytest.mark.smoke
 def test_compiled_code_is_not_shared_with_stock_vllm(llama: Scenario):
     """vLLM finds what torch.compile has made by a hash of the configuration."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_multilora.integration.patching.ledger import apply_patches
 
-    def key(**additional: Any) -> str:
+    def key(make: Callable[..., Any] | None = None, **additional: Any) -> str:
         arguments = EngineArgs(str(llama.base), enable_lora=True, additional_config=additional)
-        return arguments.create_engine_config().compute_hash()
+        make = make or EngineArgs.create_engine_config
+        return make(arguments).compute_hash()
 
     apply_patches()
-    ours, stock = key(), key(multilora={"enabled": False})
-    assert len({ours, stock, key(multilora={"backend": "torch"})}) == 3
+    stock = key(inspect.unwrap(EngineArgs.create_engine_config))
+    ours, other = key(), key(multilora={"backend": "torch"})
+    assert len({ours, stock, other}) == 3
     assert ours == key()

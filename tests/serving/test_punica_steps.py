@@ -14,10 +14,14 @@ SLOTS = [5, None, 9, 3]
 MAX_TOKENS, VOCABULARY = 64, 1000
 
 
-def make_wrapper(device: str = "cpu", backend: str = "torch") -> Any:
+def make_wrapper(
+    device: str = "cpu", backend: str = "torch", *, specialize_active_lora: bool = False
+) -> Any:
     from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 
-    lora_config = SimpleNamespace(max_loras=len(SLOTS), specialize_active_lora=False)
+    lora_config = SimpleNamespace(
+        max_loras=len(SLOTS), specialize_active_lora=specialize_active_lora
+    )
     return MultiLoRAPunicaWrapper(MAX_TOKENS, 8, device, backend=backend, lora_config=lora_config)
 
 
@@ -319,6 +323,31 @@ class TestExpertLayers:
                 found, expected = found[2:], expected[2:]  # vLLM leaves the tokens' part as it is
             for one, other in zip(found, expected, strict=True):
                 assert one.equal(other)
+
+    @pytest.mark.parametrize("specialize", [False, True])
+    def test_a_graph_looks_at_all_adapters_of_whatever_batch_it_is_given(
+        self, vllms_gpu_wrapper, specialize
+    ):
+        """Both versions of an adapter that was loaded again, to vLLM one, beside the base model."""
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.worker.gpu.lora_utils import LoraState, get_num_active_loras_for_dispatch
+
+        state = LoraState(3)
+        for row, number in enumerate((5, 9)):
+            state.add_request(str(row), row, LoRARequest("acme", number, "/acme"))
+        state.add_request("2", 2, None)
+        captured = get_num_active_loras_for_dispatch(object(), state, ["0", "1", "2"], False)
+        wrapper = make_wrapper(specialize_active_lora=specialize)
+        wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
+        step(wrapper, [1] * captured, [5, 9, 3][:captured])
+        stock = wrapper._stock_wrapper()
+        *_, launched = stock.token_mapping_meta.meta_args(
+            captured, stock.lora_config.specialize_active_lora
+        )
+        launched = int(launched)  # of a graph, from now on
+        step(wrapper, [1, 1, 1], [5, 9, 0])
+        present = wrapper.token_mapping_meta.active_lora_ids.tolist().index(-1, 1)
+        assert launched >= present == 3
 
     def test_the_metadata_is_made_on_the_host_and_only_copied(self, vllms_gpu_wrapper):
         wrapper = make_wrapper("meta", "triton")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import psutil
 import pytest
 
@@ -181,6 +182,22 @@ def test_every_bad_adapter_of_the_corpus_is_refused_and_harms_nobody(
         deployment.assert_serves("good", good)
     assert not wrong
     deployment.unload("good")
+
+
+def test_refusals_are_as_the_servers_document_describes_them(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    bad = deployment.put(NAMES[0], "described")
+    (bad / "adapter_config.json").write_text("{")
+    document = deployment.server.get("/openapi.json").json()
+    answers = document["paths"]["/v1/load_lora_adapter"]["post"]["responses"]
+    for path, status in ((bad, 400), (tmp_path, 403), (deployment.root / "nobody", 404)):
+        response = deployment.load("described", path)
+        assert response.status_code == status, response.text
+        content = answers[str(status)]["content"]["application/json"]
+        jsonschema.validate(response.json(), document | content["schema"])
+        (problem,) = response.json()["error"]["problems"]
+        assert problem.keys() == document["components"]["schemas"]["Problem"]["properties"].keys()
 
 
 def test_a_missing_adapter_is_not_found(deployment: Deployment) -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from .recipes import AdapterRecipe
 
@@ -43,8 +43,9 @@ def write_adapter(
     targets: list[str] | str = list(recipe.targets)
     if recipe.within:
         targets = rf".*\b{re.escape(recipe.within)}\..*\b({'|'.join(recipe.targets)})"
+    head = "TOKEN_CLS" if auto is AutoModelForTokenClassification else "SEQ_CLS"
     config = LoraConfig(
-        task_type="SEQ_CLS" if recipe.own_head else task,
+        task_type=head if recipe.own_head else task,
         target_modules=targets,
         r=recipe.rank,
         lora_alpha=recipe.alpha,
@@ -61,8 +62,8 @@ def write_adapter(
         if isinstance(module, LoraLayer):
             _randomise(module, recipe.gain, generator)
         elif isinstance(module, ModulesToSaveWrapper):
-            weight = module.modules_to_save["default"].weight.data
-            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.std())
+            for part in module.modules_to_save["default"].parameters():
+                part.data.copy_(torch.randn(part.shape, generator=generator) * part.std())
     model.save_pretrained(path)
     return path
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
+    BertForTokenClassification,
     BertModel,
     GraniteConfig,
     GraniteForCausalLM,
@@ -155,6 +156,11 @@ _ENCODER = {
 def write_bert(path: Path, *, seed: int = 4) -> Path:
     """Writes a three-layer BERT without a head for tokens, and with its pooler."""
     return _write(BertModel, BertConfig(**_ENCODER), path, seed)
+
+
+def write_token_classifier(path: Path, *, labels: int, seed: int = 7) -> Path:
+    """Writes a three-layer BERT with a head for so many classes of tokens."""
+    return _write(BertForTokenClassification, BertConfig(**_ENCODER, num_labels=labels), path, seed)
 
 
 def write_modern_bert(path: Path, *, seed: int = 5) -> Path:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,7 @@ def client(
     )
     LISTING.set(models, Answered())
     app = FastAPI()
+    app.state.args = Namespace()
     app.state.openai_serving_models = models
     status_route.attach_router(lambda app: None, app)
     if access is not None:

@@ -93,9 +93,9 @@ ROWS = (
     Row(
         "classification of tokens",
         SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner: with the base model's head. "
-        "Adapters with a head of their own are refused, except by 0.33 for a few models; that is "
-        "tested at the interface of vLLM's layers.",
+        "With the base model's head, which `make test` tests with 0.32 and the first model runner. "
+        "Adapters with a head of their own are refused, except by 0.33 for a few models: its smoke "
+        "tests have a BERT with such adapters.",
     ),
     Row(
         "MoE formats",

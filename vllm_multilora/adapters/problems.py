@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -130,6 +130,18 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
+    def with_texts(self, change: Callable[[str], str]) -> Problem:
+        """The same problem, each of its texts changed."""
+        return replace(
+            self,
+            file=change(self.file),
+            where=change(self.where),
+            found=change(self.found),
+            expected=change(self.expected),
+            message=change(self.message),
+            hint=change(self.hint),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
         return asdict(self) | {"code": str(self.code)}
@@ -186,25 +198,13 @@ def bounded(problems: Iterable[Problem]) -> list[Problem]:
             more += problem.count
             continue
         if len(kept) < MOST_PROBLEMS and left > 0:
-            told = _presentable(problem)
+            told = problem.with_texts(_text)
             left -= sum(map(len, (told.file, told.where, told.found, told.expected, told.message)))
             if left > 0 or not kept:
                 kept.append(told)
                 continue
         more += 1
     return [*kept, more_problems(kept[0].file, more)] if more and kept else kept
-
-
-def _presentable(problem: Problem) -> Problem:
-    return replace(
-        problem,
-        file=_text(problem.file),
-        where=_text(problem.where),
-        found=_text(problem.found),
-        expected=_text(problem.expected),
-        message=_text(problem.message),
-        hint=_text(problem.hint),
-    )
 
 
 def _text(text: str) -> str:

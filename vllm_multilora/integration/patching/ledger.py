@@ -96,7 +96,7 @@ PATCHES: tuple[Patch, ...] = (
         "adapters in a set, in which two versions of an adapter are one: the engine dies after a "
         "reload with requests in flight. Tells them apart by number. The count by which vLLM "
         "picks a captured graph still goes by name; our kernels read all adapters from the plan, "
-        "whatever the graph was captured with.",
+        "and vLLM's of experts look at all slots, whatever the graph was captured with.",
         checked=("0.31/2", "0.32/2", "0.33/2"),
         until="As batch-mapping.",
     ),

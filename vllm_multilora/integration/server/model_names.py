@@ -102,10 +102,11 @@ def _as_shown(
     folder = None if lora is None else lora.lora_path
     shown = refusal.model_copy(deep=True)
     shown.error.message = caller.shown(shown.error.message, folder)
-    for problem in getattr(shown.error, "problems", ()):
-        for key, value in problem.items():
-            if isinstance(value, str):
-                problem[key] = caller.shown(value, folder)
+    if isinstance(shown.error, registration.AdapterErrorInfo):
+        shown.error.problems = [
+            problem.with_texts(lambda text: caller.shown(text, folder))
+            for problem in shown.error.problems
+        ]
     return shown
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from pydantic import Field
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.lora.request import LoRARequest
 
-from vllm_multilora.adapters.problems import shown_name
+from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import SEE_OFF
@@ -47,13 +47,26 @@ which look at adapter directories for themselves, know too that its version is a
 class AdapterErrorInfo(ErrorInfo):
     """vLLM's error with all problems of an adapter."""
 
-    problems: list[dict[str, Any]] = Field(default_factory=list)
+    problems: list[Problem] = Field(default_factory=list)
 
 
 class AdapterErrorResponse(ErrorResponse):
     """vLLM's error response with all problems of an adapter."""
 
     error: AdapterErrorInfo
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status.value: {"model": AdapterErrorResponse, "description": description}
+    for status, description in (
+        (HTTPStatus.BAD_REQUEST, "The name, the path or the adapter itself is wrong."),
+        (HTTPStatus.FORBIDDEN, "The path is outside the allowed folders, or the key too weak."),
+        (HTTPStatus.NOT_FOUND, "There is no such adapter."),
+        (HTTPStatus.INTERNAL_SERVER_ERROR, "The server has failed."),
+        (HTTPStatus.SERVICE_UNAVAILABLE, "The storage failed, or memory or time ran out."),
+    )
+}
+"""The answers of vLLM's routes for adapters other than 200, as `/openapi.json` describes them."""
 
 
 def acts_for(models: OpenAIServingModels) -> bool:
@@ -218,13 +231,10 @@ def _refusal(lora: LoRARequest, text: str) -> AdapterErrorResponse:
     found = json.loads(fields)
     kind = FailureKind(found["kind"])
     problems = [
-        {
-            key: without_folder(value, lora) if isinstance(value, str) else value
-            for key, value in problem.items()
-        }
+        Problem(**problem).with_texts(lambda text: without_folder(text, lora))
         for problem in found["problems"]
     ]
-    is_forbidden = any(problem["code"] == "not-allowed" for problem in problems)
+    is_forbidden = any(problem.code == Code.NOT_ALLOWED for problem in problems)
     status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[kind]
     # What vLLM's utility call puts before the message is of no use to a client.
     message = without_folder(message.removeprefix("Call to add_lora method failed: "), lora)
@@ -234,7 +244,7 @@ def _refusal(lora: LoRARequest, text: str) -> AdapterErrorResponse:
 def error_response(
     status: HTTPStatus,
     message: str,
-    problems: list[dict[str, Any]] | None = None,
+    problems: Sequence[Problem] = (),
     param: str = "lora_path",
 ) -> AdapterErrorResponse:
     """An answer that says what is wrong, all problems included, and with which of the fields."""
@@ -244,7 +254,7 @@ def error_response(
             type=status.phrase,
             param=param,
             code=status.value,
-            problems=problems or [],
+            problems=list(problems),
         )
     )
 

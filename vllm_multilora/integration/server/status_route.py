@@ -14,10 +14,13 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora import api_router
 
 from vllm_multilora.integration.attached import ACCESS, LISTING
 from vllm_multilora.integration.engine.adapter_status import METHOD, Report, listing
 from vllm_multilora.integration.server import adapter_directory, registration, status_page
+from vllm_multilora.integration.server.access import settings_in
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.tenants.rules import Role
 
@@ -29,6 +32,17 @@ _TENANT_KEYS = ("id", "object", "state", "kind", "rank", "last_error")
 
 TIME_LIMIT_S = 30.0
 """A call waits for the engine's running step, which ends much sooner."""
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    HTTPStatus.NOT_FOUND.value: {
+        "model": ErrorResponse,
+        "description": "The plugin is off, or LoRA is.",
+    },
+    HTTPStatus.SERVICE_UNAVAILABLE.value: {
+        "model": ErrorResponse,
+        "description": "The engine did not answer in time.",
+    },
+}
 
 NEW_S = 1.0
 """How long an answer is given again: each takes the engine core's time, adapter by adapter."""
@@ -72,7 +86,7 @@ class RecentListing:
 
 def add_route(app: FastAPI) -> None:
     """Adds the route to vLLM's application."""
-    app.add_api_route(PATH, show_adapters, methods=["GET"])
+    app.add_api_route(PATH, show_adapters, methods=["GET"], responses=_REFUSALS)
 
 
 async def show_adapters(raw_request: Request) -> JSONResponse:
@@ -146,6 +160,8 @@ async def engine_reports(client: Any, asked: list[int]) -> list[Report]:
 
 
 def attach_router(original: Callable[..., None], app: FastAPI) -> None:
+    if settings_in(app.state.args) is not None:
+        api_router.router.responses |= registration.REFUSALS
     original(app)
     add_route(app)
     status_page.add_route(app)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.config import LoRAConfig
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 
@@ -19,10 +21,17 @@ class ExpertLayers:
 
     _stock: PunicaWrapperBase | None = None
 
-    def _pass_experts_to_stock(self, *args: Any, **kwargs: Any) -> None:
-        """Makes vLLM's own wrapper from the arguments of ours."""
+    def _pass_experts_to_stock(self, *args: Any, lora_config: LoRAConfig) -> None:
+        """Makes vLLM's own wrapper from the arguments of ours.
+
+        With `specialize_active_lora` its kernels look at as many adapters as there were when the
+        graph was captured that a batch is given to, and vLLM counts a batch's adapters by name, and
+        leaves out requests without one, which take a place too. So they look at all slots.
+        """
         if self._stock is None:
-            self._stock = get_punica_wrapper(*args, **kwargs)
+            lora_config = copy(lora_config)
+            lora_config.specialize_active_lora = False
+            self._stock = get_punica_wrapper(*args, lora_config=lora_config)
 
     def _update_experts(self, token_slots: npt.NDArray[np.int64]) -> None:
         """Prepares a step for the expert layers, if there are any.

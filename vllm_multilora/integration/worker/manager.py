@@ -241,9 +241,10 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return adapter_id in self.list_adapters()
 
     def remove_all_adapters(self) -> None:
-        """Ends a warm-up, or comes with new base weights: no reason to forget adapters."""
-        self._end_warm_up()
-        if self._adapter_manager.factors is not None:
+        """Ends a warm-up or, outside of one, comes with new base weights; adapters stay."""
+        if self._is_warming_up:
+            self._end_warm_up()
+        elif self._adapter_manager.factors is not None:
             self.filler.await_all()
             self._adapter_manager.factors.weights_changed()
             self._step_orders = -1  # the next step looks at all of its slots
