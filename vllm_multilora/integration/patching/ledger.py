@@ -109,7 +109,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.manager:set_active_loras_from_inputs",
         why="Takes what batch-inputs makes; spells it out for stock managers.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As batch-mapping.",
     ),
     Patch(
