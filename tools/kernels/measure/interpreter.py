@@ -21,6 +21,9 @@ from triton.runtime import interpreter
 from multilora_kernels import triton as backend
 from multilora_kernels.triton.launch import DeviceFacts
 
+_STACK_SLOTS = 40_000
+"""Of a frame that fills most of a piece of 512 KiB: the rest is room for a kernel's frames."""
+
 
 class Observer(Protocol):
     """Gets to know what interpreted kernels do."""
@@ -67,6 +70,7 @@ def observe(observer: Observer) -> Iterator[None]:
     """
     builder, patch_language = interpreter.interpreter_builder, interpreter._patch_lang
     run, options = interpreter.InterpretedFunction.run, builder.options
+    run_with_room = _with_room(run)
     patched: dict[int, Any] = {}  # by module: its functions see the same language
 
     def patch_language_once(function: Callable[..., Any]) -> Any:
@@ -80,7 +84,7 @@ def observe(observer: Observer) -> Iterator[None]:
         tensors = list(_tensors((*arguments, *named.values())))
         observer.begin_launch(kernel.fn, tensors)
         try:
-            return run(kernel, *arguments, **named)
+            return run_with_room(kernel, *arguments, **named)
         finally:
             observer.end_launch()
 
@@ -126,6 +130,20 @@ def observe(observer: Observer) -> Iterator[None]:
         tl.block_type.__init__ = make_block_type
         tl.tensor.__init__ = make_tensor
         interpreter._get_np_dtype = numpy_type
+
+
+def _with_room(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with Python's stack in one piece, whatever lies below it.
+
+    Python gets its stack from the system in pieces of 16 KiB, and gives back at once what it does
+    not use. Where a piece ends amid a kernel, it would do so in every call of some depth.
+    """
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    call.__code__ = call.__code__.replace(co_stacksize=_STACK_SLOTS)
+    return call
 
 
 def _once_per_type(numpy_type: Callable[[Any], Any]) -> Callable[[Any], Any]:
