@@ -28,6 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Possible (nested set|set):Future
 # What a check may take beside a multiple of the files: chunks of weights, compiled patterns.
 FIXED_BYTES, BYTES_PER_BYTE = 8 << 20, 40
 
+SOME, MANY = 100, 500
+"""Contents of a kind: always the same ones, and new ones every time."""
+
 KEYS = [
     "r",
     "lora_alpha",
@@ -172,7 +175,7 @@ def fuzz(
         max_examples=examples,
         deadline=timedelta(seconds=30),  # nothing hangs, however busy the machine
         database=None,
-        derandomize=examples < 1000,
+        derandomize=examples == SOME,
         suppress_health_check=list(HealthCheck),
     )
     @given(contents)
@@ -190,7 +193,7 @@ IDS = [f"{file}-{name}" for file, name, _ in CASES]
 
 @pytest.mark.parametrize(("file", "name", "contents"), CASES, ids=IDS)
 @pytest.mark.parametrize(
-    "examples", [100, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "many"]
+    "examples", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_any_content_is_valid_or_a_problem(tmp_path, file, name, contents, examples):
     folder = good([Q0]).write(tmp_path / "adapter")

@@ -114,6 +114,13 @@ class PeftReference:
             scores = self.logits(adapter, torch.tensor([prompt]))[0, :-1].log_softmax(dim=-1)
         return scores[range(len(prompt) - 1), list(prompt[1:])]
 
+    def likeliest(self, adapter: str | None, prompt: Prompt) -> list[int]:
+        """Greedy decoding's choice after each token of a prompt."""
+        if self._peft is not None and adapter is not None:
+            self._peft.set_adapter(adapter)
+        with torch.inference_mode():
+            return self.logits(adapter, torch.tensor([prompt]))[0].argmax(dim=-1).tolist()
+
     def logits(
         self, adapter: str | None, sequences: torch.Tensor, offsets: list[int] | None = None
     ) -> torch.Tensor:

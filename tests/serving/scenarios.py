@@ -62,6 +62,7 @@ def build_scenario(
     *,
     lengths: Sequence[int] = PROMPT_LENGTHS,
     min_margin: float = MIN_MARGIN,
+    new_tokens: int = NEW_TOKENS,
     dtype: torch.dtype = torch.float32,
 ) -> Scenario:
     """Writes the checkpoints below ``root`` and answers the prompts with PEFT.
@@ -72,6 +73,7 @@ def build_scenario(
         recipes: The adapters to write.
         lengths: Of the prompts, in tokens; one case of each for every adapter.
         min_margin: Least logit margin of every step of a case.
+        new_tokens: Of each continuation.
         dtype: Type in which the reference computes.
 
     Raises:
@@ -80,7 +82,7 @@ def build_scenario(
     base = write_base(root / "base")
     adapters = write_adapters(base, root, recipes)
     prompts = _candidate_prompts(lengths)
-    truth = reference_continuations(base, adapters, prompts, NEW_TOKENS, dtype=dtype)
+    truth = reference_continuations(base, adapters, prompts, new_tokens, dtype=dtype)
     # Neighbours differ in their adapter, so that a batch taken from the front is mixed.
     cases = [
         _first_case(

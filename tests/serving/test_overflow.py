@@ -1,6 +1,7 @@
 """Hundreds of adapters through one slot, and a large one that pushes them out of host memory."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from .cache_probe import CacheProbe
-from .cases import Scenario
+from .cases import Case, Scenario
 from .engine import answer, assert_as_peft, running_engine
 from .recipes import AdapterRecipe
 from .scenarios import build_scenario
@@ -19,6 +20,9 @@ pytestmark = [pytest.mark.serving, pytest.mark.slow]
 ADAPTERS = int(os.environ.get("MULTILORA_TEST_ADAPTERS", "300"))
 """600 and 2000 are for runs by hand."""
 
+NEW_TOKENS = 4
+"""With one slot, every token of every request is a step of its own."""
+
 MAX_RANK = 256
 LARGE = AdapterRecipe("large", rank=MAX_RANK, alpha=MAX_RANK)
 KINDS = tuple(AdapterRecipe(f"kind-{n}", rank=1, alpha=2, gain=0.8) for n in range(10))
@@ -28,7 +32,9 @@ KINDS = tuple(AdapterRecipe(f"kind-{n}", rank=1, alpha=2, gain=0.8) for n in ran
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """Adapters of rank 1, of ten kinds, each with weights of its own; and a large one."""
     root = tmp_path_factory.mktemp("crowd")
-    kinds = build_scenario(root, write_llama, (*KINDS, LARGE), lengths=(11,), min_margin=0.02)
+    kinds = build_scenario(
+        root, write_llama, (*KINDS, LARGE), lengths=(11,), min_margin=0.02, new_tokens=NEW_TOKENS
+    )
     adapters, cases = {LARGE.name: kinds.adapters[LARGE.name]}, list(kinds.cases_of(LARGE.name))
     for number in range(ADAPTERS):
         kind, name = KINDS[number % len(KINDS)].name, f"customer-{number}"
@@ -63,11 +69,15 @@ def test_all_answer_right_before_and_after_they_were_pushed_out(crowd: Scenario)
         additional_config={"multilora": {"cpu_cache_gib": room / 2**30}},
     ) as llm:
         probe = CacheProbe(llm)
-        assert_as_peft(answer(llm, crowd, small), small)
+
+        def assert_right(cases: Sequence[Case]) -> None:
+            assert_as_peft(answer(llm, crowd, cases, new_tokens=NEW_TOKENS), cases)
+
+        assert_right(small)
         before = probe.look()
         assert before.host_bytes <= room
-        assert_as_peft(answer(llm, crowd, [large]), [large])
+        assert_right([large])
         pushed_out = before.host - probe.look().host
         assert len(pushed_out) > len(before.host) / 2
-        assert_as_peft(answer(llm, crowd, small), small)
+        assert_right(small)
         assert pushed_out <= probe.look().reads.keys()

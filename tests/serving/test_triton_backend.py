@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.serving
 
-LENGTHS = (3, 7, 5)
+LENGTHS = (3, 5, 4)
 """New tokens of the requests, in turn: they end at different steps, beside others that go on."""
 ADAPTERS = ("patterns", "qv-r5", EMBEDDING_RECIPE.name, "rslora-r16", "layer1-only-r8")
 """Ranks that differ by module, an odd rank, embedding and head, a scaling, untouched layers."""
@@ -156,7 +156,7 @@ def test_in_bfloat16_backends_agree_as_far_as_rounding_allows(llama: Scenario):
         for step, token in enumerate(one.token_ids[:same]):
             a, b = (each.logprobs[step][token].logprob for each in (one, other))
             differences.append(a - b)
-    assert len(differences) > 9  # of 15
+    assert len(differences) > 8  # of 12
     assert torch.tensor(differences).square().mean().sqrt() < LOGPROB_RMS
 
 

@@ -132,20 +132,22 @@ def test_memory_that_a_kernel_was_not_given_is_not_read(batch):
 
 @interpreted
 def test_afterwards_the_interpreter_is_as_before(batch):
-    builder, run = interpreter.interpreter_builder, interpreter.InterpretedFunction.run
-    before = dict(vars(builder)), run, interpreter._patch_lang, backend.device_facts
+    def state() -> tuple:
+        builder = vars(interpreter.interpreter_builder).items()
+        return (
+            {k: v for k, v in builder if not k.startswith("grid")},
+            interpreter.InterpretedFunction.run,
+            interpreter._patch_lang,
+            interpreter._get_np_dtype,
+            tl.tensor.__init__,
+            tl.block_type.__init__,
+            backend.device_facts,
+        )
+
+    before = state()
     with launched_as_on(H100):
         add_row(batch)
-    after = (
-        dict(vars(builder)),
-        interpreter.InterpretedFunction.run,
-        interpreter._patch_lang,
-        backend.device_facts,
-    )
-    assert {k: v for k, v in after[0].items() if not k.startswith("grid")} == {
-        k: v for k, v in before[0].items() if not k.startswith("grid")
-    }
-    assert after[1:] == before[1:]
+    assert state() == before
 
 
 @interpreted

@@ -1,6 +1,8 @@
 """`doctor --against` reads another vLLM's source, follows its names, and says what differs."""
 
+import contextlib
 import importlib.util
+import io
 import shutil
 import zipfile
 from pathlib import Path
@@ -75,7 +77,7 @@ def test_the_source_says_its_version(source: Source) -> None:
     assert source.version == "0.40.1"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def installed() -> Path:
     """The folder of the vLLM that is installed, which is not imported."""
     spec = importlib.util.find_spec("vllm")
@@ -92,66 +94,64 @@ def test_a_supported_vllm_is_as_the_plugin_knows_it(
     assert "DIFFERS" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "told"),
-    [
-        pytest.param(
-            "v1/engine/core.py",
-            "def pin_lora(self, lora_id",
-            "def pin_lora(self, adapter, lora_id",
-            "takes (self, adapter, lora_id); expected (self, lora_id)",
-            id="parameter",
-        ),
-        pytest.param(
-            "v1/engine/core.py",
-            "def list_loras",
-            "def all_loras",
-            "vllm.v1.engine.core has no EngineCore.list_loras",
-            id="target",
-        ),
-        pytest.param(
-            "v1/core/sched/scheduler.py",
-            "def _free_request",
-            "def _end_request",
-            "vllm.v1.core.sched.scheduler has no Scheduler._free_request",
-            id="method-that-is-overridden",
-        ),
-        pytest.param(
-            "lora/lora_weights.py",
-            "LoRALayerWeights",
-            "LayerWeights",
-            "vllm.lora.lora_weights has no LoRALayerWeights",
-            id="import",
-        ),
-        pytest.param("v1/worker/gpu/lora_utils.py", None, None, "there is no module", id="module"),
-    ],
+CHANGES = (
+    (
+        "v1/engine/core.py",
+        "def pin_lora(self, lora_id",
+        "def pin_lora(self, adapter, lora_id",
+    ),
+    ("v1/engine/core.py", "def list_loras", "def all_loras"),
+    ("v1/core/sched/scheduler.py", "def _free_request", "def _end_request"),
+    ("lora/lora_weights.py", "LoRALayerWeights", "LayerWeights"),
 )
-def test_what_differs_in_another_vllm_is_told(
-    installed: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    file: str,
-    old: str | None,
-    new: str,
-    told: str,
-) -> None:
-    other = tmp_path / "vllm"
-    # As links, but for the one file.
+GONE = "v1/worker/gpu/lora_utils.py"
+
+
+@pytest.fixture(scope="module")
+def changed(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another vLLM: the installed one as links, but for files with the changes above."""
+    other = tmp_path_factory.mktemp("changed") / "vllm"
     shutil.copytree(
         installed,
         other,
         copy_function=lambda a, b: Path(b).symlink_to(a),
         ignore=lambda _, names: {n for n in names if not n.endswith(".py") and "." in n},
     )
-    text = (other / file).read_text()
-    (other / file).unlink()
-    if old is not None:
+    for file, old, new in CHANGES:
+        text = (other / file).read_text()
         assert old in text
+        (other / file).unlink()
         (other / file).write_text(text.replace(old, new))
-    assert main(["doctor", "--against", str(other)]) == 1
-    printed = capsys.readouterr().out
+    (other / GONE).unlink()
+    return other
+
+
+@pytest.fixture(scope="module")
+def told(changed: Path) -> tuple[int, str]:
+    """The command's exit status for it, and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = main(["doctor", "--against", str(changed)])
+    return status, printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        pytest.param("takes (self, adapter, lora_id); expected (self, lora_id)", id="parameter"),
+        pytest.param("vllm.v1.engine.core has no EngineCore.list_loras", id="target"),
+        pytest.param(
+            "vllm.v1.core.sched.scheduler has no Scheduler._free_request",
+            id="method-that-is-overridden",
+        ),
+        pytest.param("vllm.lora.lora_weights has no LoRALayerWeights", id="import"),
+        pytest.param("there is no module", id="module"),
+    ],
+)
+def test_what_differs_in_another_vllm_is_told(told: tuple[int, str], difference: str) -> None:
+    status, printed = told
+    assert status == 1
     assert "DIFFERS" in printed
-    assert told in printed
+    assert difference in printed
 
 
 def test_a_path_without_vllm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

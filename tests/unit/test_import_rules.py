@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,7 +74,12 @@ def imports_of(file: Path) -> set[str]:
 
 
 MODULES = dict(found_modules())
-IMPORTS = {name: imports_of(file) for name, file in MODULES.items()}
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """The names that each module imports."""
+    return {name: imports_of(file) for name, file in MODULES.items()}
 
 
 def layer_of(name: str) -> int | None:
@@ -82,7 +88,7 @@ def layer_of(name: str) -> int | None:
 
 def test_modules_import_only_what_their_floor_allows():
     wrong = []
-    for name, imported in IMPORTS.items():
+    for name, imported in imports().items():
         own = layer_of(name)
         if name == "vllm_multilora":  # the package itself: only its version lives there
             own = -1
@@ -96,7 +102,7 @@ def test_modules_import_only_what_their_floor_allows():
 def test_nothing_imports_in_circles():
     """In every folder, the files and folders that lie in it can be put in an order."""
     graph: Graph = {}
-    for name, imported in IMPORTS.items():
+    for name, imported in imports().items():
         for other in filter(None, map(module_of, imported)):
             if other != name:
                 one, another = parts_of_one_folder(name, other)

@@ -15,10 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 from multilora_kernels import triton as backend
 from multilora_kernels.triton.launch import DeviceFacts
+
+_STACK_SLOTS = 40_000
+"""Of a frame that fills most of a piece of 512 KiB: the rest is room for a kernel's frames."""
 
 
 class Observer(Protocol):
@@ -60,12 +64,13 @@ def observe(observer: Observer) -> Iterator[None]:
     """Tells the observer about every kernel that is launched meanwhile.
 
     The observer is told before something happens, so that what it raises prevents it.
-    Launches are also about three times as fast as otherwise. Overflow checks, which compiled
-    kernels do not make either, are off, and a kernel's calls to other Triton functions do not
-    patch Triton's language anew.
+    Launches are also about four times as fast as otherwise. Overflow checks, which compiled
+    kernels do not make either, are off; a kernel's calls to other Triton functions do not patch
+    Triton's language anew; and what follows from a type is worked out once.
     """
     builder, patch_language = interpreter.interpreter_builder, interpreter._patch_lang
     run, options = interpreter.InterpretedFunction.run, builder.options
+    run_with_room = _with_room(run)
     patched: dict[int, Any] = {}  # by module: its functions see the same language
 
     def patch_language_once(function: Callable[..., Any]) -> Any:
@@ -79,7 +84,7 @@ def observe(observer: Observer) -> Iterator[None]:
         tensors = list(_tensors((*arguments, *named.values())))
         observer.begin_launch(kernel.fn, tensors)
         try:
-            return run(kernel, *arguments, **named)
+            return run_with_room(kernel, *arguments, **named)
         finally:
             observer.end_launch()
 
@@ -102,7 +107,15 @@ def observe(observer: Observer) -> Iterator[None]:
             lambda pointers, *_: _report(observer, pointers, None, False, True),
         ),
     }
+    numpy_type, make_tensor, make_block_type = (
+        interpreter._get_np_dtype,
+        tl.tensor.__init__,
+        tl.block_type.__init__,
+    )
     try:
+        interpreter._get_np_dtype = _once_per_type(numpy_type)
+        tl.tensor.__init__ = _with_known_shapes(make_tensor)
+        tl.block_type.__init__ = _with_known_attributes(make_block_type)
         interpreter.InterpretedFunction.run = observed_run
         interpreter._patch_lang = patch_language_once
         builder.options = replace(options, sanitize_overflow=False)
@@ -114,6 +127,64 @@ def observe(observer: Observer) -> Iterator[None]:
         builder.options = options
         interpreter._patch_lang = patch_language
         interpreter.InterpretedFunction.run = run
+        tl.block_type.__init__ = make_block_type
+        tl.tensor.__init__ = make_tensor
+        interpreter._get_np_dtype = numpy_type
+
+
+def _with_room(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with Python's stack in one piece, whatever lies below it.
+
+    Python gets its stack from the system in pieces of 16 KiB, and gives back at once what it does
+    not use. Where a piece ends amid a kernel, it would do so in every call of some depth.
+    """
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    call.__code__ = call.__code__.replace(co_stacksize=_STACK_SLOTS)
+    return call
+
+
+def _once_per_type(numpy_type: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    found: dict[str, Any] = {}
+
+    def known(dtype: Any) -> Any:
+        if dtype.name not in found:
+            found[dtype.name] = numpy_type(dtype)
+        return found[dtype.name]
+
+    return known
+
+
+def _with_known_shapes(make: Callable[..., None]) -> Callable[..., None]:
+    """Makes tensors of a type that there was before with the shape that it had then."""
+    found: dict[str, dict[str, Any]] = {}
+    own = ("handle", "type", "dtype")
+
+    def made(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in found:
+            make(self, handle, type)
+            found[type.name] = {k: v for k, v in vars(self).items() if k not in own}
+            return
+        vars(self).update(found[type.name], handle=handle, type=type, dtype=type.scalar)
+
+    return made
+
+
+def _with_known_attributes(make: Callable[..., None]) -> Callable[..., None]:
+    """Makes block types like those that there were before of an element type and a shape."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def made(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(getattr(side, "value", side) for side in shape))
+        if key not in found:
+            make(self, element_ty, shape)
+            found[key] = dict(vars(self))
+            return
+        vars(self).update(found[key])
+
+    return made
 
 
 def _before(method: Callable[..., Any], tell: Callable[..., None]) -> Callable[..., Any]:
