@@ -7,9 +7,10 @@ from vllm.config import VllmConfig
 
 from tests.serving.stores import await_end, store_process
 from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.integration.attached import LINK, STORE
+from vllm_multilora.integration.attached import EARLY_STORE, LINK
 from vllm_multilora.integration.engine import core
 from vllm_multilora.store import folder
+from vllm_multilora.store.client import StoreClient
 
 LIMIT_S = 10.0
 
@@ -31,12 +32,12 @@ def test_the_store_is_up_before_the_workers_and_goes_with_those_that_fail(path):
     def start():
         with core.starting_workers(executor, VllmConfig()):
             stores.append(store_process(path))
-            assert STORE.get(executor).address == f"unix:{path}"
+            assert EARLY_STORE.get(executor).address == f"unix:{path}"
             raise MemoryError("of a worker")
 
     with pytest.raises(MemoryError, match="of a worker"):
         start()
-    assert (LINK.get(executor), STORE.get(executor)) == (None, None)
+    assert (LINK.get(executor), EARLY_STORE.get(executor)) == (None, None)
     await_end(stores[0], LIMIT_S)
 
 
@@ -45,7 +46,7 @@ def test_no_connection_is_left_where_workers_are_not_heard(path, monkeypatch):
     executor = SimpleNamespace()
     with core.starting_workers(executor, VllmConfig()):
         store = store_process(path)
-    assert (LINK.get(executor), STORE.get(executor)) == (None, None)
+    assert (LINK.get(executor), EARLY_STORE.get(executor)) == (None, None)
     await_end(store, LIMIT_S)
 
 
@@ -54,6 +55,6 @@ def test_a_store_that_cannot_start_is_told_where_it_is_needed(path, monkeypatch)
     executor = SimpleNamespace()
     monkeypatch.setattr(core, "reach", lambda *arguments: None)
     with core.starting_workers(executor, VllmConfig()):
-        assert STORE.get(executor) is None
+        assert EARLY_STORE.get(executor) is None
     with pytest.raises(folder.StoreUnavailableError, match="store"):
-        core._connect_store(VllmConfig())
+        StoreClient.connect("process", "server")

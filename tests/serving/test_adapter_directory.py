@@ -13,6 +13,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
+from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.integration.failures import REFUSAL_MARK
 from vllm_multilora.integration.server import adapter_directory, registration
 from vllm_multilora.integration.server.adapter_directory import SCAN_S, DirectoryServer
@@ -72,8 +73,8 @@ class TwoEngines(Engine):
 def refuse(content: str) -> None:
     for text, kind in (("bad", "invalid"), ("away", "unreadable")):
         if content == text:
-            problem = {"code": "x", "file": "f", "message": f"{text} weights", "hint": ""}
-            fields = json.dumps({"kind": kind, "problems": [problem]})
+            problem = Problem(Code.NOT_FINITE, "f", "", "", "", f"{text} weights")
+            fields = json.dumps({"kind": kind, "problems": [problem.as_dict()]})
             raise RuntimeError(f"{text} weights{REFUSAL_MARK}{fields}")
 
 

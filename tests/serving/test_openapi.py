@@ -1,5 +1,6 @@
 """`/openapi.json`, from which clients are generated: what the routes for adapters answer."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -24,7 +25,12 @@ def document(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Any]:
     monkeypatch.setattr(api_router, "router", APIRouter())  # vLLM has one for all servers
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([*flags])
     merge_flags(args, args)
-    answer = TestClient(build_app(args, ("generate",))).get("/openapi.json")
+    level = logging.root.level
+    try:
+        app = build_app(args, ("generate",))
+    finally:
+        logging.root.setLevel(level)  # vLLM hides what is not an error, of everybody
+    answer = TestClient(app).get("/openapi.json")
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found

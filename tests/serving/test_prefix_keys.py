@@ -38,6 +38,16 @@ class Engine:
         self._events = events
         self._stored: dict[str | None, list[bytes]] = {}
 
+    def await_events(self) -> None:
+        """Until events are heard: what was published before somebody listens is lost."""
+        deadline, number = time.monotonic() + LIMIT_S, 100
+        while not self._events.poll(100):
+            assert time.monotonic() < deadline
+            self.ask(None, [number] * BLOCK_SIZE)
+            number += 1
+        while self._events.poll(200):
+            self._events.recv_multipart()
+
     def ask(self, lora: "LoRARequest | None", prompt: list[int] = PROMPT) -> int:
         """Has a prompt computed; returns how many of its tokens came from the cache."""
         from vllm import SamplingParams
@@ -82,7 +92,9 @@ def listening_engine(base: Path) -> Iterator[Engine]:
             enable_kv_cache_events=True, publisher="zmq", endpoint=f"tcp://*:{port}"
         )
         with running_engine(base, in_process=True, kv_events_config=config) as llm:
-            yield Engine(llm, events)
+            engine = Engine(llm, events)
+            engine.await_events()
+            yield engine
 
 
 def request(name: str, number: int, folder: Path, **options: bool) -> "LoRARequest":

@@ -64,8 +64,8 @@ class Attached(Generic[_T]):
 LINK: Attached[FillLink | None] = Attached("link")
 """Of an executor: the link on which its workers answer; None where they cannot."""
 
-STORE: Attached[StoreClient | None] = Attached("store")
-"""Of an executor: its engine core's connection to this machine's store."""
+EARLY_STORE: Attached[StoreClient | None] = Attached("early-store")
+"""Of an executor: keeps this machine's store up until its engine core has connected to it."""
 
 REACHED: Attached[Reached] = Attached("reached")
 """Of an executor: the other machines that its workers are on, where they can be heard."""

@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.attached import ADAPTERS, LINK, REACHED, STORE
+from vllm_multilora.integration.attached import ADAPTERS, EARLY_STORE, LINK, REACHED
 from vllm_multilora.integration.engine import activation, prefix_keys
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
@@ -58,15 +58,16 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
     The store starts beside them, since an engine waits for it as soon as its model is loaded.
 
     Args:
-        executor: Gets the link as its `LINK`; None if its workers cannot be heard. Gets a
-            connection to this machine's store as its `STORE`.
+        executor: Gets the link as its `LINK`; None if its workers cannot be heard. Gets what keeps
+            the store up as its `EARLY_STORE`.
         vllm_config: Of the engine.
     """
     link = _make_link(vllm_config)
     LINK.set(executor, link)
     if link is not None and settings_of(vllm_config).store == "process":  # no thread: workers fork
         with suppress(StoreUnavailableError):  # which is told where it is needed
-            STORE.set(executor, _connect_store(vllm_config))
+            early = StoreClient.connect("process", server_of(vllm_config), role="observer")
+            EARLY_STORE.set(executor, early)
     if vllm_config.lora_config is not None and kernel_backend(vllm_config) != "vllm":
         logging.getLogger("vllm.v1.engine.core").addFilter(_REFUSALS_IN_ONE_LINE)
         if settings_of(vllm_config).quarantine:
@@ -110,14 +111,10 @@ def _make_link(vllm_config: VllmConfig) -> FillLink | None:
 
 
 def _disconnect(executor: Any) -> None:
-    for attached in (LINK, STORE):
+    for attached in (LINK, EARLY_STORE):
         if (connection := attached.get(executor)) is not None:
             connection.close()
             attached.set(executor, None)
-
-
-def _connect_store(vllm_config: VllmConfig) -> StoreClient:
-    return StoreClient.connect(settings_of(vllm_config).store, server_of(vllm_config))  # type: ignore[arg-type]
 
 
 def adapters_of(engine_core: Any) -> EngineAdapters | None:
@@ -201,7 +198,11 @@ def _open_stores(
     remote = [] if reached is None else reached.machines
     away = {rank for machine in remote for rank in machine.ranks}
     here = [r for r in range(vllm_config.parallel_config.world_size) if r not in away]
-    clients = [STORE.get(executor) or _connect_store(vllm_config)] if here else []
+    # Not the early connection: in an engine core process, vLLM has renamed its instance since.
+    clients = [StoreClient.connect(settings.store, server)] if here else []  # type: ignore[arg-type]
+    if (early := EARLY_STORE.get(executor)) is not None:
+        early.close()
+        EARLY_STORE.set(executor, None)
     machines = [(here, client.address) for client in clients]
     clients += [StoreClient(machine.store, server) for machine in remote]
     machines += [(machine.ranks, machine.address) for machine in remote]
