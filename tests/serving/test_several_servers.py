@@ -362,6 +362,8 @@ def test_all_engines_of_all_servers_share_one_copy_of_each_adapter(
     with VllmServer(
         llama.base,
         *SETTINGS,
+        # The same rules: else the files would be read, and kept, once more.
+        *("--multilora-adapter-dir", str(server.log.parent / "adapters")),
         log=tmp_path / "vllm.log",
         env=ENVIRONMENT | {FOLDER_VARIABLE: str(folder)},
     ) as second:
