@@ -100,6 +100,15 @@ def mixed(model: Classifier, pairs: Sequence[Pair]) -> list[tuple[str | None, Pa
     return requests
 
 
+def asked(model: Classifier, requests: Sequence[tuple[str | None, Pair]]) -> dict[str, Any]:
+    """Arguments of vLLM's calls that put both texts of a pair into one prompt."""
+    return {
+        "prompts": [{"prompt_token_ids": [*query, *doc]} for _, (query, doc) in requests],
+        "lora_request": [model.lora(name) for name, _ in requests],
+        "use_tqdm": False,
+    }
+
+
 def random_pairs() -> list[Pair]:
     source = random.Random(0)
 
@@ -139,11 +148,7 @@ def test_classes_equal_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
         max_num_batched_tokens=24,
         enable_prefix_caching=False,
     ) as llm:
-        answers = llm.classify(
-            [{"prompt_token_ids": [*query, *document]} for _, (query, document) in requests],
-            lora_request=[model.lora(name) for name, _ in requests],
-            use_tqdm=False,
-        )
+        answers = llm.classify(**asked(model, requests))
     seen = set()
     for answer, (name, (query, document)) in zip(answers, requests, strict=True):
         assert_only_the_guilty_fail(name, error_of(answer))
@@ -199,12 +204,7 @@ def test_tokens_classes_equal_pefts_and_heads_that_vllm_cannot_apply_are_refused
         max_loras=2,
         enable_prefix_caching=False,
     ) as llm:
-        answers = llm.encode(
-            [{"prompt_token_ids": [*query, *document]} for _, (query, document) in requests],
-            pooling_task="token_classify",
-            lora_request=[model.lora(name) for name, _ in requests],
-            use_tqdm=False,
-        )
+        answers = llm.encode(pooling_task="token_classify", **asked(model, requests))
     for answer, (name, (query, document)) in zip(answers, requests, strict=True):
         if name in served:
             assert error_of(answer) is None, (name, error_of(answer))
@@ -232,12 +232,7 @@ def test_tokens_classes_of_adapters_own_heads_equal_pefts_beside_adapters_that_f
         max_num_batched_tokens=96,  # several requests a step, each with all of its tokens
         enable_prefix_caching=False,
     ) as llm:
-        answers = llm.encode(
-            [{"prompt_token_ids": [*query, *document]} for _, (query, document) in requests],
-            pooling_task="token_classify",
-            lora_request=[model.lora(name) for name, _ in requests],
-            use_tqdm=False,
-        )
+        answers = llm.encode(pooling_task="token_classify", **asked(model, requests))
     seen: dict[int, list[torch.Tensor]] = {}
     for answer, (name, (query, document)) in zip(answers, requests, strict=True):
         assert_only_the_guilty_fail(name, error_of(answer))

@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.attached import ADAPTERS, EARLY_STORE, LINK, REACHED
+from vllm_multilora.integration.attached import ADAPTERS, EARLY_STORE, LINK, REACHED, Attached
 from vllm_multilora.integration.engine import activation, prefix_keys
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
@@ -111,10 +111,14 @@ def _make_link(vllm_config: VllmConfig) -> FillLink | None:
 
 
 def _disconnect(executor: Any) -> None:
-    for attached in (LINK, EARLY_STORE):
-        if (connection := attached.get(executor)) is not None:
-            connection.close()
-            attached.set(executor, None)
+    _close(executor, LINK)
+    _close(executor, EARLY_STORE)
+
+
+def _close(executor: Any, attached: Attached[Any]) -> None:
+    if (connection := attached.get(executor)) is not None:
+        connection.close()
+        attached.set(executor, None)
 
 
 def adapters_of(engine_core: Any) -> EngineAdapters | None:
@@ -200,9 +204,7 @@ def _open_stores(
     here = [r for r in range(vllm_config.parallel_config.world_size) if r not in away]
     # Not the early connection: in an engine core process, vLLM has renamed its instance since.
     clients = [StoreClient.connect(settings.store, server)] if here else []  # type: ignore[arg-type]
-    if (early := EARLY_STORE.get(executor)) is not None:
-        early.close()
-        EARLY_STORE.set(executor, None)
+    _close(executor, EARLY_STORE)
     machines = [(here, client.address) for client in clients]
     clients += [StoreClient(machine.store, server) for machine in remote]
     machines += [(machine.ranks, machine.address) for machine in remote]
