@@ -164,8 +164,16 @@ def _buffers(layer) -> Iterator[torch.Tensor]:
 def allocate_as_one_of(
     workers: int, rank: int, meeting: Path, cases: dict[str, tuple[Path, Setting]]
 ) -> dict[str, Allocated]:
-    """In a process of its own: one worker of a real tensor-parallel group."""
-    os.environ["VLLM_DIST_IDENT"] = meeting.parent.name  # of the workers' shared memory
+    """In a process of its own: one worker of a real tensor-parallel group.
+
+    Args:
+        workers: How many the group has.
+        rank: This one's.
+        meeting: Where they find each other. Its name is that of their shared memory as well, which
+            outlives workers that were killed, so no other group may ever have had it.
+        cases: What to allocate.
+    """
+    os.environ["VLLM_DIST_IDENT"] = meeting.name
     from vllm.distributed import parallel_state
 
     from vllm_multilora.integration.patching.ledger import apply_patches

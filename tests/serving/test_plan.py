@@ -4,6 +4,8 @@ import itertools
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -45,17 +47,21 @@ def folder(tmp_path_factory):
 def allocated_by_two(folder, tmp_path_factory):
     """What the first of two real workers allocates, for every model and setting."""
     cases = {f"{m} {s}": (folder / m, s) for m, s in itertools.product(CONFIGS, SHARED)}
-    meeting = tmp_path_factory.mktemp("meeting") / "rendezvous"
+    meeting = tmp_path_factory.mktemp("meeting") / uuid4().hex
     context = multiprocessing.get_context("spawn")
-    with (
-        template.forked_processes(),
-        ProcessPoolExecutor(2, mp_context=context) as workers,
-    ):
-        first, second = (
-            workers.submit(allocate_as_one_of, 2, rank, meeting, cases) for rank in range(2)
-        )
-        second.result(WORKER_TIMEOUT_S)
-        return first.result(WORKER_TIMEOUT_S)
+    try:
+        with (
+            template.forked_processes(),
+            ProcessPoolExecutor(2, mp_context=context) as workers,
+        ):
+            first, second = (
+                workers.submit(allocate_as_one_of, 2, rank, meeting, cases) for rank in range(2)
+            )
+            second.result(WORKER_TIMEOUT_S)
+            return first.result(WORKER_TIMEOUT_S)
+    finally:
+        for left in Path("/dev/shm").glob(f"{meeting.name}-*"):
+            left.unlink()
 
 
 def costs(folder, setting):
