@@ -180,17 +180,29 @@ def test_the_doctor_sees_that_vllm_is_told_to_leave_the_plugin_out(monkeypatch):
     assert _check_entry_point() == []
 
 
-def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(monkeypatch, caplog):
+@pytest.mark.smoke
+def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(llama: Scenario, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm_multilora.integration.server.engine_config import warn_of_rust
+    from vllm_multilora.integration.patching.ledger import apply_patches
+    from vllm_multilora.integration.server import engine_config
 
-    warn_of_rust(UsageContext.OPENAI_API_SERVER)
+    warned: list[str] = []
+
+    def start(usage: UsageContext, **changes: Any) -> None:
+        EngineArgs(str(llama.base), **({"enable_lora": True} | changes)).create_engine_config(usage)
+
+    apply_patches()
+    monkeypatch.setattr(engine_config.logger, "warning", warned.append)
+    start(UsageContext.OPENAI_API_SERVER)
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
-    warn_of_rust(UsageContext.LLM_CLASS)
-    assert not caplog.records
-    warn_of_rust(UsageContext.OPENAI_API_SERVER)
-    assert "loads no plugins" in caplog.text
+    start(UsageContext.LLM_CLASS)
+    start(UsageContext.OPENAI_API_SERVER, additional_config={"multilora": {"backend": "vllm"}})
+    assert not warned
+    start(UsageContext.OPENAI_API_SERVER)
+    (warning,) = warned
+    assert "loads no plugins" in warning
 
 
 @pytest.mark.smoke
