@@ -3,7 +3,9 @@
 SmolLM2-135M in bfloat16 in this process. One request of a tenant with an adapter of rank 8, and
 beside it seven of others, with adapters of their own on all projections: of rank 8, of rank 128, or
 without adapter. All have prompts and answers of the same length, so that all batches have the same
-tokens; what counts is the time from token to token while all eight generate.
+tokens; what counts is the tenant's mean time from token to token while all eight generate, and how
+many tokens the others get meanwhile. With fair shares, those of the large rank are left out of some
+steps.
 
 `least` is what no kernel can go below here: beside rank 8, and the time in which the weights that
 rank 128 has more are read once, as fast as PyTorch's product of a matrix with a vector reads.
@@ -12,10 +14,8 @@ rank 128 has more are read once, as fast as PyTorch's product of a matrix with a
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ NEIGHBOURS, SMALL, LARGE = 7, 8, 128
 PROMPT_TOKENS = 32
 ENGINES: dict[str, dict[str, Any]] = {
     "plugin": {},
+    "fair shares": {"additional_config": {"multilora": {"fair_shares": True}}},
     "stock": {"additional_config": {"multilora": {"enabled": False}}},
 }
 
@@ -56,13 +57,13 @@ def interference(rounds: int = 5, stock_rounds: int = 1, new_tokens: int = 32) -
             "seven of rank 8": others[:NEIGHBOURS],
             "seven of rank 128": others[NEIGHBOURS:],
         }
-        for name, count in (("plugin", rounds), ("stock", stock_rounds)):
+        for name, settings in ENGINES.items():
+            count = stock_rounds if name == "stock" else rounds
             if count:
-                settings = ENGINES[name]
                 with smollm2(
                     adapters=len(ranks), max_rank=LARGE, max_num_seqs=8, **settings
                 ) as llm:
-                    found = measured(llm, victim, beside, count, new_tokens)
+                    found, of_others = measured(llm, victim, beside, count, new_tokens)
                 if name == "plugin":
                     itemsize = 2 if fastest_dtype() == "bfloat16" else 4
                     more = NEIGHBOURS * (LARGE - SMALL)
@@ -76,13 +77,21 @@ def interference(rounds: int = 5, stock_rounds: int = 1, new_tokens: int = 32) -
                     yield Figure(case, "from token to token, ms", times)
                     ratios = [a / b for a, b in zip(times, least, strict=True)]
                     yield Figure(case, "/ beside rank 8", ratios)
+                    if of_others.get(kind):
+                        yield Figure(case, "the others' tokens/s", of_others[kind])
 
 
 def measured(
     llm: Any, victim: Any, beside: dict[str, list[Any]], rounds: int, new_tokens: int
-) -> dict[str, list[float]]:
-    """The victim's median time from token to token in each round, by who is beside it."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """What a victim has in each round, by who is beside it.
+
+    Returns:
+        The victim's mean milliseconds from token to token, and the tokens that all the others get
+        in a second of these.
+    """
     found: dict[str, list[float]] = {kind: [] for kind in beside}
+    of_others: dict[str, list[float]] = {kind: [] for kind in beside}
     for number in range(-1, rounds):
         dice = random.Random(number)
         for kind in beside if number % 2 else reversed(beside):
@@ -91,6 +100,9 @@ def measured(
             asks = [ask(one, PROMPT_TOKENS, tokens, dice) for one in batch]
             serve(llm, asks, clients=len(batch))
             if number >= 0:
-                gaps = [after - before for before, after in pairwise(asks[0].tokens_s)]
-                found[kind].append(1000 * statistics.median(gaps))
-    return found
+                first, *_, last = asks[0].tokens_s
+                found[kind].append(1000 * (last - first) / (new_tokens - 1))
+                if others := asks[1:]:
+                    got = sum(first < at <= last for one in others for at in one.tokens_s)
+                    of_others[kind].append(got / (last - first))
+    return found, of_others

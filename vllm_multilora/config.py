@@ -211,9 +211,9 @@ class MultiLoRAConfig:
     fair_shares: bool = _switch(
         False,
         "While several tenants have requests, give each the same share of tokens, places and "
-        "slots, or shares by weight; a request without a tenant counts for its adapter. Without "
-        "this flag (the default) or with --scheduling-policy priority, requests are served in "
-        "vLLM's order.",
+        "slots, or shares by weight; a request without a tenant counts for its adapter, and the "
+        "size of an adapter counts too. Without this flag (the default) or with "
+        "--scheduling-policy priority, requests are served in vLLM's order.",
     )
     # A request that comes also waits for the step under way: this keeps first tokens within 1.5.
     fair_slowdown: float = _number(

@@ -25,6 +25,8 @@ from vllm_multilora.integration.engine.scheduler_class import adapter_aware
 from vllm_multilora.tenants.on_request import RequestTenant
 
 BLOCK_SIZE = 16
+TOKEN_BYTES = 8
+"""Of a token in the KV cache."""
 SCHEDULERS = (Scheduler, AsyncScheduler)
 
 _MODEL = {

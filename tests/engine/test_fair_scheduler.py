@@ -1,9 +1,11 @@
 """Fair shares over vLLM's own schedulers: who is next, how much of a prompt, and what it costs."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from tests.engine.parties import Engine, pack_info
-from tests.engine.real_scheduler import BLOCK_SIZE, SCHEDULERS, Steps, make_config
+from tests.engine.real_scheduler import (
+    BLOCK_SIZE,
+    SCHEDULERS,
+    TOKEN_BYTES,
+    Steps,
+    make_config,
+)
 from vllm_multilora.integration.engine import fair_scheduler as fair_scheduler_module
 from vllm_multilora.integration.engine import scheduler as scheduler_module
 from vllm_multilora.integration.engine.fair_scheduler import (
@@ -22,6 +30,7 @@ from vllm_multilora.integration.engine.fair_scheduler import (
     FairSharesMixin,
     party_of,
 )
+from vllm_multilora.slots.fair_shares import CONTEXT_TOKENS, GENERATED_COST
 
 PLACES, STEP_TOKENS, LIMIT = 4, 256, 32
 PARTY = ("adapter", "adapter-1")
@@ -385,9 +394,16 @@ def test_fair_shares_need_a_scheduler_that_asks_how_much_to_compute(configs, cap
 
 
 class Slots:
-    """A store and workers that have done everything that they were asked, at once."""
+    """A store and workers that have done everything that they were asked, at once.
 
-    def __init__(self, steps: Steps, slots: int) -> None:
+    Args:
+        steps: Of the scheduler.
+        slots: How many there are.
+        costs: Of reading an adapter's weights, by its number; else as good as nothing.
+    """
+
+    def __init__(self, steps: Steps, slots: int, costs: Mapping[int, float] | None = None) -> None:
+        self.costs = costs or {}
         self.engine = Engine(slots, ranks=1)
         self.steps = steps
         steps.scheduler._slots = slots
@@ -395,10 +411,58 @@ class Slots:
 
     def step(self) -> dict[str, int]:
         for want in list(self.engine.store.wants.values()):
-            self.engine.store.loaded(pack_info(want.adapter), want)
+            cost = self.costs.get(want.adapter, 0.01)
+            nbytes = round(cost / GENERATED_COST * CONTEXT_TOKENS * TOKEN_BYTES)
+            pack = msgspec.structs.replace(pack_info(want.adapter), nbytes=nbytes)
+            self.engine.store.loaded(pack, want)
         for order in list(self.engine.workers.orders):
             self.engine.workers.filled(order)
         return self.steps.step()
+
+
+@pytest.mark.parametrize(
+    ("reading", "generated"),
+    [
+        pytest.param(0.01, 160, id="small"),
+        pytest.param(16, 40 * LIMIT // (16 + 2), id="large"),
+        pytest.param(64, 40 * LIMIT // (64 + 2), id="larger than what a step has for all"),
+    ],
+)
+def test_large_adapters_are_in_no_more_steps_than_they_may_add_to(configs, reading, generated):
+    """One request each of four, beside one that is in every step."""
+    large = range(2, 6)
+    steps = Steps(configs(places=8))
+    slots = Slots(steps, slots=8, costs=dict.fromkeys(large, reading))
+    steps.ask("small", adapter=1, generate=200)
+    for number in large:
+        steps.ask(f"large {number}", adapter=number, generate=200)
+    for _ in range(20):
+        slots.step()
+    tokens: Counter[str] = Counter()
+    for _ in range(40):
+        step = slots.step()
+        assert "small" in step
+        tokens.update(step)
+    of_large = [tokens[f"large {number}"] for number in large]
+    assert sum(of_large) == pytest.approx(generated, abs=2)
+    assert max(of_large) - min(of_large) <= 2, "they take turns"
+
+
+def test_requests_of_an_adapter_pay_once_for_reading_it(configs):
+    steps = Steps(configs(places=8))
+    slots = Slots(steps, slots=8, costs={2: 16})
+    steps.ask("small", adapter=1, generate=200)
+    for number in range(5):
+        steps.ask(f"large {number}", adapter=2, generate=200)
+    for _ in range(20):
+        slots.step()
+    shares, before = (
+        steps.scheduler._shares,
+        steps.scheduler._shares.served(("adapter", "adapter-2")),
+    )
+    step = slots.step()
+    assert of(Counter(step), "large") == 5
+    assert shares.served(("adapter", "adapter-2")) - before == pytest.approx(16 + 5 * 2)
 
 
 @pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])

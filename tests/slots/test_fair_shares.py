@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_multilora.slots.fair_shares import (
+    CONTEXT_TOKENS,
     GENERATED_COST,
     HALF_LIFE_STEPS,
     HEAVY_RATIO,
@@ -16,6 +17,7 @@ from vllm_multilora.slots.fair_shares import (
     PROMPT_COST,
     FairShares,
     cost_of,
+    reading_cost,
 )
 
 STEP_TOKENS = 32
@@ -375,3 +377,10 @@ def test_counters_of_those_that_have_left_are_kept_within_bounds():
 )
 def test_a_generated_token_costs_twice_a_prompts(prompt, begin, end, cost):
     assert cost_of(prompt, begin, end) == cost
+
+
+def test_reading_an_adapter_costs_as_much_as_reading_contexts_of_its_size():
+    token = 23_040
+    assert reading_cost(CONTEXT_TOKENS * token, token) == GENERATED_COST
+    assert reading_cost(84 << 20, token) == pytest.approx(8 * reading_cost(10.5 * 2**20, token))
+    assert reading_cost(84 << 20, 0) == 0, "a model without attention"

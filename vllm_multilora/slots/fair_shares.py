@@ -3,7 +3,8 @@
 A party is whoever shares the engine with others: a tenant, or an adapter where nobody names one.
 Each has a counter of the service that it has had, divided by its weight, and the one with the least
 is served first: the virtual token counter of Sheng et al., "Fairness in Serving Large Language
-Models" (OSDI 2024). A token of a prompt costs 1 and a generated one `GENERATED_COST`.
+Models" (OSDI 2024). A token of a prompt costs 1 and a generated one `GENERATED_COST`; a step with
+an adapter costs those that use it what reading its weights does (`reading_cost`).
 
 - **No credit for what nobody asked for.** A party that comes (back) is lifted to the least counter
   of those that are being served, and one whose requests all run to the least of those that have
@@ -31,6 +32,9 @@ from dataclasses import dataclass
 PROMPT_COST = 1.0
 GENERATED_COST = 2.0
 """Cost of a generated token, a computed token of a prompt having 1; as in the paper."""
+
+CONTEXT_TOKENS = 512
+"""Length of the context that a generated token is taken to read."""
 
 HEAVY_RATIO, LEAST_HEAVY_RATIO = 3.0, 1.25
 """To others' service: above the first a party gets heavy, and it is so until below the second."""
@@ -261,3 +265,16 @@ def cost_of(prompt_tokens: int, begin: int, end: int) -> float:
     """
     of_prompt = max(0, min(end, prompt_tokens) - begin)
     return PROMPT_COST * of_prompt + GENERATED_COST * max(0, end - begin - of_prompt)
+
+
+def reading_cost(adapter_bytes: float, token_bytes: float) -> float:
+    """The cost of reading an adapter in a step, once for all of its requests there.
+
+    What a generated token takes longest for, on any hardware, is reading its context: a byte of an
+    adapter costs as much as one of that.
+
+    Args:
+        adapter_bytes: Of the adapter's weights.
+        token_bytes: Of a token in the KV cache; 0: there is none, and reading costs nothing.
+    """
+    return GENERATED_COST * adapter_bytes / (CONTEXT_TOKENS * token_bytes) if token_bytes else 0.0

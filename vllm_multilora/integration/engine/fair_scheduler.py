@@ -10,7 +10,8 @@ others, and their tokens wait for its prompts. The mixin, over `AdapterAwareMixi
   (`StepBound`): prompts are computed in smaller chunks, and the latest running requests beyond the
   bound are left out of the step;
 - charges each party for what is computed, but only once: tokens that a preempted request computes
-  again are free, and so are tokens from the prefix cache.
+  again are free, and so are tokens from the prefix cache. An adapter's weights are read in every
+  step that it is in, and charged to those that use it: a large rank slows everybody's tokens.
 
 Places in the batch and slots are given in the queue's order, so the same counters share them. While
 only one party has requests, nothing is reordered or limited.
@@ -38,6 +39,7 @@ from vllm_multilora.slots.fair_shares import (
     FairShares,
     Party,
     cost_of,
+    reading_cost,
 )
 from vllm_multilora.slots.step_bound import StepBound
 
@@ -67,6 +69,13 @@ def party_of(request: Request) -> Party:
     if lora is None:
         return BASE_MODEL
     return BLENDS if is_blend(lora.lora_path) else ("adapter", lora.lora_name)
+
+
+def token_bytes(kv_cache_config: Any) -> float:
+    """What a token takes of one worker's KV cache."""
+    groups = kv_cache_config.kv_cache_groups
+    layers = [(group.kv_cache_spec, len(group.layer_names)) for group in groups]
+    return sum(count * spec.page_size_bytes / spec.block_size for spec, count in layers)
 
 
 @dataclass(frozen=True)
@@ -105,11 +114,19 @@ class FairSharesMixin(AdapterAwareMixin):
         self._bound = StepBound(slowdown, step_tokens) if is_divisible else None
         # The cost of what heavy parties may still have of the step; None: as much as there is.
         self._heavy_left: float | None = None
+        self._heavy_reads: set[int] = set()  # the adapters of heavy parties in the step
+        # What they may have more in the next step: a request that costs more than they may have of
+        # one has its turn when enough has been saved.
+        self._saved = 0.0
+        self._is_saving = False
         # By weight, what the one of the others had that had least when they generated last.
         self._light_had = 0.0
         self._is_spared_in_vain = False  # nothing of theirs could be computed in the last step
         self._under_way: deque[_BoundStep] = deque(maxlen=_MOST_UNDER_WAY)
         self._last_result = 0.0
+        # Of all workers, as an adapter's bytes are.
+        workers = vllm_config.parallel_config.world_size
+        self._token_bytes = workers * token_bytes(self.kv_cache_config)  # type: ignore[attr-defined]
         self._reserve: Callable[[Request, int, int], int] = super()._reserve_prefill_lookahead  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
@@ -137,7 +154,11 @@ class FairSharesMixin(AdapterAwareMixin):
         # Python's sort keeps the order of those that are equal: within a party nothing changes.
         self.running.sort(key=lambda request: ranks[parties[request.request_id]])
         self._heavy_left = allowed = self._allowance()
+        self._heavy_reads.clear()
+        self._is_saving = False
         output = super().schedule(*args, **kwargs)
+        if allowed != 0:  # else the step was the others' alone, and what was saved is still
+            self._saved = (self._heavy_left or 0.0) if self._is_saving else 0.0
         is_timed = self._charge(output.num_scheduled_tokens)
         if allowed is not None and self._heavy_left is not None and is_timed:
             self._under_way.append(_BoundStep(output, began, allowed - self._heavy_left))
@@ -164,7 +185,8 @@ class FairSharesMixin(AdapterAwareMixin):
         is_full = len(self.running) >= self.max_num_active_reqs  # type: ignore[attr-defined]
         if (is_full or self._is_spared_in_vain) and all(map(self._is_heavy, self.running)):
             return None  # the others wait for a place or memory, which they get the sooner
-        return self._bound.next(_LEAST_SHARE * weight * self._light_had)
+        allowed = self._bound.next(_LEAST_SHARE * weight * self._light_had)
+        return allowed + self._saved if allowed else 0.0
 
     def _charge(self, scheduled: dict[str, int]) -> bool:
         """Charges parties for a step.
@@ -174,9 +196,12 @@ class FairSharesMixin(AdapterAwareMixin):
         """
         costs: defaultdict[Party, float] = defaultdict(float)
         with_prompts: set[Party] = set()
+        users: defaultdict[int, list[Party]] = defaultdict(list)
         requests, parties, computed = self.requests, self._parties, self._computed
         for request_id, tokens in scheduled.items():
             request = requests[request_id]
+            if request.lora_request is not None:
+                users[request.lora_request.lora_int_id].append(parties[request_id])
             end, prompt = request.num_computed_tokens, request.num_prompt_tokens
             if tokens == 1 and end > prompt and request_id not in computed:  # nearly all
                 costs[parties[request_id]] += GENERATED_COST
@@ -185,6 +210,10 @@ class FairSharesMixin(AdapterAwareMixin):
             costs[parties[request_id]] += cost_of(prompt, begin, end)
             if end - tokens < prompt:
                 with_prompts.add(parties[request_id])
+        for adapter, using in users.items():
+            if cost := self._reading_cost(adapter):
+                for party in using:
+                    costs[party] += cost / len(using)
         shares, is_timed = self._shares, False
         if shares.heavy_weight:
             light = [party for party in costs if not shares.is_heavy(party)]
@@ -245,12 +274,24 @@ class FairSharesMixin(AdapterAwareMixin):
             cost = GENERATED_COST
         elif request.has_encoder_inputs:
             return self._reserve(request, num_computed_tokens, num_new_tokens)
-        if left < cost:
+        lora, reading = request.lora_request, 0.0
+        if lora is not None and lora.lora_int_id not in self._heavy_reads:
+            reading = self._reading_cost(lora.lora_int_id)
+        if left < cost + reading:
+            self._is_saving = True
             return 0
-        num_new_tokens = min(num_new_tokens, int(left / cost))
+        num_new_tokens = min(num_new_tokens, int((left - reading) / cost))
         num_new_tokens = self._reserve(request, num_computed_tokens, num_new_tokens)
-        self._heavy_left = left - cost * num_new_tokens
+        if num_new_tokens:
+            self._heavy_left = left - reading - cost * num_new_tokens
+            if lora is not None:
+                self._heavy_reads.add(lora.lora_int_id)
         return num_new_tokens
+
+    def _reading_cost(self, adapter: int) -> float:
+        """What the adapter's weights cost in a step; nothing where their size is not known here."""
+        version = None if self._adapters is None else self._adapters.version(adapter)
+        return 0.0 if version is None else reading_cost(version.nbytes, self._token_bytes)
 
     def _is_one_more(self, request: Request) -> bool:
         """Whether a request would bring an adapter into the batch for which it has no slot.
