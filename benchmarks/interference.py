@@ -29,7 +29,9 @@ NEIGHBOURS, SMALL, LARGE = 7, 8, 128
 PROMPT_TOKENS = 32
 ENGINES: dict[str, dict[str, Any]] = {
     "plugin": {},
-    "fair shares": {"additional_config": {"multilora": {"fair_shares": True}}},
+    "fair shares, slowdown 1.2": {
+        "additional_config": {"multilora": {"fair_shares": True, "fair_slowdown": 1.2}}
+    },
     "stock": {"additional_config": {"multilora": {"enabled": False}}},
 }
 
