@@ -15,9 +15,10 @@ returns to the system and asks for again. `MALLOC_MMAP_THRESHOLD_=1073741824
 MALLOC_TRIM_THRESHOLD_=4000000000` in the environment makes it keep them.
 
 `least` is what no kernel can go below here. A decoding step reads every adapter's weights once, as
-fast as PyTorch's product of a matrix with a vector reads as many bytes; the prompts take the
-arithmetic of their tokens, as fast as PyTorch multiplies float32 matrices. Nothing else is counted:
-neither activations, nor Python, nor that the base model's weights leave the caches meanwhile.
+fast as PyTorch reads as many bytes for a vector's norm, which is the fastest of what it has; the
+prompts take the arithmetic of their tokens, as fast as PyTorch multiplies matrices in float32 or in
+the model's type. Nothing else is counted: neither activations, nor Python, nor that the base
+model's weights leave the caches meanwhile.
 """
 
 from __future__ import annotations
@@ -126,20 +127,19 @@ def reading_seconds(model_config: dict, ranks: int, itemsize: int) -> float:
     """Seconds in which the weights of adapters with so many ranks in all are read once, here."""
     import torch
 
-    hidden = model_config["hidden_size"]
-    numbers = ranks * _numbers_of_a_rank(model_config)
-    matrix, vector = torch.ones(numbers * itemsize // (4 * hidden), hidden), torch.ones(hidden)
-    return _fastest(lambda: torch.mv(matrix, vector))
+    numbers = torch.ones(ranks * _numbers_of_a_rank(model_config) * itemsize // 4)
+    return _fastest(lambda: torch.linalg.vector_norm(numbers))
 
 
-def least_seconds(model_config: dict, itemsize: int) -> float:
+def least_seconds(model_config: dict, dtype: str) -> float:
     """Seconds that all requests' adapters need for reading and arithmetic alone, measured here."""
     import torch
 
-    square = torch.ones(1024, 1024)
-    multiply = _fastest(lambda: torch.mm(square, square)) / 1024**3
+    own = getattr(torch, dtype)
+    squares = [torch.ones(1024, 1024, dtype=each) for each in (torch.float32, own)]
+    multiply = min(_fastest(lambda each=each: torch.mm(each, each)) for each in squares) / 1024**3
     products = sum(RANKS) * _numbers_of_a_rank(model_config) * REQUESTS * PROMPT_TOKENS / len(RANKS)
-    read = reading_seconds(model_config, sum(RANKS), itemsize)
+    read = reading_seconds(model_config, sum(RANKS), own.itemsize)
     return (NEW_TOKENS - 1) * read + products * multiply
 
 
@@ -180,7 +180,7 @@ def cpu_throughput(rounds: int = 5, stock_rounds: int = 1, dtype: str = "auto") 
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
     model_dtype = fastest_dtype() if dtype == "auto" else dtype
-    least = least_seconds(config, 4 if model_dtype == "float32" else 2)
+    least = least_seconds(config, model_dtype)
 
     with tempfile.TemporaryDirectory() as scratch:
         requests = requested_adapters(Path(scratch), config)
