@@ -58,7 +58,8 @@ ROWS = (
         "quantised base models",
         SAME_PATH,
         "Schemes that vLLM's CPU build runs: GPTQ, AWQ and compressed-tensors with weights of 4 "
-        "bits, compressed-tensors with weights and activations of 8. DoRA adapters are refused.",
+        "bits; on processors with AMX, also compressed-tensors with weights and activations of 8, "
+        "with which vLLM starts no server with LoRA elsewhere. DoRA adapters are refused.",
     ),
     Row(
         "images",
