@@ -123,11 +123,12 @@ def requested_adapters(folder: Path, model_config: dict) -> list[LoRARequest]:
     return [adapters[i % len(adapters)] for i in range(REQUESTS)]
 
 
-def reading_seconds(model_config: dict, ranks: int, itemsize: int) -> float:
+def reading_seconds(model_config: dict, ranks: int, dtype: str) -> float:
     """Seconds in which the weights of adapters with so many ranks in all are read once, here."""
     import torch
 
-    numbers = torch.ones(ranks * _numbers_of_a_rank(model_config) * itemsize // 4)
+    size = ranks * _numbers_of_a_rank(model_config) * getattr(torch, dtype).itemsize
+    numbers = torch.ones(size // torch.float32.itemsize)
     return _fastest(lambda: torch.linalg.vector_norm(numbers))
 
 
@@ -135,11 +136,11 @@ def least_seconds(model_config: dict, dtype: str) -> float:
     """Seconds that all requests' adapters need for reading and arithmetic alone, measured here."""
     import torch
 
-    own = getattr(torch, dtype)
-    squares = [torch.ones(1024, 1024, dtype=each) for each in (torch.float32, own)]
+    dtypes = (torch.float32, getattr(torch, dtype))
+    squares = [torch.ones(1024, 1024, dtype=each) for each in dtypes]
     multiply = min(_fastest(lambda each=each: torch.mm(each, each)) for each in squares) / 1024**3
     products = sum(RANKS) * _numbers_of_a_rank(model_config) * REQUESTS * PROMPT_TOKENS / len(RANKS)
-    read = reading_seconds(model_config, sum(RANKS), own.itemsize)
+    read = reading_seconds(model_config, sum(RANKS), dtype)
     return (NEW_TOKENS - 1) * read + products * multiply
 
 

@@ -68,9 +68,8 @@ def interference(rounds: int = 5, stock_rounds: int = 1, new_tokens: int = 128) 
                 ) as llm:
                     found, of_others = measured(llm, victim, beside, count, new_tokens)
                 if name == "plugin":
-                    itemsize = 2 if fastest_dtype() == "bfloat16" else 4
                     more = NEIGHBOURS * (LARGE - SMALL)
-                    reading = 1000 * reading_seconds(model_config(), more, itemsize)
+                    reading = 1000 * reading_seconds(model_config(), more, fastest_dtype())
                     found["seven of rank 128, least"] = [
                         time + reading for time in found["seven of rank 8"]
                     ]

@@ -1,7 +1,8 @@
 """Seconds from the command line to the first `/health`, with the plugin and without.
 
 `vllm serve --enable-lora` with SmolLM2-135M, each time a new interpreter with a store of its own.
-With `--base REV arms=plugin`, the other revision's starts are the control.
+With `--base REV arms=plugin`, the other revision's starts are the control: servers are started
+without the tests' helper, which starts those of another revision with other settings.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def server_start(arms: str = "plugin,stock", rounds: int = 5) -> Iterable[Figure
 
     Args:
         arms: `plugin`, `stock`, or both.
-        rounds: Starts of each, in turn; one of the first before counts not.
+        rounds: Starts of each, in turn; one before them is not counted.
     """
     names = arms.split(",")
     started: dict[str, list[float]] = {name: [] for name in names}
@@ -64,11 +65,12 @@ def start(flags: Iterable[str]) -> float:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    model = base_model()
     with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "log").open("w+b") as log:
         began = time.perf_counter()
         server = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base_model())),
+                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
                 *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"),
                 *("--kv-cache-memory-bytes", str(2**28), "--enforce-eager", "--enable-lora"),
                 *("--max-loras", "8", "--max-lora-rank", "64", *flags),

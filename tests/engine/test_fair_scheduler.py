@@ -456,13 +456,11 @@ def test_requests_of_an_adapter_pay_once_for_reading_it(configs):
         steps.ask(f"large {number}", adapter=2, generate=200)
     for _ in range(20):
         slots.step()
-    shares, before = (
-        steps.scheduler._shares,
-        steps.scheduler._shares.served(("adapter", "adapter-2")),
-    )
+    shares, party = steps.scheduler._shares, ("adapter", "adapter-2")
+    before = shares.served(party)
     step = slots.step()
     assert of(Counter(step), "large") == 5
-    assert shares.served(("adapter", "adapter-2")) - before == pytest.approx(16 + 5 * 2)
+    assert shares.served(party) - before == pytest.approx(16 + 5 * 2)
 
 
 @pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])

@@ -40,7 +40,7 @@ BASE = "base"
 NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES[:4])
 UNREAD = tuple(recipe.name for recipe in LINEAR_RECIPES[4:7])
 """Adapters whose weights no other adapter has."""
-PLACES = 4
+PLACES = len(NAMES)
 """In host memory."""
 SETTINGS = (
     *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
@@ -360,8 +360,6 @@ def test_all_engines_of_all_servers_share_one_copy_of_each_adapter(
     server: VllmServer, llama: Scenario, tmp_path: Path
 ) -> None:
     folder = server.store_folder
-    names = NAMES
-    assert len(names) == PLACES, "those of the tests before would be there as well"
     with VllmServer(
         llama.base,
         *SETTINGS,
@@ -372,7 +370,7 @@ def test_all_engines_of_all_servers_share_one_copy_of_each_adapter(
     ) as second:
         segments = []
         for each in (server, second):
-            for name in names:
+            for name in NAMES:  # which push out those of the tests before
                 assert load(each, f"one-{name}", llama.adapters[name]).status_code == 200
                 assert_both_serve(each, f"one-{name}", llama.cases_of(name)[0])
             segments.append(held_bytes(store_process(socket_path(folder))))
@@ -384,7 +382,7 @@ def test_all_engines_of_all_servers_share_one_copy_of_each_adapter(
     assert all(inodes <= segments[0].keys() for inodes in workers)
     assert len(set().union(*workers)) == len(segments[0])
     # Packs are of whole pages and have an index of their own instead of a file's header.
-    files = sum((llama.adapters[n] / "adapter_model.safetensors").stat().st_size for n in names)
+    files = sum((llama.adapters[n] / "adapter_model.safetensors").stat().st_size for n in NAMES)
     for row in rows:
         assert row["cpu"]["adapters"] == PLACES
         assert 0.9 * files < row["cpu"]["bytes"] < 1.2 * files

@@ -270,7 +270,7 @@ def cost_of(prompt_tokens: int, begin: int, end: int) -> float:
 def reading_cost(adapter_bytes: float, token_bytes: float) -> float:
     """The cost of reading an adapter in a step, once for all of its requests there.
 
-    What a generated token takes longest for, on any hardware, is reading its context: a byte of an
+    Beside the base model, which is read for all, a generated token reads its context: a byte of an
     adapter costs as much as one of that.
 
     Args:
