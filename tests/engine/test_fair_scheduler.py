@@ -448,6 +448,18 @@ def test_large_adapters_are_in_no_more_steps_than_they_may_add_to(configs, readi
     assert max(of_large) - min(of_large) <= 2, "they take turns"
 
 
+def test_what_was_saved_beside_somebody_is_nobodys_when_that_one_has_gone(configs):
+    steps = Steps(configs(places=8))
+    slots = Slots(steps, slots=8, costs={2: 64})
+    steps.ask("small", adapter=1, generate=200)
+    steps.ask("large", adapter=2, generate=200)
+    while not steps.scheduler._saved:
+        slots.step()
+    steps.abort("small")
+    slots.step()
+    assert not steps.scheduler._saved
+
+
 def test_requests_of_an_adapter_pay_once_for_reading_it(configs):
     steps = Steps(configs(places=8))
     slots = Slots(steps, slots=8, costs={2: 16})

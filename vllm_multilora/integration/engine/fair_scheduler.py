@@ -144,7 +144,7 @@ class FairSharesMixin(AdapterAwareMixin):
         shares = self._shares
         self.waiting.begin_step()
         if not shares.is_contended:
-            self._heavy_left, self._light_had = None, 0.0
+            self._heavy_left, self._light_had, self._saved = None, 0.0, 0.0
             output = super().schedule(*args, **kwargs)
             shares.step_alone(output.total_num_scheduled_tokens)
             return output
