@@ -36,21 +36,20 @@ INLINE void dot_pair(const int rows, const int ranks, f32v acc[TALL_ROWS][RANK_S
     }
 }
 
-/* next: how many rows of A ahead the next block begins, to be fetched already; 0: nowhere. */
 INLINE void dot_block(const int rows, const int ranks, const void *x, int64_t x_start, int64_t ldx,
-                      const void *a, int64_t a_start, int64_t lda, int64_t k, int64_t next,
-                      float scale, float *h, int64_t ldh, const int x_dtype, const int dtype) {
+                      const void *a, int64_t a_start, int64_t lda, int64_t k,
+                      struct reading reading, float scale, float *h, int64_t ldh, const int x_dtype,
+                      const int dtype) {
     const size_t width = width_of(dtype);
+    const int part = ranks * PAIR * (int)width;
+    const char *ahead = (const char *)a + (a_start + RANK_STEP * lda) * (int64_t)width;
     f32v acc[TALL_ROWS][RANK_STEP];
     UNROLL for (int m = 0; m < rows; m++)
         UNROLL for (int n = 0; n < ranks; n++) acc[m][n] = (f32v){0};
     int64_t i = 0;
     for (; i + PAIR <= k; i += PAIR) {
-        if (next)
-            UNROLL for (int n = 0; n < ranks; n++)
-                for (int j = 0; j < PAIR; j += CACHE_LINE / (int)width)
-                    __builtin_prefetch((const char *)a +
-                                       (size_t)(a_start + (n + next) * lda + i + j) * width);
+        fetch(ahead, part, reading); /* in order, though some rows are read at once */
+        ahead += part;
         dot_pair(rows, ranks, acc, x, x_start + i, ldx, a, a_start + i, lda, x_dtype, dtype);
     }
     if (i < k) {
@@ -69,24 +68,24 @@ INLINE void dot_block(const int rows, const int ranks, const void *x, int64_t x_
 }
 
 INLINE void dot_rows(const int rows, const void *x, int64_t x_start, int64_t ldx, const void *a,
-                     int64_t a_start, int64_t lda, int64_t k, int64_t ranks, float scale, float *h,
-                     int64_t ldh, const int x_dtype, const int dtype) {
+                     int64_t a_start, int64_t lda, int64_t k, int64_t ranks, struct reading reading,
+                     float scale, float *h, int64_t ldh, const int x_dtype, const int dtype) {
     int64_t n = 0;
     for (; n + RANK_STEP <= ranks; n += RANK_STEP)
-        dot_block(rows, RANK_STEP, x, x_start, ldx, a, a_start + n * lda, lda, k,
-                  n + 2 * RANK_STEP <= ranks ? RANK_STEP : 0, scale, h + n, ldh, x_dtype, dtype);
+        dot_block(rows, RANK_STEP, x, x_start, ldx, a, a_start + n * lda, lda, k, reading, scale,
+                  h + n, ldh, x_dtype, dtype);
     for (; n < ranks; n++)
-        dot_block(rows, 1, x, x_start, ldx, a, a_start + n * lda, lda, k, 0, scale, h + n, ldh,
-                  x_dtype, dtype);
+        dot_block(rows, 1, x, x_start, ldx, a, a_start + n * lda, lda, k, reading, scale, h + n,
+                  ldh, x_dtype, dtype);
 }
 
 #define DOT_ROWS(ROWS)                                                                             \
-    dot_rows(ROWS, x, m * ldx, ldx, a, a_start, lda, k, ranks, scale, h + m * ldh, ldh, x_dtype,   \
-             dtype)
+    dot_rows(ROWS, x, m * ldx, ldx, a, a_start, lda, k, ranks, reading, scale, h + m * ldh, ldh,   \
+             x_dtype, dtype)
 
 INLINE void shrink_typed(const void *x, int64_t ldx, int64_t rows, const void *a, int64_t a_start,
-                         int64_t lda, int64_t k, int64_t ranks, float scale, float *h, int64_t ldh,
-                         const int x_dtype, const int dtype) {
+                         int64_t lda, int64_t k, int64_t ranks, struct reading reading, float scale,
+                         float *h, int64_t ldh, const int x_dtype, const int dtype) {
     int64_t m = 0;
     for (; m + TALL_ROWS <= rows; m += TALL_ROWS) DOT_ROWS(TALL_ROWS);
     if (m + 4 <= rows) {
@@ -103,8 +102,9 @@ INLINE void shrink_typed(const void *x, int64_t ldx, int64_t rows, const void *a
 #define SHRINK(X_DTYPE, A_DTYPE)                                                                   \
     static NOINLINE void shrink_##X_DTYPE##_##A_DTYPE(                                             \
         const void *x, int64_t ldx, int64_t rows, const void *a, int64_t a_start, int64_t lda,     \
-        int64_t k, int64_t ranks, float scale, float *h, int64_t ldh) {                            \
-        shrink_typed(x, ldx, rows, a, a_start, lda, k, ranks, scale, h, ldh, X_DTYPE, A_DTYPE);    \
+        int64_t k, int64_t ranks, struct reading reading, float scale, float *h, int64_t ldh) {    \
+        shrink_typed(x, ldx, rows, a, a_start, lda, k, ranks, reading, scale, h, ldh, X_DTYPE,     \
+                     A_DTYPE);                                                                     \
     }
 SHRINK(F32, F32)
 SHRINK(F32, BF16)
@@ -112,7 +112,7 @@ SHRINK(F32, F16)
 SHRINK(BF16, BF16)
 
 typedef void shrink_function(const void *, int64_t, int64_t, const void *, int64_t, int64_t,
-                             int64_t, int64_t, float, float *, int64_t);
+                             int64_t, int64_t, struct reading, float, float *, int64_t);
 static shrink_function *const shrink_rows[3] = {shrink_F32_F32, shrink_F32_BF16, shrink_F32_F16};
 
 #endif

@@ -10,7 +10,7 @@
 #define NB (2 * PAIR) /* output columns per step of the expand phase */
 #define VECS (NB / LANES)
 #define STREAMED_COLUMNS 2048 /* whose sums stay in the first-level cache */
-#define PREFETCHED_BYTES 4096
+#define FETCHED_AHEAD 4096    /* bytes between what is read of B and what is fetched */
 
 INLINE void transpose8(f32x8 r[8]) {
     f32x8 t[8], u[8];
@@ -138,9 +138,9 @@ INLINE void outer_typed(const float *h, int64_t ldh, int64_t rows, const void *b
  * sums wait in the first-level cache. */
 INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void *b,
                          int64_t b_start, int64_t ldb, int64_t rank, void *const *y, int64_t col,
-                         int64_t cols, struct onto onto, const int b_dtype, const int y_dtype) {
+                         int64_t cols, struct onto onto, struct reading reading, const int b_dtype,
+                         const int y_dtype) {
     const size_t b_width = width_of(b_dtype);
-    const char *last = (const char *)b + (size_t)(b_start + (rank - 1) * ldb + cols) * b_width - 1;
     float sums[STREAMED_ROWS][STREAMED_COLUMNS];
     for (int m = 0; m < rows; m++)
         memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
@@ -156,10 +156,7 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
                 copy_elements(end, b, at + c, cols - c, b_dtype);
                 from = (const char *)end;
             } else {
-                for (int i = 0; i < PAIR * (int)b_width; i += CACHE_LINE) {
-                    const char *ahead = from + PREFETCHED_BYTES + i;
-                    __builtin_prefetch(ahead < last ? ahead : last);
-                }
+                fetch(from + FETCHED_AHEAD, PAIR * (int)b_width, reading);
             }
             UNROLL for (int half = 0; half < 2; half++) {
                 f32v w = load_half(from, 0, half, b_dtype);
@@ -185,11 +182,14 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
     }                                                                                              \
     static NOINLINE void stream_##B_DTYPE##_##Y_DTYPE(                                             \
         const float *h, int64_t ldh, int64_t rows, const void *b, int64_t b_start, int64_t ldb,    \
-        int64_t rank, void *const *y, int64_t col, int64_t cols, struct onto onto) {               \
+        int64_t rank, void *const *y, int64_t col, int64_t cols, struct onto onto,                 \
+        struct reading reading) {                                                                  \
         if (rows == 1)                                                                             \
-            stream_typed(1, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, B_DTYPE, Y_DTYPE);  \
+            stream_typed(1, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, reading, B_DTYPE,   \
+                         Y_DTYPE);                                                                 \
         else                                                                                       \
-            stream_typed(2, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, B_DTYPE, Y_DTYPE);  \
+            stream_typed(2, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, reading, B_DTYPE,   \
+                         Y_DTYPE);                                                                 \
     }
 EXPAND(F32, F32) EXPAND(F32, BF16) EXPAND(F32, F16)
 EXPAND(BF16, F32) EXPAND(BF16, BF16) EXPAND(BF16, F16)
@@ -197,11 +197,13 @@ EXPAND(F16, F32) EXPAND(F16, BF16) EXPAND(F16, F16)
 
 typedef void expand_function(const float *, int64_t, int64_t, const void *, int64_t, int64_t,
                              int64_t, void *const *, int64_t, int64_t, struct onto);
+typedef void stream_function(const float *, int64_t, int64_t, const void *, int64_t, int64_t,
+                             int64_t, void *const *, int64_t, int64_t, struct onto, struct reading);
 #define BY_TYPES(NAME) /* [type of B][type of y] */                                                \
     {{NAME##_F32_F32, NAME##_F32_BF16, NAME##_F32_F16},                                            \
      {NAME##_BF16_F32, NAME##_BF16_BF16, NAME##_BF16_F16},                                         \
      {NAME##_F16_F32, NAME##_F16_BF16, NAME##_F16_F16}}
 static expand_function *const outer_columns[3][3] = BY_TYPES(outer);
-static expand_function *const stream_columns[3][3] = BY_TYPES(stream);
+static stream_function *const stream_columns[3][3] = BY_TYPES(stream);
 
 #endif

@@ -12,6 +12,8 @@
  * rows, its true rank and the slice's width. Every thread takes one contiguous share of the
  * total cost, cutting pairs by rank or column where a share ends: no queue, no atomics, and one
  * adapter with many tokens is shared between threads as well as many adapters with one each.
+ * Reading the weights takes most of the time where an adapter has few tokens; the beginning of
+ * each piece of them is fetched while the one before it is read.
  *
  * Only the first r = rank(slice, slot) rows of A and columns of B are read, so time follows
  * the true ranks. B's columns are contiguous if the caller stores it so (b_col_stride == 1,
@@ -138,19 +140,42 @@ static void gather_tile(const struct lora_call *c, struct thread *t, int64_t til
     }
 }
 
-/* Ranks [from, to) of one pair, into hs or, for the shrink half alone, the caller's h. */
-static void shrink_pair(const struct lora_call *c, struct thread *t, const struct panel *p,
-                        float *hs, int64_t tile, int64_t s, int64_t from, int64_t to) {
-    const struct slice *w = &c->slice[s];
-    int64_t slot = of_tile(c->tile_slot, tile), start = of_tile(c->tile_start, tile);
-    int64_t rows = of_tile(c->tile_rows, tile), ldh = round_up(c->max_rank, PAIR);
-    int64_t ldx = round_up(c->k, PAIR);
-    float *h = hs + ((start - p->first_row) * c->slices + s) * ldh;
-    gather_tile(c, t, tile, s);
+/* A part of a pair that one thread computes: ranks, or columns, [from, to). */
+struct piece {
+    int64_t tile, slice, from, to;
+};
+
+/* Where the weights begin that a piece reads. */
+INLINE const char *start_of(const struct lora_call *c, const struct piece *piece, int expands) {
+    const struct slice *w = &c->slice[piece->slice];
+    int64_t slot = of_tile(c->tile_slot, piece->tile);
+    int64_t at = expands ? slot * w->b_slot_stride + piece->from * w->b_row_stride
+                         : slot * w->a_slot_stride + piece->from * w->a_row_stride;
+    return (const char *)(expands ? w->b : w->a) + at * (int64_t)width_of((int)c->weight_dtype);
+}
+
+/* The reading of a piece whose weights take up so many elements. */
+INLINE struct reading reading_of(const struct lora_call *c, const struct piece *piece,
+                                 int64_t length, int expands, const char *next) {
+    const char *start = start_of(c, piece, expands);
+    const char *end = start + length * (int64_t)width_of((int)c->weight_dtype);
+    return (struct reading){end, next - end};
+}
+
+/* A piece of the shrink phase, into hs or, for that phase alone, the caller's h. */
+static void shrink_piece(const struct lora_call *c, struct thread *t, const struct panel *p,
+                         float *hs, const struct piece *piece, const char *next) {
+    const struct slice *w = &c->slice[piece->slice];
+    int64_t start = of_tile(c->tile_start, piece->tile), rows = of_tile(c->tile_rows, piece->tile);
+    int64_t ldh = round_up(c->max_rank, PAIR), ldx = round_up(c->k, PAIR);
+    int64_t slot = of_tile(c->tile_slot, piece->tile), ranks = piece->to - piece->from;
+    float *h = hs + ((start - p->first_row) * c->slices + piece->slice) * ldh;
+    gather_tile(c, t, piece->tile, piece->slice);
     shrink_function *shrink = multiplies_as_bf16(c) ? shrink_BF16_BF16 : shrink_rows[c->weight_dtype];
     shrink(t->tile, ldx, rows, (const void *)w->a,
-           slot * w->a_slot_stride + from * w->a_row_stride, w->a_row_stride, c->k, to - from,
-           (float)c->scale, h + from, c->slices * ldh);
+           slot * w->a_slot_stride + piece->from * w->a_row_stride, w->a_row_stride, c->k, ranks,
+           reading_of(c, piece, ranks * w->a_row_stride, 0, next), (float)c->scale,
+           h + piece->from, c->slices * ldh);
 }
 
 static void write_h(const struct lora_call *c, const struct panel *p, const float *hs, int64_t tile,
@@ -171,9 +196,10 @@ static void write_h(const struct lora_call *c, const struct panel *p, const floa
     }
 }
 
-/* Columns [from, to) of one pair. */
-static void expand_pair(const struct lora_call *c, struct thread *t, const struct panel *p,
-                        const float *hs, int64_t tile, int64_t s, int64_t from, int64_t to) {
+/* A piece of the expand phase. */
+static void expand_piece(const struct lora_call *c, struct thread *t, const struct panel *p,
+                         float *hs, const struct piece *piece, const char *next) {
+    int64_t tile = piece->tile, s = piece->slice, to = piece->to;
     const struct slice *w = &c->slice[s];
     int64_t slot = of_tile(c->tile_slot, tile), start = of_tile(c->tile_start, tile);
     int64_t rows = of_tile(c->tile_rows, tile), rank = rank_of(c, s, slot);
@@ -194,14 +220,16 @@ static void expand_pair(const struct lora_call *c, struct thread *t, const struc
     struct onto onto = onto_of(c, s, slot);
     int64_t start_of_y = c->y_offset + w->offset;
     if (rows <= STREAMED_ROWS && w->b_row_stride == 1) {
-        for (int64_t col = from; col < to; col += STREAMED_COLUMNS)
+        int64_t length = (rank - 1) * w->b_col_stride + to - piece->from;
+        struct reading reading = reading_of(c, piece, length, 1, next);
+        for (int64_t col = piece->from; col < to; col += STREAMED_COLUMNS)
             stream_columns[dtype][c->y_dtype](
                 h, h_stride, rows, (const void *)w->b, slot * w->b_slot_stride + col,
                 w->b_col_stride, rank, y, start_of_y + col, min64(STREAMED_COLUMNS, to - col),
-                onto_column(onto, col));
+                onto_column(onto, col), reading);
         return;
     }
-    for (int64_t col = from; col < to; col += NB) {
+    for (int64_t col = piece->from; col < to; col += NB) {
         const void *bt = (const void *)w->b;
         int64_t bt_start = slot * w->b_slot_stride + col * w->b_row_stride;
         int64_t ldbt = w->b_col_stride, cols = min64(NB, to - col);
@@ -215,36 +243,63 @@ static void expand_pair(const struct lora_call *c, struct thread *t, const struc
     }
 }
 
-static void run_shrink(const struct lora_call *c, struct thread *t, const struct panel *p,
-                       float *hs) {
-    int64_t total = 0, begin = 0, from, to;
-    for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
-        for (int64_t s = 0; s < c->slices; s++)
-            total += cost_of(c, tile, rank_of(c, s, of_tile(c->tile_slot, tile)), 1);
-    for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
-        for (int64_t s = 0; s < c->slices; s++) {
-            int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
-            int64_t cost = cost_of(c, tile, rank, 1);
-            share_of(t, total, begin, cost, rank, RANK_STEP, &from, &to);
-            if (from < to) shrink_pair(c, t, p, hs, tile, s, from, to);
-            begin += cost;
-        }
+/* A phase of a panel, of which a thread takes its share piece by piece. */
+struct phase {
+    int expands;
+    int64_t total, begin; /* cost of all pairs, and of those before the next one */
+    int64_t tile, slice;  /* the next one */
+};
+
+static int64_t cost_in(const struct lora_call *c, const struct phase *phase, int64_t tile,
+                       int64_t s) {
+    int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
+    return cost_of(c, tile, rank, phase->expands ? c->slice[s].cols : 1);
 }
 
-static void run_expand(const struct lora_call *c, struct thread *t, const struct panel *p,
-                       const float *hs) {
-    int64_t total = 0, begin = 0, from, to;
+static struct phase phase_of(const struct lora_call *c, const struct panel *p, int expands) {
+    struct phase phase = {.expands = expands, .tile = p->first_tile};
     for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
-        for (int64_t s = 0; s < c->slices; s++)
-            total += cost_of(c, tile, rank_of(c, s, of_tile(c->tile_slot, tile)), c->slice[s].cols);
-    for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
-        for (int64_t s = 0; s < c->slices; s++) {
-            int64_t cols = c->slice[s].cols, rank = rank_of(c, s, of_tile(c->tile_slot, tile));
-            int64_t cost = cost_of(c, tile, rank, cols);
-            share_of(t, total, begin, cost, cols, NB, &from, &to);
-            if (from < to && (rank > 0 || c->overwrite)) expand_pair(c, t, p, hs, tile, s, from, to);
-            begin += cost;
-        }
+        for (int64_t s = 0; s < c->slices; s++) phase.total += cost_in(c, &phase, tile, s);
+    return phase;
+}
+
+/* This thread's next piece; 0 if there is none. */
+static int next_piece(const struct lora_call *c, const struct thread *t, const struct panel *p,
+                      struct phase *phase, struct piece *piece) {
+    while (phase->tile < p->last_tile) {
+        int64_t tile = phase->tile, s = phase->slice, cost = cost_in(c, phase, tile, s);
+        int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
+        piece->tile = tile, piece->slice = s;
+        share_of(t, phase->total, phase->begin, cost, phase->expands ? c->slice[s].cols : rank,
+                 phase->expands ? NB : RANK_STEP, &piece->from, &piece->to);
+        phase->begin += cost;
+        if (++phase->slice == c->slices) phase->slice = 0, phase->tile++;
+        if (piece->from < piece->to && (!phase->expands || rank > 0 || c->overwrite)) return 1;
+    }
+    return 0;
+}
+
+/* Where the weights begin that this thread reads first in a phase; NULL if it reads none. */
+static const char *first_read(const struct lora_call *c, const struct thread *t,
+                              const struct panel *p, int expands) {
+    struct phase phase = phase_of(c, p, expands);
+    struct piece piece;
+    return next_piece(c, t, p, &phase, &piece) ? start_of(c, &piece, expands) : NULL;
+}
+
+/* While a piece is computed, what is read after it is fetched already. */
+static void run_phase(const struct lora_call *c, struct thread *t, const struct panel *p, float *hs,
+                      int expands) {
+    struct phase phase = phase_of(c, p, expands);
+    struct piece piece, next;
+    for (int more = next_piece(c, t, p, &phase, &next); more;) {
+        piece = next;
+        more = next_piece(c, t, p, &phase, &next);
+        const char *then = more ? start_of(c, &next, expands) : NULL;
+        if (!more && c->mode == MODE_LINEAR && !expands) then = first_read(c, t, p, 1);
+        if (!then) then = start_of(c, &piece, expands); /* in the cache by now */
+        (expands ? expand_piece : shrink_piece)(c, t, p, hs, &piece, then);
+    }
 }
 
 /* Rows that no adapter covers, where the caller asked for y = delta (or for a whole h). */
@@ -301,7 +356,7 @@ void multilora_run(const struct lora_call *c, int64_t tile_rows) {
             while (p.last_tile < tiles && rows + of_tile(c->tile_rows, p.last_tile) <= PANEL_ROWS)
                 rows += of_tile(c->tile_rows, p.last_tile++);
             if (c->mode != MODE_EXPAND) {
-                run_shrink(c, &t, &p, hs);
+                run_phase(c, &t, &p, hs, 0);
 #pragma omp barrier
             }
             if (c->mode == MODE_SHRINK) {
@@ -309,7 +364,7 @@ void multilora_run(const struct lora_call *c, int64_t tile_rows) {
                 for (int64_t i = t.index; i < pairs; i += t.count)
                     write_h(c, &p, hs, p.first_tile + i / c->slices, i % c->slices);
             } else {
-                run_expand(c, &t, &p, hs);
+                run_phase(c, &t, &p, hs, 1);
             }
             if (p.last_tile < tiles && c->mode != MODE_EXPAND) {
 #pragma omp barrier

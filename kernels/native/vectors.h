@@ -170,6 +170,19 @@ INLINE void store_part(void *base, int64_t index, int64_t n, f32v v, int dtype) 
     memcpy((char *)base + (size_t)index * width_of(dtype), buffer, (size_t)n * width_of(dtype));
 }
 
+/* Weights that are read in order up to an end, and how far from there is what is read next. */
+struct reading {
+    const char *end;
+    ptrdiff_t jump;
+};
+
+/* Fetches so many bytes into the second-level cache: the hardware does not foresee where the
+ * reading of short pieces goes on, and the first level has too few lines under way. */
+INLINE void fetch(const char *ahead, const int bytes, struct reading reading) {
+    ahead += ahead < reading.end ? 0 : reading.jump;
+    UNROLL for (int i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(ahead + i, 0, 2);
+}
+
 /* a * b + c. Spelled out, because compilers contract the expression in some instances of a
  * function and not in others, and then a row's bits would depend on the block it is in. */
 INLINE f32v mul_add(f32v a, f32v b, f32v c) {
