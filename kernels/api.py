@@ -211,7 +211,7 @@ def _linear_op(
     marks: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> None:
-    if tokens := tokens_to_skip(host_plan, y.device):
+    if tokens := tokens_to_skip(host_plan.numpy(), y):
         if not add_inputs:
             _zero_span(y, tokens, offset, lora_b)
         return
@@ -235,7 +235,7 @@ def _shrink_op(
     scale: float,
     backend: str,
 ) -> None:
-    if tokens := tokens_to_skip(host_plan, h.device):
+    if tokens := tokens_to_skip(host_plan.numpy(), h):
         h[:, :tokens].zero_()
         return
     layout = _layout(max_tokens, max_loras, tile_rows)
@@ -256,7 +256,7 @@ def _expand_op(
     add_inputs: bool,
     backend: str,
 ) -> None:
-    if tokens := tokens_to_skip(host_plan, y.device):
+    if tokens := tokens_to_skip(host_plan.numpy(), y):
         if not add_inputs:
             _zero_span(y, tokens, offset, lora_b)
         return

@@ -123,6 +123,7 @@ class BatchPlan:
         buffer: int32 tensor of shape [layout.size] on the device the kernels run on.
         host: int32 tensor in host memory that begins with the same header; keeps its address too,
             because compiled code holds on to it.
+        header: The same memory as a NumPy array, which is read without PyTorch's overhead.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class BatchPlan:
         if self.buffer.device.type != "cpu":
             self.host = torch.zeros(HEADER_INTS, dtype=torch.int32)
             self._staging = StagingRing(self.buffer, make_event)
-        self._header = self.host.numpy()
+        self.header = self.host.numpy()
         self._arange = np.arange(max(layout.max_tiles, layout.max_tokens), dtype=np.int32)
 
     @classmethod
@@ -198,7 +199,7 @@ class BatchPlan:
                 f"token slots must be between -1 and {layout.max_loras - 1}, got "
                 f"{token_slots.min()} to {token_slots.max()}"
             )
-        ints = self._header if self._staging is None else self._staging.open()
+        ints = self.header if self._staging is None else self._staging.open()
         rows = tokens - int(counts[0])
         order = ints[layout.order]
         runs = tiles = 0
@@ -211,7 +212,7 @@ class BatchPlan:
             ints[PLAN_PARTS:HEADER_INTS] = 0
         ints[:5] = (tokens, rows, runs, tiles, own_graphs)
         if self._staging is not None:
-            self._header[:] = ints[:HEADER_INTS]
+            self.header[:] = ints[:HEADER_INTS]
             self._staging.send(layout.size)
 
     def _write_tiles(
@@ -261,27 +262,27 @@ class BatchPlan:
     @property
     def tokens(self) -> int:
         """Tokens in the batch, with and without adapter."""
-        return int(self._header[PLAN_TOKENS])
+        return int(self.header[PLAN_TOKENS])
 
     @property
     def rows(self) -> int:
         """Tokens with an adapter."""
-        return int(self._header[PLAN_ROWS])
+        return int(self.header[PLAN_ROWS])
 
     @property
     def runs(self) -> int:
         """Active adapters."""
-        return int(self._header[PLAN_RUNS])
+        return int(self.header[PLAN_RUNS])
 
     @property
     def tiles(self) -> int:
         """Tiles over all runs."""
-        return int(self._header[PLAN_TILES])
+        return int(self.header[PLAN_TILES])
 
     @property
     def own_graphs(self) -> bool:
         """What `update` was told."""
-        return bool(self._header[PLAN_OWN_GRAPHS])
+        return bool(self.header[PLAN_OWN_GRAPHS])
 
 
 def _count(keys: npt.NDArray[np.int16], max_loras: int) -> npt.NDArray[np.intp] | None:

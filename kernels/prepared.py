@@ -14,6 +14,8 @@ from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from multilora_kernels.backends import module_of, resolve
@@ -62,13 +64,17 @@ class Prepared(ABC):
             return
         if plan.layout is not self._layout and plan.layout != self._layout:
             raise ValueError(f"expected a plan of {self._layout}, found one of {plan.layout}")
-        self.run(out, given, plan.buffer, plan.host)
+        self.run(out, given, plan.buffer, plan.header)
 
     @abstractmethod
     def run(
-        self, out: torch.Tensor, given: torch.Tensor, plan: torch.Tensor, host_plan: torch.Tensor
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        plan: torch.Tensor,
+        header: npt.NDArray[np.int32],
     ) -> None:
-        """As a call, by the plan's `buffer` and `host`."""
+        """As a call, by the plan's `buffer` and `header`."""
 
 
 class PreparedLinear(Prepared):
@@ -107,9 +113,13 @@ class PreparedLinear(Prepared):
         )
 
     def run(
-        self, out: torch.Tensor, given: torch.Tensor, plan: torch.Tensor, host_plan: torch.Tensor
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        plan: torch.Tensor,
+        header: npt.NDArray[np.int32],
     ) -> None:
-        """As a call, by the plan's `buffer` and `host`.
+        """As a call, by the plan's `buffer` and `header`.
 
         Raises:
             ValueError: A shape, dtype or stride does not fit.
@@ -126,7 +136,7 @@ class PreparedLinear(Prepared):
                 f"{self._width}] and a plan of {self._layout.size} numbers; found "
                 f"{list(given.shape)}, {list(out.shape)} and {plan.size(0)}"
             )
-        if not (tokens := tokens_to_skip(host_plan, out.device)):
+        if not (tokens := tokens_to_skip(header, out)):
             self._run(plan, x=given, y=out)
         elif not self._add_inputs:
             out[:tokens, : self._width].zero_()
@@ -163,9 +173,13 @@ class PreparedShrink(Prepared):
         )
 
     def run(
-        self, out: torch.Tensor, given: torch.Tensor, plan: torch.Tensor, host_plan: torch.Tensor
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        plan: torch.Tensor,
+        header: npt.NDArray[np.int32],
     ) -> None:
-        """As a call, by the plan's `buffer` and `host`.
+        """As a call, by the plan's `buffer` and `header`.
 
         Raises:
             ValueError: A shape, dtype or stride does not fit.
@@ -184,7 +198,7 @@ class PreparedShrink(Prepared):
                 f"{self._layout.size} numbers; found {list(given.shape)}, {list(out.shape)} of "
                 f"{out.dtype} with strides {list(out.stride())}, and {plan.size(0)}"
             )
-        if tokens := tokens_to_skip(host_plan, out.device):
+        if tokens := tokens_to_skip(header, out):
             out[:, :tokens].zero_()
         else:
             self._run(plan, x=given, h=out)
@@ -224,9 +238,13 @@ class PreparedExpand(Prepared):
         )
 
     def run(
-        self, out: torch.Tensor, given: torch.Tensor, plan: torch.Tensor, host_plan: torch.Tensor
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        plan: torch.Tensor,
+        header: npt.NDArray[np.int32],
     ) -> None:
-        """As a call, by the plan's `buffer` and `host`.
+        """As a call, by the plan's `buffer` and `header`.
 
         Raises:
             ValueError: A shape, dtype or stride does not fit.
@@ -245,7 +263,7 @@ class PreparedExpand(Prepared):
                 f"{self._layout.size} numbers; found {list(out.shape)}, {list(given.shape)} of "
                 f"{given.dtype} with strides {list(given.stride())}, and {plan.size(0)}"
             )
-        if not (tokens := tokens_to_skip(host_plan, out.device)):
+        if not (tokens := tokens_to_skip(header, out)):
             self._run(plan, h=given, y=out)
         elif not self._add_inputs:
             out[:tokens, self._span].zero_()
@@ -265,7 +283,7 @@ def _run_prepared(
             f"compiled code asks for prepared layer {number}, which is gone: what was prepared "
             "must be kept as long as the code that was compiled with it"
         )
-    found.run(out, given, plan, host_plan)
+    found.run(out, given, plan, host_plan.numpy())
 
 
 _operator = register("prepared", _run_prepared, "out")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from multilora_kernels.plan import PLAN_OWN_GRAPHS, PLAN_ROWS, PLAN_TOKENS
 
 
-def tokens_to_skip(plan: torch.Tensor, device: torch.device) -> int:
-    """The batch's tokens if no kernel has to be launched for them, else 0; of a plan on the host.
+def tokens_to_skip(header: npt.NDArray[np.int32], out: torch.Tensor) -> int:
+    """The batch's tokens if no kernel has to be launched for them, else 0.
 
     A plan that was never filled has no tokens. It counts as one with adapters: whoever captures
     a graph before the first batch does not know yet what will come.
+
+    Args:
+        header: Of a plan, on the host.
+        out: What the kernel would write to.
     """
-    header = plan.numpy()
-    if header[PLAN_ROWS] or (not header[PLAN_OWN_GRAPHS] and is_capturing(device)):
+    if header[PLAN_ROWS] or (not header[PLAN_OWN_GRAPHS] and is_capturing(out.device)):
         return 0
     return int(header[PLAN_TOKENS])
 

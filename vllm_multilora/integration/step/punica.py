@@ -185,7 +185,8 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
 
         Then y is multiplied where the row's adapter does that.
         """
-        y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if y.ndim != 2 or x.ndim != 2:  # a view takes as long as a small adapter's product
+            y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         if scale == 1.0:  # the path of every layer and step
             prepared = self.linear(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)
             if prepared is not None:
