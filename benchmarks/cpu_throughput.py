@@ -14,28 +14,33 @@ Stock's time depends on the C library: its kernels allocate large blocks in ever
 returns to the system and asks for again. `MALLOC_MMAP_THRESHOLD_=1073741824
 MALLOC_TRIM_THRESHOLD_=4000000000` in the environment makes it keep them.
 
-`least` is what no kernel can go below here. A decoding step reads every adapter's weights once, as
-fast as PyTorch reads as many bytes for a vector's norm, which is the fastest of what it has; the
-prompts take the arithmetic of their tokens, as fast as PyTorch multiplies matrices in float32 or in
-the model's type. Nothing else is counted: neither activations, nor Python, nor that the base
-model's weights leave the caches meanwhile.
+`least` is what no kernel can go below here, on as many threads as vLLM's worker has: on two cores,
+one. A decoding step reads every adapter's weights once, as fast as PyTorch reads as many bytes in
+huge pages for a vector's norm, which is the fastest of what it has; the prompts take the arithmetic
+of their tokens, as fast as PyTorch multiplies matrices in float32 or in the model's type. Nothing
+else is counted: neither activations, nor Python, nor that the base model's weights leave the caches
+meanwhile.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.smollm2 import base_model, model_config
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for functions sent to workers
 
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 100, 48
 RANKS = (8, 8, 16, 16, 32, 32, 64, 64)
@@ -123,25 +128,47 @@ def requested_adapters(folder: Path, model_config: dict) -> list[LoRARequest]:
     return [adapters[i % len(adapters)] for i in range(REQUESTS)]
 
 
-def reading_seconds(model_config: dict, ranks: int, dtype: str) -> float:
-    """Seconds in which the weights of adapters with so many ranks in all are read once, here."""
+def threads_of(worker: Any) -> int:
+    """On how many threads a worker of vLLM computes; for `collective_rpc`."""
     import torch
 
+    return torch.get_num_threads()
+
+
+def reading_seconds(model_config: dict, ranks: int, dtype: str, threads: int) -> float:
+    """Seconds in which the weights of adapters with so many ranks in all are read once, here."""
+    import torch
+    from multilora_kernels import host_memory
+
     size = ranks * _numbers_of_a_rank(model_config) * getattr(torch, dtype).itemsize
-    numbers = torch.ones(size // torch.float32.itemsize)
-    return _fastest(lambda: torch.linalg.vector_norm(numbers))
+    (numbers,) = host_memory.zeros([(size // torch.float32.itemsize,)], torch.float32)
+    with _computing_on(threads):
+        return _fastest(lambda: torch.linalg.vector_norm(numbers))
 
 
-def least_seconds(model_config: dict, dtype: str) -> float:
+def least_seconds(model_config: dict, dtype: str, threads: int) -> float:
     """Seconds that all requests' adapters need for reading and arithmetic alone, measured here."""
     import torch
 
     dtypes = (torch.float32, getattr(torch, dtype))
     squares = [torch.ones(1024, 1024, dtype=each) for each in dtypes]
-    multiply = min(_fastest(lambda each=each: torch.mm(each, each)) for each in squares) / 1024**3
+    with _computing_on(threads):
+        multiply = min(_fastest(lambda each=each: torch.mm(each, each)) for each in squares)
     products = sum(RANKS) * _numbers_of_a_rank(model_config) * REQUESTS * PROMPT_TOKENS / len(RANKS)
-    read = reading_seconds(model_config, sum(RANKS), dtype)
-    return (NEW_TOKENS - 1) * read + products * multiply
+    read = reading_seconds(model_config, sum(RANKS), dtype, threads)
+    return (NEW_TOKENS - 1) * read + products * multiply / 1024**3
+
+
+@contextmanager
+def _computing_on(threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _numbers_of_a_rank(model_config: dict) -> int:
@@ -181,7 +208,6 @@ def cpu_throughput(rounds: int = 5, stock_rounds: int = 1, dtype: str = "auto") 
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
     model_dtype = fastest_dtype() if dtype == "auto" else dtype
-    least = least_seconds(config, model_dtype)
 
     with tempfile.TemporaryDirectory() as scratch:
         requests = requested_adapters(Path(scratch), config)
@@ -209,6 +235,9 @@ def cpu_throughput(rounds: int = 5, stock_rounds: int = 1, dtype: str = "auto") 
         }
         if stock_rounds:
             engines["stock"] = start(lora=True, multilora={"backend": "vllm"})
+
+        (threads,) = engines["base"].collective_rpc(threads_of)
+        least = least_seconds(config, model_dtype, threads)
 
         def seconds(name: str) -> float:
             engine = engines[name]

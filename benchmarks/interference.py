@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_throughput import fastest_dtype, reading_seconds
+from benchmarks.cpu_throughput import fastest_dtype, reading_seconds, threads_of
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.engine_loop import ask, requests_of, serve, smollm2
 from benchmarks.loads.fleet import Fleet
@@ -66,10 +66,11 @@ def interference(rounds: int = 5, stock_rounds: int = 1, new_tokens: int = 128) 
                 with smollm2(
                     adapters=len(ranks), max_rank=LARGE, max_num_seqs=8, **settings
                 ) as llm:
+                    (threads,) = llm.collective_rpc(threads_of)
                     found, of_others = measured(llm, victim, beside, count, new_tokens)
                 if name == "plugin":
                     more = NEIGHBOURS * (LARGE - SMALL)
-                    reading = 1000 * reading_seconds(model_config(), more, fastest_dtype())
+                    reading = 1000 * reading_seconds(model_config(), more, fastest_dtype(), threads)
                     found["seven of rank 128, least"] = [
                         time + reading for time in found["seven of rank 8"]
                     ]
