@@ -138,6 +138,7 @@ def threads_of(worker: Any) -> int:
 def reading_seconds(model_config: dict, ranks: int, dtype: str, threads: int) -> float:
     """Seconds in which the weights of adapters with so many ranks in all are read once, here."""
     import torch
+
     from multilora_kernels import host_memory
 
     size = ranks * _numbers_of_a_rank(model_config) * getattr(torch, dtype).itemsize
