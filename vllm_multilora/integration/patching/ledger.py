@@ -250,7 +250,8 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, tags=None",),
         handler="engine.core:wake_up",
         why="Sleep mode may discard the slots' memory. Has adapters brought into slots again "
-        "before their requests go on.",
+        "before their requests go on; also after a sleep of level 1, which discards nothing: vLLM "
+        "does not say on waking which it was, and what it brings back then is far larger.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM restores adapter slots after a sleep.",
     ),

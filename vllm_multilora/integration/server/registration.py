@@ -59,6 +59,7 @@ class AdapterErrorResponse(ErrorResponse):
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status.value: {"model": AdapterErrorResponse, "description": description}
     for status, description in (
+        (HTTPStatus.UNAUTHORIZED, "The request has no valid key."),
         (HTTPStatus.BAD_REQUEST, "The name, the path or the adapter itself is wrong."),
         (HTTPStatus.FORBIDDEN, "The path is outside the allowed folders, or the key too weak."),
         (HTTPStatus.NOT_FOUND, "There is no such adapter."),

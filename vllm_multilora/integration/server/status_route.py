@@ -34,6 +34,10 @@ TIME_LIMIT_S = 30.0
 """A call waits for the engine's running step, which ends much sooner."""
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
+    HTTPStatus.UNAUTHORIZED.value: {
+        "model": ErrorResponse,
+        "description": "The request has no valid key.",
+    },
     HTTPStatus.NOT_FOUND.value: {
         "model": ErrorResponse,
         "description": "The plugin is off, or LoRA is.",
