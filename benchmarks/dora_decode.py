@@ -11,7 +11,6 @@ weights' rows cost when a DoRA adapter is used for the first time.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -27,9 +26,6 @@ from benchmarks.cpu_throughput import (
     random_prompts,
     requested_adapters,
 )
-
-os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.smollm2 import base_model, model_config
 

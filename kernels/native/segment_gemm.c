@@ -279,25 +279,21 @@ static int next_piece(const struct lora_call *c, const struct thread *t, const s
     return 0;
 }
 
-/* Where the weights begin that this thread reads first in a phase; NULL if it reads none. */
-static const char *first_read(const struct lora_call *c, const struct thread *t,
-                              const struct panel *p, int expands) {
-    struct phase phase = phase_of(c, p, expands);
-    struct piece piece;
-    return next_piece(c, t, p, &phase, &piece) ? start_of(c, &piece, expands) : NULL;
-}
-
-/* While a piece is computed, what is read after it is fetched already. */
+/* While a piece is computed, what is read after it is fetched already.
+ *
+ * following: the phase that comes next; NULL if none does. */
 static void run_phase(const struct lora_call *c, struct thread *t, const struct panel *p, float *hs,
-                      int expands) {
-    struct phase phase = phase_of(c, p, expands);
+                      struct phase phase, const struct phase *following) {
+    int expands = phase.expands;
     struct piece piece, next;
     for (int more = next_piece(c, t, p, &phase, &next); more;) {
         piece = next;
         more = next_piece(c, t, p, &phase, &next);
-        const char *then = more ? start_of(c, &next, expands) : NULL;
-        if (!more && c->mode == MODE_LINEAR && !expands) then = first_read(c, t, p, 1);
-        if (!then) then = start_of(c, &piece, expands); /* in the cache by now */
+        const char *then = start_of(c, more ? &next : &piece, expands); /* its own is cached */
+        if (!more && following) {
+            struct phase after = *following;
+            if (next_piece(c, t, p, &after, &next)) then = start_of(c, &next, after.expands);
+        }
         (expands ? expand_piece : shrink_piece)(c, t, p, hs, &piece, then);
     }
 }
@@ -355,8 +351,9 @@ void multilora_run(const struct lora_call *c, int64_t tile_rows) {
             p.first_row = of_tile(c->tile_start, p.first_tile);
             while (p.last_tile < tiles && rows + of_tile(c->tile_rows, p.last_tile) <= PANEL_ROWS)
                 rows += of_tile(c->tile_rows, p.last_tile++);
+            struct phase shrink = phase_of(c, &p, 0), expand = phase_of(c, &p, 1);
             if (c->mode != MODE_EXPAND) {
-                run_phase(c, &t, &p, hs, 0);
+                run_phase(c, &t, &p, hs, shrink, c->mode == MODE_LINEAR ? &expand : NULL);
 #pragma omp barrier
             }
             if (c->mode == MODE_SHRINK) {
@@ -364,7 +361,7 @@ void multilora_run(const struct lora_call *c, int64_t tile_rows) {
                 for (int64_t i = t.index; i < pairs; i += t.count)
                     write_h(c, &p, hs, p.first_tile + i / c->slices, i % c->slices);
             } else {
-                run_phase(c, &t, &p, hs, 1);
+                run_phase(c, &t, &p, hs, expand, NULL);
             }
             if (p.last_tile < tiles && c->mode != MODE_EXPAND) {
 #pragma omp barrier
