@@ -70,7 +70,14 @@ def _files(*names: str) -> tuple[Path, ...]:
 KERNELS = Library(
     "kernels",
     _files("segment_gemm.c", "scatter.c"),
-    _files("abi.h", "vectors.h", "dot_products.h", "outer_products.h", "streaming.h"),
+    _files(
+        "abi.h",
+        "vectors.h",
+        "dot_products.h",
+        "outer_products.h",
+        "word_products.h",
+        "streaming.h",
+    ),
     openmp=True,
 )
 PACKING = Library(

@@ -42,7 +42,7 @@ INLINE void dot_block(const int rows, const int ranks, const void *x, int64_t x_
                       const int dtype) {
     const size_t width = width_of(dtype);
     const int part = ranks * PAIR * (int)width;
-    const char *ahead = (const char *)a + (a_start + RANK_STEP * lda) * (int64_t)width;
+    const char *ahead = (const char *)a + a_start * (int64_t)width + FETCHED_AHEAD;
     f32v acc[TALL_ROWS][RANK_STEP];
     UNROLL for (int m = 0; m < rows; m++)
         UNROLL for (int n = 0; n < ranks; n++) acc[m][n] = (f32v){0};

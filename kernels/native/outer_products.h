@@ -10,7 +10,6 @@
 #define NB (2 * PAIR) /* output columns per step of the expand phase */
 #define VECS (NB / LANES)
 #define STREAMED_COLUMNS 2048 /* whose sums stay in the first-level cache */
-#define FETCHED_AHEAD 4096    /* bytes between what is read of B and what is fetched */
 
 INLINE void transpose8(f32x8 r[8]) {
     f32x8 t[8], u[8];
@@ -62,6 +61,14 @@ static void transpose_columns(float *bt, const void *b, int64_t b_start, int64_t
     else transpose_typed(bt, b, b_start, ldb, rows, rank, F16);
 }
 
+/* Fetches some columns of a row of y, of which the hardware foresees none: its rows are too far
+ * apart. */
+INLINE void fetch_columns(const void *y, int64_t col, const int cols, const int dtype) {
+    const char *from = (const char *)y + (size_t)col * width_of(dtype);
+    UNROLL for (int i = 0; i < cols * (int)width_of(dtype); i += CACHE_LINE)
+        __builtin_prefetch(from + i, 1);
+}
+
 /* ROWS x VECS vectors of y: their first `cols` columns, against rank rows of bt. */
 INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t ldh,
                         const void *bt, int64_t bt_start, int64_t ldbt, int64_t rank,
@@ -70,8 +77,10 @@ INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t 
     const int split = b_dtype == BF16;
     const size_t b_width = width_of(b_dtype);
     f32v acc[6][VECS];
-    UNROLL for (int m = 0; m < rows; m++)
+    UNROLL for (int m = 0; m < rows; m++) {
+        fetch_columns(y[m], col + NB, vecs * LANES, y_dtype);
         UNROLL for (int n = 0; n < vecs; n++) acc[m][n] = (f32v){0};
+    }
     if (cols >= vecs * LANES) {
         for (int64_t j = 0; j < rank; j++) {
             int64_t at = bt_start + j * ldbt;

@@ -19,6 +19,8 @@
  * the true ranks. B's columns are contiguous if the caller stores it so (b_col_stride == 1,
  * r whole columns are streamed); if its rows are, blocks of it are transposed on the way.
  *
+ * On processors that multiply bfloat16, h is rounded to it before it meets a B and a y of that type.
+ *
  * Each output element is the sum of the same products in the same order whatever the batch,
  * the layout of B or the number of threads: a row's bits do not depend on the other rows.
  *
@@ -26,6 +28,7 @@
  */
 #include "dot_products.h"
 #include "outer_products.h"
+#include "word_products.h"
 
 #if defined(_OPENMP)
 int omp_get_thread_num(void);
@@ -42,12 +45,12 @@ int omp_get_num_threads(void);
 
 const int64_t multilora_call_bytes = sizeof(struct lora_call);
 
-/* Whether x stays as it is: the processor multiplies pairs of bfloat16 and adds them to float32. */
-INLINE int multiplies_as_bf16(const struct lora_call *c) {
+/* Whether a phase multiplies bfloat16 as it is, adding to float32, for activations of this type. */
+INLINE int multiplies_as_bf16(const struct lora_call *c, int64_t activations) {
 #if defined(__AVX512BF16__)
-    return c->weight_dtype == BF16 && c->x_dtype == BF16;
+    return c->weight_dtype == BF16 && activations == BF16;
 #else
-    (void)c;
+    (void)c, (void)activations;
     return 0;
 #endif
 }
@@ -61,8 +64,8 @@ struct panel {
 
 struct thread {
     int64_t index, count;
-    float *tile; /* own scratch: a tile's rows of x or h in float32 */
-    float *bt;   /* own scratch: transposed columns of B */
+    float *tile; /* own scratch: a tile's rows of x or h, as they are multiplied */
+    float *bt;   /* own scratch: some columns of B, in the order in which they are multiplied */
     int64_t gathered; /* which rows `tile` holds, to gather them once; -1 for none */
 };
 
@@ -113,7 +116,7 @@ INLINE void share_of(const struct thread *t, int64_t total, int64_t begin, int64
 /* Row m of the tile: a token's x, as the dot products want it. */
 static void gather_x(const struct lora_call *c, float *tile, int64_t m, int64_t token) {
     int64_t from = token * c->x_row_stride, padded = round_up(c->k, PAIR);
-    if (multiplies_as_bf16(c)) {
+    if (multiplies_as_bf16(c, c->x_dtype)) {
         uint16_t *row = (uint16_t *)tile + m * padded;
         memcpy(row, (const uint16_t *)c->x + from, (size_t)c->k * sizeof *row);
         memset(row + c->k, 0, (size_t)(padded - c->k) * sizeof *row);
@@ -162,6 +165,17 @@ INLINE struct reading reading_of(const struct lora_call *c, const struct piece *
     return (struct reading){end, next - end};
 }
 
+/* How many tokens a tile's rows are apart, if all alike; 0 if not, or if some have no activations. */
+static int64_t tokens_apart(const struct lora_call *c, int64_t start, int64_t rows) {
+    int64_t first = entry(c->order, start), apart = 1;
+    if (rows > 1) apart = entry(c->order, start + 1) - first;
+    for (int64_t m = 0; m < rows; m++) {
+        int64_t token = entry(c->order, start + m);
+        if (token != first + m * apart || token >= c->tokens) return 0;
+    }
+    return apart;
+}
+
 /* A piece of the shrink phase, into hs or, for that phase alone, the caller's h. */
 static void shrink_piece(const struct lora_call *c, struct thread *t, const struct panel *p,
                          float *hs, const struct piece *piece, const char *next) {
@@ -170,9 +184,17 @@ static void shrink_piece(const struct lora_call *c, struct thread *t, const stru
     int64_t ldh = round_up(c->max_rank, PAIR), ldx = round_up(c->k, PAIR);
     int64_t slot = of_tile(c->tile_slot, piece->tile), ranks = piece->to - piece->from;
     float *h = hs + ((start - p->first_row) * c->slices + piece->slice) * ldh;
-    gather_tile(c, t, piece->tile, piece->slice);
-    shrink_function *shrink = multiplies_as_bf16(c) ? shrink_BF16_BF16 : shrink_rows[c->weight_dtype];
-    shrink(t->tile, ldx, rows, (const void *)w->a,
+    int as_bf16 = multiplies_as_bf16(c, c->x_dtype);
+    int64_t apart = as_bf16 && c->k % PAIR == 0 ? tokens_apart(c, start, rows) : 0;
+    const void *x = t->tile;
+    if (apart) { /* as they lie: the rows of a prompt, or of one or two requests */
+        x = row_of(c->x, entry(c->order, start), c->x_row_stride, BF16);
+        ldx = apart * c->x_row_stride;
+    } else {
+        gather_tile(c, t, piece->tile, piece->slice);
+    }
+    shrink_function *shrink = as_bf16 ? shrink_BF16_BF16 : shrink_rows[c->weight_dtype];
+    shrink(x, ldx, rows, (const void *)w->a,
            slot * w->a_slot_stride + piece->from * w->a_row_stride, w->a_row_stride, c->k, ranks,
            reading_of(c, piece, ranks * w->a_row_stride, 0, next), (float)c->scale,
            h + piece->from, c->slices * ldh);
@@ -196,6 +218,25 @@ static void write_h(const struct lora_call *c, const struct panel *p, const floa
     }
 }
 
+#if defined(__AVX512BF16__)
+/* A tile's rows of h for a slice as words, in own scratch; returns the length of one. */
+static int64_t gather_words(const struct lora_call *c, struct thread *t, const struct panel *p,
+                            const float *hs, int64_t tile, int64_t s, int64_t rank) {
+    int64_t start = of_tile(c->tile_start, tile), ldh = round_up(c->max_rank, PAIR);
+    t->gathered = -1;
+    for (int64_t m = 0; m < of_tile(c->tile_rows, tile); m++) {
+        uint32_t *words = (uint32_t *)t->tile + m * (ldh / 2);
+        int64_t token = entry(c->order, start + m);
+        if (c->mode != MODE_EXPAND)
+            words_of_h(words, hs, ((start + m - p->first_row) * c->slices + s) * ldh, rank, F32);
+        else if (token < c->tokens)
+            words_of_h(words, (const void *)c->h, s * c->h_slice_stride + token * c->h_row_stride,
+                       rank, (int)c->h_dtype);
+    }
+    return ldh / 2;
+}
+#endif
+
 /* A piece of the expand phase. */
 static void expand_piece(const struct lora_call *c, struct thread *t, const struct panel *p,
                          float *hs, const struct piece *piece, const char *next) {
@@ -203,34 +244,55 @@ static void expand_piece(const struct lora_call *c, struct thread *t, const stru
     const struct slice *w = &c->slice[s];
     int64_t slot = of_tile(c->tile_slot, tile), start = of_tile(c->tile_start, tile);
     int64_t rows = of_tile(c->tile_rows, tile), rank = rank_of(c, s, slot);
-    int64_t ldh = round_up(c->max_rank, PAIR);
+    void *y[MAX_TILE_ROWS];
+    for (int64_t m = 0; m < rows; m++) {
+        int64_t token = entry(c->order, start + m);
+        y[m] = token < c->tokens ? row_of(c->y, token, c->y_row_stride, (int)c->y_dtype) : NULL;
+        fetch_columns(y[m], c->y_offset + w->offset + piece->from, NB, BF16);
+    }
+    int dtype = (int)c->weight_dtype, streams = rows <= STREAMED_ROWS && w->b_row_stride == 1;
+    const void *b = (const void *)w->b;
+    struct onto onto = onto_of(c, s, slot);
+    int64_t start_of_y = c->y_offset + w->offset, length = (rank - 1) * w->b_col_stride;
+    struct reading reading = reading_of(c, piece, length + to - piece->from, 1, next);
+#if defined(__AVX512BF16__)
+    if (multiplies_as_bf16(c, c->y_dtype)) {
+        int64_t ldw = gather_words(c, t, p, hs, tile, s, rank);
+        const uint32_t *words = (const uint32_t *)t->tile;
+        int64_t step = streams ? STREAMED_COLUMNS : NB;
+        for (int64_t col = piece->from; col < to; col += step) {
+            int64_t at = slot * w->b_slot_stride + col * w->b_row_stride;
+            int64_t cols = min64(step, to - col);
+            if (streams) {
+                stream_words(words, ldw, rows, b, at, w->b_col_stride, rank, y, start_of_y + col,
+                             cols, onto_column(onto, col), reading);
+            } else {
+                words_of_columns((uint32_t *)t->bt, b, at, w->b_row_stride, w->b_col_stride, cols,
+                                 rank);
+                word_columns(words, ldw, rows, (const uint32_t *)t->bt, rank, y, start_of_y + col,
+                             cols, onto_column(onto, col));
+            }
+        }
+        return;
+    }
+#endif
+    int64_t ldh = round_up(c->max_rank, PAIR), h_stride = c->slices * ldh;
     const float *h = hs + ((start - p->first_row) * c->slices + s) * ldh;
-    int64_t h_stride = c->slices * ldh;
     if (c->mode == MODE_EXPAND) {
         gather_tile(c, t, tile, s);
         h = t->tile;
         h_stride = ldh;
     }
-    void *y[MAX_TILE_ROWS];
-    for (int64_t m = 0; m < rows; m++) {
-        int64_t token = entry(c->order, start + m);
-        y[m] = token < c->tokens ? row_of(c->y, token, c->y_row_stride, (int)c->y_dtype) : NULL;
-    }
-    int dtype = (int)c->weight_dtype;
-    struct onto onto = onto_of(c, s, slot);
-    int64_t start_of_y = c->y_offset + w->offset;
-    if (rows <= STREAMED_ROWS && w->b_row_stride == 1) {
-        int64_t length = (rank - 1) * w->b_col_stride + to - piece->from;
-        struct reading reading = reading_of(c, piece, length, 1, next);
+    if (streams) {
         for (int64_t col = piece->from; col < to; col += STREAMED_COLUMNS)
             stream_columns[dtype][c->y_dtype](
-                h, h_stride, rows, (const void *)w->b, slot * w->b_slot_stride + col,
-                w->b_col_stride, rank, y, start_of_y + col, min64(STREAMED_COLUMNS, to - col),
-                onto_column(onto, col), reading);
+                h, h_stride, rows, b, slot * w->b_slot_stride + col, w->b_col_stride, rank, y,
+                start_of_y + col, min64(STREAMED_COLUMNS, to - col), onto_column(onto, col),
+                reading);
         return;
     }
     for (int64_t col = piece->from; col < to; col += NB) {
-        const void *bt = (const void *)w->b;
+        const void *bt = b;
         int64_t bt_start = slot * w->b_slot_stride + col * w->b_row_stride;
         int64_t ldbt = w->b_col_stride, cols = min64(NB, to - col);
         int bt_dtype = dtype;

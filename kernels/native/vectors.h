@@ -34,6 +34,7 @@
 #define PAIR (2 * LANES)
 #define STREAMED_ROWS 2       /* up to which reading the weights takes longer than multiplying */
 #define CACHE_LINE 64
+#define FETCHED_AHEAD 8192    /* bytes between what is read of weights and what is fetched */
 
 typedef float f32v __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t u32v __attribute__((vector_size(4 * LANES), aligned(4)));
