@@ -37,7 +37,7 @@ def runner(monkeypatch):
         model_manager=SimpleNamespace(set_sampled_rows=lambda rows: None),
     )
     monkeypatch.setattr(sampling, "manager_of", lambda runner: manager)
-    return SimpleNamespace()
+    return SimpleNamespace(manager=manager)
 
 
 @pytest.mark.smoke
@@ -55,6 +55,26 @@ def test_the_first_model_runner_counts_by_request(runner):
     assert bookkeeping_sync(original, runner, None, None, logits, None) == [1, 0]
     logits[1], logits[3, 0] = 0, float("nan")
     assert bookkeeping_sync(original, runner, None, None, logits, None) == [0, 1]
+
+
+@pytest.mark.smoke
+def test_the_first_model_runner_finds_nan_among_other_rows(runner):
+    """One number a row is all that vLLM is given: NaN wherever the row had one."""
+    from vllm.v1.worker.gpu_model_runner import count_nans_per_row
+
+    from vllm_multilora.integration.worker.sampling import bookkeeping_sync
+
+    infinity, nan = float("inf"), float("nan")
+    logits = torch.zeros(4, 70_000, dtype=torch.bfloat16)
+    logits[0, 0], logits[1, 69_999], logits[2, 5], logits[3, 6] = infinity, nan, nan, -infinity
+    logits[2, 4], logits[2, 6] = infinity, -infinity
+    runner.manager.sampled_rows = np.ones(4, dtype=int)
+
+    def original(runner, scheduled, sampled, logits, states):
+        assert logits.shape == (4, 1)
+        return count_nans_per_row(logits).tolist()
+
+    assert bookkeeping_sync(original, runner, None, None, logits, None) == [0, 1, 1, 0]
 
 
 @pytest.mark.smoke
