@@ -3,7 +3,7 @@
 vLLM's LoRA layers look up some twenty attributes through `nn.Module` and go through four methods
 before they call the punica wrapper, which on a CPU takes as long as a small adapter's product. For
 a layer on one rank without a second stream, all that is needed is the base layer's product, the
-adapters' products, and the bias that the layer passes on.
+adapters' products as they were prepared, and the bias that the layer passes on.
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
         return
     base: Any = layer.base_layer
     hands_on_bias, returns_bias = base.skip_bias_add, base.return_bias
-    add_adapters = layer.punica_wrapper.add_lora_linear
-    weights = layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
+    wrapper: Any = layer.punica_wrapper
+    add_adapters = wrapper.linear(layer.lora_a_stacked, layer.lora_b_stacked)
+    plan = wrapper.plan
 
     def forward(input_: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         bias = base.bias
         y: torch.Tensor = base.quant_method.apply(base, input_, None if hands_on_bias else bias)
-        add_adapters(y, input_, *weights)
+        if y.ndim == 2:
+            add_adapters(y, input_, plan)
+        else:
+            add_adapters(y.view(-1, y.shape[-1]), input_.reshape(-1, input_.shape[-1]), plan)
         return (y, bias if hands_on_bias else None) if returns_bias else y
 
     layer.forward = forward
