@@ -58,7 +58,7 @@ ruff: $(STAMP)
 mypy: $(STAMP)
 	$(BIN)/mypy
 
-test-fast: $(STAMP) ## tests without vLLM engines: two to three minutes
+test-fast: $(STAMP) ## tests without vLLM engines: two minutes
 	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow"
 
 $(VENV)-vllm-%/.installed: $(STAMP) $(shell find tools/testbed/make_env.sh tools/testbed/interpreter tools/testbed/recorder -name '*.sh' -o -name '*.py' -o -name '*.toml')

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = {
         item.path
         for item in items
-        if any(item.get_closest_marker(mark) for mark in ("serving", "slow"))
+        if any(item.get_closest_marker(mark) for mark in ("serving", "slow", "waits"))
     }
     items.sort(key=lambda item: item.path not in long)
 

@@ -12,6 +12,8 @@ from vllm_multilora.integration.engine import core
 from vllm_multilora.store import folder
 from vllm_multilora.store.client import StoreClient
 
+pytestmark = pytest.mark.waits
+
 LIMIT_S = 10.0
 
 

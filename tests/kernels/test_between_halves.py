@@ -19,6 +19,8 @@ from multilora_kernels.triton.tiles import store_grain
 
 from .problems import Problem, make_problem
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -172,7 +174,6 @@ def test_stores_are_wide_where_all_rows_begin_at_16_bytes(view: Callable, expect
     assert store_grain(view(torch.zeros(2, 12, 40, dtype=BF16))) == expected
 
 
-@pytest.mark.slow
 def test_h_is_stored_16_bytes_at_a_time():
     """In a process of its own: this one has Triton in interpreter mode."""
     short, *others = "qkv decode, R 64, T 64", "o mixed, R 64, T 256", "qkv prefill, R 64, T 2048"

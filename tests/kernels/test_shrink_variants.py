@@ -16,6 +16,8 @@ from multilora_kernels.triton.shrink import prepare_shrink
 from .problems import Problem
 from .triton_problems import DEVICE, H100, assert_even, even_problem, poisoned_memory, run, watched
 
+pytestmark = pytest.mark.slow
+
 interpreted = pytest.mark.skipif(
     not backend.INTERPRETED, reason="here these kernels are compiled, not interpreted"
 )

@@ -17,6 +17,8 @@ from multilora_kernels import (
 from .problems import Problem
 from .triton_problems import even_problem, poisoned_memory, watched
 
+pytestmark = pytest.mark.slow
+
 WIDTHS, RANK = (40, 13), 24
 PLACES = {
     "late": (1, 0),

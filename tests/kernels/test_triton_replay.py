@@ -38,6 +38,8 @@ from .triton_problems import (
     watched,
 )
 
+pytestmark = pytest.mark.slow
+
 SLOTS, MAX_RANK, WIDTHS = 8, 24, (40, 16)
 
 CAPTURED = [0, 1, 2, -1]
@@ -98,7 +100,6 @@ CASES = {
     "prefill-sum-before": Captured(tokens=300, k=600, sum_before=True),
     "invariant": Captured(k=1100, backend="triton-invariant"),
 }
-SLOW = {name for name in CASES if name.startswith(("prefill-", "invariant", "expand-", "sum-"))}
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +268,7 @@ def _record(layer: Layer) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(CASES[n], id=n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES],
+    [pytest.param(case, id=name) for name, case in CASES.items()],
 )
 def test_a_captured_call_repeats_with_any_batch(case: Captured):
     layer = Layer(case, fill(CAPTURED, case.tokens))

@@ -8,6 +8,8 @@ import pytest
 
 from vllm_multilora.store import sandbox
 
+pytestmark = pytest.mark.waits
+
 needs_landlock = pytest.mark.skipif(not sandbox.landlock_version(), reason="no Landlock here")
 needs_seccomp = pytest.mark.skipif("seccomp" not in sandbox.protection(), reason="no seccomp here")
 

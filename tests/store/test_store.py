@@ -29,6 +29,8 @@ from vllm_multilora.store.messages import (
     Want,
 )
 
+pytestmark = pytest.mark.waits
+
 MIB = 1 << 20
 
 

@@ -16,6 +16,8 @@ from vllm_multilora.store.folder import StoreUnavailableError, socket_path
 from vllm_multilora.store.launch import RunningStore, StoreProcess
 from vllm_multilora.store.messages import ClientRow, Description, Totals
 
+pytestmark = pytest.mark.waits
+
 SOON_S = 20.0
 
 
