@@ -10,6 +10,7 @@
 #define NB (2 * PAIR) /* output columns per step of the expand phase */
 #define VECS (NB / LANES)
 #define STREAMED_COLUMNS 2048 /* whose sums stay in the first-level cache */
+#define SUMS_APART (STREAMED_COLUMNS + 64) /* not by a multiple of a page: addresses look alike */
 
 INLINE void transpose8(f32x8 r[8]) {
     f32x8 t[8], u[8];
@@ -150,7 +151,7 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
                          int64_t cols, struct onto onto, struct reading reading, const int b_dtype,
                          const int y_dtype) {
     const size_t b_width = width_of(b_dtype);
-    float sums[STREAMED_ROWS][STREAMED_COLUMNS];
+    _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][SUMS_APART];
     for (int m = 0; m < rows; m++)
         memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
     for (int64_t j = 0; j < rank; j++) {

@@ -248,7 +248,7 @@ static void expand_piece(const struct lora_call *c, struct thread *t, const stru
     for (int64_t m = 0; m < rows; m++) {
         int64_t token = entry(c->order, start + m);
         y[m] = token < c->tokens ? row_of(c->y, token, c->y_row_stride, (int)c->y_dtype) : NULL;
-        fetch_columns(y[m], c->y_offset + w->offset + piece->from, NB, BF16);
+        fetch_columns(y[m], c->y_offset + w->offset + piece->from, NB, (int)c->y_dtype);
     }
     int dtype = (int)c->weight_dtype, streams = rows <= STREAMED_ROWS && w->b_row_stride == 1;
     const void *b = (const void *)w->b;

@@ -114,17 +114,19 @@ static NOINLINE void word_columns(const uint32_t *h, int64_t ldh, int64_t rows,
 INLINE void stream_rows(const int rows, const uint32_t *h, int64_t ldh, const void *b,
                         int64_t b_start, int64_t ldb, int64_t rank, void *const *y, int64_t col,
                         int64_t cols, struct onto onto, struct reading reading) {
-    float sums[STREAMED_ROWS][STREAMED_COLUMNS];
+    _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][SUMS_APART];
     for (int m = 0; m < rows; m++)
         memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
+    /* Whole columns ahead, of which other threads may read other parts. */
+    int64_t ahead = (FETCHED_AHEAD / (4 * cols) + 1) * 2 * ldb;
     for (int64_t j = 0; j < rank; j += 2) {
         int64_t at = b_start + j * ldb;
-        const char *ahead = (const char *)((const uint16_t *)b + at) + FETCHED_AHEAD;
         for (int64_t c = 0; c < cols; c += PAIR) {
             u32v words[2];
             words_of_ranks(words, b, at + c, ldb, min64(PAIR, cols - c), j + 1 < rank);
-            fetch(ahead, 2 * CACHE_LINE, reading); /* in order, though two are read at once */
-            ahead += 2 * CACHE_LINE;
+            UNROLL for (int i = 0; i < 2; i++)
+                fetch((const char *)((const uint16_t *)b + at + c + i * ldb + ahead), CACHE_LINE,
+                      reading);
             UNROLL for (int half = 0; half < 2; half++) {
                 UNROLL for (int m = 0; m < rows; m++) {
                     float *sum = sums[m] + c + half * LANES;
