@@ -74,24 +74,23 @@ static void words_of_columns(uint32_t *words, const void *b, int64_t start, int6
 }
 
 /* ROWS x VECS vectors of y: their first `cols` columns, against rank rows of B's words. */
-INLINE void word_block(const int rows, const int vecs, const uint32_t *h, int64_t ldh,
-                       const uint32_t *words, int64_t rank, void *const *y, int64_t col,
-                       int64_t cols, struct onto onto) {
+INLINE void word_block(const int rows, const uint32_t *h, int64_t ldh, const uint32_t *words,
+                       int64_t rank, void *const *y, int64_t col, int64_t cols, struct onto onto) {
     f32v acc[6][VECS];
     UNROLL for (int m = 0; m < rows; m++) {
-        fetch_columns(y[m], col + NB, vecs * LANES, BF16);
-        UNROLL for (int n = 0; n < vecs; n++) acc[m][n] = (f32v){0};
+        fetch_columns(y[m], col + NB, NB, BF16);
+        UNROLL for (int n = 0; n < VECS; n++) acc[m][n] = (f32v){0};
     }
     for (int64_t j = 0; 2 * j < rank; j++) {
         u32v b[VECS];
-        UNROLL for (int n = 0; n < vecs; n++) b[n] = words_at(words, j * NB + n * LANES);
+        UNROLL for (int n = 0; n < VECS; n++) b[n] = words_at(words, j * NB + n * LANES);
         UNROLL for (int m = 0; m < rows; m++)
-            UNROLL for (int n = 0; n < vecs; n++)
+            UNROLL for (int n = 0; n < VECS; n++)
                 acc[m][n] = add_products(acc[m][n], h[m * ldh + j], b[n]);
     }
     UNROLL for (int m = 0; m < rows; m++) {
         if (!y[m]) continue;
-        UNROLL for (int n = 0; n < vecs; n += 2)
+        UNROLL for (int n = 0; n < VECS; n += 2)
             if (n * LANES < cols)
                 put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1],
                             onto_column(onto, n * LANES), BF16, 0);
@@ -104,10 +103,10 @@ static NOINLINE void word_columns(const uint32_t *h, int64_t ldh, int64_t rows,
                                   int64_t cols, struct onto onto) {
     int64_t m = 0;
     for (; m + 6 <= rows; m += 6)
-        word_block(6, VECS, h + m * ldh, ldh, words, rank, y + m, col, cols, onto);
+        word_block(6, h + m * ldh, ldh, words, rank, y + m, col, cols, onto);
     for (; m + 2 <= rows; m += 2)
-        word_block(2, VECS, h + m * ldh, ldh, words, rank, y + m, col, cols, onto);
-    if (m < rows) word_block(1, VECS, h + m * ldh, ldh, words, rank, y + m, col, cols, onto);
+        word_block(2, h + m * ldh, ldh, words, rank, y + m, col, cols, onto);
+    if (m < rows) word_block(1, h + m * ldh, ldh, words, rank, y + m, col, cols, onto);
 }
 
 /* A few rows against contiguous columns of B: as stream_typed, two columns at a time. */

@@ -266,10 +266,7 @@ def _record(layer: Layer) -> Callable[[], None]:
     return replay
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=name) for name, case in CASES.items()],
-)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_captured_call_repeats_with_any_batch(case: Captured):
     layer = Layer(case, fill(CAPTURED, case.tokens))
     replay = capture(layer)

@@ -207,8 +207,8 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.sampling:bookkeeping_sync",
         why="As sampled-rows, for the counts of vLLM's first model runner: with drafted tokens, "
-        "one customer's NaN would be another's. And what it counts is one number a row instead of "
-        "the whole vocabulary's, which takes a fifth of the time on CPUs.",
+        "one customer's NaN would be another's. Hands it each row's maximum, NaN if any of the "
+        "row is: counting among the whole vocabulary takes far longer on CPUs.",
         checked=("0.31", "0.32", "0.33"),
         until="As sampled-rows.",
     ),
