@@ -1,6 +1,7 @@
 """Seconds from the command line to the first `/health`, with the plugin and without.
 
 `vllm serve --enable-lora` with SmolLM2-135M, each time a new interpreter with a store of its own.
+Modules are compiled by the first start, as pip compiles those that it installs.
 With `--base REV arms=plugin`, the other revision's starts are the control: servers are started
 without the tests' helper, which starts those of another revision with other settings.
 """
@@ -75,7 +76,7 @@ def start(flags: Iterable[str]) -> float:
                 *("--kv-cache-memory-bytes", str(2**28), "--enforce-eager", "--enable-lora"),
                 *("--max-loras", "8", "--max-lora-rank", "64", *flags),
             ],
-            env=os.environ | {"MULTILORA_STORE_FOLDER": scratch},
+            env=os.environ | {"MULTILORA_STORE_FOLDER": scratch, "PYTHONDONTWRITEBYTECODE": ""},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
