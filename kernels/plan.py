@@ -47,7 +47,10 @@ _BLOCKS = tuple(1 << i for i in range((MAX_TILE_ROWS // PART_ROWS).bit_length())
 TILE_INTS = 4
 """Length of a tile's record: slot, first row, rows, and one that is not used: 16 bytes in all."""
 
-DEFAULT_TILE_ROWS = 32
+DEFAULT_TILE_ROWS = 128
+"""The longest block of the Triton kernels, which cut shorter ones out of a tile; on CPUs, shorter
+tiles read and rearrange their adapter's weights more often.
+"""
 
 
 @dataclass(frozen=True)

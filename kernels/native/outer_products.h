@@ -143,6 +143,12 @@ INLINE void outer_typed(const float *h, int64_t ldh, int64_t rows, const void *b
                     b_dtype, y_dtype);
 }
 
+/* How far ahead of what is read of B's contiguous columns to fetch, in elements: whole columns, as
+ * other threads may read other parts of each. */
+INLINE int64_t columns_ahead(int64_t cols, int64_t ldb, const size_t width) {
+    return (FETCHED_AHEAD / (cols * (int64_t)width) + 1) * ldb;
+}
+
 /* A few rows against contiguous columns of B, one whole column after the other: nearly all of
  * the time goes into reading B, and this reads it in the order in which it lies in memory. The
  * sums wait in the first-level cache. */
@@ -154,6 +160,7 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
     _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][SUMS_APART];
     for (int m = 0; m < rows; m++)
         memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
+    size_t ahead = (size_t)columns_ahead(cols, ldb, b_width) * b_width;
     for (int64_t j = 0; j < rank; j++) {
         int64_t at = b_start + j * ldb;
         f32v v[STREAMED_ROWS];
@@ -166,7 +173,7 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
                 copy_elements(end, b, at + c, cols - c, b_dtype);
                 from = (const char *)end;
             } else {
-                fetch(from + FETCHED_AHEAD, PAIR * (int)b_width, reading);
+                fetch(from + ahead, PAIR * (int)b_width, reading);
             }
             UNROLL for (int half = 0; half < 2; half++) {
                 f32v w = load_half(from, 0, half, b_dtype);

@@ -60,6 +60,7 @@ INLINE int multiplies_as_bf16(const struct lora_call *c, int64_t activations) {
 struct panel {
     int64_t first_tile, last_tile; /* tiles [first, last) */
     int64_t first_row;             /* in the plan's order */
+    float *h;                      /* of its rows, [row][slice][rank] */
 };
 
 struct thread {
@@ -80,6 +81,17 @@ INLINE int32_t of_tile(int64_t field, int64_t tile) { return entry(field, TILE_I
 
 INLINE void *row_of(int64_t base, int64_t row, int64_t stride, int dtype) {
     return (char *)base + (size_t)(row * stride) * width_of(dtype);
+}
+
+/* Where a tile's h begins in a panel, for a slice; its next row is `slices` rows of h on. */
+INLINE float *h_of(const struct lora_call *c, const struct panel *p, int64_t tile, int64_t slice) {
+    int64_t row = of_tile(c->tile_start, tile) - p->first_row;
+    return p->h + (row * c->slices + slice) * round_up(c->max_rank, PAIR);
+}
+
+/* Where a token's h for a slice begins in the caller's h. */
+INLINE int64_t in_callers_h(const struct lora_call *c, int64_t token, int64_t slice) {
+    return slice * c->h_slice_stride + token * c->h_row_stride;
 }
 
 static void zero_span(void *base, int64_t index, int64_t n, int dtype) {
@@ -136,8 +148,7 @@ static void gather_tile(const struct lora_call *c, struct thread *t, int64_t til
         if (token >= c->tokens) continue;
         if (c->mode == MODE_EXPAND)
             gather_row(t->tile + m * round_up(c->max_rank, PAIR), (const void *)c->h,
-                       slice * c->h_slice_stride + token * c->h_row_stride, c->max_rank,
-                       (int)c->h_dtype, 0);
+                       in_callers_h(c, token, slice), c->max_rank, (int)c->h_dtype, 0);
         else
             gather_x(c, t->tile, m, token);
     }
@@ -176,14 +187,13 @@ static int64_t tokens_apart(const struct lora_call *c, int64_t start, int64_t ro
     return apart;
 }
 
-/* A piece of the shrink phase, into hs or, for that phase alone, the caller's h. */
+/* A piece of the shrink phase, into the panel's h. */
 static void shrink_piece(const struct lora_call *c, struct thread *t, const struct panel *p,
-                         float *hs, const struct piece *piece, const char *next) {
+                         const struct piece *piece, const char *next) {
     const struct slice *w = &c->slice[piece->slice];
     int64_t start = of_tile(c->tile_start, piece->tile), rows = of_tile(c->tile_rows, piece->tile);
     int64_t ldh = round_up(c->max_rank, PAIR), ldx = round_up(c->k, PAIR);
     int64_t slot = of_tile(c->tile_slot, piece->tile), ranks = piece->to - piece->from;
-    float *h = hs + ((start - p->first_row) * c->slices + piece->slice) * ldh;
     int as_bf16 = multiplies_as_bf16(c, c->x_dtype);
     int64_t apart = as_bf16 && c->k % PAIR == 0 ? tokens_apart(c, start, rows) : 0;
     const void *x = t->tile;
@@ -197,18 +207,18 @@ static void shrink_piece(const struct lora_call *c, struct thread *t, const stru
     shrink(x, ldx, rows, (const void *)w->a,
            slot * w->a_slot_stride + piece->from * w->a_row_stride, w->a_row_stride, c->k, ranks,
            reading_of(c, piece, ranks * w->a_row_stride, 0, next), (float)c->scale,
-           h + piece->from, c->slices * ldh);
+           h_of(c, p, piece->tile, piece->slice) + piece->from, c->slices * ldh);
 }
 
-static void write_h(const struct lora_call *c, const struct panel *p, const float *hs, int64_t tile,
-                    int64_t s) {
+/* A tile's h for a slice, from the panel's into the caller's. */
+static void write_h(const struct lora_call *c, const struct panel *p, int64_t tile, int64_t s) {
     int64_t start = of_tile(c->tile_start, tile), ldh = round_up(c->max_rank, PAIR);
     int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
     for (int64_t m = 0; m < of_tile(c->tile_rows, tile); m++) {
         int64_t token = entry(c->order, start + m), i = 0;
         if (token >= c->tokens) continue;
-        const float *from = hs + ((start + m - p->first_row) * c->slices + s) * ldh;
-        int64_t to = s * c->h_slice_stride + token * c->h_row_stride;
+        const float *from = h_of(c, p, tile, s) + m * c->slices * ldh;
+        int64_t to = in_callers_h(c, token, s);
         for (; i + LANES <= rank; i += LANES)
             store((void *)c->h, to + i, load(from, i, F32), (int)c->h_dtype);
         if (i < rank)
@@ -218,91 +228,112 @@ static void write_h(const struct lora_call *c, const struct panel *p, const floa
     }
 }
 
+/* A piece of the expand phase, as both ways to multiply see it. */
+struct expansion {
+    const struct piece *piece;
+    int64_t rows, rank;
+    int64_t b_start; /* of the slot, in the slice's B */
+    int streams;     /* B's columns, as they lie in memory */
+    struct reading reading;
+    void *const *y;       /* rows; NULL for those without activations */
+    int64_t first_column; /* of the slice, in y */
+    struct onto onto;     /* from that column on */
+};
+
+static void expand_floats(const struct lora_call *c, struct thread *t, const struct panel *p,
+                          const struct expansion *e) {
+    const struct slice *w = &c->slice[e->piece->slice];
+    const void *b = (const void *)w->b;
+    const float *h = t->tile;
+    int64_t ldh = round_up(c->max_rank, PAIR), from = e->piece->from, to = e->piece->to;
+    if (c->mode == MODE_EXPAND) {
+        gather_tile(c, t, e->piece->tile, e->piece->slice);
+    } else {
+        h = h_of(c, p, e->piece->tile, e->piece->slice);
+        ldh *= c->slices;
+    }
+    for (int64_t col = from, step = e->streams ? STREAMED_COLUMNS : NB; col < to; col += step) {
+        int64_t at = e->b_start + col * w->b_row_stride, cols = min64(step, to - col);
+        struct onto onto = onto_column(e->onto, col);
+        if (e->streams) {
+            stream_columns[c->weight_dtype][c->y_dtype](h, ldh, e->rows, b, at, w->b_col_stride,
+                                                        e->rank, e->y, e->first_column + col, cols,
+                                                        onto, e->reading);
+        } else if (w->b_row_stride == 1) {
+            outer_columns[c->weight_dtype][c->y_dtype](h, ldh, e->rows, b, at, w->b_col_stride,
+                                                       e->rank, e->y, e->first_column + col, cols,
+                                                       onto);
+        } else {
+            transpose_columns(t->bt, b, at, w->b_row_stride, cols, e->rank, (int)c->weight_dtype);
+            outer_columns[F32][c->y_dtype](h, ldh, e->rows, t->bt, 0, NB, e->rank, e->y,
+                                           e->first_column + col, cols, onto);
+        }
+    }
+}
+
 #if defined(__AVX512BF16__)
-/* A tile's rows of h for a slice as words, in own scratch; returns the length of one. */
-static int64_t gather_words(const struct lora_call *c, struct thread *t, const struct panel *p,
-                            const float *hs, int64_t tile, int64_t s, int64_t rank) {
-    int64_t start = of_tile(c->tile_start, tile), ldh = round_up(c->max_rank, PAIR);
+static void expand_words(const struct lora_call *c, struct thread *t, const struct panel *p,
+                         const struct expansion *e) {
+    const struct slice *w = &c->slice[e->piece->slice];
+    const void *b = (const void *)w->b;
+    int64_t tile = e->piece->tile, slice = e->piece->slice, from = e->piece->from,
+            to = e->piece->to, start = of_tile(c->tile_start, tile),
+            ldh = round_up(c->max_rank, PAIR), ldw = ldh / 2;
+    uint32_t *h = (uint32_t *)t->tile, *words = (uint32_t *)t->bt;
     t->gathered = -1;
-    for (int64_t m = 0; m < of_tile(c->tile_rows, tile); m++) {
-        uint32_t *words = (uint32_t *)t->tile + m * (ldh / 2);
+    for (int64_t m = 0; m < e->rows; m++) {
         int64_t token = entry(c->order, start + m);
         if (c->mode != MODE_EXPAND)
-            words_of_h(words, hs, ((start + m - p->first_row) * c->slices + s) * ldh, rank, F32);
+            words_of_h(h + m * ldw, h_of(c, p, tile, slice), m * c->slices * ldh, e->rank, F32);
         else if (token < c->tokens)
-            words_of_h(words, (const void *)c->h, s * c->h_slice_stride + token * c->h_row_stride,
-                       rank, (int)c->h_dtype);
+            words_of_h(h + m * ldw, (const void *)c->h, in_callers_h(c, token, slice), e->rank,
+                       (int)c->h_dtype);
     }
-    return ldh / 2;
+    for (int64_t col = from, step = e->streams ? STREAMED_COLUMNS : NB; col < to; col += step) {
+        int64_t at = e->b_start + col * w->b_row_stride, cols = min64(step, to - col);
+        struct onto onto = onto_column(e->onto, col);
+        if (e->streams) {
+            stream_words(h, ldw, e->rows, b, at, w->b_col_stride, e->rank, e->y,
+                         e->first_column + col, cols, onto, e->reading);
+        } else {
+            words_of_columns(words, b, at, w->b_row_stride, w->b_col_stride, cols, e->rank);
+            word_columns(h, ldw, e->rows, words, e->rank, e->y, e->first_column + col, cols, onto);
+        }
+    }
 }
 #endif
 
 /* A piece of the expand phase. */
 static void expand_piece(const struct lora_call *c, struct thread *t, const struct panel *p,
-                         float *hs, const struct piece *piece, const char *next) {
-    int64_t tile = piece->tile, s = piece->slice, to = piece->to;
-    const struct slice *w = &c->slice[s];
-    int64_t slot = of_tile(c->tile_slot, tile), start = of_tile(c->tile_start, tile);
-    int64_t rows = of_tile(c->tile_rows, tile), rank = rank_of(c, s, slot);
+                         const struct piece *piece, const char *next) {
+    const struct slice *w = &c->slice[piece->slice];
+    int64_t slot = of_tile(c->tile_slot, piece->tile), start = of_tile(c->tile_start, piece->tile);
+    int64_t rows = of_tile(c->tile_rows, piece->tile), rank = rank_of(c, piece->slice, slot);
+    int64_t length = (rank - 1) * w->b_col_stride + piece->to - piece->from;
     void *y[MAX_TILE_ROWS];
+    struct expansion e = {
+        .piece = piece,
+        .rows = rows,
+        .rank = rank,
+        .b_start = slot * w->b_slot_stride,
+        .streams = rows <= STREAMED_ROWS && w->b_row_stride == 1,
+        .reading = reading_of(c, piece, length, 1, next),
+        .y = y,
+        .first_column = c->y_offset + w->offset,
+        .onto = onto_of(c, piece->slice, slot),
+    };
     for (int64_t m = 0; m < rows; m++) {
         int64_t token = entry(c->order, start + m);
         y[m] = token < c->tokens ? row_of(c->y, token, c->y_row_stride, (int)c->y_dtype) : NULL;
-        fetch_columns(y[m], c->y_offset + w->offset + piece->from, NB, (int)c->y_dtype);
+        fetch_columns(y[m], e.first_column + piece->from, NB, (int)c->y_dtype);
     }
-    int dtype = (int)c->weight_dtype, streams = rows <= STREAMED_ROWS && w->b_row_stride == 1;
-    const void *b = (const void *)w->b;
-    struct onto onto = onto_of(c, s, slot);
-    int64_t start_of_y = c->y_offset + w->offset, length = (rank - 1) * w->b_col_stride;
-    struct reading reading = reading_of(c, piece, length + to - piece->from, 1, next);
 #if defined(__AVX512BF16__)
     if (multiplies_as_bf16(c, c->y_dtype)) {
-        int64_t ldw = gather_words(c, t, p, hs, tile, s, rank);
-        const uint32_t *words = (const uint32_t *)t->tile;
-        int64_t step = streams ? STREAMED_COLUMNS : NB;
-        for (int64_t col = piece->from; col < to; col += step) {
-            int64_t at = slot * w->b_slot_stride + col * w->b_row_stride;
-            int64_t cols = min64(step, to - col);
-            if (streams) {
-                stream_words(words, ldw, rows, b, at, w->b_col_stride, rank, y, start_of_y + col,
-                             cols, onto_column(onto, col), reading);
-            } else {
-                words_of_columns((uint32_t *)t->bt, b, at, w->b_row_stride, w->b_col_stride, cols,
-                                 rank);
-                word_columns(words, ldw, rows, (const uint32_t *)t->bt, rank, y, start_of_y + col,
-                             cols, onto_column(onto, col));
-            }
-        }
+        expand_words(c, t, p, &e);
         return;
     }
 #endif
-    int64_t ldh = round_up(c->max_rank, PAIR), h_stride = c->slices * ldh;
-    const float *h = hs + ((start - p->first_row) * c->slices + s) * ldh;
-    if (c->mode == MODE_EXPAND) {
-        gather_tile(c, t, tile, s);
-        h = t->tile;
-        h_stride = ldh;
-    }
-    if (streams) {
-        for (int64_t col = piece->from; col < to; col += STREAMED_COLUMNS)
-            stream_columns[dtype][c->y_dtype](
-                h, h_stride, rows, b, slot * w->b_slot_stride + col, w->b_col_stride, rank, y,
-                start_of_y + col, min64(STREAMED_COLUMNS, to - col), onto_column(onto, col),
-                reading);
-        return;
-    }
-    for (int64_t col = piece->from; col < to; col += NB) {
-        const void *bt = b;
-        int64_t bt_start = slot * w->b_slot_stride + col * w->b_row_stride;
-        int64_t ldbt = w->b_col_stride, cols = min64(NB, to - col);
-        int bt_dtype = dtype;
-        if (w->b_row_stride != 1) {
-            transpose_columns(t->bt, bt, bt_start, w->b_row_stride, cols, rank, dtype);
-            bt = t->bt, bt_start = 0, ldbt = NB, bt_dtype = F32;
-        }
-        outer_columns[bt_dtype][c->y_dtype](h, h_stride, rows, bt, bt_start, ldbt, rank, y,
-                                            start_of_y + col, cols, onto_column(onto, col));
-    }
+    expand_floats(c, t, p, &e);
 }
 
 /* A phase of a panel, of which a thread takes its share piece by piece. */
@@ -344,7 +375,7 @@ static int next_piece(const struct lora_call *c, const struct thread *t, const s
 /* While a piece is computed, what is read after it is fetched already.
  *
  * following: the phase that comes next; NULL if none does. */
-static void run_phase(const struct lora_call *c, struct thread *t, const struct panel *p, float *hs,
+static void run_phase(const struct lora_call *c, struct thread *t, const struct panel *p,
                       struct phase phase, const struct phase *following) {
     int expands = phase.expands;
     struct piece piece, next;
@@ -356,7 +387,7 @@ static void run_phase(const struct lora_call *c, struct thread *t, const struct 
             struct phase after = *following;
             if (next_piece(c, t, p, &after, &next)) then = start_of(c, &next, after.expands);
         }
-        (expands ? expand_piece : shrink_piece)(c, t, p, hs, &piece, then);
+        (expands ? expand_piece : shrink_piece)(c, t, p, &piece, then);
     }
 }
 
@@ -398,14 +429,13 @@ void multilora_run(const struct lora_call *c, int64_t tile_rows) {
     int zero = (c->overwrite || c->mode == MODE_SHRINK) &&
                entry(c->plan, PLAN_ROWS) < entry(c->plan, PLAN_TOKENS);
     if (tiles == 0 && !zero) return;
-    float *hs = (float *)c->scratch;
 #pragma omp parallel num_threads((int)c->threads)
     {
         struct thread t = {.index = THREAD_INDEX, .count = THREAD_COUNT, .gathered = -1};
-        t.tile = hs + shared_floats(c->slices, c->max_rank) +
+        struct panel p = {.h = (float *)c->scratch};
+        t.tile = p.h + shared_floats(c->slices, c->max_rank) +
                  t.index * thread_floats(c->k, c->max_rank, tile_rows);
         t.bt = t.tile + tile_rows * round_up(c->k > c->max_rank ? c->k : c->max_rank, PAIR);
-        struct panel p = {0};
         if (zero) run_zero(c, &t);
         while (p.last_tile < tiles) {
             int64_t rows = 0;
@@ -415,15 +445,15 @@ void multilora_run(const struct lora_call *c, int64_t tile_rows) {
                 rows += of_tile(c->tile_rows, p.last_tile++);
             struct phase shrink = phase_of(c, &p, 0), expand = phase_of(c, &p, 1);
             if (c->mode != MODE_EXPAND) {
-                run_phase(c, &t, &p, hs, shrink, c->mode == MODE_LINEAR ? &expand : NULL);
+                run_phase(c, &t, &p, shrink, c->mode == MODE_LINEAR ? &expand : NULL);
 #pragma omp barrier
             }
             if (c->mode == MODE_SHRINK) {
                 int64_t pairs = (p.last_tile - p.first_tile) * c->slices;
                 for (int64_t i = t.index; i < pairs; i += t.count)
-                    write_h(c, &p, hs, p.first_tile + i / c->slices, i % c->slices);
+                    write_h(c, &p, p.first_tile + i / c->slices, i % c->slices);
             } else {
-                run_phase(c, &t, &p, hs, expand, NULL);
+                run_phase(c, &t, &p, expand, NULL);
             }
             if (p.last_tile < tiles && c->mode != MODE_EXPAND) {
 #pragma omp barrier

@@ -116,8 +116,7 @@ INLINE void stream_rows(const int rows, const uint32_t *h, int64_t ldh, const vo
     _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][SUMS_APART];
     for (int m = 0; m < rows; m++)
         memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
-    /* Whole columns ahead, of which other threads may read other parts. */
-    int64_t ahead = (FETCHED_AHEAD / (4 * cols) + 1) * 2 * ldb;
+    int64_t ahead = columns_ahead(cols, ldb, sizeof(uint16_t));
     for (int64_t j = 0; j < rank; j += 2) {
         int64_t at = b_start + j * ldb;
         for (int64_t c = 0; c < cols; c += PAIR) {

@@ -54,9 +54,13 @@ def make_problem(
     weight_dtype: torch.dtype | None = None,
     extra_dimension: bool = True,
     margin: int = 3,
+    tile_rows: int = 32,
     seed: int = 0,
 ) -> Problem:
-    """A seeded problem; weights past a slot's rank are NaN, so that reading them shows."""
+    """A seeded problem; weights past a slot's rank are NaN, so that reading them shows.
+
+    Tiles are shorter than an engine's, so that small problems have several for an adapter.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, to: torch.dtype = dtype) -> torch.Tensor:
@@ -83,5 +87,5 @@ def make_problem(
         lora_a=lora_a,
         lora_b=lora_b,
         ranks=torch.tensor(ranks, dtype=torch.int32),
-        plan=BatchPlan.build(np.array(token_slots, dtype=np.int64), slots),
+        plan=BatchPlan.build(np.array(token_slots, dtype=np.int64), slots, tile_rows=tile_rows),
     )

@@ -108,6 +108,7 @@ def test_any_mapping_ranks_and_shapes(backend, data):
             "ranks",
         ),
         extra_dimension=data.draw(st.booleans(), "extra_dimension"),
+        tile_rows=data.draw(st.sampled_from([1, 32, 128]), "tile_rows"),
     )
     options = {
         "offset": data.draw(st.integers(0, 3), "offset"),
@@ -128,7 +129,7 @@ def test_any_mapping_ranks_and_shapes(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_long_prefill_of_8192_tokens(backend):
     slots = np.random.default_rng(1).integers(-1, 8, 8192)
-    problem = make_problem(slots.tolist(), k=24, widths=(16, 8), max_rank=8)
+    problem = make_problem(slots.tolist(), k=24, widths=(16, 8), max_rank=8, tile_rows=128)
     expected = problem.y.double()
     delta = torch.zeros_like(expected)
     for slot in range(8):  # the reference's loop over tokens, one adapter at a time

@@ -280,15 +280,6 @@ class TestGraphs:
         assert len(calls) == (1 if specialize else 2)
 
 
-@pytest.mark.parametrize(
-    ("backend", "tile_rows"),
-    [("native", 32), ("torch", 32), ("triton", 128), ("triton-invariant", 128)],
-)
-def test_tiles_are_as_long_as_the_backends_longest_blocks(backend, tile_rows):
-    wrapper = make_wrapper(backend=backend)
-    assert wrapper.plan.layout.tile_rows == tile_rows
-
-
 @pytest.fixture
 def vllms_gpu_wrapper(monkeypatch):
     """Makes vLLM choose its wrapper for GPUs, on this machine's CPU."""

@@ -26,7 +26,7 @@ import torch
 from multilora_kernels import BatchPlan, PlanLayout, PreparedLinear, lora_linear
 from tools.kernels.measure.batches import LAYERS
 
-SLOTS, MAX_RANK, MAX_TOKENS, TILE_ROWS = 16, 64, 8192, 128
+SLOTS, MAX_RANK, MAX_TOKENS = 16, 64, 8192
 CALLS = {"decode": 64, "prefill of 600": 600, "prefill of 8192": 8192}
 WAYS = ("operator", "prepared", "not prepared")
 
@@ -41,7 +41,7 @@ def measure(layer: str, tokens: int, backend: str) -> dict[str, float]:
     lora_a = tuple(weights(MAX_RANK, inputs) for _ in outputs)
     lora_b = tuple(weights(width, MAX_RANK) for width in outputs)
     ranks = torch.full((len(outputs), SLOTS), MAX_RANK, dtype=torch.int32)
-    plan = BatchPlan(PlanLayout(MAX_TOKENS, SLOTS, TILE_ROWS))
+    plan = BatchPlan(PlanLayout(MAX_TOKENS, SLOTS))
     plan.update(np.arange(tokens) % SLOTS)
     x = torch.empty(tokens, inputs, dtype=torch.bfloat16)
     y = torch.empty(tokens, sum(outputs), dtype=torch.bfloat16)

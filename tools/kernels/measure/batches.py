@@ -23,9 +23,6 @@ POPULARITIES: tuple[str, ...] = get_args(Popularity)
 MIXED_RANKS = (8, 16, 32, 64)
 """What `ranks="mixed"` gives to the slots in turn."""
 
-PLAN_TILE_ROWS = 128
-"""Tiles long enough for the longest block of a GPU kernel (see triton/README.md)."""
-
 _ZIPF_EXPONENT = 1.0  # the k-th most popular adapter gets a share proportional to 1 / k
 
 
@@ -175,7 +172,7 @@ def build(
         seed: Of tokens and values.
     """
     slots = choose_slots(spec, seed)
-    layout = PlanLayout(spec.tokens, spec.max_loras, PLAN_TILE_ROWS)
+    layout = PlanLayout(spec.tokens, spec.max_loras)
     plan = BatchPlan(layout, device)
     plan.update(slots)
     generator = torch.Generator(device).manual_seed(seed)

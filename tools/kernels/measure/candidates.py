@@ -24,7 +24,7 @@ from multilora_kernels.configs import (
 )
 from multilora_kernels.configs.defaults import SHORT_BATCH
 from multilora_kernels.configs.model import power_of_two_up
-from tools.kernels.measure.batches import PLAN_TILE_ROWS
+from multilora_kernels.plan import DEFAULT_TILE_ROWS
 
 CHANGES = 2
 """Values in which a candidate may differ from the default."""
@@ -54,7 +54,7 @@ def shrink_candidates(workload: Workload, shared_memory: int) -> list[ShrinkConf
         shared_memory: Bytes that a program can have.
     """
     values = {
-        "block_m": _up_to(min(PLAN_TILE_ROWS, workload.tokens)),
+        "block_m": _up_to(min(DEFAULT_TILE_ROWS, workload.tokens)),
         "block_r": _up_to(workload.max_rank),
         "block_k": _up_to(workload.width),
         "split_k": tuple(n for n in _SPLITS if n == 1 or workload.width // n >= _SHORTEST_PART),
@@ -82,7 +82,7 @@ def expand_candidates(workload: Workload, shared_memory: int) -> list[ExpandConf
     """Candidates for the second half, the default not among them; see `shrink_candidates`."""
     default = default_expand(workload)
     values = {
-        "block_m": _up_to(min(PLAN_TILE_ROWS, workload.tokens)),
+        "block_m": _up_to(min(DEFAULT_TILE_ROWS, workload.tokens)),
         "block_n": _up_to(workload.width),
         "block_r": _up_to(workload.max_rank),
         "num_warps": _WARPS,

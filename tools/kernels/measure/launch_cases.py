@@ -28,7 +28,7 @@ from multilora_kernels.triton.expand import prepare_expand
 from multilora_kernels.triton.launch import Batch, DeviceFacts, Launch
 from multilora_kernels.triton.product import expand_launch, shrink_launch
 from multilora_kernels.triton.shrink import prepare_shrink
-from tools.kernels.measure.batches import LAYERS, PLAN_TILE_ROWS, Layer
+from tools.kernels.measure.batches import LAYERS, Layer
 from tools.kernels.measure.candidates import expand_candidates, shrink_candidates
 from tools.kernels.measure.trials import workloads
 
@@ -280,7 +280,7 @@ def card_facts(architecture: str) -> DeviceFacts:
 
 
 def _batch(case: LaunchCase, facts: DeviceFacts) -> Batch:
-    layout = PlanLayout(_MAX_TOKENS, case.slots, PLAN_TILE_ROWS)
+    layout = PlanLayout(_MAX_TOKENS, case.slots)
     ranks = _empty(len(case.widths), case.slots, dtype=torch.int32)
     plan = _empty(layout.size, dtype=torch.int32)
     return Batch(ranks, plan, layout, facts, case.batch_invariant)

@@ -35,7 +35,6 @@ from multilora_kernels import (
     lora_linear,
     lora_shrink,
 )
-from multilora_kernels.plan import DEFAULT_TILE_ROWS
 from vllm_multilora.integration.patching.activation import kernel_backend
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import OutputRows
@@ -45,9 +44,6 @@ from vllm_multilora.integration.step.stock_rows import StockRows
 
 if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
-
-# The longest block of tokens that the Triton kernels take; they cut shorter ones out of a tile.
-_TRITON_TILE_ROWS = 128
 
 
 class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
@@ -74,8 +70,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         super().__init__(max_num_batched_tokens, max_batches, device)
         self.backend = backend
         self.max_loras, self.max_batches = lora_config.max_loras, max_batches
-        tile_rows = _TRITON_TILE_ROWS if backend.startswith("triton") else DEFAULT_TILE_ROWS
-        layout = PlanLayout(max_num_batched_tokens, self.max_loras, tile_rows)
+        layout = PlanLayout(max_num_batched_tokens, self.max_loras)
         self.plan = BatchPlan(layout, device)
         self.output_rows = OutputRows(layout, device)
         self._stock_rows = StockRows(max_num_batched_tokens, self.max_loras, device)
