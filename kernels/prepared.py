@@ -29,7 +29,7 @@ from multilora_kernels.checks import (
 )
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.operators import register
-from multilora_kernels.plan import BatchPlan, PlanLayout
+from multilora_kernels.plan import PLAN_ROWS, BatchPlan, PlanLayout
 from multilora_kernels.skipping import tokens_to_skip
 
 _numbers = count(1)  # none is used again
@@ -111,6 +111,7 @@ class PreparedLinear(Prepared):
         self._run: Callable[..., None] = module_of(backend).prepare_linear(
             lora_a, lora_b, ranks, layout, scale, add_inputs, factors
         )
+        self._run_again: Callable[..., bool] = getattr(self._run, "run_again", _never)
 
     def run(
         self,
@@ -124,6 +125,8 @@ class PreparedLinear(Prepared):
         Raises:
             ValueError: A shape, dtype or stride does not fit.
         """
+        if header[PLAN_ROWS] and self._run_again(out, given, plan):
+            return
         (rows, columns), (y_rows, y_columns) = checked_shape("x", given), checked_shape("y", out)
         if (
             columns != self._columns
@@ -140,6 +143,11 @@ class PreparedLinear(Prepared):
             self._run(plan, x=given, y=out)
         elif not self._add_inputs:
             out[:tokens, : self._width].zero_()
+
+
+def _never(*batch: object) -> bool:
+    """In place of `run_again` of backends that have none."""
+    return False
 
 
 class PreparedShrink(Prepared):

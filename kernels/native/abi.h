@@ -27,29 +27,29 @@ struct slice {
 
 struct lora_call {
     /* What a layer's weights fix once. */
-    int64_t mode, slices, k, max_rank, weight_dtype;
+    int64_t mode, slices, k, max_rank, weight_dtype, longest_tile;
     int64_t ranks, ranks_stride; /* int32 [slices, slots] */
     int64_t overwrite;           /* 1: y = delta instead of y += delta, for every row */
     int64_t factors, factors_stride; /* float32 [slots, all columns]; 0: there are none */
     int64_t marks, marks_stride;     /* int32 [slices, slots]: whose factors count */
     int64_t bias;                    /* float32 [all columns]: not multiplied; 0: there is none */
     double scale;
-    /* What changes from call to call. */
-    int64_t threads, scratch;
+    /* What differs from one batch to the next ... */
+    int64_t x, y, h; /* h: for the shrink and expand halves */
+    /* ... and what is often the same. */
+    int64_t threads;
     int64_t tokens; /* rows of x (or h) and y; plan entries at or past it are skipped */
-    int64_t x, x_row_stride, x_dtype;
-    int64_t y, y_row_stride, y_dtype, y_offset;
-    int64_t h, h_slice_stride, h_row_stride, h_dtype; /* for the shrink and expand halves */
+    int64_t x_row_stride, x_dtype;
+    int64_t y_row_stride, y_dtype, y_offset;
+    int64_t h_slice_stride, h_row_stride, h_dtype;
     int64_t plan, order;
     int64_t tile_slot, tile_start, tile_rows; /* the fields of the first tile */
     struct slice slice[MAX_SLICES];
 };
 extern const int64_t multilora_call_bytes;
 
-/* float32 values of scratch memory that a call needs. */
-int64_t multilora_scratch_floats(int64_t k, int64_t slices, int64_t max_rank, int64_t tile_rows,
-                                 int64_t threads);
-void multilora_run(const struct lora_call *call, int64_t tile_rows);
+/* Returns 0; 1 if there is not enough memory, and then nothing is computed. */
+int multilora_run(const struct lora_call *call);
 
 /* ---- scatter.c, called by scatter.py ---- */
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
@@ -24,11 +23,14 @@ LINEAR, SHRINK, EXPAND = range(3)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT_BYTES = 4
 
-# struct lora_call: the part that weights fix, the part that changes, then the slices.
-_FIXED = struct.Struct("=13qd")
-_CHANGING = struct.Struct("=19q")
+# struct lora_call: what weights fix, the addresses of a batch's tensors and the rest of its
+# description, then the slices.
+_FIXED = struct.Struct("=14qd")
+_ADDRESSES = struct.Struct("=3q")
+_BATCH = struct.Struct("=15q")
 _SLICE = struct.Struct("=9q")
-_SLICES_AT = _FIXED.size + _CHANGING.size
+_BATCH_AT = _FIXED.size + _ADDRESSES.size
+_SLICES_AT = _BATCH_AT + _BATCH.size
 
 
 @lru_cache(maxsize=1)
@@ -36,21 +38,6 @@ def _library() -> ctypes.PyDLL:
     library = load_library()
     check_size(library, "multilora_call_bytes", _SLICES_AT + MAX_SLICES * _SLICE.size)
     return library
-
-
-class _Scratch(threading.local):
-    """A thread's float32 scratch memory, which only ever grows."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0)
-
-    def address(self, floats: int) -> int:
-        if self.memory.numel() < floats:
-            self.memory = torch.empty(floats)
-        return self.memory.data_ptr()
-
-
-_scratch = _Scratch()
 
 
 class Call:
@@ -79,7 +66,6 @@ class Call:
         overwrite: bool = False,
         factors: OutputFactors | None = None,
     ) -> None:
-        self._library = _library()
         self._keep_alive = (tuple(lora_a), tuple(lora_b), ranks, factors)
         weights = lora_a or lora_b
         slices = len(weights)
@@ -88,6 +74,9 @@ class Call:
         k = lora_a[0].size(-1) if lora_a else 0
         max_rank = lora_a[0].size(-2) if lora_a else lora_b[0].size(-1)
         self._struct = ctypes.create_string_buffer(_SLICES_AT + MAX_SLICES * _SLICE.size)
+        self._address = ctypes.addressof(self._struct)
+        self._compute = _library().multilora_run
+        self._compute.argtypes = [ctypes.c_void_p]
         _FIXED.pack_into(
             self._struct,
             0,
@@ -96,6 +85,7 @@ class Call:
             k,
             max_rank,
             _DTYPES[weights[0].dtype],
+            layout.tile_rows,
             ranks.data_ptr(),
             ranks.stride(0),
             overwrite,
@@ -115,16 +105,17 @@ class Call:
                 offset,
             )
             offset += cols
-        self._tile_rows = layout.tile_rows
         self._plan_offsets = tuple(
             part.start * _INT_BYTES
             for part in (layout.order, layout.tile_slot, layout.tile_start, layout.tile_length)
         )
-        self._sizes = (k, slices, max_rank, layout.tile_rows)
         self._threads = 0
-        self._scratch_floats = 0
+        # The last batch's, whose description the struct has.
+        self._plan: torch.Tensor | None = None
+        self._x_shape = self._y_shape = torch.Size()
+        self._x_dtype = self._y_dtype = torch.float32
 
-    def run(
+    def __call__(
         self,
         plan: torch.Tensor,
         *,
@@ -141,37 +132,63 @@ class Call:
             y: [tokens, width], for `LINEAR` and `EXPAND`.
             h: [slices, tokens, R], for `SHRINK` and `EXPAND`.
             offset: First column of y.
+
+        Raises:
+            MemoryError: There is none left.
         """
-        threads = torch.get_num_threads()
-        if threads != self._threads:
-            self._threads = threads
-            function = self._library.multilora_scratch_floats
-            function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 5
-            self._scratch_floats = function(*self._sizes, threads)
+        self._threads = torch.get_num_threads()
+        self._plan = None
         base = plan.data_ptr()
         order, slot, start, rows = self._plan_offsets
-        tokens = x.size(0) if x is not None else h.size(1) if h is not None else 0
-        _CHANGING.pack_into(
+        _BATCH.pack_into(
             self._struct,
-            _FIXED.size,
-            threads,
-            _scratch.address(self._scratch_floats),
-            tokens,
-            *((0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), _DTYPES[x.dtype])),
-            *((0, 0, 0) if y is None else (y.data_ptr(), y.stride(0), _DTYPES[y.dtype])),
+            _BATCH_AT,
+            self._threads,
+            x.size(0) if x is not None else h.size(1) if h is not None else 0,
+            *((0, 0) if x is None else (x.stride(0), _DTYPES[x.dtype])),
+            *((0, 0) if y is None else (y.stride(0), _DTYPES[y.dtype])),
             offset,
-            *(
-                (0, 0, 0, 0)
-                if h is None
-                else (h.data_ptr(), h.stride(0), h.stride(1), _DTYPES[h.dtype])
-            ),
+            *((0, 0, 0) if h is None else (h.stride(0), h.stride(1), _DTYPES[h.dtype])),
             base,
             base + order,
             base + slot,
             base + start,
             base + rows,
         )
-        self._library.multilora_run(self._struct, ctypes.c_int64(self._tile_rows))
+        if x is not None and y is not None and x.is_contiguous() and y.is_contiguous():
+            self._plan, self._x_shape, self._y_shape = plan, x.shape, y.shape
+            self._x_dtype, self._y_dtype = x.dtype, y.dtype
+        self._run_at(*(0 if tensor is None else tensor.data_ptr() for tensor in (x, y, h)))
+
+    def run_again(self, y: torch.Tensor, x: torch.Tensor, plan: torch.Tensor) -> bool:
+        """Computes a batch if only values and addresses differ from the last one's.
+
+        In Python a layer's call costs as much as a small product: most of it looks at tensors that
+        are as they were in the step before.
+
+        Returns:
+            Whether it did; what is not like the last batch has to be checked.
+
+        Raises:
+            MemoryError: There is none left.
+        """
+        if (
+            plan is not self._plan
+            or x.shape != self._x_shape
+            or y.shape != self._y_shape
+            or x.dtype is not self._x_dtype
+            or y.dtype is not self._y_dtype
+            or not (x.is_contiguous() and y.is_contiguous())
+            or torch.get_num_threads() != self._threads
+        ):
+            return False
+        self._run_at(x.data_ptr(), y.data_ptr(), 0)
+        return True
+
+    def _run_at(self, x: int, y: int, h: int) -> None:
+        _ADDRESSES.pack_into(self._struct, _FIXED.size, x, y, h)
+        if self._compute(self._address):
+            raise MemoryError("no memory for the products of adapters")
 
 
 def _places_of(factors: OutputFactors | None) -> tuple[int, int, int, int, int]:
@@ -196,7 +213,7 @@ def prepare_linear(
     scale: float,
     add_inputs: bool,
     factors: OutputFactors | None = None,
-) -> Callable[..., None]:
+) -> Call:
     """What runs a batch of `multilora_kernels.PreparedLinear`; arguments are valid."""
     return Call(
         LINEAR,
@@ -207,14 +224,14 @@ def prepare_linear(
         scale=scale,
         overwrite=not add_inputs,
         factors=factors,
-    ).run
+    )
 
 
 def prepare_shrink(
     lora_a: Sequence[torch.Tensor], ranks: torch.Tensor, layout: PlanLayout, scale: float
 ) -> Callable[..., None]:
     """The same of `multilora_kernels.PreparedShrink`."""
-    return Call(SHRINK, lora_a, (), ranks, layout, scale=scale).run
+    return Call(SHRINK, lora_a, (), ranks, layout, scale=scale)
 
 
 def prepare_expand(
@@ -226,7 +243,7 @@ def prepare_expand(
 ) -> Callable[..., None]:
     """The same of `multilora_kernels.PreparedExpand`."""
     call = Call(EXPAND, (), lora_b, ranks, layout, overwrite=not add_inputs)
-    return partial(call.run, offset=offset)
+    return partial(call, offset=offset)
 
 
 def lora_linear(

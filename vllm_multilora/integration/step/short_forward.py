@@ -38,12 +38,13 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
         return
     base: Any = layer.base_layer
     hands_on_bias, returns_bias = base.skip_bias_add, base.return_bias
+    parameters = base._parameters  # a look-up of `base.bias` ends in Python, after all others
     wrapper: Any = layer.punica_wrapper
     add_adapters = wrapper.linear(layer.lora_a_stacked, layer.lora_b_stacked)
     plan = wrapper.plan
 
     def forward(input_: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        bias = base.bias
+        bias = parameters["bias"]
         y: torch.Tensor = base.quant_method.apply(base, input_, None if hands_on_bias else bias)
         if y.ndim == 2:
             add_adapters(y, input_, plan)
@@ -64,5 +65,6 @@ def _does_the_same(layer: BaseLinearLayerWithLoRA) -> bool:
         plain
         and kind.forward in _FORWARDS
         and layer.tp_size == 1
+        and "bias" in layer.base_layer._parameters
         and not layer._enable_aux_cuda_stream
     )

@@ -1,0 +1,123 @@
+"""A prepared native call describes a batch anew only if more than its values differ."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from multilora_kernels import BatchPlan, PlanLayout, PreparedLinear, lora_linear
+from multilora_kernels.native import segment_gemm
+
+from .problems import Problem, make_problem
+
+SLOTS, K, WIDTHS = 4, 40, (24, 16)
+LAYOUT = PlanLayout(64, SLOTS)
+
+
+def problem_of(token_slots: list[int], **options) -> Problem:
+    """Of the same weights, whichever the batch."""
+    found = make_problem(token_slots, slots=SLOTS, k=K, widths=WIDTHS, margin=0, **options)
+    one = make_problem([0], slots=SLOTS, k=K, widths=WIDTHS)
+    found.lora_a, found.lora_b, found.ranks = one.lora_a, one.lora_b, one.ranks
+    found.plan = BatchPlan(LAYOUT)
+    found.plan.update(np.array(token_slots))
+    return found
+
+
+def prepared_of(problem: Problem) -> PreparedLinear:
+    weights = problem.lora_a, problem.lora_b, problem.ranks
+    return PreparedLinear(*weights, LAYOUT, backend="native")
+
+
+def assert_right(prepared: PreparedLinear, problem: Problem) -> None:
+    y, expected = problem.y.clone(), problem.y.clone()
+    weights = problem.lora_a, problem.lora_b, problem.ranks
+    lora_linear(expected, problem.x, *weights, problem.plan, backend="native")
+    prepared(y, problem.x, problem.plan)
+    assert y.equal(expected)
+
+
+@pytest.fixture
+def described(monkeypatch) -> list[int]:
+    """Has an entry for each batch that was described."""
+    seen = []
+    call = segment_gemm.Call.__call__
+
+    def describe(self, *args, **kwargs):
+        seen.append(1)
+        call(self, *args, **kwargs)
+
+    monkeypatch.setattr(segment_gemm.Call, "__call__", describe)
+    return seen
+
+
+def test_other_values_in_the_same_batch_are_not_described_again(described):
+    first, second = (problem_of([0, 3, -1, 0, 1], seed=seed) for seed in (1, 2))
+    prepared = prepared_of(first)
+    prepared(first.y.clone(), first.x, first.plan)
+    described.clear()
+    second.plan = first.plan
+    second.plan.update(np.array([2, 2, 0, -1, 3]))
+    y = second.y.clone()
+    prepared(y, second.x, second.plan)
+    assert not described
+    assert_right(prepared, second)
+
+
+@pytest.mark.parametrize("change", ["tokens", "x", "y", "x's rows", "y's rows", "plan", "threads"])
+def test_whatever_else_differs_is(change, described, monkeypatch):
+    before = problem_of([0, 3, -1, 0, 1])
+    prepared = prepared_of(before)
+    prepared(before.y.clone(), before.x, before.plan)
+    after = problem_of([1, 2, 3] if change == "tokens" else [0, 1, 2, 3, -1], seed=3)
+    if change != "plan":
+        after.plan = before.plan
+        after.plan.update(np.array(after.token_slots))
+    if change == "x":
+        after.x = after.x.bfloat16()
+    elif change == "y":
+        after.y = after.y.bfloat16()
+    elif change == "x's rows":
+        after.x = after.x.repeat(1, 2)[:, :K]
+    elif change == "y's rows":
+        after.y = after.y.repeat(1, 2)
+    elif change == "threads":
+        more = torch.get_num_threads() + 1
+        monkeypatch.setattr(torch, "get_num_threads", lambda: more)
+    described.clear()
+    y = after.y.clone()
+    prepared(y, after.x, after.plan)
+    assert described
+    assert_right(prepared, after)
+
+
+def test_what_does_not_fit_is_refused_after_what_did():
+    problem = problem_of([0, 3, 1])
+    prepared = prepared_of(problem)
+    assert_right(prepared, problem)
+    with pytest.raises(ValueError, match="expected x of shape"):
+        prepared(problem.y.clone(), problem.x[:2], problem.plan)
+    with pytest.raises(ValueError, match="x must be 2-D with contiguous rows"):
+        prepared(problem.y.clone(), problem.x.T.contiguous().T, problem.plan)
+    assert_right(prepared, problem)
+
+
+def test_a_call_made_on_one_thread_runs_on_another():
+    problem = problem_of([0, 3, 1])
+    prepared = prepared_of(problem)
+    assert_right(prepared, problem)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(assert_right, prepared, problem).result(60)
+    assert_right(prepared, problem)
+
+
+def test_without_memory_nothing_is_computed(monkeypatch):
+    problem = problem_of([0, 3, 1])
+    prepared, y = prepared_of(problem), problem.y.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 1 << 40)  # each has scratch memory
+        with pytest.raises(MemoryError, match="products of adapters"):
+            prepared(y, problem.x, problem.plan)
+    assert y.equal(problem.y)
+    assert_right(prepared, problem)
