@@ -1,8 +1,9 @@
 """Calls the C kernels of `segment_gemm.c` on torch tensors.
 
 A `Call` is one `struct lora_call`: what the weights fix is packed into it once, the addresses
-of the activations on every run. Each run does the whole product (every slice, every adapter)
-on PyTorch's own OpenMP threads.
+of the activations on every run, and the rest of a batch's description only if it differs from
+the last one's. Each run does the whole product (every slice, every adapter) on PyTorch's own
+OpenMP threads.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _SLICES_AT = _BATCH_AT + _BATCH.size
 def _library() -> ctypes.PyDLL:
     library = load_library()
     check_size(library, "multilora_call_bytes", _SLICES_AT + MAX_SLICES * _SLICE.size)
+    library.multilora_run.argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -76,7 +78,6 @@ class Call:
         self._struct = ctypes.create_string_buffer(_SLICES_AT + MAX_SLICES * _SLICE.size)
         self._address = ctypes.addressof(self._struct)
         self._compute = _library().multilora_run
-        self._compute.argtypes = [ctypes.c_void_p]
         _FIXED.pack_into(
             self._struct,
             0,
@@ -163,8 +164,8 @@ class Call:
     def run_again(self, y: torch.Tensor, x: torch.Tensor, plan: torch.Tensor) -> bool:
         """Computes a batch if only values and addresses differ from the last one's.
 
-        In Python a layer's call costs as much as a small product: most of it looks at tensors that
-        are as they were in the step before.
+        Where the caches are cold, as between a model's products, describing a batch takes Python
+        about as long as reading a small adapter's weights.
 
         Returns:
             Whether it did; what is not like the last batch has to be checked.
