@@ -37,7 +37,7 @@ struct lora_call {
     /* What differs from one batch to the next ... */
     int64_t x, y, h; /* h: for the shrink and expand halves */
     /* ... and what is often the same. */
-    int64_t threads;
+    int64_t threads, scratch;
     int64_t tokens; /* rows of x (or h) and y; plan entries at or past it are skipped */
     int64_t x_row_stride, x_dtype;
     int64_t y_row_stride, y_dtype, y_offset;
@@ -48,8 +48,9 @@ struct lora_call {
 };
 extern const int64_t multilora_call_bytes;
 
-/* Returns 0; 1 if there is not enough memory, and then nothing is computed. */
-int multilora_run(const struct lora_call *call);
+/* float32 values of scratch memory that a call on so many threads needs, whatever its batch. */
+int64_t multilora_scratch_floats(const struct lora_call *call, int64_t threads);
+void multilora_run(const struct lora_call *call);
 
 /* ---- scatter.c, called by scatter.py ---- */
 

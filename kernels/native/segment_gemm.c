@@ -26,9 +26,6 @@
  *
  * abi.h says how it is called.
  */
-#include <pthread.h>
-#include <stdlib.h>
-
 #include "dot_products.h"
 #include "outer_products.h"
 #include "word_products.h"
@@ -426,37 +423,19 @@ static int64_t thread_floats(const struct lora_call *c) {
     return round_up(tile_floats(c) + NB * round_up(c->max_rank, PAIR), 16);
 }
 
-static _Thread_local float *own_scratch;
-static _Thread_local int64_t own_floats;
-static pthread_key_t scratch_key; /* frees a thread's when it ends */
-static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
-
-static void make_scratch_key(void) { pthread_key_create(&scratch_key, free); }
-
-/* The calling thread's scratch memory, which only ever grows; NULL if there is not enough. */
-static float *scratch_of(int64_t floats) {
-    if (floats > own_floats) {
-        pthread_once(&scratch_once, make_scratch_key);
-        free(own_scratch);
-        own_scratch = aligned_alloc(CACHE_LINE, (size_t)round_up(4 * floats, CACHE_LINE));
-        own_floats = own_scratch ? floats : 0;
-        pthread_setspecific(scratch_key, own_scratch);
-    }
-    return own_scratch;
+int64_t multilora_scratch_floats(const struct lora_call *c, int64_t threads) {
+    return shared_floats(c->slices, c->max_rank) + threads * thread_floats(c);
 }
 
-int multilora_run(const struct lora_call *c) {
+void multilora_run(const struct lora_call *c) {
     int64_t tiles = entry(c->plan, PLAN_TILES);
     int zero = (c->overwrite || c->mode == MODE_SHRINK) &&
                entry(c->plan, PLAN_ROWS) < entry(c->plan, PLAN_TOKENS);
-    if (tiles == 0 && !zero) return 0;
-    float *scratch =
-        scratch_of(shared_floats(c->slices, c->max_rank) + c->threads * thread_floats(c));
-    if (!scratch) return 1;
+    if (tiles == 0 && !zero) return;
 #pragma omp parallel num_threads((int)c->threads)
     {
         struct thread t = {.index = THREAD_INDEX, .count = THREAD_COUNT, .gathered = -1};
-        struct panel p = {.h = scratch};
+        struct panel p = {.h = (float *)c->scratch};
         t.tile = p.h + shared_floats(c->slices, c->max_rank) + t.index * thread_floats(c);
         t.bt = t.tile + tile_floats(c);
         if (zero) run_zero(c, &t);
@@ -483,5 +462,4 @@ int multilora_run(const struct lora_call *c) {
             }
         }
     }
-    return 0;
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
@@ -28,7 +29,7 @@ _INT_BYTES = 4
 # description, then the slices.
 _FIXED = struct.Struct("=14qd")
 _ADDRESSES = struct.Struct("=3q")
-_BATCH = struct.Struct("=15q")
+_BATCH = struct.Struct("=16q")
 _SLICE = struct.Struct("=9q")
 _BATCH_AT = _FIXED.size + _ADDRESSES.size
 _SLICES_AT = _BATCH_AT + _BATCH.size
@@ -38,8 +39,25 @@ _SLICES_AT = _BATCH_AT + _BATCH.size
 def _library() -> ctypes.PyDLL:
     library = load_library()
     check_size(library, "multilora_call_bytes", _SLICES_AT + MAX_SLICES * _SLICE.size)
-    library.multilora_run.argtypes = [ctypes.c_void_p]
+    library.multilora_run.argtypes, library.multilora_run.restype = [ctypes.c_void_p], None
+    library.multilora_scratch_floats.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.multilora_scratch_floats.restype = ctypes.c_int64
     return library
+
+
+class _Scratch(threading.local):
+    """A thread's float32 scratch memory, which only ever grows."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def memory(self, floats: int) -> torch.Tensor:
+        if self._memory.numel() < floats:
+            self._memory = torch.empty(floats)
+        return self._memory
+
+
+_scratch = _Scratch()
 
 
 class Call:
@@ -110,8 +128,9 @@ class Call:
             part.start * _INT_BYTES
             for part in (layout.order, layout.tile_slot, layout.tile_start, layout.tile_length)
         )
-        self._threads = 0
         # The last batch's, whose description the struct has.
+        self._caller = self._threads = 0
+        self._scratch: torch.Tensor | None = None
         self._plan: torch.Tensor | None = None
         self._x_shape = self._y_shape = torch.Size()
         self._x_dtype = self._y_dtype = torch.float32
@@ -133,18 +152,18 @@ class Call:
             y: [tokens, width], for `LINEAR` and `EXPAND`.
             h: [slices, tokens, R], for `SHRINK` and `EXPAND`.
             offset: First column of y.
-
-        Raises:
-            MemoryError: There is none left.
         """
-        self._threads = torch.get_num_threads()
         self._plan = None
+        self._caller, self._threads = threading.get_ident(), torch.get_num_threads()
+        floats = _library().multilora_scratch_floats(self._address, self._threads)
+        self._scratch = _scratch.memory(floats)  # kept: the thread may need a longer one later
         base = plan.data_ptr()
         order, slot, start, rows = self._plan_offsets
         _BATCH.pack_into(
             self._struct,
             _BATCH_AT,
             self._threads,
+            self._scratch.data_ptr(),
             x.size(0) if x is not None else h.size(1) if h is not None else 0,
             *((0, 0) if x is None else (x.stride(0), _DTYPES[x.dtype])),
             *((0, 0) if y is None else (y.stride(0), _DTYPES[y.dtype])),
@@ -169,9 +188,6 @@ class Call:
 
         Returns:
             Whether it did; what is not like the last batch has to be checked.
-
-        Raises:
-            MemoryError: There is none left.
         """
         if (
             plan is not self._plan
@@ -181,6 +197,7 @@ class Call:
             or y.dtype is not self._y_dtype
             or not (x.is_contiguous() and y.is_contiguous())
             or torch.get_num_threads() != self._threads
+            or threading.get_ident() != self._caller
         ):
             return False
         self._run_at(x.data_ptr(), y.data_ptr(), 0)
@@ -188,8 +205,7 @@ class Call:
 
     def _run_at(self, x: int, y: int, h: int) -> None:
         _ADDRESSES.pack_into(self._struct, _FIXED.size, x, y, h)
-        if self._compute(self._address):
-            raise MemoryError("no memory for the products of adapters")
+        self._compute(self._address)
 
 
 def _places_of(factors: OutputFactors | None) -> tuple[int, int, int, int, int]:
