@@ -280,6 +280,11 @@ class TestGraphs:
         assert len(calls) == (1 if specialize else 2)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch", "triton", "triton-invariant"])
+def test_tiles_are_as_long_as_the_backends_longest_blocks(backend):
+    assert make_wrapper(backend=backend).plan.layout.tile_rows == 128
+
+
 @pytest.fixture
 def vllms_gpu_wrapper(monkeypatch):
     """Makes vLLM choose its wrapper for GPUs, on this machine's CPU."""
