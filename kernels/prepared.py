@@ -29,7 +29,7 @@ from multilora_kernels.checks import (
 )
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.operators import register
-from multilora_kernels.plan import PLAN_ROWS, BatchPlan, PlanLayout
+from multilora_kernels.plan import BatchPlan, PlanLayout
 from multilora_kernels.skipping import tokens_to_skip
 
 _numbers = count(1)  # none is used again
@@ -49,6 +49,9 @@ class Prepared(ABC):
 
     def __init__(self, layout: PlanLayout) -> None:
         self._layout = layout
+        # Computes a batch, given as to `run`, if it is like the last one but for values and
+        # addresses; returns whether it is. A backend's own, where it has one.
+        self.run_again: Callable[..., bool] = _never
         number = next(_numbers)
         self._number = torch.tensor([number])
         _prepared[number] = self
@@ -61,6 +64,8 @@ class Prepared(ABC):
         """
         if torch.compiler.is_compiling():
             _operator(out, given, plan.buffer, plan.host, self._number)
+            return
+        if self.run_again(out, given, plan.buffer):
             return
         if plan.layout is not self._layout and plan.layout != self._layout:
             raise ValueError(f"expected a plan of {self._layout}, found one of {plan.layout}")
@@ -111,7 +116,7 @@ class PreparedLinear(Prepared):
         self._run: Callable[..., None] = module_of(backend).prepare_linear(
             lora_a, lora_b, ranks, layout, scale, add_inputs, factors
         )
-        self._run_again: Callable[..., bool] = getattr(self._run, "run_again", _never)
+        self.run_again = getattr(self._run, "run_again", _never)
 
     def run(
         self,
@@ -125,8 +130,6 @@ class PreparedLinear(Prepared):
         Raises:
             ValueError: A shape, dtype or stride does not fit.
         """
-        if header[PLAN_ROWS] and self._run_again(out, given, plan):
-            return
         (rows, columns), (y_rows, y_columns) = checked_shape("x", given), checked_shape("y", out)
         if (
             columns != self._columns
@@ -291,7 +294,8 @@ def _run_prepared(
             f"compiled code asks for prepared layer {number}, which is gone: what was prepared "
             "must be kept as long as the code that was compiled with it"
         )
-    found.run(out, given, plan, host_plan.numpy())
+    if not found.run_again(out, given, plan):
+        found.run(out, given, plan, host_plan.numpy())
 
 
 _operator = register("prepared", _run_prepared, "out")

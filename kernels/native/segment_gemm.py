@@ -178,7 +178,9 @@ class Call:
         if x is not None and y is not None and x.is_contiguous() and y.is_contiguous():
             self._plan, self._x_shape, self._y_shape = plan, x.shape, y.shape
             self._x_dtype, self._y_dtype = x.dtype, y.dtype
-        self._run_at(*(0 if tensor is None else tensor.data_ptr() for tensor in (x, y, h)))
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (x, y, h))
+        _ADDRESSES.pack_into(self._struct, _FIXED.size, *addresses)
+        self._compute(self._address)
 
     def run_again(self, y: torch.Tensor, x: torch.Tensor, plan: torch.Tensor) -> bool:
         """Computes a batch if only values and addresses differ from the last one's.
@@ -200,12 +202,9 @@ class Call:
             or threading.get_ident() != self._caller
         ):
             return False
-        self._run_at(x.data_ptr(), y.data_ptr(), 0)
-        return True
-
-    def _run_at(self, x: int, y: int, h: int) -> None:
-        _ADDRESSES.pack_into(self._struct, _FIXED.size, x, y, h)
+        _ADDRESSES.pack_into(self._struct, _FIXED.size, x.data_ptr(), y.data_ptr(), 0)
         self._compute(self._address)
+        return True
 
 
 def _places_of(factors: OutputFactors | None) -> tuple[int, int, int, int, int]:

@@ -38,7 +38,11 @@ class Server:
         return request
 
     def step(self, *done: str) -> set[str]:
-        """One step, at whose end these requests are done; returns the requests in it."""
+        """One step, at whose end these requests are done; returns the requests in it.
+
+        What was said since the last one came before that one's end, which looks for it.
+        """
+        self.engine.adapters.poll()
         output = self.scheduler.schedule()
         found = self.names
         adapters = self.engine.adapters
@@ -344,3 +348,16 @@ def test_without_adapters_nothing_waits():
     scheduler = AwareScheduler(vllm_config=config(1))
     scheduler.add_request(FakeRequest("tenant", lora(1)))
     assert scheduler.schedule().total_num_scheduled_tokens == 1
+
+
+@pytest.mark.parametrize(("between", "polls"), [("nothing", 1), ("a request", 2)])
+def test_a_step_looks_for_news_once_unless_a_request_has_come(server, monkeypatch, between, polls):
+    server.start("tenant", 1)
+    seen, poll = [], server.engine.adapters.poll
+    output = server.scheduler.schedule()
+    monkeypatch.setattr(server.engine.adapters, "poll", lambda: seen.append(poll()))
+    server.scheduler.update_from_output(output, ())
+    if between == "a request":
+        server.ask("other", 2)
+    assert server.scheduler.schedule().total_num_scheduled_tokens == 1
+    assert len(seen) == polls

@@ -86,6 +86,8 @@ class AdapterAwareMixin:
         self._failing: dict[str, str] = {}  # by request: its stop reason
         self._leaving: list[_Leaving] = []
         self._is_holding = False
+        # Whether the last step's end has polled, with nothing new since.
+        self._has_polled = False
         self.adapter_requests: Counter[int] = Counter()
         self._users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
@@ -133,6 +135,7 @@ class AdapterAwareMixin:
 
     def add_request(self, request: Request) -> None:
         """Takes a request in, and has its adapter loaded if it is not there."""
+        self._has_polled = False
         is_new = request.request_id not in self.requests  # else: more input for one
         super().add_request(request)  # type: ignore[misc]
         lora = request.lora_request
@@ -188,7 +191,12 @@ class AdapterAwareMixin:
         adapters = self._adapters
         if adapters is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        adapters.poll()
+        # The end of a step has looked a moment ago. Doing so here, while the last step's outputs
+        # are waiting to be sent, would let the thread that sends them go first: the operating
+        # system is asked without the GIL.
+        if not self._has_polled:
+            adapters.poll()
+        self._has_polled = False
         self._pause_unfilled(adapters)
         pins = adapters.slots.pins
         active = {i for i in _adapters_of(self.running) if i not in pins}
@@ -309,6 +317,7 @@ class AdapterAwareMixin:
         if adapters is None:
             return []
         adapters.poll()
+        self._has_polled = True
         failing, self._failing = self._failing, {}
         lost = adapters.take_lost()
         if self._quarantines:
