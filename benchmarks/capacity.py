@@ -1,10 +1,11 @@
 """What `vllm-multilora plan --traffic` predicts of a server, and what the server does.
 
-A server of SmolLM2-135M in bfloat16 with adapters of ranks 8 to 64 on all projections is calibrated
-(`vllm-multilora calibrate`) and then gets three traces over HTTP, in turns. `steady` asks for half
-of what the server can do; `bursty` comes close to that, in bursts, over many more adapters than
-slots; `saturating` asks for all at once, of adapters of all ranks. In each round all adapters
-of a trace are new to the server, so that it begins as the prediction does: cold.
+In each round a server of SmolLM2-135M in bfloat16 with adapters of ranks 8 to 64 on all projections
+is calibrated (`vllm-multilora calibrate`), since machines change their speed, and then gets three
+traces over HTTP. `steady` asks for half of what the server can do; `bursty` comes close to that, in
+bursts, over many more adapters than slots; `saturating` asks for all at once, of adapters of all
+ranks. In each round all adapters of a trace are new to the server, so that it begins as the
+prediction does: cold.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from vllm_multilora.operations.completions import Answer, Ask, Completions
 SLOTS, HOST_PLACES, BATCH, STEP_TOKENS = 8, 64, 16, 512
 RANKS = (8, 16, 32, 64)
 CALIBRATED = 24
-"""Adapters that the calibration has for itself."""
+"""Adapters that a calibration has for itself."""
 
 MEASURES = {
     "generated_per_s": "output tokens/s",
@@ -83,7 +84,7 @@ def _lines(dice: random.Random, gaps: Iterable[float], weights: Sequence[float])
     workload="SmolLM2-135M in bfloat16 behind HTTP, adapters of ranks 8 to 64 on all projections "
     "in 8 slots, requests of 16 to 128 + 8 to 32 tokens: steady at half of the capacity, bursty "
     "with cold adapters near it, and saturating",
-    control="the real server, in three rounds after one calibration",
+    control="the real server, calibrated in each round",
     figure="the prediction of `plan --traffic` divided by what the server does",
     compares_to="the goal, 0.90 to 1.10",
     quick={"rounds": 1, "requests": 6},
@@ -94,7 +95,7 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
     Args:
         rounds: Of all traces.
         requests: Of each trace.
-        keep: A folder for the calibration and the traces.
+        keep: A folder for the calibrations and the traces.
     """
     from tests.serving.server import VllmServer
 
@@ -102,7 +103,7 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
         scratch = Path(name)
         kept = Path(keep) if keep else scratch
         fleet = Fleet(scratch / "adapters", model_config(), RANKS[0])
-        for n in range(CALIBRATED):
+        for n in range(rounds * CALIBRATED):
             fleet.add(f"calibrated-{n}", rank=RANKS[n % len(RANKS)])
         traces = {make.__name__: list(make(random.Random(0), requests)) for make in TRACES}
         for kind, lines in traces.items():
@@ -118,12 +119,13 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
             *("--max-lora-rank", str(max(RANKS)), "--multilora-adapter-dir", str(fleet.folder)),
             log=scratch / "server.log",
         ) as server:
-            file = kept / "calibration.json"
             settings = ("--max-num-seqs", str(BATCH), "--max-num-batched-tokens", str(STEP_TOKENS))
-            _command("calibrate", "--url", server.url, *settings, "--output", str(file))
             client = Completions(server.url, seed=0)
             found: dict[str, list[dict[str, float]]] = {kind: [] for kind in traces}
+            expected: dict[str, list[dict[str, float]]] = {kind: [] for kind in traces}
             for turn in range(rounds):
+                file = kept / f"calibration-{turn}.json"
+                _command("calibrate", "--url", server.url, *settings, "--output", str(file))
                 for kind, lines in traces.items():
                     asks = [
                         Ask(
@@ -136,31 +138,32 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
                     ]
                     found[kind].append(_summary(client.together(asks)))
                     print(f"{kind}: {found[kind][-1]}", file=sys.stderr, flush=True)
-        for kind, lines in traces.items():
-            trace = kept / f"{kind}.csv"
-            _write(trace, kind, lines)
-            words = ("--traffic", str(trace), "--calibration", str(file))
-            told = _command("plan", *words, "--adapters", str(fleet.folder), "--json")
-            forecast = json.loads(told)["forecast"]
+                    trace = kept / f"{kind}-{turn}.csv"
+                    _write(trace, asks)
+                    words = ("--traffic", str(trace), "--calibration", str(file))
+                    told = _command("plan", *words, "--adapters", str(fleet.folder), "--json")
+                    expected[kind].append(json.loads(told)["forecast"])
+        for kind in traces:
             for key, measure in MEASURES.items():
                 scale = 1 if key == "generated_per_s" else 1000
                 real = [scale * one[key] for one in found[kind]]
-                expected = scale * forecast[key]
+                predicted = [scale * one[key] for one in expected[kind]]
                 yield Figure(f"{kind}, real", measure, real)
-                yield Figure(f"{kind}, predicted", measure, [expected])
-                yield Figure(f"{kind}, predicted / real", measure, [expected / r for r in real])
+                yield Figure(f"{kind}, predicted", measure, predicted)
+                ratios = [a / b for a, b in zip(predicted, real, strict=True)]
+                yield Figure(f"{kind}, predicted / real", measure, ratios)
 
 
 def _name(kind: str, turn: int, adapter: int) -> str:
     return f"trace-{kind}-{turn}-{adapter}"  # after those that the calibration takes first
 
 
-def _write(path: Path, kind: str, lines: Sequence[Line]) -> None:
+def _write(path: Path, asks: Sequence[Ask]) -> None:
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("time", "adapter", "prompt_tokens", "generation_tokens"))
-        for x in lines:
-            rows.writerow((x.time, _name(kind, 0, x.adapter), x.prompt_tokens, x.generation_tokens))
+        for ask in asks:
+            rows.writerow((ask.delay_s, ask.model, ask.prompt_tokens, ask.new_tokens))
 
 
 def _command(*words: str) -> str:

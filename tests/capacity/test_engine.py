@@ -88,9 +88,16 @@ def test_a_cold_adapter_of_an_idle_engine():
 
 
 def test_a_cold_adapter_beside_a_request_that_generates():
-    """Read from 0.5 to 4.5, found at 5.0, copied until 6.0, found at 6.1."""
+    """Read from 0.5 to 4.5, found at 5.0, back at 5.5, copied from 6.1 to 7.1, found at 7.2."""
     served = serve((0, None, 10, 10), (0, 0, 10, 1))
-    assert served.first_token_s == pytest.approx([1.7, 6.1 + 1.3])
+    assert served.first_token_s == pytest.approx([1.7, 7.2 + 1.3])
+
+
+def test_the_first_request_for_an_adapter_queues_behind_those_who_came_while_it_was_read():
+    """It is back at 5.5, another request at 3.5; there is room for one at 9.4, and again at 10.6."""
+    served = serve((0, None, 10, 8), (0, 0, 10, 1), (3, None, 10, 1), batch=1)
+    assert served.first_token_s[2] == pytest.approx(10.6 - 3)
+    assert served.first_token_s[1] == pytest.approx(10.6 + 1 + 1.2)
 
 
 def test_loads_share_the_machine_and_two_are_read_at_once():
@@ -117,8 +124,8 @@ def test_host_memory_without_room_has_loads_wait_for_a_lease():
     assert served.loads == 2
     first = 0.5 + 2 + 1 + 1.2
     assert served.first_token_s[0] == pytest.approx(first)
-    # Read beside that step: 1.2 s of it count as 0.6.
-    assert served.first_token_s[1] == pytest.approx(first + 2 - 0.6 + 1 + 1.2)
+    # Read beside that step: 1.2 s of it count as 0.6. The slot is spared when a step has gone by.
+    assert served.first_token_s[1] == pytest.approx(first + 2 - 0.6 + 0.001 + 1 + 1.2)
 
 
 def test_more_adapters_than_slots_take_turns_and_all_are_served():

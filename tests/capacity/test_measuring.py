@@ -113,6 +113,7 @@ class Server:
                 ready = self.now + seconds - COPY_S
                 while self.now + half < ready:
                     step(is_loading=True)
+                step()  # during which its request reaches the scheduler
                 step()  # in which it is copied
             step(ask)
             answer.tokens_s.append(self.now)

@@ -4,8 +4,9 @@ In each step, every request that generates gets a token. Then prompts are comput
 is room (chunked prefill): first those that have been started, then waiting ones in the order of
 their arrival. A waiting request whose adapter is not in a slot is passed over, as in
 `integration/engine/scheduler.py`: the adapter is read, waits for its turn and is copied, and the
-request may run in the step after that. Slots, turns, policies and host memory are decided by the
-same classes as in a server.
+request may run in the step after that. The first requests for an adapter reach the scheduler when
+it has been read, and queue behind what has come meanwhile: API servers wait until the engine has
+accepted it. Slots, turns, policies and host memory are decided by the same classes as in a server.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from itertools import count
 
 from vllm_multilora.capacity.memory import HostMemory
 from vllm_multilora.capacity.served import Costs, Request, Served
@@ -57,7 +59,13 @@ class Engine:
         self._sizes = sizes
         self._now = 0.0
         self._way_s = costs.request_s  # outside the engine, of requests that come now
-        self._waiting: dict[int | None, deque[int]] = {}  # by adapter, in the order of arrival
+        self._new: dict[int, list[int]] = {}  # requests by adapter that has never been read
+        # Those whose adapters the engine has accepted: when they reach the scheduler.
+        self._accepted: deque[tuple[float, int]] = deque()
+        self._known: set[int | None] = {None}  # adapters that have been read
+        # By adapter: when a request reached the scheduler, as a number, and the request.
+        self._waiting: dict[int | None, deque[tuple[int, int]]] = {}
+        self._places = count()
         self._prefilling: dict[int, int] = {}  # by request: tokens that were computed
         self._ending: defaultdict[int, list[int]] = defaultdict(list)  # by step
         self._generating = self._context = 0  # requests, and their tokens
@@ -76,18 +84,22 @@ class Engine:
         coming = 0
         while True:
             while coming < len(requests) and self._reaches(coming) <= self._now:
+                self._let_in(self._reaches(coming))
                 self._come(coming)
                 coming += 1
+            self._accept()
+            self._let_in(self._now)
             if self._waiting or self._prefilling or self._generating:
                 batch, completed = self._schedule()
                 if batch is not None:
                     self._compute(batch, completed)
                     continue
-            elif coming == len(requests):
+            elif coming == len(requests) and not self._new and not self._accepted:
                 break
             self._way_s = self._costs.request_s
-            comes = self._reaches(coming) if coming < len(requests) else float("inf")
-            self._idle(max(comes, self._now))
+            comes = [self._reaches(coming)] if coming < len(requests) else []
+            comes += [reaches for reaches, _ in self._accepted]
+            self._idle(max(min(comes, default=float("inf")), self._now))
         self._served.end_s = self._now
         self._served.loads = self._memory.loaded.total()
         return self._served
@@ -108,7 +120,11 @@ class Engine:
 
     def _come(self, number: int) -> None:
         adapter = self._requests[number].adapter
-        self._waiting.setdefault(adapter, deque()).append(number)
+        if adapter in self._known:
+            self._queue(number)
+        else:
+            assert adapter is not None
+            self._new.setdefault(adapter, []).append(number)
         if adapter is None:
             return
         self._users[adapter] += 1
@@ -118,6 +134,26 @@ class Engine:
         else:
             self._served.cpu_hits += adapter in self._memory
             self._memory.want(adapter)
+
+    def _accept(self) -> None:
+        """Has requests come whose adapters have been read for the first time.
+
+        That is noticed between two steps, so they reach the scheduler while the next is computed.
+        What loads take in an idle engine has their way in it.
+        """
+        way_s = self._way_s if self._generating or self._prefilling else 0.0
+        for adapter in [adapter for adapter in self._new if adapter in self._memory]:
+            self._known.add(adapter)
+            for number in self._new.pop(adapter):
+                self._accepted.append((self._now + way_s, number))
+
+    def _let_in(self, until: float) -> None:
+        while self._accepted and self._accepted[0][0] <= until:
+            self._queue(self._accepted.popleft()[1])
+
+    def _queue(self, number: int) -> None:
+        place = next(self._places), number
+        self._waiting.setdefault(self._requests[number].adapter, deque()).append(place)
 
     # A step
 
@@ -158,7 +194,7 @@ class Engine:
         heapq.heapify(heads)
         taken = []
         while heads and room > 0 and left > 0:
-            number, adapter = heapq.heappop(heads)
+            (_, number), adapter = heapq.heappop(heads)
             if adapter is not None and not self._may_run(adapter):
                 continue  # and so it is with all that wait for the same
             queue = self._waiting[adapter]

@@ -73,8 +73,9 @@ def _first_beyond(server: Timed, name: str) -> float:
 def _beside(server: Timed, name: str, samples: list[Sample]) -> float:
     """Seconds of a load while others generate; notes the steps beside it.
 
-    The first request for it waits for the end of a step, on average half of one, and for a step in
-    which it is copied, beyond what the later ones wait for.
+    Beyond what the later ones wait for, its first request waits for the end of the step in which
+    the load ends, on average half of one; for the next, during which it reaches the scheduler; and
+    for a step in which it is copied.
     """
     models = [server.model] * min(STREAMS, server.limits.max_num_seqs - 1)
     late = [Ask(name, SHORT_PROMPT, 1)] * (1 + _WARM)
@@ -83,8 +84,8 @@ def _beside(server: Timed, name: str, samples: list[Sample]) -> float:
     steps = list(enumerate(steps_of(streams), 1))
     usual = statistics.median(end - begin for _, (begin, end) in steps)
     for age, (begin, end) in steps:
-        if begin >= cold.begin_s and end < cold.tokens_s[0] - usual:
+        if begin >= cold.begin_s and end < cold.tokens_s[0] - 3 * usual:
             context = len(streams) * (SHORT_PROMPT + age)
             batch = Batch(rows=len(streams), context_tokens=context, is_loading=True)
             samples.append(Sample("beside loads", batch, end - begin))
-    return max(0.0, cold.first_token_s - later - 1.5 * usual)
+    return max(0.0, cold.first_token_s - later - 2.5 * usual)
