@@ -11,8 +11,8 @@ spread over 8 adapters of ranks 8, 16, 32 and 64 on all seven projections, `max_
 The adapters are random: their effect does not matter for the time they take.
 
 Stock's time depends on the C library: its kernels allocate large blocks in every layer, which glibc
-returns to the system and asks for again. `MALLOC_MMAP_THRESHOLD_=1073741824
-MALLOC_TRIM_THRESHOLD_=4000000000` in the environment makes it keep them.
+returns to the system and asks for again. With `keep_memory`, the engines' environments make it keep
+them.
 
 `least` is what no kernel can go below here, on as many threads as vLLM's worker has: on two cores,
 one. A decoding step reads every adapter's weights once, as fast as PyTorch reads as many bytes in
@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.smollm2 import base_model, model_config
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for functions sent to workers
 
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 100, 48
 RANKS = (8, 8, 16, 16, 32, 32, 64, 64)
 MAX_RANK = 64
@@ -194,13 +196,16 @@ def _fastest(work: Callable[[], object]) -> float:
     compares_to="the goal, 1.10, and stock vLLM's time",
     quick={"rounds": 1, "stock_rounds": 0},
 )
-def cpu_throughput(rounds: int = 5, stock_rounds: int = 1, dtype: str = "auto") -> Iterable[Figure]:
+def cpu_throughput(
+    rounds: int = 5, stock_rounds: int = 1, dtype: str = "auto", keep_memory: bool = False
+) -> Iterable[Figure]:
     """Throughput of a mixed-adapter batch on a CPU: the plugin, stock vLLM, and the base model.
 
     Args:
         rounds: Of the base model and the plugin.
         stock_rounds: Those of them that time stock vLLM too.
         dtype: Of the model; `auto` is the one that this processor is fastest with.
+        keep_memory: Whether glibc is told to keep large blocks of memory.
     """
     from vllm import LLM, SamplingParams
 
@@ -210,7 +215,8 @@ def cpu_throughput(rounds: int = 5, stock_rounds: int = 1, dtype: str = "auto") 
 
     model_dtype = fastest_dtype() if dtype == "auto" else dtype
 
-    with tempfile.TemporaryDirectory() as scratch:
+    environment = KEEP_MEMORY if keep_memory else {}
+    with tempfile.TemporaryDirectory() as scratch, patch.dict(os.environ, environment):
         requests = requested_adapters(Path(scratch), config)
 
         def start(lora: bool, **additional: dict) -> LLM:

@@ -17,7 +17,7 @@ from vllm.lora.layers import (
     RowParallelLinearWithLoRA,
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 
 if TYPE_CHECKING:
     import torch
@@ -32,20 +32,26 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
     of other kinds keep vLLM's.
 
     Args:
-        layer: Any LoRA layer. Its slots and its punica wrapper must not be replaced afterwards.
+        layer: Any LoRA layer. Its slots, its punica wrapper and its base layer's method must not be
+            replaced afterwards.
     """
     if not isinstance(layer, BaseLinearLayerWithLoRA) or not _does_the_same(layer):
         return
     base: Any = layer.base_layer
     hands_on_bias, returns_bias = base.skip_bias_add, base.return_bias
     parameters = base._parameters  # a look-up of `base.bias` ends in Python, after all others
+    multiplies_plainly = _multiplies_plainly(base.quant_method)
     wrapper: Any = layer.punica_wrapper
     add_adapters = wrapper.linear(layer.lora_a_stacked, layer.lora_b_stacked)
     plan = wrapper.plan
 
     def forward(input_: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         bias = parameters["bias"]
-        y: torch.Tensor = base.quant_method.apply(base, input_, None if hands_on_bias else bias)
+        added = None if hands_on_bias else bias
+        if multiplies_plainly:
+            y: torch.Tensor = base.cpu_linear(input_, parameters["weight"], added)
+        else:
+            y = base.quant_method.apply(base, input_, added)
         if y.ndim == 2:
             add_adapters(y, input_, plan)
         else:
@@ -53,6 +59,15 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
         return (y, bias if hands_on_bias else None) if returns_bias else y
 
     layer.forward = forward
+
+
+def _multiplies_plainly(method: Any) -> bool:
+    """Whether all that a method does is to call its layer's `cpu_linear`, by a long way."""
+    multiply = getattr(method, "_gemm_impl", None)
+    return (
+        type(method) is UnquantizedLinearMethod
+        and getattr(multiply, "__name__", "") == "cpu_unquantized_gemm"
+    )
 
 
 def _does_the_same(layer: BaseLinearLayerWithLoRA) -> bool:
