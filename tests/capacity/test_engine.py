@@ -94,7 +94,7 @@ def test_a_cold_adapter_beside_a_request_that_generates():
 
 
 def test_the_first_request_for_an_adapter_queues_behind_those_who_came_while_it_was_read():
-    """It is back at 5.5, another request at 3.5; there is room for one at 9.4, and again at 10.6."""
+    """It is back at 5.5, another one comes at 3.5; there is room for one at 9.4 and at 10.6."""
     served = serve((0, None, 10, 8), (0, 0, 10, 1), (3, None, 10, 1), batch=1)
     assert served.first_token_s[2] == pytest.approx(10.6 - 3)
     assert served.first_token_s[1] == pytest.approx(10.6 + 1 + 1.2)

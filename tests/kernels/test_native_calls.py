@@ -25,9 +25,9 @@ def problem_of(token_slots: list[int], **options) -> Problem:
     return found
 
 
-def prepared_of(problem: Problem) -> PreparedLinear:
+def prepared_of(problem: Problem, **options) -> PreparedLinear:
     weights = problem.lora_a, problem.lora_b, problem.ranks
-    return PreparedLinear(*weights, LAYOUT, backend="native")
+    return PreparedLinear(*weights, LAYOUT, backend="native", **options)
 
 
 def assert_right(prepared: PreparedLinear, problem: Problem) -> None:
@@ -63,6 +63,19 @@ def test_other_values_in_the_same_batch_are_not_described_again(described):
     prepared(y, second.x, second.plan)
     assert not described
     assert_right(prepared, second)
+
+
+@pytest.mark.parametrize("add_inputs", [True, False])
+def test_nor_is_a_batch_without_adapters_after_one_with_them(add_inputs, described):
+    problem = problem_of([0, 3, -1, 0, 1])
+    prepared = prepared_of(problem, add_inputs=add_inputs)
+    prepared(problem.y.clone(), problem.x, problem.plan)
+    described.clear()
+    problem.plan.update(np.array([-1] * 5))
+    y = problem.y.clone()
+    prepared(y, problem.x, problem.plan)
+    assert not described
+    assert y.equal(problem.y if add_inputs else torch.zeros_like(y))
 
 
 @pytest.mark.parametrize("change", ["tokens", "x", "y", "x's rows", "y's rows", "plan", "threads"])

@@ -62,7 +62,7 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
 
 
 def _multiplies_plainly(method: Any) -> bool:
-    """Whether all that a method does is to call its layer's `cpu_linear`, by a long way."""
+    """Whether a method does no more than call its layer's `cpu_linear`, in a roundabout way."""
     multiply = getattr(method, "_gemm_impl", None)
     return (
         type(method) is UnquantizedLinearMethod
