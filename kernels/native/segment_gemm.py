@@ -154,9 +154,11 @@ class Call:
             offset: First column of y.
         """
         self._plan = None
-        self._caller, self._threads = threading.get_ident(), torch.get_num_threads()
-        floats = _library().multilora_scratch_floats(self._address, self._threads)
-        self._scratch = _scratch.memory(floats)  # kept: the thread may need a longer one later
+        caller, threads = threading.get_ident(), torch.get_num_threads()
+        if self._scratch is None or caller != self._caller or threads != self._threads:
+            floats = _library().multilora_scratch_floats(self._address, threads)
+            self._scratch = _scratch.memory(floats)  # kept: the thread may need a longer one later
+            self._caller, self._threads = caller, threads
         base = plan.data_ptr()
         order, slot, start, rows = self._plan_offsets
         _BATCH.pack_into(

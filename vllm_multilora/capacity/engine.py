@@ -60,8 +60,8 @@ class Engine:
         self._now = 0.0
         self._way_s = costs.request_s  # outside the engine, of requests that come now
         self._new: dict[int, list[int]] = {}  # requests by adapter that has never been read
-        # Those whose adapters the engine has accepted: when they reach the scheduler.
-        self._accepted: deque[tuple[float, int]] = deque()
+        # Those whose adapters the engine has accepted: when they reach the scheduler; a heap.
+        self._accepted: list[tuple[float, int]] = []
         self._known: set[int | None] = {None}  # adapters that have been read
         # By adapter: when a request reached the scheduler, as a number, and the request.
         self._waiting: dict[int | None, deque[tuple[int, int]]] = {}
@@ -97,9 +97,10 @@ class Engine:
             elif coming == len(requests) and not self._new and not self._accepted:
                 break
             self._way_s = self._costs.request_s
-            comes = [self._reaches(coming)] if coming < len(requests) else []
-            comes += [reaches for reaches, _ in self._accepted]
-            self._idle(max(min(comes, default=float("inf")), self._now))
+            comes = self._reaches(coming) if coming < len(requests) else float("inf")
+            if self._accepted:
+                comes = min(comes, self._accepted[0][0])
+            self._idle(max(comes, self._now))
         self._served.end_s = self._now
         self._served.loads = self._memory.loaded.total()
         return self._served
@@ -145,11 +146,11 @@ class Engine:
         for adapter in [adapter for adapter in self._new if adapter in self._memory]:
             self._known.add(adapter)
             for number in self._new.pop(adapter):
-                self._accepted.append((self._now + way_s, number))
+                heapq.heappush(self._accepted, (self._now + way_s, number))
 
     def _let_in(self, until: float) -> None:
         while self._accepted and self._accepted[0][0] <= until:
-            self._queue(self._accepted.popleft()[1])
+            self._queue(heapq.heappop(self._accepted)[1])
 
     def _queue(self, number: int) -> None:
         place = next(self._places), number

@@ -62,7 +62,10 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
 
 
 def _multiplies_plainly(method: Any) -> bool:
-    """Whether a method does no more than call its layer's `cpu_linear`, in a roundabout way."""
+    """Whether a method does no more than call its layer's `cpu_linear`, in a roundabout way.
+
+    vLLM's function is known by its name: a version without it keeps its own way.
+    """
     multiply = getattr(method, "_gemm_impl", None)
     return (
         type(method) is UnquantizedLinearMethod
