@@ -10,7 +10,7 @@
 #define NB (2 * PAIR) /* output columns per step of the expand phase */
 #define VECS (NB / LANES)
 #define STREAMED_COLUMNS 2048 /* whose sums stay in the first-level cache */
-#define SUMS_APART (STREAMED_COLUMNS + 64) /* not by a multiple of a page: addresses look alike */
+#define SUMS_BETWEEN 64 /* after a row's sums: rows that are pages apart look alike */
 
 INLINE void transpose8(f32x8 r[8]) {
     f32x8 t[8], u[8];
@@ -107,12 +107,18 @@ INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t 
             }
         }
     }
+    /* Where it can be known before: the calls for part of a pair take the registers from the sums. */
+    const int whole = __builtin_expect(cols >= vecs * LANES, 1);
     UNROLL for (int m = 0; m < rows; m++) {
         if (!y[m]) continue;
-        UNROLL for (int n = 0; n < vecs; n += 2)
-            if (n * LANES < cols)
-                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1],
-                            onto_column(onto, n * LANES), y_dtype, split);
+        UNROLL for (int n = 0; n < vecs; n += 2) {
+            struct onto there = onto_column(onto, n * LANES);
+            if (whole)
+                put_pair(y[m], col + n * LANES, acc[m][n], acc[m][n + 1], there, y_dtype, split);
+            else if (n * LANES < cols)
+                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1], there,
+                            y_dtype, split);
+        }
     }
 }
 
@@ -157,7 +163,7 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
                          int64_t cols, struct onto onto, struct reading reading, const int b_dtype,
                          const int y_dtype) {
     const size_t b_width = width_of(b_dtype);
-    _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][SUMS_APART];
+    _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][STREAMED_COLUMNS + SUMS_BETWEEN];
     for (int m = 0; m < rows; m++)
         memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
     size_t ahead = (size_t)columns_ahead(cols, ldb, b_width) * b_width;

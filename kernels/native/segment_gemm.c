@@ -55,6 +55,15 @@ INLINE int multiplies_as_bf16(const struct lora_call *c, int64_t activations) {
 #endif
 }
 
+/* Up to how many rows contiguous columns of B are streamed. */
+INLINE int64_t streamed_rows(const struct lora_call *c) {
+#if defined(__AVX512BF16__)
+    if (multiplies_as_bf16(c, c->y_dtype)) return STREAMED_WORD_ROWS;
+#endif
+    (void)c;
+    return STREAMED_ROWS;
+}
+
 /* ---- a thread's share of a phase ---- */
 
 struct panel {
@@ -289,12 +298,14 @@ static void expand_words(const struct lora_call *c, struct thread *t, const stru
             words_of_h(h + m * ldw, (const void *)c->h, in_callers_h(c, token, slice), e->rank,
                        (int)c->h_dtype);
     }
-    for (int64_t col = from, step = e->streams ? STREAMED_COLUMNS : NB; col < to; col += step) {
+    int64_t step = e->streams ? streamed_columns(e->rows) : NB;
+    for (int64_t col = from; col < to; col += step) {
         int64_t at = e->b_start + col * w->b_row_stride, cols = min64(step, to - col);
         struct onto onto = onto_column(e->onto, col);
         if (e->streams) {
-            stream_words(h, ldw, e->rows, b, at, w->b_col_stride, e->rank, e->y,
-                         e->first_column + col, cols, onto, e->reading);
+            struct stream s = {h, ldw, b, at, w->b_col_stride, e->rank, e->y,
+                               e->first_column + col, cols, onto, e->reading};
+            stream_words(&s, e->rows);
         } else {
             words_of_columns(words, b, at, w->b_row_stride, w->b_col_stride, cols, e->rank);
             word_columns(h, ldw, e->rows, words, e->rank, e->y, e->first_column + col, cols, onto);
@@ -316,7 +327,7 @@ static void expand_piece(const struct lora_call *c, struct thread *t, const stru
         .rows = rows,
         .rank = rank,
         .b_start = slot * w->b_slot_stride,
-        .streams = rows <= STREAMED_ROWS && w->b_row_stride == 1,
+        .streams = rank > 0 && rows <= streamed_rows(c) && w->b_row_stride == 1,
         .reading = reading_of(c, piece, length, 1, next),
         .y = y,
         .first_column = c->y_offset + w->offset,

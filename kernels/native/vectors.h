@@ -32,7 +32,7 @@
 #define TALL_VECS 2
 #endif
 #define PAIR (2 * LANES)
-#define STREAMED_ROWS 2       /* up to which reading the weights takes longer than multiplying */
+#define STREAMED_ROWS 2       /* up to which B is read in the order in which it lies in memory */
 #define CACHE_LINE 64
 #define FETCHED_AHEAD 8192    /* bytes between what is read of weights and what is fetched */
 

@@ -11,6 +11,10 @@
 
 #if defined(__AVX512BF16__)
 
+#define STREAMED_WORD_ROWS 32 /* up to which the order in which B lies in memory is faster */
+#define STREAMED_SUMS 4096    /* of all rows: what stays in the first-level cache */
+#define PAIRS_AT_ONCE 4
+
 INLINE u32v words_at(const void *base, int64_t index) {
     u32v words;
     memcpy(&words, (const uint32_t *)base + index, sizeof words);
@@ -88,12 +92,17 @@ INLINE void word_block(const int rows, const uint32_t *h, int64_t ldh, const uin
             UNROLL for (int n = 0; n < VECS; n++)
                 acc[m][n] = add_products(acc[m][n], h[m * ldh + j], b[n]);
     }
+    const int whole = __builtin_expect(cols >= NB, 1);
     UNROLL for (int m = 0; m < rows; m++) {
         if (!y[m]) continue;
-        UNROLL for (int n = 0; n < VECS; n += 2)
-            if (n * LANES < cols)
-                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1],
-                            onto_column(onto, n * LANES), BF16, 0);
+        UNROLL for (int n = 0; n < VECS; n += 2) {
+            struct onto there = onto_column(onto, n * LANES);
+            if (whole)
+                put_pair(y[m], col + n * LANES, acc[m][n], acc[m][n + 1], there, BF16, 0);
+            else if (n * LANES < cols)
+                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1], there,
+                            BF16, 0);
+        }
     }
 }
 
@@ -109,45 +118,81 @@ static NOINLINE void word_columns(const uint32_t *h, int64_t ldh, int64_t rows,
     if (m < rows) word_block(1, h + m * ldh, ldh, words, rank, y + m, col, cols, onto);
 }
 
-/* A few rows against contiguous columns of B: as stream_typed, two columns at a time. */
-INLINE void stream_rows(const int rows, const uint32_t *h, int64_t ldh, const void *b,
-                        int64_t b_start, int64_t ldb, int64_t rank, void *const *y, int64_t col,
-                        int64_t cols, struct onto onto, struct reading reading) {
-    _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][SUMS_APART];
-    for (int m = 0; m < rows; m++)
-        memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
-    int64_t ahead = columns_ahead(cols, ldb, sizeof(uint16_t));
-    for (int64_t j = 0; j < rank; j += 2) {
-        int64_t at = b_start + j * ldb;
-        for (int64_t c = 0; c < cols; c += PAIR) {
-            u32v words[2];
-            words_of_ranks(words, b, at + c, ldb, min64(PAIR, cols - c), j + 1 < rank);
-            UNROLL for (int i = 0; i < 2; i++)
-                fetch((const char *)((const uint16_t *)b + at + c + i * ldb + ahead), CACHE_LINE,
-                      reading);
-            UNROLL for (int half = 0; half < 2; half++) {
-                UNROLL for (int m = 0; m < rows; m++) {
-                    float *sum = sums[m] + c + half * LANES;
-                    f32v before = load(sum, 0, F32);
-                    store(sum, 0, add_products(before, h[m * ldh + j / 2], words[half]), F32);
-                }
-            }
-        }
-    }
-    for (int m = 0; m < rows; m++)
-        for (int64_t c = 0; y[m] && c < cols; c += PAIR)
-            put_columns(y[m], col + c, cols - c, load(sums[m], c, F32),
-                        load(sums[m], c + LANES, F32), onto_column(onto, c), BF16, 0);
+/* Some rows against contiguous columns of B. */
+struct stream {
+    const uint32_t *h; /* words; a row's begin ldh after those of the row before */
+    int64_t ldh;
+    const void *b; /* rank j begins at b_start + j * ldb */
+    int64_t b_start, ldb, rank;
+    void *const *y;
+    int64_t col, cols; /* the first column in y, and how many there are */
+    struct onto onto;
+    struct reading reading;
+};
+
+/* How many columns so many rows can have sums of. */
+INLINE int64_t streamed_columns(int64_t rows) {
+    return min64(STREAMED_COLUMNS, STREAMED_SUMS / rows / NB * NB);
 }
 
-static NOINLINE void stream_words(const uint32_t *h, int64_t ldh, int64_t rows, const void *b,
-                                  int64_t b_start, int64_t ldb, int64_t rank, void *const *y,
-                                  int64_t col, int64_t cols, struct onto onto,
-                                  struct reading reading) {
-    if (rows == 1)
-        stream_rows(1, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, reading);
-    else
-        stream_rows(2, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, reading);
+/* Of PAIR columns from c on, or of the fewer that are left: adds the products of some pairs of
+ * ranks, from j on, to the sums of the ranks before, and adds the sums of all ranks to y. */
+INLINE void stream_pair_columns(const struct stream *s, const int64_t rows, const int pairs,
+                                int64_t j, int64_t c, const int64_t cols, float *sums) {
+    const int first = j == 0, last = j + 2 * pairs >= s->rank;
+    const int64_t ranks_ahead = round_up(columns_ahead(s->cols, 1, sizeof(uint16_t)), 2 * pairs);
+    const uint32_t *h = s->h + j / 2;
+    u32v words[PAIRS_AT_ONCE][2];
+    UNROLL for (int i = 0; i < pairs; i++) {
+        int64_t at = s->b_start + (j + 2 * i) * s->ldb + c;
+        words_of_ranks(words[i], s->b, at, s->ldb, cols, pairs > 1 || j + 1 < s->rank);
+        UNROLL for (int odd = 0; odd < 2; odd++)
+            fetch((const char *)((const uint16_t *)s->b + at + (odd + ranks_ahead) * s->ldb),
+                  CACHE_LINE, s->reading);
+    }
+    for (int64_t m = 0; m < rows; m++) {
+        float *before = sums + m * (s->cols + SUMS_BETWEEN) + c;
+        f32v low = {0}, high = {0};
+        if (!first) low = load(before, 0, F32), high = load(before, LANES, F32);
+        UNROLL for (int i = 0; i < pairs; i++) {
+            low = add_products(low, h[m * s->ldh + i], words[i][0]);
+            high = add_products(high, h[m * s->ldh + i], words[i][1]);
+        }
+        if (!last)
+            store(before, 0, low, F32), store(before, LANES, high, F32);
+        else if (s->y[m])
+            put_columns(s->y[m], s->col + c, cols, low, high, onto_column(s->onto, c), BF16, 0);
+    }
+}
+
+/* A function of its own for each: together they would not leave each other enough registers. Nor
+ * would the last columns' calls, which are therefore apart from the others. */
+#define STREAM(NAME, ROWS, PAIRS)                                                                  \
+    static NOINLINE void NAME(const struct stream *given, const int64_t rows, int64_t j,           \
+                              float *sums) {                                                       \
+        const struct stream s = *given; /* nobody else's: what is stored cannot change it */       \
+        int64_t c = 0;                                                                             \
+        (void)rows;                                                                                \
+        for (; c + PAIR <= s.cols; c += PAIR)                                                      \
+            stream_pair_columns(&s, ROWS, PAIRS, j, c, PAIR, sums);                                \
+        if (c < s.cols) stream_pair_columns(&s, ROWS, PAIRS, j, c, s.cols - c, sums);              \
+    }
+STREAM(stream_pairs_1, 1, PAIRS_AT_ONCE)
+STREAM(stream_pairs_2, 2, PAIRS_AT_ONCE)
+STREAM(stream_pairs, rows, PAIRS_AT_ONCE)
+STREAM(stream_one_pair, rows, 1)
+
+/* As stream_typed, some pairs of ranks side by side. There is at least one rank, and there are at
+ * most streamed_columns(rows) columns. */
+static void stream_words(const struct stream *s, int64_t rows) {
+    _Alignas(CACHE_LINE) float sums[STREAMED_SUMS + STREAMED_WORD_ROWS * SUMS_BETWEEN];
+    int64_t j = 0;
+    for (; j + 2 * PAIRS_AT_ONCE <= s->rank; j += 2 * PAIRS_AT_ONCE) {
+        if (rows == 1) stream_pairs_1(s, rows, j, sums);
+        else if (rows == 2) stream_pairs_2(s, rows, j, sums);
+        else stream_pairs(s, rows, j, sums);
+    }
+    for (; j < s->rank; j += 2) stream_one_pair(s, rows, j, sums);
 }
 
 #endif

@@ -230,10 +230,15 @@ def test_native_results_are_deterministic_and_do_not_depend_on_the_batch(k, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("token_slots", [[3], [2, 1, 2], [1] * 9], ids=len)
-def test_native_results_do_not_depend_on_how_b_is_stored(token_slots, dtype):
-    """One or two rows stream whole columns, 2,048 at a time; more rows take blocks."""
-    problem = make_problem(token_slots, widths=(2100, 50), k=72, max_rank=40, dtype=dtype)
+@pytest.mark.parametrize("ranks", [None, [[1, 7, 8, 0], [9, 16, 17, 2]]], ids=["", "odd"])
+@pytest.mark.parametrize(
+    "token_slots", [[3], [2, 1, 2], [1] * 9, [1, 2, 3] * 5, [1] * 32, [1] * 33], ids=len
+)
+def test_native_results_do_not_depend_on_how_b_is_stored(token_slots, ranks, dtype):
+    """Few rows stream whole columns, at most 2,048 at a time; more rows take blocks."""
+    problem = make_problem(
+        token_slots, slots=4, widths=(2100, 50), k=72, max_rank=40, ranks=ranks, dtype=dtype
+    )
     by_row = run(problem, "native")
     assert_matches(by_row, problem)
     problem.lora_b = [column_major(b).copy_(b) for b in problem.lora_b]
