@@ -73,6 +73,12 @@ def test_a_step_costs_what_its_case_takes_on_average_outliers_included():
     assert set(found.seconds.values()) - {found.seconds["step"]} == {0.0}
 
 
+def test_a_case_weighs_the_same_however_often_it_was_measured():
+    once = fit([Sample("short", Batch(), 1.0), Sample("long", Batch(), 2.0)])
+    often = fit([*[Sample("short", Batch(), 1.0)] * 24, Sample("long", Batch(), 2.0)])
+    assert often.seconds["step"] == pytest.approx(once.seconds["step"]) == pytest.approx(1.2)
+
+
 def test_nothing_costs_less_than_nothing():
     """Larger prompts that take less time are noise: the term is left out."""
     found = fit([Sample(str(n), Batch(prompt_tokens=n), 1 - n / 100) for n in range(1, 5)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -54,8 +55,9 @@ class Fit:
 def fit(samples: Sequence[Sample]) -> Fit:
     """Fits the model by least squares of relative errors, with no cost below 0.
 
-    A sample weighs as much as its case's median is short, so that a case's own outliers, which
-    belong to its mean, are not taken for less than others.
+    Cases weigh alike, however often they were measured. A sample weighs as much as its case's
+    median is short, so that a case's own outliers, which belong to its mean, are not taken for
+    less than others.
 
     Raises:
         ValueError: There are no samples.
@@ -69,7 +71,7 @@ def fit(samples: Sequence[Sample]) -> Fit:
     amounts = np.array([(*s.batch.amounts, s.has_request) for s in samples], dtype=float)
     weights = np.empty(len(samples))
     for places in cases.values():
-        weights[places] = 1 / statistics.median(seconds[places])
+        weights[places] = 1 / (statistics.median(seconds[places]) * math.sqrt(len(places)))
     found = _nonnegative(amounts * weights[:, None], seconds * weights)
     fitted = amounts @ found
     errors = {
