@@ -107,7 +107,7 @@ INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t 
             }
         }
     }
-    /* Where it can be known before: the calls for part of a pair take the registers from the sums. */
+    /* Asked once: the calls for part of a pair need all registers, and would leave none to the sums. */
     const int whole = __builtin_expect(cols >= vecs * LANES, 1);
     UNROLL for (int m = 0; m < rows; m++) {
         if (!y[m]) continue;

@@ -92,7 +92,7 @@ INLINE void word_block(const int rows, const uint32_t *h, int64_t ldh, const uin
             UNROLL for (int n = 0; n < VECS; n++)
                 acc[m][n] = add_products(acc[m][n], h[m * ldh + j], b[n]);
     }
-    const int whole = __builtin_expect(cols >= NB, 1);
+    const int whole = __builtin_expect(cols >= NB, 1); /* as in outer_block */
     UNROLL for (int m = 0; m < rows; m++) {
         if (!y[m]) continue;
         UNROLL for (int n = 0; n < VECS; n += 2) {
@@ -165,8 +165,8 @@ INLINE void stream_pair_columns(const struct stream *s, const int64_t rows, cons
     }
 }
 
-/* A function of its own for each: together they would not leave each other enough registers. Nor
- * would the last columns' calls, which are therefore apart from the others. */
+/* A function of its own for each, since all in one would run out of registers; so would whole pairs of
+ * vectors together with the calls for part of one. */
 #define STREAM(NAME, ROWS, PAIRS)                                                                  \
     static NOINLINE void NAME(const struct stream *given, const int64_t rows, int64_t j,           \
                               float *sums) {                                                       \
