@@ -70,6 +70,25 @@ INLINE void fetch_columns(const void *y, int64_t col, const int cols, const int 
         __builtin_prefetch(from + i, 1);
 }
 
+/* Puts ROWS x VECS vectors of sums into y, their first `cols` columns. */
+INLINE void put_block(const int rows, const int vecs, f32v acc[6][VECS], void *const *y,
+                      int64_t col, int64_t cols, struct onto onto, const int y_dtype,
+                      const int split) {
+    /* Asked once: the calls for part of a pair need all registers, and would leave none to the sums. */
+    const int whole = __builtin_expect(cols >= vecs * LANES, 1);
+    UNROLL for (int m = 0; m < rows; m++) {
+        if (!y[m]) continue;
+        UNROLL for (int n = 0; n < vecs; n += 2) {
+            struct onto there = onto_column(onto, n * LANES);
+            if (whole)
+                put_pair(y[m], col + n * LANES, acc[m][n], acc[m][n + 1], there, y_dtype, split);
+            else if (n * LANES < cols)
+                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1], there,
+                            y_dtype, split);
+        }
+    }
+}
+
 /* ROWS x VECS vectors of y: their first `cols` columns, against rank rows of bt. */
 INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t ldh,
                         const void *bt, int64_t bt_start, int64_t ldbt, int64_t rank,
@@ -107,19 +126,7 @@ INLINE void outer_block(const int rows, const int vecs, const float *h, int64_t 
             }
         }
     }
-    /* Asked once: the calls for part of a pair need all registers, and would leave none to the sums. */
-    const int whole = __builtin_expect(cols >= vecs * LANES, 1);
-    UNROLL for (int m = 0; m < rows; m++) {
-        if (!y[m]) continue;
-        UNROLL for (int n = 0; n < vecs; n += 2) {
-            struct onto there = onto_column(onto, n * LANES);
-            if (whole)
-                put_pair(y[m], col + n * LANES, acc[m][n], acc[m][n + 1], there, y_dtype, split);
-            else if (n * LANES < cols)
-                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1], there,
-                            y_dtype, split);
-        }
-    }
+    put_block(rows, vecs, acc, y, col, cols, onto, y_dtype, split);
 }
 
 /* All rows of a tile against NB columns; few rows use wide blocks, many rows tall ones. */
@@ -149,10 +156,10 @@ INLINE void outer_typed(const float *h, int64_t ldh, int64_t rows, const void *b
                     b_dtype, y_dtype);
 }
 
-/* How far ahead of what is read of B's contiguous columns to fetch, in elements: whole columns, as
- * other threads may read other parts of each. */
-INLINE int64_t columns_ahead(int64_t cols, int64_t ldb, const size_t width) {
-    return (FETCHED_AHEAD / (cols * (int64_t)width) + 1) * ldb;
+/* How many of B's contiguous columns ahead of what is read to fetch: whole ones, as other threads may
+ * read other parts of each. */
+INLINE int64_t columns_ahead(int64_t cols, const size_t width) {
+    return FETCHED_AHEAD / (cols * (int64_t)width) + 1;
 }
 
 /* A few rows against contiguous columns of B, one whole column after the other: nearly all of
@@ -166,7 +173,7 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
     _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][STREAMED_COLUMNS + SUMS_BETWEEN];
     for (int m = 0; m < rows; m++)
         memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
-    size_t ahead = (size_t)columns_ahead(cols, ldb, b_width) * b_width;
+    size_t ahead = (size_t)(columns_ahead(cols, b_width) * ldb) * b_width;
     for (int64_t j = 0; j < rank; j++) {
         int64_t at = b_start + j * ldb;
         f32v v[STREAMED_ROWS];

@@ -92,18 +92,7 @@ INLINE void word_block(const int rows, const uint32_t *h, int64_t ldh, const uin
             UNROLL for (int n = 0; n < VECS; n++)
                 acc[m][n] = add_products(acc[m][n], h[m * ldh + j], b[n]);
     }
-    const int whole = __builtin_expect(cols >= NB, 1); /* as in outer_block */
-    UNROLL for (int m = 0; m < rows; m++) {
-        if (!y[m]) continue;
-        UNROLL for (int n = 0; n < VECS; n += 2) {
-            struct onto there = onto_column(onto, n * LANES);
-            if (whole)
-                put_pair(y[m], col + n * LANES, acc[m][n], acc[m][n + 1], there, BF16, 0);
-            else if (n * LANES < cols)
-                put_columns(y[m], col + n * LANES, cols - n * LANES, acc[m][n], acc[m][n + 1], there,
-                            BF16, 0);
-        }
-    }
+    put_block(rows, VECS, acc, y, col, cols, onto, BF16, 0);
 }
 
 /* All rows of a tile against NB columns. */
@@ -140,14 +129,14 @@ INLINE int64_t streamed_columns(int64_t rows) {
 INLINE void stream_pair_columns(const struct stream *s, const int64_t rows, const int pairs,
                                 int64_t j, int64_t c, const int64_t cols, float *sums) {
     const int first = j == 0, last = j + 2 * pairs >= s->rank;
-    const int64_t ranks_ahead = round_up(columns_ahead(s->cols, 1, sizeof(uint16_t)), 2 * pairs);
+    const int64_t ahead = round_up(columns_ahead(s->cols, sizeof(uint16_t)), 2 * pairs);
     const uint32_t *h = s->h + j / 2;
     u32v words[PAIRS_AT_ONCE][2];
     UNROLL for (int i = 0; i < pairs; i++) {
         int64_t at = s->b_start + (j + 2 * i) * s->ldb + c;
         words_of_ranks(words[i], s->b, at, s->ldb, cols, pairs > 1 || j + 1 < s->rank);
         UNROLL for (int odd = 0; odd < 2; odd++)
-            fetch((const char *)((const uint16_t *)s->b + at + (odd + ranks_ahead) * s->ldb),
+            fetch((const char *)((const uint16_t *)s->b + at + (odd + ahead) * s->ldb),
                   CACHE_LINE, s->reading);
     }
     for (int64_t m = 0; m < rows; m++) {
