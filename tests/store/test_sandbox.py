@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,21 +17,21 @@ needs_seccomp = pytest.mark.skipif("seccomp" not in sandbox.protection(), reason
 ENTER = """
 import ctypes, errno, os, resource, signal, socket, subprocess, sys, threading
 from vllm_multilora.store import sandbox
-roots = [sys.argv[1]] if sys.argv[1] else []
+roots = sys.argv[1:]
 pair = socket.socketpair()
 sandbox.enter(roots, 5.0)
 """
 
 
-def run(code: str, root: str = "") -> subprocess.CompletedProcess:
+def run(code: str, *roots: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", ENTER + code, root], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", ENTER + code, *roots], capture_output=True, text=True, timeout=60
     )
 
 
-def refused(code: str, root: str = "") -> str:
+def refused(code: str, *roots: str) -> str:
     """The error that code ends with in the sandbox."""
-    done = run(code, root)
+    done = run(code, *roots)
     assert done.returncode == 1, done
     return done.stderr.strip().splitlines()[-1]
 
@@ -54,6 +55,15 @@ def test_files_below_the_roots_can_be_read(root):
 def test_nothing_else_can_be_read(root, path):
     name = path if path.startswith(("/etc", "/proc")) else root + path
     assert "PermissionError" in refused(f"open({name!r}).read()", root)
+
+
+@needs_landlock
+@pytest.mark.parametrize("name", ["missing", "file/below a file", "loop"])
+def test_a_root_that_cannot_be_opened_gives_no_right(root, name):
+    Path(root, "loop").symlink_to("loop")
+    assert "PermissionError" in refused("open('/etc/passwd').read()", f"{root}/{name}")
+    code = "print(open(sys.argv[2] + '/file').read())"
+    assert run(code, f"{root}/{name}", root).stdout == "inside\n"
 
 
 @needs_landlock

@@ -46,6 +46,9 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
         allowed_roots: Folders below which files may be read; empty: anywhere.
         timeout_s: Seconds of processor time that it may take.
         files_in_memory: Whether it may make files in memory, as those that read pickles do.
+
+    Raises:
+        OSError: The kernel has Landlock, and does not apply it.
     """
     tempfile.tempdir = os.sep  # libraries that PyTorch imports look for one, by writing
     syscalls.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -53,9 +56,8 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
     with contextlib.suppress(OSError):
         os.nice(_NICENESS)
     if syscalls.libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
-        # Where the kernel has one of them not, the other holds: `protection` says so.
-        with contextlib.suppress(OSError):
-            _enter_landlock(allowed_roots)
+        _enter_landlock(allowed_roots)
+        # Where the kernel has no seccomp, Landlock holds: `protection` says so.
         with contextlib.suppress(OSError):
             _enter_seccomp(allowed=("memfd_create",) if files_in_memory else ())
 
@@ -129,15 +131,18 @@ def _enter_landlock(allowed_roots: Sequence[str]) -> None:
         syscalls.LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), ctypes.c_uint32(0)
     )
     for root in (*allowed_roots, *_code_paths()) if allowed_roots else ("/",):
-        with contextlib.suppress(FileNotFoundError):
-            _allow(ruleset, root, _READ_FILE | _READ_DIR)
+        _allow(ruleset, root, _READ_FILE | _READ_DIR)
     _allow(ruleset, os.devnull, _READ_FILE | _WRITE_FILE)
     syscalls.call(syscalls.LANDLOCK_RESTRICT_SELF, ruleset, ctypes.c_uint32(0))
     os.close(ruleset)
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
-    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    """Allows what is below a path; one that cannot be opened gives no right."""
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return
     try:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             rights &= ~_READ_DIR
