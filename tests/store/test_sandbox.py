@@ -16,7 +16,7 @@ needs_seccomp = pytest.mark.skipif("seccomp" not in sandbox.protection(), reason
 
 ENTER = """
 import ctypes, errno, os, resource, signal, socket, subprocess, sys, threading
-from vllm_multilora.store import sandbox
+from vllm_multilora.store import sandbox, syscalls
 roots = sys.argv[1:]
 pair = socket.socketpair()
 sandbox.enter(roots, 5.0)
@@ -97,10 +97,18 @@ def test_modules_can_be_imported_late_whatever_the_roots_are(root):
         "os.kill(os.getppid(), 0)",
         "os.pidfd_open(os.getppid())",
         "os.memfd_create('x')",
+        "os.fork()",
+        "syscalls.call(syscalls.clone(), signal.SIGCHLD, 0, 0, 0, 0)",
+        "os.ftruncate(pair[0].fileno(), 0)",
     ],
 )
 def test_no_connection_no_program_no_other_process(code):
     assert "PermissionError" in refused(code)
+
+
+@needs_seccomp
+def test_libraries_do_not_start_threads_by_what_would_start_processes_too():
+    assert "Function not implemented" in refused("syscalls.call(syscalls.CLONE3, None, 0)")
 
 
 @needs_seccomp

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -33,6 +35,7 @@ class SharedSegments:
         descriptor = _anonymous_file(f"multilora-{number}")
         try:
             os.ftruncate(descriptor, size)
+            _fix_size(descriptor)
         except OSError:
             os.close(descriptor)
             raise
@@ -84,10 +87,22 @@ def _anonymous_file(name: str) -> int:
     """A file that is in memory and in no folder."""
     if hasattr(os, "memfd_create"):
         try:
-            return os.memfd_create(name, os.MFD_CLOEXEC)
+            return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError:
             pass  # a kernel or a sandbox without it
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
     descriptor, path = tempfile.mkstemp(prefix=name, dir=folder)
     Path(path).unlink()
     return descriptor
+
+
+def _fix_size(descriptor: int) -> None:
+    """Nobody changes a segment's size, though jobs may write to it.
+
+    A process that reads what is mapped and not there any more is killed, the model's workers too.
+    """
+    if hasattr(fcntl, "F_ADD_SEALS"):
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        # A file of a folder has no seals; jobs cannot cut that one off where there is seccomp.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 LANDLOCK_CREATE_RULESET = 444
 LANDLOCK_ADD_RULE = 445
 LANDLOCK_RESTRICT_SELF = 446
+CLONE3 = 435
 
-# The kernel's name of the machine, x86-64's number, arm64's (the generic table).
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_NUMBERS = {
+_CLONE = {"x86_64": 56, "aarch64": 220}
+# The kernel's name of the call, x86-64's number, arm64's (the generic table; None: it has none).
+_NUMBERS: dict[str, tuple[int, int | None]] = {
     "socket": (41, 198),
     "socketpair": (53, 199),
     "connect": (42, 203),
@@ -21,6 +23,8 @@ _NUMBERS = {
     "listen": (50, 201),
     "accept": (43, 202),
     "accept4": (288, 242),
+    "fork": (57, None),
+    "vfork": (58, None),
     "execve": (59, 221),
     "execveat": (322, 281),
     "ptrace": (101, 117),
@@ -50,6 +54,7 @@ _NUMBERS = {
     "memfd_create": (319, 279),
     "shmget": (29, 194),
     "mq_open": (240, 180),
+    "ftruncate": (77, 46),
 }
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -69,7 +74,13 @@ def audit_arch() -> int | None:
     return _AUDIT_ARCH.get(platform.machine())
 
 
+def clone() -> int:
+    """This machine's number of the system call that starts threads, and processes."""
+    return _CLONE[platform.machine()]
+
+
 def numbers_of_forbidden(allowed: Sequence[str] = ()) -> list[int]:
     """System calls that a job has no use for, but for those named, in this machine's numbers."""
     column = list(_AUDIT_ARCH).index(platform.machine())
-    return sorted(numbers[column] for name, numbers in _NUMBERS.items() if name not in allowed)
+    found = (numbers[column] for name, numbers in _NUMBERS.items() if name not in allowed)
+    return sorted(number for number in found if number is not None)
