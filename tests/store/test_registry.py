@@ -6,6 +6,7 @@ from tests.store.registries import PAGE, World
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
+from vllm_multilora.store.entries import Owner
 from vllm_multilora.store.memory import MOST_VERSIONS
 from vllm_multilora.store.messages import Failed, Loaded, Reading, StoreSettings
 from vllm_multilora.store.recent_failures import LONGEST_MESSAGE, MOST_FAILURES, Failure
@@ -572,10 +573,11 @@ def release_all(world, client=1):
         world.registry.release(client, pack, world.now)
 
 
-def kept(world, tenant=""):
-    """The tenants' folders in memory."""
+def kept(world, tenant=None, server="server"):
+    """The tenant's folders in memory; nobody's without one."""
+    owner = None if tenant is None else Owner(server, tenant)
     packs = world.memory.packs.values()
-    return sorted(p for pack in packs if pack.tenant == tenant for p in pack.bindings.values())
+    return sorted(p for pack in packs if pack.tenant == owner for p in pack.bindings.values())
 
 
 def test_a_tenant_over_its_limit_loses_its_own_least_valuable_adapter(world):
@@ -594,6 +596,7 @@ def test_what_a_tenants_requests_wait_for_stays_and_leaves_afterwards(world):
         world.load(1, adapter, owners=("acme",), most=2)
     assert len(kept(world, "acme")) == 4
     release_all(world)
+    assert kept(world, "acme") == ["/adapters/3", "/adapters/4"]
     world.load(1, 5, owners=("acme",), most=2)
     assert kept(world, "acme") == ["/adapters/4", "/adapters/5"]
 
@@ -618,3 +621,73 @@ def test_a_limit_counts_what_is_read_while_a_registration_is_under_way(world):
     release_all(world)
     world.load(1, 2, owners=("acme",), most=1)
     assert kept(world, "acme") == ["/adapters/2"]
+
+
+def test_what_is_being_read_for_a_tenant_counts_before_anybody_else_makes_room():
+    world = World(StoreSettings(budget_bytes=4 * PAGE, jobs=2))
+    world.client(1)
+    world.load(1, 1, owners=("quiet",))
+    for adapter in (2, 3):
+        world.load(1, adapter, owners=("acme",), most=3)
+    release_all(world)
+    for adapter in (4, 5):
+        world.want(1, adapter, owners=("acme",), most=3)
+    world.settle()
+    assert kept(world, "quiet") == ["/adapters/1"]
+    assert kept(world, "acme") == ["/adapters/3", "/adapters/4", "/adapters/5"]
+
+
+def test_the_limit_that_was_said_last_holds(world):
+    for adapter in range(1, 4):
+        world.load(1, adapter, owners=("acme",), most=3)
+    world.want(1, 1, owners=("acme",), most=1)
+    release_all(world)
+    assert len(kept(world, "acme")) == 1
+    for adapter in range(1, 6):
+        world.load(1, adapter, owners=("acme",))
+    release_all(world)
+    assert len(kept(world, "acme")) == 5
+
+
+@pytest.mark.parametrize(("server", "left"), [("server", ["9"]), ("other", ["1", "2", "3"])])
+def test_a_tenants_limit_is_that_of_its_server_and_of_all_its_engines(world, server, left):
+    for adapter in range(1, 4):
+        world.load(1, adapter, owners=("acme",), most=3)
+        release_all(world)
+    world.client(2, server)
+    world.load(2, 9, owners=("acme",), most=1)
+    release_all(world, 2)
+    assert kept(world, "acme", server) == ["/adapters/9"]
+    assert kept(world, "acme") == [f"/adapters/{number}" for number in left]
+
+
+@pytest.mark.parametrize(("server", "place"), [("server", 5), ("other", 2)])
+def test_a_tenants_turn_is_that_of_its_server_and_of_all_its_engines(one_job, server, place):
+    for adapter in range(10, 15):
+        one_job.want(1, adapter, owners=("acme",))
+    one_job.client(2, server, jobs=1)
+    one_job.want(2, 99, owners=("acme",))
+    assert turns(one_job).index("/adapters/99") == place
+
+
+def test_what_a_server_that_has_gone_leaves_counts_for_who_uses_it_next(world):
+    world.client(2, "other")
+    world.load(2, 1, owners=("acme",), most=1)
+    world.load(1, 1)
+    world.registry.client_gone(2, world.now)
+    assert kept(world) == ["/adapters/1"]
+    assert not world.memory.tenant_limits
+    world.load(1, 1, owners=("acme",), most=1)
+    assert kept(world, "acme") == ["/adapters/1"]
+
+
+def test_what_a_server_that_has_gone_had_begun_is_counted_for_its_followers(world):
+    world.client(2, "other")
+    world.want(2, 1, "/adapters/1", owners=("acme",), most=1)
+    ticket = world.want(1, 1, "/adapters/1", owners=("acme",), most=1)
+    for job in list(world.jobs):
+        world.opened(job)
+    world.registry.client_gone(2, world.now)
+    world.settle()
+    assert world.answer(1, ticket).leased
+    assert kept(world, "acme") == ["/adapters/1"]

@@ -1,6 +1,7 @@
 """Whatever clients and jobs do, in whatever order: no want is lost, nothing leaves on lease."""
 
 import random
+from collections import defaultdict
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +11,8 @@ from tests.store.registries import PAGE, World
 from vllm_multilora.store.messages import Loaded, StoreSettings
 
 ADAPTERS = st.integers(1, 5)
+LIMITS = {None: None, "acme": 1, "umbrella": 2}
+TENANTS = st.sampled_from(list(LIMITS))
 
 
 class RegistryMachine(RuleBasedStateMachine):
@@ -39,12 +42,19 @@ class RegistryMachine(RuleBasedStateMachine):
         self.world.registry.client_gone(number, self.world.now)
         self.open = {t: c for t, c in self.open.items() if c != number}
 
-    @rule(which=st.integers(0, 2), adapter=ADAPTERS, keep=st.booleans(), fresh=st.booleans())
-    def want(self, which, adapter, keep, fresh):
+    @rule(
+        which=st.integers(0, 2),
+        adapter=ADAPTERS,
+        keep=st.booleans(),
+        fresh=st.booleans(),
+        tenant=TENANTS,
+    )
+    def want(self, which, adapter, keep, fresh, tenant):
         client = self.connected[which % len(self.connected)]
         # Adapters 4 and 5 are in one folder: they are the same files.
         path = f"/adapters/{min(adapter, 4)}"
-        ticket = self.world.want(client, adapter, path, keep=keep, fresh=fresh)
+        options = {"owners": (tenant,), "most": LIMITS[tenant]} if tenant else {}
+        ticket = self.world.want(client, adapter, path, keep=keep, fresh=fresh, **options)
         self.open[ticket] = client
 
     @precondition(lambda self: self.open)
@@ -66,7 +76,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(adapter=ADAPTERS, which=st.integers(0, 2), keep=st.booleans(), pages=st.integers(1, 4))
     def load(self, adapter, which, keep, pages):
-        self.want(which, adapter, keep, False)
+        self.want(which, adapter, keep, False, None)
         self.world.settle(pages)
 
     @rule(pages=st.integers(1, 4))
@@ -123,6 +133,12 @@ class RegistryMachine(RuleBasedStateMachine):
             assert waiting != bool(answers), "a want is either waiting or answered"
             if answers:
                 del self.open[ticket]
+        owned = defaultdict(list)
+        for pack in self.world.memory.packs.values():
+            owned[pack.tenant].append(pack)
+        for owner, packs in owned.items():
+            most = owner and LIMITS[owner.of]
+            assert most is None or len(packs) <= most or all(pack.leases for pack in packs)
         for messages in self.world.said.values():
             answered = {m.ticket for m in messages if isinstance(m, Loaded)}
             assert not answered & self.cancelled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -38,6 +38,21 @@ class Binding:
     server: str
     scope: Scope
     adapter: int
+
+
+class Owner(NamedTuple):
+    """Whose turn a load may take, and who a pack is counted for.
+
+    Servers do not know each other's tenants: equal names are different owners there. Engines of
+    one server have the same ones.
+
+    Attributes:
+        server: As of `Hello`.
+        of: The name of a tenant; or an adapter's number, for loads that no tenant waits for.
+    """
+
+    server: str
+    of: str | int
 
 
 @dataclass
@@ -99,15 +114,14 @@ class Load:
         blocks: int64 [n], bytes of the blocks.
         allocation: Where the job packs to; None: it only checks.
         withdrawn: Whether its adapter was withdrawn meanwhile; others may still wait for it.
-        tenant: Who is to have the pack; empty: nobody in particular.
-        most: How many packs this one may have; None: no limit.
+        tenant: Who is to have the pack; None: nobody in particular.
     """
 
     number: int
     binding: Binding
     path: str
     name: str
-    owners: list[str]
+    owners: list[Owner]
     layouts: Any
     settings: StoreSettings
     tickets: list[Ticket] = field(default_factory=list)
@@ -121,8 +135,7 @@ class Load:
     blocks: NDArray[np.int64] | None = None
     allocation: Allocation | None = None
     withdrawn: bool = False
-    tenant: str = ""
-    most: int | None = None
+    tenant: Owner | None = None
 
     def family(self) -> list[Load]:
         """The load and those that follow it."""
@@ -166,7 +179,7 @@ class Pack:
         versions: The files that it is known to be equal to, in the order of their last reading.
         bindings: The adapters that it is, with their folders.
         leases: Leases of all clients.
-        tenant: The first that has wanted it; empty: nobody in particular.
+        tenant: The first that has wanted it; None: nobody in particular.
     """
 
     info: PackInfo
@@ -175,4 +188,4 @@ class Pack:
     versions: dict[str, None] = field(default_factory=dict)
     bindings: dict[Binding, str] = field(default_factory=dict)
     leases: int = 0
-    tenant: str = ""
+    tenant: Owner | None = None

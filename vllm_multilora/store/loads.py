@@ -11,7 +11,7 @@ from vllm_multilora.adapters.blends import title
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.answers import Answers, Effects
 from vllm_multilora.store.arena import Allocation
-from vllm_multilora.store.entries import Binding, Client, Load, Pack, Ticket
+from vllm_multilora.store.entries import Binding, Client, Load, Owner, Pack, Ticket
 from vllm_multilora.store.job_messages import CheckOnly, Go, Known, Place
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Contents, PackInfo
@@ -132,7 +132,6 @@ class Loads:
             return
         load.contents, load.blocks = contents, blocks
         if load.keep():
-            self._memory.keep_within(load.binding.scope, load.tenant, load.most, coming=1)
             if (reason := self._room.never(load)) is not None:
                 self._fail(load, Failure(FailureKind.NO_MEMORY, reason, []), now)
             else:
@@ -184,7 +183,7 @@ class Loads:
         binding: Binding,
         path: str,
         name: str,
-        owners: Sequence[str],
+        owners: Sequence[Owner],
         client: Client,
         tickets: list[Ticket],
     ) -> Load:
@@ -209,7 +208,7 @@ class Loads:
             self.queue.share(number, owner)
         return load
 
-    def share(self, load: Load, owners: Iterable[str]) -> None:
+    def share(self, load: Load, owners: Iterable[Owner]) -> None:
         """Others wait for a load too: it may take their turns."""
         for owner in owners:
             if owner not in load.owners:
@@ -222,7 +221,7 @@ class Loads:
         if tickets:
             client = self._clients[tickets[0].client]
             again = self.add(load.binding, load.path, load.name, load.owners, client, tickets)
-            again.tenant, again.most = load.tenant, load.most
+            again.tenant = load.tenant
             for ticket in tickets:
                 self._clients[ticket.client].loads[ticket.number] = again
 
@@ -248,7 +247,7 @@ class Loads:
         """Gives room to the jobs that wait for it, in order, as far as it goes."""
         while (load := self._room.next()) is not None:
             try:
-                allocation = self._room.take(load, now)
+                allocation = self._room.take(load, self._loads.values(), now)
             except OSError as error:
                 message = f"the system gives no memory for {load.name!r}: {error}"
                 self._fail(load, Failure(FailureKind.NO_MEMORY, message, []), now)
@@ -275,8 +274,8 @@ class Loads:
             again.append((load, unserved + load.later))
         if pack is not None:
             for load in leader.family():
-                if load.tenant:
-                    self._memory.own(pack, load.tenant, load.most)
+                if load.tenant is not None and not load.withdrawn:
+                    self._memory.own(pack, load.tenant)
             self._memory.release(info.pack)
         for load, tickets in again:
             self._again(load, tickets)

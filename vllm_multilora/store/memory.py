@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_multilora.store.arena import Allocation, Arena, pages_of
-from vllm_multilora.store.entries import Binding, Pack, Scope
+from vllm_multilora.store.entries import Binding, Owner, Pack, Scope
 from vllm_multilora.store.messages import PackInfo, Totals
 from vllm_multilora.store.policies import CachePolicy, reload_cost
 
@@ -30,6 +30,7 @@ class HostMemory:
         next_pack: The number of the next pack.
         on_evicted: Told of each pack that leaves.
         limit: Adapters that may be here, those being read included. None: no limit.
+        tenant_limits: Packs that tenants may keep, as their servers have said last. None: no limit.
         staged: Allocations that jobs pack into, or that jobs which were killed may still write to.
     """
 
@@ -38,6 +39,7 @@ class HostMemory:
     next_pack: int
     on_evicted: Callable[[Pack], None]
     limit: int | None = None
+    tenant_limits: dict[tuple[Scope, Owner], int | None] = field(default_factory=dict)
     staged: int = 0
     packs: dict[int, Pack] = field(default_factory=dict)
     _by_version: dict[tuple[Scope, str], Pack] = field(default_factory=dict)
@@ -125,6 +127,11 @@ class HostMemory:
         for adapter in list(self._bindings_of.get(server, ())):
             for binding in self.bound(server, adapter):
                 self.unbind(binding)
+        for pack in self.packs.values():
+            if pack.tenant is not None and pack.tenant.server == server:
+                pack.tenant = None
+        for key in [key for key in self.tenant_limits if key[1].server == server]:
+            del self.tenant_limits[key]
 
     def lease(self, number: int) -> None:
         self.packs[number].leases += 1
@@ -133,31 +140,32 @@ class HostMemory:
         pack = self.packs[number]
         pack.leases -= leases
         self._drop_if_useless(pack)
+        if pack.tenant is not None and not pack.leases:
+            self.keep_within(pack.scope, pack.tenant)
 
-    def own(self, pack: Pack, tenant: str, most: int | None) -> None:
+    def own(self, pack: Pack, tenant: Owner) -> None:
         """A tenant wants a pack: it counts among the tenant's if it is nobody's.
 
         Args:
             pack: Here, and on lease if it is to stay.
-            tenant: Its name.
-            most: As of `keep_within`.
+            tenant: Who wants it.
         """
-        if not pack.tenant:
+        if pack.tenant is None:
             pack.tenant = tenant
-            self.keep_within(pack.scope, tenant, most)
+            self.keep_within(pack.scope, tenant)
 
-    def keep_within(self, scope: Scope, tenant: str, most: int | None, coming: int = 0) -> None:
+    def keep_within(self, scope: Scope, tenant: Owner, coming: int = 0) -> None:
         """Has a tenant's least valuable packs leave while it has more than its limit.
 
         What is on lease stays: the limit bounds what a tenant keeps, and fails no request.
 
         Args:
             scope: For which the packs were made.
-            tenant: Its name.
-            most: Its limit. None: there is none.
+            tenant: Whose they are.
             coming: Packs that are about to come.
         """
-        if most is None or not tenant:
+        most = self.tenant_limits.get((scope, tenant))
+        if most is None:
             return
         own = {n: p for n, p in self.packs.items() if p.tenant == tenant and p.scope == scope}
         idle = sorted(number for number, pack in own.items() if not pack.leases)

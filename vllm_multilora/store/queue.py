@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 PATIENCE_S = 2.0
@@ -48,7 +49,7 @@ class _Job:
 @dataclass
 class _Waiting:
     lane: Lane
-    owners: list[str]
+    owners: list[Hashable]
     timeout_s: float
 
 
@@ -74,7 +75,7 @@ class FairQueue:
 
     def __init__(self, places: int = 2) -> None:
         self.places = places
-        self._lanes: dict[Lane, OrderedDict[str, deque[int]]] = {
+        self._lanes: dict[Lane, OrderedDict[Hashable, deque[int]]] = {
             lane: OrderedDict() for lane in Lane
         }
         self._where: dict[int, _Waiting] = {}
@@ -86,12 +87,12 @@ class FairQueue:
         """Loads that have not been started."""
         return len(self._where)
 
-    def add(self, number: int, owner: str, lane: Lane, timeout_s: float) -> None:
+    def add(self, number: int, owner: Hashable, lane: Lane, timeout_s: float) -> None:
         """Puts a load at the end of its owner's; its job may work for so many seconds."""
         self._where[number] = _Waiting(lane, [], timeout_s)
         self.share(number, owner)
 
-    def share(self, number: int, owner: str) -> None:
+    def share(self, number: int, owner: Hashable) -> None:
         """Another owner waits for a load; one that has been started needs no turn any more."""
         where = self._where.get(number)
         if where is not None and owner not in where.owners:

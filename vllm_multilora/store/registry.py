@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.answers import Answers, Effects
-from vllm_multilora.store.entries import Binding, Client, Scope, Ticket
+from vllm_multilora.store.entries import Binding, Client, Owner, Scope, Ticket
 from vllm_multilora.store.loads import Loads
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Failed, Forgotten, StoreSettings, Want
@@ -76,19 +76,22 @@ class Registry:
             self._effects.send(number, Failed(want.ticket, want.adapter, kind, message, []))
             return
         binding = Binding(client.server, client.scope, want.adapter)
+        tenant = Owner(client.server, want.owners[0]) if want.owners else None
+        if tenant is not None:
+            self.memory.tenant_limits[client.scope, tenant] = want.most
         if not fresh:
             pack = self.memory.of_adapter(binding, want.path)
             if pack is not None:
                 self._answers.loaded(ticket, want.adapter, pack.info, now, was_read=False)
-                if want.owners and not pack.tenant:
-                    self.memory.own(pack, want.owners[0], want.most)
+                if tenant is not None and pack.tenant is None:
+                    self.memory.own(pack, tenant)
                     self.loads.give_room(now)
                 return
             failure = self.loads.failures.find(binding, want.path, now)
             if failure is not None:
                 self._answers.failed(ticket, want.adapter, failure)
                 return
-        owners = want.owners or (f"\0{want.adapter}",)
+        owners = [Owner(client.server, of) for of in want.owners or (want.adapter,)]
         load = self.loads.of_adapter(binding, want.path)
         is_new = load is None
         if load is None:
@@ -103,15 +106,16 @@ class Registry:
                 self.loads.queue.promote(load.number)
         if not is_new:
             self.loads.share(load, owners)
-        if want.owners and not load.tenant:
-            load.tenant, load.most = want.owners[0], want.most
+        if load.tenant is None:
+            load.tenant = tenant
         client.loads[want.ticket] = load
 
     def share(self, number: int, ticket: int, owner: str) -> None:
         """Another owner waits for what a client's want has asked for."""
-        load = self.clients[number].loads.get(ticket)
+        client = self.clients[number]
+        load = client.loads.get(ticket)
         if load is not None:
-            self.loads.share(load, (owner,))
+            self.loads.share(load, (Owner(client.server, owner),))
 
     def cancel(self, number: int, ticket: int, now: float) -> None:
         """A client takes a want back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from vllm_multilora.store.arena import Allocation, pages_of
 from vllm_multilora.store.entries import Load
@@ -45,9 +46,25 @@ class Room:
         """The first in line."""
         return self._waiting[0] if self._waiting else None
 
-    def take(self, load: Load, now: float) -> Allocation | None:
-        """Room for the first in line, for which others may leave; None: it waits on."""
+    def take(self, load: Load, loads: Iterable[Load], now: float) -> Allocation | None:
+        """Room for the first in line, for which others may leave; None: it waits on.
+
+        What its tenant may not keep beside it leaves first.
+
+        Args:
+            load: The first in line.
+            loads: All: those of the tenant that have room count, too.
+            now: The time.
+        """
         assert load.blocks is not None
+        if load.tenant is not None:
+            coming = sum(
+                1
+                for one in loads
+                if one.allocation is not None
+                and (one.tenant, one.binding.scope) == (load.tenant, load.binding.scope)
+            )
+            self._memory.keep_within(load.binding.scope, load.tenant, coming + 1)
         allocation = self._memory.room(load.blocks, evict=True)
         if allocation is not None:
             self._waiting.popleft()
