@@ -54,15 +54,49 @@ def test_an_adapter_is_loaded_when_the_last_machine_has_it(stores, parts):
     assert [store.wants[1].path for store in parts] == ["/adapters/1"] * 2
     parts[1].inbox.append(Reading(1))
     assert stores.poll() == [Reading(ticket)]
-    parts[1].inbox.append(loaded(parts[1], 1, 70))
-    assert stores.poll() == []
     parts[0].inbox.append(loaded(parts[0], 1, 30))
+    assert stores.poll() == []
+    parts[1].inbox.append(loaded(parts[1], 1, 70))
     (answer,) = stores.poll()
     assert (answer.ticket, answer.adapter, answer.leased) == (ticket, 1, True)
     assert [part.pack for part in stores.elsewhere(answer.pack.pack)] == [70]
     assert leases(parts) == [1, 1]
     stores.release(answer.pack.pack)
     assert leases(parts) == [0, 0]
+
+
+def test_leases_are_kept_in_the_order_of_the_machines(stores, parts):
+    """What comes before its turn is asked for again when that has come."""
+    ticket = stores.want(Want(1, "a", "/adapters/1", fresh=True))
+    parts[1].inbox.append(loaded(parts[1], 1, 70))
+    assert stores.poll() == []
+    assert leases(parts) == [0, 0]
+    parts[0].inbox.append(msgspec.structs.replace(loaded(parts[0], 1, 30), was_read=False))
+    assert stores.poll() == []
+    assert parts[1].only() == Want(1, "a", "/adapters/1", ticket=2), "it has been read freshly"
+    again = loaded(parts[1], 2, 70)
+    parts[1].inbox.append(msgspec.structs.replace(again, seconds=0.0, was_read=False))
+    (answer,) = stores.poll()
+    assert (answer.ticket, answer.was_read, answer.seconds) == (ticket, True, 0.5)
+    assert leases(parts) == [1, 1]
+
+
+def test_no_two_adapters_hold_what_the_other_waits_for(stores, parts):
+    """Each machine has room for one, and gives it to another one first."""
+    first, second = (stores.want(Want(n, "a", f"/adapters/{n}")) for n in (1, 2))
+    parts[0].inbox.append(loaded(parts[0], 1, 31))
+    parts[1].inbox.append(loaded(parts[1], 2, 72))
+    assert stores.poll() == []
+    assert leases(parts) == [1, 0]
+    parts[1].inbox.append(loaded(parts[1], 1, 71))
+    (answer,) = stores.poll()
+    assert answer.ticket == first
+    stores.release(answer.pack.pack)
+    parts[0].inbox.append(loaded(parts[0], 2, 32))
+    assert stores.poll() == []
+    parts[1].inbox.append(loaded(parts[1], 3, 72))
+    (answer,) = stores.poll()
+    assert answer.ticket == second
 
 
 def test_the_same_packs_have_the_same_number(stores, parts):
@@ -104,6 +138,12 @@ def test_a_want_can_be_taken_back_at_any_time(stores, parts):
     assert leases(parts) == [0, 0]
     assert not parts[1].wants
     stores.cancel(ticket)  # again: nothing
+    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    parts[1].inbox.append(loaded(parts[1], 2, 70))
+    assert stores.poll() == []
+    stores.cancel(ticket)  # between two wants of the second machine
+    assert leases(parts) == [0, 0]
+    assert not parts[0].wants
 
 
 def test_a_check_that_keeps_nothing_somewhere_keeps_nothing(stores, parts):
@@ -159,23 +199,42 @@ def test_totals_add_up(stores, parts):
 def test_after_a_restart_everything_is_loaded_again_and_leases_end_when_given_back(stores, parts):
     held = load(stores, parts, (30, 70)).pack.pack
     waiting = stores.want(Want(2, "b", "/adapters/2"))
-    parts[1].inbox.append(loaded(parts[1], 2, 71))
+    parts[0].inbox.append(loaded(parts[0], 2, 31))
     assert stores.poll() == []
 
-    parts[1].restart()
+    parts[0].restart()
     assert stores.poll() == [Restarted()]
     # The other machine's workers may be copying: its lease stays until it is given back.
-    assert parts[0].leases[30] == 1
+    assert parts[1].leases[70] == 1
     stores.release(held)
-    assert parts[0].leases[30] == 0
+    assert parts[1].leases[70] == 0
     # What the new store had loaded for a want is wanted from it again.
-    assert parts[1].wants[3].path == "/adapters/2"
-    parts[1].inbox.append(loaded(parts[1], 3, 1071))
-    parts[0].inbox.append(loaded(parts[0], 2, 31))
+    assert parts[0].wants[3].path == "/adapters/2"
+    parts[0].inbox.append(loaded(parts[0], 3, 1031))
+    parts[1].inbox.append(loaded(parts[1], 2, 71))
     (answer,) = stores.poll()
     assert answer.ticket == waiting
-    again = load(stores, parts, (30, 1070)).pack.pack
+    again = load(stores, parts, (1030, 70)).pack.pack
     assert again != held
+
+
+def test_a_restart_in_the_middle_begins_with_the_new_store(parts):
+    parts.append(FakeStore())
+    stores = MachineStores(parts)
+    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    for machine, pack in enumerate((30, 70)):
+        parts[machine].inbox.append(loaded(parts[machine], 1, pack))
+    assert stores.poll() == []
+    assert leases(parts) == [1, 1, 0]
+    parts[0].restart()
+    assert stores.poll() == [Restarted()]
+    assert leases(parts) == [0, 0, 0], "the second machine's lease comes after the first one's"
+    for machine, pack in enumerate((1030, 70, 90)):
+        part = parts[machine]
+        part.inbox.append(loaded(part, part.only().ticket, pack))
+        answers = stores.poll()
+    assert [answer.ticket for answer in answers] == [ticket]
+    assert leases(parts) == [1, 1, 1]
 
 
 def test_a_pack_of_the_stores_is_told_as_it_is_on_the_first_machine(stores, parts):

@@ -13,6 +13,7 @@ from vllm_multilora.store.messages import Evicted, Failed, Forgotten, Loaded, Re
 
 MACHINES = 2
 ADAPTERS = st.integers(1, 2)
+ROOM = 1  # adapters that each machine can hold on lease at once
 WHICH = st.integers(0, MACHINES - 1)
 
 
@@ -24,8 +25,21 @@ class Part(FakeStore):
         self.packs = 1000 * (1 + machine)
         self.resident: dict[int, int] = {}
 
+    def answerable(self) -> list[int]:
+        """The wants that have room: it is not taken by leases on other adapters."""
+        leased = {adapter for adapter, pack in self.resident.items() if self.leases[pack]}
+        return sorted(
+            ticket
+            for ticket, want in self.wants.items()
+            if not want.keep or len(leased | {want.adapter}) <= ROOM
+        )
+
     def answer(self, ticket: int) -> None:
         want = self.wants.pop(ticket)
+        for adapter, pack in list(self.resident.items()):
+            if want.keep and adapter != want.adapter and not self.leases[pack]:
+                del self.resident[adapter]
+                self.evict(pack)
         if want.adapter not in self.resident:
             self.packs += 1
             self.resident[want.adapter] = self.packs
@@ -113,8 +127,8 @@ class Machines(RuleBasedStateMachine):
     @rule(machine=WHICH, data=st.data(), is_heard=st.booleans())
     def answer(self, machine, data, is_heard):
         part = self.parts[machine]
-        if part.wants:
-            part.answer(data.draw(st.sampled_from(sorted(part.wants))))
+        if tickets := part.answerable():
+            part.answer(data.draw(st.sampled_from(tickets)))
         if is_heard:
             self.poll()
 
@@ -152,17 +166,17 @@ class Machines(RuleBasedStateMachine):
 
     def teardown(self):
         """In the end every want has its answer, and every lease has been given back."""
-        for _ in range(3):
+        for _ in range(10 + 10 * len(self.asked)):
             for part in self.parts:
-                for ticket in sorted(part.wants):
+                for ticket in part.answerable()[:1]:
                     part.answer(ticket)
                 part.forgets()
             self.poll()
+            for pack in list(self.held.elements()):
+                self.stores.release(pack)
+            self.held.clear()
         assert not self.asked
         assert not self.leaving
-        for pack, count in self.held.items():
-            for _ in range(count):
-                self.stores.release(pack)
         assert [part.leased for part in self.parts] == [{}, {}]
 
 

@@ -2,6 +2,11 @@
 
 Where an engine's workers are on several machines, each machine's store packs adapters for the
 workers there. An adapter is loaded when all of them have it; all must have read the same files.
+
+All machines read at once, but an adapter gets its leases in the order of the machines. If two
+adapters held what each of them waits for, one on this machine and the other on that one, both
+would wait for ever. What a machine has loaded before its turn stays in its memory without a lease,
+and is asked for again in its turn: nothing is read twice unless it has been evicted meanwhile.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -35,13 +40,17 @@ class _Want:
 
     Attributes:
         want: What is asked of each machine.
-        tickets: Of the machines' own wants.
-        loaded: What has come so far; None where nothing has.
+        tickets: Of the machines' own wants; None where an answer is not waited for.
+        loaded: What has come so far; None where nothing has, or where its lease was given back.
+        seconds: The longest that a machine has taken for an answer.
+        was_read: Whether a machine has read files for it.
     """
 
     want: Want
-    tickets: list[int] = field(default_factory=list)
-    loaded: list[Loaded | None] = field(default_factory=list)
+    tickets: list[int | None]
+    loaded: list[Loaded | None]
+    seconds: float = 0.0
+    was_read: bool = False
 
 
 @dataclass(eq=False)
@@ -91,10 +100,12 @@ class MachineStores:
 
     def want(self, want: Want) -> int:
         ticket = next(self._tickets)
-        asked = self._wants[ticket] = _Want(want)
-        for machine in range(len(self._clients)):
-            asked.tickets.append(self._ask(machine, ticket, want))
-            asked.loaded.append(None)
+        count = len(self._clients)
+        asked = self._wants[ticket] = _Want(want, [None] * count, [None] * count)
+        for machine in range(count):
+            self._ask(machine, ticket, asked)
+        # What is asked for again has been looked at since it was wanted.
+        asked.want = msgspec.structs.replace(want, fresh=False)
         return ticket
 
     def share(self, ticket: int, owner: str) -> None:
@@ -103,8 +114,8 @@ class MachineStores:
             return
         owners = (*asked.want.owners, owner)
         asked.want = msgspec.structs.replace(asked.want, owners=owners)
-        for client, part, loaded in zip(self._clients, asked.tickets, asked.loaded, strict=True):
-            if loaded is None:
+        for client, part in zip(self._clients, asked.tickets, strict=True):
+            if part is not None:
                 client.share(part, owner)
 
     def cancel(self, ticket: int) -> None:
@@ -148,19 +159,32 @@ class MachineStores:
         for client in self._clients:
             client.close()
 
-    def _ask(self, machine: int, ticket: int, want: Want) -> int:
-        part = self._clients[machine].want(want)
+    def _ask(self, machine: int, ticket: int, asked: _Want) -> None:
+        part = asked.tickets[machine] = self._clients[machine].want(asked.want)
         self._own_ticket[machine][part] = ticket
-        return part
 
     def _take_back(self, asked: _Want) -> None:
         for machine, part in enumerate(asked.tickets):
-            loaded = asked.loaded[machine]
-            if loaded is None:
+            if part is not None:
                 self._own_ticket[machine].pop(part, None)
                 self._clients[machine].cancel(part)
-            elif loaded.leased:
+        self._give_back(asked, 0)
+
+    def _give_back(self, asked: _Want, first: int) -> None:
+        """Leases of this machine and of those after it."""
+        for machine in range(first, len(self._clients)):
+            loaded = asked.loaded[machine]
+            if loaded is not None and loaded.leased:
                 self._clients[machine].release(loaded.pack.pack)
+                asked.loaded[machine] = None
+
+    def _keep_order(self, ticket: int, asked: _Want) -> None:
+        """No machine after the first that has not loaded an adapter holds a lease on it."""
+        if asked.want.keep and None in asked.loaded:
+            machine = asked.loaded.index(None)
+            self._give_back(asked, machine + 1)
+            if asked.tickets[machine] is None:
+                self._ask(machine, ticket, asked)
 
     def _take(self, machine: int, message: ToUser) -> list[ToUser]:
         """What follows for the engine core from what a machine's store says."""
@@ -168,7 +192,10 @@ class MachineStores:
             case Loaded(part):
                 ticket = self._own_ticket[machine].pop(part)
                 asked = self._wants[ticket]
-                asked.loaded[machine] = message
+                asked.tickets[machine], asked.loaded[machine] = None, message
+                asked.seconds = max(asked.seconds, message.seconds)
+                asked.was_read |= message.was_read
+                self._keep_order(ticket, asked)
                 return self._merge(ticket, asked)
             case Failed(part):
                 ticket = self._own_ticket[machine].pop(part)
@@ -217,8 +244,8 @@ class MachineStores:
                 ticket,
                 want.adapter,
                 msgspec.structs.replace(first.pack, pack=number),
-                max(loaded.seconds for loaded in found),
-                any(loaded.was_read for loaded in found),
+                asked.seconds,
+                asked.was_read,
                 first.leased,
             )
         ]
@@ -286,7 +313,8 @@ class MachineStores:
         for ticket, asked in self._wants.items():
             if asked.loaded[machine] is not None:
                 asked.loaded[machine] = None
-                asked.tickets[machine] = self._ask(machine, ticket, asked.want)
+                self._ask(machine, ticket, asked)
+                self._keep_order(ticket, asked)
         # Whoever waits for an adapter to be forgotten is answered by the restart itself.
         self._leaving.clear()
         return [Restarted()]
