@@ -26,11 +26,6 @@ class ContainedPolicy(CachePolicy):
         self._members: dict[int, tuple[int, float]] = {}
         self._has_failed = False
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether LRU decides in the policy's place."""
-        return self._has_failed
-
     def added(self, adapter_id: int, size: int, cost: float) -> None:
         self._members[adapter_id] = (size, cost)
         self._tell(lambda: self._policy.added(adapter_id, size, cost))

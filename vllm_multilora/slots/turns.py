@@ -44,11 +44,6 @@ class SlotTurns:
         self._next: set[int] = set()
         self._free = 0
 
-    @property
-    def waiting(self) -> tuple[int, ...]:
-        """The adapters that are kept waiting, longest first."""
-        return tuple(self._waiting)
-
     def begin_step(
         self,
         active: Collection[int],
