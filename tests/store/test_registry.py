@@ -564,6 +564,15 @@ def test_a_load_at_the_end_of_a_flood_takes_the_turn_of_another_that_wants_it_to
     assert turns(world).index("/adapters/599") <= 2
 
 
+def test_a_shared_load_stands_behind_what_its_owner_has_asked_for(one_job):
+    for adapter in range(10, 14):
+        one_job.want(1, adapter, owners=("acme",))
+    for adapter in range(20, 24):
+        ticket = one_job.want(1, adapter, owners=("other",))
+    one_job.registry.share(1, ticket, "acme")
+    assert turns(one_job)[-1] == "/adapters/23"
+
+
 def test_sharing_what_nobody_wants_any_more_is_no_matter(world):
     world.registry.share(1, 99, "acme")
 
