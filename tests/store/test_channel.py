@@ -1,6 +1,7 @@
 """Messages arrive whole, in order, with their descriptors; nobody waits for a slow reader."""
 
 import os
+import resource
 import socket
 import struct
 from pathlib import Path
@@ -77,6 +78,22 @@ def test_descriptors_come_with_their_own_message(ends, tmp_path):
     assert [os.read(d[0], 9) for _, d in found[1:]] == [b"one", b"two"]
     for _, descriptors in found[1:]:
         os.close(descriptors[0])
+
+
+def test_a_message_whose_descriptors_cannot_all_be_copied_leaves_none_behind(ends):
+    left, _ = ends
+    before = open_descriptors()
+    sender = Channel(left, FromClient)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [number for number in range(1000) if not Path(f"/proc/self/fd/{number}").exists()]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[3], hard))  # three more can be opened
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            sender.send(Segment(1, 2), [left.fileno()] * 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_descriptors() == before
+    assert sender.pending == 0
 
 
 def test_who_takes_no_descriptors_is_not_filled_up_with_them(ends):

@@ -78,6 +78,7 @@ class Channel(Generic[Incoming]):
 
         Raises:
             ChannelClosedError: The other side has gone, or has not read for too long.
+            OSError: This process is at its limit of open files; nothing of the message is sent.
         """
         data = self._encode(message)
         if self.pending > self._most_pending:
@@ -86,7 +87,14 @@ class Channel(Generic[Incoming]):
                 f"{self._most_pending} may"
             )
         frame = memoryview(_FRAME.pack(len(data), len(descriptors)) + data)
-        self._outgoing.append((frame, [os.dup(number) for number in descriptors]))
+        copies: list[int] = []
+        try:
+            for number in descriptors:
+                copies.append(os.dup(number))
+        except OSError:
+            _close_all(copies)
+            raise
+        self._outgoing.append((frame, copies))
         self.pending += len(frame)
         if len(self._outgoing) == 1:
             self.flush()
