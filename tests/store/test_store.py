@@ -2,6 +2,7 @@
 
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -14,14 +15,18 @@ import pytest
 from tests.store.conftest import FAKE, Engine
 from tests.store.fake_reader import content_of
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.store.channel import ChannelClosedError
+from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import StoreProcess
 from vllm_multilora.store.mapper import SegmentMapper
 from vllm_multilora.store.messages import (
+    PROTOCOL,
+    Describe,
     Evicted,
     Forgotten,
+    FromStore,
+    Hello,
     Loaded,
     Restarted,
     StoreSettings,
@@ -338,6 +343,20 @@ def test_another_protocol_is_refused_with_what_to_do(engine, monkeypatch):
     monkeypatch.setattr("vllm_multilora.store.client.PROTOCOL", 99)
     with pytest.raises(StoreUnavailableError, match="MULTILORA_STORE_FOLDER"):
         Engine(StoreClient(StoreProcess(FAKE), "new"))
+
+
+def test_a_refused_client_that_does_not_read_is_given_up(engine):
+    sock = StoreProcess(FAKE).connect()
+    sock.setblocking(False)
+    refused = Channel(sock, FromStore)
+    hello = Hello(PROTOCOL, "observer", "other", os.getpid())
+    for message in (hello, *[Describe()] * 2000, hello):  # whose answers fill the socket
+        refused.send(message)
+    while refused.pending:
+        assert select.select([], [sock], [], 10.0)[1]
+        refused.flush()
+    engine.until(lambda: [one.role for one in engine.describe().clients] == ["engine"])
+    refused.close()
 
 
 def test_an_unknown_policy_is_refused_and_another_one_is_noted(engines):

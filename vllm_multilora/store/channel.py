@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import socket
 import struct
 from array import array
@@ -116,6 +117,16 @@ class Channel(Generic[Incoming]):
                 self._outgoing[0] = (frame[sent:], [])
             else:
                 self._outgoing.popleft()
+
+    def wait_in(self, selector: selectors.BaseSelector) -> None:
+        """Has a selector that watches this channel wake where something can be done.
+
+        That is to read, and while anything is pending, to send it.
+        """
+        key = selector.get_key(self)
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.pending else 0)
+        if key.events != events:
+            selector.modify(self, events, key.data)
 
     def receive(self) -> list[tuple[Incoming, list[int]]]:
         """What one read brings: whole messages, each with its descriptors, which are the caller's.

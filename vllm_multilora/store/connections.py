@@ -53,7 +53,6 @@ class Connection:
         number: Of the client.
         channel: To the client.
         known: Whether it has said `Hello`.
-        leaving: Whether it is closed as soon as all is sent.
         mapped: Segments that it has mapped.
         watches: Whether it is told of new segments.
     """
@@ -61,7 +60,6 @@ class Connection:
     number: int
     channel: Channel[FromClient]
     known: bool = False
-    leaving: bool = False
     mapped: set[int] = field(default_factory=set)
     watches: bool = False
 

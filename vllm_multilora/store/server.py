@@ -156,14 +156,8 @@ class Server:
             self._registry.loads.tick(time.monotonic())  # there may be a place again
         self._tell_segments()
         self._tell_totals()
-        for number, connection in list(self._connections.items()):
-            waits = connection.channel.pending > 0
-            if connection.leaving and not waits:
-                self._drop(number)
-                continue
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waits else 0)
-            if self._selector.get_key(connection.channel).events != events:
-                self._selector.modify(connection.channel, events, number)
+        for connection in self._connections.values():
+            connection.channel.wait_in(self._selector)
 
     def _patience(self) -> float | None:
         """Seconds that the loop may sleep."""
@@ -199,7 +193,7 @@ class Server:
 
     def _hear_client(self, number: int) -> None:
         connection = self._connections.get(number)
-        if connection is None or connection.leaving:
+        if connection is None:
             return
         try:
             connection.channel.flush()
@@ -207,13 +201,16 @@ class Server:
                 if self._conversation.hear(connection, message):
                     connection.channel.send(self._describe())
         except RefusedError as error:
-            self.send(number, Refused(str(error)))
-            connection.leaving = True
+            self._refuse(number, str(error))
         except ChannelClosedError as error:
             self._lose(number, error)
         except OSError as error:  # no descriptor for a segment, say
-            self.send(number, Refused(f"the store failed: {error}"))
-            connection.leaving = True
+            self._refuse(number, f"the store failed: {error}")
+
+    def _refuse(self, number: int, reason: str) -> None:
+        """Gives a client up; it gets the reason if it has read what was sent before."""
+        self.send(number, Refused(reason))
+        self._lost.add(number)
 
     def _lose(self, number: int, error: ChannelClosedError) -> None:
         logger.info("Client %d: %s", -number, error)
