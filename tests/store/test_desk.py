@@ -64,7 +64,8 @@ class DeskWorld(World):
         super().__init__(StoreSettings(budget_bytes=100 * PAGE, jobs=MOST_STUCK + 1))
         self.now = time.monotonic()
         self.started: dict[str, PlayedJob] = {}
-        self.desk = Desk(self.Runner(self.started), None, selectors.DefaultSelector())
+        self.selector = selectors.DefaultSelector()
+        self.desk = Desk(self.Runner(self.started), None, self.selector)
 
     class Runner:
         def __init__(self, started: dict[str, PlayedJob]) -> None:
@@ -118,6 +119,29 @@ def test_a_job_that_says_what_it_should_is_heard(world):
     assert isinstance(place, Place)
     world.say("/adapters/1", DONE)
     assert isinstance(world.answer(client, ticket), Loaded)
+
+
+def test_what_a_socket_cannot_hold_is_said_bit_by_bit(world):
+    count = 100_000  # as many as a mixture of experts may have
+    world.client(-1, budget_bytes=PAGE * count)
+    world.want(-1, 1)
+    world.say("/adapters/1", OPENED)
+    job = world.started["/adapters/1"].channel
+    job.send(Checked(CONTENTS, blocks(*[64] * count)))
+    world.selector.register(job, selectors.EVENT_READ)
+    said: list = []
+    while not said:
+        job.flush()
+        due = world.selector.select(10.0)
+        assert due, "the desk waits for nothing, and the job for its place"
+        for key, _ in due:
+            if key.fileobj is job:
+                said += job.receive()
+            else:
+                world.desk.hear(key.data, world.registry.loads)
+    ((place, _),) = said
+    assert len(place.places) == 8 * count
+    assert {key.events for key in world.selector.get_map().values()} == {selectors.EVENT_READ}
 
 
 def test_a_job_may_fail_at_any_time(world):

@@ -25,7 +25,7 @@ class Effects(Protocol):
         """Tells a job, with the descriptors of segments."""
 
     def kill(self, job: int) -> None:
-        """Ends a job that may be at work; `job_gone` follows when it cannot write any more."""
+        """Ends a job that may be at work; `gone` follows when it cannot write any more."""
 
     def refusal(self, path: str) -> str | None:
         """Why no job is to be started for a folder; None: it may."""

@@ -92,11 +92,12 @@ class Desk:
         job.turn_to_say = _ANSWER_TO.get(type(message))
         try:
             job.channel.send(message, descriptors)
+            job.channel.wait_in(self._selector)
         except ChannelClosedError:
             self.kill(number)
 
     def kill(self, number: int) -> None:
-        """Ends a job; `ended` says when it has."""
+        """Ends a job; `gone`, of the loads, says when it has."""
         job = self._jobs.pop(number, None)
         if job is not None:
             self._selector.unregister(job.channel)
@@ -110,7 +111,7 @@ class Desk:
             self.kill(number)
 
     def hear(self, number: int, loads: Loads) -> None:
-        """Passes on what a job says."""
+        """Passes on what a job says, and sends it what it has not taken yet."""
         job = self._jobs.get(number)
         if job is None:
             return
@@ -127,6 +128,12 @@ class Desk:
                 except ValueError as error:
                     found = f"{title(job.path)}: what its check says makes no sense: {error}"
                     loads.failed(number, Failure(FailureKind.INTERNAL, found, []), _now())
+        if number in self._jobs:
+            try:
+                job.channel.flush()
+                job.channel.wait_in(self._selector)
+            except ChannelClosedError:
+                self.kill(number)
 
     def look(self, loads: Loads) -> None:
         """Notes who works, and who has ended."""
