@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_multilora.store import arena as arenas
 from vllm_multilora.store.arena import PAGE, PLACE_BITS, Allocation, Arena
+from vllm_multilora.store.channel import MOST_DESCRIPTORS
 
 MIB = 1 << 20
 
@@ -115,6 +117,35 @@ def test_a_pack_goes_into_gaps_where_no_run_is_long_enough():
     scattered = arena.allocate(blocks(PAGE, PAGE, PAGE))
     assert len(scattered.extents) == 3
     assert arena.allocate(blocks(2 * PAGE)) is None, "a block never lies in two extents"
+
+
+def test_a_pack_lies_in_no_more_segments_than_a_message_carries(monkeypatch):
+    monkeypatch.setattr(arenas, "_SMALLEST_SEGMENT", 2 * PAGE)
+    monkeypatch.setattr(arenas, "_LARGEST_SEGMENT", 2 * PAGE)
+    monkeypatch.setattr(arenas, "_MOST_SEGMENTS", 1000)
+    count = MOST_DESCRIPTORS + 10
+    arena = Arena(FakeSegments(), 2 * count * PAGE)
+    packs = [arena.allocate(blocks(PAGE)) for _ in range(2 * count)]
+    assert len({pack.segments for pack in packs}) == count
+    for pack in packs[::2]:
+        arena.free(pack)
+    leaving = iter(packs[1::2])  # each leaves a segment empty
+    needed = blocks(*[PAGE] * count)
+    assert arena.allocate(needed) is None
+    for _ in range(10):
+        arena.free(next(leaving))
+    assert len(arena.allocate(needed).segments) <= MOST_DESCRIPTORS
+
+
+def test_a_pack_lies_in_no_more_extents_than_a_job_can_map(monkeypatch):
+    monkeypatch.setattr(arenas, "_MOST_EXTENTS", 3)
+    arena = Arena(FakeSegments(), 8 * PAGE)
+    packs = [arena.allocate(blocks(PAGE)) for _ in range(8)]
+    for pack in packs[::2]:
+        arena.free(pack)
+    assert arena.allocate(blocks(*[PAGE] * 4)) is None
+    arena.free(packs[1])
+    assert len(arena.allocate(blocks(*[PAGE] * 4)).extents) == 2
 
 
 def test_segments_grow_with_the_budget_and_never_past_it():

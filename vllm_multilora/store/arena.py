@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_multilora.store.channel import MOST_DESCRIPTORS
 from vllm_multilora.store.free_runs import FreeRuns, Run
 
 PAGE = 4096
@@ -19,6 +19,7 @@ OFFSET_MASK = (1 << PLACE_BITS) - 1
 _SMALLEST_SEGMENT = 64 << 20
 _LARGEST_SEGMENT = 1 << 30
 _MOST_SEGMENTS = 256  # each is a descriptor, here and in every worker
+_MOST_EXTENTS = 1 << 14  # each is a mapping in the pack's job; Linux allows 65,530
 _GIVEN_BACK = 2 << 20  # free runs of this many bytes go back to the system
 
 
@@ -108,7 +109,7 @@ class Arena:
         return self.budget is None or pages_of(block_bytes) <= self.budget // PAGE * PAGE
 
     def allocate(self, block_bytes: NDArray[np.int64]) -> Allocation | None:
-        """Finds room for blocks, in as few extents as it can.
+        """Finds room for blocks, in as few extents as it can, and as many as a job can map.
 
         Args:
             block_bytes: int64 [n], bytes of each block, positive multiples of 64.
@@ -121,10 +122,10 @@ class Arena:
         """
         ends = np.cumsum(block_bytes)
         needed = pages_of(block_bytes)
-        if self.budget is not None and self.held + needed > self.budget:
+        if not self._within_budget(needed):
             return None
         parts = self._one_run(needed, len(ends)) or self._scattered(ends)
-        if parts is None or not self._within_budget(parts):
+        if parts is None or not self._within_budget(sum(part.size for part in parts)):
             return None
         return self._take(parts, block_bytes, ends)
 
@@ -158,11 +159,12 @@ class Arena:
             parts.append(_Part(run, first, last, size))
             first, begin = last, int(ends[last - 1])
             if first == len(ends):
-                return parts
+                segments = {part.run.segment for part in parts}
+                can_be_mapped = len(segments) <= MOST_DESCRIPTORS and len(parts) <= _MOST_EXTENTS
+                return parts if can_be_mapped else None
         return None
 
-    def _within_budget(self, parts: Iterable[_Part]) -> bool:
-        size = sum(part.size for part in parts)
+    def _within_budget(self, size: int) -> bool:
         return self.budget is None or self.held + size <= self.budget
 
     def _take(

@@ -24,9 +24,11 @@ LARGEST_MESSAGE = 64 << 20
 MOST_PENDING = 16 << 20
 """Bytes that may wait for a reader, beside one message, before it is given up."""
 
+MOST_DESCRIPTORS = 250
+"""Of one message; Linux carries 253."""
+
 _FRAME = struct.Struct("<IB")
 _READ_BYTES = 64 << 10  # for more, each read would get memory from the system and give it back
-_MOST_DESCRIPTORS = 250  # of one message; Linux carries 253
 
 
 class ChannelClosedError(MultiLoRAError, ConnectionError):
@@ -75,7 +77,7 @@ class Channel(Generic[Incoming]):
 
         Args:
             message: What to say.
-            descriptors: Sent along as copies; the caller keeps its own.
+            descriptors: At most `MOST_DESCRIPTORS`, sent along as copies; the caller keeps its own.
 
         Raises:
             ChannelClosedError: The other side has gone, or has not read for too long.
@@ -157,7 +159,7 @@ class Channel(Generic[Incoming]):
     def _read(self) -> bytes:
         if not self._take_descriptors:
             return self._socket.recv(_READ_BYTES)
-        room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array("i").itemsize)
+        room = socket.CMSG_SPACE(MOST_DESCRIPTORS * array("i").itemsize)
         data, ancillary, _, _ = self._socket.recvmsg(_READ_BYTES, room, socket.MSG_CMSG_CLOEXEC)
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_multilora.failures import FailureKind, classify_failure, describe_failure
-from vllm_multilora.store.arena import OFFSET_MASK, PLACE_BITS
+from vllm_multilora.store.arena import PLACE_BITS
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.hub import fetched
 from vllm_multilora.store.job_messages import (
@@ -29,6 +29,7 @@ from vllm_multilora.store.job_messages import (
 from vllm_multilora.store.messages import Contents, StoreSettings
 from vllm_multilora.store.reader import Reader
 from vllm_multilora.store.recent_failures import Failure
+from vllm_multilora.store.syscalls import mapped
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,8 @@ def _read(channel: Channel[ToJob], task: Task, reader: Reader, confine: Callable
         if isinstance(answer, CheckOnly):
             taken = intake.read(None, None)
         elif isinstance(answer, Place):
-            places = np.frombuffer(answer.places, np.int64)
-            with _Mapping(answer.extents, descriptors) as mapping:
-                taken = intake.read(mapping.addresses(places), places)
+            with _mapped(answer, descriptors) as addresses:
+                taken = intake.read(addresses, np.frombuffer(answer.places, np.int64))
         else:
             raise RuntimeError(f"the store answered {answer!r}, expected Place or CheckOnly")
         channel.send(Done(taken.digest, taken.nbytes, taken.parts))
@@ -112,37 +112,23 @@ def _next(channel: Channel[ToJob]) -> tuple[ToJob, list[int]]:
     return received[0]
 
 
-class _Mapping:
-    """The extents of one pack, and nothing else, mapped to be written to."""
-
-    def __init__(self, extents: Sequence[tuple[int, int, int]], descriptors: list[int]) -> None:
-        self._extents = extents
+@contextmanager
+def _mapped(place: Place, descriptors: list[int]) -> Iterator[NDArray[np.int64]]:
+    """Where each block lies in this process; only the pack's extents are mapped."""
+    places = np.frombuffer(place.places, np.int64)
+    extents = sorted(place.extents)
+    with ExitStack() as mappings:
         try:
-            self._maps = [
-                mmap.mmap(descriptors[segment], size, mmap.MAP_SHARED, offset=offset)
+            begins = [
+                mappings.enter_context(mapped(descriptors[segment], offset, size))
                 for segment, offset, size in extents
             ]
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-
-    def __enter__(self) -> _Mapping:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for one in self._maps:
-            one.close()
-
-    def addresses(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where each place lies in this process."""
-        segments = places >> PLACE_BITS
-        offsets = places & OFFSET_MASK
-        found = np.zeros(len(places), np.int64)
-        for (segment, offset, size), one in zip(self._extents, self._maps, strict=True):
-            begin = np.frombuffer(one, np.uint8).__array_interface__["data"][0]
-            inside = (segments == segment) & (offsets >= offset) & (offsets < offset + size)
-            found[inside] = offsets[inside] - offset + begin
-        return found
+        firsts = np.array([(segment << PLACE_BITS) | offset for segment, offset, _ in extents])
+        nearest = np.searchsorted(firsts, places, side="right") - 1
+        yield np.array(begins)[nearest] + (places - firsts[nearest])
 
 
 def _failure(error: Exception) -> JobFailed:

@@ -21,11 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vllm_multilora.store import syscalls
+from vllm_multilora.store.channel import MOST_DESCRIPTORS
 
 MOST_MEMORY = 1 << 30
 """Bytes of its own that a job may take beside what the store had; the pack is not counted."""
 
-_MOST_FILES = 64
+_MOST_FILES = MOST_DESCRIPTORS + 64  # the segments that a pack lies in; and its own
 _NICENESS = 6  # above the store's: about a fifth of a processor that the model wants too
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38

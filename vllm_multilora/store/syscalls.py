@@ -1,11 +1,13 @@
-"""Linux system call numbers by machine, and how to make a call."""
+"""Linux system call numbers by machine, how to make a call, and a mapping as a call makes it."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 LANDLOCK_CREATE_RULESET = 444
 LANDLOCK_ADD_RULE = 445
@@ -58,6 +60,17 @@ _NUMBERS: dict[str, tuple[int, int | None]] = {
 }
 
 libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def call(number: int, *arguments: object) -> int:
@@ -67,6 +80,23 @@ def call(number: int, *arguments: object) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return result
+
+
+@contextmanager
+def mapped(descriptor: int, offset: int, size: int) -> Iterator[int]:
+    """Maps a range of a file to be written to, and gives its address; raises OSError.
+
+    The descriptor may be closed at once. `mmap.mmap` would keep a copy of it for each mapping.
+    """
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    address = libc.mmap(None, size, protection, mmap.MAP_SHARED, descriptor, offset)
+    if address == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    try:
+        yield address
+    finally:
+        libc.munmap(address, size)
 
 
 def audit_arch() -> int | None:

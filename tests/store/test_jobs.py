@@ -1,0 +1,55 @@
+"""A job packs where the store says."""
+
+import os
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from tests.store.conftest import PATIENT_S
+from tests.store.fake_reader import FakeReader, content_of
+from vllm_multilora.store.arena import PAGE, PLACE_BITS
+from vllm_multilora.store.channel import MOST_DESCRIPTORS, Channel
+from vllm_multilora.store.job_messages import Checked, Done, FromJob, Go, Opened, Place
+from vllm_multilora.store.jobs import Task
+from vllm_multilora.store.messages import StoreSettings
+from vllm_multilora.store.runner import ForkRunner
+from vllm_multilora.store.segments import SharedSegments
+
+pytestmark = pytest.mark.waits
+
+
+@pytest.fixture
+def segments():
+    made = SharedSegments()
+    yield made
+    made.close_all()
+
+
+def next_of(channel):
+    while not (received := channel.receive()):
+        pass
+    ((message, _),) = received
+    return message
+
+
+def test_a_pack_may_lie_in_many_segments_and_in_several_extents_of_each(segments):
+    numbers = range(MOST_DESCRIPTORS)
+    for number in numbers:
+        segments.create(number, 5 * PAGE)
+    extents = [(number, page * PAGE, PAGE) for page in (3, 1) for number in numbers]
+    places = np.array([(number << PLACE_BITS) | offset for number, offset, _ in extents])
+    path = "/fake/a?blocks=" + ",".join([str(PAGE)] * len(extents))
+    job, sock = ForkRunner().start(Task(1, path, [], StoreSettings()), FakeReader())
+    sock.settimeout(PATIENT_S)
+    with closing(Channel(sock, FromJob)) as channel:
+        assert isinstance(next_of(channel), Opened)
+        channel.send(Go())
+        assert isinstance(next_of(channel), Checked)
+        channel.send(Place(places.tobytes(), extents), list(map(segments.descriptor, numbers)))
+        assert isinstance(next_of(channel), Done)
+    job.kill()
+    empty, full = bytes(PAGE), content_of(path) * PAGE
+    for number in numbers:
+        found = os.pread(segments.descriptor(number), 5 * PAGE, 0)
+        assert found == empty + full + empty + full + empty
