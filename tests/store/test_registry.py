@@ -99,6 +99,43 @@ def test_who_follows_a_load_shares_its_failure(world):
     assert world.answer(2, tickets[1]).kind is FailureKind.INVALID
 
 
+def test_a_failure_names_nobody_elses_adapter(world):
+    world.client(2, server="other")
+    world.want(1, adapter=1, path="/same")
+    ticket = world.want(2, adapter=2, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    (leader,) = world.jobs
+    world.checked(leader, pages=11)
+    failed = world.answer(2, ticket)
+    assert failed.kind is FailureKind.NO_MEMORY
+    assert "adapter 1" not in failed.message
+
+
+def test_a_failure_names_no_other_folder_of_the_same_files(world):
+    world.client(2, server="other")
+    world.want(1, path="/same")
+    ticket = world.want(2, path="/linked")
+    for job in list(world.jobs):
+        world.opened(job, "the same files")
+    world.now += world.settings.timeout_s
+    world.registry.loads.tick(world.now)
+    assert "/linked" in world.answer(2, ticket).message
+
+
+def test_nobody_follows_a_load_that_has_less_time(world):
+    world.client(2, server="patient", timeout_s=world.settings.timeout_s + 60)
+    tickets = world.want(1, path="/same"), world.want(2, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    world.now += world.settings.timeout_s
+    world.registry.loads.tick(world.now)
+    assert world.answer(1, tickets[0]).kind is FailureKind.TIMEOUT
+    assert not world.answers(2, tickets[1])
+    world.settle()
+    assert isinstance(world.answer(2, tickets[1]), Loaded)
+
+
 def test_who_follows_a_load_keeps_it_going_when_its_own_wants_are_cancelled(world):
     world.client(2, server="other")
     tickets = world.want(1, path="/same"), world.want(2, path="/same")

@@ -99,7 +99,6 @@ class Load:
         number: Of the load and of its job.
         binding: Whose adapter it is.
         path: The adapter's folder.
-        name: The adapter's name.
         owners: Whose turn it may take.
         layouts: What the job checks against.
         settings: Of the client that wanted it first.
@@ -108,7 +107,7 @@ class Load:
         job: Whether a job works for it.
         opened: Whether the files have been opened.
         version: Of the files; empty if they have none.
-        followers: Loads of the same files, which wait for this one's end.
+        followers: Loads of the same folder's files, which wait for this one's end.
         leader: The load that this one follows.
         contents: What the files' check has found; None before; so the next.
         blocks: int64 [n], bytes of the blocks.
@@ -120,7 +119,6 @@ class Load:
     number: int
     binding: Binding
     path: str
-    name: str
     owners: list[Owner]
     layouts: Any
     settings: StoreSettings
@@ -140,6 +138,15 @@ class Load:
     def family(self) -> list[Load]:
         """The load and those that follow it."""
         return [self, *self.followers]
+
+    def may_follow(self, leader: Load) -> bool:
+        """Whether another load may end this one: what it reads, and says of it, is the same."""
+        return (
+            leader.version == self.version
+            and leader.binding.scope == self.binding.scope
+            and leader.path == self.path  # which messages name
+            and leader.settings.timeout_s >= self.settings.timeout_s
+        )
 
     def keep(self) -> bool:
         """Whether somebody wants it in memory."""

@@ -116,8 +116,7 @@ class Loads:
             self._succeed(load, pack, pack.info, now, was_read=False)
             return
         for leader in self._loads.values():
-            same = leader.version == version and leader.binding.scope == scope
-            if same and leader.job and leader is not load:
+            if leader.job and leader is not load and load.may_follow(leader):
                 self._effects.tell(number, Known(), ())
                 self._follow(load, leader)
                 return
@@ -182,7 +181,6 @@ class Loads:
         self,
         binding: Binding,
         path: str,
-        name: str,
         owners: Sequence[Owner],
         client: Client,
         tickets: list[Ticket],
@@ -194,7 +192,6 @@ class Loads:
             number,
             binding,
             path,
-            name,
             list(owners),
             client.layouts,
             client.settings,
@@ -220,7 +217,7 @@ class Loads:
         tickets = [ticket for ticket in tickets if ticket.client in self._clients]
         if tickets:
             client = self._clients[tickets[0].client]
-            again = self.add(load.binding, load.path, load.name, load.owners, client, tickets)
+            again = self.add(load.binding, load.path, load.owners, client, tickets)
             again.tenant = load.tenant
             for ticket in tickets:
                 self._clients[ticket.client].loads[ticket.number] = again
@@ -249,7 +246,7 @@ class Loads:
             try:
                 allocation = self._room.take(load, self._loads.values(), now)
             except OSError as error:
-                message = f"the system gives no memory for {load.name!r}: {error}"
+                message = f"the system gives no memory for the adapter: {error}"
                 self._fail(load, Failure(FailureKind.NO_MEMORY, message, []), now)
                 continue
             if allocation is None:

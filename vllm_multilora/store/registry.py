@@ -95,7 +95,7 @@ class Registry:
         load = self.loads.of_adapter(binding, want.path)
         is_new = load is None
         if load is None:
-            load = self.loads.add(binding, want.path, want.name, owners, client, [ticket])
+            load = self.loads.add(binding, want.path, owners, client, [ticket])
         elif fresh and load.opened:
             load.later.append(ticket)
         else:

@@ -24,11 +24,11 @@ class Room:
         assert load.blocks is not None
         budget = self._memory.arena.budget
         if self._memory.limit == 0:
-            return f"{load.name!r} cannot be kept: the host memory's budget is 0 adapters"
+            return "no adapter can be kept: the host memory's budget is 0 adapters"
         if self._memory.arena.can_ever_hold(load.blocks):
             return None
         return (
-            f"{load.name!r} takes {pages_of(load.blocks)} bytes of host memory, and all adapters "
+            f"the adapter takes {pages_of(load.blocks)} bytes of host memory, and all adapters "
             f"together may take {budget}; raise the budget, or lower the adapter's rank"
         )
 
