@@ -529,6 +529,13 @@ class _ChoosesStrangers(LruPolicy):
         return 12345
 
 
+def test_a_path_that_is_no_blends_source_fails_its_adapter_alone(world):
+    failed = world.answer(1, world.want(1, path="blend:nonsense"))
+    assert failed.kind is FailureKind.INVALID
+    assert "not the source of a blend" in failed.message
+    assert not world.jobs
+
+
 def test_a_faulty_policy_costs_nobody_anything(world):
     world.memory.policy = ContainedPolicy(_ChoosesStrangers())
     world.registry.release(1, world.load(1, 1, pages=10).pack.pack, world.now)

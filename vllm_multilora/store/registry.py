@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from vllm_multilora.adapters.blends import Blend, BlendError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.answers import Answers, Effects
 from vllm_multilora.store.entries import Binding, Client, Owner, Scope, Ticket
@@ -75,6 +76,12 @@ class Registry:
             kind = FailureKind.INTERNAL
             self._effects.send(number, Failed(want.ticket, want.adapter, kind, message, []))
             return
+        try:
+            Blend.read(want.path)
+        except BlendError as error:
+            failure = Failure(FailureKind.INVALID, str(error), [])
+            self._answers.failed(ticket, want.adapter, failure)
+            return
         binding = Binding(client.server, client.scope, want.adapter)
         tenant = Owner(client.server, want.owners[0]) if want.owners else None
         if tenant is not None:
@@ -87,9 +94,9 @@ class Registry:
                     self.memory.own(pack, tenant)
                     self.loads.give_room(now)
                 return
-            failure = self.loads.failures.find(binding, want.path, now)
-            if failure is not None:
-                self._answers.failed(ticket, want.adapter, failure)
+            known = self.loads.failures.find(binding, want.path, now)
+            if known is not None:
+                self._answers.failed(ticket, want.adapter, known)
                 return
         owners = [Owner(client.server, of) for of in want.owners or (want.adapter,)]
         load = self.loads.of_adapter(binding, want.path)
