@@ -442,6 +442,18 @@ def test_what_cannot_be_said_to_the_store_fails_alone(threaded, number, name, pa
     assert isinstance(threaded.load(2, "/fake/b"), Loaded)
 
 
+def test_a_job_for_which_there_is_no_thread_fails_its_adapter_alone(threaded, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        failed = threaded.load(1, "/fake/a")
+    assert failed.kind is FailureKind.INTERNAL
+    assert "can't start new thread" in failed.message
+    assert isinstance(threaded.load(2, "/fake/b"), Loaded)
+
+
 def test_a_hanging_job_on_a_thread_is_given_up(threaded):
     threaded.notes = threaded.client.configure([1], StoreSettings(timeout_s=0.3))
     assert threaded.load(1, "/fake/a?hang=5").kind is FailureKind.TIMEOUT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -149,7 +150,12 @@ class ThreadRunner:
 
     def start(self, task: Task, reader: Reader) -> tuple[RunningJob, socket.socket]:
         ours, theirs = socket.socketpair()
-        return _Thread(theirs, task, reader), ours
+        try:
+            return _Thread(theirs, task, reader), ours
+        except RuntimeError as error:  # as Python says it, whatever the system's error was
+            ours.close()
+            theirs.close()
+            raise OSError(errno.EAGAIN, str(error)) from error
 
     def protection(self) -> list[str]:
         return []
