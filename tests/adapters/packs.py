@@ -25,7 +25,6 @@ class Pack:
     layouts: tuple[ModelLayout, ...]
     taken: Taken
     rank: int
-    left_out: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -87,5 +86,4 @@ def taken(intake: Intake | BlendIntake, *layouts: ModelLayout) -> Pack:
         layouts,
         read,
         intake.rank,
-        intake.left_out,
     )

@@ -110,7 +110,6 @@ def test_ranks_stand_side_by_side_with_scales_and_weights_in_b(
     pack = take(tmp_path, model, **WEIGHTS)
     assert_holds(pack, tensors, WEIGHTS)
     assert pack.rank == 3 + 5 + 7  # of q_proj in the first layer
-    assert pack.left_out == ()
 
 
 @pytest.mark.parametrize("columns_first", [False, True], ids=["by-row", "by-column"])

@@ -32,7 +32,6 @@ def pack_info(pack: int, digest: str = "", *, special: bool = False) -> PackInfo
     return PackInfo(
         rank=8,
         has_special=special,
-        left_out=(),
         invocation_tokens=(),
         dora=False,
         pack=pack,

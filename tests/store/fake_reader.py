@@ -40,7 +40,6 @@ def content_of(path: str) -> bytes:
 class FakeIntake:
     rank = 8
     has_special = False
-    left_out = ("left.out",)
     invocation_tokens = ()
     dora = False
 

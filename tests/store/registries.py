@@ -18,7 +18,7 @@ from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.registry import Registry
 
 PAGE = 4096
-CONTENTS = Contents(8, has_special=False, left_out=(), invocation_tokens=(), dora=False)
+CONTENTS = Contents(8, has_special=False, invocation_tokens=(), dora=False)
 
 
 class World:

@@ -119,7 +119,6 @@ class BlendIntake:
         for parts, intake, applied in zip(self._plan.parts, intakes, weighted, strict=True):
             parts += unpacked(intake.file, parts, layouts, applied)
         self.rank = self._plan.rank
-        self.left_out = tuple(dict.fromkeys(m for intake in intakes for m in intake.left_out))
         self.block_bytes = self._plan.block_bytes
 
     def read(self, addresses: _Ints | None, places: _Ints | None) -> Taken:

@@ -38,7 +38,6 @@ from vllm_multilora.adapters.limits import DEFAULT_LIMITS, Limits
 from vllm_multilora.adapters.one_pass import Part, read_once
 from vllm_multilora.adapters.pack_plan import PackPlan
 from vllm_multilora.adapters.pickled import as_safetensors, pickled_name
-from vllm_multilora.adapters.placement import left_out_modules
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.adapters.regular_file import RegularFile, mostly_holes, too_large
@@ -313,7 +312,6 @@ class Source:
             applied_of(file, config, report, layout)
             for report, layout in zip(reports, kinds.layouts, strict=True)
         ]
-        left_out = [left_out_modules(file.tensors, layout) for layout in kinds.layouts]
         return Intake(
             self,
             file,
@@ -329,9 +327,6 @@ class Source:
             rank=max(
                 (config.rank_of(module.module) for report in reports for module in report.modules),
                 default=config.rank,
-            ),
-            left_out=tuple(
-                module for module in left_out[0] if all(module in other for other in left_out)
             ),
         )
 
@@ -381,7 +376,6 @@ class Intake:
         config: Its configuration.
         applied: What of it is applied, for each layout.
         rank: Its largest true rank.
-        left_out: Its modules, by their names there, that no layout adapts.
         has_special: Whether it has tensors for layers that vLLM fills itself.
         invocation_tokens: From whose last occurrence in a prompt on it acts; none: on all of it.
         dora: Whether it is a DoRA adapter.
@@ -399,7 +393,6 @@ class Intake:
         applied: Sequence[Applied],
         check_finite: bool,
         rank: int,
-        left_out: tuple[str, ...],
     ) -> None:
         self._source = source
         self.file = file
@@ -408,7 +401,6 @@ class Intake:
         self._plan = plan
         self._check_finite = check_finite
         self.rank = rank
-        self.left_out = left_out
         self.has_special = plan.has_raw
         self.invocation_tokens = config.invocation_tokens
         self.dora = config.dora

@@ -35,19 +35,6 @@ class FoundModule:
     tensors: dict[str, str] = field(default_factory=dict)
 
 
-def left_out_modules(tensors: Iterable[str], layout: ModelLayout) -> list[str]:
-    """The modules of an adapter, by their names there, that no worker adapts.
-
-    Args:
-        tensors: The names of the adapter's tensors.
-        layout: What the base model accepts.
-    """
-    roles = map(parse_tensor_name, tensors)
-    modules = dict.fromkeys(role.module for role in roles if role is not None)
-    naming = layout.naming
-    return [m for m in modules if naming.rename(m) is None and not naming.elsewhere(m)]
-
-
 class Placement:
     """Sorts a checkpoint's tensors by module and notes those that have no place.
 

@@ -93,7 +93,7 @@ class StoreClient:
 
     @property
     def address(self) -> str:
-        """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-4.sock`."""
+        """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-5.sock`."""
         return f"unix:{self._host.path}"
 
     def configure(

@@ -90,7 +90,6 @@ def _read(channel: Channel[ToJob], task: Task, reader: Reader, confine: Callable
         contents = Contents(
             rank=intake.rank,
             has_special=intake.has_special,
-            left_out=tuple(intake.left_out),
             invocation_tokens=tuple(intake.invocation_tokens),
             dora=intake.dora,
         )

@@ -15,7 +15,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
@@ -67,7 +67,6 @@ class Contents(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         rank: The largest rank of its modules.
         has_special: Whether it has tensors for layers that vLLM fills itself.
-        left_out: Modules of the adapter that nothing adapts here.
         invocation_tokens: Token ids from whose last occurrence in a prompt on the adapter acts;
             none: it acts on all of it.
         dora: Whether it is a DoRA adapter, which multiplies outputs too.
@@ -75,7 +74,6 @@ class Contents(msgspec.Struct, frozen=True, array_like=True):
 
     rank: int
     has_special: bool
-    left_out: tuple[str, ...]
     invocation_tokens: tuple[int, ...]
     dora: bool
 
