@@ -23,6 +23,7 @@ from vllm_multilora.store.job_messages import (
     ToJob,
 )
 from vllm_multilora.store.messages import Failed, Loaded, StoreSettings
+from vllm_multilora.store.recent_failures import LONGEST_MESSAGE
 from vllm_multilora.store.runner import End, Use
 
 DIGEST = digest_of("an adapter")
@@ -149,6 +150,13 @@ def test_a_job_may_fail_at_any_time(world):
     ticket = world.want(client, 1)
     world.say("/adapters/1", JobFailed(FailureKind.INVALID, "it is broken", []))
     assert world.answer(client, ticket).message == "it is broken"
+
+
+def test_what_a_job_says_of_its_failure_is_cut_to_what_may_be_kept(world):
+    client = world.client(-1)
+    ticket = world.want(client, 1)
+    world.say("/adapters/1", JobFailed(FailureKind.INVALID, "x" * 2 * LONGEST_MESSAGE, []))
+    assert len(world.answer(client, ticket).message) <= LONGEST_MESSAGE
 
 
 @pytest.mark.parametrize(

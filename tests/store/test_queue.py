@@ -69,9 +69,9 @@ def test_a_job_that_works_keeps_its_place_until_patience_ends():
     now = 0.0
     while now < PATIENCE_S - IDLE_S:
         now += IDLE_S / 2
-        queue.looked_at(0, now, now)
+        queue.looked_at(0, now, now, is_ready=False)
         assert started(queue, now) == []
-    queue.looked_at(0, PATIENCE_S, PATIENCE_S)
+    queue.looked_at(0, PATIENCE_S, PATIENCE_S, is_ready=False)
     assert started(queue, PATIENCE_S) == [1]
 
 
@@ -109,7 +109,7 @@ def test_beside_too_many_hanging_jobs_the_longest_idle_is_killed_for_who_waits()
     for _ in range(MOST_OLD_JOBS):
         assert len(started(queue, now)) == 1
         now += 1.5 * IDLE_S
-    queue.looked_at(0, 1.0, now)  # the first has worked meanwhile
+    queue.looked_at(0, 1.0, now, is_ready=False)  # the first has worked meanwhile
     assert started(queue, now) == []
     now += LONG_IDLE_S
     assert queue.overdue(now) == [1]
@@ -122,7 +122,7 @@ def test_a_job_is_killed_at_its_deadline_whatever_it_does():
     queue = FairQueue()
     queue.add(0, "a", Lane.REQUEST, 5.0)
     assert started(queue, 0.0) == [0]
-    queue.looked_at(0, 4.9, 4.9)
+    queue.looked_at(0, 4.9, 4.9, is_ready=False)
     assert queue.overdue(4.9) == []
     assert queue.next_event(4.9) == 5.0
     assert queue.overdue(5.0) == [0]

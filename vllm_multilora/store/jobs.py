@@ -28,7 +28,6 @@ from vllm_multilora.store.job_messages import (
 )
 from vllm_multilora.store.messages import Contents, StoreSettings
 from vllm_multilora.store.reader import Reader
-from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.syscalls import mapped
 
 
@@ -137,5 +136,4 @@ def _failure(error: Exception) -> JobFailed:
     elif kind is FailureKind.INTERNAL:
         message = f"{type(error).__name__}: {message}"
     problems = [problem.as_dict() for problem in getattr(error, "problems", ())]
-    bounded = Failure(kind, message, problems).bounded()
-    return JobFailed(bounded.kind, bounded.message, bounded.problems)
+    return JobFailed(kind, message, problems)

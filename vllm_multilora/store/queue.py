@@ -153,15 +153,12 @@ class FairQueue:
     def go_on(self, number: int, now: float) -> None:
         """Starts a job's clock again."""
         job = self._jobs[number]
-        if job.waiting_since is not None:
-            paused = now - job.waiting_since
-            job.deadline += paused
-            job.worked = now
-            job.waiting_since = None
+        assert job.waiting_since is not None
+        job.deadline += now - job.waiting_since
+        job.worked = now
+        job.waiting_since = None
 
-    def looked_at(
-        self, number: int, processor_s: float, now: float, *, is_ready: bool = False
-    ) -> None:
+    def looked_at(self, number: int, processor_s: float, now: float, *, is_ready: bool) -> None:
         """Notes how much processor time a job has used so far, and whether it wants more."""
         job = self._jobs[number]
         if is_ready or processor_s != job.processor_s:
