@@ -6,6 +6,7 @@ import logging
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
@@ -22,8 +23,6 @@ from vllm_multilora.store.messages import (
     Configure,
     Configured,
     Describe,
-    Description,
-    Evicted,
     Failed,
     Forget,
     Forgotten,
@@ -37,7 +36,6 @@ from vllm_multilora.store.messages import (
     Role,
     Share,
     StoreSettings,
-    Totals,
     ToUser,
     Used,
     Want,
@@ -71,10 +69,10 @@ class StoreClient:
         self._host = host
         self._hello = Hello(PROTOCOL, role, server, os.getpid())
         self._configure: Configure | None = None
-        self._wants: dict[int, Want] = {}
+        # Until their answers are taken; None: the store cannot be told of it.
+        self._wants: dict[int, Want | None] = {}
         self._next_ticket = 1
-        self._inbox: list[ToUser] = []
-        self._unseen: dict[int, Want] = {}  # of answers in the inbox
+        self._inbox: deque[ToUser] = deque()
         self._answer: Configured | Refused | None = None
         self._waker: Waker | None = None
         self._pause = _FIRST_PAUSE_S
@@ -147,6 +145,7 @@ class StoreClient:
             _check(sent)
         except (TypeError, ValueError) as error:
             message = f"adapter {want.name!a} cannot be asked for from {want.path!a}: {error}"
+            self._wants[ticket] = None
             self._inbox.append(Failed(ticket, want.adapter, FailureKind.INVALID, message, []))
             return ticket
         self._wants[ticket] = sent
@@ -165,11 +164,6 @@ class StoreClient:
         """Takes a want back: nothing comes for its ticket any more, and no lease stays."""
         if self._wants.pop(ticket, None) is not None:
             self._send(Cancel(ticket))
-        self._unseen.pop(ticket, None)
-        for message in self._inbox:
-            if isinstance(message, Loaded) and message.ticket == ticket and message.leased:
-                self._send(Release(message.pack.pack))
-        self._inbox = [m for m in self._inbox if getattr(m, "ticket", None) != ticket]
 
     def release(self, pack: int) -> None:
         """Gives back one lease."""
@@ -252,11 +246,25 @@ class StoreClient:
     def _taken(self) -> list[ToUser]:
         if self._waker is not None:
             self._waker.rearm()
-        came = self._inbox
-        if came:
-            self._inbox = []
-            self._unseen.clear()
+        came: list[ToUser] = []
+        while self._inbox:
+            message = self._inbox.popleft()
+            if self._is_awaited(message):
+                came.append(message)
         return came
+
+    def _is_awaited(self, message: ToUser) -> bool:
+        """Whether it is for the user; an answer ends its want, or comes after its `cancel`."""
+        if isinstance(message, Reading):
+            return message.ticket in self._wants
+        if not isinstance(message, Loaded | Failed):
+            return True
+        if message.ticket in self._wants:
+            del self._wants[message.ticket]
+            return True
+        if isinstance(message, Loaded) and message.leased:
+            self._send(Release(message.pack.pack))
+        return False
 
     def _take(self, message: FromStore) -> None:
         self._pause = _FIRST_PAUSE_S
@@ -266,18 +274,7 @@ class StoreClient:
             case Refused(reason):
                 self._answer = message
                 logger.error("The store refuses to serve: %s", reason)
-            case Loaded(ticket) | Failed(ticket):
-                want = self._wants.pop(ticket, None)
-                if want is not None:
-                    self._unseen[ticket] = want
-                    self._inbox.append(message)
-                elif isinstance(message, Loaded) and message.leased:
-                    # Cancelled while it was on its way.
-                    self._send(Release(message.pack.pack))
-            case Reading(ticket):
-                if ticket in self._wants:
-                    self._inbox.append(message)
-            case Evicted() | Forgotten() | Totals() | Description():
+            case _ if isinstance(message, ToUser):
                 self._inbox.append(message)
 
     def _connect(self) -> None:
@@ -303,7 +300,7 @@ class StoreClient:
             logger.error("No store: %s; trying again in %.1f seconds", error, self._pause)
 
     def _lose(self, error: ChannelClosedError) -> None:
-        """The store has gone: what it said of packs is void."""
+        """The store has gone: what it said is void, and the next one answers what is wanted."""
         if self._channel is None:
             return
         logger.warning("The store has gone (%s); it is started again", error)
@@ -312,11 +309,10 @@ class StoreClient:
         self._channel = None
         if self._waker is not None:
             self._waker.watch(-1)
-        for message in self._inbox:
-            if isinstance(message, Loaded):
-                self._wants[message.ticket] = self._unseen.pop(message.ticket)
-        self._inbox = [message for message in self._inbox if isinstance(message, Failed)]
-        self._inbox.append(Restarted())
+        own = (
+            m for m in self._inbox if isinstance(m, Failed) and self._wants.get(m.ticket) is None
+        )
+        self._inbox = deque([*own, Restarted()])
         self._losses += 1
         self._next_attempt = 0.0
 

@@ -1,0 +1,104 @@
+"""An engine core's side of the connection, against a store that the test plays."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.channel import Channel
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.messages import (
+    Cancel,
+    Failed,
+    FromClient,
+    Loaded,
+    PackInfo,
+    Reading,
+    Release,
+    Restarted,
+    Want,
+)
+
+
+class Stores:
+    """Where a client's stores are: each connection leads to another one."""
+
+    path = Path("/nowhere")
+
+    def __init__(self) -> None:
+        self.newest: Channel | None = None
+
+    def connect(self) -> socket.socket:
+        here, there = socket.socketpair()
+        there.setblocking(False)
+        self.newest = Channel(there, FromClient)
+        return here
+
+    def say(self, *messages) -> None:
+        for message in messages:
+            self.newest.send(message)
+
+    def heard(self) -> list:
+        """What the newest store has been told, but for greetings."""
+        return [message for message, _ in self.newest.receive()][1:]
+
+
+@pytest.fixture
+def stores() -> Stores:
+    return Stores()
+
+
+@pytest.fixture
+def client(stores):
+    client = StoreClient(stores, "server")
+    yield client
+    client.close()
+
+
+def loaded(ticket: int, pack: int) -> Loaded:
+    info = PackInfo(8, False, (), (), False, pack, 1, 1, "digest", "version", [1], 0, 64, ())
+    return Loaded(ticket, ticket, info, 0.0, False, True)
+
+
+def want(client: StoreClient, adapter: int) -> int:
+    return client.want(Want(adapter, "acme", f"/adapters/{adapter}"))
+
+
+def test_the_lease_of_an_answer_that_comes_too_late_is_given_back(client, stores):
+    ticket = want(client, 1)
+    client.cancel(ticket)
+    stores.say(Reading(ticket), loaded(ticket, pack=11))
+    assert client.poll() == []
+    assert stores.heard()[1:] == [Cancel(ticket), Release(11)]
+
+
+def test_a_want_taken_back_before_its_failure_is_taken_is_not_answered(client):
+    client.cancel(client.want(Want(1 << 63, "acme", "/adapters/1")))
+    assert client.poll() == []
+
+
+@pytest.mark.parametrize("answer", [loaded(2, pack=22), Failed(2, 2, FailureKind.TIMEOUT, "", [])])
+def test_the_last_words_of_a_store_that_dies_meanwhile_count_for_nothing(client, stores, answer):
+    """It is noticed when the first answer's lease is given back."""
+    client.cancel(want(client, 1))
+    want(client, 2)
+    stores.say(loaded(1, pack=11), answer)
+    stores.newest.receive()
+    stores.newest.close()
+    assert client.poll() == [Restarted()]
+    client.poll()
+    assert [message.adapter for message in stores.heard()] == [2]
+    stores.say(loaded(2, pack=33))
+    assert client.poll() == [loaded(2, pack=33)]
+
+
+def test_a_want_can_be_taken_back_while_its_store_dies(client, stores):
+    """Its answer was heard, and not taken yet."""
+    ticket = want(client, 1)
+    stores.say(loaded(ticket, pack=11))
+    client._pump(0)
+    stores.newest.close()
+    client.cancel(ticket)
+    assert client.poll() == [Restarted()]
+    assert stores.heard() == []
