@@ -1,13 +1,18 @@
 """Where stores are found: nowhere that another user could have a hand in."""
 
 import os
+import socket
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.store.fake_reader import FakeReader
 from vllm_multilora.store import folder
 from vllm_multilora.store.folder import FOLDER_VARIABLE, StoreUnavailableError
+from vllm_multilora.store.runner import ThreadRunner
+from vllm_multilora.store.segments import SharedSegments
+from vllm_multilora.store.server import Server
 
 
 @pytest.fixture
@@ -86,3 +91,20 @@ def test_a_store_removes_its_own_socket_only(tmp_path):
         with folder.listen(path):
             address.close()
             assert path.exists()
+
+
+def test_a_store_that_ends_leaves_its_place_before_it_frees_its_memory(tmp_path, monkeypatch):
+    """Freeing much takes long, and file systems use inodes' numbers again."""
+    path = tmp_path / "s.sock"
+    successors = []
+    monkeypatch.setattr(SharedSegments, "close_all", lambda _: successors.append(listen(path)))
+
+    def listen(path: Path) -> socket.socket:
+        assert not path.exists()
+        return folder.listen(path)
+
+    server = Server(folder.listen(path), ThreadRunner(), FakeReader())
+    server.stop()
+    server.run()
+    with successors[0]:
+        folder.connect(path).close()

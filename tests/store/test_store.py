@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -13,12 +14,12 @@ import psutil
 import pytest
 
 from tests.store.conftest import FAKE, Engine
-from tests.store.fake_reader import content_of
+from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
-from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.launch import StoreProcess, StoreThread
 from vllm_multilora.store.mapper import SegmentMapper
 from vllm_multilora.store.messages import (
     PROTOCOL,
@@ -419,6 +420,17 @@ def test_the_same_store_runs_on_a_thread(threaded):
     mapper.close()
     description = threaded.describe()
     assert (description.mode, description.protection) == ("thread", [])
+
+
+def test_a_store_on_a_thread_leaves_nothing_behind(store_folder, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(store_folder))
+    host = StoreThread(FakeReader())
+    engine = Engine(StoreClient(host, "server"))
+    monkeypatch.setattr("vllm_multilora.store.server.LINGER_S", 0.0)
+    engine.client.close()
+    assert host._thread is not None
+    host._thread.join(10)
+    assert [path.name for path in store_folder.iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize(

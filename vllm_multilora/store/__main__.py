@@ -1,4 +1,4 @@
-"""Runs a store: `python -m vllm_multilora.store --socket-fd N`, or `--path P` by hand."""
+"""Runs a store: `python -m vllm_multilora.store --socket-fd N`."""
 
 from __future__ import annotations
 
@@ -23,31 +23,26 @@ def main() -> int:
     # Before NumPy is imported: its threads would make it unsafe to fork, and are of no use here.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
-    from vllm_multilora.store import folder
     from vllm_multilora.store.runner import ForkRunner
     from vllm_multilora.store.server import Server
 
     module, _, name = options.reader.partition(":")
     reader = getattr(importlib.import_module(module), name)()
-    if options.socket_fd is not None:
-        listener = socket.socket(fileno=options.socket_fd)
-    else:
-        listener = folder.listen(options.path)
+    listener = socket.socket(fileno=options.socket_fd)
     server = Server(listener, ForkRunner(), reader, keep=options.keep)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     gc.collect()
     gc.freeze()
-    with contextlib.closing(folder.Address.of(listener)):
-        server.run()
+    server.run()
     return 0
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m vllm_multilora.store", description=__doc__)
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--socket-fd", type=int, help="a listening socket that was handed over")
-    where.add_argument("--path", help="where to listen")
+    parser.add_argument(
+        "--socket-fd", type=int, required=True, help="a listening socket that was handed over"
+    )
     parser.add_argument("--keep", action="store_true", help="go on without clients")
     parser.add_argument("--detach", action="store_true", help="go on as a process of its own")
     parser.add_argument("--processors", default="", help="where to run, such as 0,1,2")

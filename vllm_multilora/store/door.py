@@ -10,6 +10,7 @@ import socket
 
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.connections import is_same_user
+from vllm_multilora.store.folder import Address
 from vllm_multilora.store.messages import FromClient, Refused
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class Door:
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
+        self._address = Address.of(listener)
         listener.setblocking(False)
         # Where this process is at its limit of descriptors, this one is given up to say so.
         self._reserve: int | None = os.open(os.devnull, os.O_RDONLY)
@@ -47,7 +49,8 @@ class Door:
         return Channel(sock, FromClient)
 
     def close(self) -> None:
-        """Nobody comes in any more."""
+        """Nobody comes in any more; the next store can have the place."""
+        self._address.close()
         self._listener.close()
         if self._reserve is not None:
             os.close(self._reserve)

@@ -18,7 +18,7 @@ from vllm_multilora.store.messages import PROTOCOL
 FOLDER_VARIABLE = "MULTILORA_STORE_FOLDER"
 """Names the folder; engines and workers that are started by this process inherit it."""
 
-_LONGEST_PATH = 100  # of a local socket: 107 bytes, and a few for what stands before its name
+_LONGEST_PATH = 100  # of a local socket: 107 bytes, and a store on a thread has a longer name
 
 
 class StoreUnavailableError(MultiLoRAError, RuntimeError):
@@ -71,9 +71,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def listen(path: str | Path) -> socket.socket:
+def listen(path: Path) -> socket.socket:
     """A socket that listens at a path, which must not exist, or be of a store that has died."""
-    path = Path(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.exists() and _is_dead(path):
@@ -105,32 +104,32 @@ def connect(path: str | Path, timeout_s: float = 5.0) -> socket.socket:
     return sock
 
 
-@dataclass
+@dataclass(frozen=True)
 class Address:
     """A store's own place in the file system, to be removed when it ends.
 
     Attributes:
-        path: Where it listens; None where that is no path.
-        inode: Of what it has made there: another store may have taken its place.
+        path: Where it listens.
+        inode: Of the socket there. Only while the listener is open does it tell this socket from
+            another store's: the file system may use the number again.
     """
 
-    path: Path | None
+    path: Path
     inode: int
 
     @classmethod
     def of(cls, listener: socket.socket) -> Address:
-        name = listener.getsockname() if listener.family == socket.AF_UNIX else None
-        path = Path(name) if isinstance(name, str) and name else None
+        path = Path(listener.getsockname())
         try:
-            return cls(path, path.lstat().st_ino if path else 0)
+            return cls(path, path.lstat().st_ino)
         except OSError:
-            return cls(None, 0)
+            return cls(path, 0)  # somebody has removed it
 
     def close(self) -> None:
-        if self.path is not None:
-            with contextlib.suppress(OSError), locked(self.path.parent):
-                if self.path.lstat().st_ino == self.inode:
-                    self.path.unlink()
+        """Leaves the place to another store; to be called before the listener is closed."""
+        with contextlib.suppress(OSError), locked(self.path.parent):
+            if self.path.lstat().st_ino == self.inode:
+                self.path.unlink()
 
 
 def _is_dead(path: Path) -> bool:

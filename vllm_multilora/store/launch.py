@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Literal, Protocol
@@ -126,10 +126,9 @@ class StoreThread:
     """
 
     def __init__(self, reader: object = None) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="vllm-multilora-"))
         self._reader = reader
         self._thread: threading.Thread | None = None
-        self.path = folder.socket_path(self._folder)
+        self.path = folder.store_folder() / f"thread-{secrets.token_hex(3)}.sock"
 
     def connect(self) -> socket.socket:
         try:
@@ -149,20 +148,12 @@ class StoreThread:
             from vllm_multilora.store.adapter_reader import AdapterReader
 
             reader = AdapterReader()
-        self.path.unlink(missing_ok=True)
         server = Server(folder.listen(self.path), ThreadRunner(), reader)  # type: ignore[arg-type]
-        self._thread = threading.Thread(target=self._serve, args=(server,), daemon=True)
-        self._thread.name = "multilora-store"
+        self._thread = threading.Thread(target=server.run, name="multilora-store", daemon=True)
         self._thread.start()
 
     def last_words(self) -> str:
         return "nothing: it is a thread of this process, see the log"
-
-    def _serve(self, server: object) -> None:
-        try:
-            server.run()  # type: ignore[attr-defined]
-        finally:
-            self.path.unlink(missing_ok=True)
 
 
 def store_host(mode: Literal["process", "thread"]) -> StoreHost:

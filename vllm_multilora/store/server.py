@@ -271,11 +271,12 @@ class Server:
             self._bell.recv(64)
 
     def _close(self) -> None:
+        self._door.close()  # first: clients that are told look for the next store at once
         self._desk.kill_all()
         for connection in self._connections.values():
             connection.channel.close()
-        for closable in (self._door, self._bell, self._rope):
-            closable.close()
+        self._bell.close()
+        self._rope.close()
         self._selector.close()
         self._segments.close_all()
 
