@@ -183,7 +183,7 @@ class Conversation:
         if not size:
             connection.channel.send(Segment(number, 0))
             return
-        descriptor = self._segments.open(number, writable=message.writable)
+        descriptor = self._segments.open_to_read(number)
         try:
             connection.channel.send(Segment(number, size), [descriptor])
         finally:

@@ -33,9 +33,8 @@ _ANSWER_S = 10.0
 class _Mapped:
     """One mapping; its bytes stay as long as it does, whatever becomes of the store."""
 
-    def __init__(self, descriptor: int, size: int, writable: bool) -> None:
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection)
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._map = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
         self.size = size
         self.address = int(np.frombuffer(self._map, np.uint8).__array_interface__["data"][0])
 
@@ -57,9 +56,6 @@ class SegmentMapper:
         address: `StoreClient.address` of the engine core.
         server: As `StoreClient`'s.
         pinned: Whether `mapped` registers segments with a device.
-        writable: Whether to map memory so that it could be written to, which nobody does. CUDA
-            registers memory that can only be read with `cudaHostRegisterReadOnly`, and not on
-            every device.
         mapped: Called with a segment's number, address and bytes after it was mapped.
         unmapping: The same before it is unmapped.
     """
@@ -70,7 +66,6 @@ class SegmentMapper:
         server: str,
         *,
         pinned: bool = False,
-        writable: bool = False,
         mapped: Callable[[int, int, int], None] | None = None,
         unmapping: Callable[[int, int, int], None] | None = None,
     ) -> None:
@@ -82,7 +77,6 @@ class SegmentMapper:
             )
         self._hello = Hello(PROTOCOL, "worker", server, os.getpid())
         self._pinned = pinned
-        self._writable = writable
         self._on_mapped = mapped
         self._on_unmapping = unmapping
         self._segments: dict[int, _Mapped] = {}
@@ -179,7 +173,7 @@ class SegmentMapper:
                 "pack was released too early"
             )
         try:
-            mapped = _Mapped(descriptors[0], answer.size, self._writable)
+            mapped = _Mapped(descriptors[0], answer.size)
         finally:
             os.close(descriptors[0])
         self._segments[number] = mapped
@@ -199,7 +193,7 @@ class SegmentMapper:
                 self._disconnect()
 
     def _ask(self, number: int) -> tuple[Segment, list[int]]:
-        self._connected().send(Map(number, self._pinned, self._writable))
+        self._connected().send(Map(number, self._pinned))
         while True:
             received = self._channel_wait(_ANSWER_S)
             if not received:

@@ -226,13 +226,10 @@ class Map(Message, frozen=True):
         segment: Its number.
         pinned: Whether the client registers the segment with a device. Pages of such a segment
             are never given back singly: the device would go on reading the old ones.
-        writable: Whether the descriptor may be written to; for devices that register memory which
-            can be written to, and no other.
     """
 
     segment: int
     pinned: bool = False
-    writable: bool = False
 
 
 class Watch(Message, frozen=True):
