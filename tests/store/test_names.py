@@ -1,11 +1,16 @@
-"""Names that API servers share: whoever publishes one hears when all others serve it, or do not."""
+"""Names that API servers share: whoever publishes one hears when all serve it, or do not."""
+
+from itertools import count, permutations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.store.names_only import NOW, Stores
+from vllm_multilora.store import names as names_module
 from vllm_multilora.store.messages import Publish, Published, Retract, Retracted, Settled
 from vllm_multilora.store.names import PATIENCE_S, Names
-
-NOW = 1000.0
+from vllm_multilora.store.names_client import NamesClient
 
 
 class Mail:
@@ -40,29 +45,38 @@ def publish(request: int, name: str = "acme", adapter: int = 7) -> Publish:
     return Publish(request, name, adapter, f"/adapters/{adapter}", b"")
 
 
-def test_a_registration_is_answered_when_all_others_have_seen_it(names, mail):
+def test_a_registration_is_answered_when_all_have_seen_it(names, mail):
     names.publish(1, publish(5), NOW)
-    (to_two,) = mail.take(2)
-    (to_three,) = mail.take(3)
-    assert to_two == to_three == Published(to_two.serial, "acme", 7, "/adapters/7", b"")
+    (to_one,), (to_two,), (to_three,) = (mail.take(client) for client in (1, 2, 3))
+    assert to_one == to_two == to_three
+    assert to_one == Published(to_one.serial, "acme", 7, "/adapters/7", b"")
     assert mail.take(9) == []
-    names.saw(2, to_two.serial)
-    assert mail.take(1) == []
-    names.saw(3, to_three.serial)
-    assert mail.take(1) == [Settled(5)]
-
-
-def test_an_api_server_on_its_own_is_answered_at_once(mail):
-    names = Names(mail)
-    names.join(1, "server")
-    names.publish(1, publish(5), NOW)
+    for client in (2, 1):
+        names.saw(client, to_one.serial)
+        assert mail.take(1) == []
+    names.saw(3, to_one.serial)
     assert mail.take(1) == [Settled(5)]
     assert names.next_event() is None
 
 
+def test_changes_made_at_once_are_heard_by_all_in_one_order(names, mail):
+    names.publish(1, publish(1, adapter=101), NOW)
+    names.publish(2, publish(1, adapter=202), NOW)
+    names.retract(3, Retract(1, "acme", 101), NOW)
+    heard = [mail.take(client) for client in (1, 2, 3)]
+    assert [message.adapter for message in heard[0]] == [101, 202, 101]
+    assert heard[0] == heard[1] == heard[2]
+    names.join(4, "server")
+    assert mail.take(4) == [
+        Published(0, "acme", 202, "/adapters/202", b""),
+        Retracted(0, "acme", 101),
+    ]
+
+
 def test_an_api_server_that_does_not_answer_holds_a_registration_up_for_a_while_only(names, mail):
     names.publish(1, publish(5), NOW)
-    (seen,) = mail.take(2)
+    (seen,) = mail.take(1)
+    names.saw(1, seen.serial)
     names.saw(2, seen.serial)
     assert names.next_event() == NOW + PATIENCE_S
     names.tick(NOW + PATIENCE_S / 2)
@@ -77,7 +91,8 @@ def test_an_api_server_that_does_not_answer_holds_a_registration_up_for_a_while_
 @pytest.mark.parametrize("leaves_first", [True, False])
 def test_an_api_server_that_has_gone_is_not_waited_for(names, mail, leaves_first):
     names.publish(1, publish(5), NOW)
-    (seen,) = mail.take(2)
+    (seen,) = mail.take(1)
+    names.saw(1, seen.serial)
     steps = [lambda: names.leave(3), lambda: names.saw(2, seen.serial)]
     for step in steps if leaves_first else reversed(steps):
         assert mail.take(1) == []
@@ -89,9 +104,13 @@ def test_whoever_comes_later_is_told_what_holds_now(names, mail):
     names.publish(1, publish(1, "acme", 7), NOW)
     names.publish(2, publish(1, "globex", 8), NOW)
     names.publish(1, publish(2, "acme", 9), NOW)  # another version
-    names.retract(3, Retract(1, "globex"), NOW)
+    names.retract(3, Retract(1, "globex", 8), NOW)
     names.join(4, "server")
-    assert mail.take(4) == [Published(0, "acme", 9, "/adapters/9", b"")]
+    assert mail.take(4) == [
+        Published(0, "acme", 9, "/adapters/9", b""),
+        Retracted(0, "acme", 7),
+        Retracted(0, "globex", 8),
+    ]
     names.join(8, "another server")
     assert mail.take(8) == []
 
@@ -100,13 +119,33 @@ def test_a_retraction_is_seen_by_all_before_it_is_answered(names, mail):
     names.publish(1, publish(1), NOW)
     for client in (1, 2, 3):
         mail.take(client)
-    names.retract(2, Retract(4, "acme"), NOW)
+    names.retract(2, Retract(4, "acme", 7), NOW)
     (to_one,) = mail.take(1)
-    assert to_one == Retracted(to_one.serial, "acme")
+    assert to_one == Retracted(to_one.serial, "acme", 7)
     names.saw(1, to_one.serial)
+    names.saw(2, to_one.serial)
     assert Settled(4) not in mail.take(2)
     names.saw(3, to_one.serial)
     assert mail.take(2) == [Settled(4)]
+
+
+def test_what_held_at_a_store_that_has_died_gives_way_to_what_was_said_since(names, mail):
+    names.publish(1, publish(1, "acme", 7), NOW)
+    names.retract(1, Retract(2, "globex", 8), NOW)
+    mail.boxes.clear()
+    for late in (Publish(5, "acme", 6, "/old", b"", True), Publish(6, "globex", 8, "/old", b"")):
+        names.publish(2, late, NOW)
+    assert mail.boxes == {2: [Settled(5), Settled(6)]}
+    names.publish(2, Publish(7, "initech", 9, "/old", b"", True), NOW)
+    assert [message.adapter for message in mail.take(3)] == [9]
+
+
+def test_only_of_the_newest_losses_are_api_servers_told_that_come_later(names, mail, monkeypatch):
+    monkeypatch.setattr(names_module, "MOST_GONE", 2)
+    for adapter in (1, 2, 3):
+        names.retract(1, Retract(adapter, "acme", adapter), NOW)
+    names.join(4, "server")
+    assert [message.adapter for message in mail.take(4)] == [2, 3]
 
 
 def test_names_go_with_the_last_api_server_of_their_server(names, mail):
@@ -123,6 +162,115 @@ def test_names_go_with_the_last_api_server_of_their_server(names, mail):
 def test_nobody_else_publishes(names, mail):
     """An engine is a client too, and shares no names."""
     names.publish(77, publish(1), NOW)
-    names.retract(77, Retract(2, "acme"), NOW)
+    names.retract(77, Retract(2, "acme", 7), NOW)
     names.leave(77)
     assert not mail.boxes
+
+
+class ApiServer:
+    """Has a table of names, as an API server does."""
+
+    def __init__(self, stores: Stores) -> None:
+        self.client = NamesClient(stores, "server")
+        self.table: dict[str, int] = {}
+        self.settled: set[int] = set()
+
+    def publish(self, name: str, adapter: int) -> int:
+        self.table[name] = adapter
+        return self.client.publish(name, adapter, "/adapter", {})
+
+    def retract(self, name: str) -> int:
+        return self.client.retract(name, self.table.pop(name))
+
+    def hear(self) -> None:
+        for message in self.client.poll():
+            match message:
+                case Published(_, name, adapter):
+                    self.table[name] = adapter
+                case Retracted(_, name, adapter) if self.table.get(name) == adapter:
+                    del self.table[name]
+                case Settled(request):
+                    self.settled.add(request)
+            if not isinstance(message, Settled) and message.serial:
+                self.client.saw(message.serial)
+
+
+def finish(stores: Stores, servers: list[ApiServer]) -> None:
+    """Until nothing is left to be said."""
+    for _ in range(8):
+        for server in servers:
+            server.hear()
+        stores.work()
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_a_retraction_that_a_store_has_not_read_is_said_to_the_next_one(order):
+    """In whatever order API servers come there: one that publishes again, one that retracts."""
+    stores = Stores()
+    servers = [ApiServer(stores) for _ in range(3)]
+    servers[0].publish("acme", 101)
+    finish(stores, servers)
+    assert [server.table for server in servers] == [{"acme": 101}] * 3
+    request = servers[1].retract("acme")
+    stores.die()
+    for number in order:
+        finish(stores, [servers[number]])
+    finish(stores, servers)
+    newcomer = ApiServer(stores)
+    finish(stores, [newcomer])
+    assert [server.table for server in (*servers, newcomer)] == [{}] * 4
+    assert request in servers[1].settled
+
+
+def test_what_is_said_while_there_is_no_store_is_said_to_the_next_one():
+    stores = Stores()
+    first, second = servers = [ApiServer(stores) for _ in range(2)]
+    finish(stores, servers)
+    stores.is_down = True
+    stores.die()
+    pauses = []
+    for _ in range(10):
+        first.hear()
+        pauses.append(first.client.pause_s)
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 5.0
+    assert first.client.fileno() == -1
+    request = first.publish("acme", 101)
+    stores.is_down = False
+    finish(stores, servers)
+    assert second.table == {"acme": 101}
+    assert request in first.settled
+    assert first.client.pause_s < 1.0
+
+
+STEPS = st.sampled_from(["publish", "publish", "retract", "hear", "work", "work", "die"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(STEPS, st.integers(0, 2)), max_size=40))
+def test_all_api_servers_end_with_the_same_names_and_none_that_was_retracted(steps):
+    stores, numbers = Stores(), count(100)
+    servers = [ApiServer(stores) for _ in range(3)]
+    retracted = set()
+    for step, place in steps:
+        server = servers[place]
+        if step == "publish":
+            server.publish("acme", next(numbers))
+        elif step == "retract" and server.table:
+            retracted.add(server.table["acme"])
+            server.retract("acme")
+        elif step == "hear":
+            server.hear()
+        elif step == "work":
+            stores.work()
+        elif step == "die":
+            stores.die()
+    finish(stores, servers)
+    newcomer = ApiServer(stores)
+    finish(stores, [newcomer])
+    tables = [server.table for server in (*servers, newcomer)]
+    assert tables == [tables[0]] * 4
+    assert retracted.isdisjoint(tables[0].values())
+    for server in (*servers, newcomer):
+        server.client.close()
+    stores.die()

@@ -16,7 +16,7 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.hub import located
-from vllm_multilora.store.launch import StoreHost, store_host
+from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost, store_host
 from vllm_multilora.store.messages import (
     PROTOCOL,
     Cancel,
@@ -44,7 +44,6 @@ from vllm_multilora.store.waking import Waker
 
 logger = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 _NUMBERS_END = 1 << 63  # steps' adapters are in arrays of int64
 _MOST_LOSSES = 3  # before `configure` gives a store up
 
@@ -75,7 +74,7 @@ class StoreClient:
         self._inbox: deque[ToUser] = deque()
         self._answer: Configured | Refused | None = None
         self._waker: Waker | None = None
-        self._pause = _FIRST_PAUSE_S
+        self._pause = FIRST_PAUSE_S
         self._next_attempt = 0.0
         self._losses = 0
         self._poller = select.poll()
@@ -232,7 +231,7 @@ class StoreClient:
         if self._channel is None:
             self._reconnect()
             if self._channel is None:
-                time.sleep(min(seconds, _FIRST_PAUSE_S))
+                time.sleep(min(seconds, FIRST_PAUSE_S))
         elif self._poller.poll(seconds * 1000):
             try:
                 self._channel.flush()
@@ -267,7 +266,7 @@ class StoreClient:
         return False
 
     def _take(self, message: FromStore) -> None:
-        self._pause = _FIRST_PAUSE_S
+        self._pause = FIRST_PAUSE_S
         match message:
             case Configured():
                 self._answer = message
@@ -293,7 +292,7 @@ class StoreClient:
         if time.monotonic() < self._next_attempt:
             return
         self._next_attempt = time.monotonic() + self._pause
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         try:
             self._connect()
         except StoreUnavailableError as error:

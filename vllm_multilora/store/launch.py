@@ -15,6 +15,8 @@ from vllm_multilora.store import folder
 from vllm_multilora.store.folder import StoreUnavailableError
 
 _LONGEST_LOG = 1 << 20  # bytes, when a store starts
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
+"""Between a client's attempts to reach a store: each is twice as long as the one before."""
 READER = "vllm_multilora.store.adapter_reader:AdapterReader"
 
 

@@ -252,9 +252,11 @@ class Publish(Message, frozen=True):
     Attributes:
         request: The client's number for this.
         name: The name.
-        adapter: The adapter's number.
+        adapter: The adapter's number. Once it is replaced or retracted, no name leads to it again.
         path: The adapter's folder.
         details: What else API servers keep with a name.
+        again: Whether the name led there at a store that has died: another adapter that it leads
+            to by now is newer.
     """
 
     request: int
@@ -262,18 +264,21 @@ class Publish(Message, frozen=True):
     adapter: int
     path: str
     details: dict[str, str | bool]
+    again: bool = False
 
 
 class Retract(Message, frozen=True):
-    """A name leads nowhere any more, in all API servers; answered by `Settled`.
+    """A name does not lead to an adapter any more, in all API servers; answered by `Settled`.
 
     Attributes:
         request: The client's number for this.
         name: The name.
+        adapter: The adapter's number; another one that the name leads to by now stays.
     """
 
     request: int
     name: str
+    adapter: int
 
 
 class Saw(Message, frozen=True):
@@ -406,10 +411,10 @@ class SegmentClosed(Message, frozen=True):
 
 
 class Published(Message, frozen=True):
-    """Another API server has published a name; to be answered by `Saw` unless the serial is 0.
+    """A name was published, by whatever API server; to be answered by `Saw` unless serial is 0.
 
     Attributes:
-        serial: Of the change.
+        serial: Of the change. 0: it is an earlier one, and nobody waits for it.
         name: As of `Publish`, like the rest.
         adapter: The adapter's number.
         path: The adapter's folder.
@@ -424,10 +429,11 @@ class Published(Message, frozen=True):
 
 
 class Retracted(Message, frozen=True):
-    """Another API server has retracted a name; to be answered by `Saw`."""
+    """A name was retracted; fields as of `Retract`, serial and answer as of `Published`."""
 
     serial: int
     name: str
+    adapter: int
 
 
 class Settled(Message, frozen=True):

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
+from vllm_multilora.store.answers import Effects
 from vllm_multilora.store.messages import Publish, Published, Retract, Retracted, Settled
 
 PATIENCE_S = 2.0
 """Seconds for which an API server that does not answer holds another one's registration up."""
 
-
-class Send(Protocol):
-    """Sends messages to clients."""
-
-    def send(self, client: int, message: msgspec.Struct) -> None:
-        """Sends one."""
+MOST_GONE = 4096
+"""Adapters that have lost their names last, of which API servers are told when they come."""
 
 
 @dataclass
 class _Server:
-    """One server's names, and its API servers."""
+    """One server's API servers, its names, and adapters that have lost theirs, the newest last."""
 
     members: set[int] = field(default_factory=set)
     names: dict[str, Publish] = field(default_factory=dict)
+    gone: dict[int, Retracted] = field(default_factory=dict)
+
+    def withdraw(self, name: str, adapter: int) -> None:
+        """An adapter has lost its name."""
+        if name in self.names and self.names[name].adapter == adapter:
+            del self.names[name]
+        self.gone[adapter] = Retracted(0, name, adapter)
+        if len(self.gone) > MOST_GONE:
+            del self.gone[next(iter(self.gone))]
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,16 @@ class _Change:
 
 
 class Names:
-    """Passes names on, and tells who published one when all others have seen it.
+    """Passes names on, and tells who published one when all have seen it.
 
-    Without I/O or clock: the caller passes the time.
+    Every API server hears all changes, its own among them, in the order in which they were made
+    here, and so all end with the same names. Without I/O or clock: the caller passes the time.
 
     Args:
         effects: Sends.
     """
 
-    def __init__(self, effects: Send) -> None:
+    def __init__(self, effects: Effects) -> None:
         self._effects = effects
         self._servers: dict[str, _Server] = {}
         self._home: dict[int, _Server] = {}
@@ -56,11 +62,17 @@ class Names:
         self._serials = itertools.count(1)
 
     def join(self, client: int, server: str) -> None:
-        """An API server has come; it is told all names that there are."""
+        """An API server has come; it is told of all names, and of adapters that have lost theirs.
+
+        When a store has died, its API servers come to the next one at different times. Whoever is
+        late may serve, and publish again, what others have replaced or retracted by then.
+        """
         home = self._home[client] = self._servers.setdefault(server, _Server())
         home.members.add(client)
         for publish in home.names.values():
             self._effects.send(client, _published(0, publish))
+        for retracted in home.gone.values():
+            self._effects.send(client, retracted)
 
     def leave(self, client: int) -> None:
         """An API server has gone; its names stay as long as any other of its server is there."""
@@ -75,17 +87,29 @@ class Names:
 
     def publish(self, client: int, message: Publish, now: float) -> None:
         """A name leads to an adapter, or to another version of it, from now on."""
-        if (home := self._home.get(client)) is not None:
-            home.names[message.name] = message
-            serial = next(self._serials)
-            self._spread(client, message.request, serial, _published(serial, message), now)
+        home = self._home.get(client)
+        if home is None:
+            return
+        before = home.names.get(message.name)
+        if message.adapter in home.gone or (message.again and before is not None):
+            # The client has heard, or will, what holds instead.
+            self._effects.send(client, Settled(message.request))
+            return
+        if before is not None and before.adapter != message.adapter:
+            home.withdraw(before.name, before.adapter)
+        home.names[message.name] = message
+        serial = next(self._serials)
+        self._spread(client, message.request, serial, _published(serial, message), now)
 
     def retract(self, client: int, message: Retract, now: float) -> None:
-        """A name leads nowhere any more."""
-        if (home := self._home.get(client)) is not None:
-            home.names.pop(message.name, None)
-            serial = next(self._serials)
-            self._spread(client, message.request, serial, Retracted(serial, message.name), now)
+        """A name does not lead to an adapter any more."""
+        home = self._home.get(client)
+        if home is None:
+            return
+        home.withdraw(message.name, message.adapter)
+        serial = next(self._serials)
+        retracted = Retracted(serial, message.name, message.adapter)
+        self._spread(client, message.request, serial, retracted, now)
 
     def saw(self, client: int, serial: int) -> None:
         """An API server has taken a change in."""
@@ -108,12 +132,10 @@ class Names:
     def _spread(
         self, client: int, request: int, serial: int, message: msgspec.Struct, now: float
     ) -> None:
-        others = self._home[client].members - {client}
-        for other in others:
-            self._effects.send(other, message)
-        self._changes[serial] = _Change(client, request, others, now + PATIENCE_S)
-        if not others:
-            self._settle(serial)
+        members = self._home[client].members
+        for member in members:
+            self._effects.send(member, message)
+        self._changes[serial] = _Change(client, request, set(members), now + PATIENCE_S)
 
     def _settle(self, serial: int) -> None:
         change = self._changes.pop(serial)

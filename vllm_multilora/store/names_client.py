@@ -7,8 +7,11 @@ import logging
 import os
 from typing import TypeAlias
 
+import msgspec
+
 from vllm_multilora.store.channel import Channel, ChannelClosedError
-from vllm_multilora.store.launch import StoreHost
+from vllm_multilora.store.folder import StoreUnavailableError
+from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost
 from vllm_multilora.store.messages import (
     PROTOCOL,
     FromStore,
@@ -29,8 +32,8 @@ Heard: TypeAlias = Published | Retracted | Settled
 class NamesClient:
     """A connection for names only; nothing waits for the store.
 
-    A store that has died is started again by the next call, and told the names that this client
-    has published.
+    A store that has died is started again by `poll`, and told what this client has published and
+    retracted that the others may not know.
 
     Args:
         host: Where the store is.
@@ -44,67 +47,100 @@ class NamesClient:
         self._host = host
         self._hello = Hello(PROTOCOL, "server", server, os.getpid())
         self._requests = itertools.count(1)
+        # What the next store is to be told: names that hold, as far as this one has said; and what
+        # it has not passed on yet, or, of retractions, what others may not have heard.
         self._own: dict[str, Publish] = {}
-        self._channel = self._connect()
+        self._unsettled: dict[int, Publish | Retract] = {}
+        self._channel: Channel[FromStore] | None = None
+        self.pause_s = FIRST_PAUSE_S
+        """Seconds after which to call `poll` where there is no store."""
+        self._connect()
 
     def fileno(self) -> int:
-        """The socket, for event loops; another one after the store was started again."""
-        return self._channel.fileno()
+        """The socket, for event loops; -1 while there is no store. `poll` may bring another one."""
+        return -1 if self._channel is None else self._channel.fileno()
 
     def publish(self, name: str, adapter: int, path: str, details: dict[str, str | bool]) -> int:
-        """Says where a name leads; returns the number that `Settled` names."""
-        message = Publish(next(self._requests), name, adapter, path, details)
-        self._own[name] = message
-        self._send(message)
-        return message.request
+        """Says where a name leads; returns the number that `Settled` names.
 
-    def retract(self, name: str) -> int:
-        """Says that a name leads nowhere; returns the number that `Settled` names."""
-        self._own.pop(name, None)
-        message = Retract(next(self._requests), name)
-        self._send(message)
-        return message.request
+        A number belongs to one registration for ever.
+        """
+        return self._change(Publish(next(self._requests), name, adapter, path, details))
+
+    def retract(self, name: str, adapter: int) -> int:
+        """Says where a name does not lead any more; returns the number that `Settled` names."""
+        return self._change(Retract(next(self._requests), name, adapter))
 
     def saw(self, serial: int) -> None:
         """Says that a change was taken in."""
         self._send(Saw(serial))
 
     def poll(self) -> list[Heard]:
-        """What has come since the last call."""
+        """What has come since the last call: all changes, this client's too, in the store's order.
+
+        Never raises: where there is no store, it is to be called again after `pause_s`.
+        """
+        if self._channel is None:
+            try:
+                self._connect()
+            except StoreUnavailableError as error:
+                logger.error("No store: %s; trying again in %.1f seconds", error, self.pause_s)
+        if self._channel is None:
+            return []
         try:
             self._channel.flush()
-            messages = [message for message, _ in self._channel.receive()]
+            heard = [m for m, _ in self._channel.receive() if isinstance(m, Heard)]
         except ChannelClosedError as error:
-            self._reconnect(error)
+            self._lose(error)
             return []
-        heard = [m for m in messages if isinstance(m, Published | Retracted | Settled)]
         for message in heard:
-            if not isinstance(message, Settled):
-                self._own.pop(message.name, None)  # somebody else's from now on
+            self._hear(message)
         return heard
 
     def close(self) -> None:
         """Ends the connection."""
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
-    def _send(self, message: Publish | Retract | Saw) -> None:
+    def _change(self, message: Publish | Retract) -> int:
+        self._unsettled[message.request] = message
+        self._send(message)
+        return message.request
+
+    def _hear(self, message: Heard) -> None:
+        self.pause_s = FIRST_PAUSE_S
+        match message:
+            case Settled(request):
+                self._unsettled.pop(request, None)
+            case Retracted(_, name, adapter):
+                if (own := self._own.get(name)) is not None and own.adapter == adapter:
+                    del self._own[name]
+            case Published(_, name, adapter):
+                for said in (self._own.pop(name, None), *self._unsettled.values()):
+                    if isinstance(said, Publish) and said.adapter == adapter:
+                        self._own[name] = said
+                        self._unsettled.pop(said.request, None)
+
+    def _send(self, message: Hello | Publish | Retract | Saw) -> None:
+        if self._channel is None:
+            return  # `_connect` sends again all that still matters to a new store
         try:
             self._channel.send(message)
         except ChannelClosedError as error:
-            self._reconnect(error)
-            if not isinstance(message, Saw):
-                self._channel.send(message)
+            self._lose(error)
 
-    def _connect(self) -> Channel[FromStore]:
+    def _connect(self) -> None:
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)  # until it has said something
         sock = self._host.connect()
         sock.setblocking(False)
-        channel: Channel[FromStore] = Channel(sock, FromStore)
-        channel.send(self._hello)
-        return channel
+        self._channel = Channel(sock, FromStore)
+        self._send(self._hello)
+        for own in self._own.values():
+            self._send(msgspec.structs.replace(own, again=True))
+        for change in self._unsettled.values():
+            self._send(change)
 
-    def _reconnect(self, error: ChannelClosedError) -> None:
+    def _lose(self, error: ChannelClosedError) -> None:
         logger.warning("The store has gone (%s); it is started again", error)
-        self._channel.close()
-        self._channel = self._connect()
-        for message in self._own.values():
-            self._channel.send(message)
+        self.close()

@@ -106,12 +106,8 @@ async def load_adapter(
         if refusal is not None:
             in_background(remove(models, lora))  # another engine may have taken it
             return refusal
-        previous = models.lora_requests.get(name)
-        models.lora_requests[name] = lora
-        await shared_names.publish(models, lora)
+        await serve(models, lora)
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
-        if previous is not None:
-            in_background(remove_later(models, previous))
         return f"Success: LoRA adapter '{name}' added successfully."
 
 
@@ -128,7 +124,7 @@ async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
         if refusal is not None:
             return refusal
         lora = models.lora_requests.pop(request.lora_name)
-        await shared_names.retract(models, lora.lora_name)
+        await shared_names.retract(models, lora)
     await remove(models, lora)
     in_background(remove_later(models, lora))
     logger.info("Removed LoRA adapter: name '%s'", lora.lora_name)
@@ -186,6 +182,18 @@ def is_current(models: Any, lora: LoRARequest) -> bool:
     )
     table = models.lora_requests
     return all(name in table and table[name].lora_int_id == number for name, number in named)
+
+
+async def serve(models: Any, lora: LoRARequest) -> None:
+    """Has an adapter's name lead to it in all API servers, and frees what it has replaced."""
+    previous = models.lora_requests.get(lora.lora_name)
+    models.lora_requests[lora.lora_name] = lora
+    await shared_names.publish(models, lora)
+    # The name may lead elsewhere by then: another API server that replaced the same one as this
+    # removes that one only.
+    for replaced in (previous, lora):
+        if replaced is not None and not is_current(models, replaced):
+            in_background(remove_later(models, replaced))
 
 
 async def remove(models: Any, lora: LoRARequest) -> None:

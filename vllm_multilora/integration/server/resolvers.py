@@ -27,7 +27,7 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
 from vllm_multilora.integration.attached import REFUSALS
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server import registration, shared_names
+from vllm_multilora.integration.server import registration
 from vllm_multilora.integration.server.refusals import Refusals
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,7 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
             lora.lora_int_id = models.lora_id_counter.inc(1)
             admitted = await registration.admit(models, lora)
             if admitted is None:
-                models.lora_requests[name] = lora
-                await shared_names.publish(models, lora)
+                await registration.serve(models, lora)
                 logger.info("Resolved and loaded LoRA adapter %r by %s", name, kind)
                 return None
             registration.in_background(registration.remove(models, lora))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.lora.request import LoRARequest
@@ -42,11 +44,15 @@ class SharedNames:
         self._models = models
         self._client = client
         self._unsettled: dict[int, asyncio.Future[None]] = {}
-        self._watched = -1
+        self._unwatch: Callable[[], object]
         self._watch()
 
     async def publish(self, lora: LoRARequest) -> None:
-        """An adapter was registered here; returns when the other API servers serve it."""
+        """An adapter was registered here; returns when all API servers serve it.
+
+        If another one was registered elsewhere meanwhile under its name, all serve the one that
+        came to the store last.
+        """
         details: dict[str, str | bool] = {"is_3d_lora_weight": bool(lora.is_3d_lora_weight)}
         if lora.base_model_name is not None:
             details["base_model_name"] = lora.base_model_name
@@ -61,12 +67,14 @@ class SharedNames:
             self._client.publish(lora.lora_name, lora.lora_int_id, lora.lora_path, details)
         )
 
-    async def retract(self, name: str) -> None:
-        """An adapter was unloaded here; returns when the others refuse its name too."""
-        await self._settle(self._client.retract(name))
+    async def retract(self, lora: LoRARequest) -> None:
+        """An adapter was unloaded here; returns when no API server has it any more."""
+        await self._settle(self._client.retract(lora.lora_name, lora.lora_int_id))
 
     async def _settle(self, request: int) -> None:
-        self._watch()
+        if self._client.fileno() != self._watched:  # the store has died
+            self._unwatch()
+            self._watch()
         future = self._unsettled[request] = asyncio.get_running_loop().create_future()
         try:
             await asyncio.wait_for(future, _SETTLE_LIMIT_S)
@@ -76,40 +84,38 @@ class SharedNames:
             self._unsettled.pop(request, None)
 
     def _watch(self) -> None:
-        """Has the event loop look at the socket, which is another one after a restart."""
-        descriptor = self._client.fileno()
-        if descriptor != self._watched:
-            loop = asyncio.get_running_loop()
-            if self._watched >= 0:
-                loop.remove_reader(self._watched)
-            loop.add_reader(descriptor, self._hear)
-            self._watched = descriptor
+        """Has the event loop look at the socket, or for a store again where there is none."""
+        loop = asyncio.get_running_loop()
+        self._watched = self._client.fileno()
+        if self._watched >= 0:
+            loop.add_reader(self._watched, self._hear)
+            self._unwatch = partial(loop.remove_reader, self._watched)
+        else:
+            self._unwatch = loop.call_later(self._client.pause_s, self._hear).cancel
 
     def _hear(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._watched)
-        self._watched = -1
+        self._unwatch()  # before its number can become another socket's
         try:
-            messages = self._client.poll()
-        except StoreUnavailableError as error:
-            logger.error("Registrations reach no other API server any more: %s", error)
-            return
-        self._watch()
-        for message in messages:
-            if isinstance(message, Settled):
-                if (future := self._unsettled.get(message.request)) and not future.done():
+            for message in self._client.poll():
+                if not isinstance(message, Settled):
+                    self._take(message)
+                    if message.serial:
+                        self._client.saw(message.serial)
+                elif (future := self._unsettled.get(message.request)) and not future.done():
                     future.set_result(None)
-                continue
-            self._take(message)
-            if message.serial:
-                self._client.saw(message.serial)
+        finally:
+            self._watch()
 
     def _take(self, message: Published | Retracted) -> None:
         table = self._models.lora_requests
         before = table.get(message.name)
+        is_there = before is not None and before.lora_int_id == message.adapter
+        if is_there == isinstance(message, Published):
+            return  # as this server has it already
         if before is not None:
             versions.forget(self._models.engine_client, before.lora_int_id)
         if isinstance(message, Retracted):
-            table.pop(message.name, None)
+            del table[message.name]
             return
         base = message.details.get("base_model_name")
         digest = message.details.get("digest")
@@ -147,7 +153,7 @@ async def publish(models: Any, lora: LoRARequest) -> None:
         await names.publish(lora)
 
 
-async def retract(models: Any, name: str) -> None:
+async def retract(models: Any, lora: LoRARequest) -> None:
     """See `SharedNames.retract`; does nothing where there is one API server."""
     if (names := NAMES.get(models)) is not None:
-        await names.retract(name)
+        await names.retract(lora)

@@ -1,0 +1,104 @@
+"""What API servers of one server have in their tables of names, whatever becomes of the store."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+
+from tests.store.names_only import Stores
+from vllm_multilora.integration.attached import NAMES
+from vllm_multilora.integration.server import registration
+from vllm_multilora.integration.server.shared_names import SharedNames
+from vllm_multilora.store.names_client import NamesClient
+
+PATIENT_S = 20.0
+
+
+def api_server(stores: Stores) -> Any:
+    models = SimpleNamespace(lora_requests={}, engine_client=SimpleNamespace())
+    NAMES.set(models, SharedNames(models, NamesClient(stores, "server")))  # type: ignore[arg-type]
+    return models
+
+
+def adapter(number: int, name: str = "acme") -> LoRARequest:
+    return LoRARequest(name, number, f"/adapters/{number}")
+
+
+def served(models: Any) -> dict[str, int]:
+    return {name: lora.lora_int_id for name, lora in models.lora_requests.items()}
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENT_S):
+        while not is_so():
+            await asyncio.sleep(0.001)
+
+
+def run(scenario: Callable[[Stores], Any]) -> None:
+    """Runs a scenario beside its stores."""
+
+    async def work(stores: Stores) -> None:
+        while True:
+            stores.work()
+            await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        stores = Stores()
+        working = asyncio.create_task(work(stores))
+        await scenario(stores)
+        working.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    freed = []
+
+    async def remove_later(models: Any, lora: LoRARequest) -> None:
+        freed.append(lora.lora_int_id)
+
+    monkeypatch.setattr(registration, "remove_later", remove_later)
+
+    async def scenario(stores: Stores) -> None:
+        one, two = api_server(stores), api_server(stores)
+        await registration.serve(one, adapter(1))
+        await until(lambda: served(two) == {"acme": 1})
+        both = registration.serve(one, adapter(101)), registration.serve(two, adapter(202))
+        await asyncio.gather(*both)
+        await asyncio.sleep(0)
+        assert served(one) == served(two)
+        (number,) = served(one).values()
+        assert {1, 101, 202} == {number, *freed}
+        assert number not in freed
+
+    run(scenario)
+
+
+def test_an_api_server_that_finds_no_store_hears_of_changes_once_there_is_one() -> None:
+    async def scenario(stores: Stores) -> None:
+        one, two = api_server(stores), api_server(stores)
+        stores.is_down = True
+        stores.die()
+        await until(lambda: stores.attempts >= 6)
+        stores.is_down = False
+        await registration.serve(one, adapter(101))
+        await until(lambda: served(two) == {"acme": 101})
+
+    run(scenario)
+
+
+def test_a_registration_that_finds_the_store_dead_is_made_at_the_next_one() -> None:
+    async def scenario(stores: Stores) -> None:
+        one, two = api_server(stores), api_server(stores)
+        await registration.serve(one, adapter(101, "first"))
+        for number in range(2, 5):
+            stores.die()
+            await registration.serve(one, adapter(number))
+            await until(lambda: served(two) == served(one))
+
+    run(scenario)
