@@ -167,13 +167,6 @@ def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenan
     assert grown < 64 << 10
 
 
-def test_preflights_of_browsers_pass(tenants):
-    app = App()
-    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
-    asyncio.run(call(app, access, "/v1/completions", method="OPTIONS"))
-    assert len(app.callers) == 1
-
-
 def test_a_tenants_calls_end_where_the_application_fails(tenants):
     write(tenants, {"running": 1, "waiting": 0})
     access = Access(tenants_path=str(tenants))

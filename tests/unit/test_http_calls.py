@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from vllm_multilora.integration.server.access_middleware import PlainPathMiddleware
 from vllm_multilora.integration.server.http_calls import (
     HttpCall,
     HttpCallMiddleware,
@@ -157,7 +158,7 @@ def test_only_a_server_with_adapters_gets_the_middleware(lora):
     added = []
     app = SimpleNamespace(add_middleware=added.append)
     init_entrypoints_middleware(lambda *rest: None, SimpleNamespace(enable_lora=lora), app)
-    assert added == ([HttpCallMiddleware] if lora else [])
+    assert added == ([HttpCallMiddleware, PlainPathMiddleware] if lora else [])
 
 
 def test_a_call_is_bound_to_nothing_at_first():

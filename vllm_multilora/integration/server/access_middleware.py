@@ -1,12 +1,13 @@
-"""The first middleware: who gets in, whose request it is, and when it has its turn.
+"""The first middlewares: who gets in, whose request it is, and when it has its turn.
 
-It runs before all of vLLM's own middleware. vLLM's check of its API key stays in place, but accepts
-requests that were admitted here as checked (`verify_token`).
+They run before all of vLLM's own middleware. vLLM's check of its API key stays in place, but
+accepts requests that were admitted here as checked (`verify_token`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
 
     from vllm_multilora.integration.server.access import Access
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REFUSALS = (HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS)
+_MESSAGES = {
+    HTTPStatus.UNAUTHORIZED: "The request has no valid key; expected `Authorization: Bearer KEY`.",
+    HTTPStatus.FORBIDDEN: "The key does not allow this.",
+    HTTPStatus.NOT_FOUND: "There is nothing at a path with control characters.",
+}
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 
 STRANGERS_PER_MINUTE = 3_000
@@ -36,6 +43,26 @@ STRANGERS_PER_MINUTE = 3_000
 
 LONGEST_PAUSE_S = 5.0
 """Until a request without a valid key is answered, however many there are."""
+
+
+class PlainPathMiddleware:
+    """Has no path with control characters reach anything.
+
+    The pattern of a Starlette route ends in `$`, which matches before a line break, too: the path
+    of a request that gets to an endpoint could be another one than the endpoint's.
+
+    Args:
+        app: What answers the requests.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket") and _CONTROL.search(scope["path"]):
+            await _refuse(HTTPStatus.NOT_FOUND, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class AccessMiddleware:
@@ -56,13 +83,17 @@ class AccessMiddleware:
         keep_refusals_few()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if is_preflight(scope, headers):
             await self._app(scope, receive, send)
             return
         self._access.look()
         path = route_path(scope)
         endpoint = endpoint_of(scope.get("method", "GET"), path)
-        caller = self._access.caller(presented_key(Headers(scope=scope)))
+        caller = self._access.caller(presented_key(headers))
         status = refusal(self._access.locks, caller.role, endpoint, path)
         if status is not None:
             count_refused(None if caller.tenant is None else caller.tenant.name, status)
@@ -171,13 +202,18 @@ def _has_gone(held: list[Message]) -> bool:
 
 
 async def _refuse(status: HTTPStatus, scope: Scope, receive: Receive, send: Send) -> None:
-    if status is HTTPStatus.UNAUTHORIZED:
-        message = "The request has no valid key; expected `Authorization: Bearer KEY`."
-        headers = {"www-authenticate": "Bearer"}
-    else:
-        message, headers = "The key does not allow this.", {}
-    body = error_response(status, message).model_dump()
+    headers = {"www-authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else {}
+    body = error_response(status, _MESSAGES[status]).model_dump()
     await JSONResponse(body, status, headers)(scope, receive, send)
+
+
+def is_preflight(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
+    """Whether vLLM's CORS middleware answers a request, as browsers send it ahead of another.
+
+    Any other one with the method OPTIONS reaches the endpoints: `/metrics` answers all methods.
+    """
+    asks = "origin" in headers and "access-control-request-method" in headers
+    return asks and scope.get("method") == "OPTIONS"
 
 
 def route_path(scope: Mapping[str, Any]) -> str:

@@ -28,7 +28,10 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from vllm_multilora.integration.attached import ACCESS, METER
 from vllm_multilora.integration.server.access import access_for
-from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+from vllm_multilora.integration.server.access_middleware import (
+    AccessMiddleware,
+    PlainPathMiddleware,
+)
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -187,12 +190,14 @@ def init_entrypoints_middleware(
     original: Callable[..., None], args: Namespace, app: Any, *rest: Any, **kwargs: Any
 ) -> None:
     original(args, app, *rest, **kwargs)
-    if getattr(args, "enable_lora", False):
-        app.add_middleware(HttpCallMiddleware)
+    if not getattr(args, "enable_lora", False):
+        return
+    app.add_middleware(HttpCallMiddleware)
     access = access_for(args)
     if access is not None:
         ACCESS.set(app, access)
-        app.add_middleware(AccessMiddleware, access=access)  # the last one is the first that acts
+        app.add_middleware(AccessMiddleware, access=access)
+    app.add_middleware(PlainPathMiddleware)  # the last one is the first that acts
 
 
 async def transform_request(original: Callable[..., Any], transform: Any, raw_request: Any) -> Any:
