@@ -132,6 +132,77 @@ def test_tokens_are_charged_as_they_come():
     run(check)
 
 
+def test_calls_that_wait_begin_at_the_rate_too():
+    """Each uses 100 tokens in a second, and 60 a minute are allowed."""
+
+    def check():
+        clock = Clock()
+        found = account(clock, running=1, tokens_per_minute=60)
+        first, *waiting = (found.begin() for _ in range(4))
+        assert first.done()
+        for turn in waiting:
+            found.charge(100)
+            clock.now += 1
+            found.end()
+            assert not turn.done()
+            with pytest.raises(LimitReachedError, match="60 tokens per minute"):
+                found.begin()  # nor does one that comes later
+            clock.now += 100
+            found.update(found.tenant)
+            assert turn.done()
+        assert [turn.done() for turn in waiting] == [True, True, True]
+        assert (found.running, found.waiting) == (1, 0)
+
+    run(check)
+
+
+def test_calls_that_wait_are_before_those_that_come_when_there_are_tokens_again():
+    def check():
+        clock = Clock()
+        found = account(clock, running=1, tokens_per_minute=60)
+        found.begin()
+        waits = found.begin()
+        found.charge(100)
+        found.end()
+        clock.now = 100
+        assert not found.begin().done()
+        assert waits.done()
+        assert (found.running, found.waiting) == (1, 1)
+
+    run(check)
+
+
+def test_calls_that_wait_for_tokens_alone_begin_by_themselves():
+    async def check():
+        found = Account(Tenant("acme", limits=Limits(running=2, tokens_per_minute=60_000)))
+        turns = [found.begin() for _ in range(4)]
+        tokens = 60_001
+        found.watch(Meter(lambda: tokens, lambda: False))
+        found.end()
+        tokens += 200  # which take 200 ms
+        found.end()
+        assert not any(turn.done() for turn in turns[2:])
+        async with asyncio.timeout(30):
+            await asyncio.gather(*turns)
+        assert (found.running, found.waiting) == (2, 0)
+
+    asyncio.run(check())
+
+
+def test_a_higher_rate_lets_those_in_that_wait_for_tokens():
+    def check():
+        found = account(running=1, tokens_per_minute=60)
+        found.begin()
+        waits = found.begin()
+        found.charge(1000)
+        found.end()
+        assert not waits.done()
+        found.update(Tenant("acme", limits=Limits(running=1)))
+        assert waits.done()
+
+    run(check)
+
+
 def test_every_api_server_has_its_part():
     def check():
         found = account(servers=2, running=3, tokens_per_minute=60)

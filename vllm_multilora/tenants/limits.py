@@ -107,6 +107,7 @@ class Account:
         self._adapters: Counter[str] = Counter()
         self._meters: list[Meter] = []
         self._bucket: TokenBucket | None = None
+        self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
         self.update(tenant)
 
@@ -148,9 +149,9 @@ class Account:
         Raises:
             LimitReachedError: The tenant has too many calls waiting, or has used up its tokens.
         """
-        self.settle()
+        self._admit()  # those that have waited come first
         limits = self._limits
-        if self._bucket is not None and (wait := self._bucket.wait_s()) > 0:
+        if (wait := self._wait_s()) > 0:
             raise LimitReachedError(
                 f"the {self.tenant.limits.tokens_per_minute:g} tokens per minute are used up",
                 wait,
@@ -179,7 +180,6 @@ class Account:
     def end(self) -> None:
         """Ends a call that had its turn."""
         self._running -= 1
-        self.settle()
         self._admit()
 
     def use(self, adapter: str) -> None:
@@ -225,7 +225,20 @@ class Account:
     def _is_full(self) -> bool:
         return self._limits.running is not None and self._running >= self._limits.running
 
+    def _wait_s(self) -> float:
+        """Seconds until there are tokens for a call; 0 where there are some now."""
+        return 0.0 if self._bucket is None else self._bucket.wait_s()
+
     def _admit(self) -> None:
+        """Gives waiting calls their turn, as far as there are places, once there are tokens."""
+        self.settle()
+        if self._refilled is not None:
+            self._refilled.cancel()
+            self._refilled = None
         while self._waiting and not self._is_full():
+            if (wait := self._wait_s()) > 0:
+                loop = asyncio.get_running_loop()
+                self._refilled = loop.call_later(wait, self._admit)
+                return
             self._running += 1
             self._waiting.popleft().set_result(None)
