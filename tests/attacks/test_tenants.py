@@ -389,6 +389,29 @@ def test_a_tenant_uses_as_many_adapters_at_a_time_as_it_may(served: TenantServer
     until(lambda: served.complete("picky", "zen-a", [5]).status_code == 200)
 
 
+def test_a_response_in_the_background_counts_until_it_is_made(served: TenantServer) -> None:
+    """It may be made before another call comes: tried until one is met."""
+    path, body = ENDPOINTS["responses"]
+    long = {**body, "max_output_tokens": 120, "ignore_eos": True}
+    background = {"model": "acme-a", "background": True, "store": True, **long}
+
+    def state(made: dict[str, Any]) -> str:
+        answer = served.request("picky", "GET", f"{path}/{made['id']}")
+        assert_status(answer, 200, served)
+        found: str = answer.json()["status"]
+        return found
+
+    def is_refused() -> bool:
+        answer = served.request("picky", "POST", path, background)
+        assert_status(answer, 200, served)
+        other = served.complete("picky", "zen-a", [5])
+        until(lambda: state(answer.json()) == "incomplete")  # it has as many tokens as it may
+        return other.status_code == 429
+
+    until(is_refused)
+    until(lambda: served.complete("picky", "zen-a", [5]).status_code == 200)
+
+
 FLOOD_S = 4.0
 MOST_GROWTH = 48 << 20
 """Bytes of memory; keeping two and a half KiB of each wrong key would exceed it."""

@@ -32,6 +32,7 @@ from vllm_multilora.integration.server.access_middleware import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
+from vllm_multilora.integration.server.stored_responses import init_responses
 from vllm_multilora.tenants.keys import KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, TokenBucket
 from vllm_multilora.tenants.rules import Role
@@ -183,6 +184,57 @@ def test_a_tenants_calls_end_where_the_application_fails(tenants):
     asyncio.run(check())
 
 
+class BackgroundApp(App):
+    """Answers as vLLM does where a response is wanted in the background."""
+
+    def __init__(self, tenants):
+        super().__init__()
+        client = SimpleNamespace(vllm_config=engine(tenants))
+        init_responses(lambda *given: None, self, client)
+        self.done = asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        if scope["path"] == "/v1/responses":
+            assert current_caller.get().grant("acme-a") is None
+            self.background_tasks["resp_1"] = self.task = asyncio.create_task(self.work())
+        elif scope["path"] == "/v1/responses/resp_1/cancel":
+            self.background_tasks["resp_1"].cancel()
+        await super().__call__(scope, receive, send)
+
+    async def work(self):
+        await self.done.wait()
+        if current_caller.get().grant("acme-b") is not None:
+            raise RuntimeError("too many adapters")
+
+
+@pytest.mark.parametrize("way", ["done", "failed", "cancelled"])
+def test_a_response_in_the_background_counts_until_it_is_made(tenants, way):
+    write(tenants, {"running": 1, "waiting": 0, "adapters": 1 if way == "failed" else 2})
+    access = Access(tenants_path=str(tenants))
+
+    async def check():
+        app, account = BackgroundApp(tenants), access.caller(ACME).account
+
+        async def status(path, method="POST"):
+            return (await call(app, access, path, ACME, method))["status"]
+
+        assert await status("/v1/responses") == 200
+        assert (account.running, account.adapters_in_use) == (1, 1)
+        assert await status("/v1/responses") == await status("/v1/completions") == 429
+        assert await status("/v1/responses/resp_1", "GET") == 200
+        if way == "cancelled":
+            assert await status("/v1/responses/resp_1/cancel") == 200
+        else:
+            app.done.set()
+        await asyncio.wait({app.task})
+        await settled()
+        assert (account.running, account.adapters_in_use) == (0, 0)
+        assert await status("/v1/completions") == 200
+        assert account.running == 0
+
+    asyncio.run(check())
+
+
 class Client:
     """Sends its body in parts, and may go."""
 
@@ -218,8 +270,9 @@ def test_a_call_that_has_waited_gets_its_whole_body():
         got = []
 
         async def call():
-            async with turn_of(account, client) as receive:
-                got.extend([await receive(), await receive(), await receive()])
+            receive = await turn_of(account, client)
+            got.extend([await receive(), await receive(), await receive()])
+            account.end()
 
         waiting = asyncio.create_task(call())
         await settled()
@@ -241,8 +294,8 @@ def test_a_call_that_goes_while_it_waits_leaves_no_trace(way):
         account.begin()
 
         async def call():
-            async with turn_of(account, client):
-                raise AssertionError("it had its turn")
+            await turn_of(account, client)
+            raise AssertionError("it had its turn")
 
         waiting = asyncio.create_task(call())
         if way == "cancelled-with-a-long-body":
@@ -272,8 +325,11 @@ def test_a_call_that_goes_as_its_turn_comes_passes_it_on(way):
         account.begin()
 
         async def call():
-            async with turn_of(account, client):
+            await turn_of(account, client)
+            try:
                 await asyncio.Event().wait()
+            finally:
+                account.end()
 
         going = asyncio.create_task(call())
         await settled()

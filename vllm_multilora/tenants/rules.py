@@ -34,6 +34,8 @@ class Endpoint(enum.Enum):
     """Lists what may be asked for."""
     CALL = "call"
     """Names a model and asks it something."""
+    STORED = "stored"
+    """Reads or cancels a response that a call has left."""
     OTHER = "other"
 
 
@@ -107,6 +109,7 @@ _CALLS = frozenset(
     }
 )
 _STORED_RESPONSES = "/v1/responses/"
+_TENANTS = (Endpoint.STATUS, Endpoint.MODELS, Endpoint.CALL, Endpoint.STORED)
 
 
 def endpoint_of(method: str, path: str) -> Endpoint:
@@ -127,8 +130,11 @@ def endpoint_of(method: str, path: str) -> Endpoint:
         return Endpoint.STATUS
     if path == _MODELS and method in ("GET", "HEAD"):
         return Endpoint.MODELS
-    if path in _CALLS or path.startswith(_STORED_RESPONSES):
+    if path in _CALLS:
         return Endpoint.CALL
+    if path.startswith(_STORED_RESPONSES):
+        is_known = method == "GET" or (method == "POST" and path.endswith("/cancel"))
+        return Endpoint.STORED if is_known else Endpoint.CALL
     return Endpoint.OTHER
 
 
@@ -147,8 +153,7 @@ def refusal(locks: Locks, role: Role, endpoint: Endpoint, path: str) -> HTTPStat
     if endpoint in (Endpoint.HEALTH, Endpoint.PAGE) or role is Role.OPERATOR:
         return None
     if role is Role.TENANT:
-        is_allowed = endpoint in (Endpoint.STATUS, Endpoint.MODELS, Endpoint.CALL)
-        return None if is_allowed else HTTPStatus.FORBIDDEN
+        return None if endpoint in _TENANTS else HTTPStatus.FORBIDDEN
     if role is Role.CLIENT:
         return HTTPStatus.FORBIDDEN if endpoint is Endpoint.MANAGE else None
     is_guarded = endpoint in (Endpoint.MANAGE, Endpoint.STATUS) or (

@@ -560,7 +560,8 @@ PATCHES: tuple[Patch, ...] = (
             "default_chat_template_kwargs=None",
         ),
         handler="server.stored_responses:init_responses",
-        why="Stored responses are found by whoever has their id. Keeps each tenant's apart.",
+        why="Stored responses are found by whoever has their id. Keeps each tenant's apart, and "
+        "has those that are made in the background count in its tenant's limits.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping
-from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,6 @@ from vllm_multilora.tenants.limits import Account, LimitReachedError, TokenBucke
 from vllm_multilora.tenants.rules import Endpoint, Role, endpoint_of, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from vllm_multilora.integration.server.access import Access
@@ -103,8 +100,8 @@ class AccessMiddleware:
             return
         token = current_caller.set(caller)
         try:
-            if caller.account is not None and endpoint is Endpoint.CALL:
-                await self._call(caller, caller.account, scope, receive, send)
+            if caller.account is not None and endpoint in (Endpoint.CALL, Endpoint.STORED):
+                await self._call(caller, caller.account, endpoint, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         finally:
@@ -124,9 +121,15 @@ class AccessMiddleware:
             await asyncio.sleep(min(wait_s, LONGEST_PAUSE_S))
 
     async def _call(
-        self, caller: Caller, account: Account, scope: Scope, receive: Receive, send: Send
+        self,
+        caller: Caller,
+        account: Account,
+        endpoint: Endpoint,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
-        """Lets a tenant's request in when it has its turn."""
+        """Lets a tenant's request in; a call when it has its turn."""
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -137,8 +140,10 @@ class AccessMiddleware:
             await send(message)
 
         try:
-            async with turn_of(account, receive) as rest:
-                await self._app(scope, rest, send_marked)
+            if endpoint is Endpoint.CALL:
+                receive = await turn_of(account, receive)
+                caller.has_turn = True
+            await self._app(scope, receive, send_marked)
         except LimitReachedError as error:
             caller.retry_after_s = error.retry_after_s
             answer = error_response(HTTPStatus.TOO_MANY_REQUESTS, str(error))
@@ -152,11 +157,10 @@ class _ClientGoneError(Exception):
     """A client went before its request had its turn."""
 
 
-@asynccontextmanager
-async def turn_of(account: Account, receive: Receive) -> AsyncIterator[Receive]:
-    """Waits for a call's turn, for as long as its client does.
+async def turn_of(account: Account, receive: Receive) -> Receive:
+    """Waits for a call's turn, for as long as its client does; whoever has had it ends it.
 
-    Yields:
+    Returns:
         What the application receives from: what came while the call waited, and then the rest.
 
     Raises:
@@ -183,10 +187,7 @@ async def turn_of(account: Account, receive: Receive) -> AsyncIterator[Receive]:
     async def receive_rest() -> Message:
         return held.pop(0) if held else await receive()
 
-    try:
-        yield receive_rest
-    finally:
-        account.end()
+    return receive_rest
 
 
 async def _listen(receive: Receive, held: list[Message]) -> None:

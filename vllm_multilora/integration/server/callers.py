@@ -7,6 +7,7 @@ without this module.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
@@ -38,6 +39,7 @@ class Caller:
         granted: What the engine may answer this request with: adapters by name, None for the
             base model.
         retry_after_s: When a request over the tenant's limits may come again.
+        has_turn: Whether it is one of the tenant's running calls.
     """
 
     role: Role
@@ -47,6 +49,8 @@ class Caller:
     secret: str = ""
     granted: set[str | None] = field(default_factory=set)
     retry_after_s: int | None = None
+    has_turn: bool = False
+    _users: int = 1
     _used: set[str] = field(default_factory=set)
 
     @property
@@ -86,12 +90,21 @@ class Caller:
         self.granted.add(name)
         return None
 
+    def works_on(self, task: asyncio.Task[Any]) -> None:
+        """Keeps what the request uses until a task is done, which an answer may not wait for."""
+        self._users += 1
+        task.add_done_callback(lambda _: self.ended())
+
     def ended(self) -> None:
-        """The request has been answered."""
-        if self.account is not None:
-            for name in self._used:
-                self.account.release(name)
-            self._used.clear()
+        """The request has been answered, or a task that worked on for it is done."""
+        self._users -= 1
+        if self.account is None or self._users:
+            return
+        for name in self._used:
+            self.account.release(name)
+        self._used.clear()
+        if self.has_turn:
+            self.account.end()
 
     def shown(self, text: str, folder: str | None = None) -> str:
         """A text without the folders that the caller must not see.

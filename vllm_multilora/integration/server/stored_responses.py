@@ -1,7 +1,9 @@
-"""Stored responses can be read only by those who created them.
+"""Stored responses can be read only by those who created them, and count while they are made.
 
 vLLM keeps responses, their messages, events and tasks by id, for whoever has the id, and clients
 may choose ids. Where tenants are set, each of them has ids of its own.
+
+A response in the background is made by a task, after the call that asked for it has been answered.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server.callers import current_tenant
+from vllm_multilora.integration.server.callers import current_caller, current_tenant
 
 
 class OwnedMapping(MutableMapping[str, Any]):
@@ -36,6 +38,15 @@ class OwnedMapping(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
 
+class BackgroundTasks(OwnedMapping):
+    """The tasks that make responses; what a tenant's limits count is in use until they are done."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if (caller := current_caller.get()) is not None:
+            caller.works_on(value)
+
+
 def init_responses(
     original: Callable[..., None], self: Any, engine_client: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -46,4 +57,4 @@ def init_responses(
     self.response_store = OwnedMapping()
     self.msg_store = OwnedMapping()
     self.event_store = OwnedMapping()
-    self.background_tasks = OwnedMapping()
+    self.background_tasks = BackgroundTasks()
