@@ -84,6 +84,7 @@ def test_sagemakers_route_looks_at_the_body_where_its_header_names_nobody(
     one, other = (recipe.name for recipe in LINEAR_RECIPES[:2])
     case = llama.cases_of(one)[0]
     assert token_ids(invoke(one, {})) == case.expected.tokens
+    assert token_ids(invoke(one, {SAGEMAKER_HEADER: ""})) == case.expected.tokens
     assert token_ids(invoke(other, {SAGEMAKER_HEADER: one})) == case.expected.tokens
     assert invoke("nobody", {}).status_code == 404
 

@@ -8,14 +8,19 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from starlette.requests import Request
+
+from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.server.access_middleware import PlainPathMiddleware
 from vllm_multilora.integration.server.http_calls import (
     HttpCall,
     HttpCallMiddleware,
     current_call,
     init_entrypoints_middleware,
+    transform_request,
 )
 
+SAGEMAKER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 DIGEST = "0123456789abcdef" * 4
 OTHER = "fedcba9876543210" * 4
 SHOWN, OTHER_SHOWN = DIGEST[:16], OTHER[:16]
@@ -159,6 +164,35 @@ def test_only_a_server_with_adapters_gets_the_middleware(lora):
     app = SimpleNamespace(add_middleware=added.append)
     init_entrypoints_middleware(lambda *rest: None, SimpleNamespace(enable_lora=lora), app)
     assert added == ([HttpCallMiddleware, PlainPathMiddleware] if lora else [])
+
+
+@pytest.mark.parametrize(
+    ("header", "model"),
+    [(None, "zen-a"), ("", "zen-a"), (" \t", "zen-a"), ("acme-a", "acme-a")],
+    ids=["none", "empty", "spaces", "another"],
+)
+def test_sagemakers_header_names_a_model_unless_it_is_empty(header, model):
+    module = pytest.importorskip(
+        "model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body"
+    )
+    transforming = module.InjectToBodyApiTransform({"model": f'headers."{SAGEMAKER_HEADER}"'})
+
+    async def receive():
+        return {"type": "http.request", "body": b'{"model": "zen-a", "prompt": [7]}'}
+
+    client = SimpleNamespace(output_processor=SimpleNamespace())
+    METER.set(client.output_processor, SimpleNamespace())
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=client))
+    headers = [] if header is None else [(SAGEMAKER_HEADER.encode(), header.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
+    request = Request({**scope, "app": app, "query_string": b""}, receive)
+
+    async def check():
+        await transform_request(type(transforming).transform_request, transforming, request)
+        expected = {"model": model, "prompt": [7]}
+        assert await request.json() == json.loads(await request.body()) == expected
+
+    asyncio.run(check())
 
 
 def test_a_call_is_bound_to_nothing_at_first():

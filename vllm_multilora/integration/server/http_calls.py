@@ -208,7 +208,8 @@ async def transform_request(original: Callable[..., Any], transform: Any, raw_re
     body = await raw_request.body()
     transformed = await original(transform, raw_request)
     content = await raw_request.json()
-    if content.get("model") is None and (named := json.loads(body).get("model")) is not None:
+    in_header = (content.get("model") or "").strip()  # a proxy may have sent an empty one
+    if not in_header and (named := json.loads(body).get("model")) is not None:
         content["model"] = named
         raw_request._body = json.dumps(content).encode()
     return transformed
