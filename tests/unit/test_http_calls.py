@@ -204,14 +204,37 @@ def test_a_call_is_bound_to_nothing_at_first():
     [
         ("/v1/messages", [b'{"model": "base", "lora_blend": {"a": 1}}'], True),
         ("/v1/messages", [b'{"model": "base", "lora_', b'blend": {"a": 1}}'], True),
+        ("/v1/messages", [rb'{"model": "base", "lora\u005Fblend": {"a": 1}}'], True),
+        ("/v1/messages", ['{"lora_blend": {"a": 1}}'.encode("utf-16")], True),
+        ("/v1/messages", ['{"lora_blend": {"a": 1}}'.encode("utf-32-le")], True),
+        ("/v1/messages", [b'{"model": "base", "lora_blend": null}'], False),
         ("/v1/messages", [b'{"content": "what is \\"lora_blend\\"?"}'], False),
-        ("/v1/audio/transcriptions", [b'form-data; name="lora_blend"'], True),
+        ("/v1/messages", [b'{"content": "lora_blend"}'], False),
+        ("/v1/messages", [b'{"metadata": {"lora_blend": 1}}'], False),
+        ("/v1/messages", [b'["lora_blend"]'], False),
+        ("/v1/messages", [b'{"lora_blend": {"a": 1}'], False),
+        ("/v1/messages", [b'"lora_blend"' + b"[" * 100_000], False),
+        ("/v1/audio/transcriptions", [b'form-data; name="lora_blend"\r\n'], True),
+        ("/v1/audio/transcriptions", [b'form-data; name="lora', b'_blend"\r\n'], True),
+        ("/v1/audio/translations", [b"form-data; name=lora_blend\r\n"], True),
+        ("/v1/audio/transcriptions", [b'name="prompt"\r\n\r\n"lora_blend"\r\n'], False),
+        ("/v1/audio/transcriptions", [b'name="file"; filename="lora_blend"\r\n'], False),
         ("/v1/completions", [b'{"lora_blend": {"a": 1}}'], False),  # which sees it itself
     ],
-    ids=["json", "in-two", "in-a-text", "form", "endpoint-that-sees-it"],
+    ids=[
+        *("json", "in-two", "escaped", "utf-16", "utf-32", "null", "in-a-text", "a-text"),
+        *("not-at-the-top", "no-object", "no-json", "deep", "form", "form-in-two"),
+        *("form-without-quotes", "form-text", "form-file", "endpoint-that-sees-it"),
+    ],
 )
 def test_a_blend_is_noticed_where_the_endpoint_drops_it(path, chunks, drops):
-    coming = iter([{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks])
+    coming = iter(
+        [
+            *({"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks),
+            {"type": "http.request", "body": b"", "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+    )
     noticed = []
 
     async def receive():
@@ -220,8 +243,10 @@ def test_a_blend_is_noticed_where_the_endpoint_drops_it(path, chunks, drops):
     async def app(scope, receive, send):
         for chunk in chunks:
             assert (await receive())["body"] == chunk
-        noticed.append(current_call.get().drops_blend)
+        for _ in ("end", "disconnect"):
+            await receive()
+            noticed.append(current_call.get().drops_blend)
 
     scope = {"type": "http", "path": path, "headers": []}
     asyncio.run(HttpCallMiddleware(app)(scope, receive, None))
-    assert noticed == [drops]
+    assert noticed == [drops, drops]

@@ -17,6 +17,7 @@ An answer says which version of an adapter made it:
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -49,8 +50,13 @@ SHOWN_DIGITS = 16
 BLEND_FIELD = "lora_blend"
 """Of request bodies: a weight for each adapter that is to be blended."""
 
-_DROPPING = ("/messages", "/transcriptions", "/translations")
+_DROPPING_JSON = ("/messages",)
 """Ends of the paths of endpoints that drop fields of their body which they do not know."""
+_DROPPING_FORMS = ("/transcriptions", "/translations")
+"""The same, of those that take forms."""
+
+_FORM_FIELD = re.compile(rb'[\s;]name="?%s["\s;]' % BLEND_FIELD.encode(), re.IGNORECASE)
+_LONGEST_FORM_FIELD = 32
 
 _EVENT = b"data: {"
 
@@ -100,26 +106,43 @@ class HttpCallMiddleware:
             return
         call = HttpCall(Headers(scope=scope))
         token = current_call.set(call)
-        if scope.get("path", "").endswith(_DROPPING):
-            receive = _noticing(receive, call)
+        path = scope.get("path", "")
+        if path.endswith((*_DROPPING_JSON, *_DROPPING_FORMS)):
+            receive = _noticing(receive, call, is_form=path.endswith(_DROPPING_FORMS))
         try:
             await self._app(scope, receive, _Answer(call, send).send)
         finally:
             current_call.reset(token)
 
 
-def _noticing(receive: Receive, call: HttpCall) -> Receive:
-    """Notices a field for a blend among the bytes of a body: as a key of JSON, or of a form."""
-    name, seen = f'"{BLEND_FIELD}"'.encode(), b""
+def _noticing(receive: Receive, call: HttpCall, *, is_form: bool) -> Receive:
+    """Notices a field for a blend in a body: in a form as it passes, in JSON once it is whole."""
+    seen = bytearray()
 
     async def receive_noticing() -> Message:
-        nonlocal seen
         message = await receive()
-        seen = seen[-len(name) :] + message.get("body", b"")
-        call.drops_blend |= name in seen
+        seen.extend(message.get("body", b""))
+        if is_form:
+            call.drops_blend |= _FORM_FIELD.search(seen) is not None
+            del seen[:-_LONGEST_FORM_FIELD]
+        elif not message.get("more_body"):
+            call.drops_blend |= _asks_for_blend(seen)
+            seen.clear()
         return message
 
     return receive_noticing
+
+
+def _asks_for_blend(body: bytearray) -> bool:
+    """Whether JSON has a field for a blend; it is parsed only if it could have one."""
+    # Letters may be escaped, and JSON in UTF-16 and UTF-32 has null bytes.
+    if not any(part in body for part in (BLEND_FIELD.encode(), b"\\u00", b"\0")):
+        return False
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):  # which the endpoint refuses
+        return False
+    return isinstance(content, dict) and content.get(BLEND_FIELD) is not None
 
 
 class _Answer:
