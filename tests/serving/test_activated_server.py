@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from tests.attacks.poison import poisoned
 
-from . import completions
+from . import completions, failed_answers
 from .activated import TWIN, invocation_of
 from .cases import NEW_TOKENS, Case, Scenario
 from .server import VllmServer
@@ -60,9 +61,10 @@ def deployment(
         *("--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "48"),
         *("--block-size", "32", "--chat-template", TEMPLATE),
         *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64"),
+        *failed_answers.ARGUMENTS,
         *("--lora-modules", f"{NAME}={activated.adapters[NAME]}"),
         log=root / "vllm.log",
-        env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+        env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **failed_answers.ENVIRONMENT},
     ) as server:
         found = Deployment(server, activated, root)
         for name in (OTHER, TWIN):
@@ -107,37 +109,20 @@ def test_a_chat_templates_generation_prompt_activates(deployment: Deployment) ->
     assert tuple(answer["choices"][0]["token_ids"]) == case.expected.tokens
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
-def test_a_prompt_without_the_invocation_is_answered_with_400(
-    deployment: Deployment, chat: bool, stream: bool
+@pytest.mark.parametrize("call", failed_answers.CALLS, ids=str)
+def test_every_endpoint_says_that_a_prompt_lacks_the_invocation(
+    deployment: Deployment, call: failed_answers.Call
 ) -> None:
-    words = " ".join(f"t{token}" for token in range(40))
-    path, body = "/v1/completions", {"model": NAME, "prompt": words, "max_tokens": 4}
-    if chat:
-        path = "/v1/chat/completions"
-        body = {
-            "model": NAME,
-            "messages": [{"role": "user", "content": words}],
-            "add_generation_prompt": False,
-            "max_tokens": 4,
-        }
-    if stream:
-        *_, last = streamed(deployment.server, path, body)
-        error = last["error"]
-    else:
-        response = deployment.server.post(path, body)
-        assert response.status_code == 400, response.text
-        error = response.json()["error"]
-    assert error["code"] == 400
-    expected = (
-        f"adapter '{NAME}' is activated by the tokens {list(invocation_of(NAME))} ('{TEXT}'), "
-        "which the prompt does not contain: put them where the adapter is to begin"
+    tokens = invocation_of(OTHER)  # the chat template has another adapter's
+    reason = (
+        f"adapter '{OTHER}' is activated by the tokens {list(tokens)} "
+        f"({' '.join(f't{token}' for token in tokens)!r}), which the prompt does not contain: put "
+        "them where the adapter is to begin"
     )
-    assert expected in error["message"]
+    failed_answers.assert_fails(deployment.server, call, OTHER, HTTPStatus.BAD_REQUEST, reason)
     # The adapter is none the worse for it.
-    assert deployment.row(NAME)["last_error"] is None
-    completions.assert_serves(deployment.server, NAME, deployment.case(NAME))
+    assert deployment.row(OTHER)["last_error"] is None
+    completions.assert_serves(deployment.server, OTHER, deployment.case(OTHER))
 
 
 def test_listings_say_which_adapters_are_activated(deployment: Deployment) -> None:

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import httpx
 import pytest
 
-from . import completions
+from . import completions, failed_answers
 from .cases import Case, Scenario
 from .recipes import LINEAR_RECIPES
 from .server import VllmServer
@@ -23,6 +24,7 @@ NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES)
 SOURCE = NAMES[0]
 LENGTH = 23
 RECOVERY_LIMIT_S = 20.0
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,12 @@ def deployment(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Ite
         llama.base,
         *("--served-model-name", BASE),
         *("--dtype", "float32", "--enforce-eager", "--seed", "0", "--no-enable-prefix-caching"),
-        *("--max-model-len", "128", "--max-num-seqs", "16"),
+        *("--max-model-len", "128", "--max-num-seqs", "16", "--chat-template", CHAT),
+        *failed_answers.ARGUMENTS,
         *("--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-lora-rank", "64"),
         *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
         log=folder / "vllm.log",
+        env=failed_answers.ENVIRONMENT,
     ) as server:
         yield Deployment(server, llama, victim)
 
@@ -145,12 +149,13 @@ def test_broken_files_fail_their_own_requests_until_they_are_mended(
     deployment.mend()
 
 
-def test_a_stream_tells_the_reason(deployment: Deployment) -> None:
+def test_every_endpoint_tells_the_reason(deployment: Deployment) -> None:
     deployment.mend()
     deployment.evict_victim()
     remove_tensors(deployment.victim)
-    response = deployment.ask(VICTIM, deployment.case(SOURCE), stream=True)
-    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-    error = json.loads(events[0])["error"]
-    assert (error["code"], events[-1]) == (404, "[DONE]")
-    assert "adapter_model.safetensors" in error["message"]
+    for call in failed_answers.CALLS:
+        failed_answers.assert_fails(
+            deployment.server, call, VICTIM, HTTPStatus.NOT_FOUND, "adapter_model.safetensors"
+        )
+    for name in (*NAMES, None):
+        deployment.assert_serves(name or BASE, deployment.case(name))

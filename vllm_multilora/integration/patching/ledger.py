@@ -712,6 +712,54 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM carries a status and a reason with a failed request.",
     ),
     Patch(
+        name="failed-response-stream",
+        target="vllm.entrypoints.openai.responses.serving:"
+        "OpenAIServingResponses.responses_stream_generator",
+        takes=(
+            "self, request, sampling_params, result_generator, context, model_name, tokenizer, "
+            "request_metadata, created_time=None",
+        ),
+        handler="server.failed_answers:stream_response",
+        why="A stream of /v1/responses breaks off where its request fails, and one in the "
+        "background never ends. Ends it with `response.failed` and the reason.",
+        checked=(),
+        until="vLLM sends `response.failed`, with a reason.",
+    ),
+    Patch(
+        name="failed-background-response",
+        target="vllm.entrypoints.openai.responses.serving:"
+        "OpenAIServingResponses._run_background_request",
+        takes=("self, request, *args, **kwargs",),
+        handler="server.failed_answers:run_in_background",
+        why="A response in the background stays `queued` for ever where its request fails. Has it "
+        "say so, and why.",
+        checked=(),
+        until="vLLM stores a response's error.",
+    ),
+    Patch(
+        name="failed-background-stream",
+        target="vllm.entrypoints.openai.responses.serving:"
+        "OpenAIServingResponses.responses_background_stream_generator",
+        takes=("self, response_id, starting_after=None",),
+        handler="server.failed_answers:stream_from_background",
+        why="The events of a response in the background end when it is complete, and with nothing "
+        "else. Ends them with failed-response-stream's last event, too.",
+        checked=(),
+        until="As failed-response-stream.",
+    ),
+    Patch(
+        name="failed-message-stream",
+        target="vllm.entrypoints.anthropic.serving:"
+        "AnthropicServingMessages.message_stream_converter",
+        takes=("self, generator",),
+        handler="server.failed_answers:stream_message",
+        why="Until version 0.33, vLLM takes the error that ends a stream of chat completions for "
+        "a completion that it cannot read, and sends /v1/messages what is wrong with that. Sends "
+        "the error itself.",
+        checked=(),
+        until="vLLM 0.32 is supported no longer.",
+    ),
+    Patch(
         name="stat-loggers",
         target="vllm.v1.metrics.loggers:StatLoggerManager.__init__",
         takes=(

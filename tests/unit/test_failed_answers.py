@@ -1,0 +1,190 @@
+"""Endpoints of vLLM's that would lose the reason of a failed request tell it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.responses.context import SimpleContext
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.exceptions import GracefulHTTPError
+
+from vllm_multilora.integration.patching.ledger import PATCHES
+from vllm_multilora.integration.server import failed_answers
+
+HANDLERS = "server.failed_answers:"
+LIMIT_S = 20.0
+GONE = GracefulHTTPError("adapter 'acme' could not be loaded", HTTPStatus.NOT_FOUND)
+NO_MEMORY = GracefulHTTPError("there is no memory", HTTPStatus.SERVICE_UNAVAILABLE)
+ERROR = {"code": "invalid_prompt", "message": GONE.message, "type": "Not Found"}
+SAMPLING = SamplingParams(max_tokens=3)
+
+
+@pytest.fixture(autouse=True)
+def active(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """vLLM with these handlers, for an engine that the plugin acts for; `is_on` may be changed."""
+    for patch in PATCHES:
+        if patch.handler.startswith(HANDLERS):
+            assert patch.apply()
+    state = SimpleNamespace(is_on=True)
+    monkeypatch.setattr(failed_answers, "is_active", lambda vllm_config: state.is_on)
+    return state
+
+
+def within_limit(scenario: Callable[[], Any]) -> Any:
+    async def run() -> Any:
+        async with asyncio.timeout(LIMIT_S):
+            return await scenario()
+
+    return asyncio.run(run())
+
+
+class Responses:
+    """vLLM's endpoint without an engine, and a request whose reader gets a failure."""
+
+    def __init__(self, failure: Exception = GONE) -> None:
+        self.serving = OpenAIServingResponses.__new__(OpenAIServingResponses)
+        self.serving.engine_client = SimpleNamespace(vllm_config=object())
+        self.serving.use_harmony = False
+        self.serving.response_store = {}
+        self.serving.response_store_lock = asyncio.Lock()
+        self.serving.event_store = {}
+        self.request = ResponsesRequest(model="acme", input="hello", background=True)
+        self._failure = failure
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.request, SAMPLING, self._failing(), SimpleContext(), "acme", None, None)
+
+    def keep(self, status: str) -> ResponsesResponse:
+        kept = ResponsesResponse.from_request(self.request, SAMPLING, "acme", 1, [], status)
+        self.serving.response_store[kept.id] = kept
+        return kept
+
+    async def _failing(self) -> AsyncIterator[Any]:
+        raise self._failure
+        yield
+
+
+def test_a_streamed_response_ends_with_its_failure() -> None:
+    async def scenario() -> list[Any]:
+        responses = Responses()
+        events = responses.serving.responses_stream_generator(*responses.arguments())
+        return [event async for event in events]
+
+    events = within_limit(scenario)
+    kinds = [event.type for event in events]
+    assert kinds == ["response.created", "response.in_progress", "response.failed"]
+    assert [event.sequence_number for event in events] == [0, 1, 2]
+    told = json.loads(events[-1].model_dump_json(by_alias=True))["response"]
+    assert (told["status"], told["error"]) == ("failed", ERROR)
+    assert told["id"] == events[0].response.id
+    assert events[0].response.status == "in_progress"
+
+
+def test_a_response_in_the_background_says_that_it_has_failed() -> None:
+    async def scenario() -> ResponsesResponse:
+        responses = Responses(NO_MEMORY)
+        kept = responses.keep("queued")
+        await responses.serving._run_background_request(*responses.arguments())
+        return kept
+
+    told = json.loads(within_limit(scenario).model_dump_json(by_alias=True))
+    assert told["status"] == "failed"
+    assert told["error"] == {
+        "code": "server_error",
+        "message": NO_MEMORY.message,
+        "type": "Service Unavailable",
+    }
+
+
+def test_a_streamed_response_in_the_background_ends_for_all_who_listen() -> None:
+    async def scenario() -> None:
+        responses = Responses()
+        serving, kept = responses.serving, responses.keep("queued")
+
+        async def listen(starting_after: int | None = None) -> list[str]:
+            events = serving.responses_background_stream_generator(kept.id, starting_after)
+            return [event.type async for event in events]
+
+        running = asyncio.create_task(
+            serving._run_background_request_stream(*responses.arguments())
+        )
+        await asyncio.sleep(0)  # it has begun: its events are kept
+        early = await listen()
+        await running
+        assert early == ["response.created", "response.in_progress", "response.failed"]
+        assert await listen() == early
+        assert await listen(1) == early[2:]
+        assert (kept.status, kept.error) == ("failed", ERROR)
+
+    within_limit(scenario)
+
+
+def test_a_cancelled_response_stays_cancelled() -> None:
+    async def scenario() -> str:
+        responses = Responses()
+        kept = responses.keep("cancelled")
+        await responses.serving._run_background_request(*responses.arguments())
+        return kept.status
+
+    assert within_limit(scenario) == "cancelled"
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_other_failures_and_those_without_the_plugin_are_left_to_vllm(
+    active: SimpleNamespace, is_on: bool
+) -> None:
+    active.is_on = is_on
+    failure = RuntimeError("vLLM's own") if is_on else GONE
+
+    async def scenario() -> str:
+        responses = Responses(failure)
+        kept = responses.keep("queued")
+        with pytest.raises(type(failure)):
+            await responses.serving._run_background_request(*responses.arguments())
+        with pytest.raises(type(failure)):
+            async for _ in responses.serving.responses_stream_generator(*responses.arguments()):
+                pass
+        return kept.status
+
+    assert within_limit(scenario) == "queued"
+
+
+COMPLETION = json.dumps(
+    {
+        "id": "chatcmpl-1",
+        "created": 1,
+        "model": "acme",
+        "choices": [{"index": 0, "delta": {"content": "error"}, "finish_reason": None}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    }
+)
+
+
+@pytest.mark.parametrize("before", [[], [COMPLETION, COMPLETION]], ids=["at first", "later"])
+def test_a_streamed_message_ends_with_its_failure(before: list[str]) -> None:
+    serving = AnthropicServingMessages.__new__(AnthropicServingMessages)
+    serving.engine_client = SimpleNamespace(vllm_config=object())
+
+    async def completions() -> AsyncIterator[str]:
+        for event in (*before, serving.create_streaming_error_response(GONE), "[DONE]"):
+            yield f"data: {event}\n\n"
+
+    async def scenario() -> list[str]:
+        return [event async for event in serving.message_stream_converter(completions())]
+
+    *rest, last = within_limit(scenario)
+    name, data = last.strip().split("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: ")) == {
+        "type": "error",
+        "error": {"type": "Not Found", "message": GONE.message},
+    }
+    assert bool(rest) is bool(before)
+    assert not any("message_stop" in event or "event: error" in event for event in rest)
