@@ -51,7 +51,8 @@ COMMANDS = {
         "vllm_multilora.commands.digest",
         "print which version of its weights each adapter has",
         "Prints each adapter's digest, computed over its configuration and all of its tensors as "
-        "a server does when it loads the adapter. Exits with 1 if one cannot be read.",
+        "a server does when it loads the adapter. Exits with 1 if one cannot be read, with 2 if "
+        "two folders for --json have the same name.",
         (
             "digest adapters/acme adapters/globex",
             "digest adapters/* --json > digests.json",

@@ -80,6 +80,30 @@ def test_the_command_prints_what_a_store_computes(tmp_path, capsys):
     assert "nowhere" in captured.err
 
 
+def test_a_linked_folder_has_the_name_of_the_link(tmp_path, monkeypatch, capsys):
+    """As a directory of adapters names it: so versions are switched."""
+    folder = write(tmp_path / "acme-v2", weights(RANKS), rank=4, alpha=8)
+    (tmp_path / "acme").symlink_to(folder)
+    assert main(["digest", "--json", str(tmp_path / "acme") + "/"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["acme"]
+    monkeypatch.chdir(folder)
+    assert main(["digest", "--json", "."]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["acme-v2"]
+
+
+def test_two_folders_of_one_name_are_no_json_object(tmp_path, capsys):
+    folders = [
+        str(write(tmp_path / version / "acme", weights(RANKS), rank=4, alpha=8))
+        for version in ("old", "new")
+    ]
+    assert main(["digest", "--json", *folders]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "found several folders named acme" in captured.err
+    assert main(["digest", *folders]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == folders
+
+
 def test_the_order_of_tensors_in_the_file_is_in_no_digest(tmp_path, capsys):
     folder = write(tmp_path / "adapter", weights(RANKS), rank=4, alpha=8)
     other = write(tmp_path / "other", weights(RANKS), rank=4, alpha=8)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 
-DONE, FAILED = 0, 1
+DONE, FAILED, MISUSED = 0, 1, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +33,20 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_multilora.adapters.errors import AdapterError
     from vllm_multilora.adapters.intake import Rules, open_adapter
 
+    # Servers name an adapter as its folder is called, wherever a link of that name leads.
+    names = [Path(path).name for path in map(os.path.abspath, arguments.adapters)]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if arguments.json and twice:
+        print(
+            f"vllm-multilora digest: error: found several folders named {', '.join(twice)}, "
+            f"expected different names: --json has one digest for each",
+            file=sys.stderr,
+        )
+        return MISUSED
     rules = Rules(allow_pickle=arguments.allow_pickle)
     found: dict[str, str] = {}
     has_failed = False
-    for folder in arguments.adapters:
+    for name, folder in zip(names, arguments.adapters, strict=True):
         try:
             with open_adapter(folder, rules) as source:
                 digest = source.digest()
@@ -42,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             has_failed = True
             print(f"{folder}: {error}", file=sys.stderr)
             continue
-        found[Path(folder).resolve().name] = digest
+        found[name] = digest
         if not arguments.json:
             print(f"{digest}  {folder}")
     if arguments.json:
