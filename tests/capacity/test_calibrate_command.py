@@ -52,6 +52,10 @@ class Handler(BaseHTTPRequestHandler):
             "/version": {"version": "0.32.0"},
             "/metrics": METRICS,
         }[self.path]
+        if self.path == "/v1/lora_adapters":
+            for part in (body, *rows):
+                for key in server.hidden & part.keys():
+                    del part[key]
         self.answer(200, body if isinstance(body, str) else json.dumps(body))
 
     def answer(self, status, text):
@@ -86,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.refuses = set(), False
+    server.asked, server.refuses, server.hidden = set(), False, set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -145,6 +149,20 @@ def test_a_file_that_cannot_be_written_is_named(server, tmp_path, capsys):
 def test_files_that_are_elsewhere_cannot_be_read_from_disk(server, tmp_path, capsys):
     assert calibrate(server, tmp_path / "calibration.json", "--from-disk") == 2
     assert "--from-disk: /adapters/acme: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("hidden", "flags", "message"),
+    [
+        ({"slots", "cpu", "bytes", "path"}, [], "a tenant's key cannot calibrate"),
+        ({"path"}, ["--from-disk"], "give an admin key with --api-key"),
+    ],
+    ids=["tenant", "folders"],
+)
+def test_a_key_that_shows_too_little_is_named(server, tmp_path, capsys, hidden, flags, message):
+    server.hidden = hidden
+    assert calibrate(server, tmp_path / "calibration.json", *flags) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_files_are_still_there_when_the_system_has_forgotten_them(tmp_path):

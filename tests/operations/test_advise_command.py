@@ -10,7 +10,7 @@ import pytest
 from vllm_multilora.cli import main
 from vllm_multilora.operations.snapshots import NAMES, WANTED, Snapshot, parse_exposition
 
-from .conftest import Site
+from .conftest import Answer, Site
 from .exposition import FakeServer
 
 
@@ -55,6 +55,23 @@ def test_a_healthy_server(site, capsys):
     assert capsys.readouterr().out.startswith("Nothing to change: 0 requests")
 
 
+def test_the_key_of_a_server_with_guarded_metrics(site, capsys, monkeypatch):
+    """As every server with tenants has them."""
+    server = FakeServer(slots=4, requests={"a": 5}, adapters=[("a", "gpu", 16, False)])
+
+    def guarded(_: object, headers: dict[str, str]) -> Answer:
+        known = headers.get("Authorization") == "Bearer secret"
+        return (200, server.text()) if known else (401, "Unauthorized")
+
+    site.answers["/metrics"] = guarded
+    command = ["advise", "--url", site.url, "--window", "0.1"]
+    assert main(command) == 2
+    assert "give the server's key with --api-key" in capsys.readouterr().err
+    assert main([*command, "--api-key", "secret"]) == 0
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert main(command) == 0
+
+
 def as_prometheus(seen: Sequence[Snapshot], query: dict[str, str]) -> str:
     """What Prometheus would answer to a range query, had it scraped the snapshots."""
     peaks = re.match(r"max_over_time\((\S+)\{", query["query"])
@@ -85,7 +102,8 @@ def prometheus(site) -> Site:
         seen.append(parse_exposition(server.text(), 0))
     queries = []
 
-    def answer(query: dict[str, str], _: object) -> tuple[int, str]:
+    def answer(query: dict[str, str], headers: dict[str, str]) -> tuple[int, str]:
+        assert "Authorization" not in headers  # which is for the server alone
         queries.append(query["query"])
         return 200, as_prometheus(seen, query)
 
@@ -94,7 +112,8 @@ def prometheus(site) -> Site:
     return site
 
 
-def test_a_past_window_of_prometheus(prometheus, capsys):
+def test_a_past_window_of_prometheus(prometheus, capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
     assert main(["advise", "--prometheus", prometheus.url, "--match", 'job="vllm"', "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["window_s"] == 300

@@ -19,6 +19,7 @@ def adapter(name: str, **fields: object) -> dict[str, object]:
         "state": "absent",
         "tier": "disk",
         "slot": None,
+        "kind": None,
         "rank": None,
         "bytes": 0,
         "pinned": False,
@@ -67,6 +68,37 @@ def test_the_table_has_the_nearest_adapters_first_and_errors_below():
     assert broken[:2] == ["broken", "failed"]
     assert " ".join(cold) == "cold absent 0 0 /adapters/cold"
     assert lines[8:] == ["", "broken: adapter_config.json is missing"]
+
+
+def test_a_client_without_the_admin_key_sees_no_folders():
+    shown = [{key: value for key, value in row.items() if key != "path"} for row in LISTING["data"]]
+    lines = table({**LISTING, "data": shown}, now=NOW)
+    assert lines[0] == "slots        1 of 8"
+    assert lines[4].split()[-2:] == ["LAST", "USED"]
+    assert lines[5].endswith("2 min ago")
+
+
+def test_a_tenant_sees_the_state_of_its_own_adapters(site, capsys):
+    keys = ("id", "object", "state", "kind", "rank", "last_error")
+    rows = [
+        {key: row[key] for key in keys}
+        for row in (
+            adapter("acme-a", state="slot", kind="lora", rank=16),
+            adapter("acme-b", state="failed", kind=None, last_error="no rank"),
+        )
+    ]
+    listing = {"object": "list", "data": rows}
+    site.answers["/v1/lora_adapters"] = lambda *_: (200, json.dumps(listing))
+    assert main(["status", "--url", site.url]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "registered   2",
+        "",
+        "ADAPTER  STATE   KIND  RANK",
+        "acme-a   slot    lora    16",
+        "acme-b   failed",
+        "",
+        "acme-b: no rank",
+    ]
 
 
 def test_the_screen_is_cleared_and_filled_no_further_than_it_goes():

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 
+from vllm_multilora.commands.api_key import add_api_key
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.operations.advisor import advise
 from vllm_multilora.operations.findings import Finding
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LABELS",
         help='with --prometheus: which servers, such as job="vllm",instance="gpu7:8000"',
     )
+    add_api_key(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -84,19 +86,19 @@ def _snapshots(arguments: argparse.Namespace) -> list[Snapshot]:
         raise MultiLoRAError(
             "--match needs --prometheus: it selects among the servers that Prometheus knows"
         )
-    return _watch(base_url(arguments.url), arguments.window)
+    return _watch(base_url(arguments.url), arguments.window, arguments.api_key)
 
 
-def _watch(url: str, window_s: float) -> list[Snapshot]:
+def _watch(url: str, window_s: float, api_key: str | None) -> list[Snapshot]:
     """Scrapes a server from now until the window is over."""
     interval = min(_MOST_INTERVAL_S, window_s / _LEAST_SCRAPES)
-    seen = [scrape(url)]
+    seen = [scrape(url, api_key=api_key)]
     if sys.stderr.isatty():
         print(f"watching {url} for {window_s:.0f} s ...", file=sys.stderr)
     end = time.monotonic() + window_s
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(interval, left))
-        seen.append(scrape(url))
+        seen.append(scrape(url, api_key=api_key))
     return seen
 
 

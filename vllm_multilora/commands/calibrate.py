@@ -20,6 +20,7 @@ from vllm_multilora.capacity.calibration import (
     Settings,
     write_calibration,
 )
+from vllm_multilora.commands.api_key import add_api_key
 from vllm_multilora.commands.status import fetch
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.operations.completions import Completions
@@ -37,12 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="http://localhost:8000",
         help="the server's address (default: %(default)s); nobody else may use it meanwhile",
     )
-    parser.add_argument(
-        "--api-key",
-        default=os.environ.get("VLLM_API_KEY"),
-        metavar="KEY",
-        help="the server's API key, if it has one (default: $VLLM_API_KEY)",
-    )
+    add_api_key(parser)
     for flag in ("--max-num-seqs", "--max-num-batched-tokens"):
         parser.add_argument(flag, type=int, required=True, metavar="N", help="the server's setting")
     parser.add_argument(
@@ -100,8 +96,19 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
     if not base:
         raise CalibrationError(f"{url}/v1/models lists no base model")
     listing = fetch(url, api_key=key)
+    if "slots" not in listing:
+        raise CalibrationError(
+            f"{url} does not say how many slots it has: a tenant's key cannot calibrate, give the "
+            f"server's with --api-key"
+        )
     if arguments.from_disk:
-        forget_files(row["path"] for row in listing["data"] if row["state"] == "absent")
+        cold = [row for row in listing["data"] if row["state"] == "absent"]
+        if any("path" not in row for row in cold):
+            raise CalibrationError(
+                f"--from-disk: {url} does not say where its adapters are: give an admin key with "
+                f"--api-key"
+            )
+        forget_files(row["path"] for row in cold if row["path"] is not None)  # a blend has none
 
     def listed() -> list[Adapter]:
         rows = fetch(url, api_key=key)["data"]

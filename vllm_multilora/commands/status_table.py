@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_multilora.commands.table import aligned, counted
 from vllm_multilora.states import AdapterState
 
-_HEADER = (
-    *("ADAPTER", "STATE", "SLOT", "KIND", "RANK", "MB", "PINNED"),
-    *("REQUESTS", "HITS", "LAST USED", "PATH"),
-)
-_RIGHT = frozenset(map(_HEADER.index, ("SLOT", "RANK", "MB", "REQUESTS", "HITS", "LAST USED")))
 _NEAREST_FIRST = tuple(
     state.value
     for state in (
@@ -31,13 +26,21 @@ _UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"))
 def table(listing: Mapping[str, Any], *, now: float) -> list[str]:
     """The lines of a table: totals, an adapter a line, and what went wrong below.
 
+    What the server does not show to the holder of a key has no column and no total.
+
     Args:
         listing: The answer of `GET /v1/lora_adapters`.
         now: Unix time, from which ages count.
     """
     adapters = sorted(listing["data"], key=_order)
-    rows = [_HEADER, *(_row(adapter, now) for adapter in adapters)]
-    lines = [*_totals(listing), "", *aligned(rows, right=_RIGHT)]
+    shown = [key for key in _COLUMNS if all(key in adapter for adapter in adapters)]
+    headings, are_right, cells = zip(*(_COLUMNS[key] for key in shown), strict=True)
+    rows = [
+        [cell(adapter[key], now) for key, cell in zip(shown, cells, strict=True)]
+        for adapter in adapters
+    ]
+    right = [number for number, is_right in enumerate(are_right) if is_right]
+    lines = [*_totals(listing), "", *aligned([headings, *rows], right=right)]
     failed = [adapter for adapter in adapters if adapter["last_error"]]
     if failed:
         lines += ["", *(f"{adapter['id']}: {adapter['last_error']}" for adapter in failed)]
@@ -51,37 +54,22 @@ def _order(adapter: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _totals(listing: Mapping[str, Any]) -> list[str]:
-    slots, cpu = listing["slots"], listing["cpu"]
-    used = f"{counted(cpu['adapters'], 'adapter')}, {_mb(cpu['bytes'])} MB"
-    limits = []
-    if cpu["adapters_limit"] is not None:
-        limits.append(counted(cpu["adapters_limit"], "adapter"))
-    if cpu["bytes_limit"] is not None:
-        limits.append(f"{_mb(cpu['bytes_limit'])} MB")
-    return [
-        f"slots        {slots['total'] - slots['free']} of {slots['total']}",
-        f"host memory  {used}" + (f" of {' and '.join(limits)}" if limits else ""),
-        f"registered   {len(listing['data'])}",
-    ]
+    slots, cpu = listing.get("slots"), listing.get("cpu")
+    lines = []
+    if slots is not None:
+        lines.append(f"slots        {slots['total'] - slots['free']} of {slots['total']}")
+    if cpu is not None:
+        used = f"{counted(cpu['adapters'], 'adapter')}, {_mb(cpu['bytes'])} MB"
+        limits = []
+        if cpu["adapters_limit"] is not None:
+            limits.append(counted(cpu["adapters_limit"], "adapter"))
+        if cpu["bytes_limit"] is not None:
+            limits.append(f"{_mb(cpu['bytes_limit'])} MB")
+        lines.append(f"host memory  {used}" + (f" of {' and '.join(limits)}" if limits else ""))
+    return [*lines, f"registered   {len(listing['data'])}"]
 
 
-def _row(adapter: Mapping[str, Any], now: float) -> tuple[str, ...]:
-    return (
-        adapter["id"],
-        adapter["state"],
-        _text(adapter["slot"]),
-        _text(adapter.get("kind")),
-        _text(adapter["rank"]),
-        _mb(adapter["bytes"]) if adapter["bytes"] else "",
-        "yes" if adapter["pinned"] else "",
-        str(adapter["requests"]),
-        str(adapter["hits"]),
-        _age(adapter["last_used"], now),
-        _text(adapter["path"]),
-    )
-
-
-def _text(value: object) -> str:
+def _text(value: object, now: float) -> str:
     return "" if value is None else str(value)
 
 
@@ -97,6 +85,23 @@ def _age(at: float | None, now: float) -> str:
         if age >= seconds:
             return f"{age / seconds:.0f} {unit} ago"
     return f"{age:.0f} s ago"
+
+
+_Cell = Callable[[Any, float], str]
+_COLUMNS: dict[str, tuple[str, bool, _Cell]] = {
+    "id": ("ADAPTER", False, _text),
+    "state": ("STATE", False, _text),
+    "slot": ("SLOT", True, _text),
+    "kind": ("KIND", False, _text),
+    "rank": ("RANK", True, _text),
+    "bytes": ("MB", True, lambda count, now: _mb(count) if count else ""),
+    "pinned": ("PINNED", False, lambda is_pinned, now: "yes" if is_pinned else ""),
+    "requests": ("REQUESTS", True, _text),
+    "hits": ("HITS", True, _text),
+    "last_used": ("LAST USED", True, _age),
+    "path": ("PATH", False, _text),
+}
+"""By the key of what they show: heading, whether it is right-aligned, and what is in a cell."""
 
 
 def screen(lines: Sequence[str], *, width: int, height: int) -> str:

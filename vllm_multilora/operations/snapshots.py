@@ -100,16 +100,17 @@ def parse_exposition(text: str, at: float) -> Snapshot:
     return Snapshot(at, samples)
 
 
-def scrape(url: str) -> Snapshot:
+def scrape(url: str, *, api_key: str | None = None) -> Snapshot:
     """The metrics of a server now.
 
     Args:
         url: The server's address, without path.
+        api_key: Sent as bearer token, where there is one.
 
     Raises:
         UnreachableError: The server gives no metrics.
     """
-    return parse_exposition(get_text(f"{url}/metrics"), time.time())
+    return parse_exposition(get_text(f"{url}/metrics", api_key=api_key), time.time())
 
 
 def history(url: str, window_s: float, matching: str = "", *, now: float) -> list[Snapshot]:
