@@ -54,7 +54,9 @@ def test_the_file_is_read_again_and_stays_in_force_where_it_is_broken(file, capl
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "line 1: found invalid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        (f'{{"a": "{ONE}", "a": "{TWO}"}}', "found the key 'a' twice"),
         ("[]", "expected an object"),
         ('{"a": "12ab"}', "expected a digest of 64"),
         ('{"a": "any"}', "expected a digest of 64"),

@@ -159,6 +159,31 @@ BROKEN = {
     "no-number": ("routes:\n  r: {split: {a: .nan}}", 2, "routes.r.split.a", "found nan"),
     "true-weight": ("routes:\n  r: {split: {a: true}}", 2, "routes.r.split.a", "found True"),
     "zero-weights": ("routes:\n  r: {split: {a: 0}}", 2, "routes.r.split", "weights of 0 only"),
+    "huge-weight": (
+        "routes:\n  r: {split: {a: 1e308, b: 1e308}}",
+        *(2, "routes.r.split.a", "at most 1000000000"),
+    ),
+    "no-such-day": (
+        "routes:\n  r:\n    by: user\n    cases: {x: a}\n    default: 2026-02-30",
+        *(5, "routes.r.default", "reads as timestamp, but it is not a valid one; write text in"),
+    ),
+    "no-such-day-as-key": (
+        "routes:\n  2026-13-01: a",
+        *(2, "routes", "reads as timestamp, but it is not a valid one"),
+    ),
+    "no-digits": ("routes:\n  r: {split: {a: 0x_}}", 2, "routes.r.split.a", "reads as int, but"),
+    "tagged-int": ("routes:\n  r: !!int zz", 2, "routes.r", "reads as int, but it is not"),
+    "tagged-float": ("routes:\n  r: !!float abc", 2, "routes.r", "reads as float, but"),
+    "tagged-bool": ("routes:\n  r: !!bool x", 2, "routes.r", "reads as bool, but"),
+    "many-digits": (
+        f"routes:\n  r: {{split: {{a: {'9' * 400}}}}}",
+        *(2, "routes.r.split.a", "reads as int, but it is not a valid one of up to 64 bits"),
+    ),
+    "more-digits-than-can-be-shown": (
+        f"routes:\n  r: 0x{'f' * 5000}",
+        *(2, "routes.r", "not a valid one of up to 64 bits"),
+    ),
+    "deep": ("routes: " + "[" * 800 + "]" * 800, None, "", "are nested too deeply"),
     "no-cases": ("routes:\n  r: {by: user}", 2, "routes.r.cases", "a target for each value"),
     "same-case": (
         "routes:\n  r:\n    by: user\n    cases: {A: x, a: y}",
@@ -201,14 +226,20 @@ def test_an_error_names_file_line_and_key_and_says_what_is_expected(name):
     assert message in str(caught.value)
 
 
+_TOO_LONG = "routes.json: found a whole number of more than 64 bits"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"routes": {"r": "a",}}', "routes.json, line 1: found invalid JSON: "),
         ('{"routes":\n {"r": "a", "r": "b"}}', "routes.json: found the key 'r' twice"),
         ('{"routes": {"r": {"split": {"a": "x"}}}}', "routes.json, routes.r.split.a: found 'x'"),
+        ('{"routes": ' + "[" * 100_000, "routes.json: found lists or mappings that are nested"),
+        ('{"routes": {"r": {"split": {"a": %s}}}}' % ("9" * 400), _TOO_LONG),
+        ('{"routes": {"r": {"split": {"a": %s}}}}' % ("9" * 5000), _TOO_LONG),
     ],
-    ids=["syntax", "twice", "weight"],
+    ids=["syntax", "twice", "weight", "deep", "400-digits", "5000-digits"],
 )
 def test_errors_in_json_name_the_key(text, message):
     with pytest.raises(DocumentError) as caught:

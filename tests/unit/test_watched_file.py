@@ -88,6 +88,27 @@ def test_a_broken_file_leaves_the_routes_and_is_logged_once(path, caplog):
     assert names(file) == ["mended"]
 
 
+def test_whatever_parsing_ends_with_leaves_the_value_and_is_logged_once(path, caplog):
+    """Nobody who asks in the meantime has an error of a file that has changed."""
+
+    def parse(file, text):
+        if "two" in text:
+            raise OverflowError("int too large to convert to float")
+        return parse_routes(file, text)
+
+    file = WatchedFile(path, parse, "routes")
+    write(path, "two", age_s=0)
+    for _ in range(3):
+        assert not file.refresh()
+    assert names(file) == ["one"]
+    assert len(caplog.records) == 1
+    assert "The routes stay as they were" in caplog.text
+    assert "OverflowError" in caplog.text
+    write(path, "three", age_s=0)
+    assert file.refresh()
+    assert names(file) == ["three"]
+
+
 @pytest.mark.parametrize("back", ["one", "other"])
 def test_a_file_that_is_gone_leaves_the_routes_until_it_is_back(path, caplog, back):
     caplog.set_level(logging.ERROR, LOGGER)

@@ -7,12 +7,11 @@ not be served, unless there is an entry `"*": "any"`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 
 from vllm_multilora.adapters.digest import DIGITS
-from vllm_multilora.documents import DocumentError, WatchedFile
+from vllm_multilora.documents import DocumentError, WatchedFile, read_json
 
 _OTHERS, _ANY = "*", "any"
 _DIGEST = re.compile(f"[0-9a-f]{{{DIGITS}}}")
@@ -46,10 +45,7 @@ class RequiredDigests:
 
 
 def _parse(file: str, text: str) -> Mapping[str, frozenset[str]]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DocumentError(f"{file}: cannot be read as JSON: {error}") from error
+    content = read_json(file, text)
     if not isinstance(content, dict):
         raise DocumentError(
             f"{file}: expected an object from adapters' names to digests, found "

@@ -13,6 +13,8 @@ from vllm_multilora.errors import ConfigError
 Keys = tuple[str, ...]
 """The keys from the top of a document down to a value."""
 
+_TOO_DEEP = "found lists or mappings that are nested too deeply"
+
 
 class DocumentError(ConfigError):
     """A file of settings cannot be used; says where, what was found and what was expected."""
@@ -43,10 +45,11 @@ def read_document(file: str, text: str) -> Document:
     """Reads a file's text: as JSON if its name ends in `.json`, otherwise as YAML.
 
     Raises:
-        DocumentError: The text is not of the format, or has a key twice or one that is no text.
+        DocumentError: The text is not of the format, has a key twice or one that is no text, or
+            has a whole number that 64 bits do not hold.
     """
     if PurePath(file).suffix.lower() == ".json":
-        return Document(file, _read_json(file, text), {})
+        return Document(file, read_json(file, text), {})
     lines: dict[Keys, int] = {}
     return Document(file, _YamlReader(file, lines).read(text), lines)
 
@@ -56,7 +59,24 @@ def _error(file: str, line: int | None, place: str, message: str) -> DocumentErr
     return DocumentError(f"{where}: {message}")
 
 
-def _read_json(file: str, text: str) -> Any:
+def _checked(number: int) -> int:
+    """The number, if floats and every message can have it.
+
+    Raises:
+        ValueError: 64 bits do not hold it.
+    """
+    if not -(2**63) <= number < 2**63:
+        raise ValueError
+    return number
+
+
+def read_json(file: str, text: str) -> Any:
+    """The data of a JSON text.
+
+    Raises:
+        DocumentError: As for `read_document`.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
@@ -66,9 +86,17 @@ def _read_json(file: str, text: str) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(
+            text, object_pairs_hook=unique, parse_int=lambda digits: _checked(int(digits))
+        )
+    except DocumentError:
+        raise
     except json.JSONDecodeError as error:
         raise _error(file, error.lineno, "", f"found invalid JSON: {error.msg}") from None
+    except RecursionError:
+        raise _error(file, None, "", _TOO_DEEP) from None
+    except ValueError:
+        raise _error(file, None, "", "found a whole number of more than 64 bits") from None
 
 
 class _YamlReader:
@@ -93,11 +121,10 @@ class _YamlReader:
         self._open: list[Any] = []  # the nodes around the one that is being read
 
     def read(self, text: str) -> Any:
-        # The C parser is ten times as fast; not every build of PyYAML has it.
-        loader = getattr(self._yaml, "CSafeLoader", self._yaml.SafeLoader)(text)
-        self._loader = loader
         try:
-            node = loader.get_single_node()
+            # The C parser is ten times as fast; not every build of PyYAML has it.
+            self._loader = getattr(self._yaml, "CSafeLoader", self._yaml.SafeLoader)(text)
+            node = self._loader.get_single_node()
             if node is None:
                 return None
             self._check_keys(node, (), [])
@@ -109,8 +136,8 @@ class _YamlReader:
             raise _error(self._file, line, "", f"found invalid YAML: {problem}") from None
         except self._yaml.YAMLError as error:
             raise _error(self._file, None, "", f"found invalid YAML: {error}") from None
-        finally:
-            loader.dispose()
+        except RecursionError:
+            raise _error(self._file, None, "", _TOO_DEEP) from None
 
     def _check_keys(self, node: Any, keys: Keys, seen: list[Any]) -> None:
         """Sees to it that keys are text and occur once, before mappings are merged."""
@@ -124,7 +151,7 @@ class _YamlReader:
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            key = "<<" if self._merges(key_node) else self._loader.construct_object(key_node, True)
+            key = "<<" if self._merges(key_node) else self._constructed(key_node, keys)
             if not isinstance(key, str):
                 written = key_node.value if isinstance(key_node, self._yaml.ScalarNode) else key
                 raise _error(
@@ -144,13 +171,32 @@ class _YamlReader:
             lines[key] = line
             self._check_keys(value_node, (*keys, key), seen)
 
+    def _constructed(self, node: Any, keys: Keys) -> Any:
+        """What a scalar or a key is, by its tag or by what it looks like."""
+        kind = node.tag.rpartition(":")[2]
+        try:
+            value = self._loader.construct_object(node, True)
+            return _checked(value) if isinstance(value, int) else value
+        except (self._yaml.YAMLError, RecursionError):
+            raise
+        except Exception:  # PyYAML lets through what types raise: KeyError for `!!bool x`
+            # The value is not shown: it may be a secret.
+            valid = "one of up to 64 bits" if kind == "int" else "one"
+            raise _error(
+                self._file,
+                node.start_mark.line + 1,
+                ".".join(keys),
+                f"found a value that YAML reads as {kind}, but it is not a valid {valid}; write "
+                f"text in quotes",
+            ) from None
+
     def _merges(self, key_node: Any) -> bool:
         return bool(key_node.tag == "tag:yaml.org,2002:merge")
 
     def _value(self, node: Any, keys: Keys) -> Any:
         self._lines.setdefault(keys, node.start_mark.line + 1)
         if isinstance(node, self._yaml.ScalarNode):
-            return self._loader.construct_object(node)
+            return self._constructed(node, keys)
         if any(node is outer for outer in self._open):
             line = self._lines[keys]
             raise _error(
@@ -170,9 +216,7 @@ class _YamlReader:
     def _mapping(self, node: Any, keys: Keys) -> dict[str, Any]:
         # `<<: *anchor` puts the other mapping's pairs before the mapping's own, which win.
         self._loader.flatten_mapping(node)
-        pairs = {
-            self._loader.construct_object(key, True): (key, value) for key, value in node.value
-        }
+        pairs = {self._constructed(key, keys): (key, value) for key, value in node.value}
         for name, (key_node, _) in pairs.items():
             self._lines[(*keys, name)] = key_node.start_mark.line + 1
         return {name: self._value(value, (*keys, name)) for name, (_, value) in pairs.items()}

@@ -101,10 +101,13 @@ class WatchedFile(Generic[_T]):
                 self._complaint = None
                 return False
             value = self._parse(content)
-        except DocumentError as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                logger.error("The %s stay as they were. %s", self._what, error)
+        except Exception as error:  # whoever asks has the value that was there, whatever happens
+            is_expected = isinstance(error, DocumentError)
+            complaint = str(error) if is_expected else f"{self.path}: {error!r}"
+            if complaint != self._complaint:
+                self._complaint = complaint
+                text = "The %s stay as they were. %s"
+                logger.error(text, self._what, complaint, exc_info=not is_expected)
             return False
         self.value, self._content, self._complaint = value, digest, None
         logger.info("Read the %s in %s again", self._what, self.path)

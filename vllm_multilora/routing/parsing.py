@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from vllm_multilora.adapters.blends import BlendError, weights_in
 from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
 from vllm_multilora.routing.facts import Source
+from vllm_multilora.routing.shares import MOST_WEIGHT
 from vllm_multilora.routing.targets import Blended, Cases, Named, Split, Target, WithFallback
 
 _TARGET_KEYS = ("adapter", "blend", "split", "sticky", "by", "cases", "default", "fallback")
@@ -178,10 +178,11 @@ class _Parser:
         for name, weight in weights.items():
             self._name(name, (*place, name), "an adapter's name")
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not is_number or not 0 <= weight < math.inf:
+            if not is_number or not 0 <= weight <= MOST_WEIGHT:
                 raise self._error(
                     (*place, name),
-                    f"found {_shown(weight)}, expected a weight: a number of 0 or more",
+                    f"found {_shown(weight)}, expected a weight: a number of 0 or more, at most "
+                    f"{MOST_WEIGHT}",
                 )
         if not any(weights.values()):
             raise self._error(place, "found weights of 0 only, expected one above 0")

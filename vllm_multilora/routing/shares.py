@@ -6,6 +6,9 @@ import hashlib
 import math
 from collections.abc import Mapping
 
+MOST_WEIGHT = 1_000_000_000
+"""Of an adapter; the sum of all is then a number."""
+
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _HASHES = 2.0**64
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
 from vllm_multilora.tenants.keys import read_stored
-from vllm_multilora.tenants.tenant import Limits, Names, Tenant, Tenants, is_weight
+from vllm_multilora.tenants.tenant import MOST_WEIGHT, Limits, Names, Tenant, Tenants, is_weight
 
 MIN_SALT_LENGTH = 32
 
@@ -107,7 +106,8 @@ class _Parser:
         weight = found.get("weight", 1.0)
         if not is_weight(weight):
             raise self._error(
-                (*place, "weight"), f"found {_kind(weight)}, expected a number above 0"
+                (*place, "weight"),
+                f"found {_kind(weight)}, expected a number above 0, at most {MOST_WEIGHT}",
             )
         return Tenant(
             name,
@@ -160,7 +160,7 @@ class _Parser:
         for key, value in found.items():
             least = 0 if key == "waiting" else 1
             is_whole = isinstance(value, int) and not isinstance(value, bool)
-            if not is_whole or not least <= value < math.inf:
+            if not is_whole or value < least:
                 raise self._error(
                     (*place, key),
                     f"found {_kind(value)}, expected a whole number of {least} or more",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+
+MOST_WEIGHT = 1_000_000_000
+"""Sums of weights, and what is divided by them, stay far from what a float cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,6 @@ class Tenants:
 
 
 def is_weight(value: object) -> bool:
-    """Whether a value can be a weight: a finite number above 0."""
+    """Whether a value can be a weight: a number above 0, up to `MOST_WEIGHT`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf  # type: ignore[operator]
+    return is_number and 0 < value <= MOST_WEIGHT  # type: ignore[operator]

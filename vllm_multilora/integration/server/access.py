@@ -130,8 +130,6 @@ class Access:
         try:
             if await asyncio.to_thread(file.refresh):
                 self._take()
-        except Exception:
-            logger.exception("The tenants stay as they were: the file could not be looked at.")
         finally:
             self._due = time.monotonic() + REFRESH_S
 
