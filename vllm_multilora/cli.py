@@ -9,10 +9,12 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Container, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_multilora import __version__
+from vllm_multilora.errors import MultiLoRAError
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ COMMANDS = {
 
 PROGRAM = "vllm-multilora"
 _USUAL_WIDTH, _NO_BREAK = 80, "\0"
+TRACEBACK = "MULTILORA_TRACEBACK"
+NO_ANSWER = 2
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells have them: 128 and the signal
 
 
@@ -199,8 +203,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return status_of(arguments.run, arguments, arguments.parser.prog)
+
+
+def status_of(
+    run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, name: str
+) -> int:
+    """Runs a command, and says in one sentence why it has no answer where it ends with an error.
+
+    Args:
+        run: The command's own function.
+        arguments: What it is called with.
+        name: What the sentence begins with.
+
+    Returns:
+        The exit status.
+    """
     try:
-        status = int(arguments.run(arguments))
+        status = int(run(arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -208,6 +228,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever reads has seen enough, and Python would write what is left at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except MultiLoRAError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return NO_ANSWER
+    except Exception as error:  # which would end with 1 otherwise, and that is an answer
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"{name}: error: {said} (set {TRACEBACK}=1 to see where)", file=sys.stderr)
+        return NO_ANSWER
     return status
 
 

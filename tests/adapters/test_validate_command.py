@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from vllm_multilora.cli import status_of
 from vllm_multilora.commands import validate as validate_command
 from vllm_multilora.errors import MultiLoRAError
 
@@ -14,7 +15,10 @@ from .corpus import BAD, LAYOUT, VALID
 def command(*argv: str, layout_of=lambda _: LAYOUT) -> int:
     parser = argparse.ArgumentParser()
     validate_command.add_arguments(parser)
-    return validate_command.run(parser.parse_args([*argv, "--model", "tiny/llama"]), layout_of)
+    parsed = parser.parse_args([*argv, "--model", "tiny/llama"])
+    return status_of(
+        lambda given: validate_command.run(given, layout_of), parsed, "vllm-multilora validate"
+    )
 
 
 @pytest.fixture

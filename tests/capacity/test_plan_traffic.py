@@ -208,7 +208,7 @@ def test_the_model_is_compared_where_it_is_given(plan, model):
     ("flags", "said"),
     [
         (("--model", "/models/large"), "was measured with the model base alias /models/tiny, but"),
-        (("--max-loras", 0), "the number of slots must be a positive integer, got 0"),
+        (("--max-loras", 0), "slots must be a positive integer, at most 32766, got 0"),
         (("--max-num-seqs", 0), "concurrency must be at least 1, got 0"),
         (("--max-num-batched-tokens", 3), "3 is less than --max-num-seqs 4, which vLLM refuses"),
         (("--max-cpu-loras", 1), "got 1 for 2 slots"),

@@ -133,7 +133,7 @@ def test_sizes_come_from_a_file_or_a_mix_of_ranks(trace, tmp_path, capsys):
         (["x.csv", "--synthetic", "zipf"], "give either a trace file or --synthetic"),
         (["no-such-trace.csv"], "no-such-trace.csv: cannot be read"),
         ([*SMALL, "--policy", "lur"], "unknown cache policy 'lur'; did you mean 'lru'?"),
-        ([*SMALL, "--max-loras", "0"], "number of slots must be a positive integer, got 0"),
+        ([*SMALL, "--max-loras", "0"], "number of slots must be a positive integer"),
         ([*SMALL, "--max-cpu-loras", "3"], "got 3 for 4 slots"),
         ([*SMALL, "--concurrency", "0"], "concurrency must be at least 1, got 0"),
         ([*SMALL, "--cpu-cache-gib", "-1"], "--cpu-cache-gib -1 must be a positive number of MiB"),

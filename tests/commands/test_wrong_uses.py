@@ -12,7 +12,7 @@ import pytest
 
 from tests.adapters.signing import KeyPair
 from tests.serving.server import free_port
-from vllm_multilora.cli import INTERRUPTED, PIPE_CLOSED, main
+from vllm_multilora.cli import INTERRUPTED, PIPE_CLOSED, TRACEBACK, main
 
 NOBODY = "http://127.0.0.1:{port}"
 PLAN = "plan --model m --max-loras 2 --max-lora-rank 8"
@@ -39,12 +39,21 @@ WRONG = [
     ("simulate {folder}", "directory"),
     ("simulate {empty}", "the header lacks time and adapter"),
     ("simulate {bytes}", "cannot be read"),
-    (f"{ZIPF} --max-loras 0", "the number of slots must be a positive integer, got 0"),
+    (
+        f"{ZIPF} --max-loras 0",
+        "at most 32766, got 0",
+    ),
     (f"{ZIPF} --max-loras many", "invalid int value: 'many'"),
     (f"{ZIPF} --max-cpu-loras 0", "got 0"),
     (f"{ZIPF} --cpu-cache-gib -1", "--cpu-cache-gib -1"),
     (f"{ZIPF} --cpu-cache-gib nan", "nan"),
     (f"{ZIPF} --concurrency 0", "got 0"),
+    (f"{ZIPF} --max-loras 99999999999999999999", "at most 32766, got 99999999999999999999"),
+    (f"{ZIPF} --zipf-exponent 1e308", "zipf_exponent must be 0 or more, at most 10, got 1e+308"),
+    (f"{ZIPF} --rank-mix 8=1e308,16=1e308", "positive ranks and weights below 2^63"),
+    (f"{ZIPF} --rank-mix {'9' * 400}=1", "positive ranks and weights below 2^63"),
+    (f"{ZIPF} --adapter-mib 1e308", "--adapter-mib must be a positive number of MiB"),
+    ("simulate {deep}", "too deep nesting"),
     (f"{ZIPF} --policy best", "'best'"),
     (f"{ZIPF} --policy no.such:Class", "no.such"),
     (f"{ZIPF} --adapter-mib 0", "--adapter-mib"),
@@ -52,7 +61,8 @@ WRONG = [
     (f"{ZIPF} --rank-mix 8", "8"),
     (f"{ZIPF} --rank-mix 8=x", "x"),
     (f"{ZIPF} --adapter-sizes {{missing}}", "No such file"),
-    (f"{ZIPF} --adapter-sizes {{bytes}}", "cannot be read"),
+    (f"{ZIPF} --adapter-sizes {{bytes}}", "expected UTF-8 text"),
+    (f"{ZIPF} --adapter-sizes {{deep}}", "nested too deeply"),
     (f"{ZIPF} --plot {{folder}}/none/p.png", "there is no folder"),
     (f"{ZIPF} --plot {{folder}}/p.txt", "its name ends in '.txt', expected one of .png, .svg"),
     ("simulate --synthetic zipf --requests 0", "got 0"),
@@ -129,6 +139,8 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     Path(named["empty"]).touch()
     Path(named["bytes"]).write_bytes(b"\x00\xff\x80" * 100)
     Path(named["trace"]).write_text("time,adapter\n0,a\n")
+    named["deep"] = str(tmp_path / "deep.jsonl")
+    Path(named["deep"]).write_text("[" * 100_000)
     named["folder"] = str(tmp_path / "folder.csv")
     Path(named["folder"]).mkdir()
     named["key"] = str(KeyPair.make(tmp_path, "signing").private)
@@ -151,6 +163,23 @@ def test_one_sentence_says_what_is_wrong(command, message, paths, capfd):
     assert "Traceback" not in err
     before = err.strip().splitlines()[:-1]
     assert all(line.startswith(("usage: ", " ")) for line in before), err
+
+
+def test_an_error_that_nobody_expects_is_no_answer(monkeypatch, capsys):
+    def run(arguments):
+        raise KeyError("first\nsecond")
+
+    monkeypatch.setattr("vllm_multilora.commands.simulate.run", run)
+    assert main(["simulate"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("vllm-multilora simulate: error: KeyError: ")
+    assert len(err.splitlines()) == 1
+    monkeypatch.setenv(TRACEBACK, "1")
+    assert f"set {TRACEBACK}=1" in err
+    assert main(["simulate"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert "in run" in err
 
 
 def running(*arguments: str, **options) -> subprocess.Popen:

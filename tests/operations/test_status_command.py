@@ -1,11 +1,14 @@
 """`vllm-multilora status`: what a server says of its adapters, as a table and as JSON."""
 
 import json
+import socket
+import threading
 
 import pytest
 
 from vllm_multilora.cli import main
 from vllm_multilora.commands.status_table import screen, table
+from vllm_multilora.operations.http_client import base_url
 
 NOW = 1_800_000_000.0
 
@@ -140,11 +143,54 @@ def test_the_key_of_a_guarded_server(site, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:8000", "ftp://localhost", "http://", "http://localhost:80OO"),
+        *("http://localhost:99999", "http://[::1", "http://a b/", "http://a/b c", "http://a..b"),
+        *(f"http://{'a' * 300}", "http://user@localhost", "http://localhost/\u00e9", "http://a\n"),
+    ],
+)
+def test_what_is_no_address_is_not_asked(url, capsys):
+    assert main(["status", "--url", url]) == 2
+    assert f"{url!r} is not a server address: expected http" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8000/", "https://llm.example", "http://a:1/b/c"])
+def test_an_address_may_have_a_path_and_be_of_any_kind(url):
+    assert base_url(url) == url.rstrip("/")
+
+
+@pytest.mark.parametrize("key", ["a\nb", "\u20ac"])
+def test_a_key_that_http_cannot_carry_is_not_sent(site, key, capsys):
+    assert main(["status", "--url", site.url, "--api-key", key]) == 2
+    err = capsys.readouterr().err
+    assert "HTTP cannot carry the API key" in err
+    assert key not in err
+
+
+def test_something_that_speaks_no_http(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet():
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        greeter = threading.Thread(target=greet, daemon=True)
+        greeter.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert main(["status", "--url", url]) == 2
+        greeter.join(timeout=30)
+    assert "cannot be reached: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("answer", "message"),
     [
         ((404, "Not Found"), "is it a vLLM server with vllm-multilora and --enable-lora?"),
         ((200, "hello"), "did not answer with JSON"),
         ((200, "{}"), "did not answer with a list of adapters"),
+        ((200, "[" * 100_000), "did not answer with JSON"),
     ],
 )
 def test_servers_that_do_not_say(site, answer, message, capsys):

@@ -5,18 +5,22 @@ import json
 
 import pytest
 
+from vllm_multilora.cli import status_of
 from vllm_multilora.commands import plan as plan_command
 from vllm_multilora.errors import MultiLoRAError
 
 from .models import MODEL, TWO_WORKERS
 from .test_survey import put
 
+NAME = "vllm-multilora plan"
+
 
 def command(*argv, model=MODEL):
     parser = argparse.ArgumentParser()
     plan_command.add_arguments(parser)
     arguments = ["--model", "tiny/model", "--max-loras", "4", "--max-lora-rank", "16"]
-    return plan_command.run(parser.parse_args([*arguments, *map(str, argv)]), lambda _: model)
+    parsed = parser.parse_args([*arguments, *map(str, argv)])
+    return status_of(lambda given: plan_command.run(given, lambda _: model), parsed, NAME)
 
 
 @pytest.fixture
@@ -156,5 +160,5 @@ def test_a_base_model_whose_costs_cannot_be_found_out(capsys):
     parser = argparse.ArgumentParser()
     plan_command.add_arguments(parser)
     arguments = parser.parse_args(["--model", "m", "--max-loras", "1", "--max-lora-rank", "8"])
-    assert plan_command.run(arguments, costs_of) == 2
+    assert status_of(lambda given: plan_command.run(given, costs_of), arguments, NAME) == 2
     assert capsys.readouterr().err == "vllm-multilora plan: error: no such model\n"

@@ -149,6 +149,26 @@ def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
         offline_layout(model, max_lora_rank=7)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "cannot load the base model"),
+        ('{"hidden_size": -1}', "cannot load the base model .*-1"),
+        ('{"hidden_act": "nope"}', "cannot build the base model .*nope"),
+    ],
+    ids=["list", "size", "activation"],
+)
+def test_a_wrong_configuration_is_an_error(tmp_path, text, message):
+    from vllm_multilora.integration.offline.layout import BaseModelError, offline_layout
+
+    file = tiny_models.write_llama(tmp_path) / "config.json"
+    changed = json.loads(text)
+    right = json.loads(file.read_text())
+    file.write_text(json.dumps(right | changed if isinstance(changed, dict) else changed))
+    with pytest.raises(BaseModelError, match=message):
+        offline_layout(str(tmp_path))
+
+
 def test_it_can_be_sent_and_means_the_same_where_it_arrives(tmp_path):
     from vllm_multilora.integration.offline.layout import offline_layout
 

@@ -372,5 +372,5 @@ def test_slots_must_be_a_positive_integer(slots: int) -> None:
 
 
 def test_ranks_must_be_a_positive_integer() -> None:
-    with pytest.raises(ConfigError, match="number of ranks must be a positive integer, got 0"):
+    with pytest.raises(ConfigError, match="number of ranks must be a positive integer"):
         make_slots(2, ranks=0)

@@ -75,6 +75,14 @@ def test_a_timed_trace_says_how_much_is_asked_for_and_serves_simulate_too(write)
         ("t.jsonl", '{"time": true, "adapter": "a"}\n', "line 1: time must be .* got True"),
         ("t.jsonl", '{"time": 1, "adapter": 7}\n', "line 1: adapter must be a name, got 7"),
         ("t.jsonl", '{"time": 1, "adapter": "a", "bytes": 1.5}\n', "positive integer, got 1.5"),
+        (
+            "t.jsonl",
+            '{"time": 1%s, "adapter": "a"}\n' % ("0" * 400),
+            "line 1: time .* number, got 10",
+        ),
+        ("t.jsonl", '{"time": 1%s, "adapter": "a"}\n' % ("0" * 5000), "line 1: .* too many digits"),
+        ("t.jsonl", "[" * 100_000, "line 1: .* too deep nesting"),
+        ("t.csv", f"time,adapter,bytes\n1,a,{'9' * 400}\n", r"line 2: bytes must be below 2\^63"),
         ("t.txt", "", "t.txt: a trace must end in .csv, .jsonl or .ndjson"),
     ],
 )
@@ -135,8 +143,9 @@ def test_by_day_other_adapters_are_busy_than_by_night():
     [
         ({"requests": 0}, "requests must be at least 1, got 0"),
         ({"adapters": -1}, "adapters must be at least 1, got -1"),
-        ({"zipf_exponent": -0.1}, "zipf_exponent must be 0 or more, got -0.1"),
-        ({"zipf_exponent": float("nan")}, "zipf_exponent must be 0 or more, got nan"),
+        ({"zipf_exponent": -0.1}, "zipf_exponent must be 0 or more, at most 10, got -0.1"),
+        ({"zipf_exponent": float("nan")}, "zipf_exponent must be 0 or more, at most 10, got nan"),
+        ({"zipf_exponent": 1e308}, "at most 10, got 1e.308"),
     ],
     ids=str,
 )
@@ -152,15 +161,18 @@ def test_sizes_are_read_in_mib(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 80,\n}', "s.json, line 2: invalid JSON"),
+        ('{"a": 80,\n}', "s.json, line 2: found invalid JSON"),
         ("[80]", "s.json: expected an object such as"),
+        ("[" * 100_000, "s.json: found lists or mappings that are nested too deeply"),
+        (f'{{"a": {"9" * 400}}}', "s.json: found a whole number of more than 64 bits"),
+        ('{"a": 1e300}', "s.json: the size of 'a' must be a positive number of MiB"),
         ('{"a": "80"}', "s.json: adapter 'a' must have a positive MiB, got '80'"),
         ('{"a": 0}', "s.json: adapter 'a' must have a positive MiB, got 0"),
         ('{"a": Infinity}', "s.json: the size of 'a' must be a positive number of MiB, got inf"),
     ],
 )
 def test_wrong_sizes_are_named(write, text, message):
-    with pytest.raises((TraceError, ConfigError), match=message):
+    with pytest.raises(ConfigError, match=message):
         read_sizes(write("s.json", text))
 
 

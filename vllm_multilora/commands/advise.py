@@ -16,7 +16,7 @@ from vllm_multilora.operations.observations import ACTIVITY_WINDOW_S, Observatio
 from vllm_multilora.operations.snapshots import LONGEST_HISTORY_S, Snapshot, history, scrape
 from vllm_multilora.operations.watching import observe
 
-HEALTHY, ADVICE, FAILED = 0, 1, 2
+HEALTHY, ADVICE = 0, 1
 _MOST_INTERVAL_S = 5.0
 _LEAST_SCRAPES = 5
 
@@ -53,13 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command.
 
     Returns:
-        0 if there is nothing to change, 1 if there is, 2 if that cannot be told.
+        0 if there is nothing to change, 1 if there is.
+
+    Raises:
+        MultiLoRAError: That cannot be told.
     """
-    try:
-        seen = observe(_snapshots(arguments))
-    except MultiLoRAError as error:
-        print(f"vllm-multilora advise: error: {error}", file=sys.stderr)
-        return FAILED
+    seen = observe(_snapshots(arguments))
     findings = advise(seen)
     if arguments.json:
         print(json.dumps(_as_json(seen, findings), indent=2))

@@ -22,11 +22,10 @@ from vllm_multilora.capacity.calibration import (
 )
 from vllm_multilora.commands.api_key import add_api_key
 from vllm_multilora.commands.status import fetch
-from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.operations.completions import Completions
 from vllm_multilora.operations.http_client import base_url, get_json, get_text
 
-WRITTEN, FAILED = 0, 2
+WRITTEN = 0
 _MUCH = 0.1
 """As a residual; on a calm machine it is half of this."""
 
@@ -57,17 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
+    """Runs the command; returns 0.
 
-    Returns:
-        0, or 2 where the server does not say, or the file cannot be written.
+    Raises:
+        MultiLoRAError: The server does not say, or the file cannot be written.
     """
-    try:
-        calibration = calibrate(arguments)
-        write_calibration(calibration, arguments.output)
-    except MultiLoRAError as error:
-        print(f"vllm-multilora calibrate: error: {error}", file=sys.stderr)
-        return FAILED
+    calibration = calibrate(arguments)
+    write_calibration(calibration, arguments.output)
     print(report(calibration, arguments.output))
     return WRITTEN
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
+
+from vllm_multilora.errors import MultiLoRAError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,19 +13,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
+    """Runs the command; returns 0.
 
-    Returns:
-        0, or 2 if shtab is not installed.
+    Raises:
+        MultiLoRAError: shtab is not installed.
     """
     try:
         import shtab
     except ImportError:
-        print(
-            "vllm-multilora completion: error: shtab is not installed: "
-            "pip install 'vllm-multilora[completion]'",
-            file=sys.stderr,
-        )
-        return 2
+        raise MultiLoRAError(
+            "shtab is not installed: pip install 'vllm-multilora[completion]'"
+        ) from None
     print(shtab.complete(arguments.program, shell=arguments.shell))
     return 0

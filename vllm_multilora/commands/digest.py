@@ -9,7 +9,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-DONE, FAILED, MISUSED = 0, 1, 2
+from vllm_multilora.errors import ConfigError
+
+DONE, FAILED = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command.
+
+    Returns:
+        0, or 1 if an adapter cannot be read.
+
+    Raises:
+        ConfigError: Two folders have one name.
+    """
     from vllm_multilora.adapters.errors import AdapterError
     from vllm_multilora.adapters.intake import Rules, open_adapter
 
@@ -37,12 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     names = [Path(path).name for path in map(os.path.abspath, arguments.adapters)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if arguments.json and twice:
-        print(
-            f"vllm-multilora digest: error: found several folders named {', '.join(twice)}, "
-            f"expected different names: --json has one digest for each",
-            file=sys.stderr,
+        raise ConfigError(
+            f"found several folders named {', '.join(twice)}, expected different names: --json "
+            "has one digest for each"
         )
-        return MISUSED
     rules = Rules(allow_pickle=arguments.allow_pickle)
     found: dict[str, str] = {}
     has_failed = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 
@@ -24,17 +23,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         0 if the plugin acts on a plain `vllm serve --enable-lora`, 1 if something prevents it; of
-        another vLLM, 0 if it is as the plugin knows it, 1 if not, 2 if it cannot be read.
+        another vLLM, 0 if it is as the plugin knows it, 1 if not.
+
+    Raises:
+        ConfigError: There is no other vLLM there.
     """
     if arguments.against is not None:
-        from vllm_multilora.errors import ConfigError
         from vllm_multilora.integration.offline.against import judge
 
-        try:
-            return judge(arguments.against)
-        except ConfigError as error:
-            print(f"vllm-multilora doctor: error: {error}", file=sys.stderr)
-            return 2
+        return judge(arguments.against)
     from vllm_multilora.integration.offline.doctor import diagnose
 
     return diagnose()

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 from vllm_multilora.commands import plan_traffic, plots
 from vllm_multilora.commands.quiet import quieten_vllm
-from vllm_multilora.errors import ConfigError, MultiLoRAError
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.slots.assignment import MOST_SLOTS
 
 if TYPE_CHECKING:
     from vllm_multilora.planning.base_model import BaseModel
     from vllm_multilora.planning.plan import Plan
 
-PLANNED, TOO_LARGE, FAILED = 0, 1, 2
+PLANNED, TOO_LARGE = 0, 1
 _GIB = 2**30
-_MOST_SLOTS = 2**15 - 2  # what the kernels' plans can number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,20 +120,19 @@ def run(
         costs_of: Finds out what the base model costs.
 
     Returns:
-        0, 1 if a GPU of --gpu-memory has no room for it, 2 if the costs cannot be told.
+        0, or 1 if a GPU of --gpu-memory has no room for it.
+
+    Raises:
+        MultiLoRAError: The costs cannot be told.
     """
     if arguments.traffic is not None:
         return plan_traffic.run(arguments)
-    try:
-        _check(arguments)
-        if arguments.plot:
-            plots.require(arguments.plot)
-        plan = _plan(arguments, costs_of(arguments))
-        if arguments.plot:
-            _draw(plan, arguments.plot)
-    except MultiLoRAError as error:
-        print(f"vllm-multilora plan: error: {error}", file=sys.stderr)
-        return FAILED
+    _check(arguments)
+    if arguments.plot:
+        plots.require(arguments.plot)
+    plan = _plan(arguments, costs_of(arguments))
+    if arguments.plot:
+        _draw(plan, arguments.plot)
     from vllm_multilora.commands.plan_json import plan_as_json
     from vllm_multilora.commands.plan_report import report
 
@@ -169,7 +168,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.calibration is not None:
         raise ConfigError("--calibration is for --traffic, which is not given")
     for flag, value, most in (
-        ("--max-loras", arguments.max_loras, _MOST_SLOTS),
+        ("--max-loras", arguments.max_loras, MOST_SLOTS),
         ("--max-lora-rank", arguments.max_lora_rank, math.inf),
         ("--tensor-parallel-size", arguments.tensor_parallel_size, math.inf),
         ("--max-model-len", arguments.max_model_len, math.inf),

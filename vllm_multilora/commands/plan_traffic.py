@@ -16,13 +16,13 @@ from vllm_multilora.capacity.calibration import (
 )
 from vllm_multilora.capacity.forecast import Forecast, Server, forecast
 from vllm_multilora.commands.table import aligned
-from vllm_multilora.errors import ConfigError, MultiLoRAError
+from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.adapter_sizes import size_from_mib
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.traces import read_timed_trace
 
-PLANNED, FAILED = 0, 2
+PLANNED = 0
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
 
@@ -59,23 +59,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns 2 after an error in its input."""
-    try:
-        if arguments.calibration is None:
-            raise ConfigError(
-                "--traffic needs --calibration, a file that `vllm-multilora calibrate` writes"
-            )
-        trace = read_timed_trace(arguments.traffic)
-        calibration = read_calibration(arguments.calibration)
-        check_fits(calibration, arguments.calibration, arguments.model, versions_here())
-        server = _server(arguments, calibration)
-        sizes = dict(calibration.adapters)
-        if arguments.adapters is not None:
-            sizes |= sizes_in(arguments.adapters)
-        found = forecast(trace, sizes, server, calibration)
-    except MultiLoRAError as error:
-        print(f"vllm-multilora plan: error: {error}", file=sys.stderr)
-        return FAILED
+    """Runs the command; returns 0.
+
+    Raises:
+        MultiLoRAError: Something in its input is wrong.
+    """
+    if arguments.calibration is None:
+        raise ConfigError(
+            "--traffic needs --calibration, a file that `vllm-multilora calibrate` writes"
+        )
+    trace = read_timed_trace(arguments.traffic)
+    calibration = read_calibration(arguments.calibration)
+    check_fits(calibration, arguments.calibration, arguments.model, versions_here())
+    server = _server(arguments, calibration)
+    sizes = dict(calibration.adapters)
+    if arguments.adapters is not None:
+        sizes |= sizes_in(arguments.adapters)
+    found = forecast(trace, sizes, server, calibration)
     print(
         _json(found, server, calibration) if arguments.json else _text(found, server, calibration)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vllm_multilora.commands import hit_rate_plot, plots
 from vllm_multilora.commands.table import aligned
-from vllm_multilora.errors import ConfigError, MultiLoRAError
+from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.adapter_sizes import (
     DEFAULT_MIB_PER_RANK,
     parse_rank_mix,
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, kind, default, meaning in (
         ("--requests", int, defaults.requests, "number of requests"),
         ("--adapters", int, defaults.adapters, "number of adapters"),
-        ("--zipf-exponent", float, defaults.zipf_exponent, "how unequal they are; 0: all alike"),
+        ("--zipf-exponent", float, defaults.zipf_exponent, "how unequal, up to 10; 0: all alike"),
         ("--burst-length", int, defaults.burst_length, "bursts: mean requests of a burst"),
         ("--scan-every", int, defaults.scan_every, "scan: requests between two scans"),
         ("--seed", int, defaults.seed, "of the random numbers"),
@@ -127,25 +127,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns 2 after an error in its input."""
-    try:
-        trace = _trace(arguments)
-        sizes = _sizes(arguments, trace)
-        shape = _shape(arguments)
-        policies = tuple(dict.fromkeys(arguments.policy or policy_names()))
-        for policy in policies:
-            policy_factory(policy)
-        if arguments.plot:
-            plots.require(arguments.plot)
-        outcomes = [simulate(trace.requests, sizes, shape, policy) for policy in policies]
-        bound = optimum(trace.requests, sizes, shape)
-        report = _json if arguments.json else _table
-        print(report(trace, sum(sizes[name] for name in trace.adapters), shape, outcomes, bound))
-        if arguments.plot:
-            _plot(trace, sizes, shape, policies, arguments.plot)
-    except MultiLoRAError as error:
-        print(f"vllm-multilora simulate: error: {error}", file=sys.stderr)
-        return 2
+    """Runs the command; returns 0.
+
+    Raises:
+        MultiLoRAError: Something in its input is wrong.
+    """
+    trace = _trace(arguments)
+    sizes = _sizes(arguments, trace)
+    shape = _shape(arguments)
+    policies = tuple(dict.fromkeys(arguments.policy or policy_names()))
+    for policy in policies:
+        policy_factory(policy)
+    if arguments.plot:
+        plots.require(arguments.plot)
+    outcomes = [simulate(trace.requests, sizes, shape, policy) for policy in policies]
+    bound = optimum(trace.requests, sizes, shape)
+    report = _json if arguments.json else _table
+    print(report(trace, sum(sizes[name] for name in trace.adapters), shape, outcomes, bound))
+    if arguments.plot:
+        _plot(trace, sizes, shape, policies, arguments.plot)
     return 0
 
 

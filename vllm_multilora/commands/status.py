@@ -14,7 +14,7 @@ from vllm_multilora.commands.status_table import screen, table
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.operations.http_client import UnreachableError, base_url, get_json
 
-SHOWN, FAILED = 0, 2
+SHOWN = 0
 PATH = "/v1/lora_adapters"
 _WATCH_S = 2.0
 
@@ -39,24 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
+    """Runs the command; returns 0.
 
-    Returns:
-        0, or 2 where the server does not say.
+    Raises:
+        MultiLoRAError: The server does not say.
     """
+    if arguments.watch is not None and not 0 < arguments.watch < float("inf"):
+        raise MultiLoRAError(f"--watch must be a positive number of seconds, got {arguments.watch}")
+    url = base_url(arguments.url)
+    _show(arguments, url)
     try:
-        if arguments.watch is not None and not 0 < arguments.watch < float("inf"):
-            raise MultiLoRAError(
-                f"--watch must be a positive number of seconds, got {arguments.watch}"
-            )
-        url = base_url(arguments.url)
-        _show(arguments, url)
         while arguments.watch is not None:
             time.sleep(arguments.watch)
             _show(arguments, url)
-    except MultiLoRAError as error:
-        print(f"vllm-multilora status: error: {error}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
         pass  # the end of a watch
     return SHOWN

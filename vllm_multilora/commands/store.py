@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import socket
-import sys
 import time
 from typing import Any
 
@@ -20,7 +19,7 @@ from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import RunningStore, command_line, environment
 from vllm_multilora.store.messages import Description, Totals
 
-DONE, FAILED = 0, 2
+DONE = 0
 _ANSWER_S = 5.0
 _HEADER = ("CLIENT", "SERVER", "PROCESS", "WANTS", "LEASES")
 _RIGHT = frozenset((2, 3, 4))
@@ -40,19 +39,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command.
 
     Returns:
-        0, or 2 where a store runs already, or the one to describe does not answer. A store that is
-        run takes this process's place.
+        0. A store that is run takes this process's place.
+
+    Raises:
+        MultiLoRAError: A store runs already, or the one to describe does not answer.
     """
-    try:
-        if arguments.json and not arguments.describe:
-            raise MultiLoRAError("--json needs --describe: it prints the same as JSON")
-        if arguments.describe:
-            _show(as_json=arguments.json)
-        else:
-            _become_store()
-    except MultiLoRAError as error:
-        print(f"vllm-multilora store: error: {error}", file=sys.stderr)
-        return FAILED
+    if arguments.json and not arguments.describe:
+        raise MultiLoRAError("--json needs --describe: it prints the same as JSON")
+    if arguments.describe:
+        _show(as_json=arguments.json)
+    else:
+        _become_store()
     return DONE
 
 

@@ -7,10 +7,11 @@ import getpass
 import sys
 
 from vllm_multilora.documents import DocumentError
+from vllm_multilora.errors import ConfigError
 from vllm_multilora.tenants.keys import MAX_KEY_LENGTH, new_key, stored
 from vllm_multilora.tenants.parsing import load_tenants
 
-GOOD, BAD, MISUSED = 0, 1, 2
+GOOD, BAD = 0, 1
 _ACTIONS = ("new", "hash", "check")
 
 
@@ -29,13 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command.
 
     Returns:
-        0, 1 where the file or the key cannot be used, 2 where the arguments do not fit together.
+        0, or 1 where the file or the key cannot be used.
+
+    Raises:
+        ConfigError: The arguments do not fit together.
     """
     if (arguments.action == "check") != (arguments.file is not None):
-        print(
-            "vllm-multilora tenants: error: check takes a file, new and hash none", file=sys.stderr
-        )
-        return MISUSED
+        raise ConfigError("check takes a file, new and hash none")
     if arguments.action == "check":
         return _check(arguments.file)
     key = new_key() if arguments.action == "new" else _given_key()

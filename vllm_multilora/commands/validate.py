@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_multilora.commands.quiet import quieten_vllm
 from vllm_multilora.commands.table import aligned, counted
-from vllm_multilora.errors import MultiLoRAError
 
 if TYPE_CHECKING:
     from vllm_multilora.adapters.layout import ModelLayout
     from vllm_multilora.adapters.problems import Problem
 
-VALID, INVALID, FAILED = 0, 1, 2
+VALID, INVALID = 0, 1
 _HEADER = ("ADAPTER", "RESULT", "CODE", "COUNT", "WHERE")
 
 
@@ -97,15 +95,14 @@ def run(
         layout_of: Finds out what the base model accepts.
 
     Returns:
-        0 if all adapters can be served, 1 if one cannot, 2 if that cannot be told.
+        0 if all adapters can be served, 1 if one cannot.
+
+    Raises:
+        MultiLoRAError: What the base model accepts cannot be told.
     """
     from vllm_multilora.adapters.validation import validate
 
-    try:
-        layout = layout_of(arguments)
-    except MultiLoRAError as error:
-        print(f"vllm-multilora validate: error: {error}", file=sys.stderr)
-        return FAILED
+    layout = layout_of(arguments)
     found = {
         folder: validate(folder, layout, check_finite=arguments.check_finite)
         for folder in arguments.adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-VERIFIED, REFUSED, FAILED = 0, 1, 2
+VERIFIED, REFUSED = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,17 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command.
+
+    Returns:
+        0 if all signatures are valid, 1 if one is not.
+
+    Raises:
+        ConfigError: The keys cannot be used.
+    """
     from vllm_multilora.adapters.errors import AdapterError
     from vllm_multilora.adapters.intake import Rules, open_adapter
     from vllm_multilora.adapters.signers import Signers
-    from vllm_multilora.errors import ConfigError
 
-    try:
-        rules = Rules(signers=Signers.read(arguments.keys))
-    except ConfigError as error:
-        print(f"vllm-multilora verify: error: {error}", file=sys.stderr)
-        return FAILED
+    rules = Rules(signers=Signers.read(arguments.keys))
     status = VERIFIED
     for folder in arguments.adapters:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -24,12 +25,22 @@ def base_url(text: str) -> str:
     Raises:
         UnreachableError: It is no HTTP address.
     """
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    if not _is_address(text):
         raise UnreachableError(
             f"{text!r} is not a server address: expected http://HOST:PORT or https://HOST:PORT"
         )
     return text.rstrip("/")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        host = (parts.hostname or "").encode("idna")  # as it is looked up
+        parts.port  # noqa: B018 (raises where it is no port)
+    except ValueError:
+        return False
+    is_plain = text.isprintable() and " " not in text and parts.path.isascii()
+    return parts.scheme in ("http", "https") and bool(host) and is_plain and "@" not in parts.netloc
 
 
 def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | None = None) -> str:
@@ -41,11 +52,16 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
         api_key: Sent as bearer token, where there is one.
 
     Raises:
-        UnreachableError: Nobody answers there, or with another status than 200.
+        UnreachableError: Nobody answers there, or with another status than 200; or HTTP cannot
+            carry the key.
     """
     full = f"{url}?{urlencode(query)}" if query else url
     request = urllib.request.Request(full)
     if api_key:
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise UnreachableError(
+                "HTTP cannot carry the API key: expected printable ASCII characters in one line"
+            )
         request.add_header("Authorization", f"Bearer {api_key}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
@@ -54,7 +70,8 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
         answer = error.read().decode(errors="replace").strip()[:_SHOWN]
         hint = "; give the server's key with --api-key" if error.code == 401 else ""
         raise UnreachableError(f"{url} answers {error.code}: {answer}{hint}") from error
-    except OSError as error:  # URLError, a time limit, a broken connection
+    # URLError, a time limit, a broken connection, something that is not HTTP
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         why = getattr(reason, "strerror", None) or reason
         raise UnreachableError(f"{url} cannot be reached: {why}") from error
@@ -70,5 +87,5 @@ def get_json(url: str, query: dict[str, str] | None = None, *, api_key: str | No
     text = get_text(url, query, api_key=api_key)
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreachableError(f"{url} did not answer with JSON: {text[:_SHOWN]!r}") from error

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import random
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vllm_multilora.documents import read_file, read_json
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import MIB
-from vllm_multilora.slots.traces import TraceError, reason
+from vllm_multilora.slots.traces import MOST
 
 DEFAULT_MIB_PER_RANK = 5.0
 """An adapter of all linear layers of an 8-billion Llama 3 in 16 bits: 2,621,440 weights a rank."""
@@ -20,10 +20,10 @@ def size_from_mib(mib: float, what: str) -> int:
     """Bytes in that many MiB.
 
     Raises:
-        ConfigError: They are no positive finite number of bytes; the message names `what`.
+        ConfigError: They are less than a byte, or too many; the message names `what`.
     """
     size = mib * MIB
-    if not math.isfinite(size) or round(size) < 1:
+    if not 1 <= size < MOST:  # nor NaN
         raise ConfigError(f"{what} must be a positive number of MiB, got {mib}")
     return round(size)
 
@@ -32,19 +32,14 @@ def read_sizes(path: Path) -> dict[str, int]:
     """Bytes by adapter from a JSON object of MiB, as `{"acme": 80, "globex": 320}`.
 
     Raises:
-        TraceError: The file cannot be read, or a size in it is wrong.
+        ConfigError: The file cannot be read, or a size in it is wrong.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise TraceError(f"{path}, line {error.lineno}: invalid JSON: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"{path}: cannot be read: {reason(error)}") from error
+    table = read_file(path, read_json, "sizes")
     if not isinstance(table, dict):
-        raise TraceError(f'{path}: expected an object such as {{"acme": 80}}, in MiB')
+        raise ConfigError(f'{path}: expected an object such as {{"acme": 80}}, in MiB')
     for adapter, mib in table.items():
         if isinstance(mib, bool) or not isinstance(mib, int | float) or mib <= 0:
-            raise TraceError(f"{path}: adapter {adapter!r} must have a positive MiB, got {mib!r}")
+            raise ConfigError(f"{path}: adapter {adapter!r} must have a positive MiB, got {mib!r}")
     return {
         adapter: size_from_mib(mib, f"{path}: the size of {adapter!r}")
         for adapter, mib in table.items()
@@ -66,8 +61,10 @@ def parse_rank_mix(text: str) -> dict[int, float]:
             raise ConfigError(
                 f"a rank mix must be like 8=70,64=30 (rank=weight), got {part!r} in {text!r}"
             ) from None
-    if any(rank < 1 for rank in mix) or not all(math.isfinite(w) and w > 0 for w in mix.values()):
-        raise ConfigError(f"a rank mix must have positive ranks and weights, got {text!r}")
+    if not all(0 < number < MOST for number in (*mix, *mix.values())):
+        raise ConfigError(
+            f"a rank mix must have positive ranks and weights below 2^63, got {reprlib.repr(text)}"
+        )
     return mix
 
 

@@ -25,6 +25,9 @@ from vllm_multilora.slots.pins import Pins
 from vllm_multilora.slots.policy import CachePolicy
 from vllm_multilora.slots.policy_tier import PolicyTier
 
+MOST_SLOTS = 2**15 - 2
+"""What the kernels' plans can number."""
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -76,7 +79,8 @@ class SlotAssignment(PolicyTier):
         pins: The pinned adapters.
 
     Raises:
-        ConfigError: `slots` or `ranks` is no positive integer, or too many adapters are pinned.
+        ConfigError: `slots` or `ranks` is no positive integer up to `MOST_SLOTS`, or too many
+            adapters are pinned.
     """
 
     def __init__(
@@ -89,9 +93,11 @@ class SlotAssignment(PolicyTier):
         pinned_names: Collection[str] = (),
     ) -> None:
         for name, number in (("slots", slots), ("ranks", ranks)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            is_whole = isinstance(number, int) and not isinstance(number, bool)
+            if not is_whole or not 1 <= number <= MOST_SLOTS:
                 raise ConfigError(
-                    f"the number of {name} must be a positive integer, got {number!r}"
+                    f"the number of {name} must be a positive integer, at most {MOST_SLOTS}, got "
+                    f"{number!r}"
                 )
         super().__init__(policy)
         self.pins = Pins(slots, pinned_names)

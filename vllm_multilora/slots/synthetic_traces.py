@@ -11,6 +11,9 @@ from itertools import accumulate
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.traces import Trace
 
+_MOST_EXPONENT = 10
+"""With which the second adapter has a thousandth of the first one's requests."""
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -20,7 +23,7 @@ class Traffic:
         requests: Number of requests.
         adapters: Number of adapters; adapter k of popularity rank k is asked for in proportion
             to 1 / k ** `zipf_exponent`.
-        zipf_exponent: 0 is uniform; traffic over many tenants is often near 1.
+        zipf_exponent: 0 is uniform, 10 the most; traffic over many tenants is often near 1.
         seed: Of the random numbers.
         burst_length: Mean requests in a burst (`bursts`).
         scan_every: Requests between two scans (`scan`).
@@ -40,8 +43,11 @@ class Traffic:
         for name in ("requests", "adapters", "burst_length", "scan_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (math.isfinite(self.zipf_exponent) and self.zipf_exponent >= 0):
-            raise ConfigError(f"zipf_exponent must be 0 or more, got {self.zipf_exponent}")
+        if not 0 <= self.zipf_exponent <= _MOST_EXPONENT:
+            raise ConfigError(
+                f"zipf_exponent must be 0 or more, at most {_MOST_EXPONENT}, got "
+                f"{self.zipf_exponent}"
+            )
 
     @property
     def popularity(self) -> list[float]:

@@ -12,12 +12,16 @@ from __future__ import annotations
 import csv
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_multilora.errors import MultiLoRAError
+
+MOST = 2**63
+"""Numbers of bytes and tokens are below it, so that their sums and quotients are floats."""
 
 _COLUMNS = ("time", "adapter")
 _TOKENS = ("prompt_tokens", "generation_tokens")
@@ -151,6 +155,10 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mappin
                 row = json.loads(text)
             except json.JSONDecodeError as error:
                 raise TraceError(f"{path}, line {line}: invalid JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise TraceError(
+                    f"{path}, line {line}: found a number of too many digits, or too deep nesting"
+                ) from error
             if not isinstance(row, dict):
                 raise TraceError(f"{path}, line {line}: expected a JSON object, got {row!r}")
             yield line, row
@@ -160,10 +168,10 @@ def _time(row: Mapping[str, Any], where: str) -> float:
     found = row.get("time")
     try:
         time = math.nan if found is None or isinstance(found, bool) else float(found)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         time = math.nan
     if not math.isfinite(time):
-        raise TraceError(f"{where}: time must be a finite number, got {found!r}")
+        raise TraceError(f"{where}: time must be a finite number, got {reprlib.repr(found)}")
     return time
 
 
@@ -180,8 +188,9 @@ def _positive(row: Mapping[str, Any], name: str, where: str) -> int:
         number = 0 if found is None or isinstance(found, bool | float) else int(found)
     except (TypeError, ValueError):
         number = 0
-    if number < 1:
-        raise TraceError(f"{where}: {name} must be a positive integer, got {found!r}")
+    if not 1 <= number < MOST:
+        wanted = "a positive integer" if number < 1 else "below 2^63"
+        raise TraceError(f"{where}: {name} must be {wanted}, got {reprlib.repr(found)}")
     return number
 
 

@@ -111,8 +111,9 @@ class Server:
                 enforce_eager=True,
                 **extra,
             ).create_engine_config()
-        # RuntimeError: a build of vLLM for GPUs, on a machine without one.
-        except (ValueError, OSError, RuntimeError) as error:
+        # Of any kind: a RuntimeError of a build for GPUs, on a machine without one; an
+        # AttributeError of a config.json that is a list.
+        except Exception as error:
             raise BaseModelError(
                 f"vLLM cannot load the base model {self.model}: {_said(error)}"
             ) from error
@@ -160,7 +161,12 @@ def offline_manager(config: VllmConfig) -> Iterator[LoRAModelManager]:
 def _wrapped(config: VllmConfig) -> LoRAModelManager:
     dtype: Any = config.model_config.dtype  # a torch.dtype by now
     with set_default_torch_dtype(dtype), torch.device("meta"), _own_rotary_embeddings():
-        model = initialize_model(config)
+        try:
+            model = initialize_model(config)
+        except Exception as error:  # whatever a model's own code meets in a configuration
+            raise BaseModelError(
+                f"vLLM cannot build the base model {config.model_config.model}: {_said(error)}"
+            ) from error
     give_experts_kernels(model)
     if not supports_lora(model):
         raise BaseModelError(f"vLLM does not support LoRA for {type(model).__name__}")
