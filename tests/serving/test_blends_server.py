@@ -141,14 +141,14 @@ def test_answers_are_pefts_and_say_what_has_made_them(deployment: Deployment, na
     assert deployment.line_of(name_of(weights), before)["version"][:16] == version
 
 
-BODIES = {
-    "/v1/completions": {"prompt": "t5 t17 t120", "max_tokens": 4},
-    "/v1/chat/completions": {
-        "messages": [{"role": "user", "content": "t5 t17 t120"}],
-        "max_tokens": 4,
-    },
-    "/v1/responses": {"input": "t5 t17 t120", "max_output_tokens": 4, "store": False},
+MESSAGES = [{"role": "user", "content": "t5 t17 t120"}]
+BODIES: dict[str, tuple[dict[str, Any], str]] = {
+    "/v1/completions": ({"prompt": "t5 t17 t120", "max_tokens": 4}, "-0"),
+    "/v1/chat/completions": ({"messages": MESSAGES, "max_tokens": 4}, ""),
+    "/v1/responses": ({"input": "t5 t17 t120", "max_output_tokens": 4, "store": False}, "_0"),
+    "/invocations": ({"messages": MESSAGES, "max_tokens": 4}, ""),
 }
+"""Of endpoints that generate; and what the log puts after the `id` of the answer."""
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -156,14 +156,36 @@ BODIES = {
 def test_endpoints_that_generate_take_blends(
     deployment: Deployment, path: str, stream: bool
 ) -> None:
-    weights = dict(BLENDS["three"])
+    weights, (asked, ending) = dict(BLENDS["three"]), BODIES[path]
     body = {"model": BASE, "temperature": 0, "stream": stream, "lora_blend": weights}
     before = len(deployment.usage())
-    response = deployment.request("POST", path, {**body, **BODIES[path]})
+    response = deployment.request("POST", path, {**body, **asked})
     assert response.status_code == 200, response.text
     assert response.headers["x-multilora-adapter"] == name_of(weights)
     assert len(response.headers["x-multilora-version"]) == 16
-    assert deployment.line_of(name_of(weights), before)
+    line = deployment.line_of(name_of(weights), before)
+    if not stream:
+        assert line["request_id"] == response.json()["id"] + ending
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "/v1/chat/completions/batch": ({"messages": [MESSAGES], "max_tokens": 4}, "_0"),
+    "/generative_scoring": ({"query": "t5", "items": ["t17"], "label_token_ids": [7, 8]}, "-0"),
+    "/tokenize": ({"prompt": "t5 t17 t120"}, None),
+}
+"""As `BODIES`, without streams; None where nothing is metered."""
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_other_endpoints_that_take_blends(deployment: Deployment, path: str) -> None:
+    weights, (asked, ending) = dict(BLENDS["three"]), OTHERS[path]
+    before = len(deployment.usage())
+    response = deployment.request("POST", path, {"model": BASE, "lora_blend": weights, **asked})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-multilora-adapter"] == name_of(weights)
+    if ending is not None:
+        line = deployment.line_of(name_of(weights), before)
+        assert line["request_id"] == response.json()["id"] + ending
 
 
 BAD: dict[str, tuple[Any, int, str]] = {

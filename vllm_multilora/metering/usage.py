@@ -19,7 +19,8 @@ class Usage:
     """Tokens as an answer's `usage` counts them.
 
     Attributes:
-        request_id: vLLM's id of the request, as its answer has it.
+        request_id: vLLM's id of the prompt: the answer's, for most endpoints with the number of the
+            prompt after it, as in `cmpl-...-0`.
         adapter: The adapter's name; None for the base model.
         is_blend: Whether that is a blend of adapters.
         version: The digest of the weights that have computed it; None if nothing was.
