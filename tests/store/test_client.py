@@ -57,7 +57,7 @@ def client(stores):
 
 
 def loaded(ticket: int, pack: int) -> Loaded:
-    info = PackInfo(8, False, (), (), False, pack, 1, 1, "digest", "version", [1], 0, 64, ())
+    info = PackInfo(8, False, (), False, pack, 1, 1, "digest", "version", [1], 0, 64, ())
     return Loaded(ticket, ticket, info, 0.0, False, True)
 
 
