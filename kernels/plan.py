@@ -194,9 +194,10 @@ class BatchPlan:
             )
         # 16-bit keys: numpy's stable sort of them is a radix sort, linear in the tokens.
         keys = token_slots.astype(np.int16)
+        fits = np.array_equal(keys, token_slots)
         keys += 1  # 0: no adapter
         tokens = len(keys)
-        counts = _count(keys, layout.max_loras)
+        counts = _count(keys, layout.max_loras) if fits else None
         if counts is None:
             raise ValueError(
                 f"token slots must be between -1 and {layout.max_loras - 1}, got "

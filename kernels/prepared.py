@@ -238,6 +238,7 @@ class PreparedExpand(Prepared):
     ) -> None:
         backend = resolve(backend, ranks.device.type)
         check(len(lora_b) > 0, "lora_b must have a slice", len(lora_b))
+        check(offset >= 0, "offset must not be negative", offset)
         max_rank = lora_b[0].size(-1)
         check_weights("lora_b", lora_b, ranks, layout, columns=max_rank, by_column=True)
         super().__init__(layout)

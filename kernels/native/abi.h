@@ -28,7 +28,7 @@ struct slice {
 struct lora_call {
     /* What a layer's weights fix once. */
     int64_t mode, slices, k, max_rank, weight_dtype, longest_tile;
-    int64_t ranks, ranks_stride; /* int32 [slices, slots] */
+    int64_t ranks, ranks_stride, ranks_slot_stride; /* int32 [slices, slots] */
     int64_t overwrite;           /* 1: y = delta instead of y += delta, for every row */
     int64_t factors, factors_stride; /* float32 [slots, all columns]; 0: there are none */
     int64_t marks, marks_stride;     /* int32 [slices, slots]: whose factors count */

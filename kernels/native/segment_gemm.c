@@ -80,7 +80,7 @@ struct thread {
 };
 
 INLINE int64_t rank_of(const struct lora_call *c, int64_t slice, int64_t slot) {
-    return ((const int32_t *)c->ranks)[slice * c->ranks_stride + slot];
+    return ((const int32_t *)c->ranks)[slice * c->ranks_stride + slot * c->ranks_slot_stride];
 }
 
 INLINE int32_t entry(int64_t table, int64_t index) { return ((const int32_t *)table)[index]; }

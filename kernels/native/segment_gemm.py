@@ -27,7 +27,7 @@ _INT_BYTES = 4
 
 # struct lora_call: what weights fix, the addresses of a batch's tensors and the rest of its
 # description, then the slices.
-_FIXED = struct.Struct("=14qd")
+_FIXED = struct.Struct("=15qd")
 _ADDRESSES = struct.Struct("=3q")
 _BATCH = struct.Struct("=16q")
 _SLICE = struct.Struct("=9q")
@@ -106,7 +106,7 @@ class Call:
             _DTYPES[weights[0].dtype],
             layout.tile_rows,
             ranks.data_ptr(),
-            ranks.stride(0),
+            *ranks.stride(),
             overwrite,
             *_places_of(factors),
             scale,

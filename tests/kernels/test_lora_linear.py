@@ -268,6 +268,14 @@ def test_native_results_do_not_depend_on_the_thread_count(threads):
         torch.set_num_threads(before)
 
 
+def test_ranks_may_lie_in_memory_slot_by_slot():
+    problem = make_problem([0, 1, 2], slots=3, widths=(24, 16), ranks=[[1, 2, 3], [4, 5, 6]])
+    expected = run(problem, "native")
+    problem.ranks = problem.ranks.t().contiguous().t()
+    assert not problem.ranks.is_contiguous()
+    assert run(problem, "native").equal(expected)
+
+
 def test_bfloat16_stores_round_to_nearest_even_and_keep_infinities_and_nan():
     values = [1.00390625, 1.01171875, 3.3895314e38, float("inf"), float("-inf"), float("nan"), -0.0]
     problem = make_problem([0], slots=1, k=8, widths=(8,), ranks=[[1]], max_rank=1)
@@ -290,6 +298,7 @@ BAD_CALLS = {
     "x-dtype": (lambda p: {"x": p.x.double()}, "x must be 2-D with contiguous rows in float32"),
     "b-rank": (lambda p: {"lora_b": [p.lora_b[0][..., :-1]]}, r"lora_b\[0\] must have shape"),
     "slices": (lambda p: {"lora_b": []}, "lora_a and lora_b must have the same slices"),
+    "offset": (lambda p: {"offset": -8}, "offset must not be negative, found -8"),
     "backend": (lambda p: {"backend": "cuda"}, "unknown backend 'cuda'"),
 }
 

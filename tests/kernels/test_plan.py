@@ -77,7 +77,9 @@ def test_the_buffer_keeps_its_address_and_forgets_the_last_batch():
         assert plan.buffer.data_ptr() == address
 
 
-@pytest.mark.parametrize("bad", [[0, 4], [-2, 0], [0, 9, -1]], ids=["slot-4", "slot-minus-2", "9"])
+@pytest.mark.parametrize(
+    "bad", [[0, 4], [-2, 0], [0, 9, -1], [1 << 16], [(1 << 16) - 1], [32767]], ids=str
+)
 def test_a_slot_out_of_range_is_refused_and_the_plan_unchanged(bad):
     plan = BatchPlan(PlanLayout(max_tokens=8, max_loras=4))
     plan.update(np.array([0, 1]))
