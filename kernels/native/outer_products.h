@@ -156,10 +156,12 @@ INLINE void outer_typed(const float *h, int64_t ldh, int64_t rows, const void *b
                     b_dtype, y_dtype);
 }
 
-/* How many of B's contiguous columns ahead of what is read to fetch: whole ones, as other threads may
- * read other parts of each. */
-INLINE int64_t columns_ahead(int64_t cols, const size_t width) {
-    return FETCHED_AHEAD / (cols * (int64_t)width) + 1;
+/* Puts a row's sums of some columns into y. */
+INLINE void put_sums(const float *sums, void *y, int64_t col, int64_t cols, struct onto onto,
+                     const int y_dtype, const int split) {
+    for (int64_t c = 0; y && c < cols; c += PAIR)
+        put_columns(y, col + c, cols - c, load(sums, c, F32), load(sums, c + LANES, F32),
+                    onto_column(onto, c), y_dtype, split);
 }
 
 /* A few rows against contiguous columns of B, one whole column after the other: nearly all of
@@ -167,13 +169,12 @@ INLINE int64_t columns_ahead(int64_t cols, const size_t width) {
  * sums wait in the first-level cache. */
 INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void *b,
                          int64_t b_start, int64_t ldb, int64_t rank, void *const *y, int64_t col,
-                         int64_t cols, struct onto onto, struct reading reading, const int b_dtype,
-                         const int y_dtype) {
+                         int64_t cols, struct onto onto, struct fetching *fetching,
+                         const int b_dtype, const int y_dtype) {
     const size_t b_width = width_of(b_dtype);
     _Alignas(CACHE_LINE) float sums[STREAMED_ROWS][STREAMED_COLUMNS + SUMS_BETWEEN];
     for (int m = 0; m < rows; m++)
         memset(sums[m], 0, (size_t)round_up(cols, PAIR) * sizeof sums[m][0]);
-    size_t ahead = (size_t)(columns_ahead(cols, b_width) * ldb) * b_width;
     for (int64_t j = 0; j < rank; j++) {
         int64_t at = b_start + j * ldb;
         f32v v[STREAMED_ROWS];
@@ -186,7 +187,7 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
                 copy_elements(end, b, at + c, cols - c, b_dtype);
                 from = (const char *)end;
             } else {
-                fetch(from + ahead, PAIR * (int)b_width, reading);
+                fetch(fetching, PAIR * (int)b_width);
             }
             UNROLL for (int half = 0; half < 2; half++) {
                 f32v w = load_half(from, 0, half, b_dtype);
@@ -198,10 +199,7 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
         }
     }
     for (int m = 0; m < rows; m++)
-        for (int64_t c = 0; y[m] && c < cols; c += PAIR)
-            put_columns(y[m], col + c, cols - c, load(sums[m], c, F32),
-                        load(sums[m], c + LANES, F32), onto_column(onto, c), y_dtype,
-                        b_dtype == BF16);
+        put_sums(sums[m], y[m], col, cols, onto, y_dtype, b_dtype == BF16);
 }
 
 #define EXPAND(B_DTYPE, Y_DTYPE)                                                                   \
@@ -213,12 +211,12 @@ INLINE void stream_typed(const int rows, const float *h, int64_t ldh, const void
     static NOINLINE void stream_##B_DTYPE##_##Y_DTYPE(                                             \
         const float *h, int64_t ldh, int64_t rows, const void *b, int64_t b_start, int64_t ldb,    \
         int64_t rank, void *const *y, int64_t col, int64_t cols, struct onto onto,                 \
-        struct reading reading) {                                                                  \
+        struct fetching *fetching) {                                                               \
         if (rows == 1)                                                                             \
-            stream_typed(1, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, reading, B_DTYPE,   \
+            stream_typed(1, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, fetching, B_DTYPE,  \
                          Y_DTYPE);                                                                 \
         else                                                                                       \
-            stream_typed(2, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, reading, B_DTYPE,   \
+            stream_typed(2, h, ldh, b, b_start, ldb, rank, y, col, cols, onto, fetching, B_DTYPE,  \
                          Y_DTYPE);                                                                 \
     }
 EXPAND(F32, F32) EXPAND(F32, BF16) EXPAND(F32, F16)
@@ -228,7 +226,8 @@ EXPAND(F16, F32) EXPAND(F16, BF16) EXPAND(F16, F16)
 typedef void expand_function(const float *, int64_t, int64_t, const void *, int64_t, int64_t,
                              int64_t, void *const *, int64_t, int64_t, struct onto);
 typedef void stream_function(const float *, int64_t, int64_t, const void *, int64_t, int64_t,
-                             int64_t, void *const *, int64_t, int64_t, struct onto, struct reading);
+                             int64_t, void *const *, int64_t, int64_t, struct onto,
+                             struct fetching *);
 #define BY_TYPES(NAME) /* [type of B][type of y] */                                                \
     {{NAME##_F32_F32, NAME##_F32_BF16, NAME##_F32_F16},                                            \
      {NAME##_BF16_F32, NAME##_BF16_BF16, NAME##_BF16_F16},                                         \

@@ -12,8 +12,8 @@
  * rows, its true rank and the slice's width. Every thread takes one contiguous share of the
  * total cost, cutting pairs by rank or column where a share ends: no queue, no atomics, and one
  * adapter with many tokens is shared between threads as well as many adapters with one each.
- * Reading the weights takes most of the time where an adapter has few tokens; the beginning of
- * each piece of them is fetched while the one before it is read.
+ * Reading the weights takes most of the time where an adapter has few tokens; they are fetched
+ * some KiB before they are read, across the ends of pieces.
  *
  * Only the first r = rank(slice, slot) rows of A and columns of B are read, so time follows
  * the true ranks. B's columns are contiguous if the caller stores it so (b_col_stride == 1,
@@ -55,15 +55,6 @@ INLINE int multiplies_as_bf16(const struct lora_call *c, int64_t activations) {
 #endif
 }
 
-/* Up to how many rows contiguous columns of B are streamed. */
-INLINE int64_t streamed_rows(const struct lora_call *c) {
-#if defined(__AVX512BF16__)
-    if (multiplies_as_bf16(c, c->y_dtype)) return STREAMED_WORD_ROWS;
-#endif
-    (void)c;
-    return STREAMED_ROWS;
-}
-
 /* ---- a thread's share of a phase ---- */
 
 struct panel {
@@ -72,11 +63,26 @@ struct panel {
     float *h;                      /* of its rows, [row][slice][rank] */
 };
 
+/* A phase of a panel, of which a thread takes its share piece by piece. */
+struct phase {
+    int expands;
+    int64_t total, begin; /* cost of all pairs, and of those before the next one */
+    int64_t tile, slice;  /* the next one */
+};
+
+/* A part of a pair that one thread computes: ranks, or columns, [from, to). */
+struct piece {
+    int64_t tile, slice, from, to;
+};
+
 struct thread {
     int64_t index, count;
     float *tile; /* own scratch: a tile's rows of x or h, as they are multiplied */
     float *bt;   /* own scratch: some columns of B, in the order in which they are multiplied */
     int64_t gathered; /* which rows `tile` holds, to gather them once; -1 for none */
+    struct fetching fetching;
+    struct phase phase, following; /* whose pieces' weights are still to be fetched */
+    struct piece piece;            /* the same of what is left of it */
 };
 
 INLINE int64_t rank_of(const struct lora_call *c, int64_t slice, int64_t slot) {
@@ -163,26 +169,92 @@ static void gather_tile(const struct lora_call *c, struct thread *t, int64_t til
     }
 }
 
-/* A part of a pair that one thread computes: ranks, or columns, [from, to). */
-struct piece {
-    int64_t tile, slice, from, to;
-};
-
-/* Where the weights begin that a piece reads. */
-INLINE const char *start_of(const struct lora_call *c, const struct piece *piece, int expands) {
-    const struct slice *w = &c->slice[piece->slice];
-    int64_t slot = of_tile(c->tile_slot, piece->tile);
-    int64_t at = expands ? slot * w->b_slot_stride + piece->from * w->b_row_stride
-                         : slot * w->a_slot_stride + piece->from * w->a_row_stride;
-    return (const char *)(expands ? w->b : w->a) + at * (int64_t)width_of((int)c->weight_dtype);
+static int64_t cost_in(const struct lora_call *c, const struct phase *phase, int64_t tile,
+                       int64_t s) {
+    int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
+    return cost_of(c, tile, rank, phase->expands ? c->slice[s].cols : 1);
 }
 
-/* The reading of a piece whose weights take up so many elements. */
-INLINE struct reading reading_of(const struct lora_call *c, const struct piece *piece,
-                                 int64_t length, int expands, const char *next) {
-    const char *start = start_of(c, piece, expands);
-    const char *end = start + length * (int64_t)width_of((int)c->weight_dtype);
-    return (struct reading){end, next - end};
+static struct phase phase_of(const struct lora_call *c, const struct panel *p, int expands) {
+    struct phase phase = {.expands = expands, .tile = p->first_tile};
+    for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
+        for (int64_t s = 0; s < c->slices; s++) phase.total += cost_in(c, &phase, tile, s);
+    return phase;
+}
+
+/* This thread's next piece; 0 if there is none. */
+static int next_piece(const struct lora_call *c, const struct thread *t, const struct panel *p,
+                      struct phase *phase, struct piece *piece) {
+    while (phase->tile < p->last_tile) {
+        int64_t tile = phase->tile, s = phase->slice, cost = cost_in(c, phase, tile, s);
+        int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
+        piece->tile = tile, piece->slice = s;
+        share_of(t, phase->total, phase->begin, cost, phase->expands ? c->slice[s].cols : rank,
+                 phase->expands ? NB : RANK_STEP, &piece->from, &piece->to);
+        phase->begin += cost;
+        if (++phase->slice == c->slices) phase->slice = 0, phase->tile++;
+        if (piece->from < piece->to && (!phase->expands || rank > 0 || c->overwrite)) return 1;
+    }
+    return 0;
+}
+
+/* How many of a piece's columns of B are streamed at a time; 0 if none, because there are many rows or
+ * a column is not contiguous. */
+static int64_t columns_streamed(const struct lora_call *c, const struct piece *piece) {
+    int64_t rows = of_tile(c->tile_rows, piece->tile);
+    int64_t rank = rank_of(c, piece->slice, of_tile(c->tile_slot, piece->tile));
+    if (rank == 0 || c->slice[piece->slice].b_row_stride != 1) return 0;
+#if defined(__AVX512BF16__)
+    if (multiplies_as_bf16(c, c->y_dtype))
+        return rows <= STREAMED_WORD_ROWS ? streamed_columns(rows) : 0;
+#endif
+    return rows <= STREAMED_ROWS ? STREAMED_COLUMNS : 0;
+}
+
+/* The weights that are read next of a piece, which is left without them. */
+static struct region region_of(const struct lora_call *c, struct piece *piece, int expands) {
+    const struct slice *w = &c->slice[piece->slice];
+    int64_t slot = of_tile(c->tile_slot, piece->tile), width = (int64_t)width_of((int)c->weight_dtype);
+    struct region r;
+    if (expands) {
+        int64_t streamed = columns_streamed(c, piece);
+        int64_t cols = min64(streamed ? streamed : NB, piece->to - piece->from);
+        r.start = (const char *)w->b + (slot * w->b_slot_stride + piece->from) * width;
+        r.run = cols * width, r.stride = w->b_col_stride * width;
+        r.runs = streamed ? rank_of(c, piece->slice, slot) : 0;
+        piece->from += cols;
+    } else {
+        r.start = (const char *)w->a + (slot * w->a_slot_stride + piece->from * w->a_row_stride) * width;
+        r.run = c->k * width, r.stride = w->a_row_stride * width, r.runs = piece->to - piece->from;
+        piece->from = piece->to;
+    }
+    if (r.run == r.stride) r.run *= r.runs, r.runs = min64(r.runs, 1);
+    return r;
+}
+
+/* Learns what weights the thread will read. */
+static void look_ahead(const struct lora_call *c, struct thread *t, const struct panel *p) {
+    struct fetching *f = &t->fetching;
+    while (f->known - f->next < REGIONS) {
+        if (t->piece.from == t->piece.to && !next_piece(c, t, p, &t->phase, &t->piece)) {
+            if (t->phase.expands == t->following.expands) return;
+            t->phase = t->following;
+            continue;
+        }
+        struct region region = region_of(c, &t->piece, t->phase.expands);
+        if (region.runs) f->ring[f->known++ % REGIONS] = region;
+    }
+}
+
+/* Begins to fetch what the phases will read. */
+static void begin_to_fetch(const struct lora_call *c, struct thread *t, const struct panel *p,
+                           struct phase first, struct phase last) {
+    t->fetching = (struct fetching){0};
+    t->phase = first, t->following = last;
+    t->piece = (struct piece){0};
+    look_ahead(c, t, p);
+    for (int64_t i = 0; t->fetching.known && i < FETCHED_AHEAD; i += CACHE_LINE)
+        fetch(&t->fetching, CACHE_LINE);
 }
 
 /* How many tokens a tile's rows are apart, if all alike; 0 if not, or if some have no activations. */
@@ -198,11 +270,11 @@ static int64_t tokens_apart(const struct lora_call *c, int64_t start, int64_t ro
 
 /* A piece of the shrink phase, into the panel's h. */
 static void shrink_piece(const struct lora_call *c, struct thread *t, const struct panel *p,
-                         const struct piece *piece, const char *next) {
+                         const struct piece *piece) {
     const struct slice *w = &c->slice[piece->slice];
     int64_t start = of_tile(c->tile_start, piece->tile), rows = of_tile(c->tile_rows, piece->tile);
     int64_t ldh = round_up(c->max_rank, PAIR), ldx = round_up(c->k, PAIR);
-    int64_t slot = of_tile(c->tile_slot, piece->tile), ranks = piece->to - piece->from;
+    int64_t slot = of_tile(c->tile_slot, piece->tile);
     int as_bf16 = multiplies_as_bf16(c, c->x_dtype);
     int64_t apart = as_bf16 && c->k % PAIR == 0 ? tokens_apart(c, start, rows) : 0;
     const void *x = t->tile;
@@ -212,11 +284,24 @@ static void shrink_piece(const struct lora_call *c, struct thread *t, const stru
     } else {
         gather_tile(c, t, piece->tile, piece->slice);
     }
-    shrink_function *shrink = as_bf16 ? shrink_BF16_BF16 : shrink_rows[c->weight_dtype];
-    shrink(x, ldx, rows, (const void *)w->a,
-           slot * w->a_slot_stride + piece->from * w->a_row_stride, w->a_row_stride, c->k, ranks,
-           reading_of(c, piece, ranks * w->a_row_stride, 0, next), (float)c->scale,
-           h_of(c, p, piece->tile, piece->slice) + piece->from, c->slices * ldh);
+    shrink_function *shrink = shrink_rows[c->weight_dtype];
+#if defined(__AVX512BF16__)
+    if (as_bf16) shrink = shrink_BF16_BF16;
+#endif
+    struct dots d = {
+        .x = x,
+        .ldx = ldx,
+        .a = (const void *)w->a,
+        .a_start = slot * w->a_slot_stride + piece->from * w->a_row_stride,
+        .lda = w->a_row_stride,
+        .k = c->k,
+        .ranks = piece->to - piece->from,
+        .fetching = &t->fetching,
+        .scale = (float)c->scale,
+        .h = h_of(c, p, piece->tile, piece->slice) + piece->from,
+        .ldh = c->slices * ldh,
+    };
+    shrink(d, rows);
 }
 
 /* A tile's h for a slice, from the panel's into the caller's. */
@@ -243,7 +328,6 @@ struct expansion {
     int64_t rows, rank;
     int64_t b_start; /* of the slot, in the slice's B */
     int streams;     /* B's columns, as they lie in memory */
-    struct reading reading;
     void *const *y;       /* rows; NULL for those without activations */
     int64_t first_column; /* of the slice, in y */
     struct onto onto;     /* from that column on */
@@ -267,7 +351,7 @@ static void expand_floats(const struct lora_call *c, struct thread *t, const str
         if (e->streams) {
             stream_columns[c->weight_dtype][c->y_dtype](h, ldh, e->rows, b, at, w->b_col_stride,
                                                         e->rank, e->y, e->first_column + col, cols,
-                                                        onto, e->reading);
+                                                        onto, &t->fetching);
         } else if (w->b_row_stride == 1) {
             outer_columns[c->weight_dtype][c->y_dtype](h, ldh, e->rows, b, at, w->b_col_stride,
                                                        e->rank, e->y, e->first_column + col, cols,
@@ -304,7 +388,7 @@ static void expand_words(const struct lora_call *c, struct thread *t, const stru
         struct onto onto = onto_column(e->onto, col);
         if (e->streams) {
             struct stream s = {h, ldw, b, at, w->b_col_stride, e->rank, e->y,
-                               e->first_column + col, cols, onto, e->reading};
+                               e->first_column + col, cols, onto, &t->fetching};
             stream_words(&s, e->rows);
         } else {
             words_of_columns(words, b, at, w->b_row_stride, w->b_col_stride, cols, e->rank);
@@ -316,19 +400,17 @@ static void expand_words(const struct lora_call *c, struct thread *t, const stru
 
 /* A piece of the expand phase. */
 static void expand_piece(const struct lora_call *c, struct thread *t, const struct panel *p,
-                         const struct piece *piece, const char *next) {
+                         const struct piece *piece) {
     const struct slice *w = &c->slice[piece->slice];
     int64_t slot = of_tile(c->tile_slot, piece->tile), start = of_tile(c->tile_start, piece->tile);
     int64_t rows = of_tile(c->tile_rows, piece->tile), rank = rank_of(c, piece->slice, slot);
-    int64_t length = (rank - 1) * w->b_col_stride + piece->to - piece->from;
     void *y[MAX_TILE_ROWS];
     struct expansion e = {
         .piece = piece,
         .rows = rows,
         .rank = rank,
         .b_start = slot * w->b_slot_stride,
-        .streams = rank > 0 && rows <= streamed_rows(c) && w->b_row_stride == 1,
-        .reading = reading_of(c, piece, length, 1, next),
+        .streams = columns_streamed(c, piece) > 0,
         .y = y,
         .first_column = c->y_offset + w->offset,
         .onto = onto_of(c, piece->slice, slot),
@@ -347,58 +429,12 @@ static void expand_piece(const struct lora_call *c, struct thread *t, const stru
     expand_floats(c, t, p, &e);
 }
 
-/* A phase of a panel, of which a thread takes its share piece by piece. */
-struct phase {
-    int expands;
-    int64_t total, begin; /* cost of all pairs, and of those before the next one */
-    int64_t tile, slice;  /* the next one */
-};
-
-static int64_t cost_in(const struct lora_call *c, const struct phase *phase, int64_t tile,
-                       int64_t s) {
-    int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
-    return cost_of(c, tile, rank, phase->expands ? c->slice[s].cols : 1);
-}
-
-static struct phase phase_of(const struct lora_call *c, const struct panel *p, int expands) {
-    struct phase phase = {.expands = expands, .tile = p->first_tile};
-    for (int64_t tile = p->first_tile; tile < p->last_tile; tile++)
-        for (int64_t s = 0; s < c->slices; s++) phase.total += cost_in(c, &phase, tile, s);
-    return phase;
-}
-
-/* This thread's next piece; 0 if there is none. */
-static int next_piece(const struct lora_call *c, const struct thread *t, const struct panel *p,
-                      struct phase *phase, struct piece *piece) {
-    while (phase->tile < p->last_tile) {
-        int64_t tile = phase->tile, s = phase->slice, cost = cost_in(c, phase, tile, s);
-        int64_t rank = rank_of(c, s, of_tile(c->tile_slot, tile));
-        piece->tile = tile, piece->slice = s;
-        share_of(t, phase->total, phase->begin, cost, phase->expands ? c->slice[s].cols : rank,
-                 phase->expands ? NB : RANK_STEP, &piece->from, &piece->to);
-        phase->begin += cost;
-        if (++phase->slice == c->slices) phase->slice = 0, phase->tile++;
-        if (piece->from < piece->to && (!phase->expands || rank > 0 || c->overwrite)) return 1;
-    }
-    return 0;
-}
-
-/* While a piece is computed, what is read after it is fetched already.
- *
- * following: the phase that comes next; NULL if none does. */
 static void run_phase(const struct lora_call *c, struct thread *t, const struct panel *p,
-                      struct phase phase, const struct phase *following) {
-    int expands = phase.expands;
-    struct piece piece, next;
-    for (int more = next_piece(c, t, p, &phase, &next); more;) {
-        piece = next;
-        more = next_piece(c, t, p, &phase, &next);
-        const char *then = start_of(c, more ? &next : &piece, expands); /* its own is cached */
-        if (!more && following) {
-            struct phase after = *following;
-            if (next_piece(c, t, p, &after, &next)) then = start_of(c, &next, after.expands);
-        }
-        (expands ? expand_piece : shrink_piece)(c, t, p, &piece, then);
+                      struct phase phase) {
+    struct piece piece;
+    while (next_piece(c, t, p, &phase, &piece)) {
+        look_ahead(c, t, p);
+        (phase.expands ? expand_piece : shrink_piece)(c, t, p, &piece);
     }
 }
 
@@ -457,8 +493,10 @@ void multilora_run(const struct lora_call *c) {
             while (p.last_tile < tiles && rows + of_tile(c->tile_rows, p.last_tile) <= PANEL_ROWS)
                 rows += of_tile(c->tile_rows, p.last_tile++);
             struct phase shrink = phase_of(c, &p, 0), expand = phase_of(c, &p, 1);
+            begin_to_fetch(c, &t, &p, c->mode == MODE_EXPAND ? expand : shrink,
+                           c->mode == MODE_SHRINK ? shrink : expand);
             if (c->mode != MODE_EXPAND) {
-                run_phase(c, &t, &p, shrink, c->mode == MODE_LINEAR ? &expand : NULL);
+                run_phase(c, &t, &p, shrink);
 #pragma omp barrier
             }
             if (c->mode == MODE_SHRINK) {
@@ -466,7 +504,7 @@ void multilora_run(const struct lora_call *c) {
                 for (int64_t i = t.index; i < pairs; i += t.count)
                     write_h(c, &p, p.first_tile + i / c->slices, i % c->slices);
             } else {
-                run_phase(c, &t, &p, expand, NULL);
+                run_phase(c, &t, &p, expand);
             }
             if (p.last_tile < tiles && c->mode != MODE_EXPAND) {
 #pragma omp barrier

@@ -34,7 +34,8 @@
 #define PAIR (2 * LANES)
 #define STREAMED_ROWS 2       /* up to which B is read in the order in which it lies in memory */
 #define CACHE_LINE 64
-#define FETCHED_AHEAD 8192    /* bytes between what is read of weights and what is fetched */
+#define FETCHED_AHEAD 16384   /* bytes between what is read of weights and what is fetched */
+#define FETCH_LOCALITY 3
 
 typedef float f32v __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t u32v __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -171,17 +172,52 @@ INLINE void store_part(void *base, int64_t index, int64_t n, f32v v, int dtype) 
     memcpy((char *)base + (size_t)index * width_of(dtype), buffer, (size_t)n * width_of(dtype));
 }
 
-/* Weights that are read in order up to an end, and how far from there is what is read next. */
-struct reading {
-    const char *end;
-    ptrdiff_t jump;
+#if defined(__AVX512BF16__)
+/* PAIR elements of bfloat16 in words of two. */
+INLINE u32v words_at(const void *base, int64_t index) {
+    u32v words;
+    memcpy(&words, (const uint32_t *)base + index, sizeof words);
+    return words;
+}
+
+/* The first n elements at index, zeros after them; reads nothing past them. */
+INLINE u32v first_words(const void *base, int64_t index, int64_t n) {
+    const uint16_t *from = (const uint16_t *)base + index;
+    if (n >= PAIR) return words_at(from, 0);
+    return (u32v)_mm512_maskz_loadu_epi16((1u << n) - 1, from);
+}
+#endif
+
+/* Weights that are read one run of bytes after the other, each `stride` bytes after the one before. */
+struct region {
+    const char *start;
+    int64_t run, stride, runs;
 };
 
-/* Fetches so many bytes into the second-level cache: the hardware does not foresee where the
- * reading of short pieces goes on, and the first level has too few lines under way. */
-INLINE void fetch(const char *ahead, const int bytes, struct reading reading) {
-    ahead += ahead < reading.end ? 0 : reading.jump;
-    UNROLL for (int i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(ahead + i, 0, 2);
+#define REGIONS 16 /* known in advance */
+
+/* The weights that will be read, in the order in which they will be: fetched as many bytes at a time
+ * as others are read, which keeps them FETCHED_AHEAD bytes apart. The hardware does not foresee where
+ * reading goes on after a short piece. */
+struct fetching {
+    const char *at;       /* what is fetched next, ... */
+    const char *end;      /* in the run that ends here, ... */
+    struct region region; /* of this region, with the runs that are left */
+    int64_t next, known;  /* the regions after it, by their numbers */
+    struct region ring[REGIONS];
+};
+
+INLINE void fetch(struct fetching *f, const int bytes) {
+    UNROLL for (int i = 0; i < bytes; i += CACHE_LINE)
+        __builtin_prefetch(f->at + i, 0, FETCH_LOCALITY);
+    f->at += bytes;
+    if (f->at < f->end) return;
+    if (f->region.runs > 1)
+        f->region.start += f->region.stride, f->region.runs--;
+    else if (f->next < f->known)
+        f->region = f->ring[f->next++ % REGIONS];
+    f->at = f->region.start; /* of the last one again, if there is none after it */
+    f->end = f->at + f->region.run;
 }
 
 /* a * b + c. Spelled out, because compilers contract the expression in some instances of a

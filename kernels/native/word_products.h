@@ -15,16 +15,12 @@
 #define STREAMED_SUMS 4096    /* of all rows: what stays in the first-level cache */
 #define PAIRS_AT_ONCE 4
 
-INLINE u32v words_at(const void *base, int64_t index) {
-    u32v words;
-    memcpy(&words, (const uint32_t *)base + index, sizeof words);
-    return words;
+INLINE f32v add_products(f32v sums, u32v a, u32v b) {
+    return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
 }
 
-INLINE f32v add_products(f32v sums, uint32_t h, u32v b) {
-    u32v both = h - (u32v){0};
-    return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)both, (__m512bh)b);
-}
+/* A word in all lanes. */
+INLINE u32v in_all_lanes(uint32_t word) { return word - (u32v){0}; }
 
 /* Words of a row of h: its first `rank` elements. */
 INLINE void words_of_h(uint32_t *words, const void *h, int64_t start, int64_t rank, int dtype) {
@@ -32,13 +28,6 @@ INLINE void words_of_h(uint32_t *words, const void *h, int64_t start, int64_t ra
     int64_t j = 0;
     for (; j + LANES <= rank; j += LANES) store(out, j, load(h, start + j, dtype), BF16);
     if (j < rank) store(out, j, load_part(h, start + j, rank - j, dtype), BF16);
-}
-
-/* The first n elements at index, zeros after them; reads nothing past them. */
-INLINE u32v load_columns(const void *b, int64_t index, int64_t n) {
-    const uint16_t *from = (const uint16_t *)b + index;
-    if (n >= PAIR) return words_at(from, 0);
-    return (u32v)_mm512_maskz_loadu_epi16((1u << n) - 1, from);
 }
 
 /* Words of PAIR columns, from the elements of two ranks. */
@@ -54,7 +43,7 @@ INLINE void interleave(u32v words[2], u32v even, u32v odd) {
  * j + 1. */
 INLINE void words_of_ranks(u32v words[2], const void *b, int64_t at, int64_t ldb, int64_t cols,
                            int odd) {
-    interleave(words, load_columns(b, at, cols), odd ? load_columns(b, at + ldb, cols) : (u32v){0});
+    interleave(words, first_words(b, at, cols), odd ? first_words(b, at + ldb, cols) : (u32v){0});
 }
 
 /* words[j][0..NB): of `cols` columns of B, by the strides of its rows (its outputs) and columns. */
@@ -90,7 +79,7 @@ INLINE void word_block(const int rows, const uint32_t *h, int64_t ldh, const uin
         UNROLL for (int n = 0; n < VECS; n++) b[n] = words_at(words, j * NB + n * LANES);
         UNROLL for (int m = 0; m < rows; m++)
             UNROLL for (int n = 0; n < VECS; n++)
-                acc[m][n] = add_products(acc[m][n], h[m * ldh + j], b[n]);
+                acc[m][n] = add_products(acc[m][n], in_all_lanes(h[m * ldh + j]), b[n]);
     }
     put_block(rows, VECS, acc, y, col, cols, onto, BF16, 0);
 }
@@ -116,7 +105,7 @@ struct stream {
     void *const *y;
     int64_t col, cols; /* the first column in y, and how many there are */
     struct onto onto;
-    struct reading reading;
+    struct fetching *fetching;
 };
 
 /* How many columns so many rows can have sums of. */
@@ -124,52 +113,74 @@ INLINE int64_t streamed_columns(int64_t rows) {
     return min64(STREAMED_COLUMNS, STREAMED_SUMS / rows / NB * NB);
 }
 
-/* Of PAIR columns from c on, or of the fewer that are left: adds the products of some pairs of
- * ranks, from j on, to the sums of the ranks before, and adds the sums of all ranks to y. */
-INLINE void stream_pair_columns(const struct stream *s, const int64_t rows, const int pairs,
-                                int64_t j, int64_t c, const int64_t cols, float *sums) {
-    const int first = j == 0, last = j + 2 * pairs >= s->rank;
-    const int64_t ahead = round_up(columns_ahead(s->cols, sizeof(uint16_t)), 2 * pairs);
-    const uint32_t *h = s->h + j / 2;
-    u32v words[PAIRS_AT_ONCE][2];
+/* Adds products of some pairs of ranks with PAIR columns to a row's sums of these; the first products
+ * are the sums. */
+INLINE void add_pairs(float *sums, const u32v *h, u32v words[][2], const int pairs, int first) {
+    f32v low = {0}, high = {0};
+    if (!first) low = load(sums, 0, F32), high = load(sums, LANES, F32);
     UNROLL for (int i = 0; i < pairs; i++) {
-        int64_t at = s->b_start + (j + 2 * i) * s->ldb + c;
-        words_of_ranks(words[i], s->b, at, s->ldb, cols, pairs > 1 || j + 1 < s->rank);
-        UNROLL for (int odd = 0; odd < 2; odd++)
-            fetch((const char *)((const uint16_t *)s->b + at + (odd + ahead) * s->ldb),
-                  CACHE_LINE, s->reading);
+        low = add_products(low, h[i], words[i][0]);
+        high = add_products(high, h[i], words[i][1]);
     }
-    for (int64_t m = 0; m < rows; m++) {
-        float *before = sums + m * (s->cols + SUMS_BETWEEN) + c;
-        f32v low = {0}, high = {0};
-        if (!first) low = load(before, 0, F32), high = load(before, LANES, F32);
-        UNROLL for (int i = 0; i < pairs; i++) {
-            low = add_products(low, h[m * s->ldh + i], words[i][0]);
-            high = add_products(high, h[m * s->ldh + i], words[i][1]);
-        }
-        if (!last)
-            store(before, 0, low, F32), store(before, LANES, high, F32);
-        else if (s->y[m])
-            put_columns(s->y[m], s->col + c, cols, low, high, onto_column(s->onto, c), BF16, 0);
-    }
+    store(sums, 0, low, F32);
+    store(sums, LANES, high, F32);
 }
 
-/* A function of its own for each, since all in one would run out of registers; so would whole pairs of
- * vectors together with the calls for part of one. */
-#define STREAM(NAME, ROWS, PAIRS)                                                                  \
-    static NOINLINE void NAME(const struct stream *given, const int64_t rows, int64_t j,           \
-                              float *sums) {                                                       \
-        const struct stream s = *given; /* nobody else's: what is stored cannot change it */       \
-        int64_t c = 0;                                                                             \
-        (void)rows;                                                                                \
-        for (; c + PAIR <= s.cols; c += PAIR)                                                      \
-            stream_pair_columns(&s, ROWS, PAIRS, j, c, PAIR, sums);                                \
-        if (c < s.cols) stream_pair_columns(&s, ROWS, PAIRS, j, c, s.cols - c, sums);              \
+/* Some pairs of ranks, from j on, of all columns. */
+struct pairs {
+    const uint16_t *b; /* the next column's first rank */
+    int64_t ldb, ldh, ldsums;
+    const uint32_t *h;
+    float *sums;
+    int first, odd;
+    u32v kept[2][PAIRS_AT_ONCE]; /* of h, if there are few rows */
+};
+
+INLINE void stream_step(struct pairs *p, const int few, int64_t rows, const int pairs,
+                        int64_t cols, struct fetching *fetching) {
+    u32v words[PAIRS_AT_ONCE][2];
+    UNROLL for (int i = 0; i < pairs; i++)
+        words_of_ranks(words[i], p->b, 2 * i * p->ldb, p->ldb, cols, p->odd);
+    fetch(fetching, 2 * pairs * CACHE_LINE);
+    UNROLL for (int m = 0; m < few; m++)
+        add_pairs(p->sums + m * p->ldsums, p->kept[m], words, pairs, p->first);
+    for (int64_t m = few; m < rows; m++) {
+        u32v h[PAIRS_AT_ONCE];
+        UNROLL for (int i = 0; i < pairs; i++) h[i] = in_all_lanes(p->h[m * p->ldh + i]);
+        add_pairs(p->sums + m * p->ldsums, h, words, pairs, p->first);
+    }
+    p->b += PAIR, p->sums += PAIR;
+}
+
+/* few: how many rows there are, if that is known when this is compiled; else 0. */
+INLINE void stream_pairs_of(const struct stream *s, const int few, int64_t rows, const int pairs,
+                            int64_t j, float *sums) {
+    struct pairs p = {
+        .b = (const uint16_t *)s->b + s->b_start + j * s->ldb,
+        .ldb = s->ldb,
+        .ldh = s->ldh,
+        .ldsums = s->cols + SUMS_BETWEEN,
+        .h = s->h + j / 2,
+        .sums = sums,
+        .first = j == 0,
+        .odd = pairs > 1 || j + 1 < s->rank,
+    };
+    UNROLL for (int m = 0; m < few; m++)
+        UNROLL for (int i = 0; i < pairs; i++) p.kept[m][i] = in_all_lanes(p.h[m * p.ldh + i]);
+    int64_t c = 0;
+    for (; c + PAIR <= s->cols; c += PAIR) stream_step(&p, few, rows, pairs, PAIR, s->fetching);
+    if (c < s->cols) stream_step(&p, few, rows, pairs, s->cols - c, s->fetching);
+}
+
+/* A function of its own for each, since all in one would run out of registers. */
+#define STREAM(NAME, FEW, PAIRS)                                                                   \
+    static NOINLINE void NAME(const struct stream *s, int64_t rows, int64_t j, float *sums) {      \
+        stream_pairs_of(s, FEW, FEW ? FEW : rows, PAIRS, j, sums);                                 \
     }
 STREAM(stream_pairs_1, 1, PAIRS_AT_ONCE)
 STREAM(stream_pairs_2, 2, PAIRS_AT_ONCE)
-STREAM(stream_pairs, rows, PAIRS_AT_ONCE)
-STREAM(stream_one_pair, rows, 1)
+STREAM(stream_pairs, 0, PAIRS_AT_ONCE)
+STREAM(stream_one_pair, 0, 1)
 
 /* As stream_typed, some pairs of ranks side by side. There is at least one rank, and there are at
  * most streamed_columns(rows) columns. */
@@ -182,6 +193,8 @@ static void stream_words(const struct stream *s, int64_t rows) {
         else stream_pairs(s, rows, j, sums);
     }
     for (; j < s->rank; j += 2) stream_one_pair(s, rows, j, sums);
+    for (int64_t m = 0; m < rows; m++)
+        put_sums(sums + m * (s->cols + SUMS_BETWEEN), s->y[m], s->col, s->cols, s->onto, BF16, 0);
 }
 
 #endif
