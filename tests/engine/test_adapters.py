@@ -719,6 +719,35 @@ def test_an_adapter_that_cannot_be_had_is_not_pinned(engine):
     assert 1 not in engine.adapters.slots.pins
 
 
+def test_a_pin_of_an_adapter_that_has_failed_is_a_new_try(engine):
+    engine.adapters.want(lora(1))
+    engine.store.failed(kind=FailureKind.UNREADABLE)
+    engine.poll()
+    engine.adapters.drop(1)
+    first, second = engine.adapters.pin(1), engine.adapters.pin(1)
+    engine.store.failed(kind=FailureKind.GONE)
+    engine.poll()
+    for future in (first, second):
+        assert assert_refused(future).failure.kind is FailureKind.GONE
+    assert 1 not in engine.adapters.slots.pins
+    with pytest.raises(ValueError, match="never added"):
+        engine.adapters.pin(1)
+
+
+def test_a_second_pin_that_fails_leaves_the_first(engine):
+    engine.fill(1)
+    assert engine.adapters.pin(1).result(0) is True
+    engine.adapters.drop(1)
+    engine.adapters.slots_lost()
+    engine.store.evict(1)
+    engine.poll()
+    future = engine.adapters.pin(1)
+    engine.store.failed(kind=FailureKind.UNREADABLE)
+    engine.poll()
+    assert_refused(future)
+    assert 1 in engine.adapters.slots.pins
+
+
 def test_a_pin_outlives_the_requests_that_wait_beside_it(engine):
     engine.adapters.register(lora(1))
     engine.store.loaded(pack_info(0, "digest"))
@@ -860,20 +889,33 @@ def test_an_eviction_is_that_of_all_adapters_that_are_the_pack(engine):
 # Where the engine waits for the store
 
 
-def test_a_store_that_makes_everybody_wait_is_asked_when_a_request_is_about_to_run(engines):
+@pytest.fixture
+def waiting(engines) -> Engine:
+    """One whose store has what is wanted, and makes everybody wait until then."""
     engine = engines(asks_late=True)
-    engine.adapters.want(lora(1))
-    assert not engine.store.wants
     want = engine.store.want
 
-    def want_and_load(*args, **kwargs):
-        ticket = want(*args, **kwargs)
-        engine.store.loaded(pack_info(7))
+    def want_and_load(asked):
+        ticket = want(asked)
+        engine.store.loaded(pack_info(7 if asked.keep else 0, "digest"))
         return ticket
 
     engine.store.want = want_and_load
-    assert engine.adapters.is_ready(1)
-    assert not engine.adapters.bring(1)
+    return engine
+
+
+def test_a_store_that_makes_everybody_wait_is_asked_when_a_request_is_about_to_run(waiting):
+    waiting.adapters.want(lora(1))
+    assert waiting.store.tickets == 0
+    assert waiting.adapters.is_ready(1)
+    assert not waiting.adapters.bring(1)
+
+
+def test_operators_have_the_answer_at_once_of_a_store_that_makes_everybody_wait(waiting):
+    """Nothing wakes an idle engine core to look for it later."""
+    assert waiting.adapters.register(lora(1)).result(0) is True
+    assert waiting.adapters.pin(1).result(0) is True
+    assert waiting.workers.only().pack.pack == 7
 
 
 class Only:

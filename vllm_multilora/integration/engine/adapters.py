@@ -16,7 +16,6 @@ both.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
     from vllm_multilora.integration.engine.observer import AdapterObserver
     from vllm_multilora.tenants.on_request import RequestTenant
-
-_IDLE_S = 0.001
 
 
 class EngineAdapters:
@@ -260,8 +257,7 @@ class EngineAdapters:
             )
         future = self._registrations.pin(entry)
         self._ask(entry)
-        self._arrivals.settle(entry)
-        return future
+        return self._answered(entry, future)
 
     def register(self, request: LoRARequest) -> Future[bool]:
         """Has an adapter read and checked.
@@ -277,9 +273,7 @@ class EngineAdapters:
         entry = self._registrations.find(request)
         future = self._registrations.register(entry, fresh=request.load_inplace)
         future.add_done_callback(lambda _: self.quarantine.lift(entry.pack))
-        self.poll()
-        self._arrivals.settle(entry)
-        return future
+        return self._answered(entry, future)
 
     def remove(self, adapter_id: int) -> Future[bool]:
         """Forgets an adapter that no request uses; its slot and host memory are free when done.
@@ -334,11 +328,12 @@ class EngineAdapters:
         self._orders.send()
         self.observer.settle(self)
 
-    def wait_for(self, future: Future[Any]) -> None:
-        """Polls until something is done: for engine cores that are called directly."""
-        while not future.done():
-            time.sleep(_IDLE_S)
-            self.poll()
+    def _answered(self, entry: Entry, future: Future[bool]) -> Future[bool]:
+        """What waits for an adapter; done already where the answer is there."""
+        # An idle engine core polls only when it is written to: nobody might look for it later.
+        self._arrivals.settle(entry)
+        self.poll()
+        return future
 
     def _ask(self, entry: Entry) -> None:
         """Wants an adapter from the store, unless it is there, in a slot, or wanted already."""

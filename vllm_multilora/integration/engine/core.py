@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_IDLE_S = 0.001
 _REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
 _T = TypeVar("_T")
 
@@ -352,5 +354,7 @@ def handle_client_request(
 def _answer(engine_core: Any, adapters: EngineAdapters, future: Future[_T]) -> _T | Future[_T]:
     if hasattr(engine_core, "input_queue"):
         return future
-    adapters.wait_for(future)
+    while not future.done():
+        time.sleep(_IDLE_S)
+        adapters.poll()
     return future.result()

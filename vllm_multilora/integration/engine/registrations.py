@@ -124,11 +124,12 @@ class Registrations:
     def pin(self, entry: Entry) -> Future[bool]:
         """Keeps an adapter in its slot once it has one; done when it can be served.
 
+        It counts among the pinned ones at once, so that no more calls than can be kept succeed. If
+        it cannot be had, it is pinned no more, unless it was before.
+
         Raises:
             PinLimitError: All slots but one are pinned already.
         """
-        self._slots.pins.pin(entry.number)
-        self._observer.pinned(self._slots.pins.adapters)
 
         def unpin_what_failed(done: Future[bool]) -> None:
             if done.exception() is not None:
@@ -136,7 +137,11 @@ class Registrations:
                 self._observer.pinned(self._slots.pins.adapters)
 
         future: Future[bool] = Future()
-        future.add_done_callback(unpin_what_failed)
+        if entry.number not in self._slots.pins:
+            self._slots.pins.pin(entry.number)
+            self._observer.pinned(self._slots.pins.adapters)
+            future.add_done_callback(unpin_what_failed)
+        entry.failure = None
         entry.registrations.append(future)
         return future
 
