@@ -409,6 +409,34 @@ def test_a_reload_of_broken_files_leaves_the_version_before_serving(engine, plac
     assert engine.adapters.bring(1) is (place == "slot")
 
 
+def test_a_reload_is_not_answered_by_the_load_that_was_under_way(engine):
+    """That may find the version before in host memory, and need not look at the files."""
+    engine.adapters.want(lora(1))
+    assert not engine.store.only().fresh
+    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.want(lora(1, inplace=True))
+    assert engine.store.only().fresh
+    assert engine.store.tickets == 2
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert engine.adapters.is_ready(1, reload=True)
+
+
+def test_a_reload_is_not_answered_by_a_check_that_was_under_way(engine):
+    """That may have looked at the files before."""
+    engine.fill(1, 10, digest="same")
+    future = engine.adapters.register(lora(1, inplace=True))
+    check = engine.store.only()
+    engine.adapters.want(lora(1, inplace=True))
+    engine.store.loaded(pack_info(0, "same"), check)
+    engine.poll()
+    assert not engine.adapters.is_ready(1, reload=True)
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert future.result(0) is True
+    assert engine.adapters.is_ready(1, reload=True)
+
+
 def test_a_new_reload_is_a_new_try(engine):
     engine.fill(1, 10)
     engine.adapters.want(lora(1, inplace=True))

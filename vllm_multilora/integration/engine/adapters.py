@@ -129,6 +129,8 @@ class EngineAdapters:
             self._wants.share(entry, tenant.name)
         entry.failure = None  # a new request is a new try
         if request.load_inplace and not resumes:
+            if not entry.is_reload_asked:
+                self._wants.cancel(entry)  # it need not look at the files
             entry.is_reload_asked, entry.reload_failure = True, None
         if not self.asks_late:
             self._ask(entry)

@@ -128,13 +128,15 @@ class Arrivals:
             return
         if is_check and self._registrations.ask_workers(entry, message):
             return
-        self._take_pack(entry, message.pack, has_lease=message.leased)
+        self._take_pack(entry, message.pack, has_lease=message.leased, is_check=is_check)
         self.settle(entry)
 
-    def _take_pack(self, entry: Entry, pack: PackInfo, *, has_lease: bool) -> None:
+    def _take_pack(self, entry: Entry, pack: PackInfo, *, has_lease: bool, is_check: bool) -> None:
         """Notes the newest version of an adapter, as it lies in host memory or was only checked."""
         known = entry.pack
-        entry.is_reload_asked = False
+        if not (is_check and entry.is_wanted):
+            # A check may have looked at the files before requests asked; they have their own want.
+            entry.is_reload_asked = False
         if entry.is_in_slot(self._slots, pack.digest):
             # These weights are in the slot already, from whichever copy they came.
             entry.is_outdated = False
@@ -214,7 +216,7 @@ class Arrivals:
             self._fail(entry, LoadFailure(answer.kind, answer.message), [])
         else:
             under_way.is_leased = False  # it is the adapter's now
-            self._take_pack(entry, under_way.order.pack, has_lease=True)
+            self._take_pack(entry, under_way.order.pack, has_lease=True, is_check=True)
             self.settle(entry)
 
     def _fail(self, entry: Entry, failure: LoadFailure, problems: list[dict[str, Any]]) -> None:
