@@ -112,6 +112,22 @@ def test_an_adapters_first_use_allocates_nothing_on_the_device(
     assert factors.nbytes == before
 
 
+def test_an_adapter_of_other_stages_alone_has_no_factors():
+    """The whole adapter is one with magnitudes, and none of them are for this stage's layers."""
+    from vllm_multilora.integration.worker.output_factors import SlotFactors
+
+    factors = SlotFactors(make_layers(torch.float32, torch.float32), SLOTS, "cpu")
+    none = np.zeros(0, np.int32)
+    for _ in range(2):  # when it comes back, too
+        known = factors.begin(1, "digest")
+        factors.fill(1, none, none, np.zeros(0, np.int64), known)
+        factors.finish([1])
+    assert known is None
+    assert not factors._marks.any()
+    factors.weights_changed()
+    factors.finish([1])
+
+
 def test_plan_counts_what_is_set_apart():
     from vllm_multilora.integration.worker.output_factors import SlotFactors
 

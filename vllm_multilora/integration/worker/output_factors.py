@@ -202,6 +202,10 @@ class SlotFactors:
             if slot not in self._unfinished:
                 continue
             self._unfinished.discard(slot)
+            if slot not in self._adapters:
+                # It has no magnitudes on this stage of the pipeline, whose ranks all have the same
+                # layers: none of them is left waiting for another's part.
+                continue
             self._finish(slot)
             self._known[self._digests[slot]] = self._values[slot].to("cpu", copy=True)
             if len(self._known) > self._most_known:
