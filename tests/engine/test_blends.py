@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from tests.engine.parties import Engine, lora, pack_info
+from tests.engine.test_quarantine import on
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.blends import blend_of, blended, label_of
 from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
@@ -128,7 +129,7 @@ def test_a_blend_of_quarantined_weights_is_quarantined(engines):
     engine.poll()
     assert engine.adapters.state(request.lora_int_id) is AdapterState.HOST
     output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
-    requests = {"r": SimpleNamespace(lora_request=lora(2))}
+    requests = {"r": on("bad", lora(2))}
     engine.adapters.quarantine.look(output, requests, lambda number: bad)
     assert engine.adapters.state(request.lora_int_id) is AdapterState.QUARANTINED
     assert not engine.adapters.is_ready(request.lora_int_id)
@@ -139,16 +140,28 @@ def test_blends_that_overflow_put_no_adapter_out_of_mind(monkeypatch):
     """Anybody can think of weights that do, as many as they like."""
     monkeypatch.setattr("vllm_multilora.integration.engine.quarantine._MOST_REMEMBERED", 4)
     quarantine = Quarantine()
-    requests = {"r": SimpleNamespace(lora_request=lora(2))}
     output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
     bad = pack_info(1, "bad")
-    quarantine.look(output, requests, lambda number: bad)
+    quarantine.look(output, {"r": on("bad", lora(2))}, lambda number: bad)
     for number in range(10):
         pack = msgspec.structs.replace(pack_info(2, f"blend {number}"), parts=("good",))
+        requests = {"r": on(pack.digest, blend(number))}
         quarantine.look(output, requests, lambda number, pack=pack: pack)
         assert quarantine.failure(pack) is not None
     assert quarantine.failure(bad) is not None
     assert quarantine.failure(msgspec.structs.replace(pack, digest="other")) is None
+
+
+def test_a_blend_of_a_quarantined_part_is_served_again_with_the_part():
+    quarantine = Quarantine()
+    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
+    bad = pack_info(1, "bad")
+    pack = msgspec.structs.replace(pack_info(2, "blend"), parts=("bad", "good"))
+    quarantine.look(output, {"r": on("bad", lora(2))}, lambda number: bad)
+    quarantine.look(output, {"r": on("blend", blend(0.5))}, lambda number: pack)
+    assert quarantine.failure(pack) is not None
+    quarantine.lift(bad)
+    assert quarantine.failure(pack) is None
 
 
 def test_parts_must_have_the_digests_that_are_required(engines):

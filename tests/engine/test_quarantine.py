@@ -6,14 +6,22 @@ import pytest
 import torch
 
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.attached import VERSION
 from vllm_multilora.integration.engine.quarantine import Quarantine
 
-ACME = SimpleNamespace(lora_int_id=7, lora_name="acme")
+ACME = SimpleNamespace(lora_int_id=7, lora_name="acme", lora_path="/adapters/acme")
 PACK = SimpleNamespace(digest="d1", parts=())
-REQUESTS = {
-    "acme's": SimpleNamespace(lora_request=ACME),
-    "base's": SimpleNamespace(lora_request=None),
-}
+
+
+def on(digest: str | None, lora: SimpleNamespace | None = ACME, **own) -> SimpleNamespace:
+    """A request that runs on these weights."""
+    request = SimpleNamespace(lora_request=lora, **own)
+    if digest is not None:
+        VERSION.set(request, digest)
+    return request
+
+
+REQUESTS = {"acme's": on("d1"), "base's": on(None, None)}
 
 
 def counted(**counts: int) -> SimpleNamespace:
@@ -49,6 +57,15 @@ def test_the_adapter_of_the_request_is_quarantined(output):
     assert quarantine.failure(PACK) is None
 
 
+def test_the_version_that_ran_is_quarantined():
+    """A repaired one may be there already, and wait for the requests of the one before to end."""
+    quarantine = Quarantine()
+    repaired = SimpleNamespace(digest="d2", parts=())
+    assert quarantine.look(counted(acme_s=3), REQUESTS, lambda number: repaired).keys() == {7}
+    assert quarantine.failure(repaired) is None
+    assert quarantine.failure(PACK) is not None
+
+
 @pytest.mark.parametrize(
     "output",
     [counted(acme_s=0), counted(gone_s=5), pooled(torch.zeros(3), torch.ones(3)), pooled()],
@@ -70,7 +87,7 @@ def test_nobody_is_quarantined_for_what_the_base_model_makes(caplog):
 def test_what_a_client_has_computed_puts_nobody_out_and_clears_nobody(own, lora):
     """A client that sends NaN in embeddings could otherwise do either to others' adapters."""
     quarantine = Quarantine()
-    brought = {"brought": SimpleNamespace(lora_request=lora, **own)}
+    brought = {"brought": on("d1", lora, **own)}
     output = SimpleNamespace(
         req_ids=["brought"], num_nans_in_logits={"brought": 9}, pooler_output=None
     )

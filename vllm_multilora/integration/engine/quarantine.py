@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.attached import VERSION
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
     from vllm_multilora.store.messages import PackInfo
@@ -66,18 +69,18 @@ class Quarantine:
         Args:
             output: vLLM's `ModelRunnerOutput`.
             requests: vLLM's, by id.
-            pack_of: The version of an adapter that its requests run on.
+            pack_of: The newest version of an adapter.
 
         Returns:
             The adapters that are quarantined for it from now on, and why.
         """
-        guilty = {}
+        guilty: dict[int, tuple[LoRARequest, str | None]] = {}
         for request in map(requests.get, _unsound(output)):
             if request is None or _brings_numbers(request):
                 continue
             lora = request.lora_request
             if lora is not None:
-                guilty[lora.lora_int_id] = lora.lora_name
+                guilty[lora.lora_int_id] = lora, VERSION.get(request)
             elif not self._is_base_unsound:
                 self._is_base_unsound = True
                 logger.warning(
@@ -86,14 +89,17 @@ class Quarantine:
                 )
         if self._is_base_unsound:
             return {}
-        for adapter_id, name in guilty.items():
+        for adapter_id, (lora, digest) in guilty.items():
+            # What ran need not be the newest version, which may wait for these requests to end.
             pack = pack_of(adapter_id)
-            if pack is not None and self.failure(pack) is None:
+            if pack is not None and pack.digest == digest and self.failure(pack) is not None:
+                continue  # or a part of it is quarantined, and whoever lifts that means the blend
+            digests = self._blends if is_blend(lora.lora_path) else self._digests
+            if digest is not None and digest not in digests:
                 logger.warning(
-                    "Adapter %r is quarantined: its numbers are not finite in use.", name
+                    "Adapter %r is quarantined: its numbers are not finite in use.", lora.lora_name
                 )
-                digests = self._blends if pack.parts else self._digests
-                digests[pack.digest] = None
+                digests[digest] = None
                 if len(digests) > _MOST_REMEMBERED:
                     del digests[next(iter(digests))]
         return dict.fromkeys(guilty, _FAILURE)
