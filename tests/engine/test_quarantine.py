@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.engine.parties import Engine, lora, pack_info
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import VERSION
 from vllm_multilora.integration.engine.quarantine import Quarantine
+from vllm_multilora.states import AdapterState
 
 ACME = SimpleNamespace(lora_int_id=7, lora_name="acme", lora_path="/adapters/acme")
 PACK = SimpleNamespace(digest="d1", parts=())
@@ -64,6 +66,23 @@ def test_the_version_that_ran_is_quarantined():
     assert quarantine.look(counted(acme_s=3), REQUESTS, lambda number: repaired).keys() == {7}
     assert quarantine.failure(repaired) is None
     assert quarantine.failure(PACK) is not None
+
+
+@pytest.mark.parametrize("is_good", [True, False], ids=["succeeds", "fails"])
+def test_a_registration_of_the_same_weights_lifts_it_if_it_succeeds(is_good):
+    engine = Engine()
+    engine.fill(7, 10, digest="d1")
+    engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
+    assert engine.adapters.state(7) is AdapterState.QUARANTINED
+    future = engine.adapters.register(lora(7, inplace=True))
+    if is_good:
+        engine.store.loaded(pack_info(11, "d1"))
+    else:
+        engine.store.failed()
+    engine.poll()
+    assert (future.exception(0) is None) == is_good
+    expected = AdapterState.SLOT if is_good else AdapterState.QUARANTINED
+    assert engine.adapters.state(7) is expected
 
 
 @pytest.mark.parametrize(

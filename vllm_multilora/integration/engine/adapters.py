@@ -274,7 +274,9 @@ class EngineAdapters:
             return future
         entry = self._registrations.find(request)
         future = self._registrations.register(entry, fresh=request.load_inplace)
-        future.add_done_callback(lambda _: self.quarantine.lift(entry.pack))
+        future.add_done_callback(
+            lambda done: None if done.exception() else self.quarantine.lift(entry.pack)
+        )
         return self._answered(entry, future)
 
     def remove(self, adapter_id: int) -> Future[bool]:
