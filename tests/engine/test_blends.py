@@ -213,6 +213,65 @@ def test_the_blends_of_an_adapter_are_found(engines):
     assert engine.adapters.blends_with(9) == []
 
 
+def blended_pack(pack: int, *parts: str):
+    return msgspec.structs.replace(pack_info(pack, f"blend of {parts}"), parts=parts)
+
+
+def change_part(engine: Engine, number: int, pack: int, digest: str) -> None:
+    """An adapter is reloaded in place, and has these weights."""
+    engine.adapters.want(lora(number, inplace=True))
+    (want,) = (each for each in engine.store.wants.values() if each.adapter == number)
+    engine.store.loaded(pack_info(pack, digest), want)
+    engine.poll()
+
+
+def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
+    engine = engines(slots=3)
+    request, other = blend(0.5), blend(0.5, 2, 3)
+    for pack, each in enumerate((request, other), 10):
+        engine.adapters.want(each)
+        engine.store.loaded(blended_pack(pack, "one", "two"))
+        engine.poll()
+    number = request.lora_int_id
+    assert engine.adapters.is_ready(number)
+    change_part(engine, 1, 20, "one")
+    assert engine.adapters.is_ready(number)
+    change_part(engine, 1, 21, "new")
+    engine.adapters.want(request)
+    assert not engine.adapters.is_ready(number)
+    assert engine.store.only().fresh
+    engine.store.loaded(blended_pack(12, "new", "two"))
+    engine.poll()
+    assert engine.adapters.is_ready(number)
+    assert engine.adapters.version(number).parts == ("new", "two")
+    assert engine.adapters.is_ready(other.lora_int_id)
+
+
+def test_a_blend_that_is_made_while_a_part_is_reloaded_is_made_again(engines):
+    engine = engines()
+    change_part(engine, 1, 20, "one")
+    request = blend(0.5)
+    engine.adapters.want(request)
+    assert not engine.store.only().fresh
+    change_part(engine, 1, 21, "new")
+    assert engine.store.only().fresh
+    engine.store.loaded(blended_pack(12, "new", "two"))
+    engine.poll()
+    assert engine.adapters.is_ready(request.lora_int_id)
+
+
+def test_a_blend_and_its_part_that_come_together_are_read_once(engines):
+    engine = engines()
+    engine.adapters.want(blend(0.5))
+    change_part(engine, 1, 20, "one")
+    assert not engine.store.only().fresh
+
+
+def test_a_blend_of_parts_to_be_reloaded_is_to_be_reloaded():
+    assert not blend(0.5).load_inplace
+    assert blended([(lora(1), 0.5), (lora(2, inplace=True), 1.0)]).load_inplace
+
+
 def test_metrics_and_shares_have_one_name_for_all_blends():
     request = blend(0.5)
     assert label_of(request) == BLENDS

@@ -26,7 +26,7 @@ def blended(parts: Iterable[tuple[LoRARequest, float]]) -> LoRARequest:
 
     Args:
         parts: One to eight adapters, each with a finite weight of at most 100 in magnitude. They
-            need not be loaded.
+            need not be loaded. With `load_inplace` of any, the files of all are looked at again.
 
     Returns:
         To be used as any other; its number and name follow from the parts.
@@ -42,7 +42,8 @@ def blended(parts: Iterable[tuple[LoRARequest, float]]) -> LoRARequest:
         BlendPart(lora.lora_int_id, lora.lora_name, lora.lora_path, weight)
         for lora, weight in found
     )
-    return LoRARequest(blend.name, blend.number, blend.source)
+    reload = any(lora.load_inplace for lora, _ in found)
+    return LoRARequest(blend.name, blend.number, blend.source, load_inplace=reload)
 
 
 def blend_of(lora: LoRARequest) -> Blend | None:

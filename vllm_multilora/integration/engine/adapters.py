@@ -296,7 +296,7 @@ class EngineAdapters:
 
     def blends_with(self, adapter_id: int) -> list[int]:
         """The blends that an adapter is a part of."""
-        return self._blends.with_part(adapter_id)
+        return [entry.number for entry in self._known.blends_with(adapter_id)]
 
     def slots_lost(self) -> None:
         """The slots' memory did not survive (sleep mode): adapters are to be copied there again."""

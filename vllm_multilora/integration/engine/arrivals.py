@@ -137,6 +137,8 @@ class Arrivals:
         if not (is_check and entry.is_wanted):
             # A check may have looked at the files before requests asked; they have their own want.
             entry.is_reload_asked = False
+        if known is None or known.digest != pack.digest:
+            self._outdate_blends(entry, pack.digest)
         if entry.is_in_slot(self._slots, pack.digest):
             # These weights are in the slot already, from whichever copy they came.
             entry.is_outdated = False
@@ -151,6 +153,17 @@ class Arrivals:
             self._registrations.known.note_pack(entry, pack)
             entry.is_leased = has_lease or keeps_lease
             entry.is_outdated = False
+
+    def _outdate_blends(self, part: Entry, digest: str) -> None:
+        """An adapter has other weights: the next requests' blends are of these."""
+        for entry in self._registrations.known.blends_with(part.number):
+            is_first = part.pack is None and entry.pack is None
+            if is_first or entry.is_blended_of(part.number, digest):
+                continue
+            entry.is_outdated = True
+            if entry.ticket is not None:  # the part may have been read before
+                self._wants.cancel(entry)
+                self._wants.ask(entry)
 
     def _take_failed(self, message: Failed) -> None:
         entry = self._wants.find(message.ticket)

@@ -56,11 +56,3 @@ class KnownBlends:
             f"{len(own)} other blends are in use, and no more may be at a time "
             "(--multilora-max-blends); try again later",
         )
-
-    def with_part(self, number: int) -> list[int]:
-        """The blends that have an adapter for a part."""
-        return [
-            entry.number
-            for entry in self._registrations.known.blends()
-            if entry.blend is not None and any(p.number == number for p in entry.blend.parts)
-        ]

@@ -33,7 +33,8 @@ class Entry:
         loaded: When that version was first had, in seconds since 1970.
         in_host: Whether that version is in host memory.
         is_leased: Whether it stays there until it is given back.
-        is_outdated: Whether a newer version was checked, and found no room: that one is to serve.
+        is_outdated: Whether a newer version is to serve: one that was checked, and found no room,
+            or a blend of what its parts are now.
         is_reload_asked: Whether a request has asked for its files to be looked at again.
         is_wanted: Whether requests wait for it.
         owners: Tenants whose requests do, each with its limit of adapters in host memory.
@@ -107,6 +108,13 @@ class Entry:
             pack is not None and pack.digest == digest and slots.is_filled(self.number, pack.pack)
         )
 
+    def is_blended_of(self, part: int, digest: str) -> bool:
+        """Whether the newest version of a blend is one of these weights of a part."""
+        if self.blend is None or self.pack is None:
+            return False
+        numbers = (each.number for each in self.blend.parts)
+        return (part, digest) in zip(numbers, self.pack.parts, strict=True)
+
     def is_at_hand(self, slots: SlotAssignment) -> bool:
         """Whether the version to serve is on lease, or in its slot or on its way there."""
         pack = self.pack
@@ -155,6 +163,14 @@ class Entries:
     def blends(self) -> list[Entry]:
         """Those that are blends, in the same order."""
         return list(self._blends.values())
+
+    def blends_with(self, number: int) -> list[Entry]:
+        """Those that have an adapter for a part."""
+        return [
+            entry
+            for entry in self._blends.values()
+            if entry.blend is not None and any(p.number == number for p in entry.blend.parts)
+        ]
 
     def asked_for(self, entry: Entry) -> None:
         """It is the last one now."""
