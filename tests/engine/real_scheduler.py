@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CacheConfig, LoRAConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    LoRAConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -50,11 +57,13 @@ def make_config(folder: Path, *, places: int, step_tokens: int, **settings: Any)
         places: `--max-num-seqs`.
         step_tokens: `--max-num-batched-tokens`.
         **settings: Of the plugin; `policy` is vLLM's `--scheduling-policy`, `chunked` its chunked
-            prefill, `prefix_caching` its prefix cache, and `max_loras` what it says.
+            prefill, `prefix_caching` its prefix cache, `drafts` how many tokens are drafted at a
+            time, and `max_loras` what it says.
     """
     (folder / "config.json").write_text(json.dumps(_MODEL))
     chunked, max_loras = settings.pop("chunked", True), settings.pop("max_loras", 8)
-    return VllmConfig(
+    drafts = settings.pop("drafts", 0)
+    config = VllmConfig(
         model_config=ModelConfig(
             model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=2048
         ),
@@ -72,6 +81,15 @@ def make_config(folder: Path, *, places: int, step_tokens: int, **settings: Any)
         lora_config=LoRAConfig(max_loras=max_loras, max_lora_rank=8, max_cpu_loras=8),
         additional_config={"multilora": settings},
     )
+    if drafts:
+        config.speculative_config = SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=drafts,
+            prompt_lookup_max=3,
+            target_model_config=config.model_config,
+            target_parallel_config=config.parallel_config,
+        )
+    return config
 
 
 class Steps:
@@ -159,18 +177,24 @@ class Steps:
         return dict(output.num_scheduled_tokens)
 
     def compute(self) -> None:
-        """The oldest step under way has its results."""
+        """The oldest step under way has its results; of what was drafted, half was right."""
         output, is_part = self._under_way.popleft()
         before = set(self.scheduler.requests)
-        names = _names(output)
+        names, drafted = _names(output), output.scheduled_spec_decode_tokens
         self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=names,
                 req_id_to_index={name: i for i, name in enumerate(names)},
-                sampled_token_ids=[[] if is_part[name] else [7] for name in names],
+                sampled_token_ids=[
+                    [] if is_part[name] else [7] * (1 + len(drafted.get(name, ())) // 2)
+                    for name in names
+                ],
             ),
         )
+        # An asynchronous scheduler has taken it that there will be as many as there can be.
+        if (drafts := self.scheduler.num_spec_tokens) and not self._ahead:
+            self.scheduler.update_draft_token_ids(DraftTokenIds(names, [[7] * drafts] * len(names)))
         self.finished += sorted(before - set(self.scheduler.requests))
 
     def abort(self, *names: str) -> None:

@@ -269,21 +269,23 @@ class FairSharesMixin(AdapterAwareMixin):
         left = self._heavy_left
         if left is None or not self._is_heavy(request):
             return self._reserve(request, num_computed_tokens, num_new_tokens)
-        cost = PROMPT_COST
-        if num_computed_tokens >= request.num_tokens - 1:  # its next token
-            cost = GENERATED_COST
+        cost, least = PROMPT_COST, 1
+        if num_computed_tokens >= request.num_tokens - 1:
+            # Its next token, with those that are drafted after it or room for them: vLLM's steps
+            # are for all of these or none.
+            cost, least = GENERATED_COST, num_new_tokens
         elif request.has_encoder_inputs:
             return self._reserve(request, num_computed_tokens, num_new_tokens)
-        lora, reading = request.lora_request, 0.0
+        lora = request.lora_request
         if lora is not None and lora.lora_int_id not in self._heavy_reads:
-            reading = self._reading_cost(lora.lora_int_id)
-        if left < cost + reading:
+            left -= self._reading_cost(lora.lora_int_id)
+        if left < cost * least:
             self._is_saving = True
             return 0
-        num_new_tokens = min(num_new_tokens, int((left - reading) / cost))
+        num_new_tokens = min(num_new_tokens, int(left / cost))
         num_new_tokens = self._reserve(request, num_computed_tokens, num_new_tokens)
         if num_new_tokens:
-            self._heavy_left = left - reading - cost * num_new_tokens
+            self._heavy_left = left - cost * num_new_tokens
             if lora is not None:
                 self._heavy_reads.add(lora.lora_int_id)
         return num_new_tokens
