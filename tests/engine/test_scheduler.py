@@ -1,5 +1,6 @@
 """Requests run when their adapter is in its slot, or fail alone."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from vllm_multilora.integration.engine import scheduler as scheduler_module
 from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.turns import PATIENCE_STEPS
 from vllm_multilora.tenants.on_request import RequestTenant
+
+NUMBERS = itertools.count()
 
 
 def config(slots: int) -> SimpleNamespace:
@@ -273,6 +276,40 @@ def test_pinned_adapters_leave_one_slot_to_all_others_and_take_no_turns(servers)
     assert server.engine.adapters.slots.slot_of(1) is not None
     server.ask("pinned", 1)
     assert server.step() == {"pinned"}
+
+
+def overlapping(server, *numbers):
+    """A step; requests of these adapters run for 6 steps, and the next is there after 3."""
+    for number in numbers:
+        mine = [r for r in server.scheduler.requests.values() if r.lora_request == lora(number)]
+        if all(request.steps >= 3 for request in mine):
+            server.ask(f"request {next(NUMBERS)}", number)
+    return server.serve(*(r.request_id for r in server.scheduler.running if r.steps >= 6))
+
+
+def test_an_adapter_that_is_pinned_while_all_slots_are_busy_gets_one(servers):
+    server = servers(slots=3)
+    for _ in range(10):
+        overlapping(server, 1, 2, 3)
+    server.engine.adapters.register(lora(4))
+    server.serve()
+    server.engine.adapters.pin(4)
+    server.ask("pinned", 4)
+    assert any("pinned" in overlapping(server, 1, 2, 3) for _ in range(12))
+
+
+def test_no_slot_is_kept_for_an_adapter_that_was_pinned_while_it_waited_for_one(servers):
+    server = servers(slots=2)
+    server.start("one", 1)
+    server.start("two", 2)
+    server.ask("pinned", 3)
+    server.serve()
+    server.engine.adapters.pin(3)
+    server.serve("one", "two")
+    for _ in range(PATIENCE_STEPS):
+        server.serve()
+    server.start("other", 4)
+    assert server.names == {"pinned", "other"}
 
 
 def test_requests_whose_slots_are_lost_are_paused_and_go_on(server):

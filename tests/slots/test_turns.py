@@ -216,6 +216,20 @@ def test_a_slot_that_was_pinned_meanwhile_is_given_up_and_not_given_again() -> N
     assert set(scheduler.run_step((B, 1), (A, 1))) == {B}
 
 
+def test_whoever_had_a_slot_longest_gives_it_up_at_once_when_there_is_one_less() -> None:
+    """Though nobody is overdue; and once more for one that is."""
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 3)
+    assert turns.admit(A)
+    turns.begin_step({A}, 3)
+    assert [turns.admit(adapter) for adapter in (B, C, W)] == [True, True, False]
+    for _ in range(PATIENCE - 1):
+        turns.begin_step({A, B, C}, 2)
+        assert [turns.admit(adapter) for adapter in (A, B, C)] == [False, True, True]
+    turns.begin_step({A, B, C}, 2)
+    assert [turns.admit(adapter) for adapter in (A, B, C)] == [False, False, True]
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("fill_steps", [1, 3, 3 * PATIENCE])
 def test_all_are_served_where_a_slot_takes_steps_to_fill(slots: int, fill_steps: int) -> None:

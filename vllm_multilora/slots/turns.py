@@ -55,7 +55,8 @@ class SlotTurns:
 
         Args:
             active: The adapters of all running requests; those of pinned adapters left out.
-            slots: How many of them can have slots.
+            slots: How many of them can have slots. Where more have some, as after a call that pins
+                another adapter, so many are closed at once, as for the overdue.
             placing: Those that were admitted and are on their way into their slots. Whoever is
                 overdue, they are not closed before a request of theirs has run.
             order: What is kept for the overdue goes to those that wait, overdue or not, with the
@@ -76,10 +77,13 @@ class SlotTurns:
         self._next = set(ahead[:kept])
         self._free = free - kept
         self._closed = frozenset()
-        if kept < len(overdue):
+        excess = max(0, len(self._since) - slots)
+        if excess or kept < len(overdue):
             most = sorted(active, key=lambda i: (-had(i), self._since[i], i))
-            pairs = zip(ahead[kept : len(overdue)], most, strict=False)
-            self._closed = frozenset(i for other, i in pairs if had(other) <= had(i))
+            pairs = zip(ahead[kept : len(overdue)], most[excess:], strict=False)
+            self._closed = frozenset(
+                (*most[:excess], *(i for other, i in pairs if had(other) <= had(i)))
+            )
 
     def admit(self, adapter_id: int) -> bool:
         """Whether a waiting request of an adapter may run now; asked in the queue's order."""

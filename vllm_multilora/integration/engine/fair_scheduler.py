@@ -251,7 +251,7 @@ class FairSharesMixin(AdapterAwareMixin):
         running: dict[int, Party] = {}
 
         def had(adapter: int) -> float:
-            # Asked only where somebody has waited for too long.
+            # Asked only where somebody has to make room.
             if not running:
                 for request in self.running:
                     if request.lora_request is not None:

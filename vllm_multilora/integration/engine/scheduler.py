@@ -199,9 +199,12 @@ class AdapterAwareMixin:
         self._has_polled = False
         self._pause_unfilled(adapters)
         pins = adapters.slots.pins
-        active = {i for i in _adapters_of(self.running) if i not in pins}
-        slots = max(1, self._slots - pins.places)
-        self._turns.begin_step(active, slots, self._placing - active, self._slot_order())
+        pinned = pins.adapters
+        for lora_id in pinned:
+            self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
+        active = _adapters_of(self.running) - pinned
+        slots, placing = max(1, self._slots - pins.places), self._placing - active - pinned
+        self._turns.begin_step(active, slots, placing, self._slot_order())
         self._placing.clear()
         self._is_holding = False
         self._freed.step()
@@ -256,8 +259,7 @@ class AdapterAwareMixin:
         if adapters.bring(lora_id):
             return self._may_run_on(request, lora, adapters.version(lora_id))
         self._is_holding = True
-        if lora_id not in adapters.slots.pins:
-            self._placing.add(lora_id)
+        self._placing.add(lora_id)
         return False
 
     def _may_run_on(self, request: Request, lora: LoRARequest, version: PackInfo | None) -> bool:
