@@ -9,6 +9,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.engine.fake_scheduler import AwareScheduler, FakeRequest
 from tests.engine.parties import Engine, lora, pack_info
+from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import TENANT
 from vllm_multilora.integration.engine import scheduler as scheduler_module
@@ -398,3 +399,37 @@ def test_a_step_looks_for_news_once_unless_a_request_has_come(server, monkeypatc
         server.ask("other", 2)
     assert server.scheduler.schedule().total_num_scheduled_tokens == 1
     assert len(seen) == polls
+
+
+class RealServer:
+    """As `Server`, over vLLM's scheduler: the store and the workers answer before each step."""
+
+    def __init__(self, folder, **options) -> None:
+        self.engine = Engine(2, ranks=1)
+        self.steps = Steps(make_config(folder, places=4, step_tokens=64, max_loras=2, **options))
+        self.scheduler = self.steps.scheduler
+        self.scheduler.attach_adapters(self.engine.adapters)
+
+    def step(self) -> None:
+        Server.answer(self)
+        self.steps.step()
+
+    def start_session(self) -> FakeRequest:
+        """A request for adapter 1 that waits for more input."""
+        session = self.steps.ask("session", adapter=1, generate=2, resumable=True)
+        for _ in range(10):
+            self.step()
+        assert session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
+        return session
+
+
+def test_the_end_of_a_sessions_input_does_not_ask_for_its_adapter(tmp_path):
+    server = RealServer(tmp_path)
+    server.start_session()
+    server.engine.adapters.slots_lost()
+    server.steps.ask("session", adapter=1)  # the end has the adapter, too
+    assert not server.scheduler.requests
+    for _ in range(3):
+        server.step()
+    assert not server.engine.store.leased
+    assert not server.engine.store.wants

@@ -134,14 +134,19 @@ class AdapterAwareMixin:
     # What vLLM calls
 
     def add_request(self, request: Request) -> None:
-        """Takes a request in, and has its adapter loaded if it is not there."""
+        """Takes a request in, more input for one, or the end of its input.
+
+        Its adapter is loaded if it is not there.
+        """
         self._has_polled = False
-        is_new = request.request_id not in self.requests  # else: more input for one
+        is_new = request.request_id not in self.requests
         super().add_request(request)  # type: ignore[misc]
         lora = request.lora_request
         if lora is None:
             return
         adapters, lora_id = self._adapters, lora.lora_int_id
+        if not is_new and not self._users[lora_id]:
+            return  # the end of its input was its end, and it was its adapter's last one
         is_ready = adapters is None or adapters.state(lora_id) in _AT_HAND
         if is_new:
             self._users.come(lora)
