@@ -1,18 +1,21 @@
 """Requests run when their adapter is in its slot, or fail alone."""
 
 import itertools
+from queue import Queue
 from types import SimpleNamespace
 
 import pytest
-from vllm.v1.engine import FinishReason
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
 
 from tests.engine.fake_scheduler import AwareScheduler, FakeRequest
 from tests.engine.parties import Engine, lora, pack_info
 from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.attached import TENANT
+from vllm_multilora.integration.attached import ADAPTERS, TENANT
 from vllm_multilora.integration.engine import scheduler as scheduler_module
+from vllm_multilora.integration.engine.core import remove_lora
 from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.turns import PATIENCE_STEPS
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -406,7 +409,8 @@ class RealServer:
 
     def __init__(self, folder, **options) -> None:
         self.engine = Engine(2, ranks=1)
-        self.steps = Steps(make_config(folder, places=4, step_tokens=64, max_loras=2, **options))
+        self.config = make_config(folder, places=4, step_tokens=64, max_loras=2, **options)
+        self.steps = Steps(self.config)
         self.scheduler = self.steps.scheduler
         self.scheduler.attach_adapters(self.engine.adapters)
 
@@ -433,3 +437,34 @@ def test_the_end_of_a_sessions_input_does_not_ask_for_its_adapter(tmp_path):
         server.step()
     assert not server.engine.store.leased
     assert not server.engine.store.wants
+
+
+@pytest.mark.parametrize(
+    "pause", [PauseState.UNPAUSED, PauseState.PAUSED_NEW, PauseState.PAUSED_ALL]
+)
+def test_an_engine_without_steps_ends_the_requests_of_an_unloaded_adapter_in_time(tmp_path, pause):
+    """A session that waits for input, a request that came in a pause, one that a pause stops."""
+    server = RealServer(tmp_path, unload_timeout_s=0.01)
+    if pause is PauseState.UNPAUSED:
+        server.start_session()
+    else:
+        server.steps.ask("request", adapter=1, generate=500)
+    if pause is PauseState.PAUSED_ALL:
+        for _ in range(5):
+            server.step()
+        assert server.scheduler.running
+    server.scheduler.set_pause_state(pause)
+    inputs = Queue()
+    engine_core = SimpleNamespace(
+        scheduler=server.scheduler, input_queue=inputs, vllm_config=server.config
+    )
+    ADAPTERS.set(engine_core, server.engine.adapters)
+    removed = remove_lora(lambda *args: False, engine_core, 1)
+    assert inputs.get(timeout=60)[0] is EngineCoreRequestType.WAKEUP
+    for _ in range(3):
+        if server.scheduler.has_requests():
+            server.step()
+    assert not server.scheduler.requests
+    server.engine.store.forgets()
+    server.engine.poll()
+    assert removed.result(timeout=0)

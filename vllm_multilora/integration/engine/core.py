@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from threading import Timer
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -184,16 +185,17 @@ def _connect(engine_core: Any, executor: Any, vllm_config: VllmConfig) -> tuple[
         workers = WaitingWorkers(executor.collective_rpc)
         return WaitingStore(executor.collective_rpc), workers
     store = _open_stores(executor, vllm_config, server)
-    inputs: Any = getattr(engine_core, "input_queue", None)
-    if inputs is not None:
-
-        def wake() -> None:
-            inputs.put_nowait((EngineCoreRequestType.WAKEUP, None))
-
+    if hasattr(engine_core, "input_queue"):
+        wake = partial(_wake, engine_core.input_queue)
         store.start_waking(wake)
         link.start_waking(wake)
     elsewhere = store.elsewhere if isinstance(store, MachineStores) else None
     return store, LinkedWorkers(executor.collective_rpc, link, elsewhere)
+
+
+def _wake(inputs: Any) -> None:
+    """Has an engine core look for what there is to do, from any thread."""
+    inputs.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
 def _open_stores(
@@ -316,8 +318,14 @@ def remove_lora(
     def remove(number: int) -> None:
         adapters.remove(number).add_done_callback(partial(note, number))
 
-    for number in left:
-        engine_core.scheduler.retire_adapter(number, limit_s, partial(remove, number))
+    retire = engine_core.scheduler.retire_adapter
+    are_used = [retire(number, limit_s, partial(remove, number)) for number in left]
+    if any(are_used) and hasattr(engine_core, "input_queue"):
+        # An engine that is paused, or has nothing but sessions without input, takes no steps.
+        timer = Timer(limit_s, _wake, args=(engine_core.input_queue,))
+        timer.daemon = True
+        timer.start()
+        future.add_done_callback(lambda done: timer.cancel())
     return _answer(engine_core, adapters, future)
 
 

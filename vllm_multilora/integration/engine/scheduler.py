@@ -103,16 +103,20 @@ class AdapterAwareMixin:
         """From now on requests wait for their adapters."""
         self._adapters = adapters
 
-    def retire_adapter(self, lora_id: int, limit_s: float, then: Callable[[], None]) -> None:
+    def retire_adapter(self, lora_id: int, limit_s: float, then: Callable[[], None]) -> bool:
         """Calls `then` once no request uses an adapter.
 
         Args:
             lora_id: The adapter; nobody sends requests for it any more.
-            limit_s: Seconds after which requests that still use it are ended.
+            limit_s: Seconds after which requests that still use it are ended, in the next step.
             then: Called between two steps, perhaps at once.
+
+        Returns:
+            Whether there are such requests.
         """
         self._leaving.append(_Leaving(lora_id, time.monotonic() + limit_s, limit_s, then))
         self._retire()
+        return self._users[lora_id] > 0
 
     def _retire(self) -> None:
         if not self._leaving:
@@ -124,7 +128,7 @@ class AdapterAwareMixin:
                 each.then()
                 continue
             self._leaving.append(each)
-            if time.monotonic() > each.deadline:
+            if time.monotonic() >= each.deadline:
                 for request in self.requests.values():
                     lora = request.lora_request
                     if lora and lora.lora_int_id == each.lora_id:
@@ -132,6 +136,12 @@ class AdapterAwareMixin:
                         self._failing[request.request_id] = reason
 
     # What vLLM calls
+
+    def has_requests(self) -> bool:
+        """Whether a step has anything to do: to end requests, too, where none can go on."""
+        return super().has_requests() or any(  # type: ignore[misc]
+            time.monotonic() >= each.deadline for each in self._leaving
+        )
 
     def add_request(self, request: Request) -> None:
         """Takes a request in, more input for one, or the end of its input.
