@@ -20,7 +20,6 @@ def test_free_slots_are_given_lowest_first() -> None:
         (1, 5, OLD, None),
     ]
     assert slots.contents == (7, 5, None)
-    assert slots.free == 1
     assert (slots.slot_of(5), slots.pack_in(5)) == (1, OLD)
     assert (slots.slot_of(6), slots.pack_in(6)) == (None, None)
 

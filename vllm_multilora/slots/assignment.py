@@ -121,11 +121,6 @@ class SlotAssignment(PolicyTier):
         """The adapter in each slot, or on its way there."""
         return tuple(self._contents)
 
-    @property
-    def free(self) -> int:
-        """Number of slots without an adapter."""
-        return len(self._contents) - len(self._places)
-
     def slot_of(self, adapter_id: int) -> int | None:
         """The adapter's slot, be it filled or not; None if it has none."""
         place = self._places.get(adapter_id)
