@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from multilora_kernels import packing
 from multilora_kernels.native import load_packing_library
-from vllm_multilora.adapters import AdapterFormatError, ModelLayout, SliceLayout, one_pass
+from vllm_multilora.adapters import (
+    AdapterFormatError,
+    ModelLayout,
+    SliceLayout,
+    one_pass,
+    parse_tensor_name,
+)
 from vllm_multilora.adapters.layout import BLOCK_BYTES
 from vllm_multilora.adapters.naming import ModuleNaming, Renames, Replacement
 
@@ -328,6 +335,27 @@ def test_what_vllm_serves_itself_is_kept_as_it_is(tmp_path, backend):
     config = json.loads(pack.index.config)
     assert (config["r"], config["modules_to_save"]) == (4, ["score"])
     assert "secret" not in config
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+def test_ranks_and_scalings_of_what_vllm_fills_are_pefts(tmp_path, rslora):
+    base = torch.nn.ModuleDict({"model": torch.nn.ModuleDict(), "lm_head": torch.nn.Linear(24, 99)})
+    base["model"]["embed_tokens"] = torch.nn.Embedding(99, 24)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["embed_tokens", "lm_head"],
+        use_rslora=rslora,
+        rank_pattern={"embed_tokens": 8},
+        alpha_pattern={"lm_head": 32, "model.embed_.*": 20},
+    )
+    peft = get_peft_model(base, config)
+    peft.save_pretrained(tmp_path, save_embedding_layers=False)
+    pack = take(tmp_path, layout(special=frozenset({"model.embed_tokens", "lm_head"})))
+    assert len(pack.index.tensors) == 4
+    for name, raw in pack.index.tensors.items():
+        module = peft.base_model.model.get_submodule(parse_tensor_name(name).module)
+        assert (raw.rank, raw.scaling) == (module.r["default"], module.scaling["default"])
 
 
 def test_an_adapter_with_nothing_to_pack_is_an_empty_index(tmp_path, backend):

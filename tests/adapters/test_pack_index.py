@@ -16,7 +16,7 @@ def index(place: int = 0) -> PackIndex:
         return RankIndex(numbers, numbers + 4, numbers + 2, places, places + 64, places + 128)
 
     tensors = {
-        "a": RawTensor(BFLOAT16, (3, 4), place),
+        "a": RawTensor(BFLOAT16, (3, 4), place, 3, 22.6),
         "ü": RawTensor(FLOAT32, (), place + 1),
     }
     return PackIndex((rank(3), rank(0), rank(700)), tensors, '{"r": 8}')

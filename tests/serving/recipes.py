@@ -60,7 +60,10 @@ LINEAR_RECIPES = (
 """Adapters of linear layers only, which every base model takes."""
 
 EMBEDDING_RECIPE = AdapterRecipe(
-    "embedding-head-r8", targets=(*_ATTENTION, "embed_tokens", "lm_head")
+    "embedding-head-r8",
+    targets=(*_ATTENTION, "embed_tokens", "lm_head"),
+    rank_pattern={"embed_tokens": 3},
+    alpha_pattern={"lm_head": 40},
 )
 """Adapts the embedding and the head too: for base models whose class has vLLM embedding modules."""
 

@@ -59,6 +59,8 @@ def trained(configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         r=RANK,
         lora_alpha=ALPHA,
+        rank_pattern={"experts.down_proj": 2},
+        alpha_pattern={"mlp.experts.gate_up_proj": 16},
     )
     peft: Any = get_peft_model(model.float(), config)
     generator = torch.Generator().manual_seed(0)

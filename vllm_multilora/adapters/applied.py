@@ -16,18 +16,33 @@ from vllm_multilora.adapters.tensor_file import TensorFile
 
 
 @dataclass(frozen=True)
+class RawPart:
+    """A tensor that vLLM is given as it is.
+
+    Attributes:
+        tensor: Its name in the file.
+        rank: Of the module whose A or B it is; 0 if it is a head saved whole.
+        scaling: The factor of that module's B @ A.
+    """
+
+    tensor: str
+    rank: int = 0
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True)
 class Applied:
     """What of an adapter one layout's workers apply.
 
     Attributes:
         modules: Those that packed slots are filled from.
-        raw: Names of the tensors that vLLM is given as they are.
+        raw: The tensors that vLLM is given as they are.
         factors: Every other tensor that is applied, and the factor of its values.
         magnitudes: Names of DoRA's magnitudes, which are float32 whatever slots are.
     """
 
     modules: tuple[MatchedModule, ...]
-    raw: tuple[str, ...]
+    raw: tuple[RawPart, ...]
     factors: tuple[tuple[str, float], ...]
     magnitudes: tuple[str, ...] = ()
 
@@ -40,18 +55,19 @@ def applied_of(
 ) -> Applied:
     """What is applied of an adapter; modules only of one without problems, for its `layout`."""
     factors: list[tuple[str, float]] = []
-    raw: list[str] = []
+    raw: list[RawPart] = []
     magnitudes: list[str] = []
     for module in report.modules:
+        rank, scaling = 0, 1.0
+        if config is not None:
+            rank, scaling = config.rank_of(module.target), config.scaling(module.target)
         for part, tensor in module.tensors.items():
             if part == "magnitude":
                 magnitudes.append(tensor)
-                continue
-            factors.append(
-                (tensor, config.scaling(module.module) if config and part == "B" else 1.0)
-            )
+            else:
+                factors.append((tensor, scaling if part == "B" else 1.0))
         if layout is not None and layout.is_special(module.name):
-            raw += module.tensors.values()
+            raw += [RawPart(tensor, rank, scaling) for tensor in module.tensors.values()]
     factors += [(head, 1.0) for head in report.heads]
     modules = (
         matched_modules(report, file.tensors, config, layout)
@@ -60,7 +76,7 @@ def applied_of(
     )
     return Applied(
         tuple(modules),
-        (*raw, *report.heads),
+        (*raw, *map(RawPart, report.heads)),
         tuple(
             (name, factor) for name, factor in factors if file.tensors[name].dtype in WEIGHT_DTYPES
         ),

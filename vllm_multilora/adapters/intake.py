@@ -53,17 +53,9 @@ _Ints = npt.NDArray[np.int64]
 _ANY_SIZE = 1 << 62
 _MISSING = {Code.FOLDER_MISSING, Code.FILE_MISSING}
 _PASSING = {Code.FILE_UNREADABLE, Code.FILE_CHANGED}
-# Of the configuration, what vLLM's own classes read for the layers that they fill.
-_KEYS_OF_VLLM = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "target_parameters",
-    "modules_to_save",
-    "bias",
-    "use_rslora",
-)
+# Of the configuration, what vLLM's own classes read for the layers that they fill. Ranks and
+# scalings are worked out here: the processes that hold the model match no patterns.
+_KEYS_OF_VLLM = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "bias")
 
 
 @dataclass(frozen=True)
@@ -325,7 +317,7 @@ class Source:
             applied=[applied[kind] for kind in kinds.of],
             check_finite=self._rules.check_finite,
             rank=max(
-                (config.rank_of(module.module) for report in reports for module in report.modules),
+                (config.rank_of(module.target) for report in reports for module in report.modules),
                 default=config.rank,
             ),
         )

@@ -74,7 +74,7 @@ def matched_modules(
         if layout.is_special(module.name):
             continue
         a_name, b_name = module.tensors["A"], module.tensors["B"]
-        rank, scaling = tensors[a_name].shape[0], config.scaling(module.module)
+        rank, scaling = tensors[a_name].shape[0], config.scaling(module.target)
         magnitude = module.tensors.get("magnitude")
         matched.append(MatchedModule(module.name, a_name, b_name, rank, scaling, magnitude))
     return matched

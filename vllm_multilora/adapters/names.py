@@ -10,6 +10,7 @@ _PARTS: dict[str, Literal["A", "B"]] = {"lora_A": "A", "lora_B": "B"}
 _EMBEDDING_PARTS: dict[str, Literal["A", "B"]] = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 _MAGNITUDE = "lora_magnitude_vector"
 HEADS = ("score", "classifier")
+FUSED_EXPERTS = ".experts"  # how a module ends whose parameters hold all experts of a layer
 _BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
 
@@ -26,6 +27,11 @@ class TensorRole:
     module: str
     part: Literal["A", "B", "magnitude"]
     embedding: bool = False
+
+    def of(self, module: str) -> str:
+        """What PEFT calls A or B of another module."""
+        end = f"lora_embedding_{self.part}" if self.embedding else f"lora_{self.part}.weight"
+        return f"{_PREFIX}{module}.{end}"
 
 
 def parse_tensor_name(name: str) -> TensorRole | None:

@@ -18,9 +18,9 @@ from multilora_kernels.dtypes import KERNEL_DTYPES, DType
 _LENGTH_BYTES = 8
 _BY_NAME = {dtype.name: dtype for dtype in KERNEL_DTYPES}
 # Per rank: rows, ranks, a_ranks, a_places, b_places, magnitude_places. Then tensors: names,
-# dtypes, shapes; their places; the configuration.
+# dtypes, shapes, ranks, scalings; their places; the configuration.
 _Rank = tuple[bytes, bytes, bytes, bytes, bytes, bytes]
-_Wire = tuple[list[_Rank], list[tuple[str, str, list[int]]], bytes, str]
+_Wire = tuple[list[_Rank], list[tuple[str, str, list[int], int, float]], bytes, str]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,15 @@ class RawTensor:
         dtype: One of `KERNEL_DTYPES`.
         shape: Its shape.
         place: Where it begins; contiguous, row-major.
+        rank: Of the module whose A or B it is; 0 if it is a module saved whole.
+        scaling: The factor of that module's B @ A.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     place: int
+    rank: int = 0
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,10 @@ class PackIndex:
                 )
                 for rank in self.ranks
             ],
-            [(name, raw.dtype.name, list(raw.shape)) for name, raw in self.tensors.items()],
+            [
+                (name, raw.dtype.name, list(raw.shape), raw.rank, raw.scaling)
+                for name, raw in self.tensors.items()
+            ],
             places.tobytes(),
             self.config,
         )
@@ -116,8 +123,8 @@ class PackIndex:
             ranks, entries, places, config = msgspec.msgpack.decode(text, type=_Wire)
             spots = np.frombuffer(places, "<i8").tolist()
             tensors = {
-                name: RawTensor(_BY_NAME[dtype], tuple(shape), place)
-                for (name, dtype, shape), place in zip(entries, spots, strict=True)
+                name: RawTensor(_BY_NAME[dtype], tuple(shape), place, rank, scaling)
+                for (name, dtype, shape, rank, scaling), place in zip(entries, spots, strict=True)
             }
             return cls(tuple(map(_rank, ranks)), tensors, config)
         except (msgspec.MsgspecError, KeyError, ValueError) as error:

@@ -49,7 +49,7 @@ class PackPlan:
             self._ranks.append(slices)
             self.parts += slices.blocks()
         factors = {name: factor for of in applied for name, factor in of.factors}
-        self._raw = tuple(dict.fromkeys(name for of in applied for name in of.raw))
+        self._raw = {part.tensor: part for of in applied for part in of.raw}
         self._config = config if self._raw else ""
         self.parts += [
             Part(name, layouts[0].dtype, factors.get(name, 1.0), kind=RAW) for name in self._raw
@@ -90,9 +90,9 @@ class PackPlan:
             )
             first = end
         tensors = {}
-        for name, place in zip(self._raw, places[first:].tolist(), strict=False):
-            info = self._file.tensors[name]
-            tensors[name] = RawTensor(info.dtype, info.shape, place)
+        for raw, place in zip(self._raw.values(), places[first:].tolist(), strict=False):
+            info = self._file.tensors[raw.tensor]
+            tensors[raw.tensor] = RawTensor(info.dtype, info.shape, place, raw.rank, raw.scaling)
         return PackIndex(tuple(ranks), tensors, self._config)
 
     def _bytes(self, part: Part) -> int:

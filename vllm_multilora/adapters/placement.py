@@ -9,6 +9,7 @@ from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.missing_modules import MissingModules
 from vllm_multilora.adapters.names import (
+    FUSED_EXPERTS,
     HEADS,
     TensorRole,
     full_head,
@@ -33,6 +34,19 @@ class FoundModule:
     module: str
     name: str
     tensors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str:
+        """What patterns for ranks and alphas are matched with.
+
+        Experts that are held as one are two parameters of a module to PEFT, each with an A and a B
+        of its own. It saves them as of the module and of what the module wraps, and matches
+        patterns with the parameters' names.
+        """
+        if self.module.endswith(FUSED_EXPERTS):
+            return f"{self.module}.down_proj"
+        wrapped = self.module.removesuffix(".base_layer")
+        return f"{wrapped}.gate_up_proj" if wrapped.endswith(FUSED_EXPERTS) else self.module
 
 
 class Placement:

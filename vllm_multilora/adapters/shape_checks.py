@@ -166,7 +166,7 @@ class _Check:
                 hint="the checkpoint mixes two adapters: save it again",
             )
             return
-        rank = self._config.rank_of(module.module) if self._config else of_a
+        rank = self._config.rank_of(module.target) if self._config else of_a
         if rank != of_a:
             self._problems.add(
                 Code.RANK_NOT_AS_CONFIGURED,

@@ -1,7 +1,8 @@
 """Adapters' parts for layers that vLLM fills itself: embeddings, output heads, experts.
 
-The store has read and checked their tensors, and keeps them as they are in the checkpoint. vLLM's
-own classes convert them to what its layers expect.
+The store has read and checked their tensors, keeps them as they are in the checkpoint, and says
+each module's rank and scaling. vLLM's own classes convert them to what its layers expect; they are
+given the modules' names in the running model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.lora.peft_helper import PEFTHelper
 
-from vllm_multilora.adapters.names import is_base_embedding, parse_tensor_name
+from vllm_multilora.adapters.names import parse_tensor_name
 from vllm_multilora.adapters.pack_index import PackIndex, RawTensor
 from vllm_multilora.store.mapper import SegmentMapper
 
@@ -70,11 +71,16 @@ class SpecialParts:
         Raises:
             ValueError: vLLM does not take them.
         """
-        tensors = {
-            name: _copy(raw, memory, segments)
-            for name, raw in index.tensors.items()
-            if self._is_ours(name)
-        }
+        tensors, modules = {}, {}
+        for name, raw in index.tensors.items():
+            role = parse_tensor_name(name)
+            if role is not None:
+                module = self._manager.layout.naming.rename(role.module)
+                if module is None or not self._manager.layout.is_special(module):
+                    continue
+                modules[module] = raw
+                name = role.of(module)
+            tensors[name] = _copy(raw, memory, segments)
         if not tensors:
             return None
         manager: Any = self._manager
@@ -82,7 +88,6 @@ class SpecialParts:
         config["vllm_max_position_embeddings"] = self._max_position_embeddings
         helper = PEFTHelper.from_dict(config)
         helper.validate_legal(manager.lora_config)
-        mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
         special: Any = self._model_class.from_lora_tensors(
             lora_model_id=request.lora_int_id,
             tensors=tensors,
@@ -90,9 +95,9 @@ class SpecialParts:
             device="cpu",
             dtype=manager.lora_config.lora_dtype,
             model_vocab_size=manager.vocab_size,
-            weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
-            skip_prefixes=getattr(manager.model, "lora_skip_prefixes", None),
         )
+        for module, lora in special.loras.items():
+            lora.rank, lora.scaling = modules[module].rank, modules[module].scaling
         special.is_3d_lora_weight = request.is_3d_lora_weight or _has_fused_experts(special)
         for name in _CHECKS:
             if check := getattr(manager, name, None):
@@ -100,13 +105,6 @@ class SpecialParts:
         if special.loras:
             manager._create_merged_loras_inplace(special)
         return special
-
-    def _is_ours(self, name: str) -> bool:
-        layout, role = self._manager.layout, parse_tensor_name(name)
-        if is_base_embedding(name):
-            return False
-        module = layout.naming.rename(role.module) if role else None
-        return role is None or (module is not None and layout.is_special(module))
 
 
 def _has_fused_experts(special: LoRAModel) -> bool:
