@@ -321,7 +321,8 @@ def test_what_vllm_serves_itself_is_kept_as_it_is(tmp_path, backend):
     }
     base = {"base_model.model.model.embed_tokens.base_layer.weight": torch.rand(99, 24)}
     write(tmp_path, tensors | raw | base, rank=4, alpha=6, modules_to_save=["score"], secret="x")
-    special = {"model.embed_tokens", "lm_head", "model.layers.0.mlp.experts", "score"}
+    expert = "model.layers.0.mlp.experts.3.up_proj"
+    special = {"model.embed_tokens", "lm_head", "model.layers.0.mlp.experts", expert, "score"}
     model = layout(special=frozenset(special))
     pack = take(tmp_path, model, model)
     assert_holds(pack, tensors, {Q0: 1.5})

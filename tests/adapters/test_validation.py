@@ -119,7 +119,7 @@ def test_sizes_that_only_vllm_knows_are_bounded_loosely():
 
 def test_a_large_file_that_holds_nothing_is_refused_where_sizes_are_bounded_loosely(tmp_path):
     """60 GiB of holes in the place of an expert, which nobody could tell to be too large."""
-    name, more = "base_model.model.model.layers.0.mlp.experts.gate.lora_A.weight", 60 << 30
+    name, more = "base_model.model.model.layers.0.mlp.experts.lora_A.weight", 60 << 30
     experts = replace(LAYOUT, special=LAYOUT.special | {"model.layers.0.mlp.experts"})
     folder = good().write(tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
@@ -175,6 +175,34 @@ def test_modules_that_the_base_leaves_out_or_only_vllm_knows_are_left_alone(tmp_
         special=LAYOUT.special | {experts},
     )
     assert validate(draft.write(tmp_path / "adapter"), layout) == []
+
+
+@pytest.mark.parametrize(
+    "below",
+    [
+        "lm_head.foo",
+        "lm_head.base_layer",
+        "model.embed_tokens.x.y",
+        "EXPERTS.0.base_layer",
+        "EXPERTS.2.up_proj",
+        "EXPERTS.1.up_proj.foo",
+        "EXPERTS.base_layer.base_layer",
+    ],
+)
+def test_names_below_what_vllm_serves_itself_are_unknown(tmp_path, below):
+    """vLLM never looks them up: their requests would be answered by the base model."""
+    experts = "model.layers.0.mlp.experts"
+    of_experts = {experts, f"{experts}.0.up_proj", f"{experts}.1.up_proj"}
+    layout = replace(LAYOUT, special=LAYOUT.special | of_experts)
+    draft = good()
+    for name in (*sorted(of_experts), f"{experts}.base_layer"):
+        for part in "AB":
+            draft.tensors[name_of(name, part)] = torch.ones(16, 16)
+    assert validate(draft.write(tmp_path / "known"), layout) == []
+    for part in "AB":
+        draft.tensors[name_of(below.replace("EXPERTS", experts), part)] = torch.ones(16, 16)
+    [problem] = validate(draft.write(tmp_path / "unknown"), layout)
+    assert problem.code in (Code.UNKNOWN_MODULE, Code.LAYER_OUT_OF_RANGE)
 
 
 def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(tmp_path):

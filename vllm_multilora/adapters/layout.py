@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from multilora_kernels.dtypes import FLOAT32, DType
+from vllm_multilora.adapters.names import FUSED_EXPERTS
 from vllm_multilora.adapters.naming import ModuleNaming
+
+_WRAPPED_EXPERTS = f"{FUSED_EXPERTS}.base_layer"
 
 BLOCK_BYTES = 64
 """Blocks of a packed adapter begin at multiples of this: a cache line, a vector register."""
@@ -83,7 +86,7 @@ class ModelLayout:
             do, rather than by rows.
         naming: From modules' names in a checkpoint to their names here.
         special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
-            experts): they, and everything below them, are no part of a packed adapter.
+            experts): they are no part of a packed adapter.
         special_shapes: Of those special modules whose A and B have known shapes.
         vocabulary: Token ids that a prompt can have are below it; None: not known.
         dora: Whether slots have room for what DoRA adapters multiply outputs by.
@@ -110,10 +113,10 @@ class ModelLayout:
         return found
 
     def is_special(self, module: str) -> bool:
-        """Whether a module (its name here) is served by vLLM itself, or lies below one that is."""
-        while module and module not in self.special:
-            module = module.rpartition(".")[0]
-        return bool(module)
+        """Whether a module (its name here) is served by vLLM itself."""
+        if module.endswith(_WRAPPED_EXPERTS):  # PEFT's name for one of their two parameters
+            module = module.removesuffix(".base_layer")
+        return module in self.special
 
     def largest_bytes(self) -> int:
         """Bytes of a packed adapter that has the largest rank on every slice."""
