@@ -206,16 +206,50 @@ def test_names_below_what_vllm_serves_itself_are_unknown(tmp_path, below):
 
 
 def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(tmp_path):
-    draft = good(modules_to_save=["score"])
+    draft = good(modules_to_save=["classifier", "score"])
     draft.tensors["base_model.model.score.weight"] = torch.ones(2, 96)
     folder = draft.write(tmp_path / "adapter")
     with_head = replace(LAYOUT, special=LAYOUT.special | {"score"})
     assert validate(folder, with_head) == []
     [problem] = validate(folder, LAYOUT)
     assert problem.code == Code.UNKNOWN_TENSOR
+    draft.tensors["base_model.model.score.bias"] = torch.ones(2)
+    assert validate(draft.write(tmp_path / "biased"), with_head) == []
+    del draft.tensors["base_model.model.score.bias"]
     draft.config["modules_to_save"] = None
     [problem] = validate(draft.write(tmp_path / "unsaid"), with_head)
     assert "'score' in 'modules_to_save'" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("shapes", "code", "words"),
+    [
+        ({}, Code.HALF_MISSING, "no full weight of score"),
+        ({"score.bias": (2,)}, Code.HALF_MISSING, "no full weight of score"),
+        ({"score.weight": (7, 3, 2)}, Code.WRONG_SHAPE, "[labels, inputs]"),
+        ({"score.weight": (2, 96), "score.bias": (3,)}, Code.WRONG_SHAPE, "expected [2]"),
+        ({"score.weight": (2, 96), "model.score.weight": (2, 96)}, Code.DUPLICATE_TENSOR, "same"),
+        (
+            {
+                "score.weight": (2, 96),
+                "score.lora_A.weight": (8, 96),
+                "score.lora_B.weight": (2, 8),
+            },
+            Code.DUPLICATE_TENSOR,
+            "score adapted, or saved whole",
+        ),
+    ],
+    ids=["absent", "bias-alone", "three-dimensions", "other-bias", "twice", "adapted-as-well"],
+)
+def test_a_head_saved_whole_needs_its_weight_once(tmp_path, shapes, code, words):
+    """PEFT fails on a file without it; here, the base model's head would give the answers."""
+    draft = good(modules_to_save=["classifier", "score"])
+    for name, shape in shapes.items():
+        draft.tensors[f"base_model.model.{name}"] = torch.ones(shape)
+    with_head = replace(LAYOUT, special=LAYOUT.special | {"score"})
+    [problem] = validate(draft.write(tmp_path / "adapter"), with_head)
+    assert problem.code == code
+    assert words in problem.message
 
 
 def test_opening_reports_every_problem_of_the_configuration(tmp_path):

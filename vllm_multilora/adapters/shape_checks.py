@@ -10,10 +10,10 @@ from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.adapters.missing_modules import MissingModules
-from vllm_multilora.adapters.names import tensor_of
+from vllm_multilora.adapters.names import HEADS, full_head, tensor_of
 from vllm_multilora.adapters.placement import FoundModule, Placement
 from vllm_multilora.adapters.problem_list import ProblemList
-from vllm_multilora.adapters.problems import Code
+from vllm_multilora.adapters.problems import Code, shown_name
 
 WEIGHT_DTYPES = KERNEL_DTYPES
 
@@ -37,8 +37,7 @@ def check_shapes(
         problems: Where problems are noted.
     """
     check = _Check(tensors, config, layout, problems)
-    for head in placement.heads:
-        check.content(head)
+    check.heads(placement)
     misfits = [misfit for m in placement.modules.values() for misfit in check.module(m)]
     # Where most modules have other sizes than the base model's, the cause is one.
     modules = {misfit.module for misfit in misfits}
@@ -59,6 +58,55 @@ class _Check:
         self._config = config
         self._layout = layout
         self._problems = problems
+
+    def heads(self, placement: Placement) -> None:
+        """Checks heads saved whole: without a weight of its own, the base model's would decide."""
+        saved = self._config.modules_to_save if self._config else ()
+        saved = tuple(name for name in saved if name in HEADS and self._layout.is_special(name))
+        found: dict[str, dict[str, str]] = {}
+        for tensor in placement.heads:
+            self.content(tensor)
+            parts = found.setdefault(full_head(tensor) or "", {})
+            if (first := parts.setdefault(tensor.rpartition(".")[2], tensor)) != tensor:
+                self._problems.add(
+                    Code.DUPLICATE_TENSOR,
+                    tensor,
+                    f"beside {shown_name(first)}, and both are of the same head",
+                    "one of them",
+                )
+        for name in saved:
+            if module := placement.modules.get(name):
+                self._problems.add(
+                    Code.DUPLICATE_TENSOR,
+                    next(iter(module.tensors.values())),
+                    f"of {name}, which 'modules_to_save' of adapter_config.json names, too",
+                    f"{name} adapted, or saved whole",
+                )
+        # PEFT names all heads that there are models with; each model has one of them.
+        for name in found or saved[:1]:
+            self._head(name, found.get(name, {}))
+
+    def _head(self, name: str, parts: Mapping[str, str]) -> None:
+        if "weight" not in parts:
+            self._problems.add(
+                Code.HALF_MISSING,
+                parts.get("bias", ""),
+                f"no full weight of {name}",
+                "one, as 'modules_to_save' of adapter_config.json has it",
+                verb="has",
+                hint="the checkpoint is incomplete: save it again",
+            )
+            return
+        weight = self._tensors[parts["weight"]].shape
+        bias = self._tensors[parts["bias"]].shape if "bias" in parts else weight[:1]
+        if len(weight) != 2:
+            wrong, shape, expected = "weight", weight, "[labels, inputs]"
+        elif bias != weight[:1]:
+            wrong, shape, expected = "bias", bias, f"{list(weight[:1])}: one for each label"
+        else:
+            return
+        found = f"the shape {list(shape)}"
+        self._problems.add(Code.WRONG_SHAPE, parts[wrong], found, expected, verb="has")
 
     def module(self, module: FoundModule) -> Iterator[_Misfit]:
         """Checks a module's tensors; yields those whose shapes do not fit the base model."""
