@@ -4,7 +4,7 @@ import pytest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from vllm_multilora.adapters import TensorRole, parse_tensor_name
-from vllm_multilora.adapters.names import full_head, is_base_embedding
+from vllm_multilora.adapters.names import full_head, is_unused
 
 AS_VLLM = [
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
@@ -61,10 +61,13 @@ def test_other_tensors_are_no_lora_tensors(name):
     assert parse_tensor_name(name) is None
 
 
-def test_heads_and_copies_of_base_embeddings_are_recognised():
+def test_heads_and_tensors_without_use_are_recognised():
     assert full_head("base_model.model.score.weight") == "score"
     assert full_head("base_model.model.classifier.bias") == "classifier"
     assert full_head("base_model.model.lm_head.weight") is None
     assert full_head("score") is None
-    assert is_base_embedding("base_model.model.model.embed_tokens.base_layer.weight")
-    assert not is_base_embedding("base_model.model.model.embed_tokens.weight")
+    assert is_unused("base_model.model.model.embed_tokens.base_layer.weight")
+    assert is_unused("base_model.model.q_proj.lora_velora_embed")
+    assert is_unused("base_model.model.q_proj.lora_monteclora_sampler.std_prior")
+    assert not is_unused("base_model.model.model.embed_tokens.weight")
+    assert not is_unused("base_model.model.q_proj.lora_A.weight")

@@ -16,7 +16,7 @@ _UNKNOWN_PART_BYTES = 64 * GIB
 # A tensor takes about 200 bytes of a header, and PEFT may save a base weight beside A and B. What
 # is in `__metadata__`, and modules that the base model leaves out, have an allowance.
 _HEADER_ALLOWANCE, _HEADER_OF_A_MODULE = MIB, 2048
-_TENSORS_ALLOWANCE, _TENSORS_OF_A_MODULE = 2000, 4
+_TENSORS_ALLOWANCE, _TENSORS_OF_A_MODULE = 2000, 6  # A, B; MonteCLoRA has four more
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ _EMBEDDING_PARTS: dict[str, Literal["A", "B"]] = {"lora_embedding_A": "A", "lora
 _MAGNITUDE = "lora_magnitude_vector"
 HEADS = ("score", "classifier")
 FUSED_EXPERTS = ".experts"  # how a module ends whose parameters hold all experts of a layer
+_OF_TRAINING = (".lora_velora_embed", ".lora_monteclora_sampler.")
 _BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
 
@@ -65,12 +66,13 @@ def tensor_of(part: str) -> str:
     return _MAGNITUDE if part == "magnitude" else f"lora_{part}"
 
 
-def is_base_embedding(name: str) -> bool:
-    """Whether a tensor is a copy of the base model's own embedding, which nobody needs.
+def is_unused(name: str) -> bool:
+    """Whether a tensor is one that PEFT saves beside an adapter, and that nothing is computed with.
 
-    PEFT saves it beside adapters of embeddings (`save_embedding_layers`); vLLM ignores it too.
+    These are copies of the base model's own embedding (`save_embedding_layers`), which vLLM ignores
+    too, and what VeLoRA and MonteCLoRA use in training only: then PEFT computes plain LoRA.
     """
-    return name.endswith(_BASE_EMBEDDINGS)
+    return name.endswith(_BASE_EMBEDDINGS) or any(part in name for part in _OF_TRAINING)
 
 
 def full_head(name: str) -> str | None:

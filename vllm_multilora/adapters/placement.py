@@ -13,7 +13,7 @@ from vllm_multilora.adapters.names import (
     HEADS,
     TensorRole,
     full_head,
-    is_base_embedding,
+    is_unused,
     parse_tensor_name,
     tensor_of,
 )
@@ -82,7 +82,7 @@ class Placement:
         self._left_out: dict[str, str] = {}  # a tensor of each such module
         self._is_adapted_elsewhere = False
         for tensor in tensors:
-            if not is_base_embedding(tensor):
+            if not is_unused(tensor):
                 self._place(tensor)
         self._report_unknown()
 

@@ -13,7 +13,7 @@ from vllm_multilora.adapters.errors import AdapterError
 from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
 from vllm_multilora.adapters.layout import ModelLayout, block_bytes
 from vllm_multilora.adapters.matching import match
-from vllm_multilora.adapters.names import is_base_embedding, parse_tensor_name
+from vllm_multilora.adapters.names import parse_tensor_name
 from vllm_multilora.adapters.problems import Problem
 from vllm_multilora.adapters.validation import validate
 from vllm_multilora.errors import MultiLoRAError
@@ -143,5 +143,5 @@ def _special_tensors(
     for name, info in checkpoint.tensors.items():
         role = parse_tensor_name(name)
         module = layout.naming.rename(role.module) if role else None
-        if module and layout.is_special(module) and not is_base_embedding(name):
+        if module and layout.is_special(module):
             yield module, math.prod(info.shape)

@@ -10,6 +10,7 @@ from .draft import (
     CONFIG,
     PREFIX,
     Q0,
+    RANK,
     Draft,
     add_embedding,
     add_head,
@@ -147,6 +148,23 @@ def embedding_with_a_copy_of_the_base(draft: Draft) -> None:
     name = f"{PREFIX}model.embed_tokens.base_layer.weight"
     generator = torch.Generator().manual_seed(0)
     draft.tensors[name] = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+
+
+@valid()
+def trained_with_velora(draft: Draft) -> None:
+    draft.config["velora_config"] = {"num_groups": 2}
+    for module, (inputs, _) in MODULES.items():
+        draft.tensors[f"{PREFIX}{module}.lora_velora_embed"] = torch.ones(inputs // 2)
+
+
+@valid()
+def trained_with_monteclora(draft: Draft) -> None:
+    draft.config["monteclora_config"] = {"num_samples": 8}
+    shapes = {"expert_weights": (8,), "expert_weights_prior": (8,), "std_prior": (RANK,)}
+    for module in MODULES:
+        prefix = f"{PREFIX}{module}.lora_monteclora_sampler."
+        for name, shape in (shapes | {"gaussian_var_prior": (RANK, RANK)}).items():
+            draft.tensors[prefix + name] = torch.ones(shape)
 
 
 @valid()
