@@ -87,6 +87,15 @@ def test_a_header_has_its_full_bound_where_modules_are_not_known_by_name():
     assert Limits(header_bytes=10).for_layouts([LAYOUT]).header_bytes == 10
 
 
+def test_names_that_cannot_be_encoded_are_refused(tmp_path):
+    """No process could be told of them: lm_head's A, of an adapter whose name is half a pair."""
+    name = r"base_model.model.lm_head.lora_A.\ud800.weight"
+    with pytest.raises(AdapterFormatError, match="that UTF-8 can encode"):
+        read(tmp_path, f"{{{ENTRY.format(name)}}}".encode())
+    pair = ENTRY.format(r"\ud83d\ude00")  # one character, as JSON may spell it
+    assert list(read(tmp_path, f"{{{pair}}}".encode())) == ["\U0001f600"]
+
+
 @pytest.mark.parametrize("name", ["x" * 257, "a." * 33], ids=["long", "dots"])
 def test_names_are_short_enough_for_every_expression_that_sees_them(tmp_path, name):
     with pytest.raises(AdapterFormatError, match="at most"):
