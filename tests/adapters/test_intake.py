@@ -14,6 +14,7 @@ from vllm_multilora.adapters import (
     AdapterFormatError,
     ModelLayout,
     SliceLayout,
+    SpecialShape,
     one_pass,
     parse_tensor_name,
 )
@@ -25,6 +26,7 @@ from .packs import Pack, take
 
 ALL = {module: 4 for module, _, _ in MODULES}
 Q0, V0, DOWN0, Q1, DOWN1 = (module for module, _, _ in MODULES)
+EMBEDDING = {"model.embed_tokens": SpecialShape(99, 24, embedding=True)}
 # Two roundings apart at most: of the product to float32, and to the slots' dtype.
 TOLERANCE = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
@@ -323,7 +325,7 @@ def test_what_vllm_serves_itself_is_kept_as_it_is(tmp_path, backend):
     write(tmp_path, tensors | raw | base, rank=4, alpha=6, modules_to_save=["score"], secret="x")
     expert = "model.layers.0.mlp.experts.3.up_proj"
     special = {"model.embed_tokens", "lm_head", "model.layers.0.mlp.experts", expert, "score"}
-    model = layout(special=frozenset(special))
+    model = layout(special=frozenset(special), special_shapes=EMBEDDING)
     pack = take(tmp_path, model, model)
     assert_holds(pack, tensors, {Q0: 1.5})
     assert_holds(pack, tensors, {Q0: 1.5}, rank=1)
@@ -352,7 +354,8 @@ def test_ranks_and_scalings_of_what_vllm_fills_are_pefts(tmp_path, rslora):
     )
     peft = get_peft_model(base, config)
     peft.save_pretrained(tmp_path, save_embedding_layers=False)
-    pack = take(tmp_path, layout(special=frozenset({"model.embed_tokens", "lm_head"})))
+    model = layout(special=frozenset({*EMBEDDING, "lm_head"}), special_shapes=EMBEDDING)
+    pack = take(tmp_path, model)
     assert len(pack.index.tensors) == 4
     for name, raw in pack.index.tensors.items():
         module = peft.base_model.model.get_submodule(parse_tensor_name(name).module)

@@ -1,5 +1,7 @@
 """Tensor names: what vLLM accepts is accepted, and read the same way."""
 
+from dataclasses import replace
+
 import pytest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -40,6 +42,21 @@ def test_lora_tensors_are_read_as_vllm_reads_them(name):
 )
 def test_the_adapters_name_in_peft_may_stand_in_between(name, role):
     assert parse_tensor_name(name) == role
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.old.lm_head.lora_A.default.weight",
+        "old.lm_head.lora_B.weight",
+        "base_model.model.embed_tokens.lora_embedding_B.default",
+    ],
+)
+def test_vllm_reads_what_it_is_given_for_them(name):
+    role = parse_tensor_name(name)
+    given = role.of("model.lm_head")
+    assert parse_tensor_name(given) == replace(role, module="model.lm_head")
+    assert parse_fine_tuned_lora_name(given) == ("model.lm_head", role.part == "A")
 
 
 @pytest.mark.parametrize(

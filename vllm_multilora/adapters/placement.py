@@ -124,12 +124,13 @@ class Placement:
             self._unknown.append((tensor, role.module, name))
 
     def _add(self, role: TensorRole, name: str, tensor: str) -> None:
-        if role.embedding and not self._layout.is_special(name):
+        shape = self._layout.special_shapes.get(name)
+        if role.embedding and not (shape is not None and shape.embedding):
             self._problems.add(
                 Code.UNKNOWN_TENSOR,
                 tensor,
                 "named as an embedding's",
-                "lora_A.weight or lora_B.weight: the base model's module is a linear layer",
+                "lora_A.weight or lora_B.weight: the base model's module is no embedding",
                 hint=self._missing.hint,
             )
             return

@@ -197,10 +197,18 @@ def a_tensor_twice(draft: Draft) -> None:
     draft.tensors[f"{PREFIX}{Q0}.lora_A.default.weight"] = draft.tensors[A].clone()
 
 
-@bad_weights(Code.UNKNOWN_TENSOR, words=("lora_embedding_A", "a linear layer"))
+@bad_weights(Code.UNKNOWN_TENSOR, words=("lora_embedding_A", "is no embedding"))
 def a_linear_module_as_embedding(draft: Draft) -> None:
     draft.tensors[f"{PREFIX}{Q0}.lora_embedding_A"] = draft.tensors.pop(A)
     draft.tensors[f"{PREFIX}{Q0}.lora_embedding_B"] = draft.tensors.pop(B)
+
+
+@bad_weights(Code.UNKNOWN_TENSOR, words=("lora_embedding_A", "is no embedding"))
+def a_head_as_embedding(draft: Draft) -> None:
+    add_head(draft)
+    for part in "AB":
+        values = draft.tensors.pop(name_of("lm_head", part))
+        draft.tensors[f"{PREFIX}lm_head.lora_embedding_{part}"] = values
 
 
 @bad_weights(Code.WRONG_VOCABULARY, words=("lora_embedding_A", "[8, 320]", "a vocabulary of 300"))
