@@ -112,8 +112,24 @@ def test_the_budget_is_looked_at_between_patterns_not_names_only(monkeypatch):
         check_pattern(pattern, Budget())
     start = time.thread_time()
     with pytest.raises(PatternError, match="processor time"):
-        PatternMatcher(slow, Budget()).get("a" * 256)
+        PatternMatcher(slow, Budget()).get("ab" * 128)
     assert time.thread_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [("a*a*a*a*a*a*c", "a" * 40 + "b"), (r"\d*[0-9]*\d*\d*[0-9]*\d*c", "1234567890" * 4)],
+    ids=["letter", "digits"],
+)
+def test_names_that_repeat_more_than_modules_names_do_are_not_matched(pattern, name):
+    """A few times as long, any of these names would take hours."""
+    check_pattern(pattern, Budget())
+    with pytest.raises(PatternError, match="in a row"):
+        PatternMatcher({"q_proj": 1, pattern: 2}, Budget()).get(name)
+    assert PatternMatcher({"q_proj": 1}, Budget()).get(f"{name}.q_proj") == 1
+    start = time.thread_time()
+    assert PatternMatcher({pattern: 2}, Budget()).get("layers.10000000.aaaaaaaa") is None
+    assert time.thread_time() - start < 1
 
 
 def test_ten_thousand_names_are_looked_up_in_milliseconds():

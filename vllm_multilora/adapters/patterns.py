@@ -30,6 +30,7 @@ MOST_SECONDS = 2.0
 _LITERAL = re.compile(r"[A-Za-z0-9_.-]*")
 _QUANTIFIER = re.compile(r"[*+?]|\{\d*(?:,\d*)?\}")
 _NARROW, _WIDE = 8, 64  # repetitions of a digit or a letter in a module's name, and of anything
+_LONG_RUN = re.compile(rf"(.)\1{{{_NARROW}}}|\d{{{_NARROW + 1}}}", re.DOTALL)
 _PLAIN_GROUP = re.compile(r"\?(?::|P<\w+>|[=!])")
 _IGNORES_CASE = re.compile(r"\(\?[a-zA-Z]*i")
 
@@ -129,6 +130,12 @@ class PatternMatcher(Generic[_Value]):
         return literal if before is None else before
 
     def _first_of(self, name: str, indices: Iterable[int]) -> int | None:
+        if self._expressions and _LONG_RUN.search(name):
+            # Repetitions that have been found safe could take forever with it.
+            raise PatternError(
+                f"no name can be matched that has more than {_NARROW} digits, or of one character, "
+                "in a row"
+            )
         for index in indices:
             self._budget.require_left()
             if index not in self._compiled:
