@@ -39,7 +39,7 @@ PIECE = np.dtype(
         ("scale", np.float64),
     ]
 )
-"""A part of a matrix to pack; `struct piece` in native/pack.c.
+"""A part of a matrix to pack; `struct pack_piece` in native/abi.h.
 
 - `source`: where its first element lies in the span, in bytes
 - `source_stride`: from row to row there, in elements

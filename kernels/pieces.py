@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 PIECE = np.dtype([(name, np.int64) for name in ("source", "target", "rows", "row_bytes", "stride")])
-"""Rows to copy; `struct piece` in native/scatter.c. All but `rows` in bytes.
+"""Rows to copy; `struct scatter_piece` in native/abi.h. All but `rows` in bytes.
 
 - `source`: the address of the first, after which the others follow
 - `target`: the address of the first in the slot

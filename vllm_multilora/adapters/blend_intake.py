@@ -11,7 +11,6 @@ differ in rank, alpha and modules. Not every adapter can be part of a sum: see `
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,11 +25,11 @@ from vllm_multilora.adapters.blends import Blend, BlendPart
 from vllm_multilora.adapters.errors import AdapterError
 from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
 from vllm_multilora.adapters.intake import Intake, Rules, Source, Taken, error_of, open_adapter
-from vllm_multilora.adapters.layout import BLOCK_BYTES, ModelLayout, SliceLayout
+from vllm_multilora.adapters.layout import ModelLayout, SliceLayout
 from vllm_multilora.adapters.matching import MatchedModule
 from vllm_multilora.adapters.one_pass import Part
 from vllm_multilora.adapters.pack_index import PackIndex, RankIndex
-from vllm_multilora.adapters.pack_plan import unpacked
+from vllm_multilora.adapters.pack_plan import padded_sizes, unpacked, write_index
 from vllm_multilora.adapters.problems import Code, Problem, shown
 
 _Ints = npt.NDArray[np.int64]
@@ -119,19 +118,13 @@ class BlendIntake:
         for parts, intake, applied in zip(self._plan.parts, intakes, weighted, strict=True):
             parts += unpacked(intake.file, parts, layouts, applied)
         self.rank = self._plan.rank
-        self.block_bytes = self._plan.block_bytes
+        self.block_bytes = padded_sizes(self._plan)
 
     def read(self, addresses: _Ints | None, places: _Ints | None) -> Taken:
         """Reads the tensors of all parts once; arguments and errors as of `Intake.read`."""
         plan = self._plan
         if addresses is not None and places is not None:
-            if len(addresses) != len(plan.sizes) or len(places) != len(plan.sizes):
-                raise ValueError(
-                    f"the pack has {len(plan.sizes)} blocks, found {len(addresses)} addresses and "
-                    f"{len(places)} places"
-                )
-            content = plan.index(places).encode()
-            ctypes.memmove(int(addresses[-1]), content, len(content))
+            write_index(plan, addresses, places)
         digests = [
             intake.read_parts(parts, None if addresses is None else _targets(addresses, of, parts))
             for intake, parts, of in zip(self._intakes, plan.parts, plan.goals, strict=True)
@@ -151,7 +144,6 @@ class _BlendPlan:
         goals: Of these, the block that each goes to, and how many bytes into it.
         rank: The largest sum of ranks.
         sizes: int64 [n], bytes of the blocks, the index last.
-        block_bytes: int64 [n], the same rounded up to whole cache lines, at least one.
     """
 
     def __init__(
@@ -169,7 +161,6 @@ class _BlendPlan:
                 self._add(layout, *found[row])
         index = len(self.index(np.zeros(len(self._sizes) + 1, np.int64)).encode())
         self.sizes: _Ints = np.array([*self._sizes, index], np.int64)
-        self.block_bytes: _Ints = np.maximum(-(-self.sizes // BLOCK_BYTES), 1) * BLOCK_BYTES
 
     def index(self, places: _Ints) -> PackIndex:
         """The index of a pack whose blocks lie at these places; [n], the index's own is unused."""

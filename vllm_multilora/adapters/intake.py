@@ -10,7 +10,6 @@ here, and nothing here needs PyTorch (except for pickles, if they are allowed).
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -36,7 +35,7 @@ from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.layout_kinds import LayoutKinds
 from vllm_multilora.adapters.limits import DEFAULT_LIMITS, Limits
 from vllm_multilora.adapters.one_pass import Part, read_once
-from vllm_multilora.adapters.pack_plan import PackPlan
+from vllm_multilora.adapters.pack_plan import PackPlan, padded_sizes, write_index
 from vllm_multilora.adapters.pickled import as_safetensors, pickled_name
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code, Problem
@@ -396,7 +395,7 @@ class Intake:
         self.has_special = plan.has_raw
         self.invocation_tokens = config.invocation_tokens
         self.dora = config.dora
-        self.block_bytes = plan.block_bytes
+        self.block_bytes = padded_sizes(plan)
 
     def read(self, addresses: _Ints | None, places: _Ints | None) -> Taken:
         """Reads the tensors once: judges and digests them, and packs them into memory.
@@ -414,15 +413,9 @@ class Intake:
         plan = self._plan
         targets = None
         if addresses is not None and places is not None:
-            if len(addresses) != len(plan.sizes) or len(places) != len(plan.sizes):
-                raise ValueError(
-                    f"the pack has {len(plan.sizes)} blocks, found {len(addresses)} addresses and "
-                    f"{len(places)} places"
-                )
+            write_index(plan, addresses, places)
             targets = np.zeros(len(plan.parts), np.int64)
             targets[: plan.blocks] = addresses[: plan.blocks]
-            content = plan.index(places).encode()
-            ctypes.memmove(int(addresses[-1]), content, len(content))
         return Taken(self.read_parts(plan.parts, targets), int(plan.sizes.sum()))
 
     def read_parts(self, parts: Sequence[Part], targets: _Ints | None) -> str:

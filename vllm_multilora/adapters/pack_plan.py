@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,40 @@ from vllm_multilora.adapters.pack_index import PackIndex, RankIndex, RawTensor
 from vllm_multilora.adapters.tensor_file import TensorFile
 
 _Ints = npt.NDArray[np.int64]
+
+
+class Plan(Protocol):
+    """What there is to say of the blocks of any pack.
+
+    Attributes:
+        sizes: int64 [n], bytes of the blocks, the index last.
+    """
+
+    sizes: _Ints
+
+    def index(self, places: _Ints) -> PackIndex:
+        """The index of a pack whose blocks lie at these places."""
+
+
+def padded_sizes(plan: Plan) -> _Ints:
+    """int64 [n], the blocks' sizes rounded up to whole cache lines, at least one."""
+    return np.maximum(-(-plan.sizes // BLOCK_BYTES), 1) * BLOCK_BYTES
+
+
+def write_index(plan: Plan, addresses: _Ints, places: _Ints) -> None:
+    """Writes a pack's index into the last of its blocks; arguments as of `Intake.read`.
+
+    Raises:
+        ValueError: As many addresses and places as blocks are needed.
+    """
+    blocks = len(plan.sizes)
+    if len(addresses) != blocks or len(places) != blocks:
+        raise ValueError(
+            f"the pack has {blocks} blocks, found {len(addresses)} addresses and "
+            f"{len(places)} places"
+        )
+    content = plan.index(places).encode()
+    ctypes.memmove(int(addresses[-1]), content, len(content))
 
 
 class PackPlan:
@@ -64,11 +100,6 @@ class PackPlan:
     def has_raw(self) -> bool:
         """Whether there are tensors for layers that vLLM fills itself."""
         return bool(self._raw)
-
-    @property
-    def block_bytes(self) -> _Ints:
-        """int64 [n], the sizes rounded up to whole cache lines, at least one."""
-        return np.maximum(-(-self.sizes // BLOCK_BYTES), 1) * BLOCK_BYTES
 
     def index(self, places: _Ints) -> PackIndex:
         """The index of a pack whose blocks lie at these places; [n], the index's own is unused."""
