@@ -263,7 +263,8 @@ def test_where_spans_end_changes_nothing(tmp_path, monkeypatch, columns_first, s
     """Rows longer than a span, spans of many tensors, spans that end inside a raw tensor."""
     monkeypatch.setattr(one_pass, "SPAN_BYTES", span_bytes)
     tensors = weights(ALL, torch.bfloat16)
-    raw = {f"lm_head.lora_{part}.weight": torch.rand(4, 9) for part in "AB"}
+    shapes = {"A": (4, 9), "B": (9, 4)}
+    raw = {f"lm_head.lora_{part}.weight": torch.rand(shape) for part, shape in shapes.items()}
     write(tmp_path, tensors | raw, rank=4, alpha=6)
     model = layout(torch.float16, columns_first=columns_first, special=frozenset({"lm_head"}))
     half = replace(

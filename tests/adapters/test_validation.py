@@ -197,12 +197,31 @@ def test_names_below_what_vllm_serves_itself_are_unknown(tmp_path, below):
     draft = good()
     for name in (*sorted(of_experts), f"{experts}.base_layer"):
         for part in "AB":
-            draft.tensors[name_of(name, part)] = torch.ones(16, 16)
+            draft.tensors[name_of(name, part)] = torch.ones(8, 8)
     assert validate(draft.write(tmp_path / "known"), layout) == []
     for part in "AB":
-        draft.tensors[name_of(below.replace("EXPERTS", experts), part)] = torch.ones(16, 16)
+        draft.tensors[name_of(below.replace("EXPERTS", experts), part)] = torch.ones(8, 8)
     [problem] = validate(draft.write(tmp_path / "unknown"), layout)
     assert problem.code in (Code.UNKNOWN_MODULE, Code.LAYER_OUT_OF_RANGE)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "code"),
+    [
+        ((4, 16), (16, 4), Code.RANK_NOT_AS_CONFIGURED),
+        ((8, 16), (16, 4), Code.RANKS_DIFFER),
+        ((8, 16), (128,), Code.WRONG_SHAPE),
+    ],
+    ids=["other-rank", "two-ranks", "one-dimension"],
+)
+def test_ranks_are_checked_where_only_vllm_knows_sizes(tmp_path, a, b, code):
+    """An expert with another rank than is configured would be scaled by the wrong one."""
+    expert = "model.layers.0.mlp.experts.0.up_proj"
+    layout = replace(LAYOUT, special=LAYOUT.special | {expert})
+    draft = good()
+    draft.tensors |= {name_of(expert, "A"): torch.ones(a), name_of(expert, "B"): torch.ones(b)}
+    [problem] = validate(draft.write(tmp_path / "adapter"), layout)
+    assert problem.code == code
 
 
 def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(tmp_path):
