@@ -15,7 +15,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
