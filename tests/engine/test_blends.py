@@ -260,6 +260,16 @@ def test_a_blend_that_is_made_while_a_part_is_reloaded_is_made_again(engines):
     assert engine.adapters.is_ready(request.lora_int_id)
 
 
+def test_a_blend_that_is_checked_while_a_part_is_reloaded_is_checked_again(engines):
+    engine = engines()
+    change_part(engine, 1, 20, "one")
+    engine.adapters.register(blend(0.5))
+    tickets = engine.store.tickets
+    change_part(engine, 1, 21, "new")
+    assert engine.store.tickets == tickets + 2  # the part's, and the blend's once more
+    assert engine.store.only().fresh
+
+
 def test_a_blend_and_its_part_that_come_together_are_read_once(engines):
     engine = engines()
     engine.adapters.want(blend(0.5))

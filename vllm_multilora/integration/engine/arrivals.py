@@ -161,9 +161,12 @@ class Arrivals:
             if is_first or entry.is_blended_of(part.number, digest):
                 continue
             entry.is_outdated = True
-            if entry.ticket is not None:  # the part may have been read before
+            # What is under way for it may have read the part before.
+            if entry.ticket is not None:
                 self._wants.cancel(entry)
                 self._wants.ask(entry)
+            if entry.is_being_checked:
+                self._wants.check(entry, keep=False, fresh=True)
 
     def _take_failed(self, message: Failed) -> None:
         entry = self._wants.find(message.ticket)
