@@ -138,12 +138,15 @@ class Steps:
         prompt: int = 16,
         generate: int = 4,
         first_token: int | None = None,
+        inplace: bool = False,
         **options: Any,
     ) -> Request:
         """Adds a request; its prompt is one of its own, unless its first token is said."""
         number = next(self._numbers)
         first = number * 31 if first_token is None else first_token
-        lora = None if adapter is None else LoRARequest(f"adapter-{adapter}", adapter, "/nowhere")
+        lora = None
+        if adapter is not None:
+            lora = LoRARequest(f"adapter-{adapter}", adapter, "/nowhere", load_inplace=inplace)
         request = Request(
             name,
             [(first + i) % 300 for i in range(prompt)],

@@ -439,6 +439,15 @@ def test_the_end_of_a_sessions_input_does_not_ask_for_its_adapter(tmp_path):
     assert not server.engine.store.wants
 
 
+def test_the_end_of_a_sessions_input_asks_for_nothing_on_behalf_of_others(tmp_path):
+    server = RealServer(tmp_path)
+    server.start_session()
+    server.steps.ask("other", adapter=1, generate=500)
+    server.steps.ask("session", adapter=1, inplace=True)
+    assert set(server.scheduler.requests) == {"other"}
+    assert not server.engine.store.wants
+
+
 @pytest.mark.parametrize(
     "pause", [PauseState.UNPAUSED, PauseState.PAUSED_NEW, PauseState.PAUSED_ALL]
 )

@@ -155,8 +155,9 @@ class AdapterAwareMixin:
         if lora is None:
             return
         adapters, lora_id = self._adapters, lora.lora_int_id
-        if not is_new and not self._users[lora_id]:
-            return  # the end of its input was its end, and it was its adapter's last one
+        known = self.requests.get(request.request_id)
+        if known is None or known.is_finished():
+            return  # the end of its input was its end
         is_ready = adapters is None or adapters.state(lora_id) in _AT_HAND
         if is_new:
             self._users.come(lora)
