@@ -126,14 +126,15 @@ def test_a_streamed_response_in_the_background_ends_for_all_who_listen() -> None
     within_limit(scenario)
 
 
-def test_a_cancelled_response_stays_cancelled() -> None:
+@pytest.mark.parametrize("status", ["cancelled", "completed"])
+def test_a_response_that_is_not_to_be_made_any_more_stays_as_it_is(status: str) -> None:
     async def scenario() -> str:
         responses = Responses()
-        kept = responses.keep("cancelled")
+        kept = responses.keep(status)
         await responses.serving._run_background_request(*responses.arguments())
         return kept.status
 
-    assert within_limit(scenario) == "cancelled"
+    assert within_limit(scenario) == status
 
 
 @pytest.mark.parametrize("is_on", [False, True])

@@ -73,7 +73,7 @@ async def stream_from_background(
 async def _note_failed(
     serving: Any, response_id: str, failure: GracefulHTTPError
 ) -> dict[str, Any]:
-    """Has a response that is kept say why it has failed, unless it has been cancelled before.
+    """Has a response that is kept say why it has failed, if it is still to be made.
 
     Returns:
         The failure in the shape of OpenAI's `ResponseError`, which has codes of its own.
@@ -87,7 +87,7 @@ async def _note_failed(
     }
     async with serving.response_store_lock:
         kept = serving.response_store.get(response_id)
-        if kept is not None and kept.status != "cancelled":
+        if kept is not None and kept.status in ("queued", "in_progress"):
             kept.status, kept.error = "failed", error
     return error
 
