@@ -28,7 +28,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 
 from vllm_multilora.integration.attached import ACCESS, METER
-from vllm_multilora.integration.server.access import access_for
+from vllm_multilora.integration.server.access import access_for, settings_in
 from vllm_multilora.integration.server.access_middleware import (
     AccessMiddleware,
     PlainPathMiddleware,
@@ -55,6 +55,7 @@ _DROPPING_JSON = ("/messages",)
 _DROPPING_FORMS = ("/transcriptions", "/translations")
 """The same, of those that take forms."""
 
+_ESCAPED = re.compile(rb"\\u00[5-7]")  # among them are all letters of the field
 _FORM_FIELD = re.compile(rb'[\s;]name="?%s["\s;]' % BLEND_FIELD.encode(), re.IGNORECASE)
 _LONGEST_FORM_FIELD = 32
 
@@ -136,7 +137,7 @@ def _noticing(receive: Receive, call: HttpCall, *, is_form: bool) -> Receive:
 def _asks_for_blend(body: bytearray) -> bool:
     """Whether JSON has a field for a blend; it is parsed only if it could have one."""
     # Letters may be escaped, and JSON in UTF-16 and UTF-32 has null bytes.
-    if not any(part in body for part in (BLEND_FIELD.encode(), b"\\u00", b"\0")):
+    if BLEND_FIELD.encode() not in body and b"\0" not in body and not _ESCAPED.search(body):
         return False
     try:
         content = json.loads(body)
@@ -213,7 +214,7 @@ def init_entrypoints_middleware(
     original: Callable[..., None], args: Namespace, app: Any, *rest: Any, **kwargs: Any
 ) -> None:
     original(args, app, *rest, **kwargs)
-    if not getattr(args, "enable_lora", False):
+    if settings_in(args) is None:
         return
     app.add_middleware(HttpCallMiddleware)
     access = access_for(args)
