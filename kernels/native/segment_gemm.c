@@ -217,8 +217,8 @@ static struct region region_of(const struct lora_call *c, struct piece *piece, i
     int64_t slot = of_tile(c->tile_slot, piece->tile), width = (int64_t)width_of((int)c->weight_dtype);
     struct region r;
     if (expands) {
-        int64_t streamed = columns_streamed(c, piece);
-        int64_t cols = min64(streamed ? streamed : NB, piece->to - piece->from);
+        int64_t streamed = columns_streamed(c, piece), cols = piece->to - piece->from;
+        if (streamed) cols = min64(streamed, cols); /* others are not fetched */
         r.start = (const char *)w->b + (slot * w->b_slot_stride + piece->from) * width;
         r.run = cols * width, r.stride = w->b_col_stride * width;
         r.runs = streamed ? rank_of(c, piece->slice, slot) : 0;
