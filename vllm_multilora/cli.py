@@ -232,10 +232,12 @@ def status_of(
         print(f"{name}: error: {error}", file=sys.stderr)
         return NO_ANSWER
     except Exception as error:  # which would end with 1 otherwise, and that is an answer
+        said, hint = " ".join(f"{type(error).__name__}: {error}".split()), ""
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"{name}: error: {said} (set {TRACEBACK}=1 to see where)", file=sys.stderr)
+        else:
+            hint = f" (set {TRACEBACK}=1 to see where)"
+        print(f"{name}: error: {said}{hint}", file=sys.stderr)
         return NO_ANSWER
     return status
 

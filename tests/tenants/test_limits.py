@@ -176,10 +176,10 @@ def test_calls_that_wait_for_tokens_alone_begin_by_themselves():
     async def check():
         found = Account(Tenant("acme", limits=Limits(running=2, tokens_per_minute=60_000)))
         turns = [found.begin() for _ in range(4)]
-        tokens = 60_001
+        tokens = 60_200
         found.watch(Meter(lambda: tokens, lambda: False))
         found.end()
-        tokens += 200  # which take 200 ms
+        tokens += 200  # 400 more than there are, which take 400 ms
         found.end()
         assert not any(turn.done() for turn in turns[2:])
         async with asyncio.timeout(30):

@@ -8,14 +8,15 @@ repetitions and alternatives than anybody needs to name modules.
 
 But nearly all patterns are plain names; PEFT itself writes names of single modules, by the
 thousand. These are looked up and never compiled. The few regular expressions share a budget of
-processor time, which is checked before each of them.
+processor time, which is checked before each of them. No name is matched with them that repeats
+digits or a character more than those of modules do.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -129,12 +130,12 @@ class PatternMatcher(Generic[_Value]):
         before = self._first_of(name, [i for i in self._expressions if i < literal])
         return literal if before is None else before
 
-    def _first_of(self, name: str, indices: Iterable[int]) -> int | None:
-        if self._expressions and _LONG_RUN.search(name):
+    def _first_of(self, name: str, indices: Sequence[int]) -> int | None:
+        if indices and self._expressions and _LONG_RUN.search(name):
             # Repetitions that have been found safe could take forever with it.
             raise PatternError(
-                f"no name can be matched that has more than {_NARROW} digits, or of one character, "
-                "in a row"
+                f"names cannot be matched that have more than {_NARROW} digits in a row, or one "
+                f"character more than {_NARROW} times in a row"
             )
         for index in indices:
             self._budget.require_left()

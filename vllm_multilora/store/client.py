@@ -90,7 +90,7 @@ class StoreClient:
 
     @property
     def address(self) -> str:
-        """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-5.sock`."""
+        """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-N.sock`."""
         return f"unix:{self._host.path}"
 
     def configure(

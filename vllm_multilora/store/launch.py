@@ -36,7 +36,7 @@ class StoreProcess:
     """The store that all servers of this user share.
 
     A new store inherits the listening socket, so that whoever connects need not wait until it is
-    up. What it has to say it writes to a file beside the socket, `store-5.log`.
+    up. What it has to say it writes to a file beside the socket, `store-N.log`, N being `PROTOCOL`.
 
     Args:
         reader: What reads adapters, as `module:Class`.

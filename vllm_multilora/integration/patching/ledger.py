@@ -561,7 +561,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="server.stored_responses:init_responses",
         why="Stored responses are found by whoever has their id. Keeps each tenant's apart, and "
-        "has those that are made in the background count in its tenant's limits.",
+        "has those that are made in the background count in their tenant's limits.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
@@ -753,7 +753,7 @@ PATCHES: tuple[Patch, ...] = (
         "AnthropicServingMessages.message_stream_converter",
         takes=("self, generator",),
         handler="server.failed_answers:stream_message",
-        why="Until version 0.33, vLLM takes the error that ends a stream of chat completions for "
+        why="Before version 0.33, vLLM takes the error that ends a stream of chat completions for "
         "a completion that it cannot read, and sends /v1/messages what is wrong with that. Sends "
         "the error itself.",
         checked=(),

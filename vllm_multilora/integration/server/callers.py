@@ -91,7 +91,7 @@ class Caller:
         return None
 
     def works_on(self, task: asyncio.Task[Any]) -> None:
-        """Keeps what the request uses until a task is done, which an answer may not wait for."""
+        """Keeps what the request uses until a task is done, which may go on after the answer."""
         self._users += 1
         task.add_done_callback(lambda _: self.ended())
 

@@ -189,8 +189,8 @@ async def serve(models: Any, lora: LoRARequest) -> None:
     previous = models.lora_requests.get(lora.lora_name)
     models.lora_requests[lora.lora_name] = lora
     await shared_names.publish(models, lora)
-    # The name may lead elsewhere by then: another API server that replaced the same one as this
-    # removes that one only.
+    # By then the name may lead to another API server's adapter. That server frees what it has
+    # replaced itself, but does not know of this one.
     for replaced in (previous, lora):
         if replaced is not None and not is_current(models, replaced):
             in_background(remove_later(models, replaced))
