@@ -1,6 +1,7 @@
 """What a routes file may hold, and what it is told when it holds something else."""
 
 import json
+import sys
 
 import pytest
 
@@ -216,6 +217,16 @@ BROKEN = {
 }
 
 
+@pytest.fixture
+def usual_recursion_limit():
+    """Libraries that other tests import raise it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("usual_recursion_limit")
 @pytest.mark.parametrize("name", BROKEN)
 def test_an_error_names_file_line_and_key_and_says_what_is_expected(name):
     text, line, key, message = BROKEN[name]
