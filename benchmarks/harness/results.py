@@ -87,8 +87,11 @@ def machine() -> dict[str, object]:
             info.setdefault(key.strip(), value.strip())
     flags = info.get("flags", info.get("Features", "")).split()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    processor = info.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in info:  # virtual machines have names without a number
+        processor += f" (family {info['cpu family']}, model {info.get('model', '?')})"
     return {
-        "processor": info.get("model name", platform.processor() or platform.machine()),
+        "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
         "flags": [flag for flag in _FLAGS if flag in flags],
         "memory_gib": round(pages / 2**30),
