@@ -1,8 +1,8 @@
 """Fills the tables of docs/benchmarks.md, and draws its plots, from the records in results/.
 
 A benchmark's part stands between `<!-- figures: NAME -->` and `<!-- end -->`. All records of a
-benchmark's file with the same options are rounds of one measurement: what is measured anew takes
-the place of the file.
+benchmark's file with the same options and processor are rounds of one measurement: what is measured
+anew takes their place.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def part(name: str) -> str:
 
 
 def measurements(found: Benchmark) -> list[list[Record]]:
-    """The records of a benchmark: those with the same options together.
+    """The records of a benchmark: those with the same options and processor together.
 
     Raises:
         ValueError: There are none.
@@ -69,7 +69,8 @@ def measurements(found: Benchmark) -> list[list[Record]]:
         raise ValueError(f"{file} is not there: run {found.name} with --json")
     groups: dict[tuple[object, ...], list[Record]] = {}
     for record in results.read(file):
-        groups.setdefault(tuple(sorted(record.options.items())), []).append(record)
+        key = (record.machine["processor"], *sorted(record.options.items()))
+        groups.setdefault(key, []).append(record)
     return list(groups.values())
 
 
