@@ -327,7 +327,7 @@ struct expansion {
     const struct piece *piece;
     int64_t rows, rank;
     int64_t b_start; /* of the slot, in the slice's B */
-    int streams;     /* B's columns, as they lie in memory */
+    int64_t streamed; /* how many of B's columns at a time, as they lie in memory; 0: none */
     void *const *y;       /* rows; NULL for those without activations */
     int64_t first_column; /* of the slice, in y */
     struct onto onto;     /* from that column on */
@@ -345,10 +345,10 @@ static void expand_floats(const struct lora_call *c, struct thread *t, const str
         h = h_of(c, p, e->piece->tile, e->piece->slice);
         ldh *= c->slices;
     }
-    for (int64_t col = from, step = e->streams ? STREAMED_COLUMNS : NB; col < to; col += step) {
+    for (int64_t col = from, step = e->streamed ? e->streamed : NB; col < to; col += step) {
         int64_t at = e->b_start + col * w->b_row_stride, cols = min64(step, to - col);
         struct onto onto = onto_column(e->onto, col);
-        if (e->streams) {
+        if (e->streamed) {
             stream_columns[c->weight_dtype][c->y_dtype](h, ldh, e->rows, b, at, w->b_col_stride,
                                                         e->rank, e->y, e->first_column + col, cols,
                                                         onto, &t->fetching);
@@ -382,11 +382,11 @@ static void expand_words(const struct lora_call *c, struct thread *t, const stru
             words_of_h(h + m * ldw, (const void *)c->h, in_callers_h(c, token, slice), e->rank,
                        (int)c->h_dtype);
     }
-    int64_t step = e->streams ? streamed_columns(e->rows) : NB;
+    int64_t step = e->streamed ? e->streamed : NB;
     for (int64_t col = from; col < to; col += step) {
         int64_t at = e->b_start + col * w->b_row_stride, cols = min64(step, to - col);
         struct onto onto = onto_column(e->onto, col);
-        if (e->streams) {
+        if (e->streamed) {
             struct stream s = {h, ldw, b, at, w->b_col_stride, e->rank, e->y,
                                e->first_column + col, cols, onto, &t->fetching};
             stream_words(&s, e->rows);
@@ -410,7 +410,7 @@ static void expand_piece(const struct lora_call *c, struct thread *t, const stru
         .rows = rows,
         .rank = rank,
         .b_start = slot * w->b_slot_stride,
-        .streams = columns_streamed(c, piece) > 0,
+        .streamed = columns_streamed(c, piece),
         .y = y,
         .first_column = c->y_offset + w->offset,
         .onto = onto_of(c, piece->slice, slot),
