@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import yaml
 
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.routing import Blended, RequestFacts, Turns, parse_routes
@@ -235,6 +236,14 @@ def test_an_error_names_file_line_and_key_and_says_what_is_expected(name):
         parse_routes("routes.yaml", text)
     assert str(caught.value).startswith(f"routes.yaml{place}: ")
     assert message in str(caught.value)
+
+
+def test_values_read_alike_whatever_libraries_do_to_pyyaml(monkeypatch):
+    """lm-format-enforcer makes dates text for all."""
+    shared = yaml.SafeLoader.yaml_constructors
+    monkeypatch.setitem(shared, "tag:yaml.org,2002:timestamp", shared["tag:yaml.org,2002:str"])
+    with pytest.raises(DocumentError, match="reads as timestamp"):
+        parse_routes("routes.yaml", "routes: {r: 2026-02-30}")
 
 
 _TOO_LONG = "routes.json: found a whole number of more than 64 bits"

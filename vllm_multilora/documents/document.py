@@ -122,8 +122,7 @@ class _YamlReader:
 
     def read(self, text: str) -> Any:
         try:
-            # The C parser is ten times as fast; not every build of PyYAML has it.
-            self._loader = getattr(self._yaml, "CSafeLoader", self._yaml.SafeLoader)(text)
+            self._loader = self._loader_class()(text)
             node = self._loader.get_single_node()
             if node is None:
                 return None
@@ -138,6 +137,22 @@ class _YamlReader:
             raise _error(self._file, None, "", f"found invalid YAML: {error}") from None
         except RecursionError:
             raise _error(self._file, None, "", _TOO_DEEP) from None
+
+    def _loader_class(self) -> Any:
+        """PyYAML's safe loader with all types as PyYAML reads them.
+
+        Libraries change the one that all share: lm-format-enforcer, which vLLM imports for some
+        structured outputs, has it read every date as text from then on.
+        """
+        yaml = self._yaml
+        # The C parser is ten times as fast; not every build of PyYAML has it.
+        base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        kept = {
+            f"tag:yaml.org,2002:{kind}": getattr(base, f"construct_yaml_{kind}")
+            for kind in ("null", "bool", "int", "float", "binary", "timestamp", "str")
+        }
+        constructors = {**base.yaml_constructors, **kept}
+        return type("Loader", (base,), {"yaml_constructors": constructors})
 
     def _check_keys(self, node: Any, keys: Keys, seen: list[Any]) -> None:
         """Sees to it that keys are text and occur once, before mappings are merged."""
