@@ -17,7 +17,7 @@ them.
 `least` is what no kernel can go below here, on as many threads as vLLM's worker has: on two cores,
 one. A decoding step reads every adapter's weights once, as fast as PyTorch reads as many bytes in
 huge pages for a vector's norm, which is the fastest of what it has; the prompts take the arithmetic
-of their tokens, as fast as PyTorch multiplies matrices in float32 or in the model's type. Nothing
+of their tokens, as fast as PyTorch multiplies matrices in float32 or in the slots' type. Nothing
 else is counted: neither activations, nor Python, nor that the base model's weights leave the caches
 meanwhile.
 """
@@ -197,7 +197,11 @@ def _fastest(work: Callable[[], object]) -> float:
     quick={"rounds": 1, "stock_rounds": 0},
 )
 def cpu_throughput(
-    rounds: int = 5, stock_rounds: int = 1, dtype: str = "auto", keep_memory: bool = False
+    rounds: int = 5,
+    stock_rounds: int = 1,
+    dtype: str = "auto",
+    lora_dtype: str = "auto",
+    keep_memory: bool = False,
 ) -> Iterable[Figure]:
     """Throughput of a mixed-adapter batch on a CPU: the plugin, stock vLLM, and the base model.
 
@@ -205,6 +209,7 @@ def cpu_throughput(
         rounds: Of the base model and the plugin.
         stock_rounds: Those of them that time stock vLLM too.
         dtype: Of the model; `auto` is the one that this processor is fastest with.
+        lora_dtype: Of the slots; `auto` is the model's. The adapters' files are in bfloat16.
         keep_memory: Whether glibc is told to keep large blocks of memory.
     """
     from vllm import LLM, SamplingParams
@@ -214,6 +219,7 @@ def cpu_throughput(
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
     model_dtype = fastest_dtype() if dtype == "auto" else dtype
+    slots_dtype = model_dtype if lora_dtype == "auto" else lora_dtype
 
     environment = KEEP_MEMORY if keep_memory else {}
     with tempfile.TemporaryDirectory() as scratch, patch.dict(os.environ, environment):
@@ -233,6 +239,7 @@ def cpu_throughput(
                     "enable_lora": True,
                     "max_loras": len(RANKS),
                     "max_lora_rank": MAX_RANK,
+                    "lora_dtype": lora_dtype,
                 }
             return LLM(**settings)
 
@@ -244,7 +251,7 @@ def cpu_throughput(
             engines["stock"] = start(lora=True, multilora={"backend": "vllm"})
 
         (threads,) = engines["base"].collective_rpc(threads_of)
-        least = least_seconds(config, model_dtype, threads)
+        least = least_seconds(config, slots_dtype, threads)
 
         def seconds(name: str) -> float:
             engine = engines[name]
