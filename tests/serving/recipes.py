@@ -26,6 +26,7 @@ class AdapterRecipe:
         dora: PEFT's ``use_dora``: magnitudes are those of the base model, changed at random.
         own_head: Brings a head for classes, saved whole, as PEFT's adapters of classifiers do.
         within: Only modules below this one are adapted; all of them where empty.
+        bfloat16: The weights of its linear layers are numbers that bfloat16 has.
     """
 
     name: str
@@ -41,6 +42,7 @@ class AdapterRecipe:
     dora: bool = False
     own_head: bool = False
     within: str = ""
+    bfloat16: bool = False
 
 
 LINEAR_RECIPES = (

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +15,8 @@ from vllm_multilora.metrics.definitions import LOAD_DURATION, REQUEST_WAIT, REQU
 from .cases import PROMPT_LENGTHS, Case, Scenario
 from .engine import BLOCK_SIZE, answer, running_engine
 from .recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
+from .scenarios import build_scenario
+from .tiny_models import write_llama
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -26,6 +30,7 @@ pytestmark = pytest.mark.serving
 LOGPROB_ATOL = 5e-4
 
 LINEAR_NAMES = (None, *(recipe.name for recipe in LINEAR_RECIPES))
+EXACT_SCALES = {"all-linear-r8", "max-rank-r64", "gate-only-r8", "layer1-only-r8"}
 ALL_NAMES = (*LINEAR_NAMES, EMBEDDING_RECIPE.name)
 
 
@@ -186,3 +191,12 @@ def test_execution_modes_answer_as_peft_and_count_requests(
     assert waits.count == sum(asked.values())
     (reads,) = (m for m in metrics if m.name == LOAD_DURATION.name and m.labels["source"] == "disk")
     assert reads.count >= len(asked)
+
+
+def test_slots_in_bfloat16_answer_in_float32_as_peft(tmp_path: Path) -> None:
+    """The adapters' weights, and those times their scales, are numbers that bfloat16 has."""
+    recipes = [replace(r, bfloat16=True) for r in LINEAR_RECIPES if r.name in EXACT_SCALES]
+    assert len(recipes) == len(EXACT_SCALES)
+    scenario = build_scenario(tmp_path, write_llama, recipes, lengths=(7, 23))
+    with running_engine(scenario.base, in_process=True, lora_dtype="bfloat16") as llm:
+        assert_all_as_peft(answers_by_adapter(llm, scenario, scenario.cases))

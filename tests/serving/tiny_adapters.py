@@ -61,6 +61,10 @@ def write_adapter(
     for _, module in sorted(model.named_modules(), key=lambda item: item[0]):
         if isinstance(module, LoraLayer):
             _randomise(module, recipe.gain, generator)
+            if recipe.bfloat16:
+                for part in (module.lora_A, module.lora_B):
+                    weight = part["default"].weight
+                    weight.data.copy_(weight.data.bfloat16())
         elif isinstance(module, ModulesToSaveWrapper):
             for part in module.modules_to_save["default"].parameters():
                 part.data.copy_(torch.randn(part.shape, generator=generator) * part.std())
