@@ -71,11 +71,15 @@ class ServerMeter:
     Args:
         log: Takes a line for each; None where there is no log.
         has_latencies: Whether the latencies of each adapter's requests are counted.
+        takes_prefills: Whether other engines may have computed prompts: it has a KV connector.
     """
 
-    def __init__(self, log: UsageLog | None, *, has_latencies: bool = False) -> None:
+    def __init__(
+        self, log: UsageLog | None, *, has_latencies: bool = False, takes_prefills: bool = False
+    ) -> None:
         self._log = log
         self._has_latencies = has_latencies
+        self._takes_prefills = takes_prefills
 
     def begin(self, state: Any) -> None:
         """A choice begins.
@@ -83,6 +87,12 @@ class ServerMeter:
         Args:
             state: vLLM's `RequestState`.
         """
+        # How much of the prompt another engine had in its cache: the request says so, and vLLM
+        # believes it, whoever has sent it and whatever the number is.
+        if (told := getattr(state, "remote_prefill_cached_tokens", None)) is not None:
+            state.remote_prefill_cached_tokens = (
+                min(max(told, 0), state.prompt_len) if self._takes_prefills else None
+            )
         parent = state.parent_req
         account = None if parent is None else ACCOUNT.get(parent)
         if account is None:
@@ -202,7 +212,11 @@ def start(models: Any) -> None:
     if settings.usage_log is not None:
         log = UsageLog(Path(settings.usage_log), round(settings.usage_log_mib * _MIB))
         atexit.register(log.close)
-    meter = ServerMeter(log, has_latencies=settings.latency_metrics)
+    meter = ServerMeter(
+        log,
+        has_latencies=settings.latency_metrics,
+        takes_prefills=client.vllm_config.kv_transfer_config is not None,
+    )
     METER.set(client.output_processor, meter)
 
 

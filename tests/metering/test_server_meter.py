@@ -1,0 +1,78 @@
+"""What an API server's meter counts of vLLM's requests; vLLM's classes, without an engine."""
+
+from typing import Any
+
+import pytest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.metrics.stats import PrefillStats
+
+from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.metering.usage import Usage
+
+PROMPT = [1, 2, 3, 4, 5]
+CACHED = 3
+
+
+class Log:
+    """A usage log that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[Usage] = []
+
+    def write(self, usage: Usage) -> None:
+        self.lines.append(usage)
+
+
+def metered(told: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
+    """A request that says something of its prefill, and has a token generated."""
+    request = CompletionRequest(model="acme", prompt=PROMPT, kv_transfer_params=told)
+    log, processor = Log(), OutputProcessor(None, log_stats=False)
+    meter = ServerMeter(log, takes_prefills=takes_prefills)
+    sent = EngineCoreRequest(
+        request_id="one-of-vllm's",
+        external_req_id="one",
+        prompt_token_ids=PROMPT,
+        mm_features=None,
+        sampling_params=request.to_sampling_params(max_tokens=1),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=LoRARequest("acme", 1, "/acme"),
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    processor.add_request(sent, None)
+    (state,) = processor.request_states.values()
+    meter.begin(state)
+    prefill = PrefillStats(num_prompt_tokens=len(PROMPT), num_cached_tokens=CACHED)
+    output = EngineCoreOutput(
+        state.request_id, [7], finish_reason=FinishReason.LENGTH, prefill_stats=prefill
+    )
+    processor.process_outputs([output])
+    meter.end(state)
+    (usage,) = log.lines
+    assert (usage.prompt_tokens, usage.generated_tokens) == (len(PROMPT), 1)
+    return usage, state
+
+
+@pytest.mark.parametrize("told", [-5_000, 0, len(PROMPT), 5_000])
+def test_a_client_does_not_say_how_much_of_its_prompt_was_cached(told: int) -> None:
+    params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": told}
+    usage, state = metered(params, takes_prefills=False)
+    assert usage.cached_tokens == state.num_cached_tokens == CACHED  # the latter is in the answer
+
+
+@pytest.mark.parametrize(("told", "counted"), [(-5_000, 0), (2, 2), (5_000, len(PROMPT))])
+def test_of_a_prompt_that_another_engine_has_read_no_more_was_cached_than_it_has(
+    told: int, counted: int
+) -> None:
+    params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": told}
+    usage, state = metered(params, takes_prefills=True)
+    assert usage.cached_tokens == state.num_cached_tokens == counted
+
+
+def test_what_the_engine_found_in_its_cache_is_counted() -> None:
+    usage, _ = metered(None, takes_prefills=True)
+    assert usage.cached_tokens == CACHED
