@@ -73,6 +73,62 @@ def test_several_servers_share_it_and_it_begins_anew_at_its_size(tmp_path):
     assert sorted(found) == sorted(f"{name}-{number}" for name in range(3) for number in range(300))
 
 
+def test_a_link_stays_and_what_it_leads_to_begins_anew(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    link = tmp_path / "usage"
+    link.symlink_to(disk / "june")
+    for number in range(3):
+        log = UsageLog(link, 1)  # every line reaches it
+        log.write(Usage(f"{number}"))
+        log.close()
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [disk, link]
+    assert sorted(line["request_id"] for line in lines(disk)) == ["0", "1", "2"]
+
+
+def test_a_log_that_cannot_be_renamed_grows_and_loses_nothing(tmp_path, caplog):
+    path = tmp_path / ("x" * 250)  # with a time added, that is too long a name
+    for number in range(3):
+        log = UsageLog(path, 1)
+        log.write(Usage(f"{number}"))
+        log.close()
+    assert [line.get("request_id") for line in lines(tmp_path)] == ["0", "1", "2"]
+    assert "cannot be renamed: [Errno 36]" in caplog.text
+
+
+def test_half_a_line_of_a_server_that_was_killed_costs_no_other_line(tmp_path):
+    (tmp_path / "usage").write_bytes(b'{"time":"2026-01-31T12:00:00.123Z","requ')
+    log = UsageLog(tmp_path / "usage", BIG)
+    log.write(Usage("after"))
+    log.close()
+    half, whole = (tmp_path / "usage").read_text().splitlines()
+    assert half == '{"time":"2026-01-31T12:00:00.123Z","requ'
+    assert json.loads(whole)["request_id"] == "after"
+
+
+def test_a_line_that_waits_for_the_disk_has_the_time_of_its_prompts_end(tmp_path, monkeypatch):
+    is_stuck, go_on = threading.Event(), threading.Event()
+    append = UsageLog._append
+
+    def slow(self, content):
+        is_stuck.set()
+        assert go_on.wait(60)
+        append(self, content)
+
+    monkeypatch.setattr(UsageLog, "_append", slow)
+    log = UsageLog(tmp_path / "usage", BIG)
+    log.write(Usage("first"))
+    assert is_stuck.wait(60)
+    monkeypatch.setattr(usage_log.time, "time", lambda: 1_750_000_000.123)
+    log.write(Usage("waits"))
+    monkeypatch.setattr(usage_log.time, "time", lambda: 1_750_003_600.0)  # an hour later
+    go_on.set()
+    log.close()
+    assert lines(tmp_path)[-1]["request_id"] == "waits"
+    assert lines(tmp_path)[-1]["time"] == "2025-06-15T15:06:40.123Z"
+
+
 def test_a_slow_disk_costs_lines_and_no_time_and_the_log_says_how_many(tmp_path, monkeypatch):
     is_stuck, go_on = threading.Event(), threading.Event()
     append = UsageLog._append

@@ -3,7 +3,8 @@
 Lines are written on a thread of their own, behind a queue of limited length: a slow disk costs
 lines, which the log then says, and never a request any time. Several API servers may write to one
 log: each appends whole lines. A log that has grown to its limit is renamed, with the time added,
-and a new one begun; nothing is ever deleted.
+and a new one begun; nothing is ever deleted. What a writer that was killed has left of a line
+stays a line of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class UsageLog:
     def __init__(self, path: Path, limit: int, *, most_queued: int = _MOST_QUEUED) -> None:
         self._path = path
         self._limit = limit
-        self._queue: queue.Queue[Usage | None] = queue.Queue(most_queued)
+        # With the Unix time at which each has ended: the disk may be slow.
+        self._queue: queue.Queue[tuple[float, Usage] | None] = queue.Queue(most_queued)
         self._dropped = 0
         self._next_complaint = 0.0
         try:
@@ -61,7 +63,7 @@ class UsageLog:
     def write(self, usage: Usage) -> None:
         """Has a line written; drops it, and counts that, where too many wait already."""
         try:
-            self._queue.put_nowait(usage)
+            self._queue.put_nowait((time.time(), usage))
         except queue.Full:
             self._dropped += 1
 
@@ -80,18 +82,19 @@ class UsageLog:
             while len(batch) < _MOST_AT_ONCE and not self._queue.empty():
                 batch.append(self._queue.get())
             is_open = None not in batch
-            lines = [_line(usage) for usage in batch if usage is not None]
+            lines = [_line(*ended) for ended in batch if ended is not None]
+            count = len(lines)
             dropped, self._dropped = self._dropped, 0
             if dropped:
-                lines.append(_json({"time": _now(), "dropped": dropped}))
+                lines.append(_json({"time": _text(time.time()), "dropped": dropped}))
             try:
                 self._append("".join(lines).encode())
             except OSError as error:
-                self._dropped += dropped + sum(usage is not None for usage in batch)
-                self._complain(str(error))
+                self._dropped += dropped + count
+                self._complain(f"were dropped: {error}")
             else:
                 if dropped:
-                    self._complain("it is written too slowly")
+                    self._complain("were dropped: it is written too slowly")
 
     def _append(self, content: bytes) -> None:
         descriptor = self._open()
@@ -103,6 +106,8 @@ class UsageLog:
                 descriptor = self._open()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                content = b"\n" + content  # whoever wrote the last line was killed in its midst
             try:
                 view = memoryview(content)
                 while view:
@@ -111,12 +116,19 @@ class UsageLog:
                 os.ftruncate(descriptor, size)  # else the next line would go on in half of this one
                 raise
             if os.fstat(descriptor).st_size >= self._limit and self._is_current(descriptor):
-                self._path.rename(self._next_name())
+                self._rename()
         finally:
             os.close(descriptor)
 
+    def _rename(self) -> None:
+        path = self._path.resolve()  # a link stays, and what it leads to is begun anew
+        try:
+            path.rename(_next_name(path))
+        except OSError as error:
+            self._complain(f"go on in it beyond its limit, as it cannot be renamed: {error}")
+
     def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         return os.open(self._path, flags, 0o600)
 
     def _is_current(self, descriptor: int) -> bool:
@@ -125,21 +137,22 @@ class UsageLog:
         except FileNotFoundError:
             return False
 
-    def _next_name(self) -> Path:
-        stem = f"{self._path.name}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        names = (self._path.with_name(f"{stem}-{number}") for number in itertools.count(1))
-        return next(name for name in names if not name.exists())
-
     def _complain(self, why: str) -> None:
         if time.monotonic() >= self._next_complaint:
             self._next_complaint = time.monotonic() + _COMPLAIN_S
-            logger.warning("Lines of the usage log %s were dropped: %s.", self._path, why)
+            logger.warning("Lines of the usage log %s %s.", self._path, why)
 
 
-def _line(usage: Usage) -> str:
+def _next_name(path: Path) -> Path:
+    stem = f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    names = (path.with_name(f"{stem}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _line(at: float, usage: Usage) -> str:
     return _json(
         {
-            "time": _now(),
+            "time": _text(at),
             "request_id": usage.request_id,
             "tenant": usage.tenant,
             "route": usage.route,
@@ -157,5 +170,6 @@ def _json(value: dict[str, object]) -> str:
     return json.dumps(value, separators=(",", ":")) + "\n"
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _text(at: float) -> str:
+    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
