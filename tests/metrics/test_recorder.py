@@ -69,6 +69,21 @@ def test_a_file_has_room_for_all_series_of_its_adapters(tmp_path: Path) -> None:
     assert len(requests) == 201
 
 
+def test_a_file_has_room_for_names_in_any_script(tmp_path: Path) -> None:
+    record = recorder(tmp_path, most=200)
+    for number in range(200):
+        name = f"{number:03}{'я' * 126}"  # no name may be longer
+        record.names.admit(name)
+        label = record.names.label(name)
+        assert label == name
+        for definition in (defined.LOADS, defined.EVICTIONS):
+            record.series(definition, "disk", label).inc()
+            record.series(definition, "cpu", label).inc()
+        record.series(defined.REQUESTS, label).inc()
+    requests = [name for name in shown(tmp_path) if name.startswith(defined.REQUESTS.name)]
+    assert len(requests) == 200
+
+
 def test_a_full_file_takes_no_more_series_and_harms_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,6 +139,35 @@ def test_routes_are_counted_from_the_start_of_metrics_on(tmp_path: Path) -> None
     assert shown(tmp_path) == {
         "vllm:lora_route_requests_total{lora_name=v2,reason=share,route=assistant}": 2
     }
+
+
+def test_more_routes_than_there_is_room_for_are_counted_together_and_cost_no_tokens(
+    tmp_path: Path,
+) -> None:
+    counts = ServerCounts()
+    counts.start(lambda: recorder(tmp_path, "server", engine="", most=2))
+    for number in range(3_000):
+        counts.count_route(f"customer-{number}", "v1", "chosen")
+        counts.count_route(f"customer-{number}", "v1", "fallback")
+    counts.count_tokens(Usage("id", "v1", route="customer-0", prompt_tokens=10))
+    found = shown(tmp_path)
+    routes = {k: v for k, v in found.items() if k.startswith(defined.ROUTE_REQUESTS.name)}
+    assert len(routes) <= 2 * 2 + 2
+    assert sum(routes.values()) == 6_000
+    assert found["vllm:lora_prompt_tokens_total{lora_name=v1,route=customer-0,tenant=}"] == 10
+
+
+@pytest.mark.parametrize("route", ["\ud800", "a\nb", "x" * 256], ids=ascii)
+def test_a_route_that_no_label_can_name_keeps_nothing_else_from_being_shown(
+    tmp_path: Path, route: str
+) -> None:
+    counts = ServerCounts()
+    counts.start(lambda: recorder(tmp_path, "server", engine=""))
+    counts.count_route(route, "v1", "chosen")
+    counts.count_tokens(Usage("id", "v1", route=route, prompt_tokens=10))
+    found = shown(tmp_path)
+    assert "".join(found).isprintable()
+    assert found[f"vllm:lora_prompt_tokens_total{{lora_name=v1,route={OTHER},tenant=}}"] == 10
 
 
 def test_tokens_are_counted_by_user_and_those_of_too_many_users_together(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class BoundedNames:
         """
         if name not in self._labels:
             with self._lock:
-                if len(self._labels) < self._limit and _is_fit(name):
+                if len(self._labels) < self._limit and fit(name) == name:
                     self._labels.add(name)
 
     def has(self, name: str) -> bool:
@@ -49,5 +49,8 @@ class BoundedNames:
         return name if name in self._labels else OTHER
 
 
-def _is_fit(name: str) -> bool:
-    return name.isprintable() and len(name.encode()) <= _MOST_BYTES
+def fit(name: str) -> str:
+    """A name as a label's value; `OTHER` if it is long, or cannot be printed or encoded."""
+    # Printable is what can be encoded; what is far too long is looked at no further.
+    is_fit = len(name) <= _MOST_BYTES and name.isprintable()
+    return name if is_fit and len(name.encode()) <= _MOST_BYTES else OTHER

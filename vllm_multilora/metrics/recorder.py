@@ -19,7 +19,7 @@ MODEL_NAME = "model_name"
 _FIXED_BYTES = 1 << 16
 _BYTES_PER_ADAPTER = 6 * 384  # of six series, with a name of the longest
 _USERS_PER_ADAPTER = 2  # with series of their own in counts of tokens: by route, by tenant
-_BYTES_PER_USER = (3 + 1) * 384  # the fourth: requests that were refused
+_BYTES_PER_USER = (3 + 2) * 384  # two of refused requests and of a route's
 _BYTES_OF_LATENCIES = sum(len(one.buckets) + 2 for one in LATENCIES) * 384
 
 
@@ -88,7 +88,8 @@ class Recorder:
 
     Attributes:
         names: The labels of adapters.
-        most_users: Most combinations of adapter, route and tenant with series of their own.
+        most_users: Most combinations of adapter, route and tenant with series of their own, and
+            of route, adapter and reason.
 
     Raises:
         OSError: The file cannot be made.

@@ -70,7 +70,7 @@ class SeriesFile:
         """
         cell = self._known.get(key)
         if cell is None:
-            cell = json.dumps(key)
+            cell = json.dumps(key, ensure_ascii=False)  # else a letter may take six bytes
             size = len(cell.encode()) + _ENTRY_OVERHEAD
             if self._used + size > self._size:
                 raise SeriesFileFullError(f"no room for {cell} in {self._size} bytes")

@@ -15,7 +15,7 @@ from vllm_multilora.metrics.definitions import (
     REFUSED,
     ROUTE_REQUESTS,
 )
-from vllm_multilora.metrics.names import BLENDS, OTHER
+from vllm_multilora.metrics.names import BLENDS, OTHER, fit
 from vllm_multilora.metrics.recorder import Recorder, Series
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class ServerCounts:
         self._recorder: Recorder | None = None
         self._tokens: dict[_User, tuple[Series, Series, Series]] = {}
         self._refused: dict[tuple[str, int], Series] = {}
+        self._routes: dict[tuple[str, str, str], Series] = {}
 
     def start(self, make_recorder: Callable[[], Recorder | None]) -> None:
         """From now on there is somewhere to count to; the newest engine's place counts.
@@ -48,13 +49,20 @@ class ServerCounts:
         self._make_recorder, self._recorder = make_recorder, None
         self._tokens.clear()
         self._refused.clear()
+        self._routes.clear()
 
     def count_route(self, route: str, lora_name: str, reason: str) -> None:
         """See `count_route`."""
         if (recorder := self._find()) is not None:
             recorder.names.admit(lora_name)  # the routes file names it
-            label = recorder.names.label(lora_name)
-            recorder.series(ROUTE_REQUESTS, route, label, reason).inc()
+            led = fit(route), recorder.names.label(lora_name), reason
+            series = self._routes.get(led)
+            if series is None:
+                # As many routes as the file has, and those that it had.
+                if len(self._routes) >= recorder.most_users:
+                    led = OTHER, OTHER, reason
+                series = self._routes[led] = recorder.series(ROUTE_REQUESTS, *led)
+            series.inc()
 
     def count_tokens(self, usage: Usage) -> None:
         """See `count_tokens`."""
@@ -64,7 +72,7 @@ class ServerCounts:
         if usage.prompt_tokens:  # it was served
             recorder.names.admit(adapter)
         label = recorder.names.label(adapter)
-        user = (label, usage.route or "", usage.tenant or "")
+        user = (label, fit(usage.route or ""), usage.tenant or "")
         series = self._tokens.get(user)
         if series is None:
             if len(self._tokens) > recorder.most_users:
