@@ -125,3 +125,38 @@ def test_prometheus_takes_the_files_and_the_rules_hold(what):
     *command, file = what
     done = run_promtool(*command, str(FOLDER / file))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_server_without_traffic_hides_nobodys_hit_rate(check, tmp_path):
+    """Nor counts one with little as much as one with much."""
+    series = [
+        {
+            "series": f'vllm:lora_cache_{what}_total{{instance="{server}",tier="cpu"}}',
+            "values": f"0+{count}x20",
+        }
+        for server, hits, misses in (("busy", 30, 10), ("calm", 1, 3), ("idle", 0, 0))
+        for what, count in (("hits", hits), ("misses", misses))
+    ]
+    (query,) = (
+        expression
+        for name, expression in check.dashboard_queries().items()
+        if name.startswith("Hit rate")
+    )
+    expected = {
+        "expr": query.replace("[1m]", "[5m]"),  # as often as these are recorded
+        "eval_time": "20m",
+        "exp_samples": [{"labels": '{tier="cpu"}', "value": 31 / 44}],
+    }
+    file = tmp_path / "test.yml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "rule_files": [str(FOLDER / "rules.yml")],
+                "tests": [
+                    {"interval": "1m", "input_series": series, "promql_expr_test": [expected]}
+                ],
+            }
+        )
+    )
+    done = run_promtool("test", "rules", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
