@@ -46,3 +46,15 @@ def test_memory_for_adapters_that_come_and_go_is_bounded(monkeypatch: pytest.Mon
     for number in range(5):
         seen.failed(number, FAILURE)
     assert [seen.of(number).last_error is None for number in range(5)] == [True, True, *[False] * 3]
+
+
+def test_failures_of_others_do_not_push_out_an_adapter_that_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(usage, "MOST_REMEMBERED", 3)
+    seen = AdapterUsage()
+    seen.read(1, rank=8, size=100)
+    for number in range(2, 12):
+        seen.failed(number, FAILURE)
+        seen.hit(Tier.GPU, 1)
+    assert seen.of(1) == AdapterUse(gpu_hits=10, loads=1, rank=8, size=100)

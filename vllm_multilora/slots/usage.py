@@ -88,9 +88,10 @@ class AdapterUsage(SlotEvents):
             use.cpu_hits += 1
 
     def _use(self, adapter_id: int) -> AdapterUse:
-        use = self._uses.get(adapter_id)
+        use = self._uses.pop(adapter_id, None)
         if use is None:
             if len(self._uses) >= MOST_REMEMBERED:
                 del self._uses[next(iter(self._uses))]
-            use = self._uses[adapter_id] = AdapterUse()
+            use = AdapterUse()
+        self._uses[adapter_id] = use  # at the end: those of which nothing was heard for longest go
         return use
