@@ -16,6 +16,7 @@ class FakeServer:
     requests: dict[str, int] = field(default_factory=dict)
     finished: int = 0
     evictions: dict[str, int] = field(default_factory=dict)  # by tier
+    loaded: Sequence[str] = ()  # once from files, each
     loads_ms: list[float] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)  # by reason
     host_adapters: int = 0
@@ -47,6 +48,11 @@ class FakeServer:
             *(
                 self._sample("vllm:lora_adapter_evict_total", count, tier=tier, lora_name="a")
                 for tier, count in self.evictions.items()
+            ),
+            "# TYPE vllm:lora_adapter_load_total counter",
+            *(
+                self._sample("vllm:lora_adapter_load_total", 1, source="disk", lora_name=name)
+                for name in self.loaded
             ),
             "# TYPE vllm:lora_adapter_load_failures_total counter",
             *(

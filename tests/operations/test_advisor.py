@@ -1,13 +1,15 @@
 """The rules: constructed situations and the one right advice for each."""
 
+import ast
+import shlex
 from dataclasses import replace
 
 import pytest
 
-from vllm_multilora.operations.advisor import advise, slots_needed
+from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.operations.advisor import advise, merge_snippet, slots_needed
 from vllm_multilora.operations.findings import Finding, FindingCode
 from vllm_multilora.operations.observations import (
-    OTHER,
     HostMemory,
     LoadTimes,
     Observations,
@@ -138,6 +140,20 @@ def test_one_adapter_with_nearly_all_traffic_is_to_be_merged():
     compile(found.snippet, "snippet", "exec")
 
 
+@pytest.mark.parametrize("name", ["x').run(", 'x").run(', "x\\", "$(touch x); `touch x`", "a b"])
+def test_no_name_becomes_code(name):
+    snippet = merge_snippet("base", name)
+    texts = [
+        node.value
+        for node in ast.walk(ast.parse(snippet))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert texts.count(f"merged-{name}") == 2
+    assert f"FOLDER OF {name}" in texts
+    command = snippet.splitlines()[-1].removeprefix("# then: ")
+    assert shlex.split(command)[2:] == [f"merged-{name}", "--served-model-name", name]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -176,6 +192,11 @@ def test_a_maximum_rank_far_above_the_ranks_in_use():
     assert found.change.startswith("lower --max-lora-rank from 128 to 16: a slot takes 12%")
 
 
+def test_nobody_tells_what_is_enough_for_adapters_that_are_not_seen():
+    assert len(advise(replace(HEALTHY, max_rank=128, slots=128))) == 2
+    assert advise(replace(HEALTHY, max_rank=128, slots=128, names_are_cut=True)) == []
+
+
 def test_a_rank_between_two_possible_maxima():
     adapters = (*ADAPTERS, SeenAdapter("odd", 48, "cpu"))
     assert advise(replace(HEALTHY, adapters=adapters, max_rank=64)) == []
@@ -190,5 +211,5 @@ def test_ranks_at_which_lora_no_longer_pays():
 
 
 def test_counts_behind_other_are_called_a_least():
-    found = only(advise(replace(HEALTHY, slots=4, requests={**HEALTHY.requests, OTHER: 100.0})))
+    found = only(advise(replace(HEALTHY, slots=4, names_are_cut=True)))
     assert found.seen.startswith("at least 10 adapters")

@@ -2,8 +2,9 @@
 
 import pytest
 
+from vllm_multilora.metrics.names import OTHER
 from vllm_multilora.operations.http_client import UnreachableError
-from vllm_multilora.operations.observations import OTHER, Observations, SeenAdapter
+from vllm_multilora.operations.observations import Observations, SeenAdapter
 from vllm_multilora.operations.snapshots import Snapshot, parse_exposition
 from vllm_multilora.operations.watching import observe
 
@@ -96,10 +97,11 @@ def test_of_several_engines_the_neediest_decides_about_flags_and_requests_add_up
 
 
 def test_names_beyond_the_limit_are_known_to_be_missing():
-    server = FakeServer()
-    seen = [at(0, server)]
-    server.ask(OTHER)
-    assert observe([*seen, at(1, server)]).names_are_cut
+    server = FakeServer(loaded=("a", OTHER))
+    assert observe([at(0, server), at(1, server)]).names_are_cut
+    server.loaded = ("a",)
+    server.ask(OTHER)  # an adapter that cannot be had
+    assert not observe([at(0, server), at(1, server)]).names_are_cut
 
 
 @pytest.mark.parametrize(

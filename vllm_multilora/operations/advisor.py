@@ -7,6 +7,7 @@ servers go by; each finding states its rule.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 
 from vllm_multilora.metrics.names import OTHER
@@ -63,7 +64,9 @@ def _slots(seen: Observations) -> Iterator[Finding]:
             f"{_demand(seen)}; {_rate(seen.gpu_evictions, seen)} adapters a second lost their slot",
             _SIZE_RULE,
         )
-    elif _has_full_window(seen) and seen.active and seen.slots >= max(2 * needed, needed + 4):
+    elif seen.names_are_cut or not _has_full_window(seen):
+        return  # more may be active
+    elif seen.active and seen.slots >= max(2 * needed, needed + 4):
         yield Finding(
             FindingCode.MAX_LORAS_HIGH,
             f"lower --max-loras from {seen.slots} to {needed}: the memory of the slots goes to the "
@@ -180,13 +183,15 @@ def _merge(seen: Observations) -> Iterator[Finding]:
 
 def merge_snippet(model: str, name: str) -> str:
     """PEFT's way to merge an adapter into its base model."""
+    # Names are customers', and what they are pasted into runs.
+    source, target = f"FOLDER OF {name}", f"merged-{name}"
     return f"""\
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
-merged = AutoPeftModelForCausalLM.from_pretrained("FOLDER OF {name}").merge_and_unload()
-merged.save_pretrained("merged-{name}")
-AutoTokenizer.from_pretrained("{model or "BASE MODEL"}").save_pretrained("merged-{name}")
-# then: vllm serve merged-{name} --served-model-name {name}"""
+merged = AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload()
+merged.save_pretrained({target!r})
+AutoTokenizer.from_pretrained({model or "BASE MODEL"!r}).save_pretrained({target!r})
+# then: vllm serve {shlex.quote(target)} --served-model-name {shlex.quote(name)}"""
 
 
 def _cold(seen: Observations) -> Iterator[Finding]:
@@ -223,7 +228,7 @@ def _host_is_full(seen: Observations) -> bool:
 
 
 def _max_rank(seen: Observations) -> Iterator[Finding]:
-    if seen.max_rank is None or not seen.adapters:
+    if seen.max_rank is None or not seen.adapters or seen.names_are_cut:
         return
     highest = max(adapter.rank for adapter in seen.adapters)
     enough = next((rank for rank in MAX_LORA_RANKS if rank >= highest), seen.max_rank)

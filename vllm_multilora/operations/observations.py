@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vllm_multilora.metrics.names import OTHER
-
 ACTIVITY_WINDOW_S = 300.0
 """An adapter is active if it had a request within this time."""
 
@@ -103,6 +101,8 @@ class Observations:
         load_times: Loads from disk.
         failures: Failed loads in the window by reason.
         adapters: The adapters that the server knows.
+        names_are_cut: Whether some adapters hide behind `OTHER`: counts of adapters are too low
+            then, and nothing is known of their ranks.
     """
 
     window_s: float
@@ -119,8 +119,4 @@ class Observations:
     load_times: LoadTimes = LoadTimes()
     failures: Mapping[str, float] = field(default_factory=dict)
     adapters: tuple[SeenAdapter, ...] = ()
-
-    @property
-    def names_are_cut(self) -> bool:
-        """Whether some adapters hide behind `OTHER`: counts of adapters are too low then."""
-        return OTHER in self.requests
+    names_are_cut: bool = False

@@ -20,6 +20,7 @@ MAX_RANK = metrics.MAX_RANK.name
 WANTED = metrics.WANTED.name
 REQUESTS = metrics.REQUESTS.name
 FINISHED = "vllm:request_success_total"
+LOADS = metrics.LOADS.name
 EVICTIONS = metrics.EVICTIONS.name
 FAILURES = metrics.LOAD_FAILURES.name
 LOAD_TIME_BUCKETS = f"{metrics.LOAD_DURATION.name}_bucket"
@@ -31,7 +32,8 @@ INFO = metrics.INFO.name
 
 NAMES = frozenset(
     {
-        *(SLOTS, MAX_RANK, WANTED, REQUESTS, FINISHED, EVICTIONS, FAILURES, LOAD_TIME_BUCKETS),
+        *(SLOTS, MAX_RANK, WANTED, REQUESTS, FINISHED, LOADS, EVICTIONS, FAILURES),
+        LOAD_TIME_BUCKETS,
         *(CACHE_ADAPTERS, CACHE_ADAPTERS_LIMIT, CACHE_BYTES, CACHE_BYTES_LIMIT, INFO),
     }
 )
