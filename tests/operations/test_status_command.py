@@ -104,6 +104,22 @@ def test_a_tenant_sees_the_state_of_its_own_adapters(site, capsys):
     ]
 
 
+def test_a_reason_of_several_lines_fills_the_screen_no_further_than_it_goes():
+    problems = "\n".join(f"tensor {number} is missing" for number in range(9))
+    failed = [adapter(f"a{i}", state="failed", last_error=problems) for i in range(3)]
+    lines = table({**LISTING, "data": failed}, now=NOW)
+    assert lines[-1] == "tensor 8 is missing"
+    assert not any("\n" in line for line in lines)
+    assert len(screen(lines, width=80, height=24).splitlines()) == 23
+
+
+def test_a_terminal_obeys_no_text_of_a_server():
+    evil = "\x1b[2J\x9b\u202eé"
+    lines = table({**LISTING, "data": [adapter(evil, path=evil, last_error=evil)]}, now=NOW)
+    assert all(line.isprintable() for line in lines)
+    assert lines[-1] == r"\x1b[2J\x9b\u202eé: \x1b[2J\x9b\u202eé"
+
+
 def test_the_screen_is_cleared_and_filled_no_further_than_it_goes():
     text = screen([f"line {i} {'x' * 50}" for i in range(10)], width=10, height=5)
     assert text.startswith("\x1b[H\x1b[2J")

@@ -43,7 +43,9 @@ def table(listing: Mapping[str, Any], *, now: float) -> list[str]:
     lines = [*_totals(listing), "", *aligned([headings, *rows], right=right)]
     failed = [adapter for adapter in adapters if adapter["last_error"]]
     if failed:
-        lines += ["", *(f"{adapter['id']}: {adapter['last_error']}" for adapter in failed)]
+        # A reason may have several lines, one for each thing that is wrong.
+        reasons = (f"{adapter['id']}: {adapter['last_error']}" for adapter in failed)
+        lines += ["", *(_plain(line) for reason in reasons for line in reason.split("\n"))]
     return lines
 
 
@@ -69,8 +71,13 @@ def _totals(listing: Mapping[str, Any]) -> list[str]:
     return [*lines, f"registered   {len(listing['data'])}"]
 
 
+def _plain(text: str) -> str:
+    """Text without what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _text(value: object, now: float) -> str:
-    return "" if value is None else str(value)
+    return "" if value is None else _plain(str(value))
 
 
 def _mb(count: float) -> str:
