@@ -1,5 +1,6 @@
 """What an API server's meter counts of vLLM's requests; vLLM's classes, without an engine."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.metering.usage import Usage
+from vllm_multilora.metrics import server_counts
+
+from ..metrics.readings import recorder, shown
 
 PROMPT = [1, 2, 3, 4, 5]
 CACHED = 3
@@ -26,12 +30,8 @@ class Log:
         self.lines.append(usage)
 
 
-def metered(told: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
-    """A request that says something of its prefill, and has a token generated."""
-    request = CompletionRequest(model="acme", prompt=PROMPT, kv_transfer_params=told)
-    log, processor = Log(), OutputProcessor(None, log_stats=False)
-    meter = ServerMeter(log, takes_prefills=takes_prefills)
-    sent = EngineCoreRequest(
+def request_for_acme(request: CompletionRequest) -> EngineCoreRequest:
+    return EngineCoreRequest(
         request_id="one-of-vllm's",
         external_req_id="one",
         prompt_token_ids=PROMPT,
@@ -43,7 +43,14 @@ def metered(told: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
         cache_salt=None,
         data_parallel_rank=None,
     )
-    processor.add_request(sent, None)
+
+
+def metered(told: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
+    """A request that says something of its prefill, and has a token generated."""
+    request = CompletionRequest(model="acme", prompt=PROMPT, kv_transfer_params=told)
+    log, processor = Log(), OutputProcessor(None, log_stats=False)
+    meter = ServerMeter(log, takes_prefills=takes_prefills)
+    processor.add_request(request_for_acme(request), None)
     (state,) = processor.request_states.values()
     meter.begin(state)
     prefill = PrefillStats(num_prompt_tokens=len(PROMPT), num_cached_tokens=CACHED)
@@ -71,6 +78,29 @@ def test_of_a_prompt_that_another_engine_has_read_no_more_was_cached_than_it_has
     params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": told}
     usage, state = metered(params, takes_prefills=True)
     assert usage.cached_tokens == state.num_cached_tokens == counted
+
+
+def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = recorder(tmp_path, "server", engine="", has_latencies=True)
+    monkeypatch.setattr(server_counts.COUNTS, "_recorder", record)
+    meter = ServerMeter(None, has_latencies=True)
+    processor = OutputProcessor(None, log_stats=True)
+    for latency in (0.5, -3_600.0):
+        processor.add_request(
+            request_for_acme(CompletionRequest(model="acme", prompt=PROMPT)), None
+        )
+        (state,) = processor.request_states.values()
+        meter.begin(state)
+        state.stats.first_token_ts = 1.0
+        state.stats.first_token_latency = latency
+        processor.abort_requests([state.request_id], internal=True)
+        meter.end(state)
+    name = "vllm:lora_time_to_first_token_seconds"
+    found = shown(tmp_path)
+    assert found[f"{name}_sum{{lora_name=acme}}"] == 0.5
+    assert found[f"{name}_count{{lora_name=acme}}"] == 2
 
 
 def test_what_the_engine_found_in_its_cache_is_counted() -> None:

@@ -197,7 +197,8 @@ def _count_latencies(adapter: str, stats: Any) -> None:
         return
     others = stats.num_generation_tokens - 1
     pace = (stats.last_token_ts - stats.first_token_ts) / others if others > 0 else None
-    count_latencies(adapter, stats.first_token_latency, pace)
+    # From the arrival by the wall clock, which may have been set back: a sum never shrinks.
+    count_latencies(adapter, max(stats.first_token_latency, 0.0), pace)
 
 
 def start(models: Any) -> None:
