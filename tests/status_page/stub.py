@@ -67,12 +67,14 @@ class StubServer:
     Attributes:
         answer: The listing from now on.
         status: Of the listing's answers.
+        tag: Of the listing; the same one for the same answer again.
         keys: The keys that came, None for none.
     """
 
     def __init__(self, answer: dict[str, Any], key: str | None = None) -> None:
         self.answer = answer
         self.status = HTTPStatus.OK
+        self.tag: str | None = None
         self.keys: list[str | None] = []
         self._key = key
 
@@ -89,7 +91,8 @@ class StubServer:
                     is_known = stub._key is None or stub.keys[-1] == stub._key
                     status = stub.status if is_known else HTTPStatus.UNAUTHORIZED
                     body = stub.answer if status == HTTPStatus.OK else {"detail": "no answer"}
-                    self._send(status, msgspec.json.encode(body), JSON)
+                    tag = {} if stub.tag is None else {"etag": stub.tag}
+                    self._send(status, msgspec.json.encode(body), {**JSON, **tag})
                 else:
                     self._send(HTTPStatus.NOT_FOUND, b"{}", JSON)
 

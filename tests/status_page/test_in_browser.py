@@ -338,3 +338,23 @@ def test_nothing_is_cut_off_at_any_width(tab: Tab, width: int) -> None:
 
 def test_the_page_says_without_scripts_what_else_there_is() -> None:
     assert "vllm-multilora status --url" in page_text().split("<noscript>")[1]
+
+
+def test_the_same_answer_again_is_no_time_without_requests(tab: Tab) -> None:
+    def answers(number: int) -> None:
+        server.answer = listing([row("a", 1, "host", requests=100 * number)])
+        server.tag = f'"{number}"'
+
+    with StubServer(listing([])) as server:
+        answers(1)
+        page = tab(server.url)
+        drawn(page, 1)
+        answers(2)
+        page.until("points.length === 1")
+        for _ in range(2):
+            server.wait_for_call()
+        assert page.evaluate("points.length") == 1
+        assert page.evaluate("points[0].rate") > 0
+        answers(3)
+        page.until("points.length === 2")
+        assert page.complaints() == []

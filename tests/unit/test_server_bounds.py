@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.server import engine_door, registration, routes
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
-from vllm_multilora.integration.server.status_route import NEW_S, RecentListing
+from vllm_multilora.integration.server.status_route import MOST_SHARE, NEW_S, RecentListing
 
 ANSWER: Any = SimpleNamespace()
 
@@ -99,32 +100,69 @@ def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks() -> None:
         clock, calls = Clock(), 0
         listing = RecentListing(clock)
 
-        async def ask() -> bytes:
+        async def ask() -> Any:
             nonlocal calls
             calls += 1
             number = calls
             await asyncio.sleep(0)
-            return b"%d" % number
+            return b"%d" % number, 0.0
 
         found = await asyncio.gather(*(listing.get([1, 2], ask) for _ in range(500)))
         assert set(found) == {b"1"}
         clock.now += 0.9 * NEW_S
+        tag = listing.tag
         assert await listing.get([1, 2], ask) == b"1"
+        assert listing.tag == tag
         assert await listing.get([1, 2, 3], ask) == b"2"  # an adapter has come
+        assert listing.tag != tag
         clock.now += NEW_S
         assert await listing.get([1, 2, 3], ask) == b"3"
 
     asyncio.run(scenario())
 
 
+def test_listings_take_a_small_share_of_the_time_however_long_each_takes() -> None:
+    async def scenario() -> None:
+        clock, calls, cost_s = Clock(), 0, 0.3
+        listing = RecentListing(clock)
+
+        async def ask() -> Any:
+            nonlocal calls
+            calls += 1
+            return {}, cost_s
+
+        for _ in range(600):
+            await listing.get([1], ask)
+            clock.now += 0.1
+        assert calls * cost_s <= 60 * MOST_SHARE + cost_s
+
+    asyncio.run(scenario())
+
+
+def test_what_somebody_sees_of_a_listing_is_made_once() -> None:
+    listing, made = RecentListing(Clock()), []
+
+    def show(what: str) -> dict[str, Any]:
+        made.append(what)
+        return {"data": what}
+
+    first, second = {"data": []}, {"data": []}
+    for _ in range(3):
+        for who in ("acme", None):
+            found = listing.body(first, who, lambda who=who: show(f"{who}'s"))
+            assert json.loads(found) == {"data": f"{who}'s"}
+    assert made == ["acme's", "None's"]
+    assert json.loads(listing.body(second, "acme", lambda: show("new"))) == {"data": "new"}
+
+
 def test_a_listing_that_could_not_be_had_is_asked_for_again() -> None:
     async def scenario() -> None:
         listing, failing = RecentListing(Clock()), True
 
-        async def ask() -> bytes:
+        async def ask() -> Any:
             if failing:
                 raise TimeoutError
-            return b"here"
+            return b"here", 0.0
 
         for _ in range(2):
             with pytest.raises(TimeoutError):

@@ -7,6 +7,7 @@ else between the two processes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def collective_rpc(
 def engine_report(
     adapters: EngineAdapters, requests: Mapping[int, int], asked: Sequence[int]
 ) -> Report:
-    """One engine's report.
+    """One engine's report, and how many seconds it has cost.
 
     Args:
         adapters: The engine's.
@@ -71,19 +72,22 @@ def engine_report(
         asked: Adapters to tell of even if the engine does not know them (any more).
     """
     adapters.poll()
+    begun = time.perf_counter()
     known = {entry.number: entry for entry in adapters.known()}
     memory = adapters.observer.host_memory
     contents = adapters.slots.contents
-    return {
+    rows = [
         # Numbers of adapters are no keys of a mapping on vLLM's wire.
-        "adapters": [
-            {
-                "int_id": number,
-                "requests": requests.get(number, 0),
-                **_row(adapters, number, known.get(number)),
-            }
-            for number in sorted({*known, *asked})
-        ],
+        {
+            "int_id": number,
+            "requests": requests.get(number, 0),
+            **_row(adapters, number, known.get(number)),
+        }
+        for number in sorted({*known, *asked})
+    ]
+    return {
+        "adapters": rows,
+        "seconds": time.perf_counter() - begun,
         "slots": {"total": len(contents), "free": contents.count(None)},
         "store": adapters.store_address,
         "cpu": {

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+import uuid
+from collections.abc import Callable, Coroutine, Hashable
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora import api_router
 
@@ -49,14 +50,23 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 NEW_S = 1.0
-"""How long an answer is given again: each takes the engine core's time, adapter by adapter."""
+"""How long an answer is given again, at least."""
+
+MOST_SHARE = 0.05
+"""Of the time, that answers may take, of the engine core's and the server's together: they are made
+adapter by adapter, for any tenant who asks, and nobody's request goes on meanwhile."""
 
 
 class RecentListing:
-    """The last answer, and the one that is on its way; used on the server's event loop only.
+    """The last answer and what callers see of it, and the one that is on its way.
+
+    Used on the server's event loop only.
 
     Args:
         clock: Seconds; only differences count.
+
+    Attributes:
+        tag: Of the last answer; another one has another.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,15 +74,17 @@ class RecentListing:
         self._asked: list[int] = []
         self._answer: asyncio.Task[Listing | None] | None = None
         self._until = 0.0
+        self.tag = ""
+        self._shown: tuple[Listing | None, dict[Hashable, bytes]] = (None, {})
 
     async def get(
-        self, asked: list[int], ask: Callable[[], Coroutine[Any, Any, Listing | None]]
+        self, asked: list[int], ask: Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
     ) -> Listing | None:
         """An answer that is new enough, whoever has asked for it.
 
         Args:
             asked: Numbers of the adapters; an answer about others is no answer.
-            ask: Asks the engine.
+            ask: Asks the engine; returns how many seconds the answer has cost, too.
         """
         answer = self._answer
         is_new = answer is not None and (not answer.done() or self._clock() < self._until)
@@ -81,11 +93,30 @@ class RecentListing:
             self._answer = answer = asyncio.create_task(self._note(ask))
         return await asyncio.shield(answer)
 
-    async def _note(self, ask: Callable[[], Coroutine[Any, Any, Listing | None]]) -> Listing | None:
+    async def _note(
+        self, ask: Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
+    ) -> Listing | None:
         self._until = 0.0  # a failure is no answer
-        answer = await ask()
-        self._until = self._clock() + NEW_S
+        answer, cost_s = await ask()
+        self._until = self._clock() + max(NEW_S, cost_s / MOST_SHARE)
+        self.tag = f'"{uuid.uuid4().hex}"'
         return answer
+
+    def body(self, answer: Listing, who: Hashable, show: Callable[[], Listing]) -> bytes:
+        """An answer as JSON, as somebody sees it; made once.
+
+        Args:
+            answer: As `get` gives it.
+            who: Tells those apart who see different parts of it.
+            show: Makes what they see.
+        """
+        if self._shown[0] is not answer:
+            self._shown = answer, {}
+        bodies = self._shown[1]
+        body = bodies.get(who)
+        if body is None:
+            body = bodies[who] = bytes(JSONResponse(show()).body)
+        return body
 
 
 def add_route(app: FastAPI) -> None:
@@ -93,18 +124,26 @@ def add_route(app: FastAPI) -> None:
     app.add_api_route(PATH, show_adapters, methods=["GET"], responses=_REFUSALS)
 
 
-async def show_adapters(raw_request: Request) -> JSONResponse:
-    """The adapters of all engines behind this server, as they were within the last second."""
+async def show_adapters(raw_request: Request) -> Response:
+    """The adapters of all engines behind this server, as they were within the last second.
+
+    With so many that an answer costs more than `MOST_SHARE` of that, it may be older.
+    """
     models = getattr(raw_request.app.state, "openai_serving_models", None)
     if models is None or not registration.acts_for(models):
         raise HTTPException(HTTPStatus.NOT_FOUND)
     registered = list(models.lora_requests.values())
     asked = [lora.lora_int_id for lora in registered]
 
-    async def ask() -> Listing | None:
+    async def ask() -> tuple[Listing | None, float]:
         async with asyncio.timeout(TIME_LIMIT_S):
             reports = await engine_reports(models.engine_client.engine_core, asked)
-        return listing(reports, registered, adapter_directory.refused(models)) if reports else None
+        if not reports:
+            return None, 0.0
+        begun = time.perf_counter()
+        answer = listing(reports, registered, adapter_directory.refused(models))
+        own_s = time.perf_counter() - begun
+        return answer, own_s + max(report["seconds"] for report in reports)
 
     recent = LISTING.get(models)
     if recent is None:
@@ -120,10 +159,16 @@ async def show_adapters(raw_request: Request) -> JSONResponse:
     if answer is None:
         raise HTTPException(HTTPStatus.NOT_FOUND)
     caller, access = current_caller.get(), ACCESS.get(raw_request.app)
-    shown = shown_to(caller, answer)
-    if access is not None and access.locks.tenants and caller and caller.role is Role.OPERATOR:
-        shown = {**shown, "tenants": access.tenants_now()}
-    return JSONResponse(shown)
+
+    def show() -> Listing:
+        shown = shown_to(caller, answer)
+        if access is not None and access.locks.tenants and caller and caller.role is Role.OPERATOR:
+            shown = {**shown, "tenants": access.tenants_now()}
+        return shown
+
+    who = None if caller is None else (caller.role, caller.tenant)
+    body = recent.body(answer, who, show)
+    return Response(body, media_type="application/json", headers={"etag": recent.tag})
 
 
 def shown_to(caller: Caller | None, listed: dict[str, Any]) -> dict[str, Any]:
