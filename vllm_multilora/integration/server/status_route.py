@@ -73,7 +73,7 @@ class RecentListing:
         self._clock = clock
         self._asked: list[int] = []
         self._answer: asyncio.Task[Listing | None] | None = None
-        self._until = 0.0
+        self._until = self._until_whatever = 0.0
         self.tag = ""
         self._shown: tuple[Listing | None, dict[Hashable, bytes]] = (None, {})
 
@@ -83,22 +83,28 @@ class RecentListing:
         """An answer that is new enough, whoever has asked for it.
 
         Args:
-            asked: Numbers of the adapters; an answer about others is no answer.
+            asked: Numbers of the adapters; an answer about others is given where it was costly.
             ask: Asks the engine; returns how many seconds the answer has cost, too.
         """
-        answer = self._answer
-        is_new = answer is not None and (not answer.done() or self._clock() < self._until)
-        if answer is None or not is_new or self._asked != asked:
+        while (answer := self._answer) is not None and not answer.done() and self._asked != asked:
+            await asyncio.wait([answer])  # one at a time
+        if answer is None or (answer.done() and not self._is_new(asked)):
             self._asked = asked
             self._answer = answer = asyncio.create_task(self._note(ask))
         return await asyncio.shield(answer)
 
+    def _is_new(self, asked: list[int]) -> bool:
+        # Adapters come and go: what is costly is given again even if it is about others.
+        limit = self._until if self._asked == asked else self._until_whatever
+        return self._clock() < limit
+
     async def _note(
         self, ask: Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
     ) -> Listing | None:
-        self._until = 0.0  # a failure is no answer
+        self._until = self._until_whatever = 0.0  # a failure is no answer
         answer, cost_s = await ask()
-        self._until = self._clock() + max(NEW_S, cost_s / MOST_SHARE)
+        self._until_whatever = self._clock() + cost_s / MOST_SHARE
+        self._until = max(self._clock() + NEW_S, self._until_whatever)
         self.tag = f'"{uuid.uuid4().hex}"'
         return answer
 
