@@ -45,6 +45,19 @@ def test_a_line_says_who_used_what(tmp_path):
     assert (tmp_path / "usage").stat().st_mode & 0o777 == 0o600
 
 
+def test_no_client_writes_more_than_a_line_by_the_id_it_gives(tmp_path):
+    log = UsageLog(tmp_path / "usage", BIG)
+    longest = f"cmpl-{'y' * 249}-7"
+    for name in (f"cmpl-{'x' * 1_000_000}-7", "é\n" * 200 + "-7", longest):
+        log.write(Usage(name))
+    log.close()
+    assert lines(tmp_path)[-1]["request_id"] == longest
+    assert (tmp_path / "usage").stat().st_size < 4_000
+    for line in lines(tmp_path):
+        assert len(line["request_id"]) <= 256
+        assert line["request_id"].endswith("-7")
+
+
 def test_it_goes_on_where_it_ended(tmp_path):
     for number in range(3):
         log = UsageLog(tmp_path / "usage", BIG)

@@ -17,6 +17,7 @@ import os
 import queue
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +30,7 @@ _MOST_QUEUED = 16_384
 _MOST_AT_ONCE = 512  # lines of one write
 _CLOSE_LIMIT_S = 5.0
 _COMPLAIN_S = 60.0
+_MOST_ID = 256  # characters of a request's id, which clients may choose
 
 
 class UsageLog:
@@ -61,7 +63,13 @@ class UsageLog:
         self._thread.start()
 
     def write(self, usage: Usage) -> None:
-        """Has a line written; drops it, and counts that, where too many wait already."""
+        """Has a line written; drops it, and counts that, where too many wait already.
+
+        A long id loses its middle: at its end is the prompt's number.
+        """
+        if len(name := usage.request_id) > _MOST_ID:
+            half = (_MOST_ID - 3) // 2
+            usage = replace(usage, request_id=f"{name[:half]}...{name[-half:]}")
         try:
             self._queue.put_nowait((time.time(), usage))
         except queue.Full:
