@@ -1,6 +1,9 @@
 """What an API server's meter counts of vLLM's requests; vLLM's classes, without an engine."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +13,15 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.stats import PrefillStats
 
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.server.metering import ServerMeter, beam_search
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.metrics import server_counts
 
 from ..metrics.readings import recorder, shown
 
 PROMPT = [1, 2, 3, 4, 5]
+REQUEST = CompletionRequest(model="acme", prompt=PROMPT)
 CACHED = 3
 
 
@@ -80,6 +85,33 @@ def test_of_a_prompt_that_another_engine_has_read_no_more_was_cached_than_it_has
     assert usage.cached_tokens == state.num_cached_tokens == counted
 
 
+@pytest.mark.parametrize("parts", [0, 2])
+def test_a_beam_search_that_was_refused_is_not_counted(parts: int) -> None:
+    """One that the engine has begun is, once."""
+    log, processor = Log(), OutputProcessor(None, log_stats=False)
+    meter = ServerMeter(log)
+    METER.set(processor, meter)
+
+    async def refused(*_: Any) -> AsyncIterator[Any]:
+        for _ in range(parts):
+            processor.add_request(request_for_acme(REQUEST), None)
+            (state,) = processor.request_states.values()
+            meter.begin(state)
+            processor.abort_requests([state.request_id], internal=True)
+            meter.end(state)
+        raise ValueError("The model does not exist.")
+        yield
+
+    async def search() -> None:
+        serving = SimpleNamespace(engine_client=SimpleNamespace(output_processor=processor))
+        async for _ in beam_search(refused, serving, PROMPT, "beams", None):
+            pass
+
+    with pytest.raises(ValueError, match="does not exist"):
+        asyncio.run(search())
+    assert [usage.request_id for usage in log.lines] == ["beams"] * bool(parts)
+
+
 def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,9 +120,7 @@ def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(
     meter = ServerMeter(None, has_latencies=True)
     processor = OutputProcessor(None, log_stats=True)
     for latency in (0.5, -3_600.0):
-        processor.add_request(
-            request_for_acme(CompletionRequest(model="acme", prompt=PROMPT)), None
-        )
+        processor.add_request(request_for_acme(REQUEST), None)
         (state,) = processor.request_states.values()
         meter.begin(state)
         state.stats.first_token_ts = 1.0

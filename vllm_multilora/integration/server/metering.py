@@ -62,7 +62,15 @@ class Account:
     is_beam: bool = field(default=False)
 
 
-_beam: ContextVar[Usage | None] = ContextVar("multilora_beam", default=None)
+@dataclass
+class BeamSearch:
+    """What a beam search has used so far, and how many of its parts came as far as the engine."""
+
+    usage: Usage
+    parts: int = 0
+
+
+_beam: ContextVar[BeamSearch | None] = ContextVar("multilora_beam", default=None)
 
 
 class ServerMeter:
@@ -97,7 +105,10 @@ class ServerMeter:
         account = None if parent is None else ACCOUNT.get(parent)
         if account is None:
             beam = _beam.get()
-            usage = beam or self.new_usage(state.external_req_id, state.lora_request)
+            if beam is None:
+                usage = self.new_usage(state.external_req_id, state.lora_request)
+            else:
+                usage, beam.parts = beam.usage, beam.parts + 1
             account = Account(usage, current_call.get(), is_beam=beam is not None)
             if parent is not None:
                 account.usage.request_id = parent.external_req_id
@@ -293,10 +304,11 @@ async def beam_search(
             yield output
         return
     usage = meter.new_usage(request_id, lora_request)
+    beam = BeamSearch(usage)
     is_over = False
     try:
         while True:
-            token = _beam.set(usage)
+            token = _beam.set(beam)
             try:
                 output = await anext(beams)
             except StopAsyncIteration:
@@ -312,7 +324,8 @@ async def beam_search(
         await beams.aclose()
         if not is_over and usage.status is Status.OK and not usage.prompt_tokens:
             usage.status = Status.ABORTED
-        meter.count(usage)
+        if beam.parts:
+            meter.count(usage)
 
 
 def record(original: Callable[..., None], stats: Any, *args: Any, **kwargs: Any) -> None:
