@@ -170,6 +170,31 @@ def test_operators_are_told_of_tenants_and_nobody_else_is(monkeypatch, access):
     assert [one["id"] for one in told(ACME)["data"]] == ["acme-1"]
 
 
+@pytest.mark.parametrize("servers", [1, 4])
+def test_all_api_servers_together_take_a_small_share_of_an_engines_time(monkeypatch, servers):
+    now, asked = 0.0, []
+    memory = {"adapters": 0, "bytes": 0, "bytes_limit": None, "adapters_limit": 1}
+    report = {"adapters": [], "slots": {"total": 1, "free": 1}, "store": "", "cpu": memory}
+
+    async def call(*_: Any, engine: int) -> list[dict[str, Any]]:
+        asked.append(engine)
+        return [{**report, "seconds": 1.0}]
+
+    server = client(monkeypatch, {})
+    models = server.app.state.openai_serving_models
+    engines = SimpleNamespace(core_engines=[0, 1], _call_utility_async=call)
+    models.engine_client.engine_core = engines
+    models.engine_client.vllm_config.parallel_config = SimpleNamespace(_api_process_count=servers)
+    LISTING.set(models, status_route.RecentListing(lambda: now))
+    tags = set()
+    with server:  # one event loop for all
+        for _ in range(201):
+            tags.add(server.get(status_route.PATH).headers["etag"])
+            now += 1.0
+    assert len(tags) == len(asked) / 2
+    assert 1 < len(tags) <= 200 * status_route.MOST_SHARE / servers + 1
+
+
 def test_what_tenants_use_is_counted(access):
     account = access.caller(ACME).account
     account.use("acme-1")
