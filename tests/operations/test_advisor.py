@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.metrics.names import BLENDS, OTHER
 from vllm_multilora.operations.advisor import advise, merge_snippet, slots_needed
 from vllm_multilora.operations.findings import Finding, FindingCode
 from vllm_multilora.operations.observations import (
@@ -160,8 +160,9 @@ def test_no_name_becomes_code(name):
         {"requests": {"a": 19.0}, "finished": 19.0},
         {"requests": {"a": 4000.0}, "finished": 9000.0},
         {"requests": {"a": 50.0, OTHER: 4000.0}, "finished": 4050.0},
+        {"requests": {"a": 50.0, BLENDS: 4000.0}, "finished": 4050.0},
     ],
-    ids=["too few to tell", "the base model has more", "many behind __other__"],
+    ids=["too few to tell", "the base model has more", "many behind __other__", "blends"],
 )
 def test_what_is_not_to_be_merged(change):
     codes = {finding.code for finding in advise(replace(HEALTHY, **change))}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.metrics.names import BLENDS, OTHER
 from vllm_multilora.operations.http_client import UnreachableError
 from vllm_multilora.operations.observations import Observations, SeenAdapter
 from vllm_multilora.operations.snapshots import Snapshot, parse_exposition
@@ -96,8 +96,9 @@ def test_of_several_engines_the_neediest_decides_about_flags_and_requests_add_up
     assert found.adapters == (SeenAdapter("a", 8, "gpu"),)
 
 
-def test_names_beyond_the_limit_are_known_to_be_missing():
-    server = FakeServer(loaded=("a", OTHER))
+@pytest.mark.parametrize("label", [OTHER, BLENDS])
+def test_names_that_share_a_label_are_known_to_be_missing(label):
+    server = FakeServer(loaded=("a", label))
     assert observe([at(0, server), at(1, server)]).names_are_cut
     server.loaded = ("a",)
     server.ask(OTHER)  # an adapter that cannot be had

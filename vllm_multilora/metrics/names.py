@@ -10,6 +10,9 @@ OTHER = "__other__"
 BLENDS = "__blends__"
 """The label of all blends: there are as many as clients think of."""
 
+SHARED = frozenset({OTHER, BLENDS})
+"""The labels that are no adapter's."""
+
 _MOST_BYTES = 255
 
 

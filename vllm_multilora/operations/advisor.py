@@ -10,7 +10,7 @@ import math
 import shlex
 from collections.abc import Iterator
 
-from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.metrics.names import SHARED
 from vllm_multilora.operations.findings import Finding, FindingCode
 from vllm_multilora.operations.observations import (
     ACTIVITY_WINDOW_S,
@@ -165,7 +165,7 @@ def _failures(seen: Observations) -> Iterator[Finding]:
 
 
 def _merge(seen: Observations) -> Iterator[Finding]:
-    named = {name: count for name, count in seen.requests.items() if name != OTHER}
+    named = {name: count for name, count in seen.requests.items() if name not in SHARED}
     total = max(sum(seen.requests.values()), seen.finished)
     if not named or total < MERGE_REQUESTS:
         return
@@ -197,11 +197,11 @@ AutoTokenizer.from_pretrained({model or "BASE MODEL"!r}).save_pretrained({target
 def _cold(seen: Observations) -> Iterator[Finding]:
     if not _has_full_window(seen):
         return
-    # Behind OTHER nobody can tell whose requests those were.
+    # Behind a shared label nobody can tell whose requests those were.
     cold = [
         adapter
         for adapter in seen.adapters
-        if adapter.tier in ("gpu", "cpu") and adapter.name not in (*seen.requests, OTHER)
+        if adapter.tier in ("gpu", "cpu") and adapter.name not in (*seen.requests, *SHARED)
     ]
     pinned = [adapter for adapter in cold if adapter.pinned]
     if not _host_is_full(seen):

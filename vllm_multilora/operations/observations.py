@@ -96,13 +96,13 @@ class Observations:
         gpu_evictions: Adapters of an engine that lost their slot to others in the window.
         cpu_evictions: Adapters of an engine that left host memory in the window.
         host: Host memory of the store that holds most.
-        requests: Requests accepted in the window by adapter, `OTHER` included.
+        requests: Requests accepted in the window by adapter, shared labels included.
         finished: All requests finished in the window, those of the base model included.
         load_times: Loads from disk.
         failures: Failed loads in the window by reason.
         adapters: The adapters that the server knows.
-        names_are_cut: Whether some adapters hide behind `OTHER`: counts of adapters are too low
-            then, and nothing is known of their ranks.
+        names_are_cut: Whether some adapters hide behind a label that they share, as blends do:
+            counts of adapters are too low then, and nothing is known of their ranks.
     """
 
     window_s: float

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from vllm_multilora.metrics.names import OTHER
+from vllm_multilora.metrics.names import SHARED
 from vllm_multilora.operations import snapshots as names
 from vllm_multilora.operations.http_client import UnreachableError
 from vllm_multilora.operations.observations import (
@@ -64,7 +64,7 @@ def observe(seen: Sequence[Snapshot]) -> Observations:
         adapters=_adapters(last.values()),
         # Not requests: those for adapters that cannot be had are counted there, too.
         names_are_cut=any(
-            series.name == names.LOADS and series.label("lora_name") == OTHER
+            series.name == names.LOADS and series.label("lora_name") in SHARED
             for snap in last.values()
             for series in snap.samples
         ),
