@@ -3,10 +3,12 @@
 Encodings of images are those of one version of an adapter.
 """
 
+import asyncio
 import base64
 import io
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,11 @@ import httpx
 import pytest
 
 from tests.attacks.poison import poisoned
+from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.model_names import prepare
+from vllm_multilora.tenants.limits import Account
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Tenant
 
 from .engine import running_engine
 from .recipes import LLAVA_RECIPES, AdapterRecipe
@@ -50,6 +57,19 @@ def patched() -> None:
 def config(**lora: Any) -> SimpleNamespace:
     """An engine's settings, as far as these functions read them."""
     return SimpleNamespace(lora_config=SimpleNamespace(**lora), additional_config={})
+
+
+def tenant(name: str) -> Caller:
+    return Caller(Role.TENANT, account=Account(Tenant(name, base_model=True)), secret="secret")
+
+
+def as_caller(who: Caller | None, call: Callable[[], Any]) -> Any:
+    """What a call returns that is made for somebody's request."""
+    token = current_caller.set(who)
+    try:
+        return call()
+    finally:
+        current_caller.reset(token)
 
 
 def default_adapter(defaults: dict[str, str] | None, *adapters: str, plugin: bool = True) -> Any:
@@ -106,6 +126,66 @@ def test_encodings_of_two_versions_of_an_adapter_are_two():
     assert key(None) == "hash"
     processor.lora_config.enable_tower_connector_lora = False
     assert key(LoRARequest("acme", 1, "/acme")) == "hash"
+
+
+@pytest.mark.smoke("images")
+def test_an_image_that_a_client_has_named_is_its_tenants_alone() -> None:
+    """vLLM takes what it has under a name, whoever has sent it, for what another one sends."""
+    from vllm.renderers.base import BaseRenderer
+
+    async def process(prompt: Any, data: Any, *, mm_uuids: Any, **_: Any) -> Any:
+        return {"type": "multimodal", "ids": mm_uuids}
+
+    class Renderer(BaseRenderer):
+        __init__ = render_messages = lambda *_: None
+
+    renderer: Any = Renderer()
+    renderer._process_multimodal_async = process
+
+    def ids(who: Caller | None) -> list[str | None]:
+        uuids = {"image": ["photo-1", None], "audio": "talk"}
+        prompt = {
+            "prompt_token_ids": [1],
+            "multi_modal_data": {"image": [None, b"x"]},
+            "multi_modal_uuids": uuids,
+        }
+        found = as_caller(who, lambda: asyncio.run(renderer._process_tokens_async(prompt)))["ids"]
+        assert prompt["multi_modal_uuids"] is uuids
+        return [*found["image"], found["audio"]]
+
+    acme, zen = ids(tenant("acme")), ids(tenant("zen"))
+    assert acme[1] is zen[1] is None  # vLLM goes by what is in it
+    assert len({*acme, *zen, "photo-1", "talk"}) == 7
+    assert ids(tenant("acme")) == acme
+    for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT)):
+        assert ids(who) == ["photo-1", None, "talk"]
+
+
+@pytest.mark.smoke("images")
+def test_what_a_client_has_processed_itself_is_its_tenants_alone() -> None:
+    """Else it would be what others' images look like, and theirs what it asks about."""
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+
+    models = SimpleNamespace(is_base_model=lambda name: True)
+
+    def hashes(who: Caller | None) -> list[str]:
+        request = GenerateRequest.model_validate(
+            {
+                "token_ids": [1, 2],
+                "sampling_params": {},
+                "features": {
+                    "mm_hashes": {"image": ["hash"]},
+                    "mm_placeholders": {"image": [{"offset": 0, "length": 1}]},
+                },
+            }
+        )
+        serving = SimpleNamespace(models=models)
+        assert as_caller(who, lambda: asyncio.run(prepare(serving, request))) is None
+        assert request.features is not None
+        return request.features.mm_hashes["image"]
+
+    assert len({*hashes(tenant("acme")), *hashes(tenant("zen")), "hash"}) == 3
+    assert hashes(None) == hashes(Caller(Role.CLIENT)) == ["hash"]
 
 
 @pytest.fixture(scope="module")

@@ -330,6 +330,17 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM looks default adapters up in its configuration.",
     ),
     Patch(
+        name="ids-of-images",
+        target="vllm.renderers.base:BaseRenderer._process_tokens_async",
+        takes=("self, prompt, *, skip_mm_cache=False",),
+        handler="server.multimodal:process_tokens",
+        why="A client may give an image a `uuid`, and later the `uuid` alone: vLLM then takes the "
+        "image that anybody has sent with it, and even before one that is sent. Gives each tenant "
+        "ids of its own.",
+        checked=(),
+        until="vLLM keeps the images of clients with different cache salts apart.",
+    ),
+    Patch(
         name="encoder-cache-keys",
         target="vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier",
         takes=("self, mm_hash, lora_request",),

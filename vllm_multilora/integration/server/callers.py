@@ -20,6 +20,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.tenants.limits import LimitReachedError
 from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.salts import tenant_salt
 
 if TYPE_CHECKING:
     from vllm_multilora.tenants.limits import Account
@@ -35,7 +36,7 @@ class Caller:
         folders: What answers must not name; nothing for whoever may see folders.
         hides_folders: Whether answers must not name folders, those of adapters included.
         account: The tenant's; None for everybody else.
-        secret: What a tenant's salts are made with.
+        secret: What a tenant's salts and ids are made with.
         granted: What the engine may answer this request with: adapters by name, None for the
             base model.
         retry_after_s: When a request over the tenant's limits may come again.
@@ -89,6 +90,11 @@ class Caller:
             self._used.add(name)
         self.granted.add(name)
         return None
+
+    def own_id(self, chosen: str) -> str:
+        """An id that a client has chosen for what the server keeps: another one for each tenant."""
+        tenant = self.tenant
+        return chosen if tenant is None else tenant_salt(self.secret, tenant.name, chosen)
 
     def works_on(self, task: asyncio.Task[Any]) -> None:
         """Keeps what the request uses until a task is done, which may go on after the answer."""

@@ -15,6 +15,7 @@ from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.server import (
     adapter_directory,
     blends,
+    multimodal,
     registration,
     resolvers,
     versions,
@@ -65,6 +66,7 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
         return refusal
     if refusal is not None:
         return _as_shown(refusal, caller, serving.models, request.model)
+    multimodal.keep_features_apart(request)
     if getattr(request, "language", "") is None:
         caller.grant(None)  # the base model says to vLLM which language a recording is in
     name = request.model

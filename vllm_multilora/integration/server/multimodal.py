@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_multilora.integration.patching.activation import is_active
+from vllm_multilora.integration.server.callers import current_caller
 
 
 def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:
@@ -30,3 +31,38 @@ def encoder_output_key(
     if key == mm_hash or not is_active(processor.vllm_config):
         return key
     return f"{lora_request.lora_int_id}:{key}"
+
+
+async def process_tokens(
+    original: Callable[..., Any], renderer: Any, prompt: Any, **kwargs: Any
+) -> Any:
+    uuids = prompt.get("multi_modal_uuids")
+    return await original(
+        renderer,
+        {**prompt, "multi_modal_uuids": _own_ids(uuids)} if uuids else prompt,
+        **kwargs,
+    )
+
+
+def keep_features_apart(request: Any) -> None:
+    """Has what a client has processed itself, and named, be its tenant's own.
+
+    Args:
+        request: One of vLLM's parsed requests; `/inference/v1/generate` takes such features.
+    """
+    features: Any = getattr(request, "features", None)
+    if hasattr(features, "mm_hashes"):
+        features.mm_hashes = _own_ids(features.mm_hashes)
+
+
+def _own_ids(ids: Any) -> Any:
+    """The ids of images and the like, by their kind: one, or one or none for each of them."""
+    caller = current_caller.get()
+    if caller is None:
+        return ids
+    return {
+        kind: caller.own_id(found)
+        if isinstance(found, str)
+        else [each if each is None else caller.own_id(each) for each in found]
+        for kind, found in ids.items()
+    }

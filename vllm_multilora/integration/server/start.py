@@ -20,7 +20,7 @@ from vllm_multilora.integration.server.names_in_use import LocksInUse
 
 _GUARDS = (
     *("middleware", "api-key", "model-names", "model-names-pooling", "models-list"),
-    *("engine-door", "stored-responses"),
+    *("engine-door", "stored-responses", "ids-of-images"),
 )
 
 
