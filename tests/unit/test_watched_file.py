@@ -1,11 +1,14 @@
 """A file is read again when it changes, and never replaced by one that cannot be used."""
 
+import errno
 import logging
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_multilora.documents import DocumentError, WatchedFile
+from vllm_multilora.documents import DocumentError, WatchedFile, watched
 from vllm_multilora.routing import load_routes, parse_routes
 
 LOGGER = "vllm_multilora.documents.watched"
@@ -16,6 +19,14 @@ def path(tmp_path):
     file = tmp_path / "routes.yaml"
     write(file, "one")
     return file
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time as `WatchedFile` has it."""
+    clock = SimpleNamespace(ns=time.time_ns())
+    monkeypatch.setattr(watched, "time", SimpleNamespace(time_ns=lambda: clock.ns))
+    return clock
 
 
 def write(path, name, *, age_s=60):
@@ -46,6 +57,22 @@ def test_a_file_that_looks_the_same_is_read_again_while_it_is_new(path):
     status = path.stat()
     path.write_text(path.read_text().replace("one", "two"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.refresh()
+    assert names(file) == ["two"]
+
+
+def test_a_change_is_noticed_whatever_becomes_of_the_time_stamp(path, clock):
+    """As by tar and rsync, which set it: a revoked key is as long as the one in its place."""
+    clock.ns += 60_000_000_000
+    file = WatchedFile(path, parse_routes, "routes")
+    before = path.stat()
+    path.write_text(path.read_text().replace("one", "two"))
+    for _ in range(1000):
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if path.stat().st_ctime_ns != before.st_ctime_ns:
+            break
+        time.sleep(0.001)  # until the file system's clock ticks
+    assert path.stat().st_size == before.st_size
     assert file.refresh()
     assert names(file) == ["two"]
 
@@ -122,6 +149,47 @@ def test_a_file_that_is_gone_leaves_the_routes_until_it_is_back(path, caplog, ba
     write(path, back)
     assert file.refresh() == (back != "one")
     assert names(file) == [back]
+
+
+def test_a_file_is_tried_again_that_could_not_be_read(path, clock, monkeypatch):
+    """Too many files were open when it changed, say."""
+    file = WatchedFile(path, parse_routes, "routes")
+    write(path, "two")
+    clock.ns += 60_000_000_000
+
+    def fail(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watched.Path, "read_bytes", fail)
+        assert not file.refresh()
+    assert not file.refresh()
+    clock.ns += 6_000_000_000
+    assert file.refresh()
+    assert names(file) == ["two"]
+
+
+@pytest.mark.parametrize("later_s", [6, -3600], ids=["later", "clock-put-back"])
+def test_a_file_is_tried_again_that_could_not_be_taken(path, clock, caplog, later_s):
+    """Its route had the name of an adapter, which has been unloaded since."""
+    taken = {"two"}
+
+    def parse(file, text):
+        routes = parse_routes(file, text)
+        routes.check_names(taken, "an adapter")
+        return routes
+
+    file = WatchedFile(path, parse, "routes")
+    write(path, "two")
+    for _ in range(3):
+        clock.ns += 60_000_000_000
+        assert not file.refresh()
+    assert len(caplog.records) == 1
+    taken.clear()
+    assert not file.refresh()
+    clock.ns += later_s * 1_000_000_000
+    assert file.refresh()
+    assert names(file) == ["two"]
 
 
 def test_routes_that_the_server_cannot_take_are_refused(path):

@@ -20,6 +20,10 @@ _RACY_NS = 2_000_000_000
 """Within this time of a change, a file may change again and look the same: time stamps are
 coarse."""
 
+_RETRY_NS = 5_000_000_000
+"""Until what could not be used is tried again, looking as it did: permissions, or names that its
+content must not have, may be others by then."""
+
 
 def read_file(path: str | os.PathLike[str], parse: Callable[[str, str], _T], what: str) -> _T:
     """Reads a file once.
@@ -91,7 +95,7 @@ class WatchedFile(Generic[_T]):
             Whether there is a new value.
         """
         signature = self._signature()
-        if signature == self._seen and not self._is_racy(signature):
+        if signature == self._seen and not self._is_worth_a_look(signature):
             return False
         self._seen, self._seen_at_ns = signature, time.time_ns()
         try:
@@ -116,12 +120,17 @@ class WatchedFile(Generic[_T]):
     def _parse(self, content: bytes) -> _T:
         return self._parse_text(os.fspath(self.path), _text(content, self.path))
 
-    def _signature(self) -> tuple[int, int, int] | None:
+    def _signature(self) -> tuple[int, ...] | None:
         try:
             status = Path(self.path).stat()  # of what a link leads to, as ConfigMaps need
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        # The second time says when anything about it last changed; nobody can set it.
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return *times, status.st_size, status.st_ino, status.st_dev
 
-    def _is_racy(self, signature: tuple[int, int, int] | None) -> bool:
-        return signature is not None and self._seen_at_ns - signature[0] < _RACY_NS
+    def _is_worth_a_look(self, signature: tuple[int, ...] | None) -> bool:
+        """Whether a file that looks as it did last time may be used otherwise now."""
+        if self._complaint is not None and abs(time.time_ns() - self._seen_at_ns) > _RETRY_NS:
+            return True
+        return signature is not None and self._seen_at_ns - max(signature[:2]) < _RACY_NS
