@@ -346,6 +346,8 @@ def test_pooling_endpoints_follow_routes() -> None:
     from vllm_multilora.plugin import register
 
     class OneRoute:
+        async def look_for(self, name: Any) -> None: ...
+
         async def lead(self, request: Any) -> Any:
             if request.model == "closed":
                 return create_error_response("the route is closed", "Gone", HTTPStatus.GONE)

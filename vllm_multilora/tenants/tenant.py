@@ -84,6 +84,10 @@ class Tenant:
     weight: float = 1.0
     limits: Limits = field(default_factory=Limits)
 
+    def mentions(self, model: object) -> bool:
+        """Whether it may use a model of a name, be it an adapter's or be it a route's."""
+        return model in self.adapters or model in self.routes
+
 
 @dataclass(frozen=True)
 class Tenants:

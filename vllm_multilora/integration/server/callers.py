@@ -72,8 +72,7 @@ class Caller:
             return True
         if is_base or not name:
             return tenant.base_model
-        # A route that has just been written is not known yet.
-        return name in tenant.routes or (not is_route and name in tenant.adapters)
+        return name in (tenant.routes if is_route else tenant.adapters)
 
     def grant(self, name: str | None) -> ErrorResponse | None:
         """Lets this request use an adapter, or the base model by None.

@@ -27,14 +27,19 @@ from vllm_multilora.integration.server.routes import routes_of
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
 
 
-def may_use(serving: Any, name: str | None) -> bool:
-    """Whether whoever asks may use a model, if there is one of this name."""
-    caller = current_caller.get()
+async def may_use(serving: Any, name: str | None) -> bool:
+    """Whether whoever asks may use a model, if there is one of this name.
+
+    Whether the name is a route's is looked up here: until `prepare` nothing changes that.
+    """
+    models, caller = serving.models, current_caller.get()
+    routes, tenant = routes_of(models), None if caller is None else caller.tenant
+    if routes is not None and (tenant is None or tenant.mentions(name)):
+        await routes.look_for(name)
     if caller is None:
         return True
-    models = serving.models
     is_base = not name or models.is_base_model(name)
-    return caller.may_use(name, is_base=is_base, is_route=name in (routes_of(models) or ()))
+    return caller.may_use(name, is_base=is_base, is_route=name in (routes or ()))
 
 
 def unknown(serving: Any, name: str | None) -> ErrorResponse:
@@ -140,7 +145,7 @@ async def _prepare_blend(serving: Any, request: Any) -> ErrorResponse | None:
     if isinstance(weights, ErrorResponse):
         return weights
     for name in weights:
-        if not may_use(serving, name):
+        if not await may_use(serving, name):
             return unknown(serving, name)
         if name in (routes_of(models) or ()):
             return blends.error_response(
@@ -169,7 +174,7 @@ async def check_model(original: Callable[..., Any], serving: Any, request: Any) 
     if (refusal := blends.dropped()) is not None and _acts_for(serving.models):
         return refusal
     asked = take_asked(serving, request)
-    if not may_use(serving, request.model):
+    if not await may_use(serving, request.model):
         return unknown(serving, request.model)
     refusal = await prepare(serving, request)
     if refusal is None and not blends.is_bound(request):
@@ -181,7 +186,7 @@ async def check_pooling_model(original: Callable[..., Any], serving: Any, reques
     if blends.is_asked(serving.models, request):
         raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
     asked = take_asked(serving, request)
-    if not may_use(serving, request.model):
+    if not await may_use(serving, request.model):
         # As vLLM does, which looks names up in two places here.
         raise VLLMNotFoundError(f"The model `{request.model}` does not exist.")
     refusal = await prepare(serving, request)

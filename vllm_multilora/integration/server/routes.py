@@ -112,8 +112,15 @@ class ServerRoutes:
             for name in self._file.value.targets
         ]
 
+    async def look_for(self, name: str | None) -> None:
+        """Sees to it that a route which has just been written is known."""
+        if name and name not in self and not self._is_served(name):
+            await self._refresh()
+        elif time.monotonic() >= self._due:
+            self._begin_refresh()
+
     async def lead(self, request: Any) -> ErrorResponse | None:
-        """Puts an adapter's name in the place of a route's.
+        """Puts an adapter's name in the place of a route's that is known.
 
         Args:
             request: One of vLLM's parsed requests.
@@ -122,10 +129,6 @@ class ServerRoutes:
             The answer to a request for a route that leads nowhere; None lets vLLM go on.
         """
         name = request.model
-        if name and name not in self and not self._is_served(name):
-            await self._refresh()  # somebody may have just written the route
-        elif time.monotonic() >= self._due:
-            self._begin_refresh()
         target = self._file.value.targets.get(name)
         if target is None:
             return None

@@ -1,0 +1,84 @@
+"""Which models a tenant may name, with a routes file that changes."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_multilora.integration.attached import ROUTES
+from vllm_multilora.integration.server.callers import Caller, card_for, current_caller
+from vllm_multilora.integration.server.model_names import check_model
+from vllm_multilora.integration.server.routes import ServerRoutes
+from vllm_multilora.tenants.limits import Account
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Names, Tenant
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two tenants' adapters, and a route to each."""
+    path = tmp_path / "routes.yaml"
+    path.write_text("routes: {help-acme: acme-a, help-zen: zen-a}")
+    found = SimpleNamespace(
+        path=path,
+        engine_client=None,
+        base_model_paths=[SimpleNamespace(name="base")],
+        is_base_model=lambda name: name == "base",
+        lora_requests={
+            name: SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=f"/{name}")
+            for number, name in enumerate(("acme-a", "zen-a", "help-yourself"), 1)
+        },
+    )
+    ROUTES.set(found, ServerRoutes(found, str(path)))
+    return found
+
+
+def tenant(*, adapters: tuple[str, ...] = (), routes: tuple[str, ...] = ()) -> Caller:
+    return Caller(
+        Role.TENANT, account=Account(Tenant("acme", adapters=Names(adapters), routes=Names(routes)))
+    )
+
+
+def ask(models: Any, who: Caller, name: str) -> Any:
+    """What a request for a model is granted; or the status of its answer."""
+
+    async def original(serving, request):
+        return None
+
+    def refuse(*, status_code, **_):
+        return SimpleNamespace(error=SimpleNamespace(code=status_code))
+
+    serving = SimpleNamespace(models=models, create_error_response=refuse)
+
+    async def check():
+        current_caller.set(who)
+        return await check_model(original, serving, SimpleNamespace(model=name))
+
+    refusal = asyncio.run(check())
+    return who.granted if refusal is None else refusal.error.code
+
+
+@pytest.mark.parametrize("pattern", ["*", "help-*"])
+def test_a_right_to_routes_is_none_to_adapters_of_such_names(models, pattern):
+    def who():
+        return tenant(routes=(pattern,))
+
+    assert ask(models, who(), "help-zen") == {"zen-a"}
+    assert ask(models, who(), "zen-a") == 404
+    assert ask(models, who(), "help-yourself") == 404
+    shown = card_for(who(), SimpleNamespace(id="help-yourself"), is_base=False, is_route=False)
+    assert shown is None
+
+
+def test_a_right_to_adapters_is_none_to_routes_of_such_names(models):
+    assert ask(models, tenant(adapters=("help-*",)), "help-yourself") == {"help-yourself"}
+    assert ask(models, tenant(adapters=("help-*",)), "help-zen") == 404
+
+
+def test_a_route_that_has_just_been_written_is_a_route_for_everybody(models):
+    models.path.write_text("routes: {help-new: zen-a}")
+    assert ask(models, tenant(adapters=("help-*",)), "help-new") == 404
+    assert ask(models, tenant(routes=("help-*",)), "help-new") == {"zen-a"}
