@@ -4,6 +4,8 @@ import asyncio
 import gc
 import json
 import os
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +95,32 @@ def test_routes_try_a_failed_adapter_again_less_and_less_often(
     asyncio.run(server._try_again(lora))
     assert slept == [5, 10, 20, 40, 60, 60, 60, 60]
     assert server._failed == {}
+
+
+def test_a_routes_file_on_storage_that_hangs_keeps_nobody_waiting_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "routes.yaml"
+    path.write_text("routes: {help: base}")
+    models = SimpleNamespace(
+        lora_requests={},
+        base_model_paths=[SimpleNamespace(name="base")],
+        is_base_model=lambda name: name == "base",
+    )
+    answers = threading.Event()
+    monkeypatch.setattr(routes, "LOOK_LIMIT_S", 0.05)
+
+    async def scenario() -> list[str]:
+        server: Any = routes.ServerRoutes(models, str(path))
+        server._file.refresh = lambda: answers.wait(60) and False
+        try:
+            for _ in range(2):
+                await asyncio.wait_for(server.look_for("nobody"), 20)
+            return [card.id for card in await asyncio.wait_for(server.cards(), 20)]
+        finally:
+            answers.set()
+
+    assert asyncio.run(scenario()) == ["help"]
 
 
 def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks() -> None:

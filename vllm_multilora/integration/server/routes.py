@@ -73,6 +73,8 @@ REFRESH_S = 1.0
 RETRY_S = 5.0
 """Until an adapter whose load has failed is tried again; then twice as long, up to a minute."""
 
+LOOK_LIMIT_S = 5.0
+"""For one look at the file: storage that hangs must not keep requests for ever."""
 
 _MOST_LED = 1_024
 
@@ -97,6 +99,7 @@ class ServerRoutes:
         self._replaced: set[tuple[str, str]] = set()  # routes and adapters with fallback in use
         self._due = time.monotonic() + REFRESH_S
         self._refreshing: asyncio.Task[None] | None = None
+        self._began = 0.0  # by the monotonic clock, when that was
         self._tell_unknown()
 
     def __contains__(self, name: object) -> bool:
@@ -263,11 +266,13 @@ class ServerRoutes:
         return routes
 
     async def _refresh(self) -> None:
-        await asyncio.shield(self._begin_refresh())
+        look = self._begin_refresh()
+        await asyncio.wait({look}, timeout=self._began + LOOK_LIMIT_S - time.monotonic())
 
     def _begin_refresh(self) -> asyncio.Task[None]:
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._read_again())
+            self._began = time.monotonic()
         return self._refreshing
 
     async def _read_again(self) -> None:
