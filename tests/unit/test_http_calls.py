@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import logging
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
@@ -13,6 +15,7 @@ from starlette.requests import Request
 from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.server.access_middleware import PlainPathMiddleware
 from vllm_multilora.integration.server.http_calls import (
+    DROPPING_JSON,
     HttpCall,
     HttpCallMiddleware,
     current_call,
@@ -219,12 +222,16 @@ def test_a_call_is_bound_to_nothing_at_first():
         ("/v1/audio/translations", [b"form-data; name=lora_blend\r\n"], True),
         ("/v1/audio/transcriptions", [b'name="prompt"\r\n\r\n"lora_blend"\r\n'], False),
         ("/v1/audio/transcriptions", [b'name="file"; filename="lora_blend"\r\n'], False),
+        ("/inference/v1/generate", [b'{"lora_blend": {"a": 1}}'], True),
+        ("/cohere/v2/chat", [b'{"lora_blend": {"a": 1}}'], True),
+        ("/v2/embed", [b'{"lora_blend": {"a": 1}}'], True),
         ("/v1/completions", [b'{"lora_blend": {"a": 1}}'], False),  # which sees it itself
     ],
     ids=[
         *("json", "in-two", "escaped", "utf-16", "utf-32", "null", "in-a-text", "a-text"),
         *("not-at-the-top", "no-object", "no-json", "deep", "form", "form-in-two"),
-        *("form-without-quotes", "form-text", "form-file", "endpoint-that-sees-it"),
+        *("form-without-quotes", "form-text", "form-file", "generate", "cohere", "embed"),
+        "endpoint-that-sees-it",
     ],
 )
 def test_a_blend_is_noticed_where_the_endpoint_drops_it(path, chunks, drops):
@@ -250,3 +257,29 @@ def test_a_blend_is_noticed_where_the_endpoint_drops_it(path, chunks, drops):
     scope = {"type": "http", "path": path, "headers": []}
     asyncio.run(HttpCallMiddleware(app)(scope, receive, None))
     assert noticed == [drops, drops]
+
+
+def test_all_endpoints_of_vllms_are_known_that_drop_fields():
+    """Else the base model would answer a request for a blend."""
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    level = logging.root.level
+    try:
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
+        app = build_app(args, ("generate", "transcription"))
+    finally:
+        logging.root.setLevel(level)  # vLLM hides what is not an error, of everybody
+    dropping = {
+        route.path
+        for route in app.router.routes
+        for body in getattr(getattr(route, "dependant", None), "body_params", ())
+        for kind in (body.field_info.annotation, *get_args(body.field_info.annotation))
+        if "model" in getattr(kind, "model_fields", ())
+        and kind.model_config.get("extra") not in ("allow", "forbid")
+    }
+    assert "/v1/messages" in dropping
+    of_text = ("/render", "/derender", "/count_tokens")  # which compute nothing
+    assert not {path for path in dropping if not path.endswith((*of_text, *DROPPING_JSON))}

@@ -50,7 +50,7 @@ SHOWN_DIGITS = 16
 BLEND_FIELD = "lora_blend"
 """Of request bodies: a weight for each adapter that is to be blended."""
 
-_DROPPING_JSON = ("/messages",)
+DROPPING_JSON = ("/messages", "/inference/v1/generate", "/cohere/v2/chat", "/v2/embed")
 """Ends of the paths of endpoints that drop fields of their body which they do not know."""
 _DROPPING_FORMS = ("/transcriptions", "/translations")
 """The same, of those that take forms."""
@@ -108,7 +108,7 @@ class HttpCallMiddleware:
         call = HttpCall(Headers(scope=scope))
         token = current_call.set(call)
         path = scope.get("path", "")
-        if path.endswith((*_DROPPING_JSON, *_DROPPING_FORMS)):
+        if path.endswith((*DROPPING_JSON, *_DROPPING_FORMS)):
             receive = _noticing(receive, call, is_form=path.endswith(_DROPPING_FORMS))
         try:
             await self._app(scope, receive, _Answer(call, send).send)

@@ -183,7 +183,8 @@ async def check_model(original: Callable[..., Any], serving: Any, request: Any) 
 
 
 async def check_pooling_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
-    if blends.is_asked(serving.models, request):
+    is_dropped = blends.dropped() is not None and _acts_for(serving.models)
+    if is_dropped or blends.is_asked(serving.models, request):
         raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
     asked = take_asked(serving, request)
     if not await may_use(serving, request.model):
