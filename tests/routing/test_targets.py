@@ -22,6 +22,8 @@ def choose(text, **facts):
         ("language", {"metadata": {"language": "de"}}),
         ("language", {"headers": {"accept-language": "de"}}),
         ("language", {"metadata": {"language": "de"}, "headers": {"accept-language": "fr"}}),
+        ("language", {"metadata": {"language": " "}, "headers": {"accept-language": "de"}}),
+        ("language", {"metadata": {"language": 49}, "headers": {"accept-language": "de"}}),
     ],
 )
 def test_a_value_chooses_its_case(by, facts):
@@ -49,6 +51,13 @@ def test_a_value_chooses_its_case(by, facts):
 def test_languages_are_looked_up_as_http_says(header, adapter):
     facts = {"headers": {"accept-language": header}}
     assert choose(f"by: language, {CASES}, default: other", **facts) == adapter
+
+
+@pytest.mark.parametrize("asked", ["pt-BR", "pt_BR"])
+@pytest.mark.parametrize("written", ["pt-BR", "pt_BR", "' PT_br '"])
+def test_a_language_may_be_written_in_either_way(written, asked):
+    text = f"by: language, cases: {{{written}: brazilian}}, default: other"
+    assert choose(text, headers={"accept-language": asked}) == "brazilian"
 
 
 @pytest.mark.parametrize("value", [None, True, 1.5, ["fr"], {"fr": 1}, "", "  "])

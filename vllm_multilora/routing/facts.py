@@ -71,9 +71,10 @@ class Source:
         elif self.kind == "metadata":
             found = facts.metadata.get(self.name)
         else:
-            found = facts.metadata.get("language") or facts.headers.get("accept-language")
+            said = facts.metadata.get("language"), facts.headers.get("accept-language")
             # What is longer than anybody's list of languages counts up to there.
-            return _stripped(found[:_LONGEST_RANGES]) if isinstance(found, str) else None
+            texts = (_stripped(text[:_LONGEST_RANGES]) for text in said if isinstance(text, str))
+            return next(filter(None, texts), None)
         if isinstance(found, int) and not isinstance(found, bool):
             found = str(found)
         if not isinstance(found, str):
@@ -83,6 +84,11 @@ class Source:
                 f"its {self.text} has more than {LONGEST_VALUE} characters, which is the limit"
             )
         return _stripped(found)
+
+    def case(self, written: str) -> str:
+        """A value in the routes file as `wanted` has it."""
+        value = written.strip().lower()
+        return value.replace("_", "-") if self.kind == "language" else value
 
     def wanted(self, facts: RequestFacts) -> list[str]:
         """The cases that would suit the request, best first, in lower case.

@@ -196,7 +196,7 @@ class _Parser:
             raise self._error(place, f"found {_shown(found)}, expected a target for each value")
         cases: dict[str, Target] = {}
         for value, target in found.items():
-            if (folded := value.strip().lower()) in cases:
+            if (folded := by.case(value)) in cases:
                 raise self._error(
                     (*place, value), "found this value twice; upper and lower case are the same"
                 )
