@@ -555,6 +555,13 @@ def test_whatever_a_signature_holds_it_is_refused_or_right(site: Site) -> None:
 
 # The file of keys, and the commands.
 
+SM2_KEY = b"""-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoEcz1UBgi0DQgAEu2UEEx9SRenZwAb+RZfHHqbj/+4p
+tXxT0bXw0RAScbtNQNRBRPKVdeDtRVKJE4yxYeHdcOMDJ2kvewqQFk2Gnw==
+-----END PUBLIC KEY-----
+"""
+"""On a curve that the package cryptography has not."""
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -564,6 +571,7 @@ def test_whatever_a_signature_holds_it_is_refused_or_right(site: Site) -> None:
         (b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "cannot be used"),
         ("ours.key", "PRIVATE KEY that cannot be used"),
         ("k1.pub", "a key of another kind"),
+        (SM2_KEY, "cannot be used .*not supported"),
     ],
 )
 def test_a_mistake_in_the_file_of_keys_is_said(site: Site, content: object, message: str) -> None:

@@ -54,7 +54,7 @@ class Signers:
                 not installed.
         """
         load_cryptography()
-        from cryptography import x509
+        from cryptography import exceptions, x509
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
         try:
@@ -75,7 +75,7 @@ class Signers:
                     anchors.append(x509.load_pem_x509_certificate(pem))
                 else:
                     raise ValueError("neither a public key nor a certificate")
-            except ValueError as error:
+            except (ValueError, exceptions.UnsupportedAlgorithm) as error:
                 raise ConfigError(
                     f"{path}: has a {kind} that cannot be used ({error}), expected {_EXPECTED}"
                 ) from error
