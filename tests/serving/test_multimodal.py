@@ -72,8 +72,12 @@ def as_caller(who: Caller | None, call: Callable[[], Any]) -> Any:
         current_caller.reset(token)
 
 
-def default_adapter(defaults: dict[str, str] | None, *adapters: str, plugin: bool = True) -> Any:
-    """The adapter that vLLM applies to a base model's chat with a text and an image."""
+PARTS = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": ""}}]
+"""A message's text and image."""
+
+
+def serving_with(defaults: dict[str, str] | None, *adapters: str, plugin: bool = True) -> Any:
+    """One of vLLM's handlers, with default adapters and registered ones."""
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.lora.request import LoRARequest
 
@@ -82,12 +86,18 @@ def default_adapter(defaults: dict[str, str] | None, *adapters: str, plugin: boo
     vllm_config.additional_config = {"multilora": {"enabled": plugin}}
     serving.models = SimpleNamespace(
         engine_client=SimpleNamespace(vllm_config=vllm_config),
+        is_base_model=lambda name: name == BASE,
         lora_requests={
             name: LoRARequest(name, number, f"/{name}") for number, name in enumerate(adapters, 1)
         },
     )
-    parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": ""}}]
-    request = SimpleNamespace(model=None, messages=[{"role": "user", "content": parts}])
+    return serving
+
+
+def default_adapter(defaults: dict[str, str] | None, *adapters: str, plugin: bool = True) -> Any:
+    """The adapter that vLLM applies to a base model's chat with a text and an image."""
+    request = SimpleNamespace(model=None, messages=[{"role": "user", "content": PARTS}])
+    serving = serving_with(defaults, *adapters, plugin=plugin)
     found = serving._get_active_default_mm_loras(request)
     return found and found.lora_name
 
@@ -107,6 +117,23 @@ def test_the_operators_default_is_one_whatever_others_are_named():
 
 def test_with_the_plugin_off_vllm_decides():
     assert default_adapter(None, "text", plugin=False) == "text"
+
+
+@pytest.mark.smoke("default adapters for images and audio")
+def test_who_may_use_the_base_model_may_use_it_with_its_default_adapter():
+    serving = serving_with({"image": "/image"}, "image", "other")
+
+    def granted(model: str, *content: Any) -> set[str | None]:
+        who = tenant("acme")
+        request = SimpleNamespace(model=model, messages=[{"role": "user", "content": [*content]}])
+        assert as_caller(who, lambda: asyncio.run(prepare(serving, request))) is None
+        return who.granted
+
+    assert granted(BASE, *PARTS) == {None, "image"}
+    assert granted(BASE, PARTS[0]) == {None}
+    assert granted("other", *PARTS) == {"other"}
+    serving = serving_with(None, "image")
+    assert granted(BASE, *PARTS, "a type of text that vLLM looks into") == {None}
 
 
 @pytest.mark.smoke("reload beside running requests")
@@ -166,7 +193,7 @@ def test_what_a_client_has_processed_itself_is_its_tenants_alone() -> None:
     """Else it would be what others' images look like, and theirs what it asks about."""
     from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 
-    models = SimpleNamespace(is_base_model=lambda name: True)
+    serving = serving_with(None)
 
     def hashes(who: Caller | None) -> list[str]:
         request = GenerateRequest.model_validate(
@@ -179,7 +206,6 @@ def test_what_a_client_has_processed_itself_is_its_tenants_alone() -> None:
                 },
             }
         )
-        serving = SimpleNamespace(models=models)
         assert as_caller(who, lambda: asyncio.run(prepare(serving, request))) is None
         assert request.features is not None
         return request.features.mm_hashes["image"]

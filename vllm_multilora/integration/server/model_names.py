@@ -75,7 +75,11 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
     if getattr(request, "language", "") is None:
         caller.grant(None)  # the base model says to vLLM which language a recording is in
     name = request.model
-    return caller.grant(None if not name or serving.models.is_base_model(name) else name)
+    if name and not serving.models.is_base_model(name):
+        return caller.grant(name)
+    caller.grant(None)
+    default = serving._get_active_default_mm_loras(request)  # the operator's for images, say
+    return None if default is None else caller.grant(default.lora_name)
 
 
 async def _prepare(models: Any, request: Any) -> ErrorResponse | None:

@@ -14,10 +14,13 @@ def active_default_adapter(original: Callable[..., Any], serving: Any, request: 
 
     An adapter is no default for being named `image`, or `text`, as anybody may name theirs.
     """
-    vllm_config = serving.models.engine_client.vllm_config
-    if not is_active(vllm_config):
+    # A server that only renders prompts has no engine.
+    vllm_config = getattr(serving.models.engine_client, "vllm_config", None)
+    if vllm_config is None or not is_active(vllm_config):
         return original(serving, request)
-    defaults = vllm_config.lora_config.default_mm_loras or {}
+    defaults = vllm_config.lora_config.default_mm_loras
+    if not defaults:
+        return None
     adapters = serving.models.lora_requests
     kinds = serving._get_message_types(request) & defaults.keys() & adapters.keys()
     return adapters[kinds.pop()] if len(kinds) == 1 else None
