@@ -334,6 +334,40 @@ def test_the_examples_run(
     assert re.fullmatch(output, capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("backend", "reason"), [("vllm", "own kernels"), ("native", "--multilora-max-blends 0")]
+)
+def test_a_route_does_without_its_blend_where_nothing_blends(
+    backend: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own loader would take the blend for a folder, and end the engine."""
+    pytest.importorskip("vllm")
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.server import registration
+    from vllm_multilora.integration.server.routes import ServerRoutes
+
+    blend = {"blend": {"style": 0.5, "domain": 0.5}}
+    routes = {"house": {**blend, "fallback": "domain"}, "bare": blend}
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps({"routes": routes}))
+    vllm_config = SimpleNamespace(additional_config={"multilora": {"max_blends": 0}})
+    models = SimpleNamespace(
+        lora_requests={name: LoRARequest(name, 1, f"/{name}") for name in ("style", "domain")},
+        base_model_paths=[SimpleNamespace(name=BASE)],
+        is_base_model=BASE.__eq__,
+        engine_client=SimpleNamespace(vllm_config=vllm_config),
+    )
+    monkeypatch.setattr(registration, "acts_for", lambda models: backend != "vllm")
+    server, request = ServerRoutes(models, str(path)), SimpleNamespace(model="house")
+    assert asyncio.run(server.lead(request)) is None
+    assert request.model == "domain"
+    refusal = asyncio.run(server.lead(SimpleNamespace(model="bare")))
+    assert refusal is not None
+    assert refusal.error.code == HTTPStatus.BAD_REQUEST
+    assert reason in refusal.error.message
+
+
 def test_pooling_endpoints_follow_routes() -> None:
     """They look names up with a method of their own, which answers with exceptions."""
     pytest.importorskip("vllm")

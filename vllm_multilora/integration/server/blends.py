@@ -51,6 +51,15 @@ def dropped() -> ErrorResponse | None:
     return error_response(f"{FIELD} is not taken here: ask for a route that leads to the blend.")
 
 
+def why_none(models: Any) -> str | None:
+    """Why a server blends nothing; None if it does."""
+    if not registration.acts_for(models):
+        return "vLLM's own kernels (--multilora-backend vllm) blend nothing"
+    if not settings_of(models.engine_client.vllm_config).max_blends:
+        return "blends are switched off here (--multilora-max-blends 0)"
+    return None
+
+
 def weights_of(models: Any, request: Any) -> dict[str, float] | ErrorResponse:
     """The weights in a request's body, by name; or the answer where they are none.
 
@@ -62,12 +71,8 @@ def weights_of(models: Any, request: Any) -> dict[str, float] | ErrorResponse:
         weights = weights_in(getattr(request, FIELD))
     except BlendError as error:
         return error_response(f"{FIELD}: {error}.")
-    if not registration.acts_for(models):
-        return error_response(
-            f"{FIELD}: vLLM's own kernels (--multilora-backend vllm) blend nothing."
-        )
-    if not settings_of(models.engine_client.vllm_config).max_blends:
-        return error_response(f"{FIELD}: blends are switched off here (--multilora-max-blends 0).")
+    if (fault := why_none(models)) is not None:
+        return error_response(f"{FIELD}: {fault}.")
     if request.model and not models.is_base_model(request.model):
         return error_response(
             f"{FIELD} goes with the base model's name: found the model `{request.model}`, expected "

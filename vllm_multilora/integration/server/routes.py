@@ -216,6 +216,8 @@ class ServerRoutes:
         models = self._models
         if not isinstance(candidate, Blended):
             return await self._refusal_of(candidate)
+        if (fault := blends.why_none(models)) is not None:
+            return _error(HTTPStatus.BAD_REQUEST, fault)
         for name, _ in candidate.weights:
             if models.is_base_model(name):
                 return _error(HTTPStatus.NOT_FOUND, f"there is no adapter `{name}`")
@@ -254,7 +256,8 @@ class ServerRoutes:
 
     def _is_served(self, name: Candidate) -> bool:
         if isinstance(name, Blended):
-            return all(part in self._models.lora_requests for part, _ in name.weights)
+            are_there = all(part in self._models.lora_requests for part, _ in name.weights)
+            return are_there and blends.why_none(self._models) is None
         return name in self._models.lora_requests or self._models.is_base_model(name)
 
     def _parse(self, file: str, text: str) -> Routes:
