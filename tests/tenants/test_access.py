@@ -367,6 +367,13 @@ def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch
             while access.caller(ACME).role is not Role.STRANGER:
                 await asyncio.sleep(0.01)
                 access.look()
+        assert not access.tenants_now()
+        write(tenants, {"running": 7})
+        async with asyncio.timeout(30):
+            while access.caller(ACME).role is Role.STRANGER:
+                await asyncio.sleep(0.01)
+                access.look()
+        assert access.caller(ACME).account is account  # what it uses still counts
 
     asyncio.run(check())
 

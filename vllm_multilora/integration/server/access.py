@@ -117,6 +117,7 @@ class Access:
                 "limits": asdict(account.tenant.limits),
             }
             for name, account in sorted(self._accounts.items())
+            if name in self._tenants
         ]
 
     def look(self) -> None:
@@ -134,16 +135,17 @@ class Access:
             self._due = time.monotonic() + REFRESH_S
 
     def _take(self) -> None:
-        """Puts in force what the tenants file says now."""
+        """Puts in force what the tenants file says now.
+
+        Tenants that it names no more keep their accounts: they may be back before their calls end.
+        """
         tenants = self._file.value if self._file is not None else None
-        by_name = tenants.by_name if tenants is not None else {}
-        for name, tenant in by_name.items():
+        self._tenants = tenants.by_name if tenants is not None else {}
+        for name, tenant in self._tenants.items():
             if name in self._accounts:
                 self._accounts[name].update(tenant)
             else:
                 self._accounts[name] = Account(tenant, self._servers)
-        for name in self._accounts.keys() - by_name.keys():
-            del self._accounts[name]  # its requests keep theirs until they have ended
         keys = tenants.keys if tenants is not None else {}
         self._ring = KeyRing(
             {**{key: Identity(Role.TENANT, name) for key, name in keys.items()}, **self._fixed}
