@@ -1,6 +1,8 @@
 """What no check has granted does not reach the engine, and what does is marked as its tenant's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +12,10 @@ pytest.importorskip("vllm")
 
 from vllm.exceptions import VLLMNotFoundError
 
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS
+from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.engine_door import add_request
+from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
@@ -44,17 +47,26 @@ class Processor:
         )
 
 
+def tenant(name: str) -> Caller:
+    return Caller(Role.TENANT, account=Account(Tenant(name)), granted={None})
+
+
+def as_caller(who: Caller | None, call: Callable[[], Any]) -> Any:
+    """What a call returns that is made for somebody's request."""
+    token = current_caller.set(who)
+    try:
+        return call()
+    finally:
+        current_caller.reset(token)
+
+
 def caller(*granted: str | None, **limits: Any) -> Caller:
     account = Account(Tenant("acme", weight=2, limits=Limits(**limits)), clock=lambda: 0.0)
     return Caller(Role.TENANT, ("/srv",), True, account, "secret", set(granted))
 
 
 def send(who: Caller | None, processor: Processor, request: Request, index: int = 0) -> None:
-    token = current_caller.set(who)
-    try:
-        add_request(Processor.add, processor, request, None, None, index)
-    finally:
-        current_caller.reset(token)
+    as_caller(who, lambda: add_request(Processor.add, processor, request, None, None, index))
 
 
 @pytest.mark.parametrize("granted", [(), (None,), ("acme-b",)], ids=str)
@@ -102,3 +114,39 @@ def test_several_answers_share_a_prompt_and_count_each():
     processor.tokens = 26
     account.settle()
     assert account._bucket.wait_s() > 0
+
+
+def test_a_tenant_ends_no_requests_but_its_own():
+    """vLLM ends all that clients have given an id, when a transcription's client has gone."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from vllm_multilora.plugin import register
+
+    register()
+    processor = OutputProcessor(None, log_stats=False)
+    METER.set(processor, ServerMeter(None))
+    callers = {name: tenant(name) for name in ("acme", "zen")}
+    for name, who in (*callers.items(), ("client", None)):
+        request = EngineCoreRequest(
+            request_id=f"transcribe-1-{name}",
+            prompt_token_ids=[1],
+            mm_features=None,
+            sampling_params=SamplingParams(detokenize=False),
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+            external_req_id="transcribe-1",
+        )
+        as_caller(who, partial(processor.add_request, request, None))
+
+    def abort(who: Caller | None) -> set[str]:
+        as_caller(who, lambda: processor.abort_requests(["transcribe-1", "other"], internal=False))
+        return {name.rpartition("-")[2] for name in processor.request_states}
+
+    assert abort(callers["zen"]) == {"acme", "client"}
+    assert abort(callers["zen"]) == {"acme", "client"}
+    assert abort(None) == set()

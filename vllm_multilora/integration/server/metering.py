@@ -26,7 +26,7 @@ from vllm_multilora.integration.attached import ACCOUNT, ENDED, METER, ON_FAILUR
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
 from vllm_multilora.integration.patching.activation import is_active, settings_of
-from vllm_multilora.integration.server.callers import current_caller
+from vllm_multilora.integration.server.callers import current_tenant
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
@@ -118,13 +118,13 @@ class ServerMeter:
 
     def new_usage(self, request_id: str, lora: LoRARequest | None) -> Usage:
         """Of a prompt that has used nothing yet, for the HTTP request at hand."""
-        call, caller = current_call.get(), current_caller.get()
+        call = current_call.get()
         return Usage(
             request_id,
             adapter=None if lora is None else lora.lora_name,
             is_blend=lora is not None and is_blend(lora.lora_path),
             route=None if call is None else call.route,
-            tenant=None if caller is None or caller.tenant is None else caller.tenant.name,
+            tenant=current_tenant(),
         )
 
     def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> None:
@@ -275,16 +275,27 @@ def finish_request(original: Callable[..., None], processor: Any, state: Any) ->
 
 
 def abort_requests(
-    original: Callable[..., list[str]], processor: Any, *args: Any, **kwargs: Any
+    original: Callable[..., list[str]], processor: Any, request_ids: Iterable[str], internal: bool
 ) -> list[str]:
     meter = METER.get(processor)
     if meter is None:
-        return original(processor, *args, **kwargs)
+        return original(processor, request_ids, internal)
+    tenant = current_tenant()
+    if tenant is not None and not internal:
+        request_ids, internal = _own(processor, request_ids, tenant), True
     states = dict(processor.request_states)
-    ended = original(processor, *args, **kwargs)
+    ended = original(processor, request_ids, internal)
     for request_id in ended:
         meter.end(states[request_id], Status.ABORTED)
     return ended
+
+
+def _own(processor: Any, request_ids: Iterable[str], tenant: str) -> list[str]:
+    """The ids that vLLM gave a tenant's requests, by those that clients choose (`X-Request-Id`)."""
+    states, numbered = processor.request_states, processor.external_req_ids
+    found = (each for chosen in request_ids for each in numbered.get(chosen, ()) if each in states)
+    accounts = ((each, ACCOUNT.get(states[each])) for each in found)
+    return [each for each, account in accounts if account and account.usage.tenant == tenant]
 
 
 async def beam_search(
