@@ -11,7 +11,7 @@ from vllm_multilora.integration.engine import registrations
 from vllm_multilora.integration.failures import AdapterRefusedError
 from vllm_multilora.integration.fill_link import Filled, Missing
 from vllm_multilora.integration.orders import Check, Fill
-from vllm_multilora.slots.errors import PinLimitError
+from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.states import AdapterState
 from vllm_multilora.tenants.on_request import RequestTenant
 

@@ -18,7 +18,7 @@ from tests.engine.parties import lora
 from tests.engine.whole import RANKS, Engine, Files, Store, path_of
 from tests.store.registries import PAGE
 from vllm_multilora.integration.engine import scheduler as scheduler_module
-from vllm_multilora.slots.errors import PinLimitError
+from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.store.messages import StoreSettings
 
 ADAPTERS = st.integers(1, 5)

@@ -25,18 +25,17 @@ class EngineWithMetrics:
         self.metrics = AdapterMetrics(
             recorder(folder, most=most), self.names.get, self.usage.of, slots=2, max_rank=64
         )
-        self.host = HostTier(LruPolicy(), CpuBudget(adapters=3, bytes=100 * MIB))
+        self.budget = CpuBudget(adapters=3, bytes=100 * MIB)
+        self.host = HostTier(LruPolicy(), self.budget)
         self.slots = SlotAssignment(2, LruPolicy(), AllOf(self.usage, self.metrics))
         self._settle()
 
     def load(self, number: int, *, rank: int = 8, on_demand: bool = False) -> None:
         size = rank * MIB
-        for victim in self.host.victims(size, frozenset()):
-            self.host.drop(victim)
+        for victim in self.host.take(number, size) or ():
             self.metrics.evicted(Tier.CPU, victim)
             if self.slots.slot_of(victim) is None:
                 self.metrics.moved(victim, AdapterState.ABSENT)
-        self.host.take(number, size)
         self.usage.read(number, rank, size)
         self.metrics.known(self.names[number])
         self.metrics.read(self.names[number], 0.02)
@@ -84,11 +83,10 @@ class EngineWithMetrics:
         self.metrics.moved(number, AdapterState.HOST if is_kept else AdapterState.ABSENT)
 
     def _settle(self) -> None:
-        budget = self.host.budget
         self.metrics.contents(self.slots.contents)
         self.metrics.host_memory(
             len(self.host),
             self.host.bytes,
-            adapters_limit=budget.adapters,
-            bytes_limit=budget.bytes,
+            adapters_limit=self.budget.adapters,
+            bytes_limit=self.budget.bytes,
         )

@@ -4,7 +4,7 @@ import pytest
 
 from tests.slots.situations import Journal, bring, make_slots, run
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.errors import PinLimitError
+from vllm_multilora.slots.pins import PinLimitError
 
 NEW, OLD = 2, 1
 """Versions of an adapter."""

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 
 from tests.slots.situations import make_slots
 from vllm_multilora.slots.assignment import Assignment
-from vllm_multilora.slots.errors import PinLimitError
+from vllm_multilora.slots.pins import PinLimitError
 
 ADAPTERS = st.integers(1, 6)
 RANKS = 2

@@ -3,8 +3,7 @@
 import pytest
 
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.errors import PinLimitError
-from vllm_multilora.slots.pins import Pins
+from vllm_multilora.slots.pins import PinLimitError, Pins
 
 
 def test_one_slot_stays_without_pin() -> None:

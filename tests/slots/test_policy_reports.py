@@ -5,8 +5,8 @@ import pytest
 from tests.slots.situations import bring, make_slots, run
 from vllm_multilora.slots import CachePolicy
 from vllm_multilora.slots.budget import CpuBudget
-from vllm_multilora.slots.errors import PolicyError
 from vllm_multilora.slots.host_tier import HostTier
+from vllm_multilora.slots.policy import PolicyError
 
 
 class Journal(CachePolicy):
@@ -110,4 +110,4 @@ def test_a_policy_that_chooses_no_candidate_is_named():
     host = HostTier(Stubborn(), CpuBudget(adapters=1))
     host.take(1, 10)
     with pytest.raises(PolicyError, match=message):
-        host.victims(10, frozenset())
+        host.take(2, 10)

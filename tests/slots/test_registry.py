@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_multilora.slots.errors import PolicyError
 from vllm_multilora.slots.policies.lru import LruPolicy
+from vllm_multilora.slots.policy import PolicyError
 from vllm_multilora.slots.registry import make_policy, policy_names
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "cache_policy"

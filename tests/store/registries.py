@@ -8,12 +8,12 @@ import numpy as np
 from tests.store.fake_reader import digest_of
 from tests.store.test_arena import FakeSegments
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.store.arena import Arena
 from vllm_multilora.store.entries import Client
 from vllm_multilora.store.job_messages import CheckOnly, Go, Known, Place
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Contents, Evicted, Failed, Loaded, StoreSettings, Want
-from vllm_multilora.store.policies import make_policy
 from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.registry import Registry
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from vllm_multilora.capacity.calibration import Loads
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.slots.budget import CpuBudget
-from vllm_multilora.slots.errors import HostMemoryFullError
 from vllm_multilora.slots.host_tier import HostTier
 from vllm_multilora.slots.policy import CachePolicy
 
@@ -114,14 +113,9 @@ class HostMemory:
     def _begin(self) -> None:
         while self._queue and len(self._left) < self._at_once:
             adapter = self._queue[0]
-            size = self._sizes[adapter]
-            try:
-                victims = self._tier.victims(size, self._left.keys() | self._leased)
-            except HostMemoryFullError:
+            leased = self._left.keys() | self._leased
+            if self._tier.take(adapter, self._sizes[adapter], leased) is None:
                 return  # until a lease ends
-            for victim in victims:
-                self._tier.drop(victim)
-            self._tier.take(adapter, size)
             self._queue.popleft()
             self.loaded[adapter] += 1
             self._left[adapter] = 1.0

@@ -216,7 +216,7 @@ class SlotAssignment(PolicyTier):
             idle = tuple(i for i in sorted(self._places) if not self.is_protected(i))
             if not idle:
                 return None
-            displaced = self._choose(idle, ())
+            displaced = self._choose(idle)
             slot = self._leave(displaced)
             self._events.evicted(Tier.GPU, displaced)
         return self._take(slot, adapter_id, pack, displaced)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.errors import PinLimitError
+from vllm_multilora.errors import ConfigError, MultiLoRAError
+
+
+class PinLimitError(MultiLoRAError, RuntimeError):
+    """One pin more would leave no slot for the other adapters; a RuntimeError, as vLLM's own."""
 
 
 class Pins:

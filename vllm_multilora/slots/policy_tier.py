@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from vllm_multilora.slots.errors import PolicyError
-from vllm_multilora.slots.policy import CachePolicy
+from vllm_multilora.slots.policy import CachePolicy, PolicyError
 
 
 class PolicyTier:
     """Keeps a policy's view of one tier exact; the base of both tiers.
 
     A step's adapters are reported as used once each: those in the tier when the step is
-    announced, the others when they have entered. Victims are chosen one after the other, each
-    with the earlier ones out of the candidates.
+    announced, the others when they have entered.
 
     Args:
         policy: The tier's own.
@@ -50,21 +48,16 @@ class PolicyTier:
         if adapter_id in self._step:  # to be reported again should it return for the same step
             self._unreported |= {adapter_id}
 
-    def _choose(self, candidates: Sequence[int], chosen: Collection[int]) -> int:
-        """The policy's choice among the candidates that are not chosen yet.
-
-        Args:
-            candidates: Adapters of the tier, ascending.
-            chosen: Those of them already chosen.
+    def _choose(self, candidates: Sequence[int]) -> int:
+        """The policy's choice among adapters of the tier, ascending.
 
         Raises:
             PolicyError: The policy names none of them.
         """
-        still_open = [adapter_id for adapter_id in candidates if adapter_id not in chosen]
-        victim = self._policy.victim(still_open)
-        if victim not in still_open:
+        victim = self._policy.victim(candidates)
+        if victim not in candidates:
             raise PolicyError(
                 f"cache policy {type(self._policy).__name__} chose {victim!r} as victim; it must "
-                f"choose one of the candidates {still_open}"
+                f"choose one of the candidates {list(candidates)}"
             )
         return victim

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
-from vllm_multilora.slots.errors import PolicyError
 from vllm_multilora.slots.policies.gdsf import GdsfPolicy
 from vllm_multilora.slots.policies.lfu import LfuPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.slots.policies.slru import SlruPolicy
-from vllm_multilora.slots.policy import CachePolicy
+from vllm_multilora.slots.policy import CachePolicy, PolicyError
 
 ENTRY_POINT_GROUP = "vllm_multilora.cache_policies"
 METHODS = ("added", "used", "removed", "victim")

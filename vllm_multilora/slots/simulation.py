@@ -180,10 +180,9 @@ class _Server(SlotEvents):
     def _load(self, adapter_id: int) -> None:
         size = self._sizes[adapter_id]
         # Whatever was on its way into a slot has arrived there: nothing is on lease.
-        for victim in self._host.victims(size, protected=frozenset()):
-            self._host.drop(victim)
-            self.evictions[Tier.CPU] += 1
-        self._host.take(adapter_id, size)
+        victims = self._host.take(adapter_id, size)
+        assert victims is not None  # `check_sizes`
+        self.evictions[Tier.CPU] += len(victims)
         self.loads += 1
         self.bytes_loaded += size
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from vllm_multilora.slots.contained_policy import ContainedPolicy
+from vllm_multilora.slots.policy import PolicyError
+from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.store.channel import Channel
 from vllm_multilora.store.entries import Client
 from vllm_multilora.store.messages import (
@@ -37,7 +40,6 @@ from vllm_multilora.store.messages import (
     Watch,
 )
 from vllm_multilora.store.names import Names
-from vllm_multilora.store.policies import ContainedPolicy, PolicyError, make_policy
 from vllm_multilora.store.reader import Reader
 from vllm_multilora.store.registry import Registry
 from vllm_multilora.store.segments import SharedSegments

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_multilora.slots.policy import CachePolicy, reload_cost
 from vllm_multilora.store.arena import Allocation, Arena, pages_of
 from vllm_multilora.store.entries import Binding, Owner, Pack, Scope
 from vllm_multilora.store.messages import PackInfo, Totals
-from vllm_multilora.store.policies import CachePolicy, reload_cost
 
 MOST_VERSIONS = 16
 """Versions of files that one pack is known to be equal to; those before are read again."""

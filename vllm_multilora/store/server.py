@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.store.arena import Arena
 from vllm_multilora.store.channel import ChannelClosedError
 from vllm_multilora.store.connections import Connection, Conversation, RefusedError
@@ -31,7 +32,6 @@ from vllm_multilora.store.messages import (
     Totals,
 )
 from vllm_multilora.store.names import Names
-from vllm_multilora.store.policies import make_policy
 from vllm_multilora.store.reader import Reader
 from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.registry import Registry
