@@ -16,7 +16,6 @@ from typing import Any
 from vllm_multilora.adapters.errors import AdapterFormatError
 from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.messages import StoreSettings
-from vllm_multilora.store.reader import Source
 
 FAULTY_READER = f"{__name__}:FaultyReader"
 FAULT = "fault"
@@ -32,7 +31,7 @@ class FaultyReader(AdapterReader):
         return settings, super().rules(settings)
 
     @contextlib.contextmanager
-    def open(self, path: str, rules: Any) -> Iterator[Source]:
+    def open(self, path: str, rules: Any) -> Iterator[Any]:
         settings, rules = rules
         with contextlib.suppress(FileNotFoundError):
             _make(Path(path, FAULT), settings)

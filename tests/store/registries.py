@@ -26,9 +26,7 @@ class World:
 
     def __init__(self, settings: StoreSettings | None = None, first_pack: int = 1000) -> None:
         self.settings = settings or StoreSettings(budget_bytes=10 * PAGE)
-        self.memory = HostMemory(
-            Arena(FakeSegments(), None), make_policy("lru"), first_pack, lambda pack: None
-        )
+        self.memory = HostMemory(Arena(FakeSegments(), None), make_policy("lru"), first_pack)
         self.registry = Registry(self.memory, self)
         self.now = 0.0
         self.said: dict[int, list] = {}

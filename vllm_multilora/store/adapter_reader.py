@@ -10,14 +10,13 @@ import msgspec
 
 from multilora_kernels.native import NativeUnavailableError, load_packing_library
 from vllm_multilora.adapters import intake
-from vllm_multilora.adapters.blend_intake import open_blend
+from vllm_multilora.adapters.blend_intake import BlendSource, open_blend
 from vllm_multilora.adapters.blends import Blend
 from vllm_multilora.adapters.errors import AdapterReadError
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.signers import Signers, load_cryptography
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.store.messages import StoreSettings
-from vllm_multilora.store.reader import Source
 
 
 class AdapterReader:
@@ -31,14 +30,21 @@ class AdapterReader:
             load_packing_library()
 
     def decode_layouts(self, data: bytes) -> list[ModelLayout]:
+        """The layouts of `Configure`; raises `msgspec.MsgspecError`."""
         return msgspec.msgpack.decode(data, type=list[ModelLayout])
 
     def prepare(self, settings: StoreSettings) -> None:
+        """Loads what jobs with these settings will need, once for all of them."""
         if settings.signing_keys is not None:
             with contextlib.suppress(ConfigError):  # jobs say so
                 load_cryptography()
 
     def rules(self, settings: StoreSettings) -> intake.Rules:
+        """What adapters are opened by; reads the operator's files, and no customer's.
+
+        Raises:
+            AdapterReadError: The file of signing keys cannot be used.
+        """
         signers = None
         if settings.signing_keys is not None:
             try:
@@ -58,6 +64,9 @@ class AdapterReader:
             signers,
         )
 
-    def open(self, path: str, rules: intake.Rules) -> AbstractContextManager[Source]:
+    def open(
+        self, path: str, rules: intake.Rules
+    ) -> AbstractContextManager[intake.Source | BlendSource]:
+        """Opens an adapter's files; raises `AdapterError`."""
         blend = Blend.read(path)
         return intake.open_adapter(path, rules) if blend is None else open_blend(blend, rules)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_multilora.store.channel import MOST_DESCRIPTORS
 from vllm_multilora.store.free_runs import FreeRuns, Run
+from vllm_multilora.store.segments import SharedSegments
 
 PAGE = 4096
 PLACE_BITS = 40
@@ -23,46 +23,18 @@ _MOST_EXTENTS = 1 << 14  # each is a mapping in the pack's job; Linux allows 65,
 _GIVEN_BACK = 2 << 20  # free runs of this many bytes go back to the system
 
 
-class SegmentMemory(Protocol):
-    """What the arena's segments are made of."""
-
-    def create(self, number: int, size: int) -> None:
-        """Makes a segment; raises OSError."""
-
-    def close(self, number: int) -> None:
-        """Gives the segment up."""
-
-    def give_back(self, number: int, offset: int, size: int) -> None:
-        """Gives the pages of a range back to the system; they read as zeros afterwards."""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A range of whole pages of one segment that belongs to one pack.
-
-    Attributes:
-        segment: The segment's number.
-        offset: Its first byte.
-        size: Its bytes.
-    """
-
-    segment: int
-    offset: int
-    size: int
-
-
 @dataclass(frozen=True)
 class Allocation:
     """Where a pack's blocks lie.
 
     Attributes:
-        extents: Its pages; no two packs share one.
+        extents: Its pages, whole ones; no two packs share one.
         segments: Numbers of the segments; places refer to them by their index here.
         places: int64 [n], each block's place.
         held_bytes: Bytes of all its pages.
     """
 
-    extents: tuple[Extent, ...]
+    extents: tuple[Run, ...]
     segments: tuple[int, ...]
     places: NDArray[np.int64]
     held_bytes: int
@@ -81,8 +53,8 @@ class _Part:
 class Arena:
     """Places packs in segments, never more bytes than the budget.
 
-    Pure bookkeeping: `memory` does what is done to segments. The segments together are never
-    larger than the budget either, so that a device that pins them whole takes no more than that.
+    The segments together are never larger than the budget either, so that a device that pins them
+    whole takes no more than that.
 
     Args:
         memory: Makes and closes segments.
@@ -90,7 +62,7 @@ class Arena:
         first_segment: The first segment's number.
     """
 
-    def __init__(self, memory: SegmentMemory, budget: int | None, first_segment: int = 1) -> None:
+    def __init__(self, memory: SharedSegments, budget: int | None, first_segment: int = 1) -> None:
         self._memory = memory
         self._free = FreeRuns()
         self._sizes: dict[int, int] = {}
@@ -133,7 +105,7 @@ class Arena:
         """Takes a pack's pages back."""
         self.held -= allocation.held_bytes
         for extent in allocation.extents:
-            run = self._free.add(Run(extent.segment, extent.offset, extent.size))
+            run = self._free.add(extent)
             if run.size >= _GIVEN_BACK:
                 self._memory.give_back(run.segment, run.offset, run.size)
         self._close_empty(spare=1)
@@ -176,7 +148,7 @@ class Arena:
         extents = []
         for part in parts:
             segment, offset = part.run.segment, part.run.offset
-            extents.append(Extent(segment, offset, part.size))
+            extents.append(Run(segment, offset, part.size))
             inside = starts[part.first : part.last] - starts[part.first] + offset
             places[part.first : part.last] = (segments.index(segment) << PLACE_BITS) | inside
             self._free.take(part.run, part.size)

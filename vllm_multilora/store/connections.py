@@ -15,6 +15,7 @@ import msgspec
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.policy import PolicyError
 from vllm_multilora.slots.registry import make_policy
+from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.channel import Channel
 from vllm_multilora.store.entries import Client
 from vllm_multilora.store.messages import (
@@ -40,7 +41,6 @@ from vllm_multilora.store.messages import (
     Watch,
 )
 from vllm_multilora.store.names import Names
-from vllm_multilora.store.reader import Reader
 from vllm_multilora.store.registry import Registry
 from vllm_multilora.store.segments import SharedSegments
 
@@ -81,7 +81,7 @@ class Conversation:
     """
 
     def __init__(
-        self, registry: Registry, segments: SharedSegments, reader: Reader, names: Names
+        self, registry: Registry, segments: SharedSegments, reader: AdapterReader, names: Names
     ) -> None:
         self._registry = registry
         self._names = names

@@ -13,6 +13,7 @@ import numpy as np
 
 from vllm_multilora.adapters.blends import MOST_PARTS, folders_of, title
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.entries import Load
 from vllm_multilora.store.job_messages import (
@@ -28,7 +29,6 @@ from vllm_multilora.store.job_messages import (
 )
 from vllm_multilora.store.jobs import Task
 from vllm_multilora.store.loads import Loads
-from vllm_multilora.store.reader import Reader
 from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.runner import End, Runner, RunningJob
 from vllm_multilora.store.sandbox import cpu_limit_s
@@ -67,7 +67,9 @@ class Desk:
         selector: Jobs' sockets are registered here, their numbers as data.
     """
 
-    def __init__(self, runner: Runner, reader: Reader, selector: selectors.BaseSelector) -> None:
+    def __init__(
+        self, runner: Runner, reader: AdapterReader, selector: selectors.BaseSelector
+    ) -> None:
         self._runner = runner
         self._reader = reader
         self._selector = selector

@@ -87,7 +87,6 @@ class Ticket:
     client: int
     number: int
     keep: bool
-    fresh: bool
     arrived: float
 
 

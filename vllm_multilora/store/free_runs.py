@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """Consecutive free bytes of a segment.
+    """Consecutive bytes of a segment.
 
     Attributes:
         segment: The segment's number.

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_multilora.failures import FailureKind, classify_failure, describe_failure
+from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.arena import PLACE_BITS
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.hub import fetched
@@ -27,7 +28,6 @@ from vllm_multilora.store.job_messages import (
     ToJob,
 )
 from vllm_multilora.store.messages import Contents, StoreSettings
-from vllm_multilora.store.reader import Reader
 from vllm_multilora.store.syscalls import mapped
 
 
@@ -49,7 +49,10 @@ class Task:
 
 
 def run_job(
-    sock: socket.socket, task: Task, reader: Reader, confine: Callable[[], None] = lambda: None
+    sock: socket.socket,
+    task: Task,
+    reader: AdapterReader,
+    confine: Callable[[], None] = lambda: None,
 ) -> None:
     """Does a task, over a blocking socket to the store; whatever goes wrong is said there.
 
@@ -73,7 +76,9 @@ def run_job(
         channel.close()
 
 
-def _read(channel: Channel[ToJob], task: Task, reader: Reader, confine: Callable[[], None]) -> None:
+def _read(
+    channel: Channel[ToJob], task: Task, reader: AdapterReader, confine: Callable[[], None]
+) -> None:
     path = fetched(task.path, is_allowed=task.settings.allow_hub)
     rules = reader.rules(task.settings)
     confine()

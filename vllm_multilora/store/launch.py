@@ -9,10 +9,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from vllm_multilora.store import folder
 from vllm_multilora.store.folder import StoreUnavailableError
+
+if TYPE_CHECKING:
+    from vllm_multilora.store.adapter_reader import AdapterReader
 
 _LONGEST_LOG = 1 << 20  # bytes, when a store starts
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
@@ -127,7 +130,7 @@ class StoreThread:
         reader: What reads adapters; None: `AdapterReader`.
     """
 
-    def __init__(self, reader: object = None) -> None:
+    def __init__(self, reader: AdapterReader | None = None) -> None:
         self._reader = reader
         self._thread: threading.Thread | None = None
         self.path = folder.store_folder() / f"thread-{secrets.token_hex(3)}.sock"
@@ -142,15 +145,12 @@ class StoreThread:
 
     def _start(self) -> None:
         # Late: a process that has its store elsewhere needs none of this.
+        from vllm_multilora.store.adapter_reader import AdapterReader
         from vllm_multilora.store.runner import ThreadRunner
         from vllm_multilora.store.server import Server
 
-        reader = self._reader
-        if reader is None:
-            from vllm_multilora.store.adapter_reader import AdapterReader
-
-            reader = AdapterReader()
-        server = Server(folder.listen(self.path), ThreadRunner(), reader)  # type: ignore[arg-type]
+        reader = self._reader or AdapterReader()
+        server = Server(folder.listen(self.path), ThreadRunner(), reader)
         self._thread = threading.Thread(target=server.run, name="multilora-store", daemon=True)
         self._thread.start()
 

@@ -37,7 +37,7 @@ class HostMemory:
     arena: Arena
     policy: CachePolicy
     next_pack: int
-    on_evicted: Callable[[Pack], None]
+    on_evicted: Callable[[Pack], None] = field(init=False)
     limit: int | None = None
     tenant_limits: dict[tuple[Scope, Owner], int | None] = field(default_factory=dict)
     staged: int = 0

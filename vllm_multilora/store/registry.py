@@ -69,7 +69,7 @@ class Registry:
             # changed since.
             del self._leaving[client.server, want.adapter]
             fresh = True
-        ticket = Ticket(number, want.ticket, want.keep, fresh, now)
+        ticket = Ticket(number, want.ticket, want.keep, now)
         if client.scope is None or client.settings is None or want.ticket in client.loads:
             found = "not configured" if client.scope is None else f"using ticket {want.ticket}"
             message = f"the engine asked the store for {want.name!r} while {found}"

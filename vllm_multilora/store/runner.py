@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from vllm_multilora.store import sandbox
+from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.jobs import Task, run_job
-from vllm_multilora.store.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Runner(Protocol):
 
     mode: str
 
-    def start(self, task: Task, reader: Reader) -> tuple[RunningJob, socket.socket]:
+    def start(self, task: Task, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
         """Starts a job; returns it with the store's end of the socket; raises OSError."""
 
     def protection(self) -> list[str]:
@@ -76,7 +76,7 @@ class ForkRunner:
 
     mode = "process"
 
-    def start(self, task: Task, reader: Reader) -> tuple[RunningJob, socket.socket]:
+    def start(self, task: Task, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -92,7 +92,7 @@ class ForkRunner:
         return ["a process of its own", *sandbox.protection()]
 
 
-def _be_child(sock: socket.socket, task: Task, reader: Reader) -> None:
+def _be_child(sock: socket.socket, task: Task, reader: AdapterReader) -> None:
     """The whole life of a child; never returns."""
     try:
         gc.freeze()  # collections would touch, and so copy, all of the store's objects
@@ -148,7 +148,7 @@ class ThreadRunner:
 
     mode = "thread"
 
-    def start(self, task: Task, reader: Reader) -> tuple[RunningJob, socket.socket]:
+    def start(self, task: Task, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
         ours, theirs = socket.socketpair()
         try:
             return _Thread(theirs, task, reader), ours
@@ -162,7 +162,7 @@ class ThreadRunner:
 
 
 class _Thread:
-    def __init__(self, theirs: socket.socket, task: Task, reader: Reader) -> None:
+    def __init__(self, theirs: socket.socket, task: Task, reader: AdapterReader) -> None:
         name = f"multilora-job-{task.number}"
         self._thread = threading.Thread(
             target=run_job, args=(theirs, task, reader), name=name, daemon=True

@@ -26,12 +26,12 @@ class SharedSegments:
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
-        self._sizes: dict[int, int] = {}
         self.pinned: set[int] = set()
         self.opened: list[int] = []
         self.closed: list[int] = []
 
     def create(self, number: int, size: int) -> None:
+        """Makes a segment; raises OSError."""
         descriptor = _anonymous_file(f"multilora-{number}")
         try:
             os.ftruncate(descriptor, size)
@@ -40,16 +40,16 @@ class SharedSegments:
             os.close(descriptor)
             raise
         self._descriptors[number] = descriptor
-        self._sizes[number] = size
         self.opened.append(number)
 
     def close(self, number: int) -> None:
+        """Gives the segment up."""
         os.close(self._descriptors.pop(number))
-        del self._sizes[number]
         self.pinned.discard(number)
         self.closed.append(number)
 
     def give_back(self, number: int, offset: int, size: int) -> None:
+        """Gives the pages of a range back to the system; they read as zeros afterwards."""
         if number in self.pinned or not hasattr(libc, "fallocate"):
             return
         # Where the system cannot do it (ENOTSUP), the pages stay, free, in the segment.
@@ -63,11 +63,12 @@ class SharedSegments:
     @property
     def numbers(self) -> list[int]:
         """Those of all segments."""
-        return list(self._sizes)
+        return list(self._descriptors)
 
     def size(self, number: int) -> int:
         """Bytes of a segment; 0 if there is none of this number."""
-        return self._sizes.get(number, 0)
+        descriptor = self._descriptors.get(number)
+        return 0 if descriptor is None else os.fstat(descriptor).st_size
 
     def descriptor(self, number: int) -> int:
         """The descriptor that can be written to; this object keeps it."""

@@ -16,6 +16,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.registry import make_policy
+from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.arena import Arena
 from vllm_multilora.store.channel import ChannelClosedError
 from vllm_multilora.store.connections import Connection, Conversation, RefusedError
@@ -32,7 +33,6 @@ from vllm_multilora.store.messages import (
     Totals,
 )
 from vllm_multilora.store.names import Names
-from vllm_multilora.store.reader import Reader
 from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.registry import Registry
 from vllm_multilora.store.runner import Runner
@@ -57,7 +57,7 @@ class Server:
     """
 
     def __init__(
-        self, listener: socket.socket, runner: Runner, reader: Reader, *, keep: bool = False
+        self, listener: socket.socket, runner: Runner, reader: AdapterReader, *, keep: bool = False
     ) -> None:
         self._selector = selectors.DefaultSelector()
         self._door = Door(listener)
@@ -66,9 +66,7 @@ class Server:
         self._segments = SharedSegments()
         # Numbers go on where no other store's are likely to be: old ones must mean nothing here.
         arena = Arena(self._segments, None, first_segment=secrets.randbits(31) + 1)
-        memory = HostMemory(
-            arena, make_policy("lru"), (secrets.randbits(31) + 1) << 20, lambda pack: None
-        )
+        memory = HostMemory(arena, make_policy("lru"), (secrets.randbits(31) + 1) << 20)
         self._registry = Registry(memory, self)
         self._desk = Desk(runner, reader, self._selector)
         self._names = Names(self)
