@@ -541,12 +541,45 @@ def test_registering_anew_looks_at_the_files_again(engine):
 
 
 def test_registering_anew_while_the_files_are_checked_looks_at_them_again(engine):
+    """All that come meanwhile get the next check, and none waits for more than two."""
     first = engine.adapters.register(lora(1))
-    second = engine.adapters.register(lora(1, inplace=True))
-    assert engine.store.only().fresh
+    second, third = (engine.adapters.register(lora(1, inplace=True)) for _ in range(2))
     engine.store.loaded(pack_info(11))
     engine.poll()
-    assert (first.result(0), second.result(0)) == (True, True)
+    assert first.result(0) is True
+    assert not second.done()
+    assert engine.store.only().fresh
+    last = engine.adapters.register(lora(1, inplace=True))
+    engine.store.loaded(pack_info(12))
+    engine.poll()
+    assert (second.result(0), third.result(0)) == (True, True)
+    assert not last.done()
+    engine.store.loaded(pack_info(13))
+    engine.poll()
+    assert last.result(0) is True
+    assert not engine.store.wants
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_registering_anew_while_bad_files_are_checked_looks_at_them_again(engine, is_known):
+    if is_known:
+        engine.fill(1, 10)
+    first, second = (engine.adapters.register(lora(1, inplace=True)) for _ in range(2))
+    engine.store.failed()
+    engine.poll()
+    assert_refused(first)
+    assert not second.done()
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert second.result(0) is True
+
+
+def test_all_registrations_of_what_is_removed_are_refused(engine):
+    first, second = (engine.adapters.register(lora(1, inplace=True)) for _ in range(2))
+    engine.adapters.remove(1)
+    for future in (first, second):
+        assert assert_refused(future).failure.kind is FailureKind.GONE
+    assert not engine.store.wants
 
 
 def test_a_refused_registration_says_all_problems_and_leaves_nothing(engine):

@@ -191,11 +191,16 @@ def test_a_fresh_want_of_unchanged_files_reads_nothing_again(world):
     assert (again.pack, again.was_read) == (first.pack, False)
 
 
-def test_a_fresh_want_is_not_content_with_files_opened_before_it(world):
+@pytest.mark.parametrize("is_told", [True, False], ids=["opened", "opening"])
+def test_a_fresh_want_is_not_content_with_files_opened_before_it(world, is_told):
+    """A job may have opened them, and the store not have heard it yet."""
     first = world.want(1)
     (job,) = world.jobs
-    world.opened(job, "old")
+    if is_told:
+        world.opened(job, "old")
     fresh = world.want(1, fresh=True)
+    if not is_told:
+        world.opened(job, "old")
     world.checked(job)
     world.done(job, "old")
     assert world.answers(1, fresh) == []

@@ -102,9 +102,8 @@ class Load:
         layouts: What the job checks against.
         settings: Of the client that wanted it first.
         tickets: Who waits for it.
-        later: Wants of freshly read files that came when these had been opened already.
+        later: Wants of freshly read files that came when these may have been opened already.
         job: Whether a job works for it.
-        opened: Whether the files have been opened.
         version: Of the files; empty if they have none.
         followers: Loads of the same folder's files, which wait for this one's end.
         leader: The load that this one follows.
@@ -124,7 +123,6 @@ class Load:
     tickets: list[Ticket] = field(default_factory=list)
     later: list[Ticket] = field(default_factory=list)
     job: bool = False
-    opened: bool = False
     version: str = ""
     followers: list[Load] = field(default_factory=list)
     leader: Load | None = None
@@ -133,6 +131,11 @@ class Load:
     allocation: Allocation | None = None
     withdrawn: bool = False
     tenant: Owner | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its files are being read, or may be: also where another load reads them."""
+        return self.job or self.leader is not None
 
     def family(self) -> list[Load]:
         """The load and those that follow it."""

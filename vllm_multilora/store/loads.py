@@ -105,7 +105,7 @@ class Loads:
         load = self._loads.get(number)
         if load is None:
             return
-        load.opened, load.version = True, version
+        load.version = version
         if not version:
             self._effects.tell(number, Go(), ())
             return

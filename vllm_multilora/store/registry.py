@@ -103,11 +103,11 @@ class Registry:
         is_new = load is None
         if load is None:
             load = self.loads.add(binding, want.path, owners, client, [ticket])
-        elif fresh and load.opened:
+        elif fresh and load.has_begun:
             load.later.append(ticket)
         else:
             load.tickets.append(ticket)
-            if load.job or load.leader:
+            if load.has_begun:
                 self._answers.reading(ticket)
             elif want.keep:
                 self.loads.queue.promote(load.number)

@@ -42,6 +42,8 @@ class Entry:
         reload_failure: Why the last reload that requests asked for failed, with the version before
             to go on with; until the next one.
         registrations: Answered when it has been checked.
+        later: Registrations that are answered by the next check: the one that was under way when
+            they came may have opened the files before these were written again.
         blend: What it is blended of; None if it is no blend.
         blend_owner: The tenant that a blend counts among the blends of; empty: nobody's.
         check_ticket: Of the outstanding want of registrations.
@@ -63,6 +65,7 @@ class Entry:
     failure: LoadFailure | None = None
     reload_failure: LoadFailure | None = None
     registrations: list[Future[bool]] = field(default_factory=list)
+    later: list[Future[bool]] = field(default_factory=list)
     check_ticket: int | None = None
     check_order: int | None = None
     checked_under: Fingerprint | None = None

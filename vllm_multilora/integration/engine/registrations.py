@@ -87,6 +87,8 @@ class Registrations:
         """Forgets an adapter, here and in the store; done when nothing of it is left there."""
         gone = self._wants.withdraw(entry)
         self._forget(entry)
+        entry.registrations += entry.later
+        entry.later = []
         self._refuse(entry, LoadFailure(FailureKind.GONE, "it was removed meanwhile"), [])
         return gone
 
@@ -110,14 +112,19 @@ class Registrations:
     def register(self, entry: Entry, *, fresh: bool) -> Future[bool]:
         """Has an adapter checked, unless it is there; `fresh`: even then.
 
+        One check is under way at a time, and all `fresh` ones that come meanwhile get the next.
+
         Returns:
             Done when it can be served; holds an `AdapterRefusedError` if it cannot.
         """
         future: Future[bool] = Future()
-        entry.registrations.append(future)
         entry.failure = None
+        if fresh and entry.is_being_checked:
+            entry.later.append(future)
+            return future
+        entry.registrations.append(future)
         is_there = entry.state(self._slots) in (AdapterState.HOST, AdapterState.SLOT)
-        if fresh or not (entry.is_being_checked or is_there):
+        if not entry.is_being_checked and (fresh or not is_there):
             self._wants.check(entry, keep=False, fresh=fresh)
         return future
 
@@ -162,7 +169,7 @@ class Registrations:
 
     def succeed(self, entry: Entry) -> None:
         """An adapter has been checked, and can be served."""
-        registrations, entry.registrations = entry.registrations, []
+        registrations = self._take(entry)
         for future in registrations:
             future.set_result(True)
         if registrations and entry.number in self._slots.pins and entry.is_leased:
@@ -176,15 +183,22 @@ class Registrations:
         assert entry.failure is not None
         if not self._refuse(entry, entry.failure, problems):
             return
-        if entry.pack is not None:
+        if entry.pack is not None or entry.is_being_checked:
             entry.failure = None
         elif not entry.is_wanted:
             self.withdraw(entry)
 
     def _refuse(self, entry: Entry, failure: LoadFailure, problems: list[dict[str, Any]]) -> bool:
         """Whether there were registrations to refuse."""
-        registrations, entry.registrations = entry.registrations, []
+        registrations = self._take(entry)
         error = AdapterRefusedError(entry.number, failure, problems)
         for future in registrations:
             future.set_exception(error)
         return bool(registrations)
+
+    def _take(self, entry: Entry) -> list[Future[bool]]:
+        """Those that a check which has ended answers; the next one begins, for those after them."""
+        registrations, entry.registrations, entry.later = entry.registrations, entry.later, []
+        if entry.registrations:
+            self._wants.check(entry, keep=False, fresh=True)
+        return registrations
