@@ -260,7 +260,7 @@ def test_nobody_waits_for_a_store_that_has_gone_to_forget(engine):
 def test_slots_that_are_lost_are_filled_again(engine):
     engine.fill(1)
     engine.adapters.slots_lost()
-    assert engine.adapters.unfilled == {1}
+    assert engine.adapters.slots.unfilled == {1}
     assert engine.adapters.state(1) is AdapterState.HOST
     assert not engine.adapters.is_ready(1)
     engine.store.loaded(pack_info(1), was_read=False)
@@ -271,7 +271,7 @@ def test_slots_that_are_lost_are_filled_again(engine):
     engine.workers.filled()
     engine.poll()
     assert engine.adapters.bring(1)
-    assert engine.adapters.unfilled == frozenset()
+    assert engine.adapters.slots.unfilled == frozenset()
 
 
 @pytest.mark.parametrize("is_sent", [True, False], ids=["order sent", "order not sent yet"])

@@ -222,6 +222,63 @@ def test_a_reload_that_fails_ends_the_request_that_asked_for_it_and_no_other(ser
     assert server.step() == {"running", "other", "later"}
 
 
+def test_a_reload_is_not_answered_by_one_that_was_under_way(server):
+    """That may have opened the files before they were written again."""
+    server.start("running", 1)
+    server.ask("first", 1, inplace=True)
+    server.ask("second", 1, inplace=True)
+    server.ask("third", 1)
+    server.engine.store.loaded(pack_info(11))
+    server.step("running")
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"first"}
+    assert server.engine.adapters.version(1).pack == 11
+    server.step()
+    assert server.engine.store.only().fresh
+    server.engine.store.loaded(pack_info(12))
+    server.step("first")
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"second", "third"}
+    assert server.engine.adapters.version(1).pack == 12
+
+
+def test_requests_are_served_while_reloads_keep_coming(server):
+    for number in range(20):
+        server.ask(f"reload {number}", 1, inplace=True)
+        served = server.serve()
+        server.step(*served)
+    assert "reload 10" not in server.scheduler.requests
+    assert not server.ended
+
+
+def test_a_reload_that_waits_for_another_one_does_not_fail_with_it(server):
+    server.start("running", 1)
+    server.ask("bad", 1, inplace=True)
+    server.ask("good", 1, inplace=True)
+    server.engine.store.failed()
+    server.step()
+    assert server.ended.keys() == {"bad"}
+    server.step("running")
+    server.serve()
+    server.serve()
+    assert server.serve() == {"good"}
+
+
+def test_a_reload_that_waits_for_an_aborted_one_is_asked_for(server):
+    server.start("running", 1)
+    server.ask("first", 1, inplace=True)
+    server.ask("second", 1, inplace=True)
+    server.abort("first")
+    for _ in range(3):
+        server.serve()
+    server.step("running")
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"second"}
+
+
 def test_a_preempted_request_does_not_fail_with_a_later_reload(server):
     server.start("first", 1, inplace=True)
     server.ask("reload", 1, inplace=True)

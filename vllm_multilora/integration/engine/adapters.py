@@ -145,6 +145,11 @@ class EngineAdapters:
             return AdapterState.QUARANTINED
         return entry.state(self.slots)
 
+    def is_reloading(self, adapter_id: int) -> bool:
+        """Whether the store has been asked for an adapter's reload, and has not answered."""
+        entry = self._known.find(adapter_id)
+        return entry is not None and entry.is_reload_asked and entry.ticket is not None
+
     def version(self, adapter_id: int) -> PackInfo | None:
         """The newest version of an adapter's weights; from any thread.
 
@@ -195,11 +200,6 @@ class EngineAdapters:
         if computes:
             self.observer.step(adapters)
         self._orders.send()
-
-    @property
-    def unfilled(self) -> frozenset[int]:
-        """Running adapters whose weights are in no slot any more."""
-        return self.slots.unfilled
 
     def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
         """Why an adapter cannot be had, None unless its state is FAILED or QUARANTINED.

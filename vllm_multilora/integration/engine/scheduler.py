@@ -26,6 +26,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import activation, prefix_keys
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
+from vllm_multilora.integration.engine.late_reloads import LateReloads
 from vllm_multilora.integration.engine.registrations import MOST_KNOWN
 from vllm_multilora.integration.engine.users import AdapterUsers
 from vllm_multilora.integration.engine.versions import Announcements
@@ -86,8 +87,7 @@ class AdapterAwareMixin:
         self._failing: dict[str, str] = {}  # by request: its stop reason
         self._leaving: list[_Leaving] = []
         self._is_holding = False
-        # Whether the last step's end has polled, with nothing new since.
-        self._has_polled = False
+        self._has_polled = False  # at the last step's end, with nothing new since
         self.adapter_requests: Counter[int] = Counter()
         self._users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
@@ -96,6 +96,7 @@ class AdapterAwareMixin:
         self._placing: set[int] = set()
         self._freed = FreedBlocks()
         self._versions = Announcements()
+        self._late_reloads = LateReloads()
 
     # What the engine core tells
 
@@ -170,6 +171,8 @@ class AdapterAwareMixin:
                 )
         if adapters is None:
             prefix_keys.use_stock_keys(request)
+        elif is_new and self._late_reloads.hold(request, adapters):
+            pass
         elif (failure := adapters.want(lora, tenant_of(request))) is not None:
             self._failing[request.request_id] = to_stop_reason(failure, lora)
 
@@ -213,6 +216,7 @@ class AdapterAwareMixin:
         if not self._has_polled:
             adapters.poll()
         self._has_polled = False
+        self._failing |= self._late_reloads.ask(self.requests, adapters)
         self._pause_unfilled(adapters)
         pins = adapters.slots.pins
         pinned = pins.adapters
@@ -222,7 +226,7 @@ class AdapterAwareMixin:
         slots, placing = max(1, self._slots - pins.places), self._placing - active - pinned
         self._turns.begin_step(active, slots, placing, self._slot_order())
         self._placing.clear()
-        self._is_holding = False
+        self._is_holding = bool(self._late_reloads)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         computes = output.total_num_scheduled_tokens > 0
@@ -240,14 +244,15 @@ class AdapterAwareMixin:
     def _waits_for_slot(self, request: Request) -> bool:
         """Whether a request that was just held back lacks nothing but a slot for its adapter."""
         lora, adapters = request.lora_request, self._adapters
-        if lora is None or adapters is None or request.status not in _COULD_RUN:
+        could_run = request.status in _COULD_RUN and not self._late_reloads.holds(request)
+        if lora is None or adapters is None or not could_run:
             return False
         number = lora.lora_int_id
         return self._turns.keeps_waiting(number) or adapters.state(number) in _AT_HAND
 
     def _pause_unfilled(self, adapters: EngineAdapters) -> None:
         """Takes requests back whose adapters have lost their slots (sleep) while they ran."""
-        unfilled = adapters.unfilled
+        unfilled = adapters.slots.unfilled
         for request in [r for r in self.running if _number_of(r) in unfilled] if unfilled else ():
             assert request.lora_request is not None
             self.running.remove(request)
@@ -262,7 +267,7 @@ class AdapterAwareMixin:
         lora, adapters = request.lora_request, self._adapters
         if lora is None or adapters is None:
             return True
-        if request.request_id in self._failing:
+        if request.request_id in self._failing or self._late_reloads.holds(request):
             return False
         if adapters.asks_late:
             # Nothing is loaded, with everybody waiting, for a request that has no slot yet.
