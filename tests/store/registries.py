@@ -11,10 +11,9 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.store.arena import Arena
 from vllm_multilora.store.entries import Client
-from vllm_multilora.store.job_messages import CheckOnly, Go, Known, Place
+from vllm_multilora.store.job_messages import CheckOnly, Failure, Go, Place
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Contents, Evicted, Failed, Loaded, StoreSettings, Want
-from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.registry import Registry
 
 PAGE = 4096
@@ -50,9 +49,9 @@ class World:
         self.loads[load.number] = load
 
     def tell(self, job, message, segments):
-        expected = {Known: "opened", Go: "opened", Place: "checked", CheckOnly: "checked"}
+        expected = {Go: "opened", Place: "checked", CheckOnly: "checked"}
         assert self.jobs[job] == expected[type(message)]
-        self.jobs[job] = {Known: "known", Go: "checking"}.get(type(message), "reading")
+        self.jobs[job] = "checking" if isinstance(message, Go) else "reading"
 
     def kill(self, job):
         if job in self.jobs:

@@ -105,9 +105,10 @@ def test_who_takes_no_descriptors_is_not_filled_up_with_them(ends):
     assert open_descriptors() == before
 
 
-def test_a_reader_that_stands_still_costs_memory_up_to_a_limit_and_no_time(ends):
+def test_a_reader_that_stands_still_costs_memory_up_to_a_limit_and_no_time(ends, monkeypatch):
+    monkeypatch.setattr("vllm_multilora.store.channel.MOST_PENDING", 1 << 20)
     left, right = ends
-    sender = Channel(left, FromClient, most_pending=1 << 20)
+    sender = Channel(left, FromClient)
     message = Used(list(range(10000)))
     while sender.pending <= 1 << 20:
         sender.send(message)

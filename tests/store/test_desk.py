@@ -14,16 +14,16 @@ from vllm_multilora.store import desk as desks
 from vllm_multilora.store.channel import Channel
 from vllm_multilora.store.desk import MOST_STUCK, Desk
 from vllm_multilora.store.job_messages import (
+    LONGEST_MESSAGE,
     Checked,
     Done,
+    Failure,
     Go,
-    JobFailed,
     Opened,
     Place,
     ToJob,
 )
 from vllm_multilora.store.messages import Failed, Loaded, StoreSettings
-from vllm_multilora.store.recent_failures import LONGEST_MESSAGE
 from vllm_multilora.store.runner import End, Use
 
 DIGEST = digest_of("an adapter")
@@ -148,14 +148,14 @@ def test_what_a_socket_cannot_hold_is_said_bit_by_bit(world):
 def test_a_job_may_fail_at_any_time(world):
     client = world.client(-1)
     ticket = world.want(client, 1)
-    world.say("/adapters/1", JobFailed(FailureKind.INVALID, "it is broken", []))
+    world.say("/adapters/1", Failure(FailureKind.INVALID, "it is broken", []))
     assert world.answer(client, ticket).message == "it is broken"
 
 
 def test_what_a_job_says_of_its_failure_is_cut_to_what_may_be_kept(world):
     client = world.client(-1)
     ticket = world.want(client, 1)
-    world.say("/adapters/1", JobFailed(FailureKind.INVALID, "x" * 2 * LONGEST_MESSAGE, []))
+    world.say("/adapters/1", Failure(FailureKind.INVALID, "x" * 2 * LONGEST_MESSAGE, []))
     assert len(world.answer(client, ticket).message) <= LONGEST_MESSAGE
 
 

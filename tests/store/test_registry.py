@@ -7,9 +7,10 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.store.entries import Owner
+from vllm_multilora.store.job_messages import LONGEST_MESSAGE, Failure
 from vllm_multilora.store.memory import MOST_VERSIONS
 from vllm_multilora.store.messages import Failed, Loaded, Reading, StoreSettings
-from vllm_multilora.store.recent_failures import LONGEST_MESSAGE, MOST_FAILURES, Failure
+from vllm_multilora.store.recent_failures import MOST_FAILURES
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import signal
 import socket
 import sys
 
+from vllm_multilora.store.launch import READER
+
 
 def main() -> int:
     options = _parse()
@@ -46,11 +48,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="go on without clients")
     parser.add_argument("--detach", action="store_true", help="go on as a process of its own")
     parser.add_argument("--processors", default="", help="where to run, such as 0,1,2")
-    parser.add_argument(
-        "--reader",
-        default="vllm_multilora.store.adapter_reader:AdapterReader",
-        help=argparse.SUPPRESS,  # tests have one of their own
-    )
+    # Tests have a reader of their own.
+    parser.add_argument("--reader", default=READER, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

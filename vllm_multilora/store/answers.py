@@ -7,9 +7,9 @@ from typing import Protocol
 import msgspec
 
 from vllm_multilora.store.entries import Client, Load, Pack, Ticket
+from vllm_multilora.store.job_messages import Failure
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Evicted, Failed, Loaded, PackInfo, Reading
-from vllm_multilora.store.recent_failures import Failure
 
 
 class Effects(Protocol):

@@ -47,7 +47,6 @@ class Channel(Generic[Incoming]):
         incoming: The type (a union of tagged structs) of what is received.
         take_descriptors: Whether descriptors are accepted. Where they are not, the kernel drops
             them.
-        most_pending: Bytes that may wait to be sent before the other side is given up.
     """
 
     def __init__(
@@ -56,13 +55,11 @@ class Channel(Generic[Incoming]):
         incoming: Any,
         *,
         take_descriptors: bool = False,
-        most_pending: int = MOST_PENDING,
     ) -> None:
         self._socket = sock
         self._decode: Callable[[bytes], Incoming] = msgspec.msgpack.Decoder(incoming).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._take_descriptors = take_descriptors
-        self._most_pending = most_pending
         self._outgoing: deque[tuple[memoryview, list[int]]] = deque()
         self._incoming = bytearray()
         self._descriptors: deque[int] = deque()
@@ -84,10 +81,10 @@ class Channel(Generic[Incoming]):
             OSError: This process is at its limit of open files; nothing of the message is sent.
         """
         data = self._encode(message)
-        if self.pending > self._most_pending:
+        if self.pending > MOST_PENDING:
             raise ChannelClosedError(
                 f"the other side does not read: {self.pending} bytes wait to be sent, at most "
-                f"{self._most_pending} may"
+                f"{MOST_PENDING} may"
             )
         frame = memoryview(_FRAME.pack(len(data), len(descriptors)) + data)
         copies: list[int] = []

@@ -35,7 +35,6 @@ from vllm_multilora.store.messages import (
     Segment,
     SegmentOpened,
     Share,
-    Unmap,
     Used,
     Want,
     Watch,
@@ -124,8 +123,6 @@ class Conversation:
                 connection.watches = True
                 for each in self._segments.numbers:
                     connection.channel.send(SegmentOpened(each))
-            case Unmap(segment):
-                connection.mapped.discard(segment)
             case Publish():
                 self._names.publish(number, message, now)
             case Retract():

@@ -20,16 +20,15 @@ from vllm_multilora.store.job_messages import (
     Checked,
     CheckOnly,
     Done,
+    Failure,
     FromJob,
     Go,
-    JobFailed,
     JobMessage,
     Opened,
     Place,
 )
 from vllm_multilora.store.jobs import Task
 from vllm_multilora.store.loads import Loads
-from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.runner import End, Runner, RunningJob
 from vllm_multilora.store.sandbox import cpu_limit_s
 
@@ -202,7 +201,7 @@ def _failure_of(job: _Job, end: End) -> Failure:
 
 def _take_turn(job: _Job, message: FromJob) -> None:
     """Raises ValueError for what a job says out of turn, which the loads do not expect."""
-    if isinstance(message, JobFailed):
+    if isinstance(message, Failure):
         return
     if type(message) is not job.turn_to_say:
         raise ValueError(f"{type(message).__name__} out of turn")
@@ -230,8 +229,8 @@ def _pass_on(number: int, message: FromJob, loads: Loads) -> None:
             if len(parts) > MOST_PARTS:
                 raise ValueError("parts")
             loads.done(number, digest, nbytes, _now(), parts)
-        case JobFailed(kind, text, problems):
-            loads.failed(number, Failure(kind, text, problems).bounded(), _now())
+        case Failure():
+            loads.failed(number, message.bounded(), _now())
 
 
 def _mount_points() -> list[str]:

@@ -144,7 +144,10 @@ class Load:
     def may_follow(self, leader: Load) -> bool:
         """Whether another load may end this one: what it reads, and says of it, is the same."""
         return (
-            leader.version == self.version
+            leader is not self
+            and leader.job
+            and bool(self.version)
+            and leader.version == self.version
             and leader.binding.scope == self.binding.scope
             and leader.path == self.path  # which messages name
             and leader.settings.timeout_s >= self.settings.timeout_s

@@ -9,13 +9,18 @@ import msgspec
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.messages import Contents
 
+LONGEST_MESSAGE = 4096
+MOST_PROBLEMS = 101  # a hundred, and one that counts the others: see `adapters.problems.bounded`
+LONGEST_FIELD = 2000
+MOST_CHARACTERS = 65_536
+
 
 class JobMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base class of all messages between the store and a job."""
 
 
 class Opened(JobMessage, frozen=True):
-    """The files are open; answered by `Known` or `Go`.
+    """The files are open; answered by `Go`, unless the job is ended: others have read these.
 
     Attributes:
         version: Tells files from others; empty: nothing does.
@@ -48,16 +53,34 @@ class Done(JobMessage, frozen=True):
     parts: tuple[str, ...]
 
 
-class JobFailed(JobMessage, frozen=True):
-    """The adapter cannot be had."""
+class Failure(JobMessage, frozen=True):
+    """Why a load failed: in a job's words, or in the store's own.
+
+    Attributes:
+        kind: What kind of thing went wrong.
+        message: What was found and where.
+        problems: What is wrong with the files, each as its fields.
+    """
 
     kind: FailureKind
     message: str
     problems: list[dict[str, Any]]
 
-
-class Known(JobMessage, frozen=True):
-    """These files are in memory, or another job reads them: nothing more to do."""
+    def bounded(self) -> Failure:
+        """The same in a length that may be kept and sent for every request."""
+        problems, left = [], MOST_CHARACTERS
+        for problem in self.problems[:MOST_PROBLEMS]:
+            told = {
+                _cut(str(key), LONGEST_FIELD): value
+                if isinstance(value, int)
+                else _cut(str(value), LONGEST_FIELD)
+                for key, value in problem.items()
+            }
+            left -= sum(len(key) + len(str(value)) for key, value in told.items())
+            if left < 0:
+                break
+            problems.append(told)
+        return Failure(self.kind, _cut(self.message, LONGEST_MESSAGE), problems)
 
 
 class Go(JobMessage, frozen=True):
@@ -80,5 +103,11 @@ class CheckOnly(JobMessage, frozen=True):
     """There is no room: the bytes are to be read and checked, and not packed."""
 
 
-FromJob: TypeAlias = Opened | Checked | Done | JobFailed
-ToJob: TypeAlias = Known | Go | Place | CheckOnly
+FromJob: TypeAlias = Opened | Checked | Done | Failure
+ToJob: TypeAlias = Go | Place | CheckOnly
+
+
+def _cut(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest - 40]} ... ({len(text) - longest + 40} characters left out)"

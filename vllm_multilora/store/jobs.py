@@ -21,8 +21,7 @@ from vllm_multilora.store.job_messages import (
     Checked,
     CheckOnly,
     Done,
-    JobFailed,
-    Known,
+    Failure,
     Opened,
     Place,
     ToJob,
@@ -86,9 +85,7 @@ def _read(
         # Where a file is missing ("-"), two adapters of one version are not the same.
         version = "" if "-" in source.version.split() else source.version
         channel.send(Opened(version))
-        answer, _ = _next(channel)
-        if isinstance(answer, Known):
-            return
+        _next(channel)  # Go
         intake = source.check(task.layouts)
         blocks = np.ascontiguousarray(intake.block_bytes, np.int64)
         contents = Contents(
@@ -134,11 +131,11 @@ def _mapped(place: Place, descriptors: list[int]) -> Iterator[NDArray[np.int64]]
         yield np.array(begins)[nearest] + (places - firsts[nearest])
 
 
-def _failure(error: Exception) -> JobFailed:
+def _failure(error: Exception) -> Failure:
     kind, message = classify_failure(error), describe_failure(error)
     if isinstance(error, MemoryError):
         message = f"reading and checking it takes more memory than a job may have: {message}"
     elif kind is FailureKind.INTERNAL:
         message = f"{type(error).__name__}: {message}"
     problems = [problem.as_dict() for problem in getattr(error, "problems", ())]
-    return JobFailed(kind, message, problems)
+    return Failure(kind, message, problems)

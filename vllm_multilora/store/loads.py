@@ -12,11 +12,11 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.answers import Answers, Effects
 from vllm_multilora.store.arena import Allocation
 from vllm_multilora.store.entries import Binding, Client, Load, Owner, Pack, Ticket
-from vllm_multilora.store.job_messages import CheckOnly, Go, Known, Place
+from vllm_multilora.store.job_messages import CheckOnly, Failure, Go, Place
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Contents, PackInfo
 from vllm_multilora.store.queue import FairQueue, Lane
-from vllm_multilora.store.recent_failures import Failure, RecentFailures
+from vllm_multilora.store.recent_failures import RecentFailures
 from vllm_multilora.store.waits import Room
 
 
@@ -106,21 +106,14 @@ class Loads:
         if load is None:
             return
         load.version = version
-        if not version:
-            self._effects.tell(number, Go(), ())
-            return
-        scope = load.binding.scope
-        pack = self._memory.of_version(scope, version)
+        pack = self._memory.of_version(load.binding.scope, version)
+        leaders = (one for one in self._loads.values() if load.may_follow(one))
         if pack is not None:
-            self._effects.tell(number, Known(), ())
             self._succeed(load, pack, pack.info, now, was_read=False)
-            return
-        for leader in self._loads.values():
-            if leader.job and leader is not load and load.may_follow(leader):
-                self._effects.tell(number, Known(), ())
-                self._follow(load, leader)
-                return
-        self._effects.tell(number, Go(), ())
+        elif (leader := next(leaders, None)) is not None:
+            self._follow(load, leader)
+        else:
+            self._effects.tell(number, Go(), ())
 
     def checked(
         self, number: int, contents: Contents, blocks: NDArray[np.int64], now: float

@@ -23,7 +23,6 @@ from vllm_multilora.store.messages import (
     Segment,
     SegmentClosed,
     SegmentOpened,
-    Unmap,
     Watch,
 )
 
@@ -186,11 +185,6 @@ class SegmentMapper:
         if self._on_unmapping is not None:
             self._on_unmapping(number, segment.address, segment.size)
         segment.close()
-        if self._channel is not None:
-            try:
-                self._channel.send(Unmap(number))
-            except ChannelClosedError:
-                self._disconnect()
 
     def _ask(self, number: int) -> tuple[Segment, list[int]]:
         self._connected().send(Map(number, self._pinned))

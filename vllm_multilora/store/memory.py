@@ -211,7 +211,9 @@ class HostMemory:
         return True
 
     def _note_version(self, pack: Pack, version: str) -> None:
-        """Files of this version are the pack."""
+        """Files of this version are the pack; those without a version may be anything."""
+        if not version:
+            return
         pack.versions.pop(version, None)
         pack.versions[version] = None  # the newest is the last
         self._by_version[pack.scope, version] = pack

@@ -1,4 +1,4 @@
-"""What the store and its clients say to each other: msgpack arrays, tagged by their type's name.
+"""What the store and its clients say to each other.
 
 Messages are msgpack arrays, tagged with the name of their type. A client sends `Hello` first and,
 if it is an engine, `Configure`; the store answers `Configured` or `Refused`. After that, either
@@ -15,7 +15,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 
-PROTOCOL = 6
+PROTOCOL = 7
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
@@ -238,12 +238,6 @@ class Watch(Message, frozen=True):
     For clients that register them with a device: that takes long, and is to be over when a pack in
     one is to be copied.
     """
-
-
-class Unmap(Message, frozen=True):
-    """The client has unmapped a segment."""
-
-    segment: int
 
 
 class Publish(Message, frozen=True):
@@ -496,7 +490,6 @@ FromClient: TypeAlias = (
     | Forget
     | Map
     | Watch
-    | Unmap
     | Publish
     | Retract
     | Saw

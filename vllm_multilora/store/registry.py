@@ -13,10 +13,10 @@ from vllm_multilora.adapters.blends import Blend, BlendError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.answers import Answers, Effects
 from vllm_multilora.store.entries import Binding, Client, Owner, Scope, Ticket
+from vllm_multilora.store.job_messages import Failure
 from vllm_multilora.store.loads import Loads
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Failed, Forgotten, StoreSettings, Want
-from vllm_multilora.store.recent_failures import Failure
 
 
 class Registry:

@@ -23,6 +23,7 @@ from vllm_multilora.store.connections import Connection, Conversation, RefusedEr
 from vllm_multilora.store.desk import Desk
 from vllm_multilora.store.door import Door
 from vllm_multilora.store.entries import Load
+from vllm_multilora.store.job_messages import Failure
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import (
     ClientRow,
@@ -33,7 +34,6 @@ from vllm_multilora.store.messages import (
     Totals,
 )
 from vllm_multilora.store.names import Names
-from vllm_multilora.store.recent_failures import Failure
 from vllm_multilora.store.registry import Registry
 from vllm_multilora.store.runner import Runner
 from vllm_multilora.store.segments import SharedSegments
@@ -236,6 +236,7 @@ class Server:
         for segment in closed:
             for number, connection in self._connections.items():
                 if segment in connection.mapped:
+                    connection.mapped.remove(segment)
                     self.send(number, SegmentClosed(segment))
 
     def _tell_totals(self) -> None:
