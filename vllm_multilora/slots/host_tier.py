@@ -26,7 +26,6 @@ class HostTier(PolicyTier):
         super().__init__(policy)
         self.bytes = 0
         self._budget = budget
-        self._sizes: dict[int, int] = {}
 
     def __contains__(self, pack: int) -> bool:
         return pack in self._sizes
@@ -66,7 +65,6 @@ class HostTier(PolicyTier):
                 victims.append(self._choose(idle))
                 idle.remove(victims[-1])
                 self.drop(victims[-1])
-        self._sizes[pack] = size
         self.bytes += size
         self._add(pack, size, reload_cost(size))
         self.report()
@@ -74,7 +72,7 @@ class HostTier(PolicyTier):
 
     def drop(self, pack: int) -> None:
         """A pack leaves the tier."""
-        self.bytes -= self._sizes.pop(pack)
+        self.bytes -= self._sizes[pack]
         self._remove(pack)
 
     def _has_room(self, size: int) -> bool:

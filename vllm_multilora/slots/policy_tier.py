@@ -19,7 +19,7 @@ class PolicyTier:
 
     def __init__(self, policy: CachePolicy) -> None:
         self._policy = policy
-        self._members: set[int] = set()
+        self._sizes: dict[int, int] = {}  # of what is in the tier
         self._step: frozenset[int] = frozenset()
         self._joined: frozenset[int] = frozenset()
         self._unreported: frozenset[int] = frozenset()
@@ -33,17 +33,17 @@ class PolicyTier:
 
     def report(self) -> None:
         """Reports those adapters of the step that are in the tier and not reported yet."""
-        present = self._unreported & self._members
+        present = self._unreported & self._sizes.keys()
         if present:
             self._unreported -= present
             self._policy.used(sorted(present), sorted(present & self._joined))
 
     def _add(self, adapter_id: int, size: int, cost: float) -> None:
-        self._members.add(adapter_id)
+        self._sizes[adapter_id] = size
         self._policy.added(adapter_id, size, cost)
 
     def _remove(self, adapter_id: int) -> None:
-        self._members.remove(adapter_id)
+        del self._sizes[adapter_id]
         self._policy.removed(adapter_id)
         if adapter_id in self._step:  # to be reported again should it return for the same step
             self._unreported |= {adapter_id}

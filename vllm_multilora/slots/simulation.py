@@ -64,7 +64,7 @@ class ServerShape:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What a trace cost under one policy.
 
@@ -83,14 +83,14 @@ class Outcome:
 
     policy: str
     requests: int
-    gpu_hits: int
-    cpu_hits: int
-    loads: int
-    activations: int
-    gpu_evictions: int
-    cpu_evictions: int
-    bytes_loaded: int
-    bytes_activated: int
+    gpu_hits: int = 0
+    cpu_hits: int = 0
+    loads: int = 0
+    activations: int = 0
+    gpu_evictions: int = 0
+    cpu_evictions: int = 0
+    bytes_loaded: int = 0
+    bytes_activated: int = 0
 
     @property
     def gpu_hit_rate(self) -> float:
@@ -148,17 +148,15 @@ class _RunningBatch:
 
 
 class _Server(SlotEvents):
-    """Slots and host memory, in which everything happens at once; counts what happens."""
+    """Slots and host memory, in which everything happens at once; notes what happens."""
 
-    def __init__(self, shape: ServerShape, policy: str, sizes: Sequence[int]) -> None:
-        make = policy_factory(policy)
+    def __init__(self, shape: ServerShape, outcome: Outcome, sizes: Sequence[int]) -> None:
+        make = policy_factory(outcome.policy)
         self._slots = SlotAssignment(shape.slots, make(), self)
         self._host = HostTier(make(), shape.budget)
         self._batch = _RunningBatch(shape)
         self._sizes = sizes
-        self.found: Counter[Tier | None] = Counter()
-        self.evictions: Counter[Tier] = Counter()
-        self.loads = self.bytes_loaded = self.activations = self.bytes_activated = 0
+        self._outcome = outcome
 
     def request(self, adapter_id: int) -> None:
         """A request arrives, and joins the running batch."""
@@ -166,10 +164,10 @@ class _Server(SlotEvents):
         self._batch.add(adapter_id)
         self._host.used(self._batch.adapters)
         self._slots.running(self._batch.adapters)
+        self._outcome.gpu_hits += is_in_slot
+        self._outcome.cpu_hits += is_in_slot or adapter_id in self._host
         if is_in_slot:
-            self.found[Tier.GPU] += 1
             return
-        self.found[Tier.CPU if adapter_id in self._host else None] += 1
         if adapter_id not in self._host:
             self._load(adapter_id)
         assignment = self._slots.assign(adapter_id, pack=adapter_id)
@@ -182,16 +180,16 @@ class _Server(SlotEvents):
         # Whatever was on its way into a slot has arrived there: nothing is on lease.
         victims = self._host.take(adapter_id, size)
         assert victims is not None  # `check_sizes`
-        self.evictions[Tier.CPU] += len(victims)
-        self.loads += 1
-        self.bytes_loaded += size
+        self._outcome.cpu_evictions += len(victims)
+        self._outcome.loads += 1
+        self._outcome.bytes_loaded += size
 
     def assigned(self, adapter_id: int, slot: int) -> None:
-        self.activations += 1
-        self.bytes_activated += self._sizes[adapter_id]
+        self._outcome.activations += 1
+        self._outcome.bytes_activated += self._sizes[adapter_id]
 
     def evicted(self, tier: Tier, adapter_id: int) -> None:
-        self.evictions[tier] += 1
+        self._outcome.gpu_evictions += 1
 
 
 def simulate(
@@ -211,21 +209,11 @@ def simulate(
     """
     ids = {adapter: i for i, adapter in enumerate(dict.fromkeys(requests))}
     shape.check_sizes({adapter: sizes[adapter] for adapter in ids})
-    server = _Server(shape, policy, [sizes[adapter] for adapter in ids])
+    outcome = Outcome(policy, len(requests))
+    server = _Server(shape, outcome, [sizes[adapter] for adapter in ids])
     for adapter in requests:
         server.request(ids[adapter])
-    return Outcome(
-        policy=policy,
-        requests=len(requests),
-        gpu_hits=server.found[Tier.GPU],
-        cpu_hits=server.found[Tier.GPU] + server.found[Tier.CPU],
-        loads=server.loads,
-        activations=server.activations,
-        gpu_evictions=server.evictions[Tier.GPU],
-        cpu_evictions=server.evictions[Tier.CPU],
-        bytes_loaded=server.bytes_loaded,
-        bytes_activated=server.bytes_activated,
-    )
+    return outcome
 
 
 def optimum(requests: Sequence[str], sizes: Mapping[str, int], shape: ServerShape) -> Optimum:

@@ -55,9 +55,19 @@ class StoreProcess:
         try:
             return folder.connect(self.path)
         except (FileNotFoundError, ConnectionRefusedError):
-            pass
+            return self._started()
         except OSError as error:
             raise StoreUnavailableError(f"{self.path}: {error}") from error
+
+    def last_words(self) -> str:
+        try:
+            lines = self._log.read_text(errors="replace").strip().splitlines()
+        except OSError as error:
+            return f"{self._log}: {error}"
+        return lines[-1][-500:] if lines else "nothing"
+
+    def _started(self) -> socket.socket:
+        """A connection to a store that is started now, by this process or another one."""
         try:
             with folder.locked(self._folder):
                 try:
@@ -74,13 +84,6 @@ class StoreProcess:
                 f"the store cannot be started: {error}; `vllm-multilora store` runs it by hand, "
                 "and --multilora-store thread does without its process"
             ) from error
-
-    def last_words(self) -> str:
-        try:
-            lines = self._log.read_text(errors="replace").strip().splitlines()
-        except OSError as error:
-            return f"{self._log}: {error}"
-        return lines[-1][-500:] if lines else "nothing"
 
     def _start(self, listener: socket.socket) -> None:
         options = ["--detach", "--reader", self._reader]
@@ -101,26 +104,14 @@ class StoreProcess:
             )
 
 
-class RunningStore:
+class RunningStore(StoreProcess):
     """The store of this user that runs already; none is started."""
 
-    def __init__(self) -> None:
-        self.path = folder.socket_path(folder.store_folder())
-
-    def connect(self) -> socket.socket:
-        try:
-            return folder.connect(self.path)
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise StoreUnavailableError(
-                f"no store of this user is running (none listens at {self.path}): the first server "
-                "with --enable-lora starts one, or `vllm-multilora store`"
-            ) from error
-        except OSError as error:
-            raise StoreUnavailableError(f"{self.path}: {error}") from error
-
-    def last_words(self) -> str:
-        """What the store has said last, for an error's message."""
-        return "see where it was started"
+    def _started(self) -> socket.socket:
+        raise StoreUnavailableError(
+            f"no store of this user is running (none listens at {self.path}): the first server "
+            "with --enable-lora starts one, or `vllm-multilora store`"
+        )
 
 
 class StoreThread:

@@ -45,7 +45,7 @@ class HostMemory:
     _by_version: dict[tuple[Scope, str], Pack] = field(default_factory=dict)
     _by_digest: dict[tuple[Scope, str], Pack] = field(default_factory=dict)
     _bound: dict[Binding, Pack] = field(default_factory=dict)
-    _bindings_of: dict[str, dict[int, set[Binding]]] = field(default_factory=dict)
+    _bindings_of: dict[tuple[str, int], set[Binding]] = field(default_factory=dict)
 
     def totals(self) -> Totals:
         count = len(self.packs) + self.staged
@@ -106,8 +106,7 @@ class HostMemory:
         pack.bindings[binding] = path
         self._note_version(pack, version)
         self._bound[binding] = pack
-        of_server = self._bindings_of.setdefault(binding.server, {})
-        of_server.setdefault(binding.adapter, set()).add(binding)
+        self._bindings_of.setdefault((binding.server, binding.adapter), set()).add(binding)
 
     def unbind(self, binding: Binding) -> None:
         """An adapter is withdrawn, or is another pack now."""
@@ -119,14 +118,13 @@ class HostMemory:
 
     def bound(self, server: str, adapter: int) -> dict[Binding, Pack]:
         """What an adapter's number means in a server, for each model and set of rules."""
-        bindings = self._bindings_of.get(server, {}).get(adapter, ())
+        bindings = self._bindings_of.get((server, adapter), ())
         return {binding: self._bound[binding] for binding in bindings}
 
     def forget_server(self, server: str) -> None:
         """The last client of a server has gone."""
-        for adapter in list(self._bindings_of.get(server, ())):
-            for binding in self.bound(server, adapter):
-                self.unbind(binding)
+        for binding in [binding for binding in self._bound if binding.server == server]:
+            self.unbind(binding)
         for pack in self.packs.values():
             if pack.tenant is not None and pack.tenant.server == server:
                 pack.tenant = None
@@ -227,12 +225,10 @@ class HostMemory:
 
     def _leave(self, binding: Binding) -> None:
         """A binding is none any more."""
-        of_server = self._bindings_of[binding.server]
-        of_server[binding.adapter].discard(binding)
-        if not of_server[binding.adapter]:
-            del of_server[binding.adapter]
-        if not of_server:
-            del self._bindings_of[binding.server]
+        alike = self._bindings_of[binding.server, binding.adapter]
+        alike.remove(binding)
+        if not alike:
+            del self._bindings_of[binding.server, binding.adapter]
 
     def _drop_if_useless(self, pack: Pack) -> None:
         if not pack.bindings and not pack.leases:
