@@ -8,8 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
-from vllm_multilora.slots.policies.gdsf import GdsfPolicy
-from vllm_multilora.slots.policies.lfu import LfuPolicy
+from vllm_multilora.slots.policies.aging import GdsfPolicy, LfuPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.slots.policies.slru import SlruPolicy
 from vllm_multilora.slots.policy import CachePolicy, PolicyError

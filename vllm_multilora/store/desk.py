@@ -117,24 +117,14 @@ class Desk:
         if job is None:
             return
         try:
-            messages = job.channel.receive()
-        except ChannelClosedError:
-            self.kill(number)
-            return
-        for message, _ in messages:
+            for message, _ in job.channel.receive():
+                if number in self._jobs:
+                    _hear(job, message, loads)
             if number in self._jobs:
-                try:
-                    _take_turn(job, message)
-                    _pass_on(number, message, loads)
-                except ValueError as error:
-                    found = f"{title(job.path)}: what its check says makes no sense: {error}"
-                    loads.failed(number, Failure(FailureKind.INTERNAL, found, []), _now())
-        if number in self._jobs:
-            try:
                 job.channel.flush()
                 job.channel.wait_in(self._selector)
-            except ChannelClosedError:
-                self.kill(number)
+        except ChannelClosedError:
+            self.kill(number)
 
     def look(self, loads: Loads) -> None:
         """Notes who works, and who has ended."""
@@ -199,13 +189,17 @@ def _failure_of(job: _Job, end: End) -> Failure:
     return Failure(FailureKind.INTERNAL, message, [])
 
 
-def _take_turn(job: _Job, message: FromJob) -> None:
-    """Raises ValueError for what a job says out of turn, which the loads do not expect."""
-    if isinstance(message, Failure):
-        return
-    if type(message) is not job.turn_to_say:
-        raise ValueError(f"{type(message).__name__} out of turn")
-    job.turn_to_say = None
+def _hear(job: _Job, message: FromJob, loads: Loads) -> None:
+    """Tells the loads what a job says; what makes no sense is its failure."""
+    try:
+        if not isinstance(message, Failure):
+            if type(message) is not job.turn_to_say:
+                raise ValueError(f"{type(message).__name__} out of turn")
+            job.turn_to_say = None
+        _pass_on(job.number, message, loads)
+    except ValueError as error:
+        found = f"{title(job.path)}: what its check says makes no sense: {error}"
+        loads.failed(job.number, Failure(FailureKind.INTERNAL, found, []), _now())
 
 
 def _pass_on(number: int, message: FromJob, loads: Loads) -> None:

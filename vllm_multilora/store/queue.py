@@ -75,11 +75,11 @@ class FairQueue:
 
     def __init__(self, places: int = 2) -> None:
         self.places = places
-        self._lanes: dict[Lane, OrderedDict[Hashable, deque[int]]] = {
-            lane: OrderedDict() for lane in Lane
-        }
+        # Of lanes, and of each lane's owners, those whose turn comes first are first.
+        self._lanes: OrderedDict[Lane, OrderedDict[Hashable, deque[int]]] = OrderedDict(
+            (lane, OrderedDict()) for lane in Lane
+        )
         self._where: dict[int, _Waiting] = {}
-        self._next_lane = Lane.REQUEST
         self._jobs: dict[int, _Job] = {}
 
     @property
@@ -127,17 +127,17 @@ class FairQueue:
         placed = sum(job.has_place(now) for job in self._jobs.values())
         if placed >= self.places or len(self._old(now)) >= MOST_OLD_JOBS:
             return None
-        for lane in (self._next_lane, _other(self._next_lane)):
-            if not self._lanes[lane] or (lane is Lane.REQUEST and self.somebody_waits):
+        for lane, owners in self._lanes.items():
+            if not owners or (lane is Lane.REQUEST and self.somebody_waits):
                 continue
-            owner, line = next(iter(self._lanes[lane].items()))
+            owner, line = next(iter(owners.items()))
             number = line[0]
             timeout_s = self._where[number].timeout_s
             self.remove(number)
-            if owner in self._lanes[lane]:
-                self._lanes[lane].move_to_end(owner)
+            if owner in owners:
+                owners.move_to_end(owner)
+            self._lanes.move_to_end(lane)
             self._jobs[number] = _Job(now + timeout_s, now)
-            self._next_lane = _other(lane)
             return number
         return None
 
@@ -188,7 +188,3 @@ class FairQueue:
 
     def _old(self, now: float) -> list[int]:
         return [number for number, job in self._jobs.items() if job.is_old(now)]
-
-
-def _other(lane: Lane) -> Lane:
-    return Lane.REGISTRATION if lane is Lane.REQUEST else Lane.REQUEST

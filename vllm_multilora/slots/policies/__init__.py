@@ -1,1 +1,1 @@
-"""The policies that come with the package, one a file; `registry` knows their names."""
+"""The policies that come with the package, in files by their rule; `registry` knows their names."""

@@ -1,4 +1,4 @@
-"""Frequency with aging, the rule that LFU-DA and GDSF share."""
+"""Frequency with aging: least frequently used, and greedy dual size with frequency."""
 
 from __future__ import annotations
 
@@ -47,3 +47,29 @@ class AgedFrequencyPolicy(CachePolicy):
     def _key(self, adapter_id: int) -> float:
         use = self._frequency[adapter_id] * self._weight[adapter_id]
         return self._age_at_use[adapter_id] + use
+
+
+class LfuPolicy(AgedFrequencyPolicy):
+    """LFU with dynamic aging (LFU-DA): every use counts one, whatever the adapter's size.
+
+    Source: Arlitt, Cherkasova, Dilley, Friedrich and Jin, "Evaluating content management
+    techniques for Web proxy caches", ACM SIGMETRICS Performance Evaluation Review 27(4), 2000.
+    """
+
+    def weight(self, size: int, cost: float) -> float:
+        return 1.0
+
+
+class GdsfPolicy(AgedFrequencyPolicy):
+    """GDSF: a use counts its reload cost by the room taken, `frequency * cost / size`.
+
+    Keeps many small adapters rather than few large ones where their use is alike, for the hit
+    rate over requests. In the GPU tier, where every adapter takes one slot, it is LFU-DA.
+
+    Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching
+    policy", HP Laboratories HPL-98-69R1, 1998; after Cao and Irani, "Cost-aware WWW proxy caching
+    algorithms", USENIX Symposium on Internet Technologies and Systems, 1997.
+    """
+
+    def weight(self, size: int, cost: float) -> float:
+        return cost / size
