@@ -167,9 +167,6 @@ class SlotAssignment(PolicyTier):
 
         They are protected until the next call, and reported to the policy. Those that were not in
         the preceding batch are looked up: a hit if they had a slot before they were asked for.
-
-        Args:
-            adapters: Without the base model. One without a slot is counted as a miss.
         """
         self._wanted_before, self._wanted = frozenset(self._wanted), set()
         self._running = adapters
@@ -228,14 +225,7 @@ class SlotAssignment(PolicyTier):
     # Answers
 
     def filled(self, order: int, rank: int = 0) -> bool:
-        """A rank has carried an order out.
-
-        Args:
-            order: Its number.
-            rank: The rank, from 0.
-
-        Returns:
-            Whether the slot is filled now, on all ranks, by this answer.
+        """A rank, from 0, has carried an order out; whether the slot is filled now, on all ranks.
 
         Raises:
             ValueError: There is no such rank.
@@ -255,9 +245,6 @@ class SlotAssignment(PolicyTier):
 
     def fill_failed(self, order: int) -> int | None:
         """A rank could not carry an order out: the slot is free again.
-
-        Args:
-            order: Its number.
 
         Returns:
             The adapter that has no slot any more; None if the answer is stale.

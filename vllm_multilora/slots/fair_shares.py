@@ -199,12 +199,9 @@ class FairShares:
         """A request of a party cannot run in this step, whatever the others do.
 
         If nothing is computed for the party either, it is nobody that others have to spare, for
-        `HELD_STEPS` steps, or until `unhold` or another request of it comes.
-
-        Args:
-            party: The party.
-            waits_for_slot: Whether it lacks nothing but a slot. It keeps its counter then, as it
-                waits because of the others; else it is lifted as if it had come just now.
+        `HELD_STEPS` steps, or until `unhold` or another request of it comes. If it lacks nothing
+        but a slot, it keeps its counter, as it waits because of the others; else it is lifted as
+        if it had come just now.
         """
         account = self._working[party]
         account.held_in = self._step
@@ -256,13 +253,7 @@ class FairShares:
 
 
 def cost_of(prompt_tokens: int, begin: int, end: int) -> float:
-    """The cost of computing a request's tokens from one position up to another.
-
-    Args:
-        prompt_tokens: Of the request; what comes after them was generated.
-        begin: The first position.
-        end: That after the last one.
-    """
+    """The cost of computing a request's tokens in [begin, end): its prompt's and generated ones."""
     of_prompt = max(0, min(end, prompt_tokens) - begin)
     return PROMPT_COST * of_prompt + GENERATED_COST * max(0, end - begin - of_prompt)
 

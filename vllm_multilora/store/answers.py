@@ -32,13 +32,7 @@ class Effects(Protocol):
 
 
 class Answers:
-    """Tells clients what has become of their wants.
-
-    Args:
-        clients: All clients by their numbers.
-        memory: Counts leases.
-        effects: Sends.
-    """
+    """Tells clients, by their numbers, what has become of their wants."""
 
     def __init__(self, clients: dict[int, Client], memory: HostMemory, effects: Effects) -> None:
         self._clients = clients

@@ -70,14 +70,7 @@ class RefusedError(Exception):
 
 
 class Conversation:
-    """Understands clients.
-
-    Args:
-        registry: Decides.
-        segments: Handed out to be mapped.
-        reader: Understands layouts.
-        names: Shared by API servers.
-    """
+    """Understands clients."""
 
     def __init__(
         self, registry: Registry, segments: SharedSegments, reader: AdapterReader, names: Names

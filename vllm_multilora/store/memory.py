@@ -142,12 +142,7 @@ class HostMemory:
             self.keep_within(pack.scope, pack.tenant)
 
     def own(self, pack: Pack, tenant: Owner) -> None:
-        """A tenant wants a pack: it counts among the tenant's if it is nobody's.
-
-        Args:
-            pack: Here, and on lease if it is to stay.
-            tenant: Who wants it.
-        """
+        """A tenant wants a pack, on lease if it is to stay: one of nobody is the tenant's now."""
         if pack.tenant is None:
             pack.tenant = tenant
             self.keep_within(pack.scope, tenant)
@@ -155,12 +150,8 @@ class HostMemory:
     def keep_within(self, scope: Scope, tenant: Owner, coming: int = 0) -> None:
         """Has a tenant's least valuable packs leave while it has more than its limit.
 
-        What is on lease stays: the limit bounds what a tenant keeps, and fails no request.
-
-        Args:
-            scope: For which the packs were made.
-            tenant: Whose they are.
-            coming: Packs that are about to come.
+        What is on lease stays: the limit bounds what a tenant keeps, and fails no request. As many
+        more leave as are about to come.
         """
         most = self.tenant_limits.get((scope, tenant))
         if most is None:

@@ -49,12 +49,8 @@ class Room:
     def take(self, load: Load, loads: Iterable[Load], now: float) -> Allocation | None:
         """Room for the first in line, for which others may leave; None: it waits on.
 
-        What its tenant may not keep beside it leaves first.
-
-        Args:
-            load: The first in line.
-            loads: All: those of the tenant that have room count, too.
-            now: The time.
+        What its tenant may not keep beside it, and beside all loads of it that have room, leaves
+        first.
         """
         assert load.blocks is not None
         if load.tenant is not None:
