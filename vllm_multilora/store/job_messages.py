@@ -58,7 +58,7 @@ class Failure(JobMessage, frozen=True):
 
     Attributes:
         kind: What kind of thing went wrong.
-        message: What was found and where.
+        message: What was found and where, for the tenant whose requests fail.
         problems: What is wrong with the files, each as its fields.
     """
 

@@ -176,23 +176,14 @@ class Want(Message, frozen=True):
 
 
 class Share(Message, frozen=True):
-    """Another owner waits for what a want has asked for: its load may take that one's turn too.
-
-    Attributes:
-        ticket: Of the want.
-        owner: As one of `Want.owners`.
-    """
+    """Another owner waits for what a want has asked for: its load may take that one's turn too."""
 
     ticket: int
     owner: str
 
 
 class Cancel(Message, frozen=True):
-    """Takes a want back; an answer may be on its way already, with a lease.
-
-    Attributes:
-        ticket: Of the want.
-    """
+    """Takes a want back; an answer may be on its way already, with a lease."""
 
     ticket: int
 
@@ -223,7 +214,6 @@ class Map(Message, frozen=True):
     """Asks for a segment's descriptor; answered by `Segment`.
 
     Attributes:
-        segment: Its number.
         pinned: Whether the client registers the segment with a device. Pages of such a segment
             are never given back singly: the device would go on reading the old ones.
     """
@@ -264,10 +254,7 @@ class Publish(Message, frozen=True):
 class Retract(Message, frozen=True):
     """A name does not lead to an adapter any more, in all API servers; answered by `Settled`.
 
-    Attributes:
-        request: The client's number for this.
-        name: The name.
-        adapter: The adapter's number; another one that the name leads to by now stays.
+    Another adapter that it leads to by now stays. Fields as of `Publish`.
     """
 
     request: int
@@ -289,21 +276,13 @@ class Describe(Message, frozen=True):
 
 
 class Configured(Message, frozen=True):
-    """The engine may want adapters now.
-
-    Attributes:
-        notes: What is not as asked for, one sentence each; for the log.
-    """
+    """The engine may want adapters now; what is not as it has asked for, in sentences."""
 
     notes: list[str]
 
 
 class Refused(Message, frozen=True):
-    """The store will not serve this client and closes the connection.
-
-    Attributes:
-        reason: Why, and what to do.
-    """
+    """The store will not serve this client, for a reason, and closes the connection."""
 
     reason: str
 
@@ -318,8 +297,7 @@ class Loaded(Message, frozen=True):
     """A want is fulfilled.
 
     Attributes:
-        ticket: Of the want.
-        adapter: The adapter's number.
+        ticket: Of the want; so is the adapter's number.
         pack: The adapter as it is in memory.
         seconds: From the want's arrival to now.
         was_read: Whether the files' bytes were read for it, rather than found in memory.
@@ -335,15 +313,7 @@ class Loaded(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """A want cannot be fulfilled.
-
-    Attributes:
-        ticket: Of the want.
-        adapter: The adapter's number.
-        kind: What kind of thing went wrong.
-        message: What was found and where, for the tenant whose requests fail.
-        problems: What is wrong with the files, each as its fields.
-    """
+    """A want cannot be fulfilled; the rest as of `job_messages.Failure`."""
 
     ticket: int
     adapter: int
@@ -381,12 +351,7 @@ class Totals(Message, frozen=True):
 
 
 class Segment(Message, frozen=True):
-    """The answer to `Map`; its descriptor comes with it.
-
-    Attributes:
-        number: The segment.
-        size: Its bytes. 0, and no descriptor: there is no such segment.
-    """
+    """The answer to `Map`; its descriptor comes with it. Of size 0, and alone: there is none."""
 
     number: int
     size: int
@@ -405,14 +370,10 @@ class SegmentClosed(Message, frozen=True):
 
 
 class Published(Message, frozen=True):
-    """A name was published, by whatever API server; to be answered by `Saw` unless serial is 0.
+    """A name was published, by whatever API server; fields as of `Publish`.
 
-    Attributes:
-        serial: Of the change. 0: it is an earlier one, and nobody waits for it.
-        name: As of `Publish`, like the rest.
-        adapter: The adapter's number.
-        path: The adapter's folder.
-        details: What else API servers keep with a name.
+    To be answered by `Saw`, unless the serial number of the change is 0: it is an earlier one, and
+    nobody waits for it.
     """
 
     serial: int
@@ -423,7 +384,7 @@ class Published(Message, frozen=True):
 
 
 class Retracted(Message, frozen=True):
-    """A name was retracted; fields as of `Retract`, serial and answer as of `Published`."""
+    """A name was retracted; to be answered like `Published`."""
 
     serial: int
     name: str
