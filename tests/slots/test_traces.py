@@ -41,8 +41,9 @@ def write(tmp_path):
     ],
     ids=["csv", "jsonl"],
 )
-def test_requests_are_read_in_order_of_time(write, name, text):
-    trace = read_trace(write(name, text))
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "byte order mark"])
+def test_requests_are_read_in_order_of_time(write, name, text, mark):
+    trace = read_trace(write(name, mark + text))
     assert trace == Trace(("a", "b", "c", "a"), {"a": 100})
     assert trace.adapters == ("a", "b", "c")
 

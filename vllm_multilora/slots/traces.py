@@ -23,6 +23,7 @@ from vllm_multilora.errors import MultiLoRAError
 MOST = 2**63
 """Numbers of bytes and tokens are below it, so that their sums and quotients are floats."""
 
+_ENCODING = "utf-8-sig"  # with or without the mark that spreadsheets put first
 _COLUMNS = ("time", "adapter")
 _TOKENS = ("prompt_tokens", "generation_tokens")
 
@@ -133,7 +134,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding=_ENCODING) as file:
         reader = csv.DictReader(file)
         lacking = [name for name in columns if name not in (reader.fieldnames or ())]
         if lacking:
@@ -147,7 +148,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping
 
 
 def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=_ENCODING) as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
