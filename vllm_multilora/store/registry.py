@@ -70,7 +70,7 @@ class Registry:
             del self._leaving[client.server, want.adapter]
             fresh = True
         ticket = Ticket(number, want.ticket, want.keep, now)
-        if client.scope is None or client.settings is None or want.ticket in client.loads:
+        if client.scope is None or want.ticket in client.loads:
             found = "not configured" if client.scope is None else f"using ticket {want.ticket}"
             message = f"the engine asked the store for {want.name!r} while {found}"
             kind = FailureKind.INTERNAL
@@ -100,7 +100,6 @@ class Registry:
                 return
         owners = [Owner(client.server, of) for of in want.owners or (want.adapter,)]
         load = self.loads.of_adapter(binding, want.path)
-        is_new = load is None
         if load is None:
             load = self.loads.add(binding, want.path, owners, client, [ticket])
         elif fresh and load.has_begun:
@@ -111,8 +110,7 @@ class Registry:
                 self._answers.reading(ticket)
             elif want.keep:
                 self.loads.queue.promote(load.number)
-        if not is_new:
-            self.loads.share(load, owners)
+        self.loads.share(load, owners)
         if load.tenant is None:
             load.tenant = tenant
         client.loads[want.ticket] = load
