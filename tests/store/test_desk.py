@@ -72,8 +72,8 @@ class DeskWorld(World):
         def __init__(self, started: dict[str, PlayedJob]) -> None:
             self._started = started
 
-        def start(self, task, reader):
-            job = self._started[task.path] = PlayedJob()
+        def start(self, load, reader):
+            job = self._started[load.path] = PlayedJob()
             return job, job.ours
 
     def start(self, load):

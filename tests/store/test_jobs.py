@@ -10,8 +10,8 @@ from tests.store.conftest import PATIENT_S
 from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.store.arena import PAGE, PLACE_BITS
 from vllm_multilora.store.channel import MOST_DESCRIPTORS, Channel
+from vllm_multilora.store.entries import Binding, Load
 from vllm_multilora.store.job_messages import Checked, Done, FromJob, Go, Opened, Place
-from vllm_multilora.store.jobs import Task
 from vllm_multilora.store.messages import StoreSettings
 from vllm_multilora.store.runner import ForkRunner
 from vllm_multilora.store.segments import SharedSegments
@@ -40,7 +40,8 @@ def test_a_pack_may_lie_in_many_segments_and_in_several_extents_of_each(segments
     extents = [(number, page * PAGE, PAGE) for page in (3, 1) for number in numbers]
     places = np.array([(number << PLACE_BITS) | offset for number, offset, _ in extents])
     path = "/fake/a?blocks=" + ",".join([str(PAGE)] * len(extents))
-    job, sock = ForkRunner().start(Task(1, path, [], StoreSettings()), FakeReader())
+    load = Load(1, Binding("server", None, 1), path, [], [], StoreSettings())
+    job, sock = ForkRunner().start(load, FakeReader())
     sock.settimeout(PATIENT_S)
     with closing(Channel(sock, FromJob)) as channel:
         assert isinstance(next_of(channel), Opened)

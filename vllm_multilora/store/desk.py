@@ -27,7 +27,6 @@ from vllm_multilora.store.job_messages import (
     Opened,
     Place,
 )
-from vllm_multilora.store.jobs import Task
 from vllm_multilora.store.loads import Loads
 from vllm_multilora.store.runner import End, Runner, RunningJob
 from vllm_multilora.store.sandbox import cpu_limit_s
@@ -48,11 +47,9 @@ _ANSWER_TO: dict[type[msgspec.Struct], type[JobMessage]] = {
 
 @dataclass(eq=False)
 class _Job:
-    number: int
-    path: str
+    load: Load
     running: RunningJob
     channel: Channel[FromJob]
-    timeout_s: float
     turn_to_say: type[JobMessage] | None = Opened
     killed: float = 0.0
 
@@ -77,12 +74,10 @@ class Desk:
 
     def start(self, load: Load) -> None:
         """Starts a load's job; raises OSError."""
-        task = Task(load.number, load.path, load.layouts, load.settings)
-        running, sock = self._runner.start(task, self._reader)
+        running, sock = self._runner.start(load, self._reader)
         sock.setblocking(False)
         channel: Channel[FromJob] = Channel(sock, FromJob)
-        timeout_s = load.settings.timeout_s
-        self._jobs[load.number] = _Job(load.number, load.path, running, channel, timeout_s)
+        self._jobs[load.number] = _Job(load, running, channel)
         self._selector.register(channel, selectors.EVENT_READ, load.number)
 
     def tell(self, number: int, message: msgspec.Struct, descriptors: list[int]) -> None:
@@ -159,7 +154,7 @@ class Desk:
         if len(stuck) < MOST_STUCK:
             return None
         mounts = _mount_points()
-        hanging = Counter(source for job in stuck for source in _sources_of(job.path, mounts))
+        hanging = Counter(source for job in stuck for source in _sources_of(job.load.path, mounts))
         source, count = max(
             ((source, hanging[source]) for source in _sources_of(path, mounts)),
             key=lambda item: item[1],
@@ -178,14 +173,15 @@ class Desk:
 
 def _failure_of(job: _Job, end: End) -> Failure:
     """What a job's end without an answer means."""
+    limit_s = job.load.settings.timeout_s
     if end.is_out_of_time:
         message = (
-            f"{title(job.path)}: reading and checking it has used up the processor time that "
-            f"one adapter may take ({cpu_limit_s(job.timeout_s)} seconds, from the time limit "
-            f"of {job.timeout_s:g} seconds)"
+            f"{title(job.load.path)}: reading and checking it has used up the processor time that "
+            f"one adapter may take ({cpu_limit_s(limit_s)} seconds, from the time limit of "
+            f"{limit_s:g} seconds)"
         )
         return Failure(FailureKind.TIMEOUT, message, [])
-    message = f"{title(job.path)}: the process that read it {end.how}, without an answer"
+    message = f"{title(job.load.path)}: the process that read it {end.how}, without an answer"
     return Failure(FailureKind.INTERNAL, message, [])
 
 
@@ -196,10 +192,10 @@ def _hear(job: _Job, message: FromJob, loads: Loads) -> None:
             if type(message) is not job.turn_to_say:
                 raise ValueError(f"{type(message).__name__} out of turn")
             job.turn_to_say = None
-        _pass_on(job.number, message, loads)
+        _pass_on(job.load.number, message, loads)
     except ValueError as error:
-        found = f"{title(job.path)}: what its check says makes no sense: {error}"
-        loads.failed(job.number, Failure(FailureKind.INTERNAL, found, []), _now())
+        found = f"{title(job.load.path)}: what its check says makes no sense: {error}"
+        loads.failed(job.load.number, Failure(FailureKind.INTERNAL, found, []), _now())
 
 
 def _pass_on(number: int, message: FromJob, loads: Loads) -> None:

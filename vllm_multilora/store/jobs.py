@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +14,7 @@ from vllm_multilora.failures import FailureKind, classify_failure, describe_fail
 from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.arena import PLACE_BITS
 from vllm_multilora.store.channel import Channel, ChannelClosedError
+from vllm_multilora.store.entries import Load
 from vllm_multilora.store.hub import fetched
 from vllm_multilora.store.job_messages import (
     Checked,
@@ -26,45 +25,28 @@ from vllm_multilora.store.job_messages import (
     Place,
     ToJob,
 )
-from vllm_multilora.store.messages import Contents, StoreSettings
+from vllm_multilora.store.messages import Contents
 from vllm_multilora.store.syscalls import mapped
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one job is about.
-
-    Attributes:
-        number: Of the job.
-        path: The adapter's folder.
-        layouts: What its tensors must fit.
-        settings: The rules, and the time that the job may take.
-    """
-
-    number: int
-    path: str
-    layouts: Sequence[Any]
-    settings: StoreSettings
 
 
 def run_job(
     sock: socket.socket,
-    task: Task,
+    load: Load,
     reader: AdapterReader,
     confine: Callable[[], None] = lambda: None,
 ) -> None:
-    """Does a task, over a blocking socket to the store; whatever goes wrong is said there.
+    """Does a load's work, over a blocking socket to the store; whatever goes wrong is said there.
 
     Args:
         sock: To the store.
-        task: What to do.
+        load: What to read, for which layouts, by which settings; the rest is the store's affair.
         reader: Reads adapters.
         confine: Called before anything that a customer has written is looked at.
     """
     channel: Channel[ToJob] = Channel(sock, ToJob, take_descriptors=True)
     try:
         try:
-            _read(channel, task, reader, confine)
+            _read(channel, load, reader, confine)
         except ChannelClosedError:
             raise
         except Exception as error:
@@ -76,17 +58,17 @@ def run_job(
 
 
 def _read(
-    channel: Channel[ToJob], task: Task, reader: AdapterReader, confine: Callable[[], None]
+    channel: Channel[ToJob], load: Load, reader: AdapterReader, confine: Callable[[], None]
 ) -> None:
-    path = fetched(task.path, is_allowed=task.settings.allow_hub)
-    rules = reader.rules(task.settings)
+    path = fetched(load.path, is_allowed=load.settings.allow_hub)
+    rules = reader.rules(load.settings)
     confine()
     with reader.open(path, rules) as source:
         # Where a file is missing ("-"), two adapters of one version are not the same.
         version = "" if "-" in source.version.split() else source.version
         channel.send(Opened(version))
         _next(channel)  # Go
-        intake = source.check(task.layouts)
+        intake = source.check(load.layouts)
         blocks = np.ascontiguousarray(intake.block_bytes, np.int64)
         contents = Contents(
             rank=intake.rank,

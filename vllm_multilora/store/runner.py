@@ -18,7 +18,8 @@ from typing import NamedTuple, Protocol
 
 from vllm_multilora.store import sandbox
 from vllm_multilora.store.adapter_reader import AdapterReader
-from vllm_multilora.store.jobs import Task, run_job
+from vllm_multilora.store.entries import Load
+from vllm_multilora.store.jobs import run_job
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Runner(Protocol):
 
     mode: str
 
-    def start(self, task: Task, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
+    def start(self, load: Load, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
         """Starts a job; returns it with the store's end of the socket; raises OSError."""
 
     def protection(self) -> list[str]:
@@ -76,7 +77,7 @@ class ForkRunner:
 
     mode = "process"
 
-    def start(self, task: Task, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
+    def start(self, load: Load, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -85,14 +86,14 @@ class ForkRunner:
                 ours.close()
                 raise
             if pid == 0:
-                _be_child(theirs, task, reader)
+                _be_child(theirs, load, reader)
         return _Child(pid), ours
 
     def protection(self) -> list[str]:
         return ["a process of its own", *sandbox.protection()]
 
 
-def _be_child(sock: socket.socket, task: Task, reader: AdapterReader) -> None:
+def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
     """The whole life of a child; never returns."""
     try:
         gc.freeze()  # collections would touch, and so copy, all of the store's objects
@@ -103,7 +104,7 @@ def _be_child(sock: socket.socket, task: Task, reader: AdapterReader) -> None:
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         os.closerange(3, sock.fileno())
         os.closerange(sock.fileno() + 1, most)
-        settings = task.settings
+        settings = load.settings
         roots = (*settings.allowed_roots, *settings.directories) if settings.allowed_roots else ()
         confine = partial(
             sandbox.enter,
@@ -111,9 +112,9 @@ def _be_child(sock: socket.socket, task: Task, reader: AdapterReader) -> None:
             settings.timeout_s,
             files_in_memory=settings.allow_pickle,
         )
-        run_job(sock, task, reader, confine)
+        run_job(sock, load, reader, confine)
     except BaseException as error:
-        print(f"multilora store: job {task.number}: {error!r}", file=sys.stderr, flush=True)
+        print(f"multilora store: job {load.number}: {error!r}", file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)
 
@@ -148,10 +149,10 @@ class ThreadRunner:
 
     mode = "thread"
 
-    def start(self, task: Task, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
+    def start(self, load: Load, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
         ours, theirs = socket.socketpair()
         try:
-            return _Thread(theirs, task, reader), ours
+            return _Thread(theirs, load, reader), ours
         except RuntimeError as error:  # as Python says it, whatever the system's error was
             ours.close()
             theirs.close()
@@ -162,10 +163,10 @@ class ThreadRunner:
 
 
 class _Thread:
-    def __init__(self, theirs: socket.socket, task: Task, reader: AdapterReader) -> None:
-        name = f"multilora-job-{task.number}"
+    def __init__(self, theirs: socket.socket, load: Load, reader: AdapterReader) -> None:
+        name = f"multilora-job-{load.number}"
         self._thread = threading.Thread(
-            target=run_job, args=(theirs, task, reader), name=name, daemon=True
+            target=run_job, args=(theirs, load, reader), name=name, daemon=True
         )
         self._thread.start()
 
