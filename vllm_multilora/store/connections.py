@@ -33,7 +33,6 @@ from vllm_multilora.store.messages import (
     Retract,
     Saw,
     Segment,
-    SegmentOpened,
     Share,
     Used,
     Want,
@@ -55,7 +54,8 @@ class Connection:
         channel: To the client.
         known: Whether it has said `Hello`.
         mapped: Segments that it has mapped.
-        watches: Whether it is told of new segments.
+        watches: Whether it is told of all segments.
+        told: Those that it has been told of.
     """
 
     number: int
@@ -63,6 +63,7 @@ class Connection:
     known: bool = False
     mapped: set[int] = field(default_factory=set)
     watches: bool = False
+    told: set[int] = field(default_factory=set)
 
 
 class RefusedError(Exception):
@@ -114,8 +115,6 @@ class Conversation:
                 self._hand_out(connection, message)
             case Watch():
                 connection.watches = True
-                for each in self._segments.numbers:
-                    connection.channel.send(SegmentOpened(each))
             case Publish():
                 self._names.publish(number, message, now)
             case Retract():

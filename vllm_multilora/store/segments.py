@@ -20,15 +20,11 @@ class SharedSegments:
     Attributes:
         pinned: Numbers of segments that a device reads: their pages are never given back singly,
             because a device goes on reading the pages that it has pinned.
-        opened: Numbers of segments that were made, for whoever tells those who watch.
-        closed: Numbers of segments that were closed, for whoever tells those who map them.
     """
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
         self.pinned: set[int] = set()
-        self.opened: list[int] = []
-        self.closed: list[int] = []
 
     def create(self, number: int, size: int) -> None:
         """Makes a segment; raises OSError."""
@@ -40,13 +36,11 @@ class SharedSegments:
             os.close(descriptor)
             raise
         self._descriptors[number] = descriptor
-        self.opened.append(number)
 
     def close(self, number: int) -> None:
         """Gives the segment up."""
         os.close(self._descriptors.pop(number))
         self.pinned.discard(number)
-        self.closed.append(number)
 
     def give_back(self, number: int, offset: int, size: int) -> None:
         """Gives the pages of a range back to the system; they read as zeros afterwards."""
@@ -61,9 +55,9 @@ class SharedSegments:
         )
 
     @property
-    def numbers(self) -> list[int]:
+    def numbers(self) -> set[int]:
         """Those of all segments."""
-        return list(self._descriptors)
+        return set(self._descriptors)
 
     def size(self, number: int) -> int:
         """Bytes of a segment; 0 if there is none of this number."""

@@ -227,17 +227,15 @@ class Server:
             self._alone_since = time.monotonic()
 
     def _tell_segments(self) -> None:
-        opened, self._segments.opened = self._segments.opened, []
-        for segment in opened:
-            for number, connection in list(self._connections.items()):
-                if connection.watches:
+        numbers = self._segments.numbers
+        for number, connection in self._connections.items():
+            if connection.watches:
+                for segment in numbers - connection.told:
                     self.send(number, SegmentOpened(segment))
-        closed, self._segments.closed = self._segments.closed, []
-        for segment in closed:
-            for number, connection in self._connections.items():
-                if segment in connection.mapped:
-                    connection.mapped.remove(segment)
-                    self.send(number, SegmentClosed(segment))
+                connection.told = numbers
+            for segment in connection.mapped - numbers:
+                self.send(number, SegmentClosed(segment))
+            connection.mapped &= numbers
 
     def _tell_totals(self) -> None:
         totals, now = self._registry.memory.totals(), time.monotonic()
