@@ -21,7 +21,7 @@ def started(queue: FairQueue, now: float) -> list[int]:
 
 def fill(queue: FairQueue, owners: str, lane: Lane = Lane.REQUEST, first: int = 0) -> None:
     for number, owner in enumerate(owners, first):
-        queue.add(number, owner, lane, 100.0)
+        queue.add(number, [owner], lane, 100.0)
 
 
 def order(queue: FairQueue) -> list[int]:
@@ -93,8 +93,8 @@ def test_a_job_that_gets_no_processor_keeps_its_place():
 def test_loads_that_hang_hold_up_another_for_less_than_patience(hanging):
     queue = FairQueue(places=2)
     for number in range(hanging):
-        queue.add(number, f"owner {number}", Lane.REQUEST, 100.0)
-    queue.add(99, "another", Lane.REQUEST, 100.0)
+        queue.add(number, [f"owner {number}"], Lane.REQUEST, 100.0)
+    queue.add(99, ["another"], Lane.REQUEST, 100.0)
     now, found = 0.0, []
     while 99 not in (found := found + started(queue, now)):
         now = queue.next_event(now)
@@ -104,7 +104,7 @@ def test_loads_that_hang_hold_up_another_for_less_than_patience(hanging):
 def test_beside_too_many_hanging_jobs_the_longest_idle_is_killed_for_who_waits():
     queue = FairQueue(places=1)
     for number in range(MOST_OLD_JOBS + 1):
-        queue.add(number, f"{number}", Lane.REQUEST, 100.0)
+        queue.add(number, [f"{number}"], Lane.REQUEST, 100.0)
     now = 0.0
     for _ in range(MOST_OLD_JOBS):
         assert len(started(queue, now)) == 1
@@ -120,7 +120,7 @@ def test_beside_too_many_hanging_jobs_the_longest_idle_is_killed_for_who_waits()
 
 def test_a_job_is_killed_at_its_deadline_whatever_it_does():
     queue = FairQueue()
-    queue.add(0, "a", Lane.REQUEST, 5.0)
+    queue.add(0, ["a"], Lane.REQUEST, 5.0)
     assert started(queue, 0.0) == [0]
     queue.looked_at(0, 4.9, 4.9, is_ready=False)
     assert queue.overdue(4.9) == []
@@ -130,7 +130,7 @@ def test_a_job_is_killed_at_its_deadline_whatever_it_does():
 
 def test_the_clock_stands_still_while_a_job_waits_for_room():
     queue = FairQueue(places=1)
-    queue.add(0, "a", Lane.REQUEST, 5.0)
+    queue.add(0, ["a"], Lane.REQUEST, 5.0)
     started(queue, 0.0)
     queue.wait_for_room(0, 1.0)
     assert queue.overdue(1000.0) == []

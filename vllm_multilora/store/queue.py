@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 PATIENCE_S = 2.0
@@ -87,10 +87,11 @@ class FairQueue:
         """Loads that have not been started."""
         return len(self._where)
 
-    def add(self, number: int, owner: Hashable, lane: Lane, timeout_s: float) -> None:
-        """Puts a load at the end of its owner's; its job may work for so many seconds."""
+    def add(self, number: int, owners: Iterable[Hashable], lane: Lane, timeout_s: float) -> None:
+        """Puts a load at the end of its owners' lines; its job may work for so many seconds."""
         self._where[number] = _Waiting(lane, [], timeout_s)
-        self.share(number, owner)
+        for owner in owners:
+            self.share(number, owner)
 
     def share(self, number: int, owner: Hashable) -> None:
         """Another owner waits for a load; one that has been started needs no turn any more."""
@@ -104,9 +105,7 @@ class FairQueue:
         where = self._where[number]
         if where.lane is not Lane.REQUEST:
             self.remove(number)
-            self.add(number, where.owners[0], Lane.REQUEST, where.timeout_s)
-            for owner in where.owners[1:]:
-                self.share(number, owner)
+            self.add(number, where.owners, Lane.REQUEST, where.timeout_s)
 
     def remove(self, number: int) -> None:
         """Nobody wants the load any more, or its job has ended."""
