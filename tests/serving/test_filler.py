@@ -282,28 +282,55 @@ def test_a_check_changes_nothing_and_says_what_vllm_says(rig: Rig) -> None:
 
 
 class Runtime:
-    """Stands in for CUDA's: notes what is page-locked, and refuses what it is told to."""
+    """Stands in for CUDA's: notes what is page-locked, and refuses what it is told to.
+
+    Like CUDA's, it refuses memory that may not be written to, and keeps a thread's last error.
+    """
 
     def __init__(self, most: int = 1 << 30) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.threads: set[str] = set()
         self.most = most
+        self._of_thread = threading.local()
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
         self.threads.add(threading.current_thread().name)
-        if len(self.calls) >= self.most:
-            return 2
-        self.calls.append(("register", address, size, flags))
-        return 0
+        code = 0
+        if flags:
+            code = 801  # cudaErrorNotSupported
+        elif not is_writable(address):
+            code = 1  # cudaErrorInvalidValue
+        elif len(self.calls) >= self.most:
+            code = 2  # cudaErrorMemoryAllocation
+        if code:
+            self._of_thread.last_error = code
+        else:
+            self.calls.append(("register", address, size))
+        return code
+
+    @property
+    def last_error(self) -> int:
+        """Of this thread: what the launch of its next kernel would be taken to have met."""
+        return getattr(self._of_thread, "last_error", 0)
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         self.calls.append(("unregister", address))
         return 0
 
 
+def is_writable(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, access, *_ = line.split()
+        begin, end = (int(each, 16) for each in span.split("-"))
+        if begin <= address < end:
+            return "w" in access
+    return False
+
+
 def open_as_for_a_gpu(rig: Rig, monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> Any:
     """The host's memory as for a GPU; copies stay on this machine."""
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     with monkeypatch.context() as patch:
         patch.setattr(rig.filler, "_device", torch.device("cuda", 0))
         rig.filler.open_memory(rig.client.address, SERVER)
@@ -329,10 +356,8 @@ def test_a_segment_is_page_locked_once_in_parts_and_released_before_it_is_unmapp
     expected, calls = [], list(runtime.calls)
     for address, size in mapped.items():
         at = address
-        for _, begin, part, flags in [
-            call for call in calls if address <= call[1] < address + size
-        ]:
-            assert (begin, flags) == (at, 8)
+        for _, begin, part in [call for call in calls if address <= call[1] < address + size]:
+            assert begin == at
             assert part <= REGISTERED_BYTES
             assert part == address + size - begin or (begin + part) % REGISTERED_BYTES == 0
             expected.append(begin)
@@ -350,6 +375,7 @@ def test_a_segment_is_page_locked_when_the_store_makes_it_and_not_by_an_order(
     memory = open_as_for_a_gpu(rig, monkeypatch, runtime)
     pack = rig.load(7, rank=4)
     until(lambda: pack.segments[0] in memory._segments)
+    rig.filler._thread.submit(lambda: None).result(LIMIT_S)  # the mapping before it is over
     before = len(runtime.calls)
     assert before
     assert isinstance(rig.filler.fill_now(rig.fill(0, 0, 7, pack)), Filled)
@@ -377,3 +403,21 @@ def test_memory_that_cannot_be_page_locked_whole_serves_and_what_was_is_released
     memory.close()
     (registered, released) = runtime.calls
     assert released == ("unregister", registered[1])
+
+
+def test_the_kernels_that_fill_a_slot_are_not_taken_for_what_could_not_be_page_locked(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(most=0)
+    open_as_for_a_gpu(rig, monkeypatch, runtime)
+    errors: list[int] = []
+    scatter = rig.model.slot_table.scatter
+
+    def noting(*args: Any, **kwargs: Any) -> None:
+        errors.append(runtime.last_error)
+        scatter(*args, **kwargs)
+
+    monkeypatch.setattr(rig.model.slot_table, "scatter", noting)
+    assert isinstance(rig.filler.fill_now(rig.fill(0, 0, 7, rig.load(7, rank=4))), Filled)
+    assert runtime.threads
+    assert errors == [0]

@@ -61,9 +61,10 @@ def test_a_worker_reads_what_a_job_packed(engine):
     mapper.close()
 
 
-def test_a_worker_cannot_write_into_host_memory(engine):
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_worker_cannot_write_into_host_memory(engine, pinned):
     pack = engine.load(1, "/fake/a").pack
-    mapper = SegmentMapper(engine.client.address, "server")
+    mapper = SegmentMapper(engine.client.address, "server", pinned=pinned)
     with pytest.raises(TypeError, match="read-only"):
         mapper.view(pack.index_place, 64, pack.segments)[0] = 1
     mapper.close()

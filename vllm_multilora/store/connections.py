@@ -174,7 +174,7 @@ class Conversation:
         if not size:
             connection.channel.send(Segment(number, 0))
             return
-        descriptor = self._segments.open_to_read(number)
+        descriptor = self._segments.open(number, writable=message.pinned)
         try:
             connection.channel.send(Segment(number, size), [descriptor])
         finally:

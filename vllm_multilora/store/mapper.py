@@ -1,4 +1,8 @@
-"""How a worker accesses host memory: the store's segments, mapped read-only."""
+"""How a worker accesses host memory: the store's segments, which it only reads.
+
+They are mapped read-only, but for those that are registered with a device: on most machines CUDA
+page-locks nothing that may not be written to.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +36,14 @@ _ANSWER_S = 10.0
 class _Mapped:
     """One mapping; its bytes stay as long as it does, whatever becomes of the store."""
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._map = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    def __init__(self, descriptor: int, size: int, *, writable: bool) -> None:
+        access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+        self._map = mmap.mmap(descriptor, size, mmap.MAP_SHARED, access)
         self.size = size
         self.address = int(np.frombuffer(self._map, np.uint8).__array_interface__["data"][0])
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        return memoryview(self._map)[offset : offset + nbytes]
+        return memoryview(self._map)[offset : offset + nbytes].toreadonly()
 
     def close(self) -> None:
         with contextlib.suppress(BufferError):  # a view is left: it unmaps when it goes
@@ -172,7 +177,7 @@ class SegmentMapper:
                 "pack was released too early"
             )
         try:
-            mapped = _Mapped(descriptors[0], answer.size)
+            mapped = _Mapped(descriptors[0], answer.size, writable=self._pinned)
         finally:
             os.close(descriptors[0])
         self._segments[number] = mapped

@@ -214,8 +214,9 @@ class Map(Message, frozen=True):
     """Asks for a segment's descriptor; answered by `Segment`.
 
     Attributes:
-        pinned: Whether the client registers the segment with a device. Pages of such a segment
-            are never given back singly: the device would go on reading the old ones.
+        pinned: Whether the client registers the segment with a device, for which it must be able
+            to write to it. Pages of such a segment are never given back singly: the device would go
+            on reading the old ones.
     """
 
     segment: int

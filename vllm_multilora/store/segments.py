@@ -68,9 +68,10 @@ class SharedSegments:
         """The descriptor that can be written to; this object keeps it."""
         return self._descriptors[number]
 
-    def open_to_read(self, number: int) -> int:
-        """A new descriptor, which can be mapped to be read only."""
-        return os.open(f"/proc/self/fd/{self._descriptors[number]}", os.O_RDONLY | os.O_CLOEXEC)
+    def open(self, number: int, *, writable: bool) -> int:
+        """A new descriptor, which can be mapped to be read only, or to be written to as well."""
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{self._descriptors[number]}", mode | os.O_CLOEXEC)
 
     def close_all(self) -> None:
         for number in list(self._descriptors):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
+_REGISTER = 0  # cudaHostRegisterDefault
 _RETRY_S = 1.0
 
 
@@ -79,7 +79,7 @@ class SlotFiller:
         """
         self._machine, self._place = machine, place
         pins = self._device.type != "cpu"
-        registered = Registered()
+        registered = Registered(self._device)
         self._memory = SegmentMapper(
             address,
             server,
@@ -243,17 +243,35 @@ def _addresses(
 class Registered:
     """Page-locks segments for the GPU, part by part; steps' kernels are launched in between.
 
-    Copies from memory that is not page-locked are slower, and right.
+    Copies from memory that is not page-locked are slower, and right. CUDA keeps the error of a call
+    that has failed, and the next kernel that the same thread launches seems to have failed: so each
+    call is made by a thread that launches none.
+
+    Args:
+        device: The GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._parts: dict[int, list[int]] = {}  # by segment, where those that are begin
 
     def add(self, number: int, address: int, size: int) -> None:
         """Page-locks a segment."""
+        self._aside(self._add, number, address, size)
+
+    def drop(self, number: int, address: int, size: int) -> None:
+        """Lets go of it, before it is unmapped."""
+        self._aside(self._drop, number)
+
+    def _aside(self, call: Callable[..., None], *args: int) -> None:
+        name, device = "multilora-fill-aside", (self._device,)
+        with ThreadPoolExecutor(1, name, torch.cuda.set_device, device) as thread:
+            thread.submit(call, *args).result()
+
+    def _add(self, number: int, address: int, size: int) -> None:
         parts = self._parts[number] = []
         for begin, part in registered_parts(address, size):
-            code = torch.cuda.cudart().cudaHostRegister(begin, part, _REGISTER_READ_ONLY)
+            code = torch.cuda.cudart().cudaHostRegister(begin, part, _REGISTER)
             if int(code) != 0:
                 logger.warning(
                     "Segment %d of adapters' host memory cannot be page-locked (CUDA error %d "
@@ -266,7 +284,6 @@ class Registered:
                 return
             parts.append(begin)
 
-    def drop(self, number: int, address: int, size: int) -> None:
-        """Lets go of it, before it is unmapped."""
+    def _drop(self, number: int) -> None:
         for begin in self._parts.pop(number):
             torch.cuda.cudart().cudaHostUnregister(begin)
