@@ -10,7 +10,7 @@ import torch
 pytestmark = pytest.mark.serving  # imports vLLM
 
 SLOTS, RANK, HIDDEN, VOCABULARY = 5, 16, 96, 150
-MAX_TOKENS, MAX_BATCHES = 700, 20
+MAX_TOKENS, MAX_BATCHES = 4000, 20
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLACES = {"as allocated": (0, 0), "late": (1, 0), "odd rows": (0, 1), "both": (3, 8)}
 """Elements before the first row, and between rows."""
@@ -152,7 +152,7 @@ def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, b
     warm_up(layers.values(), torch.bfloat16)
     warmed = set(variants)
     assert {kernel for kernel, _ in warmed} == {"shrink_kernel", "expand_kernel", "combine_kernel"}
-    for tokens in (1, 2, 3, 5, 8, 13, 31, 64, 100, 129, 257, 512, 513, MAX_TOKENS):
+    for tokens in (1, 2, 3, 5, 8, 13, 31, 64, 100, 129, 257, 512, 513, 1500, MAX_TOKENS):
         outputs = min(tokens, MAX_BATCHES)
         lengths = [tokens // outputs] * outputs
         lengths[-1] += tokens - sum(lengths)
@@ -162,3 +162,6 @@ def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, b
         for place, (late, extra) in PLACES.items():
             call_as_vllm_does(layers, tokens, outputs, late, extra)
             assert variants == warmed, f"a step of {tokens} tokens, {place}"
+        with wrapper.output_rows.from_prompt(0):  # for prompt_logprobs of all of them
+            call_as_vllm_does(layers, tokens, tokens, 0, 0)
+        assert variants == warmed, f"the logits of {tokens} tokens"

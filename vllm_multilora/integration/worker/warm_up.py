@@ -50,6 +50,7 @@ def prepare(layer: BaseLayerWithLoRA) -> None:
 def warm_up(layers: Iterable[BaseLayerWithLoRA], dtype: torch.dtype) -> None:
     """Calls each layer's kernels once for every number of rows that may choose other blocks.
 
+    Of an output layer, too: with `prompt_logprobs` or drafted tokens it has several for a request.
     MoE expert layers, whose kernels are vLLM's, and classification heads, which run once for a
     request, are left out.
 
@@ -62,8 +63,7 @@ def warm_up(layers: Iterable[BaseLayerWithLoRA], dtype: torch.dtype) -> None:
         if not is_ranked(layer):
             continue
         wrapper: Any = layer.punica_wrapper
-        is_output = isinstance(layer, LogitsProcessorWithLoRA)
-        most = wrapper.max_batches if is_output else wrapper.plan.layout.max_tokens
+        most = wrapper.plan.layout.max_tokens
         factors = wrapper.factors
         has_bias = None if factors is None else factors.bias is not None
         signature = type(layer), most, has_bias, *map(_facts, _weights(layer))
