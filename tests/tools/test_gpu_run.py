@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,10 @@ def test_a_case_is_timed_over_layers_of_their_own(monkeypatch):
 
 
 def test_a_part_that_takes_too_long_is_ended_and_the_rest_goes_on(tmp_path, monkeypatch):
-    sleeping = (sys.executable, "-c", "import time; time.sleep(60)")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    sleeping = ("sh", "-c", f"sleep 60 > '{pipe}' & wait")
     fine = (sys.executable, "-c", "import multilora_kernels")
     monkeypatch.setattr(
         run,
@@ -198,3 +202,29 @@ def test_a_part_that_takes_too_long_is_ended_and_the_rest_goes_on(tmp_path, monk
     assert found["slow"]["code"] == "too late"
     assert found["fine"]["code"] == 0
     assert found["lacking"] == {"left_out": "there is no no_such_program"}
+    poller = select.poll()
+    poller.register(held, select.POLLHUP)
+    assert poller.poll(10_000), "what the part has started goes on beside the next one"
+    os.close(held)
+
+
+def test_whoever_ends_it_ends_the_part_that_runs(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    program = (
+        "import sys; from tools.gpu import run\n"
+        "run.parts = lambda folder, rehearsal: [run.Part('slow', ('sh', '-c', sys.argv[2]), 1.0)]\n"
+        "sys.exit(run.main([sys.argv[1], '--rehearse']))"
+    )
+    part = f"exec > '{pipe}'; echo begun; sleep 60"
+    command = [sys.executable, "-c", program, str(tmp_path / "results"), part]
+    process = subprocess.Popen(command, cwd=ROOT, env=bare())
+    poller = select.poll()
+    poller.register(held, select.POLLIN)
+    assert poller.poll(60_000)
+    assert os.read(held, 6) == b"begun\n"
+    process.terminate()
+    assert process.wait(30) == 128 + 15
+    assert poller.poll(10_000) == [(held, select.POLLHUP)]
+    os.close(held)

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -115,18 +116,24 @@ def run(
 
 def _run_part(part: Part, folder: Path, environment: dict[str, str]) -> int | str:
     with (folder / f"{part.name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            return subprocess.run(
-                part.command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=float(environment["GPU_SECONDS"]) + _GRACE_S,
-                check=False,
-            ).returncode
+            return process.wait(float(environment["GPU_SECONDS"]) + _GRACE_S)
         except subprocess.TimeoutExpired:
             return "too late"
+        finally:
+            if process.poll() is None:
+                # With what it has started: the program under a sanitizer, say, would go on beside
+                # what is timed next.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,6 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    # Whoever ends this ends the part that runs, which has a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen.folder.mkdir(parents=True, exist_ok=True)
     summary = run(
         chosen.folder.absolute(), 60 * chosen.minutes, chosen.vllm, rehearsal=chosen.rehearse
