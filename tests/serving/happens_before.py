@@ -57,6 +57,10 @@ class World:
         merge(self.clock(self.stream), self.clock(self.thread))
         self._happens(self.stream, label, reads, writes)
 
+    def accesses(self, memory: str) -> list[Access]:
+        """What has been noted of some memory, in the order in which it was."""
+        return self._accesses.get(memory, [])
+
     def _happens(self, actor: str, label: str, reads: Any, writes: Any) -> None:
         clock = self.clock(actor)
         clock[actor] = clock.get(actor, 0) + 1

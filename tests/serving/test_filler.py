@@ -127,10 +127,11 @@ def request(adapter: int) -> Any:
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     rig = Rig(tmp_path)
     yield rig
     rig.model.may_fill.set()
+    rig.filler._thread.shutdown()  # nothing is mapped any more when CUDA's stand-in has gone
     rig.client.close()
 
 

@@ -5,6 +5,7 @@ copy or a kernel is the note of what it reads and writes. What each wait is for 
 it out.
 """
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 
 from multilora_kernels import BatchPlan, PlanLayout, SlotIndex, SlotTable, device_staging
 from multilora_kernels.staging import StagingRing
+from vllm_multilora.integration.fill_link import Answer, Filled
 from vllm_multilora.integration.orders import Fill
 
-from .happens_before import Event, OtherThread, Result, Stream, World
+from .happens_before import Event, OtherThread, Stream, World
 
 pytestmark = pytest.mark.serving
 
@@ -109,12 +111,10 @@ class Rig:
             "ranks are written", reads=("ranks column",), writes=(f"ranks {order.slot}",)
         )
 
-    def begin(self, slot: int) -> Result:
+    def begin(self, slot: int) -> Future[Answer]:
         """An order to fill a slot; the result is what the engine core is answered."""
         request: Any = SimpleNamespace(lora_int_id=1, lora_name="an adapter")
-        result = self.filler._submit(Fill(0, slot, request, None))  # type: ignore[arg-type]
-        assert isinstance(result, Result)
-        return result
+        return self.filler._submit(Fill(0, slot, request, None))  # type: ignore[arg-type]
 
     def step(self, *slots: int) -> None:
         """A step of 128 layers, as far as order goes: eager or a graph's replay."""
@@ -124,10 +124,17 @@ class Rig:
         self.world.on_stream("a step's kernels", reads=("plan", *memory))
 
     def sleep(self) -> None:
+        self._manager.sleep(self._unmap, self._worker)
+
+    def wake(self) -> None:
+        self._manager.wake_up(lambda worker, tags: None, self._worker)
+
+    @property
+    def _worker(self) -> Any:
         manager = object.__new__(self._manager.MultiLoRAWorkerManager)
-        manager.filler = self.filler
-        worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager))
-        self._manager.sleep(self._unmap, worker)
+        manager.filler, manager._orders = self.filler, 0
+        manager._adapter_manager = SimpleNamespace(forget_contents=self.world.synchronize)
+        return SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager))
 
     def _unmap(self, worker: Any, level: int) -> None:
         self.world.clock("steps")  # vLLM waits for its own work alone
@@ -168,6 +175,7 @@ def sleep_and_wake(rig: Rig) -> None:
         rig.step(0)
         rig.begin(1)
         rig.sleep()
+        rig.wake()
         rig.begin(1).result()
         rig.step(1)
 
@@ -179,6 +187,18 @@ LIVES = {each.__name__: each for each in (serve, fill_and_step_at_once, sleep_an
 def test_every_access_is_ordered(rig, life):
     life(rig)
     assert rig.world.races == set()
+
+
+def test_while_memory_is_away_no_order_touches_it(rig):
+    """One that comes with a pin, say. The engine core has every slot filled anew after that."""
+    rig.begin(0).result()
+    rig.sleep()
+    before = len(rig.world.accesses("slot 1"))
+    assert isinstance(rig.begin(1).result(), Filled)
+    assert len(rig.world.accesses("slot 1")) == before
+    rig.wake()
+    rig.begin(1).result()
+    assert len(rig.world.accesses("slot 1")) > before
 
 
 def no_wait_for_a_host_buffer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

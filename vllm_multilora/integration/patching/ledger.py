@@ -809,7 +809,8 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.worker.gpu_worker:Worker.sleep",
         takes=("self, level=1",),
         handler="worker.manager:sleep",
-        why="Sleep mode takes the slots' memory away. Waits until nothing is being copied into it.",
+        why="Sleep mode takes the slots' memory away. Waits until nothing is being copied into it, "
+        "and copies nothing until it is back.",
         checked=(),
         until="vLLM asks a worker's LoRA manager before it sleeps.",
     ),

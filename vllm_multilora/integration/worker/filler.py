@@ -62,6 +62,7 @@ class SlotFiller:
         self._memory: SegmentMapper | None = None
         self._thread = ThreadPoolExecutor(1, "multilora-fill", initializer=step_aside)
         self._under_way: dict[int, Future[Answer]] = {}
+        self._has_slots = True  # not while the engine sleeps
         self._stream: Any = None
 
     def answer_to(self, link: WorkerLink) -> None:
@@ -110,6 +111,15 @@ class SlotFiller:
         """Waits until nothing is being copied."""
         self.await_slots(list(self._under_way))
 
+    def slots_away(self) -> None:
+        """Waits until nothing is being copied; from now on the slots' memory is not there."""
+        self.await_all()
+        self._has_slots = False
+
+    def slots_back(self) -> None:
+        """The slots' memory is there again; what they held is not."""
+        self._has_slots = True
+
     def _submit(self, order: Order) -> Future[Answer]:
         try:
             return self._start(order)
@@ -120,6 +130,11 @@ class SlotFiller:
             return failed
 
     def _start(self, order: Order) -> Future[Answer]:
+        if isinstance(order, Fill) and not self._has_slots:
+            # An adapter was pinned meanwhile. When the engine wakes, all slots are filled anew.
+            nothing_to_do: Future[Answer] = Future()
+            nothing_to_do.set_result(Filled(order.order, 0.0))
+            return nothing_to_do
         queued = None
         if self._device.type != "cpu":
             queued = torch.cuda.current_stream(self._device).record_event()

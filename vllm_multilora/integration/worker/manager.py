@@ -261,6 +261,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """The slots' memory did not survive (sleep mode): the engine core fills them again."""
         self.filler.await_all()
         self._adapter_manager.forget_contents()
+        self.filler.slots_back()
         self._orders += 1
 
     # Warm-up
@@ -367,7 +368,7 @@ def set_active_loras_from_inputs(
 def sleep(original: Callable[..., None], worker: Any, level: int = 1) -> None:
     manager = manager_of(worker.model_runner)
     if manager is not None:
-        manager.filler.await_all()
+        manager.filler.slots_away()
     original(worker, level)
 
 
