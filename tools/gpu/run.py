@@ -23,13 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _GRACE_S = 5.0  # for a part that ends by itself
+_LOOK_S = 0.2
 KERNEL_TESTS = (
     "test_triton.py",
     "test_triton_bits.py",
@@ -90,9 +92,22 @@ def parts(folder: Path, *, rehearsal: bool = False) -> Iterator[Part]:
 
 
 def run(
-    folder: Path, seconds: float, vllm: Path | None, *, rehearsal: bool = False
+    folder: Path,
+    seconds: float,
+    vllm: Path | None,
+    *,
+    rehearsal: bool = False,
+    ended: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Runs the parts; returns the summary, which is also written."""
+    """Runs the parts; returns the summary, which is also written.
+
+    Args:
+        folder: For results.
+        seconds: For all of them.
+        vllm: A folder with vLLM's kernels.
+        rehearsal: As for `parts`.
+        ended: Signals that have come meanwhile; with the first, the part that runs is the last.
+    """
     end = time.monotonic() + seconds
     summary: dict[str, Any] = {"measured": not rehearsal, "seconds": seconds, "parts": {}}
     more = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearsal else {}
@@ -101,20 +116,24 @@ def run(
         (Path(paths) / "multilora_kernels").symlink_to(ROOT / "kernels")
         path = os.pathsep.join([paths, str(ROOT), *([str(vllm.absolute())] if vllm else [])])
         for part in parts(folder, rehearsal=rehearsal):
+            if ended:
+                break
             if part.missing:
                 summary["parts"][part.name] = {"left_out": f"there is no {part.missing}"}
             else:
                 begin = time.monotonic()
                 limit = max(1.0, (end - begin) * part.share)
                 given = {**more, "PYTHONPATH": path, "GPU_SECONDS": f"{limit:.0f}"}
-                code = _run_part(part, folder, given)
+                code = _run_part(part, folder, given, ended)
                 took = time.monotonic() - begin
                 summary["parts"][part.name] = {"code": code, "seconds": round(took, 1)}
             (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _run_part(part: Part, folder: Path, environment: dict[str, str]) -> int | str:
+def _run_part(
+    part: Part, folder: Path, environment: dict[str, str], ended: Sequence[int]
+) -> int | str:
     with (folder / f"{part.name}.log").open("wb") as log:
         process = subprocess.Popen(
             part.command,
@@ -124,16 +143,15 @@ def _run_part(part: Part, folder: Path, environment: dict[str, str]) -> int | st
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            return process.wait(float(environment["GPU_SECONDS"]) + _GRACE_S)
-        except subprocess.TimeoutExpired:
-            return "too late"
-        finally:
-            if process.poll() is None:
-                # With what it has started: the program under a sanitizer, say, would go on beside
-                # what is timed next.
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        end = time.monotonic() + float(environment["GPU_SECONDS"]) + _GRACE_S
+        while not ended and time.monotonic() < end:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(_LOOK_S)
+        # With what it has started: the program under a sanitizer, say, would go on beside what is
+        # timed next.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "ended" if ended else "too late"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,12 +187,20 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     # Whoever ends this ends the part that runs, which has a session of its own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    ended: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: ended.append(number))
     chosen.folder.mkdir(parents=True, exist_ok=True)
     summary = run(
-        chosen.folder.absolute(), 60 * chosen.minutes, chosen.vllm, rehearsal=chosen.rehearse
+        chosen.folder.absolute(),
+        60 * chosen.minutes,
+        chosen.vllm,
+        rehearsal=chosen.rehearse,
+        ended=ended,
     )
     print(json.dumps(summary, indent=1))
+    if ended:
+        return 128 + ended[0]
     return int(any(part.get("code", 0) != 0 for part in summary["parts"].values()))
 
 
