@@ -14,7 +14,7 @@ from torch.cuda import graphs, streams
 
 from tools.gpu import run, stress, times
 from tools.kernels.measure.batches import LAYERS, BatchSpec
-from tools.kernels.measure.contenders import Multilora
+from tools.kernels.measure.contenders import Entered, Multilora
 from tools.kernels.measure.timing import GraphTimer, WallTimer
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +128,43 @@ def test_a_result_that_is_not_finite_is_wrong(monkeypatch):
     case = times.time_case(spec, [Broken()], WallTimer(), None, times.REHEARSAL)
     assert case["left_out"] == {"broken": "wrong: relative error inf"}
     assert set(case["microseconds"]) == {"base layer"}
+
+
+def test_who_does_not_run_is_left_out_and_the_others_are_timed():
+    spec = BatchSpec(LAYERS["8b.qkv"].scaled(64), 4, "distinct", max_loras=4, active=4)
+
+    class Failing:
+        name = "failing"
+
+        def prepare(self, batch):
+            raise RuntimeError("no such kernel here")
+
+    case = times.time_case(spec, [Failing()], WallTimer(), None, times.REHEARSAL)
+    assert case["left_out"] == {"failing": "failed: RuntimeError: no such kernel here"}
+    assert set(case["microseconds"]) == {"base layer"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without")
+def test_a_case_that_fails_is_in_the_results_and_does_not_end_the_others(tmp_path, monkeypatch):
+    def time_case(spec, *_):
+        if spec == failing:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+        return original(spec, [], WallTimer(), None, times.REHEARSAL)
+
+    failing, original = next(times.cases(times.REHEARSAL)), times.time_case
+    monkeypatch.setattr(times, "time_case", time_case)
+    monkeypatch.setattr(times, "plan_waits", lambda *_: {})
+    monkeypatch.setattr(times, "load_contenders", lambda: Entered((), ()))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = tmp_path / "times.json"
+    assert times.main(["--rehearse", "--out", str(out)]) == 1
+    first, *others = json.loads(out.read_text())["cases"]
+    assert first["left_out"] == {
+        "multilora (triton)": "failed: OutOfMemoryError: tried to allocate too much"
+    }
+    assert first["microseconds"] == {}
+    assert len(others) == 9
+    assert all(set(case["microseconds"]) == {"base layer"} for case in others)
 
 
 def test_a_folder_without_vllm_is_refused(tmp_path, capsys):

@@ -110,18 +110,22 @@ def time_case(
     peaks: Peaks | None,
     scale: Scale = FULL,
 ) -> dict[str, Any]:
-    """Microseconds of one layer's call by contender; those that are wrong are not timed."""
+    """Microseconds of one layer's call by contender; those that fail or are wrong are not timed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = [build(spec, device, seed=seed) for seed in range(layers_of(spec, scale))]
     chains: dict[str, Callable[[], None]] = {}
     left_out: dict[str, str] = {}
     for contender in [*contenders, BaseLayer()]:
-        calls = [contender.prepare(batch) for batch in batches]
-        if not isinstance(contender, BaseLayer):
-            error = Expected(batches[0]).relative_error(calls[0])
-            if error > TOLERANCES[batches[0].y.dtype]:
-                left_out[contender.name] = f"wrong: relative error {error:.2g}"
-                continue
+        try:
+            calls = [contender.prepare(batch) for batch in batches]
+            if not isinstance(contender, BaseLayer):
+                error = Expected(batches[0]).relative_error(calls[0])
+                if error > TOLERANCES[batches[0].y.dtype]:
+                    left_out[contender.name] = f"wrong: relative error {error:.2g}"
+                    continue
+        except Exception as reason:  # one that does not run here says nothing of the others
+            left_out[contender.name] = _in_words(reason)
+            continue
 
         def chain(calls: Sequence[Callable[[], None]] = tuple(calls)) -> None:
             for call in calls:
@@ -135,19 +139,33 @@ def time_case(
         floor = 1e6 * max(
             work.bytes / peaks.bytes_per_second, work.operations / peaks.operations_per_second
         )
+    microseconds = {
+        name: round(median(own) / len(batches), 3) for name, own in zip(chains, times, strict=True)
+    }
+    return _case(spec, scale, microseconds, floor, left_out)
+
+
+def _case(
+    spec: BatchSpec,
+    scale: Scale,
+    microseconds: dict[str, float],
+    floor: float | None,
+    left_out: dict[str, str],
+) -> dict[str, Any]:
     return {
         "layer": spec.layer.name,
         "tokens": spec.tokens,
         "adapters": spec.active,
         "ranks": spec.ranks,
-        "layers": len(batches),
-        "microseconds": {
-            name: round(median(own) / len(batches), 3)
-            for name, own in zip(chains, times, strict=True)
-        },
+        "layers": layers_of(spec, scale),
+        "microseconds": microseconds,
         "floor_microseconds": floor,
         "left_out": left_out,
     }
+
+
+def _in_words(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {error}"
 
 
 def plan_waits(device: torch.device, scale: Scale = FULL) -> dict[str, float]:
@@ -182,7 +200,7 @@ def plan_waits(device: torch.device, scale: Scale = FULL) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Times what there is time for, and writes it after each case."""
+    """Times what there is time for, and writes it after each case; 1 if a case was left out."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.times")
     parser.add_argument("--out", type=Path)
     how = parser.add_mutually_exclusive_group()
@@ -226,13 +244,17 @@ def main(arguments: list[str] | None = None) -> int:
     for number, spec in enumerate(todo):
         if number and time.monotonic() > end:  # one case there is in any event
             break
-        result["cases"].append(time_case(spec, contenders, timer, peaks, scale))
+        try:
+            case = time_case(spec, contenders, timer, peaks, scale)
+        except Exception as error:  # such as a lack of memory: other cases need less
+            case = _case(spec, scale, {}, None, {contenders[0].name: _in_words(error)})
+        result["cases"].append(case)
         result["cases_left"] = len(todo) - number - 1
         written = without_figures(result) if chosen.rehearse else result
         print(json.dumps(written["cases"][-1]), flush=True)
         if chosen.out:
             chosen.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return int(any(contenders[0].name in case["left_out"] for case in result["cases"]))
 
 
 def without_figures(result: dict[str, Any]) -> dict[str, Any]:
