@@ -57,6 +57,7 @@ def make_layer(kind: str, a: Any, b: Any, **attributes: Any) -> Any:
     torch.nn.Module.__init__(layer)
     layer.lora_a_stacked, layer.lora_b_stacked = a, b
     layer._enable_aux_cuda_stream = attributes.pop("aside", False)
+    layer.base_layer = SimpleNamespace(params_dtype=torch.bfloat16)
     vars(layer).update(attributes)
     layer.output_slices = tuple(each.size(-2) for each in b) if isinstance(b, tuple) else ()
     return layer
@@ -77,6 +78,16 @@ def make_layers() -> dict[str, Any]:
             "RowParallelLinearWithShardedLoRA", *linear(40), tp_rank=1
         ),
         "whole beside sharded": make_layer("ReplicatedLinearWithLoRA", *linear(64)),
+        "router": make_layer(
+            "ReplicatedLinearWithLoRA",
+            *linear(8),
+            base_layer=SimpleNamespace(params_dtype=torch.bfloat16, out_dtype=torch.float32),
+        ),
+        "router in float32": make_layer(
+            "ReplicatedLinearWithLoRA",
+            *linear(24),
+            base_layer=SimpleNamespace(params_dtype=torch.float32),
+        ),
         "embedding": make_layer(
             "VocabParallelEmbeddingWithLoRA", stacked(VOCABULARY, RANK), stacked(1, HIDDEN, RANK)
         ),
@@ -99,13 +110,22 @@ def call_as_vllm_does(
     def half(rank: int) -> torch.Tensor:
         return activations(tokens, rank, torch.float32).unsqueeze(0)
 
-    for name in ("qkv", "qkv of the next layer", "odd", "aside", "whole beside sharded"):
+    half_precision, single = torch.bfloat16, torch.float32
+    for name, of_y, of_x, options in (
+        ("qkv", half_precision, half_precision, {}),
+        ("qkv of the next layer", half_precision, half_precision, {}),
+        ("odd", half_precision, half_precision, {}),
+        ("aside", half_precision, half_precision, {"add_inputs": False}),
+        ("aside", half_precision, half_precision, {}),  # as vLLM's towers and replicated layers do
+        ("whole beside sharded", half_precision, half_precision, {}),
+        ("router", single, half_precision, {}),
+        ("router in float32", single, single, {}),
+    ):
         layer = layers[name]
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
-        options = {"add_inputs": False} if name == "aside" else {}
         layer.punica_wrapper.add_lora_linear(
-            activations(tokens, sum(layer.output_slices)),
-            activations(tokens, a[0].size(-1)),
+            activations(tokens, sum(layer.output_slices), of_y),
+            activations(tokens, a[0].size(-1), of_x),
             a,
             b,
             1.0,

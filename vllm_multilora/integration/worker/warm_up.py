@@ -122,6 +122,11 @@ def _call(layer: Any, rows: int, dtype: torch.dtype) -> None:
         h = half(b, b[0].size(-1))
         wrapper.add_expand(y, h, b, layer.output_slices, offset_start=offset)
     else:
-        y, x = activations(sum(each.size(-2) for each in b)), activations(a[0].size(-1))
-        aside = {"add_inputs": False} if layer._enable_aux_cuda_stream else {}
-        wrapper.add_lora_linear(y, x, a, b, 1.0, layer.output_slices, **aside)
+        base, width = layer.base_layer, sum(each.size(-2) for each in b)
+        # Routers of experts may take and give float32. And where vLLM computes adapters' products
+        # beside the base's, it does not in every layer.
+        for own in dict.fromkeys((dtype, base.params_dtype)):
+            y = activations(width, getattr(base, "out_dtype", None) or own)
+            x = activations(a[0].size(-1), own)
+            for add in (True, False) if layer._enable_aux_cuda_stream else (True,):
+                wrapper.add_lora_linear(y, x, a, b, 1.0, layer.output_slices, add_inputs=add)
