@@ -71,6 +71,24 @@ def test_only_other_workers_targets_are_elsewhere():
     assert not NAMING.elsewhere("mtp.layers.7.q_proj")
 
 
+def test_what_peft_calls_a_parameter_of_experts_goes_where_the_experts_go():
+    """Its last part is no name of a module, and no target of a server's."""
+    experts, elsewhere = "model.layers.0.mlp.experts", "model.layers.7.mlp.experts"
+    naming = replace(
+        NAMING,
+        names=frozenset({experts}),
+        text_names={"layers.0.mlp.experts": experts},
+        targets=("experts",),
+    )
+    for name in (experts, "language.layers.0.mlp.experts", "layers.0.mlp.experts"):
+        assert naming.rename(name) == experts
+        assert naming.rename(f"{name}.base_layer") == f"{experts}.base_layer"
+    assert naming.rename(f"{elsewhere}.base_layer") is None
+    assert naming.elsewhere(f"{elsewhere}.base_layer")
+    others = replace(naming, names=frozenset(), text_names={}, targets=("q_proj",))
+    assert others.rename(experts) is others.rename(f"{experts}.base_layer") is None
+
+
 def test_a_pooling_models_adapters_may_lack_the_models_name():
     naming = ModuleNaming(
         names=frozenset({Q0}), pooling=True, others=("model.layers.7.",), roots=frozenset({"model"})

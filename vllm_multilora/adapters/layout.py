@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from multilora_kernels.dtypes import FLOAT32, DType
-from vllm_multilora.adapters.names import FUSED_EXPERTS
+from vllm_multilora.adapters.names import WRAPPED_EXPERTS
 from vllm_multilora.adapters.naming import ModuleNaming
-
-_WRAPPED_EXPERTS = f"{FUSED_EXPERTS}.base_layer"
 
 BLOCK_BYTES = 64
 """Blocks of a packed adapter begin at multiples of this: a cache line, a vector register."""
@@ -114,7 +112,7 @@ class ModelLayout:
 
     def is_special(self, module: str) -> bool:
         """Whether a module (its name here) is served by vLLM itself."""
-        if module.endswith(_WRAPPED_EXPERTS):  # PEFT's name for one of their two parameters
+        if module.endswith(WRAPPED_EXPERTS):
             module = module.removesuffix(".base_layer")
         return module in self.special
 

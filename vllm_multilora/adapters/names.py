@@ -11,6 +11,7 @@ _EMBEDDING_PARTS: dict[str, Literal["A", "B"]] = {"lora_embedding_A": "A", "lora
 _MAGNITUDE = "lora_magnitude_vector"
 HEADS = ("score", "classifier")
 FUSED_EXPERTS = ".experts"  # how a module ends whose parameters hold all experts of a layer
+WRAPPED_EXPERTS = f"{FUSED_EXPERTS}.base_layer"  # PEFT's name for one of their two parameters
 _OF_TRAINING = (".lora_velora_embed", ".lora_monteclora_sampler.")
 _BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 

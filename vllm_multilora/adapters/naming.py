@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from vllm_multilora.adapters.names import WRAPPED_EXPERTS
+
 _PEFT_PREFIX = "base_model.model."
 _END = ".lora_A.weight"
+_WRAPPED = ".base_layer"
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,12 @@ class ModuleNaming:
         if self._is_skipped(module):
             return None
         module = self._mapped(module)
+        if module.endswith(WRAPPED_EXPERTS):  # it goes where the experts go
+            name = self._named(module.removesuffix(_WRAPPED))
+            return None if name is None else name + _WRAPPED
+        return self._named(module)
+
+    def _named(self, module: str) -> str | None:
         if module in self.names:
             return module
         if module in self.text_names:
@@ -173,6 +182,8 @@ class ModuleNaming:
         if self._is_skipped(module):
             return False
         module = self._mapped(module)
+        if module.endswith(WRAPPED_EXPERTS):
+            module = module.removesuffix(_WRAPPED)
         is_others = any(name.startswith(self.others) for name in self._beginnings(module))
         return is_others and self.is_target(module)
 
