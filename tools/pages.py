@@ -56,7 +56,8 @@ _CODES = {
     Code.LAYER_OUT_OF_RANGE: "it adapts layers that the base model does not have",
     Code.UNKNOWN_TENSOR: "a tensor belongs to no module",
     Code.DUPLICATE_TENSOR: "two tensors are for the same matrix",
-    Code.HALF_MISSING: "a module lacks a matrix or its magnitudes (DoRA), or a head its weight",
+    Code.HALF_MISSING: "a module lacks a matrix or its magnitudes (DoRA), a head its weight, or "
+    "experts that are held as one one of their two parameters",
     Code.WRONG_DTYPE: "a tensor is of a type that adapters do not have",
     Code.EMPTY_TENSOR: "a tensor has no elements",
     Code.WRONG_SHAPE: "a tensor does not fit its module",

@@ -1,6 +1,7 @@
 """Taking adapters in, against float64 arithmetic on the tensors that were written."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -423,6 +424,29 @@ def test_what_does_not_fit_is_refused_with_its_name(tmp_path, changes, config, w
         take(tmp_path, layout())
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+def test_experts_with_one_of_their_parameters_adapted_are_refused(tmp_path, parameter):
+    """PEFT calls the tensors of either the same, and vLLM fails on what it needs of the other."""
+    experts = torch.nn.Module()
+    experts.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 24, 40))
+    experts.down_proj = torch.nn.Parameter(torch.zeros(2, 20, 24))
+    base = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"experts": experts})})
+    model = layout(special=frozenset({"model.experts"}))
+    for number, names in enumerate(([parameter], ["gate_up_proj", "down_proj"])):
+        config = LoraConfig(
+            r=4, target_modules=[], target_parameters=[f"experts.{name}" for name in names]
+        )
+        folder = tmp_path / str(number)
+        get_peft_model(deepcopy(base), config).save_pretrained(folder)
+    assert len(take(tmp_path / "1", model).index.tensors) == 4
+    with pytest.raises(AdapterFormatError) as refused:
+        take(tmp_path / "0", model)
+    (problem,) = refused.value.problems
+    assert (problem.code, problem.count) == ("half-missing", 1)
+    assert problem.where == "base_model.model.model.experts.lora_A.weight"
+    assert "'gate_up_proj' and 'down_proj'" in problem.message
 
 
 def test_two_modules_that_become_one_are_refused(tmp_path):

@@ -167,8 +167,9 @@ def test_modules_that_the_base_leaves_out_or_only_vllm_knows_are_left_alone(tmp_
     draft = good()
     draft.tensors["base_model.model.mtp.q_proj.lora_A.weight"] = torch.zeros(3)
     experts = "model.layers.0.mlp.experts"
-    for part in "AB":  # as PEFT stacks experts: what the sizes should be is vLLM's affair
-        draft.tensors[name_of(experts, part)] = torch.ones(16, 16)
+    for name in (experts, f"{experts}.base_layer"):
+        for part in "AB":  # as PEFT stacks experts: what the sizes should be is vLLM's affair
+            draft.tensors[name_of(name, part)] = torch.ones(16, 16)
     layout = replace(
         LAYOUT,
         naming=ModuleNaming(skipped=("mtp.",)),

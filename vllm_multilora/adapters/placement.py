@@ -11,6 +11,7 @@ from vllm_multilora.adapters.missing_modules import MissingModules
 from vllm_multilora.adapters.names import (
     FUSED_EXPERTS,
     HEADS,
+    WRAPPED_EXPERTS,
     TensorRole,
     full_head,
     is_unused,
@@ -45,8 +46,9 @@ class FoundModule:
         """
         if self.module.endswith(FUSED_EXPERTS):
             return f"{self.module}.down_proj"
-        wrapped = self.module.removesuffix(".base_layer")
-        return f"{wrapped}.gate_up_proj" if wrapped.endswith(FUSED_EXPERTS) else self.module
+        if self.module.endswith(WRAPPED_EXPERTS):
+            return f"{self.module.removesuffix('.base_layer')}.gate_up_proj"
+        return self.module
 
 
 class Placement:
@@ -84,6 +86,7 @@ class Placement:
         for tensor in tensors:
             if not is_unused(tensor):
                 self._place(tensor)
+        self._require_both_of_experts()
         self._report_unknown()
 
     def _place(self, tensor: str) -> None:
@@ -191,6 +194,27 @@ class Placement:
             hint=hint,
             cause=f"dora {found}",
         )
+
+    def _require_both_of_experts(self) -> None:
+        """Experts that are held as one have two parameters, which vLLM adapts together.
+
+        PEFT gives the tensors of a single one the same names, whichever of the two it is.
+        """
+        for name, found in self.modules.items():
+            if name.endswith(WRAPPED_EXPERTS):
+                other = name.removesuffix(".base_layer")
+            elif name.endswith(FUSED_EXPERTS) and self._layout.is_special(name):
+                other = f"{name}.base_layer"
+            else:
+                continue
+            if other not in self.modules:
+                self._problems.add(
+                    Code.HALF_MISSING,
+                    next(iter(found.tensors.values())),
+                    "of one parameter of experts that are held as one",
+                    "both of them adapted, 'gate_up_proj' and 'down_proj'",
+                    hint="train with both in 'target_parameters'",
+                )
 
     def _refuse_name(self, tensor: str) -> None:
         """A tensor that is no A, B or magnitude; said once if the configuration says it already."""
