@@ -1,7 +1,9 @@
 """Requests run when their adapter is in its slot, or fail alone."""
 
 import itertools
+import time
 from queue import Queue
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -534,3 +536,25 @@ def test_an_engine_without_steps_ends_the_requests_of_an_unloaded_adapter_in_tim
     server.engine.store.forgets()
     server.engine.poll()
     assert removed.result(timeout=0)
+
+
+def test_an_engine_that_is_called_directly_removes_an_adapter_in_its_callers_steps(tmp_path):
+    """Nobody else takes any, so that whoever waits for its requests waits for ever."""
+    server = RealServer(tmp_path, unload_timeout_s=0.01)
+    server.steps.ask("request", adapter=1, generate=500)
+    for _ in range(5):
+        server.step()
+    assert server.scheduler.running
+    engine_core = SimpleNamespace(scheduler=server.scheduler, vllm_config=server.config)
+    ADAPTERS.set(engine_core, server.engine.adapters)
+    answers = Queue()
+    Thread(
+        target=lambda: answers.put(remove_lora(lambda *args: False, engine_core, 1)), daemon=True
+    ).start()
+    assert answers.get(timeout=20) is True
+    deadline = time.monotonic() + 20
+    while server.scheduler.requests:
+        assert time.monotonic() < deadline
+        server.step()
+    assert server.engine.store.forgotten == [1]
+    assert server.engine.adapters.version(1) is None

@@ -300,7 +300,8 @@ def remove_lora(
     The blends that it is a part of are removed likewise.
 
     Returns:
-        Whether the adapter was known; as a future as for `add_lora`.
+        Whether the adapter was known; as a future as for `add_lora`. An engine core that is called
+        directly does not wait for requests, which go on, or are ended, in its caller's next steps.
     """
     adapters = adapters_of(engine_core)
     if adapters is None:
@@ -320,7 +321,9 @@ def remove_lora(
 
     retire = engine_core.scheduler.retire_adapter
     are_used = [retire(number, limit_s, partial(remove, number)) for number in left]
-    if any(are_used) and hasattr(engine_core, "input_queue"):
+    if any(are_used):
+        if not hasattr(engine_core, "input_queue"):
+            return True
         # An engine that is paused, or has nothing but sessions without input, takes no steps.
         timer = Timer(limit_s, _wake, args=(engine_core.input_queue,))
         timer.daemon = True
