@@ -47,8 +47,8 @@ class Stores:
                 continue
             for message in said:
                 match message:
-                    case Hello(_, _, server):
-                        self._names.join(client, server)
+                    case Hello():
+                        self._names.join(client, message.server, message.peers)
                     case Publish():
                         self._names.publish(client, message, NOW)
                     case Retract():

@@ -170,8 +170,8 @@ def test_nobody_else_publishes(names, mail):
 class ApiServer:
     """Has a table of names, as an API server does."""
 
-    def __init__(self, stores: Stores) -> None:
-        self.client = NamesClient(stores, "server")
+    def __init__(self, stores: Stores, peers: int = 1) -> None:
+        self.client = NamesClient(stores, "server", peers)
         self.table: dict[str, int] = {}
         self.settled: set[int] = set()
 
@@ -220,6 +220,42 @@ def test_a_retraction_that_a_store_has_not_read_is_said_to_the_next_one(order):
     finish(stores, [newcomer])
     assert [server.table for server in (*servers, newcomer)] == [{}] * 4
     assert request in servers[1].settled
+
+
+@pytest.mark.parametrize("change", ["publish", "retract"])
+def test_a_change_after_a_stores_death_is_answered_when_those_have_come_that_were_there(change):
+    stores = Stores()
+    first, second = servers = [ApiServer(stores, peers=2) for _ in range(2)]
+    request = first.publish("acme", 101)
+    finish(stores, [first])
+    assert request in first.settled, "the other one may begin at any time"
+    finish(stores, servers)
+    stores.die()
+    request = first.publish("acme", 102) if change == "publish" else first.retract("acme")
+    finish(stores, [first])
+    assert request not in first.settled
+    second.hear()  # has said that it is there, and heard nothing
+    stores.work()
+    first.hear()
+    assert request not in first.settled
+    finish(stores, servers)
+    assert request in first.settled
+    assert first.table == second.table == ({"acme": 102} if change == "publish" else {})
+
+
+def test_an_api_server_that_leaves_a_new_store_is_not_waited_for_there():
+    stores = Stores()
+    servers = first, second, third = [ApiServer(stores, peers=3) for _ in range(3)]
+    finish(stores, servers)
+    stores.die()
+    finish(stores, [first, second])
+    second.client.close()
+    stores.work()
+    request = first.publish("acme", 101)
+    finish(stores, [first])
+    assert request not in first.settled
+    finish(stores, [first, third])
+    assert request in first.settled
 
 
 def test_what_is_said_while_there_is_no_store_is_said_to_the_next_one():

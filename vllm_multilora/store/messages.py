@@ -127,12 +127,15 @@ class Hello(Message, frozen=True):
         server: Identity of the server that the client belongs to. Engines of one server share
             adapter numbers.
         pid: The client's process, for `Description`.
+        peers: How many API servers of its server were at the store before this one, which has
+            died; 0: there was none.
     """
 
     protocol: int
     role: Role
     server: str
     pid: int
+    peers: int = 0
 
 
 class Configure(Message, frozen=True):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-import msgspec
-
 from vllm_multilora.store.answers import Effects
 from vllm_multilora.store.messages import Publish, Published, Retract, Retracted, Settled
 
@@ -19,11 +17,26 @@ MOST_GONE = 4096
 
 @dataclass
 class _Server:
-    """One server's API servers, its names, and adapters that have lost theirs, the newest last."""
+    """One server's API servers, its names, and adapters that have lost theirs, the newest last.
+
+    Attributes:
+        members: The API servers that are here.
+        peers: How many there were at a store that has died, and so may be on their way.
+        left: How many have gone from here.
+        names: By name, what it leads to.
+        gone: By number.
+    """
 
     members: set[int] = field(default_factory=set)
+    peers: int = 0
+    left: int = 0
     names: dict[str, Publish] = field(default_factory=dict)
     gone: dict[int, Retracted] = field(default_factory=dict)
+
+    @property
+    def expected(self) -> int:
+        """How many API servers there are to be."""
+        return self.peers - self.left
 
     def withdraw(self, name: str, adapter: int) -> None:
         """An adapter has lost its name."""
@@ -38,10 +51,16 @@ class _Server:
 class _Change:
     """A change that not all API servers have seen."""
 
+    home: _Server
     client: int
     request: int
+    message: Published | Retracted
     unseen: set[int]
     deadline: float
+
+    @property
+    def is_seen(self) -> bool:
+        return not self.unseen and len(self.home.members) >= self.home.expected
 
 
 class Names:
@@ -61,18 +80,26 @@ class Names:
         self._changes: dict[int, _Change] = {}
         self._serials = itertools.count(1)
 
-    def join(self, client: int, server: str) -> None:
+    def join(self, client: int, server: str, peers: int = 0) -> None:
         """An API server has come; it is told of all names, and of adapters that have lost theirs.
 
         When a store has died, its API servers come to the next one at different times. Whoever is
-        late may serve, and publish again, what others have replaced or retracted by then.
+        late may serve, and publish again, what others have replaced or retracted by then; what
+        these do meanwhile is seen by all once it has come, and heard.
         """
         home = self._home[client] = self._servers.setdefault(server, _Server())
         home.members.add(client)
+        home.peers = max(home.peers, peers)
         for publish in home.names.values():
             self._effects.send(client, _published(0, publish))
         for retracted in home.gone.values():
             self._effects.send(client, retracted)
+        if len(home.members) > home.expected:
+            return
+        for change in self._changes.values():  # the last ones: they lead to the same names
+            if change.home is home:
+                change.unseen.add(client)
+                self._effects.send(client, change.message)
 
     def leave(self, client: int) -> None:
         """An API server has gone; its names stay as long as any other of its server is there."""
@@ -80,6 +107,7 @@ class Names:
         if home is None:
             return
         home.members.discard(client)
+        home.left += 1
         for name in [n for n, other in self._servers.items() if not other.members]:
             del self._servers[name]
         for serial in list(self._changes):
@@ -117,7 +145,7 @@ class Names:
         if change is None:
             return
         change.unseen.discard(client)
-        if not change.unseen:
+        if change.is_seen:
             self._settle(serial)
 
     def tick(self, now: float) -> None:
@@ -130,12 +158,14 @@ class Names:
         return min((change.deadline for change in self._changes.values()), default=None)
 
     def _spread(
-        self, client: int, request: int, serial: int, message: msgspec.Struct, now: float
+        self, client: int, request: int, serial: int, message: Published | Retracted, now: float
     ) -> None:
-        members = self._home[client].members
-        for member in members:
+        home = self._home[client]
+        for member in home.members:
             self._effects.send(member, message)
-        self._changes[serial] = _Change(client, request, set(members), now + PATIENCE_S)
+        self._changes[serial] = _Change(
+            home, client, request, message, set(home.members), now + PATIENCE_S
+        )
 
     def _settle(self, serial: int) -> None:
         change = self._changes.pop(serial)

@@ -38,13 +38,15 @@ class NamesClient:
     Args:
         host: Where the store is.
         server: The same for all API servers of a server.
+        peers: How many of them there are.
 
     Raises:
         StoreUnavailableError: There is no store, and none can be started.
     """
 
-    def __init__(self, host: StoreHost, server: str) -> None:
+    def __init__(self, host: StoreHost, server: str, peers: int = 1) -> None:
         self._host = host
+        self._peers = peers
         self._hello = Hello(PROTOCOL, "server", server, os.getpid())
         self._requests = itertools.count(1)
         # What the next store is to be told: names that hold, as far as this one has said; and what
@@ -136,6 +138,7 @@ class NamesClient:
         sock.setblocking(False)
         self._channel = Channel(sock, FromStore)
         self._send(self._hello)
+        self._hello = msgspec.structs.replace(self._hello, peers=self._peers)  # to the next store
         for own in self._own.values():
             self._send(msgspec.structs.replace(own, again=True))
         for change in self._unsettled.values():

@@ -142,7 +142,8 @@ def start(models: Any) -> None:
     # Numbers below 2^31, of which vLLM keeps 32 bits in places, and never two servers' alike.
     models.lora_id_counter.inc(_OWN_NUMBERS * parallel._api_process_rank)
     try:
-        NAMES.set(models, SharedNames(models, NamesClient(StoreProcess(), server)))
+        client = NamesClient(StoreProcess(), server, parallel._api_process_count)
+        NAMES.set(models, SharedNames(models, client))
     except StoreUnavailableError as error:
         logger.error("Registrations hold in one API server only: %s", error)
 
