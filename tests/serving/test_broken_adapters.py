@@ -149,13 +149,23 @@ def test_broken_files_fail_their_own_requests_until_they_are_mended(
     deployment.mend()
 
 
-def test_every_endpoint_tells_the_reason(deployment: Deployment) -> None:
+@pytest.mark.smoke("chat completions, responses and messages")
+@pytest.mark.parametrize(
+    ("break_files", "status"),
+    [
+        pytest.param(remove_tensors, HTTPStatus.NOT_FOUND, id="gone"),
+        pytest.param(write_garbage, HTTPStatus.BAD_REQUEST, id="bad"),
+    ],
+)
+def test_every_endpoint_tells_the_reason(
+    deployment: Deployment, break_files: Callable[[Path], None], status: HTTPStatus
+) -> None:
     deployment.mend()
     deployment.evict_victim()
-    remove_tensors(deployment.victim)
+    break_files(deployment.victim)
     for call in failed_answers.CALLS:
         failed_answers.assert_fails(
-            deployment.server, call, VICTIM, HTTPStatus.NOT_FOUND, "adapter_model.safetensors"
+            deployment.server, call, VICTIM, status, "adapter_model.safetensors"
         )
     for name in (*NAMES, None):
         deployment.assert_serves(name or BASE, deployment.case(name))

@@ -733,7 +733,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.failed_answers:stream_response",
         why="A stream of /v1/responses breaks off where its request fails, and one in the "
         "background never ends. Ends it with `response.failed` and the reason.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM sends `response.failed`, with a reason.",
     ),
     Patch(
@@ -744,7 +744,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.failed_answers:run_in_background",
         why="A response in the background stays `queued` for ever where its request fails. Has it "
         "say so, and why.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM stores a response's error.",
     ),
     Patch(
@@ -755,7 +755,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.failed_answers:stream_from_background",
         why="The events of a response in the background end when it is complete, and with nothing "
         "else. Ends them with failed-response-stream's last event, too.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-response-stream.",
     ),
     Patch(
@@ -767,7 +767,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Before version 0.33, vLLM takes the error that ends a stream of chat completions for "
         "a completion that it cannot read, and sends /v1/messages what is wrong with that. Sends "
         "the error itself.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM 0.32 is supported no longer.",
     ),
     Patch(
