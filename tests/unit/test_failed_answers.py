@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses.context import SimpleContext
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
@@ -189,3 +191,33 @@ def test_a_streamed_message_ends_with_its_failure(before: list[str]) -> None:
     }
     assert bool(rest) is bool(before)
     assert not any("message_stop" in event or "event: error" in event for event in rest)
+
+
+@pytest.mark.parametrize("before", [[], [COMPLETION, COMPLETION]], ids=["at first", "later"])
+def test_a_stream_that_vllm_makes_coheres_of_ends_with_its_failure(before: list[str]) -> None:
+    """With an exception, whose text is in the last event of one that has begun."""
+    serving = OpenAIServingChat.__new__(OpenAIServingChat)
+    serving.engine_client = SimpleNamespace(vllm_config=object())
+    completions = [f"data: {event}\n\n" for event in before]
+    error = f"data: {serving.create_streaming_error_response(GONE)}\n\n"
+    told: list[str] = []
+
+    async def chat(*args: Any) -> AsyncIterator[str]:
+        for event in (*completions, error):
+            yield event
+
+    async def listen() -> None:
+        told.clear()
+        async for event in failed_answers.stream_chat(chat, serving, None, None, "id-1", "acme"):
+            told.append(event)
+
+    within_limit(listen)
+    assert told == [*completions, error], "of a class that is not derived"
+    serving.create_chat_v2 = None
+    with pytest.raises(RuntimeError, match="'acme' could not be loaded"):
+        within_limit(listen)
+    assert told[: len(before)] == completions
+    assert len(told) == max(len(before), 1)
+    first = ChatCompletionStreamResponse.model_validate_json(told[0].removeprefix("data: "))
+    assert (first.id, first.model) == ("chatcmpl-1" if before else "id-1", "acme")
+    assert first.choices[0].finish_reason is None

@@ -771,6 +771,20 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM 0.32 is supported no longer.",
     ),
     Patch(
+        name="failed-cohere-stream",
+        target="vllm.entrypoints.openai.chat_completion.serving:"
+        "OpenAIServingChat.chat_completion_stream_generator",
+        takes=(
+            "self, request, result_generator, request_id, model_name, conversation, tokenizer, "
+            "request_metadata, chat_template_kwargs=None, mm_token_counts=None",
+        ),
+        handler="server.failed_answers:stream_chat",
+        why="As failed-message-stream: before version 0.33, a stream of /cohere/v2/chat ends "
+        "without a reason. What vLLM makes it of ends so that it tells one.",
+        checked=(),
+        until="As failed-message-stream.",
+    ),
+    Patch(
         name="stat-loggers",
         target="vllm.v1.metrics.loggers:StatLoggerManager.__init__",
         takes=(

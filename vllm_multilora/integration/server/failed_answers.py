@@ -3,8 +3,8 @@
 An API server gets it as an exception, in the place of the request's output. Most endpoints make a
 status of that, or an event of their stream. Responses that are streamed or computed in the
 background have no place for it: their streams break off or never end, and whoever asks for one is
-told that it is still to come. Streams of Anthropic's messages are made of chat completions, and the
-event with the error is taken for one of these.
+told that it is still to come. Streams of Anthropic's messages and of Cohere's chats are made of
+chat completions, and the event with the error is taken for one of these.
 """
 
 from __future__ import annotations
@@ -124,6 +124,43 @@ async def stream_message(
     if (error := completions.error) is not None:
         told = AnthropicError(type=error["type"], message=error["message"])
         yield f"event: error\ndata: {AnthropicErrorResponse(error=told).model_dump_json()}\n\n"
+
+
+def stream_chat(
+    original: Callable[..., Any],
+    serving: Any,
+    request: Any,
+    outputs: Any,
+    request_id: str,
+    model: str,
+    *args: Any,
+    **kwargs: Any,
+) -> AsyncIterator[Any]:
+    """A stream of chat completions; of those of a derived class vLLM makes Cohere's."""
+    events = original(serving, request, outputs, request_id, model, *args, **kwargs)
+    if hasattr(serving, "create_chat_v2") and _acts_for(serving):
+        return _for_cohere(events, request_id, model)
+    return events
+
+
+async def _for_cohere(events: Any, request_id: str, model: str) -> AsyncIterator[Any]:
+    """Ends a stream in such a way that vLLM tells the reason in Cohere's last event.
+
+    That takes an exception, and a completion before it.
+    """
+    completions = _Completions(events)
+    has_begun = False
+    async with aclosing(events):
+        async for event in completions:
+            has_begun = True
+            yield event
+    if (error := completions.error) is None:
+        return
+    if not has_begun:
+        choice = {"index": 0, "delta": {"role": "assistant"}}
+        first = {"id": request_id, "model": model, "choices": [choice]}
+        yield f"data: {json.dumps(first)}\n\n"
+    raise RuntimeError(error["message"])
 
 
 def _acts_for(serving: Any) -> bool:
