@@ -5,18 +5,29 @@ import gc
 import json
 import os
 import threading
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import GracefulHTTPError
 from vllm.utils.counter import AtomicCounter
 
 from vllm_multilora.failures import FailureKind, LoadFailure
-from vllm_multilora.integration.server import engine_door, registration, routes
+from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.server import (
+    engine_door,
+    metering,
+    registration,
+    routes,
+    versions,
+)
+from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
 from vllm_multilora.integration.server.status_route import MOST_SHARE, NEW_S, RecentListing
+from vllm_multilora.metering.usage import Status
 
 ANSWER: Any = SimpleNamespace()
 
@@ -278,6 +289,43 @@ def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay
         return engine.removed
 
     assert asyncio.run(scenario()) == [8, 9]
+
+
+def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None:
+    """Each of its steps would bring the adapter back, as its files are by then."""
+    engine, acme, used = Engine(), lora_of("acme", 7), []
+    engine.output_processor = SimpleNamespace(request_states={})
+    models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
+    versions.note(engine, 7, versions.Version("abc", 1.0, "lora"))
+    log: Any = SimpleNamespace(write=used.append)
+    METER.set(engine.output_processor, ServerMeter(log))
+
+    def add(processor: Any, request: Any, *_: Any) -> None:
+        processor.request_states[request.request_id] = SimpleNamespace(
+            parent_req=None, external_req_id="", lora_request=request.lora_request
+        )
+
+    async def search(_: Any, __: Any, request_id: str, *___: Any) -> Any:
+        for step in range(9):
+            request = SimpleNamespace(request_id=f"{request_id}-{step}", lora_request=acme)
+            engine_door.add_request(add, engine.output_processor, request, None)
+            if step == 2:  # reloaded: the version before stays for a while
+                models.lora_requests["acme"] = lora_of("acme", 8)
+            if step == 4:
+                await registration.remove(models, acme)
+        yield None
+
+    async def scenario() -> None:
+        registration.start(models)
+        serving = SimpleNamespace(engine_client=engine)
+        with pytest.raises(GracefulHTTPError, match="'acme' was reloaded or unloaded") as failed:
+            await anext(metering.beam_search(search, serving, None, "beam", None, acme))
+        assert failed.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
+
+    asyncio.run(scenario())
+    assert len(engine.output_processor.request_states) == 5
+    assert [usage.status for usage in used] == [Status.FAILED]
+    assert engine.removed == [7]
 
 
 def lora_of(name: str, number: int) -> Any:

@@ -98,7 +98,8 @@ ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attach
 """Of an `OutputProcessor`: is told of every adapter whose load has failed requests."""
 
 SEE_OFF: Attached[Callable[[LoRARequest], None]] = Attached("see-off")
-"""Of an `OutputProcessor`: is told of the adapter of every request that goes to the engine."""
+"""Of an `OutputProcessor`: is told of the adapter of every request that goes to the engine, and
+raises if it is not to go there."""
 
 TENANT: Attached[RequestTenant] = Attached("tenant")
 """Of an engine core's `Request`: its tenant; see `tenant_of_request`."""

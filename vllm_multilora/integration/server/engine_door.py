@@ -35,12 +35,12 @@ def add_request(
     if caller is not None:
         mark(request, caller)
     is_new = request.request_id not in processor.request_states
+    if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
+        see_off(request.lora_request)
     original(processor, request, prompt, parent, index, *args, **kwargs)
     state = processor.request_states.get(request.request_id)
     if state is not None and is_new:
         metering.begin(processor, state)
-        if request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
-            see_off(request.lora_request)
     if caller is None or state is None:
         return
     if caller.hides_folders:

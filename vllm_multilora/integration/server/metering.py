@@ -73,6 +73,11 @@ class BeamSearch:
 _beam: ContextVar[BeamSearch | None] = ContextVar("multilora_beam", default=None)
 
 
+def is_of_beam_search() -> bool:
+    """Whether a request to the engine that is being made is one of a beam search's."""
+    return _beam.get() is not None
+
+
 class ServerMeter:
     """Follows one API server's prompts, on its event loop.
 
@@ -325,6 +330,9 @@ async def beam_search(
             except StopAsyncIteration:
                 is_over = True
                 return
+            except GracefulHTTPError:
+                usage.status = Status.FAILED
+                raise
             finally:
                 _beam.reset(token)
             if usage.status is Status.OK:

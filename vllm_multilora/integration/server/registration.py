@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
@@ -25,7 +26,7 @@ from vllm_multilora.integration.attached import SEE_OFF
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
 from vllm_multilora.integration.patching.activation import kernel_backend
-from vllm_multilora.integration.server import shared_names, versions
+from vllm_multilora.integration.server import metering, shared_names, versions
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -198,8 +199,8 @@ async def serve(models: Any, lora: LoRARequest) -> None:
 
 async def remove(models: Any, lora: LoRARequest) -> None:
     """Frees an adapter's slot and host memory; returns when its running requests have ended."""
-    await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
     versions.forget(models.engine_client, lora.lora_int_id)
+    await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
 
 
 async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S) -> None:
@@ -214,9 +215,20 @@ def start(models: Any) -> None:
     """Sees to it that no adapter stays with the engine for a request that came late."""
 
     def see_off(lora: LoRARequest) -> None:
+        if is_current(models, lora):
+            return
+        if metering.is_of_beam_search():
+            if versions.find(models.engine_client, lora) is not None:
+                return  # whoever has taken the name away will remove the adapter
+            # It was removed between two of the search's requests. This one would bring it back,
+            # with other weights perhaps, for as long as the search goes on.
+            raise GracefulHTTPError(
+                f"adapter {lora.lora_name!r} was reloaded or unloaded while this beam search ran; "
+                "send it again",
+                HTTPStatus.SERVICE_UNAVAILABLE,
+            )
         # Its name has gone while the request was on its way, maybe longer than an unload waits.
-        if not is_current(models, lora):
-            in_background(remove_later(models, lora, LATE_GRACE_S))
+        in_background(remove_later(models, lora, LATE_GRACE_S))
 
     SEE_OFF.set(models.engine_client.output_processor, see_off)
 
