@@ -321,6 +321,16 @@ def test_an_adapter_of_which_something_is_applied_is_served_without_the_rest(tmp
     assert [len(rank.rows) for rank in ranks] == [len(MODULES) - len(rest), len(MODULES)]
 
 
+def test_an_adapter_that_would_act_in_part_only_is_refused(tmp_path):
+    """Without what the base model does with its modules' weights the answers are others."""
+    folder = good().write(tmp_path / "adapter")
+    layout = replace(LAYOUT, bypassed={V1: "its attention multiplies with the weights"})
+    [problem] = validate(folder, layout)
+    assert problem.code == Code.UNSUPPORTED_FEATURE
+    assert V1 in problem.where
+    assert "its attention multiplies with the weights" in str(problem)
+
+
 def test_an_adapter_of_another_workers_layers_is_accepted_here(tmp_path):
     """Under pipeline parallelism: that worker checks it, and applies it."""
     folder = good([V1]).write(tmp_path / "adapter")

@@ -13,6 +13,8 @@ from vllm_multilora.adapters import Code, ModelLayout
 from vllm_multilora.adapters.validation import validate
 
 from . import tiny_models
+from .recipes import AdapterRecipe
+from .tiny_adapters import write_adapter
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
@@ -111,6 +113,23 @@ def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(t
     [problem] = validate(good(attention).write(tmp_path / "refused"), layout)
     assert problem.code == Code.NOTHING_APPLIED
     assert "--lora-target-modules o_proj gate_proj" in problem.hint
+
+
+def test_adapters_of_what_latent_attention_does_not_call_are_refused(tmp_path):
+    """It multiplies with that layer's weights itself: the base model would answer."""
+    from vllm_multilora.integration.offline.layout import offline_layout
+
+    folder = tiny_models.write_deepseek(tmp_path / "model")
+    layout = offline_layout(str(folder), max_lora_rank=64)
+    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+    for kinds in (attention, (*attention, "kv_b_proj")):
+        recipe = AdapterRecipe("-".join(kinds), kinds)
+        adapter = write_adapter(folder, tmp_path / recipe.name, recipe, seed=0)
+        problems = validate(adapter, layout)
+        assert [problem.code for problem in problems] == [Code.UNSUPPORTED_FEATURE] * (
+            "kv_b_proj" in kinds
+        )
+        assert all("kv_b_proj" in problem.where for problem in problems)
 
 
 def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):

@@ -18,6 +18,8 @@ from transformers import (
     BertConfig,
     BertForTokenClassification,
     BertModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -127,6 +129,24 @@ def write_granite_hybrid(path: Path, *, seed: int = 8) -> Path:
         pad_token_id=None,
     )
     return _write(GraniteMoeHybridForCausalLM, config, path, seed)
+
+
+def write_deepseek(path: Path, *, seed: int = 9) -> Path:
+    """Writes a DeepSeek-V3 without experts: its attention caches what it makes keys of."""
+    config = DeepseekV3Config(
+        **{**TWO_LAYERS, "num_key_value_heads": 4},
+        q_lora_rank=48,
+        kv_lora_rank=512,  # this and 64 of positions are what vLLM's attention on CPUs takes
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=64,
+        v_head_dim=32,
+        head_dim=64,
+        first_k_dense_replace=2,
+        n_routed_experts=8,
+        n_group=1,
+        topk_group=1,
+    )
+    return _write(DeepseekV3ForCausalLM, config, path, seed)
 
 
 def write_classifier(path: Path, *, labels: int, seed: int = 2) -> Path:

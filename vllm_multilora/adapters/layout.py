@@ -89,6 +89,7 @@ class ModelLayout:
         vocabulary: Token ids that a prompt can have are below it; None: not known.
         dora: Whether slots have room for what DoRA adapters multiply outputs by.
         no_dora: Modules whose outputs cannot be multiplied all the same, and why.
+        bypassed: Modules among those above on which adapters have no effect, and why.
     """
 
     slices: tuple[SliceLayout, ...]
@@ -101,6 +102,7 @@ class ModelLayout:
     vocabulary: int | None = None
     dora: bool = False
     no_dora: Mapping[str, str] = field(default_factory=dict)
+    bypassed: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, tuple[SliceLayout, ...]]:

@@ -93,6 +93,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
         vocabulary=manager.vocab_size,
         dora=dora,
         no_dora=no_dora,
+        bypassed=dict(_bypassed(manager)),
     )
     return RunningLayout(layout, packed, special)
 
@@ -129,6 +130,20 @@ def _slices(
             return []
         parts.append(SliceLayout(name, row + i, inputs, size, columns, rows, ranks))
     return parts
+
+
+def _bypassed(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
+    """Layers on which adapters would not act, by checkpoints' names, and why.
+
+    Multi-head latent attention (MLA) holds the layer that makes keys and values of what is cached,
+    `kv_b_proj`, outside of the model's modules, where vLLM puts no adapters around it.
+    """
+    attentions = (getattr(part, "impl", None) for part in manager.model.modules())
+    held = {id(value) for of in attentions for value in getattr(of, "__dict__", {}).values()}
+    for name, module in manager.modules.items():
+        if id(getattr(module, "base_layer", None)) in held:
+            for source in manager.packed_modules.get(name, [name]):
+                yield source, "vLLM's attention multiplies with its weights directly"
 
 
 def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
