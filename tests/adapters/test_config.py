@@ -4,14 +4,16 @@ import json
 import re
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.other import get_pattern_key
 from vllm.lora.peft_helper import PEFTHelper
 
 from vllm_multilora.adapters import AdapterConfig, AdapterFormatError
 from vllm_multilora.adapters.config_checks import feature_problems
+from vllm_multilora.adapters.digest import AdapterDigest
 
 MODULES = [
     "model.layers.0.self_attn.q_proj",
@@ -50,6 +52,31 @@ def test_ranks_and_scalings_are_pefts_and_vllms(ranks, alphas, rslora):
         assert config.rank_of(module) == rank
         assert config.scaling(module) == alpha / (rank**0.5 if rslora else rank)
         assert stock.get_rank_and_scaling(module) == (rank, config.scaling(module))
+
+
+@pytest.mark.parametrize("target", ["gate.weight", "mlp.gate.weight", "weight"])
+def test_patterns_of_weights_that_are_targets_are_matched_with_their_names(target):
+    """As PEFT adapts routers. Of modules that are targets, they are matched with the modules'."""
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"gate": torch.nn.Linear(4, 4)})})
+    keys = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_parameters": [target],
+        "rank_pattern": {"mlp.gate": 3, "gate.weight": 5},
+        "alpha_pattern": {"gate": 2, "mlp.gate.weight": 32},
+    }
+    peft = LoraConfig(target_modules=[], **keys)
+    adapted = inject_adapter_in_model(peft, model)["mlp"]["gate"]
+    config = read(**keys)
+    assert config.rank_of("mlp.gate") == adapted.r["default"] == 5
+    assert config.scaling("mlp.gate") == adapted.scaling["default"] == 32 / 5
+    plain = read(**{**keys, "target_parameters": ["experts.gate_up_proj", "late.weight"]})
+    assert (plain.rank_of("mlp.gate"), plain.scaling("mlp.gate")) == (3, 2 / 3)
+    assert digest(config) != digest(plain) != digest(read(**{**keys, "target_parameters": None}))
+
+
+def digest(config: AdapterConfig) -> str:
+    return AdapterDigest(config, {}).hexdigest()
 
 
 def test_what_peft_writes_is_read(tmp_path):

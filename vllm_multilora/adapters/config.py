@@ -47,6 +47,8 @@ class AdapterConfig:
             (rank-stabilised LoRA, https://arxiv.org/abs/2312.03732).
         rank_pattern: Pattern of module names -> rank.
         alpha_pattern: Pattern of module names -> alpha.
+        target_weights: Those of `target_parameters` that are modules' weights, such as a router's
+            `gate.weight`: patterns are matched with their names there, not with the modules'.
         modules_to_save: Modules that the checkpoint holds whole.
         bias: `none`, `all` or `lora_only`: which of the base model's biases were trained.
         dora: Whether it is a DoRA adapter, which has magnitudes beside A and B.
@@ -64,6 +66,7 @@ class AdapterConfig:
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_weights: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     dora: bool = False
@@ -129,11 +132,22 @@ class AdapterConfig:
     def _alphas(self) -> PatternMatcher[float]:
         return PatternMatcher(self.alpha_pattern, self.budget)
 
+    def _matched_name(self, module: str) -> str:
+        """What patterns are matched with for a module."""
+        weight = f"{module}.weight"
+        begins = (0, *(i + 1 for i, character in enumerate(weight) if character == "."))
+        targets = self._weights
+        return weight if targets and any(weight[at:] in targets for at in begins) else module
+
+    @cached_property
+    def _weights(self) -> frozenset[str]:
+        return frozenset(self.target_weights)
+
     def _match(
         self, key: str, matcher: PatternMatcher[_Value], module: str, default: _Value
     ) -> _Value:
         try:
-            value = matcher.get(module)
+            value = matcher.get(self._matched_name(module))
         except PatternError as error:
             problem = Problem.at(
                 Code.CONFIG_PATTERN,
@@ -177,6 +191,7 @@ class _Reader:
             rslora=self._flag("use_rslora"),
             rank_pattern=self._patterns("rank", self._rank),
             alpha_pattern=self._patterns("alpha", self._alpha),
+            target_weights=self._target_weights(),
             modules_to_save=self._names("modules_to_save") or (),
             bias=self._bias(),
             dora=self._flag("use_dora"),
@@ -269,6 +284,10 @@ class _Reader:
                 )
             return value
         return self._names("target_modules", " or a text") if "target_modules" in self._raw else ()
+
+    def _target_weights(self) -> tuple[str, ...]:
+        names = self._names("target_parameters") or ()
+        return tuple(name for name in names if f".{name}".endswith(".weight"))
 
     def _names(self, key: str, or_what: str = "") -> tuple[str, ...] | None:
         value = self._raw.get(key)

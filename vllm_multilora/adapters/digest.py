@@ -30,8 +30,8 @@ DIGITS = 64
 
 _KIND = b"vllm-multilora adapter 2\n"
 _WITHOUT_EFFECT = frozenset({"base_model", "target_modules"})
-_WITHOUT_ORDER = frozenset({"modules_to_save"})
-_WHERE_SET = frozenset({"invocation_tokens"})
+_WITHOUT_ORDER = frozenset({"modules_to_save", "target_weights"})
+_WHERE_SET = frozenset({"invocation_tokens", "target_weights"})
 
 
 class AdapterDigest:
