@@ -9,11 +9,17 @@ import torch
 pytest.importorskip("vllm")
 
 from transformers.core_model_loading import GroupWeightRename, PrefixChange, WeightRenaming
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.utils import is_in_target_modules, parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_multilora.adapters.naming import Renames
-from vllm_multilora.integration.worker.module_naming import module_naming, renames_of
+from vllm_multilora.integration.worker.layout import bypassed_layers
+from vllm_multilora.integration.worker.module_naming import (
+    module_naming,
+    refused_layers,
+    renames_of,
+)
 
 MODELS = {
     "no-mapper": ("llama", "LlamaForCausalLM"),
@@ -71,6 +77,7 @@ def manager_of(mapper=None, *, targets=None, packed=None, pooling=False, model=N
         lora_config=SimpleNamespace(target_modules=targets),
         packed_modules_mapping=packed or {},
         is_pooling_model=pooling,
+        _get_punica_wrapper=lambda name: None if name.startswith("visual.") else "language",
         **attributes,
     )
 
@@ -187,12 +194,43 @@ def test_linear_layers_that_vllm_leaves_alone_are_known_by_name():
         {"visual": tower, "other": torch.nn.Linear(2, 2), "classifier": head}
     )
     packed = {"qkv_proj": ["q_proj", "k_proj"]}
-    naming = module_naming(manager_of(packed=packed, model=model), frozenset({"other"}))
+    manager = manager_of(packed=packed, model=model)
+    naming = module_naming(manager, frozenset({"other"}))
     assert naming.unwrapped == {"visual.qkv_proj", "visual.q_proj", "visual.k_proj"}
+    # Adapters are not served without the others that they have.
+    assert set(refused_layers(manager)) == {"other", "classifier.dense"}
     assert naming.rename("visual.q_proj") is None
     assert not naming.elsewhere("visual.q_proj")
     for refused in ("visual.norm", "classifier.dense"):  # as unknown
         assert naming.rename(refused) == refused
+
+
+class Wrapped(BaseLayerWithLoRA):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = torch.nn.Linear(2, 2)
+
+
+def test_layers_on_which_adapters_would_not_act_are_known_by_name():
+    kv, o, last = Wrapped(), Wrapped(), torch.nn.Linear(2, 2)
+    attention = torch.nn.ModuleDict({"kv_b_proj": kv, "o_proj": o})
+    attention.impl = SimpleNamespace(kv_b_proj=kv.base_layer)
+    language = torch.nn.ModuleDict({"attention": attention, "last": last})
+    tower = torch.nn.ModuleDict({"qkv_proj": Wrapped()})
+    model = torch.nn.ModuleDict({"text": language, "tower": tower})
+    modules = {name: part for name, part in model.named_modules() if isinstance(part, Wrapped)}
+    packed = {"tower.qkv_proj": ["tower.q_proj", "tower.k_proj"]}
+
+    def found(**attributes: object) -> set[str]:
+        known = {"supports_mm": False, "punica_wrapper_mapping": {}} | attributes
+        manager = manager_of(model=model, modules=modules, packed_modules=packed, **known)
+        return {name for name, _ in bypassed_layers(manager)}
+
+    always = {"text.attention.kv_b_proj", "text.last"}
+    assert found() == always
+    model.supports_multimodal, model.get_language_model = True, lambda: language
+    assert found() == always | {"tower.q_proj", "tower.k_proj"}
+    assert found(supports_mm=True) == found(punica_wrapper_mapping={"encoder": None}) == always
 
 
 @pytest.mark.parametrize("part", ["score", "norm"])

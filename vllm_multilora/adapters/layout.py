@@ -89,7 +89,7 @@ class ModelLayout:
         vocabulary: Token ids that a prompt can have are below it; None: not known.
         dora: Whether slots have room for what DoRA adapters multiply outputs by.
         no_dora: Modules whose outputs cannot be multiplied all the same, and why.
-        bypassed: Modules among those above on which adapters have no effect, and why.
+        bypassed: Modules on which adapters would not act, and why; some are among those above.
     """
 
     slices: tuple[SliceLayout, ...]

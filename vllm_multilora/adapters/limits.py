@@ -52,7 +52,7 @@ class Limits:
             naming = layout.naming
             if layout.special - layout.special_shapes.keys() or naming.others:
                 return self
-            modules.update(layout.by_name, layout.special, naming.unwrapped)
+            modules.update(layout.by_name, layout.special, layout.bypassed, naming.unwrapped)
         most = _HEADER_ALLOWANCE + _HEADER_OF_A_MODULE * len(modules)
         tensors = _TENSORS_ALLOWANCE + _TENSORS_OF_A_MODULE * len(modules)
         return replace(

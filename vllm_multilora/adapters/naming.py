@@ -130,8 +130,8 @@ class ModuleNaming:
         targets: The modules that the server restricts adapters to (`--lora-target-modules`);
             None: all that the base model supports.
         packed: Kinds of fused modules -> the kinds of module that they are made of.
-        unwrapped: Linear layers of the model to which vLLM applies no adapters, such as those of
-            a vision tower.
+        unwrapped: Linear layers of parts of the model that vLLM does not adapt, such as those of a
+            vision tower.
         unloaded: Beginnings of modules of the base checkpoint that what the server does has no use
             for, so that vLLM does not load them, such as a head for tokens beside embeddings.
     """

@@ -121,10 +121,23 @@ class Placement:
                 self._is_adapted_elsewhere = True
             else:
                 self._left_out.setdefault(role.module, tensor)
+        elif why := self._layout.bypassed.get(name):
+            self._refuse_bypassed(tensor, why)
         elif self._layout.is_special(name) or name in self._layout.by_name:
             self._add(role, name, tensor)
         else:
             self._unknown.append((tensor, role.module, name))
+
+    def _refuse_bypassed(self, tensor: str, why: str) -> None:
+        """An adapter that acts in part only would give other answers than PEFT."""
+        self._problems.add(
+            Code.UNSUPPORTED_FEATURE,
+            tensor,
+            f"of a layer on which adapters have no effect here: {why}",
+            "layers that vLLM adapts",
+            hint="train without it in 'target_modules', or merge the adapter into the base model",
+            cause=f"bypassed {why}",
+        )
 
     def _add(self, role: TensorRole, name: str, tensor: str) -> None:
         shape = self._layout.special_shapes.get(name)
@@ -137,7 +150,6 @@ class Placement:
                 hint=self._missing.hint,
             )
             return
-        self._require_effective(name, tensor)
         self._require_activatable(name, tensor)
         self._require_multipliable(name, tensor)
         found = self.modules.setdefault(name, FoundModule(role.module, name))
@@ -150,19 +162,6 @@ class Placement:
                 f"beside {first}, and both belong to the base model's {shown_name(name)}",
                 f"one {tensor_of(role.part)}",
                 cause="duplicate",
-            )
-
-    def _require_effective(self, name: str, tensor: str) -> None:
-        """An adapter that acts in part only would give other answers than PEFT."""
-        if why := self._layout.bypassed.get(name):
-            self._problems.add(
-                Code.UNSUPPORTED_FEATURE,
-                tensor,
-                f"of a layer on which adapters have no effect here: {why}",
-                "layers that vLLM calls with each token",
-                hint="train without it in 'target_modules', or merge the adapter into the base "
-                "model",
-                cause=f"bypassed {why}",
             )
 
     def _require_activatable(self, name: str, tensor: str) -> None:

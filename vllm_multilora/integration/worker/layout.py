@@ -18,11 +18,13 @@ from vllm.lora.layers.column_parallel_linear import (
     MergedColumnParallelLinearWithLoRA,
 )
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.models import supports_multimodal
 
 from multilora_kernels.dtypes import of_torch
 from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.integration.step.heads import ClassificationHead
-from vllm_multilora.integration.worker.module_naming import module_naming
+from vllm_multilora.integration.worker.encoder_rows import ENCODER
+from vllm_multilora.integration.worker.module_naming import module_naming, refused_layers
 from vllm_multilora.integration.worker.output_factors import no_factors
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
         vocabulary=manager.vocab_size,
         dora=dora,
         no_dora=no_dora,
-        bypassed=dict(_bypassed(manager)),
+        bypassed=dict(bypassed_layers(manager)),
     )
     return RunningLayout(layout, packed, special)
 
@@ -132,18 +134,39 @@ def _slices(
     return parts
 
 
-def _bypassed(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
+def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     """Layers on which adapters would not act, by checkpoints' names, and why.
 
-    Multi-head latent attention (MLA) holds the layer that makes keys and values of what is cached,
-    `kv_b_proj`, outside of the model's modules, where vLLM puts no adapters around it.
+    Some layers are of kinds that vLLM does not adapt, such as an embedding model's last one. Those
+    of a tower have their own rows, for which some models have no room. And multi-head latent
+    attention (MLA) holds the layer that makes keys and values of what is cached, `kv_b_proj`,
+    outside of the model's modules, where vLLM puts no adapters around it.
     """
+    for name in refused_layers(manager):
+        yield name, "vLLM adapts no layers of its kind"
+    for name in _tower_layers(manager):
+        for source in manager.packed_modules.get(name, [name]):
+            yield source, "vLLM does not say whose images its rows are of"
     attentions = (getattr(part, "impl", None) for part in manager.model.modules())
     held = {id(value) for of in attentions for value in getattr(of, "__dict__", {}).values()}
     for name, module in manager.modules.items():
         if id(getattr(module, "base_layer", None)) in held:
             for source in manager.packed_modules.get(name, [name]):
                 yield source, "vLLM's attention multiplies with its weights directly"
+
+
+def _tower_layers(manager: LoRAModelManager) -> Iterator[str]:
+    """Layers that would take rows of images for the language model's.
+
+    They are wrapped in a model that does not say which of its parts are towers: then vLLM describes
+    rows of the language model alone.
+    """
+    has_encoder = ENCODER in manager.punica_wrapper_mapping
+    if manager.supports_mm or has_encoder or not supports_multimodal(manager.model):
+        return
+    model: Any = manager.model
+    language = set(model.get_language_model().modules())
+    yield from (name for name, module in manager.modules.items() if module not in language)
 
 
 def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:

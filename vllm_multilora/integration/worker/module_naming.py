@@ -39,7 +39,7 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
     targets = getattr(manager.lora_config, "target_modules", None)
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
-    unwrapped = frozenset(_unwrapped(model, packed))
+    unwrapped = frozenset(name for name in unwrapped_layers(manager) if _is_left_out(manager, name))
     return ModuleNaming(
         names=names,
         renames=renames_of(mapper.get_rename_mapper()) if mapper is not None else None,
@@ -126,21 +126,34 @@ def _later_names(names: Iterable[str]) -> dict[str, str]:
     return {name.replace(_OLD_TOWER, ".", 1): name for name in sorted(names) if _OLD_TOWER in name}
 
 
-def _unwrapped(model: torch.nn.Module, packed: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Linear layers that vLLM has not wrapped, also by the names of what it has fused in them.
+def refused_layers(manager: LoRAModelManager) -> Iterator[str]:
+    """Linear layers that vLLM does not adapt, and without which no adapter of them is served."""
+    return (name for name in unwrapped_layers(manager) if not _is_left_out(manager, name))
 
-    None of a head for classes, which decides every answer: an adapter of one is not served without.
-    """
-    wrapped = {name for name, part in model.named_modules() if isinstance(part, BaseLayerWithLoRA)}
-    heads = frozenset(HEADS)
+
+def unwrapped_layers(manager: LoRAModelManager) -> Iterator[str]:
+    """Linear layers that vLLM has not wrapped, also by the names of what it has fused in them."""
+    model: Any = manager.model
+    wrapped = {
+        name
+        for name, part in model.named_modules(remove_duplicate=False)
+        if isinstance(part, BaseLayerWithLoRA)
+    }
     for name, part in model.named_modules(remove_duplicate=False):
         parent, _, kind = name.rpartition(".")
         if not isinstance(part, LinearBase | torch.nn.Linear) or _is_below(name, wrapped):
             continue
-        if not heads.isdisjoint(name.split(".")):
-            continue
         yield name
-        yield from (f"{parent}.{of}" if parent else of for of in packed.get(kind, ()))
+        fused = manager.packed_modules_mapping.get(kind, ())
+        yield from (f"{parent}.{of}" if parent else of for of in fused)
+
+
+def _is_left_out(manager: LoRAModelManager, name: str) -> bool:
+    """Whether adapters are served without a layer: of a part of the model that is not adapted.
+
+    Not so a head for classes, which decides every answer.
+    """
+    return manager._get_punica_wrapper(name) is None and not set(HEADS) & set(name.split("."))
 
 
 def _unloaded(model: torch.nn.Module, *, pools: bool) -> Iterator[str]:
