@@ -72,7 +72,7 @@ class MissingModules:
             return Absence(
                 Code.MERGED_MODULE,
                 f"for {kind}",
-                f"{', '.join(parts)}, which the base model has apart",
+                f"{', '.join(parts)}, which are adapted one by one here",
                 f"split B's rows between {', '.join(parts)}, and give each the same A",
             )
         for merged, parts in _MERGED.items():
@@ -80,7 +80,7 @@ class MissingModules:
                 return Absence(
                     Code.MERGED_MODULE,
                     f"for {kind}",
-                    f"{merged}, which the base model has in one piece",
+                    f"{merged}, which is adapted as a whole here",
                     f"train the adapter with {merged} as its target",
                 )
         number = _NUMBER.search(module)

@@ -161,7 +161,10 @@ def q_k_and_v_merged(draft: Draft) -> None:
     draft.tensors[name_of(merged, "B")] = torch.zeros(256 + 64 + 64, 8)
 
 
-@bad_weights(Code.MERGED_MODULE, words=("gate_up_proj", "gate_proj, up_proj"))
+@bad_weights(
+    Code.MERGED_MODULE,
+    words=("gate_up_proj", "gate_proj, up_proj, which are adapted one by one here"),
+)
 def gate_and_up_merged(draft: Draft) -> None:
     merged = "model.layers.1.mlp.gate_up_proj"
     draft.tensors[name_of(merged, "A")] = torch.zeros(8, 96)
