@@ -232,6 +232,12 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     assert found() == always | {"tower.q_proj", "tower.k_proj"}
     assert found(supports_mm=True) == found(punica_wrapper_mapping={"encoder": None}) == always
 
+    def unknown() -> torch.nn.Module:
+        raise NotImplementedError
+
+    model.get_language_model = unknown
+    assert found() == always
+
 
 @pytest.mark.parametrize("part", ["score", "norm"])
 def test_what_vllm_leaves_in_the_checkpoint_is_known_by_name(part):

@@ -165,7 +165,10 @@ def _tower_layers(manager: LoRAModelManager) -> Iterator[str]:
     if manager.supports_mm or has_encoder or not supports_multimodal(manager.model):
         return
     model: Any = manager.model
-    language = set(model.get_language_model().modules())
+    try:
+        language = set(model.get_language_model().modules())
+    except NotImplementedError:  # nobody knows which part that is
+        return
     yield from (name for name, module in manager.modules.items() if module not in language)
 
 
