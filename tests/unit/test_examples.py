@@ -143,6 +143,16 @@ def test_pods_have_no_rights_that_they_do_not_need() -> None:
     assert leaves + int(flags["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
 
 
+def test_services_set_no_variables_of_vllm_s() -> None:
+    """Kubernetes gives pods variables of their namespace's Services, such as `VLLM_PORT`."""
+    (pod,) = (
+        found["spec"]["template"]["spec"]
+        for _, found in OBJECTS
+        if found["kind"] == "Deployment" and found["metadata"]["name"] == "vllm"
+    )
+    assert pod["enableServiceLinks"] is False
+
+
 def test_what_the_config_maps_hold_is_yaml() -> None:
     held = {
         name: text
