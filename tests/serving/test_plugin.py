@@ -137,15 +137,30 @@ def test_the_flags_are_on_vllm_serve(tmp_path: Path):
     assert "--no-multilora" in shown
 
 
-@pytest.mark.smoke
-def test_the_doctor_finds_everything_in_place():
-    done = subprocess.run(
+def doctor() -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "vllm_multilora.cli", "doctor"],
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
         capture_output=True,
         text=True,
         timeout=180,
         check=False,
     )
+
+
+@pytest.mark.smoke
+def test_a_vllm_that_only_calls_itself_another_version_is_changed_everywhere(vllm_version):
+    """Every target takes what the ledger says, which is compared where a version is unknown."""
+    vllm_version("0.99.0+cpu")
+    done = doctor()
+    assert "problem: vLLM 0.99.0+cpu is not supported" in done.stdout
+    assert "in place" in done.stdout
+    assert "MISSING" not in done.stdout, done.stdout
+
+
+@pytest.mark.smoke
+def test_the_doctor_finds_everything_in_place():
+    done = doctor()
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "seen by vLLM" in done.stdout
     assert "MISSING" not in done.stdout

@@ -1,6 +1,7 @@
 """A patch replaces its target once, and leaves vLLM alone where the target is missing."""
 
 import asyncio
+import functools
 import inspect
 import sys
 import types
@@ -62,7 +63,7 @@ def handlers(monkeypatch):
     return module
 
 
-def patch_of(attribute: str, handler: str = "handlers:doubled") -> Patch:
+def patch_of(attribute: str, handler: str = "handlers:doubled", *takes: str) -> Patch:
     return Patch(
         name="double",
         target=f"patch_target:{attribute}",
@@ -71,6 +72,7 @@ def patch_of(attribute: str, handler: str = "handlers:doubled") -> Patch:
         checked=("0",),
         until="never",
         package="patching_package",
+        takes=takes,
     )
 
 
@@ -123,7 +125,7 @@ def test_in_an_unknown_vllm_a_handler_that_cannot_be_imported_leaves_stock_in_pl
     target, monkeypatch, caplog, handler
 ):
     monkeypatch.setattr(patch_module, "installed_version", lambda: "0.99.0")
-    assert patch_of("Thing.method", handler).apply()
+    assert patch_of("Thing.method", handler, "self, x").apply()
     assert [target.Thing().method(2) for _ in range(3)] == [2, 2, 2]
     [record] = caplog.records
     assert f"{handler} cannot be imported" in record.message
@@ -144,6 +146,46 @@ def test_a_missing_target_is_said_once_and_nothing_else_happens(target, attribut
     [record] = caplog.records
     assert f"patch_target:{attribute} is missing from this vLLM" in record.message
     assert target.Thing().method(2) == 2
+
+
+def keyed(self, x, *, by=1, of=Ellipsis):
+    return x
+
+
+class Holder:
+    keyed = keyed
+    ready = property(lambda self: 1)
+    cached = functools.cached_property(lambda self: 1)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "takes", "problem"),
+    [
+        pytest.param("keyed", "self, x, *, by=1, of=Kind.ALL", None, id="default-of-vllms"),
+        pytest.param("keyed", "self, x, *, by=2, of=Kind.ALL", "takes (self, x, ", id="default"),
+        pytest.param("keyed", "self, x, *, by=1", "takes (self, x, ", id="one-more"),
+        pytest.param("keyed", "self, y, *, by=1, of=Kind.ALL", "takes (self, x, ", id="name"),
+        pytest.param("ready", "self", None, id="property"),
+        pytest.param("cached", "self", "it is no function", id="another-kind"),
+    ],
+)
+def test_in_an_unknown_vllm_a_target_that_takes_something_else_stays(
+    target, monkeypatch, caplog, attribute, takes, problem
+):
+    target.Holder = Holder
+    monkeypatch.setattr(Holder, attribute, Holder.__dict__[attribute])  # puts it back
+    monkeypatch.setattr(patch_module, "installed_version", lambda: "0.99.0")
+    patch = patch_of(f"Holder.{attribute}", "handlers:doubled", "nothing", takes)
+    assert patch.apply() is (problem is None)
+    assert patch.is_applied() is (problem is None)
+    assert [problem in record.message for record in caplog.records] == [True] * bool(problem)
+    if problem:
+        assert Holder().cached == 1
+        assert Holder().keyed(2, by=3) == 2
+    caplog.clear()
+    monkeypatch.setattr(patch_module, "installed_version", lambda: "0.32.0")
+    assert patch.apply()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def diagnose() -> int:
         applied = patch.apply()
         print(f"  {'in place' if applied else 'MISSING '}  {patch.name:15} {patch.target}")
         if not applied:
-            problems.append(f"patch {patch.name!r} has no target in this vLLM")
+            problems.append(f"patch {patch.name!r} does not fit this vLLM")
     print()
     for problem in problems:
         print(f"problem: {problem}")

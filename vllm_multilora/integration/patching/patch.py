@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import inspect
@@ -18,6 +19,9 @@ from vllm_multilora.integration.patching.version import installed_version, is_su
 logger = logging.getLogger(__name__)
 
 _MARK = "__multilora_patch__"
+_LITERALS = (str, int, float, bool, type(None))
+_OTHER_DEFAULT = 0
+"""Stands for a default that is no literal where parameters are compared."""
 _patching = threading.Lock()
 """Held from looking at a target to replacing it."""
 
@@ -40,7 +44,8 @@ class Patch:
         until: What would make the patch unnecessary.
         package: Where handlers are found.
         takes: The target's parameters, those of `__init__` for a class, as known versions write
-            them; `vllm-multilora doctor --against` compares.
+            them; compared before a vLLM that is not supported is changed, and by `vllm-multilora
+            doctor --against`.
     """
 
     name: str
@@ -90,25 +95,30 @@ class Patch:
         """Replaces the target now, importing its module, if that has not happened yet.
 
         Returns:
-            Whether the patch is in place. If the target is missing, vLLM stays as it is and
-            one line in the log says so.
+            Whether the patch is in place. If the target is missing, or is another one in a vLLM
+            that is not supported, vLLM stays as it is and one line in the log says so.
         """
         try:
             # Outside the lock: an import may wait for another thread's, and that one patches.
             owner, attribute = self._owner()
             with _patching:
-                if not self._is_replaced(owner, attribute):
-                    self._replace(owner, attribute)
+                if self._is_replaced(owner, attribute):
+                    return True
+                original = inspect.getattr_static(owner, attribute)
+                problem = self._misfit(original)
+                if not problem:
+                    self._replace(owner, attribute, original)
         except (ImportError, AttributeError) as error:
+            problem = f"is missing from this vLLM ({error})"
+        if problem:
             logger.warning(
-                "vllm-multilora cannot apply its patch %r: %s is missing from this vLLM (%s). "
-                "vLLM's own behaviour stays in place there.",
+                "vllm-multilora cannot apply its patch %r: %s %s. vLLM's own behaviour stays in "
+                "place there.",
                 self.name,
                 self.target,
-                error,
+                problem,
             )
-            return False
-        return True
+        return not problem
 
     def _owner(self) -> tuple[Any, str]:
         owner: Any = importlib.import_module(self.module)
@@ -122,8 +132,23 @@ class Patch:
         found = found.fget if isinstance(found, property) else found
         return getattr(found, _MARK, None) == self.name
 
-    def _replace(self, owner: Any, attribute: str) -> None:
-        original = inspect.getattr_static(owner, attribute)
+    def _misfit(self, original: Any) -> str:
+        """Why a target is not the one that the handler is for; empty where it is, or must be.
+
+        A handler stands between vLLM and its own function even where the plugin is inactive, as
+        it is in a vLLM that is not supported: it must be able to take what vLLM hands over.
+        """
+        if is_supported(version := installed_version()):
+            return ""
+        taken = _parameters(original)
+        if taken is not None and taken in map(_literal_defaults, self.takes):
+            return ""
+        return (
+            f"is not what it is in supported versions: in vLLM {version} it "
+            f"{'is no function' if taken is None else f'takes ({taken})'}"
+        )
+
+    def _replace(self, owner: Any, attribute: str, original: Any) -> None:
         if isinstance(original, staticmethod | classmethod):
             replacement = self._replacement(original.__func__)
             setattr(owner, attribute, type(original)(replacement))
@@ -178,6 +203,43 @@ class Patch:
                 error,
             )
             return _stock
+
+
+def _parameters(original: Any) -> str | None:
+    """A target's parameters as `_literal_defaults` writes them; None if it is no function."""
+    if isinstance(original, property):
+        original = original.fget
+    elif isinstance(original, staticmethod | classmethod):
+        original = original.__func__
+    elif inspect.isclass(original):
+        original = original.__init__
+    try:
+        signature = inspect.signature(original)
+    except (TypeError, ValueError):
+        return None
+    parameters = [
+        each.replace(
+            annotation=each.empty,
+            default=each.default
+            if each.default is each.empty or type(each.default) in _LITERALS
+            else _OTHER_DEFAULT,
+        )
+        for each in signature.parameters.values()
+    ]
+    written = signature.replace(parameters=parameters, return_annotation=signature.empty)
+    return str(written)[1:-1]
+
+
+def _literal_defaults(parameters: str) -> str:
+    """Parameters as the ledger has them, without the defaults that only vLLM could evaluate."""
+    function = ast.parse(f"lambda {parameters}: 0", mode="eval").body
+    assert isinstance(function, ast.Lambda)
+    other: ast.expr = ast.Constant(_OTHER_DEFAULT)
+    for defaults in (function.args.defaults, function.args.kw_defaults):
+        defaults[:] = [
+            each if each is None or isinstance(each, ast.Constant) else other for each in defaults
+        ]
+    return ast.unparse(function.args)
 
 
 def _stock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
