@@ -108,7 +108,7 @@ class MultiLoRAConfig:
     enabled: bool | None = _setting(
         None,
         "Use vllm-multilora for LoRA. On by default with supported vLLM versions; --multilora "
-        "forces it on with others, --no-multilora leaves vLLM as it is.",
+        "forces it on with others that have what it needs, --no-multilora leaves vLLM as it is.",
         lambda value: value is None or isinstance(value, bool),
         "true, false or null",
     )
@@ -321,12 +321,7 @@ class MultiLoRAConfig:
         Raises:
             ConfigError: `multilora` is no mapping, or a key or value in it is wrong.
         """
-        settings = (additional_config or {}).get(CONFIG_KEY, {})
-        if not isinstance(settings, Mapping):
-            raise ConfigError(
-                f'additional_config["{CONFIG_KEY}"] must be a mapping of settings such as '
-                f'{{"backend": "auto"}}, got {settings!r}'
-            )
+        settings = given_settings(additional_config)
         known = [f.name for f in fields(cls)]
         for key in settings:
             if key not in known:
@@ -336,3 +331,18 @@ class MultiLoRAConfig:
                     f"unknown setting {key!r} in {CONFIG_KEY}{hint} (known: {', '.join(known)})"
                 )
         return cls(**settings)
+
+
+def given_settings(additional_config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What vLLM's `additional_config` has for the plugin, its keys and values unchecked.
+
+    Raises:
+        ConfigError: It is no mapping.
+    """
+    settings = (additional_config or {}).get(CONFIG_KEY, {})
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f'additional_config["{CONFIG_KEY}"] must be a mapping of settings such as '
+            f'{{"backend": "auto"}}, got {settings!r}'
+        )
+    return settings

@@ -69,6 +69,23 @@ def test_the_plugin_acts_when_it_should(
         assert llm.collective_rpc(lora_classes) == [expected]
 
 
+@pytest.mark.parametrize("lacking", ["scheduler-class", "add-request", "batch-mapping"])
+def test_it_is_not_forced_on_where_adapters_requests_would_get_the_base_models_answers(
+    monkeypatch, lacking
+):
+    from vllm_multilora.errors import ConfigError
+    from vllm_multilora.integration.patching.patch import Patch
+    from vllm_multilora.integration.server import engine_config
+
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != lacking)
+    engine_config.require_patches()  # nothing of a supported version is looked at
+    monkeypatch.setattr(engine_config, "installed_version", lambda: "0.99.0")
+    with pytest.raises(ConfigError, match=f"lacks what the patches {lacking} need"):
+        engine_config.require_patches()
+    monkeypatch.setattr(Patch, "apply", lambda self: True)
+    engine_config.require_patches()
+
+
 @pytest.mark.smoke("prompt_logprobs", "`embed_tokens` and `lm_head`")
 def test_prompt_log_probabilities_use_each_prompts_own_adapter(llama: Scenario):
     """Stock's engine dies of this request on CPUs; it must not hurt anyone here."""

@@ -21,6 +21,7 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import without_folders
+from vllm_multilora.integration.patching.patch import Patch
 from vllm_multilora.integration.server import access as access_module
 from vllm_multilora.integration.server import access_middleware
 from vllm_multilora.integration.server.access import Access, access_for, read_admin_keys
@@ -32,6 +33,7 @@ from vllm_multilora.integration.server.access_middleware import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
+from vllm_multilora.integration.server.start import require_guards
 from vllm_multilora.integration.server.stored_responses import init_responses
 from vllm_multilora.tenants.keys import KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, TokenBucket
@@ -504,6 +506,20 @@ def test_a_server_whose_front_end_loads_no_plugins_does_not_start_with_tenants(
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ConfigError, match="Python front end"):
         check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)
+
+
+@pytest.mark.parametrize("setting", ["tenants", "admin_key_file"])
+def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch, setting):
+    def models(**settings):
+        config = SimpleNamespace(additional_config={"multilora": settings})
+        return SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
+
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
+    require_guards(models())
+    with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
+        require_guards(models(**{setting: "file"}))
+    monkeypatch.setattr(Patch, "apply", lambda self: True)
+    require_guards(models(**{setting: "file"}))
 
 
 def test_a_file_that_cannot_be_used_stops_the_start(tenants):

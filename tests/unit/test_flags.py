@@ -9,7 +9,13 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.flags import add_flags, merge_flags
+from vllm_multilora.integration.patching.flags import (
+    add_cli_args,
+    add_flags,
+    from_cli_args,
+    merge_flags,
+)
+from vllm_multilora.integration.patching.patch import Patch
 
 
 def parse(*argv, additional_config=None):
@@ -18,6 +24,12 @@ def parse(*argv, additional_config=None):
     args = parser.parse_args(argv)
     args.additional_config = additional_config
     return args, SimpleNamespace(additional_config=additional_config)
+
+
+def without(monkeypatch, name):
+    """Has this vLLM lack what a patch needs."""
+    apply = Patch.apply
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != name and apply(self))
 
 
 def test_flags_that_are_not_given_leave_no_trace():
@@ -44,6 +56,41 @@ def test_every_api_server_gets_the_flags():
     merge_flags(args, engine_args)
     sent = pickle.loads(pickle.dumps(args))
     assert sent.additional_config == {"multilora": {"routes": "routes.yaml"}}
+
+
+@pytest.mark.parametrize("settings", [None, ["dora"], "dora"])
+def test_flags_beside_settings_that_are_no_mapping_are_one_clear_sentence(settings):
+    args, engine_args = parse("--multilora-dora", additional_config={"multilora": settings})
+    with pytest.raises(ConfigError, match="must be a mapping of settings"):
+        merge_flags(args, engine_args)
+
+
+def test_a_platforms_own_additional_configuration_is_left_alone():
+    own = SimpleNamespace()
+    args, engine_args = parse(additional_config=own)
+    merge_flags(args, engine_args)
+    assert engine_args.additional_config is own
+
+
+@pytest.mark.parametrize("lacking", ["flag-values", "settings-check"])
+def test_a_vllm_that_would_not_read_the_flags_refuses_them(monkeypatch, lacking):
+    without(monkeypatch, lacking)
+    parser = add_cli_args(lambda parser: parser, argparse.ArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--multilora-tenants", "file"])
+
+
+def test_settings_that_nobody_would_check_are_refused(monkeypatch):
+    without(monkeypatch, "settings-check")
+    args = SimpleNamespace()
+
+    def made(additional_config):
+        return lambda cls, args: SimpleNamespace(additional_config=additional_config)
+
+    for additional in (None, {}, {"other": 1}, {"multilora": {}}):
+        from_cli_args(made(additional), SimpleNamespace, args)
+    with pytest.raises(ConfigError, match="cannot be checked with this vLLM"):
+        from_cli_args(made({"multilora": {"tenants": "file"}}), SimpleNamespace, args)
 
 
 @pytest.mark.parametrize("flag", ["--multilora-tenants", "--multilora-admin-key-file"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
+from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, given_settings
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.ledger import missing
+from vllm_multilora.integration.patching.version import SUPPORTED_TEXT
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -46,18 +48,18 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
     which reads them before it has loaded its plugins.
 
     Raises:
-        ConfigError: Keys are to guard a server that knows none.
+        ConfigError: Keys are to guard a server that knows none, or what is there is no mapping.
     """
     given = {
         setting.name: value
         for setting in fields(MultiLoRAConfig)
         if (value := getattr(args, _destination(setting.name), None)) is not None
     }
+    own = _own_settings(engine_args.additional_config)
     if given:
         additional = dict(engine_args.additional_config or {})
-        additional[CONFIG_KEY] = {**additional.get(CONFIG_KEY, {}), **given}
+        additional[CONFIG_KEY] = own = {**own, **given}
         engine_args.additional_config = args.additional_config = additional
-    own = (engine_args.additional_config or {}).get(CONFIG_KEY) or {}
     if getattr(args, "grpc", False) and {"tenants", "admin_key_file"} & {*own}:
         raise ConfigError(
             "--multilora-tenants and --multilora-admin-key-file protect HTTP servers, but --grpc "
@@ -65,13 +67,25 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
         )
 
 
+def _own_settings(additional_config: Any) -> Mapping[str, Any]:
+    # A platform's own object has none.
+    return given_settings(additional_config) if isinstance(additional_config, dict) else {}
+
+
 def add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     parser = original(parser)
-    add_flags(parser)
+    # A flag that nobody reads would promise something: without it vLLM refuses it.
+    if not missing(("flag-values", "settings-check")):
+        add_flags(parser)
     return parser
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     engine_args = original(cls, args)
     merge_flags(args, engine_args)
+    if _own_settings(engine_args.additional_config) and missing(("settings-check",)):
+        raise ConfigError(
+            f"the settings of {CONFIG_KEY} in --additional-config cannot be checked with this "
+            f"vLLM: leave them out, or install vLLM {SUPPORTED_TEXT}"
+        )
     return engine_args

@@ -9,6 +9,8 @@ package were not installed.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from vllm_multilora.integration.patching.patch import Patch
 
 PUNICA_WRAPPER = Patch(
@@ -845,3 +847,8 @@ def apply_patches() -> None:
     """Puts every patch in place, now or as soon as its target is imported; safe to call again."""
     for patch in PATCHES:
         patch.apply_on_import()
+
+
+def missing(names: Container[str]) -> list[str]:
+    """Which of some patches cannot be put in place; imports the modules of their targets."""
+    return [patch.name for patch in PATCHES if patch.name in names and not patch.apply()]

@@ -234,12 +234,14 @@ def _literal_defaults(parameters: str) -> str:
     """Parameters as the ledger has them, without the defaults that only vLLM could evaluate."""
     function = ast.parse(f"lambda {parameters}: 0", mode="eval").body
     assert isinstance(function, ast.Lambda)
-    other: ast.expr = ast.Constant(_OTHER_DEFAULT)
-    for defaults in (function.args.defaults, function.args.kw_defaults):
-        defaults[:] = [
-            each if each is None or isinstance(each, ast.Constant) else other for each in defaults
-        ]
-    return ast.unparse(function.args)
+    arguments = function.args
+    arguments.defaults = [_literal(each) for each in arguments.defaults]
+    arguments.kw_defaults = [each and _literal(each) for each in arguments.kw_defaults]
+    return ast.unparse(arguments)
+
+
+def _literal(default: ast.expr) -> ast.expr:
+    return default if isinstance(default, ast.Constant) else ast.Constant(_OTHER_DEFAULT)
 
 
 def _stock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -27,6 +27,12 @@ from vllm_multilora.integration.patching.cache_settings import (
     check_cache_settings,
     lift_default_count,
 )
+from vllm_multilora.integration.patching.ledger import missing
+from vllm_multilora.integration.patching.version import (
+    SUPPORTED_TEXT,
+    installed_version,
+    is_supported,
+)
 from vllm_multilora.integration.server.access import (
     COUNT_VARIABLE,
     SALT_VARIABLE,
@@ -42,6 +48,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
+
+_ESSENTIAL = (
+    *("punica-wrapper", "worker-manager", "batch-mapping", "batch-inputs", "scheduler-class"),
+    *("executor", "add-request", "server-start"),
+)
+"""Patches that act together: with one of them missing, requests get the base model's answers."""
 
 COMPILED_WITH = "multilora_compiled_with"
 """Key in `additional_config` that tells whose compiled code a configuration may use."""
@@ -59,6 +71,7 @@ def create_engine_config(
         # this is part of the configuration's hash, by which vLLM finds compiled code again.
         if isinstance(vllm_config.additional_config, dict):
             vllm_config.additional_config[COMPILED_WITH] = f"{__version__} {backend}"
+        require_patches()
         check_cache_settings(settings_of(vllm_config), vllm_config)
         require_directories(settings_of(vllm_config).adapter_dir)
         if (required := settings_of(vllm_config).require_digest) is not None:
@@ -76,6 +89,20 @@ def create_engine_config(
         check_routes(settings_of(vllm_config), engine_args, usage_context)
     check_access(vllm_config, usage_context)
     return vllm_config
+
+
+def require_patches() -> None:
+    """Refuses to act in a vLLM where requests would be answered by other weights than they name.
+
+    Raises:
+        ConfigError: This vLLM is not supported, and lacks what a patch needs that others rely on.
+    """
+    if not is_supported(installed_version()) and (lacking := missing(_ESSENTIAL)):
+        raise ConfigError(
+            f"--multilora cannot force the plugin on with vLLM {installed_version()}, which lacks "
+            f"what the patches {', '.join(lacking)} need: leave it out to use vLLM's own LoRA, or "
+            f"install vLLM {SUPPORTED_TEXT}"
+        )
 
 
 def warn_of_rust(usage_context: UsageContext | None) -> None:

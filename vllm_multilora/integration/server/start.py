@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.patching.ledger import PATCHES
+from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
     adapter_directory,
     metering,
@@ -25,19 +25,22 @@ _GUARDS = (
 
 
 def require_guards(models: Any) -> None:
-    """Sees to it that no server with tenants serves without what keeps them apart.
+    """Sees to it that no server with keys serves without what asks for them.
 
     Raises:
         ConfigError: This vLLM lacks what a guard replaces.
     """
     vllm_config = getattr(models.engine_client, "vllm_config", None)
-    if vllm_config is None or settings_of(vllm_config).tenants is None:
+    if vllm_config is None:
         return
-    missing = [patch.name for patch in PATCHES if patch.name in _GUARDS and not patch.apply()]
-    if missing:
+    settings = settings_of(vllm_config)
+    if settings.tenants is None and settings.admin_key_file is None:
+        return
+    if lacking := missing(_GUARDS):
         raise ConfigError(
-            f"--multilora-tenants cannot be enforced with this vLLM, which lacks what the patches "
-            f"{', '.join(missing)} need: install a version that vllm-multilora supports"
+            f"--multilora-tenants and --multilora-admin-key-file cannot be enforced with this "
+            f"vLLM, which lacks what the patches {', '.join(lacking)} need: install a version that "
+            f"vllm-multilora supports"
         )
 
 
