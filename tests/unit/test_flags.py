@@ -1,6 +1,8 @@
 """The flags of `vllm serve`: settings of the engine, and of every API server."""
 
 import argparse
+import inspect
+import json
 import pickle
 from types import SimpleNamespace
 
@@ -100,3 +102,65 @@ def test_keys_are_refused_where_a_server_is_started_that_knows_none(flag):
     args.grpc = True
     with pytest.raises(ConfigError, match="--grpc"):
         merge_flags(args, engine_args)
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """Makes a server's configuration with settings, as at its start."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_multilora.integration.server.engine_config import create_engine_config
+
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))  # for what it makes
+    model = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    original = inspect.unwrap(EngineArgs.create_engine_config)
+
+    def configure(usage="OPENAI_API_SERVER", *, enable_lora=True, **settings):
+        additional = {"multilora": settings}
+        args = EngineArgs(
+            str(tmp_path),
+            skip_tokenizer_init=True,
+            enable_lora=enable_lora,
+            additional_config=additional,
+        )
+        return create_engine_config(original, args, UsageContext[usage])
+
+    return configure
+
+
+@pytest.mark.parametrize("inactive", [{"enabled": False}, {"backend": "vllm"}], ids=str)
+@pytest.mark.parametrize("usage", ["OPENAI_API_SERVER", "LLM_CLASS"])
+def test_checks_of_adapters_are_refused_where_vllms_own_code_would_load_them(
+    configure, inactive, usage
+):
+    configure(usage, **inactive)
+    for check, value in [
+        ("signing_keys", "keys.pem"),
+        ("require_digest", "digests.json"),
+        ("allowed_roots", ["/adapters"]),
+    ]:
+        flag = f"--multilora-{check.replace('_', '-')}"
+        with pytest.raises(ConfigError, match=f"{flag} would check no adapter here"):
+            configure(usage, **{check: value}, **inactive)
+        configure(usage, enable_lora=False, **{check: value}, **inactive)  # there are no adapters
+
+
+def test_a_usage_log_that_cannot_be_written_stops_the_start(configure, tmp_path):
+    log = tmp_path / "nowhere" / "usage.jsonl"
+    with pytest.raises(ConfigError, match="cannot be written to: No such file"):
+        configure(usage_log=str(log))
+    configure("LLM_CLASS", usage_log=str(log))  # which writes none
+    log.parent.mkdir()
+    configure(usage_log=str(log))
+    assert log.read_text() == ""

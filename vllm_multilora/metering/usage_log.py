@@ -52,13 +52,7 @@ class UsageLog:
         self._queue: queue.Queue[tuple[float, Usage] | None] = queue.Queue(most_queued)
         self._dropped = 0
         self._next_complaint = 0.0
-        try:
-            os.close(self._open())
-        except OSError as error:
-            raise ConfigError(
-                f"the usage log {str(path)!r} cannot be written to: {error.strerror}; choose a "
-                "file in a folder that exists and that the server may write to"
-            ) from error
+        require_writable(path)
         self._thread = threading.Thread(target=self._run, name="multilora-usage-log", daemon=True)
         self._thread.start()
 
@@ -105,13 +99,13 @@ class UsageLog:
                     self._complain("were dropped: it is written too slowly")
 
     def _append(self, content: bytes) -> None:
-        descriptor = self._open()
+        descriptor = _open(self._path)
         try:
             # One writer at a time, so that nobody renames what another is about to write to.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             while not self._is_current(descriptor):
                 os.close(descriptor)
-                descriptor = self._open()
+                descriptor = _open(self._path)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -135,10 +129,6 @@ class UsageLog:
         except OSError as error:
             self._complain(f"go on in it beyond its limit, as it cannot be renamed: {error}")
 
-    def _open(self) -> int:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        return os.open(self._path, flags, 0o600)
-
     def _is_current(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.fstat(descriptor), self._path.stat())
@@ -155,6 +145,25 @@ def _next_name(path: Path) -> Path:
     stem = f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     names = (path.with_name(f"{stem}-{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())
+
+
+def require_writable(path: Path) -> None:
+    """Sees to it that a log can be written, by making it where there is none.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    try:
+        os.close(_open(path))
+    except OSError as error:
+        raise ConfigError(
+            f"the usage log {str(path)!r} cannot be written to: {error.strerror}; choose a file in "
+            "a folder that exists and that the server may write to"
+        ) from error
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _line(at: float, usage: Usage) -> str:

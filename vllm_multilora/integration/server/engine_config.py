@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
@@ -27,6 +28,7 @@ from vllm_multilora.integration.patching.cache_settings import (
     check_cache_settings,
     lift_default_count,
 )
+from vllm_multilora.integration.patching.flags import flag_of
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.patching.version import (
     SUPPORTED_TEXT,
@@ -41,6 +43,7 @@ from vllm_multilora.integration.server.access import (
 from vllm_multilora.integration.server.kv_connectors import require_adapters_apart
 from vllm_multilora.integration.server.metrics import make_folder
 from vllm_multilora.integration.updating import allow_updating
+from vllm_multilora.metering.usage_log import require_writable
 from vllm_multilora.routing import load_routes
 from vllm_multilora.tenants.parsing import load_tenants
 
@@ -54,6 +57,9 @@ _ESSENTIAL = (
     *("executor", "add-request", "server-start"),
 )
 """Patches that act together: with one of them missing, requests get the base model's answers."""
+
+_CHECKS = ("allowed_roots", "require_digest", "signing_keys")
+"""Settings that say which adapters may be served."""
 
 COMPILED_WITH = "multilora_compiled_with"
 """Key in `additional_config` that tells whose compiled code a configuration may use."""
@@ -78,6 +84,9 @@ def create_engine_config(
             RequiredDigests(required)  # a mistake in it is told at once
         if (keys := settings_of(vllm_config).signing_keys) is not None:
             Signers.read(keys)  # likewise
+        is_server = usage_context not in (None, UsageContext.LLM_CLASS)
+        if is_server and (log := settings_of(vllm_config).usage_log) is not None:
+            require_writable(Path(log))
         require_adapters_apart(vllm_config.kv_transfer_config)
         lift_default_count(engine_args, vllm_config)
         allow_updating(vllm_config)
@@ -85,6 +94,8 @@ def create_engine_config(
         if usage_context is not None and not engine_args.disable_log_stats:
             make_folder(vllm_config)
         warn_of_rust(usage_context)
+    elif vllm_config.lora_config is not None:
+        require_nothing_to_check(settings_of(vllm_config))
     if is_active(vllm_config):
         check_routes(settings_of(vllm_config), engine_args, usage_context)
     check_access(vllm_config, usage_context)
@@ -102,6 +113,21 @@ def require_patches() -> None:
             f"--multilora cannot force the plugin on with vLLM {installed_version()}, which lacks "
             f"what the patches {', '.join(lacking)} need: leave it out to use vLLM's own LoRA, or "
             f"install vLLM {SUPPORTED_TEXT}"
+        )
+
+
+def require_nothing_to_check(settings: MultiLoRAConfig) -> None:
+    """Refuses, where vLLM's own code loads adapters, settings that say which it may load.
+
+    Raises:
+        ConfigError: There are such settings.
+    """
+    if given := [flag_of(name) for name in _CHECKS if getattr(settings, name)]:
+        raise ConfigError(
+            f"{' and '.join(given)} would check no adapter here, because vLLM's own code loads "
+            f"them: vllm-multilora is not active, or has been told to leave them to vLLM. Leave "
+            f"out --no-multilora and --multilora-backend vllm, and use vLLM {SUPPORTED_TEXT} on a "
+            f"platform that vllm-multilora has kernels for; or leave these flags out"
         )
 
 
