@@ -35,11 +35,20 @@ from multilora_kernels.native.trust import distrust
 logger = logging.getLogger(__name__)
 
 
+@lru_cache(maxsize=1)
 def is_available() -> bool:
-    """Whether the C kernels are built, or can be built, here; builds them."""
+    """Whether the C kernels are built, or can be built, here; builds them.
+
+    It tries once, as a build that fails may take long, and the log says why it fails.
+    """
     try:
         load_library()
-    except NativeUnavailableError:
+    except NativeUnavailableError as error:
+        logger.warning(
+            "There are no native CPU kernels, and plain PyTorch, which is slower, computes in "
+            "their place: %s",
+            error,
+        )
         return False
     return True
 

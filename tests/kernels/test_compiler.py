@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from multilora_kernels import NativeUnavailableError, packing
+from multilora_kernels import NativeUnavailableError, packing, resolve_backend
 from multilora_kernels.native import builds, compiler, processor, trust
 from multilora_kernels.native.builds import PACKING, Library
 from multilora_kernels.native.compiler import built
@@ -105,6 +105,31 @@ def test_without_a_compiler_the_error_says_what_to_install(cache, monkeypatch, s
     monkeypatch.setattr(builds.shutil, "which", lambda name: None)
     with pytest.raises(NativeUnavailableError, match=r"no C compiler found.*apt-get install gcc"):
         path_of(small)
+
+
+@pytest.mark.parametrize("wrong", ["compiler", "instructions"])
+def test_kernels_that_cannot_be_had_are_tried_once_and_the_log_says_why(
+    cache, tmp_path, monkeypatch, caplog, wrong
+):
+    calls = tmp_path / "calls"
+    failing = tmp_path / "failing-cc"
+    failing.write_text(f"#!/bin/sh\necho $* >> {calls}\necho no such option >&2\nexit 1\n")
+    failing.chmod(0o700)
+    if wrong == "compiler":
+        monkeypatch.setenv("CC", str(failing))
+    else:
+        monkeypatch.setenv("MULTILORA_INSTRUCTIONS", "AVX-7")
+    compiler.load_library.cache_clear()
+    compiler.is_available.cache_clear()
+    try:
+        assert [resolve_backend("auto", "cpu") for _ in range(3)] == ["torch"] * 3
+    finally:
+        compiler.is_available.cache_clear()
+    [record] = caplog.records
+    reason = "no such option" if wrong == "compiler" else "MULTILORA_INSTRUCTIONS=AVX-7"
+    assert reason in record.message
+    if wrong == "compiler":
+        assert len(calls.read_text().splitlines()) == 1
 
 
 def test_a_failed_compilation_shows_the_compilers_words(cache, small):
