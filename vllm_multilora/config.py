@@ -10,7 +10,6 @@ nothing else.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -82,7 +81,7 @@ class _Interval(NamedTuple):
     text: str
 
 
-_POSITIVE = _Interval(0, sys.float_info.max, "a positive number")
+_SIZE = _Interval(0, 1e9, "a number above 0 and at most 1e9")  # in bytes below 2**63
 _SECONDS = _Interval(0, 86_400, "a number of seconds above 0 and at most a day")
 _RATIO = _Interval(1, 1_000, "a number above 1 and at most 1000")
 
@@ -135,7 +134,7 @@ class MultiLoRAConfig:
     cpu_cache_gib: float | None = _number(
         None,
         "GIB",
-        _POSITIVE,
+        _SIZE,
         "Host memory for adapters in GiB. All servers of this user on the machine share one "
         "copy of each adapter, and the largest budget that any of them sets applies. Without "
         "this flag, --max-cpu-loras is the only limit; without either, 10 %% of the machine's "
@@ -256,7 +255,7 @@ class MultiLoRAConfig:
     usage_log_mib: float = _number(
         256.0,
         "MIB",
-        _POSITIVE,
+        _SIZE,
         "Size at which the usage log is renamed, with the time added to its name, and a new one "
         "is started (256 by default). Nothing is ever deleted.",
     )

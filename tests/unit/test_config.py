@@ -43,6 +43,9 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         ({"fair_shares": "yes"}, "multilora.fair_shares must be true or false, got 'yes'"),
         ({"max_blends": -1}, "multilora.max_blends must be a whole .* got -1"),
         ({"fair_slowdown": 1}, "multilora.fair_slowdown must be a number above 1 .* got 1"),
+        ({"cpu_cache_gib": 0}, "multilora.cpu_cache_gib must be a number above 0 .* got 0"),
+        ({"cpu_cache_gib": 1e300}, "multilora.cpu_cache_gib must be .* at most 1e9, got 1e"),
+        ({"usage_log_mib": 1e305}, "multilora.usage_log_mib must be .* at most 1e9, got 1e"),
         ("torch", r'additional_config\["multilora"\] must be a mapping .* got \'torch\''),
     ],
     ids=[
@@ -60,6 +63,9 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         "fair-shares",
         "max-blends",
         "fair-slowdown",
+        "no-cache",
+        "cache-beyond-numbers",
+        "log-beyond-numbers",
         "no-mapping",
     ],
 )
