@@ -10,8 +10,8 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Entry point of `vllm.general_plugins`: runs in every vLLM process, perhaps repeatedly.
 
-    vLLM only logs an exception that leaves this function and goes on without the plugin, so
-    nothing is caught here: a fault is seen with its traceback.
+    An exception that leaves this function ends vLLM's start, and nothing is caught here: without
+    the plugin, a server that was to ask for keys would ask for none.
     """
     from vllm_multilora.integration.logs import join_vllm_logging
     from vllm_multilora.integration.patching.ledger import apply_patches
