@@ -500,6 +500,25 @@ def test_a_server_that_would_guard_nothing_does_not_start(tenants):
         check_access(engine(tenants, lora=False), UsageContext.OPENAI_API_SERVER)
 
 
+def test_an_admin_key_of_the_environment_is_read_before_the_model_and_never_ignored(
+    tenants, monkeypatch
+):
+    def check(usage=UsageContext.OPENAI_API_SERVER, lora=True, **settings):
+        config = engine(tenants, lora=lora)
+        config.additional_config = {"multilora": settings}
+        check_access(config, usage)
+
+    monkeypatch.setenv("MULTILORA_ADMIN_KEY", "short")
+    with pytest.raises(ConfigError, match="MULTILORA_ADMIN_KEY: found an admin key of fewer"):
+        check()
+    monkeypatch.setenv("MULTILORA_ADMIN_KEY", ADMIN)
+    check()
+    with pytest.raises(ConfigError, match="MULTILORA_ADMIN_KEY protect nothing here"):
+        check(enabled=False)
+    check(enabled=False, lora=False)  # it has no adapters to load
+    check(UsageContext.LLM_CLASS, enabled=False)
+
+
 def test_a_server_whose_front_end_loads_no_plugins_does_not_start_with_tenants(
     tenants, monkeypatch
 ):

@@ -36,6 +36,7 @@ from vllm_multilora.integration.patching.version import (
     is_supported,
 )
 from vllm_multilora.integration.server.access import (
+    ADMIN_KEY_VARIABLE,
     COUNT_VARIABLE,
     SALT_VARIABLE,
     read_admin_keys,
@@ -149,16 +150,20 @@ def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = N
             server with them.
     """
     settings = settings_of(vllm_config)
-    if settings.tenants is None and settings.admin_key_file is None:
+    has_flags = settings.tenants is not None or settings.admin_key_file is not None
+    # All servers of a machine may have the variable, also those without adapters.
+    serves_adapters = vllm_config.lora_config is not None
+    has_variable = bool(os.environ.get(ADMIN_KEY_VARIABLE, "").strip()) and serves_adapters
+    if not has_flags and not (has_variable and usage_context is UsageContext.OPENAI_API_SERVER):
         return
     if usage_context is UsageContext.LLM_CLASS:
         logger.warning("Keys and tenants have no effect in LLM(...): they protect HTTP servers.")
         return
     if not is_active(vllm_config) or envs.VLLM_USE_RUST_FRONTEND:
         raise ConfigError(
-            "--multilora-tenants and --multilora-admin-key-file protect nothing here, because "
-            "vllm-multilora is not active: it needs --enable-lora, a supported vLLM and vLLM's "
-            "Python front end. Provide these, or leave both flags out"
+            f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect "
+            f"nothing here, because vllm-multilora is not active: it needs --enable-lora, a "
+            f"supported vLLM and vLLM's Python front end. Provide these, or leave all three out"
         )
     read_admin_keys(settings, os.environ)
     if settings.tenants is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm_multilora.integration.server import (
     shared_names,
     status_route,
 )
+from vllm_multilora.integration.server.access import ADMIN_KEY_VARIABLE
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 
 _GUARDS = (
@@ -34,13 +36,14 @@ def require_guards(models: Any) -> None:
     if vllm_config is None:
         return
     settings = settings_of(vllm_config)
-    if settings.tenants is None and settings.admin_key_file is None:
+    has_admin_key = settings.admin_key_file is not None or os.environ.get(ADMIN_KEY_VARIABLE)
+    if settings.tenants is None and not has_admin_key:
         return
     if lacking := missing(_GUARDS):
         raise ConfigError(
-            f"--multilora-tenants and --multilora-admin-key-file cannot be enforced with this "
-            f"vLLM, which lacks what the patches {', '.join(lacking)} need: install a version that "
-            f"vllm-multilora supports"
+            f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
+            f"enforced with this vLLM, which lacks what the patches {', '.join(lacking)} need: "
+            f"install a version that vllm-multilora supports"
         )
 
 
