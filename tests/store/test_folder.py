@@ -35,6 +35,20 @@ def test_the_folder_for_the_session_is_preferred(usual, monkeypatch):
     assert folder.store_folder() == usual.parent / "vllm-multilora"
 
 
+@pytest.mark.parametrize("session", ["nowhere", "another-users"])
+def test_without_a_folder_for_the_session_all_processes_of_the_user_share_the_usual_one(
+    usual, monkeypatch, session
+):
+    """As after `su`, which leaves the variable as it was."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(usual.parent / session))
+    if session == "another-users":
+        (usual.parent / session / "vllm-multilora").mkdir(parents=True)
+        (usual.parent / session / "vllm-multilora").chmod(0o755)  # root may write to any folder
+    for _ in range(2):
+        monkeypatch.setenv(FOLDER_VARIABLE, "")
+        assert folder.store_folder() == usual
+
+
 def _link(path: Path) -> None:
     (path.parent / "elsewhere").mkdir(mode=0o700)
     path.symlink_to(path.parent / "elsewhere")

@@ -28,8 +28,8 @@ class StoreUnavailableError(MultiLoRAError, RuntimeError):
 def store_folder() -> Path:
     """The folder of this user's stores, which is made where it is missing.
 
-    Where the usual place belongs to somebody else, or cannot be made, this process and those that
-    it starts get a folder of their own.
+    Where the usual places, the session's and then the temporary one, belong to somebody else or
+    cannot be made, this process and those that it starts get a folder of their own.
 
     Raises:
         StoreUnavailableError: The folder that the environment names cannot be used.
@@ -42,14 +42,12 @@ def store_folder() -> Path:
                 f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can access"
             )
         return folder
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    usual = (
-        Path(runtime, "vllm-multilora")
-        if runtime
-        else Path(tempfile.gettempdir(), f"vllm-multilora-{os.geteuid()}")
-    )
-    if _fault(usual) is None:
-        return usual
+    usual = [Path(tempfile.gettempdir(), f"vllm-multilora-{os.geteuid()}")]
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        usual.insert(0, Path(runtime, "vllm-multilora"))
+    for folder in usual:
+        if _fault(folder) is None:
+            return folder
     private = Path(tempfile.mkdtemp(prefix="vllm-multilora-"))
     os.environ[FOLDER_VARIABLE] = str(private)
     return private
