@@ -18,6 +18,7 @@ from vllm_multilora.integration.patching.flags import (
     merge_flags,
 )
 from vllm_multilora.integration.patching.patch import Patch
+from vllm_multilora.store.folder import StoreUnavailableError
 
 
 def parse(*argv, additional_config=None):
@@ -164,3 +165,14 @@ def test_a_usage_log_that_cannot_be_written_stops_the_start(configure, tmp_path)
     log.parent.mkdir()
     configure(usage_log=str(log))
     assert log.read_text() == ""
+
+
+def test_a_store_folder_that_cannot_be_used_stops_the_start(configure, tmp_path, monkeypatch):
+    tmp_path.chmod(0o755)
+    monkeypatch.setenv("MULTILORA_STORE_FOLDER", str(tmp_path))
+    with pytest.raises(StoreUnavailableError, match=r"MULTILORA_STORE_FOLDER: .*mode 755"):
+        configure()
+    configure(store="thread")
+    configure(enabled=False)
+    tmp_path.chmod(0o700)
+    configure()

@@ -46,6 +46,7 @@ from vllm_multilora.integration.server.metrics import make_folder
 from vllm_multilora.integration.updating import allow_updating
 from vllm_multilora.metering.usage_log import require_writable
 from vllm_multilora.routing import load_routes
+from vllm_multilora.store.folder import store_folder
 from vllm_multilora.tenants.parsing import load_tenants
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def create_engine_config(
         if is_server and (log := settings_of(vllm_config).usage_log) is not None:
             require_writable(Path(log))
         require_adapters_apart(vllm_config.kv_transfer_config)
+        if settings_of(vllm_config).store == "process":
+            store_folder()  # likewise for MULTILORA_STORE_FOLDER
         lift_default_count(engine_args, vllm_config)
         allow_updating(vllm_config)
         # Whoever starts no engine with it, and only looks, names no use of a configuration.
