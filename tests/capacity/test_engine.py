@@ -4,7 +4,9 @@ steps) and copied in 1.
 """
 
 import time
+from dataclasses import replace
 
+import msgspec
 import pytest
 
 from vllm_multilora.capacity.engine import Engine
@@ -12,6 +14,7 @@ from vllm_multilora.capacity.served import Costs, Request
 from vllm_multilora.capacity.step_cost import TERMS, StepCost
 from vllm_multilora.slots.budget import MIB, CpuBudget
 from vllm_multilora.slots.simulation import ServerShape
+from vllm_multilora.slots.traces import LONGEST_S
 
 from .calibrations import LOADS, REQUEST_S, STEP_S
 
@@ -133,6 +136,24 @@ def test_more_adapters_than_slots_take_turns_and_all_are_served():
     served = serve(*requests, slots=2, places=8)
     assert all(seconds > 0 for seconds in served.first_token_s)
     assert served.activations >= 8
+
+
+def test_late_in_a_trace_idle_time_passes_too(monkeypatch):
+    """Added to so large a number, what a load still needs in the end is rounded away."""
+    late, idle, idled = float(LONGEST_S), Engine._idle, []
+    costs = replace(COSTS, loads=msgspec.structs.replace(LOADS, fixed_s=0.7))
+
+    def counted(engine, until):
+        idled.append(until)
+        assert len(idled) < 5_000
+        idle(engine, until)
+
+    monkeypatch.setattr(Engine, "_idle", counted)
+    soon, then = (
+        serve((0, None, 10, 1), (at, 0, 10, 1), (at, 1, 10, 1), slots=1, costs=costs)
+        for at in (100, late)
+    )
+    assert then.first_token_s == pytest.approx(soon.first_token_s, abs=0.001)
 
 
 def test_ten_thousand_requests_take_seconds_and_come_out_the_same():

@@ -132,6 +132,8 @@ def test_what_was_not_calibrated_is_said(plan, trace, flags, said):
             f"{HEADER}\n1,a,5,5\n0.5,a,5,5\n",
             "line 3: time 0.5 is before 1, the time of the request",
         ),
+        (f"{HEADER}\n0,a,5,5\n1e13,a,5,5\n", "line 3: time 1e+13 is more than 2^32 seconds"),
+        (f"{HEADER}\n-1e308,a,5,5\n1e308,a,5,5\n", "line 3: time 1e+308 is more than 2^32"),
         (f"{HEADER}\nsoon,a,5,5\n", "line 2: time must be a finite number, got 'soon'"),
         (f"{HEADER}\n0,a,0,5\n", "line 2: prompt_tokens must be a positive integer, got '0'"),
         (f"{HEADER}\n0,a,5,many\n", "generation_tokens must be a positive integer, got 'many'"),

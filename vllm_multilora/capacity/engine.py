@@ -110,14 +110,15 @@ class Engine:
 
     def _idle(self, until: float) -> None:
         """Nothing can be computed before a request comes, a load ends or a copy does."""
-        events = [until, self._now + self._memory.next_s]
+        # From now on, and not times of the trace: late in it, those are too coarse for a load.
+        waits = [until - self._now, self._memory.next_s]
         if self._copies:
-            events.append(self._copies[0][0])
+            waits.append(self._copies[0][0] - self._now)
         if self._waits_for_slot:
-            events.append(self._now + _IDLE_S)  # as engines that hold requests back look again
-        then = min(events)
-        self._memory.advance(then - self._now, computing=False)
-        self._now = max(then, self._now)
+            waits.append(_IDLE_S)  # as engines that hold requests back look again
+        wait = max(0.0, min(waits))
+        self._memory.advance(wait, computing=False)
+        self._now = min(self._now + wait, until)
 
     def _come(self, number: int) -> None:
         adapter = self._requests[number].adapter

@@ -24,6 +24,9 @@ MOST = 2**63
 """Numbers of bytes and tokens are below it, so that their sums and quotients are floats."""
 
 _ENCODING = "utf-8-sig"  # with or without the mark that spreadsheets put first
+LONGEST_S = 2**32
+"""Of a timed trace: 136 years; floats this large still tell microseconds apart."""
+
 _COLUMNS = ("time", "adapter")
 _TOKENS = ("prompt_tokens", "generation_tokens")
 
@@ -99,7 +102,8 @@ def read_timed_trace(path: Path) -> TimedTrace:
     """Reads a timed trace.
 
     Raises:
-        TraceError: The file cannot be read, a line is wrong, or comes before the one above it.
+        TraceError: The file cannot be read, a line is wrong, or comes before the one above it, or
+            more than `LONGEST_S` after the first.
     """
     requests: list[TimedRequest] = []
     sizes: dict[str, int] = {}
@@ -109,6 +113,11 @@ def read_timed_trace(path: Path) -> TimedTrace:
             raise TraceError(
                 f"{where}: time {time:g} is before {requests[-1].arrives_s:g}, the time of the "
                 "request above it; sort the trace by time"
+            )
+        if requests and time - requests[0].arrives_s > LONGEST_S:
+            raise TraceError(
+                f"{where}: time {time:g} is more than 2^32 seconds after "
+                f"{requests[0].arrives_s:g}, the time of the first request; give times in seconds"
             )
         prompt, generation = (_positive(row, name, where) for name in _TOKENS)
         requests.append(TimedRequest(time, adapter, prompt, generation))
