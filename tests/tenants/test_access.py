@@ -418,7 +418,7 @@ def test_a_proxys_root_path_hides_no_path(path, root, found):
 
 def test_admin_keys_come_from_a_file_or_the_environment(tmp_path):
     path = tmp_path / "keys"
-    path.write_text(f"{ADMIN}\n\n{ADMIN}-2\n")
+    path.write_text(f"\ufeff{ADMIN}\n\n{ADMIN}-2\n")  # as some editors begin a file
     from_file = MultiLoRAConfig(admin_key_file=str(path))
     assert read_admin_keys(from_file, {}) == [ADMIN, f"{ADMIN}-2"]
     assert read_admin_keys(MultiLoRAConfig(), {"MULTILORA_ADMIN_KEY": ADMIN}) == [ADMIN]
@@ -427,7 +427,13 @@ def test_admin_keys_come_from_a_file_or_the_environment(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read"), ("\n", "found no admin key"), ("short", "fewer than 16")],
+    [
+        (None, "cannot read"),
+        ("\n", "found no admin key"),
+        ("short", "fewer than 16"),
+        (f"{ADMIN}-ü", "HTTP cannot carry"),
+        (ADMIN * 50, "HTTP cannot carry"),
+    ],
 )
 def test_an_admin_key_file_without_a_good_key_is_refused(tmp_path, content, message):
     path = tmp_path / "keys"

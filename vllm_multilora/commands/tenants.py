@@ -8,7 +8,7 @@ import sys
 
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.tenants.keys import MAX_KEY_LENGTH, new_key, stored
+from vllm_multilora.tenants.keys import MAX_KEY_LENGTH, can_be_sent, new_key, stored
 from vllm_multilora.tenants.parsing import load_tenants
 
 GOOD, BAD = 0, 1
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "check":
         return _check(arguments.file)
     key = new_key() if arguments.action == "new" else _given_key()
-    if not key.isascii() or not key.isprintable() or not 0 < len(key) <= MAX_KEY_LENGTH:
+    if not can_be_sent(key):
         print(
             f"vllm-multilora tenants: error: found no key that HTTP can carry, expected 1 to "
             f"{MAX_KEY_LENGTH} printable ASCII characters in one line",

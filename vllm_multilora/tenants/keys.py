@@ -19,6 +19,11 @@ _PREFIX = "sha256:"
 _STORED = re.compile(r"sha256:[0-9a-f]{64}")
 
 
+def can_be_sent(key: str) -> bool:
+    """Whether a client can send a key, and a server finds it."""
+    return key.isascii() and key.isprintable() and 0 < len(key) <= MAX_KEY_LENGTH
+
+
 def new_key() -> str:
     """A key that nobody guesses: 256 random bits."""
     return f"sk-{secrets.token_urlsafe(32)}"

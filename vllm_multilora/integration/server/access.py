@@ -19,7 +19,7 @@ from vllm_multilora.documents import DocumentError, WatchedFile
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.activation import is_enabled
 from vllm_multilora.integration.server.callers import Caller
-from vllm_multilora.tenants.keys import KeyRing, digest_of
+from vllm_multilora.tenants.keys import MAX_KEY_LENGTH, KeyRing, can_be_sent, digest_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.parsing import parse_tenants
 from vllm_multilora.tenants.rules import Locks, Role
@@ -167,7 +167,7 @@ def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -
     """The operator's keys: every line of the file that is not empty, or the variable's value.
 
     Raises:
-        ConfigError: The file cannot be read or holds no key, or a key is short.
+        ConfigError: The file cannot be read or holds no key, or a key is short or cannot be sent.
     """
     path = settings.admin_key_file
     if path is None:
@@ -177,7 +177,7 @@ def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -
     else:
         where = path
         try:
-            found = Path(path).read_text().split()
+            found = Path(path).read_text("utf-8-sig").split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{path}: cannot read the admin key ({error}); expected a text file with one key "
@@ -189,6 +189,11 @@ def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -
         raise ConfigError(
             f"{where}: found an admin key of fewer than {MIN_ADMIN_KEY} characters, expected a "
             f"random one (vllm-multilora tenants new makes one)"
+        )
+    if not all(map(can_be_sent, found)):
+        raise ConfigError(
+            f"{where}: found an admin key that HTTP cannot carry, expected up to {MAX_KEY_LENGTH} "
+            f"printable ASCII characters"
         )
     return found
 
