@@ -783,7 +783,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.failed_answers:stream_chat",
         why="As failed-message-stream: before version 0.33, a stream of /cohere/v2/chat ends "
         "without a reason. What vLLM makes it of ends so that it tells one.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-message-stream.",
     ),
     Patch(
