@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, Respons
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import GracefulHTTPError
 
+from vllm_multilora.integration.failures import RefusalsInOneLine
 from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.server import failed_answers
 
@@ -221,3 +223,24 @@ def test_a_stream_that_vllm_makes_coheres_of_ends_with_its_failure(before: list[
     first = ChatCompletionStreamResponse.model_validate_json(told[0].removeprefix("data: "))
     assert (first.id, first.model) == ("chatcmpl-1" if before else "id-1", "acme")
     assert first.choices[0].finish_reason is None
+
+
+def test_one_line_is_logged_of_a_request_whose_adapter_fails(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its client may send it as often as it likes. Other errors keep their tracebacks."""
+    filtered = RefusalsInOneLine()
+    caplog.handler.addFilter(filtered)
+    try:
+        for error in (GONE, RuntimeError("vLLM's own")):
+            try:
+                raise error
+            except Exception:
+                logging.getLogger("somewhere").exception("Error in a stream.")
+    finally:
+        caplog.handler.removeFilter(filtered)
+    failed, other = (caplog.handler.format(record) for record in caplog.records)
+    assert failed.splitlines() == [failed]
+    assert f"Request failed: {GONE.message}" in failed
+    assert "Error in a stream." in other
+    assert "Traceback" in other

@@ -256,17 +256,21 @@ def beam_search(
 
 
 class RefusalsInOneLine(logging.Filter):
-    """Shortens what vLLM logs of a refused adapter: a traceback, and all that travels with it.
+    """Shortens what vLLM logs of a refused adapter or request: a traceback, and all that it holds.
 
-    Clients may have adapters refused as often as they like.
+    Clients may have adapters refused as often as they like, and streams fail for those.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, AdapterRefusedError):
-            record.exc_info, record.exc_text = None, None
-            record.levelno, record.levelname = logging.WARNING, "WARNING"
             record.msg, record.args = "Adapter refused: %s", (error.in_one_line(),)
+        elif isinstance(error, GracefulHTTPError):
+            record.msg, record.args = "Request failed: %s", (shown_name(error.message),)
+        else:
+            return True
+        record.exc_info, record.exc_text = None, None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
         return True
 
 
