@@ -93,3 +93,20 @@ def test_the_readme_names_every_page() -> None:
     assert len(readme.splitlines()) <= MOST_LINES
     missing = [page.name for page in pages.DOCS.glob("*.md") if f"(docs/{page.name})" not in readme]
     assert not missing
+
+
+def test_every_environment_variable_that_users_set_is_described():
+    between_processes = {
+        *("MULTILORA_API_SERVERS", "MULTILORA_CACHE_SALT", "MULTILORA_FILL_LINK"),
+        *("MULTILORA_METRICS_FOLDER", "MULTILORA_RUNTIME_UPDATING", "MULTILORA_SERVER"),
+    }
+    read = {
+        name
+        for folder in ("vllm_multilora", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r'"(MULTILORA_[A-Z_]+)"', path.read_text())
+    }
+    described = set(
+        re.findall(r"^\| `(MULTILORA_\w+)`", (ROOT / "docs/settings.md").read_text(), re.M)
+    )
+    assert described == read - between_processes
