@@ -208,6 +208,9 @@ def _cached(build: Callable[[Path], Path], path: Path) -> Path:
     folder = path.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Without links, which others might lead elsewhere once the folder has been looked at.
+        folder = folder.resolve(strict=True)
+        path = folder / path.name
         reason = distrust(folder) or (distrust(path) if path.exists() else "")
     except OSError as error:
         raise _CacheUnusableError(_not_writable(folder, error)) from None

@@ -176,6 +176,34 @@ def test_a_library_of_another_user_is_not_loaded(home, small, monkeypatch, caplo
     assert f"{path} belongs to user {os.geteuid() + 1}" in record.message
 
 
+def test_a_link_that_leads_elsewhere_once_it_was_looked_at_is_not_followed(
+    cache, small, tmp_path, monkeypatch
+):
+    """In `/tmp`, the link to the cache may be another user's."""
+    (tmp_path / "own").mkdir(mode=0o700)
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    cache.symlink_to(tmp_path / "own")
+    name = path_of(small).name
+    source = tmp_path / "theirs.c"
+    source.write_text("int answer(void) { return 666; }\n")
+    instructions = processor.chosen_set()
+    builds.compile_library(
+        replace(small, sources=(source,)),
+        instructions,
+        builds.compiler(),
+        tmp_path / "theirs" / name,
+    )
+
+    def looked_at(path: Path) -> str:
+        reason = trust.distrust(path)
+        cache.unlink(missing_ok=True)
+        cache.symlink_to(tmp_path / "theirs")
+        return reason
+
+    monkeypatch.setattr(compiler, "distrust", looked_at)
+    assert answer(small) == 42
+
+
 def test_a_folder_below_one_that_everybody_may_write_to_is_not_trusted(tmp_path):
     folder = tmp_path / "open" / "mine"
     folder.mkdir(parents=True)
