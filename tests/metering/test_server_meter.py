@@ -14,8 +14,13 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.stats import PrefillStats
 
 from vllm_multilora.integration.attached import METER
-from vllm_multilora.integration.server.metering import ServerMeter, beam_search
-from vllm_multilora.metering.usage import Usage
+from vllm_multilora.integration.server.metering import (
+    ServerMeter,
+    abort_requests,
+    beam_search,
+    shutdown,
+)
+from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metrics import server_counts
 
 from ..metrics.readings import recorder, shown
@@ -110,6 +115,25 @@ def test_a_beam_search_that_was_refused_is_not_counted(parts: int) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         asyncio.run(search())
     assert [usage.request_id for usage in log.lines] == ["beams"] * bool(parts)
+
+
+def test_what_runs_when_the_server_is_stopped_is_counted_as_far_as_it_got() -> None:
+    log, processor = Log(), OutputProcessor(None, log_stats=False)
+    meter = ServerMeter(log)
+    METER.set(processor, meter)
+    processor.add_request(request_for_acme(REQUEST), None)
+    (state,) = processor.request_states.values()
+    meter.begin(state)
+    processor.process_outputs([EngineCoreOutput(state.request_id, [7, 8])])
+    stopped: list[Any] = []
+    engine = SimpleNamespace(output_processor=processor)
+    shutdown(lambda *arguments: stopped.append(arguments), engine, 3.0)
+    assert stopped == [(engine, 3.0)]
+    abort_requests(OutputProcessor.abort_requests, processor, [state.request_id], internal=True)
+    (usage,) = log.lines  # its client has gone afterwards
+    assert (usage.prompt_tokens, usage.generated_tokens) == (len(PROMPT), 2)
+    assert usage.status is Status.ABORTED
+    shutdown(lambda engine: None, SimpleNamespace())  # one that has never started
 
 
 def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(

@@ -408,6 +408,16 @@ PATCHES: tuple[Patch, ...] = (
         until="As engine-door.",
     ),
     Patch(
+        name="meter-shutdown",
+        target="vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+        takes=("self, timeout=None",),
+        handler="server.metering:shutdown",
+        why="Requests that a server is stopped amidst end nowhere: their clients wait until it is "
+        "killed. Counts what they have used.",
+        checked=(),
+        until="vLLM ends all requests before it stops.",
+    ),
+    Patch(
         name="meter-beams",
         target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
         takes=(

@@ -303,6 +303,15 @@ def _own(processor: Any, request_ids: Iterable[str], tenant: str) -> list[str]:
     return [each for each, account in accounts if account and account.usage.tenant == tenant]
 
 
+def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
+    original(engine, *args, **kwargs)
+    # Their clients may wait for the rest until this process is killed.
+    processor: Any = getattr(engine, "output_processor", None)
+    if (meter := METER.get(processor)) is not None:
+        for state in list(processor.request_states.values()):
+            meter.end(state, Status.ABORTED)
+
+
 async def beam_search(
     original: Callable[..., Any],
     serving: Any,
