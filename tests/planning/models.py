@@ -30,7 +30,7 @@ MODEL = BaseModel(
     fully_sharded=False,
     weight_bytes=2**30,
     utilization=0.5,
-    kv_cache=KvCache(request_bytes=100 * 64, request_tokens=100, model_len=100),
+    kv_cache=KvCache(request_bytes=100 * 64, model_len=100),
     by_rank={rank: slots(rank) for rank in RANKS},
     layouts={rank: layout(torch.bfloat16, max_rank=rank) for rank in RANKS},
 )

@@ -34,11 +34,10 @@ def test_an_experts_number_is_one_too_and_a_name_with_digits_is_none():
 
 
 def test_tokens_and_requests():
-    # 90 tokens in blocks of 32 take three blocks, room for 96.
-    cache = KvCache(request_bytes=96 * 1000, request_tokens=96, model_len=90)
+    cache = KvCache(request_bytes=90 * 1000, model_len=90)
     assert cache.token_bytes == 1000
-    assert (cache.tokens(999), cache.tokens(1000), cache.tokens(96_999)) == (0, 1, 96)
-    assert cache.requests(48_000) == 0.5
+    assert (cache.tokens(999), cache.tokens(1000), cache.tokens(90_999)) == (0, 1, 90)
+    assert cache.requests(45_000) == 0.5
 
 
 def test_every_worker_keeps_its_own_host_copies():

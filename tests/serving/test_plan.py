@@ -124,17 +124,32 @@ def test_a_server_says_it_when_it_starts(folder, caplog, monkeypatch):
     assert "Adapters in host memory: up to 1024.0 MiB." in line
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_the_kv_cache_is_counted_as_vllm_counts_it(folder, name):
+@pytest.fixture(scope="module")
+def uneven(folder):
+    """Layers with sliding windows and layers without, of which one group is not full."""
+    path = folder / "gemma3"
+    path.mkdir()
+    config = json.loads((folder / "llama" / "config.json").read_text())
+    config |= {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    config |= {"num_hidden_layers": 7, "sliding_window": 64, "query_pre_attn_scalar": 32}
+    config["layer_types"] = ["full_attention"] * 2 + ["sliding_attention"] * 5
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("length", [256, 200])  # with blocks of 128 tokens
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma3"])
+def test_the_kv_cache_is_counted_as_vllm_counts_it(folder, uneven, name, length):
     from vllm.v1.core.kv_cache_utils import (
         get_kv_cache_capacity,
         get_kv_cache_config_from_groups,
         get_kv_cache_groups,
     )
 
+    from vllm_multilora.integration.offline.costs import offline_costs
     from vllm_multilora.integration.offline.model import Server, offline_manager
 
-    config = Server(str(folder / name)).vllm_config()
+    config = Server(str(folder / name), max_model_len=length).vllm_config()
     config.cache_config.kv_cache_layout = "LBNHC"  # what the engine core settles, if anything
     with offline_manager(config):
         layers = config.compilation_config.static_forward_context
@@ -147,7 +162,7 @@ def test_the_kv_cache_is_counted_as_vllm_counts_it(folder, name):
         tokens, requests = get_kv_cache_capacity(
             config, get_kv_cache_config_from_groups(config, groups, 2**26)
         )
-    cache = costs(folder / name, Setting(1, 16)).kv_cache
+    cache = offline_costs(Server(str(folder / name), max_model_len=length)).kv_cache
     assert cache.tokens(2**26) == tokens
     assert cache.requests(2**26) == requests
 

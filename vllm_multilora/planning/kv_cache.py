@@ -11,22 +11,20 @@ class KvCache:
 
     Attributes:
         request_bytes: Of a request of `model_len` tokens, in whole blocks, in all layers.
-        request_tokens: The tokens that these blocks have room for.
         model_len: The longest request (`max_model_len`).
     """
 
     request_bytes: int
-    request_tokens: int
     model_len: int
 
     @property
     def token_bytes(self) -> float:
         """Bytes of a token, over the longest request: layers with sliding windows take less."""
-        return self.request_bytes / self.request_tokens
+        return self.request_bytes / self.model_len
 
     def tokens(self, size: int) -> int:
         """Whole tokens that fit into so many bytes, as vLLM counts them when it starts."""
-        return size * self.request_tokens // self.request_bytes
+        return size * self.model_len // self.request_bytes
 
     def requests(self, size: int) -> float:
         """Requests of `model_len` tokens that fit into so many bytes."""

@@ -8,13 +8,21 @@ layers split them, tables have none).
 from __future__ import annotations
 
 import copy
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.config.vllm import get_layers_from_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.utils import (
+    get_supported_kv_cache_layouts,
+    resolve_kv_cache_layout,
+)
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, UniformTypeKVCacheSpecs
 
 from multilora_kernels.dtypes import of_torch
 from multilora_kernels.scatter import STAGING_BYTES
@@ -36,6 +44,12 @@ from vllm_multilora.planning.slot_memory import LayerMemory, SlotMemory
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
+
+# In vLLM 0.33 it has a module of its own.
+_GROUPING = "vllm.v1.core.kv_cache_planning", "vllm.v1.core.kv_cache_utils"
+_get_kv_cache_groups: Any = next(
+    import_module(name) for name in _GROUPING if find_spec(name)
+).get_kv_cache_groups
 
 _RANK_TABLE_BYTES = 2 * torch.int32.itemsize  # a shrink rank and an expand rank
 
@@ -155,21 +169,38 @@ def _table_rows(found: RunningLayout) -> int:
 
 
 def _kv_cache(config: VllmConfig) -> KvCache | None:
-    """What requests take, by the specifications that vLLM's attention layers give."""
+    """What requests take, by the specifications that vLLM's attention layers give.
+
+    vLLM puts layers of one kind into groups of one size, and a group that is not full takes as much
+    as one that is: a block is as large as the largest group's layers need.
+    """
     current_platform.update_block_size_for_backend(config)
     kind: Any = AttentionLayerBase
-    layers = get_layers_from_vllm_config(config, kind).values()
-    specs = [
-        spec
-        for layer in layers
+    specs = {
+        name: spec
+        for name, layer in get_layers_from_vllm_config(config, kind).items()
         # Layers that read another layer's cache have none of their own.
         if getattr(layer, "kv_sharing_target_layer_name", None) is None
         and (spec := layer.get_kv_cache_spec(config)) is not None
-    ]
-    request = sum(spec.max_memory_usage_bytes(config) for spec in specs)
-    if not request:
+    }
+    if not specs:
         return None
+    layouts = get_supported_kv_cache_layouts(get_current_attn_backends(config))
+    resolve_kv_cache_layout(config, [[layout.name for layout in layouts]], specs.values())
+    groups = _get_kv_cache_groups(config, specs)
+    if not groups:  # as of encoders
+        return None
+    block = max(_block_bytes(group) for group in groups)
+    blocks = sum(
+        -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
+        for spec in (group.kv_cache_spec for group in groups)
+    )
     model_config: Any = config.model_config
-    length = model_config.max_model_len
-    block = max(spec.block_size for spec in specs)
-    return KvCache(request, -(-length // block) * block, length)
+    return KvCache(block * blocks, model_config.max_model_len)
+
+
+def _block_bytes(group: KVCacheGroupSpec) -> int:
+    """What a block takes in all layers of a group."""
+    spec = group.kv_cache_spec
+    layers = 1 if isinstance(spec, UniformTypeKVCacheSpecs) else len(group.layer_names)
+    return spec.page_size_bytes * layers
