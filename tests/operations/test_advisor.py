@@ -191,6 +191,9 @@ def test_a_maximum_rank_far_above_the_ranks_in_use():
     found = only(advise(replace(HEALTHY, max_rank=128)))
     assert found.code is FindingCode.MAX_RANK_HIGH
     assert found.change.startswith("lower --max-lora-rank from 128 to 16: a slot takes 12%")
+    # Metrics say nothing of adapters that nobody has asked for.
+    assert "adapters that have not been read may need more" in found.change
+    assert found.seen == f"the highest rank of {len(ADAPTERS)} adapters that have been read is 16"
 
 
 def test_nobody_tells_what_is_enough_for_adapters_that_are_not_seen():

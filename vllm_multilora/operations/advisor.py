@@ -236,8 +236,9 @@ def _max_rank(seen: Observations) -> Iterator[Finding]:
         yield Finding(
             FindingCode.MAX_RANK_HIGH,
             f"lower --max-lora-rank from {seen.max_rank} to {enough}: a slot takes "
-            f"{enough / seen.max_rank:.0%} of the memory then, and the rest goes to the KV cache",
-            f"the highest rank of {len(seen.adapters)} adapters is {highest}",
+            f"{enough / seen.max_rank:.0%} of the memory then, and the rest goes to the KV cache; "
+            "adapters that have not been read may need more (vllm-multilora plan --adapters says)",
+            f"the highest rank of {len(seen.adapters)} adapters that have been read is {highest}",
             "max_lora_rank is the smallest possible value that holds every adapter",
         )
 
