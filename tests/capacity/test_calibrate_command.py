@@ -143,7 +143,9 @@ def test_a_server_that_refuses_is_named(server, tmp_path, capsys):
 
 def test_a_file_that_cannot_be_written_is_named(server, tmp_path, capsys):
     assert calibrate(server, tmp_path / "none" / "calibration.json") == 2
-    assert "calibration.json: cannot be written: No such file" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "calibration.json: cannot be written: No such file" in err
+    assert "measuring" not in err
 
 
 def test_files_that_are_elsewhere_cannot_be_read_from_disk(server, tmp_path, capsys):
@@ -167,6 +169,7 @@ def test_a_key_that_shows_too_little_is_named(server, tmp_path, capsys, hidden, 
 
 def test_files_are_still_there_when_the_system_has_forgotten_them(tmp_path):
     (tmp_path / "weights").write_bytes(b"abc")
+    (tmp_path / "checkpoint-100").mkdir()
     forget_files([str(tmp_path)])
     assert (tmp_path / "weights").read_bytes() == b"abc"
     with pytest.raises(MultiLoRAError, match="No such file"):

@@ -141,6 +141,21 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     adapters: dict[str, int]
 
 
+def check_writable(path: Path) -> None:
+    """Checks that a file can be written, before something is measured for it; leaves it as it is.
+
+    Raises:
+        CalibrationError: It cannot.
+    """
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Writes the file.
 

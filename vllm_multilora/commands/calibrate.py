@@ -18,6 +18,7 @@ from vllm_multilora.capacity.calibration import (
     CalibrationError,
     Residual,
     Settings,
+    check_writable,
     write_calibration,
 )
 from vllm_multilora.commands.api_key import add_api_key
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         MultiLoRAError: The server does not say, or the file cannot be written.
     """
+    # Afterwards, no adapter is cold any more: a second try would measure no loads.
+    check_writable(arguments.output)
     calibration = calibrate(arguments)
     write_calibration(calibration, arguments.output)
     print(report(calibration, arguments.output))
@@ -160,7 +163,7 @@ def forget_files(folders: Iterable[str]) -> None:
     """
     for folder in folders:
         try:
-            for path in Path(folder).iterdir():
+            for path in filter(Path.is_file, Path(folder).iterdir()):  # no pipe, no folder
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
