@@ -72,6 +72,8 @@ def test_a_timed_trace_says_how_much_is_asked_for_and_serves_simulate_too(write)
         ("t.csv", "time,adapter,bytes\n1,a,-5\n", "t.csv, line 2: bytes must be a positive in"),
         ("t.csv", "time,adapter,bytes\n1,a,5\n2,a,6\n", "line 3: adapter 'a' has 6 bytes .* 5 bef"),
         ("t.jsonl", '{"time": 1, "adapter": "a"}\n{"time"\n', "t.jsonl, line 2: invalid JSON"),
+        ("t.jsonl", f"{list(range(10**5))}\n", r"got \[0, 1, 2, 3, 4, 5, \.\.\.\]$"),
+        ("t.jsonl", '{"time": 1, "adapter": %s}\n' % ([1] * 10**5), r"got \[1, 1, .*\.\.\.\]$"),
         ("t.jsonl", "[1]\n", r"t.jsonl, line 1: expected a JSON object, got \[1\]"),
         ("t.jsonl", '{"time": true, "adapter": "a"}\n', "line 1: time must be .* got True"),
         ("t.jsonl", '{"time": 1, "adapter": 7}\n', "line 1: adapter must be a name, got 7"),

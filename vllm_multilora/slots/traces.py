@@ -23,9 +23,10 @@ from vllm_multilora.errors import MultiLoRAError
 MOST = 2**63
 """Numbers of bytes and tokens are below it, so that their sums and quotients are floats."""
 
-_ENCODING = "utf-8-sig"  # with or without the mark that spreadsheets put first
 LONGEST_S = 2**32
 """Of a timed trace: 136 years; floats this large still tell microseconds apart."""
+
+_ENCODING = "utf-8-sig"  # with or without the mark that spreadsheets put first
 
 _COLUMNS = ("time", "adapter")
 _TOKENS = ("prompt_tokens", "generation_tokens")
@@ -170,7 +171,9 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mappin
                     f"{path}, line {line}: found a number of too many digits, or too deep nesting"
                 ) from error
             if not isinstance(row, dict):
-                raise TraceError(f"{path}, line {line}: expected a JSON object, got {row!r}")
+                raise TraceError(
+                    f"{path}, line {line}: expected a JSON object, got {reprlib.repr(row)}"
+                )
             yield line, row
 
 
@@ -188,7 +191,7 @@ def _time(row: Mapping[str, Any], where: str) -> float:
 def _adapter(row: Mapping[str, Any], where: str) -> str:
     found = row.get("adapter")
     if not isinstance(found, str) or not found:
-        raise TraceError(f"{where}: adapter must be a name, got {found!r}")
+        raise TraceError(f"{where}: adapter must be a name, got {reprlib.repr(found)}")
     return found
 
 
