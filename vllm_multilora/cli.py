@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import re
 import shutil
@@ -196,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 or 2 as the command's description says: 2 always means that it has no answer.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # Names of folders may have bytes that are no text; Python shows them so on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if argv is None else list(argv)
     # No option that may come before a command takes a value.
     called = [word for word in given if not word.startswith("-")][:1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.adapters.checkpoints import MODULES, weights, write
 from tests.adapters.signing import KeyPair
 from tests.serving.server import free_port
 from vllm_multilora.cli import INTERRUPTED, PIPE_CLOSED, TRACEBACK, main
@@ -182,11 +183,12 @@ def test_an_error_that_nobody_expects_is_no_answer(monkeypatch, capsys):
     assert "in run" in err
 
 
-def running(*arguments: str, **options) -> subprocess.Popen:
+def running(*arguments: str, encoding: str = "utf-8", **options) -> subprocess.Popen:
     """Its output is held back until there is much of it, or the end, as in most shells."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
         [sys.executable, "-m", "vllm_multilora.cli", *arguments],
-        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        env=env | {"PYTHONIOENCODING": encoding},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -220,3 +222,15 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         err = process.stderr.read()
         process.wait(timeout=30)
     assert (process.returncode, err) == (PIPE_CLOSED, "")
+
+
+def test_a_name_that_is_no_text_is_shown_all_the_same(tmp_path):
+    folders = [
+        write(tmp_path / os.fsdecode(name), weights({MODULES[0][0]: 4}), 4, 8)
+        for name in (b"n\xff", b"z")
+    ]
+    # As where the locale is one of UTF-8.
+    with running("digest", *map(str, folders), encoding="utf-8:strict") as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert [line.rpartition("/")[2] for line in out.splitlines()] == [r"n\udcff", "z"]
