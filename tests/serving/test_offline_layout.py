@@ -174,8 +174,14 @@ def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
         ("[]", "cannot load the base model"),
         ('{"hidden_size": -1}', "cannot load the base model .*-1"),
         ('{"hidden_act": "nope"}', "cannot build the base model .*nope"),
+        # It has no LoRA, and asserts so without a message.
+        (
+            '{"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "num_heads": 8,'
+            '"head_dim": 32, "hidden_size": 128, "state_size": 16, "n_groups": 1}',
+            "cannot build the base model .*: AssertionError: assert not .*lora",
+        ),
     ],
-    ids=["list", "size", "activation"],
+    ids=["list", "size", "activation", "no LoRA"],
 )
 def test_a_wrong_configuration_is_an_error(tmp_path, text, message):
     from vllm_multilora.integration.offline.layout import BaseModelError, offline_layout

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, get_args
 
 import torch
@@ -137,8 +138,11 @@ def _folder(model: str) -> str:
 
 
 def _said(error: Exception) -> str:
-    """The error's message in one line, without what pydantic puts around it."""
-    said = str(error)
+    """The error's message in one line, without what pydantic puts around it.
+
+    Models assert that they have no LoRA, without a message: that line of theirs says it.
+    """
+    said = str(error) or f"{type(error).__name__}: {extract_tb(error.__traceback__)[-1].line}"
     if isinstance(error, ValidationError):
         said = "; ".join(part["msg"].removeprefix("Value error, ") for part in error.errors())
     return " ".join(said.split())
