@@ -172,8 +172,14 @@ def changed(**attributes):
         (changed(surprise=1), "contains unknown field `surprise`"),
         (changed(format=7), "has format 7, this version reads 2"),
         (changed(step_s={"step": 1.0}), "step_s has step; expected"),
-        (changed(request_s=-1.0), "a cost is negative"),
-        (changed(request_beside_s=-1.0), "a cost is negative"),
+        (changed(request_s=-1.0), "Expected `float` >= 0.0 - at `$.request_s`; expected a file"),
+        (changed(step_s=calibration().step_s | {"step": -1.0}), "Expected `float` >= 0.0"),
+        (
+            changed().replace('"copy_fixed_s": 0.5', '"copy_fixed_s": -5'),
+            "at `$.loads.copy_fixed_s`",
+        ),
+        (changed(model=[]), "Expected `array` of length >= 1 - at `$.model`"),
+        (changed(adapters={"a": 0}), "Expected `int` >= 1 - at `$.adapters[...]`"),
         (
             changed(step_s=dict.fromkeys(calibration().step_s, 0.0)),
             "a step takes no time",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -16,6 +16,11 @@ from vllm_multilora.slots.budget import MIB
 
 FORMAT = 2
 _LEAST_S = 1e-6
+
+# What a file's numbers must be; JSON has no NaN and no infinity.
+_Cost = Annotated[float, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class CalibrationError(MultiLoRAError, ValueError):
@@ -35,13 +40,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         kv_tokens: Tokens that the KV cache holds; None: not known.
     """
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_loras: int
-    max_cpu_loras: int | None = None
-    cpu_cache_bytes: int | None = None
-    kv_tokens: int | None = None
+    max_num_seqs: _Positive
+    max_num_batched_tokens: _Positive
+    max_model_len: _Positive
+    max_loras: _Positive
+    max_cpu_loras: _Positive | None = None
+    cpu_cache_bytes: _Positive | None = None
+    kv_tokens: _Count | None = None
 
 
 class Loads(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,14 +63,14 @@ class Loads(msgspec.Struct, frozen=True, kw_only=True):
         measured: Loads that were timed.
     """
 
-    fixed_s: float
-    s_per_mib: float
-    beside_fixed_s: float
-    beside_s_per_mib: float
-    copy_fixed_s: float
-    copy_s_per_mib: float
+    fixed_s: _Cost
+    s_per_mib: _Cost
+    beside_fixed_s: _Cost
+    beside_s_per_mib: _Cost
+    copy_fixed_s: _Cost
+    copy_s_per_mib: _Cost
     source: str
-    measured: int
+    measured: _Count
 
     def seconds(self, size: int, *, computing: bool) -> float:
         """Seconds of a load of so many bytes, while the engine computes or is idle."""
@@ -130,15 +135,15 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     created: str
     machine: dict[str, str | int]
     versions: dict[str, str]
-    model: list[str]
+    model: Annotated[list[str], msgspec.Meta(min_length=1)]
     settings: Settings
-    step_s: dict[str, float]
-    request_s: float
-    request_beside_s: float
+    step_s: dict[str, _Cost]
+    request_s: _Cost
+    request_beside_s: _Cost
     residual: Residual
     loads: Loads | None
     ranges: Ranges
-    adapters: dict[str, int]
+    adapters: dict[str, _Positive]
 
 
 def check_writable(path: Path) -> None:
@@ -187,9 +192,6 @@ def read_calibration(path: Path) -> Calibration:
         raise CalibrationError(
             f"{path}: step_s has {', '.join(sorted(found.step_s)) or 'nothing'}; {advice}"
         )
-    numbers = [*found.step_s.values(), found.request_s, found.request_beside_s]
-    if not all(math.isfinite(number) and number >= 0 for number in numbers):
-        raise CalibrationError(f"{path}: a cost is negative or not a number; {advice}")
     if not any(found.step_s.values()):
         raise CalibrationError(f"{path}: a step takes no time; {advice}")
     return found
