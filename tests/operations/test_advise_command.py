@@ -1,8 +1,10 @@
 """`vllm-multilora advise` against a server and against a Prometheus, both made of paper."""
 
+import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -53,6 +55,14 @@ def test_a_healthy_server(site, capsys):
     site.answers["/metrics"] = lambda *_: (200, server.text())
     assert main(["advise", "--url", site.url, "--window", "0.3"]) == 0
     assert capsys.readouterr().out.startswith("Nothing to change: 0 requests")
+
+
+def test_a_clock_that_is_set_back_meanwhile(site, capsys, monkeypatch):
+    busy_server(site)
+    set_back = itertools.count(time.time(), -60)
+    monkeypatch.setattr("time.time", lambda: next(set_back))
+    assert main(["advise", "--url", site.url, "--window", "0.3", "--json"]) == 1
+    assert 0.3 <= json.loads(capsys.readouterr().out)["window_s"] < 60
 
 
 def test_the_key_of_a_server_with_guarded_metrics(site, capsys, monkeypatch):

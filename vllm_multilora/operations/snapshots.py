@@ -72,7 +72,7 @@ class Snapshot:
     """Samples of one moment.
 
     Attributes:
-        at: Unix time.
+        at: Seconds, by a clock that all snapshots of a window share.
         samples: The value of every series that was there.
     """
 
@@ -103,7 +103,7 @@ def parse_exposition(text: str, at: float) -> Snapshot:
 
 
 def scrape(url: str, *, api_key: str | None = None) -> Snapshot:
-    """The metrics of a server now.
+    """The metrics of a server now, by the clock that nobody sets.
 
     Args:
         url: The server's address, without path.
@@ -112,7 +112,7 @@ def scrape(url: str, *, api_key: str | None = None) -> Snapshot:
     Raises:
         UnreachableError: The server gives no metrics.
     """
-    return parse_exposition(get_text(f"{url}/metrics", api_key=api_key), time.time())
+    return parse_exposition(get_text(f"{url}/metrics", api_key=api_key), time.monotonic())
 
 
 def history(url: str, window_s: float, matching: str = "", *, now: float) -> list[Snapshot]:
