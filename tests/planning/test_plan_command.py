@@ -111,6 +111,7 @@ def test_json_is_the_only_thing_printed_and_adds_up(text, tmp_path):
         (("--max-lora-rank", "0"), "--max-lora-rank must be at least 1, got 0"),
         (("--tensor-parallel-size", "0"), "--tensor-parallel-size must be at least 1, got 0"),
         (("--gpu-memory", "-1"), "--gpu-memory must be a positive number of GiB, got -1.0"),
+        (("--gpu-memory", "1e308"), "--gpu-memory must be a positive number of GiB, got 1e+308"),
         (("--gpu-memory-utilization", "2"), "must be in (0, 1], got 2.0"),
         (("--adapters", "/nothing/here"), "/nothing/here is not a directory that can be read"),
     ],

@@ -179,7 +179,7 @@ def _check(arguments: argparse.Namespace) -> None:
     share, gpu = arguments.gpu_memory_utilization, arguments.gpu_memory
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {share}")
-    if gpu is not None and not (gpu > 0 and math.isfinite(gpu)):
+    if gpu is not None and not (gpu > 0 and math.isfinite(gpu * _GIB)):
         raise ConfigError(f"--gpu-memory must be a positive number of GiB, got {gpu}")
 
 
