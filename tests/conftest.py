@@ -42,11 +42,18 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _log_records_reach_pytest() -> Iterator[None]:
-    """Once vLLM has loaded the plugin in this process, log lines go vLLM's way and no other."""
+    """Once vLLM has loaded the plugin in this process, log lines go vLLM's way and no other.
+
+    What vLLM imports for SageMaker hides what is not an error, of everybody.
+    """
+    root = logging.getLogger()
+    levels = [(each, each.level) for each in (root, *root.handlers)]
     loggers = [logging.getLogger(name) for name in ("vllm_multilora", "multilora_kernels")]
     parents = [logger.parent for logger in loggers]
     for logger in loggers:
-        logger.parent = logging.getLogger()
+        logger.parent = root
     yield
     for logger, parent in zip(loggers, parents, strict=True):
         logger.parent = parent
+    for each, level in levels:
+        each.setLevel(level)
