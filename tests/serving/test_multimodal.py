@@ -156,18 +156,38 @@ def test_encodings_of_two_versions_of_an_adapter_are_two():
 
 
 @pytest.mark.smoke("images")
-def test_an_image_that_a_client_has_named_is_its_tenants_alone() -> None:
+@pytest.mark.parametrize("is_pooling", [False, True], ids=["generate", "pooling"])
+def test_an_image_that_a_client_has_named_is_its_tenants_alone(is_pooling: bool) -> None:
     """vLLM takes what it has under a name, whoever has sent it, for what another one sends."""
+    from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
     from vllm.renderers.base import BaseRenderer
 
-    async def process(prompt: Any, data: Any, *, mm_uuids: Any, **_: Any) -> Any:
+    def process(prompt: Any, data: Any, *, mm_uuids: Any, **_: Any) -> Any:
         return {"type": "multimodal", "ids": mm_uuids}
+
+    async def process_async(*args: Any, **kwargs: Any) -> Any:
+        return process(*args, **kwargs)
 
     class Renderer(BaseRenderer):
         __init__ = render_messages = lambda *_: None
 
+    class Pooling(PoolingIOProcessor):
+        def render(self, prompt: Any) -> Any:
+            return self.renderer._process_tokens(prompt)
+
     renderer: Any = Renderer()
-    renderer._process_multimodal_async = process
+    renderer._process_multimodal = process
+    renderer._process_multimodal_async = process_async
+    renderer._executor = ThreadPoolExecutor(1)
+    template = SimpleNamespace(
+        chat_template=None, chat_template_content_format="auto", trust_request_chat_template=False
+    )
+    pooling: Any = Pooling(SimpleNamespace(model_config=None), renderer, template)
+
+    async def read(prompt: Any) -> Any:
+        return await (pooling.render_async if is_pooling else renderer._process_tokens_async)(
+            prompt
+        )
 
     def ids(who: Caller | None) -> list[str | None]:
         uuids = {"image": ["photo-1", None], "audio": "talk"}
@@ -176,7 +196,7 @@ def test_an_image_that_a_client_has_named_is_its_tenants_alone() -> None:
             "multi_modal_data": {"image": [None, b"x"]},
             "multi_modal_uuids": uuids,
         }
-        found = as_caller(who, lambda: asyncio.run(renderer._process_tokens_async(prompt)))["ids"]
+        found = as_caller(who, lambda: asyncio.run(read(prompt)))["ids"]
         assert prompt["multi_modal_uuids"] is uuids
         return [*found["image"], found["audio"]]
 
@@ -186,6 +206,7 @@ def test_an_image_that_a_client_has_named_is_its_tenants_alone() -> None:
     assert ids(tenant("acme")) == acme
     for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT)):
         assert ids(who) == ["photo-1", None, "talk"]
+    renderer._executor.shutdown()
 
 
 @pytest.mark.smoke("images")

@@ -343,6 +343,25 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM keeps the images of clients with different cache salts apart.",
     ),
     Patch(
+        name="ids-of-images-pooling",
+        target="vllm.renderers.base:BaseRenderer._process_tokens",
+        takes=("self, prompt, *, skip_mm_cache=False",),
+        handler="server.multimodal:process_tokens",
+        why="As ids-of-images, for embeddings, classes, scores and other pooled answers.",
+        checked=(),
+        until="As ids-of-images.",
+    ),
+    Patch(
+        name="caller-pooling",
+        target="vllm.entrypoints.pooling.base.io_processor:PoolingIOProcessor.__init__",
+        takes=("self, vllm_config, renderer, chat_template_config",),
+        handler="server.multimodal:init_pooling",
+        why="vLLM reads pooling requests on threads that do not know whose they are. Has them know "
+        "it, for ids-of-images-pooling.",
+        checked=(),
+        until="As ids-of-images.",
+    ),
+    Patch(
         name="encoder-cache-keys",
         target="vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier",
         takes=("self, mm_hash, lora_request",),

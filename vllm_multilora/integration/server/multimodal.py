@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 from vllm_multilora.integration.patching.activation import is_active
@@ -36,15 +39,23 @@ def encoder_output_key(
     return f"{lora_request.lora_int_id}:{key}"
 
 
-async def process_tokens(
-    original: Callable[..., Any], renderer: Any, prompt: Any, **kwargs: Any
-) -> Any:
+def process_tokens(original: Callable[..., Any], renderer: Any, prompt: Any, **kwargs: Any) -> Any:
     uuids = prompt.get("multi_modal_uuids")
-    return await original(
+    return original(
         renderer,
         {**prompt, "multi_modal_uuids": _own_ids(uuids)} if uuids else prompt,
         **kwargs,
     )
+
+
+def init_pooling(original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
+    original(processor, *args, **kwargs)
+
+    def render_async(*args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+        render = partial(copy_context().run, processor.render, *args, **kwargs)
+        return asyncio.get_running_loop().run_in_executor(processor._executor, render)
+
+    processor.render_async = render_async
 
 
 def keep_features_apart(request: Any) -> None:

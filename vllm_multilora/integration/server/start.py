@@ -26,6 +26,7 @@ _REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
 _GUARDS = (
     *("middleware", "api-key", "model-names", "model-names-pooling", "models-list"),
     *("engine-door", "stored-responses", "ids-of-images"),
+    *("ids-of-images-pooling", "caller-pooling"),
 )
 
 
