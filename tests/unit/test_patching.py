@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import subprocess
 import sys
 import types
 
@@ -136,6 +137,32 @@ def test_in_a_known_vllm_a_handler_that_cannot_be_imported_is_a_fault(target, mo
     assert patch_of("Thing.method", "nowhere:doubled").apply()
     with pytest.raises(ImportError, match="patching_package"):
         target.Thing().method(2)
+
+
+def test_what_is_first_called_when_python_ends_runs_as_vllm_has_it():
+    """vLLM's engines shut down in their `__del__`, when nothing can be imported."""
+    script = """
+import os, sys, types
+from vllm_multilora.integration.patching import patch
+
+patch.installed_version = lambda: "0.32.0"
+
+class Engine:
+    def shutdown(self):
+        os.write(1, b"shut down")
+
+    def __del__(self):
+        self.shutdown()
+
+sys.modules["target"] = types.ModuleType("target")
+sys.modules["target"].Engine = Engine
+entry = patch.Patch("end", "target:Engine.shutdown", "nowhere:shutdown", "test", (), "never")
+assert entry.apply()
+engine = Engine()
+"""
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (run.stdout, run.stderr) == ("shut down", "")
 
 
 @pytest.mark.parametrize("attribute", ["Gone.method", "Thing.gone", "gone"])

@@ -180,10 +180,11 @@ class Patch:
         return functools.wraps(original, updated=updated)(function)
 
     def _handler_or_stock(self) -> Callable[..., Any]:
-        """The handler; in a vLLM that we do not know, what calls the original if there is none.
+        """The handler; where none can be had, and need not be, what calls the original.
 
         Handlers import modules of vLLM's that an unknown version may have moved, and the plugin
-        stays inactive there.
+        stays inactive there. When Python ends, nothing can be imported, and vLLM's `__del__` calls
+        what it replaces.
 
         Raises:
             ImportError: As `load_handler`, in a vLLM that is supported.
@@ -192,6 +193,8 @@ class Patch:
         try:
             return self.load_handler()
         except (ImportError, AttributeError) as error:
+            if sys.is_finalizing():
+                return _stock
             if is_supported(installed_version()):
                 raise
             logger.warning(
