@@ -533,18 +533,30 @@ def test_a_server_whose_front_end_loads_no_plugins_does_not_start_with_tenants(
         check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)
 
 
+def models(lora=True, **settings):
+    lora_config = SimpleNamespace() if lora else None
+    config = SimpleNamespace(additional_config={"multilora": settings}, lora_config=lora_config)
+    return SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
+
+
 @pytest.mark.parametrize("setting", ["tenants", "admin_key_file"])
 def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch, setting):
-    def models(**settings):
-        config = SimpleNamespace(additional_config={"multilora": settings})
-        return SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
-
     monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
     require_guards(models())
     with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
         require_guards(models(**{setting: "file"}))
     monkeypatch.setattr(Patch, "apply", lambda self: True)
     require_guards(models(**{setting: "file"}))
+
+
+def test_an_admin_key_of_the_environment_stops_no_server_without_adapters(monkeypatch):
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
+    monkeypatch.setenv("MULTILORA_ADMIN_KEY", ADMIN)
+    with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
+        require_guards(models())
+    require_guards(models(lora=False))
+    monkeypatch.setenv("MULTILORA_ADMIN_KEY", " ")
+    require_guards(models())
 
 
 def test_a_file_that_cannot_be_used_stops_the_start(tenants):

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
-from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.patching.activation import is_active, settings_of
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
     adapter_directory,
@@ -31,17 +31,18 @@ _GUARDS = (
 
 
 def require_guards(models: Any) -> None:
-    """Sees to it that no server with keys serves without what asks for them.
+    """Sees to it that no server with keys serves without the patches that enforce them.
 
     Raises:
         ConfigError: This vLLM lacks what a guard replaces.
     """
     vllm_config = getattr(models.engine_client, "vllm_config", None)
-    if vllm_config is None:
+    # Where the plugin does not act, `check_access` has seen whether there is anything to guard.
+    if vllm_config is None or not is_active(vllm_config):
         return
     settings = settings_of(vllm_config)
-    has_admin_key = settings.admin_key_file is not None or os.environ.get(ADMIN_KEY_VARIABLE)
-    if settings.tenants is None and not has_admin_key:
+    has_variable = bool(os.environ.get(ADMIN_KEY_VARIABLE, "").strip())
+    if settings.tenants is None and settings.admin_key_file is None and not has_variable:
         return
     if lacking := missing(_GUARDS):
         raise ConfigError(
