@@ -152,7 +152,6 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 @pytest.fixture(autouse=True)
 def without_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_directory, "_GRACE_S", 0.0)
-    monkeypatch.setattr(registration, "GRACE_S", 0.0)
 
 
 def test_all_names_are_known_and_nothing_is_read_before_its_first_use(tmp_path: Path) -> None:

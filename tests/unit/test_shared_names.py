@@ -10,7 +10,7 @@ from vllm.lora.request import LoRARequest
 
 from tests.store.names_only import Stores
 from vllm_multilora.integration.attached import NAMES
-from vllm_multilora.integration.server import registration
+from vllm_multilora.integration.server import registration, shared_names, versions
 from vllm_multilora.integration.server.shared_names import SharedNames
 from vllm_multilora.store.names_client import NamesClient
 
@@ -75,6 +75,34 @@ def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_free
         (number,) = served(one).values()
         assert {1, 101, 202} == {number, *freed}
         assert number not in freed
+
+    run(scenario)
+
+
+def test_requests_on_their_way_find_what_was_reloaded_elsewhere_and_not_what_was_unloaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(stores: Stores) -> None:
+        one, two = api_server(stores), api_server(stores)
+
+        async def load(number: int) -> None:
+            versions.note(one.engine_client, number, versions.Version(str(number), 0.0, ""))
+            await registration.serve(one, adapter(number))
+            await until(lambda: served(two) == {"acme": number})
+
+        def is_known(number: int) -> bool:
+            return versions.find(two.engine_client, adapter(number)) is not None
+
+        await load(1)
+        await load(2)
+        assert is_known(1)
+        monkeypatch.setattr(versions, "GRACE_S", 0.0)
+        await load(3)
+        await until(lambda: not is_known(2))
+        assert is_known(3)
+        await shared_names.retract(one, one.lora_requests.pop("acme"))
+        await until(lambda: not served(two))
+        assert not is_known(3)
 
     run(scenario)
 

@@ -27,7 +27,7 @@ from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import AdapterDirectories, AdapterFolder, Settling
 from vllm_multilora.integration.attached import DIRECTORY, ROUTES
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server import callers, registration
+from vllm_multilora.integration.server import callers, registration, versions
 from vllm_multilora.integration.server.refusals import Refusals
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ SCAN_S = 2.0
 _MOST_BUSY = 0.2  # share of the time that looking may take, however slow the storage is
 _FIND_LIMIT_S = 5.0  # for one folder; storage that hangs must not keep requests for ever
 # Other API servers may know an old version by name for as long as it takes them to see the new.
-_GRACE_S = registration.GRACE_S + 4 * SCAN_S
+_GRACE_S = versions.GRACE_S + 4 * SCAN_S
 _MOST_NAMED = 5
 _MOST_TOLD = 1_000  # what is wrong with customers' folders is theirs to choose
 

@@ -37,10 +37,7 @@ logger = logging.getLogger(__name__)
 MOST_ADAPTERS = 65_536
 """That an API server serves at a time: as many as an engine knows."""
 
-GRACE_S = 5.0
-"""How long a request may be on its way from its adapter's name to the engine."""
-
-LATE_GRACE_S = 3 * GRACE_S
+LATE_GRACE_S = 3 * versions.GRACE_S
 """How long an adapter stays that a request has brought back after that. By then other API servers,
 which look at adapter directories for themselves, know too that its version is an old one."""
 
@@ -203,7 +200,7 @@ async def remove(models: Any, lora: LoRARequest) -> None:
     await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
 
 
-async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S) -> None:
+async def remove_later(models: Any, lora: LoRARequest, delay_s: float = versions.GRACE_S) -> None:
     """Removes an adapter when requests that had found its name have reached the engine."""
     await asyncio.sleep(delay_s)
     # A folder that was put back as it was has the number that it had.

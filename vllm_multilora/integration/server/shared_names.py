@@ -112,11 +112,13 @@ class SharedNames:
         is_there = before is not None and before.lora_int_id == message.adapter
         if is_there == isinstance(message, Published):
             return  # as this server has it already
-        if before is not None:
-            versions.forget(self._models.engine_client, before.lora_int_id)
         if isinstance(message, Retracted):
             del table[message.name]
+            self._forget(message.adapter)
             return
+        if before is not None:  # whose requests may be on their way
+            loop = asyncio.get_running_loop()
+            loop.call_later(versions.GRACE_S, self._forget, before.lora_int_id)
         base = message.details.get("base_model_name")
         digest = message.details.get("digest")
         if isinstance(digest, str):
@@ -130,6 +132,10 @@ class SharedNames:
             base_model_name=base if isinstance(base, str) else None,
             is_3d_lora_weight=bool(message.details.get("is_3d_lora_weight")),
         )
+
+    def _forget(self, adapter: int) -> None:
+        if all(lora.lora_int_id != adapter for lora in self._models.lora_requests.values()):
+            versions.forget(self._models.engine_client, adapter)
 
 
 def start(models: Any) -> None:

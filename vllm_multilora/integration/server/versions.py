@@ -23,6 +23,9 @@ from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, current_c
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
+GRACE_S = 5.0
+"""How long a request may be on its way from its adapter's name to the engine."""
+
 _ASKS = re.compile(r"(?s)(.+)@([0-9a-f]{8,64})")
 
 
