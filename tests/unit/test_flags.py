@@ -127,7 +127,7 @@ def configure(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(model))
     original = inspect.unwrap(EngineArgs.create_engine_config)
 
-    def configure(usage="OPENAI_API_SERVER", *, enable_lora=True, **settings):
+    def configure(usage="OPENAI_API_SERVER", *, enable_lora=True, headless=False, **settings):
         additional = {"multilora": settings}
         args = EngineArgs(
             str(tmp_path),
@@ -135,7 +135,8 @@ def configure(tmp_path, monkeypatch):
             enable_lora=enable_lora,
             additional_config=additional,
         )
-        return create_engine_config(original, args, UsageContext[usage])
+        context = None if usage is None else UsageContext[usage]
+        return create_engine_config(original, args, context, headless=headless)
 
     return configure
 
@@ -162,6 +163,7 @@ def test_a_usage_log_that_cannot_be_written_stops_the_start(configure, tmp_path)
     with pytest.raises(ConfigError, match="cannot be written to: No such file"):
         configure(usage_log=str(log))
     configure("LLM_CLASS", usage_log=str(log))  # which writes none
+    configure(headless=True, usage_log=str(log))  # likewise
     log.parent.mkdir()
     configure(usage_log=str(log))
     assert log.read_text() == ""
@@ -172,6 +174,7 @@ def test_a_store_folder_that_cannot_be_used_stops_the_start(configure, tmp_path,
     monkeypatch.setenv("MULTILORA_STORE_FOLDER", str(tmp_path))
     with pytest.raises(StoreUnavailableError, match=r"MULTILORA_STORE_FOLDER: .*mode 755"):
         configure()
+    configure(None)  # for whoever starts no engine
     configure(store="thread")
     configure(enabled=False)
     tmp_path.chmod(0o700)

@@ -86,17 +86,19 @@ def create_engine_config(
             RequiredDigests(required)  # a mistake in it is told at once
         if (keys := settings_of(vllm_config).signing_keys) is not None:
             Signers.read(keys)  # likewise
-        is_server = usage_context not in (None, UsageContext.LLM_CLASS)
+        is_headless = args[1] if len(args) > 1 else kwargs.get("headless", False)
+        is_server = usage_context not in (None, UsageContext.LLM_CLASS) and not is_headless
         if is_server and (log := settings_of(vllm_config).usage_log) is not None:
             require_writable(Path(log))
         require_adapters_apart(vllm_config.kv_transfer_config)
-        if settings_of(vllm_config).store == "process":
-            store_folder()  # likewise for MULTILORA_STORE_FOLDER
         lift_default_count(engine_args, vllm_config)
         allow_updating(vllm_config)
         # Whoever starts no engine with it, and only looks, names no use of a configuration.
-        if usage_context is not None and not engine_args.disable_log_stats:
-            make_folder(vllm_config)
+        if usage_context is not None:
+            if settings_of(vllm_config).store == "process":
+                store_folder()  # a mistake in MULTILORA_STORE_FOLDER is told at once, too
+            if not engine_args.disable_log_stats:
+                make_folder(vllm_config)
         warn_of_rust(usage_context)
     elif vllm_config.lora_config is not None:
         require_nothing_to_check(settings_of(vllm_config))
