@@ -134,7 +134,8 @@ def test_a_routes_file_on_storage_that_hangs_keeps_nobody_waiting_for_ever(
     assert asyncio.run(scenario()) == ["help"]
 
 
-def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks() -> None:
+@pytest.mark.parametrize("cost_s", [0.0, 0.99 * MOST_SHARE * NEW_S], ids=["free", "cheap"])
+def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks(cost_s: float) -> None:
     async def scenario() -> None:
         clock, calls = Clock(), 0
         listing = RecentListing(clock)
@@ -144,7 +145,7 @@ def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks() -> None:
             calls += 1
             number = calls
             await asyncio.sleep(0)
-            return b"%d" % number, 0.0
+            return b"%d" % number, cost_s
 
         found = await asyncio.gather(*(listing.get([1, 2], ask) for _ in range(500)))
         assert set(found) == {b"1"}
@@ -195,6 +196,31 @@ def test_what_somebody_sees_of_a_listing_is_made_once() -> None:
             assert json.loads(found) == {"data": f"{who}'s"}
     assert made == ["acme's", "None's"]
     assert json.loads(listing.body(second, "acme", lambda: show("new"))) == {"data": "new"}
+
+
+def test_what_somebody_sees_of_a_listing_is_in_what_it_costs() -> None:
+    async def scenario() -> None:
+        clock, asked = Clock(), []
+        listing = RecentListing(clock)
+
+        async def ask() -> Any:
+            asked.append(clock.now)
+            return {}, 0.0
+
+        def show() -> dict[str, Any]:
+            clock.now += 2 * NEW_S * MOST_SHARE
+            return {}
+
+        for who in ("acme", "zen"):
+            listing.body(await listing.get([], ask), who, show)
+        clock.now = asked[0] + 3.9 * NEW_S
+        await listing.get([], ask)
+        assert len(asked) == 1
+        clock.now = asked[0] + 4.1 * NEW_S
+        await listing.get([], ask)
+        assert len(asked) == 2
+
+    asyncio.run(scenario())
 
 
 def test_a_listing_that_could_not_be_had_is_asked_for_again() -> None:

@@ -7,6 +7,7 @@ guards all of `/v1`. Where the plugin does not act, it answers as an unknown pat
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Hashable
@@ -53,8 +54,9 @@ NEW_S = 1.0
 """How long an answer is given again, at least."""
 
 MOST_SHARE = 0.05
-"""Of the time, that answers may take, of the engine core's and the server's together: they are made
-adapter by adapter, for any tenant who asks, and nobody's request goes on meanwhile."""
+"""Share of the engine core's and this server's time that making answers may take: they are made
+adapter by adapter, for any tenant who asks, and nobody's request goes on meanwhile. Answers that
+are made anew within `NEW_S`, because adapters have come or gone, are not in it."""
 
 
 class RecentListing:
@@ -73,7 +75,7 @@ class RecentListing:
         self._clock = clock
         self._asked: list[int] = []
         self._answer: asyncio.Task[Listing | None] | None = None
-        self._until = self._until_whatever = 0.0
+        self._made, self._cost_s = -math.inf, 0.0
         self.tag = ""
         self._shown: tuple[Listing | None, dict[Hashable, bytes]] = (None, {})
 
@@ -95,21 +97,22 @@ class RecentListing:
 
     def _is_new(self, asked: list[int]) -> bool:
         # Adapters come and go: what is costly is given again even if it is about others.
-        limit = self._until if self._asked == asked else self._until_whatever
-        return self._clock() < limit
+        limit_s = self._cost_s / MOST_SHARE
+        if self._asked != asked and limit_s <= NEW_S:
+            return False
+        return self._clock() - self._made < max(NEW_S, limit_s)
 
     async def _note(
         self, ask: Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
     ) -> Listing | None:
-        self._until = self._until_whatever = 0.0  # a failure is no answer
-        answer, cost_s = await ask()
-        self._until_whatever = self._clock() + cost_s / MOST_SHARE
-        self._until = max(self._clock() + NEW_S, self._until_whatever)
+        self._made = -math.inf  # a failure is no answer
+        answer, self._cost_s = await ask()
+        self._made = self._clock()
         self.tag = f'"{uuid.uuid4().hex}"'
         return answer
 
     def body(self, answer: Listing, who: Hashable, show: Callable[[], Listing]) -> bytes:
-        """An answer as JSON, as somebody sees it; made once.
+        """An answer as JSON, as somebody sees it; made once, and a part of what the answer costs.
 
         Args:
             answer: As `get` gives it.
@@ -121,7 +124,9 @@ class RecentListing:
         bodies = self._shown[1]
         body = bodies.get(who)
         if body is None:
+            begun = self._clock()
             body = bodies[who] = bytes(JSONResponse(show()).body)
+            self._cost_s += self._clock() - begun
         return body
 
 
@@ -133,7 +138,7 @@ def add_route(app: FastAPI) -> None:
 async def show_adapters(raw_request: Request) -> Response:
     """The adapters of all engines behind this server, as they were within the last second.
 
-    With so many that an answer costs more than `MOST_SHARE` of that, it may be older.
+    Where an answer costs more than `MOST_SHARE` of a second, it may be older.
     """
     models = getattr(raw_request.app.state, "openai_serving_models", None)
     if models is None or not registration.acts_for(models):
