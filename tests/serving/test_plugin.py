@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from vllm_multilora.integration.patching.version import installed_version
+
 from . import template
 from .cases import Scenario
 from .engine import running_engine
@@ -39,8 +41,10 @@ def vllm_version(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
         monkeypatch.syspath_prepend(str(tmp_path))  # which processes that are started inherit
+        installed_version.cache_clear()
 
-    return pretend
+    yield pretend
+    installed_version.cache_clear()
 
 
 @pytest.mark.parametrize(

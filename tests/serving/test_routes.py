@@ -358,7 +358,13 @@ def test_a_route_does_without_its_blend_where_nothing_blends(
         is_base_model=BASE.__eq__,
         engine_client=SimpleNamespace(vllm_config=vllm_config),
     )
-    monkeypatch.setattr(registration, "acts_for", lambda models: backend != "vllm")
+    asked: list[Any] = []
+
+    def acts_for(models: Any) -> bool:
+        asked.append(models)
+        return backend != "vllm"
+
+    monkeypatch.setattr(registration, "acts_for", acts_for)
     server, request = ServerRoutes(models, str(path)), SimpleNamespace(model="house")
     assert asyncio.run(server.lead(request)) is None
     assert request.model == "domain"
@@ -366,6 +372,7 @@ def test_a_route_does_without_its_blend_where_nothing_blends(
     assert refusal is not None
     assert refusal.error.code == HTTPStatus.BAD_REQUEST
     assert reason in refusal.error.message
+    assert asked == [models]  # not for each request
 
 
 def test_pooling_endpoints_follow_routes() -> None:

@@ -10,8 +10,9 @@ import types
 import pytest
 
 from vllm_multilora.integration.patching import patch as patch_module
+from vllm_multilora.integration.patching import version as version_module
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.patching.version import is_supported
+from vllm_multilora.integration.patching.version import installed_version, is_supported
 
 
 @pytest.fixture
@@ -61,6 +62,7 @@ def handlers(monkeypatch):
 
     module.doubled, module.doubled_later, module.made_twice = doubled, doubled_later, made_twice
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    patch_module._tell.cache_clear()
     return module
 
 
@@ -168,7 +170,7 @@ engine = Engine()
 @pytest.mark.parametrize("attribute", ["Gone.method", "Thing.gone", "gone"])
 def test_a_missing_target_is_said_once_and_nothing_else_happens(target, attribute, caplog):
     patch = patch_of(attribute)
-    assert not patch.apply()
+    assert not any(patch.apply() for _ in range(2))
     assert not patch.is_applied()
     [record] = caplog.records
     assert f"patch_target:{attribute} is missing from this vLLM" in record.message
@@ -230,3 +232,9 @@ def test_in_an_unknown_vllm_a_target_that_takes_something_else_stays(
 )
 def test_supported_versions(version, supported):
     assert is_supported(version) is supported
+
+
+def test_vllms_version_is_read_from_disk_once(monkeypatch):
+    installed = installed_version()
+    monkeypatch.setattr(version_module, "distributions", lambda: iter(()))
+    assert installed_version() == installed is not None

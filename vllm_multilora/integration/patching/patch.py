@@ -96,7 +96,7 @@ class Patch:
 
         Returns:
             Whether the patch is in place. If the target is missing, or is another one in a vLLM
-            that is not supported, vLLM stays as it is and one line in the log says so.
+            that is not supported, vLLM stays as it is and one line in the log says so, once.
         """
         try:
             # Outside the lock: an import may wait for another thread's, and that one patches.
@@ -111,12 +111,9 @@ class Patch:
         except (ImportError, AttributeError) as error:
             problem = f"is missing from this vLLM ({error})"
         if problem:
-            logger.warning(
-                "vllm-multilora cannot apply its patch %r: %s %s. vLLM's own behaviour stays in "
-                "place there.",
-                self.name,
-                self.target,
-                problem,
+            _tell(
+                f"vllm-multilora cannot apply its patch {self.name!r}: {self.target} {problem}. "
+                f"vLLM's own behaviour stays in place there."
             )
         return not problem
 
@@ -245,6 +242,11 @@ def _literal_defaults(parameters: str) -> str:
 
 def _literal(default: ast.expr) -> ast.expr:
     return default if isinstance(default, ast.Constant) else ast.Constant(_OTHER_DEFAULT)
+
+
+@functools.cache
+def _tell(problem: str) -> None:
+    logger.warning("%s", problem)
 
 
 def _stock(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ def distributions() -> Iterator[tuple[str, str]]:
             yield distribution, version(distribution)
 
 
+@functools.cache  # asked for by requests, and metadata are read from disk
 def installed_version() -> str | None:
     """The version of the installed vLLM; None if its metadata is missing."""
     return next((text for _, text in distributions()), None)

@@ -24,6 +24,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -216,7 +217,7 @@ class ServerRoutes:
         models = self._models
         if not isinstance(candidate, Blended):
             return await self._refusal_of(candidate)
-        if (fault := blends.why_none(models)) is not None:
+        if (fault := self._no_blends) is not None:
             return _error(HTTPStatus.BAD_REQUEST, fault)
         for name, _ in candidate.weights:
             if models.is_base_model(name):
@@ -243,6 +244,10 @@ class ServerRoutes:
             return _error(HTTPStatus.NOT_FOUND, f"there is no adapter `{name}`")
         return self._failure_of(lora)
 
+    @cached_property
+    def _no_blends(self) -> str | None:
+        return blends.why_none(self._models)
+
     def _failure_of(self, lora: LoRARequest) -> ErrorResponse | None:
         """Why the last load of an adapter has failed; None if it has not."""
         failure = self._failed.get(lora.lora_int_id)
@@ -257,7 +262,7 @@ class ServerRoutes:
     def _is_served(self, name: Candidate) -> bool:
         if isinstance(name, Blended):
             are_there = all(part in self._models.lora_requests for part, _ in name.weights)
-            return are_there and blends.why_none(self._models) is None
+            return are_there and self._no_blends is None
         return name in self._models.lora_requests or self._models.is_base_model(name)
 
     def _parse(self, file: str, text: str) -> Routes:
