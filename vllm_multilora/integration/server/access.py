@@ -137,7 +137,8 @@ class Access:
     def _take(self) -> None:
         """Puts in force what the tenants file says now.
 
-        Tenants that it names no more keep their accounts: they may be back before their calls end.
+        Tenants that it names no more keep their accounts, which are small, while the server runs:
+        they may be back before their calls end, and what they have used counts then.
         """
         tenants = self._file.value if self._file is not None else None
         self._tenants = tenants.by_name if tenants is not None else {}
