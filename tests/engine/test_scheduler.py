@@ -255,6 +255,66 @@ def test_requests_are_served_while_reloads_keep_coming(server):
     assert not server.ended
 
 
+def test_a_reload_that_waits_for_its_slot_keeps_its_turn_while_reloads_keep_coming(servers):
+    """Those that come after the store has answered the first, too."""
+    server = servers(1)
+    server.start("long", 2)
+    server.ask("first", 1, inplace=True)
+    server.serve()
+    server.ask("other", 3)
+    for number in range(2 * PATIENCE_STEPS):
+        server.ask(f"reload {number}", 1, inplace=True)
+        assert server.serve() == {"long"}
+    server.step("long")
+    server.ask("last", 1, inplace=True)
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"first"}
+    for _ in range(12):
+        server.serve(*server.names)
+    assert not server.scheduler.requests
+    assert not server.ended
+
+
+def test_a_reload_that_was_held_back_is_as_safe_from_later_ones(server):
+    server.ask("first", 1, inplace=True)
+    server.ask("second", 1, inplace=True)
+    for _ in range(3):
+        server.serve()
+    server.step()
+    assert server.names == {"first"}
+    server.engine.store.loaded(pack_info(11))
+    server.step()
+    server.ask("third", 1, inplace=True)
+    server.step("first")
+    assert not server.engine.store.wants
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"second"}
+
+
+def test_many_requests_that_wait_for_a_reload_are_told_apart_quickly(server):
+    comparisons = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            nonlocal comparisons
+            comparisons += 1
+            return str.__eq__(self, other)
+
+    server.ask("first", 1, inplace=True)
+    names = [Name(f"reload {number}") for number in range(200)]
+    for name in names:
+        server.ask(name, 1, inplace=True)
+    server.step()
+    comparisons = 0
+    server.step()
+    assert comparisons < 2 * len(names)
+
+
 def test_a_reload_that_waits_for_another_one_does_not_fail_with_it(server):
     server.start("running", 1)
     server.ask("bad", 1, inplace=True)

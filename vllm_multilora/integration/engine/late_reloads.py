@@ -19,28 +19,34 @@ _HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
 
 
 class LateReloads:
-    """Holds such requests back, and all that come after them for the same adapter.
+    """Holds requests for reloads back while one is on its way, and all that then come after them.
 
-    What is under way may have opened the files before these were written again. One reload more is
-    asked for all that are held back, as soon as those before them have begun to run: these are not
-    to wait for it, however many reloads are asked for.
+    It is on its way until the requests for it have begun to run. While the store is at it, it may
+    have opened the files before these were written again; and later one reload more would take from
+    those requests the version that they wait to run with. So one is asked for, for all that are
+    held back, as soon as those before them have begun, however many reloads are asked for.
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, list[str]] = {}  # requests by adapter
+        # Requests that are held back, by adapter, for all adapters of which a reload is on its way.
+        self._held: dict[int, dict[str, None]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._held)
+        return any(self._held.values())
 
     def hold(self, request: Request, adapters: EngineAdapters) -> bool:
         """Whether a new request with an adapter is held back."""
         lora = request.lora_request
         assert lora is not None
         number = lora.lora_int_id
-        is_late = lora.load_inplace and adapters.is_reloading(number)
-        if number not in self._held and not is_late:
+        held = self._held.get(number)
+        if not (held or lora.load_inplace):
             return False
-        self._held.setdefault(number, []).append(request.request_id)
+        if held is None:
+            held = self._held[number] = {}
+            if not adapters.is_reloading(number):
+                return False
+        held[request.request_id] = None
         return True
 
     def holds(self, request: Request) -> bool:
@@ -58,11 +64,20 @@ class LateReloads:
         Returns:
             Of requests that cannot be served, why, as stop reasons.
         """
-        failing = {}
-        for number, held in list(self._held.items()):
-            if adapters.is_reloading(number) or _some_wait(number, held, requests):
-                continue
-            del self._held[number]
+        failing: dict[str, str] = {}
+        if not self._held:
+            return failing
+        awaited = {
+            request.lora_request.lora_int_id
+            for request in requests.values()
+            if request.lora_request is not None
+            and not _has_begun(request)
+            and not self.holds(request)
+        }
+        for number in [n for n in self._held if n not in awaited and not adapters.is_reloading(n)]:
+            held = self._held.pop(number)
+            if held:
+                self._held[number] = {}  # until these have begun
             for request in filter(None, map(requests.get, held)):
                 lora = request.lora_request
                 assert lora is not None
@@ -71,12 +86,6 @@ class LateReloads:
         return failing
 
 
-def _some_wait(number: int, held: list[str], requests: Mapping[str, Request]) -> bool:
-    """Whether a request for an adapter that is not held back has still to begin."""
-    return any(
-        request.lora_request is not None
-        and request.lora_request.lora_int_id == number
-        and not (request.status in _HAS_RUN or request.num_computed_tokens or request.is_finished())
-        and request.request_id not in held
-        for request in requests.values()
-    )
+def _has_begun(request: Request) -> bool:
+    """Whether a request has its adapter, or had it; one that has ended waits for none either."""
+    return bool(request.status in _HAS_RUN or request.num_computed_tokens or request.is_finished())
