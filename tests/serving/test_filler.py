@@ -406,6 +406,23 @@ def test_memory_that_cannot_be_page_locked_whole_serves_and_what_was_is_released
     assert released == ("unregister", registered[1])
 
 
+def test_a_segment_that_no_thread_could_page_lock_is_unmapped_like_any_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm_multilora.integration.worker.filler import Registered
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    registered = Registered(torch.device("cuda", 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            registered.add(1, 4096, 4096)
+    registered.drop(1, 4096, 4096)
+
+
 def test_the_kernels_that_fill_a_slot_are_not_taken_for_what_could_not_be_page_locked(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

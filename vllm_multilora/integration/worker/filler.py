@@ -272,6 +272,7 @@ class Registered:
 
     def add(self, number: int, address: int, size: int) -> None:
         """Page-locks a segment."""
+        self._parts[number] = []
         self._aside(self._add, number, address, size)
 
     def drop(self, number: int, address: int, size: int) -> None:
@@ -284,7 +285,6 @@ class Registered:
             thread.submit(call, *args).result()
 
     def _add(self, number: int, address: int, size: int) -> None:
-        parts = self._parts[number] = []
         for begin, part in registered_parts(address, size):
             code = torch.cuda.cudart().cudaHostRegister(begin, part, _REGISTER)
             if int(code) != 0:
@@ -297,7 +297,7 @@ class Registered:
                     size,
                 )
                 return
-            parts.append(begin)
+            self._parts[number].append(begin)
 
     def _drop(self, number: int) -> None:
         for begin in self._parts.pop(number):
