@@ -214,11 +214,12 @@ class Wrapped(BaseLayerWithLoRA):
 def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     kv, o, last = Wrapped(), Wrapped(), torch.nn.Linear(2, 2)
     attention = torch.nn.ModuleDict({"kv_b_proj": kv, "o_proj": o})
-    attention.impl = SimpleNamespace(kv_b_proj=kv.base_layer)
+    attention.impl = SimpleNamespace(kv_b_proj=kv.base_layer, sinks=None)
     language = torch.nn.ModuleDict({"attention": attention, "last": last})
     tower = torch.nn.ModuleDict({"qkv_proj": Wrapped()})
     model = torch.nn.ModuleDict({"text": language, "tower": tower})
     modules = {name: part for name, part in model.named_modules() if isinstance(part, Wrapped)}
+    modules["text.attention"] = attention  # no layer lies under it
     packed = {"tower.qkv_proj": ["tower.q_proj", "tower.k_proj"]}
 
     def found(**attributes: object) -> set[str]:

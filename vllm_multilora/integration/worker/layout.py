@@ -150,7 +150,8 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     attentions = (getattr(part, "impl", None) for part in manager.model.modules())
     held = {id(value) for of in attentions for value in getattr(of, "__dict__", {}).values()}
     for name, module in manager.modules.items():
-        if id(getattr(module, "base_layer", None)) in held:
+        base = getattr(module, "base_layer", None)
+        if base is not None and id(base) in held:
             for source in manager.packed_modules.get(name, [name]):
                 yield source, "vLLM's attention multiplies with its weights directly"
 
