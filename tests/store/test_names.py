@@ -115,6 +115,26 @@ def test_whoever_comes_later_is_told_what_holds_now(names, mail):
     assert mail.take(8) == []
 
 
+def test_whoever_comes_later_is_told_of_no_change_that_holds_no_more(names, mail):
+    names.publish(1, publish(1, adapter=7), NOW)
+    names.publish(1, publish(2, adapter=8), NOW)
+    names.publish(2, publish(1, "globex", 9), NOW)
+    names.retract(2, Retract(2, "globex", 9), NOW)
+    names.join(4, "server", peers=4)
+    holds = [message for message in mail.take(4) if message.serial]
+    assert [(type(message), message.adapter) for message in holds] == [
+        (Published, 8),
+        (Retracted, 9),
+    ]
+    for client in (1, 2, 3):
+        for message in mail.take(client):
+            names.saw(client, message.serial)
+    assert (mail.take(1), mail.take(2)) == ([Settled(1)], [Settled(1)])
+    for message in holds:
+        names.saw(4, message.serial)
+    assert (mail.take(1), mail.take(2)) == ([Settled(2)], [Settled(2)])
+
+
 def test_a_retraction_is_seen_by_all_before_it_is_answered(names, mail):
     names.publish(1, publish(1), NOW)
     for client in (1, 2, 3):

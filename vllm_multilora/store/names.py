@@ -38,6 +38,13 @@ class _Server:
         """How many API servers there are to be."""
         return self.peers - self.left
 
+    def holds(self, change: Published | Retracted) -> bool:
+        """Whether a change has not been replaced by another one."""
+        if isinstance(change, Retracted):
+            return True  # for ever
+        now = self.names.get(change.name)
+        return now is not None and now.adapter == change.adapter
+
     def withdraw(self, name: str, adapter: int) -> None:
         """An adapter has lost its name."""
         if name in self.names and self.names[name].adapter == adapter:
@@ -96,10 +103,14 @@ class Names:
             self._effects.send(client, retracted)
         if len(home.members) > home.expected:
             return
-        for change in self._changes.values():  # the last ones: they lead to the same names
-            if change.home is home:
+        for serial, change in list(self._changes.items()):
+            if change.home is not home:
+                continue
+            if home.holds(change.message):
                 change.unseen.add(client)
                 self._effects.send(client, change.message)
+            else:
+                self.saw(client, serial)  # it has been told of what holds instead
 
     def leave(self, client: int) -> None:
         """An API server has gone; its names stay as long as any other of its server is there."""
