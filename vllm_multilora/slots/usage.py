@@ -56,7 +56,7 @@ class AdapterUsage(SlotEvents):
     def step(self, adapter_ids: Set[int]) -> None:
         """A step with these adapters begins."""
         if adapter_ids != self._step:
-            for adapter_id in self._step - adapter_ids:
+            for adapter_id in self._step:  # of those that stay, too, something was heard
                 self._use(adapter_id).last_used = self._step_at
             self._step = frozenset(adapter_ids)
         self._step_at = self._clock()
