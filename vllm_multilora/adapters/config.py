@@ -134,10 +134,11 @@ class AdapterConfig:
 
     def _matched_name(self, module: str) -> str:
         """What patterns are matched with for a module."""
+        if not self._weights:
+            return module
         weight = f"{module}.weight"
         begins = (0, *(i + 1 for i, character in enumerate(weight) if character == "."))
-        targets = self._weights
-        return weight if targets and any(weight[at:] in targets for at in begins) else module
+        return weight if any(weight[at:] in self._weights for at in begins) else module
 
     @cached_property
     def _weights(self) -> frozenset[str]:

@@ -210,7 +210,7 @@ class SlotAssignment(PolicyTier):
         elif None in self._contents:
             slot = self._contents.index(None)
         else:
-            idle = tuple(i for i in sorted(self._places) if not self.is_protected(i))
+            idle = [i for i in sorted(self._places) if not self.is_protected(i)]
             if not idle:
                 return None
             displaced = self._choose(idle)
