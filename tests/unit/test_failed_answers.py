@@ -228,19 +228,30 @@ def test_a_stream_that_vllm_makes_coheres_of_ends_with_its_failure(before: list[
 def test_one_line_is_logged_of_a_request_whose_adapter_fails(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its client may send it as often as it likes. Other errors keep their tracebacks."""
+    """Its client may send it as often as it likes. Other errors keep their words and tracebacks."""
+
+    class QueueFullError(GracefulHTTPError):
+        """As vLLM has them."""
+
     filtered = RefusalsInOneLine()
+    reason = f"adapter 'acme' could not be loaded: {'its file is missing, ' * 20}to begin with"
     caplog.handler.addFilter(filtered)
     try:
-        for error in (GONE, RuntimeError("vLLM's own")):
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        for error in (
+            GracefulHTTPError(reason, status),
+            QueueFullError("vLLM's own", status),
+            RuntimeError("vLLM's own"),
+        ):
             try:
                 raise error
             except Exception:
                 logging.getLogger("somewhere").exception("Error in a stream.")
     finally:
         caplog.handler.removeFilter(filtered)
-    failed, other = (caplog.handler.format(record) for record in caplog.records)
+    failed, *others = (caplog.handler.format(record) for record in caplog.records)
     assert failed.splitlines() == [failed]
-    assert f"Request failed: {GONE.message}" in failed
-    assert "Error in a stream." in other
-    assert "Traceback" in other
+    assert f"Request failed: {reason}" in failed
+    for other in others:
+        assert "Error in a stream." in other
+        assert "Traceback" in other

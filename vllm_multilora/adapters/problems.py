@@ -164,9 +164,14 @@ def shown(value: Any) -> str:
     return _printable(_Shortener().repr(value))
 
 
-def shown_name(name: str) -> str:
-    """A tensor's or module's name as messages show it: short, printable, without quotes."""
-    return _shortened(_printable(_shortened(name, _MOST_SHOWN)), 2 * _MOST_SHOWN)
+def shown_name(name: str, most: int = _MOST_SHOWN) -> str:
+    """A tensor's or module's name as messages show it: short, printable, without quotes.
+
+    Args:
+        name: The name, or another text.
+        most: How many of its characters are shown.
+    """
+    return _shortened(_printable(_shortened(name, most)), 2 * most)
 
 
 def _shortened(text: str, most: int) -> str:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 _PREFIX = "multilora-load-failure:"
 _UNINVOKED = "multilora-uninvoked:"
 
+_MOST_LOGGED = 1000
+"""Characters of a reason that are logged."""
+
 REFUSAL_MARK = "\nmultilora-refused:"
 """Separates a refusal's sentences from its fields."""
 
@@ -265,8 +268,9 @@ class RefusalsInOneLine(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, AdapterRefusedError):
             record.msg, record.args = "Adapter refused: %s", (error.in_one_line(),)
-        elif isinstance(error, GracefulHTTPError):
-            record.msg, record.args = "Request failed: %s", (shown_name(error.message),)
+        elif type(error) is GracefulHTTPError:  # of vLLM's own errors each has a class of its own
+            reason = shown_name(error.message, _MOST_LOGGED)
+            record.msg, record.args = "Request failed: %s", (reason,)
         else:
             return True
         record.exc_info, record.exc_text = None, None
@@ -298,7 +302,9 @@ class AdapterRefusedError(MultiLoRAError):
         """The first problem, shortened, and how many more there are."""
         first = self.problems[0]["message"] if self.problems else self.failure.message
         more = len(self.problems) - 1
-        return shown_name(first) + (f" (and {more} more problems)" if more > 0 else "")
+        return shown_name(first, _MOST_LOGGED) + (
+            f" (and {more} more problems)" if more > 0 else ""
+        )
 
     def __str__(self) -> str:
         messages = [
