@@ -1047,6 +1047,21 @@ def test_a_slot_that_an_unloaded_adapter_leaves_is_shown_as_free(tmp_path):
     assert shown(tmp_path)["vllm:lora_slots_free{engine=0}"] == 2
 
 
+def test_a_copy_that_was_not_made_is_not_counted(tmp_path):
+    """While the engine sleeps slots have no memory."""
+    engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
+    engine.adapters.want(lora(1))
+    engine.store.loaded(pack_info(1), was_read=False)
+    engine.poll()
+    engine.adapters.bring(1)
+    engine.poll()
+    engine.workers.say(Filled(engine.workers.only().order, None))
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    assert not any(key.startswith("vllm:lora_adapter_load_total") for key in shown(tmp_path))
+    engine.adapters.drop(1)
+
+
 def test_an_adapter_that_was_in_memory_already_is_shown_with_its_rank(tmp_path):
     """Under another name, or for another server of the store."""
     engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))

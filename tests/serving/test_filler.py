@@ -167,6 +167,16 @@ def test_beginning_keeps_nobody_waiting(rig: Rig) -> None:
     assert isinstance(rig.link.next(), Filled)
 
 
+def test_nothing_is_copied_while_the_slots_memory_is_not_there(rig: Rig) -> None:
+    pack = rig.load(7, rank=4)
+    rig.filler.slots_away()
+    assert rig.filler.fill_now(rig.fill(0, 1, 7, pack)) == Filled(0, None)
+    rig.filler.slots_back()
+    answer = rig.filler.fill_now(rig.fill(1, 1, 7, pack))
+    assert isinstance(answer, Filled)
+    assert answer.seconds
+
+
 def test_a_step_waits_for_its_own_slots_only(rig: Rig) -> None:
     pack = rig.load(7, rank=4)
     rig.model.may_fill.clear()

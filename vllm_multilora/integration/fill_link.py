@@ -44,11 +44,11 @@ class Filled(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     Attributes:
         order: Its number.
-        seconds: That it took.
+        seconds: That it took; None where there was nothing to do.
     """
 
     order: int
-    seconds: float
+    seconds: float | None
 
 
 class FillFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):

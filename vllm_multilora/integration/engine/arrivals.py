@@ -211,7 +211,7 @@ class Arrivals:
     def _take_fill(self, rank: int, answer: Filled | FillFailed, under_way: UnderWay) -> None:
         entry = under_way.entry
         if isinstance(answer, Filled):
-            if rank == 0:
+            if rank == 0 and answer.seconds is not None:
                 self._observer.copied(entry.request, answer.seconds)
             if self._slots.filled(answer.order, rank):
                 self.settle(entry)

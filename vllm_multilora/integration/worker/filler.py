@@ -131,9 +131,9 @@ class SlotFiller:
 
     def _start(self, order: Order) -> Future[Answer]:
         if isinstance(order, Fill) and not self._has_slots:
-            # An adapter was pinned meanwhile. When the engine wakes, all slots are filled anew.
+            # Pinned, or loaded, while the engine sleeps: when it wakes, all slots are filled anew.
             nothing_to_do: Future[Answer] = Future()
-            nothing_to_do.set_result(Filled(order.order, 0.0))
+            nothing_to_do.set_result(Filled(order.order, None))
             return nothing_to_do
         queued = None
         if self._device.type != "cpu":
