@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,9 +134,10 @@ def test_a_line_that_waits_for_the_disk_has_the_time_of_its_prompts_end(tmp_path
     log = UsageLog(tmp_path / "usage", BIG)
     log.write(Usage("first"))
     assert is_stuck.wait(60)
-    monkeypatch.setattr(usage_log.time, "time", lambda: 1_750_000_000.123)
+    clock = SimpleNamespace(time=lambda: 1_750_000_000.123)
+    monkeypatch.setattr(usage_log, "time", clock)
     log.write(Usage("waits"))
-    monkeypatch.setattr(usage_log.time, "time", lambda: 1_750_003_600.0)  # an hour later
+    clock.time = lambda: 1_750_003_600.0  # an hour later
     go_on.set()
     log.close()
     assert lines(tmp_path)[-1]["request_id"] == "waits"

@@ -15,6 +15,7 @@ import torch
 from multilora_kernels import SlotTable
 from multilora_kernels.pieces import REGISTERED_BYTES
 from tests.adapters.checkpoints import MODULES, PREFIX, layout, weights, write
+from tests.store.conftest import is_writable
 from vllm_multilora.adapters.naming import ModuleNaming
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
@@ -327,15 +328,6 @@ class Runtime:
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         self.calls.append(("unregister", address))
         return 0
-
-
-def is_writable(address: int) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, access, *_ = line.split()
-        begin, end = (int(each, 16) for each in span.split("-"))
-        if begin <= address < end:
-            return "w" in access
-    return False
 
 
 def open_as_for_a_gpu(rig: Rig, monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> Any:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +15,16 @@ from vllm_multilora.store.messages import Description, Failed, Loaded, StoreSett
 
 FAKE = "tests.store.fake_reader:FakeReader"
 PATIENT_S = 20.0
+
+
+def is_writable(address: int) -> bool:
+    """Whether this process may write to memory at an address."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, access, *_ = line.split()
+        begin, end = (int(each, 16) for each in span.split("-"))
+        if begin <= address < end:
+            return "w" in access
+    return False
 
 
 class Engine:

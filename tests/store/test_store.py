@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from tests.store.conftest import FAKE, Engine
+from tests.store.conftest import FAKE, Engine, is_writable
 from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel, ChannelClosedError
@@ -62,9 +62,10 @@ def test_a_worker_reads_what_a_job_packed(engine):
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_a_worker_cannot_write_into_host_memory(engine, pinned):
+def test_host_memory_is_mapped_read_only_unless_it_is_registered_with_a_device(engine, pinned):
     pack = engine.load(1, "/fake/a").pack
     mapper = SegmentMapper(engine.client.address, "server", pinned=pinned)
+    assert is_writable(mapper.address(pack.index_place, pack.segments)) == pinned
     with pytest.raises(TypeError, match="read-only"):
         mapper.view(pack.index_place, 64, pack.segments)[0] = 1
     mapper.close()
