@@ -142,7 +142,10 @@ class HostMemory:
             self.keep_within(pack.scope, pack.tenant)
 
     def own(self, pack: Pack, tenant: Owner) -> None:
-        """A tenant wants a pack, on lease if it is to stay: one of nobody is the tenant's now."""
+        """A tenant wants a pack: if it is nobody's, it becomes the tenant's.
+
+        It may leave at once if it is not on lease.
+        """
         if pack.tenant is None:
             pack.tenant = tenant
             self.keep_within(pack.scope, tenant)
@@ -150,8 +153,8 @@ class HostMemory:
     def keep_within(self, scope: Scope, tenant: Owner, coming: int = 0) -> None:
         """Has a tenant's least valuable packs leave while it has more than its limit.
 
-        What is on lease stays: the limit bounds what a tenant keeps, and fails no request. As many
-        more leave as are about to come.
+        What is on lease stays: the limit bounds what a tenant keeps, and fails no request.
+        `coming` packs count as if they were here already.
         """
         most = self.tenant_limits.get((scope, tenant))
         if most is None:

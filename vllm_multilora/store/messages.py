@@ -127,8 +127,8 @@ class Hello(Message, frozen=True):
         server: Identity of the server that the client belongs to. Engines of one server share
             adapter numbers.
         pid: The client's process, for `Description`.
-        peers: How many API servers of its server were at the store before this one, which has
-            died; 0: there was none.
+        peers: How many API servers its server has, if this one was at a store before; 0: it was
+            not.
     """
 
     protocol: int
@@ -217,9 +217,9 @@ class Map(Message, frozen=True):
     """Asks for a segment's descriptor; answered by `Segment`.
 
     Attributes:
-        pinned: Whether the client registers the segment with a device, for which it must be able
-            to write to it. Pages of such a segment are never given back singly: the device would go
-            on reading the old ones.
+        pinned: Whether the client registers the segment with a device, so it gets a descriptor that
+            can be written to. Pages of such a segment are never given back singly: the device would
+            go on reading the old ones.
     """
 
     segment: int
@@ -280,7 +280,11 @@ class Describe(Message, frozen=True):
 
 
 class Configured(Message, frozen=True):
-    """The engine may want adapters now; what is not as it has asked for, in sentences."""
+    """The engine may want adapters now.
+
+    Attributes:
+        notes: What is not as it has asked for, one sentence each.
+    """
 
     notes: list[str]
 
@@ -355,7 +359,10 @@ class Totals(Message, frozen=True):
 
 
 class Segment(Message, frozen=True):
-    """The answer to `Map`; its descriptor comes with it. Of size 0, and alone: there is none."""
+    """The answer to `Map`; the segment's descriptor comes with it.
+
+    Size 0 and no descriptor: there is no such segment.
+    """
 
     number: int
     size: int

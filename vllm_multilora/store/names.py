@@ -92,7 +92,7 @@ class Names:
 
         When a store has died, its API servers come to the next one at different times. Whoever is
         late may serve, and publish again, what others have replaced or retracted by then; what
-        these do meanwhile is seen by all once it has come, and heard.
+        they change meanwhile is settled only when it has come and has seen that.
         """
         home = self._home[client] = self._servers.setdefault(server, _Server())
         home.members.add(client)
