@@ -48,7 +48,7 @@ class Stores:
             for message in said:
                 match message:
                     case Hello():
-                        self._names.join(client, message.server, message.peers)
+                        self._names.join(client, message.server, message.pid, message.peers)
                     case Publish():
                         self._names.publish(client, message, NOW)
                     case Retract():

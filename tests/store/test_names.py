@@ -1,6 +1,8 @@
 """Names that API servers share: whoever publishes one hears when all serve it, or do not."""
 
 from itertools import count, permutations
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.store.names_only import NOW, Stores
 from vllm_multilora.store import names as names_module
+from vllm_multilora.store import names_client as client_module
 from vllm_multilora.store.messages import Publish, Published, Retract, Retracted, Settled
 from vllm_multilora.store.names import PATIENCE_S, Names
 from vllm_multilora.store.names_client import NamesClient
@@ -36,8 +39,8 @@ def names(mail) -> Names:
     """Three API servers of one server, and one of another."""
     names = Names(mail)
     for client in (1, 2, 3):
-        names.join(client, "server")
-    names.join(9, "another server")
+        names.join(client, "server", client)
+    names.join(9, "another server", 9)
     return names
 
 
@@ -66,7 +69,7 @@ def test_changes_made_at_once_are_heard_by_all_in_one_order(names, mail):
     heard = [mail.take(client) for client in (1, 2, 3)]
     assert [message.adapter for message in heard[0]] == [101, 202, 101]
     assert heard[0] == heard[1] == heard[2]
-    names.join(4, "server")
+    names.join(4, "server", 4)
     assert mail.take(4) == [
         Published(0, "acme", 202, "/adapters/202", b""),
         Retracted(0, "acme", 101),
@@ -105,13 +108,13 @@ def test_whoever_comes_later_is_told_what_holds_now(names, mail):
     names.publish(2, publish(1, "globex", 8), NOW)
     names.publish(1, publish(2, "acme", 9), NOW)  # another version
     names.retract(3, Retract(1, "globex", 8), NOW)
-    names.join(4, "server")
+    names.join(4, "server", 4)
     assert mail.take(4) == [
         Published(0, "acme", 9, "/adapters/9", b""),
         Retracted(0, "acme", 7),
         Retracted(0, "globex", 8),
     ]
-    names.join(8, "another server")
+    names.join(8, "another server", 8)
     assert mail.take(8) == []
 
 
@@ -120,7 +123,7 @@ def test_whoever_comes_later_is_told_of_no_change_that_holds_no_more(names, mail
     names.publish(1, publish(2, adapter=8), NOW)
     names.publish(2, publish(1, "globex", 9), NOW)
     names.retract(2, Retract(2, "globex", 9), NOW)
-    names.join(4, "server", peers=4)
+    names.join(4, "server", 4, peers=4)
     holds = [message for message in mail.take(4) if message.serial]
     assert [(type(message), message.adapter) for message in holds] == [
         (Published, 8),
@@ -164,18 +167,18 @@ def test_only_of_the_newest_losses_are_api_servers_told_that_come_later(names, m
     monkeypatch.setattr(names_module, "MOST_GONE", 2)
     for adapter in (1, 2, 3):
         names.retract(1, Retract(adapter, "acme", adapter), NOW)
-    names.join(4, "server")
+    names.join(4, "server", 4)
     assert [message.adapter for message in mail.take(4)] == [2, 3]
 
 
 def test_names_go_with_the_last_api_server_of_their_server(names, mail):
     names.publish(1, publish(1), NOW)
     names.leave(1)
-    names.join(4, "server")
+    names.join(4, "server", 4)
     assert len(mail.take(4)) == 1
     for client in (2, 3, 4):
         names.leave(client)
-    names.join(5, "server")
+    names.join(5, "server", 5)
     assert mail.take(5) == []
 
 
@@ -187,11 +190,16 @@ def test_nobody_else_publishes(names, mail):
     assert not mail.boxes
 
 
+PROCESSES = count(1000)
+
+
 class ApiServer:
-    """Has a table of names, as an API server does."""
+    """Has a table of names, as an API server does, and a process of its own."""
 
     def __init__(self, stores: Stores, peers: int = 1) -> None:
-        self.client = NamesClient(stores, "server", peers)
+        pid = next(PROCESSES)
+        with mock.patch.object(client_module, "os", SimpleNamespace(getpid=lambda: pid)):
+            self.client = NamesClient(stores, "server", peers)
         self.table: dict[str, int] = {}
         self.settled: set[int] = set()
 
@@ -275,6 +283,22 @@ def test_an_api_server_that_leaves_a_new_store_is_not_waited_for_there():
     finish(stores, [first])
     assert request not in first.settled
     finish(stores, [first, third])
+    assert request in first.settled
+
+
+def test_an_api_server_that_comes_back_to_a_new_store_is_not_taken_for_another_one():
+    stores = Stores()
+    servers = first, second, _third = [ApiServer(stores, peers=3) for _ in range(3)]
+    finish(stores, servers)
+    stores.die()
+    finish(stores, [first, second])
+    second.client.close()  # only its connection is lost
+    stores.work()
+    finish(stores, [first, second])
+    request = first.publish("acme", 101)
+    finish(stores, [first, second])
+    assert request not in first.settled
+    finish(stores, servers)
     assert request in first.settled
 
 

@@ -141,7 +141,7 @@ class Conversation:
             connection.number, message.role, message.server, message.pid
         )
         if message.role == "server":
-            self._names.join(connection.number, message.server, message.peers)
+            self._names.join(connection.number, message.server, message.pid, message.peers)
 
     def _configure(self, connection: Connection, message: Configure, now: float) -> None:
         settings = message.settings

@@ -126,7 +126,7 @@ class Hello(Message, frozen=True):
             other API servers of its server. `observer`: looks only.
         server: Identity of the server that the client belongs to. Engines of one server share
             adapter numbers.
-        pid: The client's process, for `Description`.
+        pid: The client's process, for `Description`, and to know an API server that comes back.
         peers: How many API servers its server has, if this one was at a store before; 0: it was
             not.
     """

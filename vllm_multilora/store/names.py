@@ -21,22 +21,17 @@ class _Server:
 
     Attributes:
         members: The API servers that are here.
-        peers: How many there were at a store that has died, and so may be on their way.
-        left: How many have gone from here.
+        peers: How many there are to be, as those say that were at a store which has died.
+        come: The processes of those that have come, which may have gone again.
         names: By name, what it leads to.
         gone: By number.
     """
 
     members: set[int] = field(default_factory=set)
     peers: int = 0
-    left: int = 0
+    come: set[int] = field(default_factory=set)
     names: dict[str, Publish] = field(default_factory=dict)
     gone: dict[int, Retracted] = field(default_factory=dict)
-
-    @property
-    def expected(self) -> int:
-        """How many API servers there are to be."""
-        return self.peers - self.left
 
     def holds(self, change: Published | Retracted) -> bool:
         """Whether a change has not been replaced by another one."""
@@ -67,7 +62,7 @@ class _Change:
 
     @property
     def is_seen(self) -> bool:
-        return not self.unseen and len(self.home.members) >= self.home.expected
+        return not self.unseen and len(self.home.come) >= self.home.peers
 
 
 class Names:
@@ -87,7 +82,7 @@ class Names:
         self._changes: dict[int, _Change] = {}
         self._serials = itertools.count(1)
 
-    def join(self, client: int, server: str, peers: int = 0) -> None:
+    def join(self, client: int, server: str, pid: int, peers: int = 0) -> None:
         """An API server has come; it is told of all names, and of adapters that have lost theirs.
 
         When a store has died, its API servers come to the next one at different times. Whoever is
@@ -96,12 +91,13 @@ class Names:
         """
         home = self._home[client] = self._servers.setdefault(server, _Server())
         home.members.add(client)
+        home.come.add(pid)
         home.peers = max(home.peers, peers)
         for publish in home.names.values():
             self._effects.send(client, _published(0, publish))
         for retracted in home.gone.values():
             self._effects.send(client, retracted)
-        if len(home.members) > home.expected:
+        if len(home.come) > home.peers:
             return
         for serial, change in list(self._changes.items()):
             if change.home is not home:
@@ -118,7 +114,6 @@ class Names:
         if home is None:
             return
         home.members.discard(client)
-        home.left += 1
         for name in [n for n, other in self._servers.items() if not other.members]:
             del self._servers[name]
         for serial in list(self._changes):
