@@ -158,7 +158,9 @@ def test_what_held_at_a_store_that_has_died_gives_way_to_what_was_said_since(nam
     mail.boxes.clear()
     for late in (Publish(5, "acme", 6, "/old", b"", True), Publish(6, "globex", 8, "/old", b"")):
         names.publish(2, late, NOW)
-    assert mail.boxes == {2: [Settled(5), Settled(6)]}
+    instead = Retracted(0, "acme", 6)  # whoever has heard of it then forgets it
+    assert mail.boxes == {1: [instead], 2: [instead, Settled(5), Settled(6)], 3: [instead]}
+    mail.boxes.clear()
     names.publish(2, Publish(7, "initech", 9, "/old", b"", True), NOW)
     assert [message.adapter for message in mail.take(3)] == [9]
 
@@ -300,6 +302,20 @@ def test_an_api_server_that_comes_back_to_a_new_store_is_not_taken_for_another_o
     assert request not in first.settled
     finish(stores, servers)
     assert request in first.settled
+
+
+def test_a_name_that_a_dead_store_has_told_of_is_forgotten_where_another_took_its_place():
+    stores = Stores()
+    servers = first, second, third = [ApiServer(stores) for _ in range(3)]
+    third.publish("acme", 100)
+    stores.work()
+    third.hear()
+    third.publish("acme", 101)
+    stores.die()
+    first.publish("acme", 102)
+    third.retract("acme")
+    finish(stores, servers)
+    assert first.table == second.table == third.table == {}
 
 
 def test_what_is_said_while_there_is_no_store_is_said_to_the_next_one():

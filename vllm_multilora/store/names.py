@@ -126,7 +126,12 @@ class Names:
             return
         before = home.names.get(message.name)
         if message.adapter in home.gone or (message.again and before is not None):
-            # The client has heard, or will, what holds instead.
+            # The client has heard, or will, what holds instead; others may have heard of this from
+            # the store that has died, and of nothing since.
+            if before is not None and before.adapter != message.adapter:
+                home.withdraw(message.name, message.adapter)
+                for member in home.members:
+                    self._effects.send(member, home.gone[message.adapter])
             self._effects.send(client, Settled(message.request))
             return
         if before is not None and before.adapter != message.adapter:
