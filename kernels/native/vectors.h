@@ -197,8 +197,9 @@ struct region {
 #define REGIONS 16 /* known in advance */
 
 /* The weights that will be read, in the order in which they will be: fetched as many bytes at a time
- * as others are read, which keeps them FETCHED_AHEAD bytes apart. What is read side by side is fetched one run after the
- * other. The hardware does not foresee where reading goes on after a short piece. */
+ * as others are read, which keeps them FETCHED_AHEAD bytes apart. What is read side by side is
+ * fetched one run after the other. The hardware does not foresee where reading goes on after a
+ * short piece. */
 struct fetching {
     const char *at;       /* what is fetched next, ... */
     const char *end;      /* in the run that ends here, ... */

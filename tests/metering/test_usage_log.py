@@ -121,45 +121,44 @@ def test_half_a_line_of_a_server_that_was_killed_costs_no_other_line(tmp_path):
     assert json.loads(whole)["request_id"] == "after"
 
 
-def test_a_line_that_waits_for_the_disk_has_the_time_of_its_prompts_end(tmp_path, monkeypatch):
-    is_stuck, go_on = threading.Event(), threading.Event()
+@pytest.fixture
+def disk(monkeypatch):
+    """Is stuck from the first line on, until it may go on."""
+    disk = SimpleNamespace(is_stuck=threading.Event(), go_on=threading.Event())
     append = UsageLog._append
 
     def slow(self, content):
-        is_stuck.set()
-        assert go_on.wait(60)
+        disk.is_stuck.set()
+        assert disk.go_on.wait(60)
         append(self, content)
 
     monkeypatch.setattr(UsageLog, "_append", slow)
+    return disk
+
+
+def test_a_line_that_waits_for_the_disk_has_the_time_of_its_prompts_end(
+    tmp_path, monkeypatch, disk
+):
     log = UsageLog(tmp_path / "usage", BIG)
     log.write(Usage("first"))
-    assert is_stuck.wait(60)
+    assert disk.is_stuck.wait(60)
     clock = SimpleNamespace(time=lambda: 1_750_000_000.123)
     monkeypatch.setattr(usage_log, "time", clock)
     log.write(Usage("waits"))
     clock.time = lambda: 1_750_003_600.0  # an hour later
-    go_on.set()
+    disk.go_on.set()
     log.close()
     assert lines(tmp_path)[-1]["request_id"] == "waits"
     assert lines(tmp_path)[-1]["time"] == "2025-06-15T15:06:40.123Z"
 
 
-def test_a_slow_disk_costs_lines_and_no_time_and_the_log_says_how_many(tmp_path, monkeypatch):
-    is_stuck, go_on = threading.Event(), threading.Event()
-    append = UsageLog._append
-
-    def slow(self, content):
-        is_stuck.set()
-        assert go_on.wait(60)
-        append(self, content)
-
-    monkeypatch.setattr(UsageLog, "_append", slow)
+def test_a_slow_disk_costs_lines_and_no_time_and_the_log_says_how_many(tmp_path, disk):
     log = UsageLog(tmp_path / "usage", BIG, most_queued=2)
     log.write(Usage("first"))
-    assert is_stuck.wait(60)
+    assert disk.is_stuck.wait(60)
     for number in range(5):  # two may wait
         log.write(Usage(f"{number}"))
-    go_on.set()
+    disk.go_on.set()
     log.close()
     found = lines(tmp_path)
     assert [line["request_id"] for line in found if "request_id" in line] == ["first", "0", "1"]

@@ -8,7 +8,6 @@ import base64
 import io
 import json
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,8 @@ import httpx
 import pytest
 
 from tests.attacks.poison import poisoned
-from vllm_multilora.integration.server.callers import Caller, current_caller
+from tests.tenants.callers import as_caller
+from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.integration.server.model_names import prepare
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
@@ -61,15 +61,6 @@ def config(**lora: Any) -> SimpleNamespace:
 
 def tenant(name: str) -> Caller:
     return Caller(Role.TENANT, account=Account(Tenant(name, base_model=True)), secret="secret")
-
-
-def as_caller(who: Caller | None, call: Callable[[], Any]) -> Any:
-    """What a call returns that is made for somebody's request."""
-    token = current_caller.set(who)
-    try:
-        return call()
-    finally:
-        current_caller.reset(token)
 
 
 PARTS = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": ""}}]

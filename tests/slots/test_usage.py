@@ -48,24 +48,25 @@ def test_memory_for_adapters_that_come_and_go_is_bounded(monkeypatch: pytest.Mon
     assert [seen.of(number).last_error is None for number in range(5)] == [True, True, *[False] * 3]
 
 
-def test_failures_of_others_do_not_push_out_an_adapter_that_is_in_every_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> AdapterUsage:
+    """Remembers three adapters, and has read the first."""
     monkeypatch.setattr(usage, "MOST_REMEMBERED", 3)
     seen = AdapterUsage()
     seen.read(1, rank=8, size=100)
+    return seen
+
+
+def test_failures_of_others_do_not_push_out_an_adapter_that_is_in_every_step(
+    seen: AdapterUsage,
+) -> None:
     for number in range(2, 12):
         seen.step({1, number})
         seen.failed(number, FAILURE)
     assert seen.of(1).loads == 1
 
 
-def test_failures_of_others_do_not_push_out_an_adapter_that_is_used(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(usage, "MOST_REMEMBERED", 3)
-    seen = AdapterUsage()
-    seen.read(1, rank=8, size=100)
+def test_failures_of_others_do_not_push_out_an_adapter_that_is_used(seen: AdapterUsage) -> None:
     for number in range(2, 12):
         seen.failed(number, FAILURE)
         seen.hit(Tier.GPU, 1)

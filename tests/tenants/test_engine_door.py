@@ -1,6 +1,5 @@
 """What no check has granted does not reach the engine, and what does is marked as its tenant's."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -12,8 +11,9 @@ pytest.importorskip("vllm")
 
 from vllm.exceptions import VLLMNotFoundError
 
+from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
-from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.integration.server.engine_door import add_request
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
@@ -49,15 +49,6 @@ class Processor:
 
 def tenant(name: str) -> Caller:
     return Caller(Role.TENANT, account=Account(Tenant(name)), granted={None})
-
-
-def as_caller(who: Caller | None, call: Callable[[], Any]) -> Any:
-    """What a call returns that is made for somebody's request."""
-    token = current_caller.set(who)
-    try:
-        return call()
-    finally:
-        current_caller.reset(token)
 
 
 def caller(*granted: str | None, **limits: Any) -> Caller:
