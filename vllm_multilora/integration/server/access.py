@@ -164,6 +164,11 @@ class Access:
         return tenants
 
 
+def key_in(environment: Mapping[str, str]) -> str:
+    """The admin key that the environment has; empty: none."""
+    return environment.get(ADMIN_KEY_VARIABLE, "").strip()
+
+
 def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -> list[str]:
     """The operator's keys: every line of the file that is not empty, or the variable's value.
 
@@ -172,7 +177,7 @@ def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -
     """
     path = settings.admin_key_file
     if path is None:
-        found, where = [environment.get(ADMIN_KEY_VARIABLE, "").strip()], ADMIN_KEY_VARIABLE
+        found, where = [key_in(environment)], ADMIN_KEY_VARIABLE
         if not found[0]:
             return []
     else:

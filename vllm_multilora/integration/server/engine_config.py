@@ -39,6 +39,7 @@ from vllm_multilora.integration.server.access import (
     ADMIN_KEY_VARIABLE,
     COUNT_VARIABLE,
     SALT_VARIABLE,
+    key_in,
     read_admin_keys,
 )
 from vllm_multilora.integration.server.kv_connectors import require_adapters_apart
@@ -158,7 +159,7 @@ def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = N
     has_flags = settings.tenants is not None or settings.admin_key_file is not None
     # All servers of a machine may have the variable, also those without adapters.
     serves_adapters = vllm_config.lora_config is not None
-    has_variable = bool(os.environ.get(ADMIN_KEY_VARIABLE, "").strip()) and serves_adapters
+    has_variable = bool(key_in(os.environ)) and serves_adapters
     if not has_flags and not (has_variable and usage_context is UsageContext.OPENAI_API_SERVER):
         return
     if usage_context is UsageContext.LLM_CLASS:

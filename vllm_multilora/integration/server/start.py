@@ -19,7 +19,7 @@ from vllm_multilora.integration.server import (
     shared_names,
     status_route,
 )
-from vllm_multilora.integration.server.access import ADMIN_KEY_VARIABLE
+from vllm_multilora.integration.server.access import ADMIN_KEY_VARIABLE, key_in
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 
 _REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
@@ -41,7 +41,7 @@ def require_guards(models: Any) -> None:
     if vllm_config is None or not is_active(vllm_config):
         return
     settings = settings_of(vllm_config)
-    has_variable = bool(os.environ.get(ADMIN_KEY_VARIABLE, "").strip())
+    has_variable = bool(key_in(os.environ))
     if settings.tenants is None and settings.admin_key_file is None and not has_variable:
         return
     if lacking := missing(_GUARDS):
