@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine.parties import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
+from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine import registrations
 from vllm_multilora.integration.failures import AdapterRefusedError
@@ -521,6 +522,20 @@ def test_an_adapter_that_finds_no_room_is_registered_as_well(engine):
     assert engine.adapters.state(1) is AdapterState.ABSENT
     engine.adapters.want(lora(1))
     assert engine.store.only().keep
+
+
+def test_an_adapter_that_a_request_has_registered_is_kept_until_the_request_comes(engine):
+    """Read once, where everybody else's adapters fill host memory."""
+    number = FIRST_NUMBER + 1
+    future = engine.adapters.register(lora(number))
+    want = engine.store.only()
+    assert (want.keep, want.fresh) == (True, False)
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    assert future.result(0) is True
+    assert not engine.store.leased  # it may leave again
+    engine.adapters.want(lora(number))
+    assert engine.adapters.state(number) is AdapterState.HOST
 
 
 def test_what_is_there_is_registered_at_once(engine):

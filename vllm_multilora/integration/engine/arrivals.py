@@ -166,7 +166,7 @@ class Arrivals:
                 self._wants.cancel(entry)
                 self._wants.ask(entry)
             if entry.is_being_checked:
-                self._wants.check(entry, keep=False, fresh=True)
+                self._wants.check(entry, fresh=True)
 
     def _take_failed(self, message: Failed) -> None:
         entry = self._wants.find(message.ticket)
@@ -227,7 +227,7 @@ class Arrivals:
             return
         entry.check_order = None
         if under_way.is_lost or (isinstance(answer, FillFailed) and answer.is_gone):
-            self._wants.check(entry, keep=False, fresh=False)
+            self._wants.check(entry, fresh=False)
         elif isinstance(answer, FillFailed):
             self._fail(entry, LoadFailure(answer.kind, answer.message), [])
         else:

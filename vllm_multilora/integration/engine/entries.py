@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_multilora.adapters.blends import Blend
+from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.fingerprint import Fingerprint
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.blends import blend_of
@@ -78,6 +79,14 @@ class Entry:
     @property
     def number(self) -> int:
         return self.request.lora_int_id
+
+    @property
+    def is_read_on_request(self) -> bool:
+        """Whether its registration has a request behind it: it is a directory's, or a blend.
+
+        API servers register these when they are first asked for, all others when somebody says so.
+        """
+        return self.number >= FIRST_NUMBER
 
     @property
     def is_stale(self) -> bool:

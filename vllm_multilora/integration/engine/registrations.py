@@ -125,7 +125,7 @@ class Registrations:
         entry.registrations.append(future)
         is_there = entry.state(self._slots) in (AdapterState.HOST, AdapterState.SLOT)
         if not entry.is_being_checked and (fresh or not is_there):
-            self._wants.check(entry, keep=False, fresh=fresh)
+            self._wants.check(entry, fresh=fresh)
         return future
 
     def pin(self, entry: Entry) -> Future[bool]:
@@ -164,7 +164,7 @@ class Registrations:
         if message.leased:
             self._orders.check(entry, pack)
         else:
-            self._wants.check(entry, keep=True, fresh=False)
+            self._wants.check(entry, fresh=False, keep=True)
         return True
 
     def succeed(self, entry: Entry) -> None:
@@ -200,5 +200,5 @@ class Registrations:
         """Those that a check which has ended answers; the next one begins, for those after them."""
         registrations, entry.registrations, entry.later = entry.registrations, entry.later, []
         if entry.registrations:
-            self._wants.check(entry, keep=False, fresh=True)
+            self._wants.check(entry, fresh=True)
         return registrations

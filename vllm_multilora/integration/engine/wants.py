@@ -46,11 +46,15 @@ class Wants:
         if entry.ticket is not None:
             self._store.share(entry.ticket, tenant)
 
-    def check(self, entry: Entry, *, keep: bool, fresh: bool) -> None:
-        """Wants an adapter for registrations; what is under way for them counts no more."""
+    def check(self, entry: Entry, *, fresh: bool, keep: bool = False) -> None:
+        """Wants an adapter for registrations; what is under way for them counts no more.
+
+        Others leave memory for it if `keep`, or if a request will want it as soon as it is
+        registered: it would be read twice.
+        """
         self._cancel(entry, entry.check_ticket)
         entry.check_order = None
-        entry.check_ticket = self._want(entry, keep=keep, fresh=fresh)
+        entry.check_ticket = self._want(entry, keep=keep or entry.is_read_on_request, fresh=fresh)
 
     def end(self, entry: Entry, ticket: int) -> Fingerprint | None:
         """A want of an entry is over.
