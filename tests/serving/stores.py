@@ -38,14 +38,20 @@ def observer(path: Path) -> Iterator[StoreClient]:
 def store_process(path: Path) -> psutil.Process:
     """The process of the store that listens at a path, or will soon."""
     deadline = time.monotonic() + _LIMIT_S
-    while True:
-        with contextlib.suppress(OSError), observer(path) as client:
-            client.describe()
-            for message in client.wait(_LIMIT_S):
-                if isinstance(message, Description):
-                    return psutil.Process(message.pid)
+    while (process := store_process_now(path)) is None:
         assert time.monotonic() < deadline, f"no store at {path}"
         time.sleep(0.02)
+    return process
+
+
+def store_process_now(path: Path) -> psutil.Process | None:
+    """The process of the store that listens at a path; None if none does."""
+    with contextlib.suppress(OSError), observer(path) as client:
+        client.describe()
+        for message in client.wait(_LIMIT_S):
+            if isinstance(message, Description):
+                return psutil.Process(message.pid)
+    return None
 
 
 def await_end(process: psutil.Process, limit_s: float) -> None:

@@ -13,7 +13,7 @@ import pytest
 from .cache_probe import report
 from .cases import NEW_TOKENS, Case, Scenario
 from .engine import answer, assert_as_peft, lora_request, running_engine
-from .stores import await_end, store_process
+from .stores import await_end, store_process, store_process_now
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -63,21 +63,23 @@ def test_a_store_that_is_killed_while_it_reads_loses_no_request(
     """It is killed again and again while twenty adapters pass through three slots."""
     cases = cases_of(fleet, range(10, 30))
     killed = []
+    is_answered = threading.Event()
 
     def kill_often() -> None:
-        for _ in range(4):
-            process = store_process(path)
-            kill(process)
-            killed.append(process.pid)
-            time.sleep(0.4)
+        while len(killed) < 4 and not is_answered.wait(0.2):
+            # None is started where nobody needs one any more.
+            if (process := store_process_now(path)) is not None:
+                kill(process)
+                killed.append(process.pid)
 
     path = Path(report(engine)["store"].removeprefix("unix:"))
     killer = threading.Thread(target=kill_often)
     killer.start()
     outputs = answer(engine, fleet, cases)
+    is_answered.set()
     killer.join()
     assert_as_peft(outputs, cases)
-    assert len(set(killed)) == 4
+    assert len(set(killed)) >= 2, killed
 
 
 def test_an_adapter_serves_whose_store_was_killed_after_it_was_registered(
