@@ -12,6 +12,7 @@ from vllm_multilora.slots.budget import MIB
 
 SECONDS = {
     "step": 0.05,
+    "prompts_at_all": 0.004,
     "prompt_token": 0.0004,
     "generated_token": 0.001,
     "prompt_pair": 1e-7,
@@ -20,8 +21,7 @@ SECONDS = {
     "adapter_mib": 0.0002,
     "adapted_token": 0.00002,
     "adapted_token_mib": 0.00001,
-    "mixed": 0.004,
-    "mixed_row": 0.0005,
+    "row_beside_prompts": 0.0005,
     "load_beside": 0.003,
 }
 REQUEST_S, BESIDE_S = 0.006, 0.02

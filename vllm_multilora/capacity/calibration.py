@@ -14,7 +14,7 @@ from vllm_multilora.capacity.step_cost import TERMS
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.slots.budget import MIB
 
-FORMAT = 2
+FORMAT = 3
 _LEAST_S = 1e-6
 
 # What a file's numbers must be; JSON has no NaN and no infinity.

@@ -5,8 +5,9 @@ part for each token of a prompt and for each request that gets a token, and two 
 one for each pair of tokens of a prompt, and one for each token of a context that is read for
 another token. Adapters add a fixed part for their kernels, a part for reading their matrices once
 each, and a part for multiplying each of their tokens; both are proportional to the adapter's bytes,
-and so to its rank. Prompts beside requests that generate cost more than either alone, since kernels
-are made for one or the other. Loads beside a step take processor time from it.
+and so to its rank. Prompts add a fixed part, since other kernels compute them than single tokens,
+and one for each request that generates beside them. Loads beside a step take processor time from
+it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vllm_multilora.slots.budget import MIB
 
 TERMS = (
     "step",
+    "prompts_at_all",
     "prompt_token",
     "generated_token",
     "prompt_pair",
@@ -27,8 +29,7 @@ TERMS = (
     "adapter_mib",
     "adapted_token",
     "adapted_token_mib",
-    "mixed",
-    "mixed_row",
+    "row_beside_prompts",
     "load_beside",
 )
 """What a step's time is a sum of, in the order of `Batch.amounts`."""
@@ -61,9 +62,9 @@ class Batch:
     @property
     def amounts(self) -> tuple[float, ...]:
         """How much of each of `TERMS` there is."""
-        is_mixed = self.prompt_tokens > 0 and self.context_tokens > 0
         return (
             1.0,
+            self.prompt_tokens > 0,
             self.prompt_tokens,
             self.rows,
             self.prompt_pairs,
@@ -72,8 +73,7 @@ class Batch:
             self.adapter_bytes / MIB,
             self.adapted_tokens,
             self.adapted_token_bytes / MIB,
-            is_mixed,
-            self.rows if is_mixed else 0,
+            self.rows if self.prompt_tokens and self.context_tokens else 0,
             self.is_loading,
         )
 
