@@ -14,6 +14,7 @@ SECONDS = {
     "step": 0.05,
     "prompts_at_all": 0.004,
     "prompt_token": 0.0004,
+    "prompt_token_squared": 2e-7,
     "generated_token": 0.001,
     "prompt_pair": 1e-7,
     "context_token": 2e-6,
@@ -60,15 +61,15 @@ class Server:
         self.slots = [*self.slots, model][-SLOTS:]
         return seconds
 
-    def batch(self, running, late=None, age=0, is_loading=False):
-        """Of requests that have generated so many tokens, and one whose prompt is computed."""
-        asks = [*running, *([late] if late else [])]
-        tokens = [(ask, 1) for ask in running] + ([(late, late.prompt_tokens)] if late else [])
+    def batch(self, running, late=(), age=0, is_loading=False):
+        """Of requests that have generated so many tokens, and others whose prompts are computed."""
+        asks = [*running, *late]
+        tokens = [(ask, 1) for ask in running] + [(ask, ask.prompt_tokens) for ask in late]
         size = {ask.model: self.adapters.get(ask.model, 0) for ask in asks}
         return Batch(
-            prompt_tokens=late.prompt_tokens if late else 0,
+            prompt_tokens=sum(ask.prompt_tokens for ask in late),
             rows=len(asks),
-            prompt_pairs=pairs_of(late.prompt_tokens) if late else 0,
+            prompt_pairs=sum(pairs_of(ask.prompt_tokens) for ask in late),
             context_tokens=sum(ask.prompt_tokens + age for ask in running),
             adapter_bytes=sum(size.values()),
             adapted_tokens=sum(n for ask, n in tokens if size[ask.model]),
@@ -80,7 +81,7 @@ class Server:
         answers = [Answer(ask, self.now) for ask in asks]
         if len(asks) == 1:
             fetched = self.fetched(asks[0].model)
-            self.now += REQUEST_S + fetched + COST.of(self.batch([], asks[0]))
+            self.now += REQUEST_S + fetched + COST.of(self.batch([], asks))
         for age in range(asks[0].new_tokens):
             self.now += COST.of(self.batch(asks, age=age)) if age else 0.0
             for answer in answers:
@@ -90,14 +91,15 @@ class Server:
     def beside(self, asks, late):
         streams, answers = [Answer(ask, self.now) for ask in asks], []
 
-        def step(ask=None, *, is_loading=False):
+        def step(lot=(), *, is_loading=False):
             age = len(streams[0].tokens_s)
-            self.now += COST.of(self.batch(asks, ask, age, is_loading=is_loading))
+            self.now += COST.of(self.batch(asks, lot, age, is_loading=is_loading))
             for stream in streams:
                 stream.tokens_s.append(self.now)
 
         step()
-        for ask in late:
+        for lot in late:
+            ask = lot[0]
             step()
             step()
             half = COST.of(self.batch(asks)) / 2
@@ -107,7 +109,8 @@ class Server:
                 answer.begin_s = self.now - before + ask.delay_s % before
                 if answer.begin_s + BESIDE_S > self.now:
                     step()
-            answers.append(answer)
+            lot_answers = [answer, *(Answer(other, answer.begin_s) for other in lot[1:])]
+            answers += lot_answers
             seconds = self.fetched(ask.model, SLOWDOWN)
             if seconds > COPY_S:
                 ready = self.now + seconds - COPY_S
@@ -115,8 +118,9 @@ class Server:
                     step(is_loading=True)
                 step()  # during which its request reaches the scheduler
                 step()  # in which it is copied
-            step(ask)
-            answer.tokens_s.append(self.now)
+            step(lot)
+            for each in lot_answers:
+                each.tokens_s.append(self.now)
         return streams, answers
 
 

@@ -13,13 +13,14 @@ SECONDS = {term: 0.001 * n for n, term in enumerate(TERMS, 1)}
 
 
 def batches():
-    amounts = (0, 7, 20, 50), (0, 1, 9), (0, 2, 5), (False, True)
-    for prompt, rows, size, is_loading in product(*amounts):
+    amounts = (0, 7, 20, 50), (1, 2), (0, 1, 9), (0, 2, 5), (False, True)
+    for length, prompts, rows, size, is_loading in product(*amounts):
+        prompt = length * prompts
         yield Batch(
             prompt_tokens=prompt,
             rows=rows + (prompt > 0),
-            prompt_pairs=pairs_of(prompt),
-            context_tokens=rows * (20 + prompt % 3),
+            prompt_pairs=prompts * pairs_of(length),
+            context_tokens=rows * (20 + length % 3),
             adapter_bytes=size * MIB,
             adapted_tokens=(prompt + rows) * (size > 0),
             adapted_token_bytes=(prompt + rows) * size * MIB,
@@ -43,6 +44,7 @@ def test_each_part_counts_what_it_is_named_after():
         "step": 1,
         "prompts_at_all": 1,
         "prompt_token": 10,
+        "prompt_token_squared": 100,
         "generated_token": 3,
         "prompt_pair": 5 + 6 + 7 + 8 + 9 + 10 + 11 + 12 + 13 + 14,
         "context_token": 60,

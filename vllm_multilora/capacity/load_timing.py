@@ -78,7 +78,7 @@ def _beside(server: Timed, name: str, samples: list[Sample]) -> float:
     for a step in which it is copied.
     """
     models = [server.model] * min(STREAMS, server.limits.max_num_seqs - 1)
-    late = [Ask(name, SHORT_PROMPT, 1)] * (1 + _WARM)
+    late = [[Ask(name, SHORT_PROMPT, 1)]] * (1 + _WARM)
     streams, (cold, *warm) = server.beside(models, late)
     later = statistics.mean(answer.first_token_s for answer in warm)
     steps = list(enumerate(steps_of(streams), 1))

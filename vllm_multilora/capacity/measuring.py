@@ -26,7 +26,7 @@ from vllm_multilora.capacity.timing import (
 )
 from vllm_multilora.operations.completions import Answer, Ask
 
-_DECODED, _REPEATS, _LATE = 24, 5, 16
+_DECODED, _REPEATS, _LATE, _LOT, _LOTS = 24, 5, 16, 4, 8
 _PROMPTS = (8, 32, 128, 512, 2048)
 _BESIDE = (32, 128)
 _GOLDEN, _SPREAD = 0.618, 3
@@ -188,7 +188,7 @@ class Measuring:
             self._measured.samples.append(Sample(case, batch, end - begin))
 
     def _mixed(self, in_slots: Sequence[str]) -> None:
-        """Steps with a prompt beside requests that generate."""
+        """Steps with prompts beside requests that generate: with one, and with several."""
         lengths = [length for length in _BESIDE if length < self._limits.max_model_len / 2]
         generated = [s.seconds for s in self._measured.samples if not s.batch.prompt_tokens]
         step_s = statistics.median(generated)
@@ -196,40 +196,66 @@ class Measuring:
             for models in filter(None, ([self._model], list(in_slots))):
                 self._progress(f"prompts beside {rows} requests")
                 chosen = [models[n % len(models)] for n in range(rows)]
-                late = [
-                    Ask(
-                        chosen[-1],
-                        lengths[n % len(lengths)],
-                        1,
-                        _SPREAD * step_s * (n * _GOLDEN % 1),
-                    )
+                single = [
+                    [
+                        Ask(
+                            chosen[-1],
+                            lengths[n % len(lengths)],
+                            1,
+                            _SPREAD * step_s * (n * _GOLDEN % 1),
+                        )
+                    ]
                     for n in range(_LATE)
                 ]
-                streams, answers = self._server.beside(chosen, late)
-                for answer in answers:
-                    self._note_mixed(streams, answer)
+                streams, answers = self._server.beside(chosen, single)
+                self._note_missed(streams, answers)
+                self._note_mixed(streams, answers)
+                lots = [self._lot(models, lengths[n % len(lengths)], rows) for n in range(_LOTS)]
+                if all(lots):
+                    self._note_mixed(*self._server.beside(chosen, lots))
 
-    def _note_mixed(self, streams: Sequence[Answer], answer: Answer) -> None:
+    def _lot(self, models: Sequence[str], length: int, rows: int) -> list[Ask]:
+        """Requests with prompts that one step can have beside so many that generate; or none."""
+        room = (self._limits.max_num_batched_tokens - rows) // length
+        count = min(_LOT, self._seqs - rows, room)
+        return [Ask(models[n % len(models)], length, 1) for n in range(count)] if count > 1 else []
+
+    def _note_missed(self, streams: Sequence[Answer], answers: Sequence[Answer]) -> None:
         steps = steps_of(streams)
-        age, (begin, end) = min(
-            enumerate(steps, 1), key=lambda step: abs(step[1][1] - answer.tokens_s[0])
-        )
-        boundary = next((each for _, each in steps if each > answer.begin_s), begin)
-        self._measured.missed_s.append(max(0.0, begin - boundary))
-        prompt, size = answer.ask.prompt_tokens, self._size(answer.ask.model)
+        for answer in answers:
+            _, begin = _step_of(answer, steps)
+            boundary = next((each for _, each in steps if each > answer.begin_s), begin)
+            self._measured.missed_s.append(max(0.0, begin - boundary))
+
+    def _note_mixed(self, streams: Sequence[Answer], answers: Sequence[Answer]) -> None:
+        steps = steps_of(streams)
+        prompts: dict[int, list[Answer]] = {}
+        for answer in answers:
+            prompts.setdefault(_step_of(answer, steps)[0], []).append(answer)
         sizes = [self._size(stream.ask.model) for stream in streams]
-        batch = Batch(
-            prompt_tokens=prompt,
-            rows=len(streams) + 1,
-            prompt_pairs=pairs_of(prompt),
-            context_tokens=len(streams) * (SHORT_PROMPT + age),
-            adapter_bytes=sum(map(self._size, {stream.ask.model for stream in streams})),
-            adapted_tokens=sum(each > 0 for each in sizes) + prompt * (size > 0),
-            adapted_token_bytes=sum(sizes) + prompt * size,
-        )
-        kind = "with adapters" if size else "without"
-        case = f"prompt of {prompt} beside {len(streams)} {kind}"
-        self._measured.samples.append(Sample(case, batch, end - begin))
+        for place, late in prompts.items():
+            begin, end = steps[place]
+            asks = [answer.ask for answer in late]
+            tokens = sum(ask.prompt_tokens for ask in asks)
+            models = {answer.ask.model for answer in (*streams, *late)}
+            late_sizes = [self._size(ask.model) for ask in asks]
+            adapted = sum(a.prompt_tokens for a, size in zip(asks, late_sizes, strict=True) if size)
+            bytes_of_tokens = sum(
+                a.prompt_tokens * size for a, size in zip(asks, late_sizes, strict=True)
+            )
+            batch = Batch(
+                prompt_tokens=tokens,
+                rows=len(streams) + len(late),
+                prompt_pairs=sum(pairs_of(ask.prompt_tokens) for ask in asks),
+                context_tokens=len(streams) * (SHORT_PROMPT + place + 1),
+                adapter_bytes=sum(map(self._size, models)),
+                adapted_tokens=sum(size > 0 for size in sizes) + adapted,
+                adapted_token_bytes=sum(sizes) + bytes_of_tokens,
+            )
+            kind = "with adapters" if batch.adapter_bytes else "without"
+            what = f"{len(late)} prompts of {tokens}" if len(late) > 1 else f"prompt of {tokens}"
+            case = f"{what} beside {len(streams)} {kind}"
+            self._measured.samples.append(Sample(case, batch, end - begin))
 
     def _size(self, model: str) -> int:
         return self._measured.sizes.get(model, 0)
@@ -237,3 +263,9 @@ class Measuring:
     @property
     def _seqs(self) -> int:
         return self._limits.max_num_seqs
+
+
+def _step_of(answer: Answer, steps: Sequence[tuple[float, float]]) -> tuple[int, float]:
+    """The step, as its place among all, at whose end a first token came; and when it began."""
+    place = min(range(len(steps)), key=lambda n: abs(steps[n][1] - answer.tokens_s[0]))
+    return place, steps[place][0]

@@ -1,7 +1,8 @@
 """How long a step takes, by what is in its batch: a sum of terms, each 0 or more.
 
 A step has a fixed part (the model's weights are read once, and Python runs through its layers), a
-part for each token of a prompt and for each request that gets a token, and two parts for attention:
+part for each token of a prompt, which grows with their number, since caches hold less of a larger
+step, one for each request that gets a token, and two parts for attention:
 one for each pair of tokens of a prompt, and one for each token of a context that is read for
 another token. Adapters add a fixed part for their kernels, a part for reading their matrices once
 each, and a part for multiplying each of their tokens; both are proportional to the adapter's bytes,
@@ -22,6 +23,7 @@ TERMS = (
     "step",
     "prompts_at_all",
     "prompt_token",
+    "prompt_token_squared",
     "generated_token",
     "prompt_pair",
     "context_token",
@@ -66,6 +68,7 @@ class Batch:
             1.0,
             self.prompt_tokens > 0,
             self.prompt_tokens,
+            self.prompt_tokens**2,
             self.rows,
             self.prompt_pairs,
             self.context_tokens,

@@ -20,7 +20,7 @@ class Client(Protocol):
     def together(self, asks: Sequence[Ask]) -> list[Answer]: ...
 
     def beside(
-        self, asks: Sequence[Ask], late: Sequence[Ask]
+        self, asks: Sequence[Ask], late: Sequence[Sequence[Ask]]
     ) -> tuple[list[Answer], list[Answer]]: ...
 
 
@@ -68,9 +68,9 @@ class Timed:
         return [self.client.together([ask])[0].first_token_s for ask in asks]
 
     def beside(
-        self, models: Sequence[str], late: Sequence[Ask]
+        self, models: Sequence[str], late: Sequence[Sequence[Ask]]
     ) -> tuple[list[Answer], list[Answer]]:
-        """Requests for these models that generate, and others beside them, one after another."""
+        """Requests for these models that generate, and others beside them, lot after lot."""
         longest = self.limits.max_model_len - SHORT_PROMPT - 1
         answers = self.client.beside([Ask(m, SHORT_PROMPT, longest) for m in models], late)
         self.client.together([Ask(self.model, SHORT_PROMPT, 1)])  # until the first ones have ended

@@ -84,12 +84,14 @@ class Completions:
             stream.finish()
         return [stream.answer for stream in streams]
 
-    def beside(self, asks: Sequence[Ask], late: Sequence[Ask]) -> tuple[list[Answer], list[Answer]]:
-        """Sends requests, and while they generate others, one after the other.
+    def beside(
+        self, asks: Sequence[Ask], late: Sequence[Sequence[Ask]]
+    ) -> tuple[list[Answer], list[Answer]]:
+        """Sends requests, and while they generate others, one lot after the other.
 
         Args:
             asks: Long enough for the others; cut short when these have been answered.
-            late: The others.
+            late: The others; those of a lot are sent together.
 
         Returns:
             The answers to both.
@@ -104,7 +106,7 @@ class Completions:
                     time.sleep(_POLL_S)
                 if not stream.is_alive():
                     stream.finish()
-            answers = [self.together([one])[0] for one in late]
+            answers = [answer for lot in late for answer in self.together(lot)]
         finally:
             for stream in streams:
                 stream.stop()
