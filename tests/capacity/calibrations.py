@@ -6,6 +6,7 @@ from vllm_multilora.capacity.calibration import (
     FORMAT,
     Calibration,
     Loads,
+    Machine,
     Ranges,
     Residual,
     Settings,
@@ -34,7 +35,7 @@ def calibration(**changes: Any) -> Calibration:
     attributes: dict[str, Any] = {
         "format": FORMAT,
         "created": "2026-11-27T00:00:00+00:00",
-        "machine": {"processor": "abacus", "cores": 2, "system": "Linux"},
+        "machine": Machine(processor="abacus", cores=2, system="Linux"),
         "versions": {"vllm": "0.32.0"} | versions_here(),
         "model": ["base", "/models/tiny"],
         "settings": Settings(

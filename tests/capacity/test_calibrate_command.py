@@ -112,7 +112,7 @@ def test_a_server_is_measured_into_a_file(server, tmp_path, capsys):
     found = read_calibration(file)
     assert found.model == ["base", "/models/tiny"]
     assert found.versions == {"vllm": "0.32.0", "vllm-multilora": __version__}
-    assert found.machine["cores"] > 0
+    assert found.machine.cores > 0
     settings = found.settings
     assert (settings.max_num_seqs, settings.max_num_batched_tokens) == (4, 64)
     assert (settings.max_model_len, settings.max_loras, settings.kv_tokens) == (128, 4, 1600)

@@ -178,6 +178,7 @@ def changed(**attributes):
             changed().replace('"copy_fixed_s": 0.5', '"copy_fixed_s": -5'),
             "at `$.loads.copy_fixed_s`",
         ),
+        (changed(machine={}), "missing required field `processor` - at `$.machine`"),
         (changed(model=[]), "Expected `array` of length >= 1 - at `$.model`"),
         (changed(adapters={"a": 0}), "Expected `int` >= 1 - at `$.adapters[...]`"),
         (

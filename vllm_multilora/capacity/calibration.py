@@ -27,6 +27,20 @@ class CalibrationError(MultiLoRAError, ValueError):
     """A calibration cannot be used, or cannot be made."""
 
 
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Where it was measured.
+
+    Attributes:
+        processor: As the system calls it.
+        cores: Its number of cores.
+        system: Its name and version.
+    """
+
+    processor: str
+    cores: int
+    system: str
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Of the server that was measured.
 
@@ -118,7 +132,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         format: Of the file.
         created: In ISO 8601, UTC.
-        machine: Its processor, number of cores and system.
+        machine: Where.
         versions: Of `vllm` and `vllm-multilora`.
         model: The names that the server has for its base model, and what it is loaded from.
         settings: The server's.
@@ -133,7 +147,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     format: int
     created: str
-    machine: dict[str, str | int]
+    machine: Machine
     versions: dict[str, str]
     model: Annotated[list[str], msgspec.Meta(min_length=1)]
     settings: Settings

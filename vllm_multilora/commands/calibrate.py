@@ -16,6 +16,7 @@ from vllm_multilora.capacity.calibration import (
     FORMAT,
     Calibration,
     CalibrationError,
+    Machine,
     Residual,
     Settings,
     check_writable,
@@ -181,7 +182,7 @@ def kv_tokens(metrics: str) -> int | None:
     return int(blocks) * int(size) if blocks.isdigit() and size.isdigit() else None
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> Machine:
     """The processor, its number of cores and the system."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -189,7 +190,7 @@ def machine() -> dict[str, str | int]:
         named = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M)
         processor = named.group(1) if named else processor
     system = f"{platform.system()} {platform.release()}"
-    return {"processor": processor, "cores": os.cpu_count() or 1, "system": system}
+    return Machine(processor=processor, cores=os.cpu_count() or 1, system=system)
 
 
 def report(calibration: Calibration, path: Path) -> str:

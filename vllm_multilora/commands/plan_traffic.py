@@ -8,6 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
+
 from vllm_multilora.capacity.calibration import (
     Calibration,
     check_fits,
@@ -137,7 +139,7 @@ def _text(found: Forecast, server: Server, calibration: Calibration) -> str:
             f"adapters: {found.gpu_hit_rate:.1%} of requests find theirs in a slot, "
             f"{found.cpu_hit_rate:.1%} in a slot or in host memory; {found.loads} loads, "
             f"{found.activations} copies into slots",
-            f"calibrated {calibration.created} on {calibration.machine['processor']}; steps are "
+            f"calibrated {calibration.created} on {calibration.machine.processor}; steps are "
             f"fitted to {calibration.residual.rms:.1%}",
         ]
     )
@@ -161,7 +163,7 @@ def _json(found: Forecast, server: Server, calibration: Calibration) -> str:
         },
         "calibration": {
             "created": calibration.created,
-            "machine": calibration.machine,
+            "machine": msgspec.to_builtins(calibration.machine),
             "versions": calibration.versions,
             "model": calibration.model[0],
             "residual": calibration.residual.rms,
