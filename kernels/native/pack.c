@@ -119,13 +119,14 @@ static void pack_rows(const struct pack_piece *p, const char *span, run_function
     }
 }
 
-/* [TILE, TILE] of 16 bits, by blocks of 8 x 8 that lie in registers. */
-static void transpose16(uint16_t (*restrict to)[TILE], uint16_t (*restrict from)[TILE], int64_t rows,
-                        int64_t columns) {
+/* [rows, columns] of 16 bits, by blocks of 8 x 8 that lie in registers; the last ones may reach
+ * past the rows and columns. */
+static void transpose16(uint16_t (*restrict to)[TILE], const uint16_t *restrict from,
+                        int64_t stride, int64_t rows, int64_t columns) {
     for (int64_t j = 0; j < columns; j += 8)
         for (int64_t i = 0; i < rows; i += 8) {
             u16x8u a[8], b[8];
-            UNROLL for (int k = 0; k < 8; k++) memcpy(&a[k], &from[i + k][j], 16);
+            UNROLL for (int k = 0; k < 8; k++) memcpy(&a[k], from + (i + k) * stride + j, 16);
             UNROLL for (int k = 0; k < 4; k++) { /* rows k and k + 4, three times over */
                 b[2 * k] = SHUF(a[k], a[k + 4], 0, 8, 1, 9, 2, 10, 3, 11);
                 b[2 * k + 1] = SHUF(a[k], a[k + 4], 4, 12, 5, 13, 6, 14, 7, 15);
@@ -142,10 +143,10 @@ static void transpose16(uint16_t (*restrict to)[TILE], uint16_t (*restrict from)
         }
 }
 
-static void transpose32(uint32_t (*restrict to)[TILE], uint32_t (*restrict from)[TILE], int64_t rows,
-                        int64_t columns) {
+static void transpose32(uint32_t (*restrict to)[TILE], const uint32_t *restrict from,
+                        int64_t stride, int64_t rows, int64_t columns) {
     for (int64_t j = 0; j < columns; j++)
-        for (int64_t i = 0; i < rows; i++) to[j][i] = from[i][j];
+        for (int64_t i = 0; i < rows; i++) to[j][i] = from[i * stride + j];
 }
 
 static void pack_transposed(const struct pack_piece *p, const char *span, run_function *run,
@@ -153,20 +154,27 @@ static void pack_transposed(const struct pack_piece *p, const char *span, run_fu
     uint32_t values[TILE * TILE] __attribute__((aligned(LINE)));
     uint32_t turned[TILE * TILE] __attribute__((aligned(LINE)));
     size_t from_width = width_of((int)p->from_dtype), to_width = width_of((int)p->to_dtype);
+    /* Whole rows of a narrow matrix, as those of a B of low rank, are one long one. */
+    int is_narrow = p->columns <= TILE && p->from_stride == p->columns;
+    int64_t stride = is_narrow ? p->columns : TILE;
     int64_t rows = min64(TILE - past_line((char *)p->to, to_width), p->rows);
     for (int64_t row = 0; row < p->rows; row += rows, rows = min64(TILE, p->rows - row)) {
         for (int64_t column = 0; column < p->columns; column += TILE) {
             int64_t columns = min64(TILE, p->columns - column);
             const char *from =
                 span + p->from + (size_t)(row * p->from_stride + column) * from_width;
-            for (int64_t i = 0; i < rows; i++)
-                run((char *)values + (size_t)(i * TILE) * to_width,
-                    from + (size_t)(i * p->from_stride) * from_width, columns, (float)p->scale,
-                    largest);
-            if (to_width == 2)
-                transpose16((uint16_t(*)[TILE])turned, (uint16_t(*)[TILE])values, rows, columns);
+            if (is_narrow)
+                run(values, from, rows * columns, (float)p->scale, largest);
             else
-                transpose32((uint32_t(*)[TILE])turned, (uint32_t(*)[TILE])values, rows, columns);
+                for (int64_t i = 0; i < rows; i++)
+                    run((char *)values + (size_t)(i * TILE) * to_width,
+                        from + (size_t)(i * p->from_stride) * from_width, columns, (float)p->scale,
+                        largest);
+            if (to_width == 2)
+                transpose16((uint16_t(*)[TILE])turned, (const uint16_t *)values, stride, rows,
+                            columns);
+            else
+                transpose32((uint32_t(*)[TILE])turned, values, stride, rows, columns);
             for (int64_t j = 0; j < columns; j++)
                 put((char *)p->to + (size_t)((column + j) * p->to_stride + row) * to_width,
                     (const char *)turned + (size_t)(j * TILE) * to_width, (size_t)rows * to_width);
