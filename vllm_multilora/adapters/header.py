@@ -244,7 +244,8 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Proble
 
     if len(name) > _MOST_NAME:
         return wrong(f"a name of {len(name)} characters", f"at most {_MOST_NAME}")
-    if any("\ud800" <= character <= "\udfff" for character in name):  # which JSON can spell
+    # JSON can spell what UTF-8 cannot.
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
         return wrong("a name with half of a pair of surrogates", "one that UTF-8 can encode")
     if name.count(".") > _MOST_DOTS:
         return wrong(f"a name with {name.count('.')} dots", f"at most {_MOST_DOTS}")

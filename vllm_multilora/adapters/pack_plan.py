@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from multilora_kernels.dtypes import FLOAT32
+from multilora_kernels.dtypes import FLOAT32, DType
 from multilora_kernels.packing import CONVERT, RAW, TRANSPOSE
 from vllm_multilora.adapters.applied import Applied, judged
 from vllm_multilora.adapters.layout import BLOCK_BYTES, ModelLayout, SliceLayout
@@ -183,14 +183,16 @@ def unpacked(
     applied: Sequence[Applied],
 ) -> list[Part]:
     """What is to be judged besides: tensors of which the workers here do not keep every value."""
-    kept: dict[Part, list[Part]] = {}
+    kept: dict[tuple[str, DType, float], list[Part]] = {}
     for part in packed:
-        whole = Part(part.tensor, part.dtype, part.scale)
-        kept.setdefault(whole, []).append(part)
+        kept.setdefault((part.tensor, part.dtype, part.scale), []).append(part)
     return [
         whole
         for whole in judged(applied, layouts)
-        if not _covers(kept.get(whole, []), file.tensors[whole.tensor].shape)
+        if not _covers(
+            kept.get((whole.tensor, whole.dtype, whole.scale), []),
+            file.tensors[whole.tensor].shape,
+        )
     ]
 
 
