@@ -181,9 +181,7 @@ class SlotTable:
             self._staging = DeviceStaging(self.device, staging_bytes)
         self.staging_bytes = staging_bytes
 
-    def scatter(
-        self, slot: int, index: SlotIndex, *, threads: int = 1, backend: str = "auto"
-    ) -> None:
+    def scatter(self, slot: int, index: SlotIndex, *, backend: str = "auto") -> None:
         """Copies an adapter into a slot; what lies past its ranks stays as it was.
 
         *Semantics*, for each i < n with slice s = rows[i]::
@@ -195,7 +193,6 @@ class SlotTable:
         Args:
             slot: Which slot.
             index: What to copy.
-            threads: As for `copy`.
             backend: As for `copy`.
 
         Raises:
@@ -205,7 +202,7 @@ class SlotTable:
         """
         backend = self._resolve(backend)
         for group in self.pieces(slot, index):
-            self.copy(group, threads=threads, backend=backend)
+            self.copy(group, backend=backend)
 
     def pieces(
         self, slot: int, index: SlotIndex, *, most_bytes: int = GROUP_BYTES
@@ -231,7 +228,7 @@ class SlotTable:
             for group, of, line in in_groups(pieces, most_bytes)
         ]
 
-    def copy(self, group: PieceGroup, *, threads: int = 1, backend: str = "auto") -> None:
+    def copy(self, group: PieceGroup, *, backend: str = "auto") -> None:
         """Copies a group of pieces.
 
         On a GPU the work is queued on the current stream; the host memory must stay as it is until
@@ -239,8 +236,6 @@ class SlotTable:
 
         Args:
             group: One of `pieces`.
-            threads: That copy, with `native`. One copies 84 MB in 5 ms; more wait for each other
-                after every group, and for longer than that where other work has the cores.
             backend: `native`, `torch`, `triton`, or `auto` for the best on the slots' device.
 
         Raises:
@@ -251,9 +246,7 @@ class SlotTable:
         backend = self._resolve(backend)
         if backend == "native":
             _library().multilora_scatter(
-                ctypes.c_void_p(group.pieces.ctypes.data),
-                ctypes.c_int64(len(group.pieces)),
-                ctypes.c_int64(threads),
+                ctypes.c_void_p(group.pieces.ctypes.data), ctypes.c_int64(len(group.pieces))
             )
         elif backend == "torch":
             self._copy_torch(group)

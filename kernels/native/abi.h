@@ -63,7 +63,7 @@ struct scatter_piece {
 };
 extern const int64_t multilora_scatter_piece_bytes;
 
-void multilora_scatter(const struct scatter_piece *pieces, int64_t count, int64_t threads);
+void multilora_scatter(const struct scatter_piece *pieces, int64_t count);
 
 /* ---- pack.c, called by packing.py ---- */
 

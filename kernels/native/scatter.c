@@ -1,20 +1,10 @@
-/* Copies parts of a packed adapter into a slot: many matrices in one call.
+/* Copies parts of a packed adapter into a slot: many matrices in one call, on the caller's thread.
  *
- * The bytes of all pieces are one long line, of which each thread copies one contiguous share.
- * A piece whose rows follow each other in the slot too is cut anywhere, another between rows.
+ * One thread copies 84 MB in 5 ms, and of several each would wait for one that has no processor. An
+ * OpenMP region, even of one thread, would bind the caller to the model's first processor.
  */
 #include "abi.h"
 #include "streaming.h"
-
-#if defined(_OPENMP)
-int omp_get_thread_num(void);
-int omp_get_num_threads(void);
-#define THREAD_INDEX omp_get_thread_num()
-#define THREAD_COUNT omp_get_num_threads()
-#else
-#define THREAD_INDEX 0
-#define THREAD_COUNT 1
-#endif
 
 #define STREAMED_FROM 4096 /* bytes of one copy; shorter ones are left to memcpy */
 #define PAGE 4096
@@ -37,33 +27,13 @@ static void copy(char *restrict to, const char *restrict from, size_t bytes) {
     memcpy(to, from, bytes);
 }
 
-/* Bytes [first, last) of a piece; whole rows where they are apart in the slot. */
-static void copy_part(const struct scatter_piece *p, int64_t first, int64_t last) {
-    const char *from = (const char *)p->from;
-    if (p->stride == p->row_bytes) {
-        copy((char *)p->to + first, from + first, (size_t)(last - first));
-        return;
+void multilora_scatter(const struct scatter_piece *pieces, int64_t count) {
+    for (const struct scatter_piece *p = pieces; p < pieces + count; p++) {
+        int is_one = p->stride == p->row_bytes; /* its rows follow each other in the slot too */
+        int64_t rows = is_one ? 1 : p->rows, bytes = p->row_bytes * (is_one ? p->rows : 1);
+        for (int64_t row = 0; row < rows; row++)
+            copy((char *)p->to + row * p->stride, (const char *)p->from + row * bytes,
+                 (size_t)bytes);
     }
-    int64_t end = (last + p->row_bytes - 1) / p->row_bytes;
-    for (int64_t row = (first + p->row_bytes - 1) / p->row_bytes; row < end; row++)
-        copy((char *)p->to + row * p->stride, from + row * p->row_bytes, (size_t)p->row_bytes);
-}
-
-void multilora_scatter(const struct scatter_piece *pieces, int64_t count, int64_t threads) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < count; i++) total += pieces[i].rows * pieces[i].row_bytes;
-#pragma omp parallel num_threads((int)threads)
-    {
-        int64_t first = total / THREAD_COUNT * THREAD_INDEX / LINE * LINE, begin = 0;
-        int64_t last = total / THREAD_COUNT * (THREAD_INDEX + 1) / LINE * LINE;
-        if (THREAD_INDEX + 1 == THREAD_COUNT) last = total;
-        for (int64_t i = 0; i < count && begin < last; i++) {
-            int64_t bytes = pieces[i].rows * pieces[i].row_bytes;
-            int64_t from = first > begin ? first - begin : 0;
-            int64_t to = last - begin < bytes ? last - begin : bytes;
-            if (from < to) copy_part(&pieces[i], from, to);
-            begin += bytes;
-        }
-        stream_end();
-    }
+    stream_end();
 }

@@ -130,16 +130,6 @@ def test_a_sharded_rank_fills_fewer_rows_of_a(backend):
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("columns", [(False,) * 5, (True,) * 5], ids=["by-row", "by-column"])
-def test_any_number_of_threads_copies_every_byte_once(threads, columns):
-    model = make_model(columns=columns)
-    index, matrices, _buffer = make_adapter(model, {0: 5, 1: 16, 2: 7, 3: 8, 4: 3})
-    expected = expected_after(model, 2, matrices)
-    model.table.scatter(2, index, threads=threads)
-    assert_same(model, expected)
-
-
 def test_one_table_serves_every_slot():
     model = make_model(columns=(True,) * 5)
     table, expected = model.table, model.clone()

@@ -60,7 +60,7 @@ class SlotFiller:
         self._link = link
         self._device = manager.device
         self._memory: SegmentMapper | None = None
-        self._thread = ThreadPoolExecutor(1, "multilora-fill", initializer=step_aside)
+        self._thread = ThreadPoolExecutor(1, "multilora-fill")
         self._under_way: dict[int, Future[Answer]] = {}
         self._has_slots = True  # not while the engine sleeps
         self._stream: Any = None
@@ -181,6 +181,7 @@ class SlotFiller:
 
     def _carry_out(self, order: Order, queued: Any, known: torch.Tensor | None) -> Answer:
         begin = time.perf_counter()
+        step_aside()
         try:
             if queued is None:
                 self._fill_or_check(order, known)

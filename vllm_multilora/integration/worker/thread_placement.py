@@ -24,14 +24,16 @@ def step_aside() -> None:
     the others wait for, while the processors that vLLM leaves free for such work stay idle. The
     process that started the worker is not bound, and may run wherever the operator allows it.
 
+    To be called before every piece of work: the first parallel region of OpenMP's that a thread
+    enters, in PyTorch say, binds it to the model's first processor.
+
     Does nothing where the platform has no such controls (other than Linux) or forbids it.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
     try:
-        thread = threading.get_native_id()
-        niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS
-        os.setpriority(os.PRIO_PROCESS, thread, niceness)
+        niceness = os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS  # the main thread's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         os.sched_setaffinity(0, os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
     except OSError:
         return
