@@ -290,6 +290,21 @@ def test_what_can_never_fit_fails_at_once_with_both_sizes(world):
     assert str(10 * PAGE) in failed.message
 
 
+def test_what_can_never_fit_any_more_fails_when_the_server_with_the_largest_budget_has_gone():
+    """As in a rolling restart. What waits in vain would hold up everything behind it, for ever."""
+    world = World()
+    world.client(1, server="old", budget_bytes=10 * PAGE)
+    world.client(2, server="new", budget_bytes=4 * PAGE)
+    world.load(1, 1, pages=6)
+    large = world.want(2, 2)
+    world.settle(pages=5)
+    assert world.answers(2, large) == []  # it waits for the old server's lease
+    world.registry.client_gone(1, world.now)
+    assert world.answer(2, large).kind is FailureKind.NO_MEMORY
+    assert isinstance(world.load(2, 3), Loaded)
+    world.check()
+
+
 def test_the_number_of_adapters_has_a_budget_too():
     world = World(StoreSettings(budget_adapters=2))
     world.client(1)

@@ -124,11 +124,8 @@ class Loads:
             return
         load.contents, load.blocks = contents, blocks
         if load.keep():
-            if (reason := self._room.never(load)) is not None:
-                self._fail(load, Failure(FailureKind.NO_MEMORY, reason, []), now)
-            else:
-                self._room.ask(load, now)
-                self.give_room(now)
+            self._room.ask(load, now)
+            self.give_room(now)
             return
         try:
             allocation = self._room.free_now(load)
@@ -232,7 +229,13 @@ class Loads:
         self._effects.tell(load.number, Place(places, extents), allocation.segments)
 
     def give_room(self, now: float) -> None:
-        """Gives room to the jobs that wait for it, in order, as far as it goes."""
+        """Gives room to the jobs that wait for it, in order, as far as it goes.
+
+        Those that wait in vain fail at once: nobody overtakes them.
+        """
+        while (hopeless := self._room.in_vain()) is not None:
+            waiting, reason = hopeless
+            self._fail(waiting, Failure(FailureKind.NO_MEMORY, reason, []), now)
         while (load := self._room.next()) is not None:
             try:
                 allocation = self._room.take(load, self._loads.values(), now)

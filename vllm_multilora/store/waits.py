@@ -19,7 +19,17 @@ class Room:
         self._queue = queue
         self._waiting: deque[Load] = deque()
 
-    def never(self, load: Load) -> str | None:
+    def in_vain(self) -> tuple[Load, str] | None:
+        """A load that waits for more than there can be, and why; None: all may get theirs.
+
+        There can be less than when it asked: the server with the largest budget may have gone.
+        """
+        for load in self._waiting:
+            if (reason := self._never(load)) is not None:
+                return load, reason
+        return None
+
+    def _never(self, load: Load) -> str | None:
         """Why the load's adapter cannot be kept even in an empty memory; None: it can."""
         assert load.blocks is not None
         budget = self._memory.arena.budget
