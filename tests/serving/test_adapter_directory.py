@@ -17,7 +17,9 @@ from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.integration.failures import REFUSAL_MARK
 from vllm_multilora.integration.server import adapter_directory, registration
 from vllm_multilora.integration.server.adapter_directory import SCAN_S, DirectoryServer
+from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.refusals import Refusals
+from vllm_multilora.tenants.rules import Role
 
 pytestmark = pytest.mark.serving
 
@@ -68,6 +70,37 @@ class TwoEngines(Engine):
     async def remove_lora_async(self, lora_id: int) -> bool:
         self.held_by_second.pop(lora_id, None)
         return await super().remove_lora_async(lora_id)
+
+
+class SlowEngine(Engine):
+    """Reads for as long as the test says, whatever becomes of who has asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked = asyncio.Event()
+        self.may_read = asyncio.Event()
+        self.reading: asyncio.Task[bool] | None = None
+
+    async def add_lora(self, lora: LoRARequest) -> bool:
+        self.reading = asyncio.create_task(self._read(lora))
+        self.is_asked.set()
+        return await asyncio.shield(self.reading)
+
+    async def _read(self, lora: LoRARequest) -> bool:
+        await self.may_read.wait()
+        return await super().add_lora(lora)
+
+    async def read_for_nobody(self, request: asyncio.Task[Any]) -> None:
+        """The client of the request that has an adapter read disconnects meanwhile."""
+        await asyncio.wait_for(self.is_asked.wait(), 10)
+        request.cancel()
+        await settle()
+        self.may_read.set()
+        await asyncio.wait({request}, timeout=10)
+        assert request.cancelled()
+        assert self.reading is not None
+        assert await self.reading
+        await settle()
 
 
 def refuse(content: str) -> None:
@@ -187,6 +220,47 @@ def test_many_first_requests_read_an_adapter_once(tmp_path: Path) -> None:
         site.put("acme", "one")
         assert await asyncio.gather(*(site.ask("acme") for _ in range(50))) == ["one"] * 50
         assert site.engine.read == ["acme: one"]
+
+    run(scenario())
+
+
+def test_what_was_read_for_a_client_that_has_disconnected_goes_with_its_folder(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        site = Site(tmp_path, engine=engine)
+        site.put("acme")
+        await engine.read_for_nobody(asyncio.create_task(site.ask("acme")))
+        assert list(engine.held.values()) == ["good"]
+        site.take("acme")
+        await site.look()
+        assert engine.held == {}
+
+    run(scenario())
+
+
+def test_a_tenant_has_no_more_adapters_read_for_the_first_time_by_disconnecting(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        engine, turns = SlowEngine(), asyncio.Semaphore(1)
+        site = Site(tmp_path, engine=engine)
+        site.put("acme")
+
+        async def ask() -> Any:
+            caller = Caller(Role.TENANT, account=SimpleNamespace(first_readings=turns))
+            current_caller.set(caller)
+            return await site.ask("acme")
+
+        request = asyncio.create_task(ask())
+        await asyncio.wait_for(engine.is_asked.wait(), 10)
+        request.cancel()
+        await settle()
+        assert turns.locked()
+        engine.may_read.set()
+        await asyncio.wait({request}, timeout=10)
+        assert not turns.locked()
 
     run(scenario())
 

@@ -125,7 +125,7 @@ class DirectoryServer:
                 logger.info("Adapter directories: serving %s", name)
             if served is None or served.is_admitted or not self._is_ours(served):
                 return None
-            return await self._admit(served, folder)
+            return await registration.to_its_end(self._admit(served, folder))
 
     def refused(self) -> dict[int, str]:
         """Why adapters were refused when they were tried last, by the numbers that serve.

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 
 MOST_ADAPTERS = 65_536
 """That an API server serves at a time: as many as an engine knows."""
@@ -230,14 +231,29 @@ def start(models: Any) -> None:
     SEE_OFF.set(models.engine_client.output_processor, see_off)
 
 
-_tasks: set[asyncio.Task[None]] = set()
+_tasks: set[asyncio.Task[Any]] = set()
 
 
-def in_background(work: Coroutine[Any, Any, None]) -> None:
+def in_background(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
     """Does some work without anybody waiting for it."""
     task = asyncio.create_task(work)
     _tasks.add(task)  # the event loop keeps weak references only
     task.add_done_callback(_tasks.discard)
+    return task
+
+
+async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Does some work whole, for a request too whose client disconnects meanwhile.
+
+    What the engine reads it reads all the same. Whoever has asked for it must learn of it, to free
+    it again, and holds its locks until then.
+    """
+    task = in_background(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _refusal(lora: LoRARequest, text: str) -> AdapterErrorResponse:

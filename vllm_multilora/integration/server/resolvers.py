@@ -57,7 +57,7 @@ async def prepare(models: Any, name: str) -> ErrorResponse | None:
         refusal = refusals.find(name)
         if refusal is not None:
             return refusal
-        refusal = await _resolve(models, name)
+        refusal = await registration.to_its_end(_resolve(models, name))
         if refusal is None:
             refusals.forget(name)
         elif refusal.error.code != HTTPStatus.NOT_FOUND:
