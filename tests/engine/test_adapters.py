@@ -538,6 +538,24 @@ def test_an_adapter_that_a_request_has_registered_is_kept_until_the_request_come
     assert engine.adapters.state(number) is AdapterState.HOST
 
 
+def test_a_new_version_of_a_directorys_adapter_takes_nobodys_room(engine):
+    """Nobody waits for it. Where all memory is on lease, it would hold up those after it."""
+    old, new = (lora(FIRST_NUMBER + number, path="/adapters/acme") for number in (1, 2))
+    engine.adapters.register(old)
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    future = engine.adapters.register(new)
+    want = engine.store.only()
+    assert not want.keep
+    engine.store.loaded(pack_info(0, "another"), want)
+    engine.poll()
+    assert future.result(0) is True
+    engine.adapters.remove(old.lora_int_id)
+    engine.adapters.remove(new.lora_int_id)
+    engine.adapters.register(new)  # as the first request after an unload does
+    assert engine.store.only().keep
+
+
 def test_what_is_there_is_registered_at_once(engine):
     engine.fill(1)
     assert engine.adapters.register(lora(1)).result(0) is True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ class Entry:
 
     Attributes:
         request: The newest request's adapter: number, name and path.
+        is_read_on_request: Whether its registration has a request behind it.
         ticket: Of the outstanding want of requests; None if there is none.
         is_reading: Whether the store is at it.
         pack: The newest version of its weights; None before it was loaded.
@@ -53,6 +54,7 @@ class Entry:
     """
 
     request: LoRARequest
+    is_read_on_request: bool = False
     ticket: int | None = None
     is_reading: bool = False
     pack: PackInfo | None = None
@@ -79,14 +81,6 @@ class Entry:
     @property
     def number(self) -> int:
         return self.request.lora_int_id
-
-    @property
-    def is_read_on_request(self) -> bool:
-        """Whether its registration has a request behind it: it is a directory's, or a blend.
-
-        API servers register these when they are first asked for, all others when somebody says so.
-        """
-        return self.number >= FIRST_NUMBER
 
     @property
     def is_stale(self) -> bool:
@@ -152,6 +146,7 @@ class Entries:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[int, Entry] = OrderedDict()
+        self._at_path: Counter[str] = Counter()
         self._by_pack: dict[int, dict[Entry, None]] = {}
         self._blends: OrderedDict[int, Entry] = OrderedDict()
 
@@ -167,10 +162,21 @@ class Entries:
     def find(self, number: int) -> Entry | None:
         return self._entries.get(number)
 
-    def add(self, entry: Entry) -> None:
+    def new(self, request: LoRARequest) -> Entry:
+        """Takes in an adapter that is not known.
+
+        API servers register those of directories, and blends, when they are first asked for, and
+        another version of a directory's adapter when its files have changed: nobody waits for
+        that, since the version before serves meanwhile.
+        """
+        is_named_by_content = request.lora_int_id >= FIRST_NUMBER
+        is_first = not self._at_path[request.lora_path]
+        entry = Entry(request, is_read_on_request=is_named_by_content and is_first)
         self._entries[entry.number] = entry
+        self._at_path[request.lora_path] += 1
         if entry.blend is not None:
             self._blends[entry.number] = entry
+        return entry
 
     def blends(self) -> list[Entry]:
         """Those that are blends, in the same order."""
@@ -192,6 +198,10 @@ class Entries:
 
     def remove(self, entry: Entry) -> None:
         del self._entries[entry.number]
+        path = entry.request.lora_path
+        self._at_path[path] -= 1
+        if not self._at_path[path]:
+            del self._at_path[path]
         self._blends.pop(entry.number, None)
         self._leave_pack(entry)
 

@@ -74,8 +74,7 @@ class Registrations:
             entry = None
         if entry is None:
             self._make_room()
-            entry = Entry(request)
-            self.known.add(entry)
+            entry = self.known.new(request)
             self._observer.known(request)
             if self._slots.pins.note(request.lora_int_id, request.lora_name):
                 self._observer.pinned(self._slots.pins.adapters)
