@@ -237,6 +237,25 @@ def test_a_request_that_joins_a_registration_gets_room(world):
     assert world.answer(1, request).pack.pack in world.memory.packs
 
 
+@pytest.mark.parametrize("by", ["cancelling", "going"])
+def test_a_registration_waits_for_no_room_once_the_requests_for_it_have_ended(world, by):
+    full = world.load(1, 1, pages=10)
+    world.client(2)
+    request, registration = world.want(2, 2), world.want(1, 2, keep=False)
+    world.settle()
+    assert world.answers(1, registration) == []  # one load for both, which waits for room
+    if by == "cancelling":
+        world.registry.cancel(2, request, world.now)
+    else:
+        world.registry.client_gone(2, world.now)
+    world.settle()
+    assert world.answer(1, registration).pack.pack == 0
+    assert not world.registry.loads.queue.somebody_waits
+    world.registry.release(1, full.pack.pack, world.now)
+    assert list(world.evicted(1)) == []
+    world.check()
+
+
 def test_victims_are_the_least_recently_used_and_never_leased(world):
     packs = [world.load(1, n, pages=3).pack.pack for n in (1, 2, 3)]
     for pack in packs[:2]:

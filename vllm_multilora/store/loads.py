@@ -285,10 +285,17 @@ class Loads:
         self.give_room(now)
 
     def end_if_unwanted(self, leader: Load, now: float) -> None:
-        if leader.number in self._loads and not leader.wanted():
+        """Some do not wait for a load any more: perhaps nobody does, or registrations alone."""
+        if leader.number not in self._loads:
+            return
+        if not leader.wanted():
             for load in leader.family():
                 self._end(load)
-            self.give_room(now)
+        elif leader.keep() or not self._room.give_up(leader, now):
+            return
+        else:
+            self._place(leader, None)
+        self.give_room(now)
 
     def _end(self, load: Load) -> None:
         del self._loads[load.number]

@@ -77,6 +77,14 @@ class Room:
             self._queue.go_on(load.number, now)
         return allocation
 
+    def give_up(self, load: Load, now: float) -> bool:
+        """The load needs no room any more; whether it has waited for it."""
+        if load not in self._waiting:
+            return False
+        self._waiting.remove(load)
+        self._queue.go_on(load.number, now)
+        return True
+
     def leave(self, load: Load) -> None:
         """The load has ended."""
         if load in self._waiting:
