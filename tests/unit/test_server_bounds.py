@@ -108,6 +108,48 @@ def test_routes_try_a_failed_adapter_again_less_and_less_often(
     assert server._failed == {}
 
 
+@pytest.mark.parametrize("moment", ["while it waits", "while it reads"])
+def test_routes_bring_no_adapter_back_that_was_unloaded(
+    monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
+    models = SimpleNamespace(lora_requests={"acme": lora})
+    held: set[int] = set()
+
+    def unload() -> None:
+        del models.lora_requests["acme"]
+        held.discard(1)
+
+    async def sleep(seconds: float) -> None:
+        if moment == "while it waits":
+            unload()
+
+    async def admit(models: Any, lora: Any) -> Any:
+        if moment == "while it reads":
+            unload()
+        held.add(lora.lora_int_id)
+
+    async def remove(models: Any, lora: Any) -> None:
+        held.discard(lora.lora_int_id)
+
+    async def scenario() -> None:
+        await server._try_again(lora)
+        if moment == "while it waits":
+            assert held == set()  # nothing was read at all
+        await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
+
+    monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(registration, "admit", admit)
+    monkeypatch.setattr(registration, "remove", remove)
+    monkeypatch.setattr(registration.remove_later, "__defaults__", (0.0,))
+    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
+    server._models = models
+    server._failed = {1: LoadFailure(FailureKind.GONE, "gone")}
+    asyncio.run(scenario())
+    assert held == set()
+    assert server._failed == {}
+
+
 def test_a_routes_file_on_storage_that_hangs_keeps_nobody_waiting_for_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

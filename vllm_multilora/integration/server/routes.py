@@ -175,15 +175,19 @@ class ServerRoutes:
         self._led.add(blend)
 
     async def _try_again(self, lora: LoRARequest) -> None:
-        pause_s = RETRY_S
+        models, pause_s = self._models, RETRY_S
         try:
-            while registration.is_current(self._models, lora):
-                await asyncio.sleep(pause_s)
-                if await registration.admit(self._models, lora) is None:
+            await asyncio.sleep(pause_s)
+            while registration.is_current(models, lora):
+                if await registration.admit(models, lora) is None:
                     break
                 pause_s = next_pause(pause_s)
+                await asyncio.sleep(pause_s)
         finally:
             del self._failed[lora.lora_int_id]
+        if not registration.is_current(models, lora):
+            # Whoever has taken its name away may have removed it before it was read again.
+            registration.in_background(registration.remove_later(models, lora))
 
     async def _choose(
         self, route: str, candidates: tuple[Candidate, ...]
