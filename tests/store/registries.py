@@ -155,6 +155,8 @@ class World:
         allocations += [one for one in self.registry.loads._dying.values() if one]
         assert memory.staged == len(allocations)
         assert totals.bytes == packs + sum(one.held_bytes for one in allocations)
+        for load in self.registry.loads._room._waiting:
+            assert load.keep(), "nobody wants what waits for room in memory"
         leases = Counter()
         for client in self.registry.clients.values():
             leases.update(client.leases)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.store.registries import PAGE, World
-from vllm_multilora.store.messages import Loaded, StoreSettings
+from vllm_multilora.store.messages import Loaded
 
 ADAPTERS = st.integers(1, 5)
 LIMITS = {None: None, "acme": 1, "umbrella": 2}
@@ -18,20 +18,24 @@ TENANTS = st.sampled_from(list(LIMITS))
 class RegistryMachine(RuleBasedStateMachine):
     @initialize(pages=st.integers(2, 8), count=st.sampled_from([None, 2, 4]))
     def begin(self, pages, count):
-        self.budget = pages * PAGE
-        self.world = World(
-            StoreSettings(budget_bytes=self.budget, budget_adapters=count, timeout_s=20.0)
-        )
+        self.budget, self.count = pages * PAGE, count
+        self.world = World()
         self.open: dict[int, int] = {}  # client of each ticket that waits for an answer
         self.cancelled: set[int] = set()
         self.connected: list[int] = []
         self.next_client = 1
-        self.arrive(False)
+        self.arrive(False, 0)
 
-    @rule(other=st.booleans())
-    def arrive(self, other):
+    @rule(other=st.booleans(), less=st.integers(0, 6))
+    def arrive(self, other, less):
         if len(self.connected) < 3:
-            number = self.world.client(self.next_client, "other" if other else "server")
+            number = self.world.client(
+                self.next_client,
+                "other" if other else "server",
+                budget_bytes=max(PAGE, self.budget - less * PAGE),
+                budget_adapters=self.count,
+                timeout_s=20.0,
+            )
             self.connected.append(number)
             self.next_client += 1
 
