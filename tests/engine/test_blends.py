@@ -136,6 +136,25 @@ def test_a_blend_of_quarantined_weights_is_quarantined(engines):
     assert engine.adapters.failure(request.lora_int_id).kind is FailureKind.QUARANTINED
 
 
+def test_a_blend_is_made_anew_once_its_quarantined_part_has_other_weights(engines):
+    engine, request = engines(), blend(0.5)
+    engine.host(1, digest="bad")
+    engine.adapters.want(request)
+    engine.store.loaded(msgspec.structs.replace(pack_info(2), parts=("bad", "good")))
+    engine.poll()
+    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
+    engine.adapters.take_quarantined(output, {"r": on("bad", lora(1))})
+    assert engine.adapters.state(request.lora_int_id) is AdapterState.QUARANTINED
+    engine.adapters.register(lora(1, inplace=True))
+    engine.store.loaded(pack_info(3, "repaired"))
+    engine.poll()
+    engine.adapters.want(request)
+    assert engine.adapters.failure(request.lora_int_id) is None
+    engine.store.loaded(msgspec.structs.replace(pack_info(4), parts=("repaired", "good")))
+    engine.poll()
+    assert engine.adapters.is_ready(request.lora_int_id)
+
+
 def test_blends_that_overflow_put_no_adapter_out_of_mind(monkeypatch):
     """Anybody can think of weights that do, as many as they like."""
     monkeypatch.setattr("vllm_multilora.integration.engine.quarantine._MOST_REMEMBERED", 4)

@@ -85,6 +85,24 @@ def test_a_registration_of_the_same_weights_lifts_it_if_it_succeeds(is_good):
     assert engine.adapters.state(7) is expected
 
 
+@pytest.mark.parametrize("digest", ["d1", "d2"])
+def test_a_reload_that_a_request_asks_for_may_bring_sound_weights(digest):
+    engine = Engine()
+    engine.fill(7, 10, digest="d1")
+    engine.idle()
+    engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
+    assert engine.adapters.want(lora(7, inplace=True)) is None
+    assert not engine.adapters.is_ready(7, reload=True)
+    assert engine.adapters.failure(7, reload=True) is None
+    assert engine.adapters.state(7) is AdapterState.QUEUED
+    engine.store.loaded(pack_info(11, digest))
+    engine.poll()
+    is_sound = digest != "d1"
+    assert engine.adapters.is_ready(7, reload=True) == is_sound
+    expected = AdapterState.HOST if is_sound else AdapterState.QUARANTINED
+    assert engine.adapters.state(7) is expected
+
+
 @pytest.mark.parametrize(
     "output",
     [counted(acme_s=0), counted(gone_s=5), pooled(torch.zeros(3), torch.ones(3)), pooled()],

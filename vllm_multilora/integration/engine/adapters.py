@@ -141,7 +141,7 @@ class EngineAdapters:
         entry = self._known.find(adapter_id)
         if entry is None:
             return AdapterState.ABSENT
-        if self.quarantine.failure(entry.pack) is not None:
+        if self.quarantine.failure(entry.serving) is not None:
             return AdapterState.QUARANTINED
         return entry.state(self.slots)
 
@@ -213,7 +213,7 @@ class EngineAdapters:
         entry = self._known.find(adapter_id)
         if entry is None:
             return None
-        failure = self.quarantine.failure(entry.pack) or entry.failure
+        failure = self.quarantine.failure(entry.serving) or entry.failure
         return failure or (entry.reload_failure if reload else None)
 
     def take_quarantined(self, output: Any, requests: dict[str, Request]) -> dict[int, LoadFailure]:

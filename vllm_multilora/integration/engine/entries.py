@@ -88,6 +88,11 @@ class Entry:
         return self.is_outdated or self.is_reload_asked
 
     @property
+    def serving(self) -> PackInfo | None:
+        """The version for new requests; None where that is one still to be had."""
+        return None if self.is_stale else self.pack
+
+    @property
     def is_being_checked(self) -> bool:
         return self.check_ticket is not None or self.check_order is not None
 
@@ -95,8 +100,8 @@ class Entry:
         """Where the adapter is."""
         if self.failure is not None:
             return AdapterState.FAILED
-        pack = self.pack
-        if pack is not None and not self.is_stale:
+        pack = self.serving
+        if pack is not None:
             if slots.is_filled(self.number, pack.pack):
                 return AdapterState.SLOT
             if self.in_host:
@@ -123,12 +128,8 @@ class Entry:
 
     def is_at_hand(self, slots: SlotAssignment) -> bool:
         """Whether the version to serve is on lease, or in its slot or on its way there."""
-        pack = self.pack
-        return (
-            pack is not None
-            and not self.is_stale
-            and (self.is_leased or slots.pack_in(self.number) == pack.pack)
-        )
+        pack = self.serving
+        return pack is not None and (self.is_leased or slots.pack_in(self.number) == pack.pack)
 
     def is_idle(self, slots: SlotAssignment) -> bool:
         """Whether nothing of the adapter is anywhere, and nobody waits for it."""
