@@ -17,7 +17,7 @@ from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import ADAPTERS, TENANT
 from vllm_multilora.integration.engine import scheduler as scheduler_module
-from vllm_multilora.integration.engine.core import remove_lora
+from vllm_multilora.integration.engine.core import add_lora, remove_lora
 from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.turns import PATIENCE_STEPS
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -618,3 +618,36 @@ def test_an_engine_that_is_called_directly_removes_an_adapter_in_its_callers_ste
         server.step()
     assert server.engine.store.forgotten == [1]
     assert server.engine.adapters.version(1) is None
+
+
+def test_an_engine_that_is_called_directly_registers_an_adapter_while_others_fill_host_memory(
+    tmp_path,
+):
+    """Nobody takes the step in which they would get slots; the adapter's own request waits, too."""
+    server = RealServer(tmp_path)
+    store, adapters = server.engine.store, server.engine.adapters
+    server.steps.ask("first", adapter=1)
+    Server.answer(server)
+    adapters.poll()
+    assert store.leased == {1: 1}
+    server.steps.ask("second", adapter=2)
+    give_back = store.release
+
+    def release(pack: int) -> None:
+        give_back(pack)
+        if not store.leased:
+            Server.answer(server)
+
+    store.release = release
+    engine_core = SimpleNamespace(scheduler=server.scheduler, vllm_config=server.config)
+    ADAPTERS.set(engine_core, adapters)
+    second = server.scheduler.requests["second"].lora_request
+    answers = Queue()
+    Thread(
+        target=lambda: answers.put(add_lora(lambda *args: False, engine_core, second)), daemon=True
+    ).start()
+    assert answers.get(timeout=20)
+    for _ in range(20):
+        server.step()
+    assert not server.scheduler.requests
+    assert not store.leased

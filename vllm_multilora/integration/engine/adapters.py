@@ -303,11 +303,10 @@ class EngineAdapters:
         self.slots.clear_all()
         self.observer.settle(self)
 
-    @property
-    def host_and_slots(self) -> set[int]:
-        """The adapters that are in host memory or in slots."""
-        places = (AdapterState.HOST, AdapterState.SLOT)
-        return {each.number for each in self._known if each.state(self.slots) in places}
+    def yield_host_memory(self) -> None:
+        """Gives back what waits there for a slot; the scheduler asks for it again."""
+        for entry in self._known:
+            self._wants.release(entry)
 
     def known(self) -> Iterable[Entry]:
         """All adapters."""

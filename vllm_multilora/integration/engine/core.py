@@ -37,6 +37,7 @@ from vllm_multilora.integration.worker import calls
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.registry import make_policy
+from vllm_multilora.states import AdapterState
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
 
@@ -342,7 +343,10 @@ def pin_lora(original: Callable[..., bool], engine_core: Any, lora_id: int) -> b
 
 def list_loras(original: Callable[..., set[int]], engine_core: Any) -> set[int]:
     adapters = adapters_of(engine_core)
-    return original(engine_core) if adapters is None else adapters.host_and_slots
+    if adapters is None:
+        return original(engine_core)
+    places = (AdapterState.HOST, AdapterState.SLOT)
+    return {each.number for each in adapters.known() if each.state(adapters.slots) in places}
 
 
 def wake_up(original: Callable[..., Any], engine_core: Any, tags: Any = None) -> Any:
@@ -366,6 +370,8 @@ def _answer(engine_core: Any, adapters: EngineAdapters, future: Future[_T]) -> _
     if hasattr(engine_core, "input_queue"):
         return future
     while not future.done():
+        # Nobody takes a step meanwhile in which one of those that wait for slots could get one.
+        adapters.yield_host_memory()
         time.sleep(_IDLE_S)
         adapters.poll()
     return future.result()
