@@ -85,6 +85,20 @@ def test_a_registration_of_the_same_weights_lifts_it_if_it_succeeds(is_good):
     assert engine.adapters.state(7) is expected
 
 
+def test_a_registration_of_other_weights_lifts_nothing_where_there_is_no_room_for_them():
+    """The adapter's last ones are another one's, too."""
+    engine = Engine()
+    engine.fill(7, 10, digest="d1")
+    engine.host(8, 10, digest="d1")
+    engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
+    future = engine.adapters.register(lora(7, inplace=True))
+    engine.store.loaded(pack_info(0, "d2"))
+    engine.poll()
+    assert future.result(0)
+    assert engine.adapters.state(7) is AdapterState.ABSENT
+    assert engine.adapters.state(8) is AdapterState.QUARANTINED
+
+
 @pytest.mark.parametrize("digest", ["d1", "d2"])
 def test_a_reload_that_a_request_asks_for_may_bring_sound_weights(digest):
     engine = Engine()

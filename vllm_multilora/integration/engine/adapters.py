@@ -275,7 +275,7 @@ class EngineAdapters:
         entry = self._registrations.find(request)
         future = self._registrations.register(entry, fresh=request.load_inplace)
         future.add_done_callback(
-            lambda done: None if done.exception() else self.quarantine.lift(entry.pack)
+            lambda done: self.quarantine.lift(None if done.exception() else entry.serving)
         )
         return self._answered(entry, future)
 
