@@ -72,3 +72,4 @@ def test_what_vllm_says_of_its_routes_stays_where_the_plugin_does_not_act(
     found = document(monkeypatch, *flags)
     for path in (LOAD, UNLOAD):
         assert schemas_of(found, "post", path) == {"422": "HTTPValidationError"}
+    assert LIST not in found["paths"]

@@ -1,7 +1,7 @@
 """`GET /v1/lora_adapters`: every adapter, where it is, and what became of it.
 
 Read-only, so it needs no VLLM_ALLOW_RUNTIME_LORA_UPDATING; vLLM's `--api-key` guards it as it
-guards all of `/v1`. Where the plugin does not act, it answers as an unknown path does.
+guards all of `/v1`. Where the plugin does not act, there is no such path.
 """
 
 from __future__ import annotations
@@ -222,8 +222,10 @@ async def engine_reports(client: Any, asked: list[int]) -> list[Report]:
 
 
 def attach_router(original: Callable[..., None], app: FastAPI) -> None:
-    if settings_in(app.state.args) is not None:
+    acts = settings_in(app.state.args) is not None
+    if acts:
         api_router.router.responses |= registration.REFUSALS
     original(app)
-    add_route(app)
-    status_page.add_route(app)
+    if acts:
+        add_route(app)
+        status_page.add_route(app)
