@@ -1,10 +1,15 @@
 """Which kind of failure an error is: clients get their status by it, and retries their pause."""
 
 import errno
+from http import HTTPStatus
 
 import pytest
+from vllm.entrypoints.serve import create_error_response
+from vllm.exceptions import LoRAAdapterNotFoundError, RetryableRequestError, VLLMValidationError
 
 from vllm_multilora.failures import FailureKind, classify_failure, describe_failure
+from vllm_multilora.integration.failures import STATUS
+from vllm_multilora.integration.server import callers, registration
 
 
 class DeclaredError(OSError):
@@ -68,3 +73,23 @@ def test_an_error_is_of_the_kind_that_a_client_can_act_on(error, kind):
 )
 def test_a_failure_always_has_words(error, text):
     assert describe_failure(error) == text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(LoRAAdapterNotFoundError("acme", "/adapters/acme"), id="404"),
+        pytest.param(VLLMValidationError("wrong"), id="400"),
+        pytest.param(RetryableRequestError("later"), id="503"),
+        pytest.param(RuntimeError("broken"), id="500"),
+    ],
+)
+def test_an_answer_has_the_type_that_vllm_gives_such_errors(error):
+    answer = create_error_response(error).error
+    status = HTTPStatus(answer.code)
+    assert registration.error_response(status, "of an adapter").error.type == answer.type
+    assert callers.error_response(status, "of a caller").error.type == answer.type
+
+
+def test_every_failure_has_a_type():
+    assert callers.TYPES.keys() >= {*STATUS.values()}

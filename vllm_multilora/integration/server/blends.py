@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.adapters.blends import BlendError, is_blend, weights_in
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.patching.activation import is_active, settings_of
-from vllm_multilora.integration.server import registration, versions
+from vllm_multilora.integration.server import callers, registration, versions
 from vllm_multilora.integration.server.http_calls import BLEND_FIELD as FIELD
 from vllm_multilora.integration.server.http_calls import current_call
 
@@ -104,7 +104,4 @@ def bind(request: Any, blend: LoRARequest) -> None:
 
 def error_response(message: str, *, param: str = FIELD) -> ErrorResponse:
     """The answer to a request for what is no blend."""
-    status = HTTPStatus.BAD_REQUEST
-    return ErrorResponse(
-        error=ErrorInfo(message=message, type=status.phrase, param=param, code=status.value)
-    )
+    return callers.error_response(HTTPStatus.BAD_REQUEST, message, param)

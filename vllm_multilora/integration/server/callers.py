@@ -123,18 +123,23 @@ class Caller:
         return without_folders(text, (*self.folders, *([folder] if folder else [])))
 
 
-_TYPES = {
+TYPES = {
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
     HTTPStatus.UNAUTHORIZED: "AuthenticationError",
     HTTPStatus.FORBIDDEN: "PermissionDeniedError",
     HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.CONFLICT: "ConflictError",
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
 }
+"""What vLLM, or where it has no such answer OpenAI's client, calls an error, by its status."""
 
 
 def error_response(status: HTTPStatus, message: str, param: str | None = None) -> ErrorResponse:
     """An error in vLLM's shape, which is OpenAI's."""
     return ErrorResponse(
-        error=ErrorInfo(message=message, type=_TYPES[status], param=param, code=status.value)
+        error=ErrorInfo(message=message, type=TYPES[status], param=param, code=status.value)
     )
 
 

@@ -27,6 +27,7 @@ from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
 from vllm_multilora.integration.patching.activation import kernel_backend
 from vllm_multilora.integration.server import metering, shared_names, versions
+from vllm_multilora.integration.server.callers import TYPES
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -285,7 +286,7 @@ def error_response(
     return AdapterErrorResponse(
         error=AdapterErrorInfo(
             message=message,
-            type=status.phrase,
+            type=TYPES[status],
             param=param,
             code=status.value,
             problems=list(problems),

@@ -28,12 +28,7 @@ from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm.entrypoints.serve.engine.protocol import (
-    ErrorInfo,
-    ErrorResponse,
-    ModelCard,
-    ModelPermission,
-)
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 
 from vllm_multilora.adapters.blends import folders_of, is_blend
 from vllm_multilora.documents import WatchedFile
@@ -48,7 +43,7 @@ from vllm_multilora.integration.server import (
     resolvers,
     versions,
 )
-from vllm_multilora.integration.server.callers import card_for, current_caller
+from vllm_multilora.integration.server.callers import card_for, current_caller, error_response
 from vllm_multilora.integration.server.http_calls import current_call
 from vllm_multilora.integration.server.refusals import next_pause
 from vllm_multilora.metrics.names import BLENDS
@@ -355,9 +350,7 @@ def _facts(request: Any) -> RequestFacts:
 
 
 def _error(status: HTTPStatus, message: str, param: str = "model") -> ErrorResponse:
-    return ErrorResponse(
-        error=ErrorInfo(message=message, type=status.phrase, param=param, code=status.value)
-    )
+    return error_response(status, message, param)
 
 
 async def show_available_models(original: Callable[..., Any], models: Any) -> Any:

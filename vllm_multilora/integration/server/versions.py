@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.integration.attached import VERSIONS
 from vllm_multilora.integration.blends import blend_of
+from vllm_multilora.integration.server.callers import error_response
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, current_call
 
 if TYPE_CHECKING:
@@ -132,14 +133,8 @@ def _not_served(
         what = f"is served in version {version.digest[:SHOWN_DIGITS]}"
     else:
         what = "has not been read yet" if is_adapter else "is no adapter, and has no versions"
-    return ErrorResponse(
-        error=ErrorInfo(
-            message=f"The model `{name}` {what}; version {asked} was asked for.",
-            type=status.phrase,
-            param="model",
-            code=status.value,
-        )
-    )
+    message = f"The model `{name}` {what}; version {asked} was asked for."
+    return error_response(status, message, "model")
 
 
 async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest) -> Any:
