@@ -391,6 +391,16 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM tells what it has loaded.",
     ),
     Patch(
+        name="added-offline",
+        target="vllm.v1.engine.llm_engine:LLMEngine.add_lora",
+        takes=("self, lora_request",),
+        handler="server.versions:add_lora_offline",
+        why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
+        "are told True by vLLM.",
+        checked=(),
+        until="As registered-version.",
+    ),
+    Patch(
         name="meter-end",
         target="vllm.v1.engine.output_processor:OutputProcessor._finish_request",
         takes=("self, req_state",),
