@@ -1,10 +1,13 @@
-"""Which kernels the settings mean on which device."""
+"""Which kernels the settings mean on which device, and what a new engine is told of them."""
+
+from types import SimpleNamespace
 
 import pytest
 
 from multilora_kernels import TritonUnavailableError, native, triton_availability
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching import activation
 from vllm_multilora.integration.patching.activation import choose_backend
 
 
@@ -88,3 +91,14 @@ def test_torch_on_a_gpu_needs_eager_mode():
     assert choose_backend(settings, "cpu") == "torch"
     with pytest.raises(ConfigError, match=r"VLLM_BATCH_INVARIANT=1 .* choose .* triton$"):
         choose_backend(settings, "cuda", vllm_batch_invariant=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [({"backend": "torch"}, 1), ({"enabled": False}, 0), ({}, 0)]
+)
+def test_without_lora_settings_that_were_to_do_something_are_told_of(given, told, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(activation.logger, "warning", lambda *args: warnings.append(args))
+    additional = {"multilora": given}
+    activation.announce(SimpleNamespace(lora_config=None, additional_config=additional))
+    assert len(warnings) == told

@@ -133,7 +133,7 @@ def announce(vllm_config: VllmConfig) -> None:
     settings = settings_of(vllm_config)
     given = _additional(vllm_config).get(CONFIG_KEY)
     if vllm_config.lora_config is None:
-        if given:
+        if given and settings.enabled is not False:
             logger.warning(
                 "The --multilora settings %s have no effect without --enable-lora.", given
             )
