@@ -136,6 +136,24 @@ def test_a_past_window_of_prometheus(prometheus, capsys, monkeypatch):
     assert all('job="vllm"' in query for query in prometheus.queries)
 
 
+def test_a_prometheus_that_has_just_begun(site, capsys):
+    """A day's steps are 150 s apart, and it has watched for one minute of the day."""
+    server = FakeServer(slots=2, requests={"a": 5}, adapters=[("a", "gpu", 16, False)])
+    snap = parse_exposition(server.text(), 0)
+    begun = time.time() - 60
+
+    def answer(query: dict[str, str], _: dict[str, str]) -> Answer:
+        step, start = float(query["step"]), float(query["start"])
+        steps = range(math.floor((float(query["end"]) - start) / step) + 1)
+        seen = [snap if start + step * i > begun else Snapshot(0, {}) for i in steps]
+        return 200, as_prometheus(seen, query)
+
+    site.answers["/api/v1/query_range"] = answer
+    command = ["advise", "--prometheus", site.url, "--window", "86400", "--json"]
+    assert main(command) == 0
+    assert 15 <= json.loads(capsys.readouterr().out)["window_s"] <= 60
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

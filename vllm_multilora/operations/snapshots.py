@@ -139,6 +139,9 @@ def history(url: str, window_s: float, matching: str = "", *, now: float) -> lis
         {**row, "metric": {**row["metric"], "__name__": WANTED}}
         for row in _range_query(url, peaks, times, step)
     ]
+    if steps > 2 and rows and all(len(row["values"]) < 2 for row in rows):
+        # Prometheus began less than two steps ago, and a shorter window has shorter ones.
+        return history(url, 2 * step, matching, now=now)
     return _by_time(rows, times, step)
 
 
