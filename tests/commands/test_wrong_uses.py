@@ -156,7 +156,7 @@ def test_one_sentence_says_what_is_wrong(command, message, paths, capfd):
     except SystemExit as end:
         status = end.code
     out, err = capfd.readouterr()
-    could_tell = command.startswith(("digest {", "tenants check {"))
+    could_tell = command.startswith(("digest {", "tenants check {bytes}", "tenants check {empty}"))
     assert status == (1 if could_tell else 2)
     said = err.strip().splitlines()[-1] if err else out.strip()
     assert message in said

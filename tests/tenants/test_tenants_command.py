@@ -34,6 +34,9 @@ def test_a_file_is_checked(tmp_path, capsys):
     path.write_text("tenants: {acme: {}}")
     assert main(["tenants", "check", str(path)]) == 1
     assert "tenants.acme.keys" in capsys.readouterr().err
+    path.unlink()
+    assert main(["tenants", "check", str(path)]) == 2
+    assert "cannot read the tenants: No such file" in capsys.readouterr().err
 
 
 def test_a_file_is_asked_for_where_it_is_needed(capsys):

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         0, or 1 where the file or the key cannot be used.
 
     Raises:
-        ConfigError: The arguments do not fit together.
+        ConfigError: The arguments do not fit together, or the file cannot be read.
     """
     if (arguments.action == "check") != (arguments.file is not None):
         raise ConfigError("check takes a file, new and hash none")
@@ -64,6 +64,8 @@ def _check(path: str) -> int:
     try:
         tenants = load_tenants(path)
     except DocumentError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # what is in the file cannot be told
         print(f"vllm-multilora tenants: error: {error}", file=sys.stderr)
         return BAD
     count = len(tenants.by_name)

@@ -46,7 +46,7 @@ def _read(path: str | os.PathLike[str], what: str) -> bytes:
         raise DocumentError(
             f"{os.fspath(path)}: cannot read the {what}: {error.strerror or error}; expected a "
             f"readable file"
-        ) from None
+        ) from error
 
 
 def _text(content: bytes, path: str | os.PathLike[str]) -> str:
