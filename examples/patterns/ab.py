@@ -14,9 +14,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 from collections import Counter
 
 import httpx
+
+HEADERS = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY') or 'none'}"}
+"""The key of a server that has keys; others take no notice of it."""
 
 
 async def adapter_of(client: httpx.AsyncClient, route: str, user: str, prompt: str) -> str:
@@ -35,7 +39,7 @@ async def main() -> None:
     parser.add_argument("--customers", type=int, default=100)
     parser.add_argument("--prompt", required=True)
     arguments = parser.parse_args()
-    async with httpx.AsyncClient(base_url=arguments.url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=arguments.url, headers=HEADERS, timeout=120) as client:
         adapters = await asyncio.gather(
             *(
                 adapter_of(client, arguments.route, f"customer-{number}", arguments.prompt)

@@ -1,6 +1,7 @@
 """A new version of an adapter, deployed while the old one serves.
 
-The server was started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`:
+The server was started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`. If it has an admin
+key, only that key loads adapters: put it into `VLLM_API_KEY`.
 
     python examples/patterns/continuous_deployment.py --url http://127.0.0.1:8000 \
         --name acme --path /adapters/acme-v8 --check "What is a tort?"
@@ -17,9 +18,13 @@ The server was started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import httpx
+
+HEADERS = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY') or 'none'}"}
+"""The key of a server that has keys; others take no notice of it."""
 
 
 class RefusedError(Exception):
@@ -70,7 +75,7 @@ def main() -> int:
     parser.add_argument("--path", required=True, help="folder of the new version, on the server")
     parser.add_argument("--check", action="append", default=[], help="a prompt; may be repeated")
     arguments = parser.parse_args()
-    with httpx.Client(base_url=arguments.url, timeout=120) as client:
+    with httpx.Client(base_url=arguments.url, headers=HEADERS, timeout=120) as client:
         try:
             deploy(client, arguments.name, arguments.path, arguments.check)
         except RefusedError as error:

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 
 import httpx
 
+HEADERS = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY') or 'none'}"}
+"""The key of a server that has keys; others take no notice of it."""
+
 
 async def customers(client: httpx.AsyncClient) -> list[str]:
-    """The adapters that the server knows; the base model is the one without a parent."""
+    """The adapters and routes that the server shows; the base model is the one without a parent."""
     response = await client.get("/v1/models")
     response.raise_for_status()
     return [model["id"] for model in response.json()["data"] if model["parent"]]
@@ -45,7 +49,7 @@ async def main() -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-tokens", type=int, default=32)
     arguments = parser.parse_args()
-    async with httpx.AsyncClient(base_url=arguments.url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=arguments.url, headers=HEADERS, timeout=120) as client:
         names = arguments.customer or await customers(client)
         answers = await asyncio.gather(
             *(answer(client, name, arguments.prompt, arguments.max_tokens) for name in names)

@@ -1,13 +1,17 @@
 """The examples that no test runs: files are read, flags exist, links lead somewhere."""
 
 import argparse
+import contextlib
 import json
 import re
+import runpy
 import shlex
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -21,6 +25,15 @@ KUSTOMIZATION = EXAMPLES / "kubernetes" / "kustomization.yaml"
 MANIFESTS = sorted(set((EXAMPLES / "kubernetes").glob("*.yaml")) - {KUSTOMIZATION})
 NOTEBOOK = EXAMPLES / "notebook" / "multilora.ipynb"
 READMES = sorted(EXAMPLES.rglob("README.md"))
+
+
+CLIENTS = {
+    "ab": ["--prompt", "Hello"],
+    "continuous_deployment": ["--name", "a", "--path", "/a", "--check", "Hello"],
+    "per_customer": ["--prompt", "Hello"],
+    "per_language": ["--prompt", "Hello", "--language", "fr"],
+    "per_task": ["--prompt", "Hello", "--task", "legal"],
+}
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -208,3 +221,29 @@ def test_the_image_is_a_supported_vllm() -> None:
     base = re.search(r"^FROM vllm/vllm-openai:v(\S+)", dockerfile, re.MULTILINE)
     assert base is not None
     assert is_supported(base[1])
+
+
+@pytest.mark.parametrize("script", CLIENTS)
+def test_clients_send_the_key(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `vllm-multilora status` does: the README's server has keys."""
+    keys = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        keys.append(request.headers.get("Authorization"))
+        body = {"model": "a", "choices": [{"text": "Yes"}], "data": [{"id": "a", "parent": "m"}]}
+        return httpx.Response(200, headers={"x-multilora-adapter": "a"}, json=body)
+
+    for client in ("Client", "AsyncClient"):
+        answered = partial(getattr(httpx, client), transport=httpx.MockTransport(answer))
+        monkeypatch.setattr(httpx, client, answered)
+    path = EXAMPLES / "patterns" / f"{script}.py"
+    monkeypatch.setenv("VLLM_API_KEY", "sk-secret")
+    monkeypatch.setattr("sys.argv", [str(path), *CLIENTS[script]])
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    assert set(keys) == {"Bearer sk-secret"}
+
+
+def test_every_client_is_one_of_them() -> None:
+    scripts = {path.stem for path in (EXAMPLES / "patterns").glob("*.py")}
+    assert scripts - {"offline_batch"} == set(CLIENTS)
