@@ -145,6 +145,15 @@ def test_watching_goes_on_until_the_server_is_gone(site, capsys):
     assert "answers 503: shutting down" in captured.err
 
 
+def test_ctrl_c_ends_a_watch_and_all_is_well(site, capsys, monkeypatch):
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    site.answers["/v1/lora_adapters"] = lambda *_: (200, json.dumps(LISTING))
+    monkeypatch.setattr("time.sleep", interrupted)
+    assert main(["status", "--url", site.url, "--watch"]) == 0
+
+
 def test_the_key_of_a_guarded_server(site, capsys, monkeypatch):
     def guarded(_: object, headers: dict[str, str]) -> tuple[int, str]:
         known = headers.get("Authorization") == "Bearer secret"
