@@ -128,6 +128,20 @@ def test_the_screen_is_cleared_and_filled_no_further_than_it_goes():
     assert all(len(line) <= 10 for line in text.removeprefix("\x1b[H\x1b[2J").splitlines())
 
 
+def test_names_in_wide_letters_are_aligned_and_cut_as_a_terminal_shows_them():
+    names = ("日本", "cafe\u0301", "😀", "hot")
+    lines = table({**LISTING, "data": [adapter(name) for name in names]}, now=NOW)[5:]
+    shown = {line.split()[0]: line.partition("absent")[0] for line in lines}
+    assert shown == {
+        "日本": "日本     ",
+        "cafe\u0301": "cafe\u0301     ",
+        "😀": "😀       ",
+        "hot": "hot      ",
+    }
+    text = screen(["日本語"], width=5, height=5)
+    assert text.removeprefix("\x1b[H\x1b[2J") == "日本\n"
+
+
 def test_once(site, capsys):
     site.answers["/v1/lora_adapters"] = lambda *_: (200, json.dumps(LISTING))
     assert main(["status", "--url", site.url]) == 0

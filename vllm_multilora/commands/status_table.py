@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vllm_multilora.commands.table import aligned, counted
+from vllm_multilora.commands.table import aligned, counted, cut
 from vllm_multilora.states import AdapterState
 
 _NEAREST_FIRST = tuple(
@@ -116,4 +116,4 @@ def screen(lines: Sequence[str], *, width: int, height: int) -> str:
     shown = list(lines)
     if len(shown) >= height:
         shown = [*shown[: height - 2], f"... {len(shown) - height + 2} more lines"]
-    return "\x1b[H\x1b[2J" + "\n".join(line[:width] for line in shown) + "\n"
+    return "\x1b[H\x1b[2J" + "\n".join(cut(line, width) for line in shown) + "\n"
