@@ -122,6 +122,7 @@ WRONG = [
     ("sign {folder}", "the following arguments are required: --key"),
     ("sign {folder} --key {missing}", "No such file"),
     ("sign {missing} --key {key}", "is not a folder"),
+    ("sign {folder} --key {key}", "has no adapter_config.json, expected an adapter's folder"),
     ("verify {folder}", "the following arguments are required: --keys"),
     ("verify {folder} --keys {missing}", "cannot be read: No such file"),
     ("verify {folder} --keys {empty}", "has no key, expected"),

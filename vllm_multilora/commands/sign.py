@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
+    from vllm_multilora.adapters.folder import CONFIG_NAME
     from vllm_multilora.adapters.signature import SIGNATURE_NAME
 
     try:
@@ -59,6 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         for folder in map(Path, arguments.adapters):
             if not folder.is_dir():
                 raise NotADirectoryError(f"{folder} is not a folder")
+            if not (folder / CONFIG_NAME).is_file():
+                raise FileNotFoundError(
+                    f"{folder} has no {CONFIG_NAME}, expected an adapter's folder; give the folder "
+                    "of each adapter, not the one that they lie in"
+                )
             path = folder / SIGNATURE_NAME
             hashes = hashing.Config().set_ignored_paths(paths=[Path(SIGNATURE_NAME)])
             config.set_hashing_config(hashes).sign(folder, path)
