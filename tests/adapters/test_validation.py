@@ -305,6 +305,16 @@ def test_an_adapter_of_which_nothing_would_be_applied_is_refused(tmp_path):
         take(folder, layout)
 
 
+def test_targets_that_the_base_model_does_not_have_leave_nothing_to_expect(tmp_path):
+    """As after a slip in `--lora-target-modules`."""
+    folder = good().write(tmp_path / "adapter")
+    layout = replace(restricted_to("q_porj"), special=frozenset())
+    [problem] = validate(folder, layout)
+    assert problem.code == Code.NOTHING_APPLIED
+    assert problem.expected.endswith("(none)")
+    assert "--lora-target-modules q_porj" in problem.hint
+
+
 def test_an_adapter_of_layers_that_no_request_comes_through_is_refused(tmp_path):
     folder = good().write(tmp_path / "adapter")
     [problem] = validate(folder, replace(LAYOUT, naming=ModuleNaming(skipped=("model.",))))

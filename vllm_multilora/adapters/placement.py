@@ -297,7 +297,8 @@ class Placement:
             next(iter(self._left_out.values())),
             f"for a module that is left out here, as all {len(self._left_out)} modules of the "
             f"adapter are ({shown_name(', '.join(kinds))})",
-            f"one of the modules that adapters change here ({', '.join(self._missing.kinds)})",
+            f"one of the modules that adapters change here "
+            f"({', '.join(self._missing.kinds) or 'none'})",
             hint=f"the server has --lora-target-modules {' '.join(targets)}: serve the adapter "
             "where its modules are among them"
             if targets is not None
