@@ -12,6 +12,7 @@ from vllm_multilora.capacity.calibration import read_calibration
 from vllm_multilora.cli import main
 from vllm_multilora.commands.calibrate import forget_files, kv_tokens
 from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.operations.completions import Ask, Completions
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +122,14 @@ def test_a_server_is_measured_into_a_file(server, tmp_path, capsys):
     assert sum(found.step_s.values()) > 0
     assert (found.ranges.rows, found.ranges.prompt_tokens) == (4, 64)
     assert found.ranges.load_bytes == max(SIZES.values())
+
+
+def test_the_last_prompt_is_timed_as_the_others_are(server):
+    """Its token and those of the requests beside it come from one step, in any order."""
+    client = Completions(f"http://127.0.0.1:{server.server_port}")
+    streams, ((late,),) = client.beside([Ask("base", 16, 500)], [[Ask("base", 32, 1)]])
+    assert streams[0].tokens_s[-1] >= late.tokens_s[-1]
+    assert len(streams[0].tokens_s) < 500
 
 
 def test_the_file_serves_a_plan(server, tmp_path, capsys):

@@ -110,7 +110,7 @@ class Server:
                 if answer.begin_s + BESIDE_S > self.now:
                     step()
             lot_answers = [answer, *(Answer(other, answer.begin_s) for other in lot[1:])]
-            answers += lot_answers
+            answers.append(lot_answers)
             seconds = self.fetched(ask.model, SLOWDOWN)
             if seconds > COPY_S:
                 ready = self.now + seconds - COPY_S

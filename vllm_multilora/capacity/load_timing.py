@@ -79,8 +79,8 @@ def _beside(server: Timed, name: str, samples: list[Sample]) -> float:
     """
     models = [server.model] * min(STREAMS, server.limits.max_num_seqs - 1)
     late = [[Ask(name, SHORT_PROMPT, 1)]] * (1 + _WARM)
-    streams, (cold, *warm) = server.beside(models, late)
-    later = statistics.mean(answer.first_token_s for answer in warm)
+    streams, ((cold,), *warm) = server.beside(models, late)
+    later = statistics.mean(answer.first_token_s for (answer,) in warm)
     steps = list(enumerate(steps_of(streams), 1))
     usual = statistics.median(end - begin for _, (begin, end) in steps)
     for age, (begin, end) in steps:

@@ -208,7 +208,7 @@ class Measuring:
                     for n in range(_LATE)
                 ]
                 streams, answers = self._server.beside(chosen, single)
-                self._note_missed(streams, answers)
+                self._note_missed(streams, [answer for (answer,) in answers])
                 self._note_mixed(streams, answers)
                 lots = [self._lot(models, lengths[n % len(lengths)], rows) for n in range(_LOTS)]
                 if all(lots):
@@ -227,13 +227,15 @@ class Measuring:
             boundary = next((each for _, each in steps if each > answer.begin_s), begin)
             self._measured.missed_s.append(max(0.0, begin - boundary))
 
-    def _note_mixed(self, streams: Sequence[Answer], answers: Sequence[Answer]) -> None:
+    def _note_mixed(self, streams: Sequence[Answer], lots: Sequence[Sequence[Answer]]) -> None:
+        """Notes the steps that had prompts; a lot may have come in several."""
         steps = steps_of(streams)
-        prompts: dict[int, list[Answer]] = {}
-        for answer in answers:
-            prompts.setdefault(_step_of(answer, steps)[0], []).append(answer)
+        prompts: dict[tuple[int, int], list[Answer]] = {}
+        for number, lot in enumerate(lots):
+            for answer in lot:
+                prompts.setdefault((_step_of(answer, steps)[0], number), []).append(answer)
         sizes = [self._size(stream.ask.model) for stream in streams]
-        for place, late in prompts.items():
+        for (place, _), late in prompts.items():
             begin, end = steps[place]
             asks = [answer.ask for answer in late]
             tokens = sum(ask.prompt_tokens for ask in asks)

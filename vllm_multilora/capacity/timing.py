@@ -21,7 +21,7 @@ class Client(Protocol):
 
     def beside(
         self, asks: Sequence[Ask], late: Sequence[Sequence[Ask]]
-    ) -> tuple[list[Answer], list[Answer]]: ...
+    ) -> tuple[list[Answer], list[list[Answer]]]: ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Timed:
 
     def beside(
         self, models: Sequence[str], late: Sequence[Sequence[Ask]]
-    ) -> tuple[list[Answer], list[Answer]]:
+    ) -> tuple[list[Answer], list[list[Answer]]]:
         """Requests for these models that generate, and others beside them, lot after lot."""
         longest = self.limits.max_model_len - SHORT_PROMPT - 1
         answers = self.client.beside([Ask(m, SHORT_PROMPT, longest) for m in models], late)

@@ -86,11 +86,12 @@ class Completions:
 
     def beside(
         self, asks: Sequence[Ask], late: Sequence[Sequence[Ask]]
-    ) -> tuple[list[Answer], list[Answer]]:
+    ) -> tuple[list[Answer], list[list[Answer]]]:
         """Sends requests, and while they generate others, one lot after the other.
 
         Args:
-            asks: Long enough for the others; cut short when these have been answered.
+            asks: Long enough for the others; cut short when these have been answered, and the step
+                that had the last of them has ended for the first ones, too.
             late: The others; those of a lot are sent together.
 
         Returns:
@@ -106,7 +107,11 @@ class Completions:
                     time.sleep(_POLL_S)
                 if not stream.is_alive():
                     stream.finish()
-            answers = [answer for lot in late for answer in self.together(lot)]
+            answers = [self.together(lot) for lot in late]
+            end = time.perf_counter()
+            for stream in streams:
+                while stream.answer.tokens_s[-1] < end and stream.is_alive():
+                    time.sleep(_POLL_S)
         finally:
             for stream in streams:
                 stream.stop()
