@@ -47,7 +47,7 @@ def client(
     )
     LISTING.set(models, Answered())
     app = FastAPI()
-    app.state.args = Namespace()
+    app.state.args = Namespace(enable_lora=True, additional_config=config.additional_config)
     app.state.openai_serving_models = models
     status_route.attach_router(lambda app: None, app)
     if access is not None:
