@@ -397,7 +397,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.versions:add_lora_offline",
         why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
         "are told True by vLLM.",
-        checked=(),
+        checked=("0.33",),
         until="As registered-version.",
     ),
     Patch(
