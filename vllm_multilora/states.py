@@ -44,6 +44,9 @@ class AdapterState(enum.Enum):
     QUARANTINED = "quarantined"
 
 
+AT_HAND = (AdapterState.HOST, AdapterState.SLOT)
+"""In which an adapter need not be read."""
+
 TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
     # A load of files that are in host memory already, under another name, is over at once.
     AdapterState.ABSENT: frozenset({AdapterState.QUEUED, AdapterState.HOST}),

@@ -223,41 +223,40 @@ class Measuring:
     def _note_missed(self, streams: Sequence[Answer], answers: Sequence[Answer]) -> None:
         steps = steps_of(streams)
         for answer in answers:
-            _, begin = _step_of(answer, steps)
+            begin, _ = steps[_step_of(answer, steps)]
             boundary = next((each for _, each in steps if each > answer.begin_s), begin)
             self._measured.missed_s.append(max(0.0, begin - boundary))
 
     def _note_mixed(self, streams: Sequence[Answer], lots: Sequence[Sequence[Answer]]) -> None:
         """Notes the steps that had prompts; a lot may have come in several."""
         steps = steps_of(streams)
-        prompts: dict[tuple[int, int], list[Answer]] = {}
-        for number, lot in enumerate(lots):
-            for answer in lot:
-                prompts.setdefault((_step_of(answer, steps)[0], number), []).append(answer)
-        sizes = [self._size(stream.ask.model) for stream in streams]
-        for (place, _), late in prompts.items():
-            begin, end = steps[place]
-            asks = [answer.ask for answer in late]
-            tokens = sum(ask.prompt_tokens for ask in asks)
-            models = {answer.ask.model for answer in (*streams, *late)}
-            late_sizes = [self._size(ask.model) for ask in asks]
-            adapted = sum(a.prompt_tokens for a, size in zip(asks, late_sizes, strict=True) if size)
-            bytes_of_tokens = sum(
-                a.prompt_tokens * size for a, size in zip(asks, late_sizes, strict=True)
-            )
-            batch = Batch(
-                prompt_tokens=tokens,
-                rows=len(streams) + len(late),
-                prompt_pairs=sum(pairs_of(ask.prompt_tokens) for ask in asks),
-                context_tokens=len(streams) * (SHORT_PROMPT + place + 1),
-                adapter_bytes=sum(map(self._size, models)),
-                adapted_tokens=sum(size > 0 for size in sizes) + adapted,
-                adapted_token_bytes=sum(sizes) + bytes_of_tokens,
-            )
-            kind = "with adapters" if batch.adapter_bytes else "without"
-            what = f"{len(late)} prompts of {tokens}" if len(late) > 1 else f"prompt of {tokens}"
-            case = f"{what} beside {len(streams)} {kind}"
-            self._measured.samples.append(Sample(case, batch, end - begin))
+        for lot in lots:
+            places = [_step_of(answer, steps) for answer in lot]
+            for place in dict.fromkeys(places):
+                late = [answer.ask for answer, at in zip(lot, places, strict=True) if at == place]
+                self._note_step([stream.ask for stream in streams], late, place + 1, *steps[place])
+
+    def _note_step(
+        self, running: Sequence[Ask], late: Sequence[Ask], age: int, begin: float, end: float
+    ) -> None:
+        """Notes a step with prompts, beside requests that have generated `age` tokens."""
+        tokens = sum(ask.prompt_tokens for ask in late)
+        sizes = {ask.model: self._size(ask.model) for ask in (*running, *late)}
+        computed = [(1, sizes[ask.model]) for ask in running]
+        computed += [(ask.prompt_tokens, sizes[ask.model]) for ask in late]
+        batch = Batch(
+            prompt_tokens=tokens,
+            rows=len(running) + len(late),
+            prompt_pairs=sum(pairs_of(ask.prompt_tokens) for ask in late),
+            context_tokens=len(running) * (SHORT_PROMPT + age),
+            adapter_bytes=sum(sizes.values()),
+            adapted_tokens=sum(count for count, size in computed if size),
+            adapted_token_bytes=sum(count * size for count, size in computed),
+        )
+        kind = "with adapters" if batch.adapter_bytes else "without"
+        what = f"{len(late)} prompts of {tokens}" if len(late) > 1 else f"prompt of {tokens}"
+        case = f"{what} beside {len(running)} {kind}"
+        self._measured.samples.append(Sample(case, batch, end - begin))
 
     def _size(self, model: str) -> int:
         return self._measured.sizes.get(model, 0)
@@ -267,7 +266,6 @@ class Measuring:
         return self._limits.max_num_seqs
 
 
-def _step_of(answer: Answer, steps: Sequence[tuple[float, float]]) -> tuple[int, float]:
-    """The step, as its place among all, at whose end a first token came; and when it began."""
-    place = min(range(len(steps)), key=lambda n: abs(steps[n][1] - answer.tokens_s[0]))
-    return place, steps[place][0]
+def _step_of(answer: Answer, steps: Sequence[tuple[float, float]]) -> int:
+    """The place among all steps of the one at whose end a first token came."""
+    return min(range(len(steps)), key=lambda place: abs(steps[place][1] - answer.tokens_s[0]))

@@ -37,7 +37,7 @@ from vllm_multilora.integration.worker import calls
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.registry import make_policy
-from vllm_multilora.states import AdapterState
+from vllm_multilora.states import AT_HAND
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
 
@@ -345,8 +345,7 @@ def list_loras(original: Callable[..., set[int]], engine_core: Any) -> set[int]:
     adapters = adapters_of(engine_core)
     if adapters is None:
         return original(engine_core)
-    places = (AdapterState.HOST, AdapterState.SLOT)
-    return {each.number for each in adapters.known() if each.state(adapters.slots) in places}
+    return {each.number for each in adapters.known() if each.state(adapters.slots) in AT_HAND}
 
 
 def wake_up(original: Callable[..., Any], engine_core: Any, tags: Any = None) -> Any:

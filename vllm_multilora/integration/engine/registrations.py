@@ -12,7 +12,7 @@ from vllm_multilora.integration.engine.orders_under_way import OrdersUnderWay
 from vllm_multilora.integration.engine.wants import Wants
 from vllm_multilora.integration.failures import AdapterRefusedError
 from vllm_multilora.slots.assignment import SlotAssignment
-from vllm_multilora.states import AdapterState
+from vllm_multilora.states import AT_HAND
 from vllm_multilora.store.messages import Loaded
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Registrations:
             entry.later.append(future)
             return future
         entry.registrations.append(future)
-        is_there = entry.state(self._slots) in (AdapterState.HOST, AdapterState.SLOT)
+        is_there = entry.state(self._slots) in AT_HAND
         if not entry.is_being_checked and (fresh or not is_there):
             self._wants.check(entry, fresh=fresh)
         return future

@@ -41,7 +41,7 @@ from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metrics.request_metrics import RequestMetrics
 from vllm_multilora.slots.turns import SlotTurns
-from vllm_multilora.states import AdapterState
+from vllm_multilora.states import AT_HAND
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from vllm_multilora.store.messages import PackInfo
 
 _IDLE_S = 0.001
-_AT_HAND = (AdapterState.HOST, AdapterState.SLOT)
 _COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 _HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
 
@@ -159,7 +158,7 @@ class AdapterAwareMixin:
         known = self.requests.get(request.request_id)
         if known is None or known.is_finished():
             return  # the end of its input was its end
-        is_ready = adapters is None or adapters.state(lora_id) in _AT_HAND
+        is_ready = adapters is None or adapters.state(lora_id) in AT_HAND
         if is_new:
             self._users.come(lora)
             self.adapter_requests[lora_id] += 1
@@ -248,7 +247,7 @@ class AdapterAwareMixin:
         if lora is None or adapters is None or not could_run:
             return False
         number = lora.lora_int_id
-        return self._turns.keeps_waiting(number) or adapters.state(number) in _AT_HAND
+        return self._turns.keeps_waiting(number) or adapters.state(number) in AT_HAND
 
     def _pause_unfilled(self, adapters: EngineAdapters) -> None:
         """Takes requests back whose adapters have lost their slots (sleep) while they ran."""
