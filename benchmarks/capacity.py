@@ -26,6 +26,7 @@ from benchmarks.cpu_throughput import fastest_dtype
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.engine_loop import power_law, quantile
 from benchmarks.loads.fleet import Fleet
+from benchmarks.loads.server import vllm_server
 from benchmarks.loads.smollm2 import base_model, model_config
 from vllm_multilora.cli import main
 from vllm_multilora.operations.completions import Answer, Ask, Completions
@@ -97,8 +98,6 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
         requests: Of each trace.
         keep: A folder for the calibrations and the traces.
     """
-    from tests.serving.server import VllmServer
-
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         kept = Path(keep) if keep else scratch
@@ -110,7 +109,7 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
             for turn in range(rounds):
                 for n in {line.adapter for line in lines}:
                     fleet.add(_name(kind, turn, n), rank=RANKS[n % len(RANKS)])
-        with VllmServer(
+        with vllm_server(
             base_model(),
             *("--served-model-name", "base", "--dtype", fastest_dtype(), "--enforce-eager"),
             *("--max-model-len", "512", "--max-num-seqs", str(BATCH)),

@@ -32,6 +32,7 @@ import httpx
 
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.fleet import Fleet
+from benchmarks.loads.server import vllm_server
 from benchmarks.loads.smollm2 import base_model, model_config
 from benchmarks.loads.streams import Phase, Streams
 
@@ -101,8 +102,6 @@ class Load:
 
 def run_engine(name: str, rounds: int, requests: int, scratch: Path) -> list[dict[str, Phase]]:
     """Starts a server and runs the rounds on it, after one short round to warm up."""
-    from tests.serving.server import VllmServer
-
     model = base_model()
     fleet = Fleet(scratch / "adapters", model_config(), RANK)
     fleet.add("stream")
@@ -130,7 +129,7 @@ def run_engine(name: str, rounds: int, requests: int, scratch: Path) -> list[dic
             return results
 
     log = scratch / "vllm.log"
-    with VllmServer(model, *arguments, log=log, env=env, start_timeout=300.0) as server:
+    with vllm_server(model, *arguments, log=log, env=env, start_timeout=300.0) as server:
         try:
             return asyncio.run(run(server.url))
         except Exception:

@@ -25,6 +25,7 @@ import httpx
 
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.fleet import MODEL, RANK, VOCABULARY, WEIGHTS, Fleet, write_base
+from benchmarks.loads.server import vllm_server
 from benchmarks.loads.streams import Phase, Streams
 
 SLOTS = 4
@@ -137,13 +138,11 @@ def cold_modes(
     modes: str = ",".join(MODES), rounds: int = 3, requests: int = 12
 ) -> Iterable[Figure]:
     """What streams notice of registrations, first uses and hostile adapters."""
-    from tests.serving.server import VllmServer
-
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         base = write_base(scratch / "base")
         (scratch / "directory").mkdir()
-        with VllmServer(
+        with vllm_server(
             base,
             *("--served-model-name", "base", "--load-format", "dummy", "--dtype", "bfloat16"),
             *("--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"),

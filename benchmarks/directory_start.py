@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.harness.registry import Figure, benchmark
-from tests.serving.server import VllmServer
+from benchmarks.loads.server import vllm_server
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import AdapterDirectories, Settling
 
@@ -53,7 +53,7 @@ def fill(directory: Path, adapter: Path, folders: int) -> None:
 def start(base: Path, directory: Path, expected: int, log: Path) -> Started:
     """Starts a server, and looks at it when it names all adapters."""
     began = time.perf_counter()
-    with VllmServer(
+    with vllm_server(
         base,
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
         *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "64"),

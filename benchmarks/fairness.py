@@ -39,6 +39,7 @@ import httpx
 
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.harness.turns import paired
+from benchmarks.loads.server import vllm_server
 from benchmarks.loads.streams import token_times
 from vllm_multilora.config import MultiLoRAConfig
 
@@ -332,7 +333,6 @@ def fairness(
         servers: Those to run; `none` measures what fair shares cost, and nothing else.
         cost_rounds: Of what fair shares cost; 0 for the servers alone.
     """
-    from tests.serving.server import VllmServer
     from tests.serving.tiny_models import write_llama
 
     settings = {
@@ -354,7 +354,7 @@ def fairness(
         adapters = write_adapters(base, scratch)
         started = {
             name: stack.enter_context(
-                VllmServer(
+                vllm_server(
                     base,
                     *("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "512"),
                     *("--max-num-seqs", str(PLACES), "--no-enable-prefix-caching"),

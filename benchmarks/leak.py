@@ -38,6 +38,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.server import vllm_server
 
 VICTIM, ATTACKER, OPERATOR = "victim", "attacker", "operator"
 KEYS = {name: f"sk-{name}-0123456789abcdef" for name in (VICTIM, ATTACKER, OPERATOR)}
@@ -232,7 +233,6 @@ def leak(trials: int = 300, seconds: float = 3600.0, seed: int = 0) -> Iterable[
         seed: Of the coins and prompts.
     """
     from tests.serving.recipes import AdapterRecipe
-    from tests.serving.server import VllmServer
     from tests.serving.tiny_adapters import write_adapter
     from tests.serving.tiny_models import write_llama
 
@@ -247,7 +247,7 @@ def leak(trials: int = 300, seconds: float = 3600.0, seed: int = 0) -> Iterable[
         arms = {}
         for name in ARMS:
             server = stack.enter_context(
-                VllmServer(
+                vllm_server(
                     base,
                     *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"),
                     *("--max-model-len", "512", "--enable-prefix-caching", "--block-size", "32"),

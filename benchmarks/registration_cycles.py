@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.server import vllm_server
 from tests.serving.server import VllmServer
 from vllm_multilora.commands.store import describe
 from vllm_multilora.store.launch import RunningStore
@@ -72,7 +73,7 @@ def registration_cycles(cycles: int = 1000) -> Iterable[Figure]:
             write_adapter(base, root / recipe.name, recipe, seed=seed)
             for seed, recipe in enumerate(FLEET_RECIPES[:ADAPTERS])
         ]
-        with VllmServer(
+        with vllm_server(
             base,
             *("--dtype", "float32", "--enforce-eager", "--max-model-len", "64"),
             *("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "8"),

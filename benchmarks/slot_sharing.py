@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.server import vllm_server
 
 SLOTS, TENANTS = 3, 6
 RANKS = (8, 16, 24, 32, 64, 8)
@@ -74,7 +75,6 @@ def run_engine(
 ) -> dict[str, list[float]]:
     """Starts a server and loads it; the latencies in seconds, by tenant."""
     from tests.serving.recipes import AdapterRecipe
-    from tests.serving.server import VllmServer
     from tests.serving.tiny_adapters import write_adapter
     from tests.serving.tiny_models import write_llama
 
@@ -83,7 +83,7 @@ def run_engine(
         name: write_adapter(base, scratch / name, AdapterRecipe(name, rank=rank), seed=rank)
         for name, rank in zip((f"tenant-{n}" for n in range(TENANTS)), RANKS, strict=True)
     }
-    with VllmServer(
+    with vllm_server(
         base,
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
         *("--max-num-seqs", "16", "--no-enable-prefix-caching"),

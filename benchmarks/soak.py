@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.server import vllm_server
 from tests.serving import completions
 from tests.serving.cases import Scenario
 from tests.serving.server import VllmServer
@@ -205,7 +206,7 @@ def soak(minutes: float = 20.0, seed: int = 0, attackers: int = 2) -> Iterable[F
         scenario = build_scenario(
             root, write_llama, FLEET_RECIPES[: CUSTOMERS + 1], lengths=(11,), min_margin=0.02
         )
-        with VllmServer(
+        with vllm_server(
             scenario.base,
             *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
             *("--seed", "0", "--max-model-len", "128", "--max-num-seqs", "16"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.cpu_throughput import MAX_RANK, RANKS, fastest_dtype, write_random_adapter
 from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.server import vllm_server
 from benchmarks.loads.smollm2 import base_model, model_config
 
 CLIENTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 16
@@ -40,8 +41,6 @@ def upstream_load(
     requests: int = 32, rounds: int = 3, stock_rounds: int = 1, engines: str = "plugin,stock"
 ) -> Iterable[Figure]:
     """The load generator of vLLM itself against a server with this plugin, and one without."""
-    from tests.serving.server import VllmServer
-
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         modules = {
@@ -49,7 +48,7 @@ def upstream_load(
             for n, rank in enumerate(RANKS)
         }
         for engine in engines.split(","):
-            with VllmServer(
+            with vllm_server(
                 base_model(),
                 *("--served-model-name", "base", "--dtype", fastest_dtype(), "--enforce-eager"),
                 *("--max-model-len", "256", "--max-num-seqs", str(CLIENTS)),

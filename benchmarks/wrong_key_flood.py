@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.loads.server import vllm_server
 from vllm_multilora.tenants.keys import stored
 
 TENANT_KEY = "sk-a-tenant-0123456789abcdef"
@@ -89,14 +90,13 @@ def wrong_key_flood(seconds: float = 10.0, rounds: int = 3) -> Iterable[Figure]:
         seconds: Of each phase.
         rounds: Of a phase without the flood, one of the flood alone, and one beside it.
     """
-    from tests.serving.server import VllmServer
     from tests.serving.tiny_models import write_llama
 
     with tempfile.TemporaryDirectory() as scratch:
         tenants = Path(scratch, "tenants.json")
         tenant = {"keys": [stored(TENANT_KEY)], "base_model": True}
         tenants.write_text(json.dumps({"tenants": {"tenant": tenant}}))
-        with VllmServer(
+        with vllm_server(
             write_llama(Path(scratch, "base")),
             *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
             *("--max-model-len", "128", "--enable-lora", "--max-loras", "1"),

@@ -40,6 +40,7 @@ class VllmServer:
         start_timeout: Seconds until the server has to be healthy.
         stop_timeout: Seconds between SIGTERM and SIGKILL to the process group.
         request_timeout: Seconds until a request has to be answered.
+        kv_cache_bytes: Of the KV cache.
         new_interpreter: Whether it is started as by the command line, rather than as a fork of a
             process that has imported vLLM already, which takes a fifth of the time.
 
@@ -57,6 +58,7 @@ class VllmServer:
         start_timeout: float = 300.0,
         stop_timeout: float = 30.0,
         request_timeout: float = 120.0,
+        kv_cache_bytes: int = KV_CACHE_BYTES,
         new_interpreter: bool = False,
     ) -> None:
         self.log = log
@@ -65,7 +67,7 @@ class VllmServer:
         self._arguments = [
             *("serve", str(model)),
             *("--host", "127.0.0.1", "--port", str(self.port)),
-            *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
+            *("--kv-cache-memory-bytes", str(kv_cache_bytes)),
             *args,
         ]
         key = {"VLLM_API_KEY": api_key} if api_key else {}
