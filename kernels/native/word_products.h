@@ -13,7 +13,8 @@
 
 #define STREAMED_WORD_ROWS 32 /* up to which the order in which B lies in memory is faster */
 #define STREAMED_SUMS 4096    /* of all rows: what stays in the first-level cache */
-#define PAIRS_AT_ONCE 4
+#define PAIRS_AT_ONCE 4 /* of many rows, whose sums are read and written for each */
+#define FEW_ROWS 4      /* for up to so many, one: reading B takes the time, and one stream is faster */
 
 INLINE f32v add_products(f32v sums, u32v a, u32v b) {
     return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
@@ -177,22 +178,24 @@ INLINE void stream_pairs_of(const struct stream *s, const int few, int64_t rows,
     static NOINLINE void NAME(const struct stream *s, int64_t rows, int64_t j, float *sums) {      \
         stream_pairs_of(s, FEW, FEW ? FEW : rows, PAIRS, j, sums);                                 \
     }
-STREAM(stream_pairs_1, 1, PAIRS_AT_ONCE)
-STREAM(stream_pairs_2, 2, PAIRS_AT_ONCE)
+STREAM(stream_pair_1, 1, 1)
+STREAM(stream_pair_2, 2, 1)
+STREAM(stream_pair, 0, 1)
 STREAM(stream_pairs, 0, PAIRS_AT_ONCE)
-STREAM(stream_one_pair, 0, 1)
 
-/* As stream_typed, some pairs of ranks side by side. There is at least one rank, and there are at
+/* As stream_typed, one pair of ranks or some side by side. There is at least one rank, and there are at
  * most streamed_columns(rows) columns. */
 static void stream_words(const struct stream *s, int64_t rows) {
     _Alignas(CACHE_LINE) float sums[STREAMED_SUMS + STREAMED_WORD_ROWS * SUMS_BETWEEN];
     int64_t j = 0;
-    for (; j + 2 * PAIRS_AT_ONCE <= s->rank; j += 2 * PAIRS_AT_ONCE) {
-        if (rows == 1) stream_pairs_1(s, rows, j, sums);
-        else if (rows == 2) stream_pairs_2(s, rows, j, sums);
-        else stream_pairs(s, rows, j, sums);
+    if (rows > FEW_ROWS)
+        for (; j + 2 * PAIRS_AT_ONCE <= s->rank; j += 2 * PAIRS_AT_ONCE)
+            stream_pairs(s, rows, j, sums);
+    for (; j < s->rank; j += 2) {
+        if (rows == 1) stream_pair_1(s, rows, j, sums);
+        else if (rows == 2) stream_pair_2(s, rows, j, sums);
+        else stream_pair(s, rows, j, sums);
     }
-    for (; j < s->rank; j += 2) stream_one_pair(s, rows, j, sums);
     for (int64_t m = 0; m < rows; m++)
         put_sums(sums + m * (s->cols + SUMS_BETWEEN), s->y[m], s->col, s->cols, s->onto, BF16, 0);
 }
