@@ -339,7 +339,7 @@ PATCHES: tuple[Patch, ...] = (
         why="A client may give an image a `uuid`, and later the `uuid` alone: vLLM then takes the "
         "image that anybody has sent with it, and even before one that is sent. Gives each tenant "
         "ids of its own.",
-        checked=("0.33",),
+        checked=("0.33", "0.33/2"),
         until="vLLM keeps the images of clients with different cache salts apart.",
     ),
     Patch(
@@ -348,7 +348,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, prompt, *, skip_mm_cache=False",),
         handler="server.multimodal:process_tokens",
         why="As ids-of-images, for embeddings, classes, scores and other pooled answers.",
-        checked=("0.33",),
+        checked=("0.33", "0.33/2"),
         until="As ids-of-images.",
     ),
     Patch(
@@ -358,7 +358,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.multimodal:init_pooling",
         why="vLLM reads pooling requests on threads that do not know whose they are. Has them know "
         "it, for ids-of-images-pooling.",
-        checked=("0.33",),
+        checked=("0.33", "0.33/2"),
         until="As ids-of-images.",
     ),
     Patch(
@@ -397,7 +397,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.versions:add_lora_offline",
         why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
         "are told True by vLLM.",
-        checked=("0.33",),
+        checked=("0.33", "0.33/2"),
         until="As registered-version.",
     ),
     Patch(
@@ -443,7 +443,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.metering:shutdown",
         why="Requests that a server is stopped amidst end nowhere: their clients wait until it is "
         "killed. Counts what they have used.",
-        checked=("0.33",),
+        checked=("0.33", "0.33/2"),
         until="vLLM ends all requests before it stops.",
     ),
     Patch(
@@ -457,7 +457,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="server.metering:beam_search",
         why="A beam search is many requests to the engine. Counts it as what its answer says.",
-        checked=("0.33",),
+        checked=("0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
