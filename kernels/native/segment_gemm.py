@@ -53,7 +53,8 @@ class _Scratch(threading.local):
 
     def memory(self, floats: int) -> torch.Tensor:
         if self._memory.numel() < floats:
-            self._memory = torch.empty(floats)
+            # Whatever the caller's defaults are, which may be a model's: C writes as many floats.
+            self._memory = torch.empty(floats, dtype=torch.float32, device="cpu")
         return self._memory
 
 

@@ -134,6 +134,26 @@ def test_another_layer_may_need_more_scratch_memory_in_between():
     assert_right(prepared, small)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_scratch_memory_is_host_memory_of_floats_whatever_the_defaults_are(dtype, monkeypatch):
+    """Here none is written: it would be past the end of what is too short."""
+    problem, needed = problem_of([0, 3, 1]), segment_gemm._library().multilora_scratch_floats
+    monkeypatch.setattr(segment_gemm, "_scratch", segment_gemm._Scratch())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            prepared = prepared_of(problem)
+            call = prepared._run
+            monkeypatch.setattr(call, "_compute", lambda address: None)
+            prepared(problem.y, problem.x, problem.plan)
+    finally:
+        torch.set_default_dtype(usual)
+    assert call._scratch.device.type == "cpu"
+    assert call._scratch.nbytes == 4 * needed(call._address, 2)
+
+
 def test_without_memory_nothing_is_computed(monkeypatch):
     problem = problem_of([0, 3, 1])
     prepared, y = prepared_of(problem), problem.y.clone()
