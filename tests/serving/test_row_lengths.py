@@ -112,6 +112,30 @@ def test_an_adapters_first_use_allocates_nothing_on_the_device(
     assert factors.nbytes == before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_are_measured_in_float32_while_a_model_of_another_type_loads(dtype, monkeypatch):
+    """vLLM makes the model's type PyTorch's default until all weights have been repacked."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from vllm_multilora.integration.attached import ROW_SQUARES
+    from vllm_multilora.integration.worker import output_factors
+
+    monkeypatch.setattr(output_factors, "is_active", lambda config: True)
+    monkeypatch.setattr(output_factors, "settings_of", lambda config: SimpleNamespace(dora=True))
+    monkeypatch.setattr(output_factors.current_platform, "is_cpu", lambda: True)
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(4)).mul_(3e-4).to(dtype)
+    expected, layer = weight.double().square().sum(1), SimpleNamespace(weight=weight)
+
+    def repack(method, layer):
+        layer.weight = layer.weight.new_empty(0)
+
+    with set_current_vllm_config(VllmConfig()), set_default_torch_dtype(dtype):
+        output_factors.process_weights_after_loading(repack, None, layer)
+    found = ROW_SQUARES.get(layer)
+    assert ((found - expected).abs() <= 1e-6 * expected).all()
+
+
 def test_an_adapter_of_other_stages_alone_has_no_factors():
     """The whole adapter is one with magnitudes, and none of them are for this stage's layers."""
     from vllm_multilora.integration.worker.output_factors import SlotFactors

@@ -298,7 +298,7 @@ def process_weights_after_loading(original: Callable[..., None], method: Any, la
         and settings_of(config).dora
     ):
         squares = torch.empty(len(weight), dtype=torch.float32)
-        write_row_squares(weight, squares, torch.empty(max(_CHUNK_ELEMENTS, weight.size(1))))
+        write_row_squares(weight, squares, squares.new_empty(max(_CHUNK_ELEMENTS, weight.size(1))))
     original(method, layer)
     if squares is not None:
         ROW_SQUARES.set(layer, squares)
