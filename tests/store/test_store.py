@@ -134,6 +134,16 @@ def test_a_full_arena_makes_room_and_says_who_left(engines):
     engine.until(lambda: Totals(MIB, 1, MIB, None) in engine.seen)
 
 
+def test_who_comes_later_is_told_what_is_in_memory_though_nothing_changes(engines):
+    settled = Totals(MIB, 1, 4 * MIB, None)
+    first = engines("first", budget_bytes=4 * MIB)
+    first.load(1, f"/fake/a?blocks={MIB}")
+    first.until(lambda: settled in first.seen)
+    assert first.client.wait(0.2) == []  # long enough for the store to have nothing left to tell
+    second = engines("second", budget_bytes=4 * MIB)
+    second.until(lambda: settled in second.seen)
+
+
 @pytest.mark.parametrize("hanging", [4, 40])
 def test_loads_that_hang_do_not_hold_up_another(engine, hanging):
     for adapter in range(hanging):

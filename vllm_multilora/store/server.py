@@ -187,12 +187,13 @@ class Server:
         self._next_client -= 1
         self._connections[number] = Connection(number, channel)
         self._selector.register(channel, selectors.EVENT_READ, number)
-        self._totals = None  # the newcomer is to be told
 
     def _hear_client(self, number: int) -> None:
         connection = self._connections.get(number)
         if connection is None:
             return
+        if not connection.known:
+            self._totals = None  # whoever says `Hello` is to be told
         try:
             connection.channel.flush()
             for message, _ in connection.channel.receive():
