@@ -391,6 +391,16 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM tells what it has loaded.",
     ),
     Patch(
+        name="engine-calls",
+        target="vllm.v1.engine.core_client:AsyncMPClient._call_utility_async",
+        takes=("self, method, *args, engine",),
+        handler="server.engine_calls:call_utility",
+        why="vLLM fails the requests of an engine that has died, but not the calls that wait for "
+        "its answers: a server whose engine died during a load would never end.",
+        checked=(),
+        until="vLLM fails these calls too.",
+    ),
+    Patch(
         name="added-offline",
         target="vllm.v1.engine.llm_engine:LLMEngine.add_lora",
         takes=("self, lora_request",),
