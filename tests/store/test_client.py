@@ -1,13 +1,16 @@
 """An engine core's side of the connection, against a store that the test plays."""
 
+import itertools
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel
 from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from vllm_multilora.store.messages import (
     Cancel,
     Failed,
@@ -15,8 +18,10 @@ from vllm_multilora.store.messages import (
     Loaded,
     PackInfo,
     Reading,
+    Refused,
     Release,
     Restarted,
+    Totals,
     Want,
 )
 
@@ -34,6 +39,9 @@ class Stores:
         there.setblocking(False)
         self.newest = Channel(there, FromClient)
         return here
+
+    def last_words(self) -> str:
+        return "there is no memory"
 
     def say(self, *messages) -> None:
         for message in messages:
@@ -102,3 +110,31 @@ def test_a_want_can_be_taken_back_while_its_store_dies(client, stores):
     client.cancel(ticket)
     assert client.poll() == [Restarted()]
     assert stores.heard() == []
+
+
+@pytest.mark.parametrize("last_words", [(), (Refused("no descriptor left"),)])
+def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
+    client, stores, monkeypatch, caplog, last_words
+):
+    step = FIRST_PAUSE_S / 10
+    now = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: step * next(now), sleep=lambda seconds: None)
+    monkeypatch.setattr("vllm_multilora.store.client.time", clock)
+
+    def seconds_to_the_next_store() -> float:
+        before, begun = stores.newest, clock.monotonic()
+        before.close()
+        while stores.newest is before:
+            client.poll()
+        return clock.monotonic() - begun
+
+    pauses = []
+    for _ in range(10):
+        stores.say(*last_words)
+        pauses.append(seconds_to_the_next_store())
+    doubled = [min(FIRST_PAUSE_S * 2**n, LONGEST_PAUSE_S) for n in range(9)]
+    assert pauses[1:] == pytest.approx(doubled, abs=5 * step)
+    assert "there is no memory" in caplog.text
+    stores.say(Totals(0, 0, None, None))
+    client.poll()
+    assert seconds_to_the_next_store() < FIRST_PAUSE_S

@@ -266,7 +266,8 @@ class StoreClient:
         return False
 
     def _take(self, message: FromStore) -> None:
-        self._pause = FIRST_PAUSE_S
+        if not isinstance(message, Refused):  # it serves: its successor is worth a try at once
+            self._pause, self._next_attempt = FIRST_PAUSE_S, 0.0
         match message:
             case Configured():
                 self._answer = message
@@ -302,7 +303,8 @@ class StoreClient:
         """The store has gone: what it said is void, and the next one answers what is wanted."""
         if self._channel is None:
             return
-        logger.warning("The store has gone (%s); it is started again", error)
+        says = f"; it says: {self._host.last_words()}" if self._pause > FIRST_PAUSE_S else ""
+        logger.warning("The store has gone (%s); it is started again%s", error, says)
         self._poller.unregister(self._channel)
         self._channel.close()
         self._channel = None
@@ -313,7 +315,6 @@ class StoreClient:
         )
         self._inbox = deque([*own, Restarted()])
         self._losses += 1
-        self._next_attempt = 0.0
 
     def _watch_writes(self) -> None:
         if self._channel is not None:
