@@ -3,7 +3,9 @@
 import os
 import resource
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -370,6 +372,26 @@ def test_a_refused_client_that_does_not_read_is_given_up(engine):
         refused.flush()
     engine.until(lambda: [one.role for one in engine.describe().clients] == ["engine"])
     refused.close()
+
+
+def test_a_store_is_started_again_though_its_folder_was_removed(engine, store_folder):
+    store = engine.store()
+    shutil.rmtree(store_folder)
+    store.kill()
+    engine.until(lambda: Restarted() in engine.seen)
+    assert isinstance(engine.load(1, "/fake/a"), Loaded)
+
+
+def test_no_store_is_looked_for_in_a_folder_that_others_have_made_in_its_place(store_folder):
+    host = StoreProcess(FAKE)
+    store_folder.rmdir()
+    store_folder.mkdir()
+    store_folder.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(host.path))
+        listener.listen()
+        with pytest.raises(StoreUnavailableError, match="others can get at it"):
+            host.connect()
 
 
 def test_an_unknown_policy_is_refused_and_another_one_is_noted(engines):

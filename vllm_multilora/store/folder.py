@@ -37,10 +37,7 @@ def store_folder() -> Path:
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
         folder = Path(named)
-        if (fault := _fault(folder)) is not None:
-            raise StoreUnavailableError(
-                f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can access"
-            )
+        ensure(folder)
         return folder
     usual = [Path(tempfile.gettempdir(), f"vllm-multilora-{os.geteuid()}")]
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
@@ -51,6 +48,18 @@ def store_folder() -> Path:
     private = Path(tempfile.mkdtemp(prefix="vllm-multilora-"))
     os.environ[FOLDER_VARIABLE] = str(private)
     return private
+
+
+def ensure(folder: Path) -> None:
+    """Makes a folder of stores where it is missing: whoever cleans up may have removed it.
+
+    Raises:
+        StoreUnavailableError: It cannot be used.
+    """
+    if (fault := _fault(folder)) is not None:
+        raise StoreUnavailableError(
+            f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can access"
+        )
 
 
 def socket_path(folder: Path) -> Path:

@@ -52,6 +52,7 @@ class StoreProcess:
         self._log = self.path.with_suffix(".log")
 
     def connect(self) -> socket.socket:
+        folder.ensure(self._folder)
         try:
             return folder.connect(self.path)
         except (FileNotFoundError, ConnectionRefusedError):
