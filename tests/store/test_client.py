@@ -10,6 +10,7 @@ import pytest
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel
 from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from vllm_multilora.store.messages import (
     Cancel,
@@ -25,6 +26,9 @@ from vllm_multilora.store.messages import (
     Want,
 )
 
+STEP_S = FIRST_PAUSE_S / 10
+"""Between two looks at a clock."""
+
 
 class Stores:
     """Where a client's stores are: each connection leads to another one."""
@@ -33,8 +37,11 @@ class Stores:
 
     def __init__(self) -> None:
         self.newest: Channel | None = None
+        self.is_down = False
 
     def connect(self) -> socket.socket:
+        if self.is_down:
+            raise StoreUnavailableError("no process can be started")
         here, there = socket.socketpair()
         there.setblocking(False)
         self.newest = Channel(there, FromClient)
@@ -112,15 +119,46 @@ def test_a_want_can_be_taken_back_while_its_store_dies(client, stores):
     assert stores.heard() == []
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The clients' time, which goes on when they look at it."""
+    now = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: STEP_S * next(now), sleep=lambda seconds: None)
+    monkeypatch.setattr("vllm_multilora.store.client.time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("ends", ["before it is up", "when it is up"])
+def test_nobody_waits_for_long_for_a_store_that_cannot_be_had(client, stores, clock, ends):
+    def wait() -> list:
+        found, begun = [], clock.monotonic()
+        while not found and clock.monotonic() < begun + 4 * LONGEST_PAUSE_S:
+            if ends == "when it is up":
+                stores.newest.close()
+            found = [message for message in client.poll() if message != Restarted()]
+        return found
+
+    ticket = want(client, 1)
+    stores.is_down = ends == "before it is up"
+    stores.newest.close()
+    (failed,) = wait()
+    assert (failed.ticket, failed.kind) == (ticket, FailureKind.UNREADABLE)
+    assert "the server's log says why" in failed.message
+    ticket = want(client, 2)
+    (failed,) = wait()
+    assert (failed.ticket, failed.adapter) == (ticket, 2)
+    stores.is_down = False
+    want(client, 3)
+    before = stores.newest
+    while stores.newest is before:
+        client.poll()
+    assert [message.adapter for message in stores.heard()] == [3]
+
+
 @pytest.mark.parametrize("last_words", [(), (Refused("no descriptor left"),)])
 def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
-    client, stores, monkeypatch, caplog, last_words
+    client, stores, clock, caplog, last_words
 ):
-    step = FIRST_PAUSE_S / 10
-    now = itertools.count()
-    clock = SimpleNamespace(monotonic=lambda: step * next(now), sleep=lambda seconds: None)
-    monkeypatch.setattr("vllm_multilora.store.client.time", clock)
-
     def seconds_to_the_next_store() -> float:
         before, begun = stores.newest, clock.monotonic()
         before.close()
@@ -133,7 +171,7 @@ def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
         stores.say(*last_words)
         pauses.append(seconds_to_the_next_store())
     doubled = [min(FIRST_PAUSE_S * 2**n, LONGEST_PAUSE_S) for n in range(9)]
-    assert pauses[1:] == pytest.approx(doubled, abs=5 * step)
+    assert pauses[1:] == pytest.approx(doubled, abs=5 * STEP_S)
     assert "there is no memory" in caplog.text
     stores.say(Totals(0, 0, None, None))
     client.poll()

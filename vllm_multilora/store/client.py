@@ -46,14 +46,15 @@ logger = logging.getLogger(__name__)
 
 _NUMBERS_END = 1 << 63  # steps' adapters are in arrays of int64
 _MOST_LOSSES = 3  # before `configure` gives a store up
+_NO_STORE = "the server's store of adapters cannot be started; the server's log says why"
 
 
 class StoreClient:
     """A connection to the store, for one thread.
 
     Nothing but `configure` and `wait` waits for the store. One that has died is started again by
-    `poll`, which then returns `Restarted`: packs and leases are gone, wants go on. A frozen one
-    just does not answer.
+    `poll`, which then returns `Restarted`: packs and leases are gone, wants go on, but fail where
+    no store has come up for seconds. A frozen one just does not answer.
 
     Args:
         host: Where the store is.
@@ -298,6 +299,17 @@ class StoreClient:
             self._connect()
         except StoreUnavailableError as error:
             logger.error("No store: %s; trying again in %.1f seconds", error, self._pause)
+            self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        """Fails what is wanted where stores have not come up for long; others may be wanted."""
+        if self._pause < LONGEST_PAUSE_S:
+            return
+        for ticket, want in self._wants.items():
+            if want is not None:
+                self._wants[ticket] = None
+                kind = FailureKind.UNREADABLE
+                self._inbox.append(Failed(ticket, want.adapter, kind, _NO_STORE, []))
 
     def _lose(self, error: ChannelClosedError) -> None:
         """The store has gone: what it said is void, and the next one answers what is wanted."""
@@ -315,6 +327,7 @@ class StoreClient:
         )
         self._inbox = deque([*own, Restarted()])
         self._losses += 1
+        self._stop_waiting()
 
     def _watch_writes(self) -> None:
         if self._channel is not None:
