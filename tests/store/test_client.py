@@ -14,6 +14,7 @@ from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from vllm_multilora.store.messages import (
     Cancel,
+    Configured,
     Failed,
     FromClient,
     Loaded,
@@ -22,6 +23,7 @@ from vllm_multilora.store.messages import (
     Refused,
     Release,
     Restarted,
+    StoreSettings,
     Totals,
     Want,
 )
@@ -117,6 +119,18 @@ def test_a_want_can_be_taken_back_while_its_store_dies(client, stores):
     client.cancel(ticket)
     assert client.poll() == [Restarted()]
     assert stores.heard() == []
+
+
+def test_what_the_next_store_keeps_otherwise_than_asked_for_is_logged(client, stores, caplog):
+    """It was configured by another server's engine first."""
+    stores.say(Configured([]))
+    assert client.configure([1], StoreSettings()) == []
+    stores.newest.close()
+    client.poll()
+    client.poll()
+    stores.say(Configured(["the cache policy is 'lru'"]))
+    client.poll()
+    assert "the cache policy is 'lru'" in caplog.text
 
 
 @pytest.fixture

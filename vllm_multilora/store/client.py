@@ -270,7 +270,10 @@ class StoreClient:
         if not isinstance(message, Refused):  # it serves: its successor is worth a try at once
             self._pause, self._next_attempt = FIRST_PAUSE_S, 0.0
         match message:
-            case Configured():
+            case Configured(notes):
+                if self._answer is not None:  # nobody waits for it: this is another store's
+                    for note in notes:
+                        logger.warning("Adapter store: %s", note)
                 self._answer = message
             case Refused(reason):
                 self._answer = message
