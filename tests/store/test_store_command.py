@@ -9,12 +9,14 @@ import time
 
 import pytest
 
+from tests.adapters.checkpoints import MODULES, layout, weights, write
+from tests.store.conftest import Engine
 from vllm_multilora.cli import main
 from vllm_multilora.commands import store as command
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError, socket_path
 from vllm_multilora.store.launch import RunningStore, StoreProcess
-from vllm_multilora.store.messages import ClientRow, Description, Totals
+from vllm_multilora.store.messages import ClientRow, Description, Loaded, Totals
 
 pytestmark = pytest.mark.waits
 
@@ -60,6 +62,27 @@ def test_it_says_where_it_listens_and_goes_on_between_servers(by_hand, store_fol
     client.close()
     time.sleep(2.5)  # longer than a store without --keep would stay
     assert [one["role"] for one in shown(capsys)["clients"]] == ["observer"]
+
+
+def test_it_keeps_adapters_between_servers(by_hand, tmp_path):
+    folder = write(
+        tmp_path / "a", weights({module: 4 for module, _, _ in MODULES}), rank=4, alpha=4
+    )
+
+    def is_alone() -> bool:
+        clients = command.describe(RunningStore(), SOON_S).clients
+        return [one.role for one in clients] == ["observer"]
+
+    def load(server: str) -> Loaded:
+        engine = Engine(StoreClient(StoreProcess(), server), [layout()])
+        found = engine.load(1, str(folder))
+        engine.client.close()
+        deadline = time.monotonic() + SOON_S
+        while not is_alone():
+            assert time.monotonic() < deadline
+        return found
+
+    assert [load("one").was_read, load("two").was_read] == [True, False]
 
 
 def test_ctrl_c_ends_it_and_leaves_nothing_behind(by_hand, store_folder):

@@ -22,7 +22,8 @@ MOST_VERSIONS = 16
 class HostMemory:
     """Packs by their numbers, and the room that jobs pack into.
 
-    A pack that no adapter is bound to any more leaves as soon as nobody has a lease on it.
+    A pack that no adapter is bound to any more leaves as soon as nobody has a lease on it, unless
+    it is kept for servers to come.
 
     Attributes:
         arena: Places the bytes.
@@ -32,6 +33,7 @@ class HostMemory:
         limit: Adapters that may be here, those being read included. None: no limit.
         tenant_limits: Packs that tenants may keep, as their servers have said last. None: no limit.
         staged: Allocations that jobs pack into, or that jobs which were killed may still write to.
+        keeps: Whether packs of servers that have gone stay while there is room.
     """
 
     arena: Arena
@@ -41,6 +43,7 @@ class HostMemory:
     limit: int | None = None
     tenant_limits: dict[tuple[Scope, Owner], int | None] = field(default_factory=dict)
     staged: int = 0
+    keeps: bool = False
     packs: dict[int, Pack] = field(default_factory=dict)
     _by_version: dict[tuple[Scope, str], Pack] = field(default_factory=dict)
     _by_digest: dict[tuple[Scope, str], Pack] = field(default_factory=dict)
@@ -110,10 +113,9 @@ class HostMemory:
 
     def unbind(self, binding: Binding) -> None:
         """An adapter is withdrawn, or is another pack now."""
-        pack = self._bound.pop(binding, None)
+        pack = self._bound.get(binding)
         if pack is not None:
-            del pack.bindings[binding]
-            self._leave(binding)
+            self._take_off(binding)
             self._drop_if_useless(pack)
 
     def bound(self, server: str, adapter: int) -> dict[Binding, Pack]:
@@ -124,7 +126,10 @@ class HostMemory:
     def forget_server(self, server: str) -> None:
         """The last client of a server has gone."""
         for binding in [binding for binding in self._bound if binding.server == server]:
-            self.unbind(binding)
+            if self.keeps:
+                self._take_off(binding)
+            else:
+                self.unbind(binding)
         for pack in self.packs.values():
             if pack.tenant is not None and pack.tenant.server == server:
                 pack.tenant = None
@@ -223,6 +228,10 @@ class HostMemory:
         alike.remove(binding)
         if not alike:
             del self._bindings_of[binding.server, binding.adapter]
+
+    def _take_off(self, binding: Binding) -> None:
+        del self._bound.pop(binding).bindings[binding]
+        self._leave(binding)
 
     def _drop_if_useless(self, pack: Pack) -> None:
         if not pack.bindings and not pack.leases:

@@ -53,7 +53,7 @@ class Server:
         listener: A listening socket; the server owns it.
         runner: Runs the jobs.
         reader: What they read adapters with.
-        keep: Whether the store goes on without clients.
+        keep: Whether the store goes on without clients, and keeps their adapters for others.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class Server:
         self._segments = SharedSegments()
         # Numbers go on where no other store's are likely to be: old ones must mean nothing here.
         arena = Arena(self._segments, None, first_segment=secrets.randbits(31) + 1)
-        memory = HostMemory(arena, make_policy("lru"), (secrets.randbits(31) + 1) << 20)
+        first_pack = (secrets.randbits(31) + 1) << 20
+        memory = HostMemory(arena, make_policy("lru"), first_pack, keeps=keep)
         self._registry = Registry(memory, self)
         self._desk = Desk(runner, reader, self._selector)
         self._names = Names(self)
