@@ -34,47 +34,71 @@ def runner(monkeypatch):
 
     manager = SimpleNamespace(
         sampled_rows=np.array([3, 1]),
+        row_maxima=None,
         model_manager=SimpleNamespace(set_sampled_rows=lambda rows: None),
     )
     monkeypatch.setattr(sampling, "manager_of", lambda runner: manager)
     return SimpleNamespace(manager=manager)
 
 
-@pytest.mark.smoke
-def test_the_first_model_runner_counts_by_request(runner):
+def counted(runner, logits, sample=lambda runner, logits, drafts: None):
+    """What vLLM's first model runner counts in a step.
+
+    Args:
+        runner: The model runner.
+        logits: [rows, vocabulary].
+        sample: Stands for vLLM's `_sample`.
+    """
     from vllm.v1.worker.gpu_model_runner import count_nans_per_row
 
-    from vllm_multilora.integration.worker.sampling import bookkeeping_sync
-
-    logits = torch.zeros(4, 9)
-    logits[1, 3:5] = float("nan")
+    from vllm_multilora.integration.worker.sampling import bookkeeping_sync, sample_rows
 
     def original(runner, scheduled, sampled, logits, states):
+        assert logits.shape[1] == 1, "one number a row is all that vLLM is given"
         return count_nans_per_row(logits).tolist()
 
-    assert bookkeeping_sync(original, runner, None, None, logits, None) == [1, 0]
+    sample_rows(sample, runner, logits, None)
+    return bookkeeping_sync(original, runner, None, None, logits, None)
+
+
+@pytest.mark.smoke
+def test_the_first_model_runner_counts_by_request(runner):
+    logits = torch.zeros(4, 9)
+    logits[1, 3:5] = float("nan")
+    assert counted(runner, logits) == [1, 0]
     logits[1], logits[3, 0] = 0, float("nan")
-    assert bookkeeping_sync(original, runner, None, None, logits, None) == [0, 1]
+    assert counted(runner, logits) == [0, 1]
+
+
+@pytest.mark.smoke
+def test_nan_that_a_requests_own_parameters_make_is_not_counted(runner):
+    """vLLM samples from logits of float32 in place."""
+    from vllm._custom_ops import apply_repetition_penalties_torch
+
+    def sample(runner, logits, drafts):
+        logits[:, 3] = float("-inf")  # not among its `allowed_token_ids`
+        is_in_prompt = torch.ones_like(logits, dtype=torch.bool)
+        is_in_answer = torch.zeros_like(is_in_prompt)
+        apply_repetition_penalties_torch(
+            logits, is_in_prompt, is_in_answer, torch.full((4,), 1e-300)
+        )
+        assert logits.isnan().any(dim=1).all()
+
+    assert counted(runner, torch.ones(4, 9), sample) == [0, 0]
+    runner.manager.sampled_rows = np.ones(4, dtype=int)
+    assert counted(runner, torch.ones(4, 9), sample) == [0, 0, 0, 0]
 
 
 @pytest.mark.smoke
 def test_the_first_model_runner_finds_nan_among_other_rows(runner):
-    """One number a row is all that vLLM is given: NaN wherever the row had one."""
-    from vllm.v1.worker.gpu_model_runner import count_nans_per_row
-
-    from vllm_multilora.integration.worker.sampling import bookkeeping_sync
-
+    """NaN wherever the row had one."""
     infinity, nan = float("inf"), float("nan")
     logits = torch.zeros(4, 70_000, dtype=torch.bfloat16)
     logits[0, 0], logits[1, 69_999], logits[2, 5], logits[3, 6] = infinity, nan, nan, -infinity
     logits[2, 4], logits[2, 6] = infinity, -infinity
     runner.manager.sampled_rows = np.ones(4, dtype=int)
 
-    def original(runner, scheduled, sampled, logits, states):
-        assert logits.shape == (4, 1)
-        return count_nans_per_row(logits).tolist()
-
-    assert bookkeeping_sync(original, runner, None, None, logits, None) == [0, 1, 1, 0]
+    assert counted(runner, logits) == [0, 1, 1, 0]
 
 
 @pytest.mark.smoke

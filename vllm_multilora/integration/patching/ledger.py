@@ -202,6 +202,17 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM's LoRA mapping covers all sampled rows, and its counts go by request.",
     ),
     Patch(
+        name="rows-to-sample",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+        takes=("self, logits, spec_decode_metadata",),
+        handler="worker.sampling:sample_rows",
+        why="vLLM's first model runner counts NaN in logits that it has sampled from. Those of "
+        "float32 are changed by that: a request's penalties make NaN of sound ones, and would "
+        "have its adapter quarantined. Looks at them before.",
+        checked=(),
+        until="vLLM's first model runner counts before it samples, as its second one does.",
+    ),
+    Patch(
         name="unsound-rows",
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
         takes=(
@@ -209,8 +220,9 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.sampling:bookkeeping_sync",
         why="As sampled-rows, for the counts of vLLM's first model runner: with drafted tokens, "
-        "one customer's NaN would be another's. Hands it each row's maximum, NaN if any of the "
-        "row is: counting among the whole vocabulary takes far longer on CPUs.",
+        "one customer's NaN would be another's. Hands it what rows-to-sample has seen, each row's "
+        "maximum, NaN if any of the row is: counting among the whole vocabulary takes far longer "
+        "on CPUs.",
         checked=("0.31", "0.32", "0.33"),
         until="As sampled-rows.",
     ),

@@ -59,12 +59,15 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         largest_adapter: Bytes of an adapter of the largest rank in every module, on this worker.
         own_store: Where the engine core waits for its workers: what this one loads from.
         sampled_rows: [requests], how many rows of each request the last batch sampled.
+        row_maxima: [rows, 1], the largest logit of each row that the first model runner is about
+            to sample from; None otherwise.
     """
 
     _manager_cls = MultiLoRAModelManager  # type: ignore[assignment]
     _adapter_manager: MultiLoRAModelManager
     own_store: OwnStore
     sampled_rows: npt.NDArray[np.integer]
+    row_maxima: torch.Tensor | None = None
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wraps the model's layers and connects to the engine core; returns the model."""

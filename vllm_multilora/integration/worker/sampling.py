@@ -60,6 +60,20 @@ def sample(
     return output, *rest
 
 
+def sample_rows(
+    original: Callable[..., Any],
+    runner: Any,
+    logits: torch.Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    manager = manager_of(runner)
+    if manager is not None and logits is not None:
+        # NaN if any of the row is: found sooner than NaN is counted among all tokens.
+        manager.row_maxima = logits.amax(dim=-1, keepdim=True)
+    return original(runner, logits, *args, **kwargs)
+
+
 def bookkeeping_sync(
     original: Callable[..., Any],
     runner: Any,
@@ -70,10 +84,10 @@ def bookkeeping_sync(
     **kwargs: Any,
 ) -> Any:
     manager = manager_of(runner)
-    if manager is not None and logits is not None:
-        # All that vLLM asks here is which rows hold NaN. Their maximum is NaN then, and is found
-        # sooner than NaN is counted among all tokens.
-        logits = logits.amax(dim=-1, keepdim=True)
+    if manager is not None and manager.row_maxima is not None:
+        # All that vLLM asks here is which rows hold NaN. By now, a request's own parameters may
+        # have made some of sound logits of float32: they act in place.
+        logits, manager.row_maxima = manager.row_maxima, None
         if len(logits) != len(manager.sampled_rows):
             unsound = by_request(logits.isnan().squeeze(1).int(), manager.sampled_rows)
             logits = torch.where(unsound > 0, math.nan, 0.0).unsqueeze(1)
