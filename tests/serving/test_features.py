@@ -234,6 +234,17 @@ def test_the_tokens_that_remain_are_ranked_by_the_adapter(
         assert list(output.outputs[0].token_ids) == [likeliest[1]], case.adapter
 
 
+def test_what_a_requests_parameters_make_of_sound_numbers_quarantines_nobody(
+    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
+) -> None:
+    """Nor does it end the quarantine for what the base model makes: who overflows still fails."""
+    parameters = greedy(allowed_token_ids=[1, 2], repetition_penalty=1e-300)
+    for asked in (cases[1:], cases[:1]):
+        outputs = generate(engine, llama, asked, [], parameters)
+        assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
+    assert_as_peft(generate(engine, llama, cases, failing, greedy()), cases)
+
+
 def test_tokens_that_there_are_not_cannot_be_allowed(
     engine: "LLM", llama: Scenario, cases: list[Case]
 ) -> None:
