@@ -5,6 +5,7 @@ There are fewer slots than adapters, and requests of adapters that fail are in t
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,20 @@ def test_each_of_several_answers_is_pefts(
     for output, case in zip(outputs, cases, strict=True):
         tokens = [tuple(completion.token_ids) for completion in output.outputs]
         assert tokens == [case.expected.tokens] * 3, case.adapter
+
+
+def test_a_seed_draws_the_same_tokens_however_its_prompt_is_divided(
+    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
+) -> None:
+    """The engine lives on, too: on CPUs, vLLM's own dies of a divided prompt with a seed."""
+    parameters = greedy(temperature=1.0, seed=7)
+    long = [replace(case, prompt=case.prompt * 3) for case in cases]  # more than a step takes in
+    together = generate(engine, llama, long * 2, failing, parameters)
+    # By now the first blocks of each prompt are cached: it is divided no more.
+    alone = [generate(engine, llama, [case], [], parameters)[0] for case in long]
+    tokens = [output.outputs[0].token_ids for output in alone]
+    assert [output.outputs[0].token_ids for output in together] == tokens * 2
+    assert len(set(map(tuple, tokens))) == len(cases)
 
 
 @pytest.mark.smoke("priorities", "preemption")

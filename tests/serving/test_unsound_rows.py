@@ -1,4 +1,4 @@
-"""NaN is counted by request where a request has several rows of logits."""
+"""What is looked at around sampling: NaN, by request, and whose rows draw no tokens."""
 
 from types import SimpleNamespace
 
@@ -35,10 +35,15 @@ def runner(monkeypatch):
     manager = SimpleNamespace(
         sampled_rows=np.array([3, 1]),
         row_maxima=None,
+        idle_generators={},
         model_manager=SimpleNamespace(set_sampled_rows=lambda rows: None),
     )
     monkeypatch.setattr(sampling, "manager_of", lambda runner: manager)
-    return SimpleNamespace(manager=manager)
+    return SimpleNamespace(
+        manager=manager,
+        input_batch=SimpleNamespace(generators={}),
+        discard_request_mask=SimpleNamespace(np=np.zeros(8, dtype=bool)),
+    )
 
 
 def counted(runner, logits, sample=lambda runner, logits, drafts: None):
@@ -99,6 +104,25 @@ def test_the_first_model_runner_finds_nan_among_other_rows(runner):
     runner.manager.sampled_rows = np.ones(4, dtype=int)
 
     assert counted(runner, logits) == [0, 1, 1, 0]
+
+
+def test_seeded_requests_amidst_their_prompts_draw_nothing_on_cpus(runner):
+    from vllm_multilora.integration.worker.sampling import bookkeeping_sync, sample_rows
+
+    seeded = {row: torch.Generator().manual_seed(row) for row in (0, 2, 3)}
+    generators = runner.input_batch.generators
+    generators.update(seeded)
+    runner.discard_request_mask.np[[1, 2]] = True
+    seen = []
+
+    def note(runner, *args):
+        seen.append(set(runner.input_batch.generators))
+
+    for _ in range(2):
+        sample_rows(note, runner, torch.zeros(4, 9), None)
+        bookkeeping_sync(note, runner, None, None, torch.zeros(4, 9), None)
+        assert generators == seeded
+    assert seen == [{0, 3}] * 4
 
 
 @pytest.mark.smoke

@@ -208,9 +208,12 @@ PATCHES: tuple[Patch, ...] = (
         handler="worker.sampling:sample_rows",
         why="vLLM's first model runner counts NaN in logits that it has sampled from. Those of "
         "float32 are changed by that: a request's penalties make NaN of sound ones, and would "
-        "have its adapter quarantined. Looks at them before.",
+        "have its adapter quarantined. Looks at them before. On CPUs the engine dies of a request "
+        "with a seed whose prompt takes several steps, as generators of random numbers cannot be "
+        "turned back there. Has them draw nothing before the prompt's end.",
         checked=(),
-        until="vLLM's first model runner counts before it samples, as its second one does.",
+        until="vLLM's first model runner counts before it samples, as its second one does, and "
+        "seeds work with divided prompts on CPUs.",
     ),
     Patch(
         name="unsound-rows",

@@ -61,19 +61,23 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         sampled_rows: [requests], how many rows of each request the last batch sampled.
         row_maxima: [rows, 1], the largest logit of each row that the first model runner is about
             to sample from; None otherwise.
+        idle_generators: Of requests with a seed, by row, those that the first model runner is not
+            to use in this step.
     """
 
     _manager_cls = MultiLoRAModelManager  # type: ignore[assignment]
     _adapter_manager: MultiLoRAModelManager
     own_store: OwnStore
     sampled_rows: npt.NDArray[np.integer]
-    row_maxima: torch.Tensor | None = None
+    row_maxima: torch.Tensor | None
+    idle_generators: dict[int, torch.Generator]
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wraps the model's layers and connects to the engine core; returns the model."""
         wrapped = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         self._vllm_config = vllm_config
+        self.row_maxima, self.idle_generators = None, {}
         self._link = attach_worker(self.rank)
         special = SpecialParts(manager, self._lora_model_cls, self.max_position_embeddings)
         self.filler = SlotFiller(manager, special, self._link)

@@ -71,7 +71,22 @@ def sample_rows(
     if manager is not None and logits is not None:
         # NaN if any of the row is: found sooner than NaN is counted among all tokens.
         manager.row_maxima = logits.amax(dim=-1, keepdim=True)
+        if logits.device.type == "cpu":
+            manager.idle_generators = _take_idle_generators(runner)
     return original(runner, logits, *args, **kwargs)
+
+
+def _take_idle_generators(runner: Any) -> dict[int, torch.Generator]:
+    """Takes the generators out of the batch whose requests are amidst their prompts, by row.
+
+    vLLM draws tokens with them, which it throws away, and then turns them back, which generators of
+    CPUs do not allow.
+    """
+    generators = runner.input_batch.generators
+    if not generators:
+        return {}
+    is_amidst = runner.discard_request_mask.np
+    return {row: generators.pop(row) for row in list(generators) if is_amidst[row]}
 
 
 def bookkeeping_sync(
@@ -91,7 +106,11 @@ def bookkeeping_sync(
         if len(logits) != len(manager.sampled_rows):
             unsound = by_request(logits.isnan().squeeze(1).int(), manager.sampled_rows)
             logits = torch.where(unsound > 0, math.nan, 0.0).unsqueeze(1)
-    return original(runner, scheduler_output, sampler_output, logits, *args, **kwargs)
+    answer = original(runner, scheduler_output, sampler_output, logits, *args, **kwargs)
+    if manager is not None and manager.idle_generators:
+        runner.input_batch.generators.update(manager.idle_generators)
+        manager.idle_generators = {}
+    return answer
 
 
 def by_request(counts: torch.Tensor, rows: npt.NDArray[np.integer]) -> torch.Tensor:
