@@ -1005,6 +1005,34 @@ def test_a_store_that_makes_everybody_wait_is_asked_when_a_request_is_about_to_r
     assert not waiting.adapters.bring(1)
 
 
+def test_nobody_keeps_room_that_a_store_needs_while_it_makes_everybody_wait(engines):
+    """Adapters that wait for a slot would never get one: the engine would wait for the store."""
+    engine = engines(asks_late=True)
+    want, asked_with = engine.store.want, []
+
+    def want_and_load(asked):
+        asked_with.append(dict(engine.store.leased))
+        ticket = want(asked)
+        engine.store.loaded(pack_info(asked.adapter))
+        return ticket
+
+    engine.store.want = want_and_load
+    for number in (1, 2, 3, 4):
+        engine.adapters.want(lora(number))
+    for number in (1, 2):
+        assert engine.adapters.is_ready(number)
+        assert not engine.adapters.bring(number)
+        engine.step()
+        engine.workers.filled()
+        engine.poll()
+        engine.step(1, number)
+    for number in (3, 4, 3, 4):
+        assert engine.adapters.is_ready(number)
+        assert not engine.adapters.bring(number)
+        assert engine.store.leased == {number: 1}
+    assert asked_with == [{}] * 6
+
+
 def test_operators_have_the_answer_at_once_of_a_store_that_makes_everybody_wait(waiting):
     """Nothing wakes an idle engine core to look for it later."""
     assert waiting.adapters.register(lora(1)).result(0) is True

@@ -175,8 +175,7 @@ class EngineAdapters:
         self._ask(entry)
         if self.asks_late and entry.ticket is not None:  # the answer is there already
             self.poll()
-        is_refused = self.failure(adapter_id, reload=reload) is not None
-        return not is_refused and entry.is_at_hand(self.slots)
+        return self.failure(adapter_id, reload=reload) is None and entry.is_at_hand(self.slots)
 
     def bring(self, adapter_id: int) -> bool:
         """Whether an adapter that is ready is in its slot; has it copied into one if not.
@@ -341,5 +340,7 @@ class EngineAdapters:
     def _ask(self, entry: Entry) -> None:
         """Wants an adapter from the store, unless it is there, in a slot, or wanted already."""
         if entry.ticket is None and entry.failure is None and not entry.is_at_hand(self.slots):
-            self._wants.release(entry)  # of a stale version; the new one may need its room
+            # A stale version makes room; where all wait for the store, what waits for slots does.
+            for each in self._known if self.asks_late else (entry,):
+                self._wants.release(each)
             self._wants.ask(entry)
