@@ -16,6 +16,7 @@ from tests.attacks.poison import poisoned
 from vllm_multilora.metrics.definitions import LOAD_DURATION
 from vllm_multilora.metrics.definitions import SLOTS as SLOTS_IN_ALL
 from vllm_multilora.store.arena import PAGE
+from vllm_multilora.store.folder import FOLDER_VARIABLE
 
 from .cache_probe import CacheProbe
 from .cases import Case, Scenario
@@ -271,9 +272,10 @@ def test_a_malicious_pickle_is_refused_where_pickles_are_allowed(
     ],
 )
 def test_two_ranks_answer_as_peft_and_share_one_read(
-    fleet: Scenario, fully_sharded: bool, tmp_path: Path
+    fleet: Scenario, fully_sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Afterwards, beside adapters that fail."""
+    """Afterwards, beside adapters that fail. The other engine here has adapters in its store."""
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     with running_engine(
         fleet.base,
         max_loras=SLOTS,
