@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 Option = bool | int | float | str
 
+_TRUTH = {"true": True, "false": False}
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -91,8 +93,8 @@ class Benchmark:
                 )
             kind = type(self.options[name])
             try:
-                found[name] = value == "true" if kind is bool else kind(value)
-            except ValueError:
+                found[name] = _TRUTH[value.lower()] if kind is bool else kind(value)
+            except (ValueError, KeyError):
                 raise ValueError(f"{name} must be {kind.__name__}, got {value!r}") from None
         return found
 

@@ -38,6 +38,7 @@ def test_one_runs_and_is_recorded(tmp_path, capsys: pytest.CaptureFixture[str]) 
         (["nonsense"], "there is no benchmark 'nonsense'"),
         (["slots_step", "rounds=3"], "slots_step has no option 'rounds'"),
         (["slots_step", "repeats=many"], "repeats must be int, got 'many'"),
+        (["cpu_throughput", "keep_memory=yes"], "keep_memory must be bool, got 'yes'"),
         (["repeats=3"], "name a benchmark"),
     ],
 )
