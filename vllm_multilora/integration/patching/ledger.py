@@ -211,7 +211,7 @@ PATCHES: tuple[Patch, ...] = (
         "have its adapter quarantined. Looks at them before. On CPUs the engine dies of a request "
         "with a seed whose prompt takes several steps, as generators of random numbers cannot be "
         "turned back there. Has them draw nothing before the prompt's end.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.32", "0.33"),
         until="vLLM's first model runner counts before it samples, as its second one does, and "
         "seeds work with divided prompts on CPUs.",
     ),
@@ -354,7 +354,7 @@ PATCHES: tuple[Patch, ...] = (
         why="A client may give an image a `uuid`, and later the `uuid` alone: vLLM then takes the "
         "image that anybody has sent with it, and even before one that is sent. Gives each tenant "
         "ids of its own.",
-        checked=("0.31", "0.33", "0.33/2"),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM keeps the images of clients with different cache salts apart.",
     ),
     Patch(
@@ -363,7 +363,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, prompt, *, skip_mm_cache=False",),
         handler="server.multimodal:process_tokens",
         why="As ids-of-images, for embeddings, classes, scores and other pooled answers.",
-        checked=("0.31", "0.33", "0.33/2"),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="As ids-of-images.",
     ),
     Patch(
@@ -373,7 +373,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.multimodal:init_pooling",
         why="vLLM reads pooling requests on threads that do not know whose they are. Has them know "
         "it, for ids-of-images-pooling.",
-        checked=("0.31", "0.33", "0.33/2"),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="As ids-of-images.",
     ),
     Patch(
@@ -412,7 +412,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.engine_calls:call_utility",
         why="vLLM fails the requests of an engine that has died, but not the calls that wait for "
         "its answers: a server whose engine died during a load would never end.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.32", "0.33"),
         until="vLLM fails these calls too.",
     ),
     Patch(
@@ -422,7 +422,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.versions:add_lora_offline",
         why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
         "are told True by vLLM.",
-        checked=("0.31", "0.33", "0.33/2"),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="As registered-version.",
     ),
     Patch(
@@ -468,7 +468,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.metering:shutdown",
         why="Requests that a server is stopped amidst end nowhere: their clients wait until it is "
         "killed. Counts what they have used.",
-        checked=("0.31", "0.33", "0.33/2"),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM ends all requests before it stops.",
     ),
     Patch(
@@ -482,7 +482,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="server.metering:beam_search",
         why="A beam search is many requests to the engine. Counts it as what its answer says.",
-        checked=("0.31", "0.33", "0.33/2"),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
