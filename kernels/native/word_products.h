@@ -14,7 +14,7 @@
 #define STREAMED_WORD_ROWS 32 /* up to which the order in which B lies in memory is faster */
 #define STREAMED_SUMS 4096    /* of all rows: what stays in the first-level cache */
 #define PAIRS_AT_ONCE 4 /* of many rows, whose sums are read and written for each */
-#define FEW_ROWS 4      /* for up to so many, one: reading B takes the time, and one stream is faster */
+#define ONE_PAIR_ROWS 4 /* up to which it is one: reading B takes the time, and has fewer streams */
 
 INLINE f32v add_products(f32v sums, u32v a, u32v b) {
     return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
@@ -134,7 +134,7 @@ struct pairs {
     const uint32_t *h;
     float *sums;
     int first, odd;
-    u32v kept[2][PAIRS_AT_ONCE]; /* of h, if there are few rows */
+    u32v kept[2]; /* of h, if there are few rows, which meet one pair at a time */
 };
 
 INLINE void stream_step(struct pairs *p, const int few, int64_t rows, const int pairs,
@@ -144,7 +144,7 @@ INLINE void stream_step(struct pairs *p, const int few, int64_t rows, const int 
         words_of_ranks(words[i], p->b, 2 * i * p->ldb, p->ldb, cols, p->odd);
     fetch(fetching, 2 * pairs * CACHE_LINE);
     UNROLL for (int m = 0; m < few; m++)
-        add_pairs(p->sums + m * p->ldsums, p->kept[m], words, pairs, p->first);
+        add_pairs(p->sums + m * p->ldsums, &p->kept[m], words, pairs, p->first);
     for (int64_t m = few; m < rows; m++) {
         u32v h[PAIRS_AT_ONCE];
         UNROLL for (int i = 0; i < pairs; i++) h[i] = in_all_lanes(p->h[m * p->ldh + i]);
@@ -166,8 +166,7 @@ INLINE void stream_pairs_of(const struct stream *s, const int few, int64_t rows,
         .first = j == 0,
         .odd = pairs > 1 || j + 1 < s->rank,
     };
-    UNROLL for (int m = 0; m < few; m++)
-        UNROLL for (int i = 0; i < pairs; i++) p.kept[m][i] = in_all_lanes(p.h[m * p.ldh + i]);
+    UNROLL for (int m = 0; m < few; m++) p.kept[m] = in_all_lanes(p.h[m * p.ldh]);
     int64_t c = 0;
     for (; c + PAIR <= s->cols; c += PAIR) stream_step(&p, few, rows, pairs, PAIR, s->fetching);
     if (c < s->cols) stream_step(&p, few, rows, pairs, s->cols - c, s->fetching);
@@ -183,12 +182,12 @@ STREAM(stream_pair_2, 2, 1)
 STREAM(stream_pair, 0, 1)
 STREAM(stream_pairs, 0, PAIRS_AT_ONCE)
 
-/* As stream_typed, one pair of ranks or some side by side. There is at least one rank, and there are at
- * most streamed_columns(rows) columns. */
+/* As stream_typed, one pair of ranks or some side by side. There is at least one rank, and there are
+ * at most streamed_columns(rows) columns. */
 static void stream_words(const struct stream *s, int64_t rows) {
     _Alignas(CACHE_LINE) float sums[STREAMED_SUMS + STREAMED_WORD_ROWS * SUMS_BETWEEN];
     int64_t j = 0;
-    if (rows > FEW_ROWS)
+    if (rows > ONE_PAIR_ROWS)
         for (; j + 2 * PAIRS_AT_ONCE <= s->rank; j += 2 * PAIRS_AT_ONCE)
             stream_pairs(s, rows, j, sums);
     for (; j < s->rank; j += 2) {
