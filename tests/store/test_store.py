@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -40,6 +41,7 @@ from vllm_multilora.store.messages import (
 pytestmark = pytest.mark.waits
 
 MIB = 1 << 20
+AUTOGROUP = Path("/proc/self/autogroup")
 
 
 def test_a_store_is_up_soon_and_small(engines):
@@ -318,6 +320,14 @@ print(Engine(StoreClient(StoreProcess({FAKE!r}), "first")).describe().pid)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert engines().describe().pid == int(done.stdout)
+
+
+@pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel does not group sessions")
+def test_a_session_of_its_own_gives_way_to_the_servers(engine):
+    theirs = AUTOGROUP.read_text().split()[0]
+    name, _, niceness = Path(f"/proc/{engine.store().pid}/autogroup").read_text().split()
+    assert name != theirs
+    assert niceness == "6"
 
 
 def test_two_engines_that_start_at_once_start_one_store(engines):

@@ -12,7 +12,9 @@ import resource
 import signal
 import socket
 import sys
+from pathlib import Path
 
+from vllm_multilora.store import sandbox
 from vllm_multilora.store.launch import READER
 
 
@@ -21,6 +23,8 @@ def main() -> int:
     if options.detach and os.fork():
         # Whoever started this process ends its children when it ends; the store is to outlive it.
         os._exit(0)
+    if options.detach:
+        _give_way()
     _prepare_process(options.processors)
     # Before NumPy is imported: its threads would make it unsafe to fork, and are of no use here.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -51,6 +55,15 @@ def _parse() -> argparse.Namespace:
     # Tests have a reader of their own.
     parser.add_argument("--reader", default=READER, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _give_way() -> None:
+    """Has servers go first where Linux shares processors fairly among sessions.
+
+    A process's own niceness counts there among those of its session only: the store and its jobs.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(sandbox.NICENESS))
 
 
 def _prepare_process(processors: str) -> None:

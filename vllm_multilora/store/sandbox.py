@@ -26,8 +26,10 @@ from vllm_multilora.store.channel import MOST_DESCRIPTORS
 MOST_MEMORY = 1 << 30
 """Bytes of its own that a job may take beside what the store had; the pack is not counted."""
 
+NICENESS = 6
+"""Above the store's: about a fifth of a processor that the model wants too."""
+
 _MOST_FILES = MOST_DESCRIPTORS + 64  # the segments that a pack lies in; and its own
-_NICENESS = 6  # above the store's: about a fifth of a processor that the model wants too
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
@@ -57,7 +59,7 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
     syscalls.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _limit(timeout_s, MOST_MEMORY if files_in_memory else 0)
     with contextlib.suppress(OSError):
-        os.nice(_NICENESS)
+        os.nice(NICENESS)
     if syscalls.libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         _enter_landlock(allowed_roots)
         # Where the kernel has no seccomp, Landlock holds: `protection` says so.
