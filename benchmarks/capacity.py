@@ -1,11 +1,11 @@
 """What `vllm-multilora plan --traffic` predicts of a server, and what the server does.
 
 In each round a server of SmolLM2-135M in bfloat16 with adapters of ranks 8 to 64 on all projections
-is calibrated (`vllm-multilora calibrate`), since machines change their speed, and then gets three
-traces over HTTP. `steady` asks for half of what the server can do; `bursty` comes close to that, in
-bursts, over many more adapters than slots; `saturating` asks for all at once, of adapters of all
-ranks. In each round all adapters of a trace are new to the server, so that it begins as the
-prediction does: cold.
+gets three traces over HTTP. It is calibrated (`vllm-multilora calibrate`) before and after each
+round, since machines change their speed, and the mean of both predictions counts. `steady` asks for
+half of what the server can do; `bursty` comes close to that, in bursts, over many more adapters
+than slots; `saturating` asks for all at once, of adapters of all ranks. In each round all adapters
+of a trace are new to the server, so that it begins as the prediction does: cold.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import random
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -85,7 +86,7 @@ def _lines(dice: random.Random, gaps: Iterable[float], weights: Sequence[float])
     workload="SmolLM2-135M in bfloat16 behind HTTP, adapters of ranks 8 to 64 on all projections "
     "in 8 slots, requests of 16 to 128 + 8 to 32 tokens: steady at half of the capacity, bursty "
     "with cold adapters near it, and saturating",
-    control="the real server, calibrated in each round",
+    control="the real server, calibrated before and after each round",
     figure="the prediction of `plan --traffic` divided by what the server does",
     compares_to="the goal, 0.90 to 1.10",
     quick={"rounds": 1, "requests": 6},
@@ -102,7 +103,7 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
         scratch = Path(name)
         kept = Path(keep) if keep else scratch
         fleet = Fleet(scratch / "adapters", model_config(), RANKS[0])
-        for n in range(rounds * CALIBRATED):
+        for n in range((rounds + 1) * CALIBRATED):
             fleet.add(f"calibrated-{n}", rank=RANKS[n % len(RANKS)])
         traces = {make.__name__: list(make(random.Random(0), requests)) for make in TRACES}
         for kind, lines in traces.items():
@@ -122,9 +123,15 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
             client = Completions(server.url, seed=0)
             found: dict[str, list[dict[str, float]]] = {kind: [] for kind in traces}
             expected: dict[str, list[dict[str, float]]] = {kind: [] for kind in traces}
-            for turn in range(rounds):
-                file = kept / f"calibration-{turn}.json"
+
+            def calibrate(number: int) -> Path:
+                file = kept / f"calibration-{number}.json"
                 _command("calibrate", "--url", server.url, *settings, "--output", str(file))
+                return file
+
+            before = calibrate(0)
+            for turn in range(rounds):
+                files = {kind: kept / f"{kind}-{turn}.csv" for kind in traces}
                 for kind, lines in traces.items():
                     asks = [
                         Ask(
@@ -135,13 +142,15 @@ def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Fi
                         )
                         for x in lines
                     ]
+                    _write(files[kind], asks)
                     found[kind].append(_summary(client.together(asks)))
                     print(f"{kind}: {found[kind][-1]}", file=sys.stderr, flush=True)
-                    trace = kept / f"{kind}-{turn}.csv"
-                    _write(trace, asks)
-                    words = ("--traffic", str(trace), "--calibration", str(file))
-                    told = _command("plan", *words, "--adapters", str(fleet.folder), "--json")
-                    expected[kind].append(json.loads(told)["forecast"])
+                after = calibrate(turn + 1)
+                for kind, trace in files.items():
+                    told = [_forecast(trace, file, fleet.folder) for file in (before, after)]
+                    means = {key: statistics.mean(one[key] for one in told) for key in MEASURES}
+                    expected[kind].append(means)
+                before = after
         for kind in traces:
             for key, measure in MEASURES.items():
                 scale = 1 if key == "generated_per_s" else 1000
@@ -163,6 +172,13 @@ def _write(path: Path, asks: Sequence[Ask]) -> None:
         rows.writerow(("time", "adapter", "prompt_tokens", "generation_tokens"))
         for ask in asks:
             rows.writerow((ask.delay_s, ask.model, ask.prompt_tokens, ask.new_tokens))
+
+
+def _forecast(trace: Path, calibration: Path, adapters: Path) -> dict[str, float]:
+    words = ("--traffic", str(trace), "--calibration", str(calibration))
+    told = _command("plan", *words, "--adapters", str(adapters), "--json")
+    forecast: dict[str, float] = json.loads(told)["forecast"]
+    return forecast
 
 
 def _command(*words: str) -> str:
