@@ -16,7 +16,7 @@ slots.running(adapters of all running requests)
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.events import SlotEvents, Tier
@@ -54,7 +54,7 @@ class _Place:
     """What is in a slot, or on its way there."""
 
     order: Assignment
-    missing_ranks: set[int] = field(default_factory=set)  # none: it is filled
+    missing_ranks: set[int]  # none: it is filled
 
 
 class SlotAssignment(PolicyTier):
@@ -108,11 +108,10 @@ class SlotAssignment(PolicyTier):
         self._places: dict[int, _Place] = {}  # by adapter
         self._orders: dict[int, int] = {}  # adapters by unanswered orders
         self._next_order = 0
-        self._running: frozenset[int] = frozenset()
         self._admitted: set[int] = set()  # since the batch was told
         # Asked for in this step, and in the one before.
         self._wanted: set[int] = set()
-        self._wanted_before: frozenset[int] = frozenset()
+        self._wanted_before: set[int] = set()
 
     # What is where
 
@@ -168,11 +167,11 @@ class SlotAssignment(PolicyTier):
         They are protected until the next call, and reported to the policy. Those that were not in
         the preceding batch are looked up: a hit if they had a slot before they were asked for.
         """
-        self._wanted_before, self._wanted = frozenset(self._wanted), set()
-        self._running = adapters
+        self._wanted_before, self._wanted = self._wanted, set()
         self._admitted.clear()
+        joined = adapters - self._running
         self.announce(adapters)
-        self._look_ups.running(adapters, self._places)
+        self._look_ups.joined(joined, self._places)
 
     def admit(self, adapter_id: int, pack: int) -> bool:
         """Whether a request may run with this version of the adapter; protects it if so."""
@@ -274,7 +273,7 @@ class SlotAssignment(PolicyTier):
         slot = self._leave(adapter_id) if adapter_id in self._places else None
         self._admitted.discard(adapter_id)
         self._wanted.discard(adapter_id)
-        self._wanted_before -= {adapter_id}
+        self._wanted_before.discard(adapter_id)
         self._look_ups.forget(adapter_id)
         self.pins.forget(adapter_id)
         return slot
@@ -292,7 +291,8 @@ class SlotAssignment(PolicyTier):
         self._orders[assignment.order] = adapter_id
         self._wanted.add(adapter_id)
         self._add(adapter_id, size=1, cost=1.0)
-        self._look_ups.brought(adapter_id)
+        if adapter_id not in self._running:  # one that runs is not looked up
+            self._look_ups.brought(adapter_id)
         self._events.assigned(adapter_id, slot)
         return assignment
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from vllm_multilora.slots.events import SlotEvents, Tier
 
 
 class LookUps:
-    """Turns running batches into the hit and miss events of both tiers.
+    """Turns what joins the running batch into the hit and miss events of both tiers.
 
     An adapter is copied into its slot before it joins. What counts is what was there when it was
     asked for: a slot that it got for this use is a miss, and a host copy that was read for this
@@ -20,7 +20,6 @@ class LookUps:
 
     def __init__(self, events: SlotEvents) -> None:
         self._events = events
-        self._running: frozenset[int] = frozenset()
         self._read: set[int] = set()
         self._brought: set[int] = set()
 
@@ -29,9 +28,8 @@ class LookUps:
         self._read.add(adapter_id)
 
     def brought(self, adapter_id: int) -> None:
-        """The adapter got a slot; for one that runs already this is no look-up."""
-        if adapter_id not in self._running:
-            self._brought.add(adapter_id)
+        """The adapter, which does not run yet, got a slot."""
+        self._brought.add(adapter_id)
 
     def left_slot(self, adapter_id: int) -> None:
         """The adapter has no slot any more: nothing was brought for its next use."""
@@ -42,14 +40,14 @@ class LookUps:
         self._read.discard(adapter_id)
         self._brought.discard(adapter_id)
 
-    def running(self, adapters: frozenset[int], in_slots: Container[int]) -> None:
-        """Counts the look-ups of the adapters that have joined.
+    def joined(self, adapters: Iterable[int], in_slots: Container[int]) -> None:
+        """Counts the look-ups of the adapters that have joined the running batch.
 
         Args:
-            adapters: Those of the running batch.
+            adapters: These.
             in_slots: Adapters that have slots.
         """
-        for adapter_id in sorted(adapters - self._running):
+        for adapter_id in sorted(adapters):
             if adapter_id in in_slots and adapter_id not in self._brought:
                 self._events.hit(Tier.GPU, adapter_id)
             else:
@@ -59,4 +57,3 @@ class LookUps:
                 else:
                     self._events.hit(Tier.CPU, adapter_id)
             self.forget(adapter_id)
-        self._running = adapters

@@ -20,15 +20,15 @@ class PolicyTier:
     def __init__(self, policy: CachePolicy) -> None:
         self._policy = policy
         self._sizes: dict[int, int] = {}  # of what is in the tier
-        self._step: frozenset[int] = frozenset()
+        self._running: frozenset[int] = frozenset()  # the adapters of the last step
         self._joined: frozenset[int] = frozenset()
         self._unreported: frozenset[int] = frozenset()
 
     def announce(self, step: frozenset[int]) -> None:
         """Tells the policy of a step's adapters; repeating a step only reports newcomers."""
-        if step != self._step:
-            self._joined = step - self._step
-            self._step = self._unreported = step
+        if step != self._running:
+            self._joined = step - self._running
+            self._running = self._unreported = step
         self.report()
 
     def report(self) -> None:
@@ -45,7 +45,7 @@ class PolicyTier:
     def _remove(self, adapter_id: int) -> None:
         del self._sizes[adapter_id]
         self._policy.removed(adapter_id)
-        if adapter_id in self._step:  # to be reported again should it return for the same step
+        if adapter_id in self._running:  # to be reported again should it return for the same step
             self._unreported |= {adapter_id}
 
     def _choose(self, candidates: Sequence[int]) -> int:
