@@ -51,12 +51,13 @@ class EngineWithMetrics:
         for _ in range(2):
             self.slots.running(batch & set(self.slots.contents))
             for number in numbers:
+                before = self.slots.contents
                 if (order := self.slots.assign(number, pack=number)) is not None:
                     self.slots.filled(order.order)
                     self.metrics.copied(self.names[number], 0.005)
                     self.metrics.moved(number, AdapterState.SLOT)
-                    if order.displaced is not None:
-                        self._leave(order.displaced)
+                    if (displaced := before[order.slot]) not in (None, number):
+                        self._leave(displaced)
             self.slots.running(batch)
         self.metrics.step(len(numbers))
         self._settle()

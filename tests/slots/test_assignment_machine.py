@@ -90,14 +90,15 @@ class AssignmentMachine(RuleBasedStateMachine):
             return
         assert order.slot not in {before[i] for i in used & before.keys() if i != adapter_id}
         if adapter_id in before:
-            assert (order.slot, order.displaced) == (before[adapter_id], None)
+            assert order.slot == before[adapter_id]
             assert adapter_id not in self.running | self.admitted
-        elif order.displaced is None:
-            free = set(range(len(self.slots.contents))) - set(before.values())
+            assert self.adapters_in_slots() == before
+        elif free := set(range(len(self.slots.contents))) - set(before.values()):
             assert order.slot == min(free)
+            assert self.adapters_in_slots() == before | {adapter_id: order.slot}
         else:
-            assert before[order.displaced] == order.slot
-            assert len(before) == len(self.slots.contents)
+            others = {i: slot for i, slot in before.items() if slot != order.slot}
+            assert self.adapters_in_slots() == others | {adapter_id: order.slot}
         self.last_order[order.slot] = order
         self.copying[order.order] = set(range(RANKS))
         for worker in self.workers:
@@ -134,7 +135,8 @@ class AssignmentMachine(RuleBasedStateMachine):
 
     @rule(adapter_id=ADAPTERS)
     def unload(self, adapter_id):
-        slot = self.slots.clear(adapter_id)
+        slot = self.slots.slot_of(adapter_id)
+        self.slots.clear(adapter_id)
         if slot is not None:
             self.last_order[slot] = None
         self.running -= {adapter_id}

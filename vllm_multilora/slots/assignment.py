@@ -38,15 +38,12 @@ class Assignment:
         slot: The slot.
         adapter_id: The adapter that has the slot from now on.
         pack: The version of its weights.
-        displaced: The adapter that had the slot; None if it was free, or the adapter's own with
-            another version.
     """
 
     order: int
     slot: int
     adapter_id: int
     pack: int
-    displaced: int | None
 
 
 @dataclass
@@ -198,7 +195,7 @@ class SlotAssignment(PolicyTier):
         Raises:
             PolicyError: The policy chose an adapter that was not offered.
         """
-        place, displaced = self._places.get(adapter_id), None
+        place = self._places.get(adapter_id)
         if place is not None:
             self._wanted.add(adapter_id)
             is_used = adapter_id in self._running or adapter_id in self._admitted
@@ -215,7 +212,7 @@ class SlotAssignment(PolicyTier):
             displaced = self._choose(idle)
             slot = self._leave(displaced)
             self._events.evicted(Tier.GPU, displaced)
-        return self._take(slot, adapter_id, pack, displaced)
+        return self._take(slot, adapter_id, pack)
 
     def read_on_demand(self, adapter_id: int) -> None:
         """Notes that the adapter's files were read because a request waited: a CPU miss."""
@@ -264,27 +261,23 @@ class SlotAssignment(PolicyTier):
         if place is not None and not place.missing_ranks:
             self._leave(adapter_id)
 
-    def clear(self, adapter_id: int) -> int | None:
-        """The adapter was unloaded: it gives up its slot, its pin and whatever is noted of it.
-
-        Returns:
-            The slot that is free now; None if it had none.
-        """
-        slot = self._leave(adapter_id) if adapter_id in self._places else None
+    def clear(self, adapter_id: int) -> None:
+        """The adapter was unloaded: it gives up its slot, its pin and whatever is noted of it."""
+        if adapter_id in self._places:
+            self._leave(adapter_id)
         self._admitted.discard(adapter_id)
         self._wanted.discard(adapter_id)
         self._wanted_before.discard(adapter_id)
         self._look_ups.forget(adapter_id)
         self.pins.forget(adapter_id)
-        return slot
 
     def clear_all(self) -> None:
         """The weights in all slots are lost (sleep, new base weights); pins stay."""
         for adapter_id in sorted(self._places):
             self._leave(adapter_id)
 
-    def _take(self, slot: int, adapter_id: int, pack: int, displaced: int | None) -> Assignment:
-        assignment = Assignment(self._next_order, slot, adapter_id, pack, displaced)
+    def _take(self, slot: int, adapter_id: int, pack: int) -> Assignment:
+        assignment = Assignment(self._next_order, slot, adapter_id, pack)
         self._next_order += 1
         self._contents[slot] = adapter_id
         self._places[adapter_id] = _Place(assignment, set(range(self._ranks)))
