@@ -422,7 +422,7 @@ def test_a_segment_that_no_thread_could_page_lock_is_unmapped_like_any_other(
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError):
             registered.add(1, 4096, 4096)
-    registered.drop(1, 4096, 4096)
+    registered.drop(1)
 
 
 def test_the_kernels_that_fill_a_slot_are_not_taken_for_what_could_not_be_page_locked(

@@ -44,6 +44,19 @@ MIB = 1 << 20
 AUTOGROUP = Path("/proc/self/autogroup")
 
 
+class FakeDevice:
+    """Notes which segments are registered with it."""
+
+    def __init__(self):
+        self.added, self.dropped = [], []
+
+    def add(self, number, address, size):
+        self.added.append(number)
+
+    def drop(self, number):
+        self.dropped.append(number)
+
+
 def test_a_store_is_up_soon_and_small(engines):
     begun = time.perf_counter()
     engine = engines()
@@ -65,11 +78,12 @@ def test_a_worker_reads_what_a_job_packed(engine):
     mapper.close()
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_host_memory_is_mapped_read_only_unless_it_is_registered_with_a_device(engine, pinned):
+@pytest.mark.parametrize("device", [None, FakeDevice()], ids=["alone", "registered"])
+def test_host_memory_is_mapped_read_only_unless_it_is_registered_with_a_device(engine, device):
     pack = engine.load(1, "/fake/a").pack
-    mapper = SegmentMapper(engine.client.address, "server", pinned=pinned)
-    assert is_writable(mapper.address(pack.index_place, pack.segments)) == pinned
+    mapper = SegmentMapper(engine.client.address, "server", device)
+    is_registered = device is not None
+    assert is_writable(mapper.address(pack.index_place, pack.segments)) == is_registered
     with pytest.raises(TypeError, match="read-only"):
         mapper.view(pack.index_place, 64, pack.segments)[0] = 1
     mapper.close()
@@ -77,22 +91,17 @@ def test_host_memory_is_mapped_read_only_unless_it_is_registered_with_a_device(e
 
 def test_a_worker_is_told_when_to_register_and_when_to_let_go(engines):
     engine = engines(budget_bytes=80 * MIB)
-    told = []
-    mapper = SegmentMapper(
-        engine.client.address,
-        "server",
-        pinned=True,
-        mapped=lambda number, address, size: told.append(("mapped", number)),
-        unmapping=lambda number, address, size: told.append(("unmapping", number)),
-    )
+    device = FakeDevice()
+    mapper = SegmentMapper(engine.client.address, "server", device)
     pack = engine.load(1, f"/fake/a?blocks={60 * MIB}").pack
     mapper.address(pack.index_place, pack.segments)
     mapper.address(pack.index_place, pack.segments)
+    assert (device.added, device.dropped) == (pack.segments, [])
     engine.client.release(pack.pack)
     # This one needs a segment as large as the budget: the other one has to go.
     engine.load(2, f"/fake/b?blocks={79 * MIB}")
     mapper.drop_closed()
-    assert told == [("mapped", pack.segments[0]), ("unmapping", pack.segments[0])]
+    assert device.added == device.dropped == [pack.segments[0]]
     with pytest.raises(StoreUnavailableError, match="no segment"):
         mapper.address(pack.index_place, pack.segments)
     mapper.close()
@@ -196,33 +205,24 @@ def test_a_killed_store_is_started_again_and_no_want_is_lost(engine):
 
 def test_a_worker_that_registers_maps_what_the_store_makes_before_it_needs_it(engines):
     engine = engines(budget_bytes=80 * MIB)
-    told = []
-
-    def watcher():
-        return SegmentMapper(
-            engine.client.address,
-            "server",
-            pinned=True,
-            mapped=lambda number, address, size: told.append(number),
-        )
-
-    early = watcher()
+    device = FakeDevice()
+    early = SegmentMapper(engine.client.address, "server", device)
     early.map_opened()
-    assert told == []
+    assert device.added == []
     pack = engine.load(1, f"/fake/a?blocks={60 * MIB}").pack
     assert early.wait(10)
     early.map_opened()
-    late = watcher()
+    late = SegmentMapper(engine.client.address, "server", device)
     late.map_opened()  # connects; what there is already, it is told too, at once or soon
-    if told == pack.segments:
+    if device.added == pack.segments:
         assert late.wait(10)
         late.map_opened()
-    assert told == pack.segments * 2
+    assert device.added == pack.segments * 2
     for mapper in (early, late):
         mapper.address(pack.index_place, pack.segments)
         assert not mapper.wait(0)
         mapper.close()
-    assert told == pack.segments * 2
+    assert device.added == pack.segments * 2
 
 
 def test_a_worker_that_registers_nothing_is_told_of_no_segment(engine):
@@ -250,10 +250,8 @@ def test_a_worker_keeps_what_it_has_mapped_of_a_store_that_has_died(engine):
 
 
 def test_between_copies_a_worker_gives_back_the_memory_of_a_store_that_has_died(engine):
-    unmapped = []
-    mapper = SegmentMapper(
-        engine.client.address, "server", unmapping=lambda number, *_: unmapped.append(number)
-    )
+    device = FakeDevice()
+    mapper = SegmentMapper(engine.client.address, "server", device)
     pack = engine.load(1, "/fake/a").pack
     mapper.address(pack.index_place, pack.segments)
     engine.store().kill()
@@ -261,11 +259,11 @@ def test_between_copies_a_worker_gives_back_the_memory_of_a_store_that_has_died(
     again = engine.load(1, "/fake/a").pack
     # In the middle of a copy nothing is unmapped.
     mapper.address(again.index_place, again.segments)
-    assert unmapped == []
+    assert device.dropped == []
     mapper.drop_closed()
-    assert unmapped == pack.segments
+    assert device.dropped == pack.segments
     mapper.close()
-    assert unmapped == [*pack.segments, *again.segments]
+    assert device.dropped == [*pack.segments, *again.segments]
 
 
 def test_a_frozen_store_stops_nobody_and_goes_on(engine):

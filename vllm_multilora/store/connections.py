@@ -54,7 +54,7 @@ class Connection:
         channel: To the client.
         known: Whether it has said `Hello`.
         mapped: Segments that it has mapped.
-        watches: Whether it is told of all segments.
+        watches: Whether it registers segments with a device, and so is told of all.
         told: Those that it has been told of.
     """
 
@@ -174,13 +174,13 @@ class Conversation:
         if not size:
             connection.channel.send(Segment(number, 0))
             return
-        descriptor = self._segments.open(number, writable=message.pinned)
+        descriptor = self._segments.open(number, writable=connection.watches)
         try:
             connection.channel.send(Segment(number, size), [descriptor])
         finally:
             os.close(descriptor)
         connection.mapped.add(number)
-        if message.pinned:
+        if connection.watches:
             self._segments.pinned.add(number)
 
 

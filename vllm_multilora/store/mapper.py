@@ -10,7 +10,8 @@ import contextlib
 import mmap
 import os
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +32,16 @@ from vllm_multilora.store.messages import (
 )
 
 _ANSWER_S = 10.0
+
+
+class Device(Protocol):
+    """What segments are registered with."""
+
+    def add(self, number: int, address: int, size: int) -> None:
+        """A segment was mapped: its number, where it lies in this process, its bytes."""
+
+    def drop(self, number: int) -> None:
+        """It is about to be unmapped."""
 
 
 class _Mapped:
@@ -59,20 +70,10 @@ class SegmentMapper:
     Args:
         address: `StoreClient.address` of the engine core.
         server: As `StoreClient`'s.
-        pinned: Whether `mapped` registers segments with a device.
-        mapped: Called with a segment's number, address and bytes after it was mapped.
-        unmapping: The same before it is unmapped.
+        device: What segments are registered with, if with anything.
     """
 
-    def __init__(
-        self,
-        address: str,
-        server: str,
-        *,
-        pinned: bool = False,
-        mapped: Callable[[int, int, int], None] | None = None,
-        unmapping: Callable[[int, int, int], None] | None = None,
-    ) -> None:
+    def __init__(self, address: str, server: str, device: Device | None = None) -> None:
         kind, _, self._path = address.partition(":")
         if kind != "unix":
             raise StoreUnavailableError(
@@ -80,9 +81,7 @@ class SegmentMapper:
                 f"address of kind {kind!r}, expected 'unix'"
             )
         self._hello = Hello(PROTOCOL, "worker", server, os.getpid())
-        self._pinned = pinned
-        self._on_mapped = mapped
-        self._on_unmapping = unmapping
+        self._device = device
         self._segments: dict[int, _Mapped] = {}
         self._opened: set[int] = set()  # and not mapped yet
         self._closed: set[int] = set()
@@ -177,22 +176,22 @@ class SegmentMapper:
                 "pack was released too early"
             )
         try:
-            mapped = _Mapped(descriptors[0], answer.size, writable=self._pinned)
+            mapped = _Mapped(descriptors[0], answer.size, writable=self._device is not None)
         finally:
             os.close(descriptors[0])
         self._segments[number] = mapped
-        if self._on_mapped is not None:
-            self._on_mapped(number, mapped.address, mapped.size)
+        if self._device is not None:
+            self._device.add(number, mapped.address, mapped.size)
         return mapped
 
     def _unmap(self, number: int) -> None:
         segment = self._segments.pop(number)
-        if self._on_unmapping is not None:
-            self._on_unmapping(number, segment.address, segment.size)
+        if self._device is not None:
+            self._device.drop(number)
         segment.close()
 
     def _ask(self, number: int) -> tuple[Segment, list[int]]:
-        self._connected().send(Map(number, self._pinned))
+        self._connected().send(Map(number))
         while True:
             received = self._channel_wait(_ANSWER_S)
             if not received:
@@ -211,7 +210,7 @@ class SegmentMapper:
                 raise ChannelClosedError(f"{self._path}: {error}") from error
             self._channel = Channel(sock, FromStore, take_descriptors=True)
             self._channel.send(self._hello)
-            if self._pinned:
+            if self._device is not None:
                 self._channel.send(Watch())
         return self._channel
 

@@ -15,7 +15,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 
-PROTOCOL = 7
+PROTOCOL = 8
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
@@ -214,23 +214,18 @@ class Forget(Message, frozen=True):
 
 
 class Map(Message, frozen=True):
-    """Asks for a segment's descriptor; answered by `Segment`.
-
-    Attributes:
-        pinned: Whether the client registers the segment with a device, so it gets a descriptor that
-            can be written to. Pages of such a segment are never given back singly: the device would
-            go on reading the old ones.
-    """
+    """Asks for a segment's descriptor; answered by `Segment`."""
 
     segment: int
-    pinned: bool = False
 
 
 class Watch(Message, frozen=True):
-    """Asks to be told of all segments, those that are there first, by `SegmentOpened`.
+    """The client registers segments with a device; it says so before its first `Map`.
 
-    For clients that register them with a device: that takes long, and is to be over when a pack in
-    one is to be copied.
+    It is told of all segments, those that are there first, by `SegmentOpened`: registering takes
+    long, and is to be over when a pack in one is to be copied. The descriptors that it gets can be
+    written to. Pages of a segment that it has mapped are never given back singly: the device would
+    go on reading the old ones.
     """
 
 

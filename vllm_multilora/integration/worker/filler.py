@@ -79,16 +79,9 @@ class SlotFiller:
             place: This worker's among those that the store packs for.
         """
         self._machine, self._place = machine, place
-        pins = self._device.type != "cpu"
-        registered = Registered(self._device)
-        self._memory = SegmentMapper(
-            address,
-            server,
-            pinned=pins,
-            mapped=registered.add if pins else None,
-            unmapping=registered.drop if pins else None,
-        )
-        if pins:
+        registered = None if self._device.type == "cpu" else Registered(self._device)
+        self._memory = SegmentMapper(address, server, registered)
+        if registered is not None:
             name, own = "multilora-segments", (self._memory,)
             threading.Thread(target=self._map_ahead, name=name, args=own, daemon=True).start()
 
@@ -276,7 +269,7 @@ class Registered:
         self._parts[number] = []
         self._aside(self._add, number, address, size)
 
-    def drop(self, number: int, address: int, size: int) -> None:
+    def drop(self, number: int) -> None:
         """Lets go of it, before it is unmapped."""
         self._aside(self._drop, number)
 
