@@ -162,6 +162,7 @@ def test_a_part_that_changes_changes_the_version(tmp_path, tensors):
             return source.version
 
     before = version()
+    assert before.startswith("blend-")  # no other adapter's does
     assert version() == before
     write(tmp_path / "some", weights({Q0: 5}, seed=9), 5, 5)
     assert version() != before

@@ -36,9 +36,7 @@ def pack_info(pack: int, digest: str = "", *, special: bool = False) -> PackInfo
         dora=False,
         pack=pack,
         nbytes=64,
-        held_bytes=4096,
         digest=digest or f"digest {pack}",
-        version="v",
         segments=[1],
         index_place=0,
         index_bytes=64,
@@ -101,7 +99,7 @@ class FakeStore:
         leased = want.keep
         assert not leased or pack.pack
         self.leases[pack.pack] += leased
-        self.inbox.append(Loaded(want.ticket, want.adapter, pack, 0.1, was_read, leased))
+        self.inbox.append(Loaded(want.ticket, pack, 0.1, was_read, leased))
 
     def reading(self) -> None:
         self.inbox.append(Reading(self.only().ticket))
@@ -111,7 +109,7 @@ class FakeStore:
     ) -> None:
         want = want or self.only()
         del self.wants[want.ticket]
-        self.inbox.append(Failed(want.ticket, want.adapter, kind, "it is bad", list(problems)))
+        self.inbox.append(Failed(want.ticket, kind, "it is bad", list(problems)))
 
     def evict(self, pack: int) -> None:
         assert not self.leases[pack]

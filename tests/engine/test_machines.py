@@ -20,10 +20,10 @@ from vllm_multilora.store.messages import (
 
 def loaded(store: FakeStore, ticket: int, pack: int, digest: str = "same", *, keep=True) -> Loaded:
     """A machine's answer, with the lease that it gives."""
-    want = store.wants.pop(ticket)
+    del store.wants[ticket]
     if keep:
         store.leases[pack] += 1
-    return Loaded(ticket, want.adapter, pack_info(pack, digest), 0.5, True, keep)
+    return Loaded(ticket, pack_info(pack, digest), 0.5, True, keep)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_an_adapter_is_loaded_when_the_last_machine_has_it(stores, parts):
     assert stores.poll() == []
     parts[1].inbox.append(loaded(parts[1], 1, 70))
     (answer,) = stores.poll()
-    assert (answer.ticket, answer.adapter, answer.leased) == (ticket, 1, True)
+    assert (answer.ticket, answer.leased) == (ticket, True)
     assert [part.pack for part in stores.elsewhere(answer.pack.pack)] == [70]
     assert leases(parts) == [1, 1]
     stores.release(answer.pack.pack)
@@ -109,12 +109,12 @@ def test_the_same_packs_have_the_same_number(stores, parts):
 def test_one_machines_failure_is_the_adapters_and_leaves_no_lease(stores, parts):
     ticket = stores.want(Want(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30))
-    parts[1].inbox.append(Failed(1, 1, FailureKind.GONE, "no such folder", []))
-    assert stores.poll() == [Failed(ticket, 1, FailureKind.GONE, "no such folder", [])]
+    parts[1].inbox.append(Failed(1, FailureKind.GONE, "no such folder", []))
+    assert stores.poll() == [Failed(ticket, FailureKind.GONE, "no such folder", [])]
     assert leases(parts) == [0, 0]
 
     ticket = stores.want(Want(1, "a", "/adapters/1"))
-    parts[0].inbox.append(Failed(2, 1, FailureKind.GONE, "no such folder", []))
+    parts[0].inbox.append(Failed(2, FailureKind.GONE, "no such folder", []))
     assert [type(message) for message in stores.poll()] == [Failed]
     assert not parts[1].wants, "the other machine need not go on"
 

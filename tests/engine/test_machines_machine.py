@@ -24,6 +24,7 @@ class Part(FakeStore):
         super().__init__()
         self.packs = 1000 * (1 + machine)
         self.resident: dict[int, int] = {}
+        self.answered: dict[int, Want] = {}
 
     def answerable(self) -> list[int]:
         """The wants that have room: it is not taken by leases on other adapters."""
@@ -35,7 +36,7 @@ class Part(FakeStore):
         )
 
     def answer(self, ticket: int) -> None:
-        want = self.wants.pop(ticket)
+        want = self.answered[ticket] = self.wants.pop(ticket)
         for adapter, pack in list(self.resident.items()):
             if want.keep and adapter != want.adapter and not self.leases[pack]:
                 del self.resident[adapter]
@@ -46,7 +47,7 @@ class Part(FakeStore):
         pack = self.resident[want.adapter]
         self.leases[pack] += want.keep
         info = pack_info(pack, f"adapter {want.adapter}")
-        self.inbox.append(Loaded(ticket, want.adapter, info, 0.1, True, want.keep))
+        self.inbox.append(Loaded(ticket, info, 0.1, True, want.keep))
 
     def restart(self) -> None:
         # As `StoreClient` does: what was not taken in is wanted from the new store again.
@@ -54,9 +55,7 @@ class Part(FakeStore):
         super().restart()
         self.resident.clear()
         for message in lost:
-            self.wants[message.ticket] = Want(
-                message.adapter, "a", "/a", keep=message.leased, ticket=message.ticket
-            )
+            self.wants[message.ticket] = self.answered[message.ticket]
 
 
 class Machines(RuleBasedStateMachine):
@@ -137,7 +136,7 @@ class Machines(RuleBasedStateMachine):
         part = self.parts[machine]
         if part.wants and is_bad == 1:
             want = part.wants.pop(data.draw(st.sampled_from(sorted(part.wants))))
-            part.inbox.append(Failed(want.ticket, want.adapter, FailureKind.GONE, "gone", []))
+            part.inbox.append(Failed(want.ticket, FailureKind.GONE, "gone", []))
 
     @rule(machine=WHICH, adapter=ADAPTERS)
     def evict(self, machine, adapter):

@@ -156,8 +156,8 @@ def test_a_store_is_used_through_its_relay(relayed):
     client, store = relayed
     assert client.address == f"unix:{store.path}"
     for number in range(1, 4):
-        client.want(Want(number, "a", f"/fake/{number}?blocks=64,128"))
-        assert until(client, Loaded).adapter == number
+        ticket = client.want(Want(number, "a", f"/fake/{number}?blocks=64,128"))
+        assert until(client, Loaded).ticket == ticket
 
 
 def test_a_relay_does_not_mind_silence(relayed):
@@ -171,8 +171,8 @@ def test_a_store_that_has_gone_comes_back_through_its_relay(relayed):
     assert until(client, Loaded).was_read
     store.made[-1].shutdown(socket.SHUT_RDWR)
     until(client, Restarted)
-    client.want(Want(1, "a", "/fake/1"))
-    assert until(client, Loaded).adapter == 1
+    ticket = client.want(Want(1, "a", "/fake/1"))
+    assert until(client, Loaded).ticket == ticket
 
 
 def test_a_relay_whose_engine_core_has_gone_leaves_its_store(relayed, door):

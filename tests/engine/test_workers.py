@@ -175,7 +175,7 @@ def test_a_failure_is_an_answer(store):
 
 def test_a_failure_of_one_worker_leaves_nothing_on_lease_at_the_others(store, stubs, monkeypatch):
     def fail(want):
-        return Failed(want.ticket, want.adapter, FailureKind.UNREADABLE, "no such disk", [])
+        return Failed(want.ticket, FailureKind.UNREADABLE, "no such disk", [])
 
     monkeypatch.setattr(stubs[1].own_store, "load", fail)
     store.want(Want(1, "one", "/fake/one"))

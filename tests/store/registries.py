@@ -149,7 +149,7 @@ class World:
     def check(self) -> None:
         """What is true at any time."""
         memory, totals = self.memory, self.memory.totals()
-        packs = sum(p.info.held_bytes for p in memory.packs.values())
+        packs = sum(p.allocation.held_bytes for p in memory.packs.values())
         loads = self.registry.loads._loads.values()
         allocations = [one.allocation for one in loads if one.allocation]
         allocations += [one for one in self.registry.loads._dying.values() if one]

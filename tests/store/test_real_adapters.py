@@ -234,7 +234,6 @@ def test_a_blend_is_packed_from_its_parts_files_and_known_by_them(engine, adapte
     assert first.pack.parts == tuple(
         engine.load(number, str(path)).pack.digest for number, path in ((1, adapter), (2, other))
     )
-    assert first.pack.version.startswith("blend-")
     # Under another number, from the same files: in memory already.
     again = engine.load(10, source)
     assert (again.was_read, again.pack.pack) == (False, first.pack.pack)

@@ -487,8 +487,9 @@ def test_a_store_on_a_thread_leaves_nothing_behind(store_folder, monkeypatch):
 )
 def test_what_cannot_be_said_to_the_store_fails_alone(threaded, number, name, path):
     def is_refused():
-        answer = threaded.answer(threaded.client.want(Want(number, name, path)))
-        return (answer.kind, answer.adapter) == (FailureKind.INVALID, number)
+        ticket = threaded.client.want(Want(number, name, path))
+        answer = threaded.answer(ticket)
+        return (answer.kind, answer.ticket) == (FailureKind.INVALID, ticket)
 
     assert is_refused()
     threaded.client._lose(ChannelClosedError("it has ended"))

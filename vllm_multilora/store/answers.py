@@ -44,23 +44,19 @@ class Answers:
         """Its adapter is being read."""
         self._effects.send(ticket.client, Reading(ticket.number))
 
-    def loaded(
-        self, ticket: Ticket, adapter: int, info: PackInfo, now: float, *, was_read: bool
-    ) -> None:
+    def loaded(self, ticket: Ticket, info: PackInfo, now: float, *, was_read: bool) -> None:
         """The want is fulfilled; counts its lease."""
         self._clients[ticket.client].loads.pop(ticket.number, None)
         if ticket.keep:
             self._memory.lease(info.pack)
             self._clients[ticket.client].leases[info.pack] += 1
-        seconds = now - ticket.arrived
-        self._effects.send(
-            ticket.client, Loaded(ticket.number, adapter, info, seconds, was_read, ticket.keep)
-        )
+        message = Loaded(ticket.number, info, now - ticket.arrived, was_read, ticket.keep)
+        self._effects.send(ticket.client, message)
 
-    def failed(self, ticket: Ticket, adapter: int, failure: Failure) -> None:
+    def failed(self, ticket: Ticket, failure: Failure) -> None:
         """The want cannot be fulfilled."""
         self._clients[ticket.client].loads.pop(ticket.number, None)
-        message = Failed(ticket.number, adapter, failure.kind, failure.message, failure.problems)
+        message = Failed(ticket.number, failure.kind, failure.message, failure.problems)
         self._effects.send(ticket.client, message)
 
     def _evicted(self, pack: Pack) -> None:

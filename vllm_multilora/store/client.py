@@ -146,7 +146,7 @@ class StoreClient:
         except (TypeError, ValueError) as error:
             message = f"adapter {want.name!a} cannot be asked for from {want.path!a}: {error}"
             self._wants[ticket] = None
-            self._inbox.append(Failed(ticket, want.adapter, FailureKind.INVALID, message, []))
+            self._inbox.append(Failed(ticket, FailureKind.INVALID, message, []))
             return ticket
         self._wants[ticket] = sent
         self._send(sent)
@@ -312,7 +312,7 @@ class StoreClient:
             if want is not None:
                 self._wants[ticket] = None
                 kind = FailureKind.UNREADABLE
-                self._inbox.append(Failed(ticket, want.adapter, kind, _NO_STORE, []))
+                self._inbox.append(Failed(ticket, kind, _NO_STORE, []))
 
     def _lose(self, error: ChannelClosedError) -> None:
         """The store has gone: what it said is void, and the next one answers what is wanted."""

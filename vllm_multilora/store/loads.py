@@ -260,7 +260,7 @@ class Loads:
             for ticket in load.tickets:
                 if pack is not None or not ticket.keep:
                     read = was_read and load is leader
-                    self._answers.loaded(ticket, load.binding.adapter, info, now, was_read=read)
+                    self._answers.loaded(ticket, info, now, was_read=read)
             unserved = [ticket for ticket in load.tickets if pack is None and ticket.keep]
             again.append((load, unserved + load.later))
         if pack is not None:
@@ -279,7 +279,7 @@ class Loads:
                 until = now + load.settings.retry_delay_s
                 self.failures.remember(load.binding, load.path, failure, until)
             for ticket in load.tickets:
-                self._answers.failed(ticket, load.binding.adapter, failure)
+                self._answers.failed(ticket, failure)
         for load in leader.family():
             self._again(load, load.later)
         self.give_room(now)

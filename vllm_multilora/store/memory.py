@@ -97,9 +97,8 @@ class HostMemory:
         self.staged -= 1
         pack = Pack(msgspec.structs.replace(info, pack=number), scope, allocation)
         self.packs[number] = pack
-        self._note_version(pack, info.version)
         self._by_digest[scope, info.digest] = pack
-        self.policy.added(number, info.held_bytes, reload_cost(info.held_bytes))
+        self.policy.added(number, allocation.held_bytes, reload_cost(allocation.held_bytes))
         return pack
 
     def bind(self, pack: Pack, binding: Binding, path: str, version: str) -> None:
@@ -196,7 +195,7 @@ class HostMemory:
         leased = [pack for pack in self.packs.values() if pack.leases]
         if self.limit is not None and len(leased) + self.staged >= self.limit:
             return False
-        idle = sum(pack.info.held_bytes for pack in self.packs.values() if not pack.leases)
+        idle = sum(pack.allocation.held_bytes for pack in self.packs.values() if not pack.leases)
         budget = self.arena.budget
         return budget is None or self.arena.held - idle + pages_of(blocks) <= budget
 

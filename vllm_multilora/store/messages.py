@@ -85,9 +85,7 @@ class PackInfo(Contents, frozen=True):
         pack: Its number, never used twice, not even by a store that is started again.
             0: it was read and checked, and not kept in memory.
         nbytes: Bytes of its blocks.
-        held_bytes: Bytes of memory that it takes: its pages.
         digest: BLAKE3 of its files, hexadecimal.
-        version: Identity of its files when they were read, as text.
         segments: Numbers of the segments that it lies in; places refer to them by their index.
         index_place: Place of the block that says what lies where (`adapters/pack_index.py`).
         index_bytes: Bytes of that block, padding included.
@@ -96,9 +94,7 @@ class PackInfo(Contents, frozen=True):
 
     pack: int
     nbytes: int
-    held_bytes: int
     digest: str
-    version: str
     segments: list[int]
     index_place: int
     index_bytes: int
@@ -300,7 +296,7 @@ class Loaded(Message, frozen=True):
     """A want is fulfilled.
 
     Attributes:
-        ticket: Of the want; so is the adapter's number.
+        ticket: Of the want.
         pack: The adapter as it is in memory.
         seconds: From the want's arrival to now.
         was_read: Whether the files' bytes were read for it, rather than found in memory.
@@ -308,7 +304,6 @@ class Loaded(Message, frozen=True):
     """
 
     ticket: int
-    adapter: int
     pack: PackInfo
     seconds: float
     was_read: bool
@@ -319,7 +314,6 @@ class Failed(Message, frozen=True):
     """A want cannot be fulfilled; the rest as of `job_messages.Failure`."""
 
     ticket: int
-    adapter: int
     kind: FailureKind
     message: str
     problems: list[dict[str, Any]]

@@ -74,13 +74,13 @@ class Registry:
             found = "not configured" if client.scope is None else f"using ticket {want.ticket}"
             message = f"the engine asked the store for {want.name!r} while {found}"
             kind = FailureKind.INTERNAL
-            self._effects.send(number, Failed(want.ticket, want.adapter, kind, message, []))
+            self._effects.send(number, Failed(want.ticket, kind, message, []))
             return
         try:
             Blend.read(want.path)
         except BlendError as error:
             failure = Failure(FailureKind.INVALID, str(error), [])
-            self._answers.failed(ticket, want.adapter, failure)
+            self._answers.failed(ticket, failure)
             return
         binding = Binding(client.server, client.scope, want.adapter)
         tenant = Owner(client.server, want.owners[0]) if want.owners else None
@@ -89,14 +89,14 @@ class Registry:
         if not fresh:
             pack = self.memory.of_adapter(binding, want.path)
             if pack is not None:
-                self._answers.loaded(ticket, want.adapter, pack.info, now, was_read=False)
+                self._answers.loaded(ticket, pack.info, now, was_read=False)
                 if tenant is not None and pack.tenant is None:
                     self.memory.own(pack, tenant)
                     self.loads.give_room(now)
                 return
             known = self.loads.failures.find(binding, want.path, now)
             if known is not None:
-                self._answers.failed(ticket, want.adapter, known)
+                self._answers.failed(ticket, known)
                 return
         owners = [Owner(client.server, of) for of in want.owners or (want.adapter,)]
         load = self.loads.of_adapter(binding, want.path)
@@ -160,7 +160,7 @@ class Registry:
         gone = Failure(FailureKind.GONE, f"adapter {adapter} was withdrawn meanwhile", [])
         for load in self.loads.all_of(server, adapter):
             for ticket in self.loads.withdraw(load, number):
-                self._answers.failed(ticket, adapter, gone)
+                self._answers.failed(ticket, gone)
             self.loads.end_if_unwanted(load.leader or load, now)
         self._leaving.setdefault((server, adapter), set()).add(number)
         self._unbind_unused()

@@ -227,7 +227,6 @@ class MachineStores:
             return [
                 Failed(
                     ticket,
-                    want.adapter,
                     FailureKind.INVALID,
                     f"adapter {want.name!r}: the files at {want.path} are not the same on all "
                     f"machines of this server (BLAKE3 {', '.join(sorted(digests))}): serve "
@@ -242,7 +241,6 @@ class MachineStores:
         return [
             Loaded(
                 ticket,
-                want.adapter,
                 msgspec.structs.replace(first.pack, pack=number),
                 asked.seconds,
                 asked.was_read,

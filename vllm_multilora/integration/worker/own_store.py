@@ -73,7 +73,6 @@ class OwnStore:
         self._client.cancel(own)
         return Failed(
             ticket,
-            want.adapter,
             FailureKind.TIMEOUT,
             f"the store of this worker's machine has not answered within {self._limit_s:g} s",
             [],
