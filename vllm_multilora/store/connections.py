@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import socket
-import struct
 import time
 from dataclasses import dataclass, field
 
@@ -52,7 +50,6 @@ class Connection:
     Attributes:
         number: Of the client.
         channel: To the client.
-        known: Whether it has said `Hello`.
         mapped: Segments that it has mapped.
         watches: Whether it registers segments with a device, and so is told of all.
         told: Those that it has been told of.
@@ -60,7 +57,6 @@ class Connection:
 
     number: int
     channel: Channel[FromClient]
-    known: bool = False
     mapped: set[int] = field(default_factory=set)
     watches: bool = False
     told: set[int] = field(default_factory=set)
@@ -93,7 +89,7 @@ class Conversation:
             ChannelClosedError: It has gone.
         """
         registry, number, now = self._registry, connection.number, time.monotonic()
-        if not connection.known:
+        if number not in registry.clients:
             self._greet(connection, message)
             return False
         match message:
@@ -136,7 +132,6 @@ class Conversation:
                 f"{message.protocol}: two versions of vllm-multilora share a folder of sockets; "
                 "set MULTILORA_STORE_FOLDER to another folder for one of them"
             )
-        connection.known = True
         self._registry.clients[connection.number] = Client(
             connection.number, message.role, message.server, message.pid
         )
@@ -182,12 +177,3 @@ class Conversation:
         connection.mapped.add(number)
         if connection.watches:
             self._segments.pinned.add(number)
-
-
-def is_same_user(sock: socket.socket) -> bool:
-    """Whether the process at the other end of a local socket belongs to this process's user."""
-    if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
-        return True
-    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", data)
-    return user in (os.geteuid(), 0)

@@ -7,9 +7,9 @@ import errno
 import logging
 import os
 import socket
+import struct
 
 from vllm_multilora.store.channel import Channel, ChannelClosedError
-from vllm_multilora.store.connections import is_same_user
 from vllm_multilora.store.folder import Address
 from vllm_multilora.store.messages import FromClient, Refused
 
@@ -42,7 +42,7 @@ class Door:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._refuse_for_descriptors()
             return None
-        if not is_same_user(sock):
+        if not _is_same_user(sock):
             sock.close()
             return None
         sock.setblocking(False)
@@ -71,3 +71,12 @@ class Door:
             self._reserve = os.open(os.devnull, os.O_RDONLY)
         except OSError:
             self._reserve = None
+
+
+def _is_same_user(sock: socket.socket) -> bool:
+    """Whether the process at the other end of a local socket belongs to this process's user."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", data)
+    return user in (os.geteuid(), 0)

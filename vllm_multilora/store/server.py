@@ -193,7 +193,7 @@ class Server:
         connection = self._connections.get(number)
         if connection is None:
             return
-        if not connection.known:
+        if number not in self._registry.clients:
             self._totals = None  # whoever says `Hello` is to be told
         try:
             connection.channel.flush()
