@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -71,12 +72,8 @@ class StoreProcess:
         """A connection to a store that is started now, by this process or another one."""
         try:
             with folder.locked(self._folder):
-                try:
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
                     return folder.connect(self.path)
-                except FileNotFoundError:
-                    pass
-                except ConnectionRefusedError:
-                    self.path.unlink()
                 with folder.listen(self.path) as listener:
                     self._start(listener)
                 return folder.connect(self.path)

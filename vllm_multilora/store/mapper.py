@@ -74,12 +74,7 @@ class SegmentMapper:
     """
 
     def __init__(self, address: str, server: str, device: Device | None = None) -> None:
-        kind, _, self._path = address.partition(":")
-        if kind != "unix":
-            raise StoreUnavailableError(
-                f"{address}: memory can be mapped from a store on this machine only, found an "
-                f"address of kind {kind!r}, expected 'unix'"
-            )
+        self._path = address.removeprefix("unix:")
         self._hello = Hello(PROTOCOL, "worker", server, os.getpid())
         self._device = device
         self._segments: dict[int, _Mapped] = {}
