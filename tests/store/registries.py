@@ -1,5 +1,6 @@
 """A registry whose clients and jobs are played by the test."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -25,7 +26,8 @@ class World:
 
     def __init__(self, settings: StoreSettings | None = None, first_pack: int = 1000) -> None:
         self.settings = settings or StoreSettings(budget_bytes=10 * PAGE)
-        self.memory = HostMemory(Arena(FakeSegments(), None), make_policy("lru"), first_pack)
+        arena, numbers = Arena(FakeSegments(), None), itertools.count(first_pack)
+        self.memory = HostMemory(arena, make_policy("lru"), numbers)
         self.registry = Registry(self.memory, self)
         self.now = 0.0
         self.said: dict[int, list] = {}

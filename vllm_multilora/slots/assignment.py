@@ -15,6 +15,7 @@ slots.running(adapters of all running requests)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ class SlotAssignment(PolicyTier):
         self._contents: list[int | None] = [None] * slots
         self._places: dict[int, _Place] = {}  # by adapter
         self._orders: dict[int, int] = {}  # adapters by unanswered orders
-        self._next_order = 0
+        self._numbers = itertools.count()  # of orders
         self._admitted: set[int] = set()  # since the batch was told
         # Asked for in this step, and in the one before.
         self._wanted: set[int] = set()
@@ -277,8 +278,7 @@ class SlotAssignment(PolicyTier):
             self._leave(adapter_id)
 
     def _take(self, slot: int, adapter_id: int, pack: int) -> Assignment:
-        assignment = Assignment(self._next_order, slot, adapter_id, pack)
-        self._next_order += 1
+        assignment = Assignment(next(self._numbers), slot, adapter_id, pack)
         self._contents[slot] = adapter_id
         self._places[adapter_id] = _Place(assignment, set(range(self._ranks)))
         self._orders[assignment.order] = adapter_id

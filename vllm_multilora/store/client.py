@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import select
@@ -29,6 +30,7 @@ from vllm_multilora.store.messages import (
     FromStore,
     Hello,
     Loaded,
+    Message,
     Reading,
     Refused,
     Release,
@@ -71,7 +73,7 @@ class StoreClient:
         self._configure: Configure | None = None
         # Until their answers are taken; None: the store cannot be told of it.
         self._wants: dict[int, Want | None] = {}
-        self._next_ticket = 1
+        self._tickets = itertools.count(1)
         self._inbox: deque[ToUser] = deque()
         self._answer: Configured | Refused | None = None
         self._waker: Waker | None = None
@@ -137,8 +139,7 @@ class StoreClient:
             The ticket: `Reading` may come for it, then `Loaded` or `Failed`, the latter also where
             the store cannot be told what is wanted.
         """
-        ticket = self._next_ticket
-        self._next_ticket += 1
+        ticket = next(self._tickets)
         try:
             path = located(want.path)
             sent = msgspec.structs.replace(want, path=path, ticket=ticket)
@@ -217,7 +218,7 @@ class StoreClient:
             self._channel.close()
             self._channel = None
 
-    def _send(self, message: msgspec.Struct) -> None:
+    def _send(self, message: Message) -> None:
         if self._channel is None:
             return  # `_connect` sends again all that still matters to a new store
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -45,7 +46,7 @@ class Loads:
         self._loads: dict[int, Load] = {}
         self._by_adapter: dict[tuple[Binding, str], Load] = {}
         self._dying: dict[int, Allocation | None] = {}
-        self._next_load = 1
+        self._numbers = itertools.count(1)
 
     def of_adapter(self, binding: Binding, path: str) -> Load | None:
         """The load of an adapter from that folder, if it is on its way."""
@@ -176,16 +177,9 @@ class Loads:
         tickets: list[Ticket],
     ) -> Load:
         assert client.settings is not None
-        number = self._next_load
-        self._next_load += 1
+        number = next(self._numbers)
         load = Load(
-            number,
-            binding,
-            path,
-            list(owners),
-            client.layouts,
-            client.settings,
-            list(tickets),
+            number, binding, path, list(owners), client.layouts, client.settings, list(tickets)
         )
         self._loads[number] = load
         self._by_adapter[binding, path] = load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -28,7 +28,7 @@ class HostMemory:
     Attributes:
         arena: Places the bytes.
         policy: Chooses victims; see `ContainedPolicy` for those that may fail.
-        next_pack: The number of the next pack.
+        numbers: Those of packs to come.
         on_evicted: Told of each pack that leaves.
         limit: Adapters that may be here, those being read included. None: no limit.
         tenant_limits: Packs that tenants may keep, as their servers have said last. None: no limit.
@@ -38,7 +38,7 @@ class HostMemory:
 
     arena: Arena
     policy: CachePolicy
-    next_pack: int
+    numbers: Iterator[int]
     on_evicted: Callable[[Pack], None] = field(init=False)
     limit: int | None = None
     tenant_limits: dict[tuple[Scope, Owner], int | None] = field(default_factory=dict)
@@ -92,8 +92,7 @@ class HostMemory:
 
     def add(self, scope: Scope, info: PackInfo, allocation: Allocation) -> Pack:
         """What a job has packed is a pack now; its number is set here."""
-        number = self.next_pack
-        self.next_pack += 1
+        number = next(self.numbers)
         self.staged -= 1
         pack = Pack(msgspec.structs.replace(info, pack=number), scope, allocation)
         self.packs[number] = pack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import secrets
@@ -11,8 +12,6 @@ import selectors
 import socket
 import time
 from typing import Any
-
-import msgspec
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.registry import make_policy
@@ -23,11 +22,12 @@ from vllm_multilora.store.connections import Connection, Conversation, RefusedEr
 from vllm_multilora.store.desk import Desk
 from vllm_multilora.store.door import Door
 from vllm_multilora.store.entries import Load
-from vllm_multilora.store.job_messages import Failure
+from vllm_multilora.store.job_messages import Failure, ToJob
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import (
     ClientRow,
     Description,
+    Message,
     Refused,
     SegmentClosed,
     SegmentOpened,
@@ -66,14 +66,14 @@ class Server:
         self._segments = SharedSegments()
         # Numbers go on where no other store's are likely to be: old ones must mean nothing here.
         arena = Arena(self._segments, None, first_segment=secrets.randbits(31) + 1)
-        first_pack = (secrets.randbits(31) + 1) << 20
-        memory = HostMemory(arena, make_policy("lru"), first_pack, keeps=keep)
+        numbers = itertools.count((secrets.randbits(31) + 1) << 20)
+        memory = HostMemory(arena, make_policy("lru"), numbers, keeps=keep)
         self._registry = Registry(memory, self)
         self._desk = Desk(runner, reader, self._selector)
         self._names = Names(self)
         self._conversation = Conversation(self._registry, self._segments, reader, self._names)
         self._connections: dict[int, Connection] = {}
-        self._next_client = -1  # jobs have positive numbers, clients negative ones
+        self._numbers = itertools.count(-1, -1)  # jobs have positive numbers, clients negative ones
         self._lost: set[int] = set()
         self._unstarted: list[tuple[int, Failure]] = []
         self._alone_since = time.monotonic()
@@ -104,7 +104,7 @@ class Server:
 
     # What the registry asks for
 
-    def send(self, client: int, message: msgspec.Struct) -> None:
+    def send(self, client: int, message: Message) -> None:
         connection = self._connections.get(client)
         if connection is not None and client not in self._lost:
             try:
@@ -118,7 +118,7 @@ class Server:
         except OSError as error:
             self._unstarted.append((load.number, _system_failure("start a check", error)))
 
-    def tell(self, job: int, message: msgspec.Struct, segments: tuple[int, ...]) -> None:
+    def tell(self, job: int, message: ToJob, segments: tuple[int, ...]) -> None:
         try:
             self._desk.tell(job, message, [self._segments.descriptor(n) for n in segments])
         except OSError as error:
@@ -184,8 +184,7 @@ class Server:
         channel = self._door.accept()
         if channel is None:
             return
-        number = self._next_client
-        self._next_client -= 1
+        number = next(self._numbers)
         self._connections[number] = Connection(number, channel)
         self._selector.register(channel, selectors.EVENT_READ, number)
 
