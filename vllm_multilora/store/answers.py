@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import msgspec
-
 from vllm_multilora.store.entries import Client, Load, Pack, Ticket
-from vllm_multilora.store.job_messages import Failure
+from vllm_multilora.store.job_messages import Failure, ToJob
 from vllm_multilora.store.memory import HostMemory
-from vllm_multilora.store.messages import Evicted, Failed, Loaded, PackInfo, Reading
+from vllm_multilora.store.messages import Evicted, Failed, Loaded, Message, PackInfo, Reading
 
 
 class Effects(Protocol):
     """What a registry asks for."""
 
-    def send(self, client: int, message: msgspec.Struct) -> None:
+    def send(self, client: int, message: Message) -> None:
         """Tells a client."""
 
     def start(self, load: Load) -> None:
         """Starts a load's job."""
 
-    def tell(self, job: int, message: msgspec.Struct, segments: tuple[int, ...]) -> None:
+    def tell(self, job: int, message: ToJob, segments: tuple[int, ...]) -> None:
         """Tells a job, with the descriptors of segments."""
 
     def kill(self, job: int) -> None:

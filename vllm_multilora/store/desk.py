@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from vllm_multilora.adapters.blends import MOST_PARTS, folders_of, title
@@ -23,9 +22,9 @@ from vllm_multilora.store.job_messages import (
     Failure,
     FromJob,
     Go,
-    JobMessage,
     Opened,
     Place,
+    ToJob,
 )
 from vllm_multilora.store.loads import Loads
 from vllm_multilora.store.runner import End, Runner, RunningJob
@@ -38,11 +37,7 @@ _SOON_S = 1.0  # a killed job that has not ended by then is stuck
 _LOOK_S = 0.005
 _LOOK_AT_STUCK_S = 0.5
 
-_ANSWER_TO: dict[type[msgspec.Struct], type[JobMessage]] = {
-    Go: Checked,
-    Place: Done,
-    CheckOnly: Done,
-}
+_ANSWER_TO: dict[type[ToJob], type[FromJob]] = {Go: Checked, Place: Done, CheckOnly: Done}
 
 
 @dataclass(eq=False)
@@ -50,7 +45,7 @@ class _Job:
     load: Load
     running: RunningJob
     channel: Channel[FromJob]
-    turn_to_say: type[JobMessage] | None = Opened
+    turn_to_say: type[FromJob] | None = Opened
     killed: float = 0.0
 
 
@@ -80,7 +75,7 @@ class Desk:
         self._jobs[load.number] = _Job(load, running, channel)
         self._selector.register(channel, selectors.EVENT_READ, load.number)
 
-    def tell(self, number: int, message: msgspec.Struct, descriptors: list[int]) -> None:
+    def tell(self, number: int, message: ToJob, descriptors: list[int]) -> None:
         """Tells a job; raises OSError where it cannot be told. A job that has gone is no matter."""
         job = self._jobs.get(number)
         if job is None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-import msgspec
-
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.store.messages import Contents
+from vllm_multilora.store.messages import Contents, Message
 
 LONGEST_MESSAGE = 4096
 MOST_PROBLEMS = 101  # a hundred, and one that counts the others: see `adapters.problems.bounded`
@@ -15,11 +13,7 @@ LONGEST_FIELD = 2000
 MOST_CHARACTERS = 65_536
 
 
-class JobMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Base class of all messages between the store and a job."""
-
-
-class Opened(JobMessage, frozen=True):
+class Opened(Message, frozen=True):
     """The files are open; answered by `Go`, unless the job is ended: others have read these.
 
     Attributes:
@@ -29,7 +23,7 @@ class Opened(JobMessage, frozen=True):
     version: str
 
 
-class Checked(JobMessage, frozen=True):
+class Checked(Message, frozen=True):
     """Config and header are right; answered by `Place` or `CheckOnly`.
 
     Attributes:
@@ -41,7 +35,7 @@ class Checked(JobMessage, frozen=True):
     block_bytes: bytes
 
 
-class Done(JobMessage, frozen=True):
+class Done(Message, frozen=True):
     """All bytes are read, checked, and packed where there was room.
 
     Attributes:
@@ -53,7 +47,7 @@ class Done(JobMessage, frozen=True):
     parts: tuple[str, ...]
 
 
-class Failure(JobMessage, frozen=True):
+class Failure(Message, frozen=True):
     """Why a load failed: in a job's words, or in the store's own.
 
     Attributes:
@@ -83,11 +77,11 @@ class Failure(JobMessage, frozen=True):
         return Failure(self.kind, _cut(self.message, LONGEST_MESSAGE), problems)
 
 
-class Go(JobMessage, frozen=True):
+class Go(Message, frozen=True):
     """The files are to be checked."""
 
 
-class Place(JobMessage, frozen=True):
+class Place(Message, frozen=True):
     """Where to pack to; the segments' descriptors come with it.
 
     Attributes:
@@ -99,7 +93,7 @@ class Place(JobMessage, frozen=True):
     extents: list[tuple[int, int, int]]
 
 
-class CheckOnly(JobMessage, frozen=True):
+class CheckOnly(Message, frozen=True):
     """There is no room: the bytes are to be read and checked, and not packed."""
 
 

@@ -21,7 +21,7 @@ Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Base class of all messages."""
+    """Base class of all messages, those between the store and its jobs too."""
 
 
 class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
