@@ -776,6 +776,19 @@ def test_what_a_server_that_has_gone_leaves_counts_for_who_uses_it_next(world):
     assert kept(world, "acme") == ["/adapters/1"]
 
 
+def test_what_a_tenant_wants_no_more_is_not_its_own_though_others_follow_its_load(world):
+    world.registry.release(1, world.load(1, 1, owners=("acme",), most=1).pack.pack, world.now)
+    world.client(2, "other")
+    ticket = world.want(1, 2, "/same", owners=("acme",), most=1)
+    followed = world.want(2, 7, "/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    world.registry.cancel(1, ticket, world.now)
+    world.settle()
+    assert isinstance(world.answer(2, followed), Loaded)
+    assert kept(world, "acme") == ["/adapters/1"]
+
+
 def test_what_a_server_that_has_gone_had_begun_is_counted_for_its_followers(world):
     world.client(2, "other")
     world.want(2, 1, "/adapters/1", owners=("acme",), most=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,7 +111,6 @@ class Load:
         contents: What the files' check has found; None before; so the next.
         blocks: int64 [n], bytes of the blocks.
         allocation: Where the job packs to; None: it only checks.
-        withdrawn: Whether its adapter was withdrawn meanwhile; others may still wait for it.
         tenant: Who is to have the pack; None: nobody in particular.
     """
 
@@ -129,13 +129,26 @@ class Load:
     contents: Contents | None = None
     blocks: NDArray[np.int64] | None = None
     allocation: Allocation | None = None
-    withdrawn: bool = False
     tenant: Owner | None = None
 
     @property
     def has_begun(self) -> bool:
         """Whether its files are being read, or may be: also where another load reads them."""
         return self.job or self.leader is not None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits for it, and not just for those that follow it."""
+        return bool(self.tickets or self.later)
+
+    def take_back(self, is_gone: Callable[[Ticket], bool]) -> list[Ticket]:
+        """Nobody waits for these tickets any more; returns them."""
+        gone = [ticket for ticket in (*self.tickets, *self.later) if is_gone(ticket)]
+        self.tickets = [ticket for ticket in self.tickets if ticket not in gone]
+        self.later = [ticket for ticket in self.later if ticket not in gone]
+        if not self.is_awaited:
+            self.tenant = None
+        return gone
 
     def family(self) -> list[Load]:
         """The load and those that follow it."""
@@ -159,7 +172,7 @@ class Load:
 
     def wanted(self) -> bool:
         """Whether anybody still waits for it."""
-        return any(load.tickets or load.later for load in self.family())
+        return any(load.is_awaited for load in self.family())
 
     def info(self, digest: str, nbytes: int, parts: tuple[str, ...]) -> PackInfo:
         """What it has read, as a pack without a number."""

@@ -65,11 +65,8 @@ class Loads:
 
         Without others that do, nothing that becomes of the load is for its adapter any more.
         """
-        tickets = [one for one in (*load.tickets, *load.later) if one.client == client]
-        load.tickets = [one for one in load.tickets if one.client != client]
-        load.later = [one for one in load.later if one.client != client]
-        if not load.tickets and not load.later:
-            load.withdrawn = True
+        tickets = load.take_back(lambda ticket: ticket.client == client)
+        if not load.is_awaited:
             self._leave_adapter(load)
         return tickets
 
@@ -78,7 +75,6 @@ class Loads:
         self.failures.forget_server(server)
         for load in self._loads.values():
             if load.binding.server == server:
-                load.withdrawn = True
                 self._leave_adapter(load)
 
     def tick(self, now: float) -> None:
@@ -249,7 +245,7 @@ class Loads:
             self._memory.lease(info.pack)  # it must not leave between one binding and the next
         for load in leader.family():
             self._end(load)
-            if pack is not None and not load.withdrawn:
+            if pack is not None and load.is_awaited:
                 self._memory.bind(pack, load.binding, load.path, leader.version)
             for ticket in load.tickets:
                 if pack is not None or not ticket.keep:
@@ -259,7 +255,7 @@ class Loads:
             again.append((load, unserved + load.later))
         if pack is not None:
             for load in leader.family():
-                if load.tenant is not None and not load.withdrawn:
+                if load.tenant is not None:
                     self._memory.own(pack, load.tenant)
             self._memory.release(info.pack)
         for load, tickets in again:
@@ -269,7 +265,7 @@ class Loads:
     def _fail(self, leader: Load, failure: Failure, now: float) -> None:
         for load in leader.family():
             self._end(load)
-            if not load.withdrawn:
+            if load.is_awaited:
                 until = now + load.settings.retry_delay_s
                 self.failures.remember(load.binding, load.path, failure, until)
             for ticket in load.tickets:

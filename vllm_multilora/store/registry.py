@@ -127,8 +127,7 @@ class Registry:
         load = self.clients[number].loads.pop(ticket, None)
         if load is None:
             return
-        load.tickets = [t for t in load.tickets if (t.client, t.number) != (number, ticket)]
-        load.later = [t for t in load.later if (t.client, t.number) != (number, ticket)]
+        load.take_back(lambda one: (one.client, one.number) == (number, ticket))
         self.loads.end_if_unwanted(load.leader or load, now)
         self._unbind_unused()
 
