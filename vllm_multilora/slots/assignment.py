@@ -168,7 +168,7 @@ class SlotAssignment(PolicyTier):
         self._wanted_before, self._wanted = self._wanted, set()
         self._admitted.clear()
         joined = adapters - self._running
-        self.announce(adapters)
+        self.used(adapters)
         self._look_ups.joined(joined, self._places)
 
     def admit(self, adapter_id: int, pack: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Set
+from collections.abc import Set
 
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.policy import CachePolicy, reload_cost
@@ -33,13 +33,6 @@ class HostTier(PolicyTier):
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def used(self, packs: Collection[int]) -> None:
-        """Tells the packs of the running batch now, whether they are in the tier or not.
-
-        Those in the tier are reported to the policy if the packs differ from the last call's.
-        """
-        self.announce(frozenset(packs))
-
     def take(self, pack: int, size: int, protected: Set[int] = frozenset()) -> list[int] | None:
         """A pack, not in the tier yet, enters it; as few others as suffice leave for it.
 
@@ -67,7 +60,7 @@ class HostTier(PolicyTier):
                 self.drop(victims[-1])
         self.bytes += size
         self._add(pack, size, reload_cost(size))
-        self.report()
+        self._report()
         return victims
 
     def drop(self, pack: int) -> None:

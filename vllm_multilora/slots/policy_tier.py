@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vllm_multilora.slots.policy import CachePolicy, PolicyError
 
@@ -11,7 +11,7 @@ class PolicyTier:
     """Keeps a policy's view of one tier exact; the base of both tiers.
 
     A step's adapters are reported as used once each: those in the tier when the step is
-    announced, the others when they have entered.
+    told, the others when they have entered.
 
     Args:
         policy: The tier's own.
@@ -24,14 +24,18 @@ class PolicyTier:
         self._joined: frozenset[int] = frozenset()
         self._unreported: frozenset[int] = frozenset()
 
-    def announce(self, step: frozenset[int]) -> None:
-        """Tells the policy of a step's adapters; repeating a step only reports newcomers."""
+    def used(self, adapters: Iterable[int]) -> None:
+        """Tells the adapters of the running batch now, whether they are in the tier or not.
+
+        Those in the tier are reported to the policy, unless they were for the same batch.
+        """
+        step = frozenset(adapters)
         if step != self._running:
             self._joined = step - self._running
             self._running = self._unreported = step
-        self.report()
+        self._report()
 
-    def report(self) -> None:
+    def _report(self) -> None:
         """Reports those adapters of the step that are in the tier and not reported yet."""
         present = self._unreported & self._sizes.keys()
         if present:
