@@ -52,23 +52,20 @@ class Loads:
         """The load of an adapter from that folder, if it is on its way."""
         return self._by_adapter.get((binding, path))
 
-    def all_of(self, server: str, adapter: int) -> list[Load]:
-        """The loads of an adapter's number, whatever the model and folder."""
-        return [
-            load
-            for load in self._loads.values()
-            if (load.binding.server, load.binding.adapter) == (server, adapter)
-        ]
+    def withdraw(self, client: int, adapter: int, now: float) -> None:
+        """A client has withdrawn an adapter: its wants fail, whatever the model and folder.
 
-    def withdraw(self, load: Load, client: int) -> list[Ticket]:
-        """A client does not wait for a load any more; returns its tickets.
-
-        Without others that do, nothing that becomes of the load is for its adapter any more.
+        Without others that wait for a load, nothing that becomes of it is for its adapter any more.
         """
-        tickets = load.take_back(lambda ticket: ticket.client == client)
-        if not load.is_awaited:
-            self._leave_adapter(load)
-        return tickets
+        whose = self._clients[client].server, adapter
+        gone = Failure(FailureKind.GONE, f"adapter {adapter} was withdrawn meanwhile", [])
+        for load in list(self._loads.values()):
+            if (load.binding.server, load.binding.adapter) == whose:
+                for ticket in load.take_back(lambda ticket: ticket.client == client):
+                    self._answers.failed(ticket, gone)
+                if not load.is_awaited:
+                    self._leave_adapter(load)
+                self.end_if_unwanted(load, now)
 
     def forget_server(self, server: str) -> None:
         """A server has no clients any more: what its loads still bring is for those that follow."""
@@ -274,13 +271,14 @@ class Loads:
             self._again(load, load.later)
         self.give_room(now)
 
-    def end_if_unwanted(self, leader: Load, now: float) -> None:
+    def end_if_unwanted(self, load: Load, now: float) -> None:
         """Some do not wait for a load any more: perhaps nobody does, or registrations alone."""
+        leader = load.leader or load
         if leader.number not in self._loads:
             return
         if not leader.wanted():
-            for load in leader.family():
-                self._end(load)
+            for one in leader.family():
+                self._end(one)
         elif leader.keep() or not self._room.give_up(leader, now):
             return
         else:

@@ -128,7 +128,7 @@ class Registry:
         if load is None:
             return
         load.take_back(lambda one: (one.client, one.number) == (number, ticket))
-        self.loads.end_if_unwanted(load.leader or load, now)
+        self.loads.end_if_unwanted(load, now)
         self._unbind_unused()
 
     def release(self, number: int, pack: int, now: float) -> None:
@@ -156,11 +156,7 @@ class Registry:
         the adapter is the others' still, as long as they want it or have leases on it.
         """
         server = self.clients[number].server
-        gone = Failure(FailureKind.GONE, f"adapter {adapter} was withdrawn meanwhile", [])
-        for load in self.loads.all_of(server, adapter):
-            for ticket in self.loads.withdraw(load, number):
-                self._answers.failed(ticket, gone)
-            self.loads.end_if_unwanted(load.leader or load, now)
+        self.loads.withdraw(number, adapter, now)
         self._leaving.setdefault((server, adapter), set()).add(number)
         self._unbind_unused()
         self.loads.failures.forget_adapter(server, adapter)
