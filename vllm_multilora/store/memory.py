@@ -220,16 +220,13 @@ class HostMemory:
         if self._by_version.get((pack.scope, version)) is pack:
             del self._by_version[pack.scope, version]
 
-    def _leave(self, binding: Binding) -> None:
+    def _take_off(self, binding: Binding) -> None:
         """A binding is none any more."""
+        del self._bound.pop(binding).bindings[binding]
         alike = self._bindings_of[binding.server, binding.adapter]
         alike.remove(binding)
         if not alike:
             del self._bindings_of[binding.server, binding.adapter]
-
-    def _take_off(self, binding: Binding) -> None:
-        del self._bound.pop(binding).bindings[binding]
-        self._leave(binding)
 
     def _drop_if_useless(self, pack: Pack) -> None:
         if not pack.bindings and not pack.leases:
@@ -239,9 +236,8 @@ class HostMemory:
         number = pack.info.pack
         self.on_evicted(pack)
         del self.packs[number]
-        for binding in pack.bindings:
-            del self._bound[binding]
-            self._leave(binding)
+        for binding in list(pack.bindings):
+            self._take_off(binding)
         for version in list(pack.versions):
             self._forget_version(pack, version)
         self._by_digest.pop((pack.scope, pack.info.digest), None)
