@@ -126,15 +126,14 @@ def _enter_landlock(allowed_roots: Sequence[str]) -> None:
     if not version:
         return
     rights = max(count for since, count in _FILE_RIGHTS if since <= version)
-    fields = [(1 << rights) - 1, _NET_RIGHTS if version >= 4 else 0]
-    size = 16 if version >= 4 else 8
+    fields = [(1 << rights) - 1]
+    if version >= 4:
+        fields.append(_NET_RIGHTS)
     if version >= 6:
         fields.append(_SCOPES)
-        size = 24
-    attributes = struct.pack(f"={len(fields)}Q", *fields)[:size]
-    ruleset = syscalls.call(
-        syscalls.LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), ctypes.c_uint32(0)
-    )
+    attributes = struct.pack(f"={len(fields)}Q", *fields)
+    size = ctypes.c_size_t(len(attributes))
+    ruleset = syscalls.call(syscalls.LANDLOCK_CREATE_RULESET, attributes, size, ctypes.c_uint32(0))
     for root in (*allowed_roots, *_code_paths()) if allowed_roots else ("/",):
         _allow(ruleset, root, _READ_FILE | _READ_DIR)
     _allow(ruleset, os.devnull, _READ_FILE | _WRITE_FILE)
