@@ -36,7 +36,7 @@ class HeartMachine(RuleBasedStateMachine):
     )
     def begin(self, pages, count, slots, named):
         self.settings = StoreSettings(
-            budget_bytes=pages * PAGE, budget_adapters=count, timeout_s=20.0, retry_delay_s=0.5
+            budget_bytes=pages * PAGE, budget_adapters=count, timeout_s=20.0
         )
         self.files = Files()
         self.generation = 0
@@ -131,7 +131,7 @@ class HeartMachine(RuleBasedStateMachine):
         dying = sorted(self.store.dying)
         self.store.gone(dying[which % len(dying)])
 
-    @rule(seconds=st.sampled_from([0.05, 1.0, 25.0]))
+    @rule(seconds=st.sampled_from([0.05, 3.0, 25.0]))
     def pass_time(self, seconds):
         self.store.now += seconds
         self.store.registry.loads.tick(self.store.now)

@@ -263,8 +263,7 @@ class Loads:
         for load in leader.family():
             self._end(load)
             if load.is_awaited:
-                until = now + load.settings.retry_delay_s
-                self.failures.remember(load.binding, load.path, failure, until)
+                self.failures.remember(load.binding, load.path, failure, now)
             for ticket in load.tickets:
                 self._answers.failed(ticket, failure)
         for load in leader.family():

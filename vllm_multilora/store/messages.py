@@ -42,7 +42,6 @@ class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
         allow_pickle: Whether checkpoints in pickle format are read.
         allow_hub: Whether the Hugging Face hub is asked for what is no folder.
         check_finite: Whether weights that are not finite are refused.
-        retry_delay_s: Seconds for which a failure is the answer to further wants.
         signing_keys: File of those by one of whom adapters must be signed. None: signatures are
             not looked at.
     """
@@ -57,7 +56,6 @@ class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
     allow_pickle: bool = False
     allow_hub: bool = False
     check_finite: bool = True
-    retry_delay_s: float = 2.0
     signing_keys: str | None = None
 
 

@@ -10,6 +10,9 @@ from vllm_multilora.store.job_messages import Failure
 
 MOST_FAILURES = 1024
 
+RETRY_AFTER_S = 2.0
+"""Seconds for which a failure is the answer to further wants."""
+
 
 class RecentFailures:
     """The last failure of each adapter, until its time is over."""
@@ -17,9 +20,9 @@ class RecentFailures:
     def __init__(self) -> None:
         self._failures: OrderedDict[Binding, tuple[str, float, Failure]] = OrderedDict()
 
-    def remember(self, binding: Binding, path: str, failure: Failure, until: float) -> None:
+    def remember(self, binding: Binding, path: str, failure: Failure, now: float) -> None:
         self._failures.pop(binding, None)
-        self._failures[binding] = path, until, failure
+        self._failures[binding] = path, now + RETRY_AFTER_S, failure
         if len(self._failures) > MOST_FAILURES:
             self._failures.popitem(last=False)
 
