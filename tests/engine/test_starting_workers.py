@@ -9,6 +9,7 @@ from tests.serving.stores import await_end, store_process
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.attached import EARLY_STORE, LINK
 from vllm_multilora.integration.engine import core
+from vllm_multilora.integration.metrics import server_of
 from vllm_multilora.store import folder
 from vllm_multilora.store.client import StoreClient
 
@@ -60,3 +61,18 @@ def test_a_store_that_cannot_start_is_told_where_it_is_needed(path, monkeypatch)
         assert EARLY_STORE.get(executor) is None
     with pytest.raises(folder.StoreUnavailableError, match="store"):
         StoreClient.connect("process", "server")
+
+
+def test_all_engines_of_a_server_tell_its_stores_the_same_name(path, monkeypatch):
+    """Though vLLM renames the instance of each when it has made it."""
+    monkeypatch.setattr(core, "_make_link", lambda config: None)
+    opened = []
+    executor = SimpleNamespace(collective_rpc=lambda call, args=(): opened.append(args))
+    config = VllmConfig()
+    server = server_of(config)
+    with core.starting_workers(executor, config):
+        pass
+    config.__post_init__()
+    assert server_of(config) != server
+    core._connect(SimpleNamespace(), executor, config)
+    assert opened == [(server,)]

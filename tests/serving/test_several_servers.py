@@ -21,6 +21,7 @@ from tests.attacks.poison import poisoned
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
 from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.messages import Description
 from vllm_multilora.tenants.keys import stored
 
 from . import completions, spans
@@ -32,7 +33,7 @@ from .metered import User, Work, assert_adds_up
 from .recipes import LINEAR_RECIPES
 from .server import VllmServer
 from .spans import Collector, collecting
-from .stores import store_process
+from .stores import observer, store_process
 
 pytestmark = pytest.mark.serving
 
@@ -178,28 +179,15 @@ def disk_reads(text: str) -> float:
     return sum(number for (source, _), number in reads.items() if source == "disk")
 
 
-def in_host_memory(text: str) -> float:
-    found = values(text, "vllm:lora_cache_adapters", "tier", "engine")
-    return max(number for (tier, _), number in found.items() if tier == "cpu")
-
-
-def test_what_one_engine_finds_bad_in_a_directory_stays_in_no_other(
-    server: VllmServer, llama: Scenario
-) -> None:
+def test_both_engines_serve_what_is_read_once_for_them(server: VllmServer, llama: Scenario) -> None:
+    """Read for each, files that are written meanwhile would be another version in either."""
     folder = server.log.parent / "adapters" / "found"
     aside = shutil.copytree(llama.adapters[UNREAD[0]], folder.with_name(".found"))
-    (aside / FAULT).write_text("two at a time")
-    before = scrape(server)
+    (aside / FAULT).write_text("two at a time")  # a second job would find it bad
+    before = disk_reads(scrape(server))
     aside.rename(folder)
-    case = llama.cases_of(UNREAD[0])[0]
-    refused = completions.ask(server, "found", case)
-    assert refused.status_code == 400, refused.text
-    assert "another job has read it" in refused.text
-    assert eventually(lambda: disk_reads(scrape(server)) == disk_reads(before) + 1)
-    assert eventually(lambda: in_host_memory(scrape(server)) == in_host_memory(before))
-    (folder / FAULT).unlink()
-    os.utime(folder / "adapter_config.json")  # another version: the old one is not tried again
-    completions.assert_serves(server, "found", case)
+    assert_both_serve(server, "found", llama.cases_of(UNREAD[0])[0])
+    assert eventually(lambda: disk_reads(scrape(server)) == before + 1)
     shutil.rmtree(folder)
 
 
@@ -332,6 +320,15 @@ def test_a_requests_span_says_which_adapter_has_answered_whom(
             attributes["version"] = response.headers["x-multilora-version"]
         own = {key: value for key, value in span.items() if key.startswith("multilora.")}
         assert own == {f"multilora.{key}": value for key, value in attributes.items()}
+
+
+def test_all_of_its_processes_are_one_server_to_the_store(server: VllmServer) -> None:
+    """Else each engine would keep as many adapters of a tenant as all may together."""
+    with observer(socket_path(server.store_folder)) as client:
+        client.describe()
+        (found,) = (m for m in client.wait(20.0) if isinstance(m, Description))
+    named = {each.server for each in found.clients if each.role != "observer"}
+    assert len(named) == 1, found.clients
 
 
 def mapped(server: VllmServer) -> list[set[int]]:

@@ -350,6 +350,16 @@ def test_budgets_are_the_largest_asked_for():
     assert totals.bytes <= 2 * PAGE
 
 
+def test_files_that_were_read_once_for_several_engines_count_once(world):
+    """Else the sum over a server's engines would be more than there was to read."""
+    world.client(2)
+    tickets = {(client, world.want(client)) for client in (1, 2)}
+    world.settle()
+    answers = [world.answer(client, ticket) for client, ticket in tickets]
+    assert sorted(answer.was_read for answer in answers) == [False, True]
+    world.check()
+
+
 def test_a_failure_answers_for_a_while_and_is_forgotten(world):
     ticket = world.want(1)
     world.failed(next(iter(world.jobs)))

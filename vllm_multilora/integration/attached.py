@@ -64,6 +64,9 @@ class Attached(Generic[_T]):
 LINK: Attached[FillLink | None] = Attached("link")
 """Of an executor: the link on which its workers answer; None where they cannot."""
 
+SERVER: Attached[str] = Attached("server")
+"""Of an executor: what its server was called when its workers started."""
+
 EARLY_STORE: Attached[StoreClient | None] = Attached("early-store")
 """Of an executor: keeps this machine's store up until its engine core has connected to it."""
 

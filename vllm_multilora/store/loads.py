@@ -238,6 +238,8 @@ class Loads:
         self, leader: Load, pack: Pack | None, info: PackInfo, now: float, *, was_read: bool
     ) -> None:
         again: list[tuple[Load, list[Ticket]]] = []
+        # Read for one of a server's engines: their counts add up.
+        reader = leader.tickets[0].client if was_read and leader.tickets else None
         if pack is not None:
             self._memory.lease(info.pack)  # it must not leave between one binding and the next
         for load in leader.family():
@@ -246,7 +248,7 @@ class Loads:
                 self._memory.bind(pack, load.binding, load.path, leader.version)
             for ticket in load.tickets:
                 if pack is not None or not ticket.keep:
-                    read = was_read and load is leader
+                    read = load is leader and ticket.client == reader
                     self._answers.loaded(ticket, info, now, was_read=read)
             unserved = [ticket for ticket in load.tickets if pack is None and ticket.keep]
             again.append((load, unserved + load.later))

@@ -18,7 +18,14 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.attached import ADAPTERS, EARLY_STORE, LINK, REACHED, Attached
+from vllm_multilora.integration.attached import (
+    ADAPTERS,
+    EARLY_STORE,
+    LINK,
+    REACHED,
+    SERVER,
+    Attached,
+)
 from vllm_multilora.integration.engine import activation, prefix_keys
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
@@ -63,14 +70,16 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
 
     Args:
         executor: Gets the link as its `LINK`; None if its workers cannot be heard. Gets what keeps
-            the store up as its `EARLY_STORE`.
+            the store up as its `EARLY_STORE`, and its server's name as its `SERVER`.
         vllm_config: Of the engine.
     """
+    server = server_of(vllm_config)
+    SERVER.set(executor, server)
     link = _make_link(vllm_config)
     LINK.set(executor, link)
     if link is not None and settings_of(vllm_config).store == "process":  # no thread: workers fork
         with suppress(StoreUnavailableError):  # which is told where it is needed
-            early = StoreClient.connect("process", server_of(vllm_config), role="observer")
+            early = StoreClient.connect("process", server, role="observer")
             EARLY_STORE.set(executor, early)
     if vllm_config.lora_config is not None and kernel_backend(vllm_config) != "vllm":
         logging.getLogger("vllm.v1.engine.core").addFilter(_REFUSALS_IN_ONE_LINE)
@@ -180,7 +189,8 @@ def _make_adapters(engine_core: Any) -> EngineAdapters | None:
 def _connect(engine_core: Any, executor: Any, vllm_config: VllmConfig) -> tuple[Store, Workers]:
     """The store and the workers; through them, and waiting for them, where that is all there is."""
     link = LINK.get(executor)
-    server = server_of(vllm_config)
+    # In an engine core process, vLLM has renamed its instance since: each engine's differently.
+    server = SERVER.get(executor) or server_of(vllm_config)
     if link is None:
         executor.collective_rpc(calls.open_own_store, args=(server,))
         workers = WaitingWorkers(executor.collective_rpc)
@@ -207,7 +217,6 @@ def _open_stores(
     remote = [] if reached is None else reached.machines
     away = {rank for machine in remote for rank in machine.ranks}
     here = [r for r in range(vllm_config.parallel_config.world_size) if r not in away]
-    # Not the early connection: in an engine core process, vLLM has renamed its instance since.
     clients = [StoreClient.connect(settings.store, server)] if here else []  # type: ignore[arg-type]
     _close(executor, EARLY_STORE)
     machines = [(here, client.address) for client in clients]
