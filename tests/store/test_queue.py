@@ -19,9 +19,15 @@ def started(queue: FairQueue, now: float) -> list[int]:
     return found
 
 
-def fill(queue: FairQueue, owners: str, lane: Lane = Lane.REQUEST, first: int = 0) -> None:
+def fill(
+    queue: FairQueue,
+    owners: str,
+    lane: Lane = Lane.REQUEST,
+    first: int = 0,
+    server: str = "server",
+) -> None:
     for number, owner in enumerate(owners, first):
-        queue.add(number, [owner], lane, 100.0)
+        queue.add(number, server, [owner], lane, 100.0)
 
 
 def order(queue: FairQueue) -> list[int]:
@@ -37,6 +43,26 @@ def test_owners_take_turns_and_their_loads_keep_their_order():
     queue = FairQueue()
     fill(queue, "aaaabbc")
     assert order(queue) == [0, 4, 6, 1, 5, 2, 3]
+
+
+@pytest.mark.parametrize("lane", Lane)
+def test_servers_take_turns_whatever_each_of_them_waits_for(lane):
+    queue = FairQueue()
+    fill(queue, "abcd", lane)
+    fill(queue, "xy", lane, first=10, server="other")
+    assert order(queue) == [0, 10, 1, 11, 2, 3]
+
+
+def test_while_a_server_waits_for_room_its_requests_and_nobody_elses_wait_too():
+    queue = FairQueue()
+    fill(queue, "ab")
+    assert queue.start_next(0.0) == 0
+    queue.wait_for_room(0, 0.0)
+    fill(queue, "xy", first=10, server="other")
+    fill(queue, "z", Lane.REGISTRATION, first=20)
+    assert order(queue) == [10, 20, 11]
+    queue.go_on(0, 0.0)
+    assert order(queue) == [1]
 
 
 def test_registrations_and_requests_take_turns():
@@ -93,8 +119,8 @@ def test_a_job_that_gets_no_processor_keeps_its_place():
 def test_loads_that_hang_hold_up_another_for_less_than_patience(hanging):
     queue = FairQueue(places=2)
     for number in range(hanging):
-        queue.add(number, [f"owner {number}"], Lane.REQUEST, 100.0)
-    queue.add(99, ["another"], Lane.REQUEST, 100.0)
+        queue.add(number, "server", [f"owner {number}"], Lane.REQUEST, 100.0)
+    queue.add(99, "server", ["another"], Lane.REQUEST, 100.0)
     now, found = 0.0, []
     while 99 not in (found := found + started(queue, now)):
         now = queue.next_event(now)
@@ -104,7 +130,7 @@ def test_loads_that_hang_hold_up_another_for_less_than_patience(hanging):
 def test_beside_too_many_hanging_jobs_the_longest_idle_is_killed_for_who_waits():
     queue = FairQueue(places=1)
     for number in range(MOST_OLD_JOBS + 1):
-        queue.add(number, [f"{number}"], Lane.REQUEST, 100.0)
+        queue.add(number, "server", [f"{number}"], Lane.REQUEST, 100.0)
     now = 0.0
     for _ in range(MOST_OLD_JOBS):
         assert len(started(queue, now)) == 1
@@ -120,7 +146,7 @@ def test_beside_too_many_hanging_jobs_the_longest_idle_is_killed_for_who_waits()
 
 def test_a_job_is_killed_at_its_deadline_whatever_it_does():
     queue = FairQueue()
-    queue.add(0, ["a"], Lane.REQUEST, 5.0)
+    queue.add(0, "server", ["a"], Lane.REQUEST, 5.0)
     assert started(queue, 0.0) == [0]
     queue.looked_at(0, 4.9, 4.9, is_ready=False)
     assert queue.overdue(4.9) == []
@@ -130,7 +156,7 @@ def test_a_job_is_killed_at_its_deadline_whatever_it_does():
 
 def test_the_clock_stands_still_while_a_job_waits_for_room():
     queue = FairQueue(places=1)
-    queue.add(0, ["a"], Lane.REQUEST, 5.0)
+    queue.add(0, "server", ["a"], Lane.REQUEST, 5.0)
     started(queue, 0.0)
     queue.wait_for_room(0, 1.0)
     assert queue.overdue(1000.0) == []

@@ -252,9 +252,25 @@ def test_a_registration_waits_for_no_room_once_the_requests_for_it_have_ended(wo
         world.registry.client_gone(2, world.now)
     world.settle()
     assert world.answer(1, registration).pack.pack == 0
-    assert not world.registry.loads.queue.somebody_waits
+    assert not world.registry.loads.queue.waits_for_room("server")
     world.registry.release(1, full.pack.pack, world.now)
     assert list(world.evicted(1)) == []
+    world.check()
+
+
+def test_a_server_whose_adapters_fill_the_memory_delays_another_by_a_load():
+    """However many of its adapters wait for a slot, and so for room."""
+    world = World(StoreSettings(budget_adapters=2, jobs=1))
+    full, other = world.client(1, server="full"), world.client(2, server="other")
+    packs = [world.load(full, adapter).pack.pack for adapter in (1, 2)]
+    waiting = [world.want(full, adapter) for adapter in (3, 4, 5, 6)]
+    asked = world.want(other, 3, "/adapters/others")
+    world.settle()
+    for pack in packs:  # which slots have now
+        world.registry.release(full, pack, world.now)
+        world.settle()
+    assert isinstance(world.answer(other, asked), Loaded)
+    assert [len(world.answers(full, ticket)) for ticket in waiting] == [1, 0, 0, 0]
     world.check()
 
 

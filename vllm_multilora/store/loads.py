@@ -177,7 +177,7 @@ class Loads:
         self._loads[number] = load
         self._by_adapter[binding, path] = load
         lane = Lane.REQUEST if load.keep() else Lane.REGISTRATION
-        self.queue.add(number, owners, lane, client.settings.timeout_s)
+        self.queue.add(number, binding.server, owners, lane, client.settings.timeout_s)
         return load
 
     def share(self, load: Load, owners: Iterable[Owner]) -> None:

@@ -21,7 +21,7 @@ MOST_OLD_JOBS = 64
 
 
 class Lane(enum.Enum):
-    """Why somebody wants an adapter; the lanes take turns."""
+    """Why somebody wants an adapter."""
 
     REQUEST = "request"
     REGISTRATION = "registration"
@@ -29,6 +29,7 @@ class Lane(enum.Enum):
 
 @dataclass
 class _Job:
+    server: str
     deadline: float
     worked: float
     processor_s: float = 0.0
@@ -49,6 +50,7 @@ class _Job:
 @dataclass
 class _Waiting:
     lane: Lane
+    server: str
     owners: list[Hashable]
     timeout_s: float
 
@@ -56,9 +58,10 @@ class _Waiting:
 class FairQueue:
     """Loads by number: those that wait, and the jobs of those that have been started.
 
-    Lanes take turns, in a lane its owners, of an owner's loads the oldest is first. A load for
-    which several owners wait is in the line of each, and takes whichever turn comes first: nobody
-    waits behind what another one has asked for besides. A job keeps
+    Each server has a lane of requests and one of registrations. Lanes take turns, in a lane its
+    owners, of an owner's loads the oldest is first. A load for which several owners wait is in the
+    line of each, and takes whichever turn comes first: nobody waits behind what another one has
+    asked for besides. A job keeps
     its place until it has used `PATIENCE_S` of a processor, and only while it works: the next one
     starts beside it when it has not wanted the processor for `IDLE_S`. So loads whose storage hangs
     hold up others for a moment each. One that wants the processor and does not get it works: where
@@ -67,7 +70,8 @@ class FairQueue:
     longest is to be killed.
 
     While a job waits for room in memory its clock stands still and it has no place; meanwhile no
-    further request is started, which would wait for room too.
+    further request of its server is started, which would wait for room too, and before what others
+    ask for.
 
     Args:
         places: Jobs that may be young at once.
@@ -76,8 +80,8 @@ class FairQueue:
     def __init__(self, places: int = 2) -> None:
         self.places = places
         # Of lanes, and of each lane's owners, those whose turn comes first are first.
-        self._lanes: OrderedDict[Lane, OrderedDict[Hashable, deque[int]]] = OrderedDict(
-            (lane, OrderedDict()) for lane in Lane
+        self._lanes: OrderedDict[tuple[Lane, str], OrderedDict[Hashable, deque[int]]] = (
+            OrderedDict()
         )
         self._where: dict[int, _Waiting] = {}
         self._jobs: dict[int, _Job] = {}
@@ -87,9 +91,11 @@ class FairQueue:
         """Loads that have not been started."""
         return len(self._where)
 
-    def add(self, number: int, owners: Iterable[Hashable], lane: Lane, timeout_s: float) -> None:
+    def add(
+        self, number: int, server: str, owners: Iterable[Hashable], lane: Lane, timeout_s: float
+    ) -> None:
         """Puts a load at the end of its owners' lines; its job may work for so many seconds."""
-        self._where[number] = _Waiting(lane, [], timeout_s)
+        self._where[number] = _Waiting(lane, server, [], timeout_s)
         for owner in owners:
             self.share(number, owner)
 
@@ -98,14 +104,15 @@ class FairQueue:
         where = self._where.get(number)
         if where is not None and owner not in where.owners:
             where.owners.append(owner)
-            self._lanes[where.lane].setdefault(owner, deque()).append(number)
+            lane = self._lanes.setdefault((where.lane, where.server), OrderedDict())
+            lane.setdefault(owner, deque()).append(number)
 
     def promote(self, number: int) -> None:
         """A request has come to wait for a load that was queued for a registration."""
         where = self._where[number]
         if where.lane is not Lane.REQUEST:
             self.remove(number)
-            self.add(number, where.owners, Lane.REQUEST, where.timeout_s)
+            self.add(number, where.server, where.owners, Lane.REQUEST, where.timeout_s)
 
     def remove(self, number: int) -> None:
         """Nobody wants the load any more, or its job has ended."""
@@ -113,11 +120,13 @@ class FairQueue:
         where = self._where.pop(number, None)
         if where is None:
             return
-        lane = self._lanes[where.lane]
+        lane = self._lanes[where.lane, where.server]
         for owner in where.owners:
             lane[owner].remove(number)
             if not lane[owner]:
                 del lane[owner]
+        if not lane:
+            del self._lanes[where.lane, where.server]
 
     def start_next(self, now: float) -> int | None:
         """Takes the next load that may be started now, and gives its job a place."""
@@ -126,8 +135,8 @@ class FairQueue:
         placed = sum(job.has_place(now) for job in self._jobs.values())
         if placed >= self.places or len(self._old(now)) >= MOST_OLD_JOBS:
             return None
-        for lane, owners in self._lanes.items():
-            if not owners or (lane is Lane.REQUEST and self.somebody_waits):
+        for (lane, server), owners in self._lanes.items():
+            if lane is Lane.REQUEST and self.waits_for_room(server):
                 continue
             owner, line = next(iter(owners.items()))
             number = line[0]
@@ -135,15 +144,17 @@ class FairQueue:
             self.remove(number)
             if owner in owners:
                 owners.move_to_end(owner)
-            self._lanes.move_to_end(lane)
-            self._jobs[number] = _Job(now + timeout_s, now)
+            if owners:
+                self._lanes.move_to_end((lane, server))
+            self._jobs[number] = _Job(server, now + timeout_s, now)
             return number
         return None
 
-    @property
-    def somebody_waits(self) -> bool:
-        """Whether a job waits for room in memory."""
-        return any(job.waiting_since is not None for job in self._jobs.values())
+    def waits_for_room(self, server: str) -> bool:
+        """Whether a job of a server waits for room in memory."""
+        return any(
+            job.server == server and job.waiting_since is not None for job in self._jobs.values()
+        )
 
     def wait_for_room(self, number: int, now: float) -> None:
         """Stops a job's clock."""
