@@ -366,6 +366,23 @@ def test_budgets_are_the_largest_asked_for():
     assert totals.bytes <= 2 * PAGE
 
 
+def test_servers_that_count_adapters_and_bytes_both_bound_the_memory():
+    """Each one's budget is enough: together they are not without a limit."""
+    world = World()
+    world.client(1, server="adapters", budget_bytes=None, budget_adapters=2)
+    world.client(2, server="bytes", budget_bytes=5 * PAGE, budget_adapters=None)
+    for adapter in range(9):
+        world.registry.release(2, world.load(2, adapter).pack.pack, world.now)
+        world.check()
+    assert world.memory.totals().bytes == 5 * PAGE
+    for adapter in (10, 11):  # of which two are too many bytes, and not too many adapters
+        world.registry.release(1, world.load(1, adapter, pages=4).pack.pack, world.now)
+    assert world.memory.totals().bytes == 8 * PAGE
+    world.load(2, 12)
+    assert world.memory.totals().bytes == 5 * PAGE
+    world.check()
+
+
 def test_files_that_were_read_once_for_several_engines_count_once(world):
     """Else the sum over a server's engines would be more than there was to read."""
     world.client(2)

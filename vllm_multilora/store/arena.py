@@ -76,10 +76,6 @@ class Arena:
         """Bytes of all segments."""
         return sum(self._sizes.values())
 
-    def can_ever_hold(self, block_bytes: NDArray[np.int64]) -> bool:
-        """Whether the blocks fit into the budget if nothing else is there."""
-        return self.budget is None or pages_of(block_bytes) <= self.budget // PAGE * PAGE
-
     def allocate(self, block_bytes: NDArray[np.int64]) -> Allocation | None:
         """Finds room for blocks, in as few extents as it can, and as many as a job can map.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.policy import PolicyError
 from vllm_multilora.slots.registry import make_policy
@@ -143,12 +145,13 @@ class Conversation:
         try:
             layouts = self._reader.decode_layouts(message.layouts)
             self._reader.prepare(settings)
+            CpuBudget(settings.budget_adapters, settings.budget_bytes)
             policy = None
             if self._policy is None:
                 policy = ContainedPolicy(make_policy(settings.policy))
         except msgspec.MsgspecError as error:
             raise RefusedError(f"the layouts cannot be understood: {error}") from error
-        except PolicyError as error:
+        except (PolicyError, ConfigError) as error:
             raise RefusedError(str(error)) from error
         notes = []
         if policy is not None:

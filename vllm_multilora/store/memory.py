@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.policy import CachePolicy, reload_cost
 from vllm_multilora.store.arena import Allocation, Arena, pages_of
 from vllm_multilora.store.entries import Binding, Owner, Pack, Scope
@@ -30,7 +31,7 @@ class HostMemory:
         policy: Chooses victims; see `ContainedPolicy` for those that may fail.
         numbers: Those of packs to come.
         on_evicted: Told of each pack that leaves.
-        limit: Adapters that may be here, those being read included. None: no limit.
+        budgets: Those that clients ask for: what is here keeps within one of them.
         tenant_limits: Packs that tenants may keep, as their servers have said last. None: no limit.
         staged: Allocations that jobs pack into, or that jobs which were killed may still write to.
         keeps: Whether packs of servers that have gone stay while there is room.
@@ -40,7 +41,7 @@ class HostMemory:
     policy: CachePolicy
     numbers: Iterator[int]
     on_evicted: Callable[[Pack], None] = field(init=False)
-    limit: int | None = None
+    budgets: tuple[CpuBudget, ...] = (CpuBudget(),)
     tenant_limits: dict[tuple[Scope, Owner], int | None] = field(default_factory=dict)
     staged: int = 0
     keeps: bool = False
@@ -50,9 +51,23 @@ class HostMemory:
     _bound: dict[Binding, Pack] = field(default_factory=dict)
     _bindings_of: dict[tuple[str, int], set[Binding]] = field(default_factory=dict)
 
+    def allow(self, budgets: Iterable[CpuBudget]) -> None:
+        """What is here keeps within one of these budgets from now on.
+
+        Where they are smaller than before, packs without leases leave until it does.
+        """
+        self.budgets = tuple(budgets)
+        self.arena.budget = _largest(budget.bytes for budget in self.budgets)
+        while not self.fits(self._count, self.arena.held) and self._evict_one():
+            pass
+
+    def fits(self, adapters: int, nbytes: int) -> bool:
+        """Whether so much may be here."""
+        return any(budget.fits(adapters, nbytes) for budget in self.budgets)
+
     def totals(self) -> Totals:
-        count = len(self.packs) + self.staged
-        return Totals(self.arena.held, count, self.arena.budget, self.limit)
+        limit = _largest(budget.adapters for budget in self.budgets)
+        return Totals(self.arena.held, self._count, self.arena.budget, limit)
 
     def of_version(self, scope: Scope, version: str) -> Pack | None:
         return self._by_version.get((scope, version))
@@ -78,7 +93,8 @@ class HostMemory:
         if evict and not self._may_suffice(blocks):
             return None
         while True:
-            allocation = self.arena.allocate(blocks) if self._has_place() else None
+            is_allowed = self.fits(self._count + 1, self.arena.held + pages_of(blocks))
+            allocation = self.arena.allocate(blocks) if is_allowed else None
             if allocation is not None:
                 self.staged += 1
                 return allocation
@@ -175,28 +191,15 @@ class HostMemory:
         if here:
             self.policy.used(here, sorted(number for number in joined if number in self.packs))
 
-    def shrink(self) -> None:
-        """The budget may be smaller now: packs without leases leave until it is kept."""
-        while self._is_over() and self._evict_one():
-            pass
-
-    def _is_over(self) -> bool:
-        budget = self.arena.budget
-        return (budget is not None and self.arena.held > budget) or (
-            self.limit is not None and len(self.packs) + self.staged > self.limit
-        )
-
-    def _has_place(self) -> bool:
-        return self.limit is None or len(self.packs) + self.staged < self.limit
+    @property
+    def _count(self) -> int:
+        return len(self.packs) + self.staged
 
     def _may_suffice(self, blocks: NDArray[np.int64]) -> bool:
         """Whether there is room when everything without a lease has left."""
-        leased = [pack for pack in self.packs.values() if pack.leases]
-        if self.limit is not None and len(leased) + self.staged >= self.limit:
-            return False
-        idle = sum(pack.allocation.held_bytes for pack in self.packs.values() if not pack.leases)
-        budget = self.arena.budget
-        return budget is None or self.arena.held - idle + pages_of(blocks) <= budget
+        idle = [pack.allocation.held_bytes for pack in self.packs.values() if not pack.leases]
+        held = self.arena.held - sum(idle)
+        return self.fits(self._count - len(idle) + 1, held + pages_of(blocks))
 
     def _evict_one(self) -> bool:
         candidates = sorted(number for number, pack in self.packs.items() if not pack.leases)
@@ -243,3 +246,8 @@ class HostMemory:
         self._by_digest.pop((pack.scope, pack.info.digest), None)
         self.policy.removed(number)
         self.arena.free(pack.allocation)
+
+
+def _largest(limits: Iterable[int | None]) -> int | None:
+    found = list(limits)
+    return None if None in found else max(limit for limit in found if limit is not None)

@@ -27,8 +27,8 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
     """How an engine wants its adapters to be kept and read.
 
-    The budgets and `jobs` of a store with several engines are the largest that any of them asks
-    for. The policy is that of the engine that came first.
+    What is in a store with several engines is within one of their budgets, and its `jobs` are the
+    most that any of them asks for. The policy is that of the engine that came first.
 
     Attributes:
         budget_bytes: Host memory for adapters, those being read included. None: no limit.
@@ -335,8 +335,8 @@ class Totals(Message, frozen=True):
     Attributes:
         bytes: Held by packs, those being read included.
         adapters: Packs, those being read included.
-        bytes_limit: The budget in force. None: no limit.
-        adapters_limit: The budget in force. None: no limit.
+        bytes_limit: The largest budget. None: that of some engine is without this limit.
+        adapters_limit: Likewise.
     """
 
     bytes: int

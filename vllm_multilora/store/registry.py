@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_multilora.adapters.blends import Blend, BlendError
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.store.answers import Answers, Effects
 from vllm_multilora.store.entries import Binding, Client, Owner, Scope, Ticket
 from vllm_multilora.store.job_messages import Failure
@@ -184,16 +185,9 @@ class Registry:
         )
 
     def _apply_settings(self, now: float) -> None:
-        """Budgets and places are the largest that any client asks for."""
+        """Each client's budget is enough, and places are the most that any asks for."""
         asked = [c.settings for c in self.clients.values() if c.settings is not None]
         if asked:
-            self.memory.arena.budget = _largest(one.budget_bytes for one in asked)
-            self.memory.limit = _largest(one.budget_adapters for one in asked)
+            self.memory.allow({CpuBudget(one.budget_adapters, one.budget_bytes) for one in asked})
             self.loads.queue.places = max(1, *(one.jobs for one in asked))
-            self.memory.shrink()
         self.loads.give_room(now)
-
-
-def _largest(limits: Iterable[int | None]) -> int | None:
-    found = list(limits)
-    return None if None in found else max(limit for limit in found if limit is not None)

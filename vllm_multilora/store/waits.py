@@ -32,14 +32,12 @@ class Room:
     def _never(self, load: Load) -> str | None:
         """Why the load's adapter cannot be kept even in an empty memory; None: it can."""
         assert load.blocks is not None
-        budget = self._memory.arena.budget
-        if self._memory.limit == 0:
-            return "no adapter can be kept: the host memory's budget is 0 adapters"
-        if self._memory.arena.can_ever_hold(load.blocks):
+        nbytes = pages_of(load.blocks)
+        if self._memory.fits(1, nbytes):
             return None
         return (
-            f"the adapter takes {pages_of(load.blocks)} bytes of host memory, and all adapters "
-            f"together may take {budget}; raise the budget, or lower the adapter's rank"
+            f"the adapter takes {nbytes} bytes of host memory, and all adapters together may take "
+            f"{self._memory.arena.budget}; raise the budget, or lower the adapter's rank"
         )
 
     def free_now(self, load: Load) -> Allocation | None:
