@@ -1,9 +1,7 @@
 """What an engine core knows of blends: few at a time, as sound as their parts, gone with them."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +13,6 @@ from vllm_multilora.integration.blends import blend_of, blended, label_of
 from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
 from vllm_multilora.integration.engine.fair_scheduler import party_of
 from vllm_multilora.integration.engine.quarantine import Quarantine
-from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.failures import without_folder
 from vllm_multilora.metrics.names import BLENDS
 from vllm_multilora.states import AdapterState
@@ -201,14 +198,6 @@ def test_parts_must_have_the_digests_that_are_required(engines):
         engine.poll()
         failure = engine.adapters.failure(request.lora_int_id)
         assert (failure and failure.message) == refusal
-
-
-def test_the_scheduler_forgets_counts_of_what_the_engine_has_forgotten():
-    scheduler: Any = AdapterAwareMixin.__new__(AdapterAwareMixin)
-    scheduler.adapter_requests = Counter({1: 5, 2: 3})
-    scheduler._adapters = SimpleNamespace(known=lambda: [SimpleNamespace(number=2)])
-    scheduler._forget_counts()
-    assert scheduler.adapter_requests == {2: 3}
 
 
 def test_a_text_that_is_no_blend_is_the_stores_to_refuse(engines):

@@ -174,6 +174,19 @@ def test_a_failure_ends_the_requests_of_its_adapter_and_no_others(server):
     assert server.serve() == {"good", "again"}
 
 
+def test_a_failure_ends_those_that_waited_although_more_keep_coming(server):
+    """Each new request is a new try, with an answer of its own."""
+    server.start("running", 2)
+    for number in range(4):
+        server.ask(f"request {number}", 1)
+        server.step()
+        server.engine.store.failed()
+        server.engine.adapters.poll()  # as before each client's request
+    assert server.ended.keys() == {"request 0", "request 1", "request 2"}
+    assert server.step() == {"running"}
+    assert "request 3" in server.ended
+
+
 def test_a_copy_that_fails_ends_the_requests_of_its_adapter_and_no_others(server):
     server.start("good", 1)
     server.ask("bad", 2)

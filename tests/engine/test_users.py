@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from tests.engine.fake_scheduler import FakeRequest
 from tests.engine.parties import lora
+from vllm_multilora.integration.engine import users as users_module
 from vllm_multilora.integration.engine.users import AdapterUsers
 from vllm_multilora.integration.engine.versions import Announcements, version_in
 
@@ -31,6 +32,19 @@ def test_adapters_run_and_wait_by_their_requests_and_those_without_are_not_named
     assert users.leave(1)
     assert users[1] == 0
     assert told(users) == ({}, {})
+
+
+def test_counts_of_adapters_that_the_engine_has_forgotten_are_forgotten(monkeypatch):
+    monkeypatch.setattr(users_module, "MOST_KNOWN", 1)
+    users = AdapterUsers()
+    for number in (1, 2, 2):
+        users.come(lora(number))
+    users.forget_accepted([2])
+    assert users.accepted == {1: 1, 2: 2}  # they are few
+    users.come(lora(3))
+    users.forget_accepted([2, 3])
+    assert users.accepted == {2: 2, 3: 1}
+    assert users[1] == 1
 
 
 def test_a_version_is_told_with_the_first_output_and_the_client_s_headers_stay():

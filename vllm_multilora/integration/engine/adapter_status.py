@@ -58,7 +58,7 @@ def collective_rpc(
     adapters = adapters_of(engine_core)
     if adapters is None:  # stock vLLM runs
         return []
-    return [engine_report(adapters, engine_core.scheduler.adapter_requests, *args)]
+    return [engine_report(adapters, engine_core.scheduler.users.accepted, *args)]
 
 
 def engine_report(

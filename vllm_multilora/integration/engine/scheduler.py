@@ -15,8 +15,7 @@ grammar to be compiled: order, priorities, preemption and aborts are vLLM's own.
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,6 @@ from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import activation, prefix_keys
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.engine.late_reloads import LateReloads
-from vllm_multilora.integration.engine.registrations import MOST_KNOWN
 from vllm_multilora.integration.engine.users import AdapterUsers
 from vllm_multilora.integration.engine.versions import Announcements
 from vllm_multilora.integration.failures import (
@@ -41,7 +39,7 @@ from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metrics.request_metrics import RequestMetrics
 from vllm_multilora.slots.turns import SlotTurns
-from vllm_multilora.states import AT_HAND
+from vllm_multilora.states import AT_HAND, AdapterState
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -68,7 +66,7 @@ class AdapterAwareMixin:
     """A scheduler that knows which adapters are ready and who has slots.
 
     Attributes:
-        adapter_requests: Requests accepted so far by adapter, until it is removed.
+        users: The requests of each adapter.
         recorder: Records the engine core's metrics; None where they are off.
         request_metrics: Those of requests; None likewise.
     """
@@ -76,6 +74,7 @@ class AdapterAwareMixin:
     if TYPE_CHECKING:
         running: list[Request]
         requests: dict[str, Request]
+        kv_cache_manager: Any
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
@@ -87,8 +86,7 @@ class AdapterAwareMixin:
         self._leaving: list[_Leaving] = []
         self._is_holding = False
         self._has_polled = False  # at the last step's end, with nothing new since
-        self.adapter_requests: Counter[int] = Counter()
-        self._users = AdapterUsers()
+        self.users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
         self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
         # Adapters that have their turn and are on their way into a slot.
@@ -116,24 +114,21 @@ class AdapterAwareMixin:
         """
         self._leaving.append(_Leaving(lora_id, time.monotonic() + limit_s, limit_s, then))
         self._retire()
-        return self._users[lora_id] > 0
+        return self.users[lora_id] > 0
 
     def _retire(self) -> None:
         if not self._leaving:
             return
         leaving, self._leaving = self._leaving, []
         for each in leaving:
-            if not self._users[each.lora_id]:
-                self.adapter_requests.pop(each.lora_id, None)
+            if not self.users[each.lora_id]:
+                self.users.accepted.pop(each.lora_id, None)
                 each.then()
                 continue
             self._leaving.append(each)
             if time.monotonic() >= each.deadline:
-                for request in self.requests.values():
-                    lora = request.lora_request
-                    if lora and lora.lora_int_id == each.lora_id:
-                        reason = unloaded_stop_reason(lora, each.limit_s)
-                        self._failing[request.request_id] = reason
+                for request, lora in _requests_of(each.lora_id, self.requests.values()):
+                    self._failing[request.request_id] = unloaded_stop_reason(lora, each.limit_s)
 
     # What vLLM calls
 
@@ -160,27 +155,33 @@ class AdapterAwareMixin:
             return  # the end of its input was its end
         is_ready = adapters is None or adapters.state(lora_id) in AT_HAND
         if is_new:
-            self._users.come(lora)
-            self.adapter_requests[lora_id] += 1
-            if len(self.adapter_requests) > 2 * MOST_KNOWN:
-                self._forget_counts()
+            self.users.come(lora)
+            if adapters is not None:
+                self.users.forget_accepted(entry.number for entry in adapters.known())
             if self.request_metrics is not None:
                 self.request_metrics.accept(
                     request.request_id, lora_id, label_of(lora), is_ready=is_ready
                 )
         if adapters is None:
             prefix_keys.use_stock_keys(request)
-        elif is_new and self._late_reloads.hold(request, adapters):
-            pass
-        elif (failure := adapters.want(lora, tenant_of(request))) is not None:
-            self._failing[request.request_id] = to_stop_reason(failure, lora)
+        elif not (is_new and self._late_reloads.hold(request, adapters)):
+            self._fail_earlier(known, lora_id, adapters)
+            if (failure := adapters.want(lora, tenant_of(request))) is not None:
+                self._failing[request.request_id] = to_stop_reason(failure, lora)
 
-    def _forget_counts(self) -> None:
-        """Forgets how often adapters were asked for that the engine has forgotten itself."""
-        known = () if self._adapters is None else self._adapters.known()
-        kept = {entry.number for entry in known}
-        for number in [number for number in self.adapter_requests if number not in kept]:
-            del self.adapter_requests[number]
+    def _fail_earlier(self, latest: Request, lora_id: int, adapters: EngineAdapters) -> None:
+        """Ends those whose adapter could not be loaded before another request asks for it again.
+
+        Each new request is a new try: however many come, nobody waits for the outcome of the last.
+        """
+        if adapters.state(lora_id) is not AdapterState.FAILED:
+            return
+        failure = adapters.failure(lora_id)
+        assert failure is not None
+        for request, lora in _requests_of(lora_id, self.requests.values()):
+            waits = request.status is not RequestStatus.RUNNING and request is not latest
+            if waits and not self._late_reloads.holds(request):
+                self._failing[request.request_id] = to_stop_reason(failure, lora)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._note_freed(request)
@@ -188,7 +189,7 @@ class AdapterAwareMixin:
 
     def _note_freed(self, request: Request) -> None:
         if (adapter := _number_of(request)) is not None:
-            self._freed.note(adapter, self._blocks_of(request))
+            self._freed.note(adapter, _blocks_of(request, self.kv_cache_manager))
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._note_freed(request)
@@ -197,7 +198,7 @@ class AdapterAwareMixin:
             lora_id = request.lora_request.lora_int_id
             if self.request_metrics is not None:
                 self.request_metrics.finish(request.request_id, lora_id)
-            if self._users.leave(lora_id):
+            if self.users.leave(lora_id):
                 self._turns.forget(lora_id)
                 if self._adapters is not None:
                     self._adapters.drop(lora_id)
@@ -330,7 +331,7 @@ class AdapterAwareMixin:
         """VLLM's statistics, with the adapters whose requests run and wait."""
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         if stats is not None:
-            self._users.tell(stats, self.running)
+            self.users.tell(stats, self.running)
         return stats
 
     def _end_failed(self, output: Any) -> list[tuple[int, EngineCoreOutput]]:
@@ -347,13 +348,13 @@ class AdapterAwareMixin:
         # A worker was without an adapter, or its numbers are not finite. What its requests have of
         # this step, and of one that is under way, is thrown away, cached blocks included.
         bad_blocks = self._freed.of(lost.keys())
-        for request in self.requests.values() if lost else ():
-            lora = request.lora_request
-            if request.status in _HAS_RUN and lora is not None and lora.lora_int_id in lost:
-                failing[request.request_id] = to_stop_reason(lost[lora.lora_int_id], lora)
-                bad_blocks |= self._blocks_of(request)
+        for lora_id, failure in lost.items():
+            for request, lora in _requests_of(lora_id, self.requests.values()):
+                if request.status in _HAS_RUN:
+                    failing[request.request_id] = to_stop_reason(failure, lora)
+                    bad_blocks |= _blocks_of(request, self.kv_cache_manager)
         if bad_blocks:
-            self.kv_cache_manager.evict_blocks(bad_blocks)  # type: ignore[attr-defined]
+            self.kv_cache_manager.evict_blocks(bad_blocks)
         if not failing:
             return []
         ended = self.finish_requests(  # type: ignore[attr-defined]
@@ -361,13 +362,22 @@ class AdapterAwareMixin:
         )
         return [(r.client_index, _last_output(r, failing[r.request_id])) for r in ended]
 
-    def _blocks_of(self, request: Request) -> set[int]:
-        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
-        return {block for group in manager.get_block_ids(request.request_id) for block in group}
+
+def _blocks_of(request: Request, manager: Any) -> set[int]:
+    return {block for group in manager.get_block_ids(request.request_id) for block in group}
 
 
 def _number_of(request: Request) -> int | None:
     return request.lora_request.lora_int_id if request.lora_request else None
+
+
+def _requests_of(
+    lora_id: int, requests: Iterable[Request]
+) -> Iterator[tuple[Request, LoRARequest]]:
+    for request in requests:
+        lora = request.lora_request
+        if lora is not None and lora.lora_int_id == lora_id:
+            yield request, lora
 
 
 def _adapters_of(requests: Iterable[Request]) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Which unfinished requests use an engine core's adapters."""
+"""How many requests use an engine core's adapters, and have used them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.blends import label_of
+from vllm_multilora.integration.engine.registrations import MOST_KNOWN
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -14,9 +15,14 @@ if TYPE_CHECKING:
 
 
 class AdapterUsers:
-    """Unfinished requests, counted by their adapters' numbers; for the main thread."""
+    """Unfinished requests, counted by their adapters' numbers; for the main thread.
+
+    Attributes:
+        accepted: All that have come so far by adapter, until it is removed.
+    """
 
     def __init__(self) -> None:
+        self.accepted: Counter[int] = Counter()
         self._counts: Counter[int] = Counter()
         self._names: dict[int, str] = {}
 
@@ -25,6 +31,7 @@ class AdapterUsers:
 
     def come(self, lora: LoRARequest) -> None:
         """A request was taken in."""
+        self.accepted[lora.lora_int_id] += 1
         self._counts[lora.lora_int_id] += 1
         self._names[lora.lora_int_id] = label_of(lora)
 
@@ -35,6 +42,12 @@ class AdapterUsers:
             return False
         del self._counts[number], self._names[number]
         return True
+
+    def forget_accepted(self, known: Iterable[int]) -> None:
+        """Forgets how many have come for adapters that are not known any more, if it is time to."""
+        if len(self.accepted) > 2 * MOST_KNOWN:
+            kept = {*known}
+            self.accepted = Counter({i: n for i, n in self.accepted.items() if i in kept})
 
     def tell(self, stats: Any, running: Iterable[Request]) -> None:
         """Says in vLLM's statistics which adapters have requests that run, and that wait.
