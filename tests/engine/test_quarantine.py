@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.engine.parties import Engine, lora, pack_info
+from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import VERSION
 from vllm_multilora.integration.engine.quarantine import Quarantine
@@ -83,6 +84,26 @@ def test_a_registration_of_the_same_weights_lifts_it_if_it_succeeds(is_good):
     assert (future.exception(0) is None) == is_good
     expected = AdapterState.SLOT if is_good else AdapterState.QUARANTINED
     assert engine.adapters.state(7) is expected
+
+
+@pytest.mark.parametrize(
+    ("number", "lifts"),
+    [
+        pytest.param(7, False, id="tried again by a route, or by another API server"),
+        pytest.param(FIRST_NUMBER + 7, False, id="of a directory, which requests bring about"),
+        pytest.param(8, True, id="anew"),
+    ],
+)
+def test_only_who_registers_the_same_weights_anew_lifts_it(number, lifts):
+    engine = Engine()
+    engine.fill(7, 10, digest="d1")
+    engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
+    future = engine.adapters.register(lora(number))
+    for want in list(engine.store.wants.values()):
+        engine.store.loaded(pack_info(10, "d1"), want)
+    engine.poll()
+    assert future.result(0)
+    assert (engine.adapters.state(7) is AdapterState.QUARANTINED) != lifts
 
 
 def test_a_registration_of_other_weights_lifts_nothing_where_there_is_no_room_for_them():

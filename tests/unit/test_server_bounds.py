@@ -108,6 +108,33 @@ def test_routes_try_a_failed_adapter_again_less_and_less_often(
     assert server._failed == {}
 
 
+def test_routes_lead_to_no_quarantined_adapter_before_it_has_other_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
+    table, looks = {"acme": lora}, 0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        assert server._failed
+        if looks == 5:  # registered anew: under another number
+            table["acme"] = SimpleNamespace(lora_int_id=2)
+
+    async def admit(models: Any, lora: Any) -> Any:
+        """The engine has the adapter, and serves it to nobody."""
+
+    monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(registration, "admit", admit)
+    monkeypatch.setattr(registration, "in_background", lambda work: work.close())
+    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
+    server._models = SimpleNamespace(lora_requests=table)
+    server._failed = {1: LoadFailure(FailureKind.QUARANTINED, "not finite")}
+    asyncio.run(server._try_again(lora))
+    assert looks == 5
+    assert server._failed == {}
+
+
 @pytest.mark.parametrize("moment", ["while it waits", "while it reads"])
 def test_routes_bring_no_adapter_back_that_was_unloaded(
     monkeypatch: pytest.MonkeyPatch, moment: str

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.engine.arrivals import Arrivals
@@ -263,19 +264,21 @@ class EngineAdapters:
     def register(self, request: LoRARequest) -> Future[bool]:
         """Has an adapter read and checked.
 
+        That lifts its weights' quarantine, unless it is known or a request's, of a directory.
+
         Returns:
             Done when it can be served; holds an `AdapterRefusedError` if it cannot.
         """
+        known = self._known.find(request.lora_int_id)
         failure = self._registrations.clash(request) or self._blends.admit(request, "")
         if failure is not None:
-            future: Future[bool] = Future()
-            future.set_exception(AdapterRefusedError(request.lora_int_id, failure, []))
-            return future
+            return _done(error=AdapterRefusedError(request.lora_int_id, failure, []))
         entry = self._registrations.find(request)
         future = self._registrations.register(entry, fresh=request.load_inplace)
-        future.add_done_callback(
-            lambda done: self.quarantine.lift(None if done.exception() else entry.serving)
-        )
+        if request.load_inplace or (entry is not known and entry.number < FIRST_NUMBER):  # anew
+            future.add_done_callback(
+                lambda done: self.quarantine.lift(None if done.exception() else entry.serving)
+            )
         return self._answered(entry, future)
 
     def remove(self, adapter_id: int) -> Future[bool]:
@@ -286,9 +289,7 @@ class EngineAdapters:
         """
         entry = self._known.find(adapter_id)
         if entry is None:
-            future: Future[bool] = Future()
-            future.set_result(False)
-            return future
+            return _done()
         future = self._registrations.withdraw(entry)
         self.poll()
         return future
@@ -344,3 +345,13 @@ class EngineAdapters:
                 self.yield_host_memory()
             self._wants.release(entry)  # of a stale version; the new one may need its room
             self._wants.ask(entry)
+
+
+def _done(*, error: Exception | None = None) -> Future[bool]:
+    """What has failed, or has had nothing to do."""
+    future: Future[bool] = Future()
+    if error is None:
+        future.set_result(False)
+    else:
+        future.set_exception(error)
+    return future

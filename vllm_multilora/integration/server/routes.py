@@ -13,7 +13,7 @@ An adapter is unavailable, and a route's fallback answers, if
 - its last load in the engine failed. A request's adapter is chosen before the engine sees the
   request, so the request that discovers the failure is answered with the failure's status, and
   later ones get the fallback. The adapter is tried again in the background, and answers again as
-  soon as it has been loaded.
+  soon as it has been loaded; one that is quarantined, when its name stands for another version.
 
 There is no fallback unless the file says so, and the base model answers only if the file names it.
 """
@@ -32,7 +32,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, Mod
 
 from vllm_multilora.adapters.blends import folders_of, is_blend
 from vllm_multilora.documents import WatchedFile
-from vllm_multilora.failures import LoadFailure
+from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration import failures
 from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
 from vllm_multilora.integration.patching.activation import is_active, settings_of
@@ -171,10 +171,11 @@ class ServerRoutes:
 
     async def _try_again(self, lora: LoRARequest) -> None:
         models, pause_s = self._models, RETRY_S
+        is_quarantined = self._failed[lora.lora_int_id].kind is FailureKind.QUARANTINED
         try:
             await asyncio.sleep(pause_s)
             while registration.is_current(models, lora):
-                if await registration.admit(models, lora) is None:
+                if not is_quarantined and await registration.admit(models, lora) is None:
                     break
                 pause_s = next_pause(pause_s)
                 await asyncio.sleep(pause_s)
