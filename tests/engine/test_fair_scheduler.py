@@ -390,6 +390,18 @@ def test_a_session_that_waits_for_input_holds_up_nobodys_prompts(configs):
     assert len(steps.scheduler._parties) == 2
 
 
+def test_input_for_a_session_that_has_ended_while_its_blocks_are_sent_is_no_matter(configs):
+    """A KV connector sends them on, and vLLM keeps the request until then."""
+    steps = Steps(configs())
+    session = steps.ask("session", adapter=1, resumable=True)
+    steps.step()
+    steps.scheduler._connector_finished = lambda request: (True, None)
+    steps.abort("session")
+    steps.ask("session", adapter=1, resumable=True)
+    assert session.is_finished()
+    assert not steps.scheduler._parties
+
+
 def test_priorities_are_left_as_they_are(configs):
     steps = Steps(configs(policy="priority"))
     assert not isinstance(steps.scheduler, FairSharesMixin)

@@ -132,7 +132,9 @@ class FairSharesMixin(AdapterAwareMixin):
     def add_request(self, request: Request) -> None:
         """Takes a request in, or more input for one."""
         if request.request_id in self.requests:
-            self._shares.unhold(self._parties[request.request_id])
+            # One that has ended is nobody's, and may be kept until a connector has sent its blocks.
+            if (known := self._parties.get(request.request_id)) is not None:
+                self._shares.unhold(known)
         else:
             party, tenant = party_of(request), tenant_of(request)
             self._parties[request.request_id] = party
