@@ -17,8 +17,14 @@ from vllm.entrypoints.openai.responses.context import SimpleContext
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine import FinishReason
 
-from vllm_multilora.integration.failures import RefusalsInOneLine
+from vllm_multilora.integration.failures import (
+    RefusalsInOneLine,
+    deliver_failures,
+    uninvoked_stop_reason,
+)
 from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.server import failed_answers
 
@@ -255,3 +261,15 @@ def test_one_line_is_logged_of_a_request_whose_adapter_fails(
     for other in others:
         assert "Error in a stream." in other
         assert "Traceback" in other
+
+
+def test_a_missing_invocation_is_told_where_the_tokenizer_does_not_know_the_tokens() -> None:
+    """The exception would end the task that hears the engine, and the whole server with it."""
+
+    def decode(tokens: list[int]) -> str:
+        raise IndexError("piece id is out of range")
+
+    reason = uninvoked_stop_reason(LoRARequest("acme", 1, "/acme"), (32_007,))
+    output = SimpleNamespace(request_id="r", finish_reason=FinishReason.ERROR, stop_reason=reason)
+    deliver_failures([output], {}, tokenizer=SimpleNamespace(decode=decode))
+    assert "is activated by the tokens [32007], which" in output.stop_reason

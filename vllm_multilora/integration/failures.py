@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,11 @@ def _uninvoked(stop_reason: Any, tokenizer: Any) -> LoadFailure | None:
     if not isinstance(stop_reason, str) or not stop_reason.startswith(_UNINVOKED):
         return None
     name, *tokens = json.loads(stop_reason.removeprefix(_UNINVOKED))
-    text = "" if tokenizer is None else f" ({shown(tokenizer.decode(tokens))})"
+    text = ""
+    if tokenizer is not None:
+        # Tokenizers may know fewer ids than the model has room for, and some raise for the rest.
+        with suppress(Exception):
+            text = f" ({shown(tokenizer.decode(tokens))})"
     message = (
         f"adapter {name!r} is activated by the tokens {tokens}{text}, which the prompt does not "
         "contain: put them where the adapter is to begin"
