@@ -1,14 +1,18 @@
 """Adapters that vLLM's resolvers find; the engine and the resolver are stand-ins."""
 
 import asyncio
+import json
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.lora.request import LoRARequest
+from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
 from tests.serving.test_adapter_directory import Models, SlowEngine
+from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.server import registration, resolvers
 
 pytestmark = pytest.mark.serving
@@ -22,6 +26,35 @@ class Resolver:
 
     async def resolve_lora(self, base: str, name: str) -> LoRARequest:
         return LoRARequest(name, 1, str(self.folder / name))
+
+
+@pytest.mark.parametrize("name", ["acme/", "acme//v1", "acme/v1/"])
+def test_a_folder_is_found_by_one_name_only(tmp_path: Path, name: str) -> None:
+    """Else clients could have a server hold one adapter under as many names as they like."""
+    folder = tmp_path / "acme" / "v1"
+    folder.mkdir(parents=True)
+    for each in (folder, folder.parent):
+        config = {"peft_type": "LORA", "base_model_name_or_path": "base"}
+        (each / "adapter_config.json").write_text(json.dumps(config))
+    resolver, settings = FilesystemResolver(str(tmp_path)), MultiLoRAConfig()
+    assert resolvers._look(resolver, "base", name, settings) is None
+    for known in ("acme", "acme/v1"):
+        assert resolvers._look(resolver, "base", known, settings) is not None
+
+
+def test_no_more_adapters_are_resolved_than_a_server_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "MOST_ADAPTERS", 1)
+    monkeypatch.setattr(registration, "admit", None)  # is not asked
+    models: Any = Models(SlowEngine())
+    models.lora_resolvers = [Resolver(tmp_path)]
+    models.model_config = SimpleNamespace(model="base")
+    models.lora_requests["other"] = LoRARequest("other", 1, "/adapters/other")
+    refusal = asyncio.run(resolvers._resolve(models, "acme"))
+    assert refusal is not None
+    assert refusal.error.code == HTTPStatus.BAD_REQUEST
+    assert "this server has 1 adapters" in refusal.error.message
 
 
 def test_what_is_read_for_a_client_that_disconnects_serves(

@@ -144,14 +144,19 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
             HTTPStatus.BAD_REQUEST,
             f"adapter {name!r}: '{shown_name(path)}' is no path, since it {fault}",
         )
-    if name not in models.lora_requests and len(models.lora_requests) >= MOST_ADAPTERS:
-        return error_response(
-            HTTPStatus.BAD_REQUEST,
-            f"adapter {name!r}: this server has {MOST_ADAPTERS} adapters, and serves no more; "
-            f"unload one first",
-            param="lora_name",
-        )
-    return None
+    return one_too_many(models, name)
+
+
+def one_too_many(models: Any, name: str) -> AdapterErrorResponse | None:
+    """The answer where the server has as many adapters as it can, and a name is none of theirs."""
+    if name in models.lora_requests or len(models.lora_requests) < MOST_ADAPTERS:
+        return None
+    return error_response(
+        HTTPStatus.BAD_REQUEST,
+        f"adapter {name!r}: this server has {MOST_ADAPTERS} adapters, and serves no more; "
+        f"unload one first",
+        param="lora_name",
+    )
 
 
 def no_such_name(name: str, fault: str, param: str) -> AdapterErrorResponse:

@@ -80,6 +80,9 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
         else:
             if lora is None:
                 continue
+            if (full := registration.one_too_many(models, name)) is not None:
+                full.error.param = "model"
+                return full
             lora.lora_int_id = models.lora_id_counter.inc(1)
             admitted = await registration.admit(models, lora)
             if admitted is None:
@@ -115,6 +118,8 @@ def _look(
     resolver: FilesystemResolver, base: str, name: str, settings: MultiLoRAConfig
 ) -> LoRARequest | None:
     """Has the resolver look below its folder, or the allowed ones, at a file that can be read."""
+    if os.path.normpath(name) != name:
+        return None  # another name of a folder that has one
     folder = resolver.lora_cache_dir
     path = f"{folder}/{name}"
     roots = AllowedRoots(settings.allowed_roots, [*settings.adapter_dir, folder])
