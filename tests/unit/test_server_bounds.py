@@ -360,6 +360,43 @@ def test_a_registration_touches_no_path_here_and_leaves_nothing_in_other_engines
     assert asyncio.run(scenario()).error.code == 500
 
 
+def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a middleware with a time limit, say: the engine has the adapter all the same."""
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+
+    async def check(request: Any) -> None:
+        return None
+
+    async def scenario() -> None:
+        is_asked, may_read = asyncio.Event(), asyncio.Event()
+
+        class SlowEngine(Engine):
+            async def add_lora(self, lora: Any) -> bool:
+                is_asked.set()
+                await asyncio.wait_for(may_read.wait(), 10)
+                return True
+
+        models = SimpleNamespace(
+            engine_client=SlowEngine(),
+            lora_requests={},
+            lora_resolver_lock=LocksInUse(),
+            lora_id_counter=AtomicCounter(0),
+            _check_load_lora_adapter_request=check,
+        )
+        request = SimpleNamespace(lora_name="acme", lora_path="/acme", is_3d_lora_weight=False)
+        load = registration.load_lora_adapter(lambda *args: None, models, request)
+        call = asyncio.create_task(load)
+        await asyncio.wait_for(is_asked.wait(), 10)
+        call.cancel()
+        await asyncio.sleep(0)
+        may_read.set()
+        await asyncio.wait({call}, timeout=10)
+        assert call.cancelled()
+        assert models.lora_requests["acme"].lora_int_id == 1
+
+    asyncio.run(scenario())
+
+
 def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

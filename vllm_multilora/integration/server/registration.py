@@ -303,11 +303,11 @@ async def load_lora_adapter(
     original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None = None
 ) -> Any:
     if acts_for(models):
-        return await load_adapter(models, request, base_model_name)
+        return await to_its_end(load_adapter(models, request, base_model_name))
     return await original(models, request, base_model_name)
 
 
 async def unload_lora_adapter(original: Callable[..., Any], models: Any, request: Any) -> Any:
     if acts_for(models):
-        return await unload_adapter(models, request)
+        return await to_its_end(unload_adapter(models, request))
     return await original(models, request)
