@@ -43,7 +43,7 @@ def active(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if patch.handler.startswith(HANDLERS):
             assert patch.apply()
     state = SimpleNamespace(is_on=True)
-    monkeypatch.setattr(failed_answers, "is_active", lambda vllm_config: state.is_on)
+    monkeypatch.setattr(failed_answers, "is_active_behind", lambda client: state.is_on)
     return state
 
 

@@ -37,6 +37,15 @@ def is_active(vllm_config: VllmConfig) -> bool:
     return vllm_config.lora_config is not None and is_enabled(settings_of(vllm_config))
 
 
+def is_active_behind(client: Any) -> bool:
+    """Whether the plugin acts for the engine behind a client of vLLM's.
+
+    A server that only renders prompts has no engine, and its client no configuration of one.
+    """
+    vllm_config = getattr(client, "vllm_config", None)
+    return vllm_config is not None and is_active(vllm_config)
+
+
 def is_enabled(settings: MultiLoRAConfig) -> bool:
     """Whether the plugin is on: by its settings or, where these leave it open, vLLM's version."""
     enabled = settings.enabled

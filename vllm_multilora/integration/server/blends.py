@@ -15,7 +15,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.adapters.blends import BlendError, is_blend, weights_in
 from vllm_multilora.integration.blends import blended
-from vllm_multilora.integration.patching.activation import is_active, settings_of
+from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
 from vllm_multilora.integration.server import callers, registration, versions
 from vllm_multilora.integration.server.http_calls import BLEND_FIELD as FIELD
 from vllm_multilora.integration.server.http_calls import current_call
@@ -31,10 +31,8 @@ def is_asked(models: Any, request: Any) -> bool:
         models: vLLM's `OpenAIServingModels`.
         request: One of vLLM's parsed requests.
     """
-    if getattr(request, FIELD, None) is None:
-        return False
-    vllm_config = getattr(getattr(models, "engine_client", None), "vllm_config", None)
-    return vllm_config is not None and is_active(vllm_config)
+    asks = getattr(request, FIELD, None) is not None
+    return asks and is_active_behind(getattr(models, "engine_client", None))
 
 
 def is_bound(request: Any) -> bool:

@@ -20,7 +20,7 @@ from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorRe
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.exceptions import GracefulHTTPError
 
-from vllm_multilora.integration.patching.activation import is_active
+from vllm_multilora.integration.patching.activation import is_active_behind
 
 _CHAT_ERROR = 'data: {"error":'
 """How an error begins in a stream of chat completions, whose first field is their id."""
@@ -42,7 +42,7 @@ async def stream_response(
                 number += 1
                 yield event
     except GracefulHTTPError as failure:
-        if begun is None or not _acts_for(serving):
+        if begun is None or not is_active_behind(serving.engine_client):
             raise
         error = await _note_failed(serving, request.request_id, failure)
         failed = begun.model_copy(update={"status": "failed", "error": error})
@@ -55,7 +55,7 @@ async def run_in_background(
     try:
         await original(serving, request, *args, **kwargs)
     except GracefulHTTPError as failure:
-        if not _acts_for(serving):
+        if not is_active_behind(serving.engine_client):
             raise
         await _note_failed(serving, request.request_id, failure)
 
@@ -117,7 +117,7 @@ async def stream_message(
 ) -> AsyncIterator[str]:
     completions = _Completions(generator)
     async with aclosing(
-        original(serving, completions if _acts_for(serving) else generator)
+        original(serving, completions if is_active_behind(serving.engine_client) else generator)
     ) as events:
         async for event in events:
             yield event
@@ -138,7 +138,7 @@ def stream_chat(
 ) -> AsyncIterator[Any]:
     """A stream of chat completions; of those of a derived class vLLM makes Cohere's."""
     events = original(serving, request, outputs, request_id, model, *args, **kwargs)
-    if hasattr(serving, "create_chat_v2") and _acts_for(serving):
+    if hasattr(serving, "create_chat_v2") and is_active_behind(serving.engine_client):
         return _for_cohere(events, request_id, model)
     return events
 
@@ -161,8 +161,3 @@ async def _for_cohere(events: Any, request_id: str, model: str) -> AsyncIterator
         first = {"id": request_id, "model": model, "choices": [choice]}
         yield f"data: {json.dumps(first)}\n\n"
     raise RuntimeError(error["message"])
-
-
-def _acts_for(serving: Any) -> bool:
-    vllm_config = getattr(serving.engine_client, "vllm_config", None)
-    return vllm_config is not None and is_active(vllm_config)

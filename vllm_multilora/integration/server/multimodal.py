@@ -8,7 +8,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any
 
-from vllm_multilora.integration.patching.activation import is_active
+from vllm_multilora.integration.patching.activation import is_active, is_active_behind
 from vllm_multilora.integration.server.callers import current_caller
 
 
@@ -17,11 +17,10 @@ def active_default_adapter(original: Callable[..., Any], serving: Any, request: 
 
     An adapter is no default for being named `image`, or `text`, as anybody may name theirs.
     """
-    # A server that only renders prompts has no engine.
-    vllm_config = getattr(serving.models.engine_client, "vllm_config", None)
-    if vllm_config is None or not is_active(vllm_config):
+    client = serving.models.engine_client
+    if not is_active_behind(client):
         return original(serving, request)
-    defaults = vllm_config.lora_config.default_mm_loras
+    defaults = client.vllm_config.lora_config.default_mm_loras
     if not defaults:
         return None
     adapters = serving.models.lora_requests

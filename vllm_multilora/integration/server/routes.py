@@ -35,7 +35,7 @@ from vllm_multilora.documents import WatchedFile
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration import failures
 from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
-from vllm_multilora.integration.patching.activation import is_active, settings_of
+from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
 from vllm_multilora.integration.server import (
     adapter_directory,
     blends,
@@ -311,10 +311,9 @@ def start(models: Any) -> None:
     Raises:
         DocumentError: The file cannot be used, or a route has an adapter's name.
     """
-    vllm_config = getattr(models.engine_client, "vllm_config", None)
-    if vllm_config is None or not is_active(vllm_config):
+    if not is_active_behind(models.engine_client):
         return
-    path = settings_of(vllm_config).routes
+    path = settings_of(models.engine_client.vllm_config).routes
     if path is not None:
         routes = ServerRoutes(models, path)
         ROUTES.set(models, routes)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
-from vllm_multilora.integration.patching.activation import is_active, settings_of
+from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
     adapter_directory,
@@ -36,11 +36,10 @@ def require_guards(models: Any) -> None:
     Raises:
         ConfigError: This vLLM lacks what a guard replaces.
     """
-    vllm_config = getattr(models.engine_client, "vllm_config", None)
     # Where the plugin does not act, `check_access` has seen whether there is anything to guard.
-    if vllm_config is None or not is_active(vllm_config):
+    if not is_active_behind(models.engine_client):
         return
-    settings = settings_of(vllm_config)
+    settings = settings_of(models.engine_client.vllm_config)
     has_variable = bool(key_in(os.environ))
     if settings.tenants is None and settings.admin_key_file is None and not has_variable:
         return
