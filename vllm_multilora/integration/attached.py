@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.fill_link import FillLink
     from vllm_multilora.integration.server.access import Access
     from vllm_multilora.integration.server.adapter_directory import DirectoryServer
-    from vllm_multilora.integration.server.metering import Account, ServerMeter
+    from vllm_multilora.integration.server.metering import Prompt, ServerMeter
     from vllm_multilora.integration.server.refusals import Refusals
     from vllm_multilora.integration.server.routes import ServerRoutes
     from vllm_multilora.integration.server.shared_names import SharedNames
@@ -128,5 +128,6 @@ METER: Attached[ServerMeter] = Attached("meter")
 ENDED: Attached[Usage] = Attached("ended")
 """Of a `RequestState` that has ended: what its prompt has used so far."""
 
-ACCOUNT: Attached[Account | None] = Attached("account")
-"""Of a `RequestState`, or of the `ParentRequest` of several: its account; None once closed."""
+PROMPT: Attached[Prompt | None] = Attached("prompt")
+"""Of a `RequestState`, or of the `ParentRequest` of several: what its prompt has used so far; None
+once it has ended."""

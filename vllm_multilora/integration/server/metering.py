@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
 from vllm_multilora.adapters.blends import is_blend
-from vllm_multilora.integration.attached import ACCOUNT, ENDED, METER, ON_FAILURE
+from vllm_multilora.integration.attached import ENDED, METER, ON_FAILURE, PROMPT
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
 from vllm_multilora.integration.patching.activation import is_active, settings_of
@@ -46,7 +46,7 @@ _ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
 
 
 @dataclass
-class Account:
+class Prompt:
     """One prompt on its way.
 
     Attributes:
@@ -59,7 +59,7 @@ class Account:
     usage: Usage
     call: HttpCall | None
     choices: int = 0
-    is_beam: bool = field(default=False)
+    is_beam: bool = False
 
 
 @dataclass
@@ -107,19 +107,19 @@ class ServerMeter:
                 min(max(told, 0), state.prompt_len) if self._takes_prefills else None
             )
         parent = state.parent_req
-        account = None if parent is None else ACCOUNT.get(parent)
-        if account is None:
+        prompt = None if parent is None else PROMPT.get(parent)
+        if prompt is None:
             beam = _beam.get()
             if beam is None:
                 usage = self.new_usage(state.external_req_id, state.lora_request)
             else:
                 usage, beam.parts = beam.usage, beam.parts + 1
-            account = Account(usage, current_call.get(), is_beam=beam is not None)
+            prompt = Prompt(usage, current_call.get(), is_beam=beam is not None)
             if parent is not None:
-                account.usage.request_id = parent.external_req_id
-                ACCOUNT.set(parent, account)
-        account.choices += 1
-        ACCOUNT.set(state, account)
+                prompt.usage.request_id = parent.external_req_id
+                PROMPT.set(parent, prompt)
+        prompt.choices += 1
+        PROMPT.set(state, prompt)
 
     def new_usage(self, request_id: str, lora: LoRARequest | None) -> Usage:
         """Of a prompt that has used nothing yet, for the HTTP request at hand."""
@@ -141,17 +141,17 @@ class ServerMeter:
         """
         for output in outputs:
             state = states.get(output.request_id)
-            account = None if state is None else ACCOUNT.get(state)
-            if account is None:
+            prompt = None if state is None else PROMPT.get(state)
+            if prompt is None:
                 continue
             if (digest := version_in(output.trace_headers)) is not None:
-                self._ran(account, digest, state)
+                self._ran(prompt, digest, state)
             if (status := _ENDS.get(output.finish_reason)) is not None:
-                account.usage.status = status
+                prompt.usage.status = status
 
-    def _ran(self, account: Account, digest: str, state: Any) -> None:
-        account.usage.version = digest
-        call = account.call
+    def _ran(self, prompt: Prompt, digest: str, state: Any) -> None:
+        prompt.usage.version = digest
+        call = prompt.call
         if call is None:
             return
         call.ran = digest
@@ -159,7 +159,7 @@ class ServerMeter:
             # An exception in the queue is what the reader gets, before any output.
             state.queue.put(
                 GracefulHTTPError(
-                    f"The model `{account.usage.adapter}` has become version "
+                    f"The model `{prompt.usage.adapter}` has become version "
                     f"{digest[:SHOWN_DIGITS]}; version {call.asked} was asked for.",
                     HTTPStatus.CONFLICT,
                 )
@@ -172,16 +172,16 @@ class ServerMeter:
             state: vLLM's `RequestState`.
             status: How, where no engine has said so.
         """
-        account = ACCOUNT.get(state)
-        if account is None:
+        prompt = PROMPT.get(state)
+        if prompt is None:
             return
-        ACCOUNT.set(state, None)
-        account.choices -= 1
-        usage = account.usage
+        PROMPT.set(state, None)
+        prompt.choices -= 1
+        usage = prompt.usage
         ENDED.set(state, usage)
         if status is not None:
             usage.status = status
-        if account.is_beam:
+        if prompt.is_beam:
             return
         tokens = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
         usage.generated_tokens += tokens
@@ -191,7 +191,7 @@ class ServerMeter:
             usage.prompt_tokens = state.prompt_len
             if state.request_index == 0:
                 usage.cached_tokens = state.num_cached_tokens
-        if not account.choices:
+        if not prompt.choices:
             self.count(usage)
 
     def count(self, usage: Usage) -> None:
@@ -299,8 +299,8 @@ def _own(processor: Any, request_ids: Iterable[str], tenant: str) -> list[str]:
     """The ids that vLLM gave a tenant's requests, by those that clients choose (`X-Request-Id`)."""
     states, numbered = processor.request_states, processor.external_req_ids
     found = (each for chosen in request_ids for each in numbered.get(chosen, ()) if each in states)
-    accounts = ((each, ACCOUNT.get(states[each])) for each in found)
-    return [each for each, account in accounts if account and account.usage.tenant == tenant]
+    prompts = ((each, PROMPT.get(states[each])) for each in found)
+    return [each for each, prompt in prompts if prompt and prompt.usage.tenant == tenant]
 
 
 def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
