@@ -215,3 +215,31 @@ def test_without_adapters_of_towers_language_is_all_that_adapters_change(tmp_pat
         for name in ("tower-r16", "connector-r8"):
             with pytest.raises(AdapterRefusedError, match="applies no adapters to these modules"):
                 llm.llm_engine.add_lora(lora(shown.adapters, name))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
+        ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder"),
+        ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
+    ],
+)
+def test_what_would_have_adapters_meet_others_rows_is_refused(
+    tmp_path: Path, option: dict[str, Any], named: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_multilora.errors import ConfigError
+    from vllm_multilora.integration.patching.ledger import apply_patches
+
+    apply_patches()
+    base = str(write_qwen2_vl(tmp_path / "base"))
+    towers: dict[str, Any] = {"enable_tower_connector_lora": True}
+    with pytest.raises(ConfigError, match=f"^{named} does not go together with"):
+        EngineArgs(base, enable_lora=True, **towers, **option).create_engine_config()
+    EngineArgs(base, enable_lora=True, **towers).create_engine_config()
+    if "kv_sharing_fast_prefill" not in option:
+        EngineArgs(base, enable_lora=True, **option).create_engine_config()

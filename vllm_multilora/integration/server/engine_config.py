@@ -44,6 +44,7 @@ from vllm_multilora.integration.server.access import (
 )
 from vllm_multilora.integration.server.kv_connectors import require_adapters_apart
 from vllm_multilora.integration.server.metrics import make_folder
+from vllm_multilora.integration.server.row_order import require_rows_in_order
 from vllm_multilora.integration.updating import allow_updating
 from vllm_multilora.metering.usage_log import require_writable
 from vllm_multilora.routing import load_routes
@@ -92,6 +93,7 @@ def create_engine_config(
         if is_server and (log := settings_of(vllm_config).usage_log) is not None:
             require_writable(Path(log))
         require_adapters_apart(vllm_config.kv_transfer_config)
+        require_rows_in_order(vllm_config)
         lift_default_count(engine_args, vllm_config)
         allow_updating(vllm_config)
         # Whoever starts no engine with it, and only looks, names no use of a configuration.
