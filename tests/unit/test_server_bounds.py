@@ -112,26 +112,33 @@ def test_routes_lead_to_no_quarantined_adapter_before_it_has_other_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
-    table, looks = {"acme": lora}, 0
+    models = SimpleNamespace(lora_requests={"acme": lora})
+    slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
-        nonlocal looks
-        looks += 1
-        assert server._failed
-        if looks == 5:  # registered anew: under another number
-            table["acme"] = SimpleNamespace(lora_int_id=2)
+        slept.append(seconds)
+        if len(slept) == 1:  # the load that failed has been made up for, and what it brought is bad
+            server.note_failure(lora, LoadFailure(FailureKind.QUARANTINED, "not finite"))
+        if len(slept) == 7:
+            models.lora_requests["acme"] = SimpleNamespace(lora_int_id=2)  # other weights
+        assert server._failed[1].kind is FailureKind.QUARANTINED
 
     async def admit(models: Any, lora: Any) -> Any:
-        """The engine has the adapter, and serves it to nobody."""
+        raise AssertionError("the engine has it, and serves it to nobody")
+
+    async def remove_later(models: Any, lora: Any) -> None: ...
+
+    async def scenario() -> None:
+        server.note_failure(lora, LoadFailure(FailureKind.GONE, "gone"))
+        await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
 
     monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(registration, "admit", admit)
-    monkeypatch.setattr(registration, "in_background", lambda work: work.close())
+    monkeypatch.setattr(registration, "remove_later", remove_later)
     server = routes.ServerRoutes.__new__(routes.ServerRoutes)
-    server._models = SimpleNamespace(lora_requests=table)
-    server._failed = {1: LoadFailure(FailureKind.QUARANTINED, "not finite")}
-    asyncio.run(server._try_again(lora))
-    assert looks == 5
+    server._models, server._failed = models, {}
+    asyncio.run(scenario())
+    assert slept == [5, 10, 20, 40, 60, 60, 60]
     assert server._failed == {}
 
 

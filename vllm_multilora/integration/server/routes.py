@@ -159,9 +159,11 @@ class ServerRoutes:
         number = lora.lora_int_id
         if is_blend(lora.lora_path) and number not in self._led:
             return  # a client's own; there is no end to them
-        if number not in self._failed and registration.is_current(self._models, lora):
+        if registration.is_current(self._models, lora):
+            is_known = number in self._failed
             self._failed[number] = failure
-            registration.in_background(self._try_again(lora))
+            if not is_known:
+                registration.in_background(self._try_again(lora))
 
     def _note_led(self, blend: int) -> None:
         """A route has led to a blend; every new version of a part makes it another one."""
@@ -171,10 +173,11 @@ class ServerRoutes:
 
     async def _try_again(self, lora: LoRARequest) -> None:
         models, pause_s = self._models, RETRY_S
-        is_quarantined = self._failed[lora.lora_int_id].kind is FailureKind.QUARANTINED
         try:
             await asyncio.sleep(pause_s)
             while registration.is_current(models, lora):
+                # The engine has a quarantined one, and serves it to nobody.
+                is_quarantined = self._failed[lora.lora_int_id].kind is FailureKind.QUARANTINED
                 if not is_quarantined and await registration.admit(models, lora) is None:
                     break
                 pause_s = next_pause(pause_s)
