@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Coroutine
 from pathlib import Path
@@ -345,6 +346,21 @@ def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_path: P
         assert site.engine.read == ["acme: bad"]
         site.put("acme", "now good")
         assert await site.ask("acme") == "now good"
+
+    run(scenario())
+
+
+def test_a_refusal_is_written_without_a_warning(tmp_path: Path) -> None:
+    """Each would be three lines in the server's log."""
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "bad")
+        refusal = await site.servers[0].prepare("acme")
+        assert refusal is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert refusal.model_dump()["error"]["problems"][0]["code"] == "not-finite"
 
     run(scenario())
 

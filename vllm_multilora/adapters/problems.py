@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -145,6 +145,11 @@ class Problem:
     def as_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
         return asdict(self) | {"code": str(self.code)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Problem:
+        """The problem that `as_dict` has given the fields of."""
+        return cls(**{**fields, "code": Code(fields["code"])})
 
 
 class _Shortener(reprlib.Repr):

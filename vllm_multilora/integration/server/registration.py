@@ -271,7 +271,7 @@ def _refusal(lora: LoRARequest, text: str) -> AdapterErrorResponse:
     found = json.loads(fields)
     kind = FailureKind(found["kind"])
     problems = [
-        Problem(**problem).with_texts(lambda text: without_folder(text, lora))
+        Problem.from_dict(problem).with_texts(lambda text: without_folder(text, lora))
         for problem in found["problems"]
     ]
     is_forbidden = any(problem.code == Code.NOT_ALLOWED for problem in problems)
