@@ -57,5 +57,6 @@ def test_where_a_path_must_lead(place):
     directory = AllowedRoots((), [served])
     assert directory.roots_for(place / "served/to-c") == (served,)
     assert directory.roots_for(place / "other/c") == ()
+    assert AllowedRoots([served], [served]).roots_for(place / "other/c") == (served,)
     both = AllowedRoots([roots], [served])
     assert both.roots_for(place / "other/c") == (roots, served)

@@ -22,7 +22,8 @@ class AllowedRoots:
 
     def __init__(self, roots: Sequence[str | Path], directories: Sequence[str | Path] = ()) -> None:
         self._directories = tuple(Path(os.path.realpath(folder)) for folder in directories)
-        self._roots = (*(Path(os.path.realpath(root)) for root in roots), *self._directories)
+        paths = (*(Path(os.path.realpath(root)) for root in roots), *self._directories)
+        self._roots = tuple(dict.fromkeys(paths))
         self._is_open = not roots
 
     @classmethod
