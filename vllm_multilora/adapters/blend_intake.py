@@ -31,6 +31,7 @@ from vllm_multilora.adapters.one_pass import Part
 from vllm_multilora.adapters.pack_index import PackIndex, RankIndex
 from vllm_multilora.adapters.pack_plan import padded_sizes, unpacked, write_index
 from vllm_multilora.adapters.problems import Code, Problem, shown
+from vllm_multilora.adapters.ranks import room_for
 
 _Ints = npt.NDArray[np.int64]
 
@@ -312,5 +313,5 @@ def _too_large(
         "its rank",
         f"{summands} = {total} in {widest}",
         f"at most {most}",
-        hint=f"start the server with --max-lora-rank {total} or more, or blend fewer adapters",
+        hint=f"{room_for(total)}, or blend fewer adapters",
     )

@@ -8,6 +8,7 @@ from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.names import HEADS
 from vllm_multilora.adapters.problems import Code, Problem, shown
+from vllm_multilora.adapters.ranks import room_for
 
 # What a setting changes, by key; each is supported only where it is unset. vLLM refuses some of
 # them, and ignores the others, which then gives other outputs than PEFT's.
@@ -143,6 +144,6 @@ def _ranks(config: AdapterConfig, file: str, layout: ModelLayout) -> Iterable[Pr
             key,
             str(rank),
             f"at most {layout.max_rank}",
-            hint=f"start the server with --max-lora-rank {rank} or more",
+            hint=room_for(rank),
             others=len(too_large) - 1,
         )

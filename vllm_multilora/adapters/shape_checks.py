@@ -14,6 +14,7 @@ from vllm_multilora.adapters.names import HEADS, full_head, tensor_of
 from vllm_multilora.adapters.placement import FoundModule, Placement
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code, shown_name
+from vllm_multilora.adapters.ranks import room_for
 
 WEIGHT_DTYPES = KERNEL_DTYPES
 
@@ -234,7 +235,7 @@ class _Check:
                 f"the rank {of_a}",
                 f"at most {self._layout.max_rank}",
                 verb="has",
-                hint=f"start the server with --max-lora-rank {of_a} or more",
+                hint=room_for(of_a),
             )
 
 

@@ -10,6 +10,7 @@ import math
 import shlex
 from collections.abc import Iterator
 
+from vllm_multilora.adapters.ranks import MAX_LORA_RANKS
 from vllm_multilora.metrics.names import SHARED
 from vllm_multilora.operations.findings import Finding, FindingCode
 from vllm_multilora.operations.observations import (
@@ -28,8 +29,6 @@ MERGE_SHARE = 0.9
 MERGE_REQUESTS = 20
 FULL_SHARE = 0.8
 LARGE_RANK = 256
-MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be."""
 
 _GIB = 2**30
 _NAMES_SHOWN = 10

@@ -194,7 +194,7 @@ def alpha_pattern_that_fills_memory(draft: Draft) -> None:
     draft.config["alpha_pattern"] = {"(((a{1000}){1000}){1000}){1000}": 8}
 
 
-@bad_config(Code.RANK_TOO_LARGE, words=("r is 65", "at most 64", "--max-lora-rank 65"))
+@bad_config(Code.RANK_TOO_LARGE, words=("r is 65", "at most 64", "--max-lora-rank 128 or more"))
 def rank_over_the_limit(draft: Draft) -> Draft:
     return good(rank=65)
 

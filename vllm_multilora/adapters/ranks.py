@@ -1,0 +1,14 @@
+"""Which ranks slots can have."""
+
+from __future__ import annotations
+
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `--max-lora-rank`."""
+
+
+def room_for(rank: int) -> str:
+    """What to do so that an adapter of some rank has room in a slot."""
+    for most in MAX_LORA_RANKS:
+        if rank <= most:
+            return f"start the server with --max-lora-rank {most} or more"
+    return f"vLLM's largest --max-lora-rank is {MAX_LORA_RANKS[-1]}: train at a lower rank"
