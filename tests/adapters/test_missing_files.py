@@ -30,7 +30,7 @@ def test_a_path_of_a_strangers_making_is_shown_printable():
         (CONFIG, ["v1", "v2", "README.md"], ["v1", "v2"], "such as /a/v1"),
         (TENSORS, [CONFIG, "adapter_model.safetensors.index.json"], [], "in several files"),
         (TENSORS, [CONFIG, "adapter_model-00001-of-00002.safetensors"], [], "as one file"),
-        (TENSORS, [CONFIG, "adapter_model.bin"], [], "has adapter_model.bin instead"),
+        (TENSORS, [CONFIG, "adapter_model.bin"], [], "--multilora-allow-pickle"),
         (CONFIG, ["config.json", "model.safetensors"], [], "a whole model"),
         (CONFIG, [TENSORS], [], f"/a/{CONFIG} does not exist, expected an adapter folder"),
         (TENSORS, [CONFIG], [], f"/a/{TENSORS} does not exist, expected an adapter folder"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from vllm_multilora.commands import validate as validate_command
 from vllm_multilora.errors import MultiLoRAError
 
 from .corpus import BAD, LAYOUT, VALID
+from .test_pickled import pickle_weights
 
 
 def command(*argv: str, layout_of=lambda _: LAYOUT) -> int:
@@ -74,6 +76,13 @@ def test_weights_are_left_unread_if_asked(tmp_path):
     folder = str(BAD["a-with-one-nan"].write(tmp_path / "nan"))
     assert command(folder) == 1
     assert command(folder, "--no-check-finite") == 0
+
+
+def test_pickled_weights_are_checked_for_servers_that_read_them(good, tmp_path, capsys):
+    pickle_weights(Path(good))
+    assert command(good) == 1
+    assert "--multilora-allow-pickle" in capsys.readouterr().out
+    assert command(good, "--multilora-allow-pickle") == 0
 
 
 def test_a_base_model_that_cannot_be_had_exits_with_two(good, capsys):

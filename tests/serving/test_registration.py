@@ -243,7 +243,7 @@ def test_pickled_weights_are_refused(deployment: Deployment) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     response = deployment.load("pickled", folder)
     assert response.status_code in (400, 404)
-    assert "pickled weights can run code" in response.json()["error"]["message"]
+    assert "--multilora-allow-pickle" in response.json()["error"]["message"]
 
 
 @pytest.mark.smoke("reload beside running requests", "prefix caching")

@@ -84,8 +84,8 @@ def _instead(
     if weights and missing.startswith("adapter_model"):
         return (
             _names(weights),
-            "save the adapter as one safetensors file (PEFT's default); pickled weights can run "
-            "code",
+            "save the adapter as one safetensors file (PEFT's default); pickled weights are read "
+            "with --multilora-allow-pickle only",
         )
     if "model.safetensors" in entries and "config.json" in entries:
         return (

@@ -16,6 +16,7 @@ def validate(
     layout: ModelLayout,
     *,
     check_finite: bool = True,
+    allow_pickle: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> list[Problem]:
     """Says all that is wrong with an adapter, one problem for each cause.
@@ -27,12 +28,13 @@ def validate(
         folder: The adapter's folder.
         layout: What the base model accepts.
         check_finite: Whether to read the weights, for NaN, infinity and overflow.
+        allow_pickle: Whether weights may come from `torch.save`.
         limits: How large the files may be.
 
     Returns:
         The problems; none if the adapter can be served.
     """
-    rules = Rules(check_finite=check_finite)
+    rules = Rules(check_finite=check_finite, allow_pickle=allow_pickle)
     try:
         with open_adapter(str(folder), rules, limits) as source:
             intake = source.check([layout])

@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
     parser.add_argument(
-        "--allow-pickle",
+        *("--multilora-allow-pickle", "--allow-pickle"),
         action="store_true",
-        help="also read adapter_model.bin and .pt, as with --multilora-allow-pickle",
+        help="also read adapter_model.bin and .pt, as the server does with this flag",
     )
     parser.add_argument(
         "--json",
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"found several folders named {', '.join(twice)}, expected different names: --json "
             "has one digest for each"
         )
-    rules = Rules(allow_pickle=arguments.allow_pickle)
+    rules = Rules(allow_pickle=arguments.multilora_allow_pickle)
     found: dict[str, str] = {}
     has_failed = False
     for name, folder in zip(names, arguments.adapters, strict=True):

@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read all weights and look for NaN, infinity and overflow",
     )
     parser.add_argument(
+        "--multilora-allow-pickle",
+        action="store_true",
+        help="also read adapter_model.bin and .pt, as the server does with this flag",
+    )
+    parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the base model"
     )
     parser.add_argument(
@@ -104,7 +109,12 @@ def run(
 
     layout = layout_of(arguments)
     found = {
-        folder: validate(folder, layout, check_finite=arguments.check_finite)
+        folder: validate(
+            folder,
+            layout,
+            check_finite=arguments.check_finite,
+            allow_pickle=arguments.multilora_allow_pickle,
+        )
         for folder in arguments.adapters
     }
     if arguments.json:
