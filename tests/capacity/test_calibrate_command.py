@@ -35,6 +35,7 @@ class Handler(BaseHTTPRequestHandler):
                 "path": f"/adapters/{name}",
                 "state": "slot" if name in server.asked else "absent",
                 "bytes": size if name in server.asked else 0,
+                "kind": server.kinds.get(name, "lora") if name in server.asked else None,
             }
             for name, size in SIZES.items()
         ]
@@ -71,6 +72,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, "no such adapter")
             return
         self.server.asked.add(asked["model"])
+        if asked["model"] in self.server.kinds:
+            self.answer(400, "activated by tokens that the prompt does not contain")
+            return
         self.send_response(200)
         self.send_header("Connection", "close")
         self.end_headers()
@@ -91,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.refuses, server.hidden = set(), False, set()
+    server.asked, server.refuses, server.hidden, server.kinds = set(), False, set(), {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -148,6 +152,17 @@ def test_a_server_that_refuses_is_named(server, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "calibrate: error: a request for base failed: 404 no such adapter" in err
     assert not (tmp_path / "calibration.json").exists()
+
+
+@pytest.mark.parametrize("name", ["acme", "legal"], ids=["alone", "beside others"])
+def test_an_adapter_that_answers_no_prompt_is_left_out(server, tmp_path, capsys, name):
+    server.kinds[name] = "alora"
+    file = tmp_path / "calibration.json"
+    assert calibrate(server, file) == 0
+    assert f"measuring no load of {name}: a request for {name} failed: 400 activated" in (
+        capsys.readouterr().err
+    )
+    assert read_calibration(file).adapters.keys() == SIZES.keys() - {name}
 
 
 def test_a_file_that_cannot_be_written_is_named(server, tmp_path, capsys):

@@ -10,6 +10,7 @@ from vllm_multilora.capacity.fitting import Sample, line
 from vllm_multilora.capacity.step_cost import Batch
 from vllm_multilora.capacity.timing import SHORT_PROMPT, STREAMS, Adapter, Timed, steps_of
 from vllm_multilora.operations.completions import Ask
+from vllm_multilora.operations.http_client import UnreachableError
 from vllm_multilora.slots.budget import MIB
 
 IDLE_LOADS, BESIDE_LOADS, COPIES = 8, 8, 6
@@ -19,7 +20,10 @@ _WARM = 3
 
 
 def time_loads(
-    server: Timed, list_adapters: Callable[[], Sequence[Adapter]], source: str
+    server: Timed,
+    list_adapters: Callable[[], Sequence[Adapter]],
+    source: str,
+    progress: Callable[[str], None],
 ) -> tuple[Loads | None, list[Sample]]:
     """Asks for adapters that nobody has asked for, some beside requests that generate.
 
@@ -27,6 +31,7 @@ def time_loads(
         server: The server.
         list_adapters: Its adapters now.
         source: Where their files lie, as `Loads.source`.
+        progress: Is told which adapters are left out.
 
     Returns:
         What loads take, None if no adapter is cold; and the steps beside loads.
@@ -35,15 +40,26 @@ def time_loads(
     beside = (cold[2::3] or cold[1:2])[:BESIDE_LOADS]  # neither all large nor all small ones
     idle = [name for name in cold if name not in beside][:IDLE_LOADS]
     samples: list[Sample] = []
-    first = [(name, _first_beyond(server, name)) for name in idle]
-    late = [(name, _beside(server, name, samples)) for name in beside]
+
+    def timed(names: Sequence[str], time: Callable[[str], float]) -> list[tuple[str, float]]:
+        # Some answer no prompt of random tokens, or cannot be loaded.
+        found = []
+        for name in names:
+            try:
+                found.append((name, time(name)))
+            except UnreachableError as error:
+                progress(f"no load of {name}: {error}")
+        return found
+
+    first = timed(idle, lambda name: _first_beyond(server, name))
+    late = timed(beside, lambda name: _beside(server, name, samples))
     # Those that lost their slots to the others.
     copied = [adapter.name for adapter in list_adapters() if adapter.state == "host"][:COPIES]
-    copies = [(name, _first_beyond(server, name)) for name in copied]
+    copies = timed(copied, lambda name: _first_beyond(server, name))
     mib = {adapter.name: adapter.bytes / MIB for adapter in list_adapters() if adapter.bytes}
 
-    def by_size(timed: Sequence[tuple[str, float]]) -> list[tuple[float, float]]:
-        return [(mib[name], seconds) for name, seconds in timed if name in mib]
+    def by_size(times: Sequence[tuple[str, float]]) -> list[tuple[float, float]]:
+        return [(mib[name], seconds) for name, seconds in times if name in mib]
 
     if not by_size(first):
         return None, samples

@@ -118,7 +118,7 @@ class Measuring:
         self._server.alone(self._model, SHORT_PROMPT, times=3)
         self._progress(f"loads of adapters from {self._source}")
         self._measured.loads, self._measured.samples = time_loads(
-            self._server, self._list, self._source
+            self._server, self._list, self._source, self._progress
         )
         in_slots = self._in_slots()
         self._prompts([self._model, *dict.fromkeys((*in_slots[:1], *in_slots[-1:]))])

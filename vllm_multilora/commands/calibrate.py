@@ -111,7 +111,9 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
 
     def listed() -> list[Adapter]:
         rows = fetch(url, api_key=key)["data"]
-        return [Adapter(row["id"], row["state"], row["bytes"]) for row in rows]
+        # Activated adapters answer only prompts that contain their invocations.
+        plain = [row for row in rows if row["kind"] != "alora"]
+        return [Adapter(row["id"], row["state"], row["bytes"]) for row in plain]
 
     limits = Limits(seqs, tokens, base[0]["max_model_len"])
     measured = Measuring(
