@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from model_signing import hashing, signing, verifying
 from safetensors.torch import load_file, save_file
 
@@ -599,11 +599,28 @@ def test_the_command_verifies_as_a_server_does(
     assert "has no key" in capsys.readouterr().err
 
 
+def pem(
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey,
+    encryption: serialization.KeySerializationEncryption | None = None,
+) -> bytes:
+    kind, encoding = serialization.PrivateFormat.PKCS8, serialization.Encoding.PEM
+    return key.private_bytes(encoding, kind, encryption or serialization.NoEncryption())
+
+
 def test_what_cannot_be_signed_is_said(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     key = ("--key", str(site.ours.private))
     assert main(["sign", str(site.root / "nowhere"), *key]) == 2
     assert "nowhere is not a folder" in capsys.readouterr().err
-    assert main(["sign", str(site.folder), "--key", str(site.ours.public)]) == 2
+    secret = serialization.BestAvailableEncryption(b"secret")
+    for key_file, found in (
+        (site.ours.public.read_bytes(), "no private key"),
+        (pem(site.ours.key, secret), "an encrypted key"),
+        (pem(ec.generate_private_key(ec.SECP256K1())), "a key of another kind"),
+        (pem(rsa.generate_private_key(65537, 2048)), "a key of another kind"),
+    ):
+        (site.root / "wrong.key").write_bytes(key_file)
+        assert main(["sign", str(site.folder), "--key", str(site.root / "wrong.key")]) == 2
+        assert f"wrong.key: found {found}, expected a private key" in capsys.readouterr().err
     (site.folder / "link").symlink_to(site.folder / CONFIG)
     assert main(["sign", str(site.folder), *key]) == 2
     assert "symlink" in capsys.readouterr().err

@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return CANNOT
     try:
+        _require_key(Path(arguments.key))
         config = signing.Config()
         if arguments.certificate is None:
             config.use_elliptic_key_signer(private_key=arguments.key)
@@ -76,3 +77,30 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"vllm-multilora sign: error: {what}", file=sys.stderr)
         return CANNOT
     return DONE
+
+
+def _require_key(path: Path) -> None:
+    """Checks a private key; model_signing's own errors do not name the file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It cannot sign.
+    """
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    from vllm_multilora.adapters.signers import CURVES
+
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except TypeError:
+        found = "an encrypted key"
+    except ValueError:
+        found = "no private key"
+    else:
+        if getattr(getattr(key, "curve", None), "name", None) in CURVES:
+            return
+        found = "a key of another kind"
+    raise ValueError(
+        f"{path}: found {found}, expected a private key in PEM, not encrypted, on the curve P-256, "
+        "P-384 or P-521"
+    )
