@@ -3,6 +3,7 @@
 There are fewer slots than adapters, and requests of adapters that fail are in the same batches.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -170,6 +171,42 @@ def test_requests_that_are_preempted_and_go_first_answer_as_peft(
     outputs = generate(engine, llama, many, failing, greedy(), priority=priority)
     assert_as_peft(outputs, many)
     assert counter(engine, "vllm:num_preemptions") > before
+
+
+@pytest.mark.skipif(
+    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1",
+    reason="on CPUs, vLLM's first model runner cannot be ahead of its answers",
+)
+@pytest.mark.smoke("quarantine", "preemption")
+def test_steps_that_are_scheduled_before_answers_are_known_answer_as_peft(
+    llama: Scenario,
+    cases: list[Case],
+    failing: "list[LoRARequest]",
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on GPUs, where who overflows is in one more step already when that is noticed."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    complete = CpuPlatform.check_and_update_config
+
+    def schedule_ahead(config: Any) -> None:
+        complete(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(schedule_ahead))
+    many = [*cases * 3]
+    with running_engine(
+        llama.base,
+        in_process=True,
+        max_loras=2,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=BLOCKS,
+        disable_log_stats=False,
+    ) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        outputs = generate(llm, llama, many, failing, greedy())
+        assert counter(llm, "vllm:num_preemptions") > 0
+    assert_as_peft(outputs, many)
 
 
 @pytest.mark.smoke("beam search")
