@@ -23,6 +23,11 @@ from vllm_multilora.slots.fair_shares import (
 STEP_TOKENS = 32
 
 
+def begin_step(shares: FairShares) -> None:
+    """A step in which everybody wants more."""
+    shares.begin_step(shares.ranks())
+
+
 @dataclass
 class Request:
     party: str
@@ -170,7 +175,7 @@ def test_idle_time_earns_no_credit():
     shares.join("busy")
     shares.join("other")
     for _ in range(100):
-        shares.begin_step()
+        begin_step(shares)
         shares.charge("busy", 10)
         shares.charge("other", 10)
     shares.join("late")
@@ -222,7 +227,7 @@ def test_a_party_is_heavy_until_another_has_had_nearly_as_much():
         shares.join(party)
 
     def step(large: float, small: float) -> bool:
-        shares.begin_step()
+        begin_step(shares)
         shares.charge("large", large)
         shares.charge("small", small)
         return shares.is_heavy("large")
@@ -240,7 +245,7 @@ def test_a_party_that_leaves_and_comes_back_has_had_what_it_had():
     shares = FairShares()
     for party in ("greedy", "other"):
         shares.join(party)
-    shares.begin_step()
+    begin_step(shares)
     shares.charge("greedy", 500)
     shares.leave("greedy")
     shares.join("greedy")
@@ -258,9 +263,9 @@ def test_whoever_was_alone_owes_nothing_and_may_be_heavy(tokens):
     shares.join("late")
     assert shares.is_contended
     assert shares.served("alone") == shares.served("late")
-    shares.begin_step()
+    begin_step(shares)
     shares.charge("late", 20)
-    shares.begin_step()
+    begin_step(shares)
     assert shares.is_heavy("alone") == (tokens == 100)
     assert not shares.is_heavy("late")
 
@@ -270,11 +275,11 @@ def test_a_party_is_heavy_beside_one_that_has_had_much_less_of_late():
     for party in ("large", "middle", "small"):
         shares.join(party)
     for _ in range(HALF_LIFE_STEPS):
-        shares.begin_step()
+        begin_step(shares)
         shares.charge("large", HEAVY_RATIO + 0.5)
         shares.charge("middle", HEAVY_RATIO - 0.5)
         shares.charge("small", 1)
-    shares.begin_step()
+    begin_step(shares)
     assert [shares.is_heavy(party) for party in ("large", "middle", "small")] == [
         True,
         False,
@@ -284,7 +289,7 @@ def test_a_party_is_heavy_beside_one_that_has_had_much_less_of_late():
         shares.charge("large", 1)
         shares.charge("middle", 1)
         shares.charge("small", 1)
-        shares.begin_step()
+        begin_step(shares)
     assert not shares.is_heavy("large")
 
 
@@ -293,10 +298,10 @@ def test_what_is_heavy_goes_by_weight():
     shares.join("large", weight=8.0)
     shares.join("small", weight=1.0)
     for _ in range(6 * HALF_LIFE_STEPS):
-        shares.begin_step()
+        begin_step(shares)
         shares.charge("large", 16)
         shares.charge("small", 1)
-    shares.begin_step()
+    begin_step(shares)
     assert not shares.is_heavy("large")
 
 
@@ -305,10 +310,10 @@ def test_shares_of_late_survive_any_number_of_steps():
     shares.join("large")
     shares.join("small")
     for _ in range(400 * HALF_LIFE_STEPS):
-        shares.begin_step()
+        begin_step(shares)
         shares.charge("large", 10)
         shares.charge("small", 1)
-    shares.begin_step()
+    begin_step(shares)
     assert shares.is_heavy("large")
     assert not shares.is_heavy("small")
 
@@ -318,11 +323,11 @@ def test_one_whose_requests_cannot_run_makes_nobody_heavy_and_earns_no_credit():
     for party in ("loading", "large", "other"):
         shares.join(party)
     for _ in range(10):
-        shares.begin_step()
+        begin_step(shares)
         shares.hold("loading")
         shares.charge("large", 10)
         shares.charge("other", 9)
-    shares.begin_step()
+    begin_step(shares)
     assert not shares.is_heavy("large")
     assert shares.served("loading") == shares.served("other") == 90
 
@@ -332,11 +337,11 @@ def test_one_that_waits_for_a_slot_makes_nobody_heavy_and_keeps_its_place():
     for party in ("waiting", "large", "other"):
         shares.join(party)
     for _ in range(10):
-        shares.begin_step()
+        begin_step(shares)
         shares.hold("waiting", waits_for_slot=True)
         shares.charge("large", 10)
         shares.charge("other", 9)
-    shares.begin_step()
+    begin_step(shares)
     assert not shares.is_heavy("large")
     assert shares.served("waiting") == 0
 
@@ -361,7 +366,7 @@ def test_counters_of_those_that_have_left_are_kept_within_bounds():
     shares.join("stays")
     for number in range(3 * MOST_REMEMBERED):
         shares.join(number)
-        shares.begin_step()
+        begin_step(shares)
         shares.charge(number, 1 + number)
         shares.leave(number)
     assert len(shares._idle) <= MOST_REMEMBERED

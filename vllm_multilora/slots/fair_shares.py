@@ -26,7 +26,7 @@ has any.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 
 PROMPT_COST = 1.0
@@ -138,11 +138,11 @@ class FairShares:
 
     # Steps
 
-    def begin_step(self, waiting: Collection[Party] | None = None) -> None:
+    def begin_step(self, waiting: Container[Party]) -> None:
         """A step is being scheduled while `is_contended`.
 
         Args:
-            waiting: Parties that have more requests than those that run; None: all.
+            waiting: Parties that have more requests than those that run.
         """
         self._next_step()
         self.heavy_weight = 0.0
@@ -154,8 +154,7 @@ class FairShares:
                 served.append(account)
         if not served:
             return
-        if waiting is not None:
-            self._lift_satisfied(waiting)
+        self._lift_satisfied(waiting)
         self._floor = max(self._floor, min(account.served for account in served))
         least = min(account.recent for account in served)
         for account in served:
@@ -169,7 +168,7 @@ class FairShares:
                 if self._is_held(account) and not account.waits_for_slot:
                     account.served = max(account.served, self._floor)
 
-    def _lift_satisfied(self, waiting: Collection[Party]) -> None:
+    def _lift_satisfied(self, waiting: Container[Party]) -> None:
         """Takes their credit from those that have all that they ask for."""
         wanting: list[_Account] = []
         satisfied: list[_Account] = []
