@@ -91,7 +91,7 @@ class Registry:
             pack = self.memory.of_adapter(binding, want.path)
             if pack is not None:
                 self._answers.loaded(ticket, pack.info, now, was_read=False)
-                if tenant is not None and pack.tenant is None:
+                if tenant is not None:
                     self.memory.own(pack, tenant)
                     self.loads.give_room(now)
                 return
