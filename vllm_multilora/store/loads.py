@@ -59,13 +59,18 @@ class Loads:
         """
         whose = self._clients[client].server, adapter
         gone = Failure(FailureKind.GONE, f"adapter {adapter} was withdrawn meanwhile", [])
-        for load in list(self._loads.values()):
-            if (load.binding.server, load.binding.adapter) == whose:
-                for ticket in load.take_back(lambda ticket: ticket.client == client):
-                    self._answers.failed(ticket, gone)
-                if not load.is_awaited:
-                    self._leave_adapter(load)
-                self.end_if_unwanted(load, now)
+        loads = [
+            load
+            for load in self._loads.values()
+            if (load.binding.server, load.binding.adapter) == whose
+        ]
+        for load in loads:
+            for ticket in load.take_back(lambda ticket: ticket.client == client):
+                self._answers.failed(ticket, gone)
+            if not load.is_awaited:
+                self._leave_adapter(load)
+        for load in loads:
+            self.end_if_unwanted(load, now)
 
     def forget_server(self, server: str) -> None:
         """A server has no clients any more: what its loads still bring is for those that follow."""
