@@ -41,6 +41,14 @@ def test_pages_of_a_segment_are_given_back(segments):
     assert os.fstat(descriptor).st_blocks < before
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+def test_pages_that_a_device_has_pinned_are_not_given_back(segments, pinned):
+    os.close(segments.open(1, pinned=pinned))
+    os.pwrite(segments.descriptor(1), b"A" * 4096, 0)
+    segments.give_back(1, 0, 4096)
+    assert os.pread(segments.descriptor(1), 1, 0) == (b"A" if pinned else bytes(1))
+
+
 def test_a_segment_is_a_file_where_there_is_no_anonymous_memory(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     segments = SharedSegments()

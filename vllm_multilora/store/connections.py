@@ -172,11 +172,9 @@ class Conversation:
         if not size:
             connection.channel.send(Segment(number, 0))
             return
-        descriptor = self._segments.open(number, writable=connection.watches)
+        descriptor = self._segments.open(number, pinned=connection.watches)
         try:
             connection.channel.send(Segment(number, size), [descriptor])
         finally:
             os.close(descriptor)
         connection.mapped.add(number)
-        if connection.watches:
-            self._segments.pinned.add(number)

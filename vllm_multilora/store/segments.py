@@ -15,16 +15,11 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of fallocate(2)
 
 
 class SharedSegments:
-    """Segments by their numbers.
-
-    Attributes:
-        pinned: Numbers of segments that a device reads: their pages are never given back singly,
-            because a device goes on reading the pages that it has pinned.
-    """
+    """Segments by their numbers."""
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
-        self.pinned: set[int] = set()
+        self._pinned: set[int] = set()
 
     def create(self, number: int, size: int) -> None:
         """Makes a segment; raises OSError."""
@@ -40,11 +35,11 @@ class SharedSegments:
     def close(self, number: int) -> None:
         """Gives the segment up."""
         os.close(self._descriptors.pop(number))
-        self.pinned.discard(number)
+        self._pinned.discard(number)
 
     def give_back(self, number: int, offset: int, size: int) -> None:
         """Gives the pages of a range back to the system; they read as zeros afterwards."""
-        if number in self.pinned or not hasattr(libc, "fallocate"):
+        if number in self._pinned or not hasattr(libc, "fallocate"):
             return
         # Where the system cannot do it (ENOTSUP), the pages stay, free, in the segment.
         libc.fallocate(
@@ -68,10 +63,18 @@ class SharedSegments:
         """The descriptor that can be written to; this object keeps it."""
         return self._descriptors[number]
 
-    def open(self, number: int, *, writable: bool) -> int:
-        """A new descriptor, which can be mapped to be read only, or to be written to as well."""
-        mode = os.O_RDWR if writable else os.O_RDONLY
-        return os.open(f"/proc/self/fd/{self._descriptors[number]}", mode | os.O_CLOEXEC)
+    def open(self, number: int, *, pinned: bool) -> int:
+        """A new descriptor for somebody who reads.
+
+        One that a device pins can be written to as well. It goes on reading the pages that it has
+        pinned, so that those of this segment are never given back singly any more.
+        """
+        mode = os.O_RDWR if pinned else os.O_RDONLY
+        path = f"/proc/self/fd/{self._descriptors[number]}"
+        descriptor = os.open(path, mode | os.O_CLOEXEC)
+        if pinned:
+            self._pinned.add(number)
+        return descriptor
 
     def close_all(self) -> None:
         for number in list(self._descriptors):
