@@ -137,8 +137,7 @@ class Names:
         if before is not None and before.adapter != message.adapter:
             home.withdraw(before.name, before.adapter)
         home.names[message.name] = message
-        serial = next(self._serials)
-        self._spread(client, message.request, serial, _published(serial, message), now)
+        self._spread(client, message.request, _published(next(self._serials), message), now)
 
     def retract(self, client: int, message: Retract, now: float) -> None:
         """A name does not lead to an adapter any more."""
@@ -146,9 +145,8 @@ class Names:
         if home is None:
             return
         home.withdraw(message.name, message.adapter)
-        serial = next(self._serials)
-        retracted = Retracted(serial, message.name, message.adapter)
-        self._spread(client, message.request, serial, retracted, now)
+        retracted = Retracted(next(self._serials), message.name, message.adapter)
+        self._spread(client, message.request, retracted, now)
 
     def saw(self, client: int, serial: int) -> None:
         """An API server has taken a change in."""
@@ -169,12 +167,12 @@ class Names:
         return min((change.deadline for change in self._changes.values()), default=None)
 
     def _spread(
-        self, client: int, request: int, serial: int, message: Published | Retracted, now: float
+        self, client: int, request: int, message: Published | Retracted, now: float
     ) -> None:
         home = self._home[client]
         for member in home.members:
             self._effects.send(member, message)
-        self._changes[serial] = _Change(
+        self._changes[message.serial] = _Change(
             home, client, request, message, set(home.members), now + PATIENCE_S
         )
 
