@@ -42,7 +42,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class _Part:
-    """Blocks [first, last) go to the beginning of a run; `segment` is None for a new segment."""
+    """Blocks [first, last) go to the beginning of a run, and take `size` bytes of it."""
 
     run: Run
     first: int
