@@ -832,6 +832,21 @@ def test_what_a_tenant_wants_no_more_is_not_its_own_though_others_follow_its_loa
     assert kept(world, "acme") == ["/adapters/1"]
 
 
+def test_a_tenant_that_follows_a_load_of_nobody_makes_room_with_its_own(world):
+    world.client(2, "other")
+    world.load(2, 5, pages=4)
+    world.load(1, 1, pages=4, owners=("acme",), most=1)
+    release_all(world, 2)
+    release_all(world)
+    tickets = world.want(2, 7, "/same"), world.want(1, 2, "/same", owners=("acme",), most=1)
+    for job in list(world.jobs):
+        world.opened(job)
+    world.settle(pages=4)
+    assert world.answer(2, tickets[0]).pack == world.answer(1, tickets[1]).pack
+    assert kept(world) == ["/adapters/5"]
+    assert kept(world, "acme") == ["/same", "/same"]
+
+
 def test_what_a_server_that_has_gone_had_begun_is_counted_for_its_followers(world):
     world.client(2, "other")
     world.want(2, 1, "/adapters/1", owners=("acme",), most=1)

@@ -111,7 +111,7 @@ class Load:
         contents: What the files' check has found; None before; so the next.
         blocks: int64 [n], bytes of the blocks.
         allocation: Where the job packs to; None: it only checks.
-        tenant: Who is to have the pack; None: nobody in particular.
+        tenant: The first that wants it; None: none does.
     """
 
     number: int
@@ -165,6 +165,10 @@ class Load:
             and leader.path == self.path  # which messages name
             and leader.settings.timeout_s >= self.settings.timeout_s
         )
+
+    def whose(self) -> Owner | None:
+        """The tenant that is to have the pack; None: nobody in particular."""
+        return next((load.tenant for load in self.family() if load.tenant is not None), None)
 
     def keep(self) -> bool:
         """Whether somebody wants it in memory."""

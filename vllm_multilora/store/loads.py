@@ -258,9 +258,8 @@ class Loads:
             unserved = [ticket for ticket in load.tickets if pack is None and ticket.keep]
             again.append((load, unserved + load.later))
         if pack is not None:
-            for load in leader.family():
-                if load.tenant is not None:
-                    self._memory.own(pack, load.tenant)
+            if (tenant := leader.whose()) is not None:
+                self._memory.own(pack, tenant)
             self._memory.release(info.pack)
         for load, tickets in again:
             self._again(load, tickets)

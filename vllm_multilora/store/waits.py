@@ -61,14 +61,15 @@ class Room:
         first.
         """
         assert load.blocks is not None
-        if load.tenant is not None:
+        scope = load.binding.scope
+        if (tenant := load.whose()) is not None:
             coming = sum(
                 1
                 for one in loads
                 if one.allocation is not None
-                and (one.tenant, one.binding.scope) == (load.tenant, load.binding.scope)
+                and (one.whose(), one.binding.scope) == (tenant, scope)
             )
-            self._memory.keep_within(load.binding.scope, load.tenant, coming + 1)
+            self._memory.keep_within(scope, tenant, coming + 1)
         allocation = self._memory.room(load.blocks, evict=True)
         if allocation is not None:
             self._waiting.popleft()
