@@ -847,6 +847,18 @@ def test_a_tenant_that_follows_a_load_of_nobody_makes_room_with_its_own(world):
     assert kept(world, "acme") == ["/same", "/same"]
 
 
+def test_what_a_tenants_server_has_withdrawn_counts_for_it_no_more(world):
+    world.client(2, "other")
+    world.load(1, 1, path="/same", owners=("acme",), most=1)
+    world.load(2, 7, path="/same")
+    release_all(world)
+    release_all(world, 2)
+    world.registry.forget(1, 1, world.now)
+    world.load(1, 2, owners=("acme",), most=1)
+    assert kept(world) == ["/same"]
+    assert kept(world, "acme") == ["/adapters/2"]
+
+
 def test_what_a_server_that_has_gone_had_begun_is_counted_for_its_followers(world):
     world.client(2, "other")
     world.want(2, 1, "/adapters/1", owners=("acme",), most=1)

@@ -206,7 +206,8 @@ class Pack:
         versions: The files that it is known to be equal to, in the order of their last reading.
         bindings: The adapters that it is, with their folders.
         leases: Leases of all clients.
-        tenant: The first that has wanted it; None: nobody in particular.
+        tenant: The first that has wanted it, of a server that still has it; None: nobody in
+            particular.
     """
 
     info: PackInfo
@@ -216,3 +217,7 @@ class Pack:
     bindings: dict[Binding, str] = field(default_factory=dict)
     leases: int = 0
     tenant: Owner | None = None
+
+    def is_bound_in(self, server: str) -> bool:
+        """Whether it is an adapter of a server."""
+        return any(binding.server == server for binding in self.bindings)

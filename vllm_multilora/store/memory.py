@@ -144,9 +144,6 @@ class HostMemory:
                 self._take_off(binding)
             else:
                 self.unbind(binding)
-        for pack in self.packs.values():
-            if pack.tenant is not None and pack.tenant.server == server:
-                pack.tenant = None
         for key in [key for key in self.tenant_limits if key[1].server == server]:
             del self.tenant_limits[key]
 
@@ -224,8 +221,11 @@ class HostMemory:
             del self._by_version[pack.scope, version]
 
     def _take_off(self, binding: Binding) -> None:
-        """A binding is none any more."""
-        del self._bound.pop(binding).bindings[binding]
+        """A binding is none any more; a pack without others of a server is none of its tenants'."""
+        pack = self._bound.pop(binding)
+        del pack.bindings[binding]
+        if pack.tenant is not None and not pack.is_bound_in(pack.tenant.server):
+            pack.tenant = None
         alike = self._bindings_of[binding.server, binding.adapter]
         alike.remove(binding)
         if not alike:
