@@ -187,6 +187,17 @@ def test_a_failure_ends_those_that_waited_although_more_keep_coming(server):
     assert "request 3" in server.ended
 
 
+def test_a_failure_ends_no_session_that_waits_for_input(server):
+    session = server.ask("session", 1, has_grammar=False)
+    session.status = RequestStatus.WAITING_FOR_STREAMING_REQ
+    server.ask("request", 1)
+    server.engine.store.failed()
+    server.engine.adapters.poll()
+    server.ask("again", 1)
+    server.step()
+    assert server.ended.keys() == {"request"}
+
+
 def test_a_copy_that_fails_ends_the_requests_of_its_adapter_and_no_others(server):
     server.start("good", 1)
     server.ask("bad", 2)

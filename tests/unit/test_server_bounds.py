@@ -395,10 +395,10 @@ def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.Monke
         call = asyncio.create_task(load)
         await asyncio.wait_for(is_asked.wait(), 10)
         call.cancel()
-        await asyncio.sleep(0)
-        may_read.set()
         await asyncio.wait({call}, timeout=10)
         assert call.cancelled()
+        may_read.set()
+        await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
         assert models.lora_requests["acme"].lora_int_id == 1
 
     asyncio.run(scenario())

@@ -179,7 +179,7 @@ class AdapterAwareMixin:
         failure = adapters.failure(lora_id)
         assert failure is not None
         for request, lora in _requests_of(lora_id, self.requests.values()):
-            waits = request.status is not RequestStatus.RUNNING and request is not latest
+            waits = request.status in _COULD_RUN and request is not latest
             if waits and not self._late_reloads.holds(request):
                 self._failing[request.request_id] = to_stop_reason(failure, lora)
 

@@ -303,11 +303,12 @@ async def load_lora_adapter(
     original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None = None
 ) -> Any:
     if acts_for(models):
-        return await to_its_end(load_adapter(models, request, base_model_name))
+        # Whole, for a caller too that gives up meanwhile: else nobody frees what the engine has.
+        return await asyncio.shield(in_background(load_adapter(models, request, base_model_name)))
     return await original(models, request, base_model_name)
 
 
 async def unload_lora_adapter(original: Callable[..., Any], models: Any, request: Any) -> Any:
     if acts_for(models):
-        return await to_its_end(unload_adapter(models, request))
+        return await asyncio.shield(in_background(unload_adapter(models, request)))  # likewise
     return await original(models, request)
