@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_multilora.integration.step.staged_rows import StagedRows
-
 if TYPE_CHECKING:
     from vllm.lora.layers import BaseLayerWithLoRA
 
@@ -31,8 +29,7 @@ def layer_bytes(layer: BaseLayerWithLoRA, dtype: torch.dtype | None = None) -> i
 def wrapper_bytes(wrapper: MultiLoRAPunicaWrapper) -> int:
     """Bytes on the device of what a punica wrapper prepares for a step."""
     plans = (wrapper.plan.buffer, wrapper.output_rows.buffer)
-    staged = (value.buffer for value in vars(wrapper).values() if isinstance(value, StagedRows))
-    return _storage_bytes([*plans, *staged, *_tensors(vars(wrapper).values())])
+    return _storage_bytes([*plans, *_tensors(vars(wrapper).values())])
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
