@@ -74,8 +74,9 @@ def headers_of(messages):
         ("acme/v2 beta", "acme/v2 beta"),
         ("médical", "m%C3%A9dical"),
         ("a\r\nset-cookie: b", "a%0D%0Aset-cookie: b"),
+        (" a b ", "%20a%20b%20"),
     ],
-    ids=["no-adapter", "plain", "not-ascii", "line-break"],
+    ids=["no-adapter", "plain", "not-ascii", "line-break", "spaces-around"],
 )
 def test_the_answer_names_the_adapter_that_a_task_of_the_request_chose(adapter, header):
     async def app(scope, receive, send):

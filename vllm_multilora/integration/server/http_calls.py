@@ -171,8 +171,10 @@ class _Answer:
         """Adds the headers; whether they are to be held until the body is there."""
         call, headers = self._call, MutableHeaders(scope=start)
         if call.adapter is not None:
-            # A header holds ASCII; other names are percent-encoded, as in a URL.
-            headers[ADAPTER_HEADER] = quote(call.adapter, safe="/:@+* ")
+            # A header holds ASCII, and neither begins nor ends with spaces; other names are
+            # percent-encoded, as in a URL.
+            inner_space = " " if call.adapter == call.adapter.strip() else ""
+            headers[ADAPTER_HEADER] = quote(call.adapter, safe="/:@+*" + inner_space)
         if call.digest is not None:
             headers[VERSION_HEADER] = call.digest[:SHOWN_DIGITS]
         kind = headers.get("content-type", "")
