@@ -22,7 +22,7 @@ from tests.engine.parties import pack_info
 from tests.engine.test_scheduler import config
 from vllm_multilora.integration.activated import ActivatedLoRARequest, last_occurrence
 from vllm_multilora.integration.attached import ADAPTERS
-from vllm_multilora.integration.engine import activation, core, prefix_keys
+from vllm_multilora.integration.engine import core, invocation, prefix_keys
 from vllm_multilora.store.messages import PackInfo
 
 BLOCK = 4
@@ -246,19 +246,20 @@ def test_where_it_begins_tells_requests_apart_even_if_vllm_names_no_blocks(monke
 def test_a_prompt_that_invokes_nothing_gets_no_keys_and_never_the_base_models():
     request = activated([1, 1, 0, 2] * BLOCK)
     assert not request.block_hashes
-    assert not activation.is_invoked(request, Digests(_1="d", invocation=INVOCATION).version(1))
+    assert not invocation.is_invoked(request, Digests(_1="d", invocation=INVOCATION).version(1))
 
 
 def test_an_adapter_that_becomes_a_plain_one_acts_on_everything():
     tokens = [5] * (2 * BLOCK) + [*INVOCATION]
     request = activated(tokens)
     plain = Digests(_1="plain").version(1)
-    assert activation.is_invoked(request, plain)
+    assert invocation.is_invoked(request, plain)
     assert prefix_keys.set_version(request, plain.digest)
     assert type(request.lora_request) is LoRARequest
     assert request.block_hashes == arrived(lora(), Digests(_1="plain"), tokens=tokens).block_hashes
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([0, 1, 256, 1 << 24, (1 << 31) - 1]), max_size=24),
     st.lists(st.sampled_from([0, 1, 256, 1 << 24, (1 << 31) - 1]), min_size=1, max_size=3),

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
     from vllm_multilora.failures import LoadFailure
-    from vllm_multilora.integration.engine.activation import Activation
     from vllm_multilora.integration.engine.adapters import EngineAdapters
+    from vllm_multilora.integration.engine.invocation import Activation
     from vllm_multilora.integration.engine.reaching import Reached
     from vllm_multilora.integration.fill_link import FillLink
     from vllm_multilora.integration.server.access import Access

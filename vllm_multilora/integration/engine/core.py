@@ -26,7 +26,7 @@ from vllm_multilora.integration.attached import (
     SERVER,
     Attached,
 )
-from vllm_multilora.integration.engine import activation, prefix_keys
+from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
 from vllm_multilora.integration.engine.observer import AdapterObserver
@@ -256,7 +256,7 @@ def preprocess_add_request(original: Callable[..., Any], engine_core: Any, reque
     prefix_keys.withhold(made, hasher)
     adapters = ADAPTERS.get(engine_core)
     version = None if adapters is None else adapters.version(lora.lora_int_id)
-    if version is not None and activation.is_invoked(made, version):
+    if version is not None and invocation.is_invoked(made, version):
         prefix_keys.set_version(made, version.digest)
     return made, wave
 

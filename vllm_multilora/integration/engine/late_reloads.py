@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from vllm_multilora.integration.engine.adapters import EngineAdapters
 
-_HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
+HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
 
 
 class LateReloads:
@@ -88,4 +88,4 @@ class LateReloads:
 
 def _has_begun(request: Request) -> bool:
     """Whether a request has its adapter, or had it; one that has ended waits for none either."""
-    return bool(request.status in _HAS_RUN or request.num_computed_tokens or request.is_finished())
+    return bool(request.status in HAS_RUN or request.num_computed_tokens or request.is_finished())

@@ -30,7 +30,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_multilora.integration.activated import start_of
 from vllm_multilora.integration.attached import HASHER, VERSION
-from vllm_multilora.integration.engine import activation
+from vllm_multilora.integration.engine import invocation
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -45,7 +45,7 @@ def set_version(request: Request, digest: str) -> bool:
     """Gives a request the keys of the weights that it is to run on.
 
     Args:
-        request: One with an adapter, which its prompt invokes (`activation.is_invoked`).
+        request: One with an adapter, which its prompt invokes (`invocation.is_invoked`).
         digest: Of the adapter's weights.
 
     Returns:
@@ -57,7 +57,7 @@ def set_version(request: Request, digest: str) -> bool:
     if known is not None and _holds_results(request):
         return False
     VERSION.set(request, digest)
-    activation.activate(request, digest)
+    invocation.activate(request, digest)
     request.mm_features = [
         replace(feature, identifier=f"{digest}:{feature.mm_hash}")
         if _depends_on_adapter(feature)

@@ -23,9 +23,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_multilora.integration.blends import label_of
-from vllm_multilora.integration.engine import activation, prefix_keys
+from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
-from vllm_multilora.integration.engine.late_reloads import LateReloads
+from vllm_multilora.integration.engine.late_reloads import HAS_RUN, LateReloads
 from vllm_multilora.integration.engine.users import AdapterUsers
 from vllm_multilora.integration.engine.versions import Announcements
 from vllm_multilora.integration.failures import (
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 _IDLE_S = 0.001
 _COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-_HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,7 @@ class AdapterAwareMixin:
         if adapters.is_ready(lora.lora_int_id, reload=reload):
             version = adapters.version(lora.lora_int_id)
             assert version is not None
-            if activation.is_invoked(request, version):
+            if invocation.is_invoked(request, version):
                 return True
             reason = uninvoked_stop_reason(lora, version.invocation_tokens)
             self._failing[request.request_id] = reason
@@ -350,7 +349,7 @@ class AdapterAwareMixin:
         bad_blocks = self._freed.of(lost.keys())
         for lora_id, failure in lost.items():
             for request, lora in _requests_of(lora_id, self.requests.values()):
-                if request.status in _HAS_RUN:
+                if request.status in HAS_RUN:
                     failing[request.request_id] = to_stop_reason(failure, lora)
                     bad_blocks |= _blocks_of(request, self.kv_cache_manager)
         if bad_blocks:
