@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm_multilora.failures import LoadFailure
     from vllm_multilora.integration.engine.adapters import EngineAdapters
     from vllm_multilora.integration.engine.invocation import Activation
-    from vllm_multilora.integration.engine.reaching import Reached
+    from vllm_multilora.integration.engine.reaching import RemoteMachine
     from vllm_multilora.integration.fill_link import FillLink
     from vllm_multilora.integration.server.access import Access
     from vllm_multilora.integration.server.adapter_directory import DirectoryServer
@@ -70,7 +70,7 @@ SERVER: Attached[str] = Attached("server")
 EARLY_STORE: Attached[StoreClient | None] = Attached("early-store")
 """Of an executor: keeps this machine's store up until its engine core has connected to it."""
 
-REACHED: Attached[Reached] = Attached("reached")
+REACHED: Attached[list[RemoteMachine]] = Attached("reached")
 """Of an executor: the other machines that its workers are on, where they can be heard."""
 
 ADAPTERS: Attached[EngineAdapters | None] = Attached("adapters")

@@ -56,7 +56,7 @@ class _Caller:
 
 
 class RemoteDoor:
-    """The engine core's end; for its main thread only. Nothing here waits but `await_all`.
+    """The engine core's end; for its main thread only. Nothing here waits.
 
     Args:
         host: The address of this machine that other machines reach it by.
@@ -72,10 +72,6 @@ class RemoteDoor:
         self.address = Address(host, self._listener.getsockname()[1], secrets.token_bytes(32))
         self._callers: list[_Caller] = []
         self._open: dict[tuple[str, int], socket.socket] = {}
-
-    def fileno(self) -> int:
-        """The socket, for selectors: someone has connected."""
-        return self._listener.fileno()
 
     def take(self, purpose: Purpose, rank: int) -> socket.socket | None:
         """The newest connection that a worker has made for a purpose, if there is one."""

@@ -94,8 +94,8 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
         os.environ.pop(PATH_VARIABLE, None)
     if link is None or not (missing := link.attach_all()):
         return
-    reached = reach(executor, link, missing, vllm_config)
-    if reached is None:
+    machines = reach(executor, link, missing, vllm_config)
+    if machines is None:
         logger.warning(
             "Workers %s, which are on other machines, do not reach their engine core: the engine "
             "will wait while adapters are loaded.",
@@ -103,10 +103,8 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
         )
         _disconnect(executor)
         return
-    logger.info(
-        "Adapters are loaded in the background on %d other machine(s).", len(reached.machines)
-    )
-    REACHED.set(executor, reached)
+    logger.info("Adapters are loaded in the background on %d other machine(s).", len(machines))
+    REACHED.set(executor, machines)
 
 
 def _make_link(vllm_config: VllmConfig) -> FillLink | None:
@@ -213,8 +211,7 @@ def _open_stores(
     executor: Any, vllm_config: VllmConfig, server: str
 ) -> StoreClient | MachineStores:
     """The stores of all machines that have workers, each told what its workers accept."""
-    settings, reached = settings_of(vllm_config), REACHED.get(executor)
-    remote = [] if reached is None else reached.machines
+    settings, remote = settings_of(vllm_config), REACHED.get(executor) or []
     away = {rank for machine in remote for rank in machine.ranks}
     here = [r for r in range(vllm_config.parallel_config.world_size) if r not in away]
     clients = [StoreClient.connect(settings.store, server)] if here else []  # type: ignore[arg-type]

@@ -155,10 +155,6 @@ class MachineStores:
         for client in self._clients:
             client.start_waking(wake)
 
-    def close(self) -> None:
-        for client in self._clients:
-            client.close()
-
     def _ask(self, machine: int, ticket: int, asked: _Want) -> None:
         part = asked.tickets[machine] = self._clients[machine].want(asked.want)
         self._own_ticket[machine][part] = ticket

@@ -68,17 +68,9 @@ class RemoteMachine:
     store: RemoteStore
 
 
-@dataclass(frozen=True)
-class Reached:
-    """The other machines, and the door that their workers came in by."""
-
-    door: RemoteDoor
-    machines: list[RemoteMachine]
-
-
 def reach(
     executor: Any, link: FillLink, ranks: list[int], vllm_config: VllmConfig
-) -> Reached | None:
+) -> list[RemoteMachine] | None:
     """Connects workers that are not on this machine.
 
     Args:
@@ -103,7 +95,7 @@ def reach(
     finally:
         if machines is None:
             door.close()
-    return None if machines is None else Reached(door, machines)
+    return machines
 
 
 def _connect(

@@ -204,7 +204,7 @@ class MultiLoRAModelManager(LoRAModelManager):
                 ranks = _true_ranks(weights, layer.rows.stop - layer.rows.start)
                 expand[layer.rows] = ranks
                 shrink[layer.rows] = np.clip(ranks - layer.first_rank, 0, layer.held_ranks)
-        self._write_ranks(slot, shrink, expand)
+        self._rank_columns.write(slot, shrink, expand)
 
     def _fill_special(
         self, slot: int, name: str, module: BaseLayerWithLoRA, special: LoRAModel | None
@@ -235,13 +235,8 @@ class MultiLoRAModelManager(LoRAModelManager):
     def fill_with_dummy(self, slot: int, lora_id: int, rank: int) -> None:
         """Makes a slot look like an adapter of a rank in every layer; its weights stay."""
         ranks = np.full_like(self._held_ranks, rank)
-        self._write_ranks(slot, np.minimum(ranks, self._held_ranks), ranks)
+        self._rank_columns.write(slot, np.minimum(ranks, self._held_ranks), ranks)
         self.lora_index_to_id[slot] = lora_id
-
-    def _write_ranks(
-        self, slot: int, shrink: npt.NDArray[np.int32], expand: npt.NDArray[np.int32]
-    ) -> None:
-        self._rank_columns.write(slot, shrink, expand)
 
     def empty_all_slots(self) -> None:
         """Nobody's slots, all of them."""
