@@ -67,10 +67,11 @@ def worker_layout(folder, rank: int, *, layers_elsewhere: tuple[int, ...] = ()):
 
 def test_it_is_that_of_a_worker(folder):
     from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
 
     (folder / "model.safetensors").rename(folder / "weights.away")
     try:
-        offline = offline_layout(str(folder), max_lora_rank=64)
+        offline = offline_layout(Server(str(folder), max_lora_rank=64))
     finally:
         (folder / "weights.away").rename(folder / "model.safetensors")
     worker = worker_layout(folder, 64)
@@ -98,11 +99,14 @@ def test_a_worker_knows_what_others_have_from_what_nobody_has(tmp_path):
 
 def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(tmp_path):
     from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
 
     layout = offline_layout(
-        str(tiny_models.write_llama(tmp_path / "model")),
-        max_lora_rank=64,
-        lora_target_modules=("o_proj", "gate_proj"),
+        Server(
+            str(tiny_models.write_llama(tmp_path / "model")),
+            max_lora_rank=64,
+            lora_target_modules=("o_proj", "gate_proj"),
+        )
     )
     # vLLM adapts a fused layer whole, whichever part of it is named.
     kinds = {name.rpartition(".")[2] for name in layout.by_name}
@@ -118,9 +122,10 @@ def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(t
 def test_adapters_of_what_latent_attention_does_not_call_are_refused(tmp_path):
     """It multiplies with that layer's weights itself: the base model would answer."""
     from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
 
     folder = tiny_models.write_deepseek(tmp_path / "model")
-    layout = offline_layout(str(folder), max_lora_rank=64)
+    layout = offline_layout(Server(str(folder), max_lora_rank=64))
     attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
     for kinds in (attention, (*attention, "kv_b_proj")):
         recipe = AdapterRecipe("-".join(kinds), kinds)
@@ -137,20 +142,22 @@ def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
     from vllm.model_executor.layers import rotary_embedding
 
     from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
 
     shared = rotary_embedding._ROPE_DICT
     before = dict(shared)
     shared["of another model"] = "kept"
-    offline_layout(str(tiny_models.write_llama(tmp_path)))
+    offline_layout(Server(str(tiny_models.write_llama(tmp_path))))
     assert shared.pop("of another model") == "kept"
     assert shared == before
 
 
 def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
     from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
 
     model = str(tiny_models.write_llama(tmp_path))
-    found = offline_layout(model, max_lora_rank=64, dtype="float32")
+    found = offline_layout(Server(model, max_lora_rank=64, dtype="float32"))
     assert found.by_name == LAYOUT.by_name
     assert found.special == LAYOUT.special
     assert found.special_shapes == LAYOUT.special_shapes
@@ -159,13 +166,14 @@ def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
 
 
 def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
-    from vllm_multilora.integration.offline.layout import BaseModelError, offline_layout
+    from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import BaseModelError, Server
 
     with pytest.raises(BaseModelError, match="cannot load the base model"):
-        offline_layout(str(tmp_path))
+        offline_layout(Server(str(tmp_path)))
     model = str(tiny_models.write_llama(tmp_path / "model"))
     with pytest.raises(BaseModelError, match="max_lora_rank"):
-        offline_layout(model, max_lora_rank=7)
+        offline_layout(Server(model, max_lora_rank=7))
 
 
 @pytest.mark.parametrize(
@@ -184,20 +192,22 @@ def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
     ids=["list", "size", "activation", "no LoRA"],
 )
 def test_a_wrong_configuration_is_an_error(tmp_path, text, message):
-    from vllm_multilora.integration.offline.layout import BaseModelError, offline_layout
+    from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import BaseModelError, Server
 
     file = tiny_models.write_llama(tmp_path) / "config.json"
     changed = json.loads(text)
     right = json.loads(file.read_text())
     file.write_text(json.dumps(right | changed if isinstance(changed, dict) else changed))
     with pytest.raises(BaseModelError, match=message):
-        offline_layout(str(tmp_path))
+        offline_layout(Server(str(tmp_path)))
 
 
 def test_it_can_be_sent_and_means_the_same_where_it_arrives(tmp_path):
     from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
 
-    layout = offline_layout(str(tiny_models.write_llama(tmp_path)), max_lora_rank=64)
+    layout = offline_layout(Server(str(tiny_models.write_llama(tmp_path)), max_lora_rank=64))
     arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(layout), type=ModelLayout)
     assert arrived == layout
     assert arrived.largest_bytes() == layout.largest_bytes()
@@ -221,10 +231,11 @@ PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, 
 
 def test_adapters_of_a_multimodal_model_are_served_without_its_tower(tmp_path):
     from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_VL))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    layout = offline_layout(str(tmp_path))
+    layout = offline_layout(Server(str(tmp_path)))
     language = "language_model.model.layers.0.self_attn.q_proj"
     assert language in layout.by_name
     rename = layout.naming.rename

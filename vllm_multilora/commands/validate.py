@@ -77,15 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _offline_layout(arguments: argparse.Namespace) -> ModelLayout:
     quieten_vllm()
     from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
 
+    modules = arguments.lora_target_modules
     return offline_layout(
-        arguments.model,
-        max_lora_rank=arguments.max_lora_rank,
-        dtype=arguments.dtype,
-        lora_dtype=arguments.lora_dtype,
-        lora_target_modules=arguments.lora_target_modules,
-        trust_remote_code=arguments.trust_remote_code,
-        dora=arguments.multilora_dora,
+        Server(
+            arguments.model,
+            max_lora_rank=arguments.max_lora_rank,
+            lora_target_modules=None if modules is None else tuple(modules),
+            dtype=arguments.dtype,
+            lora_dtype=arguments.lora_dtype,
+            trust_remote_code=arguments.trust_remote_code,
+            dora=arguments.multilora_dora,
+        )
     )
 
 
