@@ -280,6 +280,18 @@ def test_a_frozen_store_stops_nobody_and_goes_on(engine):
         assert isinstance(engine.answer(ticket), Loaded)
 
 
+def test_the_time_that_a_store_is_frozen_is_not_its_jobs(engines):
+    engine = engines(timeout_s=1.0)
+    engine.load(1, "/fake/a")
+    store = engine.store()
+    ticket = engine.client.want(Want(2, "slow", "/fake/b?sleep=0.5"))
+    engine.until(lambda: bool(store.children()))
+    store.suspend()
+    time.sleep(2.5)  # longer than the job may take, and than the store sleeps by itself
+    store.resume()
+    assert isinstance(engine.answer(ticket), Loaded)
+
+
 def test_a_client_that_dies_gives_its_leases_back(engines, tmp_path):
     engine = engines(budget_bytes=MIB)
     code = f"""

@@ -175,6 +175,12 @@ class FairQueue:
             job.processor_s = processor_s
             job.worked = now
 
+    def stood_still(self, seconds: float) -> None:
+        """Nobody has heard the jobs for so long, as when the store was frozen."""
+        for job in self._jobs.values():
+            job.deadline += seconds
+            job.worked += seconds
+
     def overdue(self, now: float) -> list[int]:
         """Jobs to kill: past their deadline, or idle for longest of too many."""
         late = [

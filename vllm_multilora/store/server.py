@@ -44,6 +44,8 @@ LINGER_S = 2.0
 """Seconds without clients after which the store ends."""
 
 _TOTALS_EVERY_S = 0.05
+_AWAKE_S = 1.0
+"""Seconds that the loop sleeps at most while jobs work: if it is much longer, it stood still."""
 
 
 class Server:
@@ -76,7 +78,7 @@ class Server:
         self._numbers = itertools.count(-1, -1)  # jobs have positive numbers, clients negative ones
         self._lost: set[int] = set()
         self._unstarted: list[tuple[int, Failure]] = []
-        self._alone_since = time.monotonic()
+        self._alone_since = self._awake = time.monotonic()
         self._totals: Totals | None = None
         self._totals_sent = 0.0
         self._stopped = False
@@ -96,7 +98,7 @@ class Server:
         """Serves until the last client has gone, or `stop`."""
         try:
             while not self._stopped and not self._is_over():
-                for key, _ in self._selector.select(self._patience()):
+                for key, _ in self._sleep():
                     self._react(key.data)
                 self._settle()
         finally:
@@ -158,12 +160,21 @@ class Server:
         for connection in self._connections.values():
             connection.channel.wait_in(self._selector)
 
+    def _sleep(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Waits for something to do."""
+        found = self._selector.select(self._patience())
+        before, self._awake = self._awake, time.monotonic()
+        if (seconds := self._awake - before) > 2 * _AWAKE_S:
+            self._registry.loads.queue.stood_still(seconds)
+        return found
+
     def _patience(self) -> float | None:
         """Seconds that the loop may sleep."""
         if self._lost:
             return 0.0
         now = time.monotonic()
         times = [
+            now + _AWAKE_S if self._desk.reading else None,
             self._registry.loads.queue.next_event(now),
             self._desk.next_look(),
             self._names.next_event(),
