@@ -54,7 +54,11 @@ def test_a_healthy_server(site, capsys):
     server = FakeServer(slots=4, requests={"a": 5}, adapters=[("a", "gpu", 16, False)])
     site.answers["/metrics"] = lambda *_: (200, server.text())
     assert main(["advise", "--url", site.url, "--window", "0.3"]) == 0
-    assert capsys.readouterr().out.startswith("Nothing to change: 0 requests")
+    told = (
+        r"Nothing to change: 0 requests in (\d+) s, 0 adapters active within \1 s, 0 at the same "
+        r"time, 4 slots\.\n"
+    )
+    assert re.fullmatch(told, capsys.readouterr().out)
 
 
 def test_a_clock_that_is_set_back_meanwhile(site, capsys, monkeypatch):

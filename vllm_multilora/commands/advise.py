@@ -9,7 +9,7 @@ import time
 
 from vllm_multilora.commands.api_key import add_api_key
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.operations.advisor import advise
+from vllm_multilora.operations.advisor import advise, demand
 from vllm_multilora.operations.findings import Finding
 from vllm_multilora.operations.http_client import base_url
 from vllm_multilora.operations.observations import ACTIVITY_WINDOW_S, Observations
@@ -104,8 +104,8 @@ def _watch(url: str, window_s: float, api_key: str | None) -> list[Snapshot]:
 def _nothing_to_change(seen: Observations) -> str:
     requests = sum(seen.requests.values())
     return (
-        f"Nothing to change: {requests:.0f} requests for {len(seen.requests)} adapters in "
-        f"{seen.window_s:.0f} s, {seen.active} active within five minutes, {seen.slots} slots."
+        f"Nothing to change: {requests:.0f} requests in {seen.window_s:.0f} s, {demand(seen)}, "
+        f"{seen.slots} slots."
     )
 
 

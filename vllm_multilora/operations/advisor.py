@@ -60,7 +60,7 @@ def _slots(seen: Observations) -> Iterator[Finding]:
         yield Finding(
             FindingCode.MAX_LORAS_LOW,
             f"raise --max-loras from {seen.slots} to {needed}",
-            f"{_demand(seen)}; {_rate(seen.gpu_evictions, seen)} adapters a second lost their slot",
+            f"{demand(seen)}; {_rate(seen.gpu_evictions, seen)} adapters a second lost their slot",
             _SIZE_RULE,
         )
     elif seen.names_are_cut or not _has_full_window(seen):
@@ -70,7 +70,7 @@ def _slots(seen: Observations) -> Iterator[Finding]:
             FindingCode.MAX_LORAS_HIGH,
             f"lower --max-loras from {seen.slots} to {needed}: the memory of the slots goes to the "
             "KV cache (vllm-multilora plan says how much)",
-            _demand(seen),
+            demand(seen),
             f"{_SIZE_RULE}; twice as many are too many",
         )
 
@@ -83,7 +83,7 @@ def _evictions(seen: Observations) -> Iterator[Finding]:
             FindingCode.EVICTIONS,
             f"raise --max-loras above {seen.slots}, or pin the busiest adapters "
             "(--multilora-pin NAME)",
-            f"{rate:.1f} adapters a second lost their slot; {_demand(seen)}",
+            f"{rate:.1f} adapters a second lost their slot; {demand(seen)}",
             f"more than {EVICTIONS_PER_S:g} eviction a second means that max_loras is too low",
         )
 
@@ -262,7 +262,8 @@ def _active(seen: Observations) -> str:
     return f"{'at least ' if seen.names_are_cut else ''}{seen.active}"
 
 
-def _demand(seen: Observations) -> str:
+def demand(seen: Observations) -> str:
+    """How many adapters were active, and in which time."""
     window = min(seen.window_s, ACTIVITY_WINDOW_S)
     return (
         f"{_active(seen)} adapters active within {window:.0f} s, {seen.peak_wanted} at the same "
