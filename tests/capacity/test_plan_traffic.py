@@ -221,7 +221,7 @@ def test_the_model_is_compared_where_it_is_given(plan, model):
         (("--max-num-seqs", 0), "concurrency must be at least 1, got 0"),
         (("--max-num-batched-tokens", 3), "3 is less than --max-num-seqs 4, which vLLM refuses"),
         (("--max-cpu-loras", 1), "got 1 for 2 slots"),
-        (("--cpu-cache-gib", -1), "--cpu-cache-gib -1 must be a positive number of MiB"),
+        (("--cpu-cache-gib", -1), "--cpu-cache-gib must be a positive number of GiB"),
         (("--cpu-cache-gib", 0.001), "adapter 'a' has 2.0 MiB, more than the whole CPU budget"),
         (("--policy", "best"), "unknown cache policy 'best'"),
         (("--adapters", "/no/such/folder"), "--adapters /no/such/folder: No such file"),

@@ -89,7 +89,7 @@ def test_the_table_has_a_row_for_every_policy_and_the_optimum(capsys):
         "optimum",
     ]
     assert "500 requests, 30 adapters" in out
-    assert "4 slots, host memory: 8192.0 MiB, batches of 8 requests" in out
+    assert "4 slots, host memory: 8.00 GiB, batches of 8 requests" in out
 
 
 def test_the_table_and_the_json_agree(capsys):
@@ -136,10 +136,16 @@ def test_sizes_come_from_a_file_or_a_mix_of_ranks(trace, tmp_path, capsys):
         ([*SMALL, "--max-loras", "0"], "number of slots must be a positive integer"),
         ([*SMALL, "--max-cpu-loras", "3"], "got 3 for 4 slots"),
         ([*SMALL, "--concurrency", "0"], "concurrency must be at least 1, got 0"),
-        ([*SMALL, "--cpu-cache-gib", "-1"], "--cpu-cache-gib -1 must be a positive number of MiB"),
-        ([*SMALL, "--cpu-cache-gib", "1e308"], "--cpu-cache-gib 1e+308 must be a positive number"),
+        (
+            [*SMALL, "--cpu-cache-gib", "-1"],
+            "must be a positive number of GiB, got -1",
+        ),
+        (
+            [*SMALL, "--cpu-cache-gib", "1e308"],
+            "must be a positive number of GiB, got 1e+308",
+        ),
         ([*SMALL, "--adapter-mib", "0"], "--adapter-mib must be a positive number of MiB"),
-        ([*SMALL, "--adapter-mib", "9000"], "more than the whole CPU budget (8192.0 MiB)"),
+        ([*SMALL, "--adapter-mib", "9000"], "more than the whole CPU budget (8.00 GiB)"),
         ([*SMALL, "--rank-mix", "8"], "a rank mix must be like 8=70,64=30"),
         ([*SMALL, "--requests", "0"], "requests must be at least 1, got 0"),
     ],

@@ -46,7 +46,7 @@ WRONG = [
     ),
     (f"{ZIPF} --max-loras many", "invalid int value: 'many'"),
     (f"{ZIPF} --max-cpu-loras 0", "got 0"),
-    (f"{ZIPF} --cpu-cache-gib -1", "--cpu-cache-gib -1"),
+    (f"{ZIPF} --cpu-cache-gib -1", "--cpu-cache-gib must be a positive"),
     (f"{ZIPF} --cpu-cache-gib nan", "nan"),
     (f"{ZIPF} --concurrency 0", "got 0"),
     (f"{ZIPF} --max-loras 99999999999999999999", "at most 32766, got 99999999999999999999"),

@@ -62,12 +62,12 @@ def test_the_table_has_the_nearest_adapters_first_and_errors_below():
     lines = table(LISTING, now=NOW)
     assert lines[:3] == [
         "slots        1 of 8",
-        "host memory  1 adapter, 84 MB of 2000 MB",
+        "host memory  1 adapter, 80.1 MiB of 1.86 GiB",
         "registered   3",
     ]
     header, hot, broken, cold = (line.split() for line in lines[4:8])
     assert header[:3] == ["ADAPTER", "STATE", "SLOT"]
-    assert " ".join(hot) == "hot slot 3 16 84 yes 1200 40 2 min ago /adapters/hot"
+    assert " ".join(hot) == "hot slot 3 16 80 yes 1200 40 2 min ago /adapters/hot"
     assert broken[:2] == ["broken", "failed"]
     assert " ".join(cold) == "cold absent 0 0 /adapters/cold"
     assert lines[8:] == ["", "broken: adapter_config.json is missing"]

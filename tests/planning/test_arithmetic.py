@@ -6,7 +6,7 @@ from tests.adapters.checkpoints import MODULES
 from vllm_multilora.planning.kv_cache import KvCache
 from vllm_multilora.planning.plan import Plan
 from vllm_multilora.planning.slot_memory import LayerMemory, SlotMemory
-from vllm_multilora.planning.units import readable
+from vllm_multilora.slots.budget import readable
 
 from .models import HEAD_WIDTHS, MODEL, TWO_WORKERS
 

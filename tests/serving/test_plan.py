@@ -104,8 +104,7 @@ def test_a_server_says_it_when_it_starts(folder, caplog, monkeypatch):
     from vllm_multilora.integration.offline.model import one_worker
     from vllm_multilora.integration.patching.ledger import apply_patches
     from vllm_multilora.integration.worker import start_report
-    from vllm_multilora.planning.units import readable
-    from vllm_multilora.slots.budget import CpuBudget
+    from vllm_multilora.slots.budget import CpuBudget, readable
 
     apply_patches()
     setting = Setting(3, 16)
@@ -121,7 +120,7 @@ def test_a_server_says_it_when_it_starts(folder, caplog, monkeypatch):
     [line] = [r.getMessage() for r in caplog.records if r.name == start_report.__name__]
     total = costs(folder / "llama", setting).by_rank[16].total(3)
     assert f"3 of rank 16 in bfloat16 take {readable(total)}" in line
-    assert "Adapters in host memory: up to 1024.0 MiB." in line
+    assert "Adapters in host memory: up to 1.00 GiB." in line
 
 
 @pytest.fixture(scope="module")

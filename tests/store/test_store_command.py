@@ -148,7 +148,7 @@ def test_the_table_names_memory_loads_protection_and_clients():
     assert lines == [
         "store        process 70, at /run/store-1.sock",
         "checks       limits of time, seccomp",
-        "host memory  12 adapters, 560.0 MB of 8,000.0 MB; its segments take 640.0 MB",
+        "host memory  12 adapters, 0.52 GiB of 7.45 GiB; its segments take 0.60 GiB",
         "loads        3 waiting, 2 under way, 1 killed that do not end",
         "",
         "CLIENT  SERVER  PROCESS  WANTS  LEASES",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from vllm_multilora.planning.advice import LARGE_RANK, Advice
 from vllm_multilora.planning.plan import Plan
-from vllm_multilora.planning.units import readable
+from vllm_multilora.slots.budget import readable
 
 _MOST_NAMED = 5
 

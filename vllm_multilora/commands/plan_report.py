@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from vllm_multilora.commands.plan_advice import advice_lines
 from vllm_multilora.commands.table import aligned
 from vllm_multilora.planning.plan import Plan
-from vllm_multilora.planning.units import kv_share, readable
+from vllm_multilora.planning.units import kv_share
+from vllm_multilora.slots.budget import readable
 
 
 def report(plan: Plan) -> list[str]:

@@ -16,6 +16,7 @@ from vllm_multilora.slots.adapter_sizes import (
     DEFAULT_MIB_PER_RANK,
     parse_rank_mix,
     read_sizes,
+    size_from_gib,
     size_from_mib,
     sizes_by_rank,
 )
@@ -90,7 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     server = parser.add_argument_group("server")
-    server.add_argument("--max-loras", type=int, default=16, metavar="N", help="number of slots")
+    server.add_argument(
+        "--max-loras",
+        type=int,
+        default=16,
+        metavar="N",
+        help="number of slots (default: %(default)s)",
+    )
     server.add_argument(
         "--max-cpu-loras", type=int, metavar="N", help="limit of adapters in host memory"
     )
@@ -187,7 +194,7 @@ def _shape(arguments: argparse.Namespace) -> ServerShape:
     gib = arguments.cpu_cache_gib
     if gib is None and arguments.max_cpu_loras is None:
         gib = DEFAULT_CPU_CACHE_GIB
-    size = None if gib is None else size_from_mib(gib * 1024, f"--cpu-cache-gib {gib:g}")
+    size = None if gib is None else size_from_gib(gib, "--cpu-cache-gib")
     budget = CpuBudget(adapters=arguments.max_cpu_loras, bytes=size)
     return ServerShape(arguments.max_loras, budget, arguments.concurrency)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_multilora.commands.table import aligned, counted, cut
+from vllm_multilora.slots.budget import MIB, readable
 from vllm_multilora.states import AdapterState
 
 _NEAREST_FIRST = tuple(
@@ -61,12 +62,12 @@ def _totals(listing: Mapping[str, Any]) -> list[str]:
     if slots is not None:
         lines.append(f"slots        {slots['total'] - slots['free']} of {slots['total']}")
     if cpu is not None:
-        used = f"{counted(cpu['adapters'], 'adapter')}, {_mb(cpu['bytes'])} MB"
+        used = f"{counted(cpu['adapters'], 'adapter')}, {readable(cpu['bytes'])}"
         limits = []
         if cpu["adapters_limit"] is not None:
             limits.append(counted(cpu["adapters_limit"], "adapter"))
         if cpu["bytes_limit"] is not None:
-            limits.append(f"{_mb(cpu['bytes_limit'])} MB")
+            limits.append(readable(cpu["bytes_limit"]))
         lines.append(f"host memory  {used}" + (f" of {' and '.join(limits)}" if limits else ""))
     return [*lines, f"registered   {len(listing['data'])}"]
 
@@ -80,8 +81,8 @@ def _text(value: object, now: float) -> str:
     return "" if value is None else _plain(str(value))
 
 
-def _mb(count: float) -> str:
-    return f"{count / 1e6:.1f}" if count < 1e7 else f"{count / 1e6:.0f}"
+def _mib(count: float) -> str:
+    return f"{count / MIB:.1f}" if count < 10 * MIB else f"{count / MIB:.0f}"
 
 
 def _age(at: float | None, now: float) -> str:
@@ -101,7 +102,7 @@ _COLUMNS: dict[str, tuple[str, bool, _Cell]] = {
     "slot": ("SLOT", True, _text),
     "kind": ("KIND", False, _text),
     "rank": ("RANK", True, _text),
-    "bytes": ("MB", True, lambda count, now: _mb(count) if count else ""),
+    "bytes": ("MiB", True, lambda count, now: _mib(count) if count else ""),
     "pinned": ("PINNED", False, lambda is_pinned, now: "yes" if is_pinned else ""),
     "requests": ("REQUESTS", True, _text),
     "hits": ("HITS", True, _text),

@@ -13,6 +13,7 @@ import msgspec
 
 from vllm_multilora.commands.table import aligned, counted
 from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.slots.budget import readable
 from vllm_multilora.store import folder
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
@@ -115,7 +116,7 @@ def table(found: Description, path: str) -> list[str]:
     lines = [
         f"store        process {found.pid}, at {path}",
         f"checks       {protection}",
-        f"host memory  {_memory(found.totals)}; its segments take {_mb(found.segment_bytes)}",
+        f"host memory  {_memory(found.totals)}; its segments take {readable(found.segment_bytes)}",
         f"loads        {found.queued} waiting, {found.reading} under way, "
         f"{found.stuck} killed that do not end",
     ]
@@ -131,13 +132,9 @@ def _memory(totals: Totals) -> str:
     if totals.adapters_limit is not None:
         limits.append(counted(totals.adapters_limit, "adapter"))
     if totals.bytes_limit is not None:
-        limits.append(_mb(totals.bytes_limit))
-    held = f"{counted(totals.adapters, 'adapter')}, {_mb(totals.bytes)}"
+        limits.append(readable(totals.bytes_limit))
+    held = f"{counted(totals.adapters, 'adapter')}, {readable(totals.bytes)}"
     return held + (f" of {' and '.join(limits)}" if limits else "")
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
 
 
 def _fields(message: Any) -> Any:

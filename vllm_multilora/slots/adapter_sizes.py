@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_multilora.documents import read_file, read_json
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.budget import MIB
+from vllm_multilora.slots.budget import GIB, MIB
 from vllm_multilora.slots.traces import MOST
 
 DEFAULT_MIB_PER_RANK = 5.0
@@ -17,14 +17,23 @@ DEFAULT_MIB_PER_RANK = 5.0
 
 
 def size_from_mib(mib: float, what: str) -> int:
-    """Bytes in that many MiB.
+    """Bytes in that many MiB; see `size_from_gib`."""
+    return _size(mib, MIB, "MiB", what)
+
+
+def size_from_gib(gib: float, what: str) -> int:
+    """Bytes in that many GiB.
 
     Raises:
         ConfigError: They are less than a byte, or too many; the message names `what`.
     """
-    size = mib * MIB
+    return _size(gib, GIB, "GiB", what)
+
+
+def _size(count: float, unit: int, name: str, what: str) -> int:
+    size = count * unit
     if not 1 <= size < MOST:  # nor NaN
-        raise ConfigError(f"{what} must be a positive number of MiB, got {mib}")
+        raise ConfigError(f"{what} must be a positive number of {name}, got {count:g}")
     return round(size)
 
 

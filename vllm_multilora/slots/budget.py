@@ -8,6 +8,16 @@ from vllm_multilora.errors import ConfigError
 
 GIB = 2**30
 MIB = 2**20
+_KIB = 2**10
+
+
+def readable(size: int) -> str:
+    """Bytes in GiB, or in smaller units where GiB would hide them."""
+    if size >= GIB // 10:
+        return f"{size / GIB:.2f} GiB"
+    if size >= MIB // 10:
+        return f"{size / MIB:.1f} MiB"
+    return f"{size / _KIB:.1f} KiB"
 
 
 @dataclass(frozen=True)
@@ -49,5 +59,5 @@ class CpuBudget:
         if self.adapters is not None:
             limits.append(f"{self.adapters} adapters")
         if self.bytes is not None:
-            limits.append(f"{self.bytes / MIB:.1f} MiB")
+            limits.append(readable(self.bytes))
         return " and ".join(limits) or "no limit"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from vllm_multilora.slots.budget import readable
 from vllm_multilora.store.arena import Allocation, pages_of
 from vllm_multilora.store.entries import Load
 from vllm_multilora.store.memory import HostMemory
@@ -35,9 +36,11 @@ class Room:
         nbytes = pages_of(load.blocks)
         if self._memory.fits(1, nbytes):
             return None
+        budget = self._memory.arena.budget
+        assert budget is not None, "each budget has bytes, if one adapter is too large for all"
         return (
-            f"the adapter takes {nbytes} bytes of host memory, and all adapters together may take "
-            f"{self._memory.arena.budget}; raise the budget, or lower the adapter's rank"
+            f"the adapter takes {readable(nbytes)} of host memory, and all adapters together may "
+            f"take {readable(budget)}; raise the budget, or lower the adapter's rank"
         )
 
     def free_now(self, load: Load) -> Allocation | None:
