@@ -80,7 +80,7 @@ def test_the_key_of_a_server_with_guarded_metrics(site, capsys, monkeypatch):
     site.answers["/metrics"] = guarded
     command = ["advise", "--url", site.url, "--window", "0.1"]
     assert main(command) == 2
-    assert "give the server's key with --api-key" in capsys.readouterr().err
+    assert "in $VLLM_API_KEY or with --api-key" in capsys.readouterr().err
     assert main([*command, "--api-key", "secret"]) == 0
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     assert main(command) == 0

@@ -199,6 +199,11 @@ def test_an_address_may_have_a_path_and_be_of_any_kind(url):
     assert base_url(url) == url.rstrip("/")
 
 
+@pytest.mark.parametrize("path", ["", "/b"])
+def test_an_address_may_be_given_as_openais_clients_take_it(path):
+    assert base_url(f"http://a:1{path}/v1/") == f"http://a:1{path}"
+
+
 @pytest.mark.parametrize("key", ["a\nb", "\u20ac"])
 def test_a_key_that_http_cannot_carry_is_not_sent(site, key, capsys):
     assert main(["status", "--url", site.url, "--api-key", key]) == 2
@@ -227,6 +232,8 @@ def test_something_that_speaks_no_http(capsys):
     ("answer", "message"),
     [
         ((404, "Not Found"), "is it a vLLM server with vllm-multilora and --enable-lora?"),
+        ((403, '{"error": {"message": "No.", "code": 403}}'), " answers 403: No.\n"),
+        ((403, '{"error": "No."}'), ' answers 403: {"error": "No."}\n'),
         ((200, "hello"), "did not answer with JSON"),
         ((200, "{}"), "did not answer with a list of adapters"),
         ((200, "[" * 100_000), "did not answer with JSON"),

@@ -20,7 +20,7 @@ class UnreachableError(MultiLoRAError):
 
 
 def base_url(text: str) -> str:
-    """A server's address as paths are appended to it.
+    """A server's address as paths are appended to it; it may be given as OpenAI's clients take it.
 
     Raises:
         UnreachableError: It is no HTTP address.
@@ -29,7 +29,7 @@ def base_url(text: str) -> str:
         raise UnreachableError(
             f"{text!r} is not a server address: expected http://HOST:PORT or https://HOST:PORT"
         )
-    return text.rstrip("/")
+    return text.rstrip("/").removesuffix("/v1")
 
 
 def _is_address(text: str) -> bool:
@@ -67,8 +67,8 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             body: bytes = response.read()
     except urllib.error.HTTPError as error:
-        answer = error.read().decode(errors="replace").strip()[:_SHOWN]
-        hint = "; give the server's key with --api-key" if error.code == 401 else ""
+        answer = _message(error.read().decode(errors="replace").strip())[:_SHOWN]
+        hint = "; give a key in $VLLM_API_KEY or with --api-key" if error.code == 401 else ""
         raise UnreachableError(f"{url} answers {error.code}: {answer}{hint}") from error
     # URLError, a time limit, a broken connection, something that is not HTTP
     except (OSError, http.client.HTTPException) as error:
@@ -76,6 +76,14 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
         why = getattr(reason, "strerror", None) or reason
         raise UnreachableError(f"{url} cannot be reached: {why}") from error
     return body.decode(errors="replace")
+
+
+def _message(answer: str) -> str:
+    """What vLLM's answer to a request that fails says; other answers whole."""
+    try:
+        return str(json.loads(answer)["error"]["message"])
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return answer
 
 
 def get_json(url: str, query: dict[str, str] | None = None, *, api_key: str | None = None) -> Any:
