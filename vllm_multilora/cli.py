@@ -13,6 +13,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vllm_multilora import __version__
 from vllm_multilora.errors import MultiLoRAError
@@ -197,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 or 2 as the command's description says: 2 always means that it has no answer.
     """
+    if sys.stdout is None:  # closed by whoever wants no output, and Python opens nothing for it
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # Names of folders may have bytes that are no text; Python shows them so on standard error.
         sys.stdout.reconfigure(errors="backslashreplace")

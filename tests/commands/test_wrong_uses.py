@@ -225,6 +225,13 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert (process.returncode, err) == (PIPE_CLOSED, "")
 
 
+def test_output_that_nobody_wants_is_no_error():
+    process = running("tenants", "new", preexec_fn=lambda: os.close(1))
+    with process:
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
 def test_a_name_that_is_no_text_is_shown_all_the_same(tmp_path):
     folders = [
         write(tmp_path / os.fsdecode(name), weights({MODULES[0][0]: 4}), 4, 8)
