@@ -1,5 +1,6 @@
 """Traces and sizes: from files, with errors that name the line, and made up."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -57,6 +58,37 @@ def test_a_timed_trace_says_how_much_is_asked_for_and_serves_simulate_too(write)
     assert trace.requests == (TimedRequest(0.5, "a", 10, 3), TimedRequest(0.5, "b", 20, 1))
     assert trace.sizes == {"a": 100}
     assert read_trace(path) == Trace(("a", "b"), {"a": 100})
+
+
+def logged(time, adapter, prompt, generation, status="ok"):
+    row = {"time": time, "adapter": adapter, "status": status}
+    return json.dumps(row | {"prompt_tokens": prompt, "generation_tokens": generation})
+
+
+LOG = "\n".join(
+    [
+        logged("2026-01-31T12:00:00.500Z", "b", 8, 2),
+        '{"time":"2026-01-31T12:00:01.000Z","dropped":3}',
+        logged("2026-01-31T12:00:01.000Z", None, 9, 1),
+        logged("2026-01-31T12:00:02.000Z", "a", 0, 0, "failed"),
+        logged("2026-01-31T12:00:02.250Z", "a", 7, 4),
+    ]
+)
+
+
+def test_a_usage_log_is_a_trace_of_what_was_answered(write):
+    path = write("usage.jsonl", LOG)
+    assert read_trace(path) == Trace(("b", "a"))
+    noon = 1769860800
+    assert read_timed_trace(path).requests == (
+        TimedRequest(noon + 0.5, "b", 8, 2),
+        TimedRequest(noon + 1.0, None, 9, 1),
+        TimedRequest(noon + 2.25, "a", 7, 4),
+    )
+    with pytest.raises(TraceError, match="contains no requests for adapters"):
+        read_trace(write("base.jsonl", LOG.splitlines()[2]))
+    with pytest.raises(TraceError, match=r"line 1: time must be .* got 'noon'"):
+        read_trace(write("wrong.jsonl", LOG.replace("2026-01-31T12:00:00.500Z", "noon")))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def forecast(
     """Goes through a server's steps for a trace, from empty slots and empty host memory on.
 
     Args:
-        trace: The requests. Those that name the calibration's model have no adapter.
+        trace: The requests. Those that name the calibration's model, or nothing, have no
+            adapter.
         sizes: Bytes of the adapters that the trace does not state.
         server: What serves them.
         calibration: What things take there.
@@ -99,7 +100,7 @@ def forecast(
         PolicyError: There is no such policy.
     """
     known = {**sizes, **trace.sizes}
-    names = dict.fromkeys(request.adapter for request in trace.requests)
+    names = dict.fromkeys(one.adapter for one in trace.requests if one.adapter is not None)
     numbers = {name: n for n, name in enumerate(n for n in names if n not in calibration.model)}
     for name in numbers:
         if name not in known:
@@ -123,7 +124,7 @@ def forecast(
                 f"the request at {one.arrives_s:g} s has {one.prompt_tokens} + "
                 f"{one.generation_tokens} tokens, but the calibrated server accepts at most {most}"
             )
-        number = numbers.get(one.adapter)
+        number = None if one.adapter is None else numbers.get(one.adapter)
         arrives = one.arrives_s - begin
         requests.append(Request(arrives, number, one.prompt_tokens, one.generation_tokens))
     costs = Costs(

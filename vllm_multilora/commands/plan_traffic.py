@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="TRACE",
         help="predict how a server handles these requests: CSV or JSON lines with time (in "
-        "seconds), adapter, prompt_tokens, generation_tokens and optionally bytes",
+        "seconds), adapter, prompt_tokens, generation_tokens and optionally bytes; or a usage log",
     )
     traffic.add_argument(
         "--calibration",

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trace",
         nargs="?",
         type=Path,
-        help="CSV or JSON lines: time, adapter and, optionally, bytes",
+        help="CSV or JSON lines: time, adapter and, optionally, bytes; or a usage log",
     )
     traffic.add_argument(
         "--synthetic", choices=KINDS, help="generate traffic instead. " + kinds_help()

@@ -5,6 +5,8 @@ it orders the requests), `adapter` (its name) and, optionally, `bytes` (its size
 
 A timed trace is one in the order of time, its times in seconds, that also says how much a request
 asks for: `prompt_tokens` and `generation_tokens`, named as in the usage log.
+
+A usage log is a trace, too: its requests that were answered, at the times when they ended.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ _ENCODING = "utf-8-sig"  # with or without the mark that spreadsheets put first
 
 _COLUMNS = ("time", "adapter")
 _TOKENS = ("prompt_tokens", "generation_tokens")
+_STATUS, _ANSWERED = "status", "ok"  # of a usage log
 
 
 class TraceError(MultiLoRAError, ValueError):
@@ -65,13 +69,13 @@ class TimedRequest:
 
     Attributes:
         arrives_s: Seconds, from whenever the trace counts.
-        adapter: The adapter's name.
+        adapter: The adapter's name; None in a usage log for the base model's.
         prompt_tokens: At least 1.
         generation_tokens: Likewise.
     """
 
     arrives_s: float
-    adapter: str
+    adapter: str | None
     prompt_tokens: int
     generation_tokens: int
 
@@ -93,8 +97,12 @@ def read_trace(path: Path) -> Trace:
     arrivals: list[tuple[float, str]] = []
     sizes: dict[str, int] = {}
     for where, row in _rows(path, _COLUMNS):
-        arrivals.append((_time(row, where), _adapter(row, where)))
-        _note_size(row, arrivals[-1][1], sizes, where)
+        time, adapter = _time(row, where), _adapter(row, where)
+        if adapter is not None:
+            arrivals.append((time, adapter))
+            _note_size(row, adapter, sizes, where)
+    if not arrivals:
+        raise TraceError(f"{path}: contains no requests for adapters")
     arrivals.sort(key=lambda arrival: arrival[0])
     return Trace(tuple(adapter for _, adapter in arrivals), sizes)
 
@@ -122,7 +130,8 @@ def read_timed_trace(path: Path) -> TimedTrace:
             )
         prompt, generation = (_positive(row, name, where) for name in _TOKENS)
         requests.append(TimedRequest(time, adapter, prompt, generation))
-        _note_size(row, adapter, sizes, where)
+        if adapter is not None:
+            _note_size(row, adapter, sizes, where)
     return TimedTrace(tuple(requests), sizes)
 
 
@@ -174,11 +183,14 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mappin
                 raise TraceError(
                     f"{path}, line {line}: expected a JSON object, got {reprlib.repr(row)}"
                 )
-            yield line, row
+            if row.get(_STATUS, _ANSWERED) == _ANSWERED and "dropped" not in row:
+                yield line, row
 
 
 def _time(row: Mapping[str, Any], where: str) -> float:
     found = row.get("time")
+    if isinstance(found, str) and _STATUS in row:
+        found = _timestamp(found)
     try:
         time = math.nan if found is None or isinstance(found, bool) else float(found)
     except (TypeError, ValueError, OverflowError):
@@ -188,8 +200,18 @@ def _time(row: Mapping[str, Any], where: str) -> float:
     return time
 
 
-def _adapter(row: Mapping[str, Any], where: str) -> str:
+def _timestamp(text: str) -> float | str:
+    """The seconds since 1970 of a usage log's time; what is no time as it is."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        return text
+
+
+def _adapter(row: Mapping[str, Any], where: str) -> str | None:
     found = row.get("adapter")
+    if found is None and _STATUS in row:
+        return None
     if not isinstance(found, str) or not found:
         raise TraceError(f"{where}: adapter must be a name, got {reprlib.repr(found)}")
     return found
