@@ -147,7 +147,7 @@ def test_sizes_come_from_a_file_or_a_mix_of_ranks(trace, tmp_path, capsys):
         ([*SMALL, "--adapter-mib", "0"], "--adapter-mib must be a positive number of MiB"),
         ([*SMALL, "--adapter-mib", "9000"], "more than the whole CPU budget (8.00 GiB)"),
         ([*SMALL, "--rank-mix", "8"], "a rank mix must be like 8=70,64=30"),
-        ([*SMALL, "--requests", "0"], "requests must be at least 1, got 0"),
+        ([*SMALL, "--requests", "0"], "at most 10000000, got 0"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_status_2(capsys, arguments, message):

@@ -176,8 +176,10 @@ def test_by_day_other_adapters_are_busy_than_by_night():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"requests": 0}, "requests must be at least 1, got 0"),
-        ({"adapters": -1}, "adapters must be at least 1, got -1"),
+        ({"requests": 0}, "requests must be at least 1 and at most 10000000, got 0"),
+        ({"requests": 10**15}, "at most 10000000, got 1000000000000000"),
+        ({"adapters": -1}, "adapters must be at least 1 .* got -1"),
+        ({"adapters": 10**12}, "at most 10000000, got 1000000000000"),
         ({"zipf_exponent": -0.1}, "zipf_exponent must be 0 or more, at most 10, got -0.1"),
         ({"zipf_exponent": float("nan")}, "zipf_exponent must be 0 or more, at most 10, got nan"),
         ({"zipf_exponent": 1e308}, "at most 10, got 1e.308"),

@@ -12,6 +12,7 @@ from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.traces import Trace
 
 _MOST_EXPONENT = 10
+_MOST = 10_000_000  # all requests and adapters are in memory
 """With which the second adapter has a thousandth of the first one's requests."""
 
 
@@ -41,8 +42,10 @@ class Traffic:
 
     def __post_init__(self) -> None:
         for name in ("requests", "adapters", "burst_length", "scan_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise ConfigError(
+                    f"{name} must be at least 1 and at most {_MOST}, got {getattr(self, name)}"
+                )
         if not 0 <= self.zipf_exponent <= _MOST_EXPONENT:
             raise ConfigError(
                 f"zipf_exponent must be 0 or more, at most {_MOST_EXPONENT}, got "
