@@ -55,9 +55,10 @@ def diagnose() -> int:
     print("patches")
     from vllm_multilora.integration.patching.ledger import PATCHES
 
+    width = max(len(patch.name) for patch in PATCHES)
     for patch in PATCHES:
         applied = patch.apply()
-        print(f"  {'in place' if applied else 'MISSING '}  {patch.name:15} {patch.target}")
+        print(f"  {'in place' if applied else 'MISSING '}  {patch.name:{width}} {patch.target}")
         if not applied:
             problems.append(f"patch {patch.name!r} does not fit this vLLM")
     print()
