@@ -566,6 +566,20 @@ def test_a_pack_knows_the_latest_versions_of_its_files_only(world):
     assert world.memory._by_version.keys() == {(kept.scope, one) for one in kept.versions}
 
 
+def test_each_want_of_a_withdrawn_adapter_fails_once_though_its_other_load_fails(
+    world, monkeypatch
+):
+    def refuse(blocks, *, evict):
+        raise OSError(12, "Cannot allocate memory")
+
+    world.load(1, 9, pages=10)
+    tickets = world.want(1, 1, "/a"), world.want(1, 1, "/b")
+    world.settle()  # both wait for room
+    monkeypatch.setattr(world.memory, "room", refuse)
+    world.registry.forget(1, 1, world.now)
+    assert [world.answer(1, ticket).kind for ticket in tickets] == [FailureKind.GONE] * 2
+
+
 def test_withdrawing_what_another_server_follows_does_not_end_it(world):
     world.client(2, server="other")
     world.want(1, path="/same")
