@@ -232,6 +232,7 @@ def test_something_that_speaks_no_http(capsys):
     ("answer", "message"),
     [
         ((404, "Not Found"), "is it a vLLM server with vllm-multilora and --enable-lora?"),
+        ((404, ""), " answers 404; is it a vLLM server"),
         ((403, '{"error": {"message": "No.", "code": 403}}'), " answers 403: No.\n"),
         ((403, '{"error": "No."}'), ' answers 403: {"error": "No."}\n'),
         ((200, "hello"), "did not answer with JSON"),

@@ -69,7 +69,8 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
     except urllib.error.HTTPError as error:
         answer = _message(error.read().decode(errors="replace").strip())[:_SHOWN]
         hint = "; give a key in $VLLM_API_KEY or with --api-key" if error.code == 401 else ""
-        raise UnreachableError(f"{url} answers {error.code}: {answer}{hint}") from error
+        what = f": {answer}" if answer else ""
+        raise UnreachableError(f"{url} answers {error.code}{what}{hint}") from error
     # URLError, a time limit, a broken connection, something that is not HTTP
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
