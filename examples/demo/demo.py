@@ -9,6 +9,7 @@ All engines start at once, since starting is most of the demo's time. `LLM(...)`
 answers while the server is still starting; the table of throughput has the machine to itself.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -174,4 +175,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     sys.exit(main())

@@ -133,6 +133,13 @@ def test_answers_stand_beside_their_adapters_and_show_their_style(
         assert not demo.display.show_all([*answers[:wrong], "Hm.", *answers[wrong + 1 :]])
 
 
+def test_the_demo_starts_no_engine_to_say_what_it_is() -> None:
+    command = [sys.executable, str(DEMO / "demo.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "The demo: four customers' adapters" in done.stdout
+    assert "Environment" not in done.stdout
+
+
 def test_the_server_has_room_for_every_adapter(demo: Demo) -> None:
     command = demo.demo.serve_command(Path("/model"), 8000)
     options = dict(pairwise(command))
