@@ -96,6 +96,7 @@ WRONG = [
     ("plan", "the following arguments are required: --model, --max-loras, --max-lora-rank"),
     ("plan --traffic {trace}", "--traffic needs --calibration"),
     ("plan --traffic {missing} --calibration {empty}", "No such file"),
+    ("plan --traffic {trace} --calibration {empty} --plot p.png", "--plot is for plans of memory"),
     ("plan --traffic {trace} --calibration {empty}", "lacks prompt_tokens and generation_tokens"),
     ("plan --model m --max-loras 2", "the following arguments are required: --max-lora-rank"),
     (f"{PLAN} --max-loras 0", "--max-loras must be at least 1"),

@@ -70,6 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "--traffic needs --calibration, a file that `vllm-multilora calibrate` writes"
         )
+    for flag, value in (("--plot", arguments.plot), ("--gpu-memory", arguments.gpu_memory)):
+        if value is not None:
+            raise ConfigError(f"{flag} is for plans of memory: leave it or --traffic out")
     trace = read_timed_trace(arguments.traffic)
     calibration = read_calibration(arguments.calibration)
     check_fits(calibration, arguments.calibration, arguments.model, versions_here())
