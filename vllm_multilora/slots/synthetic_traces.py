@@ -11,8 +11,8 @@ from itertools import accumulate
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.traces import Trace
 
-_MOST_EXPONENT = 10
 _MOST = 10_000_000  # all requests and adapters are in memory
+_MOST_EXPONENT = 10
 """With which the second adapter has a thousandth of the first one's requests."""
 
 
