@@ -61,13 +61,12 @@ class FairQueue:
     Each server has a lane of requests and one of registrations. Lanes take turns, in a lane its
     owners, of an owner's loads the oldest is first. A load for which several owners wait is in the
     line of each, and takes whichever turn comes first: nobody waits behind what another one has
-    asked for besides. A job keeps
-    its place until it has used `PATIENCE_S` of a processor, and only while it works: the next one
-    starts beside it when it has not wanted the processor for `IDLE_S`. So loads whose storage hangs
-    hold up others for a moment each. One that wants the processor and does not get it works: where
-    the model has all of them, more jobs at once would only take longer, all of them.
-    When `MOST_OLD_JOBS` go on without a place and somebody waits, the one that has been idle for
-    longest is to be killed.
+    asked for besides. A job keeps its place until it has used `PATIENCE_S` of a processor, and only
+    while it works: the next one starts beside it when it has not wanted the processor for `IDLE_S`.
+    So loads whose storage hangs hold up others for a moment each. One that wants the processor and
+    does not get it works: where the model has all of them, more jobs at once would only take
+    longer, all of them. When `MOST_OLD_JOBS` go on without a place and somebody waits, the one that
+    has been idle for longest is to be killed.
 
     While a job waits for room in memory its clock stands still and it has no place; meanwhile no
     further request of its server is started, which would wait for room too, and before what others
