@@ -173,42 +173,6 @@ def test_requests_that_are_preempted_and_go_first_answer_as_peft(
     assert counter(engine, "vllm:num_preemptions") > before
 
 
-@pytest.mark.skipif(
-    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1",
-    reason="on CPUs, vLLM's first model runner cannot be ahead of its answers",
-)
-@pytest.mark.smoke("quarantine", "preemption")
-def test_steps_that_are_scheduled_before_answers_are_known_answer_as_peft(
-    llama: Scenario,
-    cases: list[Case],
-    failing: "list[LoRARequest]",
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As on GPUs, where who overflows is in one more step already when that is noticed."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    complete = CpuPlatform.check_and_update_config
-
-    def schedule_ahead(config: Any) -> None:
-        complete(config)
-        config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(schedule_ahead))
-    many = [*cases * 3]
-    with running_engine(
-        llama.base,
-        in_process=True,
-        max_loras=2,
-        max_num_batched_tokens=64,
-        num_gpu_blocks_override=BLOCKS,
-        disable_log_stats=False,
-    ) as llm:
-        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-        outputs = generate(llm, llama, many, failing, greedy())
-        assert counter(llm, "vllm:num_preemptions") > 0
-    assert_as_peft(outputs, many)
-
-
 @pytest.mark.smoke("beam search")
 def test_one_beam_is_pefts_answer_and_more_find_none_worse(
     engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
@@ -428,3 +392,42 @@ def test_drafted_tokens_are_verified_under_their_adapter(
     assert_as_peft(outputs, cases)
     assert drafts > 0
     assert accepted > 0 or drafter is not small_model
+
+
+@pytest.mark.skipif(
+    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1",
+    reason="on CPUs, vLLM's first model runner cannot be ahead of its answers",
+)
+@pytest.mark.smoke("quarantine", "preemption")
+def test_steps_that_are_scheduled_before_answers_are_known_answer_as_peft(
+    llama: Scenario,
+    cases: list[Case],
+    failing: "list[LoRARequest]",
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on GPUs, where who overflows is in one more step already when that is noticed.
+
+    The last test: its engine takes the groups of this process with it, which the others' needs.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    complete = CpuPlatform.check_and_update_config
+
+    def schedule_ahead(config: Any) -> None:
+        complete(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(schedule_ahead))
+    many = [*cases * 3]
+    with running_engine(
+        llama.base,
+        in_process=True,
+        max_loras=2,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=BLOCKS,
+        disable_log_stats=False,
+    ) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        outputs = generate(llm, llama, many, failing, greedy())
+        assert counter(llm, "vllm:num_preemptions") > 0
+    assert_as_peft(outputs, many)
