@@ -165,6 +165,13 @@ def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
     assert [found.naming.rename(module) for module in MODULES] == list(MODULES)
 
 
+def test_the_ranks_that_hints_name_are_those_that_vllm_takes():
+    from vllm_multilora.adapters.ranks import MAX_LORA_RANKS
+    from vllm_multilora.integration.offline.model import ALLOWED_RANKS
+
+    assert MAX_LORA_RANKS == ALLOWED_RANKS
+
+
 def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
     from vllm_multilora.integration.offline.layout import offline_layout
     from vllm_multilora.integration.offline.model import BaseModelError, Server

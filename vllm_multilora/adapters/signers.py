@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KEY, CERTIFICATE = "PUBLIC KEY", "CERTIFICATE"
 
 _BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
-CURVES = ("secp256r1", "secp384r1", "secp521r1")
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _EXPECTED = (
     f"one or more blocks of PEM, each a {KEY} on the curve P-256, P-384 or P-521, or a "
     f"{CERTIFICATE}"
@@ -173,7 +173,7 @@ def is_signing_key(key: object) -> bool:
     """Whether adapters may be signed with a key of this kind."""
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    return isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in CURVES
+    return isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in _CURVES
 
 
 def hint_of(key: EllipticCurvePublicKey) -> str:

@@ -88,7 +88,7 @@ def _require_key(path: Path) -> None:
     """
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    from vllm_multilora.adapters.signers import CURVES
+    from vllm_multilora.adapters.signers import is_signing_key
 
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
@@ -97,7 +97,7 @@ def _require_key(path: Path) -> None:
     except ValueError:
         found = "no private key"
     else:
-        if getattr(getattr(key, "curve", None), "name", None) in CURVES:
+        if is_signing_key(key.public_key()):
             return
         found = "a key of another kind"
     raise ValueError(

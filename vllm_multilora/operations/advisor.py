@@ -10,7 +10,7 @@ import math
 import shlex
 from collections.abc import Iterator
 
-from vllm_multilora.adapters.ranks import MAX_LORA_RANKS
+from vllm_multilora.adapters.ranks import slot_rank
 from vllm_multilora.metrics.names import SHARED
 from vllm_multilora.operations.findings import Finding, FindingCode
 from vllm_multilora.operations.observations import (
@@ -230,7 +230,7 @@ def _max_rank(seen: Observations) -> Iterator[Finding]:
     if seen.max_rank is None or not seen.adapters or seen.names_are_cut:
         return
     highest = max(adapter.rank for adapter in seen.adapters)
-    enough = next((rank for rank in MAX_LORA_RANKS if rank >= highest), seen.max_rank)
+    enough = slot_rank(highest) or seen.max_rank
     if highest and 2 * enough <= seen.max_rank:
         yield Finding(
             FindingCode.MAX_RANK_HIGH,

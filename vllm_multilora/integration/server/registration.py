@@ -144,10 +144,10 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
             HTTPStatus.BAD_REQUEST,
             f"adapter {name!r}: '{shown_name(path)}' is no path, since it {fault}",
         )
-    return one_too_many(models, name)
+    return one_too_many(models, name, "lora_name")
 
 
-def one_too_many(models: Any, name: str) -> AdapterErrorResponse | None:
+def one_too_many(models: Any, name: str, param: str) -> AdapterErrorResponse | None:
     """The answer where the server has as many adapters as it can, and a name is none of theirs."""
     if name in models.lora_requests or len(models.lora_requests) < MOST_ADAPTERS:
         return None
@@ -155,7 +155,7 @@ def one_too_many(models: Any, name: str) -> AdapterErrorResponse | None:
         HTTPStatus.BAD_REQUEST,
         f"adapter {name!r}: this server has {MOST_ADAPTERS} adapters, and serves no more; "
         f"unload one first",
-        param="lora_name",
+        param=param,
     )
 
 

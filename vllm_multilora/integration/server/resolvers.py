@@ -80,8 +80,7 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
         else:
             if lora is None:
                 continue
-            if (full := registration.one_too_many(models, name)) is not None:
-                full.error.param = "model"
+            if (full := registration.one_too_many(models, name, "model")) is not None:
                 return full
             lora.lora_int_id = models.lora_id_counter.inc(1)
             admitted = await registration.admit(models, lora)
