@@ -19,6 +19,7 @@ import pytest
 from tests.store.conftest import FAKE, Engine, is_writable
 from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.store import folder
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
@@ -37,6 +38,9 @@ from vllm_multilora.store.messages import (
     Totals,
     Want,
 )
+from vllm_multilora.store.queue import Lane
+from vllm_multilora.store.runner import ThreadRunner
+from vllm_multilora.store.server import Server
 
 pytestmark = pytest.mark.waits
 
@@ -290,6 +294,17 @@ def test_the_time_that_a_store_is_frozen_is_not_its_jobs(engines):
     time.sleep(2.5)  # longer than the job may take, and than the store sleeps by itself
     store.resume()
     assert isinstance(engine.answer(ticket), Loaded)
+
+
+def test_nor_is_it_where_the_store_is_frozen_while_it_hears_somebody(store_folder):
+    server = Server(folder.listen(store_folder / "store.sock"), ThreadRunner(), FakeReader())
+    queue, before = server._registry.loads.queue, time.monotonic() - 3
+    queue.add(1, "server", ["owner"], Lane.REQUEST, timeout_s=1.0)
+    assert queue.start_next(before) == 1
+    server._awake = before  # it has slept no more since, and hears of this now
+    server._settle()
+    assert queue.overdue(time.monotonic()) == []
+    server._close()
 
 
 def test_a_client_that_dies_gives_its_leases_back(engines, tmp_path):

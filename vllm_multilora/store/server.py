@@ -98,7 +98,7 @@ class Server:
         """Serves until the last client has gone, or `stop`."""
         try:
             while not self._stopped and not self._is_over():
-                for key, _ in self._sleep():
+                for key, _ in self._selector.select(self._patience()):
                     self._react(key.data)
                 self._settle()
         finally:
@@ -145,7 +145,7 @@ class Server:
     def _settle(self) -> None:
         """What is due after each round: ends, starts, news, and what could not be sent at once."""
         self._desk.look(self._registry.loads)
-        self._registry.loads.tick(time.monotonic())
+        self._tick()
         self._names.tick(time.monotonic())
         while self._lost or self._unstarted:
             if self._lost:
@@ -154,19 +154,18 @@ class Server:
                 number, failure = self._unstarted.pop()
                 self._registry.loads.failed(number, failure, time.monotonic())
                 self._registry.loads.gone(number, failure, time.monotonic())
-            self._registry.loads.tick(time.monotonic())  # there may be a place again
+            self._tick()  # there may be a place again
         self._tell_segments()
         self._tell_totals()
         for connection in self._connections.values():
             connection.channel.wait_in(self._selector)
 
-    def _sleep(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """Waits for something to do."""
-        found = self._selector.select(self._patience())
+    def _tick(self) -> None:
+        """Ends and starts jobs; the time that the loop stood still, wherever, was not theirs."""
         before, self._awake = self._awake, time.monotonic()
         if (seconds := self._awake - before) > 2 * _AWAKE_S:
             self._registry.loads.queue.stood_still(seconds)
-        return found
+        self._registry.loads.tick(self._awake)
 
     def _patience(self) -> float | None:
         """Seconds that the loop may sleep."""
