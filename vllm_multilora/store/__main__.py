@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from vllm_multilora.store import sandbox
@@ -62,8 +63,14 @@ def _give_way() -> None:
 
     A process's own niceness counts there among those of its session only: the store and its jobs.
     """
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(sandbox.NICENESS))
+    for _ in range(10):
+        try:
+            Path("/proc/self/autogroup").write_text(str(sandbox.NICENESS))
+            return
+        except BlockingIOError:  # One change a tenth of a second, of all processes together.
+            time.sleep(0.1)
+        except OSError:
+            return
 
 
 def _prepare_process(processors: str) -> None:
