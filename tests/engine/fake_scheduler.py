@@ -91,6 +91,12 @@ class FakeScheduler:
             request.steps += 1
         return SimpleNamespace(total_num_scheduled_tokens=len(self.running))
 
+    def get_grammar_bitmask(self, scheduler_output: Any) -> None:
+        """Nobody has a grammar."""
+
+    def has_requests(self) -> bool:
+        return bool(self.requests)
+
     def _handle_blocked_waiting_request(self, request: FakeRequest) -> bool:
         return request.has_grammar
 

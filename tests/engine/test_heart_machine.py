@@ -184,6 +184,7 @@ class HeartMachine(RuleBasedStateMachine):
             for engine in self.engines:
                 engine.workers.act_all()
                 engine.adapters.poll()
+                assert not engine.scheduler.has_requests()
                 engine.link.deliver()
             self.store.settle()
         self.all_is_accounted_for()

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -88,10 +89,16 @@ class Store(World):
 
 
 class Link:
-    """An engine's connection: what it says is on its way until `deliver`; as `StoreClient`."""
+    """An engine's connection: what it says is on its way until `deliver`; as `StoreClient`.
 
-    def __init__(self, number: int) -> None:
+    Args:
+        number: Of the engine.
+        say: Calls what says something, sooner or later.
+    """
+
+    def __init__(self, number: int, say: Callable[[Callable[[], None]], None]) -> None:
         self.number = number
+        self.say = say
         self.store: Store | None = None
         self.wants: dict[int, Want] = {}
         self.unseen: dict[int, Want] = {}
@@ -109,7 +116,7 @@ class Link:
         self.store = store
         store.client(self.number)
         for want in self.wants.values():
-            self._say(store.registry.want, want, store.now)
+            self._say_to(store, store.registry.want, want, store.now)
 
     def deliver(self) -> None:
         """The store hears all that was said, and the engine core what the store has said."""
@@ -127,7 +134,11 @@ class Link:
             self.inbox.append(message)
 
     def _say(self, method, *args) -> None:
-        self.outgoing.append(lambda: method(self.number, *args))
+        self.say(partial(self._say_to, self.store, method, *args))
+
+    def _say_to(self, store: Store, method, *args) -> None:
+        if store is self.store:
+            self.outgoing.append(lambda: method(self.number, *args))
 
     def want(self, want):
         self.tickets += 1
@@ -225,12 +236,13 @@ class Engine:
     """An engine core, its link and its workers."""
 
     def __init__(self, number: int, slots: int, files: Files, *, pinned=()) -> None:
-        self.link = Link(number)
+        self.scheduler = AwareScheduler(vllm_config=Config(slots))
+        self.scheduler.asides.wait = True
+        self.link = Link(number, self.scheduler.asides.say)
         self.workers = Workers(files)
         observer = AdapterObserver(None, None, slots=slots, max_rank=8)
         assignment = make_slots(slots, events=observer.events, ranks=RANKS, pinned_names=pinned)
         self.adapters = EngineAdapters(self.link, self.workers, assignment, RANKS, observer)
-        self.scheduler = AwareScheduler(vllm_config=Config(slots))
         self.scheduler.attach_adapters(self.adapters)
         self.futures: list = []
         self.digests: dict[int, str] = {}  # of packs
@@ -246,6 +258,8 @@ class Engine:
     def step(self, done: int = 0) -> None:
         """Schedules, looks at what the workers would compute with, and ends some requests."""
         output = self.scheduler.schedule()
+        if output.total_num_scheduled_tokens:
+            self.scheduler.get_grammar_bitmask(output)
         for request in self.scheduler.running:
             slot = self.adapters.slots.slot_of(request.lora_request.lora_int_id)
             for worker in self.workers.ranks:

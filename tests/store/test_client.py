@@ -190,3 +190,19 @@ def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
     stores.say(Totals(0, 0, None, None))
     client.poll()
     assert seconds_to_the_next_store() < FIRST_PAUSE_S
+
+
+def test_what_is_to_be_said_later_is_not_said_to_the_next_store(client, stores):
+    """It is told what is wanted when it is there, once, and knows no pack of the one before."""
+    later = []
+    client.say_by(later.append)
+    ticket = want(client, 1)
+    client.release(11)
+    assert stores.heard() == []
+    stores.newest.close()
+    assert client.poll() == [Restarted()]
+    client.poll()
+    for call in later:
+        call()
+    heard = stores.heard()
+    assert [(message.ticket, message.adapter) for message in heard] == [(ticket, 1)]

@@ -9,6 +9,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -77,6 +78,7 @@ class StoreClient:
         self._inbox: deque[ToUser] = deque()
         self._answer: Configured | Refused | None = None
         self._waker: Waker | None = None
+        self._say: Callable[[Callable[[], None]], None] = _now
         self._pause = FIRST_PAUSE_S
         self._next_attempt = 0.0
         self._losses = 0
@@ -209,6 +211,10 @@ class StoreClient:
         self._waker = Waker(wake)
         self._waker.watch(self.fileno())
 
+    def say_by(self, say: Callable[[Callable[[], None]], None]) -> None:
+        """From now on `say` is given what sends a message, to be called in the same order."""
+        self._say = say
+
     def close(self) -> None:
         """Ends the connection: leases and wants end with it."""
         if self._waker is not None:
@@ -219,10 +225,13 @@ class StoreClient:
             self._channel = None
 
     def _send(self, message: Message) -> None:
-        if self._channel is None:
+        self._say(partial(self._send_on, self._channel, message))
+
+    def _send_on(self, channel: Channel[FromStore] | None, message: Message) -> None:
+        if channel is None or channel is not self._channel:
             return  # `_connect` sends again all that still matters to a new store
         try:
-            self._channel.send(message)
+            channel.send(message)
         except ChannelClosedError as error:
             self._lose(error)
         else:
@@ -291,8 +300,8 @@ class StoreClient:
         if self._waker is not None:
             self._waker.watch(channel.fileno())
         for message in (self._hello, self._configure, *self._wants.values()):
-            if message is not None and self._channel is channel:
-                self._send(message)
+            if message is not None:
+                self._send_on(channel, message)
 
     def _reconnect(self) -> None:
         if time.monotonic() < self._next_attempt:
@@ -337,6 +346,10 @@ class StoreClient:
         if self._channel is not None:
             writes = select.POLLOUT if self._channel.pending else 0
             self._poller.modify(self._channel, select.POLLIN | writes)
+
+
+def _now(call: Callable[[], None]) -> None:
+    call()
 
 
 def _check(want: Want) -> None:

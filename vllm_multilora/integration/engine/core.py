@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.required import RequiredDigests
@@ -194,7 +195,10 @@ def _connect(engine_core: Any, executor: Any, vllm_config: VllmConfig) -> tuple[
         workers = WaitingWorkers(executor.collective_rpc)
         return WaitingStore(executor.collective_rpc), workers
     store = _open_stores(executor, vllm_config, server)
+    asides = engine_core.scheduler.asides
+    store.say_by(asides.say)
     if hasattr(engine_core, "input_queue"):
+        asides.wait = not isinstance(executor, UniProcExecutor)
         wake = partial(_wake, engine_core.input_queue)
         store.start_waking(wake)
         link.start_waking(wake)
@@ -373,10 +377,20 @@ def handle_client_request(
 
 def _answer(engine_core: Any, adapters: EngineAdapters, future: Future[_T]) -> _T | Future[_T]:
     if hasattr(engine_core, "input_queue"):
-        return future
+        told: Future[_T] = Future()
+        asides = engine_core.scheduler.asides
+        future.add_done_callback(lambda done: asides.say(partial(_tell, told, done)))
+        return told
     while not future.done():
         # Nobody takes a step meanwhile in which one of those that wait for slots could get one.
         adapters.yield_host_memory()
         time.sleep(_IDLE_S)
         adapters.poll()
     return future.result()
+
+
+def _tell(told: Future[_T], done: Future[_T]) -> None:
+    if (error := done.exception()) is not None:
+        told.set_exception(error)
+    else:
+        told.set_result(done.result())

@@ -155,6 +155,11 @@ class MachineStores:
         for client in self._clients:
             client.start_waking(wake)
 
+    def say_by(self, say: Callable[[Callable[[], None]], None]) -> None:
+        """As `StoreClient.say_by`, for all."""
+        for client in self._clients:
+            client.say_by(say)
+
     def _ask(self, machine: int, ticket: int, asked: _Want) -> None:
         part = asked.tickets[machine] = self._clients[machine].want(asked.want)
         self._own_ticket[machine][part] = ticket

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -24,6 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import invocation, prefix_keys
+from vllm_multilora.integration.engine.asides import Asides
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.engine.late_reloads import HAS_RUN, LateReloads
 from vllm_multilora.integration.engine.users import AdapterUsers
@@ -51,20 +51,11 @@ _IDLE_S = 0.001
 _COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
-@dataclass(frozen=True)
-class _Leaving:
-    """An adapter on its way out: when its requests are ended, and what is done then."""
-
-    lora_id: int
-    deadline: float
-    limit_s: float
-    then: Callable[[], None]
-
-
 class AdapterAwareMixin:
     """A scheduler that knows which adapters are ready and who has slots.
 
     Attributes:
+        asides: What waits for a step to be with the workers.
         users: The requests of each adapter.
         recorder: Records the engine core's metrics; None where they are off.
         request_metrics: Those of requests; None likewise.
@@ -82,9 +73,9 @@ class AdapterAwareMixin:
         self._turns = SlotTurns()
         self._quarantines = settings_of(vllm_config).quarantine
         self._failing: dict[str, str] = {}  # by request: its stop reason
-        self._leaving: list[_Leaving] = []
         self._is_holding = False
         self._has_polled = False  # at the last step's end, with nothing new since
+        self.asides = Asides()
         self.users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
         self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
@@ -111,31 +102,23 @@ class AdapterAwareMixin:
         Returns:
             Whether there are such requests.
         """
-        self._leaving.append(_Leaving(lora_id, time.monotonic() + limit_s, limit_s, then))
-        self._retire()
+        self.users.retire(lora_id, limit_s, then)
+        self._let_go()
         return self.users[lora_id] > 0
 
-    def _retire(self) -> None:
-        if not self._leaving:
-            return
-        leaving, self._leaving = self._leaving, []
-        for each in leaving:
-            if not self.users[each.lora_id]:
-                self.users.accepted.pop(each.lora_id, None)
-                each.then()
-                continue
-            self._leaving.append(each)
-            if time.monotonic() >= each.deadline:
-                for request, lora in _requests_of(each.lora_id, self.requests.values()):
-                    self._failing[request.request_id] = unloaded_stop_reason(lora, each.limit_s)
+    def _let_go(self) -> None:
+        for each in self.users.let_go():
+            for request, lora in _requests_of(each.number, self.requests.values()):
+                self._failing[request.request_id] = unloaded_stop_reason(lora, each.limit_s)
 
     # What vLLM calls
 
     def has_requests(self) -> bool:
-        """Whether a step has anything to do: to end requests, too, where none can go on."""
-        return super().has_requests() or any(  # type: ignore[misc]
-            time.monotonic() >= each.deadline for each in self._leaving
-        )
+        """Whether a step has anything to do, be it to end requests; asked before vLLM waits."""
+        if super().has_requests() or self.users.overdue:  # type: ignore[misc]
+            return True
+        self.asides.flush()
+        return False
 
     def add_request(self, request: Request) -> None:
         """Takes a request in, more input for one, or the end of its input.
@@ -205,7 +188,7 @@ class AdapterAwareMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedules a step."""
-        self._retire()
+        self._let_go()
         adapters = self._adapters
         if adapters is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -235,6 +218,12 @@ class AdapterAwareMixin:
             # as fast as they can answer.
             time.sleep(_IDLE_S)
         return output
+
+    def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
+        """What vLLM asks for, as a rule, once a step is with its workers."""
+        bitmask = super().get_grammar_bitmask(*args, **kwargs)  # type: ignore[misc]
+        self.asides.flush()
+        return bitmask
 
     def _slot_order(self) -> Callable[[int], float] | None:
         """By what overdue adapters get slots; None: by how long they have waited."""
@@ -316,6 +305,7 @@ class AdapterAwareMixin:
         self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Takes in a step's results; requests whose adapter has failed end without them."""
+        self.asides.flush()  # of a step for which no bitmask was asked
         failed = self._end_failed(model_runner_output)
         outputs = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output, *args, **kwargs
@@ -323,7 +313,7 @@ class AdapterAwareMixin:
         self._versions.step()
         for client, output in failed:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
-        self._retire()  # the engine may be idle from now on
+        self._let_go()  # the engine may be idle from now on
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,11 @@
-"""How many requests use an engine core's adapters, and have used them."""
+"""How many requests use an engine core's adapters, and have used them; which adapters leave."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.blends import label_of
@@ -12,6 +14,20 @@ from vllm_multilora.integration.engine.registrations import MOST_KNOWN
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """An adapter on its way out: when its requests are ended, and what is done then."""
+
+    number: int
+    deadline: float
+    limit_s: float
+    then: Callable[[], None]
+
+    @property
+    def is_overdue(self) -> bool:
+        return time.monotonic() >= self.deadline
 
 
 class AdapterUsers:
@@ -25,6 +41,7 @@ class AdapterUsers:
         self.accepted: Counter[int] = Counter()
         self._counts: Counter[int] = Counter()
         self._names: dict[int, str] = {}
+        self._leaving: list[Leaving] = []
 
     def __getitem__(self, number: int) -> int:
         return self._counts[number]
@@ -42,6 +59,32 @@ class AdapterUsers:
             return False
         del self._counts[number], self._names[number]
         return True
+
+    def retire(self, number: int, limit_s: float, then: Callable[[], None]) -> None:
+        """An adapter is to leave; see `let_go`.
+
+        Args:
+            number: The adapter; nobody sends requests for it any more.
+            limit_s: Seconds after which it is overdue.
+            then: Called when no request uses it.
+        """
+        self._leaving.append(Leaving(number, time.monotonic() + limit_s, limit_s, then))
+
+    def let_go(self) -> list[Leaving]:
+        """Lets adapters leave that no request uses; returns those whose requests must be ended."""
+        leaving, self._leaving = self._leaving, []
+        for each in leaving:
+            if self._counts[each.number]:
+                self._leaving.append(each)
+            else:
+                self.accepted.pop(each.number, None)
+                each.then()
+        return self.overdue
+
+    @property
+    def overdue(self) -> list[Leaving]:
+        """Adapters that requests use, and should not any more."""
+        return [each for each in self._leaving if each.is_overdue]
 
     def forget_accepted(self, known: Iterable[int]) -> None:
         """Forgets how many have come for adapters that are not known any more, if it is time to."""

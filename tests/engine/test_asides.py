@@ -1,0 +1,102 @@
+"""What the engine core says once a step is with its workers."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from tests.engine.parties import FakeStore, lora, pack_info
+from tests.engine.test_scheduler import Server
+from vllm_multilora.integration.attached import ADAPTERS
+from vllm_multilora.integration.engine import scheduler
+from vllm_multilora.integration.engine.asides import Asides
+from vllm_multilora.integration.engine.core import add_lora
+
+
+def test_it_is_said_in_order_and_what_follows_from_it_too():
+    asides, said = Asides(), []
+    asides.say(lambda: said.append("at once"))
+    asides.wait = True
+    asides.say(lambda: asides.say(lambda: said.append("third")))
+    asides.say(lambda: said.append("second"))
+    assert said == ["at once"]
+    asides.flush()
+    assert said == ["at once", "second", "third"]
+    asides.flush()
+    assert len(said) == 3
+
+
+class Aside(FakeStore):
+    """A store that hears what is said of requests' adapters when it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[int] = []
+        self.say: Callable = lambda call: call()
+
+    def want(self, want):
+        self.say(lambda: self.heard.append(want.adapter))
+        return super().want(want)
+
+
+@pytest.fixture
+def server(monkeypatch) -> Server:
+    monkeypatch.setattr("tests.engine.parties.FakeStore", Aside)
+    monkeypatch.setattr(scheduler, "engine_recorder", lambda config: None)
+    server = Server()
+    server.engine.store.say = server.scheduler.asides.say
+    server.scheduler.asides.wait = True
+    return server
+
+
+def test_the_store_hears_of_a_request_when_the_step_is_with_the_workers(server):
+    server.ask("base")
+    server.ask("a", 1)
+    output = server.scheduler.schedule()
+    assert server.engine.store.heard == []
+    server.scheduler.get_grammar_bitmask(output)
+    assert server.engine.store.heard == [1]
+
+
+def test_it_hears_at_the_end_of_a_step_at_the_latest(server):
+    """VLLM asks for no bitmask where nothing is sampled."""
+    server.ask("base")
+    server.ask("a", 1)
+    server.step()
+    assert server.engine.store.heard == [1]
+
+
+@pytest.fixture
+def core(server) -> SimpleNamespace:
+    """An engine core in a process of its own."""
+    core = SimpleNamespace(scheduler=server.scheduler, input_queue=None)
+    ADAPTERS.set(core, server.engine.adapters)
+    return core
+
+
+def test_calls_are_answered_when_the_step_is_with_the_workers(server, core):
+    server.ask("base")
+    server.step()
+    good, bad = (add_lora(None, core, lora(number)) for number in (1, 2))
+    server.step()
+    assert server.engine.store.heard == [1, 2]
+    one, other = list(server.engine.store.wants.values())
+    server.engine.store.failed(other)
+    server.engine.store.loaded(pack_info(1), one)
+    output = server.scheduler.schedule()
+    server.engine.poll()
+    assert not good.done()
+    assert not bad.done()
+    server.scheduler.get_grammar_bitmask(output)
+    assert good.result(0)
+    assert "it is bad" in str(bad.exception(0))
+
+
+def test_nobody_waits_for_a_step_where_none_will_come(server, core):
+    answer = add_lora(None, core, lora(1))
+    assert not server.scheduler.has_requests()
+    assert server.engine.store.heard == [1]
+    server.engine.store.loaded(pack_info(1))
+    server.engine.poll()
+    assert not server.scheduler.has_requests()
+    assert answer.result(0)
