@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from tests.engine.parties import FakeStore, lora, pack_info
-from tests.engine.test_scheduler import Server
+from tests.engine.test_scheduler import Server, config
 from vllm_multilora.integration.attached import ADAPTERS
 from vllm_multilora.integration.engine import scheduler
 from vllm_multilora.integration.engine.asides import Asides
-from vllm_multilora.integration.engine.core import add_lora
+from vllm_multilora.integration.engine.core import add_lora, pin_lora, remove_lora
 
 
 def test_it_is_said_in_order_and_what_follows_from_it_too():
@@ -74,11 +74,13 @@ def core(server) -> SimpleNamespace:
     return core
 
 
-def test_calls_are_answered_when_the_step_is_with_the_workers(server, core):
+def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(server, core):
     server.ask("base")
     server.step()
     good, bad = (add_lora(None, core, lora(number)) for number in (1, 2))
-    server.step()
+    output = server.scheduler.schedule()
+    assert server.engine.store.wants == {}
+    server.scheduler.get_grammar_bitmask(output)
     assert server.engine.store.heard == [1, 2]
     one, other = list(server.engine.store.wants.values())
     server.engine.store.failed(other)
@@ -90,6 +92,21 @@ def test_calls_are_answered_when_the_step_is_with_the_workers(server, core):
     server.scheduler.get_grammar_bitmask(output)
     assert good.result(0)
     assert "it is bad" in str(bad.exception(0))
+
+
+def test_calls_are_carried_out_in_their_order(server, core):
+    core.vllm_config = config(2)
+    server.ask("base")
+    server.step()
+    add_lora(None, core, lora(1))
+    removed = remove_lora(None, core, 1)
+    refused = pin_lora(None, core, 1)
+    server.step()
+    server.engine.store.forgets()
+    server.step()
+    server.step()
+    assert removed.result(0)
+    assert "never added" in str(refused.exception(0))
 
 
 def test_nobody_waits_for_a_step_where_none_will_come(server, core):

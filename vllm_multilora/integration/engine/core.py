@@ -286,17 +286,21 @@ def add_lora(
     adapters = adapters_of(engine_core)
     if adapters is None:
         return original(engine_core, request)
-    read: Future[bool | str] = Future()
 
-    def tell(done: Future[bool]) -> None:
-        if (error := done.exception()) is not None:
-            read.set_exception(error)
-        else:
-            version = adapters.version(request.lora_int_id)
-            read.set_result(_as_answer(version) if version is not None else True)
+    def register() -> Future[bool | str]:
+        read: Future[bool | str] = Future()
 
-    adapters.register(request).add_done_callback(tell)
-    return _answer(engine_core, adapters, read)
+        def tell(done: Future[bool]) -> None:
+            if (error := done.exception()) is not None:
+                read.set_exception(error)
+            else:
+                version = adapters.version(request.lora_int_id)
+                read.set_result(_as_answer(version) if version is not None else True)
+
+        adapters.register(request).add_done_callback(tell)
+        return read
+
+    return _carry_out(engine_core, adapters, register)
 
 
 def _as_answer(version: PackInfo) -> str:
@@ -317,30 +321,40 @@ def remove_lora(
     adapters = adapters_of(engine_core)
     if adapters is None:
         return original(engine_core, lora_id)
-    future: Future[bool] = Future()
+    scheduler = engine_core.scheduler
     limit_s = settings_of(engine_core.vllm_config).unload_timeout_s
-    left = {lora_id, *adapters.blends_with(lora_id)}
-    known: dict[int, bool] = {}
 
-    def note(number: int, done: Future[bool]) -> None:
-        known[number] = done.result()
-        if known.keys() == left:
-            future.set_result(known[lora_id])
+    def remove() -> Future[bool]:
+        future: Future[bool] = Future()
+        left = {lora_id, *adapters.blends_with(lora_id)}
+        known: dict[int, bool] = {}
 
-    def remove(number: int) -> None:
-        adapters.remove(number).add_done_callback(partial(note, number))
+        def note(number: int, done: Future[bool]) -> None:
+            known[number] = done.result()
+            if known.keys() == left:
+                future.set_result(known[lora_id])
 
-    retire = engine_core.scheduler.retire_adapter
-    are_used = [retire(number, limit_s, partial(remove, number)) for number in left]
-    if any(are_used):
-        if not hasattr(engine_core, "input_queue"):
-            return True
+        def remove_one(number: int) -> None:
+            adapters.remove(number).add_done_callback(partial(note, number))
+
+        are_used = [
+            scheduler.retire_adapter(number, limit_s, partial(remove_one, number))
+            for number in left
+        ]
+        if not any(are_used):
+            return future
+        if not hasattr(engine_core, "input_queue"):  # it is the caller who takes the steps
+            is_known: Future[bool] = Future()
+            is_known.set_result(True)
+            return is_known
         # An engine that is paused, or has nothing but sessions without input, takes no steps.
         timer = Timer(limit_s, _wake, args=(engine_core.input_queue,))
         timer.daemon = True
         timer.start()
         future.add_done_callback(lambda done: timer.cancel())
-    return _answer(engine_core, adapters, future)
+        return future
+
+    return _carry_out(engine_core, adapters, remove)
 
 
 def pin_lora(original: Callable[..., bool], engine_core: Any, lora_id: int) -> bool | Future[bool]:
@@ -348,7 +362,7 @@ def pin_lora(original: Callable[..., bool], engine_core: Any, lora_id: int) -> b
     adapters = adapters_of(engine_core)
     if adapters is None:
         return original(engine_core, lora_id)
-    return _answer(engine_core, adapters, adapters.pin(lora_id))
+    return _carry_out(engine_core, adapters, partial(adapters.pin, lora_id))
 
 
 def list_loras(original: Callable[..., set[int]], engine_core: Any) -> set[int]:
@@ -370,27 +384,38 @@ def handle_client_request(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
     adapters = ADAPTERS.get(self)
-    if adapters is not None:
-        adapters.poll()
+    if adapters is not None and not self.scheduler.has_requests():
+        adapters.poll()  # else the end of a step looks
     return original(self, *args, **kwargs)
 
 
-def _answer(engine_core: Any, adapters: EngineAdapters, future: Future[_T]) -> _T | Future[_T]:
+def _carry_out(
+    engine_core: Any, adapters: EngineAdapters, call: Callable[[], Future[_T]]
+) -> _T | Future[_T]:
+    """Has a call carried out and answered; both where they hold up no step."""
+    asides = engine_core.scheduler.asides
+    answer: Future[_T] = Future()
+
+    def tell(done: Future[_T]) -> None:
+        if (error := done.exception()) is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(done.result())
+
+    def carry_out() -> None:
+        try:
+            future = call()
+        except Exception as error:
+            answer.set_exception(error)
+        else:
+            future.add_done_callback(lambda done: asides.say(partial(tell, done)))
+
+    asides.say(carry_out)
     if hasattr(engine_core, "input_queue"):
-        told: Future[_T] = Future()
-        asides = engine_core.scheduler.asides
-        future.add_done_callback(lambda done: asides.say(partial(_tell, told, done)))
-        return told
-    while not future.done():
+        return answer
+    while not answer.done():
         # Nobody takes a step meanwhile in which one of those that wait for slots could get one.
         adapters.yield_host_memory()
         time.sleep(_IDLE_S)
         adapters.poll()
-    return future.result()
-
-
-def _tell(told: Future[_T], done: Future[_T]) -> None:
-    if (error := done.exception()) is not None:
-        told.set_exception(error)
-    else:
-        told.set_result(done.result())
+    return answer.result()
