@@ -91,7 +91,7 @@ def _lines(dice: random.Random, gaps: Iterable[float], weights: Sequence[float])
     compares_to="the goal, 0.90 to 1.10",
     quick={"rounds": 1, "requests": 6},
 )
-def capacity(rounds: int = 3, requests: int = 48, keep: str = "") -> Iterable[Figure]:
+def capacity(rounds: int = 3, requests: int = 200, keep: str = "") -> Iterable[Figure]:
     """Predicted throughput and first tokens against those of a real server.
 
     Args:

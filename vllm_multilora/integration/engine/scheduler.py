@@ -214,9 +214,8 @@ class AdapterAwareMixin:
         computes = output.total_num_scheduled_tokens > 0
         adapters.running(_adapters_of(self.running), computes=computes)
         if self._is_holding and not computes and not self._failing:
-            # Nothing to do until an adapter has arrived: do not ask the workers for empty steps
-            # as fast as they can answer.
-            time.sleep(_IDLE_S)
+            self.asides.flush()
+            time.sleep(_IDLE_S)  # else workers answer empty steps as fast as they can
         return output
 
     def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
