@@ -353,6 +353,17 @@ class TestExpertLayers:
         assert {name for name, _ in traffic.seen} == {"copy_", "fill_"}
         assert all(asynchronous for name, asynchronous in traffic.seen if name == "copy_")
 
+    def test_padding_rows_are_of_valid_slots_after_memory_was_lost(self, vllms_gpu_wrapper):
+        """A captured graph's kernels look up whose they are, and then what that slot has."""
+        wrapper = make_wrapper()
+        wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
+        step(wrapper, [30, 30], [3, 9])
+        slots = wrapper.token_mapping_meta.token_lora_mapping
+        slots.fill_(2**30)
+        wrapper.memory_lost()
+        step(wrapper, [1], [5])
+        assert slots.tolist() == [0] + [-1] * (MAX_TOKENS - 1)
+
     @pytest.mark.parametrize(
         "method",
         ["moe_lora_align_block_size", "add_lora_fused_moe", "add_lora_w13", "add_lora_w2"],

@@ -123,6 +123,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
     def memory_lost(self) -> None:
         """Makes what steps read on the device valid again after a sleep that kept no memory."""
         self._stock_rows.clear()
+        self._experts_memory_lost()
         for buffer in (self.plan.buffer, self.output_rows.buffer):
             buffer.zero_()
         for (_, rank), ranks in self._full_ranks.items():

@@ -43,6 +43,12 @@ class ExpertLayers:
         if meta is not None:
             meta.prepare_tensors(torch.from_numpy(token_slots))
 
+    def _experts_memory_lost(self) -> None:
+        """No token has an adapter until a step says so: graphs read padding rows' slots too."""
+        meta = getattr(self._stock, "token_mapping_meta", None)
+        if meta is not None:
+            meta.token_lora_mapping.fill_(-1)
+
     @property
     def token_mapping_meta(self) -> Any:
         """The metadata of vLLM's own wrapper over a step's tokens; expert layers read it directly.
