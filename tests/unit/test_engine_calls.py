@@ -1,16 +1,19 @@
 """What is asked of an engine beside requests ends when nobody hears its answers any more."""
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.utils.counter import AtomicCounter
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.integration.patching.ledger import PATCHES
-from vllm_multilora.integration.server import engine_calls
+from vllm_multilora.integration.server import engine_calls, registration
+from vllm_multilora.integration.server.names_in_use import LocksInUse
 
 LIMIT_S = 5.0
 
@@ -87,3 +90,44 @@ def test_a_call_has_the_engines_error() -> None:
 
     with pytest.raises(ValueError, match="no such adapter"):
         during_a_call(fail)
+
+
+@pytest.mark.parametrize("error", [EngineDeadError(), Exception("Server shutting down")])
+def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(error: Exception) -> None:
+    """A registration that is refused has the adapter removed from engines that have taken it."""
+    asked: list[int] = []
+    unheard: list[str] = []
+
+    async def refuse(request: object) -> None:
+        raise error
+
+    async def remove(number: int) -> None:
+        asked.append(number)
+        raise error
+
+    async def is_fine(request: object) -> None: ...
+
+    async def run() -> int:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: unheard.append(context["message"]))
+        refusal: Any = await registration.load_adapter(models, request, None)
+        async with asyncio.timeout(LIMIT_S):
+            while not asked or registration._tasks:
+                await asyncio.sleep(0)
+        gc.collect()
+        return int(refusal.error.code)
+
+    client = SimpleNamespace(
+        add_lora=refuse, engine_core=SimpleNamespace(remove_lora_async=remove), vllm_config=None
+    )
+    models: Any = SimpleNamespace(
+        engine_client=client,
+        lora_requests={},
+        lora_resolver_lock=LocksInUse(),
+        lora_id_counter=AtomicCounter(),
+        _check_load_lora_adapter_request=is_fine,
+    )
+    request = SimpleNamespace(lora_name="acme", lora_path="/acme", is_3d_lora_weight=False)
+    assert asyncio.run(run()) == 500
+    assert asked == [1]
+    assert not unheard

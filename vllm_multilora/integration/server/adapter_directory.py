@@ -185,8 +185,8 @@ class DirectoryServer:
             del self._models.lora_requests[name]
             # Of several engines, one may have what another could not read.
             if served.is_admitted or self._missed.last(served.folder) is not None:
-                registration.in_background(registration.remove(self._models, served.lora))
-                registration.in_background(
+                registration.without_waiting(registration.remove(self._models, served.lora))
+                registration.without_waiting(
                     registration.remove_later(self._models, served.lora, _GRACE_S)
                 )
 
@@ -211,12 +211,12 @@ class DirectoryServer:
         if refusal is not None:
             return await self._refuse(served, folder, lora, refusal)
         if not self._is_ours(served):  # unloaded, or its folder taken away, meanwhile
-            registration.in_background(registration.remove_later(self._models, lora))
+            registration.without_waiting(registration.remove_later(self._models, lora))
             return None
         if lora is not served.lora:
             self._models.lora_requests[folder.name] = lora
             if served.is_admitted:
-                registration.in_background(
+                registration.without_waiting(
                     registration.remove_later(self._models, served.lora, _GRACE_S)
                 )
                 logger.info("Adapter directories: serving a new version of %s", folder.path)
@@ -237,7 +237,7 @@ class DirectoryServer:
         # Another engine may have taken it. What was only not to be had now, another API server may
         # serve: it had it read in better times.
         if is_bad or self._is_alone:
-            registration.in_background(registration.remove(self._models, lora))
+            registration.without_waiting(registration.remove(self._models, lora))
         if served.is_admitted or folder == served.folder or self._is_alone:
             return refusal
         # Another API server may have had the version before read: it serves on.

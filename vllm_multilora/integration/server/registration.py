@@ -18,6 +18,7 @@ from pydantic import Field
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
@@ -104,7 +105,7 @@ async def load_adapter(
             lora.base_model_name = base_model_name
         refusal = await admit(models, lora)
         if refusal is not None:
-            in_background(remove(models, lora))  # another engine may have taken it
+            without_waiting(remove(models, lora))  # another engine may have taken it
             return refusal
         await serve(models, lora)
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
@@ -126,7 +127,7 @@ async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
         lora = models.lora_requests.pop(request.lora_name)
         await shared_names.retract(models, lora)
     await remove(models, lora)
-    in_background(remove_later(models, lora))
+    without_waiting(remove_later(models, lora))
     logger.info("Removed LoRA adapter: name '%s'", lora.lora_name)
     return f"Success: LoRA adapter '{lora.lora_name}' removed successfully."
 
@@ -198,7 +199,7 @@ async def serve(models: Any, lora: LoRARequest) -> None:
     # replaced itself, but does not know of this one.
     for replaced in (previous, lora):
         if replaced is not None and not is_current(models, replaced):
-            in_background(remove_later(models, replaced))
+            without_waiting(remove_later(models, replaced))
 
 
 async def remove(models: Any, lora: LoRARequest) -> None:
@@ -232,7 +233,7 @@ def start(models: Any) -> None:
                 HTTPStatus.SERVICE_UNAVAILABLE,
             )
         # Its name has gone while the request was on its way, maybe longer than an unload waits.
-        in_background(remove_later(models, lora, LATE_GRACE_S))
+        without_waiting(remove_later(models, lora, LATE_GRACE_S))
 
     SEE_OFF.set(models.engine_client.output_processor, see_off)
 
@@ -241,11 +242,25 @@ _tasks: set[asyncio.Task[Any]] = set()
 
 
 def in_background(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-    """Does some work without anybody waiting for it."""
+    """Does some work beside what this task does."""
     task = asyncio.create_task(work)
     _tasks.add(task)  # the event loop keeps weak references only
     task.add_done_callback(_tasks.discard)
     return task
+
+
+def without_waiting(removal: Coroutine[Any, Any, None]) -> None:
+    """Removes an adapter with nobody waiting for that."""
+
+    async def tell_of_failures() -> None:
+        try:
+            await removal
+        except EngineDeadError:
+            pass  # and has no adapters any more
+        except Exception as error:  # an engine that is about to end refuses to
+            logger.warning("An adapter stays in an engine that did not remove it: %s", error)
+
+    in_background(tell_of_failures())
 
 
 async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:

@@ -88,7 +88,7 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
                 await registration.serve(models, lora)
                 logger.info("Resolved and loaded LoRA adapter %r by %s", name, kind)
                 return None
-            registration.in_background(registration.remove(models, lora))
+            registration.without_waiting(registration.remove(models, lora))
             refusal = admitted
         refusal.error.param = "model"
         first = first or refusal

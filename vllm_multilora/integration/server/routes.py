@@ -186,7 +186,7 @@ class ServerRoutes:
             del self._failed[lora.lora_int_id]
         if not registration.is_current(models, lora):
             # Whoever has taken its name away may have removed it before it was read again.
-            registration.in_background(registration.remove_later(models, lora))
+            registration.without_waiting(registration.remove_later(models, lora))
 
     async def _choose(
         self, route: str, candidates: tuple[Candidate, ...]
