@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
@@ -58,6 +59,8 @@ class FakeBlocks:
 
 class FakeScheduler:
     """Schedules all that its mixin lets run, the running requests first; `max_loras` in a step."""
+
+    pause_state = PauseState.UNPAUSED
 
     def __init__(self, *, vllm_config: Any) -> None:
         self.max_loras = vllm_config.lora_config.max_loras

@@ -17,7 +17,7 @@ from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import ADAPTERS, TENANT
 from vllm_multilora.integration.engine import scheduler as scheduler_module
-from vllm_multilora.integration.engine.core import add_lora, remove_lora
+from vllm_multilora.integration.engine.core import add_lora, handle_client_request, remove_lora
 from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.turns import PATIENCE_STEPS
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -620,6 +620,44 @@ def test_an_engine_without_steps_ends_the_requests_of_an_unloaded_adapter_in_tim
     server.engine.store.forgets()
     server.engine.poll()
     assert removed.result(timeout=0)
+
+
+@pytest.mark.parametrize("pause", [PauseState.PAUSED_NEW, PauseState.PAUSED_ALL])
+def test_a_paused_engine_keeps_no_other_engine_from_host_memory(tmp_path, pause):
+    """Its requests may wait for hours, with what they need on lease."""
+    server = RealServer(tmp_path)
+    store, scheduler = server.engine.store, server.scheduler
+    engine_core = SimpleNamespace(scheduler=scheduler)
+    ADAPTERS.set(engine_core, server.engine.adapters)
+
+    def hear(call=lambda: None) -> None:
+        handle_client_request(lambda *args: call(), engine_core, EngineCoreRequestType.WAKEUP, None)
+        scheduler.has_requests()
+
+    server.steps.ask("running", adapter=1, generate=20)
+    for _ in range(5):
+        server.step()
+    assert scheduler.running
+    for number in (2, 3):
+        server.steps.ask(f"before {number}", adapter=number)
+    Server.answer(server)
+    server.step()
+    assert store.leased == {2: 1, 3: 1}
+    hear(lambda: scheduler.set_pause_state(pause))
+    hear(lambda: server.steps.ask("meanwhile", adapter=4))
+    if pause is PauseState.PAUSED_NEW:  # what runs goes on
+        while scheduler.has_requests():
+            server.step()
+        assert not scheduler.running
+        assert not store.leased
+    Server.answer(server)
+    hear()
+    assert not store.leased
+    hear(lambda: scheduler.set_pause_state(PauseState.UNPAUSED))
+    for _ in range(30):
+        server.step()
+    assert not scheduler.requests
+    assert not store.leased
 
 
 def test_an_engine_that_is_called_directly_removes_an_adapter_in_its_callers_steps(tmp_path):

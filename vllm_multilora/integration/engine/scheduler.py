@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
@@ -65,6 +66,7 @@ class AdapterAwareMixin:
         running: list[Request]
         requests: dict[str, Request]
         kv_cache_manager: Any
+        pause_state: PauseState
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
@@ -117,6 +119,8 @@ class AdapterAwareMixin:
         """Whether a step has anything to do, be it to end requests; asked before vLLM waits."""
         if super().has_requests() or self.users.overdue:  # type: ignore[misc]
             return True
+        if self._adapters is not None and self.pause_state is not PauseState.UNPAUSED:
+            self._adapters.yield_host_memory()  # other engines' loads may need the room
         self.asides.flush()
         return False
 
@@ -192,9 +196,8 @@ class AdapterAwareMixin:
         adapters = self._adapters
         if adapters is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        # The end of a step has looked a moment ago. Doing so here, while the last step's outputs
-        # are waiting to be sent, would let the thread that sends them go first: the operating
-        # system is asked without the GIL.
+        # The end of a step has just looked. To ask the system here, without the GIL, would let the
+        # thread that sends the last step's outputs go first.
         if not self._has_polled:
             adapters.poll()
         self._has_polled = False
