@@ -1,5 +1,6 @@
 """What an engine core has ready while its workers start: their link, and the store."""
 
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,23 @@ def test_no_connection_is_left_where_workers_are_not_heard(path, monkeypatch):
         store = store_process(path)
     assert (LINK.get(executor), EARLY_STORE.get(executor)) == (None, None)
     await_end(store, LIMIT_S)
+
+
+def test_workers_that_are_forked_have_no_connection_of_their_engine_cores(path, monkeypatch):
+    """Nobody reads there any more, and what the store says to it would lie in its memory."""
+    monkeypatch.setattr(core, "reach", lambda *arguments: None)
+    forked = multiprocessing.get_context("fork")
+    is_over = forked.Event()
+    worker = forked.Process(target=is_over.wait, args=(6 * LIMIT_S,), daemon=True)
+    try:
+        with core.starting_workers(SimpleNamespace(), VllmConfig()):
+            store = store_process(path)
+            worker.start()
+        await_end(store, LIMIT_S)
+        assert worker.is_alive()
+    finally:
+        is_over.set()
+        worker.join(LIMIT_S)
 
 
 def test_a_store_that_cannot_start_is_told_where_it_is_needed(path, monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing.util import register_after_fork
 from threading import Timer
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -82,6 +83,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
         with suppress(StoreUnavailableError):  # which is told where it is needed
             early = StoreClient.connect("process", server, role="observer")
             EARLY_STORE.set(executor, early)
+            register_after_fork(early, StoreClient.close)  # workers would keep it, and never read
     if vllm_config.lora_config is not None and kernel_backend(vllm_config) != "vllm":
         logging.getLogger("vllm.v1.engine.core").addFilter(_REFUSALS_IN_ONE_LINE)
         if settings_of(vllm_config).quarantine:
