@@ -1,7 +1,9 @@
 """Slots are filled on a thread of their own, from a store's memory, as orders say."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +134,8 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     rig = Rig(tmp_path)
     yield rig
     rig.model.may_fill.set()
-    rig.filler._thread.shutdown()  # nothing is mapped any more when CUDA's stand-in has gone
+    rig.filler._thread.shutdown()
+    rig.filler._memory.close()  # nothing is mapped any more when CUDA's stand-in has gone
     rig.client.close()
 
 
@@ -393,6 +396,22 @@ def test_segments_that_were_there_before_a_worker_are_page_locked_ahead_too(
     pack = rig.load(7, rank=4)
     memory = open_as_for_a_gpu(rig, monkeypatch, Runtime())
     until(lambda: pack.segments[0] in memory._segments)
+
+
+def test_nothing_keeps_a_filler_whose_engine_has_ended_before_its_process(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it the model and all slots would stay on the GPU."""
+    runtime = Runtime()
+    memory = open_as_for_a_gpu(rig, monkeypatch, runtime)
+    pack = rig.load(7, rank=4)
+    until(lambda: pack.segments[0] in memory._segments)
+    rig.filler._thread.submit(lambda: None).result(LIMIT_S)
+    filler, rig.filler = weakref.ref(rig.filler), Rig(rig._folder).filler
+    until(lambda: gc.collect() >= 0 and filler() is None)
+    until(lambda: not memory._segments)
+    released = {call[1] for call in runtime.calls if call[0] == "unregister"}
+    assert released == {call[1] for call in runtime.calls if call[0] == "register"}
 
 
 def test_memory_that_cannot_be_page_locked_whole_serves_and_what_was_is_released(

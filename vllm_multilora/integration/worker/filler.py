@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -82,8 +83,8 @@ class SlotFiller:
         registered = None if self._device.type == "cpu" else Registered(self._device)
         self._memory = SegmentMapper(address, server, registered)
         if registered is not None:
-            name, own = "multilora-segments", (self._memory,)
-            threading.Thread(target=self._map_ahead, name=name, args=own, daemon=True).start()
+            name, known = "multilora-segments", (weakref.ref(self), self._memory)
+            threading.Thread(target=_map_ahead, name=name, args=known, daemon=True).start()
 
     def begin(self, order: Order) -> None:
         """Begins to carry out an order; its answer goes to the engine core."""
@@ -146,24 +147,15 @@ class SlotFiller:
         if self._link is not None:
             self._link.tell(future.result())
 
-    def _map_ahead(self, memory: SegmentMapper) -> None:
-        """Runs on a thread of its own: has the other one map what the store makes, while it reads.
-
-        Registering a segment with the device takes hundreds of milliseconds, which would otherwise
-        come between the order to fill a slot and its answer.
-        """
-        while memory is self._memory:
-            if not memory.wait(_RETRY_S):
-                continue
-            try:
-                mapping = self._thread.submit(self._map_opened, memory)
-            except RuntimeError:  # the process ends
-                return
-            error = mapping.exception()
-            if error is not None:
-                if not isinstance(error, StoreUnavailableError):
-                    logger.error("Host memory cannot be mapped ahead", exc_info=error)
-                time.sleep(_RETRY_S)
+    def map_ahead(self, memory: SegmentMapper) -> bool:
+        """Maps what the store has made, on the thread that fills slots; whether it could."""
+        try:
+            error = self._thread.submit(self._map_opened, memory).exception()
+        except RuntimeError:  # the process ends
+            return False
+        if error is not None and not isinstance(error, StoreUnavailableError):
+            logger.error("Host memory cannot be mapped ahead", exc_info=error)
+        return error is None
 
     # What follows runs on the thread.
 
@@ -223,6 +215,26 @@ class SlotFiller:
             own_rows = own.rows[has], own.ranks[has]
             self._manager.factors.fill(order.slot, *own_rows, magnitudes, known)
         self._manager.fill_rest(order.slot, own, special)
+
+
+def _map_ahead(known: weakref.ref[SlotFiller], memory: SegmentMapper) -> None:
+    """Runs on a thread of its own: has a filler's map what the store makes, while it reads.
+
+    Registering a segment with the device takes hundreds of milliseconds, which would otherwise
+    come between the order to fill a slot and its answer. An engine may end before its process
+    does: its filler has the model, and goes when nobody else has it.
+    """
+    while True:
+        has_come = memory.wait(_RETRY_S)
+        filler = known()
+        if filler is None:
+            memory.close()
+            return
+        if memory is not filler._memory:
+            return
+        if has_come and not filler.map_ahead(memory):
+            time.sleep(_RETRY_S)
+        del filler
 
 
 def _failure(order: Order, error: Exception) -> FillFailed:
