@@ -1,14 +1,18 @@
 """The engine's folder: found by its instance, and gone after its maker's end."""
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from vllm_multilora.integration.server import metrics
 from vllm_multilora.metrics.folder import (
     create_folder,
     find_folder,
@@ -104,3 +108,21 @@ def test_folders_are_where_vllm_keeps_its_values_of_several_servers(
     assert parent_folder() != tmp_path
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     assert parent_folder() == tmp_path
+
+
+def test_an_engine_that_has_ended_leaves_no_folder_in_a_process_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has counted nothing has kept nothing of it either."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setenv(metrics.FOLDER_VARIABLE, "")
+    monkeypatch.setattr(metrics, "kernel_backend", lambda config: "native")
+    config: Any = type("Config", (), {"instance_id": "an engine"})()
+    config.parallel_config = SimpleNamespace(_api_process_count=1, _api_process_rank=0)
+    metrics.make_folder(config)
+    metrics.show(config)
+    (folder,) = tmp_path.iterdir()
+    assert find_folder("an engine", tmp_path) == folder
+    del config
+    gc.collect()
+    assert not folder.exists()

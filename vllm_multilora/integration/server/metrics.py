@@ -20,6 +20,7 @@ from vllm_multilora.integration.metrics import folder_of, recorder
 from vllm_multilora.integration.patching.activation import kernel_backend
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.folder import create_folder, parent_folder, remove_folder
+from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.server_counts import COUNTS
 
 if TYPE_CHECKING:
@@ -67,10 +68,16 @@ def show(vllm_config: VllmConfig) -> None:
     if folder is None:
         return
     _COLLECTOR.show(folder)
-    COUNTS.start(partial(recorder, vllm_config, "server", folder))
+    COUNTS.start(partial(_recorder, weakref.ref(vllm_config), folder))
     known: Any = REGISTRY
     if _COLLECTOR not in known._collector_to_names:
         REGISTRY.register(_COLLECTOR)
+
+
+def _recorder(config: weakref.ref[VllmConfig], folder: Path) -> Recorder | None:
+    """What this process counts with, as long as the engine is there, and its folder with it."""
+    vllm_config = config()
+    return None if vllm_config is None else recorder(vllm_config, "server", folder)
 
 
 def shown_beside(collector: Any) -> Iterable[Metric]:
