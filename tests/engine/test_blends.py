@@ -278,6 +278,21 @@ def test_a_blend_that_is_checked_while_a_part_is_reloaded_is_checked_again(engin
     assert engine.store.only().fresh
 
 
+def test_a_blend_that_comes_after_its_parts_new_weights_in_one_poll_is_given_back(engines):
+    engine = engines()
+    engine.host(1, digest="one")
+    request = blend(0.5)
+    engine.adapters.want(request)
+    made = engine.store.only()
+    engine.adapters.want(lora(1, inplace=True))
+    (reload,) = (want for want in engine.store.wants.values() if want.adapter == 1)
+    engine.store.loaded(pack_info(20, "new"), reload)
+    engine.store.loaded(blended_pack(12, "one", "two"), made)
+    engine.poll()
+    assert engine.store.only().fresh  # it is made again
+    assert engine.store.leased == {20: 1}
+
+
 def test_a_blend_and_its_part_that_come_together_are_read_once(engines):
     engine = engines()
     engine.adapters.want(blend(0.5))

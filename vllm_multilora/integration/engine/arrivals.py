@@ -113,7 +113,9 @@ class Arrivals:
 
     def _take_loaded(self, message: Loaded) -> None:
         entry = self._wants.find(message.ticket)
-        if entry is None:
+        if entry is None:  # what came before this, in the same call, has had its want taken back
+            if message.leased:
+                self._wants.release_pack(message.pack.pack)
             return
         is_check = message.ticket == entry.check_ticket
         entry.checked_under = self._wants.end(entry, message.ticket)
