@@ -9,7 +9,7 @@ import numpy as np
 from tests.store.fake_reader import digest_of
 from tests.store.test_arena import FakeSegments
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.slots.registry import make_policy
+from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.store.arena import Arena
 from vllm_multilora.store.entries import Client
 from vllm_multilora.store.job_messages import CheckOnly, Failure, Go, Place
@@ -21,13 +21,41 @@ PAGE = 4096
 CONTENTS = Contents(8, has_special=False, invocation_tokens=(), dora=False)
 
 
+class Watched(LruPolicy):
+    """Is told of what is in memory, and asked about what may leave, and of nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members: set[int] = set()
+        self.steps: list[tuple[list[int], list[int]]] = []
+
+    def added(self, adapter_id, size, cost):
+        assert adapter_id not in self.members
+        self.members.add(adapter_id)
+        super().added(adapter_id, size, cost)
+
+    def used(self, adapter_ids, joined):
+        assert set(joined) <= set(adapter_ids) <= self.members
+        self.steps.append((list(adapter_ids), list(joined)))
+        super().used(adapter_ids, joined)
+
+    def removed(self, adapter_id):
+        self.members.remove(adapter_id)
+        super().removed(adapter_id)
+
+    def victim(self, candidates):
+        assert set(candidates) <= self.members
+        return super().victim(candidates)
+
+
 class World:
     """Plays everything around a registry, and takes note."""
 
     def __init__(self, settings: StoreSettings | None = None, first_pack: int = 1000) -> None:
         self.settings = settings or StoreSettings(budget_bytes=10 * PAGE)
         arena, numbers = Arena(FakeSegments(), None), itertools.count(first_pack)
-        self.memory = HostMemory(arena, make_policy("lru"), numbers)
+        self.policy = Watched()
+        self.memory = HostMemory(arena, self.policy, numbers)
         self.registry = Registry(self.memory, self)
         self.now = 0.0
         self.said: dict[int, list] = {}
@@ -93,7 +121,8 @@ class World:
 
     def opened(self, job: int, version: str | None = None) -> None:
         self.jobs[job] = "opened"
-        self.registry.loads.opened(job, version or self.loads[job].path, self.now)
+        version = self.loads[job].path if version is None else version
+        self.registry.loads.opened(job, version, self.now)
 
     def checked(self, job: int, pages: int = 1) -> None:
         self.jobs[job] = "checked"
@@ -157,6 +186,11 @@ class World:
         allocations += [one for one in self.registry.loads._dying.values() if one]
         assert memory.staged == len(allocations)
         assert totals.bytes == packs + sum(one.held_bytes for one in allocations)
+        if memory.policy is self.policy:
+            assert self.policy.members == memory.packs.keys()
+        alike = list(memory._bindings_of.values())
+        assert all(alike), "a number is noted that means nothing"
+        assert set().union(*alike) == memory._bound.keys()
         for load in self.registry.loads._room._waiting:
             assert load.keep(), "nobody wants what waits for room in memory"
         leases = Counter()

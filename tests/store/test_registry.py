@@ -187,6 +187,44 @@ def test_changed_files_are_another_pack_and_the_old_one_leaves_with_its_last_lea
     assert old.pack.pack not in world.memory.packs
 
 
+def test_an_adapter_of_another_folder_is_not_the_one_in_memory(world):
+    first = world.load(1, 1, path="/old")
+    second = world.load(1, 1, path="/new")
+    assert second.was_read
+    assert second.pack.pack != first.pack.pack
+
+
+def test_files_without_a_version_are_read_each_time(world):
+    for adapter, path in ((1, "/a"), (2, "/b")):
+        ticket = world.want(1, adapter, path)
+        (job,) = world.jobs
+        world.opened(job, "")
+        world.checked(job)
+        world.done(job)
+        assert world.answer(1, ticket).was_read
+        world.settle()
+    assert world.read == {"/a": 1, "/b": 1}
+
+
+def test_what_a_version_of_files_is_was_read_last(world):
+    """They may have been changed without being another version."""
+    tickets = [world.want(1, adapter, f"/{adapter}") for adapter in (1, 2)]
+    for step in (lambda job: world.opened(job, "same"), world.checked):
+        for job in list(world.jobs):
+            step(job)
+    for job, digest in zip(list(world.jobs), ("before", "after"), strict=True):
+        world.done(job, digest)
+    world.settle()
+    before, after = (world.answer(1, ticket).pack.pack for ticket in tickets)
+    world.registry.release(1, before, world.now)
+    world.registry.forget(1, 1, world.now)
+    assert set(world.memory.packs) == {after}
+    ticket = world.want(1, 3, "/3")
+    world.opened(next(iter(world.jobs)), "same")
+    assert world.answer(1, ticket).pack.pack == after
+    world.settle()
+
+
 def test_a_fresh_want_of_unchanged_files_reads_nothing_again(world):
     first = world.load(1)
     again = world.load(1, fresh=True)
@@ -276,11 +314,19 @@ def test_a_server_whose_adapters_fill_the_memory_delays_another_by_a_load():
 
 def test_victims_are_the_least_recently_used_and_never_leased(world):
     packs = [world.load(1, n, pages=3).pack.pack for n in (1, 2, 3)]
-    for pack in packs[:2]:
+    for pack in packs[1:]:
         world.registry.release(1, pack, world.now)
-    world.registry.used(1, [packs[0]])
+    world.registry.used(1, [packs[1]])
     world.load(1, 4, pages=3)
-    assert list(world.evicted(1)) == [packs[1]]
+    assert list(world.evicted(1)) == [packs[2]]
+
+
+def test_a_policy_is_told_of_each_step_what_is_in_memory_and_what_has_joined(world):
+    packs = [world.load(1, n).pack.pack for n in (1, 2, 3)]
+    world.registry.used(1, [packs[1], packs[0]])
+    world.registry.used(1, [packs[2], 12345, packs[1]])
+    world.registry.used(1, [12345])
+    assert world.policy.steps == [(packs[:2], packs[:2]), (packs[1:], packs[2:])]
 
 
 def test_nothing_leaves_for_what_would_not_fit_even_then(world):
@@ -364,6 +410,37 @@ def test_budgets_are_the_largest_asked_for():
     totals = world.memory.totals()
     assert (totals.bytes_limit, totals.adapters_limit) == (2 * PAGE, 3)
     assert totals.bytes <= 2 * PAGE
+
+
+def test_a_smaller_budget_is_kept_to_as_soon_as_leases_allow_it():
+    world = World()
+    world.client(1, budget_bytes=2 * PAGE)
+    world.client(2, server="other")
+    packs = [world.load(1, adapter).pack.pack for adapter in range(4)]
+    world.registry.client_gone(2, world.now)
+    assert world.memory.totals().bytes == 4 * PAGE
+    for pack in packs:
+        world.registry.release(1, pack, world.now)
+    assert isinstance(world.load(1, 9), Loaded)
+    assert world.memory.totals().bytes == 2 * PAGE
+    world.check()
+
+
+def test_adapters_that_are_being_read_count_among_those_in_memory():
+    world = World(StoreSettings(budget_adapters=1))
+    world.client(1)
+    tickets = [world.want(1, adapter) for adapter in (1, 2)]
+    first, second = list(world.jobs)
+    for job in (first, second):
+        world.opened(job)
+        world.checked(job)
+    assert [world.jobs[job] for job in (first, second)] == ["reading", "checked"]
+    world.done(first)
+    world.settle()
+    world.registry.release(1, world.answer(1, tickets[0]).pack.pack, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, tickets[1]), Loaded)
+    world.check()
 
 
 def test_servers_that_count_adapters_and_bytes_both_bound_the_memory():
@@ -481,6 +558,23 @@ def test_a_withdrawn_adapter_leaves_and_its_wants_fail(world):
     assert world.memory.totals().bytes == 0
 
 
+def test_an_adapter_can_be_withdrawn_that_nobody_has_any_more(world):
+    world.registry.release(1, world.load(1, 1).pack.pack, world.now)
+    for _ in range(2):
+        world.registry.forget(1, 1, world.now)
+    assert not world.memory.packs
+
+
+def test_a_withdrawn_adapter_leaves_every_model_of_its_server(world):
+    world.client(2, model="another")
+    for client in (1, 2):
+        world.registry.release(client, world.load(client, 1).pack.pack, world.now)
+    assert len(world.memory.packs) == 2
+    for client in (1, 2):
+        world.registry.forget(client, 1, world.now)
+    assert not world.memory.packs
+
+
 def test_a_withdrawn_adapter_stays_for_the_others_that_have_it(world):
     one = world.load(1, path="/same")
     world.client(2, server="other")
@@ -564,6 +658,19 @@ def test_a_pack_knows_the_latest_versions_of_its_files_only(world):
     assert kept.info.pack == pack
     assert list(kept.versions) == [f"copy {n}" for n in range(4, MOST_VERSIONS + 4)]
     assert world.memory._by_version.keys() == {(kept.scope, one) for one in kept.versions}
+
+
+def test_a_version_that_is_seen_again_is_the_latest(world):
+    for version in ("one", "two", "one"):
+        world.want(1, 1, fresh=True)
+        (job,) = world.jobs
+        world.opened(job, version)
+        if job in world.jobs:
+            world.checked(job)
+            world.done(job, "/adapters/1")
+        world.settle()
+    (kept,) = world.memory.packs.values()
+    assert list(kept.versions) == ["two", "one"]
 
 
 def test_each_want_of_a_withdrawn_adapter_fails_once_though_its_other_load_fails(
@@ -760,6 +867,7 @@ def test_an_adapter_that_was_registered_is_its_first_users(world):
     assert len(kept(world)) == 4
     for adapter in range(1, 5):
         world.load(1, adapter, owners=("acme",), most=2)
+        assert len(kept(world, "acme")) <= 2
         release_all(world)
     assert kept(world, "acme") == ["/adapters/3", "/adapters/4"]
     world.load(1, 4, owners=("other",), most=1)
@@ -871,6 +979,58 @@ def test_what_a_tenants_server_has_withdrawn_counts_for_it_no_more(world):
     world.load(1, 2, owners=("acme",), most=1)
     assert kept(world) == ["/same"]
     assert kept(world, "acme") == ["/adapters/2"]
+
+
+def test_an_adapter_is_its_tenants_under_whatever_names_of_its_server(world):
+    for adapter in (1, 2):
+        world.load(1, adapter, path="/same", owners=("acme",), most=3)
+    release_all(world)
+    world.registry.forget(1, 1, world.now)
+    assert kept(world, "acme") == ["/same"]
+
+
+def test_an_adapter_that_is_looked_at_again_stays_its_tenants(world):
+    world.load(1, 1, owners=("acme",), most=1)
+    release_all(world)
+    world.load(1, 1, keep=False, fresh=True)
+    assert kept(world, "acme") == ["/adapters/1"]
+
+
+def test_a_tenants_limit_is_for_each_model(world):
+    world.client(2, model="another")
+    for client in (1, 2):
+        world.load(client, 1, owners=("acme",), most=1)
+    release_all(world)
+    release_all(world, 2)
+    assert len(kept(world, "acme")) == 2
+
+
+def test_limits_stay_when_another_server_has_gone(world):
+    world.client(2, "other")
+    for client in (1, 2):
+        world.load(client, client, owners=("acme",), most=1)
+    world.registry.client_gone(2, world.now)
+    release_all(world)
+    world.load(1, 3, keep=False)
+    world.load(1, 3, owners=("acme",), most=1)
+    assert kept(world, "acme") == ["/adapters/3"]
+
+
+def test_a_store_that_is_kept_keeps_what_servers_leave_until_its_room_is_needed(world):
+    world.memory.keeps = True
+    first = world.load(1, 1, pages=9, owners=("acme",), most=1)
+    world.registry.client_gone(1, world.now)
+    assert not world.memory.tenant_limits
+    world.client(2, "next")
+    again = world.load(2, 7, path="/adapters/1")
+    assert (again.pack, again.was_read) == (first.pack, False)
+    world.registry.client_gone(2, world.now)
+    world.client(3, "last")
+    world.load(3, 8, path="/other", pages=5)
+    assert first.pack.pack not in world.memory.packs
+    world.memory.keeps = False
+    world.registry.client_gone(3, world.now)
+    assert not world.memory.packs
 
 
 def test_what_a_server_that_has_gone_had_begun_is_counted_for_its_followers(world):

@@ -90,7 +90,7 @@ class HostMemory:
         Raises:
             OSError: The system gives no memory.
         """
-        if evict and not self._may_suffice(blocks):
+        if not self._may_suffice(blocks):
             return None
         while True:
             is_allowed = self.fits(self._count + 1, self.arena.held + pages_of(blocks))
