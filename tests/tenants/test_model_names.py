@@ -8,7 +8,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
+from vllm.entrypoints.serve.engine.serving import BaseServing
+
 from vllm_multilora.integration.attached import ROUTES
+from vllm_multilora.integration.patching.ledger import apply_patches
 from vllm_multilora.integration.server.callers import Caller, card_for, current_caller
 from vllm_multilora.integration.server.model_names import check_model
 from vllm_multilora.integration.server.routes import ServerRoutes
@@ -34,6 +39,23 @@ def models(tmp_path):
     )
     ROUTES.set(found, ServerRoutes(found, str(path)))
     return found
+
+
+@pytest.mark.parametrize("who", [None, Role.OPERATOR], ids=["without-keys", "with-keys"])
+def test_a_server_that_only_renders_prompts_knows_its_model(who):
+    """Of vLLM's two tables of models, its is the one without an engine."""
+    serving = object.__new__(type("Serving", (BaseServing,), {}))
+    serving.models = OpenAIModelRegistry(None, [BaseModelPath("base", "/base")])
+    serving.request_logger = None
+
+    async def status(name: str) -> int | None:
+        current_caller.set(who and Caller(who))
+        refusal = await serving._check_model(SimpleNamespace(model=name, messages=[]))
+        return refusal and refusal.error.code
+
+    apply_patches()
+    assert asyncio.run(status("base")) is None
+    assert asyncio.run(status("nobody")) == 404
 
 
 def tenant(*, adapters: tuple[str, ...] = (), routes: tuple[str, ...] = ()) -> Caller:

@@ -138,8 +138,10 @@ def bind(serving: Any, request: Any, asked: str) -> ErrorResponse | None:
 
 
 def _acts_for(models: Any) -> bool:
-    # Asked for each request: what the server has been given when it started says so at once.
-    return METER.get(getattr(models.engine_client, "output_processor", None)) is not None
+    # Asked for each request: what the server has been given when it started says so at once. A
+    # server that only renders prompts has no engine.
+    client = getattr(models, "engine_client", None)
+    return METER.get(getattr(client, "output_processor", None)) is not None
 
 
 async def _prepare_blend(serving: Any, request: Any) -> ErrorResponse | None:

@@ -17,7 +17,7 @@ def active_default_adapter(original: Callable[..., Any], serving: Any, request: 
 
     An adapter is no default for being named `image`, or `text`, as anybody may name theirs.
     """
-    client = serving.models.engine_client
+    client = getattr(serving.models, "engine_client", None)
     if not is_active_behind(client):
         return original(serving, request)
     defaults = client.vllm_config.lora_config.default_mm_loras
