@@ -15,8 +15,9 @@ from vllm.lora.request import LoRARequest
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
 from vllm_multilora.adapters.problems import Code, Problem
+from vllm_multilora.integration.attached import DIRECTORY
 from vllm_multilora.integration.failures import REFUSAL_MARK
-from vllm_multilora.integration.server import adapter_directory, registration
+from vllm_multilora.integration.server import adapter_directory, model_names, registration
 from vllm_multilora.integration.server.adapter_directory import SCAN_S, DirectoryServer
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.refusals import Refusals
@@ -211,6 +212,35 @@ def test_a_new_folder_is_found_by_its_first_request(tmp_path: Path) -> None:
         site.put("acme", "one")
         assert await site.ask("acme") == "one"
         assert list(site.models[0].lora_requests) == ["acme"]
+
+    run(scenario())
+
+
+def test_where_every_name_is_the_base_models_an_adapters_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        (models,) = site.models
+        DIRECTORY.set(models, site.servers[0])
+
+        async def status(name: str) -> int | None:
+            serving = SimpleNamespace(models=models)
+            refusal = await model_names.prepare(serving, SimpleNamespace(model=name))
+            return None if refusal is None else refusal.error.code
+
+        await site.look(times=1)
+        site.put("acme", "one")
+        site.put("broken", "bad")
+        assert await status("acme") is None
+        assert models.lora_requests["acme"].lora_int_id in site.engine.held
+        assert await status("broken") == 400
+        for name in ("nobody", "nobody\n"):
+            assert await status(name) is None
+            assert name not in models.lora_requests
 
     run(scenario())
 

@@ -89,9 +89,13 @@ async def _prepare(models: Any, request: Any) -> ErrorResponse | None:
         if refusal is not None:
             return refusal
     name = request.model
-    if not name or envs.VLLM_SKIP_MODEL_NAME_VALIDATION or models.is_base_model(name):
+    if not name or models.is_base_model(name):
         return None
-    return await _find(models, name)
+    refusal = await _find(models, name)
+    is_unknown = refusal is not None and refusal.error.code == HTTPStatus.NOT_FOUND
+    if is_unknown and envs.VLLM_SKIP_MODEL_NAME_VALIDATION and name not in models.lora_requests:
+        return None  # it is the base model's, as all are there that are no adapter's
+    return refusal
 
 
 async def _find(models: Any, name: str) -> ErrorResponse | None:
