@@ -23,6 +23,7 @@ from vllm_multilora.integration.server import (
     routes,
     versions,
 )
+from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
@@ -464,6 +465,39 @@ def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None
     asyncio.run(scenario())
     assert len(engine.output_processor.request_states) == 5
     assert [usage.status for usage in used] == [Status.FAILED]
+    assert engine.removed == [7]
+
+
+def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_was_called() -> (
+    None
+):
+    """The request after the tool's answer would bring it back, with other weights perhaps."""
+    engine, acme = Engine(), lora_of("acme", 7)
+    engine.output_processor = SimpleNamespace(request_states={})
+    models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
+    versions.note(engine, 7, versions.Version("abc", 1.0, "lora"))
+
+    def add(processor: Any, request: Any, *_: Any) -> None:
+        processor.request_states[request.request_id] = request
+
+    def ask(turn: str) -> None:
+        request = SimpleNamespace(request_id=turn, lora_request=acme)
+        engine_door.add_request(add, engine.output_processor, request, None)
+
+    async def scenario() -> None:
+        registration.start(models)
+        current_call.set(call := HttpCall({}, lora=acme))
+        ask("first")
+        call.ran = "abc"
+        models.lora_requests["acme"] = lora_of("acme", 8)
+        ask("second")  # the version before stays for a while
+        await registration.remove(models, acme)
+        with pytest.raises(GracefulHTTPError, match="'acme' was reloaded or unloaded") as failed:
+            ask("third")
+        assert failed.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
+
+    asyncio.run(scenario())
+    assert list(engine.output_processor.request_states) == ["first", "second"]
     assert engine.removed == [7]
 
 

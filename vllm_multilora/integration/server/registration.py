@@ -222,14 +222,15 @@ def start(models: Any) -> None:
     def see_off(lora: LoRARequest) -> None:
         if is_current(models, lora):
             return
-        if metering.is_of_beam_search():
+        if metering.goes_on_with_an_answer():
             if versions.find(models.engine_client, lora) is not None:
                 return  # whoever has taken the name away will remove the adapter
-            # It was removed between two of the search's requests. This one would bring it back,
-            # with other weights perhaps, for as long as the search goes on.
+            # It was removed between two requests to the engine for one answer: steps of a beam
+            # search, parts of a recording, what comes before and after the call of a tool. This
+            # one would bring it back, with other weights perhaps than the answer's first part has.
             raise GracefulHTTPError(
-                f"adapter {lora.lora_name!r} was reloaded or unloaded while this beam search ran; "
-                "send it again",
+                f"adapter {lora.lora_name!r} was reloaded or unloaded while this request was being "
+                "answered; send it again",
                 HTTPStatus.SERVICE_UNAVAILABLE,
             )
         # Its name has gone while the request was on its way, maybe longer than an unload waits.
