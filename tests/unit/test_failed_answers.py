@@ -20,8 +20,10 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import FinishReason
 
+from vllm_multilora.integration.attached import ON_FAILURE
 from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
+    beam_search,
     deliver_failures,
     uninvoked_stop_reason,
 )
@@ -273,3 +275,30 @@ def test_a_missing_invocation_is_told_where_the_tokenizer_does_not_know_the_toke
     output = SimpleNamespace(request_id="r", finish_reason=FinishReason.ERROR, stop_reason=reason)
     deliver_failures([output], {}, tokenizer=SimpleNamespace(decode=decode))
     assert "is activated by the tokens [32007], which" in output.stop_reason
+
+
+@pytest.mark.parametrize("several", [list, tuple])
+def test_an_offline_beam_search_says_that_its_prompt_lacks_an_invocation(
+    several: Callable[[Any], Any],
+) -> None:
+    """vLLM finds no sequence for it, and has no place for a reason."""
+    acme = LoRARequest("acme", 1, "/acme")
+    processor = SimpleNamespace()
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(output_processor=processor))
+
+    def search(*_: Any) -> list[Any]:
+        state = SimpleNamespace(lora_request=acme, detokenizer="", queue=None, external_req_id="0")
+        reason = uninvoked_stop_reason(acme, (5,))
+        output = SimpleNamespace(
+            request_id="r", finish_reason=FinishReason.ERROR, stop_reason=reason
+        )
+        deliver_failures([output], {"r": state}, ON_FAILURE.get(processor))
+        return [SimpleNamespace(sequences=[]), SimpleNamespace(sequences=["found"])]
+
+    failed, served = beam_search(
+        search, llm, [[1], [2]], SimpleNamespace(beam_width=1), several([acme, None])
+    )
+    (sequence,) = failed.sequences
+    assert sequence.finish_reason == "error"
+    assert "is activated by the tokens [5], which" in sequence.stop_reason
+    assert served.sequences == ["found"]

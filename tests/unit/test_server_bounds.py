@@ -16,6 +16,7 @@ from vllm.utils.counter import AtomicCounter
 
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.failures import UninvokedFailure
 from vllm_multilora.integration.server import (
     engine_door,
     metering,
@@ -140,6 +141,14 @@ def test_routes_lead_to_no_quarantined_adapter_before_it_has_other_weights(
     server._models, server._failed = models, {}
     asyncio.run(scenario())
     assert slept == [5, 10, 20, 40, 60, 60, 60]
+    assert server._failed == {}
+
+
+def test_routes_lead_on_to_an_adapter_whose_invocation_a_prompt_lacks() -> None:
+    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
+    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
+    server._models, server._failed = SimpleNamespace(lora_requests={"acme": lora}), {}
+    server.note_failure(lora, UninvokedFailure(FailureKind.INVALID, "no invocation"))
     assert server._failed == {}
 
 

@@ -98,7 +98,7 @@ LISTING: Attached[RecentListing] = Attached("listing")
 """Of an API server's `OpenAIServingModels`: what was last told of all adapters."""
 
 ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attached("on-failure")
-"""Of an `OutputProcessor`: is told of every adapter whose load has failed requests."""
+"""Of an `OutputProcessor`: is told of every request with an adapter that has failed."""
 
 SEE_OFF: Attached[Callable[[LoRARequest], None]] = Attached("see-off")
 """Of an `OutputProcessor`: is told of the adapter of every request that goes to the engine, and

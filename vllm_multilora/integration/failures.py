@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,10 @@ STATUS = {
 }
 
 
+class UninvokedFailure(LoadFailure):
+    """A prompt lacks what activates its adapter, which is as good as before."""
+
+
 def to_stop_reason(failure: LoadFailure, adapter: LoRARequest) -> str:
     """A failure as the text that travels with a request's last output.
 
@@ -84,7 +89,7 @@ def uninvoked_stop_reason(adapter: LoRARequest, tokens: Sequence[int]) -> str:
     return f"{_UNINVOKED}{json.dumps([adapter.lora_name, *tokens])}"
 
 
-def _uninvoked(stop_reason: Any, tokenizer: Any) -> LoadFailure | None:
+def _uninvoked(stop_reason: Any, tokenizer: Any) -> UninvokedFailure | None:
     """The failure in such a stop reason, with the tokens' text where there is a tokenizer."""
     if not isinstance(stop_reason, str) or not stop_reason.startswith(_UNINVOKED):
         return None
@@ -98,7 +103,7 @@ def _uninvoked(stop_reason: Any, tokenizer: Any) -> LoadFailure | None:
         f"adapter {name!r} is activated by the tokens {tokens}{text}, which the prompt does not "
         "contain: put them where the adapter is to begin"
     )
-    return LoadFailure(FailureKind.INVALID, message)
+    return UninvokedFailure(FailureKind.INVALID, message)
 
 
 def _stop_reason(kind: FailureKind, message: str) -> str:
@@ -151,7 +156,7 @@ def deliver_failures(
     Args:
         engine_core_outputs: As the engine core sent them; stop reasons become plain text.
         request_states: vLLM's request states by internal request id.
-        on_failure: Is told of every adapter whose load has failed requests.
+        on_failure: Is told of every request with an adapter that has failed: which, and why.
         tokenizer: The model's; None where there is none.
 
     Returns:
@@ -161,18 +166,17 @@ def deliver_failures(
     for output in engine_core_outputs:
         if output.finish_reason is not FinishReason.ERROR:
             continue
-        failure = from_stop_reason(output.stop_reason)
-        is_adapters = failure is not None
-        if failure is None and (failure := _uninvoked(output.stop_reason, tokenizer)) is None:
+        failure = from_stop_reason(output.stop_reason) or _uninvoked(output.stop_reason, tokenizer)
+        if failure is None:
             continue
         state = request_states.get(output.request_id)
         if state is not None:
             folders = HIDDEN_FOLDERS.get(state) or ()
-            failure = LoadFailure(failure.kind, without_folders(failure.message, folders))
+            failure = replace(failure, message=without_folders(failure.message, folders))
         output.stop_reason = failure.message
         if state is None:
             continue
-        if is_adapters and on_failure is not None and state.lora_request is not None:
+        if on_failure is not None and state.lora_request is not None:
             on_failure(state.lora_request, failure)
         if state.detokenizer is None:
             # A pooling request. Without a result vLLM takes it for one that generates; then its
@@ -239,7 +243,7 @@ def beam_search(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Offline: a search whose adapter has failed ends with a sequence that says so."""
+    """Offline: a search that an adapter has failed ends with a sequence that says so."""
     failures: dict[int, LoadFailure] = {}
 
     def note(lora: LoRARequest, failure: LoadFailure) -> None:
@@ -252,7 +256,8 @@ def beam_search(
     finally:
         ON_FAILURE.set(processor, None)
     if failures:
-        loras = lora_request if isinstance(lora_request, list) else [lora_request] * len(searches)
+        are_many = isinstance(lora_request, Sequence)
+        loras = lora_request if are_many else [lora_request] * len(searches)
         for prompt, lora, search in zip(prompts, loras, searches, strict=True):
             failure = None if lora is None else failures.get(lora.lora_int_id)
             if failure is not None and len(search.sequences) < params.beam_width:

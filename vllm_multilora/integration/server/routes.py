@@ -156,6 +156,8 @@ class ServerRoutes:
 
     def note_failure(self, lora: LoRARequest, failure: LoadFailure) -> None:
         """Takes an adapter out of routes with fallbacks until it has been loaded again."""
+        if isinstance(failure, failures.UninvokedFailure):
+            return  # it is the prompt's
         number = lora.lora_int_id
         if is_blend(lora.lora_path) and number not in self._led:
             return  # a client's own; there is no end to them
