@@ -336,6 +336,17 @@ PATCHES: tuple[Patch, ...] = (
         until="As model-names.",
     ),
     Patch(
+        name="realtime-model",
+        target="vllm.entrypoints.speech_to_text.realtime.connection:RealtimeConnection._check_model",
+        takes=("self, model",),
+        handler="server.model_names:check_realtime_model",
+        why="vLLM's WebSocket has the base model answer, and tells a session that names an adapter "
+        "that there is none. One that has named the base model before goes on with it. Says what "
+        "the WebSocket serves, and has nothing answer until that is named.",
+        checked=(),
+        until="vLLM's WebSocket takes adapters.",
+    ),
+    Patch(
         name="default-adapters",
         target="vllm.entrypoints.serve.engine.serving:BaseServing._get_active_default_mm_loras",
         takes=("self, request",),

@@ -192,6 +192,22 @@ async def check_model(original: Callable[..., Any], serving: Any, request: Any) 
     return refusal if refusal is not None else bind(serving, request, asked)
 
 
+def check_realtime_model(original: Callable[..., Any], connection: Any, model: str) -> Any:
+    """Of a WebSocket's session, which the base model alone answers."""
+    serving = connection.serving
+    models = serving.models
+    if not _acts_for(models):
+        return original(connection, model)
+    connection._is_model_validated = False  # vLLM validates what is not refused
+    if model not in models.lora_requests and model not in (routes_of(models) or ()):
+        return original(connection, model)
+    base = models.base_model_paths[0].name
+    return serving.create_error_response(
+        message=f"/v1/realtime serves no adapters: found the model `{model}`, expected `{base}`.",
+        param="model",
+    )
+
+
 async def check_pooling_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
     is_dropped = blends.dropped() is not None and _acts_for(serving.models)
     if is_dropped or blends.is_asked(serving.models, request):

@@ -1,0 +1,85 @@
+"""A session of vLLM's WebSocket is answered by what it has named last, or by nothing."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
+
+from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.patching.ledger import PATCHES
+from vllm_multilora.integration.server.metering import ServerMeter
+
+BASE, ADAPTER = "base", "acme"
+
+
+class Session:
+    """vLLM's WebSocket without a network and an engine.
+
+    Attributes:
+        told: The events that the client has got.
+        begun: How many answers were begun.
+    """
+
+    def __init__(self) -> None:
+        for patch in PATCHES:
+            if patch.name == "realtime-model":
+                assert patch.apply()
+        self.told: list[dict[str, Any]] = []
+        self.begun = 0
+        processor = SimpleNamespace()
+        METER.set(processor, ServerMeter(None))
+        serving: Any = object.__new__(type("Serving", (BaseServing,), {}))
+        serving.models = SimpleNamespace(
+            engine_client=SimpleNamespace(output_processor=processor),
+            base_model_paths=[SimpleNamespace(name=BASE)],
+            is_base_model=lambda name: name == BASE,
+            lora_requests={ADAPTER: SimpleNamespace()},
+        )
+        websocket: Any = SimpleNamespace(send_text=self._hear)
+        self._connection: Any = RealtimeConnection(websocket, serving)
+        self._connection.start_generation = self._begin
+
+    async def _hear(self, event: str) -> None:
+        self.told.append(json.loads(event))
+
+    async def _begin(self) -> None:
+        self.begun += 1
+
+    def name(self, model: str) -> None:
+        self._send({"type": "session.update", "model": model})
+
+    def commit(self) -> None:
+        self._send({"type": "input_audio_buffer.commit"})
+
+    def _send(self, event: dict[str, Any]) -> None:
+        asyncio.run(self._connection.handle_event(event))
+
+
+@pytest.mark.parametrize("model", [ADAPTER, "nobody"])
+@pytest.mark.parametrize("takes_any", ["0", "1"], ids=["known-names", "any-name"])
+def test_the_base_model_answers_only_who_has_named_it_last(
+    model: str, takes_any: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", takes_any)
+    session = Session()
+    session.name(BASE)
+    session.commit()
+    assert (session.begun, session.told) == (1, [])
+    session.name(model)
+    session.commit()
+    if model == "nobody" and takes_any == "1":
+        assert session.begun == 2
+        return
+    assert session.begun == 1
+    named, committed = session.told
+    assert model in named["error"]
+    assert committed["code"] == "model_not_validated"
+    if model == ADAPTER:
+        assert f"found the model `{ADAPTER}`, expected `{BASE}`" in named["error"]
+    session.name(BASE)
+    session.commit()
+    assert session.begun == 2
