@@ -18,7 +18,9 @@ import pytest
 
 from tests.attacks.poison import poisoned
 from tests.tenants.callers import as_caller
+from vllm_multilora.integration.server import versions
 from vllm_multilora.integration.server.callers import Caller
+from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.model_names import prepare
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
@@ -123,8 +125,32 @@ def test_who_may_use_the_base_model_may_use_it_with_its_default_adapter():
     assert granted(BASE, *PARTS) == {None, "image"}
     assert granted(BASE, PARTS[0]) == {None}
     assert granted("other", *PARTS) == {"other"}
+    chats = [[{"role": "user", "content": content}] for content in (PARTS[:1], PARTS)]
+    who, batch = tenant("acme"), SimpleNamespace(model=BASE, messages=chats)
+    assert as_caller(who, lambda: asyncio.run(prepare(serving, batch))) is None
+    assert who.granted == {None, "image"}
     serving = serving_with(None, "image")
     assert granted(BASE, *PARTS, "a type of text that vLLM looks into") == {None}
+
+
+@pytest.mark.smoke("default adapters for images and audio")
+def test_the_default_adapter_is_named_by_the_answers_that_it_has_made():
+    serving = serving_with({"image": "/image"}, "image")
+    versions.note(serving.models.engine_client, 1, versions.Version("abc", 1.0, "lora"))
+
+    def named(content: list[Any], *, takes_defaults: bool) -> Any:
+        call = HttpCall({})
+        token = current_call.set(call)
+        request = SimpleNamespace(model=BASE, messages=[{"role": "user", "content": content}])
+        try:
+            serving._maybe_get_adapters(request, supports_default_mm_loras=takes_defaults)
+        finally:
+            current_call.reset(token)
+        return call.adapter, call.digest
+
+    assert named(PARTS, takes_defaults=True) == ("image", "abc")
+    assert named(PARTS[:1], takes_defaults=True) == (None, None)
+    assert named(PARTS, takes_defaults=False) == (None, None)
 
 
 @pytest.mark.smoke("reload beside running requests")
@@ -351,3 +377,6 @@ def test_chats_with_images_are_answered_as_by_pefts_default(shown: Gallery, tmp_
         assert response.is_success, f"{response.text}\n{server.log_tail()}"
         words = response.json()["choices"][0]["message"]["content"]
         assert words.split() == text(question.answer).split(), question
+        answered_by = question.adapter or ("image" if question.images else None)
+        assert response.headers.get("x-multilora-adapter") == answered_by
+        assert response.json().get("multilora", {}).get("adapter") == answered_by

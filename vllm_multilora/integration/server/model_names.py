@@ -78,8 +78,10 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
     if name and not serving.models.is_base_model(name):
         return caller.grant(name)
     caller.grant(None)
-    default = serving._get_active_default_mm_loras(request)  # the operator's for images, say
-    return None if default is None else caller.grant(default.lora_name)
+    for default in multimodal.default_adapters(serving, request):
+        if (refusal := caller.grant(default)) is not None:
+            return refusal
+    return None
 
 
 async def _prepare(models: Any, request: Any) -> ErrorResponse | None:

@@ -110,11 +110,18 @@ def bind(models: Any, request: Any, asked: str) -> ErrorResponse | None:
     version = None if lora is None else find(models.engine_client, lora)
     if asked and (version is None or not version.digest.startswith(asked)):
         return _not_served(request.model, asked, version, is_adapter=lora is not None)
+    if lora is not None:
+        _answers(models, lora, asked)
+    return None
+
+
+def _answers(models: Any, lora: LoRARequest, asked: str = "") -> None:
+    """An adapter is what answers the HTTP request at hand, if there is one."""
     call = current_call.get()
-    if call is not None and lora is not None:
+    if call is not None:
+        version = find(models.engine_client, lora)
         call.adapter, call.lora, call.asked = lora.lora_name, lora, asked
         call.digest = None if version is None else version.digest
-    return None
 
 
 def bound(request: Any) -> LoRARequest | None:
@@ -156,4 +163,9 @@ def maybe_get_adapters(
     original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
 ) -> Any:
     lora = bound(request)
-    return original(serving, request, *args, **kwargs) if lora is None else lora
+    if lora is not None:
+        return lora
+    lora = original(serving, request, *args, **kwargs)
+    if lora is not None and lora.lora_name != request.model:  # a default one, for images say
+        _answers(serving.models, lora)
+    return lora
