@@ -18,17 +18,20 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, Respons
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
+from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.attached import ON_FAILURE
 from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
     beam_search,
     deliver_failures,
+    to_stop_reason,
     uninvoked_stop_reason,
 )
 from vllm_multilora.integration.patching.ledger import PATCHES
-from vllm_multilora.integration.server import failed_answers
+from vllm_multilora.integration.server import failed_answers, metering
 
 HANDLERS = "server.failed_answers:"
 LIMIT_S = 20.0
@@ -302,3 +305,29 @@ def test_an_offline_beam_search_says_that_its_prompt_lacks_an_invocation(
     assert sequence.finish_reason == "error"
     assert "is activated by the tokens [5], which" in sequence.stop_reason
     assert served.sequences == ["found"]
+
+
+def test_nothing_is_kept_of_a_session_that_has_failed_while_more_input_may_come() -> None:
+    acme = LoRARequest("acme", 1, "/acme")
+    processor = OutputProcessor(None, log_stats=False)
+    request = EngineCoreRequest(
+        request_id="session",
+        external_req_id="session",
+        prompt_token_ids=[1],
+        mm_features=None,
+        sampling_params=SAMPLING,
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=acme,
+        cache_salt=None,
+        data_parallel_rank=None,
+        resumable=True,
+    )
+    queue = RequestOutputCollector(SAMPLING.output_kind, "session")
+    OutputProcessor.add_request(processor, request, None, None, 0, queue)
+    reason = to_stop_reason(LoadFailure(FailureKind.GONE, "gone"), acme)
+    failed = EngineCoreOutput("session", [], finish_reason=FinishReason.ERROR, stop_reason=reason)
+    metering.process_outputs(OutputProcessor.process_outputs, processor, [failed])
+    with pytest.raises(GracefulHTTPError, match="'acme' could not be loaded"):
+        queue.get_nowait()
+    assert not processor.request_states

@@ -182,6 +182,7 @@ def deliver_failures(
             # A pooling request. Without a result vLLM takes it for one that generates; then its
             # output task ends, and the whole server with it. Aborted ones get an empty one, too.
             output.pooling_output = torch.empty(0)
+        state.streaming_input = False  # vLLM would keep it for as long as more input may come
         if state.queue is not None:
             # An exception in the queue is what the reader gets, before any output.
             state.queue.put(http_error(failure))
