@@ -227,29 +227,27 @@ def test_an_image_that_a_client_has_named_is_its_tenants_alone(is_pooling: bool)
 
 
 @pytest.mark.smoke("images")
-def test_what_a_client_has_processed_itself_is_its_tenants_alone() -> None:
-    """Else it would be what others' images look like, and theirs what it asks about."""
+def test_tenants_have_images_processed_by_the_server() -> None:
+    """What clients process themselves reaches the model unchecked, and may end the engine."""
     from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 
     serving = serving_with(None)
+    features = {
+        "mm_hashes": {"image": ["hash"]},
+        "mm_placeholders": {"image": [{"offset": 0, "length": 1}]},
+    }
 
-    def hashes(who: Caller | None) -> list[str]:
+    def answer(who: Caller | None, **fields: Any) -> Any:
         request = GenerateRequest.model_validate(
-            {
-                "token_ids": [1, 2],
-                "sampling_params": {},
-                "features": {
-                    "mm_hashes": {"image": ["hash"]},
-                    "mm_placeholders": {"image": [{"offset": 0, "length": 1}]},
-                },
-            }
+            {"token_ids": [1, 2], "sampling_params": {}, **fields}
         )
-        assert as_caller(who, lambda: asyncio.run(prepare(serving, request))) is None
-        assert request.features is not None
-        return request.features.mm_hashes["image"]
+        refusal = as_caller(who, lambda: asyncio.run(prepare(serving, request)))
+        return refusal and (refusal.error.code, refusal.error.param)
 
-    assert len({*hashes(tenant("acme")), *hashes(tenant("zen")), "hash"}) == 3
-    assert hashes(None) == hashes(Caller(Role.CLIENT)) == ["hash"]
+    assert answer(tenant("acme"), features=features) == (403, "features")
+    assert answer(tenant("acme")) is None
+    for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT)):
+        assert answer(who, features=features) is None
 
 
 @pytest.fixture(scope="module")

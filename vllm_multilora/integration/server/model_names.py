@@ -71,7 +71,8 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
         return refusal
     if refusal is not None:
         return _as_shown(refusal, caller, serving.models, request.model)
-    multimodal.keep_features_apart(request)
+    if (refusal := multimodal.refuse_features(request)) is not None:
+        return refusal
     if getattr(request, "language", "") is None:
         caller.grant(None)  # the base model says to vLLM which language a recording is in
     name = request.model

@@ -6,11 +6,19 @@ import asyncio
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
+from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.patching.activation import is_active, is_active_behind
-from vllm_multilora.integration.server.callers import current_caller
+from vllm_multilora.integration.server.callers import (
+    current_caller,
+    current_tenant,
+    error_response,
+)
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 
 def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:
@@ -67,15 +75,22 @@ def init_pooling(original: Callable[..., None], processor: Any, *args: Any, **kw
     processor.render_async = render_async
 
 
-def keep_features_apart(request: Any) -> None:
-    """Has what a client has processed itself, and named, be its tenant's own.
+def refuse_features(request: Any) -> ErrorResponse | None:
+    """The answer to a tenant that has processed images and the like itself; None to all others.
+
+    `/inference/v1/generate` hands such tensors to the model unchecked: those of a wrong shape end
+    the engine, for everybody.
 
     Args:
-        request: One of vLLM's parsed requests; `/inference/v1/generate` takes such features.
+        request: One of vLLM's parsed requests.
     """
-    features: Any = getattr(request, "features", None)
-    if hasattr(features, "mm_hashes"):
-        features.mm_hashes = _own_ids(features.mm_hashes)
+    if current_tenant() is None or not hasattr(getattr(request, "features", None), "mm_hashes"):
+        return None
+    return error_response(
+        HTTPStatus.FORBIDDEN,
+        "The key does not allow `features`: send images and the like as `content_parts`.",
+        "features",
+    )
 
 
 def _own_ids(ids: Any) -> Any:
