@@ -10,13 +10,15 @@ pytest.importorskip("vllm")
 
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
+from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.entrypoints.serve.engine.serving import BaseServing
 
+from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import ROUTES
 from vllm_multilora.integration.patching.ledger import apply_patches
 from vllm_multilora.integration.server.callers import Caller, card_for, current_caller
 from vllm_multilora.integration.server.model_names import check_model
-from vllm_multilora.integration.server.routes import ServerRoutes
+from vllm_multilora.integration.server.routes import ServerRoutes, show_available_models
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Names, Tenant
@@ -104,3 +106,23 @@ def test_a_route_that_has_just_been_written_is_a_route_for_everybody(models):
     models.path.write_text("routes: {help-new: zen-a}")
     assert ask(models, tenant(adapters=("help-*",)), "help-new") == 404
     assert ask(models, tenant(routes=("help-*",)), "help-new") == {"zen-a"}
+
+
+def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):
+    """Each line takes the event loop's time, and nobody limits how often a tenant may ask."""
+    made = []
+
+    async def original(seen):
+        made.append(set(seen.lora_requests))
+        cards = [ModelCard(id="base"), *(ModelCard(id=name) for name in seen.lora_requests)]
+        return SimpleNamespace(data=cards)
+
+    def listed(who: Caller | None) -> set[str]:
+        shown = as_caller(who, lambda: asyncio.run(show_available_models(original, models)))
+        return {card.id for card in shown.data}
+
+    everything = {"acme-a", "zen-a", "help-yourself"}
+    assert listed(tenant(adapters=("acme-*",), routes=("help-zen",))) == {"acme-a", "help-zen"}
+    assert listed(Caller(Role.CLIENT)) == {"base", *everything, "help-acme", "help-zen"}
+    assert made == [{"acme-a"}, everything]
+    assert set(models.lora_requests) == everything

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 MOST_WEIGHT = 1_000_000_000
 """Sums of weights, and what is divided by them, stay far from what a float cannot hold."""
@@ -58,10 +59,15 @@ class Names:
     patterns: tuple[str, ...] = ()
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and any(
-            name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
-            for pattern in self.patterns
-        )
+        return isinstance(name, str) and (name in self._whole or name.startswith(self._beginnings))
+
+    @cached_property
+    def _whole(self) -> frozenset[str]:
+        return frozenset(pattern for pattern in self.patterns if not pattern.endswith("*"))
+
+    @cached_property
+    def _beginnings(self) -> tuple[str, ...]:
+        return tuple(pattern[:-1] for pattern in self.patterns if pattern.endswith("*"))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,12 @@ from vllm_multilora.integration.server import (
     resolvers,
     versions,
 )
-from vllm_multilora.integration.server.callers import card_for, current_caller, error_response
+from vllm_multilora.integration.server.callers import (
+    Caller,
+    card_for,
+    current_caller,
+    error_response,
+)
 from vllm_multilora.integration.server.http_calls import current_call
 from vllm_multilora.integration.server.refusals import next_pause
 from vllm_multilora.metrics.names import BLENDS
@@ -102,13 +108,14 @@ class ServerRoutes:
         """Whether a model name is a route's."""
         return name in self._file.value.targets
 
-    async def cards(self) -> list[ModelCard]:
-        """The routes as `/v1/models` lists them."""
+    async def cards(self, caller: Caller | None = None) -> list[ModelCard]:
+        """The routes that somebody may use, as `/v1/models` lists them."""
         await self._refresh()
         base = self._models.base_model_paths[0].name
         return [
             ModelCard(id=name, parent=base, permission=[ModelPermission()])
             for name in self._file.value.targets
+            if caller is None or caller.may_use(name, is_base=False, is_route=True)
         ]
 
     async def look_for(self, name: str | None) -> None:
@@ -359,24 +366,41 @@ def _error(status: HTTPStatus, message: str, param: str = "model") -> ErrorRespo
 
 
 async def show_available_models(original: Callable[..., Any], models: Any) -> Any:
-    shown = await original(models)
+    caller, routes = current_caller.get(), routes_of(models)
+    shown = await original(_as_seen(models, caller))
     for card in shown.data:
         lora = models.lora_requests.get(card.id)
         version = None if lora is None else versions.find(models.engine_client, lora)
         if version is not None:
             card.digest, card.created = version.digest, int(version.loaded)
             card.kind = version.kind
-    caller, routes = current_caller.get(), routes_of(models)
     cards = [
         card_for(caller, card, is_base=models.is_base_model(card.id), is_route=False)
         for card in shown.data
     ]
     if routes is not None:
         cards += [
-            card_for(caller, card, is_base=False, is_route=True) for card in await routes.cards()
+            card_for(caller, card, is_base=False, is_route=True)
+            for card in await routes.cards(caller)
         ]
     shown.data = [card for card in cards if card is not None]
     return shown
+
+
+def _as_seen(models: Any, caller: Caller | None) -> Any:
+    """The models, with a tenant's adapters alone.
+
+    A line of the list takes longer to make than many requests take to be read, and nobody is
+    answered meanwhile: thousands of others' adapters must not be a tenant's means to that.
+    """
+    tenant = None if caller is None else caller.tenant
+    if tenant is None:
+        return models
+    seen, names = copy(models), tenant.adapters
+    seen.lora_requests = {
+        name: lora for name, lora in models.lora_requests.items() if name in names
+    }
+    return seen
 
 
 async def check_load_request(original: Callable[..., Any], models: Any, request: Any) -> Any:
