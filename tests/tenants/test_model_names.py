@@ -1,6 +1,7 @@
 """Which models a tenant may name, with a routes file that changes."""
 
 import asyncio
+import io
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,16 +9,19 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from fastapi import UploadFile
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
 from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
 
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import ROUTES
 from vllm_multilora.integration.patching.ledger import apply_patches
 from vllm_multilora.integration.server.callers import Caller, card_for, current_caller
-from vllm_multilora.integration.server.model_names import check_model
+from vllm_multilora.integration.server.model_names import check_model, prepare
 from vllm_multilora.integration.server.routes import ServerRoutes, show_available_models
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
@@ -126,3 +130,23 @@ def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):
     assert listed(Caller(Role.CLIENT)) == {"base", *everything, "help-acme", "help-zen"}
     assert made == [{"acme-a"}, everything]
     assert set(models.lora_requests) == everything
+
+
+def test_only_a_recording_has_its_language_found_by_the_base_model(models):
+    """Other requests may have any field, one of that name included."""
+
+    def granted(request: Any) -> set[str | None]:
+        who = tenant(adapters=("acme-*",))
+        prepared = as_caller(
+            who, lambda: asyncio.run(prepare(SimpleNamespace(models=models), request))
+        )
+        assert prepared is None
+        return who.granted
+
+    fields = {"model": "acme-a", "language": None}
+    chat = {**fields, "messages": [{"role": "user", "content": "?"}]}
+    assert granted(ChatCompletionRequest.model_validate(chat)) == {"acme-a"}
+    recording = {**fields, "file": UploadFile(io.BytesIO())}
+    assert granted(TranscriptionRequest.model_validate(recording)) == {"acme-a", None}
+    recording["language"] = "en"
+    assert granted(TranscriptionRequest.model_validate(recording)) == {"acme-a"}

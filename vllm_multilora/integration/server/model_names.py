@@ -73,7 +73,7 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
         return _as_shown(refusal, caller, serving.models, request.model)
     if (refusal := multimodal.refuse_features(request)) is not None:
         return refusal
-    if getattr(request, "language", "") is None:
+    if _lacks_language(request):
         caller.grant(None)  # the base model says to vLLM which language a recording is in
     name = request.model
     if name and not serving.models.is_base_model(name):
@@ -83,6 +83,11 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
         if (refusal := caller.grant(default)) is not None:
             return refusal
     return None
+
+
+def _lacks_language(request: Any) -> bool:
+    """Whether it is a recording without its language; any request may have a field so named."""
+    return "language" in getattr(type(request), "model_fields", ()) and request.language is None
 
 
 async def _prepare(models: Any, request: Any) -> ErrorResponse | None:
