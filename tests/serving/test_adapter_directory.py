@@ -21,7 +21,9 @@ from vllm_multilora.integration.server import adapter_directory, model_names, re
 from vllm_multilora.integration.server.adapter_directory import SCAN_S, DirectoryServer
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.refusals import Refusals
+from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
 from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Tenant
 
 pytestmark = pytest.mark.serving
 
@@ -294,6 +296,29 @@ def test_a_tenant_has_no_more_adapters_read_for_the_first_time_by_disconnecting(
         assert not turns.locked()
 
     run(scenario())
+
+
+def test_few_names_of_a_tenant_are_looked_for_at_once(tmp_path: Path) -> None:
+    """One thread looks, and the storage may be slow: others' names wait behind them."""
+    under_way = most = 0
+
+    async def look(find: Any) -> Any:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return find()
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.servers[0]._look = look  # type: ignore[method-assign]
+        current_caller.set(Caller(Role.TENANT, account=Account(Tenant("acme"))))
+        asked = await asyncio.gather(*(site.ask(f"acme-{number}") for number in range(20)))
+        assert asked == [None] * 20
+
+    run(scenario())
+    assert most == MOST_FIRST_READINGS
 
 
 def test_a_changed_folder_is_reloaded_and_the_old_version_freed(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class Meter:
 
 
 MOST_FIRST_READINGS = 2
-"""Adapters of a tenant that an API server has the engine read for the first time at once."""
+"""Adapters of a tenant that an API server looks for, or has read for the first time, at once."""
 
 
 class Account:
@@ -93,8 +93,9 @@ class Account:
 
     Attributes:
         tenant: As the tenants file has it now.
-        first_readings: To be held while an adapter is read for the first time. The engine is not
-            told whose that is, so others' adapters wait for few of a tenant's.
+        first_readings: To be held while an adapter is looked for, and read for the first time.
+            Neither the thread that looks nor the engine is told whose that is, so others' adapters
+            wait for few of a tenant's.
     """
 
     def __init__(

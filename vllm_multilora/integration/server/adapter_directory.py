@@ -116,16 +116,17 @@ class DirectoryServer:
         models = self._models
         if served is None and (name in models.lora_requests or models.is_base_model(name)):
             return None
-        folder = await self._find(name)
-        if folder is None:
-            return None  # vLLM says that there is no such model, or the engine that files are gone
-        async with callers.turn_to_read(), models.lora_resolver_lock[name]:
-            served = self._served.get(name)
-            if served is None and (served := self._serve(folder)) is not None:
-                logger.info("Adapter directories: serving %s", name)
-            if served is None or served.is_admitted or not self._is_ours(served):
+        async with callers.turn_to_read():
+            folder = await self._find(name)
+            if folder is None:  # vLLM says that there is no such model, or the engine why not
                 return None
-            return await registration.to_its_end(self._admit(served, folder))
+            async with models.lora_resolver_lock[name]:
+                served = self._served.get(name)
+                if served is None and (served := self._serve(folder)) is not None:
+                    logger.info("Adapter directories: serving %s", name)
+                if served is None or served.is_admitted or not self._is_ours(served):
+                    return None
+                return await registration.to_its_end(self._admit(served, folder))
 
     def refused(self) -> dict[int, str]:
         """Why adapters were refused when they were tried last, by the numbers that serve.

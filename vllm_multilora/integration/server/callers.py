@@ -155,7 +155,7 @@ def current_tenant() -> str | None:
 
 
 def turn_to_read() -> AbstractAsyncContextManager[Any]:
-    """Holds back requests of a tenant that has several adapters read for the first time.
+    """Holds back requests of a tenant that has several adapters looked for, or read first.
 
     To be had before any lock: nobody waits for a name behind all that a tenant has asked for.
     """
