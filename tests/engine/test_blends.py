@@ -100,6 +100,18 @@ def test_each_tenant_has_its_own(engines):
     assert engine.adapters.want(blend(8.0)) is None
 
 
+def test_who_uses_a_tenants_blends_too_keeps_it_from_no_others(engines):
+    """Who may use the same adapters sees which blends of them there are."""
+    engine = engines()
+    requests = [blend(number / 10) for number in range(MOST)]
+    for request in requests:
+        assert engine.adapters.want(request, ACME) is None
+        assert engine.adapters.want(request, ZEN) is None
+    assert engine.adapters.want(blend(7.0), ACME) is None
+    assert engine.adapters.want(blend(8.0), ZEN) is None
+    assert known(engine) >= {request.lora_int_id for request in requests}
+
+
 def test_blends_can_be_switched_off(engines):
     failure = engines(most_blends=0).adapters.want(blend(0.5))
     assert failure.kind is FailureKind.INVALID

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
 from vllm.utils.counter import AtomicCounter
 
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.failures import UninvokedFailure
 from vllm_multilora.integration.server import (
     engine_door,
@@ -512,3 +514,13 @@ def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_
 
 def lora_of(name: str, number: int) -> Any:
     return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=f"/adapters/{name}")
+
+
+def test_a_tenant_with_too_many_blends_takes_none_out_of_the_routes() -> None:
+    """Others' requests would be led to a fallback for it."""
+    lora = blended([(LoRARequest("acme", 1, "/adapters/acme"), 0.5)])
+    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
+    server._models = SimpleNamespace(lora_requests={"acme": SimpleNamespace(lora_int_id=1)})
+    server._failed, server._led = {}, {lora.lora_int_id}
+    server.note_failure(lora, LoadFailure(FailureKind.NO_MEMORY, "32 other blends are in use"))
+    assert not server._failed

@@ -51,6 +51,10 @@ class KnownBlends:
             if not entry.is_wanted and not entry.registrations:
                 self._registrations.withdraw(entry)
                 return None
+        for entry in own:  # nobody keeps another tenant from its own by using them
+            if others := entry.owners.keys() - {tenant}:
+                entry.blend_owner = min(others)
+                return None
         return LoadFailure(
             FailureKind.NO_MEMORY,
             f"{len(own)} other blends are in use, and no more may be at a time "

@@ -166,8 +166,10 @@ class ServerRoutes:
         if isinstance(failure, failures.UninvokedFailure):
             return  # it is the prompt's
         number = lora.lora_int_id
-        if is_blend(lora.lora_path) and number not in self._led:
-            return  # a client's own; there is no end to them
+        if is_blend(lora.lora_path) and (
+            number not in self._led or failure.kind is FailureKind.NO_MEMORY
+        ):
+            return  # a client's own, of which there is no end; or its tenant has too many others
         if registration.is_current(self._models, lora):
             is_known = number in self._failed
             self._failed[number] = failure
