@@ -327,9 +327,9 @@ def test_metrics_and_shares_have_one_name_for_all_blends():
 
 def test_messages_name_parts_and_no_folders():
     request = blend(0.5)
-    text = "/adapters/1/adapter_config.json: 'r' is 0; /adapters/2/x: bad"
+    text = "/adapters/1/adapter_config.json: 'r' is 0; /adapters/2: bad; /adapters/22"
     assert without_folder(text, request) == (
-        "adapter 1/adapter_config.json: 'r' is 0; adapter 2/x: bad"
+        "adapter 1/adapter_config.json: 'r' is 0; adapter 2: bad; /adapters/22"
     )
 
 

@@ -590,6 +590,18 @@ def test_folders_and_what_lies_below_are_not_named():
     assert without_folders(text, ()) == text
 
 
+def test_folders_are_hidden_by_all_names_that_messages_give_them(tenants, tmp_path, monkeypatch):
+    """However the operator has written them: the store resolves links, and has another folder."""
+    (tmp_path / "disk-7").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "disk-7")
+    monkeypatch.chdir(tmp_path)
+    access = access_for(
+        arguments(tenants=str(tenants), adapter_dir=["linked"], allowed_roots=["adapters"])
+    )
+    text = f"two adapters: {tmp_path}/disk-7/x, {tmp_path}/linked, {tmp_path}/adapters"
+    assert access.caller(ACME).shown(text) == "two adapters: <path>/x, <path>, <path>"
+
+
 def test_few_adapters_of_a_tenant_are_read_for_the_first_time_at_once():
     under_way, most = Counter(), Counter()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -111,13 +112,13 @@ def _stop_reason(kind: FailureKind, message: str) -> str:
 
 
 def without_folder(text: str, adapter: LoRARequest) -> str:
-    """A text with the files of an adapter's folder named alone, those of a blend's by part."""
+    """A text with the files of an adapter's folder named alone, the folders of a blend by part."""
     blend = blend_of(adapter)
     if blend is None:
         return text.replace(f"{adapter.lora_path.rstrip('/')}/", "")
-    for part in sorted(blend.parts, key=lambda part: len(part.path), reverse=True):
-        text = text.replace(f"{part.path.rstrip('/')}/", f"{part.name}/")
-    return text
+    names = {part.path.rstrip("/"): part.name for part in blend.parts}
+    folders = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(rf"({folders})(?![\w.-])", lambda found: names[found[1]], text)
 
 
 HIDDEN = "<path>"

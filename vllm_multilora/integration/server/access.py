@@ -225,12 +225,18 @@ def access_for(args: Namespace) -> Access | None:
         api_keys=api_keys,
         admin_keys=read_admin_keys(settings, os.environ),
         tenants_path=settings.tenants,
-        folders=(*settings.allowed_roots, *settings.adapter_dir),
+        folders=_as_named(*settings.allowed_roots, *settings.adapter_dir),
         secret=os.environ.get(SALT_VARIABLE, ""),
         servers=int(os.environ.get(COUNT_VARIABLE, "1")),
     )
     _tell(access.locks)
     return access if access.locks.any else None
+
+
+def _as_named(*folders: str) -> tuple[str, ...]:
+    """Folders as messages name them: by their absolute paths, and by where links lead."""
+    paths = (*map(os.path.abspath, folders), *map(os.path.realpath, folders))
+    return tuple(dict.fromkeys(paths))
 
 
 def _tell(locks: Locks) -> None:
