@@ -35,6 +35,7 @@ from vllm_multilora.integration.server.callers import Caller, current_caller, tu
 from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.integration.server.start import require_guards
 from vllm_multilora.integration.server.stored_responses import init_responses
+from vllm_multilora.store.launch import environment
 from vllm_multilora.tenants.keys import KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, TokenBucket
 from vllm_multilora.tenants.rules import Role
@@ -575,6 +576,13 @@ def test_what_api_servers_share_is_made_before_they_start(tenants, monkeypatch):
         made.add(os.environ["MULTILORA_CACHE_SALT"])
     assert len(made) == 2
     assert min(map(len, made)) == 64
+
+
+def test_a_store_is_started_without_the_keys_of_servers(monkeypatch):
+    """Its jobs inherit what it has, and may be made to say it by the files that they read."""
+    for name in (access_module.ADMIN_KEY_VARIABLE, access_module.SALT_VARIABLE, "VLLM_API_KEY"):
+        monkeypatch.setenv(name, "secret-0123456789")
+    assert "secret-0123456789" not in environment().values()
 
 
 def test_tenants_have_no_effect_offline_and_that_is_said(tenants, caplog):

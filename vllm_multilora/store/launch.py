@@ -23,6 +23,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 """Between a client's attempts to reach a store: each is twice as long as the one before."""
 READER = "vllm_multilora.store.adapter_reader:AdapterReader"
 
+_KEYS = ("MULTILORA_ADMIN_KEY", "MULTILORA_CACHE_SALT", "VLLM_API_KEY")
+"""Variables of servers that no store has. Its jobs have what it has, and read strangers' files."""
+
 
 class StoreHost(Protocol):
     """Where a client's store is."""
@@ -159,10 +162,14 @@ def command_line(listener: socket.socket, *options: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, in which a store can import what this process can, however it was found."""
+    """This process's, in which a store can import what this process can, however it was found.
+
+    Servers' keys are left out.
+    """
     own = str(Path(__file__).parents[2])
     given = os.environ.get("PYTHONPATH", "")
-    return os.environ | {"PYTHONPATH": os.pathsep.join([own, given]) if given else own}
+    kept = {name: value for name, value in os.environ.items() if name not in _KEYS}
+    return kept | {"PYTHONPATH": os.pathsep.join([own, given]) if given else own}
 
 
 def _processors() -> list[int]:
