@@ -178,6 +178,33 @@ def test_what_cannot_be_told_is_a_status_of_its_own(site, arguments, message, ca
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, '{"status": "success"}'), "does not answer like Prometheus: {'status': 'success'}"),
+        ((200, '{"status": "success", "data": null}'), "does not answer like Prometheus"),
+        ((200, '{"data": {"result": [{"metric": {}}]}}'), "does not answer like Prometheus"),
+        ((200, '{"data": {"result": [0, "1"]}}'), "does not answer like Prometheus"),
+        ((200, '{"status": "error", "error": "busy"}'), "'error': 'busy'"),
+        ((400, '{"status": "error", "error": "1:9:\\nno"}'), "/query_range answers 400: 1:9: no\n"),
+        ((502, "<html>\n<h1>Bad Gateway</h1>"), "answers 502: <html> <h1>Bad Gateway</h1>\n"),
+        ((200, "<html>"), "did not answer with JSON: '<html>'"),
+        (
+            (200, '{"status": "success", "data": {"result": []}}'),
+            "found 'vllm:lora_slots' less than twice",
+        ),
+    ],
+    ids=["no data", "null", "no values", "scalar", "error", "refused", "proxy", "page", "nothing"],
+)
+def test_a_prometheus_that_has_no_answer(site, answer, message, capsys):
+    site.answers["/api/v1/query_range"] = lambda *_: answer
+    assert main(["advise", "--prometheus", site.url]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
 def test_a_server_without_the_plugin(site, capsys):
     site.answers["/metrics"] = lambda *_: (200, "python_info 1.0\n")
     assert main(["advise", "--url", site.url, "--window", "0.2"]) == 2

@@ -234,13 +234,17 @@ def test_something_that_speaks_no_http(capsys):
         ((404, "Not Found"), "is it a vLLM server with vllm-multilora and --enable-lora?"),
         ((404, ""), " answers 404; is it a vLLM server"),
         ((403, '{"error": {"message": "No.", "code": 403}}'), " answers 403: No.\n"),
-        ((403, '{"error": "No."}'), ' answers 403: {"error": "No."}\n'),
+        ((403, '{"error": "No."}'), " answers 403: No.\n"),
         ((200, "hello"), "did not answer with JSON"),
         ((200, "{}"), "did not answer with a list of adapters"),
+        ((200, '{"data": null}'), "did not answer with a list of adapters"),
         ((200, "[" * 100_000), "did not answer with JSON"),
     ],
 )
-def test_servers_that_do_not_say(site, answer, message, capsys):
+def test_servers_that_do_not_say(site, answer, message, capsys, tmp_path):
     site.answers["/v1/lora_adapters"] = lambda *_: answer
-    assert main(["status", "--url", site.url]) == 2
-    assert message in capsys.readouterr().err
+    sizes = ["--max-num-seqs", "2", "--max-num-batched-tokens", "2"]
+    calibrate = ["calibrate", *sizes, "--output", str(tmp_path / "calibration.json")]
+    for command in (["status"], calibrate):
+        assert main([*command, "--url", site.url]) == 2
+        assert message in capsys.readouterr().err

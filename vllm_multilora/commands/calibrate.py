@@ -90,11 +90,11 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
         )
     url, key = base_url(arguments.url), arguments.api_key
     created = datetime.now(UTC).isoformat(timespec="seconds")
+    listing = fetch(url, api_key=key)
     models = get_json(f"{url}/v1/models", api_key=key)["data"]
     base = [model for model in models if not model.get("parent")]
     if not base:
         raise CalibrationError(f"{url}/v1/models lists no base model")
-    listing = fetch(url, api_key=key)
     if "slots" not in listing:
         raise CalibrationError(
             f"{url} does not say how many slots it has: a tenant's key cannot calibrate, give the "

@@ -85,6 +85,6 @@ def fetch(url: str, *, api_key: str | None = None) -> dict[str, Any]:
         if " answers 404" in str(error):
             hint = "; is it a vLLM server with vllm-multilora and --enable-lora?"
         raise UnreachableError(f"{error}{hint}") from error
-    if not isinstance(listing, dict) or "data" not in listing:
+    if not (isinstance(listing, dict) and isinstance(listing.get("data"), list)):
         raise UnreachableError(f"{url}{PATH} did not answer with a list of adapters")
     return listing

@@ -67,7 +67,7 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             body: bytes = response.read()
     except urllib.error.HTTPError as error:
-        answer = _message(error.read().decode(errors="replace").strip())[:_SHOWN]
+        answer = _message(error.read().decode(errors="replace"))[:_SHOWN]
         hint = "; give a key in $VLLM_API_KEY or with --api-key" if error.code == 401 else ""
         what = f": {answer}" if answer else ""
         raise UnreachableError(f"{url} answers {error.code}{what}{hint}") from error
@@ -80,11 +80,13 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
 
 
 def _message(answer: str) -> str:
-    """What vLLM's answer to a request that fails says; other answers whole."""
+    """What an error of vLLM's or Prometheus' says, in one line; other answers whole."""
     try:
-        return str(json.loads(answer)["error"]["message"])
+        error = json.loads(answer)["error"]
+        said = error if isinstance(error, str) else str(error["message"])
     except (ValueError, RecursionError, KeyError, TypeError):
-        return answer
+        said = answer
+    return " ".join(said.split())
 
 
 def get_json(url: str, query: dict[str, str] | None = None, *, api_key: str | None = None) -> Any:

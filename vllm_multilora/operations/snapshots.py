@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vllm_multilora.metrics import definitions as metrics
 from vllm_multilora.operations.http_client import UnreachableError, get_json, get_text
@@ -136,16 +135,20 @@ def history(url: str, window_s: float, matching: str = "", *, now: float) -> lis
     peaks = f"max_over_time({WANTED}{{{matching}}}[{step:.0f}s])"
     rows = _range_query(url, selector, times, step)
     rows += [
-        {**row, "metric": {**row["metric"], "__name__": WANTED}}
-        for row in _range_query(url, peaks, times, step)
+        (labels | {"__name__": WANTED}, values)
+        for labels, values in _range_query(url, peaks, times, step)
     ]
-    if steps > 2 and rows and all(len(row["values"]) < 2 for row in rows):
+    if steps > 2 and rows and all(len(values) < 2 for _, values in rows):
         # Prometheus began less than two steps ago, and a shorter window has shorter ones.
         return history(url, 2 * step, matching, now=now)
     return _by_time(rows, times, step)
 
 
-def _range_query(url: str, query: str, times: list[float], step: float) -> list[dict[str, Any]]:
+_Row = tuple[dict[str, str], list[tuple[float, float]]]
+"""A series' labels, and its values, each with its time."""
+
+
+def _range_query(url: str, query: str, times: list[float], step: float) -> list[_Row]:
     answer = get_json(
         f"{url}/api/v1/query_range",
         {
@@ -155,19 +158,22 @@ def _range_query(url: str, query: str, times: list[float], step: float) -> list[
             "step": f"{step:.3f}",
         },
     )
-    if not isinstance(answer, dict) or answer.get("status") != "success":
-        raise UnreachableError(f"{url} does not answer like Prometheus: {str(answer)[:200]}")
-    result: list[dict[str, Any]] = answer["data"]["result"]
-    return result
+    try:
+        return [
+            (dict(row["metric"]), [(float(at), float(value)) for at, value in row["values"]])
+            for row in answer["data"]["result"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        shown = str(answer)[:200]
+        raise UnreachableError(f"{url} does not answer like Prometheus: {shown}") from error
 
 
-def _by_time(rows: Iterable[Mapping[str, Any]], times: list[float], step: float) -> list[Snapshot]:
+def _by_time(rows: Iterable[_Row], times: list[float], step: float) -> list[Snapshot]:
     samples: list[dict[Series, float]] = [{} for _ in times]
-    for row in rows:
-        labels = dict(row["metric"])
-        series = Series(labels.pop("__name__"), frozenset(labels.items()))
-        for at, value in row["values"]:
-            index = round((float(at) - times[0]) / step)
+    for labels, values in rows:
+        series = Series(labels.pop("__name__", ""), frozenset(labels.items()))
+        for at, value in values:
+            index = round((at - times[0]) / step)
             if 0 <= index < len(times):
-                samples[index][series] = float(value)
+                samples[index][series] = value
     return [Snapshot(at, found) for at, found in zip(times, samples, strict=True)]
