@@ -161,7 +161,11 @@ def prometheus(server: str, folder: Path) -> Iterator[str]:
 def put_under_load(url: str, seconds: float) -> int:
     """Asks every model of a server in turn, from three clients; returns the answers."""
     with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
-        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        try:
+            models = client.get("/v1/models").raise_for_status().json()["data"]
+        except httpx.HTTPError as error:
+            raise SystemExit(f"{url}: {error}".partition("\n")[0]) from error
+        names = [model["id"] for model in models]
         turn, end = itertools.cycle(names), time.monotonic() + seconds
         answered = itertools.count()
 

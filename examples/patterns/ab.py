@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 from collections import Counter
 
 import httpx
-
-HEADERS = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY') or 'none'}"}
-"""The key of a server that has keys; others take no notice of it."""
+from client import URL, errors_in_one_line, settings
 
 
 async def adapter_of(client: httpx.AsyncClient, route: str, user: str, prompt: str) -> str:
@@ -34,12 +31,12 @@ async def adapter_of(client: httpx.AsyncClient, route: str, user: str, prompt: s
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default=URL)
     parser.add_argument("--route", default="assistant")
     parser.add_argument("--customers", type=int, default=100)
     parser.add_argument("--prompt", required=True)
     arguments = parser.parse_args()
-    async with httpx.AsyncClient(base_url=arguments.url, headers=HEADERS, timeout=120) as client:
+    async with httpx.AsyncClient(**settings(arguments.url)) as client:
         adapters = await asyncio.gather(
             *(
                 adapter_of(client, arguments.route, f"customer-{number}", arguments.prompt)
@@ -51,4 +48,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with errors_in_one_line():
+        asyncio.run(main())

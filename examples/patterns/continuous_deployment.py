@@ -18,13 +18,10 @@ key, only that key loads adapters: put it into `VLLM_API_KEY`.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 import httpx
-
-HEADERS = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY') or 'none'}"}
-"""The key of a server that has keys; others take no notice of it."""
+from client import URL, errors_in_one_line, problem, settings
 
 
 class RefusedError(Exception):
@@ -38,7 +35,7 @@ def load(client: httpx.Client, name: str, path: str) -> None:
         json={"lora_name": name, "lora_path": path, "load_inplace": True},
     )
     if response.status_code != httpx.codes.OK:
-        raise RefusedError(f"{response.status_code}: {response.json()['error']['message']}")
+        raise RefusedError(problem(response))
 
 
 def unload(client: httpx.Client, name: str) -> None:
@@ -70,12 +67,12 @@ def deploy(client: httpx.Client, name: str, path: str, checks: list[str]) -> Non
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default=URL)
     parser.add_argument("--name", required=True, help="under which customers know the adapter")
     parser.add_argument("--path", required=True, help="folder of the new version, on the server")
     parser.add_argument("--check", action="append", default=[], help="a prompt; may be repeated")
     arguments = parser.parse_args()
-    with httpx.Client(base_url=arguments.url, headers=HEADERS, timeout=120) as client:
+    with httpx.Client(**settings(arguments.url)) as client:
         try:
             deploy(client, arguments.name, arguments.path, arguments.check)
         except RefusedError as error:
@@ -86,4 +83,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with errors_in_one_line():
+        sys.exit(main())

@@ -16,12 +16,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 
 import httpx
-
-HEADERS = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY') or 'none'}"}
-"""The key of a server that has keys; others take no notice of it."""
+from client import URL, errors_in_one_line, problem, settings
 
 
 async def customers(client: httpx.AsyncClient) -> list[str]:
@@ -36,20 +33,19 @@ async def answer(client: httpx.AsyncClient, customer: str, prompt: str, tokens: 
     response = await client.post(
         "/v1/completions", json={"model": customer, "prompt": prompt, "max_tokens": tokens}
     )
-    body = response.json()
     if response.status_code != httpx.codes.OK:
-        return f"{response.status_code}: {body['error']['message']}"
-    return str(body["choices"][0]["text"])
+        return problem(response)
+    return str(response.json()["choices"][0]["text"])
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default=URL)
     parser.add_argument("--customer", action="append", help="default: all; may be repeated")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-tokens", type=int, default=32)
     arguments = parser.parse_args()
-    async with httpx.AsyncClient(base_url=arguments.url, headers=HEADERS, timeout=120) as client:
+    async with httpx.AsyncClient(**settings(arguments.url)) as client:
         names = arguments.customer or await customers(client)
         answers = await asyncio.gather(
             *(answer(client, name, arguments.prompt, arguments.max_tokens) for name in names)
@@ -59,4 +55,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with errors_in_one_line():
+        asyncio.run(main())

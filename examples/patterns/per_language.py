@@ -14,23 +14,20 @@ A browser sends its user's languages by itself; here they are given.
 from __future__ import annotations
 
 import argparse
-import os
 
 import httpx
-
-HEADERS = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY') or 'none'}"}
-"""The key of a server that has keys; others take no notice of it."""
+from client import URL, errors_in_one_line, settings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default=URL)
     parser.add_argument("--route", default="support")
     parser.add_argument("--language", action="append", required=True, help="may be repeated")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-tokens", type=int, default=32)
     arguments = parser.parse_args()
-    with httpx.Client(base_url=arguments.url, headers=HEADERS, timeout=120) as client:
+    with httpx.Client(**settings(arguments.url)) as client:
         for language in arguments.language:
             response = client.post(
                 "/v1/completions",
@@ -47,4 +44,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -127,6 +127,13 @@ def test_prometheus_takes_the_files_and_the_rules_hold(what):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_server_that_does_not_answer_is_named_in_one_line(check):
+    url = f"http://127.0.0.1:{check.free_port()}"
+    with pytest.raises(SystemExit) as end:
+        check.put_under_load(url, 1)
+    assert re.fullmatch(rf"{url}: .*Connection refused", str(end.value))
+
+
 def test_a_server_without_traffic_hides_nobodys_hit_rate(check, tmp_path):
     """Nor counts one with little as much as one with much."""
     series = [

@@ -330,6 +330,7 @@ def test_the_examples_run(
     path = EXAMPLES / "patterns" / f"{script}.py"
     arguments = ["--url", deployment.server.url, "--prompt", PROMPT, *options]
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    monkeypatch.syspath_prepend(path.parent)
     runpy.run_path(str(path), run_name="__main__")
     assert re.fullmatch(output, capsys.readouterr().out)
 

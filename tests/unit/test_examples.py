@@ -1,11 +1,11 @@
 """The examples that no test runs: files are read, flags exist, links lead somewhere."""
 
 import argparse
-import contextlib
 import json
 import re
 import runpy
 import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,6 +223,25 @@ def test_the_image_is_a_supported_vllm() -> None:
     assert is_supported(base[1])
 
 
+def run_client(
+    script: str,
+    answer: Callable[[httpx.Request], httpx.Response],
+    monkeypatch: pytest.MonkeyPatch,
+) -> object:
+    """Runs a client whose server gives these answers; its exit status, or what it ends with."""
+    for client in ("Client", "AsyncClient"):
+        answered = partial(getattr(httpx, client), transport=httpx.MockTransport(answer))
+        monkeypatch.setattr(httpx, client, answered)
+    path = EXAMPLES / "patterns" / f"{script}.py"
+    monkeypatch.syspath_prepend(path.parent)
+    monkeypatch.setattr("sys.argv", [str(path), *CLIENTS[script]])
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
 @pytest.mark.parametrize("script", CLIENTS)
 def test_clients_send_the_key(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `vllm-multilora status` does: the README's server has keys."""
@@ -233,17 +252,43 @@ def test_clients_send_the_key(script: str, monkeypatch: pytest.MonkeyPatch) -> N
         body = {"model": "a", "choices": [{"text": "Yes"}], "data": [{"id": "a", "parent": "m"}]}
         return httpx.Response(200, headers={"x-multilora-adapter": "a"}, json=body)
 
-    for client in ("Client", "AsyncClient"):
-        answered = partial(getattr(httpx, client), transport=httpx.MockTransport(answer))
-        monkeypatch.setattr(httpx, client, answered)
-    path = EXAMPLES / "patterns" / f"{script}.py"
     monkeypatch.setenv("VLLM_API_KEY", "sk-secret")
-    monkeypatch.setattr("sys.argv", [str(path), *CLIENTS[script]])
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(str(path), run_name="__main__")
+    assert run_client(script, answer, monkeypatch) == 0
     assert set(keys) == {"Bearer sk-secret"}
+
+
+@pytest.mark.parametrize("script", CLIENTS)
+def test_clients_without_a_server_say_so_in_one_line(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("Connection refused", request=request)
+
+    said = run_client(script, refuse, monkeypatch)
+    assert isinstance(said, str)  # which Python prints, and exits with 1
+    assert re.fullmatch(r"http://127.0.0.1:8000/v1/\S+ gives no answer: Connection refused", said)
+
+
+@pytest.mark.parametrize("script", CLIENTS)
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ('{"error": {"message": "no such\\nmodel"}}', "no such model"),
+        ('{"error": "Unauthorized"}', "Unauthorized"),
+        ('{"detail": "Not Found"}', '{"detail": "Not Found"}'),
+        ("<html>\n</html>", "<html> </html>"),
+    ],
+)
+def test_clients_say_in_one_line_what_a_server_refuses(
+    script: str, body: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    said = run_client(script, lambda _: httpx.Response(404, text=body), monkeypatch)
+    printed = capsys.readouterr().err.rstrip("\n") if said == 1 else said
+    assert isinstance(printed, str)
+    assert printed.endswith(f"404: {reason}")
+    assert "\n" not in printed
 
 
 def test_every_client_is_one_of_them() -> None:
     scripts = {path.stem for path in (EXAMPLES / "patterns").glob("*.py")}
-    assert scripts - {"offline_batch"} == set(CLIENTS)
+    assert scripts - {"client", "offline_batch"} == set(CLIENTS)
