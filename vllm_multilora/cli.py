@@ -207,10 +207,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     # No option that may come before a command takes a value.
     called = [word for word in given if not word.startswith("-")][:1]
     parser = parser_of(COMMANDS if called == [COMPLETION] else called)
-    arguments, unknown = parser.parse_known_args(given)
+    try:
+        arguments, unknown = parser.parse_known_args(given)
+    except SystemExit:  # help has been printed, or what is wrong
+        if is_read():
+            raise
+        return PIPE_CLOSED
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return status_of(arguments.run, arguments, arguments.parser.prog)
+
+
+def is_read() -> bool:
+    """Writes out what has been printed; whether its reader is still there."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # It has seen enough, and Python would write what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def status_of(
@@ -228,12 +244,11 @@ def status_of(
     """
     try:
         status = int(run(arguments))
-        sys.stdout.flush()
+        return status if is_read() else PIPE_CLOSED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever reads has seen enough, and Python would write what is left at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        is_read()
         return PIPE_CLOSED
     except MultiLoRAError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
@@ -246,7 +261,6 @@ def status_of(
             hint = f" (set {TRACEBACK}=1 to see where)"
         print(f"{name}: error: {said}{hint}", file=sys.stderr)
         return NO_ANSWER
-    return status
 
 
 def parser_of(called: Container[str]) -> argparse.ArgumentParser:

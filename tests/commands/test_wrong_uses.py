@@ -217,8 +217,16 @@ def test_control_c_ends_a_command_at_once():
     assert time.monotonic() - begin < SOON_S
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    process = running("simulate", "--synthetic", "zipf", "--requests", "100", "--json")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "simulate --synthetic zipf --requests 100 --json",
+        "completion bash",
+        *("--version", "--help", "plan --help"),
+    ],
+)
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    process = running(*command.split())
     with process:
         process.stdout.close()
         err = process.stderr.read()
