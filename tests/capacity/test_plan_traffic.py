@@ -66,7 +66,7 @@ def test_the_text_says_the_same(plan):
     assert "2 requests in 11.7 s; 2 slots, host memory: no limit, lru; batches of 4 requests" in out
     assert "0.3 generated tokens/s, 1.7 tokens/s of prompts; the engine computes 39%" in out
     assert "first token, ms     4,700.0  4,700.0" in out
-    assert "1 loads, 1 copies into slots" in out
+    assert "; 1 load, 1 copy into slots" in out
     assert "calibrated 2026-11-27T00:00:00+00:00 on abacus; steps are fitted to 1.0%" in out
 
 

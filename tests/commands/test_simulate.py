@@ -92,6 +92,14 @@ def test_the_table_has_a_row_for_every_policy_and_the_optimum(capsys):
     assert "4 slots, host memory: 8.00 GiB, batches of 8 requests" in out
 
 
+def test_one_is_not_called_several(capsys):
+    sizes = ("--adapters", 1, "--max-loras", 1, "--max-cpu-loras", 1, "--concurrency", 1)
+    _, out, _ = run(capsys, "--synthetic", "zipf", "--requests", 1, *sizes)
+    assert "1 request, 1 adapter of " in out
+    assert "; 1 slot, host memory: 1 adapter, batches of 1 request\n" in out
+    assert " needs 1 load." in out
+
+
 def test_the_table_and_the_json_agree(capsys):
     _, out, _ = run(capsys, *SMALL, "--policy", "lfu")
     (row,) = (line.split() for line in out.splitlines() if line.startswith("lfu"))

@@ -12,7 +12,7 @@ def test_one_slot_stays_without_pin() -> None:
     pins.pin(1)
     pins.pin(1)
     with pytest.raises(
-        PinLimitError, match=r"with 3 slots at most 2 adapters can be, .*\(pinned: 1, 2\); unpin"
+        PinLimitError, match=r"of 3 slots one must stay free .*\(pinned: 1, 2\); unpin"
     ):
         pins.pin(3)
     pins.unpin(2)
@@ -22,7 +22,7 @@ def test_one_slot_stays_without_pin() -> None:
 
 
 def test_with_one_slot_nothing_can_be_pinned() -> None:
-    with pytest.raises(PinLimitError, match=r"at most 0 adapters .*\(pinned: none\)"):
+    with pytest.raises(PinLimitError, match=r"of 1 slot one must stay free .*\(pinned: none\)"):
         Pins(1).pin(1)
 
 
@@ -96,5 +96,7 @@ def test_unpinning_takes_back_what_a_call_did() -> None:
 
 
 def test_settings_that_pin_every_slot_are_refused() -> None:
-    with pytest.raises(ConfigError, match="settings pin 2 adapters, but there are 2 slots and one"):
+    with pytest.raises(ConfigError, match="settings pin 2 adapters, and of 2 slots one must stay"):
         Pins(2, ["acme", "globex"])
+    with pytest.raises(ConfigError, match="settings pin 1 adapter, and of 1 slot one must stay"):
+        Pins(1, ["acme"])

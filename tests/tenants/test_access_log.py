@@ -25,9 +25,12 @@ def test_few_refusals_are_logged_and_the_others_counted(caplog):
     with caplog.at_level(logging.WARNING):
         assert sum(few.filter(line(401)) for _ in range(5)) == 5
         now += PERIOD_S
+        assert sum(few.filter(line(401)) for _ in range(MOST_LINES + 1)) == MOST_LINES
+        now += PERIOD_S
         assert few.filter(line(401))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{1000 - MOST_LINES} more requests without a valid key came in the time before."
+        f"{1000 - MOST_LINES} more requests without a valid key came in the time before.",
+        "1 more request without a valid key came in the time before.",
     ]
 
 

@@ -42,7 +42,8 @@ def test_calls_wait_in_order_and_then_are_refused():
         found = account(running=1, waiting=2)
         first, second, third = (found.begin() for _ in range(3))
         assert [turn.done() for turn in (first, second, third)] == [True, False, False]
-        with pytest.raises(LimitReachedError, match="1 calls may run at a time") as caught:
+        reached = r"the limits of running calls \(1\) and of waiting ones \(2\) are reached"
+        with pytest.raises(LimitReachedError, match=reached) as caught:
             found.begin()
         assert caught.value.retry_after_s == 1
         found.end()
@@ -122,7 +123,7 @@ def test_tokens_are_charged_as_they_come():
         tokens = 20
         found.begin()
         tokens, ended = 90, True
-        with pytest.raises(LimitReachedError, match="60 tokens per minute") as caught:
+        with pytest.raises(LimitReachedError, match=r"tokens per minute \(60\)") as caught:
             found.begin()
         assert caught.value.retry_after_s == 61
         tokens = 1000  # nobody looks any more
@@ -145,7 +146,7 @@ def test_calls_that_wait_begin_at_the_rate_too():
             clock.now += 1
             found.end()
             assert not turn.done()
-            with pytest.raises(LimitReachedError, match="60 tokens per minute"):
+            with pytest.raises(LimitReachedError, match=r"tokens per minute \(60\)"):
                 found.begin()  # nor does one that comes later
             clock.now += 100
             found.update(found.tenant)
@@ -168,6 +169,18 @@ def test_calls_that_wait_are_before_those_that_come_when_there_are_tokens_again(
         assert not found.begin().done()
         assert waits.done()
         assert (found.running, found.waiting) == (1, 1)
+
+    run(check)
+
+
+def test_a_large_limit_is_told_in_digits():
+    def check():
+        found = account(running=1, tokens_per_minute=1_000_000)
+        found.begin()
+        found.charge(1_000_001)
+        found.end()
+        with pytest.raises(LimitReachedError, match=r"tokens per minute \(1,000,000\)"):
+            found.begin()
 
     run(check)
 

@@ -20,6 +20,7 @@ LAYERS = (
         "vllm_multilora.failures",
         "vllm_multilora.config",
         "vllm_multilora.states",
+        "vllm_multilora.wording",
     ),
     ("vllm_multilora.adapters", "vllm_multilora.documents"),
     ("vllm_multilora.slots", "vllm_multilora.store"),

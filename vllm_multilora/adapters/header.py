@@ -19,6 +19,7 @@ from vllm_multilora.adapters.errors import AdapterFormatError, AdapterReadError
 from vllm_multilora.adapters.json_text import JsonTooLargeError, parse_json
 from vllm_multilora.adapters.limits import Limits
 from vllm_multilora.adapters.problems import Code, Problem, shown, shown_name
+from vllm_multilora.wording import counted
 
 LENGTH_BYTES = 8
 
@@ -210,7 +211,7 @@ def _read(descriptor: int, count: int, at: int, size: int, file: str) -> bytes:
                 Code.NOT_SAFETENSORS,
                 file,
                 "",
-                f"no safetensors file: it has {size} bytes and ends inside the header",
+                f"no safetensors file: it has {counted(size, 'byte')} and ends inside the header",
                 "a safetensors file",
                 hint=_SAVE_AGAIN,
             )
@@ -262,7 +263,7 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Proble
     expected = math.prod(shape) * kind.itemsize
     if span[1] - span[0] != expected:
         return wrong(
-            f"data_offsets {span} span {span[1] - span[0]} bytes",
+            f"data_offsets {span} span {counted(span[1] - span[0], 'byte')}",
             f"{expected} for {dtype} {shown(shape)}",
         )
     return TensorInfo(kind, tuple(shape), start + span[0], start + span[1])

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from vllm_multilora.wording import counted
+
 MOST_PROBLEMS = 100
 """Of an adapter; what else is wrong with it is only counted."""
 
@@ -190,7 +192,7 @@ def _printable(text: str) -> str:
 
 def more_problems(file: str, count: int) -> Problem:
     """What stands for problems that are only counted."""
-    found = f"{count} more problems, which are not listed"
+    found = f"{counted(count, 'more problem')}, not listed"
     return replace(Problem.at(Code.MORE_PROBLEMS, file, "", found, "none", verb="has"), count=count)
 
 

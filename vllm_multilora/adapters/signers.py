@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.wording import counted
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -85,7 +86,7 @@ class Signers:
 
     def __str__(self) -> str:
         counts = (len(self.keys), "key"), (len(self.anchors), "certificate")
-        return " and ".join(f"{n} {what}{'s' * (n > 1)}" for n, what in counts if n)
+        return " and ".join(counted(n, what) for n, what in counts if n)
 
     def keys_of(self, hint: str) -> list[EllipticCurvePublicKey]:
         """The keys that a signature's hint may mean; all, where it is empty."""

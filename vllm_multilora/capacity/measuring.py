@@ -25,6 +25,7 @@ from vllm_multilora.capacity.timing import (
     steps_of,
 )
 from vllm_multilora.operations.completions import Answer, Ask
+from vllm_multilora.wording import counted
 
 _DECODED, _REPEATS, _LATE, _LOT, _LOTS = 24, 5, 16, 4, 8
 _PROMPTS = (8, 32, 128, 512, 2048)
@@ -158,7 +159,7 @@ class Measuring:
 
     def _generation(self, in_slots: Sequence[str]) -> None:
         for rows in sorted({1, min(4, self._seqs), -(-self._seqs // 2), self._seqs}):
-            self._progress(f"generation for {rows} requests")
+            self._progress(f"generation for {counted(rows, 'request')}")
             mixes = [[self._model], in_slots[:1], in_slots[-1:]]
             if rows > 1 and len(in_slots) > 2:
                 mixes.append(list(in_slots))
@@ -184,7 +185,7 @@ class Measuring:
                 adapted_tokens=sum(size > 0 for size in sizes),
                 adapted_token_bytes=sum(sizes),
             )
-            case = f"{rows} tokens after {prompt} for {name}"
+            case = f"{counted(rows, 'token')} after {prompt} for {name}"
             self._measured.samples.append(Sample(case, batch, end - begin))
 
     def _mixed(self, in_slots: Sequence[str]) -> None:
@@ -194,7 +195,7 @@ class Measuring:
         step_s = statistics.median(generated)
         for rows in sorted({min(STREAMS, self._seqs - 1), self._seqs - 1}):
             for models in filter(None, ([self._model], list(in_slots))):
-                self._progress(f"prompts beside {rows} requests")
+                self._progress(f"prompts beside {counted(rows, 'request')}")
                 chosen = [models[n % len(models)] for n in range(rows)]
                 single = [
                     [

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from vllm_multilora.capacity.calibration import CalibrationError
 from vllm_multilora.operations.completions import Answer, Ask
+from vllm_multilora.wording import counted
 
 SHORT_PROMPT, STREAMS = 16, 4
 """Tokens of a prompt where it does not matter, and requests beside which something is timed."""
@@ -89,7 +90,7 @@ def steps_of(answers: Sequence[Answer]) -> list[tuple[float, float]]:
     steps = [(a, b) for a, b in pairwise(times) if b <= end]
     if not steps:
         raise CalibrationError(
-            f"{len(answers)} requests that were sent together got no tokens in the same steps: the "
-            "server has other traffic, or runs fewer at once than --max-num-seqs says"
+            f"{counted(len(answers), 'request')} sent together got no tokens in the same steps: "
+            "the server has other traffic, or runs fewer at once than --max-num-seqs says"
         )
     return steps

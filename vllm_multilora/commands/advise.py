@@ -15,6 +15,7 @@ from vllm_multilora.operations.http_client import base_url
 from vllm_multilora.operations.observations import ACTIVITY_WINDOW_S, Observations
 from vllm_multilora.operations.snapshots import LONGEST_HISTORY_S, Snapshot, history, scrape
 from vllm_multilora.operations.watching import observe
+from vllm_multilora.wording import counted
 
 HEALTHY, ADVICE = 0, 1
 _MOST_INTERVAL_S = 5.0
@@ -102,10 +103,10 @@ def _watch(url: str, window_s: float, api_key: str | None) -> list[Snapshot]:
 
 
 def _nothing_to_change(seen: Observations) -> str:
-    requests = sum(seen.requests.values())
+    requests = counted(round(sum(seen.requests.values())), "request")
     return (
-        f"Nothing to change: {requests:.0f} requests in {seen.window_s:.0f} s, {demand(seen)}, "
-        f"{seen.slots} slots."
+        f"Nothing to change: {requests} in {seen.window_s:.0f} s, {demand(seen)}, "
+        f"{counted(seen.slots, 'slot')}."
     )
 
 

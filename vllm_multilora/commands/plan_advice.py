@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from vllm_multilora.planning.advice import LARGE_RANK, Advice
 from vllm_multilora.planning.plan import Plan
 from vllm_multilora.slots.budget import readable
+from vllm_multilora.wording import counted
 
 _MOST_NAMED = 5
 
@@ -75,7 +76,7 @@ def _notes(plan: Plan) -> Iterator[str]:
     if empty > 0:
         saved = empty * plan.memory.slot_bytes
         yield (
-            f"{plan.max_loras} slots for {len(survey.adapters)} adapters: "
+            f"{counted(plan.max_loras, 'slot')} for {counted(len(survey.adapters), 'adapter')}: "
             f"{empty} would stay empty, and take {_worth(saved, plan)}"
         )
     if len(survey.adapters) == 1 and not survey.refused:

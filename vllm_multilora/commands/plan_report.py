@@ -10,6 +10,7 @@ from vllm_multilora.commands.table import aligned
 from vllm_multilora.planning.plan import Plan
 from vllm_multilora.planning.units import kv_share
 from vllm_multilora.slots.budget import readable
+from vllm_multilora.wording import counted
 
 
 def report(plan: Plan) -> list[str]:
@@ -53,8 +54,7 @@ def _cost(plan: Plan) -> Iterator[str]:
     total = plan.total
     fixed = plan.memory.fixed_bytes
     more = f", {fixed:,} of them whatever the number of slots" if fixed else ""
-    slots = f"{plan.max_loras} slot{'s' if plan.max_loras > 1 else ''}"
-    yield f"{slots}: {total:,} bytes ({readable(total)}){more}"
+    yield f"{counted(plan.max_loras, 'slot')}: {total:,} bytes ({readable(total)}){more}"
     cache = plan.model.kv_cache
     if cache is not None:
         yield (

@@ -23,6 +23,7 @@ from vllm_multilora.slots.adapter_sizes import size_from_gib
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.traces import read_timed_trace
+from vllm_multilora.wording import counted
 
 PLANNED = 0
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
@@ -131,17 +132,19 @@ def _text(found: Forecast, server: Server, calibration: Calibration) -> str:
     shape = server.shape
     return "\n".join(
         [
-            f"{found.requests} requests in {found.seconds:.1f} s; {shape.slots} slots, host "
-            f"memory: {shape.budget}, {server.policy}; batches of {shape.concurrency} requests, "
-            f"steps of {server.max_num_batched_tokens} tokens",
+            f"{counted(found.requests, 'request')} in {found.seconds:.1f} s; "
+            f"{counted(shape.slots, 'slot')}, host memory: {shape.budget}, {server.policy}; "
+            f"batches of {counted(shape.concurrency, 'request')}, "
+            f"steps of {counted(server.max_num_batched_tokens, 'token')}",
             f"{found.generated_per_s:.1f} generated tokens/s, {found.prompt_per_s:.1f} tokens/s of "
             f"prompts; the engine computes {found.busy:.0%} of the time",
             "",
             *aligned(rows, right=(1, 2)),
             "",
             f"adapters: {found.gpu_hit_rate:.1%} of requests find theirs in a slot, "
-            f"{found.cpu_hit_rate:.1%} in a slot or in host memory; {found.loads} loads, "
-            f"{found.activations} copies into slots",
+            f"{found.cpu_hit_rate:.1%} in a slot or in host memory; "
+            f"{counted(found.loads, 'load')}, "
+            f"{counted(found.activations, 'copy', 'copies')} into slots",
             f"calibrated {calibration.created} on {calibration.machine.processor}; steps are "
             f"fitted to {calibration.residual.rms:.1%}",
         ]

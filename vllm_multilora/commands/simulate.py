@@ -20,11 +20,12 @@ from vllm_multilora.slots.adapter_sizes import (
     size_from_mib,
     sizes_by_rank,
 )
-from vllm_multilora.slots.budget import GIB, CpuBudget
+from vllm_multilora.slots.budget import GIB, CpuBudget, readable
 from vllm_multilora.slots.registry import policy_factory, policy_names
 from vllm_multilora.slots.simulation import Optimum, Outcome, ServerShape, optimum, simulate
 from vllm_multilora.slots.synthetic_traces import KINDS, Traffic, kinds_help, synthetic_trace
 from vllm_multilora.slots.traces import Trace, TraceError, read_trace
+from vllm_multilora.wording import counted
 
 DEFAULT_CPU_CACHE_GIB = 8.0
 DEFAULT_ADAPTER_MIB = 16 * DEFAULT_MIB_PER_RANK
@@ -229,15 +230,16 @@ def _table(
     )
     return "\n".join(
         [
-            f"{len(trace.requests)} requests, {len(trace.adapters)} adapters of "
-            f"{total / GIB:.1f} GiB in all; {shape.slots} slots, host memory: {shape.budget}, "
-            f"batches of {shape.concurrency} requests",
+            f"{counted(len(trace.requests), 'request')}, "
+            f"{counted(len(trace.adapters), 'adapter')} of {readable(total)} in all; "
+            f"{counted(shape.slots, 'slot')}, host memory: {shape.budget}, "
+            f"batches of {counted(shape.concurrency, 'request')}",
             "",
             *aligned(rows, right=range(1, len(HEADER))),
             "",
             "CPU hits: adapter in a slot or in host memory. Optimum: a bound by Belady's rule",
             "for adapters of one size, with the future known; even boundless memory needs "
-            f"{bound.compulsory} loads.",
+            f"{counted(bound.compulsory, 'load')}.",
         ]
     )
 
@@ -282,7 +284,7 @@ def _plot(
     }
     rates["optimum"] = [optimum(trace.requests, sizes, at).gpu_hit_rate for at in shapes]
     title = (
-        f"{len(trace.requests)} requests, {len(trace.adapters)} adapters, "
+        f"{counted(len(trace.requests), 'request')}, {counted(len(trace.adapters), 'adapter')}, "
         f"batches of {shape.concurrency}"
     )
     hit_rate_plot.draw(slots, rates, title, path)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vllm_multilora.commands.table import aligned, counted, cut
+from vllm_multilora.commands.table import aligned, cut
 from vllm_multilora.slots.budget import MIB, readable
 from vllm_multilora.states import AdapterState
+from vllm_multilora.wording import counted
 
 _NEAREST_FIRST = tuple(
     state.value

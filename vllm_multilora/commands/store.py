@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_multilora.commands.table import aligned, counted
+from vllm_multilora.commands.table import aligned
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.slots.budget import readable
 from vllm_multilora.store import folder
@@ -19,6 +19,7 @@ from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import RunningStore, command_line, environment
 from vllm_multilora.store.messages import Description, Totals
+from vllm_multilora.wording import counted
 
 DONE = 0
 _ANSWER_S = 5.0

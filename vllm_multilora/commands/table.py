@@ -6,11 +6,6 @@ import unicodedata
 from collections.abc import Container, Sequence
 
 
-def counted(count: int, what: str) -> str:
-    """A number of things in words, such as `1 adapter` or `2 adapters`."""
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
 def width_of(text: str) -> int:
     """Columns that a text takes on a terminal: a wide letter two, an accent of its own none."""
     return sum(

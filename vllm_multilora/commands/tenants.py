@@ -10,6 +10,7 @@ from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.tenants.keys import MAX_KEY_LENGTH, can_be_sent, new_key, stored
 from vllm_multilora.tenants.parsing import load_tenants
+from vllm_multilora.wording import counted
 
 GOOD, BAD = 0, 1
 _ACTIONS = ("new", "hash", "check")
@@ -68,8 +69,7 @@ def _check(path: str) -> int:
             raise  # what is in the file cannot be told
         print(f"vllm-multilora tenants: error: {error}", file=sys.stderr)
         return BAD
-    count = len(tenants.by_name)
-    print(f"{path}: {count} {'tenant' if count == 1 else 'tenants'}")
+    print(f"{path}: {counted(len(tenants.by_name), 'tenant')}")
     for name, tenant in tenants.by_name.items():
         what = [*tenant.adapters.patterns, *tenant.routes.patterns]
         what += ["the base model"] if tenant.base_model else []

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_multilora.commands.quiet import quieten_vllm
-from vllm_multilora.commands.table import aligned, counted
+from vllm_multilora.commands.table import aligned
+from vllm_multilora.wording import counted
 
 if TYPE_CHECKING:
     from vllm_multilora.adapters.layout import ModelLayout

@@ -28,6 +28,7 @@ from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 from vllm_multilora.integration.blends import blend_of
+from vllm_multilora.wording import counted
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -314,9 +315,8 @@ class AdapterRefusedError(MultiLoRAError):
         """The first problem, shortened, and how many more there are."""
         first = self.problems[0]["message"] if self.problems else self.failure.message
         more = len(self.problems) - 1
-        return shown_name(first, _MOST_LOGGED) + (
-            f" (and {more} more problems)" if more > 0 else ""
-        )
+        others = f" (and {counted(more, 'more problem')})" if more > 0 else ""
+        return shown_name(first, _MOST_LOGGED) + others
 
     def __str__(self) -> str:
         messages = [

@@ -18,6 +18,8 @@ from vllm_multilora.operations.observations import (
     Observations,
     SeenAdapter,
 )
+from vllm_multilora.slots.budget import GIB, readable
+from vllm_multilora.wording import counted
 
 HEADROOM_PERCENT = 20
 BURST_SLOTS = 2
@@ -30,7 +32,6 @@ MERGE_REQUESTS = 20
 FULL_SHARE = 0.8
 LARGE_RANK = 256
 
-_GIB = 2**30
 _NAMES_SHOWN = 10
 
 _SIZE_RULE = (
@@ -102,8 +103,8 @@ def _cpu_tier(seen: Observations) -> Iterator[Finding]:
     if host.bytes_limit is not None:
         needed = max(wanted * mean, (1 + HEADROOM_PERCENT / 100) * host.bytes_limit)
         changes.append(
-            f"--multilora-cpu-cache-gib from {host.bytes_limit / _GIB:.2f} to "
-            f"{math.ceil(needed / _GIB * 100) / 100:.2f}"
+            f"--multilora-cpu-cache-gib from {host.bytes_limit / GIB:.2f} to "
+            f"{math.ceil(needed / GIB * 100) / 100:.2f}"
         )
     if host.adapters_limit is not None:
         changes.append(
@@ -113,8 +114,8 @@ def _cpu_tier(seen: Observations) -> Iterator[Finding]:
         FindingCode.CPU_TIER_SMALL,
         "raise " + " and ".join(changes or ["the limits of host memory for adapters"]),
         f"{rate:.2f} adapters a second were thrown out of host memory and are read from disk "
-        f"again; {host.adapters} adapters with {host.bytes / _GIB:.2f} GiB are in it, and "
-        f"{_active(seen)} were active",
+        f"again; it holds {counted(host.adapters, 'adapter')} with {readable(int(host.bytes))}, "
+        f"and {_active(seen)} had requests",
         "host memory holds the adapters active within 5 minutes (or all slots') + "
         f"{HEADROOM_PERCENT} %; at most {EVICTIONS_PER_S:g} eviction a second",
     )
@@ -139,14 +140,15 @@ def _loads(seen: Observations) -> Iterator[Finding]:
         ""
         if speed is None
         else (
-            f"; an adapter has {mean / 1e6:.0f} MB on average, read at some {speed / 1e6:.0f} MB/s"
+            f"; an adapter has {readable(int(mean))} on average, read at some "
+            f"{readable(int(speed))}/s"
         )
     )
     yield Finding(
         FindingCode.SLOW_LOADS,
         change,
-        f"{slow:.0f} of {times.total:.0f} loads from disk took over {SLOW_LOAD_MS:.0f} ms, half of "
-        f"them up to {_ms(times.quantile(0.5))}{measured}",
+        f"{slow:.0f} of {counted(round(times.total), 'load')} from disk took over "
+        f"{SLOW_LOAD_MS:.0f} ms, half of them up to {_ms(times.quantile(0.5))}{measured}",
         f"at most {SLOW_LOAD_SHARE:.0%} of loads take over {SLOW_LOAD_MS:.0f} ms, which means big "
         "files or slow storage",
     )
@@ -237,7 +239,8 @@ def _max_rank(seen: Observations) -> Iterator[Finding]:
             f"lower --max-lora-rank from {seen.max_rank} to {enough}: a slot takes "
             f"{enough / seen.max_rank:.0%} of the memory then, and the rest goes to the KV cache; "
             "adapters that have not been read may need more (vllm-multilora plan --adapters says)",
-            f"the highest rank of {len(seen.adapters)} adapters that have been read is {highest}",
+            f"the highest rank of the adapters that have been read ({len(seen.adapters)}) is "
+            f"{highest}",
             "max_lora_rank is the smallest possible value that holds every adapter",
         )
 
@@ -259,16 +262,13 @@ def _has_full_window(seen: Observations) -> bool:
 
 
 def _active(seen: Observations) -> str:
-    return f"{'at least ' if seen.names_are_cut else ''}{seen.active}"
+    return f"{'at least ' if seen.names_are_cut else ''}{counted(seen.active, 'adapter')}"
 
 
 def demand(seen: Observations) -> str:
     """How many adapters were active, and in which time."""
     window = min(seen.window_s, ACTIVITY_WINDOW_S)
-    return (
-        f"{_active(seen)} adapters active within {window:.0f} s, {seen.peak_wanted} at the same "
-        "time"
-    )
+    return f"{_active(seen)} active within {window:.0f} s, {seen.peak_wanted} at the same time"
 
 
 def _rate(count: float, seen: Observations) -> str:

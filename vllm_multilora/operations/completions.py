@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from vllm_multilora.operations.http_client import UnreachableError
+from vllm_multilora.wording import counted
 
 _TIMEOUT_S = 300.0
 _POLL_S = 0.002
@@ -180,7 +181,7 @@ class _Stream(threading.Thread):
                 if line.startswith(b"data: {"):
                     self._take(json.loads(line[6:]))
             if len(self.answer.tokens_s) != self.answer.ask.new_tokens:
-                self._error = self._error or f"{len(self.answer.tokens_s)} tokens came"
+                self._error = self._error or f"{counted(len(self.answer.tokens_s), 'token')} came"
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._error = self._error or str(error)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.wording import counted
 
 GIB = 2**30
 MIB = 2**20
@@ -57,7 +58,7 @@ class CpuBudget:
     def __str__(self) -> str:
         limits = []
         if self.adapters is not None:
-            limits.append(f"{self.adapters} adapters")
+            limits.append(counted(self.adapters, "adapter"))
         if self.bytes is not None:
             limits.append(readable(self.bytes))
         return " and ".join(limits) or "no limit"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from vllm_multilora.errors import ConfigError, MultiLoRAError
+from vllm_multilora.wording import counted
 
 
 class PinLimitError(MultiLoRAError, RuntimeError):
@@ -31,8 +32,9 @@ class Pins:
         self._number_of: dict[str, int | None] = dict.fromkeys(sorted(names))
         if len(self._number_of) > self._limit:
             raise ConfigError(
-                f"the settings pin {len(self._number_of)} adapters, but there are {slots} slots "
-                "and one must stay free for all others: raise --max-loras or pin fewer adapters"
+                f"the settings pin {counted(len(self._number_of), 'adapter')}, and of "
+                f"{counted(slots, 'slot')} one must stay free for all others: raise --max-loras or "
+                "pin fewer adapters"
             )
         self._called: set[int] = set()
 
@@ -73,9 +75,9 @@ class Pins:
             waiting = [name for name, number in self._number_of.items() if number is None]
             reserved = f"; reserved by the settings: {', '.join(waiting)}" if waiting else ""
             raise PinLimitError(
-                f"adapter {adapter_id} cannot be pinned: with {self._limit + 1} slots at most "
-                f"{self._limit} adapters can be, so that one slot serves all others (pinned: "
-                f"{pinned}{reserved}); unpin one or raise --max-loras"
+                f"adapter {adapter_id} cannot be pinned: of {counted(self._limit + 1, 'slot')} one "
+                f"must stay free for all others (pinned: {pinned}{reserved}); unpin one or raise "
+                "--max-loras"
             )
         self._called.add(adapter_id)
 

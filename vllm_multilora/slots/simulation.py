@@ -20,6 +20,7 @@ from vllm_multilora.slots.host_tier import HostTier
 from vllm_multilora.slots.optimum import most_adapters, optimal_hits
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.slots.registry import policy_factory
+from vllm_multilora.wording import counted
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ServerShape:
         if self.budget.adapters is not None and self.budget.adapters < self.slots:
             raise ConfigError(
                 "vLLM needs host memory for at least as many adapters as slots, got "
-                f"{self.budget.adapters} for {self.slots} slots: raise --max-cpu-loras "
+                f"{self.budget.adapters} for {counted(self.slots, 'slot')}: raise --max-cpu-loras "
                 "or lower --max-loras"
             )
         if self.concurrency < 1:

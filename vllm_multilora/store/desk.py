@@ -172,8 +172,7 @@ def _failure_of(job: _Job, end: End) -> Failure:
     if end.is_out_of_time:
         message = (
             f"{title(job.load.path)}: reading and checking it has used up the processor time that "
-            f"one adapter may take ({cpu_limit_s(limit_s)} seconds, from the time limit of "
-            f"{limit_s:g} seconds)"
+            f"one adapter may take ({cpu_limit_s(limit_s)} s, from the time limit of {limit_s:g} s)"
         )
         return Failure(FailureKind.TIMEOUT, message, [])
     message = f"{title(job.load.path)}: the process that read it {end.how}, without an answer"

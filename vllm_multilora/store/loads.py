@@ -85,7 +85,7 @@ class Loads:
             load = self._loads[late]
             message = (
                 f"{title(load.path)}: reading and checking has not ended within "
-                f"{load.settings.timeout_s:g} seconds, or has stood still while many others waited"
+                f"{load.settings.timeout_s:g} s, or has stood still while many others waited"
             )
             self._fail(load, Failure(FailureKind.TIMEOUT, message, []), now)
         while (number := self.queue.start_next(now)) is not None:

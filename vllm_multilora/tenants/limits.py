@@ -154,7 +154,8 @@ class Account:
         limits = self._limits
         if (wait := self._wait_s()) > 0:
             raise LimitReachedError(
-                f"the {self.tenant.limits.tokens_per_minute:g} tokens per minute are used up",
+                f"the limit of tokens per minute ({self.tenant.limits.tokens_per_minute:,.0f}) is "
+                "used up",
                 wait,
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -163,8 +164,8 @@ class Account:
             turn.set_result(None)
         elif limits.waiting is not None and len(self._waiting) >= limits.waiting:
             raise LimitReachedError(
-                f"{self.tenant.limits.running} calls may run at a time, and "
-                f"{self.tenant.limits.waiting} more may wait for their turn"
+                f"the limits of running calls ({self.tenant.limits.running}) and of waiting ones "
+                f"({self.tenant.limits.waiting}) are reached"
             )
         else:
             self._waiting.append(turn)

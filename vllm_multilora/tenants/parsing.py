@@ -11,6 +11,7 @@ from typing import Any
 from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
 from vllm_multilora.tenants.keys import read_stored
 from vllm_multilora.tenants.tenant import MOST_WEIGHT, Limits, Names, Tenant, Tenants, is_weight
+from vllm_multilora.wording import counted
 
 MIN_SALT_LENGTH = 32
 
@@ -178,5 +179,5 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
     if isinstance(value, str):
-        return f"a text of {len(value)} characters"
+        return f"a text of {counted(len(value), 'character')}"
     return "a list" if isinstance(value, list) else "a mapping"

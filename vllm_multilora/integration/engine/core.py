@@ -49,6 +49,7 @@ from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.states import AT_HAND
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
+from vllm_multilora.wording import counted
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -106,7 +107,8 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
         )
         _disconnect(executor)
         return
-    logger.info("Adapters are loaded in the background on %d other machine(s).", len(machines))
+    others = counted(len(machines), "other machine")
+    logger.info("Adapters are loaded in the background on %s.", others)
     REACHED.set(executor, machines)
 
 

@@ -21,6 +21,7 @@ from vllm_multilora.integration.patching.version import (
     is_supported,
 )
 from vllm_multilora.store import folder, sandbox
+from vllm_multilora.wording import counted
 
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "multilora"
 
@@ -33,7 +34,7 @@ def diagnose() -> int:
     """
     problems: list[str] = []
     print(f"vllm-multilora  {__version__}")
-    print(f"torch           {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"torch           {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}")
     if importlib.util.find_spec("vllm") is None:
         print("vLLM            not installed: pip install 'vllm-multilora[cuda]' or '[cpu]'")
         return 1

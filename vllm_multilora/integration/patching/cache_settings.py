@@ -13,6 +13,7 @@ from vllm_multilora.slots.budget import GIB, CpuBudget
 from vllm_multilora.slots.machine_memory import machine_memory
 from vllm_multilora.slots.registry import policy_factory
 from vllm_multilora.store.messages import StoreSettings
+from vllm_multilora.wording import counted
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,8 +36,9 @@ def check_cache_settings(settings: MultiLoRAConfig, vllm_config: VllmConfig) -> 
     slots = vllm_config.lora_config.max_loras
     if len(settings.pin) >= slots:
         raise ConfigError(
-            f"{CONFIG_KEY}.pin names {len(settings.pin)} adapters, but there are {slots} slots and "
-            "one must stay free for all others: raise --max-loras or pin fewer adapters"
+            f"{CONFIG_KEY}.pin names {counted(len(settings.pin), 'adapter')}, and of "
+            f"{counted(slots, 'slot')} one must stay free for all others: raise --max-loras or pin "
+            "fewer adapters"
         )
     policy_factory(settings.cache_policy)
 
@@ -80,9 +82,9 @@ def cpu_budget(
         if given < least:
             raise ConfigError(
                 f"{CONFIG_KEY}.cpu_cache_gib is {settings.cpu_cache_gib:g}, but the adapters of "
-                f"one batch may take {least / GIB:.2f} GiB ({lora_config.max_loras} slots, rank "
-                f"{lora_config.max_lora_rank}): raise --multilora-cpu-cache-gib, or lower "
-                "--max-loras or --max-lora-rank"
+                f"one batch may take {least / GIB:.2f} GiB "
+                f"({counted(lora_config.max_loras, 'slot')}, rank {lora_config.max_lora_rank}): "
+                "raise --multilora-cpu-cache-gib, or lower --max-loras or --max-lora-rank"
             )
         return CpuBudget(adapters=count, bytes=given)
     if count is not None:

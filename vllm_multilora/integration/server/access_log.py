@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 
+from vllm_multilora.wording import counted
+
 logger = logging.getLogger(__name__)
 
 MOST_LINES = 10
@@ -41,7 +43,8 @@ class FewRefusals(logging.Filter):
             self._begun, self._lines = now, 0
             if left_out > 0:
                 logger.warning(
-                    "%d more requests without a valid key came in the time before.", left_out
+                    "%s without a valid key came in the time before.",
+                    counted(left_out, "more request"),
                 )
         self._lines += 1
         return self._lines <= MOST_LINES

@@ -24,6 +24,7 @@ from vllm.lora.layers import (
 
 from vllm_multilora.integration.worker.layout import is_ranked
 from vllm_multilora.integration.worker.sharding import first_column, is_sharded
+from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ def warm_up(layers: Iterable[BaseLayerWithLoRA], dtype: torch.dtype) -> None:
         for rows in _row_counts(most):
             _call(layer, rows, dtype)
     logger.info(
-        "LoRA kernels for %d kinds of layer are ready after %.1f s.",
-        len(seen),
+        "LoRA kernels for %s of layer are ready after %.1f s.",
+        counted(len(seen), "kind"),
         time.perf_counter() - begin,
     )
 
