@@ -63,6 +63,9 @@ def main(words: Sequence[str] | None = None) -> int:
             report.write()
         else:
             return run_all(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
@@ -105,9 +108,9 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 def run_here(chosen: Benchmark, texts: Sequence[str], is_quick: bool, file: Path | None) -> int:
     """Runs a benchmark in this process."""
-    options = chosen.parse(texts)
+    options = (dict(chosen.quick) if is_quick else {}) | chosen.parse(texts)
     began = datetime.now(UTC)
-    figures = list(chosen.measure(**(dict(chosen.quick) if is_quick else {}) | options))
+    figures = list(chosen.measure(**options))
     print(f"\n{chosen.name}\n\n{table(figures)}")
     if file:
         results.append(results.Record.of(chosen.name, options, began, figures), file)

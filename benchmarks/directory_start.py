@@ -59,6 +59,7 @@ def start(base: Path, directory: Path, expected: int, log: Path) -> Started:
         *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "64"),
         *("--multilora-adapter-dir", str(directory)),
         log=log,
+        new_interpreter=True,
     ) as server:
         models = server.get("/v1/models").json()["data"]
         seconds = time.perf_counter() - began

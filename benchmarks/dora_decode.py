@@ -3,9 +3,9 @@
 SmolLM2-135M, 16 requests of 4 prompt tokens and 64 generated ones over 8 adapters of ranks 8, 16,
 32 and 64 on all seven projections; DoRA adapters have the plain ones' A and B, and magnitudes
 beside them. Two engines: with `--multilora-dora` (`dora` and `plain`) and without (`without`,
-plain adapters). Each round times all three, one after the other, with all adapters in slots.
-Printed are medians and the medians of ratios within a round; and what the lengths of the base
-weights' rows cost when a DoRA adapter is used for the first time.
+plain adapters). Each round times all three, one after the other and every other round in reverse,
+with all adapters in slots. Printed are medians and the medians of ratios within a round; and what
+the lengths of the base weights' rows cost when a DoRA adapter is used for the first time.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def dora_decode(rounds: int = 7, dtype: str = "auto") -> Iterable[Figure]:
         found = with_dora.collective_rpc(lengths)[0]
         times: list[dict[str, float]] = []
         for number in range(rounds):
-            times.append({name: seconds(*run) for name, run in runs.items()})
+            order = list(runs)[:: -1 if number % 2 else 1]
+            times.append({name: seconds(*runs[name]) for name in order})
             print(f"round {number + 1}: {times[-1]}", flush=True)
     for label, above, below in (
         ("DoRA / plain", "dora", "plain"),

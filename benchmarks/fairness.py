@@ -313,7 +313,7 @@ def cost(base: Path, adapters: dict[str, Path], rounds: int) -> dict[str, list[f
     control="the victim alone, in the same round; stock vLLM and the plugin without fair shares",
     figure="the victim's 95th percentiles beside the aggressor over those alone",
     compares_to="1, where nothing is noticed, and stock vLLM",
-    quick={"rounds": 1, "cost_rounds": 1, "seconds": 8.0},
+    quick={"rounds": 1, "cost_rounds": 1, "seconds": 8.0, "servers": "fair,unfair"},
 )
 def fairness(
     rounds: int = 5,

@@ -57,7 +57,7 @@ def upstream_load(
                 *("--lora-modules", *(f"{each}={path}" for each, path in modules.items())),
                 log=scratch / f"{engine}.log",
             ) as server:
-                generate(server.url, list(modules), 4, scratch)
+                generate(server.url, list(modules), len(modules), scratch)  # each adapter once
                 found = [
                     generate(server.url, list(modules), requests, scratch)
                     for _ in range(stock_rounds if engine == "stock" else rounds)
