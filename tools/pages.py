@@ -30,8 +30,8 @@ _CODES = {
     Code.NOT_A_FILE: "a pipe, a device or a folder is in its place",
     Code.NOT_ALLOWED: "it lies outside `--multilora-allowed-roots`",
     Code.NOT_SIGNED: "there is no signature, and `--multilora-signing-keys` asks for one",
-    Code.WRONG_SIGNATURE: "nobody has signed it who is trusted, or the signature is broken",
-    Code.NOT_AS_SIGNED: "it is not as it was signed",
+    Code.WRONG_SIGNATURE: "nobody who is trusted has signed it, or the signature is broken",
+    Code.NOT_AS_SIGNED: "it has changed since it was signed",
     Code.NOT_SAFETENSORS: "it does not begin as a safetensors file does",
     Code.NOT_PICKLED_TENSORS: "the pickled file holds something other than tensors",
     Code.CONFIG_NOT_JSON: "the configuration is not a JSON object",
@@ -56,8 +56,8 @@ _CODES = {
     Code.LAYER_OUT_OF_RANGE: "it adapts layers that the base model does not have",
     Code.UNKNOWN_TENSOR: "a tensor belongs to no module",
     Code.DUPLICATE_TENSOR: "two tensors are for the same matrix",
-    Code.HALF_MISSING: "a module lacks a matrix or its magnitudes (DoRA), a head its weight, or "
-    "experts that are held as one one of their two parameters",
+    Code.HALF_MISSING: "a module lacks a matrix or its magnitudes (DoRA), a head lacks its weight, "
+    "or experts that are stored together lack one of their two parameters",
     Code.WRONG_DTYPE: "a tensor is of a type that adapters do not have",
     Code.EMPTY_TENSOR: "a tensor has no elements",
     Code.WRONG_SHAPE: "a tensor does not fit its module",

@@ -95,6 +95,33 @@ def test_the_readme_names_every_page() -> None:
     assert not missing
 
 
+NAMED_IN = {
+    "kernels": ("kernels/*.py", "kernels/native/*.[ch]", "kernels/native/*.py"),
+    "kernels/triton": ("kernels/triton/*.py",),
+    "tools/testbed": ("tools/testbed/*.py", "tools/testbed/*.sh"),
+    "vllm_multilora/integration": ("vllm_multilora/integration/**/*.py",),
+    "vllm_multilora/store": ("vllm_multilora/store/*.py",),
+}
+"""The folders whose README says what is in each file."""
+
+
+@pytest.mark.parametrize("folder", NAMED_IN)
+def test_a_folder_s_readme_names_its_files(folder: str) -> None:
+    named = set(re.findall(r"`(?:[\w.]+/)*([\w.]+)`", (ROOT / folder / "README.md").read_text()))
+    files = {path for pattern in NAMED_IN[folder] for path in ROOT.glob(pattern)}
+    missing = {path.name for path in files if not {path.name, path.stem} & named}
+    assert missing <= {"__init__.py"}
+
+
+@pytest.mark.parametrize("folder", NAMED_IN)
+def test_a_folder_s_readme_names_no_file_that_is_not_there(folder: str) -> None:
+    text = (ROOT / folder / "README.md").read_text()
+    for name in re.findall(r"`([\w./]+\.(?:py|c|h|sh))`", text):
+        below = ("kernels", "tests", "tools", "vllm_multilora")
+        found = (path for top in below for path in (ROOT / top).glob(f"**/{name}"))
+        assert (ROOT / name).exists() or (ROOT / folder / name).exists() or any(found), name
+
+
 def test_every_environment_variable_that_users_set_is_described():
     between_processes = {
         *("MULTILORA_API_SERVERS", "MULTILORA_CACHE_SALT", "MULTILORA_FILL_LINK"),
