@@ -58,18 +58,23 @@ def main(words: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         if arguments.command == "list":
-            print(listed())
+            show(listed())
         elif arguments.command == "report":
             report.write()
         else:
             return run_all(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def show(text: str) -> None:
+    """Prints a text, for a reader who may have seen enough before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # and Python would write what is left at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def listed() -> str:
