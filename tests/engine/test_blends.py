@@ -83,7 +83,7 @@ def test_one_too_many_in_use_fails_alone_and_for_now(engines):
     late = blend(7.0)
     failure = engine.adapters.want(late)
     assert failure.kind is FailureKind.NO_MEMORY
-    assert "3 other blends are in use" in failure.message
+    assert "the limit of blends in use at a time (3, " in failure.message
     assert engine.adapters.want(requests[0]) is None  # known ones are asked for as ever
     assert engine.adapters.want(lora(9)) is None
     engine.adapters.drop(requests[1].lora_int_id)

@@ -92,7 +92,7 @@ def test_one_blend_too_many_fails_alone(engine: "LLM", blends: BlendScenario) ->
     assert_as_peft([*first, plain], [*cases[:3], cases[-1]])
     (failed,) = last.outputs
     assert failed.finish_reason == "error"
-    assert "3 other blends are in use" in failed.stop_reason
+    assert "blends in use at a time (3, " in failed.stop_reason
     assert_as_peft(ask(engine, blends, cases[3:4]), cases[3:4])
 
 

@@ -192,7 +192,7 @@ class Account:
         """
         limit = self._limits.adapters
         if limit is not None and adapter not in self._adapters and len(self._adapters) >= limit:
-            raise LimitReachedError(f"{limit} different adapters may be in use at a time")
+            raise LimitReachedError(f"the limit of different adapters in use ({limit}) is reached")
         self._adapters[adapter] += 1
 
     def release(self, adapter: str) -> None:

@@ -57,6 +57,6 @@ class KnownBlends:
                 return None
         return LoadFailure(
             FailureKind.NO_MEMORY,
-            f"{len(own)} other blends are in use, and no more may be at a time "
-            "(--multilora-max-blends); try again later",
+            f"the limit of blends in use at a time ({self._most}, --multilora-max-blends) is "
+            "reached; try again later",
         )
