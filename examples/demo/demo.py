@@ -59,7 +59,7 @@ def describe(model: Path) -> None:
         lora = json.loads((folder / "adapter_config.json").read_text())
         size = (folder / "adapter_model.safetensors").stat().st_size
         modules = ", ".join(sorted(lora["target_modules"]))
-        say(f"  adapter {folder.name:15} rank {lora['r']:2}  {size / 1e6:4.1f} MB  {modules}")
+        say(f"  adapter {folder.name:15} rank {lora['r']:2}  {size / 2**20:4.1f} MiB  {modules}")
 
 
 def serve_command(model: Path, port: int) -> list[str]:
