@@ -171,6 +171,33 @@ def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenan
     assert grown < 64 << 10
 
 
+def test_lists_of_a_tenants_models_take_a_small_part_of_the_time(tenants, monkeypatch):
+    """Some have thousands, and list them on many connections at once."""
+    done, clock = [], SimpleNamespace(now=0.0)
+
+    async def sleep(seconds):
+        done.append(round(seconds, 6))
+
+    async def app(scope, receive, send):
+        clock.now += 0.01
+        done.append("listed")
+        await App()(scope, receive, send)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    thread = SimpleNamespace(thread_time=lambda: clock.now)
+    monkeypatch.setattr(access_middleware, "time", thread)
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+
+    async def ask(*keys):
+        await asyncio.gather(*(call(app, access, "/v1/models", key, "GET") for key in keys))
+
+    asyncio.run(ask(ACME, ACME, ADMIN))
+    assert sorted(map(str, done)) == ["0.2", "0.2", "listed", "listed", "listed"]
+    done.clear()
+    asyncio.run(ask(ACME, ACME))
+    assert done == ["listed", 0.2, "listed", 0.2]
+
+
 def test_a_tenants_calls_end_where_the_application_fails(tenants):
     write(tenants, {"running": 1, "waiting": 0})
     access = Access(tenants_path=str(tenants))

@@ -96,6 +96,7 @@ class Account:
         first_readings: To be held while an adapter is looked for, and read for the first time.
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
+        listing: To be held while models are listed.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Account:
         self._bucket: TokenBucket | None = None
         self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
+        self.listing = asyncio.Lock()
         self.update(tenant)
 
     @property

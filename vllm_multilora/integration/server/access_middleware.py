@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,11 @@ STRANGERS_PER_MINUTE = 3_000
 """Requests without a valid key that are answered; after a minute without any, so many at once."""
 
 LONGEST_PAUSE_S = 5.0
-"""Until a request without a valid key is answered, however many there are."""
+"""Until a request without a valid key is answered, however many there are; and until a tenant's
+next list of models is begun."""
+
+LISTING_SHARE = 0.05
+"""Of the event loop's time, for one tenant's lists of models."""
 
 
 class PlainPathMiddleware:
@@ -102,6 +107,8 @@ class AccessMiddleware:
         try:
             if caller.account is not None and endpoint in (Endpoint.CALL, Endpoint.STORED):
                 await self._call(caller, caller.account, endpoint, scope, receive, send)
+            elif caller.account is not None and endpoint is Endpoint.MODELS:
+                await self._list(caller.account, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         finally:
@@ -119,6 +126,17 @@ class AccessMiddleware:
             self._strangers.charge(1)
         if wait_s > 0:
             await asyncio.sleep(min(wait_s, LONGEST_PAUSE_S))
+
+    async def _list(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lists models for a tenant, one call after the other.
+
+        However many it has, and asks for them, nobody else waits for that for long.
+        """
+        async with account.listing:
+            begun = time.thread_time()
+            await self._app(scope, receive, send)
+            pause_s = (time.thread_time() - begun) / LISTING_SHARE
+            await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
 
     async def _call(
         self,
