@@ -171,8 +171,9 @@ def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenan
     assert grown < 64 << 10
 
 
-def test_lists_of_a_tenants_models_take_a_small_part_of_the_time(tenants, monkeypatch):
-    """Some have thousands, and list them on many connections at once."""
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters"])
+def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, monkeypatch, path):
+    """Some have thousands of adapters, and list them on many connections at once."""
     done, clock = [], SimpleNamespace(now=0.0)
 
     async def sleep(seconds):
@@ -189,7 +190,7 @@ def test_lists_of_a_tenants_models_take_a_small_part_of_the_time(tenants, monkey
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
 
     async def ask(*keys):
-        await asyncio.gather(*(call(app, access, "/v1/models", key, "GET") for key in keys))
+        await asyncio.gather(*(call(app, access, path, key, "GET") for key in keys))
 
     asyncio.run(ask(ACME, ACME, ADMIN))
     assert sorted(map(str, done)) == ["0.2", "0.2", "listed", "listed", "listed"]

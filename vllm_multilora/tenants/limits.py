@@ -96,7 +96,7 @@ class Account:
         first_readings: To be held while an adapter is looked for, and read for the first time.
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
-        listing: To be held while models are listed.
+        listing: To be held while its models or adapters are listed.
     """
 
     def __init__(

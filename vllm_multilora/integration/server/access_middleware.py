@@ -41,10 +41,10 @@ STRANGERS_PER_MINUTE = 3_000
 
 LONGEST_PAUSE_S = 5.0
 """Until a request without a valid key is answered, however many there are; and until a tenant's
-next list of models is begun."""
+next list is begun."""
 
 LISTING_SHARE = 0.05
-"""Of the event loop's time, for one tenant's lists of models."""
+"""Of the event loop's time, for one tenant's lists of models and adapters."""
 
 
 class PlainPathMiddleware:
@@ -107,7 +107,7 @@ class AccessMiddleware:
         try:
             if caller.account is not None and endpoint in (Endpoint.CALL, Endpoint.STORED):
                 await self._call(caller, caller.account, endpoint, scope, receive, send)
-            elif caller.account is not None and endpoint is Endpoint.MODELS:
+            elif caller.account is not None and endpoint in (Endpoint.MODELS, Endpoint.STATUS):
                 await self._list(caller.account, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
@@ -128,9 +128,9 @@ class AccessMiddleware:
             await asyncio.sleep(min(wait_s, LONGEST_PAUSE_S))
 
     async def _list(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lists models for a tenant, one call after the other.
+        """Lists a tenant's models or adapters, one call after the other.
 
-        However many it has, and asks for them, nobody else waits for that for long.
+        However many it has, and however often it asks, nobody else waits for that for long.
         """
         async with account.listing:
             begun = time.thread_time()
