@@ -20,7 +20,7 @@ from vllm_multilora.store.folder import FOLDER_VARIABLE
 from vllm_multilora.store.launch import StoreThread
 from vllm_multilora.store.messages import Evicted, Failed, Forgotten, Loaded, StoreSettings, Want
 
-ORDER = Fill(0, 1, lora(1), pack_info(1))
+ORDER = Fill(0, lora(1), pack_info(1), slot=1)
 
 
 class Stub:

@@ -101,7 +101,7 @@ def filler(manager: Any) -> Iterator[Any]:
                     assert not isinstance(message, Failed), message
                     if isinstance(message, Loaded):
                         lora = LoRARequest("experts", 7, str(folder))
-                        return filler.fill_now(Fill(1, SLOT, lora, message.pack))
+                        return filler.fill_now(Fill(1, lora, message.pack, slot=SLOT))
 
         yield fill
     finally:

@@ -115,7 +115,7 @@ class Rig:
                 assert "Failed" not in type(message).__name__, message
 
     def fill(self, order: int, slot: int, adapter: int, pack: PackInfo) -> Fill:
-        return Fill(order, slot, request(adapter), pack)
+        return Fill(order, request(adapter), pack, slot=slot)
 
     def in_slot(self, slot: int, row: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.lora_a[row][slot, :rank], self.model.lora_b[row][slot, :, :rank]

@@ -114,7 +114,7 @@ class Rig:
     def begin(self, slot: int) -> Future[Answer]:
         """An order to fill a slot; the result is what the engine core is answered."""
         request: Any = SimpleNamespace(lora_int_id=1, lora_name="an adapter")
-        return self.filler._submit(Fill(0, slot, request, None))  # type: ignore[arg-type]
+        return self.filler._submit(Fill(0, request, None, slot=slot))  # type: ignore[arg-type]
 
     def step(self, *slots: int) -> None:
         """A step of 128 layers, as far as order goes: eager or a graph's replay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -12,39 +12,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Fill:
-    """Copy an adapter into a slot, beside the steps.
+class Order:
+    """What workers are to do with an adapter in host memory, beside the steps.
 
     Attributes:
         order: Its number; the answer names it.
-        slot: The slot; no step uses it before the answer.
         request: The adapter.
         pack: Where its weights lie in host memory.
         elsewhere: Where they lie on the server's other machines, in their order.
     """
 
     order: int
-    slot: int
     request: LoRARequest
     pack: PackInfo
     elsewhere: tuple[PackInfo, ...] = ()
 
 
 @dataclass(frozen=True)
-class Check:
-    """Say whether the layers that vLLM fills itself take an adapter; nothing is changed.
+class Check(Order):
+    """Say whether the layers that vLLM fills itself take an adapter; nothing is changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill(Order):
+    """Copy an adapter into a slot.
 
     Attributes:
-        order: Its number; the answer names it.
-        request: The adapter.
-        pack: Where its weights lie in host memory.
-        elsewhere: Where they lie on the server's other machines, in their order.
+        slot: The slot; no step uses it before the answer.
     """
 
-    order: int
-    request: LoRARequest
-    pack: PackInfo
-    elsewhere: tuple[PackInfo, ...] = ()
-
-
-Order: TypeAlias = Fill | Check
+    slot: int

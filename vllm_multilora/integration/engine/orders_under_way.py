@@ -62,7 +62,7 @@ class OrdersUnderWay:
         if assignment is not None:
             assert entry.is_leased
             entry.is_leased = False  # it is the order's now
-            self._give(entry, Fill(assignment.order, assignment.slot, entry.request, pack))
+            self._give(entry, Fill(assignment.order, entry.request, pack, slot=assignment.slot))
         return False
 
     def check(self, entry: Entry, pack: PackInfo) -> None:
