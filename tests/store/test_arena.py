@@ -157,6 +157,24 @@ def test_segments_grow_with_the_budget_and_never_past_it():
     assert sum(memory.sizes.values()) <= 100 * MIB
 
 
+@pytest.mark.parametrize(
+    ("budget", "size"),
+    [
+        (None, 256 * MIB),
+        (50 * MIB, 50 * MIB),
+        (100 * MIB, 64 * MIB),
+        (4096 * MIB, 256 * MIB),
+        (100 * 1024 * MIB, 1024 * MIB),
+        (1024 * 1024 * MIB, 4096 * MIB),
+    ],
+    ids=["none", "small", "least", "a sixteenth", "most", "few"],
+)
+def test_a_segment_is_a_part_of_the_budget_that_a_worker_maps_at_once(budget, size):
+    memory = FakeSegments()
+    assert Arena(memory, budget).allocate(blocks(PAGE)) is not None
+    assert list(memory.sizes.values()) == [size]
+
+
 def test_room_without_a_budget_is_given_until_the_system_gives_none():
     arena = Arena(FakeSegments(refuse_after=1), None)
     assert arena.allocate(blocks(200 * MIB)) is not None

@@ -24,7 +24,6 @@ class ContainedPolicy(CachePolicy):
     def __init__(self, policy: CachePolicy) -> None:
         self._policy = policy
         self._members: dict[int, tuple[int, float]] = {}
-        self._has_failed = False
 
     def added(self, adapter_id: int, size: int, cost: float) -> None:
         self._members[adapter_id] = (size, cost)
@@ -39,21 +38,17 @@ class ContainedPolicy(CachePolicy):
         self._tell(lambda: self._policy.removed(adapter_id))
 
     def victim(self, candidates: Sequence[int]) -> int:
-        if not self._has_failed:
-            try:
-                victim = self._policy.victim(candidates)
-            except Exception as error:
-                self._replace(f"it raised {type(error).__name__}: {error}", error)
-            else:
-                if victim in candidates:
-                    return victim
-                self._replace(f"it chose {victim!r} as victim, not one of {list(candidates)}")
+        try:
+            victim = self._policy.victim(candidates)
+        except Exception as error:
+            self._replace(f"it raised {type(error).__name__}: {error}", error)
+        else:
+            if victim in candidates:
+                return victim
+            self._replace(f"it chose {victim!r} as victim, not one of {list(candidates)}")
         return self._policy.victim(candidates)
 
     def _tell(self, call: Callable[[], None]) -> None:
-        if self._has_failed:
-            call()
-            return
         try:
             call()
         except Exception as error:
@@ -66,7 +61,6 @@ class ContainedPolicy(CachePolicy):
             reason,
             exc_info=error,
         )
-        self._has_failed = True
         self._policy = LruPolicy()
         for adapter_id, (size, cost) in self._members.items():
             self._policy.added(adapter_id, size, cost)

@@ -59,7 +59,7 @@ class Pins:
         if name not in self._number_of:
             return False
         known = self._number_of[name]
-        if known is not None and known != adapter_id:
+        if known is not None:
             self._called.discard(known)
         self._number_of[name] = adapter_id
         return True

@@ -75,7 +75,7 @@ def _give_way() -> None:
 
 def _prepare_process(processors: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="multilora store: %(message)s")
-    if processors and hasattr(os, "sched_setaffinity"):
+    if processors:
         with contextlib.suppress(OSError, ValueError):
             os.sched_setaffinity(0, {int(number) for number in processors.split(",")})
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

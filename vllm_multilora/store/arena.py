@@ -109,14 +109,14 @@ class Arena:
     def _one_run(self, needed: int, count: int) -> list[_Part] | None:
         """The whole pack in one run: the smallest that is large enough, or a new segment's."""
         run = self._free.smallest(needed) or self._new_segment(needed)
-        if run is None and self.budget is not None and self._close_empty(spare=0):
+        if run is None and self._close_empty(spare=0):
             run = self._new_segment(needed)
         return [_Part(run, 0, count, needed)] if run else None
 
     def _scattered(self, ends: NDArray[np.int64]) -> list[_Part] | None:
         """The blocks in several runs, the largest first; what budget is left is one more."""
-        left = 0 if self.budget is None else self.budget - self.committed
-        self._new_segment(left // PAGE * PAGE, exact=True)
+        assert self.budget is not None, "without one, a new segment has room for any pack"
+        self._new_segment((self.budget - self.committed) // PAGE * PAGE)
         parts: list[_Part] = []
         first, begin = 0, 0
         for run in self._free.largest_first():
@@ -152,9 +152,9 @@ class Arena:
         self.held += held
         return Allocation(tuple(extents), segments, places, held)
 
-    def _new_segment(self, least: int, exact: bool = False) -> Run | None:
+    def _new_segment(self, least: int) -> Run | None:
         """A new segment's run, of at least so many bytes; None where the budget does not allow."""
-        size = least if exact else max(least, self._usual_size())
+        size = max(least, self._usual_size())
         if self.budget is not None:
             size = min(size, (self.budget - self.committed) // PAGE * PAGE)
         if size < max(least, PAGE):

@@ -48,7 +48,7 @@ from vllm_multilora.store.waking import Waker
 logger = logging.getLogger(__name__)
 
 _NUMBERS_END = 1 << 63  # steps' adapters are in arrays of int64
-_MOST_LOSSES = 3  # before `configure` gives a store up
+_CONFIGURE_S, _MOST_LOSSES = 60.0, 3  # before `configure` gives a store up
 _NO_STORE = "the server's store of adapters cannot be started; the server's log says why"
 
 
@@ -98,15 +98,12 @@ class StoreClient:
         """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-N.sock`."""
         return f"unix:{self._host.path}"
 
-    def configure(
-        self, layouts: Sequence[Any], settings: StoreSettings, timeout: float = 60.0
-    ) -> list[str]:
+    def configure(self, layouts: Sequence[Any], settings: StoreSettings) -> list[str]:
         """Says what the model accepts, and waits for the answer.
 
         Args:
             layouts: The `ModelLayout` of each local rank.
             settings: How adapters are kept and read.
-            timeout: Seconds to wait.
 
         Returns:
             What is not as asked for, one sentence each, for the log.
@@ -118,7 +115,7 @@ class StoreClient:
         self._configure = Configure(data, settings)
         self._answer = None
         self._send(self._configure)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + _CONFIGURE_S
         self._losses = 0
         while self._answer is None and self._losses < _MOST_LOSSES:
             if (left := deadline - time.monotonic()) <= 0:
@@ -129,7 +126,7 @@ class StoreClient:
         if self._answer is not None:
             reason = self._answer.reason
         elif self._losses < _MOST_LOSSES:
-            reason = f"no answer within {timeout:g} seconds"
+            reason = f"no answer within {_CONFIGURE_S:g} seconds"
         else:
             reason = f"it has ended {self._losses} times; it says: {self._host.last_words()}"
         raise StoreUnavailableError(f"the store at {self.address} does not serve: {reason}")
@@ -326,8 +323,7 @@ class StoreClient:
 
     def _lose(self, error: ChannelClosedError) -> None:
         """The store has gone: what it said is void, and the next one answers what is wanted."""
-        if self._channel is None:
-            return
+        assert self._channel is not None
         says = f"; it says: {self._host.last_words()}" if self._pause > FIRST_PAUSE_S else ""
         logger.warning("The store has gone (%s); it is started again%s", error, says)
         self._poller.unregister(self._channel)

@@ -75,8 +75,6 @@ class Door:
 
 def _is_same_user(sock: socket.socket) -> bool:
     """Whether the process at the other end of a local socket belongs to this process's user."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, user, _ = struct.unpack("3i", data)
     return user in (os.geteuid(), 0)

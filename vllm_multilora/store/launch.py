@@ -179,8 +179,6 @@ def _processors() -> list[int]:
     its main thread's, while the processors that vLLM leaves free for such work stay idle. The
     process that started the worker is not bound.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return []
     try:
         return sorted(os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
     except OSError:

@@ -39,7 +39,7 @@ class SharedSegments:
 
     def give_back(self, number: int, offset: int, size: int) -> None:
         """Gives the pages of a range back to the system; they read as zeros afterwards."""
-        if number in self._pinned or not hasattr(libc, "fallocate"):
+        if number in self._pinned:
             return
         # Where the system cannot do it (ENOTSUP), the pages stay, free, in the segment.
         libc.fallocate(

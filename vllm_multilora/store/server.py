@@ -199,9 +199,7 @@ class Server:
         self._selector.register(channel, selectors.EVENT_READ, number)
 
     def _hear_client(self, number: int) -> None:
-        connection = self._connections.get(number)
-        if connection is None:
-            return
+        connection = self._connections[number]
         if number not in self._registry.clients:
             self._totals = None  # whoever says `Hello` is to be told
         try:
@@ -226,9 +224,7 @@ class Server:
         self._lost.add(number)
 
     def _drop(self, number: int) -> None:
-        connection = self._connections.pop(number, None)
-        if connection is None:
-            return
+        connection = self._connections.pop(number)
         self._selector.unregister(connection.channel)
         connection.channel.close()
         self._names.leave(number)

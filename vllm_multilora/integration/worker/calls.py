@@ -27,9 +27,9 @@ def _manager(worker: Any) -> MultiLoRAWorkerManager:
 
 def has_our_manager(worker: Any) -> bool:
     """Whether the worker's LoRA manager is ours (a patch may have found no target)."""
-    from vllm_multilora.integration.worker.manager import MultiLoRAWorkerManager
+    from vllm_multilora.integration.worker.manager import manager_of
 
-    return isinstance(getattr(worker.model_runner, "lora_manager", None), MultiLoRAWorkerManager)
+    return manager_of(worker.model_runner) is not None
 
 
 def reach_engine_core(worker: Any, address: Address) -> str | None:

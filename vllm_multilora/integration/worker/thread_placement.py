@@ -27,10 +27,8 @@ def step_aside() -> None:
     To be called before every piece of work: the first parallel region of OpenMP's that a thread
     enters, in PyTorch say, binds it to the model's first processor.
 
-    Does nothing where the platform has no such controls (other than Linux) or forbids it.
+    Does nothing where the platform forbids it.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return
     try:
         niceness = os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS  # the main thread's
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
