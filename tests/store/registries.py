@@ -81,6 +81,8 @@ class World:
     def tell(self, job, message, segments):
         expected = {Go: "opened", Place: "checked", CheckOnly: "checked"}
         assert self.jobs[job] == expected[type(message)]
+        if not isinstance(message, Go):
+            assert isinstance(message, Place) == (self.loads[job].allocation is not None)
         self.jobs[job] = "checking" if isinstance(message, Go) else "reading"
 
     def kill(self, job):
@@ -185,6 +187,8 @@ class World:
         allocations = [one.allocation for one in loads if one.allocation]
         allocations += [one for one in self.registry.loads._dying.values() if one]
         assert memory.staged == len(allocations)
+        assert all((one.leader or one).wanted() for one in loads), "a load that nobody waits for"
+        assert self.registry.loads._dying.keys() == self.dying
         assert totals.bytes == packs + sum(one.held_bytes for one in allocations)
         if memory.policy is self.policy:
             assert self.policy.members == memory.packs.keys()

@@ -80,6 +80,13 @@ def test_a_registration_that_a_request_waits_for_too_is_in_the_requests_lane():
     assert order(queue) == [0, 10, 12, 11, 1]
 
 
+def test_a_load_that_one_more_request_waits_for_keeps_its_turn():
+    queue = FairQueue()
+    fill(queue, "aa")
+    queue.promote(0)
+    assert order(queue) == [0, 1]
+
+
 def test_only_so_many_work_at_once():
     queue = FairQueue(places=2)
     fill(queue, "abc")
@@ -144,6 +151,35 @@ def test_beside_too_many_hanging_jobs_the_longest_idle_is_killed_for_who_waits()
     assert queue.overdue(now) == [], "nobody waits any more"
 
 
+@pytest.fixture
+def hanging() -> FairQueue:
+    """A queue whose jobs are as many as there may be, and have not worked since the time 0."""
+    queue = FairQueue(places=MOST_OLD_JOBS)
+    for number in range(MOST_OLD_JOBS):
+        queue.add(number, "server", [number], Lane.REQUEST, 5.0 if number == 7 else 100.0)
+    assert len(started(queue, 0.0)) == MOST_OLD_JOBS
+    return queue
+
+
+def test_there_are_only_so_many_jobs_without_a_place(hanging):
+    hanging.add(99, "other", ["a"], Lane.REQUEST, 100.0)
+    assert started(hanging, IDLE_S) == []
+    hanging.wait_for_room(0, IDLE_S)  # this one does not hang
+    assert started(hanging, IDLE_S) == [99]
+
+
+def test_a_job_that_hangs_is_killed_for_nobody_and_not_before_it_has_for_long(hanging):
+    assert hanging.overdue(LONG_IDLE_S) == []
+    hanging.add(99, "other", ["a"], Lane.REQUEST, 100.0)
+    assert hanging.overdue(0.9 * LONG_IDLE_S) == []
+    assert hanging.overdue(LONG_IDLE_S) == [0]
+
+
+def test_nobody_is_killed_for_others_beside_one_that_is_too_late(hanging):
+    hanging.add(99, "other", ["a"], Lane.REQUEST, 100.0)
+    assert hanging.overdue(5.0) == [7]
+
+
 def test_a_job_is_killed_at_its_deadline_whatever_it_does():
     queue = FairQueue()
     queue.add(0, "server", ["a"], Lane.REQUEST, 5.0)
@@ -163,6 +199,43 @@ def test_the_clock_stands_still_while_a_job_waits_for_room():
     queue.go_on(0, 1000.0)
     assert queue.overdue(1003.9) == []
     assert queue.overdue(1004.0) == [0]
+
+
+def test_a_job_that_has_got_room_has_its_place_again():
+    queue = FairQueue(places=1)
+    fill(queue, "a")
+    fill(queue, "b", Lane.REGISTRATION, first=10)
+    assert queue.start_next(0.0) == 0
+    queue.wait_for_room(0, 0.0)
+    queue.go_on(0, 1000.0)
+    assert started(queue, 1000.0) == []
+
+
+def test_nothing_is_due_while_those_that_were_started_wait_for_room():
+    queue = FairQueue()
+    fill(queue, "ab")
+    assert queue.start_next(0.0) == 0
+    queue.wait_for_room(0, 0.0)
+    assert queue.next_event(0.0) is None
+
+
+def test_the_next_event_is_the_first_deadline():
+    queue = FairQueue()
+    for number, timeout_s in ((0, 9.0), (1, 5.0)):
+        queue.add(number, "server", ["a"], Lane.REQUEST, timeout_s)
+    started(queue, 0.0)
+    assert queue.next_event(0.0) == 5.0
+
+
+def test_the_time_that_the_store_stood_still_is_no_jobs():
+    queue = FairQueue(places=1)
+    queue.add(0, "server", ["a"], Lane.REQUEST, 5.0)
+    fill(queue, "b", first=1)
+    assert queue.start_next(0.0) == 0
+    queue.stood_still(1000.0)
+    assert started(queue, 1000.0) == []
+    assert queue.overdue(1004.9) == []
+    assert queue.overdue(1005.0) == [0]
 
 
 def test_while_a_job_waits_for_room_registrations_go_on_and_requests_wait():

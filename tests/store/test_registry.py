@@ -10,7 +10,7 @@ from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.store.entries import Owner
 from vllm_multilora.store.job_messages import LONGEST_MESSAGE, Failure
 from vllm_multilora.store.memory import MOST_VERSIONS
-from vllm_multilora.store.messages import Failed, Loaded, Reading, StoreSettings
+from vllm_multilora.store.messages import Failed, Forgotten, Loaded, Reading, StoreSettings
 from vllm_multilora.store.recent_failures import MOST_FAILURES
 
 
@@ -30,6 +30,10 @@ def test_a_want_is_told_of_its_turn_and_of_its_pack(world):
     assert world.memory.packs[loaded.pack.pack].allocation.held_bytes == PAGE
     assert loaded.pack.digest
     assert world.memory.packs[loaded.pack.pack].leases == 1
+    allocation = world.memory.packs[loaded.pack.pack].allocation
+    assert tuple(loaded.pack.segments) == allocation.segments
+    assert loaded.pack.index_place == allocation.places[-1]
+    assert loaded.pack.index_bytes == PAGE
 
 
 def test_what_is_in_memory_is_answered_at_once(world):
@@ -41,12 +45,17 @@ def test_what_is_in_memory_is_answered_at_once(world):
 
 def test_two_engines_of_a_server_share_one_load(world):
     world.client(2)
-    tickets = world.want(1), world.want(2)
-    assert len(world.jobs) == 1
+    tickets = [(1, world.want(1)), (2, world.want(2))]
+    (job,) = world.jobs
+    world.opened(job)
+    world.checked(job)
+    tickets.append((2, world.want(2)))
+    assert isinstance(world.said[2][-1], Reading)
+    world.done(job)
+    packs = [world.answer(*ticket).pack for ticket in tickets]
+    assert packs[0] == packs[1] == packs[2]
+    assert world.memory.packs[packs[0].pack].leases == 3
     world.settle()
-    one, two = world.answer(1, tickets[0]), world.answer(2, tickets[1])
-    assert one.pack == two.pack
-    assert world.memory.packs[one.pack.pack].leases == 2
 
 
 def test_numbers_of_different_servers_mean_different_adapters(world):
@@ -63,6 +72,10 @@ def test_what_a_server_that_has_gone_had_begun_is_its_followers_alone(world):
     ticket = world.want(1, path="/same")
     world.step(max(world.jobs))  # opened: the same files, for which somebody is on the way
     world.registry.client_gone(2, world.now)
+    world.client(3, server="other")
+    world.want(3, adapter=7, path="/same")
+    assert len(world.jobs) == 2, "what the server before had begun is not for this one"
+    world.registry.client_gone(3, world.now)
     world.settle()
     loaded = world.answer(1, ticket)
     world.registry.release(1, loaded.pack.pack, world.now)
@@ -89,6 +102,52 @@ def test_files_that_are_being_read_for_another_server_are_read_once(world):
     assert world.memory.packs[world.answer(1, first).pack.pack].leases == 2
 
 
+def test_the_end_of_a_server_leaves_others_loads_to_their_engines(world):
+    world.want(1)
+    world.client(2, server="other")
+    world.registry.client_gone(2, world.now)
+    world.client(3)
+    world.want(3)
+    assert len(world.jobs) == 1
+
+
+def test_the_failures_of_a_server_end_with_it(world):
+    world.want(1)
+    world.failed(next(iter(world.jobs)))
+    world.registry.client_gone(1, world.now)
+    world.client(2)
+    world.settle()
+    assert isinstance(world.load(2), Loaded)
+
+
+def test_one_reading_for_two_adapters_of_an_engine_counts_once(world):
+    tickets = [world.want(1, adapter, "/same") for adapter in (1, 2)]
+    world.settle()
+    assert [world.answer(1, ticket).was_read for ticket in tickets] == [True, False]
+
+
+def test_who_joins_those_that_follow_a_load_is_told_that_it_is_read(world):
+    for client in (2, 3):
+        world.client(client, server="other")
+    world.want(1, path="/same")
+    world.want(2, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    world.want(3, path="/same")
+    assert [type(message) for message in world.said[3]] == [Reading]
+
+
+def test_a_load_ends_when_neither_it_nor_what_follows_it_is_wanted(world):
+    world.client(2, server="other")
+    tickets = world.want(1, path="/same"), world.want(2, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    for client, ticket in zip((1, 2), tickets, strict=True):
+        assert world.jobs
+        world.registry.cancel(client, ticket, world.now)
+    assert not world.jobs
+
+
 def test_who_follows_a_load_shares_its_failure(world):
     world.client(2, server="other")
     tickets = world.want(1, path="/same"), world.want(2, path="/same")
@@ -99,6 +158,19 @@ def test_who_follows_a_load_shares_its_failure(world):
     world.settle()
     assert world.answer(1, tickets[0]).kind is FailureKind.INVALID
     assert world.answer(2, tickets[1]).kind is FailureKind.INVALID
+
+
+def test_nobody_follows_a_load_that_follows_another(world):
+    for client, server in ((2, "other"), (3, "third")):
+        world.client(client, server=server)
+    tickets = {client: world.want(client, path="/same") for client in (1, 2)}
+    first, second = world.jobs
+    world.opened(second)
+    world.opened(first)
+    tickets[3] = world.want(3, path="/same")
+    world.settle()
+    assert all(isinstance(world.answer(*ticket), Loaded) for ticket in tickets.items())
+    assert world.read == {"/same": 1}
 
 
 def test_a_failure_names_nobody_elses_adapter(world):
@@ -157,6 +229,14 @@ def test_models_and_rules_share_nothing(world):
     assert world.read == {"/same": 3}
 
 
+def test_models_and_rules_share_no_load_either(world):
+    world.client(2, server="b", model="another")
+    for client in (1, 2):
+        world.want(client, path="/same")
+    world.settle()
+    assert world.read == {"/same": 2}
+
+
 def test_equal_bytes_take_memory_once(world):
     world.want(1, 1, "/a")
     world.want(1, 2, "/b")
@@ -206,6 +286,15 @@ def test_files_without_a_version_are_read_each_time(world):
     assert world.read == {"/a": 1, "/b": 1}
 
 
+def test_nobody_follows_a_load_of_files_without_a_version(world):
+    world.client(2, server="other")
+    for client in (1, 2):
+        world.want(client, path="/same")
+    for job in list(world.jobs):
+        world.opened(job, "")
+    assert list(world.jobs.values()) == ["checking"] * 2
+
+
 def test_what_a_version_of_files_is_was_read_last(world):
     """They may have been changed without being another version."""
     tickets = [world.want(1, adapter, f"/{adapter}") for adapter in (1, 2)]
@@ -231,6 +320,18 @@ def test_a_fresh_want_of_unchanged_files_reads_nothing_again(world):
     assert (again.pack, again.was_read) == (first.pack, False)
 
 
+def test_a_fresh_want_is_content_with_a_load_that_is_still_to_begin(one_job):
+    one_job.want(1, 9)
+    tickets = [one_job.want(1, 1, fresh=fresh) for fresh in (False, True)]
+    one_job.gone(next(iter(one_job.jobs)))
+    (job,) = one_job.jobs
+    one_job.opened(job)
+    one_job.checked(job)
+    one_job.done(job)
+    assert len({one_job.answer(1, ticket).pack.pack for ticket in tickets}) == 1
+    one_job.settle()
+
+
 @pytest.mark.parametrize("is_told", [True, False], ids=["opened", "opening"])
 def test_a_fresh_want_is_not_content_with_files_opened_before_it(world, is_told):
     """A job may have opened them, and the store not have heard it yet."""
@@ -249,6 +350,21 @@ def test_a_fresh_want_is_not_content_with_files_opened_before_it(world, is_told)
     assert world.answer(1, fresh).pack.digest == digest_of("/adapters/1")
 
 
+@pytest.mark.parametrize("then", ["cancelled", "tried"])
+def test_a_fresh_want_outlives_the_load_before_it(world, then):
+    first = world.want(1)
+    (job,) = world.jobs
+    world.opened(job)
+    fresh = world.want(1, fresh=True)
+    world.failed(job)
+    assert isinstance(world.answer(1, first), Failed)
+    if then == "cancelled":
+        world.registry.cancel(1, fresh, world.now)
+    world.settle()
+    assert world.read == ({} if then == "cancelled" else {"/adapters/1": 1})
+    assert len(world.answers(1, fresh)) == (then == "tried")
+
+
 def test_a_registration_keeps_what_there_is_free_room_for(world):
     loaded = world.load(1, keep=False)
     assert not loaded.leased
@@ -259,7 +375,8 @@ def test_a_registration_keeps_what_there_is_free_room_for(world):
 def test_a_registration_evicts_nothing(world):
     world.registry.release(1, world.load(1, 1, pages=10).pack.pack, world.now)
     loaded = world.load(1, 2, keep=False)
-    assert loaded.pack.pack == 0
+    assert (loaded.pack.pack, loaded.pack.segments, loaded.pack.index_place) == (0, [], 0)
+    assert loaded.was_read
     assert len(world.memory.packs) == 1
     assert loaded.pack.digest
     assert list(world.evicted(1)) == []
@@ -271,10 +388,30 @@ def test_a_request_that_joins_a_registration_gets_room(world):
     (job,) = world.jobs
     world.opened(job)
     world.checked(job)
-    request = world.want(1, 2)
+    request = world.want(1, 2, owners=("acme",))
     world.settle()
     assert world.answer(1, registration).pack.pack == 0
     assert world.answer(1, request).pack.pack in world.memory.packs
+    assert kept(world, "acme") == ["/adapters/2"]
+
+
+def test_a_registration_goes_on_when_its_request_ends_before_there_is_need_of_room(world):
+    registration, request = world.want(1, 2, keep=False), world.want(1, 2)
+    world.registry.cancel(1, request, world.now)
+    assert list(world.jobs.values()) == ["opening"]
+    world.settle()
+    assert world.answer(1, registration).pack.pack in world.memory.packs
+
+
+def test_a_load_waits_on_for_room_when_one_of_its_requests_has_ended(world):
+    full = world.load(1, 1, pages=10).pack.pack
+    tickets = [world.want(1, 2) for _ in range(2)]
+    world.settle()
+    world.registry.cancel(1, tickets[0], world.now)
+    world.registry.release(1, full, world.now)
+    world.settle()
+    assert world.answer(1, tickets[1]).leased
+    assert world.read["/adapters/2"] == 1
 
 
 @pytest.mark.parametrize("by", ["cancelling", "going"])
@@ -288,9 +425,10 @@ def test_a_registration_waits_for_no_room_once_the_requests_for_it_have_ended(wo
         world.registry.cancel(2, request, world.now)
     else:
         world.registry.client_gone(2, world.now)
+    assert not world.registry.loads.queue.waits_for_room("server")
+    world.check()
     world.settle()
     assert world.answer(1, registration).pack.pack == 0
-    assert not world.registry.loads.queue.waits_for_room("server")
     world.registry.release(1, full.pack.pack, world.now)
     assert list(world.evicted(1)) == []
     world.check()
@@ -351,6 +489,27 @@ def test_a_load_waits_for_room_until_a_lease_is_given_back(world):
     assert list(world.evicted(1)) == [first.pack.pack]
 
 
+def test_the_clock_of_a_job_goes_on_when_it_has_room(world):
+    full = world.load(1, 1, pages=10).pack.pack
+    ticket = world.want(1, 2)
+    world.settle()
+    world.now += 1000.0
+    world.registry.release(1, full, world.now)
+    world.now += world.settings.timeout_s
+    world.registry.loads.tick(world.now)
+    assert world.answer(1, ticket).kind is FailureKind.TIMEOUT
+
+
+def test_a_registration_does_not_take_what_a_request_waits_for(world):
+    first = world.load(1, 1, pages=6)
+    request = world.want(1, 2)
+    world.settle(pages=6)
+    assert world.load(1, 3, keep=False).pack.pack == 0
+    world.registry.release(1, first.pack.pack, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, request), Loaded)
+
+
 def test_nobody_overtakes_who_waits_for_room(world):
     first = world.load(1, 1, pages=6)
     large, small = world.want(1, 2), world.want(1, 3)
@@ -364,6 +523,52 @@ def test_nobody_overtakes_who_waits_for_room(world):
     world.settle()
     assert isinstance(world.answer(1, large), Loaded)
     assert isinstance(world.answer(1, small), Loaded)
+
+
+@pytest.mark.parametrize("by", ["cancelling", "crash"])
+def test_the_next_in_line_gets_room_when_the_first_needs_none_any_more(world, by):
+    world.load(1, 1, pages=6)
+    large, small = world.want(1, 2), world.want(1, 3)
+    first, second = world.jobs
+    for job, pages in ((first, 6), (second, 2)):
+        world.opened(job)
+        world.checked(job, pages)
+    assert world.jobs[second] == "checked"
+    if by == "cancelling":
+        world.registry.cancel(1, large, world.now)
+    else:
+        world.gone(first)
+    assert world.jobs[second] == "reading"
+    world.settle()
+    assert isinstance(world.answer(1, small), Loaded)
+
+
+def test_the_room_of_a_job_that_has_ended_is_the_next_ones(world):
+    ticket, other = world.want(1, 1), world.want(1, 2)
+    first, second = world.jobs
+    for job in (first, second):
+        world.opened(job)
+        world.checked(job, pages=10)
+    world.registry.cancel(1, ticket, world.now)
+    assert world.jobs[second] == "checked"
+    world.gone(first)
+    assert world.jobs[second] == "reading"
+    world.settle()
+    assert isinstance(world.answer(1, other), Loaded)
+
+
+def test_what_a_registration_has_brought_makes_room_for_who_waits(world):
+    world.want(1, 1, keep=False)
+    request = world.want(1, 2)
+    first, second = world.jobs
+    for job, pages in ((first, 6), (second, 5)):
+        world.opened(job)
+        world.checked(job, pages)
+    assert world.jobs[second] == "checked"
+    world.done(first)
+    assert world.jobs[second] == "reading"
+    world.settle()
+    assert isinstance(world.answer(1, request), Loaded)
 
 
 def test_what_can_never_fit_fails_at_once_with_both_sizes(world):
@@ -536,6 +741,15 @@ def test_a_source_that_hangs_is_refused_at_once(world):
     world.refuse = "its storage hangs"
     failed = world.answer(1, world.want(1))
     assert (failed.kind, failed.message) == (FailureKind.TIMEOUT, "its storage hangs")
+    assert not world.jobs
+
+
+def test_what_becomes_of_a_job_whose_load_is_over_is_no_matter(world):
+    world.registry.cancel(1, world.want(1), world.now)
+    (job,) = world.dying
+    world.failed(job)
+    world.settle()
+    assert isinstance(world.load(1), Loaded)
 
 
 def test_a_cancelled_want_is_not_answered_and_what_waits_is_not_read(world):
@@ -552,10 +766,28 @@ def test_a_withdrawn_adapter_leaves_and_its_wants_fail(world):
     for adapter in (1, 2):
         world.registry.forget(1, adapter, world.now)
     assert world.answer(1, waiting).kind is FailureKind.GONE
+    assert [m.adapter for m in world.said[1] if isinstance(m, Forgotten)] == [1, 2]
     assert loaded.pack.pack in world.memory.packs
     world.registry.release(1, loaded.pack.pack, world.now)
     world.settle()
     assert world.memory.totals().bytes == 0
+
+
+def test_the_failure_of_a_withdrawn_adapter_is_not_that_of_the_next_of_its_number(world):
+    world.want(1)
+    world.failed(next(iter(world.jobs)))
+    world.registry.forget(1, 1, world.now)
+    world.settle()
+    assert isinstance(world.load(1), Loaded)
+
+
+def test_another_servers_adapter_of_the_same_number_keeps_no_withdrawn_one(world):
+    world.client(2, server="other")
+    world.load(2, 1, path="/other")
+    pack = world.load(1, 1).pack.pack
+    world.registry.release(1, pack, world.now)
+    world.registry.forget(1, 1, world.now)
+    assert pack not in world.memory.packs
 
 
 def test_an_adapter_can_be_withdrawn_that_nobody_has_any_more(world):
@@ -573,6 +805,15 @@ def test_a_withdrawn_adapter_leaves_every_model_of_its_server(world):
     for client in (1, 2):
         world.registry.forget(client, 1, world.now)
     assert not world.memory.packs
+
+
+def test_the_other_wants_of_who_withdraws_an_adapter_go_on(world):
+    withdrawn, other = world.want(1, 1), world.want(1, 2)
+    world.registry.forget(1, 1, world.now)
+    assert world.answer(1, withdrawn).kind is FailureKind.GONE
+    assert [world.loads[job].path for job in world.jobs] == ["/adapters/2"]
+    world.settle()
+    assert isinstance(world.answer(1, other), Loaded)
 
 
 def test_a_withdrawn_adapter_stays_for_the_others_that_have_it(world):
@@ -611,6 +852,7 @@ def test_an_adapter_leaves_when_the_last_engine_does_not_use_it_any_more(world, 
     else:
         world.registry.release(2, pack, world.now)
     assert pack not in world.memory.packs
+    assert not world.registry._leaving
 
 
 def test_an_adapter_that_an_engine_has_aborted_is_nobodys_either(world):
@@ -694,8 +936,22 @@ def test_withdrawing_what_another_server_follows_does_not_end_it(world):
     for job in list(world.jobs):
         world.opened(job)
     world.registry.forget(1, 1, world.now)
+    world.want(1, path="/same")
+    assert len(world.jobs) == 2, "what has begun before is not what it is registered for now"
     world.settle()
     assert isinstance(world.answer(2, second), Loaded)
+    assert isinstance(world.load(1, path="/same"), Loaded)
+
+
+def test_the_failure_of_a_load_that_others_follow_is_not_a_withdrawn_adapters(world):
+    world.client(2, server="other")
+    for client in (1, 2):
+        world.want(client, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    world.registry.forget(1, 1, world.now)
+    world.failed(next(iter(world.jobs)))
+    world.settle()
     assert isinstance(world.load(1, path="/same"), Loaded)
 
 
@@ -728,6 +984,22 @@ def test_an_engine_that_is_not_configured_is_told_so():
     world.said[1] = []
     world.registry.want(1, Want(1, "a", "/a", ticket=1), 0.0)
     assert "not configured" in world.answer(1, 1).message
+
+
+def test_a_ticket_is_for_one_want(world):
+    ticket = world.want(1)
+    world.tickets -= 1
+    world.want(1, 2)
+    assert f"using ticket {ticket}" in world.answer(1, ticket).message
+    world.settle()
+    assert isinstance(world.answers(1, ticket)[1], Loaded)
+
+
+def test_a_want_that_is_over_can_be_taken_back(world):
+    ticket = world.want(1)
+    world.registry.cancel(1, ticket, world.now)
+    world.registry.cancel(1, ticket, world.now)
+    assert not world.jobs
 
 
 class _ChoosesStrangers(LruPolicy):
@@ -801,6 +1073,21 @@ def test_one_load_of_a_tenant_waits_for_one_of_anothers_five_hundred(one_job, ke
     assert turns(world).index("/adapters/7") <= 2
 
 
+def test_a_registration_does_not_wait_behind_its_owners_requests(one_job):
+    for adapter in range(10, 14):
+        one_job.want(1, adapter, owners=("acme",))
+    one_job.want(1, 7, owners=("acme",), keep=False)
+    assert turns(one_job).index("/adapters/7") <= 2
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_registration_that_a_request_waits_for_too_takes_the_requests_turn(one_job, keep):
+    for adapter in range(10, 20):
+        one_job.want(1, adapter, owners=("acme",), keep=False)
+    one_job.want(1, 19, owners=("acme",), keep=keep)
+    assert turns(one_job).index("/adapters/19") == (2 if keep else 9)
+
+
 @pytest.mark.parametrize("by", ["a want of another engine", "the same want"])
 def test_a_load_at_the_end_of_a_flood_takes_the_turn_of_another_that_wants_it_too(one_job, by):
     world = one_job
@@ -821,6 +1108,17 @@ def test_a_shared_load_stands_behind_what_its_owner_has_asked_for(one_job):
         ticket = one_job.want(1, adapter, owners=("other",))
     one_job.registry.share(1, ticket, "acme")
     assert turns(one_job)[-1] == "/adapters/23"
+
+
+def test_a_load_that_is_begun_again_takes_the_turns_of_all_that_wait_for_it(one_job):
+    one_job.want(1, 1, owners=("flood",))
+    (job,) = one_job.jobs
+    one_job.want(1, 1, owners=("acme",), fresh=True)
+    for adapter in range(10, 20):
+        one_job.want(1, adapter, owners=("flood",))
+    one_job.failed(job)
+    one_job.gone(job)
+    assert turns(one_job).index("/adapters/1") <= 1
 
 
 def test_sharing_what_nobody_wants_any_more_is_no_matter(world):
@@ -895,6 +1193,17 @@ def test_what_is_being_read_for_a_tenant_counts_before_anybody_else_makes_room()
     world.settle()
     assert kept(world, "quiet") == ["/adapters/1"]
     assert kept(world, "acme") == ["/adapters/3", "/adapters/4", "/adapters/5"]
+
+
+def test_what_is_being_read_for_others_does_not_count_for_a_tenant(world):
+    world.load(1, 1, owners=("acme",), most=2)
+    release_all(world)
+    world.want(1, 2, owners=("other",))
+    (job,) = world.jobs
+    world.opened(job)
+    world.checked(job)
+    world.load(1, 3, owners=("acme",), most=2)
+    assert kept(world, "acme") == ["/adapters/1", "/adapters/3"]
 
 
 def test_the_limit_that_was_said_last_holds(world):
@@ -982,11 +1291,20 @@ def test_what_a_tenants_server_has_withdrawn_counts_for_it_no_more(world):
 
 
 def test_an_adapter_is_its_tenants_under_whatever_names_of_its_server(world):
+    world.client(2, "other")
     for adapter in (1, 2):
         world.load(1, adapter, path="/same", owners=("acme",), most=3)
+    world.load(2, 7, path="/same")
     release_all(world)
     world.registry.forget(1, 1, world.now)
-    assert kept(world, "acme") == ["/same"]
+    assert kept(world, "acme") == ["/same", "/same"]
+
+
+def test_an_adapter_is_the_first_tenants_though_one_of_its_requests_has_ended(world):
+    first, _, _ = (world.want(1, owners=(name,), most=3) for name in ("acme", "acme", "other"))
+    world.registry.cancel(1, first, world.now)
+    world.settle()
+    assert kept(world, "acme") == ["/adapters/1"]
 
 
 def test_an_adapter_that_is_looked_at_again_stays_its_tenants(world):

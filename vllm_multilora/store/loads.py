@@ -101,9 +101,7 @@ class Loads:
 
     def opened(self, number: int, version: str, now: float) -> None:
         """A job has opened the files: are they known?"""
-        load = self._loads.get(number)
-        if load is None:
-            return
+        load = self._loads[number]
         load.version = version
         pack = self._memory.of_version(load.binding.scope, version)
         leaders = (one for one in self._loads.values() if load.may_follow(one))
@@ -118,9 +116,7 @@ class Loads:
         self, number: int, contents: Contents, blocks: NDArray[np.int64], now: float
     ) -> None:
         """A job has checked the files, and asks where to pack to."""
-        load = self._loads.get(number)
-        if load is None:
-            return
+        load = self._loads[number]
         load.contents, load.blocks = contents, blocks
         if load.keep():
             self._room.ask(load, now)
@@ -136,9 +132,7 @@ class Loads:
         self, number: int, digest: str, nbytes: int, now: float, parts: tuple[str, ...] = ()
     ) -> None:
         """A job has packed the files, or checked them only."""
-        load = self._loads.get(number)
-        if load is None:
-            return
+        load = self._loads[number]
         scope, allocation = load.binding.scope, load.allocation
         pack = self._memory.of_digest(scope, digest)
         if pack is None:
@@ -194,7 +188,6 @@ class Loads:
 
     def _again(self, load: Load, tickets: list[Ticket]) -> None:
         """Queues wants anew that the end of a load does not answer."""
-        tickets = [ticket for ticket in tickets if ticket.client in self._clients]
         if tickets:
             client = self._clients[tickets[0].client]
             again = self.add(load.binding, load.path, load.owners, client, tickets)
@@ -284,9 +277,7 @@ class Loads:
         if not leader.wanted():
             for one in leader.family():
                 self._end(one)
-        elif leader.keep() or not self._room.give_up(leader, now):
-            return
-        else:
+        elif not leader.keep() and self._room.give_up(leader, now):
             self._place(leader, None)
         self.give_room(now)
 
@@ -308,5 +299,4 @@ class Loads:
         load.job = False
         self.queue.remove(load.number)
         self._dying[load.number] = load.allocation
-        load.allocation = None
         self._effects.kill(load.number)

@@ -101,7 +101,7 @@ class FairQueue:
     def share(self, number: int, owner: Hashable) -> None:
         """Another owner waits for a load; one that has been started needs no turn any more."""
         where = self._where.get(number)
-        if where is not None and owner not in where.owners:
+        if where is not None:
             where.owners.append(owner)
             lane = self._lanes.setdefault((where.lane, where.server), OrderedDict())
             lane.setdefault(owner, deque()).append(number)
@@ -129,8 +129,6 @@ class FairQueue:
 
     def start_next(self, now: float) -> int | None:
         """Takes the next load that may be started now, and gives its job a place."""
-        if not self._where:
-            return None
         placed = sum(job.has_place(now) for job in self._jobs.values())
         if placed >= self.places or len(self._old(now)) >= MOST_OLD_JOBS:
             return None

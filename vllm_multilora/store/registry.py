@@ -93,7 +93,6 @@ class Registry:
                 self._answers.loaded(ticket, pack.info, now, was_read=False)
                 if tenant is not None:
                     self.memory.own(pack, tenant)
-                    self.loads.give_room(now)
                 return
             known = self.loads.failures.find(binding, want.path, now)
             if known is not None:
@@ -162,7 +161,6 @@ class Registry:
         self._unbind_unused()
         self.loads.failures.forget_adapter(server, adapter)
         self._effects.send(number, Forgotten(adapter))
-        self.loads.give_room(now)
 
     def _unbind_unused(self) -> None:
         """Adapters that were forgotten are nobody's once nobody else uses them."""
