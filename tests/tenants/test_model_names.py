@@ -21,6 +21,7 @@ from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import ROUTES
 from vllm_multilora.integration.patching.ledger import apply_patches
 from vllm_multilora.integration.server.callers import Caller, card_for, current_caller
+from vllm_multilora.integration.server.http_calls import current_call
 from vllm_multilora.integration.server.model_names import check_model, prepare
 from vllm_multilora.integration.server.routes import ServerRoutes, show_available_models
 from vllm_multilora.tenants.limits import Account
@@ -62,6 +63,28 @@ def test_a_server_that_only_renders_prompts_knows_its_model(who):
     apply_patches()
     assert asyncio.run(status("base")) is None
     assert asyncio.run(status("nobody")) == 404
+
+
+def test_each_request_of_a_batch_is_followed_as_over_http(models):
+    """`vllm run-batch` brings no HTTP along; its requests may be one task's."""
+
+    async def original(serving, request):
+        return None
+
+    async def batch():
+        found = []
+        for name in ("help-acme", "acme-a", "help-zen"):
+            request = SimpleNamespace(model=name)
+            assert await check_model(original, SimpleNamespace(models=models), request) is None
+            call = current_call.get()
+            found.append((call.route, request.model))
+        return found
+
+    assert asyncio.run(batch()) == [
+        ("help-acme", "acme-a"),
+        (None, "acme-a"),
+        ("help-zen", "zen-a"),
+    ]
 
 
 def tenant(*, adapters: tuple[str, ...] = (), routes: tuple[str, ...] = ()) -> Caller:

@@ -77,8 +77,6 @@ def weights_of(models: Any, request: Any) -> dict[str, float] | ErrorResponse:
             f"`{models.base_model_paths[0].name}`.",
             param="model",
         )
-    if current_call.get() is None:
-        return error_response(f"{FIELD} works over HTTP only.")
     for name in weights:
         if models.is_base_model(name):
             return error_response(f"{FIELD}: found the base model `{name}`, expected adapters.")

@@ -64,7 +64,7 @@ _EVENT = b"data: {"
 
 @dataclass
 class HttpCall:
-    """One HTTP request.
+    """One HTTP request, or one of a batch that a file holds.
 
     Attributes:
         headers: As the client sent them; names in any case.
@@ -75,6 +75,7 @@ class HttpCall:
         asked: The digits of the digest that the client asked for; empty for any version.
         ran: The digest of the weights that have computed the answer; None before that.
         drops_blend: Whether the body asks for a blend, which the endpoint does not see.
+        is_http: Whether it came over HTTP.
     """
 
     headers: Mapping[str, str]
@@ -85,10 +86,18 @@ class HttpCall:
     asked: str = ""
     ran: str | None = None
     drops_blend: bool = False
+    is_http: bool = True
 
 
 current_call: ContextVar[HttpCall | None] = ContextVar("multilora_http_call", default=None)
 """The HTTP request that is being worked for; None outside of any."""
+
+
+def look_for_call() -> None:
+    """Has a request that did not come over HTTP (`vllm run-batch`) be a call of its own."""
+    call = current_call.get()
+    if call is None or not call.is_http:
+        current_call.set(HttpCall({}, is_http=False))
 
 
 class HttpCallMiddleware:

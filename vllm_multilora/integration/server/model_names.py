@@ -21,7 +21,7 @@ from vllm_multilora.integration.server import (
     versions,
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller
-from vllm_multilora.integration.server.http_calls import BLEND_FIELD
+from vllm_multilora.integration.server.http_calls import BLEND_FIELD, look_for_call
 from vllm_multilora.integration.server.routes import routes_of
 
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
@@ -184,6 +184,7 @@ async def _prepare_blend(serving: Any, request: Any) -> ErrorResponse | None:
 
 
 async def check_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
+    look_for_call()
     if blends.is_bound(request):
         return None  # by a look before this one
     if blends.is_asked(serving.models, request):
@@ -217,6 +218,7 @@ def check_realtime_model(original: Callable[..., Any], connection: Any, model: s
 
 
 async def check_pooling_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
+    look_for_call()
     is_dropped = blends.dropped() is not None and _acts_for(serving.models)
     if is_dropped or blends.is_asked(serving.models, request):
         raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)

@@ -149,8 +149,6 @@ class ServerRoutes:
         if isinstance(chosen, Blended):
             blend = blends.blend_now(self._models, chosen.weights)
             assert blend is not None  # nothing was awaited since it was chosen
-            if call is None:
-                return _error(HTTPStatus.BAD_REQUEST, f"The route `{name}` works over HTTP only.")
             blends.bind(request, blend)
             self._note_led(blend.lora_int_id)
         else:
