@@ -9,14 +9,16 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.exceptions import VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
-from vllm_multilora.integration.server.callers import Caller
+from vllm_multilora.integration.server import metering
+from vllm_multilora.integration.server.callers import MOST_ANSWERS, Caller
 from vllm_multilora.integration.server.engine_door import add_request
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
+from vllm_multilora.metering.usage import Usage
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Limits, Tenant
@@ -105,6 +107,29 @@ def test_several_answers_share_a_prompt_and_count_each():
     processor.tokens = 26
     account.settle()
     assert account._bucket.wait_s() > 0
+
+
+def test_a_tenants_call_wants_few_enough_answers_to_begin_them_in_a_moment():
+    """Of many prompts, or many to each; those of a beam search come one after the other."""
+    parent = SimpleNamespace(sampling_params=SimpleNamespace(n=MOST_ANSWERS - 1))
+
+    def begin(who: Caller | None, number: int, parent: Any = None) -> None:
+        request, add = Request(request_id=str(number)), Processor.add
+        as_caller(who, lambda: add_request(add, processor, request, None, parent, 0))
+
+    for who in (None, Caller(Role.CLIENT), tenant("acme")):
+        processor = Processor()
+        begin(who, 0, parent)
+        begin(who, 1)
+        if who is None or who.tenant is None:
+            begin(who, 2)
+            continue
+        with pytest.raises(GracefulHTTPError, match="2048 answers"):
+            begin(who, 2)
+        token = metering._beam.set(metering.BeamSearch(Usage("3")))
+        begin(who, 3)
+        metering._beam.reset(token)
+        assert list(processor.request_states) == ["0", "1", "3"]
 
 
 def test_a_tenant_ends_no_requests_but_its_own():

@@ -32,9 +32,11 @@ def add_request(
     **kwargs: Any,
 ) -> None:
     caller = current_caller.get()
+    is_new = request.request_id not in processor.request_states
     if caller is not None:
         mark(request, caller)
-    is_new = request.request_id not in processor.request_states
+        if is_new and index == 0 and not metering.is_of_beam_search():
+            caller.count_answers(1 if parent is None else parent.sampling_params.n)
     if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
         see_off(request.lora_request)
     original(processor, request, prompt, parent, index, *args, **kwargs)
