@@ -133,6 +133,30 @@ def test_tokens_are_charged_as_they_come():
     run(check)
 
 
+def test_reading_what_very_many_requests_have_generated_takes_a_small_part_of_the_time():
+    """Calls that are refused read it, too."""
+
+    def check():
+        clock, read = Clock(), []
+
+        def tokens():
+            clock.now += 0.001
+            read.append(clock.now)
+            return 1
+
+        found = account(clock, tokens_per_minute=600)
+        for _ in range(100):
+            found.watch(Meter(tokens, lambda: False))
+        for _ in range(50):
+            found.begin()
+        assert len(read) == 100
+        clock.now += 5
+        found.begin()
+        assert len(read) == 200
+
+    run(check)
+
+
 def test_calls_that_wait_begin_at_the_rate_too():
     """Each uses 100 tokens in a second, and 60 a minute are allowed."""
 

@@ -83,6 +83,10 @@ MOST_FIRST_READINGS = 2
 """Adapters of a tenant that an API server looks for, or has read for the first time, at once."""
 
 
+SETTLING_SHARE = 0.02
+"""Of the time, for reading what a tenant's requests have generated."""
+
+
 class Account:
     """One tenant in one API server.
 
@@ -108,6 +112,7 @@ class Account:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._adapters: Counter[str] = Counter()
         self._meters: list[Meter] = []
+        self._settles_at = -math.inf
         self._bucket: TokenBucket | None = None
         self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
@@ -214,8 +219,12 @@ class Account:
             self._meters.append(meter)
 
     def settle(self) -> None:
-        """Charges what requests have generated since the last time."""
-        if not self._meters:
+        """Charges what requests have generated since the last time, if that was not just now.
+
+        A tenant may have very many requests, and calls that are refused.
+        """
+        begun = self._clock()
+        if not self._meters or begun < self._settles_at:
             return
         left = []
         for meter in self._meters:
@@ -225,6 +234,7 @@ class Account:
             if not ended:
                 left.append(meter)
         self._meters = left
+        self._settles_at = begun + (self._clock() - begun) / SETTLING_SHARE
 
     def _is_full(self) -> bool:
         return self._limits.running is not None and self._running >= self._limits.running
