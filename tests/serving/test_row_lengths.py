@@ -1,5 +1,6 @@
 """Factors of DoRA adapters are found in memory that was set apart when the server started."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,30 @@ def test_an_adapters_first_use_allocates_nothing_on_the_device(
         expected = expected_factors(layers, slot, ranks, magnitudes)
         assert (found - expected).abs().max() < tolerance
     assert factors.nbytes == before
+
+
+def test_factors_are_made_of_nothing_that_a_sleep_loses():
+    """A row without length, which has no factor, included."""
+    from vllm_multilora.integration.worker.output_factors import SlotFactors
+
+    layers = make_layers(torch.float32, torch.float32)
+    layers[0].base_layer.weight[0] = 0
+    layers[0].lora_b_stacked[0][1, 0, 0] = 0
+    factors, found = SlotFactors(layers, SLOTS, "cpu"), []
+    outputs = [n for _, widths in LAYERS for n in widths]
+    magnitudes = torch.ones(sum(outputs))
+    addresses = magnitudes.data_ptr() + 4 * np.cumsum([0, *outputs])[:-1]
+    rows, ranks = np.arange(len(outputs), dtype=np.int32), np.full(len(outputs), 8, np.int32)
+    for _ in range(2):
+        factors.fill(1, rows, ranks, addresses, factors.begin(1, "digest"))
+        factors.finish([1])
+        found.append(factors._values[1].clone())
+        for tensor in vars(factors._squares).values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.fill_(math.nan if tensor.is_floating_point() else 255)
+        factors.memory_lost()
+    assert found[0][0].isinf()
+    assert found[1].equal(found[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

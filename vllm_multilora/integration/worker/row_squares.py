@@ -57,7 +57,6 @@ class RowSquares:
         self._base = memory(outputs)
         self._known: set[int] = set()  # layers whose part of it is there
         self._least = memory(widest)
-        self._zero = torch.zeros((), dtype=torch.float32, device=device)
         self._rows, self._crossed, self._b = (memory(_ELEMENTS) for _ in range(3))
         self._products = memory(4 * _ELEMENTS, torch.uint8)
         self._gram = memory(self._max_rank**2)
@@ -111,7 +110,7 @@ class RowSquares:
         # What is left of a row that an update takes away is rounding, another on each machine.
         least = self._least[: len(out)]
         torch.sub(out, base, alpha=_LEAST_SQUARE, out=least)
-        out.mul_(torch.heaviside(least, self._zero, out=least))
+        out.mul_(least.gt_(0))
 
     def _of_base(self, number: int) -> torch.Tensor:
         columns, layer = self._columns[number], self._modules[number].base_layer
