@@ -132,6 +132,27 @@ def test_tensor_core_and_atomic_instructions_are_counted():
     assert (kernel.tensor_core, kernel.atomics) == (2, 2)
 
 
+SUMS, SHARED = "{%r1, %r2}", "%rd2, 1, 1, 1, 0"
+FROM_REGISTERS = f"\twgmma.mma_async.sync.aligned.m64n8k16 {SUMS}, {{%r3, %r4}}, {SHARED};\n"
+FROM_SHARED = f"\twgmma.mma_async.sync.aligned.m64n8k16 {SUMS}, %rd1, {SHARED};\n"
+COMMIT = "\twgmma.commit_group.sync.aligned;\n"
+ALL, ALL_BUT_ONE = (f"\twgmma.wait_group.sync.aligned {n};\n" for n in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("body", "in_flight"),
+    [
+        (FROM_REGISTERS + FROM_REGISTERS + COMMIT + ALL, 0),
+        (FROM_REGISTERS + FROM_REGISTERS + COMMIT + ALL_BUT_ONE, 2),
+        (FROM_REGISTERS + COMMIT + ALL + FROM_REGISTERS + COMMIT, 1),
+        (FROM_SHARED + COMMIT + ALL_BUT_ONE, 0),
+    ],
+    ids=["waited for", "waited for later", "one of two", "from shared memory"],
+)
+def test_products_that_read_registers_while_the_program_goes_on_are_counted(body, in_flight):
+    assert ptx(body).in_flight == in_flight
+
+
 def test_a_jump_into_the_unknown_is_refused():
     with pytest.raises(ValueError, match=r"call\.uni .* leads where nobody knows"):
         ptx("\tcall.uni (%r1), helper, (%r2);\n")

@@ -72,7 +72,7 @@ def report(*arguments: str) -> list[dict]:
     scope="module",
     params=[
         pytest.param((SOME, ("90",)), id="some"),
-        pytest.param((ONE, ("120",)), id="small-card"),
+        pytest.param((ONE, ("89", "120")), id="small-cards"),
         pytest.param((CROWDED, ("80", "100", "120")), id="crowded"),
         pytest.param((None, ("90",)), id="all"),
         pytest.param((TIGHT, ("80", "100", "120")), id="tight"),
@@ -159,6 +159,11 @@ def test_products_of_16_bit_values_run_on_tensor_cores(compiled):
         assert (result["tensor_core"] > 0) == multiplies, result
 
 
+def test_no_product_reads_registers_while_the_program_goes_on(compiled):
+    """What Triton before 3.9 brings to make machine code may use them for something else then."""
+    assert not [result for result in compiled if result["in_flight"]]
+
+
 def test_nothing_is_atomic(compiled):
     assert not [result for result in compiled if result["atomics"]]
 
@@ -168,7 +173,7 @@ def test_halves_overlap_where_the_card_can(compiled):
         first_of_a_call = result["kernel"] == "shrink" or (
             result["kernel"] == "expand" and BY_TITLE[result["case"]].halves is not None
         )
-        can = result["architecture"] != "80"
+        can = result["architecture"] not in ("80", "89")
         first_of_a_call &= BY_TITLE[result["case"]].shrink != (("early", True),)
         assert result["starts_early"] == (can and not first_of_a_call), result
         # The first half lets others start, even if it does not itself.
@@ -285,7 +290,7 @@ def test_the_tuners_candidates_compile_and_few_of_them_spill():
     for result in results:
         assert result["shared_bytes"] <= SHARED_MEMORY_LIMIT, result
         assert result["tensor_core"] > 0, result
-        assert result["atomics"] == 0, result
+        assert (result["atomics"], result["in_flight"]) == (0, 0), result
         assert result["kernel"] == "shrink" or "planes" not in result["read_early"], result
     early = [result for result in results if "early" in result["blocks"]]
     by_rows = [result for result in results if "rows" in result["blocks"]]

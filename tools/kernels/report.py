@@ -72,6 +72,7 @@ class Compiled:
         shared_bytes: Per program.
         spilled_bytes: Local memory per thread; anything but 0 is a spill.
         tensor_core: Tensor-core instructions.
+        in_flight: Of these, those that read registers while the program goes on.
         atomics: Atomic operations.
         pdl: Whether it takes part in programmatic dependent launch.
         starts_early: Whether it is launched so that it may start before its predecessor has ended.
@@ -96,6 +97,7 @@ class Compiled:
     shared_bytes: int
     spilled_bytes: int
     tensor_core: int
+    in_flight: int
     atomics: int
     pdl: bool
     starts_early: bool
@@ -117,6 +119,10 @@ class Compiled:
             return f"{self.shared_bytes} bytes of shared memory (limit {limit})"
         if self.resident < self.per_processor:
             return f"{self.per_processor} programs a multiprocessor, which holds {self.resident}"
+        if self.in_flight:
+            # It may use the registers again before they have been read, and Triton brings an older
+            # one before 3.9: https://github.com/triton-lang/triton/pull/11781
+            return f"{self.in_flight} products that ptxas before 13.3 gets wrong"
         return f"{self.atomics} atomic operations" if self.atomics else None
 
 
@@ -168,6 +174,7 @@ def compile_launch(title: str, launch: Launch, architecture: str) -> Compiled:
         **_shared_facts(launch, architecture, 32, registers, compiled),
         spilled_bytes=stack - _untouched_frame(text),
         tensor_core=ptx.tensor_core,
+        in_flight=ptx.in_flight,
         atomics=ptx.atomics,
         pdl="griddepcontrol" in text,
         starts_early=bool(launch.options.get("launch_pdl", False)),
@@ -220,6 +227,7 @@ def _compiled_for_amd(
         **_shared_facts(launch, architecture, 64, registers, compiled),
         spilled_bytes=number("private_segment_fixed_size"),
         tensor_core=text.count("v_mfma"),
+        in_flight=0,
         atomics=len(re.findall(r"_atomic_", text)),
         pdl=False,
         starts_early=False,

@@ -19,6 +19,7 @@ _WIDTH = re.compile(r"(?:\.v(\d))?\.[busf](\d+)$")
 _SIZE = re.compile(r"\], (0x[0-9a-f]+|\d+)")
 _TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 _ATOMIC = ("atom.", "red.")
+_FROM_REGISTERS = re.compile(r"\{[^}]*\}\s*,\s*\{")  # sums, and then the first factor
 _WAIT = "griddepcontrol.wait"
 _WIDE = "%rd"  # registers of 64 bits, as addresses are
 _SHARED = "shared memory"
@@ -97,6 +98,20 @@ class Ptx:
     def tensor_core(self) -> int:
         """Tensor-core instructions."""
         return self.count(*_TENSOR_CORE)
+
+    @property
+    def in_flight(self) -> int:
+        """Asynchronous products with a factor in registers, and no wait for them in their block."""
+        found = 0
+        for block in self._blocks:
+            begun = 0
+            for each in block:
+                if each.operation.startswith("wgmma.mma_async"):
+                    begun += _FROM_REGISTERS.match(each.operands) is not None
+                elif each.operation.startswith("wgmma.wait_group") and each.operands == "0":
+                    begun = 0
+            found += begun
+        return found
 
     @property
     def atomics(self) -> int:
