@@ -212,10 +212,9 @@ def test_rows_are_staged_in_turn():
     assert steps[BUFFERS:] == steps[:BUFFERS]
 
 
-def config(*, specialize: bool = True, ubatching: bool = False, drafter: Any = None) -> Any:
+def config(*, specialize: bool = True, drafter: Any = None) -> Any:
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_specialize_lora=specialize),
-        parallel_config=SimpleNamespace(use_ubatching=ubatching),
         speculative_config=drafter,
     )
 
@@ -228,16 +227,11 @@ class TestGraphs:
         [
             (config(), True),
             (config(specialize=False), False),
-            (config(ubatching=True), False),
             (config(drafter="eagle"), False),
-            (SimpleNamespace(**vars(config()) | {"parallel_config": None}), False),
             (SimpleNamespace(**vars(config()) | {"compilation_config": None}), False),
             (None, False),
         ],
-        ids=[
-            *("default", "one graph for all", "microbatches", "drafter"),
-            *("no word of microbatches", "no word of graphs", "no settings"),
-        ],
+        ids=["default", "one graph for all", "drafter", "no word of graphs", "no settings"],
     )
     @pytest.mark.parametrize("mapping", [tuples, arrays])
     def test_vllms_settings_decide(self, monkeypatch, vllm_config, expected, mapping):

@@ -3,8 +3,10 @@
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -243,3 +245,26 @@ def test_what_would_have_adapters_meet_others_rows_is_refused(
     EngineArgs(base, enable_lora=True, **towers).create_engine_config()
     if "kv_sharing_fast_prefill" not in option:
         EngineArgs(base, enable_lora=True, **option).create_engine_config()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [({"enable_dbo": True}, "--enable-dbo"), ({"ubatch_size": 2}, "--ubatch-size"), ({}, None)],
+)
+def test_a_step_in_several_parts_is_refused(option: dict[str, Any], named: str | None) -> None:
+    """Of vLLM's configuration this is what is looked at; its CPU build turns such options off."""
+    from vllm.config import CacheConfig, ParallelConfig
+
+    from vllm_multilora.errors import ConfigError
+    from vllm_multilora.integration.server.row_order import require_rows_in_order
+
+    config: Any = SimpleNamespace(
+        lora_config=SimpleNamespace(enable_tower_connector_lora=False),
+        model_config=None,
+        cache_config=CacheConfig(),
+        parallel_config=ParallelConfig(**option),
+    )
+    refused = pytest.raises(ConfigError, match=f"^{named} does not go together with --enable-lora")
+    with nullcontext() if named is None else refused:
+        require_rows_in_order(config)

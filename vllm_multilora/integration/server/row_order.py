@@ -35,6 +35,10 @@ def _disorder(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         reason = "the last layers compute the last token of each prompt only"
         yield "--kv-sharing-fast-prefill", "--enable-lora", reason
+    parallel = vllm_config.parallel_config
+    if parallel.use_ubatching:
+        option = "--enable-dbo" if parallel.enable_dbo else "--ubatch-size"
+        yield option, "--enable-lora", "the model computes a step's rows in several parts"
     multimodal = None if model is None else model.multimodal_config
     if lora is None or not lora.enable_tower_connector_lora or multimodal is None:
         return
