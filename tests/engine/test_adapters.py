@@ -14,6 +14,7 @@ from vllm_multilora.integration.fill_link import Filled, Missing
 from vllm_multilora.integration.orders import Check, Fill
 from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.states import AdapterState
+from vllm_multilora.store.messages import Forgotten, Restarted, Totals
 from vllm_multilora.tenants.on_request import RequestTenant
 
 
@@ -866,6 +867,59 @@ def test_names_of_the_settings_are_pinned(engines):
 # Removal
 
 
+def test_what_the_store_holds_is_known_as_it_has_said_last(engine):
+    for count in (1, 2):
+        engine.store.inbox.append(Totals(64 * count, count, None, None))
+    engine.poll()
+    assert engine.adapters.observer.host_memory == Totals(128, 2, None, None)
+
+
+def test_a_new_store_has_nothing_and_is_given_back_what_its_peers_on_other_machines_hold(engine):
+    engine.host(1)
+    assert engine.adapters.state(1) is AdapterState.HOST
+    engine.store.inbox.append(Restarted())
+    engine.poll()
+    assert not engine.store.leased
+    assert engine.adapters.state(1) is AdapterState.ABSENT
+    assert not engine.adapters.is_ready(1)
+    assert engine.store.only().adapter == 1
+
+
+def test_an_adapter_that_is_removed_again_is_gone_when_the_store_has_said_so_again(engine):
+    gone = []
+    for pack in (1, 2):
+        engine.host(1, pack)
+        engine.adapters.drop(1)
+        gone.append(engine.adapters.remove(1))
+    engine.store.inbox.append(Forgotten(1))
+    engine.poll()
+    assert [future.done() for future in gone] == [True, False]
+    engine.store.inbox.append(Forgotten(1))
+    engine.poll()
+    assert gone[1].result()
+
+
+def test_what_is_wanted_for_a_pin_is_not_wanted_of_a_removed_adapter(engine):
+    engine.host(1)
+    engine.adapters.drop(1)
+    engine.store.evict(1)
+    engine.poll()
+    engine.adapters.pin(1)
+    assert engine.store.wants
+    engine.adapters.remove(1)
+    assert not engine.store.wants
+
+
+def test_an_adapter_that_nobody_waits_for_any_more_is_not_being_read(engine):
+    engine.adapters.want(lora(1))
+    engine.store.reading()
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.READING
+    engine.adapters.drop(1)
+    engine.adapters.register(lora(1))
+    assert engine.adapters.state(1) is AdapterState.QUEUED
+
+
 def test_an_adapter_that_nobody_knows_cannot_be_removed(engine):
     assert engine.adapters.remove(1).result(0) is False
 
@@ -1092,6 +1146,24 @@ def test_a_changed_file_of_keys_has_adapters_in_memory_looked_at_again(tmp_path)
         else:
             engine.store.failed()
         engine.poll()
+    engine.adapters.drop(1)
+    engine.all_is_given_back()
+
+
+def test_where_keys_are_unknown_or_a_reload_is_asked_for_files_are_looked_at(tmp_path):
+    keys = tmp_path / "keys.pem"
+    keys.write_text("one")
+    engine = Engine(1, ranks=1, signing_keys=str(keys))
+    engine.host(1)
+    engine.adapters.want(lora(1, inplace=True))
+    assert engine.store.only().fresh
+    keys.unlink()
+    for pack in (2, 3):
+        engine.store.loaded(pack_info(pack))
+        engine.poll()
+        engine.adapters.drop(1)
+        engine.adapters.want(lora(1))
+        assert engine.store.only().fresh
     engine.adapters.drop(1)
     engine.all_is_given_back()
 

@@ -290,6 +290,23 @@ def test_a_blend_that_is_checked_while_a_part_is_reloaded_is_checked_again(engin
     assert engine.store.only().fresh
 
 
+def test_a_blend_that_workers_check_while_a_part_is_reloaded_is_checked_again(engines):
+    engine = engines()
+    change_part(engine, 1, 20, "one")
+    future = engine.adapters.register(blend(0.5))
+    made = msgspec.structs.replace(blended_pack(12, "one", "two"), has_special=True)
+    engine.store.loaded(made)
+    engine.poll()
+    order = engine.workers.only()
+    change_part(engine, 1, 21, "new")
+    engine.workers.filled(order)
+    engine.poll()
+    assert not future.done()
+    engine.store.loaded(blended_pack(13, "new", "two"))
+    engine.poll()
+    assert future.result()
+
+
 def test_a_blend_that_comes_after_its_parts_new_weights_in_one_poll_is_given_back(engines):
     engine = engines()
     engine.host(1, digest="one")

@@ -4,6 +4,7 @@ import pytest
 
 from tests.slots.situations import Journal, bring, make_slots, run
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.slots.assignment import MOST_SLOTS
 from vllm_multilora.slots.pins import PinLimitError
 
 NEW, OLD = 2, 1
@@ -83,6 +84,18 @@ def test_an_adapter_that_has_arrived_waits_a_step_for_its_request() -> None:
     assert slots.assign(2, OLD) is None
     assert slots.admit(1, OLD)
     slots.running(frozenset({1}))
+    assert slots.assign(2, OLD) is None
+
+
+def test_an_adapter_that_was_asked_for_on_its_way_waits_a_step_for_its_request() -> None:
+    slots = make_slots(1)
+    order = slots.assign(1, OLD)
+    assert order is not None
+    for _ in range(5):
+        slots.running(frozenset())
+        assert slots.assign(1, OLD) is None
+    slots.filled(order.order)
+    slots.running(frozenset())
     assert slots.assign(2, OLD) is None
 
 
@@ -251,6 +264,25 @@ def test_an_unloaded_adapter_leaves_its_slot_and_its_pin_behind() -> None:
     assert slots.pins.adapters == {2}
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_nothing_is_kept_for_an_unloaded_adapter(steps: int) -> None:
+    slots = make_slots(1)
+    bring(slots, 1)
+    for _ in range(steps):
+        slots.running(frozenset())
+    slots.clear(1)
+    assert not slots.is_protected(1)
+
+
+def test_who_was_admitted_before_its_adapter_was_unloaded_keeps_no_version_out() -> None:
+    slots = make_slots(1)
+    run(slots, [1], [], [])
+    assert slots.admit(1, OLD)
+    slots.clear(1)
+    bring(slots, 1, OLD)
+    assert slots.assign(1, NEW) is not None
+
+
 # Pins
 
 
@@ -273,6 +305,26 @@ def test_pins_leave_a_slot_whatever_the_settings_pin() -> None:
     slots.pins.pin(1)
     with pytest.raises(PinLimitError):
         slots.pins.pin(2)
+
+
+# Events
+
+
+def test_events_tell_what_becomes_of_a_slot() -> None:
+    journal = Journal()
+    slots = make_slots(1, events=journal, ranks=2)
+    order = slots.assign(1, OLD)
+    assert order is not None
+    slots.filled(order.order, rank=0)
+    assert journal.take() == ["assigned 1 to 0"]
+    slots.filled(order.order, rank=1)
+    assert journal.take() == ["filled 0 with 1"]
+    slots.running(frozenset())
+    slots.running(frozenset())
+    slots.assign(2, OLD)
+    assert journal.take() == ["left 0: 1", "evicted gpu 1", "assigned 2 to 0"]
+    slots.clear(2)
+    assert journal.take() == ["left 0: 2"]
 
 
 # Look-ups
@@ -366,6 +418,12 @@ def test_unloading_and_lost_weights_and_failed_copies_are_no_evictions() -> None
 def test_slots_must_be_a_positive_integer(slots: int) -> None:
     with pytest.raises(ConfigError, match="number of slots must be a positive integer"):
         make_slots(slots)
+
+
+def test_there_are_only_so_many_slots() -> None:
+    assert len(make_slots(MOST_SLOTS).contents) == MOST_SLOTS
+    with pytest.raises(ConfigError, match=f"at most {MOST_SLOTS}"):
+        make_slots(MOST_SLOTS + 1)
 
 
 def test_ranks_must_be_a_positive_integer() -> None:

@@ -153,31 +153,36 @@ def test_beside_too_many_hanging_jobs_the_longest_idle_is_killed_for_who_waits()
 
 @pytest.fixture
 def hanging() -> FairQueue:
-    """A queue whose jobs are as many as there may be, and have not worked since the time 0."""
+    """A queue whose jobs are as many as there may be, and have not worked since the time 1."""
     queue = FairQueue(places=MOST_OLD_JOBS)
     for number in range(MOST_OLD_JOBS):
         queue.add(number, "server", [number], Lane.REQUEST, 5.0 if number == 7 else 100.0)
-    assert len(started(queue, 0.0)) == MOST_OLD_JOBS
+    assert len(started(queue, 1.0)) == MOST_OLD_JOBS
     return queue
 
 
-def test_there_are_only_so_many_jobs_without_a_place(hanging):
+@pytest.mark.parametrize("by", ["waiting for room", "working"])
+def test_there_are_only_so_many_jobs_without_a_place(hanging, by):
+    now = 1.1 + IDLE_S
     hanging.add(99, "other", ["a"], Lane.REQUEST, 100.0)
-    assert started(hanging, IDLE_S) == []
-    hanging.wait_for_room(0, IDLE_S)  # this one does not hang
-    assert started(hanging, IDLE_S) == [99]
+    assert started(hanging, now) == []
+    if by == "working":
+        hanging.looked_at(0, 0.1, now, is_ready=False)
+    else:
+        hanging.wait_for_room(0, now)
+    assert started(hanging, now) == [99]
 
 
 def test_a_job_that_hangs_is_killed_for_nobody_and_not_before_it_has_for_long(hanging):
-    assert hanging.overdue(LONG_IDLE_S) == []
+    assert hanging.overdue(1.0 + LONG_IDLE_S) == []
     hanging.add(99, "other", ["a"], Lane.REQUEST, 100.0)
-    assert hanging.overdue(0.9 * LONG_IDLE_S) == []
-    assert hanging.overdue(LONG_IDLE_S) == [0]
+    assert hanging.overdue(1.0 + 0.9 * LONG_IDLE_S) == []
+    assert hanging.overdue(1.0 + LONG_IDLE_S) == [0]
 
 
 def test_nobody_is_killed_for_others_beside_one_that_is_too_late(hanging):
     hanging.add(99, "other", ["a"], Lane.REQUEST, 100.0)
-    assert hanging.overdue(5.0) == [7]
+    assert hanging.overdue(6.0) == [7]
 
 
 def test_a_job_is_killed_at_its_deadline_whatever_it_does():

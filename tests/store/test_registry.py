@@ -836,6 +836,16 @@ def test_an_adapter_that_one_engine_has_forgotten_still_comes_for_the_others(wor
     assert (again.pack.pack, again.was_read) == (pack, False)
 
 
+def test_an_adapter_that_one_engine_has_forgotten_is_on_its_way_for_all_others(world):
+    for client in (2, 3):
+        world.client(client)
+    for client in (1, 2):
+        world.want(client, 1)
+    world.registry.forget(1, 1, world.now)
+    world.want(3, 1)
+    assert len(world.jobs) == 1
+
+
 @pytest.mark.parametrize("by", ["forgetting", "giving back", "death"])
 def test_an_adapter_leaves_when_the_last_engine_does_not_use_it_any_more(world, by):
     world.client(2)

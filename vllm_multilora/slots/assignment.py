@@ -294,6 +294,5 @@ class SlotAssignment(PolicyTier):
         self._contents[order.slot] = None
         self._orders.pop(order.order, None)
         self._remove(adapter_id)
-        self._look_ups.left_slot(adapter_id)
         self._events.left(adapter_id, order.slot)
         return order.slot

@@ -31,10 +31,6 @@ class LookUps:
         """The adapter, which does not run yet, got a slot."""
         self._brought.add(adapter_id)
 
-    def left_slot(self, adapter_id: int) -> None:
-        """The adapter has no slot any more: nothing was brought for its next use."""
-        self._brought.discard(adapter_id)
-
     def forget(self, adapter_id: int) -> None:
         """Nothing that was fetched for the adapter counts any more."""
         self._read.discard(adapter_id)
