@@ -867,6 +867,28 @@ def test_names_of_the_settings_are_pinned(engines):
 # Removal
 
 
+@pytest.mark.parametrize("was_read", [True, False])
+def test_what_was_read_because_a_request_waited_was_not_in_host_memory(engine, was_read):
+    engine.adapters.want(lora(1))
+    engine.store.loaded(pack_info(1), was_read=was_read)
+    engine.poll()
+    engine.adapters.bring(1)
+    engine.step(1)
+    assert engine.adapters.observer.usage.of(1).cpu_hits == (not was_read)
+
+
+def test_what_was_read_for_a_registration_was_in_host_memory_when_a_request_came(engine):
+    engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(1))
+    engine.poll()
+    engine.adapters.want(lora(1))
+    engine.store.loaded(pack_info(1), was_read=False)
+    engine.poll()
+    engine.adapters.bring(1)
+    engine.step(1)
+    assert engine.adapters.observer.usage.of(1).cpu_hits == 1
+
+
 def test_what_the_store_holds_is_known_as_it_has_said_last(engine):
     for count in (1, 2):
         engine.store.inbox.append(Totals(64 * count, count, None, None))

@@ -196,6 +196,18 @@ def test_aborted_waiters_are_forgotten() -> None:
     assert [request.adapter for request in scheduler.queue] == [W]
 
 
+def test_nobody_is_closed_any_more_for_one_that_was_forgotten() -> None:
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    for _ in range(PATIENCE):
+        turns.begin_step({A}, 1)
+    assert not turns.admit(A)
+    turns.forget(W)
+    turns.begin_step({A}, 1)
+    assert turns.admit(A)
+
+
 def test_no_slot_is_kept_for_one_that_was_forgotten() -> None:
     scheduler = Scheduler(SlotTurns(PATIENCE), slots=1)
     scheduler.run_step((A, 2 * PATIENCE), (W, 1), (X, 1))

@@ -89,13 +89,11 @@ class SlotTurns:
         """Whether a waiting request of an adapter may run now; asked in the queue's order."""
         if adapter_id in self._since:
             return adapter_id not in self._closed
-        if adapter_id in self._next:
-            self._next.remove(adapter_id)
-        elif self._free:
+        if adapter_id not in self._next:
+            if not self._free:
+                self._waiting.setdefault(adapter_id, self._step)
+                return False
             self._free -= 1
-        else:
-            self._waiting.setdefault(adapter_id, self._step)
-            return False
         self._since[adapter_id] = self._step
         self._waiting.pop(adapter_id, None)
         return True
