@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
-from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    RequestOutputCollector,
+    RequestState,
+)
 from vllm.v1.metrics.stats import PrefillStats
 
 from vllm_multilora.integration.attached import METER
@@ -134,6 +140,25 @@ def test_what_runs_when_the_server_is_stopped_is_counted_as_far_as_it_got() -> N
     assert (usage.prompt_tokens, usage.generated_tokens) == (len(PROMPT), 2)
     assert usage.status is Status.ABORTED
     shutdown(lambda engine: None, SimpleNamespace())  # one that has never started
+
+
+def test_what_runs_when_the_server_is_stopped_is_ended() -> None:
+    """Else its client waits for the rest, and the server for its client."""
+    processor = OutputProcessor(None, log_stats=False)
+    METER.set(processor, ServerMeter(None))
+
+    async def scenario() -> None:
+        answers = RequestOutputCollector(RequestOutputKind.DELTA, "one")
+        processor.add_request(request_for_acme(REQUEST), None, queue=answers)
+        handler = asyncio.create_task(asyncio.Event().wait())
+        engine = SimpleNamespace(output_processor=processor, output_handler=handler)
+        # As vLLM does, on another thread.
+        await asyncio.to_thread(shutdown, lambda engine: None, engine)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(answers.get(), 20)
+        handler.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(

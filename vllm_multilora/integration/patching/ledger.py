@@ -477,8 +477,8 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.engine.async_llm:AsyncLLM.shutdown",
         takes=("self, timeout=None",),
         handler="server.metering:shutdown",
-        why="Requests that a server is stopped amidst end nowhere: their clients wait until it is "
-        "killed. Counts what they have used.",
+        why="Most requests that a server is stopped amidst end nowhere: their clients wait, and "
+        "the server for them, until it is killed. Ends them, and counts what they have used.",
         checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM ends all requests before it stops.",
     ),

@@ -12,6 +12,7 @@ import atexit
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.attached import ENDED, METER, ON_FAILURE, PROMPT
@@ -309,11 +311,16 @@ def _own(processor: Any, request_ids: Iterable[str], tenant: str) -> list[str]:
 
 def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
     original(engine, *args, **kwargs)
-    # Their clients may wait for the rest until this process is killed.
     processor: Any = getattr(engine, "output_processor", None)
-    if (meter := METER.get(processor)) is not None:
-        for state in list(processor.request_states.values()):
-            meter.end(state, Status.ABORTED)
+    if (meter := METER.get(processor)) is None:
+        return
+    for state in list(processor.request_states.values()):
+        meter.end(state, Status.ABORTED)
+    # vLLM has cancelled what would tell them, and it is a matter of luck whether that has. Their
+    # clients would wait for the rest, and the server for its clients, until it is killed.
+    if (handler := getattr(engine, "output_handler", None)) is not None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            handler.get_loop().call_soon_threadsafe(processor.propagate_error, EngineDeadError())
 
 
 async def beam_search(
