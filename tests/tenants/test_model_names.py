@@ -16,12 +16,15 @@ from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
 from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+from vllm.lora.request import LoRARequest
 
 from tests.tenants.callers import as_caller
-from vllm_multilora.integration.attached import ROUTES
+from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.patching.ledger import apply_patches
+from vllm_multilora.integration.server import blends, versions
 from vllm_multilora.integration.server.callers import Caller, card_for, current_caller
-from vllm_multilora.integration.server.http_calls import current_call
+from vllm_multilora.integration.server.http_calls import HttpCall, current_call
+from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.server.model_names import check_model, prepare
 from vllm_multilora.integration.server.routes import ServerRoutes, show_available_models
 from vllm_multilora.tenants.limits import Account
@@ -40,7 +43,7 @@ def models(tmp_path):
         base_model_paths=[SimpleNamespace(name="base")],
         is_base_model=lambda name: name == "base",
         lora_requests={
-            name: SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=f"/{name}")
+            name: LoRARequest(name, number, f"/{name}")
             for number, name in enumerate(("acme-a", "zen-a", "help-yourself"), 1)
         },
     )
@@ -63,6 +66,40 @@ def test_a_server_that_only_renders_prompts_knows_its_model(who):
     apply_patches()
     assert asyncio.run(status("base")) is None
     assert asyncio.run(status("nobody")) == 404
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("acme-a", "acme-a"),
+        ("acme-a@12345678", "acme-a@12345678"),
+        ("help-acme", "acme-a"),
+        ("mixed", "mixed"),
+    ],
+    ids=["adapter", "version", "route", "route-to-a-blend"],
+)
+def test_a_rendered_request_names_what_is_to_answer_it(models, asked, named, monkeypatch):
+    """By a name that `/inference/v1/generate` takes, whatever vLLM sends there."""
+    processor = SimpleNamespace()
+    METER.set(processor, ServerMeter(None))
+    models.engine_client = SimpleNamespace(output_processor=processor)
+    for number in (1, 2):
+        versions.note(models.engine_client, number, versions.Version("12345678" * 8, 1.0, "lora"))
+    monkeypatch.setattr(blends, "why_none", lambda models: None)
+    models.path.write_text("routes: {help-acme: acme-a, mixed: {blend: {acme-a: 0.5, zen-a: 0.5}}}")
+
+    async def original(serving, request):
+        return None
+
+    async def rendered():
+        current_call.set(HttpCall({}, renders=True))
+        await ROUTES.get(models)._refresh()
+        request = SimpleNamespace(model=asked)
+        serving = SimpleNamespace(models=models)
+        assert await check_model(original, serving, request) is None
+        return request.model
+
+    assert asyncio.run(rendered()) == named
 
 
 def test_each_request_of_a_batch_is_followed_as_over_http(models):

@@ -225,12 +225,13 @@ def test_a_call_is_bound_to_nothing_at_first():
         ("/inference/v1/generate", [b'{"lora_blend": {"a": 1}}'], True),
         ("/cohere/v2/chat", [b'{"lora_blend": {"a": 1}}'], True),
         ("/v2/embed", [b'{"lora_blend": {"a": 1}}'], True),
+        ("/v1/messages/render", [b'{"lora_blend": {"a": 1}}'], True),
         ("/v1/completions", [b'{"lora_blend": {"a": 1}}'], False),  # which sees it itself
     ],
     ids=[
         *("json", "in-two", "escaped", "utf-16", "utf-32", "null", "in-a-text", "a-text"),
         *("not-at-the-top", "no-object", "no-json", "deep", "form", "form-in-two"),
-        *("form-without-quotes", "form-text", "form-file", "generate", "cohere", "embed"),
+        *("form-without-quotes", "form-text", "form-file", "generate", "cohere", "embed", "render"),
         "endpoint-that-sees-it",
     ],
 )
@@ -277,5 +278,5 @@ def test_all_endpoints_of_vllms_are_known_that_drop_fields():
         and kind.model_config.get("extra") not in ("allow", "forbid")
     }
     assert "/v1/messages" in dropping
-    of_text = ("/render", "/derender", "/count_tokens")  # which compute nothing
+    of_text = ("/derender", "/count_tokens")  # which compute nothing
     assert not {path for path in dropping if not path.endswith((*of_text, *DROPPING_JSON))}

@@ -50,7 +50,10 @@ SHOWN_DIGITS = 16
 BLEND_FIELD = "lora_blend"
 """Of request bodies: a weight for each adapter that is to be blended."""
 
-DROPPING_JSON = ("/messages", "/inference/v1/generate", "/cohere/v2/chat", "/v2/embed")
+RENDERING = "/render"
+"""End of the paths of endpoints whose answers are requests for `/inference/v1/generate`."""
+
+DROPPING_JSON = ("/messages", "/inference/v1/generate", "/cohere/v2/chat", "/v2/embed", RENDERING)
 """Ends of the paths of endpoints that drop fields of their body which they do not know."""
 _DROPPING_FORMS = ("/transcriptions", "/translations")
 """The same, of those that take forms."""
@@ -75,6 +78,7 @@ class HttpCall:
         asked: The digits of the digest that the client asked for; empty for any version.
         ran: The digest of the weights that have computed the answer; None before that.
         drops_blend: Whether the body asks for a blend, which the endpoint does not see.
+        renders: Whether the answer is a request for `/inference/v1/generate`.
         is_http: Whether it came over HTTP.
     """
 
@@ -86,6 +90,7 @@ class HttpCall:
     asked: str = ""
     ran: str | None = None
     drops_blend: bool = False
+    renders: bool = False
     is_http: bool = True
 
 
@@ -117,6 +122,7 @@ class HttpCallMiddleware:
         call = HttpCall(Headers(scope=scope))
         token = current_call.set(call)
         path = scope.get("path", "")
+        call.renders = path.endswith(RENDERING)
         if path.endswith((*DROPPING_JSON, *_DROPPING_FORMS)):
             receive = _noticing(receive, call, is_form=path.endswith(_DROPPING_FORMS))
         try:

@@ -21,7 +21,7 @@ from vllm_multilora.integration.server import (
     versions,
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller
-from vllm_multilora.integration.server.http_calls import BLEND_FIELD, look_for_call
+from vllm_multilora.integration.server.http_calls import BLEND_FIELD, current_call, look_for_call
 from vllm_multilora.integration.server.routes import routes_of
 
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
@@ -187,18 +187,33 @@ async def check_model(original: Callable[..., Any], serving: Any, request: Any) 
     look_for_call()
     if blends.is_bound(request):
         return None  # by a look before this one
+    if (refusal := blends.dropped()) is not None and _acts_for(serving.models):
+        return refusal
     if blends.is_asked(serving.models, request):
         refusal = await _prepare_blend(serving, request)
         return refusal if refusal is not None else bind(serving, request, "")
-    if (refusal := blends.dropped()) is not None and _acts_for(serving.models):
-        return refusal
     asked = take_asked(serving, request)
     if not await may_use(serving, request.model):
         return unknown(serving, request.model)
     refusal = await prepare(serving, request)
     if refusal is None and not blends.is_bound(request):
         refusal = await original(serving, request)
-    return refusal if refusal is not None else bind(serving, request, asked)
+    if refusal is None:
+        refusal = bind(serving, request, asked)
+    if refusal is None:
+        _name_rendered(request, asked)
+    return refusal
+
+
+def _name_rendered(request: Any, asked: str) -> None:
+    """Has a rendered request name the version that was asked for, and a blend by its route."""
+    call = current_call.get()
+    if call is None or not call.renders:
+        return
+    if blends.is_bound(request):
+        request.model = call.route
+    elif asked:
+        request.model = f"{request.model}@{asked}"
 
 
 def check_realtime_model(original: Callable[..., Any], connection: Any, model: str) -> Any:
