@@ -17,7 +17,7 @@ from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import ADAPTERS, TENANT
 from vllm_multilora.integration.engine import scheduler as scheduler_module
-from vllm_multilora.integration.engine.core import add_lora, handle_client_request, remove_lora
+from vllm_multilora.integration.engine.core import add_lora, remove_lora
 from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.turns import PATIENCE_STEPS
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -623,17 +623,12 @@ def test_an_engine_without_steps_ends_the_requests_of_an_unloaded_adapter_in_tim
 
 
 @pytest.mark.parametrize("pause", [PauseState.PAUSED_NEW, PauseState.PAUSED_ALL])
-def test_a_paused_engine_keeps_no_other_engine_from_host_memory(tmp_path, pause):
-    """Its requests may wait for hours, with what they need on lease."""
+def test_a_paused_engine_answers_calls_and_keeps_no_other_engine_from_host_memory(tmp_path, pause):
+    """Its requests may wait for hours, and vLLM asks whether there are any before it waits, too."""
     server = RealServer(tmp_path)
     store, scheduler = server.engine.store, server.scheduler
-    engine_core = SimpleNamespace(scheduler=scheduler)
+    engine_core = SimpleNamespace(scheduler=scheduler, input_queue=Queue())
     ADAPTERS.set(engine_core, server.engine.adapters)
-
-    def hear(call=lambda: None) -> None:
-        handle_client_request(lambda *args: call(), engine_core, EngineCoreRequestType.WAKEUP, None)
-        scheduler.has_requests()
-
     server.steps.ask("running", adapter=1, generate=20)
     for _ in range(5):
         server.step()
@@ -643,17 +638,19 @@ def test_a_paused_engine_keeps_no_other_engine_from_host_memory(tmp_path, pause)
     Server.answer(server)
     server.step()
     assert store.leased == {2: 1, 3: 1}
-    hear(lambda: scheduler.set_pause_state(pause))
-    hear(lambda: server.steps.ask("meanwhile", adapter=4))
-    if pause is PauseState.PAUSED_NEW:  # what runs goes on
-        while scheduler.has_requests():
-            server.step()
-        assert not scheduler.running
-        assert not store.leased
-    Server.answer(server)
-    hear()
+    registered = add_lora(lambda *args: False, engine_core, lora(5))
+    Server.answer(server)  # after the end of the last step has looked
+    scheduler.set_pause_state(pause)
+    while scheduler.has_requests():  # what runs goes on
+        server.step()
+    assert scheduler.running == [] or pause is PauseState.PAUSED_ALL
+    assert registered.result(timeout=0)
     assert not store.leased
-    hear(lambda: scheduler.set_pause_state(PauseState.UNPAUSED))
+    server.steps.ask("meanwhile", adapter=4)
+    Server.answer(server)
+    assert not scheduler.has_requests()
+    assert not store.leased
+    scheduler.set_pause_state(PauseState.UNPAUSED)
     for _ in range(30):
         server.step()
     assert not scheduler.requests

@@ -384,15 +384,6 @@ def wake_up(original: Callable[..., Any], engine_core: Any, tags: Any = None) ->
     return done
 
 
-def handle_client_request(
-    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
-) -> Any:
-    adapters = ADAPTERS.get(self)
-    if adapters is not None and not self.scheduler.has_requests():
-        adapters.poll()  # else the end of a step looks
-    return original(self, *args, **kwargs)
-
-
 def _carry_out(
     engine_core: Any, adapters: EngineAdapters, call: Callable[[], Future[_T]]
 ) -> _T | Future[_T]:

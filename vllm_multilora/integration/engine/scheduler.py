@@ -119,9 +119,8 @@ class AdapterAwareMixin:
         """Whether a step has anything to do, be it to end requests; asked before vLLM waits."""
         if super().has_requests() or self.users.overdue:  # type: ignore[misc]
             return True
-        if self._adapters is not None and self.pause_state is not PauseState.UNPAUSED:
-            self._adapters.yield_host_memory()  # other engines' loads may need the room
-        self.asides.flush()
+        if self._adapters is not None:
+            _settle(self._adapters, self.asides, self.pause_state)
         return False
 
     def add_request(self, request: Request) -> None:
@@ -352,6 +351,19 @@ class AdapterAwareMixin:
             set(failing), RequestStatus.FINISHED_ERROR
         )
         return [(r.client_index, _last_output(r, failing[r.request_id])) for r in ended]
+
+
+def _settle(adapters: EngineAdapters, asides: Asides, pause: PauseState) -> None:
+    """Leaves nothing unsaid and nothing unread, since the engine takes no step for a while.
+
+    What has been read wakes nobody any more. In a pause, other engines' loads may need the host
+    memory that adapters wait in.
+    """
+    asides.flush()
+    adapters.poll()
+    if pause is not PauseState.UNPAUSED:
+        adapters.yield_host_memory()
+    asides.flush()
 
 
 def _blocks_of(request: Request, manager: Any) -> set[int]:

@@ -775,16 +775,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM loads adapters in the background.",
     ),
     Patch(
-        name="client-requests",
-        target="vllm.v1.engine.core:EngineCoreProc._handle_client_request",
-        takes=("self, request_type, request",),
-        handler="engine.core:handle_client_request",
-        why="An idle engine core waits for clients only; has it look at what the store and the "
-        "workers have said when it is woken for that.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As add-lora.",
-    ),
-    Patch(
         name="failed-requests",
         target="vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
         takes=(

@@ -75,13 +75,18 @@ class BeamSearch:
 _beam: ContextVar[BeamSearch | None] = ContextVar("multilora_beam", default=None)
 
 
+def is_of_beam_search() -> bool:
+    """Whether a request to the engine is one of a beam search's."""
+    return _beam.get() is not None
+
+
 def goes_on_with_an_answer() -> bool:
     """Whether an adapter has computed a part of what a request to the engine is being made for.
 
     That of a beam search may be its first.
     """
     call = current_call.get()
-    return _beam.get() is not None or (call is not None and call.ran is not None)
+    return is_of_beam_search() or (call is not None and call.ran is not None)
 
 
 class ServerMeter:
