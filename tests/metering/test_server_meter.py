@@ -161,6 +161,30 @@ def test_what_runs_when_the_server_is_stopped_is_ended() -> None:
     asyncio.run(scenario())
 
 
+class ByName(dict[str, Any]):
+    """States of which there are so many that nobody is to look at all."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("all states were looked at")
+
+    keys = values = items = __iter__
+
+
+@pytest.mark.parametrize("internal", [True, False], ids=["vllms", "clients"])
+def test_ending_a_request_takes_no_time_for_all_others(internal: bool) -> None:
+    """A client that goes has very many end, and others wait meanwhile."""
+    log, processor = Log(), OutputProcessor(None, log_stats=False)
+    METER.set(processor, ServerMeter(log))
+    processor.add_request(request_for_acme(REQUEST), None)
+    (state,) = processor.request_states.values()
+    METER.get(processor).begin(state)  # type: ignore[union-attr]
+    processor.request_states = ByName(processor.request_states)
+    asked = [state.request_id if internal else "one", "nobody's"]
+    ended = abort_requests(OutputProcessor.abort_requests, processor, asked, internal=internal)
+    assert ended == [state.request_id]
+    assert [usage.status for usage in log.lines] == [Status.ABORTED]
+
+
 def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,20 +296,25 @@ def abort_requests(
     meter = METER.get(processor)
     if meter is None:
         return original(processor, request_ids, internal)
-    tenant = current_tenant()
-    if tenant is not None and not internal:
-        request_ids, internal = _own(processor, request_ids, tenant), True
-    states = dict(processor.request_states)
-    ended = original(processor, request_ids, internal)
-    for request_id in ended:
+    # Of these alone: there may be very many others. vLLM ends a prompt's choices by another call.
+    ids = list(request_ids) if internal else _numbered(processor, request_ids)
+    known = processor.request_states
+    states = {each: known[each] for each in ids if each in known}
+    ended = original(processor, ids, True)
+    for request_id in states.keys() & ended:
         meter.end(states[request_id], Status.ABORTED)
     return ended
 
 
-def _own(processor: Any, request_ids: Iterable[str], tenant: str) -> list[str]:
-    """The ids that vLLM gave a tenant's requests, by those that clients choose (`X-Request-Id`)."""
+def _numbered(processor: Any, request_ids: Iterable[str]) -> list[str]:
+    """The ids that vLLM gave requests, by those that clients choose (`X-Request-Id`).
+
+    For a tenant those of its own requests.
+    """
     states, numbered = processor.request_states, processor.external_req_ids
-    found = (each for chosen in request_ids for each in numbered.get(chosen, ()) if each in states)
+    found = [each for chosen in request_ids for each in numbered.get(chosen, ()) if each in states]
+    if (tenant := current_tenant()) is None:
+        return found
     prompts = ((each, PROMPT.get(states[each])) for each in found)
     return [each for each, prompt in prompts if prompt and prompt.usage.tenant == tenant]
 
