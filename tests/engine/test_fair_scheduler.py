@@ -230,6 +230,25 @@ def test_running_requests_of_a_heavy_party_take_part_of_a_step_only(configs):
     assert Counter(seen).total() > 30 * 30
 
 
+def test_a_step_looks_at_few_requests_of_a_heavy_party_that_may_have_no_more_of_it(configs):
+    """There may be tens of thousands, and each look at one takes everybody time."""
+    steps = Steps(configs(places=250))
+    for number in range(30):
+        steps.ask(f"large {number:3}", adapter=2, generate=60)
+    run(steps, 20)
+    steps.ask("small", adapter=1, generate=200)
+    run(steps, 3)
+    for number in range(30, 230):
+        steps.ask(f"large {number:3}", adapter=2)
+    looked, look = [], steps.scheduler._handle_blocked_waiting_request
+    steps.scheduler._handle_blocked_waiting_request = lambda r: looked.append(r) or look(r)
+    tokens = run(steps, 10)
+    assert tokens["small"] == 10
+    assert (left := waiting(steps, "large")) > 100
+    assert len(looked) <= 10 + 200 - left
+    assert len(steps.drain()) >= left
+
+
 @pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
 def test_a_requests_next_token_and_its_drafts_are_in_one_step_or_in_a_later_one(configs, base):
     """A waiting request with one token to compute comes with room for drafts, in vLLM's steps."""

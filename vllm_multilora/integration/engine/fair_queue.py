@@ -37,6 +37,9 @@ class FairQueue(RequestQueue):
         # The parties by what they have had and would have; None until the step needs it.
         self._order: list[tuple[float, float, int, Party]] | None = None
         self._numbers = count()
+        # Parties of which nothing more is shown in this step, and one that will be among them.
+        self._passed: set[Party] = set()
+        self._passing: Party | None = None
 
     @property
     def parties(self) -> Collection[Party]:
@@ -45,7 +48,15 @@ class FairQueue(RequestQueue):
 
     def begin_step(self) -> None:
         """Counters have changed: another step is being scheduled."""
-        self._order = None
+        self._order, self._passing = None, None
+        self._passed.clear()
+
+    def pass_over(self, party: Party) -> None:
+        """Shows no more of a party in this step, once its request that is examined was taken.
+
+        There may be very many others of it.
+        """
+        self._passing = party
 
     def add_request(self, request: Request) -> None:
         self._queue_of(request).append(request)
@@ -60,12 +71,12 @@ class FairQueue(RequestQueue):
             self.prepend_request(request)
 
     def peek_request(self) -> Request:
-        if not self._length:
+        if not self:
             raise IndexError("peek from an empty queue")
         return self._queues[self._first()][0]
 
     def pop_request(self) -> Request:
-        if not self._length:
+        if not self:
             raise IndexError("pop from an empty queue")
         party = self._first()
         queue = self._queues[party]
@@ -73,10 +84,13 @@ class FairQueue(RequestQueue):
         self._length -= 1
         if not queue:
             del self._queues[party]
+        if party == self._passing:
+            self._passed.add(party)
+            self._passing = None
         if self._order:
             had = self._order[0][0]
             heapq.heappop(self._order)
-            if queue:
+            if queue and party not in self._passed:
                 cost = PROMPT_COST * (request.num_tokens - request.num_computed_tokens)
                 self._place(party, had + self._shares.worth(party, cost))
         return request
@@ -98,7 +112,8 @@ class FairQueue(RequestQueue):
         self._order = None
 
     def __bool__(self) -> bool:
-        return self._length > 0
+        """Whether there is a request to examine in this step."""
+        return self._length > 0 and not (self._passed and self._passed >= self._queues.keys())
 
     def __len__(self) -> int:
         return self._length
@@ -123,7 +138,8 @@ class FairQueue(RequestQueue):
         if not self._order:
             self._order = []
             for party in self._queues:
-                self._place(party, self._shares.served(party))
+                if party not in self._passed:
+                    self._place(party, self._shares.served(party))
         return self._order[0][-1]
 
     def _place(self, party: Party, had: float) -> None:

@@ -231,6 +231,7 @@ class FairSharesMixin(AdapterAwareMixin):
         left = self._heavy_left
         if left is not None:
             if left < 1 and self._is_heavy(request):
+                self.waiting.pass_over(self._parties[request.request_id])
                 return False
             if self._adapters is None and self._is_one_more(request):
                 return False
