@@ -215,12 +215,14 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     kv, o, last = Wrapped(), Wrapped(), torch.nn.Linear(2, 2)
     attention = torch.nn.ModuleDict({"kv_b_proj": kv, "o_proj": o})
     attention.impl = SimpleNamespace(kv_b_proj=kv.base_layer, sinks=None)
-    language = torch.nn.ModuleDict({"attention": attention, "last": last})
+    experts = torch.nn.ModuleDict({"gate": Wrapped(), "gate_up_proj": Wrapped()})
+    language = torch.nn.ModuleDict({"attention": attention, "last": last, "experts": experts})
     tower = torch.nn.ModuleDict({"qkv_proj": Wrapped()})
     model = torch.nn.ModuleDict({"text": language, "tower": tower})
     modules = {name: part for name, part in model.named_modules() if isinstance(part, Wrapped)}
     modules["text.attention"] = attention  # no layer lies under it
     packed = {"tower.qkv_proj": ["tower.q_proj", "tower.k_proj"]}
+    packed["text.experts.gate_up_proj"] = ["text.experts.gate_proj", "text.experts.up_proj"]
 
     def found(**attributes: object) -> set[str]:
         known = {"supports_mm": False, "punica_wrapper_mapping": {}} | attributes
@@ -238,6 +240,9 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
 
     model.get_language_model = unknown
     assert found() == always
+    experts.is_sequence_parallel = True
+    shared = {"text.experts.gate_proj", "text.experts.up_proj"}
+    assert found() == always | shared | {"text.experts.gate"}
 
 
 @pytest.mark.parametrize("part", ["score", "norm"])

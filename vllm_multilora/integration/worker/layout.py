@@ -140,13 +140,21 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     Some layers are of kinds that vLLM does not adapt, such as an embedding model's last one. Those
     of a tower have their own rows, for which some models have no room. And multi-head latent
     attention (MLA) holds the layer that makes keys and values of what is cached, `kv_b_proj`,
-    outside of the model's modules, where vLLM puts no adapters around it.
+    outside of the model's modules, where vLLM puts no adapters around it. With sequence
+    parallelism, a router and shared experts get a rank's own share of the rows, and would take them
+    for the step's first ones.
     """
     for name in refused_layers(manager):
         yield name, "vLLM adapts no layers of its kind"
     for name in _tower_layers(manager):
         for source in manager.packed_modules.get(name, [name]):
             yield source, "vLLM does not say whose images its rows are of"
+    for block, part in manager.model.named_modules():
+        if getattr(part, "is_sequence_parallel", False):
+            for name in manager.modules:
+                if name.startswith(f"{block}."):
+                    for source in manager.packed_modules.get(name, [name]):
+                        yield source, "each of vLLM's ranks computes some of its rows only"
     attentions = (getattr(part, "impl", None) for part in manager.model.modules())
     held = {id(value) for of in attentions for value in getattr(of, "__dict__", {}).values()}
     for name, module in manager.modules.items():
