@@ -43,7 +43,8 @@ class DeviceStaging:
             torch.empty(MOST_PIECES, _FIELDS, dtype=torch.int64, pin_memory=on_gpu)
             for _ in range(2)
         ]
-        self._used = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
+        # Who fills slots has time, and leaves the processor to others while it waits.
+        self._used = [torch.cuda.Event(blocking=True) for _ in range(2)] if on_gpu else []
         self._turn = 0
 
     def copy(self, pieces: npt.NDArray[np.void]) -> None:

@@ -114,9 +114,9 @@ class Stream:
     world: World
     name: str = "copies"
 
-    def record_event(self) -> Event:
+    def record_event(self, event: Event | None = None) -> Event:
         with self.world.on(self):
-            return self.world.event().record()
+            return (event or self.world.event()).record()
 
     def wait_event(self, event: Event) -> None:
         merge(self.world.clock(self.name), event.recorded or {})

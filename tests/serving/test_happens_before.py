@@ -59,10 +59,12 @@ class Rig:
         self._manager = worker_manager
         self.world = world = World()
         self.slot = 0
+        self.blocking: list[bool] = []  # of each event that was made
         monkeypatch.setattr(torch.cuda, "current_stream", world.current_stream)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(world))
         monkeypatch.setattr(torch.cuda, "stream", world.on)
+        monkeypatch.setattr(torch.cuda, "Event", self._event)
         monkeypatch.setattr(torch.accelerator, "synchronize", world.synchronize)
         self.plan = BatchPlan(PlanLayout(64, SLOTS, 32), "meta", make_event=world.event)
         self.plan._staging = Ring(world, "plan", self.plan.buffer)
@@ -82,6 +84,10 @@ class Rig:
         self.filler._thread = OtherThread(world)  # type: ignore[assignment]
         monkeypatch.setattr(self.filler, "_fill_or_check", self._fill)
         self.memory = np.zeros(8 * RANK * WIDTH, np.float32)
+
+    def _event(self, *, blocking: bool = False) -> Event:
+        self.blocking.append(blocking)
+        return self.world.event()
 
     def _scatter_launch(self, half: torch.Tensor, *_: Any) -> Any:
         turn = [h.data_ptr() for h in self.staging._halves].index(half.data_ptr())
@@ -189,6 +195,11 @@ def test_every_access_is_ordered(rig, life):
     assert rig.world.races == set()
 
 
+def test_who_fills_slots_leaves_the_processor_to_others_while_it_waits(rig):
+    serve(rig)
+    assert rig.blocking == [True]
+
+
 def test_while_memory_is_away_no_order_touches_it(rig):
     """One that comes with a pin, say. The engine core has every slot filled anew after that."""
     rig.begin(0).result()
@@ -216,8 +227,8 @@ def no_wait_for_earlier_steps(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None
 def no_wait_for_the_copy(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Stream.record_event
 
-    def record_event(stream: Stream) -> Event:
-        event = original(stream)
+    def record_event(stream: Stream, own: Event | None = None) -> Event:
+        event = original(stream, own)
         return Event(rig.world, {}) if stream.name == "copies" else event
 
     monkeypatch.setattr(Stream, "record_event", record_event)

@@ -65,6 +65,7 @@ class SlotFiller:
         self._under_way: dict[int, Future[Answer]] = {}
         self._has_slots = True  # not while the engine sleeps
         self._stream: Any = None
+        self._copied: Any = None  # what the stream was last asked to do
 
     def answer_to(self, link: WorkerLink) -> None:
         """Says where answers go."""
@@ -183,13 +184,14 @@ class SlotFiller:
         torch.cuda.set_device(self._device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
+            self._copied = torch.cuda.Event(blocking=True)  # others may need the processor
         try:
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(queued)
                 self._fill_or_check(order, known)
         finally:  # after an error too: copies that were queued still read the pack
             # Blocks this thread only. Steps that begin after the answer find the weights there.
-            self._stream.record_event().synchronize()
+            self._stream.record_event(self._copied).synchronize()
 
     def _fill_or_check(self, order: Order, known: torch.Tensor | None) -> None:
         memory = self._memory
