@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from tests.engine.parties import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
@@ -887,6 +888,67 @@ def test_what_was_read_for_a_registration_was_in_host_memory_when_a_request_came
     engine.adapters.bring(1)
     engine.step(1)
     assert engine.adapters.observer.usage.of(1).cpu_hits == 1
+
+
+def test_registrations_that_come_together_are_one_check(engine):
+    futures = [engine.adapters.register(lora(1)) for _ in range(2)]
+    assert engine.store.tickets == 1
+    engine.store.loaded(pack_info(1))
+    engine.poll()
+    assert all(future.result() for future in futures)
+
+
+def test_a_registration_that_comes_while_workers_check_gets_their_answer(engine):
+    futures = [engine.adapters.register(lora(1))]
+    for _ in range(2):  # once more with a lease, for the workers
+        engine.store.loaded(pack_info(1, special=True))
+        engine.poll()
+    futures.append(engine.adapters.register(lora(1)))
+    assert engine.store.tickets == 2
+    engine.workers.filled()
+    engine.poll()
+    assert all(future.result() for future in futures)
+
+
+@pytest.mark.parametrize("what", ["requests", "a failure", "a check", "a pin", "memory", "a slot"])
+def test_an_adapter_that_is_of_use_to_somebody_is_not_forgotten(engine, monkeypatch, what):
+    monkeypatch.setattr(registrations, "MOST_KNOWN", 1)
+    if what in ("requests", "a failure"):
+        engine.adapters.want(lora(1))
+    elif what == "a check":
+        engine.adapters.register(lora(1))
+    elif what == "a slot":
+        engine.fill(1)
+        engine.adapters.drop(1)
+        engine.idle()
+    else:
+        engine.host(1)
+        engine.adapters.drop(1)
+    if what == "a failure":  # its requests have not been ended yet
+        engine.store.failed()
+    if what in ("a pin", "a slot"):
+        engine.store.evict(1)
+    engine.poll()
+    if what == "a pin":
+        engine.adapters.pin(1)
+    engine.adapters.want(lora(2))
+    assert {entry.number for entry in engine.adapters.known()} == {1, 2}
+
+
+def test_a_registration_of_an_adapter_that_has_failed_is_a_new_try(engine):
+    engine.adapters.want(lora(1))
+    engine.store.failed()
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.FAILED
+    engine.adapters.register(lora(1))
+    assert engine.adapters.state(1) is AdapterState.QUEUED
+
+
+def test_an_adapter_is_called_what_its_newest_request_calls_it(engine):
+    engine.adapters.want(lora(1))
+    engine.adapters.drop(1)
+    engine.adapters.want(LoRARequest("another name", 1, "/adapters/1"))
+    assert engine.store.only().name == "another name"
 
 
 def test_what_the_store_holds_is_known_as_it_has_said_last(engine):

@@ -157,6 +157,39 @@ def test_segments_grow_with_the_budget_and_never_past_it():
     assert sum(memory.sizes.values()) <= 100 * MIB
 
 
+def test_gaps_are_taken_within_a_budget_that_is_smaller_than_the_segments():
+    arena = Arena(FakeSegments(), 8 * PAGE)
+    packs = [arena.allocate(blocks(PAGE)) for _ in range(8)]
+    for pack in packs[::2]:
+        arena.free(pack)
+    two_pages = blocks(2944, 2944, 2304)  # and three where each is one
+    arena.budget = 6 * PAGE
+    assert arena.allocate(two_pages) is None
+    arena.budget = 7 * PAGE
+    assert arena.allocate(two_pages).held_bytes == 3 * PAGE
+
+
+def test_empty_segments_make_room_for_a_larger_one_and_one_is_kept(monkeypatch):
+    monkeypatch.setattr(arenas, "_SMALLEST_SEGMENT", 2 * PAGE)
+    monkeypatch.setattr(arenas, "_LARGEST_SEGMENT", 2 * PAGE)
+    memory = FakeSegments()
+    arena = Arena(memory, 4 * PAGE)
+    for pack in [arena.allocate(blocks(2 * PAGE)) for _ in range(2)]:
+        arena.free(pack)
+    assert list(memory.sizes.values()) == [2 * PAGE]
+    assert arena.allocate(blocks(4 * PAGE)) is not None
+    assert memory.sizes == {3: 4 * PAGE}  # a number is not used again
+
+
+def test_a_block_does_not_lie_beyond_what_the_budget_leaves_of_a_segment(monkeypatch):
+    monkeypatch.setattr(arenas, "_SMALLEST_SEGMENT", 2 * PAGE)
+    monkeypatch.setattr(arenas, "_LARGEST_SEGMENT", 2 * PAGE)
+    arena = Arena(FakeSegments(), 5 * PAGE)
+    assert all(arena.allocate(blocks(2 * PAGE)) is not None for _ in range(2))
+    assert arena.allocate(blocks(2 * PAGE)) is None
+    assert arena.allocate(blocks(PAGE)) is not None
+
+
 @pytest.mark.parametrize(
     ("budget", "size"),
     [

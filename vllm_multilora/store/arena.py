@@ -89,10 +89,7 @@ class Arena:
             OSError: The system gives no segment.
         """
         ends = np.cumsum(block_bytes)
-        needed = pages_of(block_bytes)
-        if not self._within_budget(needed):
-            return None
-        parts = self._one_run(needed, len(ends)) or self._scattered(ends)
+        parts = self._one_run(pages_of(block_bytes), len(ends)) or self._scattered(ends)
         if parts is None or not self._within_budget(sum(part.size for part in parts)):
             return None
         return self._take(parts, block_bytes, ends)
@@ -122,7 +119,7 @@ class Arena:
         for run in self._free.largest_first():
             last = int(np.searchsorted(ends, begin + run.size, side="right"))
             if last == first:
-                continue
+                break  # the other runs are no larger
             size = _pages(int(ends[last - 1]) - begin)
             parts.append(_Part(run, first, last, size))
             first, begin = last, int(ends[last - 1])
