@@ -187,6 +187,23 @@ def test_forgotten_is_said_once_all_have(stores, parts):
     assert stores.poll() == [Forgotten(1)]
 
 
+def test_an_adapter_is_forgotten_on_all_machines(stores, parts):
+    stores.forget(1)
+    assert [store.forgotten for store in parts] == [[1], [1]]
+
+
+def test_a_pack_that_a_machine_has_lost_is_known_until_its_leases_are_given_back(stores, parts):
+    pack = load(stores, parts, (30, 70)).pack.pack
+    assert load(stores, parts, (30, 70)).pack.pack == pack
+    parts[1].inbox.append(Restarted())
+    assert stores.poll() == [Restarted()]
+    for is_known in (True, False):
+        stores.release(pack)
+        assert bool(stores.elsewhere(pack)) is is_known
+    assert leases(parts) == [0, 0]
+    stores.release(pack)  # it is nobody's any more
+
+
 def test_totals_add_up(stores, parts):
     parts[0].inbox.append(Totals(100, 2, 1000, 4))
     assert stores.poll() == [Totals(100, 2, 1000, 4)]
