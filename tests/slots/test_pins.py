@@ -37,6 +37,8 @@ def test_a_name_of_the_settings_has_its_place_before_its_adapter_comes() -> None
     assert 1 in pins
     assert 2 not in pins
     assert pins.places == 2
+    with pytest.raises(PinLimitError, match=r"\(pinned: 1, 7\)"):
+        pins.pin(8)
 
 
 def test_a_pin_by_name_and_by_call_is_one_pin() -> None:
