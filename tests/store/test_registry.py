@@ -372,6 +372,15 @@ def test_a_registration_keeps_what_there_is_free_room_for(world):
     assert world.memory.packs[loaded.pack.pack].leases == 0
 
 
+def test_a_registration_is_checked_though_the_system_gives_no_memory(world, monkeypatch):
+    def refuse(blocks, *, evict):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(world.memory, "room", refuse)
+    loaded = world.load(1, keep=False)
+    assert (loaded.pack.pack, loaded.was_read) == (0, True)
+
+
 def test_a_registration_evicts_nothing(world):
     world.registry.release(1, world.load(1, 1, pages=10).pack.pack, world.now)
     loaded = world.load(1, 2, keep=False)
@@ -1335,12 +1344,11 @@ def test_a_tenants_limit_is_for_each_model(world):
 
 def test_limits_stay_when_another_server_has_gone(world):
     world.client(2, "other")
-    for client in (1, 2):
-        world.load(client, client, owners=("acme",), most=1)
+    world.load(2, 7, owners=("acme",), most=1)
+    for adapter in (1, 3):
+        world.load(1, adapter, owners=("acme",), most=1)
     world.registry.client_gone(2, world.now)
     release_all(world)
-    world.load(1, 3, keep=False)
-    world.load(1, 3, owners=("acme",), most=1)
     assert kept(world, "acme") == ["/adapters/3"]
 
 
@@ -1349,6 +1357,7 @@ def test_a_store_that_is_kept_keeps_what_servers_leave_until_its_room_is_needed(
     first = world.load(1, 1, pages=9, owners=("acme",), most=1)
     world.registry.client_gone(1, world.now)
     assert not world.memory.tenant_limits
+    assert not world.memory.bound("server", 1)
     world.client(2, "next")
     again = world.load(2, 7, path="/adapters/1")
     assert (again.pack, again.was_read) == (first.pack, False)
