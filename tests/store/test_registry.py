@@ -23,16 +23,16 @@ def world():
 
 
 def test_a_want_is_told_of_its_turn_and_of_its_pack(world):
-    loaded = world.load(1)
+    loaded = world.load(1, pages=2)
     assert [type(m) for m in world.said[1]] == [Reading, Loaded]
     assert loaded.was_read
     assert loaded.leased
-    assert world.memory.packs[loaded.pack.pack].allocation.held_bytes == PAGE
+    assert world.memory.packs[loaded.pack.pack].allocation.held_bytes == 2 * PAGE
     assert loaded.pack.digest
     assert world.memory.packs[loaded.pack.pack].leases == 1
     allocation = world.memory.packs[loaded.pack.pack].allocation
     assert tuple(loaded.pack.segments) == allocation.segments
-    assert loaded.pack.index_place == allocation.places[-1]
+    assert loaded.pack.index_place == allocation.places[-1] == PAGE
     assert loaded.pack.index_bytes == PAGE
 
 
@@ -350,19 +350,29 @@ def test_a_fresh_want_is_not_content_with_files_opened_before_it(world, is_told)
     assert world.answer(1, fresh).pack.digest == digest_of("/adapters/1")
 
 
-@pytest.mark.parametrize("then", ["cancelled", "tried"])
-def test_a_fresh_want_outlives_the_load_before_it(world, then):
+@pytest.mark.parametrize("cancelled", ["before", "after", None])
+def test_a_fresh_want_outlives_the_load_before_it(world, cancelled):
     first = world.want(1)
     (job,) = world.jobs
     world.opened(job)
     fresh = world.want(1, fresh=True)
+    if cancelled == "before":
+        world.registry.cancel(1, fresh, world.now)
     world.failed(job)
     assert isinstance(world.answer(1, first), Failed)
-    if then == "cancelled":
+    if cancelled == "after":
         world.registry.cancel(1, fresh, world.now)
     world.settle()
-    assert world.read == ({} if then == "cancelled" else {"/adapters/1": 1})
-    assert len(world.answers(1, fresh)) == (then == "tried")
+    assert world.read == ({} if cancelled else {"/adapters/1": 1})
+    assert len(world.answers(1, fresh)) == (not cancelled)
+
+
+def test_a_fresh_want_outlives_the_one_before_it(world):
+    first = world.want(1)
+    fresh = world.want(1, fresh=True)
+    world.registry.cancel(1, first, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, fresh), Loaded)
 
 
 def test_a_registration_keeps_what_there_is_free_room_for(world):
@@ -1218,10 +1228,13 @@ def test_what_is_being_read_for_others_does_not_count_for_a_tenant(world):
     world.load(1, 1, owners=("acme",), most=2)
     release_all(world)
     world.want(1, 2, owners=("other",))
-    (job,) = world.jobs
-    world.opened(job)
-    world.checked(job)
-    world.load(1, 3, owners=("acme",), most=2)
+    world.want(1, 3, owners=("acme",), most=2)
+    for job in world.jobs:
+        world.opened(job)
+        world.checked(job)
+    assert list(world.jobs.values()) == ["reading"] * 2
+    assert kept(world, "acme") == ["/adapters/1"]
+    world.settle()
     assert kept(world, "acme") == ["/adapters/1", "/adapters/3"]
 
 
