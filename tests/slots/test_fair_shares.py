@@ -13,6 +13,7 @@ from vllm_multilora.slots.fair_shares import (
     GENERATED_COST,
     HALF_LIFE_STEPS,
     HEAVY_RATIO,
+    HELD_STEPS,
     MOST_REMEMBERED,
     PROMPT_COST,
     FairShares,
@@ -344,6 +345,109 @@ def test_one_that_waits_for_a_slot_makes_nobody_heavy_and_keeps_its_place():
     begin_step(shares)
     assert not shares.is_heavy("large")
     assert shares.served("waiting") == 0
+
+
+def test_a_party_is_there_until_its_last_request_has_ended():
+    shares = FairShares()
+    for party in ("one", "one", "two"):
+        shares.join(party)
+    shares.leave("one")
+    assert shares.is_contended
+    shares.leave("one")
+    assert not shares.is_contended
+    shares.charge("one", 1)  # what was under way for it is no matter
+
+
+def test_whoever_comes_or_comes_back_has_had_as_much_as_one_that_is_alone():
+    shares = FairShares()
+    for party in ("alone", "back"):
+        shares.join(party)
+    begin_step(shares)
+    shares.charge("alone", 500)
+    shares.leave("back")
+    for party in ("new", "back"):
+        shares.join(party)
+        assert shares.served(party) == 500
+    assert shares.served("nobody") == 500
+
+
+def test_those_that_want_no_more_are_lifted_to_the_one_that_wants_with_the_least():
+    shares = FairShares()
+    for party in ("most", "more", "modest"):
+        shares.join(party)
+    begin_step(shares)
+    shares.charge("most", 100)
+    shares.charge("more", 10)
+    shares.begin_step({"most", "more"})
+    assert shares.served("modest") == 10
+
+
+def held_beside_one_that_has_had_much() -> FairShares:
+    shares = FairShares()
+    for party in ("held", "large"):
+        shares.join(party)
+    begin_step(shares)
+    shares.charge("large", 100)
+    shares.hold("held")
+    return shares
+
+
+@pytest.mark.parametrize("by", ["another request", "its adapter", "time", "a charge"])
+def test_a_party_whose_requests_could_not_run_counts_again(by):
+    shares = held_beside_one_that_has_had_much()
+    if by == "a charge":
+        shares.charge("held", 1)
+    else:
+        for _ in range(HELD_STEPS):
+            begin_step(shares)
+            assert not shares.is_heavy("large")
+    if by == "another request":
+        shares.hold("held")
+        shares.join("held")
+    elif by == "its adapter":
+        shares.hold("held")
+        shares.unhold("held")
+    begin_step(shares)
+    assert shares.is_heavy("large")
+
+
+def test_nobody_is_heavy_where_no_request_can_run():
+    shares = held_beside_one_that_has_had_much()
+    begin_step(shares)
+    shares.hold("large")
+    begin_step(shares)
+    assert not shares.heavy_weight
+
+
+def test_the_weight_of_all_that_are_heavy_is_known():
+    shares = FairShares()
+    for party, weight in (("one", 1.0), ("two", 2.0), ("small", 4.0)):
+        shares.join(party, weight)
+    begin_step(shares)
+    for party, cost in (("one", 100), ("two", 200), ("small", 1)):
+        shares.charge(party, cost)
+    for _ in range(2):
+        begin_step(shares)
+        assert shares.heavy_weight == 3.0
+    shares.hold("one")
+    begin_step(shares)
+    assert not shares.is_heavy("one")
+    assert shares.heavy_weight == 2.0
+    for party in ("one", "small"):
+        shares.leave(party)
+    shares.step_alone(1)
+    assert not shares.is_heavy("two")
+    assert not shares.heavy_weight
+
+
+def test_what_one_has_had_alone_goes_by_its_weight():
+    shares = FairShares()
+    shares.join("alone", 4.0)
+    shares.step_alone(8)
+    shares.join("late")
+    shares.charge("late", 1)
+    begin_step(shares)
+    assert not shares.is_heavy("alone")
 
 
 def test_the_latest_weight_counts():

@@ -48,6 +48,18 @@ def publish(request: int, name: str = "acme", adapter: int = 7) -> Publish:
     return Publish(request, name, adapter, f"/adapters/{adapter}", b"")
 
 
+def test_an_api_server_that_comes_late_hears_of_no_other_servers_changes(names, mail):
+    names.publish(1, publish(5), NOW)
+    names.join(10, "third server", 10, peers=2)
+    assert mail.take(10) == []
+
+
+def test_the_next_event_is_the_first_change_that_is_given_up(names):
+    for request, now in ((5, NOW), (6, NOW + 1.0)):
+        names.publish(1, publish(request, adapter=request), now)
+    assert names.next_event() == NOW + PATIENCE_S
+
+
 def test_a_registration_is_answered_when_all_have_seen_it(names, mail):
     names.publish(1, publish(5), NOW)
     (to_one,), (to_two,), (to_three,) = (mail.take(client) for client in (1, 2, 3))
