@@ -50,6 +50,7 @@ def publish(request: int, name: str = "acme", adapter: int = 7) -> Publish:
 
 def test_an_api_server_that_comes_late_hears_of_no_other_servers_changes(names, mail):
     names.publish(1, publish(5), NOW)
+    names.retract(1, Retract(6, "zen", 8), NOW)
     names.join(10, "third server", 10, peers=2)
     assert mail.take(10) == []
 
