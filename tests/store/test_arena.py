@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vllm_multilora.store import arena as arenas
 from vllm_multilora.store.arena import PAGE, PLACE_BITS, Allocation, Arena, pages_of
 from vllm_multilora.store.channel import MOST_DESCRIPTORS
+from vllm_multilora.store.free_runs import FreeRuns, Run
 
 MIB = 1 << 20
 
@@ -100,6 +101,21 @@ def test_packs_never_overlap_nor_pass_the_budget_and_nothing_leaks(budget_pages,
     assert len(memory.sizes) <= 1
     whole = blocks(64 * (budget_pages * PAGE // 64))
     assert arena.allocate(whole) is not None, "all of the budget is there again"
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["ascending", "descending"])
+def test_free_pages_of_different_segments_are_never_one_run(order):
+    free = FreeRuns()
+    for run in [Run(1, 0, PAGE), Run(2, PAGE, PAGE), Run(3, 2 * PAGE, PAGE)][::order]:
+        assert free.add(run) == run
+
+
+def test_the_smallest_free_run_that_is_large_enough_is_taken():
+    free = FreeRuns()
+    for run in (Run(1, 0, PAGE), Run(1, 2 * PAGE, 3 * PAGE), Run(1, 6 * PAGE, 2 * PAGE)):
+        free.add(run)
+    assert free.smallest(2 * PAGE) == Run(1, 6 * PAGE, 2 * PAGE)
+    assert free.smallest(4 * PAGE) is None
 
 
 def test_a_pack_takes_its_bytes_rounded_to_one_page_and_no_more():
