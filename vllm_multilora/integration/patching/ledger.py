@@ -423,7 +423,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.engine_calls:call_utility",
         why="vLLM fails the requests of an engine that has died, but not the calls that wait for "
         "its answers: a server whose engine died during a load would never end.",
-        checked=("0.31", "0.32", "0.33"),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM fails these calls too.",
     ),
     Patch(
