@@ -4,11 +4,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tests.engine.parties import FakeStore, lora, pack_info
 from tests.engine.test_scheduler import Server, config
-from vllm_multilora.integration.attached import ADAPTERS
-from vllm_multilora.integration.engine import scheduler
+from vllm_multilora.integration.attached import ADAPTERS, LINK, SERVER
+from vllm_multilora.integration.engine import core, scheduler
 from vllm_multilora.integration.engine.asides import Asides
 from vllm_multilora.integration.engine.core import add_lora, pin_lora, remove_lora
 
@@ -24,6 +26,20 @@ def test_it_is_said_in_order_and_what_follows_from_it_too():
     assert said == ["at once", "second", "third"]
     asides.flush()
     assert len(said) == 3
+
+
+@pytest.mark.parametrize(("kind", "waits"), [(MultiprocExecutor, True), (UniProcExecutor, False)])
+def test_only_other_processes_compute_while_something_is_said(monkeypatch, kind, waits):
+    executor = kind.__new__(kind)
+    link = SimpleNamespace(start_waking=lambda wake: None)
+    LINK.set(executor, link)
+    SERVER.set(executor, "server")
+    store = SimpleNamespace(say_by=lambda say: None, start_waking=lambda wake: None)
+    monkeypatch.setattr(core, "_open_stores", lambda *arguments: store)
+    asides = Asides()
+    engine_core = SimpleNamespace(scheduler=SimpleNamespace(asides=asides), input_queue=None)
+    core._connect(engine_core, executor, None)
+    assert asides.wait is waits
 
 
 class Aside(FakeStore):
@@ -67,17 +83,17 @@ def test_it_hears_at_the_end_of_a_step_at_the_latest(server):
 
 
 @pytest.fixture
-def core(server) -> SimpleNamespace:
-    """An engine core in a process of its own."""
-    core = SimpleNamespace(scheduler=server.scheduler, input_queue=None)
-    ADAPTERS.set(core, server.engine.adapters)
-    return core
+def engine_core(server) -> SimpleNamespace:
+    """One in a process of its own."""
+    made = SimpleNamespace(scheduler=server.scheduler, input_queue=None, vllm_config=config(2))
+    ADAPTERS.set(made, server.engine.adapters)
+    return made
 
 
-def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(server, core):
+def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(server, engine_core):
     server.ask("base")
     server.step()
-    good, bad = (add_lora(None, core, lora(number)) for number in (1, 2))
+    good, bad = (add_lora(None, engine_core, lora(number)) for number in (1, 2))
     output = server.scheduler.schedule()
     assert server.engine.store.wants == {}
     server.scheduler.get_grammar_bitmask(output)
@@ -94,13 +110,12 @@ def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(se
     assert "it is bad" in str(bad.exception(0))
 
 
-def test_calls_are_carried_out_in_their_order(server, core):
-    core.vllm_config = config(2)
+def test_calls_are_carried_out_in_their_order(server, engine_core):
     server.ask("base")
     server.step()
-    add_lora(None, core, lora(1))
-    removed = remove_lora(None, core, 1)
-    refused = pin_lora(None, core, 1)
+    add_lora(None, engine_core, lora(1))
+    removed = remove_lora(None, engine_core, 1)
+    refused = pin_lora(None, engine_core, 1)
     server.step()
     server.engine.store.forgets()
     server.step()
@@ -109,8 +124,8 @@ def test_calls_are_carried_out_in_their_order(server, core):
     assert "never added" in str(refused.exception(0))
 
 
-def test_nobody_waits_for_a_step_where_none_will_come(server, core):
-    answer = add_lora(None, core, lora(1))
+def test_nobody_waits_for_a_step_where_none_will_come(server, engine_core):
+    answer = add_lora(None, engine_core, lora(1))
     assert not server.scheduler.has_requests()
     assert server.engine.store.heard == [1]
     server.engine.store.loaded(pack_info(1))

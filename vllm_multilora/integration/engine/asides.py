@@ -14,8 +14,8 @@ class Asides:
     no request anything. For one thread.
 
     Attributes:
-        wait: Whether what is said waits for `flush`. Not where a worker is in the engine core's own
-            process, which says nothing while that computes.
+        wait: Whether what is said waits for `flush`: where the workers are other processes that
+            compute a step as soon as it was sent.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from vllm.v1.engine import EngineCoreRequestType
-from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.required import RequiredDigests
@@ -202,7 +202,7 @@ def _connect(engine_core: Any, executor: Any, vllm_config: VllmConfig) -> tuple[
     asides = engine_core.scheduler.asides
     store.say_by(asides.say)
     if hasattr(engine_core, "input_queue"):
-        asides.wait = not isinstance(executor, UniProcExecutor)
+        asides.wait = isinstance(executor, MultiprocExecutor)
         wake = partial(_wake, engine_core.input_queue)
         store.start_waking(wake)
         link.start_waking(wake)
