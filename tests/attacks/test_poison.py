@@ -171,8 +171,9 @@ def with_drafts(
         max_num_seqs=16,
         enable_prefix_caching=False,
     ) as llm:
-        # It would be loaded while the others get their answers.
-        assert llm.llm_engine.add_lora(attack.lora)
+        # They would be loaded while others get their answers, and the long ones not begin together.
+        for each in (attack, *long):
+            assert llm.llm_engine.add_lora(each.lora)
         assert llm.llm_engine.pin_lora(attack.lora.lora_int_id)
         return answers_to(llm, long, short), answers_to(llm, long, [attack, *short])
 
