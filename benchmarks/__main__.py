@@ -17,12 +17,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.harness import registry, report, results, revisions
 from benchmarks.harness.registry import Benchmark
 from benchmarks.harness.tables import table
+from vllm_multilora.cli import is_read
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -71,10 +73,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def show(text: str) -> None:
     """Prints a text, for a reader who may have seen enough before its end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # and Python would write what is left at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(BrokenPipeError):
+        print(text)
+    is_read()
 
 
 def listed() -> str:

@@ -14,6 +14,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from benchmarks.cpu_throughput import (
     requested_adapters,
 )
 from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.harness.turns import paired
 from benchmarks.loads.smollm2 import base_model, model_config
 
 if TYPE_CHECKING:
@@ -129,14 +131,8 @@ def dora_decode(rounds: int = 7, dtype: str = "auto") -> Iterable[Figure]:
         with_dora, without = start(dora=True), start()
         with_dora.collective_rpc(time_lengths)
         runs = {"dora": (with_dora, dora), "plain": (with_dora, plain), "without": (without, plain)}
-        for run in runs.values():
-            seconds(*run)
+        times = paired({name: partial(seconds, *run) for name, run in runs.items()}, rounds)
         found = with_dora.collective_rpc(lengths)[0]
-        times: list[dict[str, float]] = []
-        for number in range(rounds):
-            order = list(runs)[:: -1 if number % 2 else 1]
-            times.append({name: seconds(*runs[name]) for name in order})
-            print(f"round {number + 1}: {times[-1]}", flush=True)
     for label, above, below in (
         ("DoRA / plain", "dora", "plain"),
         ("plain with --multilora-dora / without", "plain", "without"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 
 def paired(acts: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
-    """What two acts take, turn by turn; one round before counts not."""
+    """What acts take, turn by turn; one round before counts not."""
     found = []
     for number in range(rounds + 1):
         order = list(acts) if number % 2 else list(acts)[::-1]

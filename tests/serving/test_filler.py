@@ -24,6 +24,7 @@ from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
 from vllm_multilora.integration.orders import Check, Fill
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.launch import StoreThread
+from vllm_multilora.store.mapper import SegmentMapper
 from vllm_multilora.store.messages import Loaded, PackInfo, StoreSettings, Want
 
 pytestmark = pytest.mark.serving
@@ -374,14 +375,22 @@ def test_a_segment_is_page_locked_once_in_parts_and_released_before_it_is_unmapp
     assert runtime.calls[len(calls) :] == [("unregister", begin) for begin in expected]
 
 
-def test_a_segment_is_page_locked_when_the_store_makes_it_and_not_by_an_order(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = Runtime()
+def map_ahead(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, runtime: Runtime
+) -> tuple[SegmentMapper, PackInfo]:
+    """A filler's memory and a pack in it, whose segment was mapped as soon as it was made."""
     memory = open_as_for_a_gpu(rig, monkeypatch, runtime)
     pack = rig.load(7, rank=4)
     until(lambda: pack.segments[0] in memory._segments)
     rig.filler._thread.submit(lambda: None).result(LIMIT_S)  # the mapping before it is over
+    return memory, pack
+
+
+def test_a_segment_is_page_locked_when_the_store_makes_it_and_not_by_an_order(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime()
+    _, pack = map_ahead(rig, monkeypatch, runtime)
     before = len(runtime.calls)
     assert before
     assert isinstance(rig.filler.fill_now(rig.fill(0, 0, 7, pack)), Filled)
@@ -403,10 +412,7 @@ def test_nothing_keeps_a_filler_whose_engine_has_ended_before_its_process(
 ) -> None:
     """With it the model and all slots would stay on the GPU."""
     runtime = Runtime()
-    memory = open_as_for_a_gpu(rig, monkeypatch, runtime)
-    pack = rig.load(7, rank=4)
-    until(lambda: pack.segments[0] in memory._segments)
-    rig.filler._thread.submit(lambda: None).result(LIMIT_S)
+    memory, _ = map_ahead(rig, monkeypatch, runtime)
     filler, rig.filler = weakref.ref(rig.filler), Rig(rig._folder).filler
     until(lambda: gc.collect() >= 0 and filler() is None)
     until(lambda: not memory._segments)

@@ -62,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.001
 _REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
+_D = TypeVar("_D")
 _T = TypeVar("_T")
 
 
@@ -294,14 +295,11 @@ def add_lora(
     def register() -> Future[bool | str]:
         read: Future[bool | str] = Future()
 
-        def tell(done: Future[bool]) -> None:
-            if (error := done.exception()) is not None:
-                read.set_exception(error)
-            else:
-                version = adapters.version(request.lora_int_id)
-                read.set_result(_as_answer(version) if version is not None else True)
+        def what(_: bool) -> bool | str:
+            version = adapters.version(request.lora_int_id)
+            return True if version is None else _as_answer(version)
 
-        adapters.register(request).add_done_callback(tell)
+        adapters.register(request).add_done_callback(partial(_tell, read, what))
         return read
 
     return _carry_out(engine_core, adapters, register)
@@ -390,12 +388,7 @@ def _carry_out(
     """Has a call carried out and answered; both where they hold up no step."""
     asides = engine_core.scheduler.asides
     answer: Future[_T] = Future()
-
-    def tell(done: Future[_T]) -> None:
-        if (error := done.exception()) is not None:
-            answer.set_exception(error)
-        else:
-            answer.set_result(done.result())
+    tell = partial(_tell, answer, lambda result: result)
 
     def carry_out() -> None:
         try:
@@ -414,3 +407,11 @@ def _carry_out(
         time.sleep(_IDLE_S)
         adapters.poll()
     return answer.result()
+
+
+def _tell(told: Future[_T], what: Callable[[_D], _T], done: Future[_D]) -> None:
+    """Has a future say what follows from another one's result, or its error."""
+    if (error := done.exception()) is not None:
+        told.set_exception(error)
+    else:
+        told.set_result(what(done.result()))
