@@ -1,6 +1,8 @@
 """An engine core's adapters between a store and workers that the test plays."""
 
+import time
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
 from vllm.lora.request import LoRARequest
@@ -54,6 +56,8 @@ class FakeStore:
         self.used_packs: list[list[int]] = []
         self.inbox: list = []
         self.tickets = 0
+        self.waited = 0  # how often somebody has
+        self.answers: Callable[[], None] = lambda: None  # when somebody waits
 
     # What the engine core asks
 
@@ -83,7 +87,12 @@ class FakeStore:
     def forget(self, adapter):
         self.forgotten.append(adapter)
 
-    def poll(self):
+    def poll(self, seconds=0.0):
+        if seconds and not self.inbox:
+            self.waited += 1
+            self.answers()
+            if not self.inbox:
+                time.sleep(seconds)
         inbox, self.inbox = self.inbox, []
         return inbox
 

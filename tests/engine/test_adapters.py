@@ -142,6 +142,38 @@ def test_a_pack_stays_on_lease_until_the_last_rank_has_answered(engine):
 # Failures
 
 
+def test_a_lease_on_what_is_in_memory_is_waited_for_once(engine):
+    engine.host(1, 7)
+    engine.adapters.drop(1)
+    engine.adapters.want(lora(1))
+    engine.adapters.poll(0.01)
+    assert engine.store.waited == 1
+    engine.adapters.poll(0.01)
+    assert engine.store.waited == 1
+    assert not engine.adapters.is_ready(1)
+    engine.store.loaded(pack_info(7))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+
+
+def test_a_lease_that_comes_while_it_is_waited_for_counts_at_once(engine):
+    engine.host(1, 7)
+    engine.adapters.drop(1)
+    engine.adapters.want(lora(1))
+    engine.store.answers = lambda: engine.store.loaded(pack_info(7))
+    engine.adapters.poll(60.0)
+    assert engine.adapters.is_ready(1)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_nobody_waits_for_files_to_be_read(engine, number):
+    engine.host(1, 7)
+    engine.adapters.drop(1)
+    engine.adapters.want(lora(number, inplace=True))
+    engine.adapters.poll(60.0)
+    assert engine.store.waited == 0
+
+
 def test_a_new_request_is_a_new_try(engine):
     engine.adapters.want(lora(1))
     engine.store.failed(kind=FailureKind.GONE)

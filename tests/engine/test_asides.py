@@ -34,7 +34,7 @@ def test_only_other_processes_compute_while_something_is_said(monkeypatch, kind,
     link = SimpleNamespace(start_waking=lambda wake: None)
     LINK.set(executor, link)
     SERVER.set(executor, "server")
-    store = SimpleNamespace(say_by=lambda say: None, start_waking=lambda wake: None)
+    store = SimpleNamespace(say_by=lambda say, say_all: None, start_waking=lambda wake: None)
     monkeypatch.setattr(core, "_open_stores", lambda *arguments: store)
     asides = Asides()
     engine_core = SimpleNamespace(scheduler=SimpleNamespace(asides=asides), input_queue=None)
@@ -49,10 +49,16 @@ class Aside(FakeStore):
         super().__init__()
         self.heard: list[int] = []
         self.say: Callable = lambda call: call()
+        self.say_all: Callable = lambda: None
 
     def want(self, want):
         self.say(lambda: self.heard.append(want.adapter))
         return super().want(want)
+
+    def poll(self, seconds=0.0):
+        if seconds:
+            self.say_all()
+        return super().poll(seconds)
 
 
 @pytest.fixture
@@ -60,8 +66,9 @@ def server(monkeypatch) -> Server:
     monkeypatch.setattr("tests.engine.parties.FakeStore", Aside)
     monkeypatch.setattr(scheduler, "engine_recorder", lambda config: None)
     server = Server()
-    server.engine.store.say = server.scheduler.asides.say
-    server.scheduler.asides.wait = True
+    asides = server.scheduler.asides
+    server.engine.store.say, server.engine.store.say_all = asides.say, asides.flush
+    asides.wait = True
     return server
 
 
@@ -80,6 +87,18 @@ def test_it_hears_at_the_end_of_a_step_at_the_latest(server):
     server.ask("a", 1)
     server.step()
     assert server.engine.store.heard == [1]
+
+
+def test_a_request_whose_adapter_is_in_memory_has_its_slot_filled_in_the_next_step(server):
+    """Its lease takes a moment, and a step all the longer."""
+    server.engine.host(1, 7)
+    server.engine.adapters.drop(1)
+    server.scheduler.asides.flush()
+    server.ask("base")
+    server.ask("a", 1)
+    server.engine.store.answers = lambda: server.engine.store.loaded(pack_info(7))
+    server.scheduler.schedule()
+    assert server.engine.workers.only().pack.pack == 7
 
 
 @pytest.fixture

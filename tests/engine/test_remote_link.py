@@ -147,7 +147,7 @@ def until(client: StoreClient, kind: type):
     deadline = time.monotonic() + PATIENT_S
     while True:
         assert time.monotonic() < deadline
-        for message in client.wait(0.5):
+        for message in client.poll(0.5):
             if isinstance(message, kind):
                 return message
 

@@ -539,7 +539,7 @@ def test_a_step_looks_for_news_once_unless_a_request_has_come(server, monkeypatc
     server.start("tenant", 1)
     seen, poll = [], server.engine.adapters.poll
     output = server.scheduler.schedule()
-    monkeypatch.setattr(server.engine.adapters, "poll", lambda: seen.append(poll()))
+    monkeypatch.setattr(server.engine.adapters, "poll", lambda *_: seen.append(poll()))
     server.scheduler.update_from_output(output, ())
     if between == "a request":
         server.ask("other", 2)

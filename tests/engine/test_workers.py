@@ -141,7 +141,7 @@ def leases(stub: Stub) -> int:
     client = stub.own_store._client
     client.describe()
     while True:
-        for message in client.wait(5.0):
+        for message in client.poll(5.0):
             if hasattr(message, "clients"):
                 return sum(
                     row.leases for row in message.clients if row.server == client._hello.server

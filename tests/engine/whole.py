@@ -170,7 +170,7 @@ class Link:
     def forget(self, adapter):
         self._say(self.store.registry.forget, adapter, self.store.now)
 
-    def poll(self):
+    def poll(self, seconds=0.0):
         inbox, self.inbox = self.inbox, []
         self.unseen.clear()
         return inbox

@@ -48,7 +48,7 @@ def store_process_now(path: Path) -> psutil.Process | None:
     """The process of the store that listens at a path; None if none does."""
     with contextlib.suppress(OSError), observer(path) as client:
         client.describe()
-        for message in client.wait(_LIMIT_S):
+        for message in client.poll(_LIMIT_S):
             if isinstance(message, Description):
                 return psutil.Process(message.pid)
     return None

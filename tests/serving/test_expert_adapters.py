@@ -97,7 +97,7 @@ def filler(manager: Any) -> Iterator[Any]:
         def fill(folder: Path) -> Answer:
             client.want(Want(7, "experts", str(folder)))
             while True:
-                for message in client.wait(LIMIT_S):
+                for message in client.poll(LIMIT_S):
                     assert not isinstance(message, Failed), message
                     if isinstance(message, Loaded):
                         lora = LoRARequest("experts", 7, str(folder))

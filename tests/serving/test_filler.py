@@ -110,7 +110,7 @@ class Rig:
         folder = write(self._folder / f"{adapter}", tensors, rank, alpha=2 * rank)
         self.client.want(Want(adapter, f"adapter {adapter}", str(folder)))
         while True:
-            for message in self.client.wait(LIMIT_S):
+            for message in self.client.poll(LIMIT_S):
                 if isinstance(message, Loaded):
                     return message.pack
                 assert "Failed" not in type(message).__name__, message

@@ -326,7 +326,7 @@ def test_all_of_its_processes_are_one_server_to_the_store(server: VllmServer) ->
     """Else each engine would keep as many adapters of a tenant as all may together."""
     with observer(socket_path(server.store_folder)) as client:
         client.describe()
-        (found,) = (m for m in client.wait(20.0) if isinstance(m, Description))
+        (found,) = (m for m in client.poll(20.0) if isinstance(m, Description))
     named = {each.server for each in found.clients if each.role != "observer"}
     assert len(named) == 1, found.clients
 

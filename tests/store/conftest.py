@@ -39,7 +39,7 @@ class Engine:
         deadline = time.monotonic() + seconds
         while not is_enough():
             assert time.monotonic() < deadline, f"nothing but {self.seen}"
-            self.seen += self.client.wait(0.05)
+            self.seen += self.client.poll(0.05)
 
     def answer(self, ticket: int, seconds: float = PATIENT_S):
         def found():

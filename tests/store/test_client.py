@@ -192,10 +192,21 @@ def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
     assert seconds_to_the_next_store() < FIRST_PAUSE_S
 
 
+def test_an_answer_is_waited_for_when_everything_has_been_said(client, stores):
+    later = []
+    client.say_by(later.append, lambda: [call() for call in later])
+    ticket = want(client, 1)
+    client.poll()
+    assert stores.heard() == []
+    client.poll(0.001)
+    ((heard, _),) = stores.newest.receive()
+    assert heard.ticket == ticket
+
+
 def test_what_is_to_be_said_later_is_not_said_to_the_next_store(client, stores):
     """It is told what is wanted when it is there, once, and knows no pack of the one before."""
     later = []
-    client.say_by(later.append)
+    client.say_by(later.append, lambda: None)
     ticket = want(client, 1)
     client.release(11)
     assert stores.heard() == []

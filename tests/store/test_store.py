@@ -156,7 +156,7 @@ def test_who_comes_later_is_told_what_is_in_memory_though_nothing_changes(engine
     first = engines("first", budget_bytes=4 * MIB)
     first.load(1, f"/fake/a?blocks={MIB}")
     first.until(lambda: settled in first.seen)
-    assert first.client.wait(0.2) == []  # long enough for the store to have nothing left to tell
+    assert first.client.poll(0.2) == []  # long enough for the store to have nothing left to tell
     second = engines("second", budget_bytes=4 * MIB)
     second.until(lambda: settled in second.seen)
 

@@ -99,7 +99,7 @@ def describe(host: RunningStore, patience_s: float = _ANSWER_S) -> Description:
         client.describe()
         deadline = time.monotonic() + patience_s
         while (left := deadline - time.monotonic()) > 0:
-            for message in client.wait(left):
+            for message in client.poll(left):
                 if isinstance(message, Description):
                     return message
     finally:

@@ -55,9 +55,9 @@ _NO_STORE = "the server's store of adapters cannot be started; the server's log 
 class StoreClient:
     """A connection to the store, for one thread.
 
-    Nothing but `configure` and `wait` waits for the store. One that has died is started again by
-    `poll`, which then returns `Restarted`: packs and leases are gone, wants go on, but fail where
-    no store has come up for seconds. A frozen one just does not answer.
+    Nothing but `configure` waits for the store, and `poll` where it is told to. One that has died
+    is started again by `poll`, which then returns `Restarted`: packs and leases are gone, wants go
+    on, but fail where no store has come up for seconds. A frozen one just does not answer.
 
     Args:
         host: Where the store is.
@@ -79,6 +79,7 @@ class StoreClient:
         self._answer: Configured | Refused | None = None
         self._waker: Waker | None = None
         self._say: Callable[[Callable[[], None]], None] = _now
+        self._say_all: Callable[[], None] = _nothing
         self._pause = FIRST_PAUSE_S
         self._next_attempt = 0.0
         self._losses = 0
@@ -186,14 +187,11 @@ class StoreClient:
         """Asks for a `Description`."""
         self._send(Describe())
 
-    def poll(self) -> list[ToUser]:
-        """What has come since the last call; never waits."""
-        self._pump(0)
-        return self._taken()
-
-    def wait(self, timeout: float) -> list[ToUser]:
-        """Like `poll`, but waits so many seconds for something to come."""
-        deadline = time.monotonic() + timeout
+    def poll(self, seconds: float = 0.0) -> list[ToUser]:
+        """What has come since the last call; waits at most so long for something to come."""
+        if seconds:
+            self._say_all()  # there is no answer to what was not said
+        deadline = time.monotonic() + seconds
         self._pump(0)
         while not self._inbox and (left := deadline - time.monotonic()) > 0:
             self._pump(left)
@@ -208,9 +206,14 @@ class StoreClient:
         self._waker = Waker(wake)
         self._waker.watch(self.fileno())
 
-    def say_by(self, say: Callable[[Callable[[], None]], None]) -> None:
-        """From now on `say` is given what sends a message, to be called in the same order."""
-        self._say = say
+    def say_by(
+        self, say: Callable[[Callable[[], None]], None], say_all: Callable[[], None]
+    ) -> None:
+        """From now on `say` is given what sends a message, to be called in the same order.
+
+        At the latest by `say_all`, which is called before an answer is waited for.
+        """
+        self._say, self._say_all = say, say_all
 
     def close(self) -> None:
         """Ends the connection: leases and wants end with it."""
@@ -346,6 +349,10 @@ class StoreClient:
 
 def _now(call: Callable[[], None]) -> None:
     call()
+
+
+def _nothing() -> None:
+    """All has been said."""
 
 
 def _check(want: Want) -> None:

@@ -314,11 +314,10 @@ class EngineAdapters:
 
     # The exchange with the store and the workers
 
-    def poll(self) -> None:
-        """Takes in what has happened since, and sends what there is to say."""
+    def poll(self, patience_s: float = 0.0) -> None:
+        """Takes in what has happened since, and sends what there is to say; see `Wants.hear`."""
         answers = self._workers.poll()
-        for message in self._store.poll():
-            self._arrivals.take(message)
+        self._wants.hear(self._arrivals.take, patience_s)
         # After what the store says: that it has gone explains why copies have failed.
         for rank, answer in answers:
             if isinstance(answer, Missing):

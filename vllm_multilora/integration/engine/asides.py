@@ -30,6 +30,6 @@ class Asides:
             call()
 
     def flush(self) -> None:
-        """Says everything: the workers compute, or nobody waits for them."""
+        """Says everything: the workers compute, or an answer is waited for, or nobody waits."""
         while self._calls:
             self._calls.popleft()()

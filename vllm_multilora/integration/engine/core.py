@@ -201,7 +201,7 @@ def _connect(engine_core: Any, executor: Any, vllm_config: VllmConfig) -> tuple[
         return WaitingStore(executor.collective_rpc), workers
     store = _open_stores(executor, vllm_config, server)
     asides = engine_core.scheduler.asides
-    store.say_by(asides.say)
+    store.say_by(asides.say, asides.flush)
     if hasattr(engine_core, "input_queue"):
         asides.wait = isinstance(executor, MultiprocExecutor)
         wake = partial(_wake, engine_core.input_queue)

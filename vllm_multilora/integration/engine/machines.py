@@ -143,10 +143,10 @@ class MachineStores:
         for client in self._clients:
             client.forget(adapter)
 
-    def poll(self) -> list[ToUser]:
+    def poll(self, seconds: float = 0.0) -> list[ToUser]:
         came: list[ToUser] = []
         for machine, client in enumerate(self._clients):
-            for message in client.poll():
+            for message in client.poll(seconds):
                 came += self._take(machine, message)
         return came
 
@@ -155,10 +155,12 @@ class MachineStores:
         for client in self._clients:
             client.start_waking(wake)
 
-    def say_by(self, say: Callable[[Callable[[], None]], None]) -> None:
+    def say_by(
+        self, say: Callable[[Callable[[], None]], None], say_all: Callable[[], None]
+    ) -> None:
         """As `StoreClient.say_by`, for all."""
         for client in self._clients:
-            client.say_by(say)
+            client.say_by(say, say_all)
 
     def _ask(self, machine: int, ticket: int, asked: _Want) -> None:
         part = asked.tickets[machine] = self._clients[machine].want(asked.want)

@@ -11,7 +11,7 @@ from vllm_multilora.store.messages import ToUser, Want
 
 
 class Store(Protocol):
-    """What is asked of the store; `StoreClient` is one. Nothing of it blocks."""
+    """What is asked of the store; `StoreClient` is one. Nothing but `poll` ever waits."""
 
     def want(self, want: Want) -> int:
         """Asks for an adapter; returns the ticket that the answer names."""
@@ -31,8 +31,8 @@ class Store(Protocol):
     def forget(self, adapter: int) -> None:
         """The adapter was withdrawn."""
 
-    def poll(self) -> list[ToUser]:
-        """What the store has said since."""
+    def poll(self, seconds: float = 0.0) -> list[ToUser]:
+        """What the store has said since; waits at most so long for something, if it can."""
 
 
 class Workers(Protocol):

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from vllm_multilora.store.messages import PackInfo
 
 _IDLE_S = 0.001
+_LEASE_S = 0.001
+"""For leases on adapters in host memory: a request whose lease comes later waits for a step."""
 _COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -198,7 +200,7 @@ class AdapterAwareMixin:
         # The end of a step has just looked. To ask the system here, without the GIL, would let the
         # thread that sends the last step's outputs go first.
         if not self._has_polled:
-            adapters.poll()
+            adapters.poll(_LEASE_S)
         self._has_polled = False
         self._failing |= self._late_reloads.ask(self.requests, adapters)
         self._pause_unfilled(adapters)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from vllm_multilora.adapters.fingerprint import Fingerprint
 from vllm_multilora.integration.engine.entries import Entry
 from vllm_multilora.integration.engine.parties import Store
-from vllm_multilora.store.messages import Want
+from vllm_multilora.store.messages import ToUser, Want
 
 BLENDS = "\0blends"
 """Whose turn blends of no tenant take in the store's queue: all of them that of one adapter."""
@@ -31,6 +33,7 @@ class Wants:
         self._signing_keys = signing_keys
         self._tickets: dict[int, Entry] = {}
         self._asked_under: dict[int, Fingerprint | None] = {}
+        self._leases: set[int] = set()  # tickets that a lease on what is in memory will answer
         self._leaving: defaultdict[int, deque[Future[bool]]] = defaultdict(deque)
 
     def find(self, ticket: int) -> Entry | None:
@@ -40,6 +43,19 @@ class Wants:
     def ask(self, entry: Entry) -> None:
         """Wants an adapter for requests."""
         entry.ticket = self._want(entry, keep=True, fresh=entry.is_stale)
+        if entry.in_host and not entry.is_stale:
+            self._leases.add(entry.ticket)
+
+    def hear(self, take: Callable[[ToUser], None], patience_s: float) -> None:
+        """Takes in what the store has said; waits so long for leases on what is in host memory."""
+        for message in self._store.poll():
+            take(message)
+        deadline = time.monotonic() + patience_s
+        while self._leases and (left := deadline - time.monotonic()) > 0:
+            for message in self._store.poll(left):
+                take(message)
+        if patience_s:
+            self._leases.clear()  # nobody waits for them twice
 
     def share(self, entry: Entry, tenant: str) -> None:
         """One more tenant's requests wait for what was asked: its turn is as good."""
@@ -63,6 +79,7 @@ class Wants:
             The state of the file of signing keys when it was asked.
         """
         del self._tickets[ticket]
+        self._leases.discard(ticket)
         entry.is_reading = False
         if ticket == entry.ticket:
             entry.ticket = None

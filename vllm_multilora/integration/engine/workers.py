@@ -131,6 +131,6 @@ class WaitingStore:
         self._call(calls.forget_now, args=(adapter,))
         self._inbox.append(Forgotten(adapter))
 
-    def poll(self) -> list[ToUser]:
+    def poll(self, seconds: float = 0.0) -> list[ToUser]:
         inbox, self._inbox = self._inbox, []
         return inbox

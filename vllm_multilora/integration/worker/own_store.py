@@ -61,7 +61,7 @@ class OwnStore:
         own = self._client.want(want)
         deadline = time.monotonic() + self._limit_s
         while (left := deadline - time.monotonic()) > 0:
-            answer = self._take(self._client.wait(left), own)
+            answer = self._take(self._client.poll(left), own)
             if isinstance(answer, Failed):
                 return msgspec.structs.replace(answer, ticket=ticket)
             if answer is not None:
