@@ -2,16 +2,21 @@
 
 import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.lora.request import LoRARequest
+from vllm.utils.counter import AtomicCounter
 
 from tests.store.names_only import Stores
+from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.integration.attached import NAMES
 from vllm_multilora.integration.server import registration, shared_names, versions
 from vllm_multilora.integration.server.shared_names import SharedNames
+from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
+from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.names_client import NamesClient
 
 PATIENT_S = 20.0
@@ -130,3 +135,26 @@ def test_a_registration_that_finds_the_store_dead_is_made_at_the_next_one() -> N
             await until(lambda: served(two) == served(one))
 
     run(scenario)
+
+
+def test_api_servers_have_numbers_of_their_own_for_as_long_as_they_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each registration takes one; a hundred a second for a hundred days are 0.9 billion."""
+
+    def no_store() -> None:
+        raise StoreUnavailableError("none is needed here")
+
+    monkeypatch.setenv(SERVER_VARIABLE, "server")
+    monkeypatch.setenv(UPDATING_VARIABLE, "1")
+    monkeypatch.setattr(shared_names, "StoreProcess", no_store)
+
+    def first_number(rank: int, count: int) -> int:
+        parallel = SimpleNamespace(_api_process_rank=rank, _api_process_count=count)
+        client = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+        models = SimpleNamespace(engine_client=client, lora_id_counter=AtomicCounter(0))
+        shared_names.start(models)
+        return models.lora_id_counter.inc(1)
+
+    numbers = [*(first_number(rank, 4) for rank in range(4)), FIRST_NUMBER]
+    assert all(last - first > 900_000_000 for first, last in pairwise(numbers))

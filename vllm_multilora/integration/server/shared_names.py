@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.lora.request import LoRARequest
 
+from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.integration.attached import NAMES
 from vllm_multilora.integration.server import versions
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OWN_NUMBERS = 1 << 24
 _SETTLE_LIMIT_S = 5.0
 
 
@@ -145,8 +145,9 @@ def start(models: Any) -> None:
     server = os.environ.get(SERVER_VARIABLE)
     if parallel._api_process_count <= 1 or server is None or UPDATING_VARIABLE not in os.environ:
         return
-    # Numbers below 2^31, of which vLLM keeps 32 bits in places, and never two servers' alike.
-    models.lora_id_counter.inc(_OWN_NUMBERS * parallel._api_process_rank)
+    # Never two servers' alike, though each registration, refused ones too, takes another.
+    own = FIRST_NUMBER // parallel._api_process_count
+    models.lora_id_counter.inc(own * parallel._api_process_rank)
     try:
         client = NamesClient(StoreProcess(), server, parallel._api_process_count)
         NAMES.set(models, SharedNames(models, client))
