@@ -159,6 +159,26 @@ def test_what_cannot_be_read_for_a_while_stays(tmp_path, caplog, monkeypatch):
     assert "cannot be read" in caplog.text
 
 
+def test_what_is_wrong_is_told_once_a_day_and_another_day_whatever_came_before(tmp_path, caplog):
+    now = 0.0
+    directories = AdapterDirectories([str(tmp_path)], AllowedRoots((), []), lambda: now)
+    for number in range(5_000):
+        now += 1.0
+        directories.tell("acme is refused")
+        directories.tell(f"a stranger's {number}")
+    assert caplog.text.count("acme is refused") == 1
+    assert 500 < caplog.text.count("a stranger's") < 2_000
+    caplog.clear()
+    now += 86_400.0
+    for _ in range(2):
+        directories.tell("acme is refused")
+        directories.tell("globex is refused")
+    assert [record.args for record in caplog.records] == [
+        ("acme is refused",),
+        ("globex is refused",),
+    ]
+
+
 def test_new_adapters_count_at_once(tmp_path):
     directories, settling = looking_at(tmp_path), Settling()
     assert settling.settle(directories.scan()) == {}

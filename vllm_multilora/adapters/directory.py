@@ -11,7 +11,8 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -30,7 +31,8 @@ FIRST_NUMBER = 1 << 32
 MOST_FOLDERS = 65_536
 """Of a directory, that are looked at: as many as an engine knows adapters."""
 
-_MOST_TOLD = 1_000  # names may be a stranger's
+_MOST_TOLD = 1_000  # of `_TELL_AGAIN_S`; names, and what is wrong, may be a stranger's
+_TELL_AGAIN_S = 86_400.0
 _NUMBERS_END = 1 << 53  # what JSON's readers take for whole numbers
 
 
@@ -94,14 +96,22 @@ class AdapterDirectories:
     Args:
         directories: Whose sub-folders are adapters.
         allowed: Where adapters may really lie.
+        clock: Seconds; only differences count.
     """
 
-    def __init__(self, directories: Sequence[str], allowed: AllowedRoots) -> None:
+    def __init__(
+        self,
+        directories: Sequence[str],
+        allowed: AllowedRoots,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         # Real paths, so that several processes, and links to a directory, make no difference.
         self._directories = tuple(dict.fromkeys(map(os.path.realpath, directories)))
         self._allowed = allowed
         self._found: dict[str, dict[str, AdapterFolder]] = {d: {} for d in self._directories}
+        self._clock = clock
         self._told: set[str] = set()
+        self._told_since = clock()
         # Whose numbers were given out at the last look at everything, and at the one before: a
         # version counts for as long as another one is being written.
         self._owners: dict[int, str] = {}
@@ -115,10 +125,10 @@ class AdapterDirectories:
             try:
                 self._found[directory] = self._scan(directory)
             except OSError as error:
-                self._tell(f"{directory} cannot be read ({error.strerror}); its adapters stay")
+                self.tell(f"{directory} cannot be read ({error.strerror}); its adapters stay")
             for name, folder in self._found[directory].items():
                 if adapters.setdefault(name, folder) is not folder:
-                    self._tell(f"{folder.path} is not served: {adapters[name].path} has its name")
+                    self.tell(f"{folder.path} is not served: {adapters[name].path} has its name")
         return {name: folder for name, folder in adapters.items() if self._has_own_number(folder)}
 
     def find(self, name: str) -> AdapterFolder | None:
@@ -144,12 +154,12 @@ class AdapterDirectories:
                     if folder is not None:
                         found[entry.name] = folder
             if next(entries, None) is not None:
-                self._tell(f"{directory} has more than {MOST_FOLDERS} entries; not all are served")
+                self.tell(f"{directory} has more than {MOST_FOLDERS} entries; not all are served")
         return dict(sorted(found.items()))
 
     def _look(self, directory: str, name: str, path: str, *, is_link: bool) -> AdapterFolder | None:
         if is_link and not self._allowed.allows(path):
-            self._tell(f"{path} is not served: it leads out of the folders adapters may come from")
+            self.tell(f"{path} is not served: it leads out of the folders adapters may come from")
             return None
         try:
             config = _fingerprint(path, CONFIG_NAME)
@@ -158,7 +168,7 @@ class AdapterDirectories:
             tensors = (_fingerprint(path, weights) for weights in (TENSORS_NAME, *PICKLED_NAMES))
             weights = next((tensor for tensor in tensors if tensor is not None), None)
         except OSError as error:
-            self._tell(f"{path} cannot be read ({error.strerror})")
+            self.tell(f"{path} cannot be read ({error.strerror})")
             return self._found[directory].get(name)
         return AdapterFolder(name, path, config, weights)
 
@@ -166,7 +176,7 @@ class AdapterDirectories:
         """Whether no other folder has a folder's number; that number is its own from now on."""
         owner = self._owners.get(folder.number) or self._owners_before.get(folder.number)
         if owner is not None and owner != folder.path:
-            self._tell(
+            self.tell(
                 f"{folder.path} is not served: this version of it and {owner} have the same "
                 f"number, {folder.number}; touch its {CONFIG_NAME} to give it another"
             )
@@ -174,7 +184,10 @@ class AdapterDirectories:
         self._owners[folder.number] = folder.path
         return True
 
-    def _tell(self, what: str) -> None:
+    def tell(self, what: str) -> None:
+        """Logs what is wrong, once a day while it is; of very many things in a day the first."""
+        if (now := self._clock()) - self._told_since >= _TELL_AGAIN_S:
+            self._told, self._told_since = set(), now
         if what not in self._told and len(self._told) < _MOST_TOLD:
             self._told.add(what)
             logger.warning("Adapter directories: %s", what)

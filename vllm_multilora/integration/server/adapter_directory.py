@@ -40,7 +40,6 @@ _FIND_LIMIT_S = 5.0  # for one folder; storage that hangs must not keep requests
 # Other API servers may know an old version by name for as long as it takes them to see the new.
 _GRACE_S = versions.GRACE_S + 4 * SCAN_S
 _MOST_NAMED = 5
-_MOST_TOLD = 1_000  # what is wrong with customers' folders is theirs to choose
 
 _T = TypeVar("_T")
 
@@ -83,7 +82,6 @@ class DirectoryServer:
         self._given_up: dict[str, AdapterFolder] = {}
         # Of versions that could not be had, and may yet.
         self._missed = Refusals()
-        self._told: set[str] = set()
         self._reloads: asyncio.Task[None] | None = None
         # One thread: what one look finds is never older than what the look before has found.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="multilora-directory")
@@ -171,7 +169,7 @@ class DirectoryServer:
         name, models = folder.name, self._models
         is_route = name in (ROUTES.get(models) or ())
         if models.is_base_model(name) or name in models.lora_requests or is_route:
-            self._tell(f"{folder.path} is not served: another model has its name")
+            self._directories.tell(f"{folder.path} is not served: another model has its name")
             return None
         if self._given_up.get(name) == folder:
             return None
@@ -229,7 +227,7 @@ class DirectoryServer:
         self, served: _Served, folder: AdapterFolder, lora: LoRARequest, refusal: ErrorResponse
     ) -> ErrorResponse | None:
         refusal.error.param = "model"  # what the client has sent
-        self._tell(f"{folder.path} is refused: {_beginning(refusal.error.message)}")
+        self._directories.tell(f"{folder.path} is refused: {_beginning(refusal.error.message)}")
         is_bad = refusal.error.code == HTTPStatus.BAD_REQUEST
         if is_bad:
             served.refused = folder, refusal  # not read again until its files change
@@ -257,11 +255,6 @@ class DirectoryServer:
 
     async def _look(self, look: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, look)
-
-    def _tell(self, what: str) -> None:
-        if what not in self._told and len(self._told) < _MOST_TOLD:
-            self._told.add(what)
-            logger.warning("Adapter directories: %s", what)
 
 
 async def start(models: Any) -> None:
