@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Coroutine
@@ -319,6 +320,26 @@ def test_few_names_of_a_tenant_are_looked_for_at_once(tmp_path: Path) -> None:
 
     run(scenario())
     assert most == MOST_FIRST_READINGS
+
+
+def test_requests_that_come_while_storage_hangs_leave_little_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_directory, "_FIND_LIMIT_S", 0.0001)
+    answers = threading.Event()
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        server = site.servers[0]
+        monkeypatch.setattr(server._directories, "find", lambda name: answers.wait(60) and None)
+        for number in range(3_000):
+            assert await site.ask(f"nobody-{number}") is None
+        assert server._thread._work_queue.qsize() < 2_000
+
+    try:
+        run(scenario())
+    finally:
+        answers.set()
 
 
 def test_a_changed_folder_is_reloaded_and_the_old_version_freed(tmp_path: Path) -> None:

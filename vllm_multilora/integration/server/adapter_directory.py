@@ -28,6 +28,7 @@ from vllm_multilora.adapters.directory import AdapterDirectories, AdapterFolder,
 from vllm_multilora.integration.attached import DIRECTORY, ROUTES
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import callers, registration, versions
+from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import Refusals
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ SCAN_S = 2.0
 """Time between two looks at the directories."""
 
 _MOST_BUSY = 0.2  # share of the time that looking may take, however slow the storage is
-_FIND_LIMIT_S = 5.0  # for one folder; storage that hangs must not keep requests for ever
+_FIND_LIMIT_S = 5.0  # for one folder
 # Other API servers may know an old version by name for as long as it takes them to see the new.
 _GRACE_S = versions.GRACE_S + 4 * SCAN_S
 _MOST_NAMED = 5
@@ -85,6 +86,7 @@ class DirectoryServer:
         self._reloads: asyncio.Task[None] | None = None
         # One thread: what one look finds is never older than what the look before has found.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="multilora-directory")
+        self._finding = PendingLooks(_FIND_LIMIT_S)
 
     async def scan(self) -> None:
         """Looks at the directories, and serves what is there from now on."""
@@ -247,8 +249,8 @@ class DirectoryServer:
 
     async def _find(self, name: str) -> AdapterFolder | None:
         try:
-            return await asyncio.wait_for(
-                self._look(lambda: self._directories.find(name)), _FIND_LIMIT_S
+            return await self._finding.wait(
+                lambda: self._look(lambda: self._directories.find(name))
             )
         except TimeoutError:
             return None

@@ -28,12 +28,13 @@ from vllm_multilora.failures import describe_failure
 from vllm_multilora.integration.attached import REFUSALS
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import registration
+from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
-_LIMIT_S = 5.0  # for a look at a folder; storage that hangs must not keep requests for ever
 _THREADS = ThreadPoolExecutor(4, thread_name_prefix="multilora-resolver")
+_LOOKS = PendingLooks(limit_s=5.0)
 
 
 async def prepare(models: Any, name: str) -> ErrorResponse | None:
@@ -107,10 +108,10 @@ async def _ask(resolver: Any, models: Any, name: str) -> LoRARequest | None:
         found: LoRARequest | None = await resolver.resolve_lora(base, name)
         return found
     settings = settings_of(models.engine_client.vllm_config)
-    look = asyncio.get_running_loop().run_in_executor(
-        _THREADS, _look, resolver, base, name, settings
+    loop = asyncio.get_running_loop()
+    return await _LOOKS.wait(
+        lambda: loop.run_in_executor(_THREADS, _look, resolver, base, name, settings)
     )
-    return await asyncio.wait_for(look, _LIMIT_S)
 
 
 def _look(
