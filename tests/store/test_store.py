@@ -229,6 +229,29 @@ def test_a_worker_that_registers_maps_what_the_store_makes_before_it_needs_it(en
     assert device.added == pack.segments * 2
 
 
+def test_a_device_never_has_more_registered_than_the_budget(engines):
+    budget, registered = 80 * MIB, {}
+
+    class Device:
+        def add(self, number, address, size):
+            registered[number] = size
+            assert sum(registered.values()) <= budget
+
+        def drop(self, number):
+            del registered[number]
+
+    engine = engines(budget_bytes=budget)
+    mapper = SegmentMapper(engine.client.address, "server", Device())
+    mapper.map_opened()
+    for number, size in enumerate((60, 79), 1):  # the second takes a segment of its own
+        pack = engine.load(number, f"/fake/{number}?blocks={size * MIB}").pack
+        assert mapper.wait(10)
+        mapper.map_opened()
+        assert list(registered) == pack.segments
+        engine.client.release(pack.pack)
+    mapper.close()
+
+
 def test_a_worker_that_registers_nothing_is_told_of_no_segment(engine):
     mapper = SegmentMapper(engine.client.address, "server")
     mapper.map_opened()

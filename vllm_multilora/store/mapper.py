@@ -115,11 +115,14 @@ class SegmentMapper:
         return bool(poller.poll(seconds * 1000))
 
     def map_opened(self) -> None:
-        """Maps the segments that the store has made.
+        """Maps the segments that the store has made; to be called between copies.
+
+        What it has closed is unmapped before: a device has no more registered than the budget.
 
         Raises:
             StoreUnavailableError: There is no store; the next call finds its successor.
         """
+        self.drop_closed()
         try:
             self._connected()
             self._channel_wait(0)

@@ -236,13 +236,13 @@ class Server:
     def _tell_segments(self) -> None:
         numbers = self._segments.numbers
         for number, connection in self._connections.items():
+            for segment in connection.mapped - numbers:
+                self.send(number, SegmentClosed(segment))
+            connection.mapped &= numbers
             if connection.watches:
                 for segment in numbers - connection.told:
                     self.send(number, SegmentOpened(segment))
                 connection.told = numbers
-            for segment in connection.mapped - numbers:
-                self.send(number, SegmentClosed(segment))
-            connection.mapped &= numbers
 
     def _tell_totals(self) -> None:
         totals, now = self._registry.memory.totals(), time.monotonic()
