@@ -506,6 +506,14 @@ def test_an_empty_poll_costs_about_a_microsecond(engine):
     assert cost < 20e-6
 
 
+def test_a_stores_log_is_emptied_where_it_has_grown_long(engine, store_folder):
+    (path,) = store_folder.glob("store-*.log")
+    for said, kept in (("few words\n", 10), ("many words\n" * 200_000, 0)):
+        path.write_text(said)
+        engine.load(1, f"/fake/{kept}")
+        assert path.stat().st_size == kept
+
+
 def test_the_same_store_runs_on_a_thread(threaded):
     pack = threaded.load(1, "/fake/a").pack
     mapper = SegmentMapper(threaded.client.address, "server")

@@ -36,7 +36,8 @@ def main() -> int:
     module, _, name = options.reader.partition(":")
     reader = getattr(importlib.import_module(module), name)()
     listener = socket.socket(fileno=options.socket_fd)
-    server = Server(listener, ForkRunner(), reader, keep=options.keep)
+    log = sys.stderr.fileno() if options.detach else None  # else it is whoever started this one's
+    server = Server(listener, ForkRunner(log), reader, keep=options.keep)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     gc.collect()

@@ -18,7 +18,6 @@ from vllm_multilora.store.folder import StoreUnavailableError
 if TYPE_CHECKING:
     from vllm_multilora.store.adapter_reader import AdapterReader
 
-_LONGEST_LOG = 1 << 20  # bytes, when a store starts
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 """Between a client's attempts to reach a store: each is twice as long as the one before."""
 READER = "vllm_multilora.store.adapter_reader:AdapterReader"
@@ -43,7 +42,8 @@ class StoreProcess:
     """The store that all servers of this user share.
 
     A new store inherits the listening socket, so that whoever connects need not wait until it is
-    up. What it has to say it writes to a file beside the socket, `store-N.log`, N being `PROTOCOL`.
+    up. What it has to say it writes to a file beside the socket, `store-N.log`, N being `PROTOCOL`,
+    which it keeps short.
 
     Args:
         reader: What reads adapters, as `module:Class`.
@@ -90,8 +90,7 @@ class StoreProcess:
         options = ["--detach", "--reader", self._reader]
         options += ["--processors", ",".join(map(str, _processors()))]
         # Not this process's own output: whoever reads that to its end would wait for the store.
-        is_long = self._log.exists() and self._log.stat().st_size > _LONGEST_LOG
-        with self._log.open("w" if is_long else "a") as log:
+        with self._log.open("a") as log:
             subprocess.run(
                 command_line(listener, *options),
                 check=True,

@@ -21,6 +21,9 @@ from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.entries import Load
 from vllm_multilora.store.jobs import run_job
 
+LONGEST_LOG = 1 << 20
+"""Bytes of a store's own log; it may be in a folder that is in memory."""
+
 
 @dataclass(frozen=True)
 class End:
@@ -73,11 +76,21 @@ class Runner(Protocol):
 
 
 class ForkRunner:
-    """Each job in a child of this process, which must have one thread only."""
+    """Each job in a child of this process, which must have one thread only.
+
+    Args:
+        log: Descriptor of the store's own log, where it has one: what jobs say ends up there, and
+            it is emptied where that has become much.
+    """
 
     mode = "process"
 
+    def __init__(self, log: int | None = None) -> None:
+        self._log = log
+
     def start(self, load: Load, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
+        if self._log is not None:
+            _keep_short(self._log)
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -91,6 +104,12 @@ class ForkRunner:
 
     def protection(self) -> list[str]:
         return ["a process of its own", *sandbox.protection()]
+
+
+def _keep_short(log: int) -> None:
+    with contextlib.suppress(OSError):
+        if os.fstat(log).st_size > LONGEST_LOG:
+            os.ftruncate(log, 0)
 
 
 def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
