@@ -107,6 +107,32 @@ def test_the_api_key_is_the_operators_where_there_is_no_other(tenants):
     assert access.caller(CLIENT).role is Role.OPERATOR
 
 
+def test_accounts_of_tenants_that_have_gone_go_when_nothing_is_in_them(tenants):
+    others = {
+        f"other-{number}": {"keys": [stored(f"sk-{number}")], "limits": {"running": 1}}
+        for number in range(3)
+    }
+
+    async def scenario():
+        write(tenants, {}, **others)
+        access = Access(tenants_path=str(tenants))
+        accounts = [access.caller(f"sk-{number}").account for number in range(3)]
+        accounts[1].begin()
+        for gone in ({}, others):
+            write(tenants, {}, **gone)
+            access._file._seen = None
+            assert access._file.refresh()
+            access._take()
+        again = [access.caller(f"sk-{number}").account for number in range(3)]
+        assert [one is other for one, other in zip(accounts, again, strict=True)] == [
+            False,
+            True,
+            False,
+        ]
+
+    asyncio.run(scenario())
+
+
 def test_a_wrong_key_costs_one_look_up_and_reaches_nothing(tenants, monkeypatch):
     looked = []
     owner = KeyRing.owner
@@ -385,6 +411,7 @@ def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch
     async def check():
         access._due = 0.0
         account = access.caller(ACME).account
+        account.begin()
         write(tenants, {"running": 7}, late={"keys": [stored("sk-late")]})
         access.look()
         async with asyncio.timeout(30):

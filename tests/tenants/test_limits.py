@@ -1,6 +1,7 @@
 """What a tenant may use at once, and what is counted when."""
 
 import asyncio
+import weakref
 
 import pytest
 
@@ -153,6 +154,54 @@ def test_reading_what_very_many_requests_have_generated_takes_a_small_part_of_th
         clock.now += 5
         found.begin()
         assert len(read) == 200
+
+    run(check)
+
+
+def test_nothing_of_a_tenants_requests_is_kept_while_it_is_away():
+    class State:
+        ended = False
+
+    def check():
+        clock = Clock()
+        found = account(clock, tokens_per_minute=600)
+
+        def watched():
+            state = State()
+
+            def read():
+                clock.now += 0.001  # so that nothing is read soon after
+                return 1
+
+            found.begin()
+            found.watch(Meter(read, lambda: state.ended))
+            return state
+
+        states = [watched(), watched()]
+        gone = [weakref.ref(state) for state in states]
+        while states:
+            states.pop().ended = True
+            found.end()
+        assert [state() for state in gone] == [None, None]
+
+    run(check)
+
+
+def test_an_account_is_idle_when_nothing_is_in_use_and_nothing_is_owed():
+    def check():
+        clock = Clock()
+        found = account(clock, tokens_per_minute=60)
+        assert found.is_idle
+        found.begin()
+        assert not found.is_idle
+        found.use("a")
+        found.end()
+        assert not found.is_idle
+        found.charge(1)
+        found.release("a")
+        assert not found.is_idle
+        clock.now = 1
+        assert found.is_idle
 
     run(check)
 

@@ -53,6 +53,12 @@ class TokenBucket:
         self._fill()
         self._level -= tokens
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it is as one that nothing was taken out of."""
+        self._fill()
+        return self._level >= self._per_minute
+
     def wait_s(self) -> float:
         """Seconds until a call may begin; 0 where it may now."""
         self._fill()
@@ -134,6 +140,13 @@ class Account:
         """Different adapters of its calls."""
         return len(self._adapters)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is as one of a tenant that has never come."""
+        self.settle()
+        uses = self._running or self._waiting or self._adapters or self._meters
+        return not uses and (self._bucket is None or self._bucket.is_full)
+
     def update(self, tenant: Tenant) -> None:
         """Puts what a newer file says in force; what runs and what was used stays counted."""
         self.tenant = tenant
@@ -189,6 +202,8 @@ class Account:
     def end(self) -> None:
         """Ends a call that had its turn."""
         self._running -= 1
+        if not self._running:  # the tenant may stay away, and its meters have its requests
+            self._settles_at = -math.inf
         self._admit()
 
     def use(self, adapter: str) -> None:

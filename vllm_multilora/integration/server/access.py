@@ -137,8 +137,8 @@ class Access:
     def _take(self) -> None:
         """Puts in force what the tenants file says now.
 
-        Tenants that it names no more keep their accounts, which are small, while the server runs:
-        they may be back before their calls end, and what they have used counts then.
+        Tenants that it names no more keep their accounts while there is anything in them: they may
+        be back before their calls end, and what they have used counts then.
         """
         tenants = self._file.value if self._file is not None else None
         self._tenants = tenants.by_name if tenants is not None else {}
@@ -147,6 +147,9 @@ class Access:
                 self._accounts[name].update(tenant)
             else:
                 self._accounts[name] = Account(tenant, self._servers)
+        for name in self._accounts.keys() - self._tenants.keys():
+            if self._accounts[name].is_idle:
+                del self._accounts[name]
         keys = tenants.keys if tenants is not None else {}
         self._ring = KeyRing(
             {**{key: Identity(Role.TENANT, name) for key, name in keys.items()}, **self._fixed}
