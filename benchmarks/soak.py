@@ -7,10 +7,10 @@ and rewrite files and use wrong keys, at random (`tests/attacks/random_attacks.p
 knows how it must be answered.
 
 It fails if an answer was not PEFT's, `/health` was not 200, an attack was answered
-otherwise than expected, a process grew by more than 2 % after the warm-up, or anything is left in
-/dev/shm that the server's processes had there. oneDNN, with which PyTorch multiplies on CPUs, keeps
-what it compiles for each number of rows, up to a thousand times and for half an hour's worth of
-growth here; the server is told to keep eight.
+otherwise than expected, a process grew by more than 2 % after the warm-up or by more than eight
+descriptors and threads, or anything is left in /dev/shm that the server's processes had there.
+oneDNN, with which PyTorch multiplies on CPUs, keeps what it compiles for each number of rows, up to
+a thousand times and for half an hour's worth of growth here; the server is told to keep eight.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ MIB = 2**20
 CUSTOMERS = 16
 KEY = "the-right-key"
 MOST_GROWTH = 0.02
+MOST_HANDLES = 8
 WARM_UP_SHARE, WINDOW_SHARE = 0.3, 0.1
 SAMPLE_S = 2.0
 HEALTH_LIMIT_S = 30.0
@@ -62,6 +63,7 @@ class Findings:
         wrong: What went wrong, in words.
         health: Looks at `/health`, and the longest in seconds.
         memory: Samples by process: seconds and bytes.
+        handles: Likewise: seconds, and how many descriptors and threads it has.
         shared: Files in /dev/shm that the server's processes have had mapped or made.
     """
 
@@ -70,6 +72,7 @@ class Findings:
     wrong: list[str] = field(default_factory=list)
     health: list[float] = field(default_factory=list)
     memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    handles: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     shared: set[str] = field(default_factory=set)
 
 
@@ -135,10 +138,13 @@ class Run:
             for name, process in processes_of(self._server).items():
                 try:
                     size = own_bytes(process.pid)
+                    handles = process.num_fds() + process.num_threads()
                     paths = [Path(each.path) for each in process.memory_maps()]
                 except (psutil.Error, OSError):
                     continue
-                self._findings.memory.setdefault(name, []).append((time.monotonic() - began, size))
+                at = time.monotonic() - began
+                self._findings.memory.setdefault(name, []).append((at, size))
+                self._findings.handles.setdefault(name, []).append((at, handles))
                 mapped = [path for path in paths if path.is_relative_to(SHM)]
                 self._findings.shared |= {path.relative_to(SHM).parts[0] for path in mapped}
 
@@ -174,14 +180,14 @@ def processes_of(server: VllmServer) -> dict[str, psutil.Process]:
 
 
 def growth(samples: list[tuple[float, int]]) -> tuple[float, float]:
-    """MiB after the warm-up and at the end, each the median of a tenth of the run."""
+    """What it was after the warm-up and at the end, each the median of a tenth of the run."""
     last = samples[-1][0]
     windows = ((WARM_UP_SHARE, WARM_UP_SHARE + WINDOW_SHARE), (1 - WINDOW_SHARE, 1.0))
     first, end = (
         statistics.median([size for at, size in samples if a * last <= at <= b * last] or [0])
         for a, b in windows
     )
-    return first / MIB, end / MIB
+    return first, end
 
 
 @benchmark(
@@ -249,12 +255,21 @@ def figures_of(findings: Findings, log_bytes: int) -> Generator[Figure, None, li
             continue
         most = max(most, 100 * (last / first - 1))
         if last / first - 1 > MOST_GROWTH:
-            grown.append(f"{name}: {first:.1f} to {last:.1f} MiB")
+            grown.append(f"{name}: {first / MIB:.1f} to {last / MIB:.1f} MiB")
+    more = 0.0
+    for name, samples in findings.handles.items():
+        first, last = growth(samples)
+        if not first or not last:
+            continue
+        more = max(more, last - first)
+        if last - first > MOST_HANDLES:
+            grown.append(f"{name}: {first:.0f} to {last:.0f} descriptors and threads")
     print(f"attacks: {dict(findings.attacks.most_common())}")
     for kind in ("right", "wrong", "refused"):
         yield Figure("", f"answers, {kind}", [findings.answers[kind]])
     yield Figure("", "attacks", [sum(findings.attacks.values())])
     yield Figure("", "most growth of a process, %", [most])
+    yield Figure("", "most descriptors and threads more", [more])
     yield Figure("", "slowest /health, s", [max(findings.health)])
     yield Figure("", "log, MiB", [log_bytes / MIB])
     return grown
