@@ -1,15 +1,18 @@
 """What an engine core knows of blends: few at a time, as sound as their parts, gone with them."""
 
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import msgspec
 import pytest
+from vllm.lora.request import LoRARequest
 
 from tests.engine.parties import Engine, lora, pack_info
 from tests.engine.test_quarantine import on
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.blends import blend_of, blended, label_of
+from vllm_multilora.integration.engine.entries import Entries
 from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
 from vllm_multilora.integration.engine.fair_scheduler import party_of
 from vllm_multilora.integration.engine.quarantine import Quarantine
@@ -231,6 +234,34 @@ def test_the_blends_of_an_adapter_are_found(engines):
     engine.adapters.want(lora(1))
     assert engine.adapters.blends_with(1) == [r.lora_int_id for r in requests[:2]]
     assert engine.adapters.blends_with(9) == []
+
+
+def test_the_blends_of_an_adapter_are_found_however_many_others_there_are():
+    """That is asked for each adapter that is loaded for the first time."""
+
+    def seconds(others: int) -> float:
+        entries = Entries()
+        for number in range(others):
+            entries.new(blend(0.5, number + 10, number + 11))
+        asked = entries.new(blend(0.5))
+
+        def look() -> float:
+            begun = time.perf_counter()
+            assert entries.blends_with(1) == [asked]
+            return time.perf_counter() - begun
+
+        return min(look() for _ in range(20))
+
+    assert seconds(5_000) < 20 * seconds(5)
+
+
+def test_an_adapter_may_be_a_part_twice_under_two_names():
+    entries = Entries()
+    twice = [(LoRARequest(name, 1, "/adapters/1"), 0.5) for name in ("a", "b")]
+    entry = entries.new(blended(twice))
+    assert entries.blends_with(1) == [entry]
+    entries.remove(entry)
+    assert entries.blends_with(1) == []
 
 
 def blended_pack(pack: int, *parts: str):

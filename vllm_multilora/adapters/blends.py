@@ -118,6 +118,11 @@ class Blend:
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return FIRST_NUMBER + int.from_bytes(digest) % (_NUMBERS_END - FIRST_NUMBER)
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Those of its parts."""
+        return frozenset(part.number for part in self.parts)
+
     def at(self, located: Callable[[str], str]) -> Blend:
         """The same with the folders that a function makes of its parts'."""
         return Blend(tuple(replace(part, path=located(part.path)) for part in self.parts))

@@ -150,6 +150,7 @@ class Entries:
         self._at_path: Counter[str] = Counter()
         self._by_pack: dict[int, dict[Entry, None]] = {}
         self._blends: OrderedDict[int, Entry] = OrderedDict()
+        self._by_part: dict[int, dict[Entry, None]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -177,6 +178,8 @@ class Entries:
         self._at_path[request.lora_path] += 1
         if entry.blend is not None:
             self._blends[entry.number] = entry
+            for number in entry.blend.numbers:
+                self._by_part.setdefault(number, {})[entry] = None
         return entry
 
     def blends(self) -> list[Entry]:
@@ -185,11 +188,7 @@ class Entries:
 
     def blends_with(self, number: int) -> list[Entry]:
         """Those that have an adapter for a part."""
-        return [
-            entry
-            for entry in self._blends.values()
-            if entry.blend is not None and any(p.number == number for p in entry.blend.parts)
-        ]
+        return list(self._by_part.get(number, ()))
 
     def asked_for(self, entry: Entry) -> None:
         """It is the last one now."""
@@ -204,6 +203,11 @@ class Entries:
         if not self._at_path[path]:
             del self._at_path[path]
         self._blends.pop(entry.number, None)
+        for number in () if entry.blend is None else entry.blend.numbers:
+            others = self._by_part[number]
+            del others[entry]
+            if not others:
+                del self._by_part[number]
         self._leave_pack(entry)
 
     def note_pack(self, entry: Entry, pack: PackInfo) -> None:
