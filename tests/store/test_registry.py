@@ -9,7 +9,7 @@ from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.store.entries import Owner
 from vllm_multilora.store.job_messages import LONGEST_MESSAGE, Failure
-from vllm_multilora.store.memory import MOST_VERSIONS
+from vllm_multilora.store.memory import MOST_LIMITS, MOST_VERSIONS
 from vllm_multilora.store.messages import Failed, Forgotten, Loaded, Reading, StoreSettings
 from vllm_multilora.store.recent_failures import MOST_FAILURES
 
@@ -1344,6 +1344,18 @@ def test_an_adapter_that_is_looked_at_again_stays_its_tenants(world):
     release_all(world)
     world.load(1, 1, keep=False, fresh=True)
     assert kept(world, "acme") == ["/adapters/1"]
+
+
+def test_limits_are_kept_of_the_tenants_that_have_wanted_something_last(world):
+    for number in range(2 * MOST_LIMITS):
+        limited, unlimited = (
+            world.want(1, number, owners=(f"{kind}-{number}",), most=most)
+            for kind, most in (("limited", 2), ("unlimited", None))
+        )
+        for ticket in (limited, unlimited):
+            world.registry.cancel(1, ticket, world.now)
+    tenants = [owner.of for _, owner in world.memory.tenant_limits]
+    assert tenants == [f"limited-{number}" for number in range(MOST_LIMITS, 2 * MOST_LIMITS)]
 
 
 def test_a_tenants_limit_is_for_each_model(world):

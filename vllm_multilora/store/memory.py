@@ -18,6 +18,9 @@ from vllm_multilora.store.messages import PackInfo, Totals
 MOST_VERSIONS = 16
 """Versions of files that one pack is known to be equal to; those before are read again."""
 
+MOST_LIMITS = 4096
+"""Tenants whose limits are known; tenants come and go while a store runs."""
+
 
 @dataclass
 class HostMemory:
@@ -32,7 +35,7 @@ class HostMemory:
         numbers: Those of packs to come.
         on_evicted: Told of each pack that leaves.
         budgets: Those that clients ask for: what is here keeps within one of them.
-        tenant_limits: Packs that tenants may keep, as their servers have said last. None: no limit.
+        tenant_limits: Packs that tenants may keep, as their servers have said last, the newest last.
         staged: Allocations that jobs pack into, or that jobs which were killed may still write to.
         keeps: Whether packs of servers that have gone stay while there is room.
     """
@@ -42,7 +45,7 @@ class HostMemory:
     numbers: Iterator[int]
     on_evicted: Callable[[Pack], None] = field(init=False)
     budgets: tuple[CpuBudget, ...] = (CpuBudget(),)
-    tenant_limits: dict[tuple[Scope, Owner], int | None] = field(default_factory=dict)
+    tenant_limits: dict[tuple[Scope, Owner], int] = field(default_factory=dict)
     staged: int = 0
     keeps: bool = False
     packs: dict[int, Pack] = field(default_factory=dict)
@@ -165,6 +168,14 @@ class HostMemory:
         if pack.tenant is None:
             pack.tenant = tenant
             self.keep_within(pack.scope, tenant)
+
+    def limit(self, scope: Scope, tenant: Owner, most: int | None) -> None:
+        """A tenant that wants a pack may keep so many; None: as many as there is room for."""
+        self.tenant_limits.pop((scope, tenant), None)
+        if most is not None:
+            self.tenant_limits[scope, tenant] = most
+        if len(self.tenant_limits) > MOST_LIMITS:
+            del self.tenant_limits[next(iter(self.tenant_limits))]  # said again when it wants more
 
     def keep_within(self, scope: Scope, tenant: Owner, coming: int = 0) -> None:
         """Has a tenant's least valuable packs leave while it has more than its limit.

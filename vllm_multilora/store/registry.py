@@ -86,7 +86,7 @@ class Registry:
         binding = Binding(client.server, client.scope, want.adapter)
         tenant = Owner(client.server, want.owners[0]) if want.owners else None
         if tenant is not None:
-            self.memory.tenant_limits[client.scope, tenant] = want.most
+            self.memory.limit(client.scope, tenant, want.most)
         if not fresh:
             pack = self.memory.of_adapter(binding, want.path)
             if pack is not None:
