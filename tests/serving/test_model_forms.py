@@ -12,7 +12,7 @@ from .cases import Scenario
 from .engine import IS_0_31, answer, assert_as_peft, assert_others_as_peft, running_engine
 from .recipes import EMBEDDING_RECIPE, AdapterRecipe
 from .scenarios import build_scenario
-from .tiny_models import write_granite_hybrid
+from .tiny_models import write_gemma4, write_granite_hybrid
 
 pytestmark = pytest.mark.serving
 
@@ -46,6 +46,13 @@ def test_layers_of_two_names_are_adapted_once(llama: Scenario) -> None:
         llama.base, in_process=True, max_loras=2, hf_overrides={"architectures": [ALIASED]}
     ) as llm:
         assert_as_peft(answer(llm, llama, cases), cases)
+
+
+def test_adapters_of_keys_that_are_values_too_act_on_both(tmp_path: Path) -> None:
+    recipes = (AdapterRecipe("keys-r8", ("k_proj",), gain=1.0), AdapterRecipe("all", gain=0.8))
+    gemma = build_scenario(tmp_path, write_gemma4, recipes, lengths=(7, LENGTH))
+    with running_engine(gemma.base, in_process=True, max_loras=2) as llm:
+        assert_as_peft(answer(llm, gemma, gemma.cases), gemma.cases)
 
 
 @pytest.mark.skipif(IS_0_31, reason="vLLM 0.31's CPU build has such layers in bfloat16 alone")

@@ -20,6 +20,8 @@ from transformers import (
     BertModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -129,6 +131,21 @@ def write_granite_hybrid(path: Path, *, seed: int = 8) -> Path:
         pad_token_id=None,
     )
     return _write(GraniteMoeHybridForCausalLM, config, path, seed)
+
+
+def write_gemma4(path: Path, *, seed: int = 10) -> Path:
+    """Writes a Gemma 4 without experts, whose second layer's keys are its values, too."""
+    config = Gemma4TextConfig(
+        **TWO_LAYERS,
+        head_dim=32,
+        global_head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        pad_token_id=None,
+    )
+    return _write(Gemma4ForCausalLM, config, path, seed)
 
 
 def write_deepseek(path: Path, *, seed: int = 9) -> Path:

@@ -40,6 +40,8 @@ _PLAIN = (
     MergedColumnParallelLinearVariableSliceWithLoRA.set_lora,
 )
 
+_PLACES = {"q": 0, "k": 1, "v": 2}  # of what vLLM fuses, in the fused layer
+
 
 @dataclass(frozen=True)
 class RunningLayout:
@@ -68,8 +70,12 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
     packed: dict[str, BaseLinearLayerWithLoRA] = {}
     special: dict[str, BaseLayerWithLoRA] = {}
     no_dora: dict[str, str] = {}
+    copied = _copied_slices(manager.model)
     for name, module in manager.modules.items():
-        found = _slices(module, manager.packed_modules.get(name, [name]), len(slices), manager)
+        sources = list(manager.packed_modules.get(name, [name]))
+        for place, source in copied.get(name, {}).items():
+            sources[place] = source
+        found = _slices(module, sources, len(slices), manager)
         if found and isinstance(module, BaseLinearLayerWithLoRA):
             slices += found
             packed[name] = module
@@ -98,6 +104,24 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
         bypassed=dict(bypassed_layers(manager)),
     )
     return RunningLayout(layout, packed, special)
+
+
+def _copied_slices(model: torch.nn.Module) -> dict[str, dict[int, str]]:
+    """Slices that vLLM loads with another module's weights, and which adapters of that act on, too.
+
+    Returns:
+        By layer, slices' places in it and that module's name: where keys are values as well
+        (Gemma 4's `attention_k_eq_v`), the third slice is `k_proj`'s like the second.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for block, part in model.named_modules():
+        mapper = getattr(part, "hf_to_vllm_mapper", None)
+        for source, (layer, shards) in (getattr(mapper, "orig_to_new_stacked", None) or {}).items():
+            if isinstance(shards, list):
+                source, layer = (f"{block}.{name}".strip(".") for name in (source, layer))
+                places = (_PLACES.get(shard, shard) for shard in shards)
+                found.setdefault(layer, {}).update(dict.fromkeys(places, source))
+    return found
 
 
 def _slices(
