@@ -166,10 +166,13 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     attention (MLA) holds the layer that makes keys and values of what is cached, `kv_b_proj`,
     outside of the model's modules, where vLLM puts no adapters around it. With sequence
     parallelism, a router and shared experts get a rank's own share of the rows, and would take them
-    for the step's first ones.
+    for the step's first ones. And some queries and keys have their outputs in another order than in
+    checkpoints, and than the rows of an adapter's B.
     """
     for name in refused_layers(manager):
         yield name, "vLLM adapts no layers of its kind"
+    for name in _reordered_layers(manager):
+        yield name, "vLLM loads its weights with their rows in another order"
     for name in _tower_layers(manager):
         for source in manager.packed_modules.get(name, [name]):
             yield source, "vLLM does not say whose images its rows are of"
@@ -186,6 +189,20 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
         if base is not None and id(base) in held:
             for source in manager.packed_modules.get(name, [name]):
                 yield source, "vLLM's attention multiplies with its weights directly"
+
+
+def _reordered_layers(manager: LoRAModelManager) -> Iterator[str]:
+    """Queries and keys whose rows vLLM reorders for its rotary embeddings (Llama 4, K2 Horizon)."""
+    blocks = tuple(
+        f"{name}." if name else ""
+        for name, part in manager.model.named_modules()
+        if hasattr(part, "permute_qk_weight_for_rotary")
+        or (getattr(part, "fold_rope_weights", False) and part.rope_head_dim != part.head_dim)
+    )
+    for name in manager.modules:
+        for source in manager.packed_modules.get(name, [name]):
+            if name.startswith(blocks) and source.endswith((".q_proj", ".k_proj")):
+                yield source
 
 
 def _tower_layers(manager: LoRAModelManager) -> Iterator[str]:
