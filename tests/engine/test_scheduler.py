@@ -550,9 +550,9 @@ def test_a_step_looks_for_news_once_unless_a_request_has_come(server, monkeypatc
 class RealServer:
     """As `Server`, over vLLM's scheduler: the store and the workers answer before each step."""
 
-    def __init__(self, folder, **options) -> None:
-        self.engine = Engine(2, ranks=1)
-        self.config = make_config(folder, places=4, step_tokens=64, max_loras=2, **options)
+    def __init__(self, folder, max_loras=2, **options) -> None:
+        self.engine = Engine(max_loras, ranks=1)
+        self.config = make_config(folder, places=4, step_tokens=64, max_loras=max_loras, **options)
         self.steps = Steps(self.config)
         self.scheduler = self.steps.scheduler
         self.scheduler.attach_adapters(self.engine.adapters)
@@ -568,6 +568,36 @@ class RealServer:
             self.step()
         assert session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
         return session
+
+
+def test_adapters_have_their_turns_however_seldom_there_is_a_place_in_the_batch(tmp_path):
+    """While the batch is full nobody is asked, and the weights of those that wait are copied."""
+    server = RealServer(tmp_path, max_loras=1)
+    numbers = range(1, 13)
+    for number in numbers:
+        server.steps.ask(f"adapter {number}", adapter=number, generate=4)
+    for number in range(400):
+        server.steps.ask(f"base {number}", generate=16)
+    for _ in range(400):
+        server.step()
+    ended = [name for name in server.steps.finished if name.startswith("adapter")]
+    assert ended == [f"adapter {number}" for number in numbers]
+
+
+def test_a_session_that_waits_for_input_keeps_no_slot_that_an_aborted_request_wanted(tmp_path):
+    server = RealServer(tmp_path, max_loras=1)
+    server.start_session()
+    server.steps.ask("first", adapter=2, generate=2 * PATIENCE_STEPS)
+    for _ in range(5):
+        server.step()
+    server.steps.ask("aborted", adapter=1)
+    for _ in range(PATIENCE_STEPS):
+        server.step()
+    server.steps.abort("aborted")
+    server.steps.ask("second", adapter=2)
+    for _ in range(4 * PATIENCE_STEPS):
+        server.step()
+    assert server.scheduler.requests.keys() == {"session"}
 
 
 def test_the_end_of_a_sessions_input_does_not_ask_for_its_adapter(tmp_path):

@@ -248,19 +248,86 @@ def test_all_are_served_where_a_slot_takes_steps_to_fill(slots: int, fill_steps:
     """Also when all the others are overdue before the first of them could run."""
     turns, waiting, served = SlotTurns(PATIENCE), list(range(20)), []
     filled_at: dict[int, int] = {}
-    placing: set[int] = set()
     for step in range(20 * (fill_steps + 1)):
-        turns.begin_step((), slots, placing)  # a request runs for one step
-        placing.clear()
+        turns.begin_step((), slots)  # a request runs for one step
+        placed = 0
         for adapter in list(waiting):
             if turns.admit(adapter):
                 if step >= filled_at.setdefault(adapter, step + fill_steps):
                     waiting.remove(adapter)
                     served.append(adapter)
                 else:
-                    placing.add(adapter)
-        assert len(placing) <= slots
+                    turns.place(adapter)
+                    placed += 1
+        assert placed <= slots
     assert served == list(range(20))
+
+
+def test_a_turn_lasts_until_the_slot_is_filled_and_asked_for_however_seldom_that_is() -> None:
+    """A full batch is asked about when a request has ended; by then others are overdue."""
+    turns, waiting, filled = SlotTurns(PATIENCE), list(range(3 * PATIENCE)), set[int]()
+    for step in range(10 * len(waiting)):
+        turns.begin_step((), 1)
+        if step % 3:
+            continue
+        for adapter in list(waiting):
+            if turns.admit(adapter):
+                if adapter in filled:
+                    waiting.remove(adapter)
+                else:
+                    turns.place(adapter)
+                    filled = {adapter}  # by the next time, as it is the only slot
+    assert not waiting
+
+
+def test_no_slot_is_kept_for_long_for_one_that_does_not_come() -> None:
+    """Its request was aborted, say, and others of the adapter do not need a slot yet."""
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    for _ in range(PATIENCE):
+        turns.begin_step({A}, 1)
+    turned_away = 0
+    turns.begin_step((), 1)
+    while not turns.admit(B):
+        turned_away += 1
+        assert turned_away <= PATIENCE
+        turns.begin_step((), 1)
+    assert turned_away == PATIENCE
+    assert not turns.keeps_waiting(W)
+
+
+def test_a_slot_is_kept_while_nobody_else_wants_it_for_one_that_comes_late() -> None:
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    for _ in range(3 * PATIENCE):
+        turns.begin_step({A}, 1)
+    for _ in range(3 * PATIENCE):
+        turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (B, W)] == [False, True]
+
+
+def test_one_on_its_way_into_its_slot_that_does_not_come_for_it_gives_it_up() -> None:
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert turns.admit(W)
+    turns.place(W)
+    for _ in range(PATIENCE):
+        turns.begin_step((), 1)
+        assert not turns.admit(B)
+    turns.begin_step((), 1)
+    assert turns.admit(B)
+
+
+def test_one_on_its_way_into_its_slot_that_was_forgotten_has_none() -> None:
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert turns.admit(W)
+    turns.place(W)
+    turns.forget(W)
+    turns.begin_step((), 1)
+    assert turns.admit(B)
 
 
 def test_with_an_order_the_one_with_the_least_of_it_goes_first() -> None:

@@ -74,7 +74,6 @@ class Engine:
         self._running_set: frozenset[int] = frozenset()
         self._users: Counter[int] = Counter()  # adapters by requests that have come
         self._copies: list[tuple[float, int, int]] = []  # when they end, order, adapter
-        self._placing: set[int] = set()
         self._waits_for_slot = False  # somebody, in this step
 
     def serve(self, requests: Sequence[Request]) -> Served:
@@ -165,10 +164,7 @@ class Engine:
             _, order, adapter = heapq.heappop(self._copies)
             self._slots.filled(order)
             self._memory.release(adapter)
-        self._turns.begin_step(
-            self._running, self._shape.slots, self._placing - self._running.keys()
-        )
-        self._placing.clear()
+        self._turns.begin_step(self._running, self._shape.slots)
         self._waits_for_slot = False
         left = self._step_tokens - self._generating
         parts: list[tuple[int, int, int]] = []  # request, tokens before, tokens now
@@ -223,7 +219,7 @@ class Engine:
             return False
         if self._slots.admit(adapter, adapter):
             return True
-        self._placing.add(adapter)
+        self._turns.place(adapter)
         order = self._slots.assign(adapter, adapter)
         if order is None:
             self._waits_for_slot |= self._slots.slot_of(adapter) is None

@@ -11,7 +11,8 @@ Bound: an adapter that begins to wait while `n` others do gets a slot within
 the patience, and then as many turns as it takes to serve those before it. Whoever comes later waits
 behind it, whatever the order of the scheduler's queue, and so does the next request of an adapter
 that has had its turn. It has to come for its slot: requests that wait for tokens or memory beside
-it are the scheduler's affair.
+it are the scheduler's affair. One that does not come while others are turned away in `patience`
+steps, since the request that wanted the slot was aborted, say, has it no more.
 
 With fair shares the slots that are kept for the overdue go, of all that wait, to those whose
 parties have had least of the engine, and those are closed whose parties have had most, but for
@@ -40,15 +41,20 @@ class SlotTurns:
         self._since: dict[int, int] = {}  # adapters with slots -> step since when
         self._waiting: dict[int, int] = {}  # -> step since when, longest first
         self._closed: frozenset[int] = frozenset()
+        # Admitted, and on their way into their slots.
+        self._placing: set[int] = set()
         # Free slots of this step: the adapters they are kept for, and how many anybody may have.
         self._next: set[int] = set()
         self._free = 0
+        # Of those that have to come for their slots, since they last came: the steps in which
+        # others were turned away. And whether any was in this step.
+        self._missed: dict[int, int] = {}
+        self._turns_away = False
 
     def begin_step(
         self,
         active: Collection[int],
         slots: int,
-        placing: Collection[int] = (),
         order: Callable[[int], float] | None = None,
     ) -> None:
         """A step is being scheduled.
@@ -57,14 +63,17 @@ class SlotTurns:
             active: The adapters of all running requests; those of pinned adapters left out.
             slots: How many of them can have slots. Where more have some, as after a call that pins
                 another adapter, so many are closed at once, as for the overdue.
-            placing: Those that were admitted and are on their way into their slots. Whoever is
-                overdue, they are not closed before a request of theirs has run.
             order: What is kept for the overdue goes to those that wait, overdue or not, with the
                 least of this first, and among equals to those that have waited longest; those with
                 the most are closed first, and for those with no more of it only.
         """
         self._step += 1
-        self._since = {i: self._since.get(i, self._step) for i in (*active, *placing)}
+        missed = {i: steps + self._turns_away for i, steps in self._missed.items()}
+        for adapter_id in [i for i, steps in missed.items() if steps >= self._patience]:
+            self.forget(adapter_id)
+        self._turns_away = False
+        self._placing.difference_update(active)
+        self._since = {i: self._since.get(i, self._step) for i in (*active, *self._placing)}
         overdue = [
             adapter_id
             for adapter_id, first in self._waiting.items()
@@ -76,6 +85,7 @@ class SlotTurns:
         kept = min(free, len(overdue))
         self._next = set(ahead[:kept])
         self._free = free - kept
+        self._missed = {i: missed.get(i, 0) for i in (*self._next, *self._placing)}
         self._closed = frozenset()
         excess = max(0, len(self._since) - slots)
         if excess or kept < len(overdue):
@@ -87,16 +97,27 @@ class SlotTurns:
 
     def admit(self, adapter_id: int) -> bool:
         """Whether a waiting request of an adapter may run now; asked in the queue's order."""
+        self._missed.pop(adapter_id, None)
+        self._placing.discard(adapter_id)
         if adapter_id in self._since:
             return adapter_id not in self._closed
         if adapter_id not in self._next:
             if not self._free:
+                self._turns_away = True
                 self._waiting.setdefault(adapter_id, self._step)
                 return False
             self._free -= 1
         self._since[adapter_id] = self._step
         self._waiting.pop(adapter_id, None)
         return True
+
+    def place(self, adapter_id: int) -> None:
+        """An adapter that was admitted is on its way into its slot.
+
+        It keeps its turn until a request of it comes again, in however many steps, and is not
+        closed before one has run, whoever is overdue.
+        """
+        self._placing.add(adapter_id)
 
     def keeps_waiting(self, adapter_id: int) -> bool:
         """Whether an adapter has asked for a slot and waits for it."""
@@ -105,3 +126,4 @@ class SlotTurns:
     def forget(self, adapter_id: int) -> None:
         """No request of the adapter waits for a slot any more: none is kept for it."""
         self._waiting.pop(adapter_id, None)
+        self._placing.discard(adapter_id)

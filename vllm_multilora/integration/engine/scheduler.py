@@ -83,8 +83,6 @@ class AdapterAwareMixin:
         self.users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
         self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
-        # Adapters that have their turn and are on their way into a slot.
-        self._placing: set[int] = set()
         self._freed = FreedBlocks()
         self._versions = Announcements()
         self._late_reloads = LateReloads()
@@ -209,9 +207,7 @@ class AdapterAwareMixin:
         for lora_id in pinned:
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
         active = _adapters_of(self.running) - pinned
-        slots, placing = max(1, self._slots - pins.places), self._placing - active - pinned
-        self._turns.begin_step(active, slots, placing, self._slot_order())
-        self._placing.clear()
+        self._turns.begin_step(active, max(1, self._slots - pins.places), self._slot_order())
         self._is_holding = bool(self._late_reloads)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -271,7 +267,7 @@ class AdapterAwareMixin:
         if adapters.bring(lora_id):
             return self._may_run_on(request, lora, adapters.version(lora_id))
         self._is_holding = True
-        self._placing.add(lora_id)
+        self._turns.place(lora_id)
         return False
 
     def _may_run_on(self, request: Request, lora: LoRARequest, version: PackInfo | None) -> bool:
