@@ -196,6 +196,21 @@ def test_a_party_that_gets_all_that_it_asks_for_earns_no_credit():
     assert shares.served("modest") == shares.served("greedy") - 48
 
 
+def test_a_party_that_gets_all_earns_no_credit_while_anothers_adapter_is_loaded():
+    """In a busy server there is always one."""
+    shares = FairShares()
+    for party in ("modest", "greedy", "loading"):
+        shares.join(party)
+    for _ in range(100):
+        shares.begin_step({"greedy", "loading"})
+        shares.hold("loading")
+        shares.charge("greedy", 50)
+        shares.charge("modest", 2)
+    shares.begin_step({"greedy", "modest", "loading"})
+    assert shares.served("modest") == shares.served("greedy") - 48
+    assert shares.served("loading") == shares.served("modest")
+
+
 def test_where_nobody_waits_nobody_owes_anything():
     shares = FairShares()
     for party in ("modest", "greedy"):

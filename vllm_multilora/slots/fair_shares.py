@@ -173,8 +173,10 @@ class FairShares:
         wanting: list[_Account] = []
         satisfied: list[_Account] = []
         for party, account in self._working.items():
-            wants = party in waiting or (self._is_held(account) and account.waits_for_slot)
-            (wanting if wants else satisfied).append(account)
+            is_held = self._is_held(account)
+            if is_held and not account.waits_for_slot:
+                continue  # it is idle for the others, whatever it has waiting
+            (wanting if is_held or party in waiting else satisfied).append(account)
         if wanting:
             level = min(account.served for account in wanting)
         else:
