@@ -897,6 +897,24 @@ def test_names_of_the_settings_are_pinned(engines):
     assert engine.adapters.slots.contents == (1, 3)
 
 
+def test_a_pinned_name_stays_with_the_version_that_serves_when_another_is_refused(
+    engines, tmp_path
+):
+    engine = engines(ranks=1, pinned=["adapter 1"], recorder=recorder(tmp_path, "engine"))
+    engine.fill(1)
+    future = engine.adapters.register(LoRARequest("adapter 1", 9, "/adapters/new"))
+    assert engine.adapters.slots.pins.adapters == {9}
+    engine.store.failed()
+    engine.poll()
+    assert_refused(future)
+    for number in (2, 3):
+        engine.fill(number)
+        engine.idle()
+    assert engine.adapters.slots.contents == (1, 3)
+    info = "vllm:lora_adapter_info{engine=0,lora_name=adapter 1,pinned=true,rank=8,tier=gpu}"
+    assert shown(tmp_path)[info] == 1
+
+
 # Removal
 
 

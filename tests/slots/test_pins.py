@@ -67,6 +67,17 @@ def test_of_a_name_only_the_latest_version_is_pinned() -> None:
     assert pins.adapters == {2}
 
 
+def test_when_the_latest_version_of_a_name_has_left_the_one_before_is_pinned_again() -> None:
+    """It serves on: the latest was refused."""
+    pins = Pins(2, ["acme"])
+    for number in (1, 2, 3):
+        pins.note(number, "acme")
+    pins.forget(2)
+    pins.forget(3)
+    assert pins.adapters == {1}
+    assert pins.places == 1
+
+
 def test_a_new_version_of_a_name_takes_over_the_pin_of_a_call_too() -> None:
     """Else the settings and calls together would pin every slot."""
     pins = Pins(4, ["acme"])

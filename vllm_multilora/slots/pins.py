@@ -17,7 +17,8 @@ class Pins:
 
     The settings pin by name, and an adapter's number is known only once somebody asks for it: a
     name has its place among the pins from the start. An adapter that is pinned by name and by a
-    call has one pin. Of a name that is given to a new version, only the new version is pinned.
+    call has one pin. Of a name that is given to a new version, only the new version is pinned; if
+    that leaves, the one before is pinned again, which serves on where the new one was refused.
 
     Args:
         slots: Slots of the engine, at least 1.
@@ -29,17 +30,17 @@ class Pins:
 
     def __init__(self, slots: int, names: Collection[str] = ()) -> None:
         self._limit = slots - 1
-        self._number_of: dict[str, int | None] = dict.fromkeys(sorted(names))
-        if len(self._number_of) > self._limit:
+        self._numbers_of: dict[str, list[int]] = {name: [] for name in sorted(names)}
+        if len(self._numbers_of) > self._limit:
             raise ConfigError(
-                f"the settings pin {counted(len(self._number_of), 'adapter')}, and of "
+                f"the settings pin {counted(len(self._numbers_of), 'adapter')}, and of "
                 f"{counted(slots, 'slot')} one must stay free for all others: raise --max-loras or "
                 "pin fewer adapters"
             )
         self._called: set[int] = set()
 
     def __contains__(self, adapter_id: int) -> bool:
-        return adapter_id in self._called or adapter_id in self._number_of.values()
+        return adapter_id in self._called or adapter_id in self._named()
 
     @property
     def adapters(self) -> frozenset[int]:
@@ -49,19 +50,17 @@ class Pins:
     @property
     def places(self) -> int:
         """Slots that are set aside for pinned adapters, those that never came among them."""
-        return len(self._number_of) + len(self._called - self._named())
+        return len(self._numbers_of) + len(self._called - self._named())
 
     def note(self, adapter_id: int, name: str) -> bool:
         """Tells which number an adapter has; whether the settings pin it.
 
         Of several numbers of one name the latest is the pinned one, whoever pinned those before.
         """
-        if name not in self._number_of:
+        if name not in self._numbers_of:
             return False
-        known = self._number_of[name]
-        if known is not None:
-            self._called.discard(known)
-        self._number_of[name] = adapter_id
+        self._called.difference_update(self._numbers_of[name])
+        self._numbers_of[name].append(adapter_id)
         return True
 
     def pin(self, adapter_id: int) -> None:
@@ -72,7 +71,7 @@ class Pins:
         """
         if adapter_id not in self and self.places >= self._limit:
             pinned = ", ".join(map(str, sorted(self.adapters))) or "none"
-            waiting = [name for name, number in self._number_of.items() if number is None]
+            waiting = [name for name, numbers in self._numbers_of.items() if not numbers]
             reserved = f"; reserved by the settings: {', '.join(waiting)}" if waiting else ""
             raise PinLimitError(
                 f"adapter {adapter_id} cannot be pinned: of {counted(self._limit + 1, 'slot')} one "
@@ -88,9 +87,9 @@ class Pins:
     def forget(self, adapter_id: int) -> None:
         """The adapter was unloaded: its pin goes, its name keeps the settings' one."""
         self._called.discard(adapter_id)
-        for name, number in self._number_of.items():
-            if number == adapter_id:
-                self._number_of[name] = None
+        for numbers in self._numbers_of.values():
+            if adapter_id in numbers:
+                numbers.remove(adapter_id)
 
     def _named(self) -> set[int]:
-        return {number for number in self._number_of.values() if number is not None}
+        return {numbers[-1] for numbers in self._numbers_of.values() if numbers}

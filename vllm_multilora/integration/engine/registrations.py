@@ -105,8 +105,11 @@ class Registrations:
 
     def _forget(self, entry: Entry) -> None:
         self.known.remove(entry)
+        pinned = self._slots.pins.adapters
         self._slots.clear(entry.number)
         self._observer.forgotten(entry.request)
+        if entry.number in pinned:  # by its name, then, the version before is
+            self._observer.pinned(self._slots.pins.adapters)
 
     def register(self, entry: Entry, *, fresh: bool) -> Future[bool]:
         """Has an adapter checked, unless it is there; `fresh`: even then.
