@@ -10,6 +10,7 @@ from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine import registrations
+from vllm_multilora.integration.engine.entries import Entries
 from vllm_multilora.integration.failures import AdapterRefusedError
 from vllm_multilora.integration.fill_link import Filled, Missing
 from vllm_multilora.integration.orders import Check, Fill
@@ -84,6 +85,16 @@ def test_many_requests_of_an_adapter_want_it_once(engine):
         engine.poll()
     assert engine.workers.only().slot == 0
     assert not engine.store.wants
+
+
+def test_what_waits_for_slots_is_given_back_without_a_look_at_all_adapters(engine, monkeypatch):
+    """In a pause that is done for each message that comes."""
+    for number in (1, 2, 3):
+        engine.host(number)
+    engine.adapters.drop(3)
+    monkeypatch.setattr(Entries, "__iter__", None)
+    engine.adapters.yield_host_memory()
+    assert not engine.store.leased
 
 
 def test_without_a_slot_to_spare_an_adapter_stays_in_host_memory(engine):

@@ -305,7 +305,7 @@ class EngineAdapters:
 
     def yield_host_memory(self) -> None:
         """Gives back what waits there for a slot; the scheduler asks for it again."""
-        for entry in [entry for entry in self._known if entry.is_leased]:
+        for entry in list(self._known.leased):
             self._wants.release(entry)
 
     def known(self) -> Iterable[Entry]:

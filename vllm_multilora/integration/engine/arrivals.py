@@ -105,7 +105,7 @@ class Arrivals:
         Leases are given back all the same: with workers on several machines, the other machines'
         stores still hold their part, and a new store does not mind.
         """
-        for entry in self._registrations.known:
+        for entry in list(self._registrations.known.leased):
             self._wants.release(entry)
         self._registrations.known.lose_all_packs()
         self._orders.store_lost()

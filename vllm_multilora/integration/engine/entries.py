@@ -28,13 +28,14 @@ class Entry:
 
     Attributes:
         request: The newest request's adapter: number, name and path.
+        leases: Of all entries, those whose newest version stays in host memory until it is given
+            back.
         is_read_on_request: Whether its registration has a request behind it.
         ticket: Of the outstanding want of requests; None if there is none.
         is_reading: Whether the store is at it.
         pack: The newest version of its weights; None before it was loaded.
         loaded: When that version was first had, in seconds since 1970.
         in_host: Whether that version is in host memory.
-        is_leased: Whether it stays there until it is given back.
         is_outdated: Whether a newer version is to serve: one that was checked, and found no room,
             or a blend of what its parts are now.
         is_reload_asked: Whether a request has asked for its files to be looked at again.
@@ -54,13 +55,13 @@ class Entry:
     """
 
     request: LoRARequest
+    leases: dict[Entry, None] = field(repr=False)
     is_read_on_request: bool = False
     ticket: int | None = None
     is_reading: bool = False
     pack: PackInfo | None = None
     loaded: float | None = None
     in_host: bool = False
-    is_leased: bool = False
     is_outdated: bool = False
     is_reload_asked: bool = False
     is_wanted: bool = False
@@ -81,6 +82,18 @@ class Entry:
     @property
     def number(self) -> int:
         return self.request.lora_int_id
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether its newest version stays in host memory until it is given back."""
+        return self in self.leases
+
+    @is_leased.setter
+    def is_leased(self, is_leased: bool) -> None:
+        if is_leased:
+            self.leases[self] = None
+        else:
+            self.leases.pop(self, None)
 
     @property
     def is_stale(self) -> bool:
@@ -143,9 +156,14 @@ class Entry:
 
 
 class Entries:
-    """The known adapters by their numbers, those longest not asked for first."""
+    """The known adapters by their numbers, those longest not asked for first.
+
+    Attributes:
+        leased: Those that are on lease.
+    """
 
     def __init__(self) -> None:
+        self.leased: dict[Entry, None] = {}
         self._entries: OrderedDict[int, Entry] = OrderedDict()
         self._at_path: Counter[str] = Counter()
         self._by_pack: dict[int, dict[Entry, None]] = {}
@@ -173,7 +191,7 @@ class Entries:
         """
         is_named_by_content = request.lora_int_id >= FIRST_NUMBER
         is_first = not self._at_path[request.lora_path]
-        entry = Entry(request, is_read_on_request=is_named_by_content and is_first)
+        entry = Entry(request, self.leased, is_read_on_request=is_named_by_content and is_first)
         self._entries[entry.number] = entry
         self._at_path[request.lora_path] += 1
         if entry.blend is not None:
