@@ -8,7 +8,8 @@ import torch
 from tests.engine.parties import Engine, lora, pack_info
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.attached import VERSION
+from vllm_multilora.integration.attached import ADAPTERS, VERSION
+from vllm_multilora.integration.engine.adapter_status import collective_rpc
 from vllm_multilora.integration.engine.quarantine import Quarantine
 from vllm_multilora.states import AdapterState
 
@@ -152,6 +153,25 @@ def test_nobody_is_quarantined_for_what_the_base_model_makes(caplog):
     assert quarantine.look(counted(acme_s=3, base_s=1), REQUESTS, lambda number: PACK) == {}
     assert quarantine.look(counted(acme_s=3), REQUESTS, lambda number: PACK) == {}
     assert sum("base model itself" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "is_looked_at"),
+    [
+        ("reload_weights", True),
+        ("finish_weight_update", True),
+        ("compute_weight_checksums", False),
+        (len, False),
+    ],
+)
+def test_the_base_model_is_looked_at_anew_when_its_weights_were_loaded_again(method, is_looked_at):
+    engine, engine_core = Engine(), SimpleNamespace()
+    ADAPTERS.set(engine_core, engine.adapters)
+    quarantine = engine.adapters.quarantine
+    quarantine.look(counted(base_s=1), REQUESTS, lambda number: PACK)
+    assert collective_rpc(lambda core, *call: call, engine_core, method) == (method, None, (), None)
+    found = quarantine.look(counted(acme_s=1), REQUESTS, lambda number: PACK)
+    assert found.keys() == ({7} if is_looked_at else set())
 
 
 @pytest.mark.parametrize("own", [{"prompt_embeds": torch.ones(2)}, {"mm_features": ["an image"]}])

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from vllm_multilora.integration.attached import ADAPTERS
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.core import adapters_of
 from vllm_multilora.integration.engine.entries import Entry
+from vllm_multilora.integration.engine.quarantine import RELOADS
 from vllm_multilora.integration.failures import without_folder
 from vllm_multilora.states import AdapterState
 
@@ -54,6 +56,9 @@ def collective_rpc(
     kwargs: Any = None,
 ) -> Any:
     if method != METHOD:
+        known = ADAPTERS.get(engine_core)
+        if known is not None and method in RELOADS:
+            known.quarantine.base_reloaded()
         return original(engine_core, method, timeout, args, kwargs)
     adapters = adapters_of(engine_core)
     if adapters is None:  # stock vLLM runs

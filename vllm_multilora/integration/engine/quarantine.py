@@ -8,8 +8,9 @@ ones are refused until the adapter has other weights or was registered again. Wh
 leave in the KV cache is never read, see `kv_blocks`.
 
 An adapter is not blamed for what the base model does: once that has made non-finite numbers for a
-request without an adapter, no adapter is quarantined any more, and the log says so. Requests with
-input that a client has computed (prompt embeddings, images) are not examined either.
+request without an adapter, no adapter is quarantined until the base model has other weights, and
+the log says so. Requests with input that a client has computed (prompt embeddings, images) are not
+examined either.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RELOADS = ("reload_weights", "update_weights", "finish_weight_update")
+"""Methods of vLLM's workers that give the base model other weights."""
 
 _MOST_REMEMBERED = 4096
 
@@ -61,6 +64,10 @@ class Quarantine:
             self._digests.pop(pack.digest, None)
             self._blends.pop(pack.digest, None)
 
+    def base_reloaded(self) -> None:
+        """The base model has other weights: what it makes is looked at anew."""
+        self._is_base_unsound = False
+
     def look(
         self, output: Any, requests: dict[str, Request], pack_of: Callable[[int], PackInfo | None]
     ) -> dict[int, LoadFailure]:
@@ -85,7 +92,7 @@ class Quarantine:
                 self._is_base_unsound = True
                 logger.warning(
                     "The base model itself makes numbers that are not finite: they are no reason "
-                    "to quarantine adapters any more."
+                    "to quarantine adapters until it has other weights."
                 )
         if self._is_base_unsound:
             return {}

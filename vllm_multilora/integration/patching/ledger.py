@@ -679,7 +679,8 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, method, timeout=None, args=(), kwargs=None",),
         handler="engine.adapter_status:collective_rpc",
         why="An API server can send workers nothing but the names of their own methods. Answers "
-        "one more name, for status-route, with what the workers tell of their adapters.",
+        "one more name, for status-route, with what the workers tell of their adapters. Notes when "
+        "the base model gets other weights, which may be sound where the last ones were not.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As status-route.",
     ),
