@@ -570,6 +570,33 @@ class RealServer:
         return session
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])
+def test_a_step_asks_once_for_an_adapter_that_very_many_wait_for(tmp_path, policy, fair):
+    server = RealServer(tmp_path, fair_shares=fair, policy=policy)
+    server.steps.ask("running", adapter=1, generate=50)
+    for _ in range(5):
+        server.step()
+    asked, adapters, scheduler = [], server.engine.adapters, server.scheduler
+    is_ready = adapters.is_ready
+    adapters.is_ready = lambda number, **of: asked.append(number) or is_ready(number, **of)
+    for number in range(300):
+        server.steps.ask(f"cold {number:3}", adapter=2, generate=1)
+    looked, look = [], scheduler._handle_blocked_waiting_request
+    scheduler._handle_blocked_waiting_request = lambda r: looked.append(r) or look(r)
+    for _ in range(5):
+        server.steps.step()  # the store says nothing
+    assert asked == [2] * 5
+    assert len(looked) == 5 * (300 if policy == "priority" else 1)
+    assert scheduler.get_request_counts() == (1, 300)
+    assert len(scheduler.deferred_waiting) == 300
+    for _ in range(200):
+        server.step()
+    assert not scheduler.requests
+    cold = [name for name in server.steps.finished if name.startswith("cold")]
+    assert cold == [f"cold {number:3}" for number in range(300)]
+
+
 def test_adapters_have_their_turns_however_seldom_there_is_a_place_in_the_batch(tmp_path):
     """While the batch is full nobody is asked, and the weights of those that wait are copied."""
     server = RealServer(tmp_path, max_loras=1)

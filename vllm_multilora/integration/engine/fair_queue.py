@@ -1,8 +1,12 @@
 """vLLM's queue of waiting requests, with the request of the party served least at its head.
 
-Each party's requests are in the order of their arrival, as in vLLM's own queue. The first party is
-determined anew in each step, and within a step a request that was taken counts as computed. So if
-several parties have had the same, each of them gets a place, and not one of them all places.
+Each party's requests are in the order of their arrival, as in vLLM's own queue, and with one party
+for all of them it is that queue. The first party is determined anew in each step, and within a step
+a request that was taken counts as computed. So if several parties have had the same, each of them
+gets a place, and not one of them all places.
+
+A step examines one request after the other, and puts back what cannot run. Tens of thousands may
+wait for the same adapter. When one of them could not run for its sake, the others are passed over.
 """
 
 from __future__ import annotations
@@ -10,8 +14,9 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import chain, count
-from typing import TYPE_CHECKING
+from itertools import count
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 
@@ -20,79 +25,164 @@ from vllm_multilora.slots.fair_shares import PROMPT_COST, FairShares, Party
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    Lane = deque[tuple[int, Request]]
+
+
+class _Line:
+    """A party's requests, each with its place in the queue, in lanes by adapter.
+
+    Attributes:
+        lanes: In the order of their places; none is empty.
+        hidden: Lanes that are not shown in this step.
+    """
+
+    def __init__(self) -> None:
+        self.lanes: dict[int | None, Lane] = {}
+        self.hidden: set[int | None] = set()
+        # The first places in the lanes that are shown; None until the step needs them.
+        self._heads: list[tuple[int, int | None]] | None = None
+
+    def first(self) -> Request | None:
+        """The first request that is shown; None where none is."""
+        heads = self._heads
+        if heads is None:
+            shown = self.lanes.keys() - self.hidden
+            heads = self._heads = [(self.lanes[adapter][0][0], adapter) for adapter in shown]
+            heapq.heapify(heads)
+        return self.lanes[heads[0][1]][0][1] if heads else None
+
+    def pop(self, *, hides: bool) -> int:
+        """Takes the request that `first` has just returned; hides the rest of its lane, or not.
+
+        Returns:
+            Its place.
+        """
+        assert self._heads
+        adapter = self._heads[0][1]
+        lane = self.lanes[adapter]
+        place, _ = lane.popleft()
+        if lane and not hides:
+            heapq.heapreplace(self._heads, (lane[0][0], adapter))
+        else:
+            heapq.heappop(self._heads)
+        if not lane:
+            del self.lanes[adapter]
+        return place
+
+    def changed(self) -> None:
+        """Something has come, gone, or been hidden or shown."""
+        self._heads = None
+
 
 class FairQueue(RequestQueue):
     """Requests that wait, for a scheduler that examines them one after another.
 
     Args:
-        shares: Say who has had least; they know the party of every request in the queue.
+        shares: Say who has had least; where there are several parties, they know the party of every
+            request in the queue.
         party_of: A request's party: always the same, also when the request has ended.
+        skipped: Those that the scheduler has examined in vain, where it notes that; gets all that
+            are passed over.
     """
 
-    def __init__(self, shares: FairShares, party_of: Callable[[Request], Party]) -> None:
+    def __init__(
+        self,
+        shares: FairShares,
+        party_of: Callable[[Request], Party],
+        skipped: set[Request] | None = None,
+    ) -> None:
         self._shares = shares
         self._party_of = party_of
-        self._queues: dict[Party, deque[Request]] = {}
+        self._skipped = skipped
+        self._lines: dict[Party, _Line] = {}
         self._length = 0
+        # Places of the requests that came in last, at either end.
+        self._front = self._back = 0
         # The parties by what they have had and would have; None until the step needs it.
         self._order: list[tuple[float, float, int, Party]] | None = None
         self._numbers = count()
-        # Parties of which nothing more is shown in this step, and one that will be among them.
-        self._passed: set[Party] = set()
-        self._passing: Party | None = None
+        # What was taken in this step, with its place; and a request that others are hidden with.
+        self._taken: dict[Request, int] = {}
+        self._passing: tuple[Request, bool] | None = None
+        self._with_hidden: set[Party] = set()
+        self._hidden = 0
 
     @property
     def parties(self) -> Collection[Party]:
         """Those that have requests in the queue."""
-        return self._queues.keys()
+        return self._lines.keys()
 
     def begin_step(self) -> None:
         """Counters have changed: another step is being scheduled."""
-        self._order, self._passing = None, None
-        self._passed.clear()
+        self._order, self._passing, self._hidden = None, None, 0
+        self._taken.clear()
+        for party in self._with_hidden & self._lines.keys():
+            self._lines[party].hidden.clear()
+            self._lines[party].changed()
+        self._with_hidden.clear()
 
-    def pass_over(self, party: Party) -> None:
-        """Shows no more of a party in this step, once its request that is examined was taken.
+    def pass_over(self, request: Request, *, whole_party: bool = False) -> None:
+        """Shows no more of a party's requests for an adapter in this step.
 
-        There may be very many others of it.
+        Args:
+            request: One of them, which is being examined, and is about to be taken.
+            whole_party: Whether that is for all adapters.
         """
-        self._passing = party
+        self._passing = request, whole_party
 
     def add_request(self, request: Request) -> None:
-        self._queue_of(request).append(request)
+        self._back += 1
+        self._lane_for(request).append((self._back, request))
 
     def prepend_request(self, request: Request) -> None:
         """Puts a request before all others of its party."""
-        self._queue_of(request).appendleft(request)
+        self._front -= 1
+        self._lane_for(request).appendleft((self._front, request))
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
-        """Puts requests before the others of their parties, the last one first, as vLLM's does."""
+        """Puts what this step has taken back to where it was; the last one first, as vLLM does.
+
+        Others come before the others of their parties.
+        """
         for request in requests:
-            self.prepend_request(request)
+            place, lane = self._taken.get(request), self._lane_for(request)
+            if place is None or (lane and place > lane[0][0]):
+                self._front -= 1
+                place = self._front
+            lane.appendleft((place, request))
 
     def peek_request(self) -> Request:
         if not self:
             raise IndexError("peek from an empty queue")
-        return self._queues[self._first()][0]
+        request = self._lines[self._first()].first()
+        assert request is not None
+        return request
 
     def pop_request(self) -> Request:
         if not self:
             raise IndexError("pop from an empty queue")
         party = self._first()
-        queue = self._queues[party]
-        request = queue.popleft()
+        line = self._lines[party]
+        request = line.first()
+        assert request is not None
+        is_passed = self._passing is not None and self._passing[0] is request
+        self._taken[request] = line.pop(hides=is_passed)
         self._length -= 1
-        if not queue:
-            del self._queues[party]
-        if party == self._passing:
-            self._passed.add(party)
-            self._passing = None
+        if not line.lanes:
+            del self._lines[party]
+        if is_passed:
+            self._with_hidden.add(party)
+            self._hide(line, _adapter_of(request))
+            if self._passing is not None and self._passing[1]:
+                for adapter in line.lanes:
+                    self._hide(line, adapter)
+                line.changed()
         if self._order:
             had = self._order[0][0]
             heapq.heappop(self._order)
-            if queue and party not in self._passed:
+            if (following := line.first()) is not None:
                 cost = PROMPT_COST * (request.num_tokens - request.num_computed_tokens)
-                self._place(party, had + self._shares.worth(party, cost))
+                self._place(party, had + self._shares.worth(party, cost), following)
         return request
 
     def remove_request(self, request: Request) -> None:
@@ -101,49 +191,80 @@ class FairQueue(RequestQueue):
     def remove_requests(self, requests: Iterable[Request]) -> None:
         """Removes those of the requests that are in the queue."""
         leaving = set(requests)
-        for party in {self._party_of(request) for request in leaving} & self._queues.keys():
-            queue = self._queues[party]
-            kept = deque(request for request in queue if request not in leaving)
-            self._length += len(kept) - len(queue)
-            if kept:
-                self._queues[party] = kept
-            else:
-                del self._queues[party]
+        for party, adapter in {(self._party_of(each), _adapter_of(each)) for each in leaving}:
+            line = self._lines.get(party)
+            if line is None or (lane := line.lanes.get(adapter)) is None:
+                continue
+            kept = deque(each for each in lane if each[1] not in leaving)
+            gone = len(lane) - len(kept)
+            self._length -= gone
+            self._hidden -= gone if adapter in line.hidden else 0
+            line.lanes[adapter] = kept
+            line.changed()
+            if not kept:
+                del line.lanes[adapter]
+            if not line.lanes:
+                del self._lines[party]
         self._order = None
 
     def __bool__(self) -> bool:
         """Whether there is a request to examine in this step."""
-        return self._length > 0 and not (self._passed and self._passed >= self._queues.keys())
+        return self._length > self._hidden
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Request]:
-        """All requests, party by party."""
-        return chain.from_iterable(list(self._queues.values()))
+        """All requests, in the order of their places."""
+        lanes = [lane for line in self._lines.values() for lane in line.lanes.values()]
+        return iter([each for _, each in heapq.merge(*lanes, key=itemgetter(0))])
 
-    def _queue_of(self, request: Request) -> deque[Request]:
-        """The queue that a request is about to be put into."""
-        self._length += 1
-        party = self._party_of(request)
-        queue = self._queues.get(party)
-        if queue is None:
-            queue = self._queues[party] = deque()
+    def _lane_for(self, request: Request) -> Lane:
+        """The lane that a request is about to be put into."""
+        party, adapter = self._party_of(request), _adapter_of(request)
+        line = self._lines.get(party)
+        if line is None:
+            line = self._lines[party] = _Line()
             self._order = None
-        return queue
+        line.changed()
+        self._length += 1
+        self._hidden += adapter in line.hidden
+        return line.lanes.setdefault(adapter, deque())
+
+    def _hide(self, line: _Line, adapter: int | None) -> None:
+        if adapter in line.hidden:
+            return
+        line.hidden.add(adapter)
+        lane = line.lanes.get(adapter, deque())
+        self._hidden += len(lane)
+        if self._skipped is None:
+            return
+        for requests in (lane, reversed(lane)):
+            for _, request in requests:
+                if request in self._skipped:
+                    break  # those behind it have not come since the last time either
+                self._skipped.add(request)
 
     def _first(self) -> Party:
-        if len(self._queues) == 1:
-            return next(iter(self._queues))
+        if len(self._lines) == 1:
+            return next(iter(self._lines))
         if not self._order:
             self._order = []
-            for party in self._queues:
-                if party not in self._passed:
-                    self._place(party, self._shares.served(party))
+            for party, line in self._lines.items():
+                if (request := line.first()) is not None:
+                    self._place(party, self._shares.served(party), request)
         return self._order[0][-1]
 
-    def _place(self, party: Party, had: float) -> None:
+    def _place(self, party: Party, had: float, first: Request) -> None:
         assert self._order is not None
         # Among equals the longest waiting comes first, as without shares.
-        arrival = self._queues[party][0].arrival_time
-        heapq.heappush(self._order, (had, arrival, next(self._numbers), party))
+        heapq.heappush(self._order, (had, first.arrival_time, next(self._numbers), party))
+
+
+def queue_of(scheduler: Any, shares: FairShares, party_of: Callable[[Request], Party]) -> FairQueue:
+    """A queue for one of vLLM's schedulers."""
+    return FairQueue(shares, party_of, getattr(scheduler, "deferred_waiting", None))
+
+
+def _adapter_of(request: Request) -> int | None:
+    return None if request.lora_request is None else request.lora_request.lora_int_id

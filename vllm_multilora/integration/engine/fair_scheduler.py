@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.adapters.blends import is_blend
-from vllm_multilora.integration.engine.fair_queue import FairQueue
-from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
+from vllm_multilora.integration.engine.fair_queue import queue_of
+from vllm_multilora.integration.engine.scheduler import COULD_RUN, AdapterAwareMixin
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.slots.fair_shares import (
@@ -42,6 +42,7 @@ from vllm_multilora.slots.fair_shares import (
     reading_cost,
 )
 from vllm_multilora.slots.step_bound import StepBound
+from vllm_multilora.states import AT_HAND
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -105,7 +106,7 @@ class FairSharesMixin(AdapterAwareMixin):
         self._computed: dict[str, int] = {}  # by request that was preempted: tokens it had once
         # By adapter: of those that were found waiting for it to get a slot, who has had least.
         self._slot_parties: dict[int, Party] = {}
-        self.waiting: FairQueue = FairQueue(self._shares, party_of)
+        self.waiting = queue_of(self, self._shares, party_of)
         # Where vLLM alone chooses the pieces of prompts, nothing is limited.
         is_divisible = scheduler_config.enable_chunked_prefill and not getattr(
             self, "need_mamba_block_aligned_split", False
@@ -144,7 +145,6 @@ class FairSharesMixin(AdapterAwareMixin):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedules a step."""
         shares = self._shares
-        self.waiting.begin_step()
         if not shares.is_contended:
             self._heavy_left, self._light_had, self._saved = None, 0.0, 0.0
             output = super().schedule(*args, **kwargs)
@@ -231,7 +231,7 @@ class FairSharesMixin(AdapterAwareMixin):
         left = self._heavy_left
         if left is not None:
             if left < 1 and self._is_heavy(request):
-                self.waiting.pass_over(self._parties[request.request_id])
+                self.waiting.pass_over(request, whole_party=True)
                 return False
             if self._adapters is None and self._is_one_more(request):
                 return False
@@ -246,6 +246,15 @@ class FairSharesMixin(AdapterAwareMixin):
                 self._slot_parties[number] = party
         self._shares.hold(party, waits_for_slot=waits_for_slot)
         return False
+
+    def _waits_for_slot(self, request: Request) -> bool:
+        """Whether a request that was just held back lacks nothing but a slot for its adapter."""
+        lora, adapters = request.lora_request, self._adapters
+        could_run = request.status in COULD_RUN and not self._late_reloads.holds(request)
+        if lora is None or adapters is None or not could_run:
+            return False
+        number = lora.lora_int_id
+        return self._turns.keeps_waiting(number) or adapters.state(number) in AT_HAND
 
     def _slot_order(self) -> Callable[[int], float] | None:
         waiting, shares = self._slot_parties, self._shares

@@ -9,7 +9,9 @@ the model step to load what is missing. The mixin, over whichever scheduler clas
 - leaves pinned adapters in their slots, and lets the other adapters take turns.
 
 A request that is held back stays where it is in vLLM's waiting queue, like one that waits for its
-grammar to be compiled: order, priorities, preemption and aborts are vLLM's own.
+grammar to be compiled: order, priorities, preemption and aborts are vLLM's own. Where requests are
+served in their order, that queue is a `FairQueue` of one party, so that a step examines one request
+of each adapter that cannot run in it, and not all of them.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.asides import Asides
+from vllm_multilora.integration.engine.fair_queue import FairQueue, queue_of
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.engine.late_reloads import HAS_RUN, LateReloads
 from vllm_multilora.integration.engine.users import AdapterUsers
@@ -39,6 +43,7 @@ from vllm_multilora.integration.metrics import engine_recorder
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metrics.request_metrics import RequestMetrics
+from vllm_multilora.slots.fair_shares import FairShares
 from vllm_multilora.slots.turns import SlotTurns
 from vllm_multilora.states import AT_HAND, AdapterState
 
@@ -51,7 +56,7 @@ if TYPE_CHECKING:
 _IDLE_S = 0.001
 _LEASE_S = 0.001
 """For leases on adapters in host memory: a request whose lease comes later waits for a step."""
-_COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
 class AdapterAwareMixin:
@@ -65,6 +70,7 @@ class AdapterAwareMixin:
     """
 
     if TYPE_CHECKING:
+        waiting: Any
         running: list[Request]
         requests: dict[str, Request]
         kv_cache_manager: Any
@@ -83,6 +89,9 @@ class AdapterAwareMixin:
         self.users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
         self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
+        self._blocked: set[int] = set()  # adapters that no request can run with in this step
+        if isinstance(self.waiting, FCFSRequestQueue):
+            self.waiting = queue_of(self, FairShares(), lambda request: None)
         self._freed = FreedBlocks()
         self._versions = Announcements()
         self._late_reloads = LateReloads()
@@ -164,7 +173,7 @@ class AdapterAwareMixin:
         failure = adapters.failure(lora_id)
         assert failure is not None
         for request, lora in _requests_of(lora_id, self.requests.values()):
-            waits = request.status in _COULD_RUN and request is not latest
+            waits = request.status in COULD_RUN and request is not latest
             if waits and not self._late_reloads.holds(request):
                 self._failing[request.request_id] = to_stop_reason(failure, lora)
 
@@ -192,6 +201,9 @@ class AdapterAwareMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedules a step."""
         self._let_go()
+        self._blocked.clear()
+        if isinstance(self.waiting, FairQueue):
+            self.waiting.begin_step()
         adapters = self._adapters
         if adapters is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -228,15 +240,6 @@ class AdapterAwareMixin:
         """By what overdue adapters get slots; None: by how long they have waited."""
         return None
 
-    def _waits_for_slot(self, request: Request) -> bool:
-        """Whether a request that was just held back lacks nothing but a slot for its adapter."""
-        lora, adapters = request.lora_request, self._adapters
-        could_run = request.status in _COULD_RUN and not self._late_reloads.holds(request)
-        if lora is None or adapters is None or not could_run:
-            return False
-        number = lora.lora_int_id
-        return self._turns.keeps_waiting(number) or adapters.state(number) in AT_HAND
-
     def _pause_unfilled(self, adapters: EngineAdapters) -> None:
         """Takes requests back whose adapters have lost their slots (sleep) while they ran."""
         unfilled = adapters.slots.unfilled
@@ -248,12 +251,18 @@ class AdapterAwareMixin:
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         # In this order: a request that waits for its grammar, say, must not take a slot meanwhile.
-        return super()._handle_blocked_waiting_request(request) and self._may_run(request)  # type: ignore[misc]
+        if super()._handle_blocked_waiting_request(request) and self._may_run(request):  # type: ignore[misc]
+            return True
+        if _number_of(request) in self._blocked and isinstance(self.waiting, FairQueue):
+            self.waiting.pass_over(request)
+        return False
 
     def _may_run(self, request: Request) -> bool:
         lora, adapters = request.lora_request, self._adapters
         if lora is None or adapters is None:
             return True
+        if lora.lora_int_id in self._blocked:
+            return False
         if request.request_id in self._failing or self._late_reloads.holds(request):
             return False
         if adapters.asks_late:
@@ -261,13 +270,14 @@ class AdapterAwareMixin:
             has_come = self._has_turn(lora, adapters) and self._is_ready(lora, request, adapters)
         else:
             has_come = self._is_ready(lora, request, adapters) and self._has_turn(lora, adapters)
-        if not has_come:
-            return False
         lora_id = lora.lora_int_id
-        if adapters.bring(lora_id):
-            return self._may_run_on(request, lora, adapters.version(lora_id))
-        self._is_holding = True
-        self._turns.place(lora_id)
+        if has_come:
+            if adapters.bring(lora_id):
+                return self._may_run_on(request, lora, adapters.version(lora_id))
+            self._is_holding = True
+            self._turns.place(lora_id)
+        if request.request_id not in self._failing:  # else others of its adapter may run
+            self._blocked.add(lora_id)
         return False
 
     def _may_run_on(self, request: Request, lora: LoRARequest, version: PackInfo | None) -> bool:

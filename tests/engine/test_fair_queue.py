@@ -1,0 +1,175 @@
+"""The queue of waiting requests keeps its order, whatever a step passes over."""
+
+from collections import deque
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_multilora.integration.engine.fair_queue import FairQueue
+from vllm_multilora.slots.fair_shares import FairShares
+
+NO_GRAMMAR = 5
+"""Every so manieth request waits for something of its own."""
+
+
+@dataclass(eq=False)
+class Waiting:
+    number: int
+    adapter: int
+    party: str = "everybody"
+    num_tokens: int = 4
+    num_computed_tokens: int = 0
+
+    @property
+    def lora_request(self):
+        return SimpleNamespace(lora_int_id=self.adapter) if self.adapter else None
+
+    @property
+    def arrival_time(self) -> float:
+        return float(self.number)
+
+    @property
+    def has_grammar(self) -> bool:
+        return self.number % NO_GRAMMAR > 0
+
+
+class Scheduler:
+    """Examines the queue as vLLM's does.
+
+    Attributes:
+        skipped: What vLLM knows to have been examined in vain.
+        examined: In the last step.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: set[Waiting] = set()
+        self.shares = FairShares()
+        self.queue = FairQueue(self.shares, lambda request: request.party, self.skipped)
+        self.examined: list[Waiting] = []
+
+    def add(self, *requests: Waiting) -> None:
+        for request in requests:
+            self.shares.join(request.party)
+            self.queue.add_request(request)
+
+    def step(self, blocked=(), room: int = 10_000, *, passed_parties=()) -> list[Waiting]:
+        """What a step takes in, while no request can run with the blocked adapters."""
+        queue, taken, again = self.queue, [], deque()
+        queue.begin_step()
+        self.examined.clear()
+        while queue and len(taken) < room:
+            request = queue.peek_request()
+            self.examined.append(request)
+            if request.party in passed_parties:
+                queue.pass_over(request, whole_party=True)
+            elif request.adapter in blocked:
+                queue.pass_over(request)
+            elif request.has_grammar:
+                assert queue.pop_request() is request
+                self.skipped.discard(request)
+                taken.append(request)
+                continue
+            assert queue.pop_request() is request
+            self.skipped.add(request)
+            again.appendleft(request)
+        queue.prepend_requests(again)
+        return taken
+
+
+ADAPTERS = st.integers(0, 4)
+STEPS = st.lists(
+    st.tuples(
+        st.lists(ADAPTERS, max_size=5),  # arrivals
+        st.sets(st.integers(1, 4)),  # blocked
+        st.integers(0, 6),  # room
+        st.lists(st.integers(0, 30), max_size=2),  # aborted
+        st.booleans(),  # whether one that was taken is preempted
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps=STEPS)
+def test_with_one_party_it_is_vllms_own_queue(steps):
+    """But that it shows one request of an adapter that no request can run with."""
+    scheduler, line, number = Scheduler(), list[Waiting](), 0
+    for arrivals, blocked, room, aborted, preempts in steps:
+        for adapter in arrivals:
+            number += 1
+            line.append(Waiting(number, adapter))
+            scheduler.add(line[-1])
+        gone = [line[place] for place in aborted if place < len(line)]
+        scheduler.queue.remove_requests(gone)
+        line = [request for request in line if request not in gone]
+        expected, seen = list[Waiting](), set[int]()
+        for request in line:
+            if len(expected) == room:
+                break
+            if request.adapter in blocked:
+                seen.add(request.adapter)
+            elif request.has_grammar:
+                expected.append(request)
+        assert scheduler.step(blocked, room) == expected
+        line = [request for request in line if request not in expected]
+        assert sum(each.adapter in blocked for each in scheduler.examined) == len(seen)
+        assert {each for each in line if each.adapter in seen} <= scheduler.skipped
+        if preempts and expected:
+            line.insert(0, expected[0])
+            scheduler.queue.prepend_request(expected[0])
+        assert list(scheduler.queue) == line
+        assert len(scheduler.queue) == len(line)
+    scheduler.queue.begin_step()
+    assert bool(scheduler.queue) == bool(line)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=STEPS, blocked_party=st.sampled_from("abc"))
+def test_of_each_party_the_order_is_kept_and_nothing_is_lost(steps, blocked_party):
+    scheduler, there, number = Scheduler(), dict[Waiting, None](), 0
+    for arrivals, blocked, room, aborted, passes in steps:
+        for adapter in arrivals:
+            number += 1
+            request = Waiting(number, adapter, "abc"[number % 3])
+            there[request] = None
+            scheduler.add(request)
+        gone = [request for request in there if request.number in aborted]
+        scheduler.queue.remove_requests(gone)
+        for request in gone:
+            del there[request]
+        passed = {blocked_party} if passes else set()
+        taken = scheduler.step(blocked, room, passed_parties=passed)
+        for request in taken:
+            del there[request]
+        for party in "abc":
+            own = [request.number for request in taken if request.party == party]
+            assert own == sorted(own)
+        could = [r for r in there if r.has_grammar and r.adapter not in blocked]
+        assert len(taken) == room or not [r for r in could if r.party not in passed]
+        assert not any(request.party in passed for request in taken)
+        assert set(scheduler.queue) == there.keys()
+        assert len(scheduler.queue) == len(there)
+
+
+def test_one_look_is_enough_for_all_that_wait_for_the_same():
+    scheduler = Scheduler()
+    scheduler.add(*(Waiting(5 * n + 1, 1 + n % 2, "ab"[n % 3 % 2]) for n in range(3000)))
+    assert not scheduler.step(blocked={1, 2})
+    assert {(each.party, each.adapter) for each in scheduler.examined} == {
+        (party, adapter) for party in "ab" for adapter in (1, 2)
+    }
+    assert len(scheduler.examined) == 4
+    assert len(scheduler.skipped) == 3000
+    assert len(scheduler.step(blocked={1})) == 1500
+
+
+def test_what_is_put_back_stays_before_what_was_not_looked_at():
+    """The last one has something of its own to wait for, and is examined after the first."""
+    scheduler = Scheduler()
+    first, second, last = Waiting(1, 1), Waiting(2, 1), Waiting(NO_GRAMMAR, 2)
+    scheduler.add(first, second, last)
+    scheduler.step(blocked={1})
+    assert scheduler.examined == [first, last]
+    assert list(scheduler.queue) == [first, second, last]
