@@ -16,7 +16,9 @@ from tests.engine.parties import Engine, lora, pack_info
 from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import ADAPTERS, TENANT
+from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.engine import scheduler as scheduler_module
+from vllm_multilora.integration.engine import users
 from vllm_multilora.integration.engine.core import add_lora, remove_lora
 from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.turns import PATIENCE_STEPS
@@ -480,7 +482,7 @@ def test_a_paused_request_asks_for_no_reload_again(server):
 def test_an_adapter_retires_when_its_last_request_has_ended(server):
     server.start("tenant", 1)
     done = []
-    server.scheduler.retire_adapter(1, 100.0, lambda: done.append(True))
+    server.scheduler.retire_adapter(1, 100.0, done.append)
     server.step()
     assert not done
     server.step("tenant")
@@ -490,8 +492,8 @@ def test_an_adapter_retires_when_its_last_request_has_ended(server):
 def test_all_that_unload_an_adapter_are_told_and_the_first_time_limit_holds(server):
     server.start("tenant", 1)
     done = []
-    server.scheduler.retire_adapter(1, -1.0, lambda: done.append("first"))
-    server.scheduler.retire_adapter(1, 100.0, lambda: done.append("second"))
+    server.scheduler.retire_adapter(1, -1.0, lambda leaves: done.append("first"))
+    server.scheduler.retire_adapter(1, 100.0, lambda leaves: done.append("second"))
     server.step()
     server.step()
     assert "was unloaded" in server.ended["tenant"]
@@ -500,8 +502,32 @@ def test_all_that_unload_an_adapter_are_told_and_the_first_time_limit_holds(serv
 
 def test_an_adapter_that_nobody_uses_retires_at_once(server):
     done = []
-    server.scheduler.retire_adapter(1, 100.0, lambda: done.append(True))
+    server.scheduler.retire_adapter(1, 100.0, done.append)
     assert done == [True]
+
+
+def test_an_adapter_that_is_registered_again_while_it_is_about_to_leave_stays(server, monkeypatch):
+    """As one of a directory whose folder is put back as it was: its number is the same."""
+    clock = SimpleNamespace(monotonic=lambda: 0.0)
+    monkeypatch.setattr(users, "time", clock)
+    engine_core = SimpleNamespace(
+        scheduler=server.scheduler, input_queue=Queue(), vllm_config=config(2)
+    )
+    ADAPTERS.set(engine_core, server.engine.adapters)
+    blend = blended([(lora(1), 0.5), (lora(2), 0.5)])
+    server.start("before", 1)
+    server.scheduler.add_request(FakeRequest("blended", blend))
+    removed = remove_lora(None, engine_core, 1)
+    assert not removed.done()
+    assert add_lora(None, engine_core, lora(1)).result(0)
+    assert removed.result(0)
+    server.ask("after", 1)
+    clock.monotonic = lambda: 1e9
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"before", "after", "blended"}
+    server.step("before", "after", "blended")
+    assert server.engine.adapters.version(1) is not None
 
 
 @pytest.mark.parametrize("is_running", [True, False], ids=["running", "waiting"])
@@ -512,7 +538,7 @@ def test_requests_that_outlive_the_time_limit_are_ended(server, is_running):
     else:
         server.ask("slow", 2)
     done = []
-    server.scheduler.retire_adapter(2, -1.0, lambda: done.append(True))
+    server.scheduler.retire_adapter(2, -1.0, done.append)
     server.step()
     server.step()
     assert "was unloaded" in server.ended["slow"]

@@ -282,7 +282,7 @@ class Engine:
 
     def unload(self, number: int) -> None:
         self.scheduler.retire_adapter(
-            number, 1000.0, lambda: self.futures.append(self.adapters.remove(number))
+            number, 1000.0, lambda leaves: self.futures.append(self.adapters.remove(number))
         )
 
     def lose_slots(self) -> None:

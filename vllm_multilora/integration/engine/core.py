@@ -299,7 +299,12 @@ def add_lora(
             version = adapters.version(request.lora_int_id)
             return True if version is None else _as_answer(version)
 
-        adapters.register(request).add_done_callback(partial(_tell, read, what))
+        registered = adapters.register(request)
+        if not (registered.done() and registered.exception()):
+            # It may have been about to go, as one does whose folder is put back as it was.
+            number = request.lora_int_id
+            engine_core.scheduler.users.keep({number, *adapters.blends_with(number)})
+        registered.add_done_callback(partial(_tell, read, what))
         return read
 
     return _carry_out(engine_core, adapters, register)
@@ -314,7 +319,8 @@ def remove_lora(
 ) -> bool | Future[bool]:
     """Removes an adapter: vLLM's `remove_lora`, once no request uses the adapter any more.
 
-    The blends that it is a part of are removed likewise.
+    The blends that it is a part of are removed likewise. One that is registered again meanwhile
+    stays, with its blends.
 
     Returns:
         Whether the adapter was known; as a future as for `add_lora`. An engine core that is called
@@ -331,13 +337,17 @@ def remove_lora(
         left = {lora_id, *adapters.blends_with(lora_id)}
         known: dict[int, bool] = {}
 
-        def note(number: int, done: Future[bool]) -> None:
-            known[number] = done.result()
+        def note(number: int, was_known: bool) -> None:
+            known[number] = was_known
             if known.keys() == left:
                 future.set_result(known[lora_id])
 
-        def remove_one(number: int) -> None:
-            adapters.remove(number).add_done_callback(partial(note, number))
+        def remove_one(number: int, leaves: bool) -> None:
+            if leaves:
+                gone = adapters.remove(number)
+                gone.add_done_callback(lambda done: note(number, done.result()))
+            else:
+                note(number, True)
 
         are_used = [
             scheduler.retire_adapter(number, limit_s, partial(remove_one, number))

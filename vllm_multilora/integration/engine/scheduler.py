@@ -102,13 +102,13 @@ class AdapterAwareMixin:
         """From now on requests wait for their adapters."""
         self._adapters = adapters
 
-    def retire_adapter(self, lora_id: int, limit_s: float, then: Callable[[], None]) -> bool:
+    def retire_adapter(self, lora_id: int, limit_s: float, then: Callable[[bool], None]) -> bool:
         """Calls `then` once no request uses an adapter.
 
         Args:
             lora_id: The adapter; nobody sends requests for it any more.
             limit_s: Seconds after which requests that still use it are ended, in the next step.
-            then: Called between two steps, perhaps at once.
+            then: As of `AdapterUsers.retire`; called between two steps, perhaps at once.
 
         Returns:
             Whether there are such requests.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Leaving:
-    """An adapter on its way out: when its requests are ended, and what is done then."""
+    """An adapter on its way out: when its requests are ended, and what is done then.
+
+    Attributes:
+        then: Is told whether it leaves.
+    """
 
     number: int
     deadline: float
     limit_s: float
-    then: Callable[[], None]
+    then: Callable[[bool], None]
 
     @property
     def is_overdue(self) -> bool:
@@ -60,13 +64,13 @@ class AdapterUsers:
         del self._counts[number], self._names[number]
         return True
 
-    def retire(self, number: int, limit_s: float, then: Callable[[], None]) -> None:
-        """An adapter is to leave; see `let_go`.
+    def retire(self, number: int, limit_s: float, then: Callable[[bool], None]) -> None:
+        """An adapter is to leave; see `let_go` and `keep`.
 
         Args:
-            number: The adapter; nobody sends requests for it any more.
+            number: The adapter; nobody sends requests for it any more, unless it is kept.
             limit_s: Seconds after which it is overdue.
-            then: Called when no request uses it.
+            then: Called with true when no request uses it, or with false when it is kept.
         """
         self._leaving.append(Leaving(number, time.monotonic() + limit_s, limit_s, then))
 
@@ -78,8 +82,17 @@ class AdapterUsers:
                 self._leaving.append(each)
             else:
                 self.accepted.pop(each.number, None)
-                each.then()
+                each.then(True)
         return self.overdue
+
+    def keep(self, numbers: Collection[int]) -> None:
+        """Adapters are to be used, again where they were to leave."""
+        leaving, self._leaving = self._leaving, []
+        for each in leaving:
+            if each.number in numbers:
+                each.then(False)
+            else:
+                self._leaving.append(each)
 
     @property
     def overdue(self) -> list[Leaving]:
