@@ -14,6 +14,10 @@ from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 from tests.serving.test_adapter_directory import Models, SlowEngine
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.server import registration, resolvers
+from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Tenant
 
 pytestmark = pytest.mark.serving
 
@@ -55,6 +59,32 @@ def test_no_more_adapters_are_resolved_than_a_server_may_have(
     assert refusal is not None
     assert refusal.error.code == HTTPStatus.BAD_REQUEST
     assert "this server has 1 adapters" in refusal.error.message
+
+
+def test_few_names_of_a_tenant_are_resolved_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others' names wait for the same threads, and their adapters behind those that are found."""
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+    under_way = most = 0
+
+    async def resolve(models: Any, name: str) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+
+    async def scenario() -> None:
+        models: Any = Models(SlowEngine())
+        models.lora_resolvers = [Resolver(tmp_path)]
+        current_caller.set(Caller(Role.TENANT, account=Account(Tenant("acme"))))
+        await asyncio.gather(*(resolvers.prepare(models, f"acme-{n}") for n in range(20)))
+
+    monkeypatch.setattr(resolvers, "_resolve", resolve)
+    asyncio.run(scenario())
+    assert most == MOST_FIRST_READINGS
 
 
 def test_what_is_read_for_a_client_that_disconnects_serves(

@@ -27,7 +27,7 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
 from vllm_multilora.integration.attached import REFUSALS
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server import registration
+from vllm_multilora.integration.server import callers, registration
 from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import Refusals
 
@@ -48,7 +48,7 @@ async def prepare(models: Any, name: str) -> ErrorResponse | None:
         return None
     if not models.lora_resolvers:
         return None
-    async with models.lora_resolver_lock[name]:
+    async with callers.turn_to_read(), models.lora_resolver_lock[name]:
         if models.is_base_model(name) or name in models.lora_requests:
             return None
         refusals = REFUSALS.get(models)
