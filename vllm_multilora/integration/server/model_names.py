@@ -223,7 +223,8 @@ def check_realtime_model(original: Callable[..., Any], connection: Any, model: s
     if not _acts_for(models):
         return original(connection, model)
     connection._is_model_validated = False  # vLLM validates what is not refused
-    if model not in models.lora_requests and model not in (routes_of(models) or ()):
+    served = (models.lora_requests, routes_of(models) or ())
+    if not isinstance(model, str) or not any(model in names for names in served):
         return original(connection, model)
     base = models.base_model_paths[0].name
     return serving.create_error_response(
