@@ -46,6 +46,10 @@ class LoadFailure:
     message: str
 
 
+class RequestFailure(LoadFailure):
+    """A request cannot be served, and others with its adapter can, as before."""
+
+
 def classify_failure(error: BaseException) -> FailureKind:
     """The kind of failure that an exception of a load stands for.
 

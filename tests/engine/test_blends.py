@@ -10,7 +10,7 @@ from vllm.lora.request import LoRARequest
 
 from tests.engine.parties import Engine, lora, pack_info
 from tests.engine.test_quarantine import on
-from vllm_multilora.failures import FailureKind
+from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.blends import blend_of, blended, label_of
 from vllm_multilora.integration.engine.entries import Entries
 from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
@@ -85,6 +85,7 @@ def test_one_too_many_in_use_fails_alone_and_for_now(engines):
         assert engine.adapters.want(request) is None
     late = blend(7.0)
     failure = engine.adapters.want(late)
+    assert isinstance(failure, RequestFailure)
     assert failure.kind is FailureKind.NO_MEMORY
     assert "the limit of blends in use at a time (3, " in failure.message
     assert engine.adapters.want(requests[0]) is None  # known ones are asked for as ever

@@ -15,10 +15,10 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.utils.counter import AtomicCounter
 
-from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.blends import blended
-from vllm_multilora.integration.failures import UninvokedFailure
+from vllm_multilora.integration.failures import from_stop_reason, to_stop_reason
 from vllm_multilora.integration.server import (
     engine_door,
     metering,
@@ -150,7 +150,7 @@ def test_routes_lead_on_to_an_adapter_whose_invocation_a_prompt_lacks() -> None:
     lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
     server = routes.ServerRoutes.__new__(routes.ServerRoutes)
     server._models, server._failed = SimpleNamespace(lora_requests={"acme": lora}), {}
-    server.note_failure(lora, UninvokedFailure(FailureKind.INVALID, "no invocation"))
+    server.note_failure(lora, RequestFailure(FailureKind.INVALID, "no invocation"))
     assert server._failed == {}
 
 
@@ -516,11 +516,20 @@ def lora_of(name: str, number: int) -> Any:
     return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=f"/adapters/{name}")
 
 
-def test_a_tenant_with_too_many_blends_takes_none_out_of_the_routes() -> None:
-    """Others' requests would be led to a fallback for it."""
+@pytest.mark.parametrize(
+    ("made", "is_out"), [(RequestFailure, False), (LoadFailure, True)], ids=["own", "everybody's"]
+)
+def test_a_blend_is_taken_out_of_the_routes_for_what_fails_everybody_alone(
+    made: type[LoadFailure], is_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant may have too many blends in use, or there is no memory for this one."""
     lora = blended([(LoRARequest("acme", 1, "/adapters/acme"), 0.5)])
     server = routes.ServerRoutes.__new__(routes.ServerRoutes)
     server._models = SimpleNamespace(lora_requests={"acme": SimpleNamespace(lora_int_id=1)})
     server._failed, server._led = {}, {lora.lora_int_id}
-    server.note_failure(lora, LoadFailure(FailureKind.NO_MEMORY, "32 other blends are in use"))
-    assert not server._failed
+    monkeypatch.setattr(registration, "in_background", lambda work: work.close())
+    # As it comes from the engine.
+    failure = from_stop_reason(to_stop_reason(made(FailureKind.NO_MEMORY, "too large"), lora))
+    assert failure is not None
+    server.note_failure(lora, failure)
+    assert bool(server._failed) is is_out

@@ -25,7 +25,7 @@ from vllm.v1.engine import FinishReason
 
 from vllm_multilora.adapters.problems import shown, shown_name
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.wording import counted
@@ -33,7 +33,7 @@ from vllm_multilora.wording import counted
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-_PREFIX = "multilora-load-failure:"
+_PREFIX, _REQUESTS = "multilora-load-failure:", "multilora-request-failure:"
 _UNINVOKED = "multilora-uninvoked:"
 
 _MOST_LOGGED = 1000
@@ -53,10 +53,6 @@ STATUS = {
 }
 
 
-class UninvokedFailure(LoadFailure):
-    """A prompt lacks what activates its adapter, which is as good as before."""
-
-
 def to_stop_reason(failure: LoadFailure, adapter: LoRARequest) -> str:
     """A failure as the text that travels with a request's last output.
 
@@ -65,24 +61,24 @@ def to_stop_reason(failure: LoadFailure, adapter: LoRARequest) -> str:
     """
     message = without_folder(failure.message, adapter)
     what = "is" if failure.kind is FailureKind.QUARANTINED else "could not be loaded:"
-    return _stop_reason(failure.kind, f"adapter {adapter.lora_name!r} {what} {message}")
+    prefix = _REQUESTS if isinstance(failure, RequestFailure) else _PREFIX
+    return f"{prefix}{failure.kind.value}:adapter {adapter.lora_name!r} {what} {message}"
 
 
 def unloaded_stop_reason(adapter: LoRARequest, limit_s: float) -> str:
     """The text of a request that had not ended when its adapter had to go."""
-    return _stop_reason(
-        FailureKind.GONE,
-        f"adapter {adapter.lora_name!r} was unloaded, and this request did not end within the "
-        f"{limit_s:g} s that running requests have then (--multilora-unload-timeout-s)",
+    return (
+        f"{_REQUESTS}{FailureKind.GONE.value}:adapter {adapter.lora_name!r} was unloaded, and this "
+        f"request did not end within the {limit_s:g} s that running requests have then "
+        "(--multilora-unload-timeout-s)"
     )
 
 
 def replaced_stop_reason(adapter: LoRARequest) -> str:
     """The text of a request that cannot go on with what its adapter has become meanwhile."""
-    return _stop_reason(
-        FailureKind.UNREADABLE,
-        f"adapter {adapter.lora_name!r} was reloaded while this request waited with a part of its "
-        "prompt computed; send it again",
+    return (
+        f"{_REQUESTS}{FailureKind.UNREADABLE.value}:adapter {adapter.lora_name!r} was reloaded "
+        "while this request waited with a part of its prompt computed; send it again"
     )
 
 
@@ -91,7 +87,7 @@ def uninvoked_stop_reason(adapter: LoRARequest, tokens: Sequence[int]) -> str:
     return f"{_UNINVOKED}{json.dumps([adapter.lora_name, *tokens])}"
 
 
-def _uninvoked(stop_reason: Any, tokenizer: Any) -> UninvokedFailure | None:
+def _uninvoked(stop_reason: Any, tokenizer: Any) -> RequestFailure | None:
     """The failure in such a stop reason, with the tokens' text where there is a tokenizer."""
     if not isinstance(stop_reason, str) or not stop_reason.startswith(_UNINVOKED):
         return None
@@ -105,11 +101,7 @@ def _uninvoked(stop_reason: Any, tokenizer: Any) -> UninvokedFailure | None:
         f"adapter {name!r} is activated by the tokens {tokens}{text}, which the prompt does not "
         "contain: put them where the adapter is to begin"
     )
-    return UninvokedFailure(FailureKind.INVALID, message)
-
-
-def _stop_reason(kind: FailureKind, message: str) -> str:
-    return f"{_PREFIX}{kind.value}:{message}"
+    return RequestFailure(FailureKind.INVALID, message)
 
 
 def without_folder(text: str, adapter: LoRARequest) -> str:
@@ -136,10 +128,11 @@ def without_folders(text: str, folders: Sequence[str]) -> str:
 
 def from_stop_reason(stop_reason: Any) -> LoadFailure | None:
     """The failure in a stop reason; None if it is another kind of stop."""
-    if not isinstance(stop_reason, str) or not stop_reason.startswith(_PREFIX):
+    if not isinstance(stop_reason, str) or not stop_reason.startswith((_PREFIX, _REQUESTS)):
         return None
-    kind, _, message = stop_reason.removeprefix(_PREFIX).partition(":")
-    return LoadFailure(FailureKind(kind), message)
+    prefix, kind, message = stop_reason.split(":", 2)
+    made = RequestFailure if f"{prefix}:" == _REQUESTS else LoadFailure
+    return made(FailureKind(kind), message)
 
 
 def http_error(failure: LoadFailure) -> GracefulHTTPError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_multilora.adapters.blends import is_blend
-from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration.engine.registrations import Registrations
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class KnownBlends:
             if others := entry.owners.keys() - {tenant}:
                 entry.blend_owner = min(others)
                 return None
-        return LoadFailure(
+        return RequestFailure(
             FailureKind.NO_MEMORY,
             f"the limit of blends in use at a time ({self._most}, --multilora-max-blends) is "
             "reached; try again later",

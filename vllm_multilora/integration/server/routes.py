@@ -33,7 +33,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, Mod
 
 from vllm_multilora.adapters.blends import folders_of, is_blend
 from vllm_multilora.documents import WatchedFile
-from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration import failures
 from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
 from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
@@ -161,13 +161,11 @@ class ServerRoutes:
 
     def note_failure(self, lora: LoRARequest, failure: LoadFailure) -> None:
         """Takes an adapter out of routes with fallbacks until it has been loaded again."""
-        if isinstance(failure, failures.UninvokedFailure):
-            return  # it is the prompt's
+        if isinstance(failure, RequestFailure):
+            return
         number = lora.lora_int_id
-        if is_blend(lora.lora_path) and (
-            number not in self._led or failure.kind is FailureKind.NO_MEMORY
-        ):
-            return  # a client's own, of which there is no end; or its tenant has too many others
+        if is_blend(lora.lora_path) and number not in self._led:
+            return  # a client's own; there is no end to them
         if registration.is_current(self._models, lora):
             is_known = number in self._failed
             self._failed[number] = failure
