@@ -116,6 +116,18 @@ def test_who_uses_a_tenants_blends_too_keeps_it_from_no_others(engines):
     assert known(engine) >= {request.lora_int_id for request in requests}
 
 
+def test_two_tenants_that_use_each_others_blends_have_no_more_than_two(engines):
+    engine = engines()
+    served = 0
+    for number in range(4 * MOST):
+        request = blend(number / 10)
+        if engine.adapters.want(request, ACME if number % 2 else ZEN) is None:
+            served += 1
+            for tenant in (ACME, ZEN):
+                assert engine.adapters.want(request, tenant) is None
+    assert served == len(known(engine)) == 2 * MOST
+
+
 def test_blends_can_be_switched_off(engines):
     failure = engines(most_blends=0).adapters.want(blend(0.5))
     assert failure.kind is FailureKind.INVALID

@@ -6,6 +6,7 @@ uses can be forgotten as soon as there are too many.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from vllm_multilora.adapters.blends import is_blend
@@ -44,17 +45,20 @@ class KnownBlends:
         if not self._most:
             refusal = "blends are switched off here (--multilora-max-blends 0)"
             return LoadFailure(FailureKind.INVALID, refusal)
-        own = [entry for entry in known.blends() if entry.blend_owner == tenant]
+        blends = known.blends()
+        own = [entry for entry in blends if entry.blend_owner == tenant]
         if len(own) < self._most:
             return None
         for entry in own:  # those longest not asked for first
             if not entry.is_wanted and not entry.registrations:
                 self._registrations.withdraw(entry)
                 return None
+        counts = Counter(entry.blend_owner for entry in blends)
         for entry in own:  # nobody keeps another tenant from its own by using them
-            if others := entry.owners.keys() - {tenant}:
-                entry.blend_owner = min(others)
-                return None
+            for other in sorted(entry.owners.keys() - {tenant}):
+                if counts[other] < self._most:
+                    entry.blend_owner = other
+                    return None
         return RequestFailure(
             FailureKind.NO_MEMORY,
             f"the limit of blends in use at a time ({self._most}, --multilora-max-blends) is "
