@@ -142,6 +142,18 @@ def test_what_runs_when_the_server_is_stopped_is_counted_as_far_as_it_got() -> N
     shutdown(lambda engine: None, SimpleNamespace())  # one that has never started
 
 
+def test_a_request_that_is_named_twice_is_ended_once() -> None:
+    log, processor = Log(), OutputProcessor(None, log_stats=False)
+    METER.set(processor, ServerMeter(log))
+    processor.add_request(request_for_acme(REQUEST), None)
+    (state,) = processor.request_states.values()
+    METER.get(processor).begin(state)  # type: ignore[union-attr]
+    asked = [state.external_req_id, "nobody's", state.external_req_id]
+    ended = abort_requests(OutputProcessor.abort_requests, processor, asked, internal=False)
+    assert ended == [state.request_id]
+    assert len(log.lines) == 1
+
+
 def test_what_runs_when_the_server_is_stopped_is_ended() -> None:
     """Else its client waits for the rest, and the server for its client."""
     processor = OutputProcessor(None, log_stats=False)

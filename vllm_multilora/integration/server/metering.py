@@ -312,7 +312,8 @@ def _numbered(processor: Any, request_ids: Iterable[str]) -> list[str]:
     For a tenant those of its own requests.
     """
     states, numbered = processor.request_states, processor.external_req_ids
-    found = [each for chosen in request_ids for each in numbered.get(chosen, ()) if each in states]
+    ids = dict.fromkeys(request_ids)  # clients may name one twice
+    found = [each for chosen in ids for each in numbered.get(chosen, ()) if each in states]
     if (tenant := current_tenant()) is None:
         return found
     prompts = ((each, PROMPT.get(states[each])) for each in found)
