@@ -1,5 +1,7 @@
 """What no check has granted does not reach the engine, and what does is marked as its tenant's."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
 from vllm_multilora.integration.server import metering
-from vllm_multilora.integration.server.callers import MOST_ANSWERS, Caller
+from vllm_multilora.integration.server.callers import MOST_ANSWERS, Caller, current_caller
 from vllm_multilora.integration.server.engine_door import add_request
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
@@ -130,6 +132,29 @@ def test_a_tenants_call_wants_few_enough_answers_to_begin_them_in_a_moment():
         begin(who, 3)
         metering._beam.reset(token)
         assert list(processor.request_states) == ["0", "1", "3"]
+
+
+def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():
+    """However many prompts it has: one by one they are begun as quickly as plain ones."""
+
+    async def search(*given: Any) -> AsyncIterator[Any]:
+        yield SimpleNamespace(prompt_token_ids=[1], outputs=[])
+
+    processor = SimpleNamespace()
+    METER.set(processor, ServerMeter(None))
+    serving = SimpleNamespace(engine_client=SimpleNamespace(output_processor=processor))
+    params = SimpleNamespace(beam_width=MOST_ANSWERS // 2)
+
+    async def ask() -> int:
+        return len([_ async for _ in metering.beam_search(search, serving, [1], "beams", params)])
+
+    async def call() -> None:
+        current_caller.set(tenant("acme"))
+        assert await ask() + await ask() == 2
+        with pytest.raises(GracefulHTTPError, match="2048 answers"):
+            await ask()
+
+    asyncio.run(call())
 
 
 def test_a_tenant_ends_no_requests_but_its_own():

@@ -28,7 +28,7 @@ from vllm_multilora.integration.attached import ENDED, METER, ON_FAILURE, PROMPT
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
 from vllm_multilora.integration.patching.activation import is_active, settings_of
-from vllm_multilora.integration.server.callers import current_tenant
+from vllm_multilora.integration.server.callers import current_caller, current_tenant
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
@@ -350,6 +350,8 @@ async def beam_search(
         async for output in beams:
             yield output
         return
+    if (caller := current_caller.get()) is not None:
+        caller.count_answers(params.beam_width)  # its parts are not, which come one after another
     usage = meter.new_usage(request_id, lora_request)
     beam = BeamSearch(usage)
     is_over = False
