@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,17 +125,34 @@ def test_a_beam_search_that_was_refused_is_not_counted(parts: int) -> None:
     assert [usage.request_id for usage in log.lines] == ["beams"] * bool(parts)
 
 
-def test_what_runs_when_the_server_is_stopped_is_counted_as_far_as_it_got() -> None:
+@pytest.mark.parametrize("is_over", [False, True], ids=["the loop runs", "the loop is closed"])
+def test_what_runs_when_the_server_is_stopped_is_counted_as_far_as_it_got(is_over: bool) -> None:
+    """By the thread that counts all else: two could count one prompt twice."""
     log, processor = Log(), OutputProcessor(None, log_stats=False)
     meter = ServerMeter(log)
     METER.set(processor, meter)
-    processor.add_request(request_for_acme(REQUEST), None)
+    answers = RequestOutputCollector(RequestOutputKind.DELTA, "one")
+    processor.add_request(request_for_acme(REQUEST), None, queue=answers)
     (state,) = processor.request_states.values()
     meter.begin(state)
     processor.process_outputs([EngineCoreOutput(state.request_id, [7, 8])])
     stopped: list[Any] = []
-    engine = SimpleNamespace(output_processor=processor)
-    shutdown(lambda *arguments: stopped.append(arguments), engine, 3.0)
+    stop = partial(shutdown, lambda *arguments: stopped.append(arguments))
+
+    async def scenario() -> Any:
+        handler = asyncio.create_task(asyncio.sleep(0))
+        engine = SimpleNamespace(output_processor=processor, output_handler=handler)
+        if not is_over:
+            thread = Thread(target=stop, args=(engine, 3.0))
+            thread.start()
+            thread.join(20)  # with the event loop standing still
+            assert not log.lines
+        await handler
+        return engine
+
+    engine = asyncio.run(scenario())
+    if is_over:
+        stop(engine, 3.0)
     assert stopped == [(engine, 3.0)]
     abort_requests(OutputProcessor.abort_requests, processor, [state.request_id], internal=True)
     (usage,) = log.lines  # its client has gone afterwards

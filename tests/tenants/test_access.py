@@ -20,6 +20,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.integration.patching.patch import Patch
 from vllm_multilora.integration.server import access as access_module
@@ -33,6 +34,7 @@ from vllm_multilora.integration.server.access_middleware import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
+from vllm_multilora.integration.server.metering import ServerMeter, shutdown
 from vllm_multilora.integration.server.start import require_guards
 from vllm_multilora.integration.server.stored_responses import init_responses
 from vllm_multilora.store.launch import environment
@@ -400,6 +402,29 @@ def test_a_call_that_goes_as_its_turn_comes_passes_it_on(way):
         assert after.done()
         account.end()
         assert (account.running, account.waiting) == (0, 0)
+
+    asyncio.run(check())
+
+
+def test_calls_that_wait_end_with_the_server(tenants):
+    """It ends when all calls have, and without tokens, say, these would wait for minutes."""
+    write(tenants, {"running": 1})
+    access = access_for(arguments(tenants=str(tenants)))
+    processor = SimpleNamespace(request_states={}, propagate_error=lambda error: None)
+    METER.set(processor, ServerMeter(None))
+
+    async def check():
+        account = access.caller(ACME).account
+        account.begin()
+        waiting = asyncio.create_task(call(App(), access, "/v1/completions", ACME))
+        await settled()
+        assert account.waiting == 1
+        handler = asyncio.current_task()
+        engine = SimpleNamespace(output_processor=processor, output_handler=handler)
+        shutdown(lambda engine: None, engine)
+        assert (await asyncio.wait_for(waiting, 10))["status"] == 503
+        assert (await call(App(), access, "/v1/completions", ACME))["status"] == 503
+        assert (account.running, account.waiting) == (1, 0)
 
     asyncio.run(check())
 

@@ -25,6 +25,13 @@ class LimitReachedError(MultiLoRAError):
         self.retry_after_s = max(1, math.ceil(retry_after_s))
 
 
+class ServerStoppedError(MultiLoRAError):
+    """A call that would have to wait for its turn, in a server that is being stopped."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is being stopped")
+
+
 class TokenBucket:
     """A rate that may be exceeded for a while: a minute's worth at once after a pause.
 
@@ -115,6 +122,7 @@ class Account:
         self._servers = servers
         self._clock = clock
         self._running = 0
+        self._is_stopped = False
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._adapters: Counter[str] = Counter()
         self._meters: list[Meter] = []
@@ -169,6 +177,7 @@ class Account:
 
         Raises:
             LimitReachedError: The tenant has too many calls waiting, or has used up its tokens.
+            ServerStoppedError: It would have to wait after `stop`, which ends waiting calls so too.
         """
         self._admit()  # those that have waited come first
         limits = self._limits
@@ -187,14 +196,23 @@ class Account:
                 f"the limits of running calls ({self.tenant.limits.running}) and of waiting ones "
                 f"({self.tenant.limits.waiting}) are reached"
             )
+        elif self._is_stopped:
+            raise ServerStoppedError
         else:
             self._waiting.append(turn)
         return turn
 
+    def stop(self) -> None:
+        """Lets no call wait any more."""
+        self._is_stopped = True
+        while self._waiting:
+            self._waiting.popleft().set_exception(ServerStoppedError())
+
     def give_up(self, turn: asyncio.Future[None]) -> None:
         """Takes a call back that has not begun; gives its turn to the next where it had one."""
         if turn.done():
-            self.end()
+            if turn.exception() is None:
+                self.end()
         else:
             self._waiting.remove(turn)
             turn.cancel()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from vllm import envs
 
@@ -39,6 +40,9 @@ REFRESH_S = 1.0
 """Least time between two looks at the tenants file."""
 
 MIN_ADMIN_KEY = 16
+
+_IN_FORCE: WeakSet[Access] = WeakSet()
+"""What guards this process's server."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,11 @@ class Access:
             for name, account in sorted(self._accounts.items())
             if name in self._tenants
         ]
+
+    def stop(self) -> None:
+        """Lets no tenant's call wait for its turn any more."""
+        for account in self._accounts.values():
+            account.stop()
 
     def look(self) -> None:
         """Has the tenants file read again on a thread, if that was not done lately."""
@@ -233,7 +242,16 @@ def access_for(args: Namespace) -> Access | None:
         servers=int(os.environ.get(COUNT_VARIABLE, "1")),
     )
     _tell(access.locks)
-    return access if access.locks.any else None
+    if not access.locks.any:
+        return None
+    _IN_FORCE.add(access)
+    return access
+
+
+def stop_waiting() -> None:
+    """Ends what waits for its turn: the engine is being stopped, and the server waits for all."""
+    for access in _IN_FORCE:
+        access.stop()
 
 
 def _as_named(*folders: str) -> tuple[str, ...]:

@@ -19,7 +19,12 @@ from starlette.responses import JSONResponse
 from vllm_multilora.integration.server.access_log import keep_refusals_few
 from vllm_multilora.integration.server.callers import Caller, current_caller, error_response
 from vllm_multilora.metrics.server_counts import count_refused
-from vllm_multilora.tenants.limits import Account, LimitReachedError, TokenBucket
+from vllm_multilora.tenants.limits import (
+    Account,
+    LimitReachedError,
+    ServerStoppedError,
+    TokenBucket,
+)
 from vllm_multilora.tenants.rules import Endpoint, Role, endpoint_of, refusal
 
 if TYPE_CHECKING:
@@ -162,10 +167,11 @@ class AccessMiddleware:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
             await self._app(scope, receive, send_marked)
-        except LimitReachedError as error:
-            caller.retry_after_s = error.retry_after_s
-            answer = error_response(HTTPStatus.TOO_MANY_REQUESTS, str(error))
-            response = JSONResponse(answer.model_dump(), HTTPStatus.TOO_MANY_REQUESTS)
+        except (LimitReachedError, ServerStoppedError) as error:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            if isinstance(error, LimitReachedError):
+                status, caller.retry_after_s = HTTPStatus.TOO_MANY_REQUESTS, error.retry_after_s
+            response = JSONResponse(error_response(status, str(error)).model_dump(), status)
             await response(scope, receive, send_marked)
         except _ClientGoneError:
             pass
@@ -183,6 +189,7 @@ async def turn_of(account: Account, receive: Receive) -> Receive:
 
     Raises:
         LimitReachedError: The call is one too many.
+        ServerStoppedError: No call has its turn any more.
         _ClientGoneError: The client has gone.
     """
     turn = account.begin()
@@ -201,6 +208,7 @@ async def turn_of(account: Account, receive: Receive) -> Receive:
         if _has_gone(held):
             account.give_up(turn)
             raise _ClientGoneError
+        turn.result()
 
     async def receive_rest() -> Message:
         return held.pop(0) if held else await receive()

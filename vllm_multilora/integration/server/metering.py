@@ -12,7 +12,6 @@ import atexit
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -28,6 +27,7 @@ from vllm_multilora.integration.attached import ENDED, METER, ON_FAILURE, PROMPT
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
 from vllm_multilora.integration.patching.activation import is_active, settings_of
+from vllm_multilora.integration.server.access import stop_waiting
 from vllm_multilora.integration.server.callers import current_caller, current_tenant
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
 from vllm_multilora.metering.usage import Status, Usage
@@ -323,15 +323,25 @@ def _numbered(processor: Any, request_ids: Iterable[str]) -> list[str]:
 def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
     original(engine, *args, **kwargs)
     processor: Any = getattr(engine, "output_processor", None)
-    if (meter := METER.get(processor)) is None:
-        return
-    for state in list(processor.request_states.values()):
-        meter.end(state, Status.ABORTED)
-    # vLLM has cancelled what would tell them, and it is a matter of luck whether that has. Their
-    # clients would wait for the rest, and the server for its clients, until it is killed.
-    if (handler := getattr(engine, "output_handler", None)) is not None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
-            handler.get_loop().call_soon_threadsafe(processor.propagate_error, EngineDeadError())
+    meter, handler = METER.get(processor), getattr(engine, "output_handler", None)
+    if meter is None or handler is None:
+        return  # nobody has asked for anything
+
+    def count() -> None:
+        for state in processor.request_states.values():
+            meter.end(state, Status.ABORTED)
+
+    def end_all() -> None:
+        count()
+        # vLLM has cancelled what would tell them, and it is a matter of luck whether that has.
+        # Their clients would wait for the rest, and the server for its clients, until it is killed.
+        processor.propagate_error(EngineDeadError())
+        stop_waiting()
+
+    try:
+        handler.get_loop().call_soon_threadsafe(end_all)  # this is another thread
+    except RuntimeError:  # the loop is closed: nobody waits, and nobody else counts
+        count()
 
 
 async def beam_search(
