@@ -6,7 +6,7 @@ import os
 import time
 import tracemalloc
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from types import SimpleNamespace
 
@@ -39,8 +39,8 @@ from vllm_multilora.integration.server.start import require_guards
 from vllm_multilora.integration.server.stored_responses import init_responses
 from vllm_multilora.store.launch import environment
 from vllm_multilora.tenants.keys import KeyRing, stored
-from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, TokenBucket
-from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
+from vllm_multilora.tenants.rules import Endpoint, Role
 from vllm_multilora.tenants.tenant import Limits, Tenant
 
 ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
@@ -203,28 +203,101 @@ def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenan
 def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, monkeypatch, path):
     """Some have thousands of adapters, and list them on many connections at once."""
     done, clock = [], SimpleNamespace(now=0.0)
+    go_on = partial(asyncio.sleep, 0)
 
     async def sleep(seconds):
         done.append(round(seconds, 6))
+        await go_on()
 
     async def app(scope, receive, send):
-        clock.now += 0.01
+        clock.now += 0.004
+        await go_on()  # others are at work meanwhile: their time is not the list's
+        clock.now += 0.006
         done.append("listed")
         await App()(scope, receive, send)
+
+    async def work():
+        while True:
+            clock.now += 100.0
+            await go_on()
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     thread = SimpleNamespace(thread_time=lambda: clock.now)
     monkeypatch.setattr(access_middleware, "time", thread)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+    access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: 0.0))
 
     async def ask(*keys):
+        others = asyncio.create_task(work())
         await asyncio.gather(*(call(app, access, path, key, "GET") for key in keys))
+        others.cancel()
 
-    asyncio.run(ask(ACME, ACME, ADMIN))
-    assert sorted(map(str, done)) == ["0.2", "0.2", "listed", "listed", "listed"]
-    done.clear()
-    asyncio.run(ask(ACME, ACME))
-    assert done == ["listed", 0.2, "listed", 0.2]
+    async def check():
+        await ask(ACME, ACME, ADMIN)
+        assert done == ["listed", "listed", 0.2, "listed"]
+        done.clear()
+        await ask(ACME, ACME)
+        assert done == [0.2, "listed", 0.2, "listed"]
+
+    asyncio.run(check())
+
+
+def test_a_list_waits_for_no_reader_of_another_one(tenants):
+    """One that has gone to sleep may not have been noticed for hours."""
+    access = Access(tenants_path=str(tenants))
+    door = AccessMiddleware(App(), access)
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/v1/models",
+        "headers": [(b"authorization", f"Bearer {ACME}".encode())],
+    }
+
+    async def check():
+        never = asyncio.Event()
+        stuck = asyncio.create_task(door(scope, never.wait, lambda message: never.wait()))
+        await asyncio.sleep(0)
+        answer = await asyncio.wait_for(call(None, access, "/v1/models", ACME, "GET", door), 10)
+        assert answer["status"] == 200
+        assert not stuck.done()
+        stuck.cancel()
+
+    asyncio.run(check())
+
+
+def test_a_list_that_would_wait_for_long_is_refused(tenants, monkeypatch):
+    """Else those whose clients have long gone would be made before it, and a server not end."""
+    monkeypatch.setattr(access_middleware, "LONGEST_PAUSE_S", 0.001)
+    access = Access(tenants_path=str(tenants))
+    app = App()
+
+    async def check():
+        pace = access.caller(ACME).account.listing[Endpoint.MODELS]
+        await pace.begin()
+        asked = call(app, access, "/v1/models", ACME, "GET")
+        refused = await asyncio.wait_for(asked, 10)
+        assert refused["status"] == 429
+        assert dict(refused["headers"])[b"retry-after"] == b"1"
+        assert not app.callers
+        pace.end(0.0)
+        assert (await call(app, access, "/v1/models", ACME, "GET"))["status"] == 200
+
+    asyncio.run(check())
+
+
+def test_a_list_that_fails_is_not_the_last(tenants):
+    access = Access(tenants_path=str(tenants))
+
+    async def fail(scope, receive, send):
+        await asyncio.sleep(0)
+        raise RuntimeError("failed")
+
+    async def check():
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="failed"):
+                await asyncio.wait_for(call(fail, access, "/v1/models", ACME, "GET"), 20)
+
+    asyncio.run(check())
 
 
 def test_a_tenants_calls_end_where_the_application_fails(tenants):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.tenants.rules import Endpoint
 from vllm_multilora.tenants.tenant import Tenant
 
 
@@ -92,6 +93,34 @@ class Meter:
     counted: int = 0
 
 
+class Pace:
+    """Something that is done once at a time, with pauses.
+
+    Args:
+        clock: Says the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._turn = asyncio.Lock()
+        self._not_before = -math.inf
+
+    async def begin(self) -> None:
+        """Waits for its turn; whoever has had it ends it."""
+        await self._turn.acquire()
+        try:
+            if (pause_s := self._not_before - self._clock()) > 0:
+                await asyncio.sleep(pause_s)
+        except BaseException:
+            self._turn.release()
+            raise
+
+    def end(self, pause_s: float) -> None:
+        """It is done; the next time is after a pause."""
+        self._not_before = self._clock() + pause_s
+        self._turn.release()
+
+
 MOST_FIRST_READINGS = 2
 """Adapters of a tenant that an API server looks for, or has read for the first time, at once."""
 
@@ -113,7 +142,7 @@ class Account:
         first_readings: To be held while an adapter is looked for, and read for the first time.
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
-        listing: To be held while its models or adapters are listed.
+        listing: How its models are listed, and its adapters.
     """
 
     def __init__(
@@ -130,7 +159,7 @@ class Account:
         self._bucket: TokenBucket | None = None
         self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
-        self.listing = asyncio.Lock()
+        self.listing: defaultdict[Endpoint, Pace] = defaultdict(lambda: Pace(clock))
         self.update(tenant)
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from vllm_multilora.metrics.server_counts import count_refused
 from vllm_multilora.tenants.limits import (
     Account,
     LimitReachedError,
+    Pace,
     ServerStoppedError,
     TokenBucket,
 )
@@ -39,6 +40,7 @@ _MESSAGES = {
     HTTPStatus.FORBIDDEN: "The key does not allow this.",
     HTTPStatus.NOT_FOUND: "There is nothing at a path with control characters.",
 }
+_OF_TENANTS = (Endpoint.CALL, Endpoint.STORED, Endpoint.MODELS, Endpoint.STATUS)
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 
 STRANGERS_PER_MINUTE = 3_000
@@ -49,7 +51,7 @@ LONGEST_PAUSE_S = 5.0
 next list is begun."""
 
 LISTING_SHARE = 0.05
-"""Of the event loop's time, for one tenant's lists of models and adapters."""
+"""Of the event loop's time, for one tenant's lists of models, and for those of adapters."""
 
 
 class PlainPathMiddleware:
@@ -110,10 +112,8 @@ class AccessMiddleware:
             return
         token = current_caller.set(caller)
         try:
-            if caller.account is not None and endpoint in (Endpoint.CALL, Endpoint.STORED):
+            if caller.account is not None and endpoint in _OF_TENANTS:
                 await self._call(caller, caller.account, endpoint, scope, receive, send)
-            elif caller.account is not None and endpoint in (Endpoint.MODELS, Endpoint.STATUS):
-                await self._list(caller.account, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         finally:
@@ -132,16 +132,37 @@ class AccessMiddleware:
         if wait_s > 0:
             await asyncio.sleep(min(wait_s, LONGEST_PAUSE_S))
 
-    async def _list(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _list(self, pace: Pace, scope: Scope, receive: Receive, send: Send) -> None:
         """Lists a tenant's models or adapters, one call after the other.
 
-        However many it has, and however often it asks, nobody else waits for that for long.
+        However many it has, and however often it asks, nobody else waits for that for long. The
+        next list waits for neither this one's reader nor what is done for others meanwhile.
+
+        Raises:
+            LimitReachedError: Too many lists were asked for before this one.
         """
-        async with account.listing:
-            begun = time.thread_time()
-            await self._app(scope, receive, send)
-            pause_s = (time.thread_time() - begun) / LISTING_SHARE
-            await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
+        try:
+            async with asyncio.timeout(2 * LONGEST_PAUSE_S):
+                await pace.begin()
+        except TimeoutError:
+            raise LimitReachedError("lists are asked for faster than they are made") from None
+        is_made = False
+
+        def let_next_begin() -> None:
+            nonlocal is_made
+            if not is_made:
+                is_made = True
+                pace.end(min(making.seconds / LISTING_SHARE, LONGEST_PAUSE_S))
+
+        async def send_made(message: Message) -> None:
+            let_next_begin()
+            await send(message)
+
+        making = _Timed(self._app(scope, receive, send_made))
+        try:
+            await making
+        finally:
+            let_next_begin()
 
     async def _call(
         self,
@@ -152,7 +173,7 @@ class AccessMiddleware:
         receive: Receive,
         send: Send,
     ) -> None:
-        """Lets a tenant's request in; a call when it has its turn."""
+        """Lets a tenant's request in; a call, or a list, when it has its turn."""
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -166,7 +187,10 @@ class AccessMiddleware:
             if endpoint is Endpoint.CALL:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
-            await self._app(scope, receive, send_marked)
+            if endpoint in (Endpoint.MODELS, Endpoint.STATUS):
+                await self._list(account.listing[endpoint], scope, receive, send_marked)
+            else:
+                await self._app(scope, receive, send_marked)
         except (LimitReachedError, ServerStoppedError) as error:
             status = HTTPStatus.SERVICE_UNAVAILABLE
             if isinstance(error, LimitReachedError):
@@ -175,6 +199,37 @@ class AccessMiddleware:
             await response(scope, receive, send_marked)
         except _ClientGoneError:
             pass
+
+
+class _Timed:
+    """Something to be awaited, and how long it keeps the event loop busy itself."""
+
+    def __init__(self, work: Awaitable[None]) -> None:
+        self._work = work
+        self._seconds = 0.0
+        self._since: float | None = None  # when it was resumed; None while others are
+
+    @property
+    def seconds(self) -> float:
+        """Of this thread's processor time, so far."""
+        return self._seconds + (0.0 if self._since is None else time.thread_time() - self._since)
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        work = self._work.__await__()
+        resume: Callable[[Any], Any] = work.send
+        value: Any = None
+        while True:
+            self._since = time.thread_time()
+            try:
+                awaited = resume(value)
+            except StopIteration:
+                return
+            finally:
+                self._seconds, self._since = self.seconds, None
+            try:
+                resume, value = work.send, (yield awaited)
+            except BaseException as error:
+                resume, value = work.throw, error
 
 
 class _ClientGoneError(Exception):
