@@ -19,6 +19,7 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from vllm_multilora.failures import FailureKind, LoadFailure
@@ -118,9 +119,12 @@ def test_a_response_in_the_background_says_that_it_has_failed() -> None:
     }
 
 
-def test_a_streamed_response_in_the_background_ends_for_all_who_listen() -> None:
+@pytest.mark.parametrize("failure", [GONE, EngineDeadError()], ids=["adapter", "engine"])
+def test_a_streamed_response_in_the_background_ends_for_all_who_listen(failure: Any) -> None:
+    """A server that is stopped waits for them, too."""
+
     async def scenario() -> None:
-        responses = Responses()
+        responses = Responses(failure)
         serving, kept = responses.serving, responses.keep("queued")
 
         async def listen(starting_after: int | None = None) -> list[str]:
@@ -136,7 +140,8 @@ def test_a_streamed_response_in_the_background_ends_for_all_who_listen() -> None
         assert early == ["response.created", "response.in_progress", "response.failed"]
         assert await listen() == early
         assert await listen(1) == early[2:]
-        assert (kept.status, kept.error) == ("failed", ERROR)
+        assert kept.status == "failed"
+        assert (kept.error == ERROR) is (failure is GONE)
 
     within_limit(scenario)
 

@@ -19,8 +19,12 @@ from openai.types.responses import ResponseFailedEvent
 from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.integration.patching.activation import is_active_behind
+
+_FAILURES = (GracefulHTTPError, EngineDeadError)
+"""What ends a request without an output; the latter where the server is stopped, too."""
 
 _CHAT_ERROR = 'data: {"error":'
 """How an error begins in a stream of chat completions, whose first field is their id."""
@@ -41,7 +45,7 @@ async def stream_response(
                     begun = event.response  # the first event announces it
                 number += 1
                 yield event
-    except GracefulHTTPError as failure:
+    except _FAILURES as failure:
         if begun is None or not is_active_behind(serving.engine_client):
             raise
         error = await _note_failed(serving, request.request_id, failure)
@@ -54,7 +58,7 @@ async def run_in_background(
 ) -> None:
     try:
         await original(serving, request, *args, **kwargs)
-    except GracefulHTTPError as failure:
+    except _FAILURES as failure:
         if not is_active_behind(serving.engine_client):
             raise
         await _note_failed(serving, request.request_id, failure)
@@ -70,9 +74,7 @@ async def stream_from_background(
                 return
 
 
-async def _note_failed(
-    serving: Any, response_id: str, failure: GracefulHTTPError
-) -> dict[str, Any]:
+async def _note_failed(serving: Any, response_id: str, failure: Exception) -> dict[str, Any]:
     """Has a response that is kept say why it has failed, if it is still to be made.
 
     Returns:
