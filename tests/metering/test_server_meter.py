@@ -179,15 +179,27 @@ def test_what_runs_when_the_server_is_stopped_is_ended() -> None:
     METER.set(processor, ServerMeter(None))
 
     async def scenario() -> None:
-        answers = RequestOutputCollector(RequestOutputKind.DELTA, "one")
-        processor.add_request(request_for_acme(REQUEST), None, queue=answers)
+        answers = [RequestOutputCollector(RequestOutputKind.DELTA, name) for name in "12"]
+
+        def ask(number: int) -> None:
+            request = request_for_acme(REQUEST)
+            request.request_id = str(number)
+            processor.add_request(request, None, queue=answers[number])
+
+        ask(0)
         handler = asyncio.create_task(asyncio.Event().wait())
         engine = SimpleNamespace(output_processor=processor, output_handler=handler)
+        loop = asyncio.get_running_loop()
         # As vLLM does, on another thread.
-        await asyncio.to_thread(shutdown, lambda engine: None, engine)
-        with pytest.raises(EngineDeadError):
-            await asyncio.wait_for(answers.get(), 20)
-        handler.cancel()
+        end = partial(shutdown, lambda engine: loop.call_soon_threadsafe(handler.cancel))
+        thread = Thread(target=end, args=(engine,))
+        thread.start()
+        thread.join(20)
+        assert not handler.done()
+        loop.call_soon(ask, 1)  # vLLM takes requests still
+        for each in answers:
+            with pytest.raises(EngineDeadError):
+                await asyncio.wait_for(each.get(), 10)
 
     asyncio.run(scenario())
 

@@ -492,7 +492,7 @@ def test_calls_that_wait_end_with_the_server(tenants):
         waiting = asyncio.create_task(call(App(), access, "/v1/completions", ACME))
         await settled()
         assert account.waiting == 1
-        handler = asyncio.current_task()
+        handler = asyncio.create_task(settled())
         engine = SimpleNamespace(output_processor=processor, output_handler=handler)
         shutdown(lambda engine: None, engine)
         assert (await asyncio.wait_for(waiting, 10))["status"] == 503

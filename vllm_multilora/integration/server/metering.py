@@ -331,7 +331,7 @@ def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: A
         for state in processor.request_states.values():
             meter.end(state, Status.ABORTED)
 
-    def end_all() -> None:
+    def end_all(_: Any) -> None:
         count()
         # vLLM has cancelled what would tell them, and it is a matter of luck whether that has.
         # Their clients would wait for the rest, and the server for its clients, until it is killed.
@@ -339,7 +339,8 @@ def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: A
         stop_waiting()
 
     try:
-        handler.get_loop().call_soon_threadsafe(end_all)  # this is another thread
+        # This is another thread. vLLM takes requests until the task that it has cancelled is done.
+        handler.get_loop().call_soon_threadsafe(handler.add_done_callback, end_all)
     except RuntimeError:  # the loop is closed: nobody waits, and nobody else counts
         count()
 
