@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -47,6 +49,40 @@ def test_without_a_folder_for_the_session_all_processes_of_the_user_share_the_us
     for _ in range(2):
         monkeypatch.setenv(FOLDER_VARIABLE, "")
         assert folder.store_folder() == usual
+
+
+def test_who_sees_other_files_looks_for_another_store(tmp_path):
+    """As containers that share a folder: what a path leads to in one is not there in the other."""
+    code = """
+import ctypes, os, sys
+from pathlib import Path
+from vllm_multilora.store.folder import socket_path
+before = socket_path(Path("/shared"))
+if os.geteuid() != 0:
+    ctypes.CDLL(None).unshare(0x10000000)  # CLONE_NEWUSER, where one may change one's root
+try:
+    os.chroot(sys.argv[1])
+except PermissionError:
+    sys.exit(77)
+print(before, socket_path(Path("/shared")))
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("no user namespaces here")
+    before, after = done.stdout.split()
+    assert before == str(folder.socket_path(Path("/shared")))
+    assert after != before
+
+
+def test_machines_that_share_a_folder_leave_each_other_s_sockets_alone(tmp_path, monkeypatch):
+    """A store on another machine looks dead from here."""
+    other = folder.socket_path(tmp_path)
+    folder.listen(other).close()
+    seen = os.open(other, os.O_PATH)
+    monkeypatch.setattr(folder, "kernel", lambda: "this machine's")
+    with folder.listen(folder.socket_path(tmp_path)):
+        assert os.fstat(seen).st_nlink == 1
+    os.close(seen)
 
 
 def _link(path: Path) -> None:

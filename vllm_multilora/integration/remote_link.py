@@ -15,12 +15,11 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
 
-from vllm_multilora.store.folder import store_folder
+from vllm_multilora.store.folder import kernel, store_folder
 
 logger = logging.getLogger(__name__)
 
@@ -156,11 +155,7 @@ def this_machine() -> str:
     Containers on one machine count as machines of their own unless they share that folder.
     """
     place = store_folder().stat()
-    try:
-        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        kernel = socket.gethostname()
-    return f"{kernel}:{place.st_dev}:{place.st_ino}"
+    return f"{kernel()}:{place.st_dev}:{place.st_ino}"
 
 
 def _greeting(key: bytes, purpose: str, rank: int) -> bytes:

@@ -8,8 +8,10 @@ import os
 import socket
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from vllm_multilora.errors import MultiLoRAError
@@ -18,7 +20,7 @@ from vllm_multilora.store.messages import PROTOCOL
 FOLDER_VARIABLE = "MULTILORA_STORE_FOLDER"
 """Names the folder; engines and workers that are started by this process inherit it."""
 
-_LONGEST_PATH = 100  # of a local socket: 107 bytes, and a store on a thread has a longer name
+_LONGEST_PATH = 107  # of a local socket, in bytes
 
 
 class StoreUnavailableError(MultiLoRAError, RuntimeError):
@@ -63,8 +65,24 @@ def ensure(folder: Path) -> None:
 
 
 def socket_path(folder: Path) -> Path:
-    """Where the store of this version listens."""
-    return folder / f"store-{PROTOCOL}.sock"
+    """Where the store of this version listens, for those who see the same files as this process.
+
+    A store opens what its clients name. Containers may share a folder of stores, as where they have
+    their host's `/tmp`, and machines, as where it is in a home, and not what lies at a path, nor
+    whoever listens there: each has a store of its own.
+    """
+    root = Path("/").stat()
+    view = zlib.crc32(f"{kernel()} {root.st_dev} {root.st_ino}".encode())
+    return folder / f"store-{PROTOCOL}-{view:08x}.sock"
+
+
+@cache
+def kernel() -> str:
+    """Tells machines apart; all containers of one machine have the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 @contextlib.contextmanager

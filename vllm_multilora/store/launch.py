@@ -42,7 +42,7 @@ class StoreProcess:
     """The store that all servers of this user share.
 
     A new store inherits the listening socket, so that whoever connects need not wait until it is
-    up. What it has to say it writes to a file beside the socket, `store-N.log`, N being `PROTOCOL`,
+    up. What it has to say it writes to a file beside the socket, of the same name but for `.log`,
     which it keeps short.
 
     Args:
