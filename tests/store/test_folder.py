@@ -51,6 +51,33 @@ def test_without_a_folder_for_the_session_all_processes_of_the_user_share_the_us
         assert folder.store_folder() == usual
 
 
+@pytest.mark.parametrize("is_usable", [True, False])
+def test_where_a_socket_has_no_room_in_the_temporary_folder_it_is_in_the_machines(
+    usual, monkeypatch, is_usable
+):
+    """vLLM's own sockets have shorter names."""
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    monkeypatch.setattr(folder, "_MACHINES", str(usual.parent))
+    monkeypatch.setattr(tempfile, "tempdir", str(usual.parent / ("x" * 70)))
+    if not is_usable:
+        usual.touch()
+    found = folder.store_folder()
+    assert (found == usual) == is_usable
+    with folder.listen(folder.socket_path(found)):
+        assert found.parent == usual.parent
+
+
+def test_without_a_temporary_folder_the_error_says_what_to_name(usual, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    with pytest.raises(StoreUnavailableError, match=f"No usable.*{FOLDER_VARIABLE}"):
+        folder.store_folder()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(usual.parent))
+    assert folder.store_folder() == usual.parent / "vllm-multilora"
+
+
 def test_who_sees_other_files_looks_for_another_store(tmp_path):
     """As containers that share a folder: what a path leads to in one is not there in the other."""
     code = """

@@ -21,6 +21,7 @@ FOLDER_VARIABLE = "MULTILORA_STORE_FOLDER"
 """Names the folder; engines and workers that are started by this process inherit it."""
 
 _LONGEST_PATH = 107  # of a local socket, in bytes
+_MACHINES = "/tmp"  # for temporary files, whatever is named for those of this process
 
 
 class StoreUnavailableError(MultiLoRAError, RuntimeError):
@@ -34,22 +35,29 @@ def store_folder() -> Path:
     cannot be made, this process and those that it starts get a folder of their own.
 
     Raises:
-        StoreUnavailableError: The folder that the environment names cannot be used.
+        StoreUnavailableError: The folder that the environment names cannot be used, or it names
+            none and none can be made.
     """
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
         folder = Path(named)
         ensure(folder)
         return folder
-    usual = [Path(tempfile.gettempdir(), f"vllm-multilora-{os.geteuid()}")]
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        usual.insert(0, Path(runtime, "vllm-multilora"))
-    for folder in usual:
-        if _fault(folder) is None:
-            return folder
-    private = Path(tempfile.mkdtemp(prefix="vllm-multilora-"))
-    os.environ[FOLDER_VARIABLE] = str(private)
-    return private
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and _fault(folder := Path(runtime, "vllm-multilora")) is None:
+        return folder
+    try:
+        usual = _temporary_folder()
+        if _fault(usual) is None:
+            return usual
+        private = tempfile.mkdtemp(prefix="vllm-multilora-", dir=usual.parent)
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"no folder for the store can be made: {error}; name one that only this user can "
+            f"access in {FOLDER_VARIABLE}"
+        ) from error
+    os.environ[FOLDER_VARIABLE] = private
+    return Path(private)
 
 
 def ensure(folder: Path) -> None:
@@ -167,9 +175,20 @@ def _is_dead(path: Path) -> bool:
     return False
 
 
+def _temporary_folder() -> Path:
+    """Where a user's folder is that is in no session; raises OSError where there is no place."""
+    name = f"vllm-multilora-{os.geteuid()}"
+    usual = Path(tempfile.gettempdir(), name)
+    return Path(_MACHINES, name) if _is_too_long(usual) else usual
+
+
+def _is_too_long(folder: Path) -> bool:
+    return len(os.fsencode(socket_path(folder))) > _LONGEST_PATH
+
+
 def _fault(folder: Path) -> str | None:
     """Why a folder cannot be used, after it was made where it was missing; None: it can."""
-    if len(os.fsencode(socket_path(folder))) > _LONGEST_PATH:
+    if _is_too_long(folder):
         return f"{folder}: the path is too long for a socket in it"
     try:
         with contextlib.suppress(FileExistsError):
