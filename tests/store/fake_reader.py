@@ -2,22 +2,29 @@
 
 blocks: bytes of each block. digest, version: what makes adapters alike; the path otherwise.
 sleep, busy: seconds that reading takes. hang: opening never ends. fail: opening fails with that
-text. crash: the process ends. exhaust: it uses up its processor time.
+text. crash: the process ends. exhaust: it uses up its processor time. bus: it touches memory that
+its file has no room for.
 stubborn: on a thread, the job outlives its end.
 """
 
 import contextlib
 import ctypes
 import hashlib
+import mmap
 import os
 import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 import msgspec
 import numpy as np
+
+from vllm_multilora.store.syscalls import libc
+
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ class FakeIntake:
                 ctypes.memset(int(address), value, int(size))
         if "crash" in self._options:
             os._exit(3)
+        if "bus" in self._options:
+            with Path(__file__).open() as file:
+                address = libc.mmap(None, MIB, mmap.PROT_READ, mmap.MAP_PRIVATE, file.fileno(), 0)
+            ctypes.string_at(address + MIB - 1, 1)
         if "exhaust" in self._options:
             _, most = resource.getrlimit(resource.RLIMIT_CPU)
             resource.setrlimit(resource.RLIMIT_CPU, (1, most))

@@ -1,13 +1,17 @@
 """A job packs where the store says."""
 
 import os
-from contextlib import closing
+import resource
+import sys
+from contextlib import closing, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.store.conftest import PATIENT_S
 from tests.store.fake_reader import FakeReader, content_of
+from vllm_multilora.store import runner
 from vllm_multilora.store.arena import PAGE, PLACE_BITS
 from vllm_multilora.store.channel import MOST_DESCRIPTORS, Channel
 from vllm_multilora.store.entries import Binding, Load
@@ -54,3 +58,47 @@ def test_a_pack_may_lie_in_many_segments_and_in_several_extents_of_each(segments
     for number in numbers:
         found = os.pread(segments.descriptor(number), 5 * PAGE, 0)
         assert found == empty + full + empty + full + empty
+
+
+def start_fake() -> tuple:
+    load = Load(1, Binding("server", None, 1), "/fake/a", [], [], StoreSettings())
+    return ForkRunner().start(load, FakeReader())
+
+
+def test_a_job_has_no_other_descriptor_and_is_soon_there_whatever_their_limit_is(monkeypatch):
+    def one_by_one(low, high):  # as Python does where it was built for older Linuxes
+        for number in range(low, high):
+            with suppress(OSError):
+                os.close(number)
+
+    monkeypatch.setattr(os, "closerange", one_by_one)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1 << 30, 1 << 30))
+    job, sock = start_fake()
+    try:
+        sock.settimeout(PATIENT_S)
+        with closing(Channel(sock, FromJob)) as channel:
+            assert isinstance(next_of(channel), Opened)
+            held = {path.name for path in Path(f"/proc/{job._pid}/fd").iterdir()}
+        assert len(held - {"0", "1", "2"}) == 1
+    finally:
+        job.kill()
+
+
+def test_a_job_that_cannot_even_say_what_went_wrong_ends(monkeypatch):
+    def fail(*arguments):
+        raise MemoryError("for an answer")
+
+    monkeypatch.setattr(runner, "run_job", fail)
+    test = os.getpid()
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        try:
+            job, sock = start_fake()
+        finally:
+            if os.getpid() != test:
+                os._exit(7)
+    with sock:
+        sock.settimeout(PATIENT_S)
+        assert sock.recv(1) == b""
+    _, status = os.waitpid(job._pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 1

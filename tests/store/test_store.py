@@ -125,6 +125,9 @@ def test_failures_say_what_was_found(engine):
     crashed = engine.load(2, "/fake/b?crash=1")
     assert crashed.kind is FailureKind.INTERNAL
     assert "ended with code 3" in crashed.message
+    starved = engine.load(3, "/fake/c?bus=1")
+    assert starved.kind is FailureKind.NO_MEMORY
+    assert "/dev/shm" in starved.message
     assert engine.describe().totals.bytes == 0
 
 

@@ -169,14 +169,14 @@ class Desk:
 def _failure_of(job: _Job, end: End) -> Failure:
     """What a job's end without an answer means."""
     limit_s = job.load.settings.timeout_s
-    if end.is_out_of_time:
+    if end.kind is FailureKind.TIMEOUT:
         message = (
             f"{title(job.load.path)}: reading and checking it has used up the processor time that "
             f"one adapter may take ({cpu_limit_s(limit_s)} s, from the time limit of {limit_s:g} s)"
         )
         return Failure(FailureKind.TIMEOUT, message, [])
     message = f"{title(job.load.path)}: the process that read it {end.how}, without an answer"
-    return Failure(FailureKind.INTERNAL, message, [])
+    return Failure(end.kind, message, [])
 
 
 def _hear(job: _Job, message: FromJob, loads: Loads) -> None:

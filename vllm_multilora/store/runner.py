@@ -6,7 +6,6 @@ import contextlib
 import errno
 import gc
 import os
-import resource
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from vllm_multilora.failures import FailureKind
 from vllm_multilora.store import sandbox
 from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.entries import Load
@@ -24,6 +24,24 @@ from vllm_multilora.store.jobs import run_job
 LONGEST_LOG = 1 << 20
 """Bytes of a store's own log; it may be in a folder that is in memory."""
 
+_SIGNALS = {
+    signal.SIGXCPU: ("its processor time was used up", FailureKind.TIMEOUT),
+    signal.SIGBUS: (
+        "there is no memory for what it packs; where the system has no memfd_create, it lies in "
+        "/dev/shm, or else in the temporary folder",
+        FailureKind.NO_MEMORY,
+    ),
+    signal.SIGKILL: (
+        "as the kernel does where memory, of a container say, is used up",
+        FailureKind.INTERNAL,
+    ),
+    signal.SIGSYS: (
+        "a filter of system calls around the server forbids one that checks need",
+        FailureKind.INTERNAL,
+    ),
+}
+"""What signals mean that a job gets from the kernel."""
+
 
 @dataclass(frozen=True)
 class End:
@@ -31,11 +49,11 @@ class End:
 
     Attributes:
         how: As `was killed by signal 9`.
-        is_out_of_time: Whether it was killed for the processor time that it had used.
+        kind: What kind of failure that is, if it is one.
     """
 
     how: str
-    is_out_of_time: bool = False
+    kind: FailureKind = FailureKind.INTERNAL
 
 
 class Use(NamedTuple):
@@ -114,15 +132,14 @@ def _keep_short(log: int) -> None:
 
 def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
     """The whole life of a child; never returns."""
+    code = 1
     try:
         gc.freeze()  # collections would touch, and so copy, all of the store's objects
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         # Whatever a hostile file makes of this process, it holds nothing of the store's.
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        os.closerange(3, sock.fileno())
-        os.closerange(sock.fileno() + 1, most)
+        _close_all_but(sock.fileno())
         settings = load.settings
         roots = (*settings.allowed_roots, *settings.directories) if settings.allowed_roots else ()
         confine = partial(
@@ -132,10 +149,24 @@ def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
             files_in_memory=settings.allow_pickle,
         )
         run_job(sock, load, reader, confine)
+        code = 0
     except BaseException as error:
         print(f"multilora store: job {load.number}: {error!r}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
+    finally:
+        os._exit(code)  # also where nothing can be printed: nobody else may go on as the store
+
+
+def _close_all_but(kept: int) -> None:
+    """Closes all descriptors but one and those of standard streams.
+
+    Above the one only those that there are: where Python was built for older Linuxes,
+    `os.closerange` tries each up to the limit, and that may be a billion in a container.
+    """
+    os.closerange(3, kept)  # which also makes room for the listing's
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 (of numbers)
+        if (number := int(name)) > kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(number)
 
 
 class _Child:
@@ -155,12 +186,16 @@ class _Child:
                 pid, status = self._pid, 0
             if pid:
                 code = os.waitstatus_to_exitcode(status)
-                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-                self._ended = End(how, is_out_of_time=code == -signal.SIGXCPU)
+                self._ended = _killed(-code) if code < 0 else End(f"ended with code {code}")
         return self._ended
 
     def use(self) -> Use:
         return _use(f"/proc/{self._pid}")
+
+
+def _killed(number: int) -> End:
+    why, kind = _SIGNALS.get(number, ("", FailureKind.INTERNAL))
+    return End(f"was killed by signal {number}" + (f" ({why})" if why else ""), kind)
 
 
 class ThreadRunner:
