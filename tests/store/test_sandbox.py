@@ -145,3 +145,17 @@ def test_files_and_core_dumps_are_limited():
 
 def test_jobs_give_way_to_the_model():
     assert int(run("print(os.nice(0))").stdout) >= 6
+
+
+@needs_seccomp
+def test_what_cannot_be_had_in_a_container_is_not_said_to_protect():
+    code = """
+from unittest.mock import patch
+prctl = {"x86_64": 157, "aarch64": 167}[os.uname().machine]
+with patch.object(syscalls, "numbers_of_forbidden", lambda allowed: [prctl]):
+    sandbox._enter_seccomp(())
+print(sandbox.protection())
+"""
+    code = ENTER.replace("sandbox.enter(roots, 5.0)", "syscalls.libc.prctl(38, 1, 0, 0, 0)") + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['limits of time, memory and files']\n", done.stderr

@@ -31,7 +31,8 @@ NICENESS = 6
 
 _MOST_FILES = MOST_DESCRIPTORS + 64  # the segments that a pack lies in; and its own
 
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP = 1, 22
+_PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 38, 39
 _SECCOMP_MODE_FILTER = 2
 _CLONE_THREAD = 0x00010000
 
@@ -70,12 +71,19 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
 def protection() -> list[str]:
     """What protects jobs on this machine, one phrase each."""
     found = ["limits of time, memory and files"]
-    version = landlock_version()
-    if version:
+    if syscalls.libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) < 0:
+        return found  # a filter around this process forbids what the rest begins with
+    if version := landlock_version():
         found.append(f"Landlock (version {version})")
-    if syscalls.audit_arch() is not None and Path("/proc/sys/kernel/seccomp").is_dir():
+    if syscalls.audit_arch() is not None and _takes_filters():
         found.append("seccomp")
     return found
+
+
+def _takes_filters() -> bool:
+    """Whether the kernel, or what stands in for it, has seccomp: it looks for a filter then."""
+    result = syscalls.libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, None, 0, 0)
+    return bool(result < 0 and ctypes.get_errno() == errno.EFAULT)
 
 
 def landlock_version() -> int:
