@@ -8,14 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
+import venv
 from pathlib import Path
 
 import psutil
 import pytest
 
+import multilora_kernels
+import vllm_multilora
 from tests.store.conftest import FAKE, Engine, is_writable
 from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.failures import FailureKind
@@ -470,6 +474,37 @@ def test_a_store_that_cannot_come_up_is_given_up_soon_with_its_last_words():
         client.configure([1], StoreSettings())
     client.close()
     assert time.perf_counter() - begun < 10.0
+
+
+def test_nothing_hides_pythons_own_modules_from_a_store(tmp_path):
+    """Among what is installed, often an old package of such a name is, and Python looks last there.
+
+    What a variable names is nothing to a process that was told to ignore it.
+    """
+    venv.create(tmp_path / "venv", symlinks=True)
+    packages = tmp_path / "venv" / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
+    (packages / "beside.pth").write_text(sysconfig.get_path("purelib"))
+    for package in (vllm_multilora, multilora_kernels):
+        (packages / package.__name__).symlink_to(Path(package.__file__).parent)
+    (tmp_path / "named").mkdir()
+    for hiding in (packages / "pathlib.py", tmp_path / "named" / "selectors.py"):
+        hiding.write_text("raise ImportError('of another time')")
+    code = """
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.messages import StoreSettings
+client = StoreClient(StoreProcess(), "server")
+print(client.configure([], StoreSettings()))
+client.close()
+"""
+    done = subprocess.run(
+        [tmp_path / "venv/bin/python", "-I", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "named")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_a_waking_thread_calls_once_until_the_next_poll(engine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import site
 import socket
 import subprocess
 import sys
@@ -163,12 +164,22 @@ def command_line(listener: socket.socket, *options: str) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's, in which a store can import what this process can, however it was found.
 
-    Servers' keys are left out.
+    Servers' keys are left out, and so is a path that this process does not look at. Where packages
+    are installed, Python looks by itself: before its own modules, one there could hide them.
     """
-    own = str(Path(__file__).parents[2])
-    given = os.environ.get("PYTHONPATH", "")
-    kept = {name: value for name, value in os.environ.items() if name not in _KEYS}
-    return kept | {"PYTHONPATH": os.pathsep.join([own, given]) if given else own}
+    paths = [] if sys.flags.ignore_environment else [os.environ.get("PYTHONPATH", "")]
+    if (own := str(Path(__file__).parents[2])) not in _installed_packages():
+        paths.insert(0, own)
+    left_out = (*_KEYS, "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    path = os.pathsep.join(filter(None, paths))
+    return kept | {"PYTHONPATH": path} if path else kept
+
+
+def _installed_packages() -> list[str]:
+    """The folders in which a new process of this user's finds packages."""
+    own = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    return [*site.getsitepackages(), *own]
 
 
 def _processors() -> list[int]:
