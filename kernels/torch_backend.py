@@ -46,7 +46,7 @@ def lora_shrink(
     scale: float,
 ) -> None:
     """See `multilora_kernels.lora_shrink`; arguments are valid."""
-    h.zero_()
+    h[:, : int(plan[PLAN_TOKENS])] = 0
     host_ranks = ranks.tolist()
     for slot, rows in _runs(plan, layout, x.size(0)):
         own = x[rows].float()
@@ -69,10 +69,8 @@ def lora_expand(
 ) -> None:
     """See `multilora_kernels.lora_expand`; arguments are valid."""
     if not add_inputs:
-        covered = layout.order.start + int(plan[PLAN_TOKENS])
-        rows = plan[layout.order.start : covered].long()
         width = sum(b.size(-2) for b in lora_b)
-        y[rows[rows < y.size(0)], offset : offset + width] = 0
+        y[: int(plan[PLAN_TOKENS]), offset : offset + width] = 0
     host_ranks = ranks.tolist()
     marks = None if factors is None else factors.marks.tolist()
     for slot, rows in _runs(plan, layout, y.size(0)):

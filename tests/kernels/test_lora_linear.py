@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multilora_kernels import (
+    BatchPlan,
     column_major,
     lora_expand,
     lora_linear,
@@ -204,6 +205,21 @@ def test_tokens_of_the_plan_past_the_activations_are_skipped(backend):
     expected, magnitude = problem.expected()[:10], problem.magnitude()[:10]
     problem.x, problem.y = problem.x[:10].clone(), problem.y[:10].clone()
     assert_close(run(problem, backend), expected, magnitude)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_past_the_plans_tokens_are_left_alone(backend):
+    problem = make_problem(BATCHES["interleaved"])
+    problem.plan = BatchPlan.build(problem.token_slots[:10], 8)
+    h = torch.full((1, 45, 16), 7.0)
+    lora_shrink(h, problem.x, problem.lora_a, problem.ranks, problem.plan, backend=backend)
+    assert (h[:, :10] != 7).all()
+    assert (h[:, 10:] == 7).all()
+    y = problem.y.clone()
+    options = {"add_inputs": False, "backend": backend}
+    lora_expand(y, h, problem.lora_b, problem.ranks, problem.plan, **options)
+    assert y[10:].equal(problem.y[10:])
+    assert y.equal(run(problem, backend, add_inputs=False))
 
 
 @pytest.mark.parametrize("by_column", [False, True], ids=["by-row", "by-column"])
