@@ -16,9 +16,16 @@ from vllm.lora.request import LoRARequest
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
 from vllm_multilora.adapters.problems import Code, Problem
+from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.attached import DIRECTORY
 from vllm_multilora.integration.failures import REFUSAL_MARK
-from vllm_multilora.integration.server import adapter_directory, model_names, registration
+from vllm_multilora.integration.server import (
+    adapter_directory,
+    model_names,
+    registration,
+    routes,
+    start,
+)
 from vllm_multilora.integration.server.adapter_directory import SCAN_S, DirectoryServer
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.refusals import Refusals
@@ -566,6 +573,50 @@ def test_api_servers_agree_without_asking_each_other(tmp_path: Path) -> None:
             assert await site.ask("acme", server) == "version two"
         assert list(site.engine.held.values()) == ["version two"]
         assert all(number >= FIRST_NUMBER for number in site.engine.held)
+def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever fills the directory need not know the routes."""
+    directory, file = tmp_path / "adapters", tmp_path / "routes.json"
+    directory.mkdir()
+    file.write_text('{"routes": {"help": "acme", "old": "gone"}}')
+    settings = MultiLoRAConfig(adapter_dir=(str(directory),), routes=str(file))
+    for module in (adapter_directory, routes):
+        monkeypatch.setattr(module, "settings_of", lambda config: settings)
+    monkeypatch.setattr(routes, "is_active_behind", lambda client: True)
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+    # What has to do with a real engine.
+    monkeypatch.setattr(start, "require_guards", lambda models: None)
+    monkeypatch.setattr(start.status_route, "engine_reports", nothing)
+    for module in (registration, start.shared_names, start.metering):
+        monkeypatch.setattr(module, "start", lambda models: None)
+
+    async def scenario() -> None:
+        site = Site(directory)
+        for name in ("acme", "help"):
+            site.put(name)
+        models: Any = site.models[0]
+        models.base_model_paths = [SimpleNamespace(name=BASE)]
+        parallel = SimpleNamespace(_api_process_count=1)
+        models.engine_client = SimpleNamespace(
+            engine_core=site.engine,
+            output_processor=SimpleNamespace(),
+            vllm_config=SimpleNamespace(parallel_config=parallel),
+        )
+        await start.init_static_loras(nothing, models)
+        assert set(models.lora_requests) == {"acme"}
+        assert "help" in (routes.routes_of(models) or ())
+
+    run(scenario())
+    assert caplog.text.count("help is not served: another model has its name") == 1
+    assert "'old' leads to names that nobody serves yet: gone" in caplog.text
+    assert "'help' leads" not in caplog.text
+
+
+async def nothing(*_: Any) -> None:
+    """Does what is not looked at here."""
+
+
 
     run(scenario())
 

@@ -102,7 +102,6 @@ class ServerRoutes:
         self._due = time.monotonic() + REFRESH_S
         self._refreshing: asyncio.Task[None] | None = None
         self._began = 0.0  # by the monotonic clock, when that was
-        self._tell_unknown()
 
     def __contains__(self, name: object) -> bool:
         """Whether a model name is a route's."""
@@ -296,10 +295,11 @@ class ServerRoutes:
     async def _read_again(self) -> None:
         # On a thread: storage may be slow, and a large file takes time to parse.
         if await asyncio.to_thread(self._file.refresh):
-            self._tell_unknown()
+            self.tell_unknown()
         self._due = time.monotonic() + REFRESH_S
 
-    def _tell_unknown(self) -> None:
+    def tell_unknown(self) -> None:
+        """Logs which routes lead to names that nobody serves."""
         known = [*self._models.lora_requests, *(m.name for m in self._models.base_model_paths)]
         for route, names in self._file.value.unknown(set(known)).items():
             logger.warning(
@@ -328,6 +328,12 @@ def start(models: Any) -> None:
         routes = ServerRoutes(models, path)
         ROUTES.set(models, routes)
         ON_FAILURE.set(models.engine_client.output_processor, routes.note_failure)
+
+
+def tell_unknown(models: Any) -> None:
+    """See `ServerRoutes.tell_unknown`; for when all adapters of a server that starts are known."""
+    if (routes := routes_of(models)) is not None:
+        routes.tell_unknown()
 
 
 def routes_of(models: Any) -> ServerRoutes | None:

@@ -64,5 +64,7 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
         registration.start(models)
         shared_names.start(models)
         metering.start(models)
-    await adapter_directory.start(models)
+    # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
+    await adapter_directory.start(models)
+    routes.tell_unknown(models)
