@@ -115,6 +115,23 @@ class SlowEngine(Engine):
         await settle()
 
 
+class StrictEngine(Engine):
+    """Refuses everything, while there is a reason.
+
+    Attributes:
+        codes: Of the problems that there are; None: it may be served.
+    """
+
+    codes: tuple[Code, ...] | None = None
+
+    async def add_lora(self, lora: LoRARequest) -> bool:
+        if self.codes is None:
+            return await super().add_lora(lora)
+        problems = [Problem.at(code, "f", "", "", "").as_dict() for code in self.codes]
+        fields = json.dumps({"kind": "invalid", "problems": problems})
+        raise RuntimeError(f"not now{REFUSAL_MARK}{fields}")
+
+
 def refuse(content: str) -> None:
     for text, kind in (("bad", "invalid"), ("away", "unreadable")):
         if content == text:
@@ -429,6 +446,30 @@ def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_path: P
         assert site.engine.read == ["acme: bad"]
         site.put("acme", "now good")
         assert await site.ask("acme") == "now good"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [(), (Code.NOT_SIGNED,), (Code.WRONG_SIGNATURE,), (Code.NOT_AS_SIGNED, Code.NOT_AS_SIGNED)],
+    ids=["digest", "not-signed", "wrong-signature", "not-as-signed"],
+)
+def test_what_is_refused_for_what_is_not_in_its_files_serves_once_it_may(
+    tmp_path: Path, codes: tuple[Code, ...]
+) -> None:
+    """As soon as its digest is required, or it is signed: neither changes its two files."""
+
+    async def scenario() -> None:
+        engine = StrictEngine()
+        site = Site(tmp_path, engine=engine)
+        site.put("acme")
+        engine.codes = codes
+        assert await site.ask("acme") == 400
+        engine.codes = None
+        assert await site.ask("acme") == 400
+        site.pass_time(2.1)
+        assert await site.ask("acme") == "good"
 
     run(scenario())
 

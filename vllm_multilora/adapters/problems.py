@@ -73,6 +73,10 @@ class Code(StrEnum):
     MORE_PROBLEMS = "more-problems"
 
 
+SIGNATURE_CODES = frozenset({Code.NOT_SIGNED, Code.WRONG_SIGNATURE, Code.NOT_AS_SIGNED})
+"""Of what is wrong with a folder's signature, or with the folder by its signature."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One cause for which an adapter cannot be served.

@@ -25,6 +25,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import AdapterDirectories, AdapterFolder, Settling
+from vllm_multilora.adapters.problems import SIGNATURE_CODES
 from vllm_multilora.integration.attached import DIRECTORY, ROUTES
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import callers, registration, versions
@@ -231,7 +232,7 @@ class DirectoryServer:
         refusal.error.param = "model"  # what the client has sent
         self._directories.tell(f"{folder.path} is refused: {_beginning(refusal.error.message)}")
         is_bad = refusal.error.code == HTTPStatus.BAD_REQUEST
-        if is_bad:
+        if is_bad and _is_by_its_files(refusal):
             served.refused = folder, refusal  # not read again until its files change
         else:
             self._missed.remember(folder, refusal)
@@ -289,6 +290,16 @@ def refused(models: Any) -> dict[int, str]:
 
 def _request(folder: AdapterFolder) -> LoRARequest:
     return LoRARequest(lora_name=folder.name, lora_int_id=folder.number, lora_path=folder.path)
+
+
+def _is_by_its_files(refusal: ErrorResponse) -> bool:
+    """Whether what is wrong is in the two files by which versions are told apart.
+
+    While these stay as they are, a signature may be put beside them, and keys or required digests,
+    which are no problem of a file, may become others.
+    """
+    codes = {problem.code for problem in getattr(refusal.error, "problems", ())}
+    return bool(codes) and codes.isdisjoint(SIGNATURE_CODES)
 
 
 def _beginning(message: str) -> str:
