@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from starlette.datastructures import Headers
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_multilora.config import MultiLoRAConfig
@@ -176,6 +177,33 @@ def test_many_wrong_keys_wait_for_their_answers_and_others_do_not(tenants, monke
 
     asyncio.run(attack())
     assert pauses == [1.0, 2.0, 3.0, 4.0, *[5.0] * 136]
+
+
+def test_wrong_keys_that_vllm_itself_refuses_wait_and_are_counted_like_all_others(monkeypatch):
+    """Without tenants, its own check of the API key answers for most paths."""
+    pauses, counted = [], []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    still = partial(TokenBucket, clock=lambda: 100.0)
+    monkeypatch.setattr(access_middleware, "TokenBucket", still)
+    monkeypatch.setattr(access_middleware, "count_refused", lambda *who: counted.append(who))
+    access = Access(api_keys=[CLIENT], admin_keys=[ADMIN])
+    app = AuthenticationMiddleware(App(), tokens=[CLIENT])
+    door = AccessMiddleware(app, access, strangers_per_minute=60)
+
+    async def attack():
+        for number in range(63):
+            answer = await call(app, access, "/v1/completions", f"sk-{number}", door=door)
+            assert answer["status"] == 401
+        assert (await call(app, access, "/tokenize", "sk-wrong", door=door))["status"] == 200
+        assert (await call(app, access, "/v1/completions", CLIENT, door=door))["status"] == 200
+
+    asyncio.run(attack())
+    assert pauses == [1.0, 2.0, 3.0]
+    assert counted == [(None, 401)] * 63
 
 
 def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenants):

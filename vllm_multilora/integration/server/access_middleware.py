@@ -114,11 +114,27 @@ class AccessMiddleware:
         try:
             if caller.account is not None and endpoint in _OF_TENANTS:
                 await self._call(caller, caller.account, endpoint, scope, receive, send)
+            elif caller.role is Role.STRANGER:
+                await self._app(scope, receive, self._refusing(send))
             else:
                 await self._app(scope, receive, send)
         finally:
             current_caller.reset(token)
             caller.ended()
+
+    def _refusing(self, send: Send) -> Send:
+        """Counts what vLLM's own check of its API key refuses, and has it wait, as `__call__` does.
+
+        Without tenants, that check answers most of the strangers.
+        """
+
+        async def send_refusal(message: Message) -> None:
+            if message.get("status") == HTTPStatus.UNAUTHORIZED:
+                count_refused(None, HTTPStatus.UNAUTHORIZED)
+                await self._pause()
+            await send(message)
+
+        return send_refusal
 
     async def _pause(self) -> None:
         """Has a stranger wait for an answer where there are many.
