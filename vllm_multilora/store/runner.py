@@ -24,7 +24,7 @@ from vllm_multilora.store.jobs import run_job
 LONGEST_LOG = 1 << 20
 """Bytes of a store's own log; it may be in a folder that is in memory."""
 
-_SIGNALS = {
+_SIGNALS: dict[int, tuple[str, FailureKind]] = {
     signal.SIGXCPU: ("its processor time was used up", FailureKind.TIMEOUT),
     signal.SIGBUS: (
         "there is no memory for what it packs; where the system has no memfd_create, it lies in "
