@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks.harness import registry, report, results, revisions
 from benchmarks.harness.registry import Benchmark
 from benchmarks.harness.tables import table
-from vllm_multilora.cli import is_read
+from vllm_multilora.cli import unwritten
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -75,7 +75,7 @@ def show(text: str) -> None:
     """Prints a text, for a reader who may have seen enough before its end."""
     with suppress(BrokenPipeError):
         print(text)
-    is_read()
+    unwritten()
 
 
 def listed() -> str:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from vllm_multilora import __version__
 from vllm_multilora.errors import MultiLoRAError
@@ -210,23 +211,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, unknown = parser.parse_known_args(given)
     except SystemExit:  # help has been printed, or what is wrong
-        if is_read():
-            raise
-        return PIPE_CLOSED
+        if status := unwritten():
+            return status
+        raise
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return status_of(arguments.run, arguments, arguments.parser.prog)
 
 
-def is_read() -> bool:
-    """Writes out what has been printed; whether its reader is still there."""
+def unwritten() -> int:
+    """Writes out what has been printed.
+
+    Returns:
+        0, or the exit status where that cannot be done: its reader has seen enough, or there is no
+        room, which is said.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # It has seen enough, and Python would write what is left at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+    except OSError as error:
+        _drop(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return PIPE_CLOSED
+        return _no_answer(f"{PROGRAM}: error: its output cannot be written: {error}")
+    return 0
+
+
+def _no_answer(why: str) -> int:
+    """Says why there is none, if there is room for that; returns the exit status."""
+    try:
+        print(why, file=sys.stderr)
+    except OSError:
+        _drop(sys.stderr)
+    return NO_ANSWER
+
+
+def _drop(stream: TextIO) -> None:
+    """Has nobody get what is left of a stream, which Python would write at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def status_of(
@@ -244,23 +265,22 @@ def status_of(
     """
     try:
         status = int(run(arguments))
-        return status if is_read() else PIPE_CLOSED
+        return unwritten() or status
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        is_read()
-        return PIPE_CLOSED
+        return unwritten() or PIPE_CLOSED
     except MultiLoRAError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return NO_ANSWER
+        return _no_answer(f"{name}: error: {error}")
     except Exception as error:  # which would end with 1 otherwise, and that is an answer
+        if status := unwritten():
+            return status
         said, hint = " ".join(f"{type(error).__name__}: {error}".split()), ""
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         else:
             hint = f" (set {TRACEBACK}=1 to see where)"
-        print(f"{name}: error: {said}{hint}", file=sys.stderr)
-        return NO_ANSWER
+        return _no_answer(f"{name}: error: {said}{hint}")
 
 
 def parser_of(called: Container[str]) -> argparse.ArgumentParser:

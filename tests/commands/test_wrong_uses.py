@@ -234,6 +234,25 @@ def test_a_reader_that_has_seen_enough_is_no_error(command):
     assert (process.returncode, err) == (PIPE_CLOSED, "")
 
 
+@pytest.mark.parametrize("command", ["tenants new", "completion bash", "--version"])
+def test_output_for_which_there_is_no_room_is_no_answer(command):
+    with Path("/dev/full").open("w") as full:
+        process = running(*command.split(), preexec_fn=lambda: os.dup2(full.fileno(), 1))
+    with process:
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    (line,) = err.splitlines()
+    assert "[Errno 28]" in line
+
+
+def test_where_there_is_no_room_to_say_so_there_is_no_answer_either():
+    with Path("/dev/full").open("w") as full:
+        process = running("tenants", "check", preexec_fn=lambda: os.dup2(full.fileno(), 2))
+    with process:
+        process.communicate(timeout=30)
+    assert process.returncode == 2
+
+
 def test_output_that_nobody_wants_is_no_error():
     process = running("tenants", "new", preexec_fn=lambda: os.close(1))
     with process:
