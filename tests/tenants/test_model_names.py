@@ -16,6 +16,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
 from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
 from tests.tenants.callers import as_caller
@@ -25,7 +26,11 @@ from vllm_multilora.integration.server import blends, versions
 from vllm_multilora.integration.server.callers import Caller, card_for, current_caller
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.metering import ServerMeter
-from vllm_multilora.integration.server.model_names import check_model, prepare
+from vllm_multilora.integration.server.model_names import (
+    check_model,
+    check_pooling_model,
+    prepare,
+)
 from vllm_multilora.integration.server.routes import ServerRoutes, show_available_models
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
@@ -170,6 +175,28 @@ def test_a_route_that_has_just_been_written_is_a_route_for_everybody(models):
     models.path.write_text("routes: {help-new: zen-a}")
     assert ask(models, tenant(adapters=("help-*",)), "help-new") == 404
     assert ask(models, tenant(routes=("help-*",)), "help-new") == {"zen-a"}
+
+
+@pytest.mark.parametrize("check", [check_model, check_pooling_model])
+def test_a_name_that_ends_like_a_version_is_as_unknown_as_any_other(models, check):
+    """Whether it is an adapter's, or asks for a version of one, is not to be told by the answer."""
+    processor = SimpleNamespace()
+    METER.set(processor, ServerMeter(None))
+    models.engine_client = SimpleNamespace(output_processor=processor)
+    models.lora_requests["zen@12345678"] = LoRARequest("zen@12345678", 9, "/zen")
+    refuse = BaseServing.create_error_response
+    serving = SimpleNamespace(models=models, create_error_response=refuse)
+
+    async def told(name):
+        current_caller.set(tenant(adapters=("acme-*",)))
+        try:
+            refusal = await check(None, serving, SimpleNamespace(model=name))
+        except VLLMNotFoundError as error:
+            return str(error)
+        return refusal.error.message
+
+    theirs, nobodys = (asyncio.run(told(name)) for name in ("zen@12345678", "yen@12345678"))
+    assert theirs.replace("zen", "yen") == nobodys
 
 
 def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):

@@ -192,9 +192,9 @@ async def check_model(original: Callable[..., Any], serving: Any, request: Any) 
     if blends.is_asked(serving.models, request):
         refusal = await _prepare_blend(serving, request)
         return refusal if refusal is not None else bind(serving, request, "")
-    asked = take_asked(serving, request)
+    named, asked = request.model, take_asked(serving, request)
     if not await may_use(serving, request.model):
-        return unknown(serving, request.model)
+        return unknown(serving, named)  # whole: whether there is such a name decides what is taken
     refusal = await prepare(serving, request)
     if refusal is None and not blends.is_bound(request):
         refusal = await original(serving, request)
@@ -238,10 +238,10 @@ async def check_pooling_model(original: Callable[..., Any], serving: Any, reques
     is_dropped = blends.dropped() is not None and _acts_for(serving.models)
     if is_dropped or blends.is_asked(serving.models, request):
         raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
-    asked = take_asked(serving, request)
+    named, asked = request.model, take_asked(serving, request)
     if not await may_use(serving, request.model):
-        # As vLLM does, which looks names up in two places here.
-        raise VLLMNotFoundError(f"The model `{request.model}` does not exist.")
+        # As vLLM does, which looks names up in two places here; and whole, as in `check_model`.
+        raise VLLMNotFoundError(f"The model `{named}` does not exist.")
     refusal = await prepare(serving, request)
     if refusal is None and blends.is_bound(request):
         raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
