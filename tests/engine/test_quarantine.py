@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.engine.parties import Engine, lora, pack_info
+from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import ADAPTERS, VERSION
@@ -59,6 +60,17 @@ def test_the_adapter_of_the_request_is_quarantined(output):
     assert quarantine.failure(SimpleNamespace(digest="d2", parts=())) is None
     quarantine.lift(PACK)
     assert quarantine.failure(PACK) is None
+
+
+def test_it_is_counted_among_the_failures(tmp_path):
+    engine = Engine(recorder=recorder(tmp_path, "engine"))
+    engine.fill(7, 10, digest="d1")
+    for output in (counted(acme_s=0), counted(acme_s=3), counted(acme_s=0)):
+        engine.adapters.take_quarantined(output, REQUESTS)
+    name = "vllm:lora_adapter_load_failures_total{{engine=0,reason={}}}"
+    found = {kind: shown(tmp_path)[name.format(kind.value)] for kind in FailureKind}
+    assert {kind for kind, count in found.items() if count} == {FailureKind.QUARANTINED}
+    assert found[FailureKind.QUARANTINED] == 1
 
 
 def test_the_version_that_ran_is_quarantined():

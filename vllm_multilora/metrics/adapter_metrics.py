@@ -88,7 +88,7 @@ class AdapterMetrics(SlotEvents):
         self._loaded("cpu", name, seconds)
 
     def failed(self, kind: FailureKind) -> None:
-        """An adapter could not be loaded."""
+        """An adapter could not be loaded, or was taken out of service."""
         self._failures[kind].inc()
 
     def hit(self, tier: Tier, adapter_id: int) -> None:

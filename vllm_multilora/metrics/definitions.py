@@ -134,8 +134,8 @@ MAX_RANK = _gauge("vllm:lora_max_rank", "Highest rank a LoRA adapter may have (-
 LOAD_FAILURES = _counter(
     "vllm:lora_adapter_load_failures_total",
     "Loads of LoRA adapters that failed, including registrations, by reason: gone, invalid, "
-    "unreadable, no_memory, timeout, quarantined, internal. A failure is repeated as the answer "
-    "for two seconds, and counts each time.",
+    "unreadable, no_memory, timeout, internal; and adapters that were taken out of service "
+    "(quarantined). A failed load is repeated as the answer for two seconds, and counts each time.",
     "reason",
 )
 REQUEST_WAIT = _histogram(

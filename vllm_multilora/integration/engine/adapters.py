@@ -218,7 +218,7 @@ class EngineAdapters:
 
     def take_quarantined(self, output: Any, requests: dict[str, Request]) -> dict[int, LoadFailure]:
         """Adapters whose numbers are not finite in a step's output; see `Quarantine.look`."""
-        return self.quarantine.look(output, requests, self.version)
+        return self.observer.quarantined(self.quarantine.look(output, requests, self.version))
 
     def take_lost(self) -> dict[int, LoadFailure]:
         """Adapters that some worker was without in a step since the last call, and why.

@@ -84,6 +84,13 @@ class AdapterObserver(SlotEvents):
             self._metrics.failed(failure.kind)
         self.arrived(request.lora_int_id)
 
+    def quarantined(self, adapters: dict[int, LoadFailure]) -> dict[int, LoadFailure]:
+        """Adapters were taken out of service; returns them."""
+        if self._metrics is not None:
+            for failure in adapters.values():
+                self._metrics.failed(failure.kind)
+        return adapters
+
     def copied(self, request: LoRARequest, seconds: float) -> None:
         """An adapter was copied into its slot."""
         if self._metrics is not None:
