@@ -573,47 +573,6 @@ def test_a_name_that_is_taken_stays_with_its_owner(
     assert caplog.text.count("is not served: another model has its name") == 1
 
 
-def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
-    tmp_path: Path,
-) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "one")
-        assert await site.ask("acme") == "one"
-        request = SimpleNamespace(lora_name="acme")
-        models: Any = site.models[0]
-        models._check_unload_lora_adapter_request = nothing_wrong
-        assert "removed" in await registration.unload_adapter(models, request)
-        assert site.engine.held == {}
-        assert await site.ask("acme") is None
-        await site.look()
-        assert await site.ask("acme") is None
-        site.put("acme", "version two")
-        await site.look()
-        assert await site.ask("acme") == "version two"
-
-    async def nothing_wrong(request: Any) -> None:
-        return None
-
-    run(scenario())
-
-
-def test_api_servers_agree_without_asking_each_other(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path, servers=2)
-        site.put("acme", "one")
-        for server in range(2):
-            await site.look(server, times=1)
-            assert await site.ask("acme", server) == "one"
-        assert site.engine.read == ["acme: one"]
-        site.put("acme", "version two")
-        await site.look(0)
-        assert await site.ask("acme", 0) == "version two"
-        for server in range(2):
-            await site.look(server)
-            assert await site.ask("acme", server) == "version two"
-        assert list(site.engine.held.values()) == ["version two"]
-        assert all(number >= FIRST_NUMBER for number in site.engine.held)
 def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -658,6 +617,47 @@ async def nothing(*_: Any) -> None:
     """Does what is not looked at here."""
 
 
+def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "one")
+        assert await site.ask("acme") == "one"
+        request = SimpleNamespace(lora_name="acme")
+        models: Any = site.models[0]
+        models._check_unload_lora_adapter_request = nothing_wrong
+        assert "removed" in await registration.unload_adapter(models, request)
+        assert site.engine.held == {}
+        assert await site.ask("acme") is None
+        await site.look()
+        assert await site.ask("acme") is None
+        site.put("acme", "version two")
+        await site.look()
+        assert await site.ask("acme") == "version two"
+
+    async def nothing_wrong(request: Any) -> None:
+        return None
+
+    run(scenario())
+
+
+def test_api_servers_agree_without_asking_each_other(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path, servers=2)
+        site.put("acme", "one")
+        for server in range(2):
+            await site.look(server, times=1)
+            assert await site.ask("acme", server) == "one"
+        assert site.engine.read == ["acme: one"]
+        site.put("acme", "version two")
+        await site.look(0)
+        assert await site.ask("acme", 0) == "version two"
+        for server in range(2):
+            await site.look(server)
+            assert await site.ask("acme", server) == "version two"
+        assert list(site.engine.held.values()) == ["version two"]
+        assert all(number >= FIRST_NUMBER for number in site.engine.held)
 
     run(scenario())
 
