@@ -75,6 +75,31 @@ def test_a_platforms_own_additional_configuration_is_left_alone():
     assert engine_args.additional_config is own
 
 
+def test_a_configuration_file_sets_what_the_docs_say_it_can(tmp_path):
+    """vLLM passes over a key that is false: it has no flag, and its `no-` flag one of its own."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    serve = parser.add_subparsers(dest="subparser").add_parser("serve")
+    serve.add_argument("model_tag")
+    serve.add_argument("--additional-config", type=json.loads)
+    add_flags(serve)
+
+    def settings(text):
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        args = parser.parse_args(["serve", "MODEL", "--config", str(file)])
+        engine_args = SimpleNamespace(additional_config=args.additional_config)
+        merge_flags(args, engine_args)
+        return (engine_args.additional_config or {}).get("multilora", {})
+
+    assert settings("multilora-dora: true") == {"dora": True}
+    assert settings("no-multilora-quarantine: true") == {"quarantine": False}
+    assert settings("multilora-quarantine: false") == {}
+    by_key = "additional-config: {multilora: {pin: [a, b], quarantine: false}}"
+    assert settings(by_key) == {"pin": ["a", "b"], "quarantine": False}
+
+
 @pytest.mark.parametrize("lacking", ["flag-values", "settings-check"])
 def test_a_vllm_that_would_not_read_the_flags_refuses_them(monkeypatch, lacking):
     without(monkeypatch, lacking)

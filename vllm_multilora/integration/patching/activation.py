@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ALWAYS_HEEDED = {"enabled", "backend", "routes", "tenants", "admin_key_file"}
+"""Settings that mean something also where vLLM's own code loads and computes the adapters."""
+
 
 def settings_of(vllm_config: VllmConfig) -> MultiLoRAConfig:
     """The plugin's settings of an engine; see `MultiLoRAConfig.from_additional_config`."""
@@ -165,3 +168,9 @@ def announce(vllm_config: VllmConfig) -> None:
         )
     else:
         logger.info("vllm-multilora %s is active; LoRA kernels: %s.", __version__, backend)
+    idle = {name: value for name, value in (given or {}).items() if name not in _ALWAYS_HEEDED}
+    if idle and is_active(vllm_config) and kernel_backend(vllm_config) == "vllm":
+        logger.warning(
+            "The --multilora settings %s have no effect with vLLM's own kernels.",
+            idle,
+        )
