@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -141,6 +142,20 @@ def test_calls_are_carried_out_in_their_order(server, engine_core):
     server.step()
     assert removed.result(0)
     assert "never added" in str(refused.exception(0))
+
+
+@pytest.mark.parametrize(
+    ("contents", "answer"),
+    [({}, "d1"), ({"dora": True}, "d1:dora"), ({"invocation_tokens": (1, 2)}, "d1:alora")],
+    ids=["plain", "dora", "activated"],
+)
+def test_a_registration_is_answered_with_what_was_read(server, engine_core, contents, answer):
+    read = add_lora(None, engine_core, lora(1))
+    assert not server.scheduler.has_requests()
+    server.engine.store.loaded(msgspec.structs.replace(pack_info(1, "d1"), **contents))
+    server.engine.poll()
+    assert not server.scheduler.has_requests()
+    assert read.result(0) == answer
 
 
 def test_nobody_waits_for_a_step_where_none_will_come(server, engine_core):

@@ -209,8 +209,8 @@ def test_over_http_they_answer_as_peft_and_are_listed(dora: Scenario, tmp_path: 
     ) as server:
         for case in dora.cases:
             completions.assert_serves(server, case.adapter or "base", case)
-        rows = server.get("/v1/lora_adapters").json()["data"]
-    kinds = {row["id"]: row["kind"] for row in rows}
-    assert {name for name, kind in kinds.items() if kind == "dora"} == {
-        name for name in dora.adapters if name.startswith("dora")
-    }
+        for path in ("/v1/lora_adapters", "/v1/models"):
+            kinds = {row["id"]: row.get("kind") for row in server.get(path).json()["data"]}
+            assert {name for name, kind in kinds.items() if kind == "dora"} == {
+                name for name in dora.adapters if name.startswith("dora")
+            }, path

@@ -281,9 +281,9 @@ def add_lora(
     """Registers an adapter: vLLM's `add_lora`, with the reading done by the store.
 
     Returns:
-        What was read: its digest, with `:alora` where tokens activate it; true, as vLLM's own
-        answer is. A future where vLLM's engine core process answers a client's call with it; the
-        result itself in an engine core that is called directly.
+        What was read: its digest, and after a colon its kind if it is not a plain one; true, as
+        vLLM's own answer is. A future where vLLM's engine core process answers a client's call
+        with it; the result itself in an engine core that is called directly.
 
     Raises:
         AdapterRefusedError: The adapter cannot be served; the future holds it likewise.
@@ -311,7 +311,7 @@ def add_lora(
 
 
 def _as_answer(version: PackInfo) -> str:
-    return f"{version.digest}:{version.kind}" if version.invocation_tokens else version.digest
+    return version.digest if version.kind == "lora" else f"{version.digest}:{version.kind}"
 
 
 def remove_lora(
