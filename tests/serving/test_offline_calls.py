@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vllm_multilora.adapters.intake import Rules, open_adapter
+
 from .cache_probe import CacheProbe
 from .cases import Case, Scenario
 from .engine import answer, assert_as_peft, lora_request, running_engine
@@ -44,6 +46,12 @@ def case_of(llama: Scenario, name: str) -> Case:
     return next(case for case in llama.cases_of(name) if len(case.prompt) == LENGTH)
 
 
+def digest_of(folder: Path) -> str:
+    """What `vllm-multilora digest` prints of it."""
+    with open_adapter(str(folder), Rules()) as source:
+        return source.digest()
+
+
 def numbers(llama: Scenario, *names: str) -> set[int]:
     return {llama.adapter_id(name) for name in names}
 
@@ -63,6 +71,8 @@ def test_what_is_added_is_listed_until_it_is_removed(
         assert engine.list_loras() == numbers(llama, *NAMES[:count])
     listed = numbers(llama, *NAMES[:HOST_PLACES])
     assert engine.add_lora(lora_request(llama, FIRST)) is True, "it is there already"
+    told = engine.engine_core.add_lora(lora_request(llama, FIRST))
+    assert told == digest_of(llama.adapters[FIRST])
     late = NAMES[HOST_PLACES]
     assert engine.add_lora(lora_request(llama, late))
     assert engine.list_loras() == listed

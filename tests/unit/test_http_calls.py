@@ -75,8 +75,13 @@ def headers_of(messages):
         ("médical", "m%C3%A9dical"),
         ("a\r\nset-cookie: b", "a%0D%0Aset-cookie: b"),
         (" a b ", "%20a%20b%20"),
+        ("a-b._~/:@+*c", "a-b._~/:@+*c"),
+        ("team#1, (100%)", "team%231%2C %28100%25%29"),
     ],
-    ids=["no-adapter", "plain", "not-ascii", "line-break", "spaces-around"],
+    ids=[
+        *("no-adapter", "plain", "not-ascii", "line-break", "spaces-around"),
+        *("as-it-is", "other-punctuation"),
+    ],
 )
 def test_the_answer_names_the_adapter_that_a_task_of_the_request_chose(adapter, header):
     async def app(scope, receive, send):
