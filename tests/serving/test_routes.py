@@ -149,6 +149,11 @@ ENDPOINTS = {
         "temperature": 0,
     },
     "/v1/responses": {"input": PROMPT, "max_output_tokens": 8, "temperature": 0, "store": False},
+    "/v1/messages": {
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": 8,
+        "temperature": 0,
+    },
     "/tokenize": {"prompt": PROMPT},
     "/detokenize": {"tokens": [5, 17, 120]},
 }
@@ -164,6 +169,8 @@ def said(path: str, response: httpx.Response) -> object:
         return body["choices"][0]["message"]["content"]
     if path == "/v1/responses":
         return body["output"][0]["content"][0]["text"]
+    if path == "/v1/messages":
+        return body["content"][0]["text"]
     return body
 
 
