@@ -95,7 +95,9 @@ class _Parser:
         place: Keys = ("tenants", name)
         if _NAME.fullmatch(name) is None:
             raise self._error(
-                place, "found this name, expected 1 to 64 ASCII letters, digits, dots, dashes or _"
+                place,
+                "found this name, expected 1 to 64 ASCII letters, digits, dots, dashes or _, the "
+                "first a letter or a digit",
             )
         found = self.mapping(data, place, _TENANT)
         self._read_keys(name, found.get("keys"), (*place, "keys"))
