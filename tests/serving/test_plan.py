@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import shlex
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from uuid import uuid4
@@ -233,6 +234,17 @@ def test_the_command(llama_8b, capsys):
     assert found["kv_cache"]["tokens_taken"] == found["total_bytes"] // 131072
     assert main(arguments) == 0
     assert "16 slots: " + f"{found['total_bytes']:,} bytes" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_the_command_prints(llama_8b, capsys):
+    from vllm_multilora.cli import main
+
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    _, _, block = page.partition("```\n$ vllm-multilora ")
+    command, _, shown = block.partition("```")[0].replace("\\\n", "").partition("\n")
+    arguments = shlex.split(command.replace("Llama-3.1-8B/config.json", str(llama_8b)))
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize(
