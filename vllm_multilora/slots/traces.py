@@ -34,6 +34,7 @@ _ENCODING = "utf-8-sig"  # with or without the mark that spreadsheets put first
 _COLUMNS = ("time", "adapter")
 _TOKENS = ("prompt_tokens", "generation_tokens")
 _STATUS, _ANSWERED = "status", "ok"  # of a usage log
+_LOGGED = '{"time":"'  # as its lines begin
 
 
 class TraceError(MultiLoRAError, ValueError):
@@ -174,6 +175,8 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mappin
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
+                if text.startswith(_LOGGED):
+                    continue  # half a line, of a server that was killed
                 raise TraceError(f"{path}, line {line}: invalid JSON: {error}") from error
             except (ValueError, RecursionError) as error:
                 raise TraceError(
