@@ -600,9 +600,10 @@ def test_a_proxys_root_path_hides_no_path(path, root, found):
 
 def test_admin_keys_come_from_a_file_or_the_environment(tmp_path):
     path = tmp_path / "keys"
-    path.write_text(f"\ufeff{ADMIN}\n\n{ADMIN}-2\n")  # as some editors begin a file
+    # As some editors begin a file, and with a key of several words.
+    path.write_text(f"\ufeff{ADMIN}\r\n\n {ADMIN} {ADMIN} \n")
     from_file = MultiLoRAConfig(admin_key_file=str(path))
-    assert read_admin_keys(from_file, {}) == [ADMIN, f"{ADMIN}-2"]
+    assert read_admin_keys(from_file, {}) == [ADMIN, f"{ADMIN} {ADMIN}"]
     assert read_admin_keys(MultiLoRAConfig(), {"MULTILORA_ADMIN_KEY": ADMIN}) == [ADMIN]
     assert read_admin_keys(MultiLoRAConfig(), {}) == []
 

@@ -195,13 +195,13 @@ def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -
     else:
         where = path
         try:
-            found = Path(path).read_text("utf-8-sig").split()
+            lines = map(str.strip, Path(path).read_text("utf-8-sig").splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{path}: cannot read the admin key ({error}); expected a text file with one key "
                 f"per line (--multilora-admin-key-file)"
             ) from None
-        if not found:
+        if not (found := [line for line in lines if line]):
             raise ConfigError(f"{path}: found no admin key, expected one per line")
     if any(len(key) < MIN_ADMIN_KEY for key in found):
         raise ConfigError(
