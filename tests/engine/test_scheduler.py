@@ -119,6 +119,17 @@ def server(servers) -> Server:
     return servers()
 
 
+def test_where_vllm_loads_adapters_nothing_is_kept_of_those_that_came_and_went(monkeypatch):
+    monkeypatch.setattr(users, "MOST_KNOWN", 10)
+    scheduler = AwareScheduler(vllm_config=config(2))
+    for number in range(1, 100):
+        scheduler.add_request(FakeRequest(f"request {number}", lora(number)))
+        scheduler.schedule()
+        scheduler.finish_requests([f"request {number}"], RequestStatus.FINISHED_ABORTED)
+    assert not scheduler._freed.of(range(100))
+    assert len(scheduler.users.accepted) <= 21
+
+
 def test_the_store_is_told_whose_request_waits(server):
     request = FakeRequest("one", lora(1))
     TENANT.set(request, RequestTenant("acme", 2.0, 5))

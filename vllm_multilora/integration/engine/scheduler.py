@@ -150,8 +150,8 @@ class AdapterAwareMixin:
         is_ready = adapters is None or adapters.state(lora_id) in AT_HAND
         if is_new:
             self.users.come(lora)
-            if adapters is not None:
-                self.users.forget_accepted(entry.number for entry in adapters.known())
+            known_adapters = () if adapters is None else adapters.known()
+            self.users.forget_accepted(entry.number for entry in known_adapters)
             if self.request_metrics is not None:
                 self.request_metrics.accept(
                     request.request_id, lora_id, label_of(lora), is_ready=is_ready
@@ -182,7 +182,8 @@ class AdapterAwareMixin:
         return super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _note_freed(self, request: Request) -> None:
-        if (adapter := _number_of(request)) is not None:
+        # Without adapters of ours nobody asks for these, and no step forgets them.
+        if self._adapters is not None and (adapter := _number_of(request)) is not None:
             self._freed.note(adapter, _blocks_of(request, self.kv_cache_manager))
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
