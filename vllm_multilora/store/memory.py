@@ -35,7 +35,7 @@ class HostMemory:
         numbers: Those of packs to come.
         on_evicted: Told of each pack that leaves.
         budgets: Those that clients ask for: what is here keeps within one of them.
-        tenant_limits: Packs that tenants may keep, as their servers have said last, the newest last.
+        tenant_limits: Packs that tenants may keep, as their servers have said last; newest last.
         staged: Allocations that jobs pack into, or that jobs which were killed may still write to.
         keeps: Whether packs of servers that have gone stay while there is room.
     """
