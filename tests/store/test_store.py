@@ -572,6 +572,16 @@ def test_a_store_on_a_thread_leaves_nothing_behind(store_folder, monkeypatch):
     assert [path.name for path in store_folder.iterdir()] == ["lock"]
 
 
+def test_a_store_on_a_thread_removes_what_those_before_it_have_left(threaded, store_folder):
+    (living,) = store_folder.glob("thread-*.sock")
+    left = store_folder / "thread-left.sock"
+    folder.listen(left).close()
+    other = Engine(StoreClient(StoreThread(FakeReader()), "other"))
+    assert living.exists()
+    assert not left.exists()
+    other.client.close()
+
+
 @pytest.mark.parametrize(
     ("number", "name", "path"),
     [

@@ -119,6 +119,13 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
+def remove_dead(folder: Path, pattern: str) -> None:
+    """Removes the sockets of stores that have died; to be called with the folder's lock held."""
+    for path in folder.glob(pattern):
+        if _is_dead(path):
+            path.unlink()
+
+
 def connect(path: str | Path, timeout_s: float = 5.0) -> socket.socket:
     """A connection to the store that listens at a path.
 

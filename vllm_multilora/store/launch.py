@@ -142,7 +142,11 @@ class StoreThread:
         from vllm_multilora.store.server import Server
 
         reader = self._reader or AdapterReader()
-        server = Server(folder.listen(self.path), ThreadRunner(), reader)
+        with folder.locked(self.path.parent):
+            # Their processes have ended, and the threads with them, which could remove nothing.
+            folder.remove_dead(self.path.parent, "thread-*.sock")
+            listener = folder.listen(self.path)
+        server = Server(listener, ThreadRunner(), reader)
         self._thread = threading.Thread(target=server.run, name="multilora-store", daemon=True)
         self._thread.start()
 
