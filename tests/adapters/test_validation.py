@@ -14,6 +14,7 @@ from multilora_kernels.dtypes import FLOAT16
 from vllm_multilora.adapters import AdapterError, AdapterFormatError, Code, Limits
 from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
 from vllm_multilora.adapters.intake import Rules
+from vllm_multilora.adapters.layout import LinearShape
 from vllm_multilora.adapters.naming import ModuleNaming
 from vllm_multilora.adapters.validation import validate
 
@@ -225,6 +226,56 @@ def test_ranks_are_checked_where_only_vllm_knows_sizes(tmp_path, a, b, code):
     assert problem.code == code
 
 
+@pytest.mark.parametrize(
+    ("module", "a", "b", "code", "words"),
+    [
+        ("score", (8, 96), (3, 8), None, ""),
+        ("score", (8, 96), (2, 8), Code.WRONG_SHAPE, "3 outputs"),
+        ("mlp.experts.0.w2", (8, 176), (96, 8), None, ""),
+        ("mlp.experts.0.w2", (8, 96), (96, 8), Code.WRONG_SHAPE, "176 inputs"),
+        ("mlp.experts", (32, 176), (96, 32), None, ""),
+        ("mlp.experts", (32, 176), (64, 32), Code.WRONG_SHAPE, "96 outputs"),
+        ("mlp.experts", (64, 176), (96, 64), Code.RANK_NOT_AS_CONFIGURED, "8 times the base model"),
+        ("mlp.experts", (8, 176), (96, 8), Code.RANK_NOT_AS_CONFIGURED, "4 experts"),
+        ("mlp.experts", (32, 176), (96, 16), Code.RANKS_DIFFER, "as lora_A"),
+    ],
+)
+def test_experts_and_heads_for_classes_have_the_models_sizes(tmp_path, module, a, b, code, words):
+    """Slots would hold the part of them that fits."""
+    shapes = {
+        "score": LinearShape(96, 3),
+        "mlp.experts.0.w2": LinearShape(176, 96),
+        "mlp.experts": LinearShape(176, 96, experts=4),
+        "mlp.experts.base_layer": LinearShape(96, 352, experts=4),
+    }
+    special = LAYOUT.special | {"score", "mlp.experts", "mlp.experts.0.w2"}
+    layout = replace(LAYOUT, special=special, linear_shapes=shapes)
+    draft = good(target_parameters=["gate_up_proj", "down_proj"])
+    draft.config["target_modules"] += ["score", "w2"]
+    draft.tensors |= {name_of(module, "A"): torch.ones(a), name_of(module, "B"): torch.ones(b)}
+    if module == "mlp.experts":
+        for part, shape in (("A", (32, 96)), ("B", (352, 32))):
+            draft.tensors[name_of(f"{module}.base_layer", part)] = torch.ones(shape)
+    problems = validate(draft.write(tmp_path / "adapter"), layout)
+    assert [problem.code for problem in problems] == ([code] if code else [])
+    assert all(words in str(problem) for problem in problems)
+
+
+def test_experts_of_a_layer_are_adapted_all_or_none(tmp_path):
+    """vLLM packs them together."""
+    experts = {f"model.layers.{i}.mlp.experts.{e}.w1" for i in (0, 1) for e in (0, 1)}
+    layout = replace(LAYOUT, special=LAYOUT.special | experts)
+    draft = good()
+    draft.config["target_modules"].append("w1")
+    first, second = (f"model.layers.1.mlp.experts.{e}.w1" for e in (0, 1))
+    draft.tensors |= {name_of(first, part): torch.ones(8, 8) for part in "AB"}
+    [problem] = validate(draft.write(tmp_path / "one"), layout)
+    assert problem.code == Code.HALF_MISSING
+    assert f"{second} is not adapted" in problem.message
+    draft.tensors |= {name_of(second, part): torch.ones(8, 8) for part in "AB"}
+    assert validate(draft.write(tmp_path / "both"), layout) == []
+
+
 def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(tmp_path):
     draft = good(modules_to_save=["classifier", "score"])
     draft.tensors["base_model.model.score.weight"] = torch.ones(2, 96)
@@ -264,6 +315,7 @@ def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(tm
 def test_a_head_saved_whole_needs_its_weight_once(tmp_path, shapes, code, words):
     """PEFT fails on a file without it; here, the base model's head would give the answers."""
     draft = good(modules_to_save=["classifier", "score"])
+    draft.config["target_modules"].append("score")
     for name, shape in shapes.items():
         draft.tensors[f"base_model.model.{name}"] = torch.ones(shape)
     with_head = replace(LAYOUT, special=LAYOUT.special | {"score"})

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.adapters.checkpoints import write
+from vllm_multilora.adapters import Code
+from vllm_multilora.adapters.validation import validate
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
 from vllm_multilora.integration.orders import Fill
@@ -138,6 +141,53 @@ def test_slots_hold_what_peft_adds(configs: Path, trained: Trained, mixed: bool)
             torch.testing.assert_close(in_slot(layer, "w13"), expected, rtol=1e-4, atol=1e-4)
             expected = trained.deltas[name, "down_proj"]
             torch.testing.assert_close(in_slot(layer, "w2"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("experts", "rank", "width", "code"),
+    [
+        pytest.param(8, RANK, 96, Code.RANK_NOT_AS_CONFIGURED, id="more-experts"),
+        pytest.param(2, RANK, 96, Code.RANK_NOT_AS_CONFIGURED, id="fewer-experts"),
+        pytest.param(4, 2 * RANK, 96, Code.RANK_NOT_AS_CONFIGURED, id="another-rank"),
+        pytest.param(4, RANK, 64, Code.WRONG_SHAPE, id="a-narrower-model"),
+        pytest.param(4, RANK, 96, None, id="as-the-model-has-them"),
+    ],
+)
+def test_experts_held_as_one_have_the_models_sizes(
+    configs: Path, tmp_path: Path, experts: int, rank: int, width: int, code: Code | None
+) -> None:
+    """Slots would take what there is, and PEFT refuses it."""
+    from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
+
+    layout = offline_layout(Server(str(configs / "gpt-oss"), max_lora_rank=8))
+    tensors = {}
+    for module, inputs, outputs in (("experts.base_layer", width, 352), ("experts", 176, width)):
+        prefix = f"base_model.model.model.layers.0.mlp.{module}.lora"
+        tensors[f"{prefix}_A.weight"] = torch.ones(experts * rank, inputs)
+        tensors[f"{prefix}_B.weight"] = torch.ones(outputs, experts * rank)
+    targets = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+    write(tmp_path, tensors, RANK, ALPHA, **targets)
+    problems = validate(tmp_path, layout)
+    assert {problem.code for problem in problems} == ({code} if code else set())
+
+
+@pytest.mark.parametrize("width", [96, 64])
+def test_single_experts_have_the_models_sizes(configs: Path, tmp_path: Path, width: int) -> None:
+    from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
+
+    layout = offline_layout(Server(str(configs / "mixtral"), max_lora_rank=8))
+    tensors = {}
+    experts = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    for kind, inputs, outputs in (("w1", width, 176), ("w2", 176, width), ("w3", width, 176)):
+        for expert in range(4):
+            prefix = f"{experts}.{expert}.{kind}.lora"
+            tensors[f"{prefix}_A.weight"] = torch.ones(RANK, inputs)
+            tensors[f"{prefix}_B.weight"] = torch.ones(outputs, RANK)
+    write(tmp_path, tensors, RANK, ALPHA)
+    problems = validate(tmp_path, layout)
+    assert {problem.code for problem in problems} == ({Code.WRONG_SHAPE} if width != 96 else set())
 
 
 def test_a_model_of_single_experts_refuses_it_and_says_why(

@@ -73,6 +73,21 @@ class SpecialShape:
 
 
 @dataclass(frozen=True)
+class LinearShape:
+    """Sizes of another layer that vLLM fills in itself: of experts, or a head for classes.
+
+    Attributes:
+        inputs: Columns of A in a checkpoint.
+        outputs: Rows of B in a checkpoint.
+        experts: How many experts a checkpoint's two tensors hold, one rank after the other.
+    """
+
+    inputs: int
+    outputs: int
+    experts: int = 1
+
+
+@dataclass(frozen=True)
 class ModelLayout:
     """All slices of the base model that packed adapters fill; plain data, which can be sent.
 
@@ -85,7 +100,9 @@ class ModelLayout:
         naming: From modules' names in a checkpoint to their names here.
         special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
             experts): they are no part of a packed adapter.
-        special_shapes: Of those special modules whose A and B have known shapes.
+        special_shapes: Of embeddings and output heads among the special modules.
+        linear_shapes: Of experts and heads for classes among them; of experts that are held as one,
+            under the names that PEFT has for both of their parameters.
         vocabulary: Token ids that a prompt can have are below it; None: not known.
         dora: Whether slots have room for what DoRA adapters multiply outputs by.
         no_dora: Modules whose outputs cannot be multiplied all the same, and why.
@@ -99,6 +116,7 @@ class ModelLayout:
     naming: ModuleNaming = field(default_factory=ModuleNaming)
     special: frozenset[str] = frozenset()
     special_shapes: Mapping[str, SpecialShape] = field(default_factory=dict)
+    linear_shapes: Mapping[str, LinearShape] = field(default_factory=dict)
     vocabulary: int | None = None
     dora: bool = False
     no_dora: Mapping[str, str] = field(default_factory=dict)

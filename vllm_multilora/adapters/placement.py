@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
+from vllm_multilora.adapters.companions import require_companions
 from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.found_module import FoundModule
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.missing_modules import MissingModules
 from vllm_multilora.adapters.names import (
-    FUSED_EXPERTS,
     HEADS,
-    WRAPPED_EXPERTS,
     TensorRole,
     full_head,
     is_unused,
@@ -20,35 +19,6 @@ from vllm_multilora.adapters.names import (
 )
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code, shown_name
-
-
-@dataclass(frozen=True)
-class FoundModule:
-    """What the file has for one module that the base model serves.
-
-    Attributes:
-        module: The module's name in the checkpoint, without PEFT's prefix.
-        name: Its name in the layout.
-        tensors: The names of its tensors by part, as of `TensorRole`; some may be missing.
-    """
-
-    module: str
-    name: str
-    tensors: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def target(self) -> str:
-        """What patterns for ranks and alphas are matched with.
-
-        Experts that are held as one are two parameters of a module to PEFT, each with an A and a B
-        of its own. It saves them as of the module and of what the module wraps, and matches
-        patterns with the parameters' names.
-        """
-        if self.module.endswith(FUSED_EXPERTS):
-            return f"{self.module}.down_proj"
-        if self.module.endswith(WRAPPED_EXPERTS):
-            return f"{self.module.removesuffix('.base_layer')}.gate_up_proj"
-        return self.module
 
 
 class Placement:
@@ -86,7 +56,7 @@ class Placement:
         for tensor in tensors:
             if not is_unused(tensor):
                 self._place(tensor)
-        self._require_both_of_experts()
+        require_companions(self.modules, config, layout, problems)
         self._report_unknown()
 
     def _place(self, tensor: str) -> None:
@@ -207,27 +177,6 @@ class Placement:
             hint=hint,
             cause=f"dora {found}",
         )
-
-    def _require_both_of_experts(self) -> None:
-        """Experts that are held as one have two parameters, which vLLM adapts together.
-
-        PEFT gives the tensors of a single one the same names, whichever of the two it is.
-        """
-        for name, found in self.modules.items():
-            if name.endswith(WRAPPED_EXPERTS):
-                other = name.removesuffix(".base_layer")
-            elif name.endswith(FUSED_EXPERTS) and self._layout.is_special(name):
-                other = f"{name}.base_layer"
-            else:
-                continue
-            if other not in self.modules:
-                self._problems.add(
-                    Code.HALF_MISSING,
-                    next(iter(found.tensors.values())),
-                    "of one parameter of experts that are held as one",
-                    "both of them adapted, 'gate_up_proj' and 'down_proj'",
-                    hint="train with both in 'target_parameters'",
-                )
 
     def _refuse_name(self, tensor: str) -> None:
         """A tensor that is no A, B or magnitude; said once if the configuration says it already."""

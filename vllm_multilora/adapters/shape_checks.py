@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from multilora_kernels.dtypes import KERNEL_DTYPES
 from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.found_module import FoundModule
 from vllm_multilora.adapters.header import TensorInfo
-from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
+from vllm_multilora.adapters.layout import LinearShape, ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.adapters.missing_modules import MissingModules
 from vllm_multilora.adapters.names import HEADS, full_head, tensor_of
-from vllm_multilora.adapters.placement import FoundModule, Placement
+from vllm_multilora.adapters.placement import Placement
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code, shown_name
 from vllm_multilora.adapters.ranks import room_for
@@ -125,9 +126,9 @@ class _Check:
                 sound = False
         for tensor in module.tensors.values():
             sound &= self.content(tensor)
-        if not sound or module.target != module.module:  # experts held as one: vLLM's affair
-            return
         sizes = self._sizes(module)
+        if not sound or (sizes is None and module.target != module.module):  # experts held as one
+            return
         inputs, outputs = (sizes.inputs, sizes.outputs) if sizes else (None, None)
         if outputs is not None:
             self._magnitude(module, outputs)
@@ -150,7 +151,8 @@ class _Check:
                 )
                 fits = False
         if fits:
-            self._ranks(module, a[0], b[1])
+            experts = sizes.experts if isinstance(sizes, LinearShape) else 1
+            self._ranks(module, a[0], b[1], experts)
 
     def _has_magnitudes(self, module: FoundModule) -> bool:
         if not (self._config and self._config.dora and self._layout.dora):
@@ -195,17 +197,18 @@ class _Check:
             return False
         return True
 
-    def _sizes(self, module: FoundModule) -> SliceLayout | SpecialShape | None:
-        """The base model's sizes; None where only vLLM knows them (an expert, a head)."""
-        if self._layout.is_special(module.name):
-            return self._layout.special_shapes.get(module.name)
+    def _sizes(self, module: FoundModule) -> SliceLayout | SpecialShape | LinearShape | None:
+        """The base model's sizes; None where only vLLM knows them."""
+        name = module.name
+        if self._layout.is_special(name):
+            return self._layout.special_shapes.get(name) or self._layout.linear_shapes.get(name)
         return self._layout.by_name[module.name][0]
 
     def _is_vocabulary(self, module: FoundModule, part: str) -> bool:
         shape = self._layout.special_shapes.get(module.name)
         return shape is not None and shape.embedding == (part == "A")
 
-    def _ranks(self, module: FoundModule, of_a: int, of_b: int) -> None:
+    def _ranks(self, module: FoundModule, of_a: int, of_b: int, experts: int) -> None:
         tensor = module.tensors["A"]
         if of_a != of_b:
             self._problems.add(
@@ -217,18 +220,19 @@ class _Check:
                 hint="the checkpoint mixes two adapters: save it again",
             )
             return
-        rank = self._config.rank_of(module.target) if self._config else of_a
+        rank = self._config.rank_of(module.target) * experts if self._config else of_a
+        of_all = f" times the base model's {experts} experts" if experts > 1 else ""
         if rank != of_a:
             self._problems.add(
                 Code.RANK_NOT_AS_CONFIGURED,
                 tensor,
                 f"the rank {of_a}",
-                f"{rank}, which adapter_config.json gives its module",
+                f"{rank // experts}{of_all}, which adapter_config.json gives its module",
                 verb="has",
                 hint="'r' and 'rank_pattern' must be those that the adapter was trained with: "
                 "scalings follow from them",
             )
-        if of_a > self._layout.max_rank and (rank != of_a or self._config is None):
+        if of_a > self._layout.max_rank * experts and (rank != of_a or self._config is None):
             self._problems.add(
                 Code.RANK_TOO_LARGE,
                 tensor,

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.found_module import FoundModule
 from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.layout import ModelLayout
-from vllm_multilora.adapters.placement import FoundModule, Placement
+from vllm_multilora.adapters.placement import Placement
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Problem
 from vllm_multilora.adapters.shape_checks import check_shapes

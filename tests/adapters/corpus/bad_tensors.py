@@ -151,6 +151,13 @@ def modules_of_another_architecture(draft: Draft) -> None:
     draft.rename(lambda n: n.replace("model.layers.", "transformer.h.").replace("_proj", "_fc"))
 
 
+@bad_weights(Code.HALF_MISSING, words=("of the embedding alone", "the output head, too"))
+def embedding_without_the_head_that_is_tied_to_it(draft: Draft) -> None:
+    """PEFT would apply it to the head as well."""
+    add_embedding(draft)
+    draft.config["ensure_weight_tying"] = True
+
+
 @bad_weights(Code.MERGED_MODULE, words=("qkv_proj", "q_proj, k_proj, v_proj"))
 def q_k_and_v_merged(draft: Draft) -> None:
     for kind in "qkv":

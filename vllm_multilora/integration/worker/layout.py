@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
+    FusedMoEWithLoRA,
     LogitsProcessorWithLoRA,
     VocabParallelEmbeddingWithLoRA,
 )
@@ -21,7 +22,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.models import supports_multimodal
 
 from multilora_kernels.dtypes import of_torch
-from vllm_multilora.adapters.layout import ModelLayout, SliceLayout, SpecialShape
+from vllm_multilora.adapters.layout import LinearShape, ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.worker.encoder_rows import ENCODER
 from vllm_multilora.integration.worker.module_naming import module_naming, refused_layers
@@ -98,6 +99,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
         special_shapes={
             name: shape for name, module in special.items() if (shape := _special_shape(module))
         },
+        linear_shapes=dict(_linear_shapes(manager, special)),
         vocabulary=manager.vocab_size,
         dora=dora,
         no_dora=no_dora,
@@ -230,6 +232,34 @@ def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
     if isinstance(module, LogitsProcessorWithLoRA):
         return SpecialShape(module.hidden_size, module.vocab_size, embedding=False)
     return None
+
+
+def _linear_shapes(
+    manager: LoRAModelManager, special: Mapping[str, BaseLayerWithLoRA]
+) -> Iterator[tuple[str, LinearShape]]:
+    """Sizes of heads for classes, and of experts' projections by their names in checkpoints."""
+    for name, module in special.items():
+        if isinstance(module, ClassificationHead):
+            base: Any = module.base_layer
+            yield name, LinearShape(base.input_size, base.output_size)
+        elif isinstance(module, FusedMoEWithLoRA):
+            yield from _expert_shapes(name, module, manager.packed_modules.get(name, []))
+
+
+def _expert_shapes(
+    name: str, module: FusedMoEWithLoRA, sources: Sequence[str]
+) -> Iterator[tuple[str, LinearShape]]:
+    """A layer's experts, held as one and, where `sources` names them, one by one."""
+    config = module.moe_config
+    count, width = config.num_logical_experts, config.hidden_dim_unpadded or config.hidden_dim
+    inner = config.intermediate_size
+    yield name, LinearShape(inner, width, count)
+    gate_and_up = 2 * inner if config.is_act_and_mul else inner
+    yield f"{name}.base_layer", LinearShape(width, gate_and_up, count)
+    each = len(sources) // count  # of one expert: gate, down and up, or up and down
+    for place, source in enumerate(sources if each > 1 and not len(sources) % count else ()):
+        is_down = place % each == 1
+        yield source, LinearShape(inner, width) if is_down else LinearShape(width, inner)
 
 
 def _outputs(base: Any) -> list[int]:

@@ -1,0 +1,97 @@
+"""Modules that are adapted together or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm_multilora.adapters.config import AdapterConfig
+from vllm_multilora.adapters.found_module import FoundModule
+from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED_EXPERTS
+from vllm_multilora.adapters.problem_list import ProblemList
+from vllm_multilora.adapters.problems import Code, shown_name
+
+_OF_EXPERTS = f"{FUSED_EXPERTS}."
+
+
+def require_companions(
+    modules: Mapping[str, FoundModule],
+    config: AdapterConfig | None,
+    layout: ModelLayout,
+    problems: ProblemList,
+) -> None:
+    """Notes modules without others that have to be adapted with them.
+
+    Args:
+        modules: Those of an adapter, by name in the layout.
+        config: Its configuration; None, if it is broken.
+        layout: What the base model accepts.
+        problems: Where problems are noted.
+    """
+    for name, found in modules.items():
+        if name.endswith(WRAPPED_EXPERTS):
+            _require_parameter(name.removesuffix(".base_layer"), found, modules, problems)
+        elif name.endswith(FUSED_EXPERTS) and layout.is_special(name):
+            _require_parameter(f"{name}.base_layer", found, modules, problems)
+    _require_experts(modules, layout, problems)
+    if config is not None and config.raw.get("ensure_weight_tying"):
+        _require_tied(modules, layout, problems)
+
+
+def _require_parameter(
+    other: str, found: FoundModule, modules: Mapping[str, FoundModule], problems: ProblemList
+) -> None:
+    """Experts that are held as one have two parameters, which vLLM adapts together.
+
+    PEFT gives the tensors of a single one the same names, whichever of the two it is.
+    """
+    if other not in modules:
+        problems.add(
+            Code.HALF_MISSING,
+            next(iter(found.tensors.values())),
+            "of one parameter of experts that are held as one",
+            "both of them adapted, 'gate_up_proj' and 'down_proj'",
+            hint="train with both in 'target_parameters'",
+        )
+
+
+def _require_experts(
+    modules: Mapping[str, FoundModule], layout: ModelLayout, problems: ProblemList
+) -> None:
+    """Of experts that have projections of their own, vLLM adapts all of a layer's or none."""
+    adapted = {
+        name.partition(_OF_EXPERTS)[0]: found
+        for name, found in modules.items()
+        if _OF_EXPERTS in name and name in layout.special
+    }
+    for name in sorted(layout.special) if adapted else ():
+        layer, of_experts, _ = name.partition(_OF_EXPERTS)
+        if of_experts and layer in adapted and name not in modules:
+            problems.add(
+                Code.HALF_MISSING,
+                next(iter(adapted[layer].tensors.values())),
+                f"of experts of which {shown_name(name)} is not adapted",
+                "all projections of all experts of a layer, or none",
+                hint="train with all of them in 'target_modules'",
+                cause="experts",
+            )
+
+
+def _require_tied(
+    modules: Mapping[str, FoundModule], layout: ModelLayout, problems: ProblemList
+) -> None:
+    """An embedding and a head of the same weights have the same adapter, if PEFT is told so."""
+    shapes = layout.special_shapes
+    found = {shapes[name].embedding: of for name, of in modules.items() if name in shapes}
+    if len(found) == 1:
+        [(is_embedding, module)] = found.items()
+        kinds = ("the embedding", "the output head")
+        kind, other = kinds if is_embedding else kinds[::-1]
+        problems.add(
+            Code.HALF_MISSING,
+            next(iter(module.tensors.values())),
+            f"of {kind} alone, with 'ensure_weight_tying' in adapter_config.json",
+            f"tensors of {other}, too, to which PEFT applies the same",
+            hint="save the adapter again; 'ensure_weight_tying' has no meaning where the base "
+            "model's are not tied",
+        )
