@@ -56,7 +56,7 @@ def feature_problems(config: AdapterConfig, file: str) -> list[Problem]:
     found = [
         _unsupported(file, key, config.raw[key], "unset", why)
         for key, why in _UNSUPPORTED.items()
-        if config.raw.get(key)
+        if _is_set(config.raw.get(key))
     ]
     if config.bias != "none":
         why = "biases trained with the adapter are not supported"
@@ -71,11 +71,16 @@ def feature_problems(config: AdapterConfig, file: str) -> list[Problem]:
     return [*found, *_activated(config, file)] if config.invocation_tokens else found
 
 
+def _is_set(value: object) -> bool:
+    """Whether a key has effect in PEFT, which takes an empty object for one of default values."""
+    return bool(value) or isinstance(value, dict)
+
+
 def _activated(config: AdapterConfig, file: str) -> Iterable[Problem]:
     """What PEFT does not train with `alora_invocation_tokens`, or computes as something else."""
     kind = "with 'alora_invocation_tokens'"
     for key, why in _NOT_ACTIVATED.items():
-        if config.raw.get(key):
+        if _is_set(config.raw.get(key)):
             yield _unsupported(file, key, config.raw[key], f"unset {kind}", why)
     start = config.raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower() == "mica":

@@ -259,6 +259,11 @@ def kasa(draft: Draft) -> None:
     draft.config["kasa_config"] = {"beta": 0.1}
 
 
+@bad_config(Code.UNSUPPORTED_FEATURE, words=("'kasa_config' is {}", "singular values"))
+def kasa_with_default_values(draft: Draft) -> None:
+    draft.config["kasa_config"] = {}
+
+
 @bad_config(Code.UNSUPPORTED_FEATURE, words=("'trainable_token_indices' is [1, 2]",))
 def single_tokens_trained(draft: Draft) -> None:
     draft.config["trainable_token_indices"] = [1, 2]
