@@ -121,7 +121,7 @@ def _copied_slices(model: torch.nn.Module) -> dict[str, dict[int, str]]:
         for source, (layer, shards) in (getattr(mapper, "orig_to_new_stacked", None) or {}).items():
             if isinstance(shards, list):
                 source, layer = (f"{block}.{name}".strip(".") for name in (source, layer))
-                places = (_PLACES.get(shard, shard) for shard in shards)
+                places = (_PLACES[shard] if isinstance(shard, str) else shard for shard in shards)
                 found.setdefault(layer, {}).update(dict.fromkeys(places, source))
     return found
 
