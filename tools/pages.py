@@ -54,7 +54,7 @@ _CODES = {
     Code.UNKNOWN_MODULE: "the base model has no such module",
     Code.MERGED_MODULE: "it is for a module that the base model has in parts, or for a part of one",
     Code.LAYER_OUT_OF_RANGE: "it adapts layers that the base model does not have",
-    Code.UNKNOWN_TENSOR: "a tensor belongs to no module",
+    Code.UNKNOWN_TENSOR: "a tensor belongs to no module, or to one that is not configured",
     Code.DUPLICATE_TENSOR: "two tensors are for the same matrix",
     Code.HALF_MISSING: "a module lacks a matrix or its magnitudes (DoRA), a head lacks its weight, "
     "or experts that are stored together lack one of their two parameters",

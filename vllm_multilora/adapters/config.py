@@ -302,8 +302,9 @@ class _Reader:
     def _check_unused(self) -> None:
         """Keys that PEFT wants right, although serving does not depend on them.
 
-        Which layers and modules an adapter has is what its tensors say; `fan_in_fan_out` is about
-        how the base model stores its weights, and A and B are the same either way.
+        Which layers and modules an adapter has is what its tensors say, with which these keys are
+        compared (`targets`); `fan_in_fan_out` is about how the base model stores its weights, and A
+        and B are the same either way.
         """
         self._flag("fan_in_fan_out")
         layers = self._raw.get("layers_to_transform")

@@ -19,6 +19,7 @@ from vllm_multilora.adapters.names import (
 )
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code, shown_name
+from vllm_multilora.adapters.targets import Targets
 
 
 class Placement:
@@ -49,6 +50,7 @@ class Placement:
         self._config = config
         self._layout = layout
         self._missing = MissingModules(layout, config)
+        self._targets = Targets(config) if config else None
         self._problems = problems
         self._unknown: list[tuple[str, str, str]] = []
         self._left_out: dict[str, str] = {}  # a tensor of each such module
@@ -110,6 +112,17 @@ class Placement:
         )
 
     def _add(self, role: TensorRole, name: str, tensor: str) -> None:
+        key = self._targets.leaves_out(role.module) if self._targets else None
+        if key is not None:
+            self._problems.add(
+                Code.UNKNOWN_TENSOR,
+                tensor,
+                f"of a module that {key!r} of adapter_config.json leaves out",
+                "tensors of the modules that PEFT adapts by this configuration, and no others",
+                hint="PEFT would ignore it: save the adapter again, with its own configuration",
+                cause=key,
+            )
+            return
         shape = self._layout.special_shapes.get(name)
         if role.embedding and not (shape is not None and shape.embedding):
             self._problems.add(

@@ -151,6 +151,29 @@ def modules_of_another_architecture(draft: Draft) -> None:
     draft.rename(lambda n: n.replace("model.layers.", "transformer.h.").replace("_proj", "_fc"))
 
 
+@bad_weights(
+    Code.UNKNOWN_TENSOR, words=("k_proj.lora_A", "'target_modules'", "leaves out", "5 more like")
+)
+def modules_that_are_no_targets(draft: Draft) -> None:
+    """PEFT leaves them out, and says nothing."""
+    draft.config["target_modules"].remove("k_proj")
+
+
+@bad_weights(Code.UNKNOWN_TENSOR, words=("mlp.", "'target_modules'", "17 more like"))
+def modules_that_an_expression_leaves_out(draft: Draft) -> None:
+    draft.config["target_modules"] = r".*\.self_attn\..*"
+
+
+@bad_weights(Code.UNKNOWN_TENSOR, words=("layers.1.", "'layers_to_transform'", "13 more like"))
+def layers_that_are_not_to_be_transformed(draft: Draft) -> None:
+    draft.config |= {"layers_to_transform": [0, 2], "layers_pattern": "layers"}
+
+
+@bad_weights(Code.UNKNOWN_TENSOR, words=(Q0, "'exclude_modules'", "1 more like"))
+def a_module_that_is_excluded(draft: Draft) -> None:
+    draft.config["exclude_modules"] = ["norm", "layers.0.self_attn.q_proj"]
+
+
 @bad_weights(Code.HALF_MISSING, words=("of the embedding alone", "the output head, too"))
 def embedding_without_the_head_that_is_tied_to_it(draft: Draft) -> None:
     """PEFT would apply it to the head as well."""

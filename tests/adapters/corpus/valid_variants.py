@@ -104,6 +104,13 @@ def targets_beyond_the_tensors(draft: Draft) -> Draft:
 
 
 @valid()
+def targets_with_whole_names(draft: Draft) -> Draft:
+    """Which layers are to be transformed does not matter for these."""
+    names = [Q0, "model.layers.1.mlp.up_proj"]
+    return good(names, target_modules=names, layers_to_transform=[2], exclude_modules=["k_proj"])
+
+
+@valid()
 def one_layer(draft: Draft) -> Draft:
     modules = [m for m in MODULES if ".layers.1." in m]
     return good(modules, layers_to_transform=1, layers_pattern="layers")
@@ -139,6 +146,15 @@ def embedding(draft: Draft) -> None:
 @valid()
 def head(draft: Draft) -> None:
     add_head(draft)
+
+
+@valid(read_by_peft=False)
+def head_of_tied_weights(draft: Draft) -> None:
+    """PEFT names the embedding alone among the targets, and saves the head's copies, too."""
+    add_embedding(draft)
+    add_head(draft)
+    draft.config["target_modules"].remove("lm_head")
+    draft.config["ensure_weight_tying"] = True
 
 
 @valid(read_by_peft=False)
