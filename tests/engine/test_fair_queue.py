@@ -43,10 +43,10 @@ class Scheduler:
         examined: In the last step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank=None) -> None:
         self.skipped: set[Waiting] = set()
         self.shares = FairShares()
-        self.queue = FairQueue(self.shares, lambda request: request.party, self.skipped)
+        self.queue = FairQueue(self.shares, lambda request: request.party, self.skipped, rank)
         self.examined: list[Waiting] = []
 
     def add(self, *requests: Waiting) -> None:
@@ -91,16 +91,21 @@ STEPS = st.lists(
 )
 
 
+def priority(request: Waiting) -> tuple[int, int]:
+    return request.number * 7 % 3, request.number
+
+
 @settings(max_examples=300, deadline=None)
-@given(steps=STEPS)
-def test_with_one_party_it_is_vllms_own_queue(steps):
+@given(steps=STEPS, rank=st.sampled_from([None, priority]))
+def test_with_one_party_it_is_vllms_own_queue(steps, rank):
     """But that it shows one request of an adapter that no request can run with."""
-    scheduler, line, number = Scheduler(), list[Waiting](), 0
+    scheduler, line, number = Scheduler(rank), list[Waiting](), 0
     for arrivals, blocked, room, aborted, preempts in steps:
         for adapter in arrivals:
             number += 1
             line.append(Waiting(number, adapter))
             scheduler.add(line[-1])
+            line.sort(key=rank or (lambda request: 0))
         gone = [line[place] for place in aborted if place < len(line)]
         scheduler.queue.remove_requests(gone)
         line = [request for request in line if request not in gone]
@@ -118,11 +123,14 @@ def test_with_one_party_it_is_vllms_own_queue(steps):
         assert {each for each in line if each.adapter in seen} <= scheduler.skipped
         if preempts and expected:
             line.insert(0, expected[0])
+            line.sort(key=rank or (lambda request: 0))
             scheduler.queue.prepend_request(expected[0])
         assert list(scheduler.queue) == line
         assert len(scheduler.queue) == len(line)
     scheduler.queue.begin_step()
     assert bool(scheduler.queue) == bool(line)
+    scheduler.queue.remove_requests(line)
+    assert not scheduler.queue._lines
 
 
 @settings(max_examples=200, deadline=None)

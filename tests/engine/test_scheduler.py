@@ -624,7 +624,7 @@ def test_a_step_asks_once_for_an_adapter_that_very_many_wait_for(tmp_path, polic
     for _ in range(5):
         server.steps.step()  # the store says nothing
     assert asked == [2] * 5
-    assert len(looked) == 5 * (300 if policy == "priority" else 1)
+    assert len(looked) == 5
     assert scheduler.get_request_counts() == (1, 300)
     assert len(scheduler.deferred_waiting) == 300
     for _ in range(200):

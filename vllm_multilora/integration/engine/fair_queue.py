@@ -1,9 +1,9 @@
 """vLLM's queue of waiting requests, with the request of the party served least at its head.
 
-Each party's requests are in the order of their arrival, as in vLLM's own queue, and with one party
-for all of them it is that queue. The first party is determined anew in each step, and within a step
-a request that was taken counts as computed. So if several parties have had the same, each of them
-gets a place, and not one of them all places.
+Each party's requests are in the order of vLLM's own queue, that of their arrival or their priority,
+and with one party for all of them it is that queue. The first party is determined anew in each
+step, and within a step a request that was taken counts as computed. So if several parties have had
+the same, each of them gets a place, and not one of them all places.
 
 A step examines one request after the other, and puts back what cannot run. Tens of thousands may
 wait for the same adapter. When one of them could not run for its sake, the others are passed over.
@@ -12,20 +12,21 @@ wait for the same adapter. When one of them could not run for its sake, the othe
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from bisect import insort
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import count
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.core.sched.request_queue import PriorityRequestQueue, RequestQueue
 
 from vllm_multilora.slots.fair_shares import PROMPT_COST, FairShares, Party
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    Lane = deque[tuple[int, Request]]
+    Lane = list[tuple[Any, Request]]
 
 
 class _Line:
@@ -34,13 +35,15 @@ class _Line:
     Attributes:
         lanes: In the order of their places; none is empty.
         hidden: Lanes that are not shown in this step.
+        new: By lane, the requests that have come since it was hidden last.
     """
 
     def __init__(self) -> None:
         self.lanes: dict[int | None, Lane] = {}
         self.hidden: set[int | None] = set()
+        self.new: defaultdict[int | None, set[Request]] = defaultdict(set)
         # The first places in the lanes that are shown; None until the step needs them.
-        self._heads: list[tuple[int, int | None]] | None = None
+        self._heads: list[tuple[Any, int | None]] | None = None
 
     def first(self) -> Request | None:
         """The first request that is shown; None where none is."""
@@ -51,7 +54,7 @@ class _Line:
             heapq.heapify(heads)
         return self.lanes[heads[0][1]][0][1] if heads else None
 
-    def pop(self, *, hides: bool) -> int:
+    def pop(self, *, hides: bool) -> Any:
         """Takes the request that `first` has just returned; hides the rest of its lane, or not.
 
         Returns:
@@ -60,13 +63,14 @@ class _Line:
         assert self._heads
         adapter = self._heads[0][1]
         lane = self.lanes[adapter]
-        place, _ = lane.popleft()
+        place, request = lane.pop(0)
+        self.new[adapter].discard(request)
         if lane and not hides:
             heapq.heapreplace(self._heads, (lane[0][0], adapter))
         else:
             heapq.heappop(self._heads)
         if not lane:
-            del self.lanes[adapter]
+            del self.lanes[adapter], self.new[adapter]
         return place
 
     def changed(self) -> None:
@@ -83,6 +87,8 @@ class FairQueue(RequestQueue):
         party_of: A request's party: always the same, also when the request has ended.
         skipped: Those that the scheduler has examined in vain, where it notes that; gets all that
             are passed over.
+        rank: A request's place among all others, the least first; None: they are in the order in
+            which they come in, at either end.
     """
 
     def __init__(
@@ -90,10 +96,12 @@ class FairQueue(RequestQueue):
         shares: FairShares,
         party_of: Callable[[Request], Party],
         skipped: set[Request] | None = None,
+        rank: Callable[[Request], Any] | None = None,
     ) -> None:
         self._shares = shares
         self._party_of = party_of
         self._skipped = skipped
+        self._rank = rank
         self._lines: dict[Party, _Line] = {}
         self._length = 0
         # Places of the requests that came in last, at either end.
@@ -102,7 +110,7 @@ class FairQueue(RequestQueue):
         self._order: list[tuple[float, float, int, Party]] | None = None
         self._numbers = count()
         # What was taken in this step, with its place; and a request that others are hidden with.
-        self._taken: dict[Request, int] = {}
+        self._taken: dict[Request, Any] = {}
         self._passing: tuple[Request, bool] | None = None
         self._with_hidden: set[Party] = set()
         self._hidden = 0
@@ -132,24 +140,21 @@ class FairQueue(RequestQueue):
 
     def add_request(self, request: Request) -> None:
         self._back += 1
-        self._lane_for(request).append((self._back, request))
+        self._put(request, self._back if self._rank is None else self._rank(request))
 
     def prepend_request(self, request: Request) -> None:
-        """Puts a request before all others of its party."""
+        """Puts a request before all others of its party, where they have no rank."""
         self._front -= 1
-        self._lane_for(request).appendleft((self._front, request))
+        self._put(request, self._front if self._rank is None else self._rank(request))
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
-        """Puts what this step has taken back to where it was; the last one first, as vLLM does.
-
-        Others come before the others of their parties.
-        """
+        """Puts what this step has taken back to where it was; others as if one after the other."""
         for request in requests:
-            place, lane = self._taken.get(request), self._lane_for(request)
-            if place is None or (lane and place > lane[0][0]):
-                self._front -= 1
-                place = self._front
-            lane.appendleft((place, request))
+            place = self._taken.get(request)
+            if place is None:
+                self.prepend_request(request)
+            else:
+                self._put(request, place)
 
     def peek_request(self) -> Request:
         if not self:
@@ -195,14 +200,15 @@ class FairQueue(RequestQueue):
             line = self._lines.get(party)
             if line is None or (lane := line.lanes.get(adapter)) is None:
                 continue
-            kept = deque(each for each in lane if each[1] not in leaving)
+            kept = [each for each in lane if each[1] not in leaving]
             gone = len(lane) - len(kept)
             self._length -= gone
             self._hidden -= gone if adapter in line.hidden else 0
             line.lanes[adapter] = kept
+            line.new[adapter] -= leaving
             line.changed()
             if not kept:
-                del line.lanes[adapter]
+                del line.lanes[adapter], line.new[adapter]
             if not line.lanes:
                 del self._lines[party]
         self._order = None
@@ -219,8 +225,7 @@ class FairQueue(RequestQueue):
         lanes = [lane for line in self._lines.values() for lane in line.lanes.values()]
         return iter([each for _, each in heapq.merge(*lanes, key=itemgetter(0))])
 
-    def _lane_for(self, request: Request) -> Lane:
-        """The lane that a request is about to be put into."""
+    def _put(self, request: Request, place: Any) -> None:
         party, adapter = self._party_of(request), _adapter_of(request)
         line = self._lines.get(party)
         if line is None:
@@ -229,21 +234,16 @@ class FairQueue(RequestQueue):
         line.changed()
         self._length += 1
         self._hidden += adapter in line.hidden
-        return line.lanes.setdefault(adapter, deque())
+        line.new[adapter].add(request)
+        insort(line.lanes.setdefault(adapter, []), (place, request), key=itemgetter(0))
 
     def _hide(self, line: _Line, adapter: int | None) -> None:
         if adapter in line.hidden:
             return
         line.hidden.add(adapter)
-        lane = line.lanes.get(adapter, deque())
-        self._hidden += len(lane)
-        if self._skipped is None:
-            return
-        for requests in (lane, reversed(lane)):
-            for _, request in requests:
-                if request in self._skipped:
-                    break  # those behind it have not come since the last time either
-                self._skipped.add(request)
+        self._hidden += len(line.lanes.get(adapter, ()))
+        if self._skipped is not None:
+            self._skipped |= line.new.pop(adapter, set())
 
     def _first(self) -> Party:
         if len(self._lines) == 1:
@@ -262,8 +262,15 @@ class FairQueue(RequestQueue):
 
 
 def queue_of(scheduler: Any, shares: FairShares, party_of: Callable[[Request], Party]) -> FairQueue:
-    """A queue for one of vLLM's schedulers."""
-    return FairQueue(shares, party_of, getattr(scheduler, "deferred_waiting", None))
+    """What one of vLLM's schedulers can have for its queue, in the order of that."""
+    skipped = getattr(scheduler, "deferred_waiting", None)
+    is_ranked = isinstance(scheduler.waiting, PriorityRequestQueue)
+    return FairQueue(shares, party_of, skipped, _rank if is_ranked else None)
+
+
+def _rank(request: Request) -> tuple[int, float, str]:
+    """As vLLM compares requests with priorities."""
+    return request.priority, request.arrival_time, request.request_id
 
 
 def _adapter_of(request: Request) -> int | None:

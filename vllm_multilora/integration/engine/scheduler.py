@@ -9,9 +9,9 @@ the model step to load what is missing. The mixin, over whichever scheduler clas
 - leaves pinned adapters in their slots, and lets the other adapters take turns.
 
 A request that is held back stays where it is in vLLM's waiting queue, like one that waits for its
-grammar to be compiled: order, priorities, preemption and aborts are vLLM's own. Where requests are
-served in their order, that queue is a `FairQueue` of one party, so that a step examines one request
-of each adapter that cannot run in it, and not all of them.
+grammar to be compiled: order, priorities, preemption and aborts are vLLM's own. That queue is a
+`FairQueue` of one party, so that a step examines one request of each adapter that none can run with
+in it, and not all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQueue
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
@@ -90,7 +90,7 @@ class AdapterAwareMixin:
         self.recorder = engine_recorder(vllm_config)
         self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
         self._blocked: set[int] = set()  # adapters that no request can run with in this step
-        if isinstance(self.waiting, FCFSRequestQueue):
+        if isinstance(self.waiting, FCFSRequestQueue | PriorityRequestQueue):
             self.waiting = queue_of(self, FairShares(), lambda request: None)
         self._freed = FreedBlocks()
         self._versions = Announcements()
