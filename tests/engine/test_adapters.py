@@ -1137,7 +1137,16 @@ def test_adapters_that_are_nowhere_are_forgotten_when_there_are_too_many(engine,
     engine.adapters.want(lora(8))
     assert known(engine) == [6, 7, 5, 8]
     assert not engine.store.forgotten
-    assert engine.adapters.observer.usage.of(1) == engine.adapters.observer.usage.of(99)
+
+
+def test_those_that_cannot_be_forgotten_keep_none_that_can(engine, few, monkeypatch):
+    monkeypatch.setattr(registrations, "_TRIES", 2)
+    for number in (1, 2):
+        engine.adapters.want(lora(number))
+    for number in (3, 4, 5, 6):
+        engine.adapters.want(lora(number))
+        engine.adapters.drop(number)
+    assert known(engine) == [1, 2, 5, 6]
 
 
 def test_adapters_that_are_somewhere_or_wanted_are_not_forgotten(engines, few):
@@ -1161,9 +1170,11 @@ def test_an_adapter_that_was_forgotten_is_asked_for_anew(engine, few):
     engine.store.failed()
     engine.poll()
     engine.adapters.drop(1)
+    assert engine.adapters.observer.usage.of(1).last_error is not None
     for number in range(2, 6):
         engine.adapters.want(lora(number))
     assert 1 not in known(engine)
+    assert engine.adapters.observer.usage.of(1).last_error is None
     engine.adapters.want(lora(1))
     assert 1 in {want.adapter for want in engine.store.wants.values()}
 

@@ -50,6 +50,33 @@ SERVICE = "0::/system.slice/vllm.service\n"
             id="version-1",
         ),
         pytest.param(
+            "4:memory:/x\n",
+            {"memory/x/memory.limit_in_bytes": f"{(1 << 63) - 4096}"},
+            WHOLE,
+            id="version-1-without-a-limit",
+        ),
+        pytest.param(
+            "4:name=memory-watch:/x\n",
+            {"memory/x/memory.limit_in_bytes": f"{MIB}"},
+            WHOLE,
+            id="version-1-of-another-kind",
+        ),
+        pytest.param(
+            "0::/system.slice/vllm@a:b.service\n",
+            {"system.slice/vllm@a:b.service/memory.max": f"{64 * MIB}"},
+            64 * MIB,
+            id="a-colon-in-its-name",
+        ),
+        pytest.param(
+            "0::/../other\n", {"memory.max": f"{16 * MIB}"}, 16 * MIB, id="container-beside-it"
+        ),
+        pytest.param(
+            "nonsense\n",
+            {"memory/memory.limit_in_bytes": f"{16 * MIB}"},
+            16 * MIB,
+            id="container-of-version-1",
+        ),
+        pytest.param(
             "0::/../other\n", {"../other/memory.max": f"{MIB}"}, WHOLE, id="outside-the-container"
         ),
         pytest.param("nonsense\n", {}, WHOLE, id="nonsense"),
