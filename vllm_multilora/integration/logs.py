@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
+
+_PROJECT = ("vllm_multilora", "multilora_kernels")
 
 
 def join_vllm_logging() -> None:
@@ -12,5 +16,12 @@ def join_vllm_logging() -> None:
     so long after they have loaded their plugins.
     """
     vllm_logger = logging.getLogger("vllm")
-    for name in ("vllm_multilora", "multilora_kernels"):
+    for name in _PROJECT:
         logging.getLogger(name).parent = vllm_logger
+
+
+def configure_loggers(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    original(*args, **kwargs)
+    for name, known in logging.root.manager.loggerDict.items():
+        if isinstance(known, logging.Logger) and name.partition(".")[0] in _PROJECT:
+            known.disabled = False

@@ -887,6 +887,16 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM serves DoRA adapters.",
     ),
     Patch(
+        name="loggers",
+        target="vllm.logger:_configure_vllm_root_logger",
+        takes=("config=None",),
+        handler="logs:configure_loggers",
+        why="A file in VLLM_LOGGING_CONFIG_PATH silences all loggers that are there and that it "
+        "does not name, unless it says otherwise, as no example of vLLM's does. Has ours go on.",
+        checked=(),
+        until="vLLM sets disable_existing_loggers where a file leaves it out.",
+    ),
+    Patch(
         name="sleep",
         target="vllm.v1.worker.gpu_worker:Worker.sleep",
         takes=("self, level=1",),
