@@ -84,6 +84,22 @@ def test_modules_can_be_imported_late_whatever_the_roots_are(root):
     assert run("import colorsys, safetensors; print('imported')", root).stdout == "imported\n"
 
 
+@needs_landlock
+def test_pytorch_can_be_imported_late_wherever_it_is_installed(root, tmp_path):
+    package = tmp_path / "elsewhere" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import beside_torch")
+    (tmp_path / "elsewhere" / "beside_torch.py").write_text("print('imported')")
+    code = f"sys.path.insert(0, {str(package.parent)!r})\nsandbox.enter"
+    done = subprocess.run(
+        [sys.executable, "-c", ENTER.replace("sandbox.enter", code) + "import torch", root],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "imported\n", done.stderr
+
+
 @needs_seccomp
 @pytest.mark.parametrize(
     "code",

@@ -18,6 +18,7 @@ import struct
 import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from vllm_multilora.store import syscalls
@@ -172,7 +173,10 @@ def _code_paths() -> tuple[str, ...]:
     libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
     devices = ("/dev/urandom", "/proc/cpuinfo")  # PyTorch starts with these
     own = str(Path(__file__).parents[1])
-    return tuple(dict.fromkeys([*map(sysconfig.get_path, names), *libraries, *devices, own]))
+    torch = find_spec("torch")  # a virtual environment may see that of another place
+    beside = str(Path(torch.origin).parents[1]) if torch and torch.origin else own
+    paths = [*map(sysconfig.get_path, names), *libraries, *devices, own, beside]
+    return tuple(dict.fromkeys(paths))
 
 
 def _enter_seccomp(allowed: Sequence[str]) -> None:
