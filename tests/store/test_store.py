@@ -467,6 +467,22 @@ def test_an_unknown_policy_is_refused_and_another_one_is_noted(engines):
     client.close()
 
 
+def test_a_process_without_standard_streams_can_start_a_store():
+    """The first descriptors that it opens have their numbers."""
+    code = f"""
+import os
+from tests.store.conftest import Engine
+from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.launch import StoreProcess
+said = os.dup(1)
+os.closerange(0, 3)
+pid = Engine(StoreClient(StoreProcess({FAKE!r}), "server")).describe().pid
+os.write(said, str(pid).encode())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert int(done.stdout) > 1
+
+
 def test_a_store_that_cannot_come_up_is_given_up_soon_with_its_last_words():
     begun = time.perf_counter()
     client = StoreClient(StoreProcess("no.such.module:Reader"), "server")

@@ -61,7 +61,7 @@ def _become_store() -> None:
     print(f"the store of this user listens at {listener.getsockname()}")
     print("servers with --enable-lora find it there; Ctrl-C ends it", flush=True)
     listener.set_inheritable(True)
-    command = command_line(listener, "--keep")
+    command = command_line(listener.fileno(), "--keep")
     os.execve(command[0], command, environment())
 
 

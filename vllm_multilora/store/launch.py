@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import site
@@ -79,7 +80,12 @@ class StoreProcess:
                 with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
                     return folder.connect(self.path)
                 with folder.listen(self.path) as listener:
-                    self._start(listener)
+                    # Not one of standard streams' numbers: those the store gets anew.
+                    descriptor = fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, 3)
+                try:
+                    self._start(descriptor)
+                finally:
+                    os.close(descriptor)
                 return folder.connect(self.path)
         except (OSError, subprocess.SubprocessError) as error:
             raise StoreUnavailableError(
@@ -87,7 +93,7 @@ class StoreProcess:
                 "and --multilora-store thread does without its process"
             ) from error
 
-    def _start(self, listener: socket.socket) -> None:
+    def _start(self, listener: int) -> None:
         options = ["--detach", "--reader", self._reader]
         options += ["--processors", ",".join(map(str, _processors()))]
         # Not this process's own output: whoever reads that to its end would wait for the store.
@@ -96,7 +102,7 @@ class StoreProcess:
                 command_line(listener, *options),
                 check=True,
                 timeout=30,
-                pass_fds=(listener.fileno(),),
+                pass_fds=(listener,),
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -159,10 +165,10 @@ def store_host(mode: Literal["process", "thread"]) -> StoreHost:
     return StoreThread() if mode == "thread" else StoreProcess()
 
 
-def command_line(listener: socket.socket, *options: str) -> list[str]:
-    """The command that runs a store at a listening socket, which its process must inherit."""
+def command_line(listener: int, *options: str) -> list[str]:
+    """The command that runs a store at a listening socket, whose descriptor it must inherit."""
     store = [sys.executable, "-P", "-m", "vllm_multilora.store"]
-    return [*store, "--socket-fd", str(listener.fileno()), *options]
+    return [*store, "--socket-fd", str(listener), *options]
 
 
 def environment() -> dict[str, str]:
