@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -231,6 +232,23 @@ def test_looking_at_thousands_of_folders_is_cheap(tmp_path):
         assert len(settling.settle(directories.scan())) == 2_000
         took.append(time.process_time() - began)
     assert min(took) < 0.5
+
+
+def test_folders_beyond_the_limit_are_not_served_by_name_either(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("vllm_multilora.adapters.directory.MOST_FOLDERS", 2)
+    for name in ("acme", "beta", "corp"):
+        put(tmp_path / name)
+    directories = looking_at(tmp_path)
+    for _ in range(2):
+        served = directories.scan()
+        assert len(served) == 2
+        (other,) = {"acme", "beta", "corp"} - served.keys()
+        assert directories.find(other) is None
+        assert all(directories.find(name) == served[name] for name in served)
+    assert caplog.text.count("has more than 2 entries; not all are served") == 1
+    shutil.rmtree(tmp_path / next(iter(served)))
+    assert other in directories.scan()
+    assert directories.find(other) is not None
 
 
 @pytest.mark.parametrize("name", ["a" * 255, "ä" * 127, "👍", "acme"])

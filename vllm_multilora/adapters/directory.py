@@ -110,6 +110,7 @@ class AdapterDirectories:
         self._allowed = allowed
         self._found: dict[str, dict[str, AdapterFolder]] = {d: {} for d in self._directories}
         self._clock = clock
+        self._overfull: set[str] = set()  # those with folders that are not looked at
         self._told: set[str] = set()
         self._told_since = clock()
         # Whose numbers were given out at the last look at everything, and at the one before: a
@@ -136,6 +137,8 @@ class AdapterDirectories:
         if not is_adapter_name(name):
             return None
         for directory in self._directories:
+            if directory in self._overfull and name not in self._found[directory]:
+                continue  # else it would come with each request, and go with each scan
             path = f"{directory}/{name}"
             # os.path, which takes a name that the file system cannot hold for one that is not there
             folder = self._look(directory, name, path, is_link=os.path.islink(path))  # noqa: PTH114
@@ -153,7 +156,10 @@ class AdapterDirectories:
                     )
                     if folder is not None:
                         found[entry.name] = folder
-            if next(entries, None) is not None:
+            if next(entries, None) is None:
+                self._overfull.discard(directory)
+            else:
+                self._overfull.add(directory)
                 self.tell(f"{directory} has more than {MOST_FOLDERS} entries; not all are served")
         return dict(sorted(found.items()))
 
