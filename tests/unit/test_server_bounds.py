@@ -379,6 +379,18 @@ def test_a_registration_touches_no_path_here_and_leaves_nothing_in_other_engines
     assert asyncio.run(scenario()).error.code == 500
 
 
+def test_no_more_adapters_are_registered_than_a_server_may_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registration, "MOST_ADAPTERS", 1)
+    monkeypatch.setattr(registration, "admit", None)  # is not asked
+    models = SimpleNamespace(lora_requests={"other": LoRARequest("other", 1, "/adapters/other")})
+    request = SimpleNamespace(lora_name="acme", lora_path="/adapters/acme")
+    refusal: Any = asyncio.run(registration.load_adapter(models, request, None))
+    assert refusal.error.code == HTTPStatus.BAD_REQUEST
+    assert "this server has 1 adapters, and serves no more" in refusal.error.message
+
+
 def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a middleware with a time limit, say: the engine has the adapter all the same."""
     monkeypatch.setattr(registration, "acts_for", lambda models: True)
