@@ -14,6 +14,7 @@ import threading
 import time
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,9 +24,12 @@ import vllm_multilora
 from tests.store.conftest import FAKE, Engine, is_writable
 from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.store import folder
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.connections import Connection
+from vllm_multilora.store.entries import Client
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import StoreProcess, StoreThread
 from vllm_multilora.store.mapper import SegmentMapper
@@ -156,6 +160,31 @@ def test_a_full_arena_makes_room_and_says_who_left(engines):
     engine.load(2, f"/fake/b?blocks={MIB}")
     engine.until(lambda: Evicted(first.pack) in engine.seen)
     engine.until(lambda: Totals(MIB, 1, MIB, None) in engine.seen)
+
+
+def test_who_does_not_read_is_told_no_more_of_what_is_in_memory_and_the_newest_then(store_folder):
+    """An engine that waits for its workers reads only when it loads an adapter."""
+    said = []
+    channel = SimpleNamespace(pending=0, send=said.append)
+    path = folder.socket_path(store_folder)
+    server = Server(folder.listen(path), ThreadRunner(), FakeReader())
+    server._connections[-1] = Connection(-1, channel)
+    server._registry.clients[-1] = Client(-1, "engine", "server", 1)
+
+    def change(adapters):
+        server._registry.memory.allow([CpuBudget(adapters)])
+        server._totals_sent = 0.0
+        server._tell_totals()
+
+    change(1)
+    channel.pending = 1
+    for adapters in range(2, 1000):
+        change(adapters)
+    channel.pending = 0
+    server._tell_totals()
+    assert [totals.adapters_limit for totals in said] == [1, 999]
+    server._connections.clear()
+    server._close()
 
 
 def test_who_comes_later_is_told_what_is_in_memory_though_nothing_changes(engines):

@@ -34,6 +34,7 @@ from vllm_multilora.store.messages import (
     Saw,
     Segment,
     Share,
+    Totals,
     Used,
     Want,
     Watch,
@@ -55,6 +56,7 @@ class Connection:
         mapped: Segments that it has mapped.
         watches: Whether it registers segments with a device, and so is told of all.
         told: Those that it has been told of.
+        totals: What it was told of host memory last.
     """
 
     number: int
@@ -62,6 +64,7 @@ class Connection:
     mapped: set[int] = field(default_factory=set)
     watches: bool = False
     told: set[int] = field(default_factory=set)
+    totals: Totals | None = None
 
 
 class RefusedError(Exception):

@@ -79,7 +79,6 @@ class Server:
         self._lost: set[int] = set()
         self._unstarted: list[tuple[int, Failure]] = []
         self._alone_since = self._awake = time.monotonic()
-        self._totals: Totals | None = None
         self._totals_sent = 0.0
         self._stopped = False
         self._bell, self._rope = socket.socketpair()
@@ -178,7 +177,7 @@ class Server:
             self._desk.next_look(),
             self._names.next_event(),
         ]
-        if self._totals != self._registry.memory.totals():
+        if self._lack(self._registry.memory.totals()):
             times.append(self._totals_sent + _TOTALS_EVERY_S)
         if not self._connections and not self._keep:
             times.append(self._alone_since + LINGER_S)
@@ -200,8 +199,6 @@ class Server:
 
     def _hear_client(self, number: int) -> None:
         connection = self._connections[number]
-        if number not in self._registry.clients:
-            self._totals = None  # whoever says `Hello` is to be told
         try:
             connection.channel.flush()
             for message, _ in connection.channel.receive():
@@ -246,11 +243,20 @@ class Server:
 
     def _tell_totals(self) -> None:
         totals, now = self._registry.memory.totals(), time.monotonic()
-        if totals != self._totals and now - self._totals_sent >= _TOTALS_EVERY_S:
-            self._totals, self._totals_sent = totals, now
-            for client in self._registry.clients.values():
-                if client.role in ("engine", "observer"):
-                    self.send(client.number, totals)
+        if now - self._totals_sent >= _TOTALS_EVERY_S:
+            for connection in self._lack(totals):
+                connection.totals, self._totals_sent = totals, now
+                self.send(connection.number, totals)
+
+    def _lack(self, totals: Totals) -> list[Connection]:
+        """Those who are to be told the totals; not those who do not read what they were told."""
+        return [
+            self._connections[client.number]
+            for client in self._registry.clients.values()
+            if client.role in ("engine", "observer")
+            and (connection := self._connections[client.number]).totals != totals
+            and not connection.channel.pending
+        ]
 
     def _describe(self) -> Description:
         clients = [
