@@ -27,6 +27,10 @@ from vllm_multilora.store.launch import StoreThread
 from vllm_multilora.store.mapper import SegmentMapper
 from vllm_multilora.store.messages import Loaded, PackInfo, StoreSettings, Want
 
+from .allocated_slots import Setting, real_manager
+from .test_expert_adapters import SLOT, filler
+from .tiny_models import write_llama4_config
+
 pytestmark = pytest.mark.serving
 
 LIMIT_S = 10.0
@@ -466,3 +470,34 @@ def test_the_kernels_that_fill_a_slot_are_not_taken_for_what_could_not_be_page_l
     assert isinstance(rig.filler.fill_now(rig.fill(0, 0, 7, rig.load(7, rank=4))), Filled)
     assert runtime.threads
     assert errors == [0]
+
+
+def test_rows_are_where_vllm_loads_the_models(tmp_path: Path) -> None:
+    """Llama 4's queries and keys are reordered for rotary embeddings: with their adapters, too."""
+    from vllm_multilora.integration.offline.model import one_worker
+
+    folder = write_llama4_config(tmp_path / "model")
+    attention, rank = "model.layers.1.self_attn", 4
+    generator = torch.Generator().manual_seed(0)
+    tensors, sums = {}, {}
+    for kind, outputs in (("q_proj", 128), ("k_proj", 64), ("v_proj", 64)):
+        a, b = (torch.randn(s, generator=generator) for s in ((rank, 128), (outputs, rank)))
+        a, b = a.bfloat16(), b.bfloat16()
+        tensors |= {
+            f"{PREFIX}{attention}.{kind}.lora_{x}.weight": t
+            for x, t in zip("AB", (a, b), strict=True)
+        }
+        sums[kind] = b.float() @ a.float()
+    adapter = write(tmp_path / "adapter", tensors, rank, alpha=rank)
+    setting = Setting(max_loras=2, max_lora_rank=8, dora=True)
+    with real_manager(folder, setting, one_worker) as manager, filler(manager) as fill:
+        no_dora = {name.rpartition(".")[2] for name in manager.layout.no_dora}
+        assert no_dora == {"q_proj", "k_proj"}  # magnitudes would be those of other rows
+        for _ in range(2):  # the slot is filled anew
+            assert isinstance(fill(adapter), Filled)
+        layer = manager.modules[f"{attention}.qkv_proj"]
+        for kind, a, b in zip(sums, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+            name = f"{attention}.{kind}.weight"
+            _, loaded = manager.model.permute_qk_weight_for_rotary(name, sums[kind])
+            assert torch.equal(loaded, sums[kind]) == (kind == "v_proj")
+            torch.testing.assert_close(b[SLOT, 0].float() @ a[SLOT, 0].float(), loaded)

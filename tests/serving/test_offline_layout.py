@@ -137,25 +137,6 @@ def test_adapters_of_what_latent_attention_does_not_call_are_refused(tmp_path):
         assert all("kv_b_proj" in problem.where for problem in problems)
 
 
-def test_adapters_of_rows_that_vllm_reorders_are_refused(tmp_path):
-    """B's rows would be added to other outputs than those of its module."""
-    from transformers import Llama4TextConfig
-
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
-
-    config = Llama4TextConfig(
-        **tiny_models.TWO_LAYERS, head_dim=32, intermediate_size_mlp=208, num_local_experts=2
-    )
-    config.architectures = ["Llama4ForCausalLM"]
-    config.save_pretrained(tmp_path)
-    layout = offline_layout(Server(str(tmp_path), max_lora_rank=64))
-    kinds = {name.rpartition(".")[2]: why for name, why in layout.bypassed.items()}
-    assert kinds == dict.fromkeys(
-        ("q_proj", "k_proj"), "vLLM loads its weights with their rows in another order"
-    )
-
-
 def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
     """vLLM shares rotary embeddings between models; one without memory would end the next."""
     from vllm.model_executor.layers import rotary_embedding

@@ -26,6 +26,7 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -146,6 +147,16 @@ def write_gemma4(path: Path, *, seed: int = 10) -> Path:
         pad_token_id=None,
     )
     return _write(Gemma4ForCausalLM, config, path, seed)
+
+
+def write_llama4_config(path: Path) -> Path:
+    """Writes what says of a Llama 4 without experts how large it is, and no weights."""
+    config = Llama4TextConfig(
+        **TWO_LAYERS, head_dim=32, intermediate_size_mlp=208, num_local_experts=2, moe_layers=[]
+    )
+    config.architectures = ["Llama4ForCausalLM"]
+    config.save_pretrained(path)
+    return path
 
 
 def write_deepseek(path: Path, *, seed: int = 9) -> Path:

@@ -41,6 +41,7 @@ _PLAIN = (
     MergedColumnParallelLinearVariableSliceWithLoRA.set_lora,
 )
 
+_REORDERED = "vLLM loads its weights with their rows in another order"
 _PLACES = {"q": 0, "k": 1, "v": 2}  # of what vLLM fuses, in the fused layer
 
 
@@ -53,11 +54,15 @@ class RunningLayout:
         packed: Layers that packed adapters fill, by name, in the order of their rows in the rank
             tables: layer after layer, slice after slice.
         special: The other layers, by name: filled through vLLM's own `set_lora`.
+        orders: Of slices whose weights vLLM loads with their rows in another order than checkpoints
+            have, by row in the rank tables: which of the rows of B that this worker keeps belongs
+            to each output.
     """
 
     layout: ModelLayout
     packed: dict[str, BaseLinearLayerWithLoRA]
     special: dict[str, BaseLayerWithLoRA]
+    orders: dict[int, torch.Tensor]
 
 
 def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningLayout:
@@ -84,6 +89,9 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
                 no_dora.update((part.name, reason) for part in found)
         else:
             special[name] = module
+    orders = dict(_orders(manager.model, slices))
+    if dora:
+        no_dora.update((part.name, _REORDERED) for part in slices if part.row in orders)
     special_names = frozenset(
         source for name in special for source in (name, *manager.packed_modules.get(name, ()))
     )
@@ -105,7 +113,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
         no_dora=no_dora,
         bypassed=dict(bypassed_layers(manager)),
     )
-    return RunningLayout(layout, packed, special)
+    return RunningLayout(layout, packed, special, orders)
 
 
 def _copied_slices(model: torch.nn.Module) -> dict[str, dict[int, str]]:
@@ -124,6 +132,24 @@ def _copied_slices(model: torch.nn.Module) -> dict[str, dict[int, str]]:
                 places = (_PLACES[shard] if isinstance(shard, str) else shard for shard in shards)
                 found.setdefault(layer, {}).update(dict.fromkeys(places, source))
     return found
+
+
+def _orders(
+    model: torch.nn.Module, slices: Sequence[SliceLayout]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Queries and keys that vLLM reorders for its rotary embeddings (Llama 4), as of `orders`.
+
+    The model is asked: it reorders rows that hold their own numbers.
+    """
+    for block, part in model.named_modules():
+        reorder = getattr(part, "permute_qk_weight_for_rotary", None)
+        if reorder is None:
+            continue
+        for of in slices:
+            if of.name.startswith(block) and of.name.endswith((".q_proj", ".k_proj")):
+                _, rows = reorder(f"{of.name}.weight", torch.arange(of.outputs)[:, None])
+                first, last = of.output_range
+                yield of.row, rows[first:last, 0] - first
 
 
 def _slices(
@@ -174,7 +200,7 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     for name in refused_layers(manager):
         yield name, "vLLM adapts no layers of its kind"
     for name in _reordered_layers(manager):
-        yield name, "vLLM loads its weights with their rows in another order"
+        yield name, _REORDERED
     for name in _tower_layers(manager):
         for source in manager.packed_modules.get(name, [name]):
             yield source, "vLLM does not say whose images its rows are of"
@@ -194,12 +220,14 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
 
 
 def _reordered_layers(manager: LoRAModelManager) -> Iterator[str]:
-    """Queries and keys whose rows vLLM reorders for its rotary embeddings (Llama 4, K2 Horizon)."""
+    """Queries and keys that vLLM reorders for its rotary embeddings, and does not say how.
+
+    So it does in K2 Horizon; for those of Llama 4, see `_orders`.
+    """
     blocks = tuple(
-        f"{name}." if name else ""
+        f"{name}."
         for name, part in manager.model.named_modules()
-        if hasattr(part, "permute_qk_weight_for_rotary")
-        or (getattr(part, "fold_rope_weights", False) and part.rope_head_dim != part.head_dim)
+        if getattr(part, "fold_rope_weights", False) and part.rope_head_dim != part.head_dim
     )
     for name in manager.modules:
         for source in manager.packed_modules.get(name, [name]):

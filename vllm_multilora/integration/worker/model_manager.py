@@ -112,10 +112,13 @@ class MultiLoRAModelManager(LoRAModelManager):
         for module in found.packed.values():
             layers.append((module, slice(rows, rows + module.n_slices)))
             rows += module.n_slices
+        slots_of_b = [b for module in found.packed.values() for b in module.lora_b_stacked]
         self.slot_table = SlotTable(
-            [a for module in found.packed.values() for a in module.lora_a_stacked],
-            [b for module in found.packed.values() for b in module.lora_b_stacked],
+            [a for module in found.packed.values() for a in module.lora_a_stacked], slots_of_b
         )
+        self._reordered = {
+            row: (slots_of_b[row], order.to(self.device)) for row, order in found.orders.items()
+        }
         self._ranked: dict[str, _RankedLayer] = {}
         for name, special in found.special.items():
             if is_ranked(special):
@@ -198,6 +201,9 @@ class MultiLoRAModelManager(LoRAModelManager):
         expand = np.zeros(len(self._expand_ranks), dtype=np.int32)
         shrink = np.zeros(len(self._shrink_ranks), dtype=np.int32)
         expand[index.rows], shrink[index.rows] = index.ranks, index.a_ranks
+        for row, (slots, order) in self._reordered.items():
+            if expand[row]:  # else it holds what no kernel reads
+                slots[slot, 0] = slots[slot, 0][order]
         for name, module in self._special.items():
             weights = self._fill_special(slot, name, module, special)
             if weights is not None and (layer := self._ranked.get(name)):
