@@ -203,9 +203,9 @@ def test_a_store_that_hears_of_others_only_is_a_failure_in_time(stubs, monkeypat
     """What comes meanwhile, such as totals, does not begin the time anew."""
     own = stubs[0].own_store
     monkeypatch.setattr(own, "_limit_s", 0.3)
-    wait = own._client.wait
+    poll = own._client.poll
     monkeypatch.setattr(
-        own._client, "wait", lambda seconds: [*wait(min(seconds, 0.02)), Evicted(99)]
+        own._client, "poll", lambda seconds: [*poll(min(seconds, 0.02)), Evicted(99)]
     )
     begin = time.monotonic()
     answer = own.load(Want(1, "one", "/fake/one?hang=2", ticket=1))

@@ -65,6 +65,19 @@ def start_fake() -> tuple:
     return ForkRunner().start(load, FakeReader())
 
 
+def held_by_a_job() -> set[str]:
+    """The descriptors of one that has begun, those of standard streams left out."""
+    job, sock = start_fake()
+    try:
+        sock.settimeout(PATIENT_S)
+        with closing(Channel(sock, FromJob)) as channel:
+            assert isinstance(next_of(channel), Opened)
+            held = {path.name for path in Path(f"/proc/{job._pid}/fd").iterdir()}
+    finally:
+        job.kill()
+    return held - {"0", "1", "2"}
+
+
 def test_a_job_has_no_other_descriptor_and_is_soon_there_whatever_their_limit_is(monkeypatch):
     def one_by_one(low, high):  # as Python does where it was built for older Linuxes
         for number in range(low, high):
@@ -73,15 +86,15 @@ def test_a_job_has_no_other_descriptor_and_is_soon_there_whatever_their_limit_is
 
     monkeypatch.setattr(os, "closerange", one_by_one)
     monkeypatch.setattr(resource, "getrlimit", lambda what: (1 << 30, 1 << 30))
-    job, sock = start_fake()
-    try:
-        sock.settimeout(PATIENT_S)
-        with closing(Channel(sock, FromJob)) as channel:
-            assert isinstance(next_of(channel), Opened)
-            held = {path.name for path in Path(f"/proc/{job._pid}/fd").iterdir()}
-        assert len(held - {"0", "1", "2"}) == 1
-    finally:
-        job.kill()
+    assert len(held_by_a_job()) == 1
+
+
+def test_a_job_has_no_other_descriptor_where_the_system_does_not_list_them(monkeypatch):
+    def fail(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "listdir", fail)
+    assert len(held_by_a_job()) == 1
 
 
 def test_a_job_that_cannot_even_say_what_went_wrong_ends(monkeypatch):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -159,12 +160,18 @@ def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
 def _close_all_but(kept: int) -> None:
     """Closes all descriptors but one and those of standard streams.
 
-    Above the one only those that there are: where Python was built for older Linuxes,
-    `os.closerange` tries each up to the limit, and that may be a billion in a container.
+    Above the one only those that there are, if the system tells: where Python was built for older
+    Linuxes, `os.closerange` tries each up to the limit, and that may be a billion in a container.
     """
     os.closerange(3, kept)  # which also makes room for the listing's
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 (of numbers)
-        if (number := int(name)) > kept:
+    try:
+        names = os.listdir("/proc/self/fd")  # noqa: PTH208 (of numbers)
+    except OSError:
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.closerange(kept + 1, most)
+        return
+    for number in map(int, names):
+        if number > kept:
             with contextlib.suppress(OSError):  # the listing's own
                 os.close(number)
 
