@@ -308,6 +308,19 @@ def test_a_slot_is_kept_while_nobody_else_wants_it_for_one_that_comes_late() -> 
     assert [turns.admit(adapter) for adapter in (B, W)] == [False, True]
 
 
+def test_a_slot_is_kept_for_one_that_is_not_looked_at_though_it_waits_in_the_queue() -> None:
+    """Requests before it take all places in the batch, and others are before those."""
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    for _ in range(PATIENCE):
+        turns.begin_step({A}, 1)
+    for _ in range(5 * PATIENCE):
+        turns.begin_step((), 1, may_come={W}.__contains__)
+        assert not turns.admit(B)
+    assert turns.admit(W)
+
+
 def test_one_on_its_way_into_its_slot_that_does_not_come_for_it_gives_it_up() -> None:
     turns = SlotTurns(PATIENCE)
     turns.begin_step((), 1)

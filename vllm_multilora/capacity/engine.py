@@ -164,7 +164,9 @@ class Engine:
             _, order, adapter = heapq.heappop(self._copies)
             self._slots.filled(order)
             self._memory.release(adapter)
-        self._turns.begin_step(self._running, self._shape.slots)
+        self._turns.begin_step(
+            self._running, self._shape.slots, may_come=self._waiting.__contains__
+        )
         self._waits_for_slot = False
         left = self._step_tokens - self._generating
         parts: list[tuple[int, int, int]] = []  # request, tokens before, tokens now

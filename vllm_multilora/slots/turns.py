@@ -11,8 +11,9 @@ Bound: an adapter that begins to wait while `n` others do gets a slot within
 the patience, and then as many turns as it takes to serve those before it. Whoever comes later waits
 behind it, whatever the order of the scheduler's queue, and so does the next request of an adapter
 that has had its turn. It has to come for its slot: requests that wait for tokens or memory beside
-it are the scheduler's affair. One that does not come while others are turned away in `patience`
-steps, since the request that wanted the slot was aborted, say, has it no more.
+it are the scheduler's affair. One that has no request left which could come, since the one that
+wanted the slot was aborted, say, has it no more: that is asked when others were turned away for it
+in `patience` steps.
 
 With fair shares the slots that are kept for the overdue go, of all that wait, to those whose
 parties have had least of the engine, and those are closed whose parties have had most, but for
@@ -56,6 +57,7 @@ class SlotTurns:
         active: Collection[int],
         slots: int,
         order: Callable[[int], float] | None = None,
+        may_come: Callable[[int], bool] = lambda adapter_id: False,
     ) -> None:
         """A step is being scheduled.
 
@@ -66,11 +68,15 @@ class SlotTurns:
             order: What is kept for the overdue goes to those that wait, overdue or not, with the
                 least of this first, and among equals to those that have waited longest; those with
                 the most are closed first, and for those with no more of it only.
+            may_come: Whether a request of an adapter that does not come waits in the queue: those
+                before it may take all places each time.
         """
         self._step += 1
         missed = {i: steps + self._turns_away for i, steps in self._missed.items()}
         for adapter_id in [i for i, steps in missed.items() if steps >= self._patience]:
-            self.forget(adapter_id)
+            del missed[adapter_id]
+            if not may_come(adapter_id):
+                self.forget(adapter_id)
         self._turns_away = False
         self._placing.difference_update(active)
         self._since = {i: self._since.get(i, self._step) for i in (*active, *self._placing)}

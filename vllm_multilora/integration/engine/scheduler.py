@@ -17,7 +17,8 @@ in it, and not all of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -215,12 +216,12 @@ class AdapterAwareMixin:
         self._has_polled = False
         self._failing |= self._late_reloads.ask(self.requests, adapters)
         self._pause_unfilled(adapters)
-        pins = adapters.slots.pins
-        pinned = pins.adapters
+        pinned = (pins := adapters.slots.pins).adapters
         for lora_id in pinned:
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
         active = _adapters_of(self.running) - pinned
-        self._turns.begin_step(active, max(1, self._slots - pins.places), self._slot_order())
+        slots, order = max(1, self._slots - pins.places), self._slot_order()
+        self._turns.begin_step(active, slots, order, partial(_could_run, self.requests))
         self._is_holding = bool(self._late_reloads)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -390,6 +391,11 @@ def _requests_of(
         lora = request.lora_request
         if lora is not None and lora.lora_int_id == lora_id:
             yield request, lora
+
+
+def _could_run(requests: Mapping[str, Request], lora_id: int) -> bool:
+    """Whether a request of an adapter waits for nothing of its own."""
+    return any(r.status in COULD_RUN for r, _ in _requests_of(lora_id, requests.values()))
 
 
 def _adapters_of(requests: Iterable[Request]) -> frozenset[int]:
