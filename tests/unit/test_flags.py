@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.flags import (
@@ -53,6 +54,25 @@ def test_flags_win_over_the_additional_config_and_leave_the_rest_of_it():
     assert given["multilora"]["backend"] == "torch"
 
 
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("multilora-quarantine: true", True),
+        ("no-multilora-quarantine: true", False),
+        ("multilora-quarantine: false", None),  # vLLM looks among the flags of `vllm` alone
+    ],
+)
+def test_a_file_for_vllm_turns_a_switch_off_by_its_other_form(tmp_path, line, value):
+    (tmp_path / "serve.yaml").write_text(line)
+    parser = FlexibleArgumentParser()
+    serve = parser.add_subparsers().add_parser("serve")
+    serve.add_argument("model_tag")
+    serve.add_argument("--config")
+    add_flags(serve)
+    args = parser.parse_args(["serve", "model", "--config", str(tmp_path / "serve.yaml")])
+    assert args.multilora_quarantine is value
+
+
 def test_every_api_server_gets_the_flags():
     """One of several is sent the arguments, and makes its engine's before the flags are known."""
     args, engine_args = parse("--multilora-routes", "routes.yaml")
@@ -63,7 +83,7 @@ def test_every_api_server_gets_the_flags():
 
 @pytest.mark.parametrize("settings", [None, ["dora"], "dora"])
 def test_flags_beside_settings_that_are_no_mapping_are_one_clear_sentence(settings):
-    args, engine_args = parse("--multilora-dora", additional_config={"multilora": settings})
+    args, engine_args = parse("--multilora-quarantine", additional_config={"multilora": settings})
     with pytest.raises(ConfigError, match="must be a mapping of settings"):
         merge_flags(args, engine_args)
 
