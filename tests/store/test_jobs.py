@@ -90,8 +90,12 @@ def test_a_job_has_no_other_descriptor_and_is_soon_there_whatever_their_limit_is
 
 
 def test_a_job_has_no_other_descriptor_where_the_system_does_not_list_them(monkeypatch):
+    listdir = os.listdir
+
     def fail(path):
-        raise FileNotFoundError(path)
+        if path == "/proc/self/fd":
+            raise FileNotFoundError(path)
+        return listdir(path)
 
     monkeypatch.setattr(os, "listdir", fail)
     assert len(held_by_a_job()) == 1
