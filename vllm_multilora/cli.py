@@ -275,6 +275,9 @@ def status_of(
     except Exception as error:  # which would end with 1 otherwise, and that is an answer
         if status := unwritten():
             return status
+        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+            install = "pip install 'vllm-multilora[cuda]' or '[cpu]'"
+            return _no_answer(f"{name}: error: vLLM is not installed: {install}")
         said, hint = " ".join(f"{type(error).__name__}: {error}".split()), ""
         if os.environ.get(TRACEBACK):
             traceback.print_exc()

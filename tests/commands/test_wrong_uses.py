@@ -185,6 +185,15 @@ def test_an_error_that_nobody_expects_is_no_answer(monkeypatch, capsys):
     assert "in run" in err
 
 
+def test_without_vllm_a_command_says_how_to_install_it(monkeypatch, capsys):
+    def run(arguments):
+        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+
+    monkeypatch.setattr("vllm_multilora.commands.simulate.run", run)
+    assert main(["simulate"]) == 2
+    assert "error: vLLM is not installed: pip install" in capsys.readouterr().err
+
+
 def running(*arguments: str, encoding: str = "utf-8", **options) -> subprocess.Popen:
     """Its output is held back until there is much of it, or the end, as in most shells."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
