@@ -163,15 +163,27 @@ def test_jobs_give_way_to_the_model():
     assert int(run("print(os.nice(0))").stdout) >= 6
 
 
+def run_without(call: str, code: str) -> subprocess.CompletedProcess:
+    """Runs code where a container's filter forbids a system call, which is given by its number."""
+    outside = f"""
+from unittest.mock import patch
+syscalls.libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+with patch.object(syscalls, "numbers_of_forbidden", lambda allowed: [{call}]):
+    sandbox._enter_seccomp(())
+"""
+    command = [sys.executable, "-c", ENTER.replace("sandbox.enter(roots, 5.0)", outside) + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
 @needs_seccomp
 def test_what_cannot_be_had_in_a_container_is_not_said_to_protect():
-    code = """
-from unittest.mock import patch
-prctl = {"x86_64": 157, "aarch64": 167}[os.uname().machine]
-with patch.object(syscalls, "numbers_of_forbidden", lambda allowed: [prctl]):
-    sandbox._enter_seccomp(())
-print(sandbox.protection())
-"""
-    code = ENTER.replace("sandbox.enter(roots, 5.0)", "syscalls.libc.prctl(38, 1, 0, 0, 0)") + code
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    prctl = "{'x86_64': 157, 'aarch64': 167}[os.uname().machine]"
+    done = run_without(prctl, "print(sandbox.protection())")
     assert done.stdout == "['limits of time, memory and files']\n", done.stderr
+
+
+@needs_seccomp
+@needs_landlock
+def test_a_job_that_cannot_be_confined_says_why_it_does_not_go_on():
+    done = run_without("syscalls.LANDLOCK_RESTRICT_SELF", "sandbox.enter(roots, 5.0)")
+    assert "does not apply it to a check: Operation not permitted" in done.stderr

@@ -63,7 +63,11 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     if syscalls.libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
-        _enter_landlock(allowed_roots)
+        try:
+            _enter_landlock(allowed_roots)
+        except OSError as error:
+            message = f"the kernel has Landlock, and does not apply it to a check: {error.strerror}"
+            raise OSError(error.errno, message) from error
         # Where the kernel has no seccomp, Landlock holds: `protection` says so.
         with contextlib.suppress(OSError):
             _enter_seccomp(allowed=("memfd_create",) if files_in_memory else ())
