@@ -104,6 +104,7 @@ class Batch:
             spread: Of the launch.
             tokens: Rows of the activations.
         """
+        tokens = min(tokens, self.layout.max_tokens)  # the plan has a record for no more parts
         most_parts = tokens // spread.block_m + min(self.layout.max_loras, tokens)
         return max(1, min(most_parts * spread.pieces, spread.per_processor * self.facts.processors))
 

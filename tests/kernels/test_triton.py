@@ -188,6 +188,18 @@ def test_tokens_of_the_plan_past_the_activations_are_skipped(tokens):
     )
 
 
+@pytest.mark.parametrize("add_inputs", [True, False])
+def test_rows_past_the_tokens_that_a_plan_can_have_are_left_alone(add_inputs):
+    """Nor does a program look for their part in the plan, which ends before."""
+    problem, short = problem_here([1, 0, 2]), problem_here([1])
+    problem.plan, problem.token_slots = short.plan, [1, -1, -1]
+    actual = run(problem, add_inputs=add_inputs)
+    assert actual[1:].equal(problem.y[1:])
+    if not add_inputs:
+        problem.y[:, :24] = 0
+    assert_close(actual[:1], problem.expected()[:1], problem.magnitude()[:1])
+
+
 def test_no_tokens_is_no_work():
     problem = problem_here([0, 1])
     problem.x, problem.y = problem.x[:0], problem.y[:0]
