@@ -493,8 +493,11 @@ def test_rows_are_where_vllm_loads_the_models(tmp_path: Path) -> None:
     with real_manager(folder, setting, one_worker) as manager, filler(manager) as fill:
         no_dora = {name.rpartition(".")[2] for name in manager.layout.no_dora}
         assert no_dora == {"q_proj", "k_proj"}  # magnitudes would be those of other rows
-        for _ in range(2):  # the slot is filled anew
-            assert isinstance(fill(adapter), Filled)
+        assert isinstance(fill(adapter), Filled)
+        for host, device in manager._reordered._distinct:
+            assert not torch.equal(device.fill_(0), host)
+        manager.forget_contents()  # a sleep has taken the memory, and the slot is filled anew
+        assert isinstance(fill(adapter), Filled)
         layer = manager.modules[f"{attention}.qkv_proj"]
         for kind, a, b in zip(sums, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
             name = f"{attention}.{kind}.weight"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +56,50 @@ class _RankedLayer:
     rows: slice
     first_rank: int
     held_ranks: int
+
+
+class _Reordered:
+    """Puts B's rows in the order in which vLLM has loaded those of the layers' own weights.
+
+    All device memory is there from the start, as for the rest of filling a slot.
+
+    Args:
+        slots: B's slots of every slice.
+        orders: As of `RunningLayout`.
+    """
+
+    def __init__(self, slots: Sequence[torch.Tensor], orders: Mapping[int, torch.Tensor]) -> None:
+        self._slots = {row: slots[row] for row in orders}
+        nothing = torch.empty(1, 1, 0, 0)
+        largest = max(self._slots.values(), key=torch.Tensor.numel, default=nothing)
+        self._room = torch.empty_like(largest[0, 0])
+        # Layers' orders are alike: each is on the device once.
+        self._distinct: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._orders = {row: self._on_device(order) for row, order in orders.items()}
+
+    def _on_device(self, order: torch.Tensor) -> torch.Tensor:
+        for host, device in self._distinct:
+            if torch.equal(host, order):
+                return device
+        self._distinct.append((order, order.to(self._room.device, copy=True)))
+        return self._distinct[-1][1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, beside the slots."""
+        return sum(order.nbytes for order, _ in self._distinct) + self._room.nbytes
+
+    def memory_lost(self) -> None:
+        """What was on the device is not there any more."""
+        for host, device in self._distinct:
+            device.copy_(host)
+
+    def reorder(self, slot: int, rows: npt.NDArray[np.int32]) -> None:
+        """Reorders a slot that has just been filled from a checkpoint, in these slices."""
+        for row in rows.tolist() if self._orders else ():
+            if (order := self._orders.get(row)) is not None:
+                b, room = self._slots[row][slot, 0], self._room[: len(order)]
+                b.copy_(torch.index_select(b, 0, order, out=room))
 
 
 class MultiLoRAModelManager(LoRAModelManager):
@@ -116,9 +160,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self.slot_table = SlotTable(
             [a for module in found.packed.values() for a in module.lora_a_stacked], slots_of_b
         )
-        self._reordered = {
-            row: (slots_of_b[row], order.to(self.device)) for row, order in found.orders.items()
-        }
+        self._reordered = _Reordered(slots_of_b, found.orders)
         self._ranked: dict[str, _RankedLayer] = {}
         for name, special in found.special.items():
             if is_ranked(special):
@@ -171,7 +213,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         if self.factors is not None:
             tables += self.factors.nbytes
         layers = sum(map(layer_bytes, self.modules.values()))
-        return layers + tables + sum(map(wrapper_bytes, wrappers))
+        return layers + tables + self._reordered.nbytes + sum(map(wrapper_bytes, wrappers))
 
     @property
     def special_slot_bytes(self) -> int:
@@ -201,9 +243,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         expand = np.zeros(len(self._expand_ranks), dtype=np.int32)
         shrink = np.zeros(len(self._shrink_ranks), dtype=np.int32)
         expand[index.rows], shrink[index.rows] = index.ranks, index.a_ranks
-        for row, (slots, order) in self._reordered.items():
-            if expand[row]:  # else it holds what no kernel reads
-                slots[slot, 0] = slots[slot, 0][order]
+        self._reordered.reorder(slot, index.rows)
         for name, module in self._special.items():
             weights = self._fill_special(slot, name, module, special)
             if weights is not None and (layer := self._ranked.get(name)):
@@ -292,6 +332,7 @@ class MultiLoRAModelManager(LoRAModelManager):
             wrapper.memory_lost()
         self._shrink_ranks.zero_()
         self._expand_ranks.zero_()
+        self._reordered.memory_lost()
         if self.factors is not None:
             self.factors.memory_lost()
         if self.device.type != "cpu":
