@@ -802,6 +802,68 @@ def test_a_registration_gets_the_answer_of_its_own_check(engine):
     assert engine.adapters.state(1) is AdapterState.HOST
 
 
+def test_a_newer_version_that_was_checked_leaves_no_lease_of_the_one_before(engine):
+    engine.host(1, 10)
+    future = engine.adapters.register(lora(1, inplace=True))
+    engine.store.loaded(pack_info(11, "newer"))
+    engine.poll()
+    assert future.result(0)
+    assert not engine.store.leased
+    assert not engine.adapters.is_ready(1)
+    assert engine.store.only().keep
+
+
+def test_a_version_that_workers_have_checked_while_it_waits_for_a_slot_is_on_lease_once(engine):
+    engine.host(1, 10, special=True)
+    future = engine.adapters.register(lora(1, inplace=True))
+    for _ in range(2):  # the second time to stay, for the workers
+        engine.store.loaded(pack_info(10, special=True))
+        engine.poll()
+    engine.workers.filled()
+    engine.poll()
+    assert future.result(0)
+    assert engine.store.leased == {10: 1}
+
+
+def test_a_registration_that_fails_leaves_the_reload_that_requests_wait_for(engine):
+    engine.fill(1, 10)
+    engine.adapters.want(lora(1, inplace=True))
+    future = engine.adapters.register(lora(1, inplace=True))
+    (check,) = [want for want in engine.store.wants.values() if not want.keep]
+    engine.store.failed(check)
+    engine.poll()
+    assert_refused(future)
+    assert engine.adapters.failure(1, reload=True) is None
+    assert engine.adapters.state(1) is AdapterState.QUEUED
+    engine.store.loaded(pack_info(11, "newer"))
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.HOST
+
+
+def test_a_reload_that_fails_where_a_newer_version_was_checked_fails_all(engine):
+    """The version before must not serve on."""
+    engine.fill(1, 10)
+    registered = engine.adapters.register(lora(1, inplace=True))
+    engine.store.loaded(pack_info(0, "newer"))  # there was no room for it
+    engine.poll()
+    assert registered.result(0)
+    engine.adapters.want(lora(1, inplace=True))
+    engine.store.failed()
+    engine.poll()
+    assert engine.adapters.failure(1) is not None
+
+
+def test_a_registration_ends_the_wait_for_a_reload_that_nobody_waits_for_any_more(engine):
+    engine.fill(1, 10, digest="same")
+    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.drop(1)
+    future = engine.adapters.register(lora(1))
+    engine.store.loaded(pack_info(11, "same"))
+    engine.poll()
+    assert future.result(0)
+    assert engine.adapters.state(1) is AdapterState.SLOT
+
+
 # Pins
 
 

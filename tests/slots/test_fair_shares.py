@@ -508,3 +508,44 @@ def test_reading_an_adapter_costs_as_much_as_reading_contexts_of_its_size():
     assert reading_cost(CONTEXT_TOKENS * token, token) == GENERATED_COST
     assert reading_cost(84 << 20, token) == pytest.approx(8 * reading_cost(10.5 * 2**20, token))
     assert reading_cost(84 << 20, 0) == 0, "a model without attention"
+
+
+def test_of_very_many_parties_those_that_left_last_are_remembered():
+    shares = FairShares()
+    for party in range(MOST_REMEMBERED + 1):
+        shares.join(party)
+        shares.charge(party, 10)
+        shares.leave(party)
+    for party, served in ((0, 0), (MOST_REMEMBERED, 10)):
+        shares.join(party)
+        assert shares.served(party) == served
+        shares.leave(party)
+
+
+def test_what_a_party_has_had_alone_of_late_makes_it_heavy_beside_another():
+    shares = FairShares()
+    shares.join("alone")
+    for _ in range(10 * HALF_LIFE_STEPS):
+        shares.step_alone(1)
+    shares.join("late")
+    begin_step(shares)
+    shares.charge("late", 10)
+    begin_step(shares)
+    assert shares.is_heavy("alone")
+
+
+def test_what_a_party_had_long_ago_makes_it_not_heavy_when_it_comes_back():
+    """However long: the unit of what was had of late has been changed since."""
+    shares = FairShares()
+    shares.join("stays")
+    for _ in range(300 * HALF_LIFE_STEPS):
+        shares.step_alone(1)
+    shares.join("gone")
+    shares.charge("gone", 10)
+    shares.leave("gone")
+    for _ in range(100 * HALF_LIFE_STEPS):
+        shares.step_alone(1)
+    shares.join("gone")
+    begin_step(shares)
+    assert not shares.is_heavy("gone")
+    assert shares.is_heavy("stays")

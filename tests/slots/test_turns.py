@@ -321,6 +321,17 @@ def test_a_slot_is_kept_for_one_that_is_not_looked_at_though_it_waits_in_the_que
     assert turns.admit(W)
 
 
+def test_one_whose_slot_takes_long_to_fill_keeps_it_as_long_as_it_comes() -> None:
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    for _ in range(5 * PATIENCE):
+        assert turns.admit(W)
+        turns.place(W)
+        assert not turns.admit(B)
+        turns.begin_step((), 1)
+    assert turns.admit(W)
+
+
 def test_one_on_its_way_into_its_slot_that_does_not_come_for_it_gives_it_up() -> None:
     turns = SlotTurns(PATIENCE)
     turns.begin_step((), 1)
