@@ -20,7 +20,12 @@ SETS = [each.name for each in builds.instruction_sets(platform.machine())]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETS[1:])
 @pytest.mark.parametrize(
-    ("tests", "library"), [("test_lora_linear.py", "kernels"), ("test_packing.py", "packing")]
+    ("tests", "library"),
+    [
+        (("test_lora_linear.py", "test_native_memory.py"), "kernels"),
+        (("test_packing.py",), "packing"),
+    ],
+    ids=["kernels", "packing"],
 )
 def test_results_are_right_with_fewer_instructions(tests, library, name, tmp_path):
     if SETS.index(name) <= SETS.index(processor.chosen_set().name):
@@ -29,8 +34,8 @@ def test_results_are_right_with_fewer_instructions(tests, library, name, tmp_pat
         "MULTILORA_INSTRUCTIONS": name,
         "MULTILORA_CACHE_DIR": str(tmp_path),
     }
-    path = Path(__file__).with_name(tests)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    paths = [str(Path(__file__).with_name(file)) for file in tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     done = subprocess.run(
         [*command, "-k", "native"],
         env=environment,
