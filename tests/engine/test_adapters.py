@@ -12,7 +12,7 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine import registrations
 from vllm_multilora.integration.engine.entries import Entries
 from vllm_multilora.integration.failures import AdapterRefusedError
-from vllm_multilora.integration.fill_link import Filled, Missing
+from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.orders import Check, Fill
 from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.states import AdapterState
@@ -784,6 +784,29 @@ def test_a_registration_and_a_request_that_fail_together(engine):
     assert_refused(future)
     assert engine.adapters.state(1) is AdapterState.FAILED
     assert not engine.adapters.is_ready(1)
+
+
+def test_a_check_of_a_pack_that_has_gone_is_made_again(engine):
+    future = begin_check(engine, 1, 7)
+    order = engine.workers.only()
+    engine.workers.say(FillFailed(order.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
+    engine.poll()
+    assert not future.done()
+    assert not engine.store.leased
+    assert engine.store.only().adapter == 1
+
+
+def test_a_copy_of_a_pack_that_has_gone_fails_nobody(engine):
+    engine.host(1, 10)
+    engine.adapters.bring(1)
+    engine.poll()
+    order = engine.workers.only()
+    engine.workers.say(FillFailed(order.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
+    engine.poll()
+    assert engine.adapters.failure(1) is None
+    assert not engine.store.leased
+    assert not engine.adapters.is_ready(1)
+    assert engine.store.only().keep
 
 
 def test_a_registration_gets_the_answer_of_its_own_check(engine):
