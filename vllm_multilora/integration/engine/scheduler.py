@@ -84,8 +84,7 @@ class AdapterAwareMixin:
         self._turns = SlotTurns()
         self._quarantines = settings_of(vllm_config).quarantine
         self._failing: dict[str, str] = {}  # by request: its stop reason
-        self._is_holding = False
-        self._has_polled = False  # at the last step's end, with nothing new since
+        self._is_holding = self._has_polled = False  # polled: at the last step's end, nothing since
         self.asides = Asides()
         self.users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
