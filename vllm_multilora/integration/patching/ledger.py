@@ -893,7 +893,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="logs:configure_loggers",
         why="A file in VLLM_LOGGING_CONFIG_PATH silences all loggers that are there and that it "
         "does not name, unless it says otherwise, as no example of vLLM's does. Has ours go on.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM sets disable_existing_loggers where a file leaves it out.",
     ),
     Patch(
