@@ -17,14 +17,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.harness import registry, report, results, revisions
 from benchmarks.harness.registry import Benchmark
 from benchmarks.harness.tables import table
-from vllm_multilora.cli import unwritten
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -73,9 +71,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def show(text: str) -> None:
     """Prints a text, for a reader who may have seen enough before its end."""
-    with suppress(BrokenPipeError):
-        print(text)
-    unwritten()
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # Python would write what is left at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def listed() -> str:

@@ -1,6 +1,8 @@
 """Benchmarks: each says what it measures, one runs, and the page is made of what they recorded."""
 
+import ast
 import os
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,16 @@ from benchmarks.harness import registry, report, results, revisions
 from benchmarks.harness.registry import Figure
 from benchmarks.harness.results import RESULTS, Record
 from benchmarks.harness.tables import table
+
+
+def test_what_runs_a_benchmark_needs_nothing_of_the_revision_that_is_measured():
+    """With `--base` that is an older one, which may not have what today's package has."""
+    files = [Path(main.__code__.co_filename), *Path(registry.__file__).parent.glob("*.py")]
+    trees = [ast.parse(file.read_text()) for file in files]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    found = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    found |= {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    assert not {name for name in found if name.startswith(("vllm_multilora", "multilora_kernels"))}
 
 
 def test_each_says_what_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
