@@ -62,23 +62,26 @@ def to_stop_reason(failure: LoadFailure, adapter: LoRARequest) -> str:
     message = without_folder(failure.message, adapter)
     what = "is" if failure.kind is FailureKind.QUARANTINED else "could not be loaded:"
     prefix = _REQUESTS if isinstance(failure, RequestFailure) else _PREFIX
-    return f"{prefix}{failure.kind.value}:adapter {adapter.lora_name!r} {what} {message}"
+    return _stop_reason(prefix, failure.kind, f"adapter {adapter.lora_name!r} {what} {message}")
 
 
 def unloaded_stop_reason(adapter: LoRARequest, limit_s: float) -> str:
     """The text of a request that had not ended when its adapter had to go."""
-    return (
-        f"{_REQUESTS}{FailureKind.GONE.value}:adapter {adapter.lora_name!r} was unloaded, and this "
-        f"request did not end within the {limit_s:g} s that running requests have then "
-        "(--multilora-unload-timeout-s)"
+    return _stop_reason(
+        _REQUESTS,
+        FailureKind.GONE,
+        f"adapter {adapter.lora_name!r} was unloaded, and this request did not end within the "
+        f"{limit_s:g} s that running requests have then (--multilora-unload-timeout-s)",
     )
 
 
 def replaced_stop_reason(adapter: LoRARequest) -> str:
     """The text of a request that cannot go on with what its adapter has become meanwhile."""
-    return (
-        f"{_REQUESTS}{FailureKind.UNREADABLE.value}:adapter {adapter.lora_name!r} was reloaded "
-        "while this request waited with a part of its prompt computed; send it again"
+    return _stop_reason(
+        _REQUESTS,
+        FailureKind.UNREADABLE,
+        f"adapter {adapter.lora_name!r} was reloaded while this request waited with a part of its "
+        "prompt computed; send it again",
     )
 
 
@@ -102,6 +105,11 @@ def _uninvoked(stop_reason: Any, tokenizer: Any) -> RequestFailure | None:
         "contain: put them where the adapter is to begin"
     )
     return RequestFailure(FailureKind.INVALID, message)
+
+
+def _stop_reason(prefix: str, kind: FailureKind, message: str) -> str:
+    """What `from_stop_reason` reads."""
+    return f"{prefix}{kind.value}:{message}"
 
 
 def without_folder(text: str, adapter: LoRARequest) -> str:
