@@ -9,7 +9,7 @@ some steps as soon as their tenants have had three times what the other has had;
 of the tokens is not counted.
 
 `least` is what no kernel can go below here: beside rank 8, and the time in which the weights that
-rank 128 has more are read once, as fast as PyTorch reads.
+rank 128 has more are read once, as fast as `cpu_throughput` reads them, on the worker's threads.
 """
 
 from __future__ import annotations
