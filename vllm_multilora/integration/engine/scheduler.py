@@ -218,9 +218,9 @@ class AdapterAwareMixin:
         pinned = (pins := adapters.slots.pins).adapters
         for lora_id in pinned:
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
-        active = _adapters_of(self.running) - pinned
+        adapters.slots.begin_step(active := _adapters_of(self.running))
         slots, order = max(1, self._slots - pins.places), self._slot_order()
-        self._turns.begin_step(active, slots, order, partial(_could_run, self.requests))
+        self._turns.begin_step(active - pinned, slots, order, partial(_could_run, self.requests))
         self._is_holding = bool(self._late_reloads)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
