@@ -4,12 +4,13 @@ import multiprocessing
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import VllmConfig
+from vllm.config import LoRAConfig, VllmConfig
 
 from tests.serving.stores import await_end, store_process
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.attached import EARLY_STORE, LINK
 from vllm_multilora.integration.engine import core
+from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.metrics import server_of
 from vllm_multilora.store import folder
 from vllm_multilora.store.client import StoreClient
@@ -94,3 +95,20 @@ def test_all_engines_of_a_server_tell_its_stores_the_same_name(path, monkeypatch
     assert server_of(config) != server
     core._connect(SimpleNamespace(), executor, config)
     assert opened == [(server,)]
+
+
+def test_an_engine_core_that_has_one_of_the_workers_waits_for_that_one(path):
+    """With `external_launcher` (torchrun) each of them has an engine core, which is told of all."""
+    config = VllmConfig()
+    config.lora_config = LoRAConfig(max_lora_rank=8, max_loras=1)
+    config.parallel_config.distributed_executor_backend = "external_launcher"
+    config.parallel_config.world_size = 2
+    executor = SimpleNamespace(collective_rpc=lambda call, args=(): [True])
+    with core.starting_workers(executor, config):
+        pass
+    assert (LINK.get(executor), EARLY_STORE.get(executor)) == (None, None)
+    scheduler = object.__new__(AdapterAwareMixin)
+    scheduler.recorder = scheduler.request_metrics = None
+    engine_core = SimpleNamespace(model_executor=executor, scheduler=scheduler, vllm_config=config)
+    slots = core._make_adapters(engine_core).slots
+    assert slots.filled(slots.assign(1, pack=1).order)

@@ -117,7 +117,12 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
 def _make_link(vllm_config: VllmConfig) -> FillLink | None:
     if kernel_backend(vllm_config) == "vllm" or not settings_of(vllm_config).async_loading:
         return None
-    if getattr(vllm_config.parallel_config, "node_rank_within_dp", 0):
+    parallel = vllm_config.parallel_config
+    if parallel.distributed_executor_backend == "external_launcher":
+        # Each worker has an engine core of its own (torchrun). They do not talk to each other, and
+        # have to take the same steps: all wait for the same loads.
+        return None
+    if getattr(parallel, "node_rank_within_dp", 0):
         return None  # an executor of another machine's engine core, to which its workers answer
     try:
         link = FillLink(vllm_config.parallel_config.world_size)
@@ -157,12 +162,13 @@ def _make_adapters(engine_core: Any) -> EngineAdapters | None:
     vllm_config: VllmConfig = engine_core.vllm_config
     if not isinstance(scheduler, AdapterAwareMixin):
         return None
-    if not all(executor.collective_rpc(calls.has_our_manager)):
+    workers_have_ours = executor.collective_rpc(calls.has_our_manager)
+    if not all(workers_have_ours):
         return None
     lora_config = vllm_config.lora_config
     assert lora_config is not None
     settings = settings_of(vllm_config)
-    ranks = vllm_config.parallel_config.world_size
+    ranks = len(workers_have_ours)
     observer = AdapterObserver(
         scheduler.recorder,
         scheduler.request_metrics,
