@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from starlette.datastructures import Headers
+from starlette.middleware.base import BaseHTTPMiddleware
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.usage.usage_lib import UsageContext
 
@@ -476,6 +477,32 @@ def test_a_call_that_goes_while_it_waits_leaves_no_trace(way):
         assert (account.running, account.waiting) == (0, 0)
 
     asyncio.run(check())
+
+
+def test_a_middleware_of_the_operators_has_an_answer_of_every_call(tenants):
+    """Of one, too, whose client goes while it waits for its turn."""
+    write(tenants, {"running": 1})
+    statuses = []
+
+    async def note(request, call_next):
+        answer = await call_next(request)
+        statuses.append(answer.status_code)
+        return answer
+
+    async def send(message):
+        pass
+
+    async def check():
+        access = Access(tenants_path=str(tenants))
+        access.caller(ACME).account.begin()
+        door = BaseHTTPMiddleware(AccessMiddleware(App(), access), note)
+        headers = [(b"authorization", f"Bearer {ACME}".encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        async with asyncio.timeout(10):
+            await door(scope, Client(GONE), send)
+
+    asyncio.run(check())
+    assert statuses == [499]
 
 
 @pytest.mark.parametrize("way", ["client-goes", "cancelled"])

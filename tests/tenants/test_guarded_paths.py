@@ -21,6 +21,7 @@ from vllm_multilora.tenants.keys import stored
 
 ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
 ROOT = "/api"
+MOUNT = "/mounted"
 LOCKS = {
     "none": ([], [None]),
     "api": (["api"], [None]),
@@ -57,6 +58,7 @@ OTHERWISE = {
     "root-path": lambda path: f"{ROOT}{path}",
     "other-root-path": lambda path: f"/other{path}",
     "root-path-twice": lambda path: f"{ROOT}{ROOT}{path}",
+    "mounted": lambda path: f"{MOUNT}{path}",
 }
 METHODS = ("GET", "POST", "DELETE", "OPTIONS", "WEBSOCKET")
 MANAGE = {
@@ -72,6 +74,18 @@ PREFLIGHT = {"origin": PAGE, "access-control-request-method": "POST"}
 
 
 _BRACES = re.compile(r"\{.*?\}")
+
+
+class Mounting:
+    """A middleware of the operator's (`--middleware`): all paths are below another one, too."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        if "path" in scope:
+            scope = {**scope, "path": scope["path"].removeprefix(MOUNT)}
+        await self._app(scope, receive, send)
 
 
 class Site:
@@ -133,6 +147,7 @@ def served(request, tmp_path_factory):
     acme = {"keys": [stored(ACME)], "adapters": ["acme-*"]}
     tenants.write_text(json.dumps({"tenants": {"acme": acme}}))
     flags = ["--enable-lora", "--root-path", ROOT, "--allowed-origins", json.dumps([PAGE])]
+    flags += ["--middleware", f"{__name__}.{Mounting.__name__}"]
     if "api" in locks:
         flags += ["--api-key", CLIENT]
     if "tenants" in locks:

@@ -1,6 +1,7 @@
 """What passes between HTTP and adapters: headers in, the adapter's name and version out."""
 
 import asyncio
+import inspect
 import json
 from types import SimpleNamespace
 from typing import get_args
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from starlette.middleware import Middleware
 from starlette.requests import Request
 
 from vllm_multilora.integration.attached import METER
@@ -166,12 +168,42 @@ def test_what_is_no_http_passes():
     assert call(app, {"type": "websocket"}) == [{"type": "websocket.accept"}]
 
 
+def middlewares(original=lambda *rest: None, **arguments):
+    """Of a server, the first that acts first."""
+    app = SimpleNamespace(user_middleware=[])
+    app.add_middleware = lambda kind, **options: app.user_middleware.insert(0, Middleware(kind))
+    init_entrypoints_middleware(original, SimpleNamespace(**arguments), app)
+    return [each.cls for each in app.user_middleware]
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_only_a_server_with_adapters_gets_the_middleware(lora):
-    added = []
-    app = SimpleNamespace(add_middleware=added.append)
-    init_entrypoints_middleware(lambda *rest: None, SimpleNamespace(enable_lora=lora), app)
-    assert added == ([HttpCallMiddleware, PlainPathMiddleware] if lora else [])
+    ours = [PlainPathMiddleware, HttpCallMiddleware]
+    assert middlewares(enable_lora=lora) == (ours if lora else [])
+
+
+@pytest.mark.parametrize("api_key", [[], ["sk-api"]], ids=["no-key", "api-key"])
+def test_what_the_operator_adds_sees_a_request_before_it_is_checked_and_every_answer(api_key):
+    """As with vLLM's own check: a refusal has its `X-Request-Id`, too, where answers have one."""
+    from vllm.entrypoints.launchers.app import init_entrypoints_middleware as patched
+
+    found = middlewares(
+        lambda args, app: inspect.unwrap(patched)(args, app, ("generate",)),
+        enable_lora=True,
+        api_key=api_key,
+        middleware=["starlette.middleware.gzip.GZipMiddleware"] * 2,
+        enable_request_id_headers=True,
+        allowed_origins=[],
+        allow_credentials=False,
+        allowed_methods=[],
+        allowed_headers=[],
+    )
+    names = [kind.__name__ for kind in found]
+    ours = ["PlainPathMiddleware", *["AccessMiddleware"] * len(api_key), "HttpCallMiddleware"]
+    at = names.index(ours[0])
+    assert names[:2] == ["GZipMiddleware"] * 2
+    assert "XRequestIdMiddleware" in names[:at]
+    assert names[at:] == [*ours, *["AuthenticationMiddleware"] * len(api_key), "CORSMiddleware"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The first middlewares: who gets in, whose request it is, and when it has its turn.
+"""The middlewares of keys: who gets in, whose request it is, and when it has its turn.
 
-They run before all of vLLM's own middleware. vLLM's check of its API key stays in place, but
-accepts requests that were admitted here as checked (`verify_token`).
+They act right before vLLM's check of its API key, which stays in place, but accepts requests that
+were admitted here as checked (`verify_token`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from vllm_multilora.integration.server.access_log import keep_refusals_few
 from vllm_multilora.integration.server.callers import Caller, current_caller, error_response
@@ -42,6 +42,7 @@ _MESSAGES = {
 }
 _OF_TENANTS = (Endpoint.CALL, Endpoint.STORED, Endpoint.MODELS, Endpoint.STATUS)
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
+_CLIENT_GONE = 499  # as proxies call it; nobody reads it
 
 STRANGERS_PER_MINUTE = 3_000
 """Requests without a valid key that are answered; after a minute without any, so many at once."""
@@ -55,7 +56,7 @@ LISTING_SHARE = 0.05
 
 
 class PlainPathMiddleware:
-    """Has no path with control characters reach anything.
+    """Has no path with control characters reach an endpoint.
 
     The pattern of a Starlette route ends in `$`, which matches before a line break, too: the path
     of a request that gets to an endpoint could be another one than the endpoint's.
@@ -213,8 +214,8 @@ class AccessMiddleware:
                 status, caller.retry_after_s = HTTPStatus.TOO_MANY_REQUESTS, error.retry_after_s
             response = JSONResponse(error_response(status, str(error)).model_dump(), status)
             await response(scope, receive, send_marked)
-        except _ClientGoneError:
-            pass
+        except _ClientGoneError:  # for middlewares of the operator's, which expect an answer
+            await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)
 
 
 class _Timed:

@@ -19,13 +19,16 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from vllm_multilora.integration.attached import ACCESS, METER
 from vllm_multilora.integration.server.access import access_for, settings_in
@@ -233,12 +236,26 @@ def init_entrypoints_middleware(
     original(args, app, *rest, **kwargs)
     if settings_in(args) is None:
         return
-    app.add_middleware(HttpCallMiddleware)
+    ours = [Middleware(PlainPathMiddleware), Middleware(HttpCallMiddleware)]
     access = access_for(args)
     if access is not None:
         ACCESS.set(app, access)
-        app.add_middleware(AccessMiddleware, access=access)
-    app.add_middleware(PlainPathMiddleware)  # the last one is the first that acts
+        ours.insert(1, Middleware(AccessMiddleware, access=access))
+    at = _first_check(app.user_middleware)
+    app.user_middleware[at:at] = ours
+
+
+def _first_check(stack: Sequence[Middleware]) -> int:
+    """Where ours come among a server's middlewares, the first of which acts first.
+
+    Right before vLLM's own checks: the operator's (`--middleware`) may give a request another path
+    or key before, and name what is refused after, as they may for vLLM's.
+    """
+    kinds: list[Any] = [each.cls for each in stack]
+    for check in (AuthenticationMiddleware, CORSMiddleware):
+        if check in kinds:
+            return len(kinds) - 1 - kinds[::-1].index(check)
+    return 0
 
 
 async def transform_request(original: Callable[..., Any], transform: Any, raw_request: Any) -> Any:
