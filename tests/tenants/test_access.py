@@ -72,7 +72,7 @@ class App:
         await send({"type": "http.response.body", "body": b""})
 
 
-async def call(app, access, path, key=None, method="POST", door=None):
+async def call(app, access, path, key=None, method="POST", door=None, more=()):
     """The answer's start; through a door of its own, if it is told none."""
     sent = []
 
@@ -83,7 +83,7 @@ async def call(app, access, path, key=None, method="POST", door=None):
         sent.append(message)
 
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    scope = {"type": "http", "method": method, "path": path, "headers": headers}
+    scope = {"type": "http", "method": method, "path": path, "headers": [*headers, *more]}
     await (door or AccessMiddleware(app, access))(scope, receive, send)
     return sent[0]
 
@@ -104,6 +104,22 @@ def test_the_application_knows_who_calls(tenants, key, role, tenant):
     assert caller.role is role
     assert (caller.tenant and caller.tenant.name) == tenant
     assert current_caller.get() is None
+
+
+def test_a_tenant_gets_no_metrics_with_its_answer(tenants):
+    """Which vLLM adds for whoever sends a header, `/metrics` or not."""
+    header, seen = "endpoint-load-metrics-format", []
+
+    class Reading(App):
+        async def __call__(self, scope, receive, send):
+            seen.append(header in Headers(scope=scope))
+            await super().__call__(scope, receive, send)
+
+    access = Access(api_keys=[CLIENT], tenants_path=str(tenants))
+    for key in (CLIENT, ACME):
+        more = [(header.encode(), b"JSON")]
+        asyncio.run(call(Reading(), access, "/v1/completions", key, more=more))
+    assert seen == [True, False]
 
 
 def test_the_api_key_is_the_operators_where_there_is_no_other(tenants):

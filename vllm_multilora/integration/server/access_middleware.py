@@ -43,6 +43,9 @@ _MESSAGES = {
 _OF_TENANTS = (Endpoint.CALL, Endpoint.STORED, Endpoint.MODELS, Endpoint.STATUS)
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
+_LOAD_REPORT = b"endpoint-load-metrics-format"
+"""A header that asks vLLM for some of `/metrics` with an answer. That is not for tenants, and has
+all metrics collected while nobody is answered."""
 
 STRANGERS_PER_MINUTE = 3_000
 """Requests without a valid key that are answered; after a minute without any, so many at once."""
@@ -191,6 +194,7 @@ class AccessMiddleware:
         send: Send,
     ) -> None:
         """Lets a tenant's request in; a call, or a list, when it has its turn."""
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != _LOAD_REPORT]
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
