@@ -36,6 +36,7 @@ from vllm_multilora.integration.server.access_middleware import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
+from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
 from vllm_multilora.integration.server.metering import ServerMeter, shutdown
 from vllm_multilora.integration.server.start import require_guards
 from vllm_multilora.integration.server.stored_responses import init_responses
@@ -730,6 +731,21 @@ def engine(tenants, *, lora=True):
 def test_a_server_that_would_guard_nothing_does_not_start(tenants):
     with pytest.raises(ConfigError, match="protect nothing here"):
         check_access(engine(tenants, lora=False), UsageContext.OPENAI_API_SERVER)
+
+
+def test_a_server_without_an_engine_that_would_guard_nothing_does_not_start(tenants):
+    """`vllm launch render`, whose engine's configuration nobody has to check."""
+    args = arguments(tenants=str(tenants))
+    args.enable_lora = False
+    with pytest.raises(ConfigError, match="protect nothing here"):
+        init_entrypoints_middleware(lambda *rest: None, args, SimpleNamespace(user_middleware=[]))
+    args.additional_config = None
+    init_entrypoints_middleware(lambda *rest: None, args, SimpleNamespace(user_middleware=[]))
+
+
+def test_a_batch_says_that_keys_have_no_effect(tenants, caplog):
+    check_access(engine(tenants), UsageContext.OPENAI_BATCH_RUNNER)
+    assert "no effect" in caplog.text
 
 
 def test_an_admin_key_of_the_environment_is_read_before_the_model_and_never_ignored(

@@ -145,8 +145,13 @@ def test_settings_that_nobody_would_check_are_refused(monkeypatch):
 def test_keys_are_refused_where_a_server_is_started_that_knows_none(flag):
     args, engine_args = parse(flag, "file")
     merge_flags(args, engine_args)
+    args.host, args.lora_modules, args.grpc = None, None, False  # as of `vllm serve`
+    merge_flags(args, engine_args)
     args.grpc = True
-    with pytest.raises(ConfigError, match="--grpc"):
+    with pytest.raises(ConfigError, match="gRPC"):
+        merge_flags(args, engine_args)
+    del args.lora_modules, args.grpc  # as of vLLM's module of the gRPC server
+    with pytest.raises(ConfigError, match="gRPC"):
         merge_flags(args, engine_args)
 
 

@@ -60,11 +60,17 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
         additional = dict(engine_args.additional_config or {})
         additional[CONFIG_KEY] = own = {**own, **given}
         engine_args.additional_config = args.additional_config = additional
-    if getattr(args, "grpc", False) and {"tenants", "admin_key_file"} & {*own}:
+    if _serves_grpc(args) and {"tenants", "admin_key_file"} & {*own}:
         raise ConfigError(
-            "--multilora-tenants and --multilora-admin-key-file protect HTTP servers, but --grpc "
-            "starts a gRPC server: leave out either --grpc or these flags"
+            "--multilora-tenants and --multilora-admin-key-file protect HTTP servers, and this is "
+            "vLLM's gRPC server (--grpc): serve HTTP, or leave these flags out"
         )
+
+
+def _serves_grpc(args: argparse.Namespace) -> bool:
+    """Whether the arguments are those of vLLM's gRPC server, started by `vllm serve` or itself."""
+    is_itself = hasattr(args, "host") and not hasattr(args, "lora_modules")
+    return is_itself or getattr(args, "grpc", False)
 
 
 def _own_settings(additional_config: Any) -> Mapping[str, Any]:

@@ -41,6 +41,13 @@ REFRESH_S = 1.0
 
 MIN_ADMIN_KEY = 16
 
+UNGUARDED = (
+    f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect nothing "
+    f"here, because vllm-multilora is not active: it needs --enable-lora, a supported vLLM and "
+    f"vLLM's Python front end. Provide these, or leave all three out"
+)
+"""Why a server with keys does not start."""
+
 _IN_FORCE: WeakSet[Access] = WeakSet()
 """What guards this process's server."""
 
@@ -218,13 +225,28 @@ def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -
 
 def settings_in(args: Namespace) -> MultiLoRAConfig | None:
     """The settings in a server's arguments; None where the plugin does not act."""
-    if not getattr(args, "enable_lora", False):
-        return None
+    settings = _settings_given(args)
+    return settings if getattr(args, "enable_lora", False) and is_enabled(settings) else None
+
+
+def require_no_keys(args: Namespace) -> None:
+    """Refuses keys in the arguments of a server where the plugin does not act.
+
+    Where there is no engine (`vllm launch render`), nobody has looked at them before.
+
+    Raises:
+        ConfigError: There are keys.
+    """
+    settings = _settings_given(args)
+    if settings.tenants is not None or settings.admin_key_file is not None:
+        raise ConfigError(UNGUARDED)
+
+
+def _settings_given(args: Namespace) -> MultiLoRAConfig:
     additional = getattr(args, "additional_config", None)
-    settings = MultiLoRAConfig.from_additional_config(
+    return MultiLoRAConfig.from_additional_config(
         additional if isinstance(additional, Mapping) else None
     )
-    return settings if is_enabled(settings) else None
 
 
 def access_for(args: Namespace) -> Access | None:

@@ -36,9 +36,9 @@ from vllm_multilora.integration.patching.version import (
     is_supported,
 )
 from vllm_multilora.integration.server.access import (
-    ADMIN_KEY_VARIABLE,
     COUNT_VARIABLE,
     SALT_VARIABLE,
+    UNGUARDED,
     key_in,
     read_admin_keys,
 )
@@ -164,15 +164,14 @@ def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = N
     has_variable = bool(key_in(os.environ)) and serves_adapters
     if not has_flags and not (has_variable and usage_context is UsageContext.OPENAI_API_SERVER):
         return
-    if usage_context is UsageContext.LLM_CLASS:
-        logger.warning("Keys and tenants have no effect in LLM(...): they protect HTTP servers.")
+    if usage_context in (UsageContext.LLM_CLASS, UsageContext.OPENAI_BATCH_RUNNER):
+        logger.warning(
+            "Keys and tenants have no effect in LLM(...) and in vllm run-batch: they protect HTTP "
+            "servers."
+        )
         return
     if not is_active(vllm_config) or envs.VLLM_USE_RUST_FRONTEND:
-        raise ConfigError(
-            f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect "
-            f"nothing here, because vllm-multilora is not active: it needs --enable-lora, a "
-            f"supported vLLM and vLLM's Python front end. Provide these, or leave all three out"
-        )
+        raise ConfigError(UNGUARDED)
     read_admin_keys(settings, os.environ)
     if settings.tenants is not None:
         load_tenants(settings.tenants)

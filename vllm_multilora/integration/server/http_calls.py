@@ -31,7 +31,11 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from vllm_multilora.integration.attached import ACCESS, METER
-from vllm_multilora.integration.server.access import access_for, settings_in
+from vllm_multilora.integration.server.access import (
+    access_for,
+    require_no_keys,
+    settings_in,
+)
 from vllm_multilora.integration.server.access_middleware import (
     AccessMiddleware,
     PlainPathMiddleware,
@@ -235,6 +239,7 @@ def init_entrypoints_middleware(
 ) -> None:
     original(args, app, *rest, **kwargs)
     if settings_in(args) is None:
+        require_no_keys(args)
         return
     ours = [Middleware(PlainPathMiddleware), Middleware(HttpCallMiddleware)]
     access = access_for(args)
