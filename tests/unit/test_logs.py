@@ -30,18 +30,53 @@ def test_lines_reach_a_handler_that_vllm_adds_later(name):
     assert lines == ["shown"]
 
 
-def test_lines_go_on_when_vllm_takes_a_file_that_names_its_own_logger_only():
+CONFIGURATION = {
+    "version": 1,
+    "handlers": {"console": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}},
+    "loggers": {"vllm": {"handlers": ["console"], "level": "INFO"}},
+}
+"""As of a file that names vLLM's logger only."""
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [
+        "from logging.config import dictConfig as configure",
+        "from uvicorn import Config; configure = lambda given: Config('app', log_config=given)",
+    ],
+    ids=["vllm", "uvicorn"],
+)
+def test_lines_go_on_when_a_file_is_taken_that_does_not_name_the_project(configure):
     """Python silences what is there and not named, unless the file says otherwise."""
-    code = """
+    pytest.importorskip("uvicorn")
+    code = f"""
 import logging
-from logging.config import dictConfig
-from vllm_multilora.integration.logs import configure_loggers, join_vllm_logging
+from vllm_multilora.integration.logs import join_vllm_logging
+from vllm_multilora.integration.patching.ledger import PATCHES
+[patch] = [patch for patch in PATCHES if patch.name == "loggers"]
+{configure}
+assert patch.apply()
 logger = logging.getLogger("vllm_multilora.config")
 join_vllm_logging()
-console = {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}
-loggers = {"vllm": {"handlers": ["console"], "level": "INFO"}}
-configure_loggers(dictConfig, {"version": 1, "handlers": {"console": console}, "loggers": loggers})
+configure({CONFIGURATION!r})
 logger.info("shown")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("shown\n", "")
+
+
+def test_what_vllm_logs_passes_a_filter_whatever_handlers_it_gets_later():
+    code = f"""
+import logging
+from logging.config import dictConfig
+from vllm_multilora.integration.logs import add_filter
+from vllm_multilora.integration.patching.ledger import PATCHES
+[patch] = [patch for patch in PATCHES if patch.name == "loggers"]
+assert patch.apply()
+add_filter(lambda record: record.getMessage() != "hidden")
+dictConfig({CONFIGURATION!r})
+for line in ("hidden", "shown"):
+    logging.getLogger("vllm.entrypoints").info(line)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("shown\n", "")

@@ -888,11 +888,13 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         name="loggers",
-        target="vllm.logger:_configure_vllm_root_logger",
-        takes=("config=None",),
+        target="logging.config:DictConfigurator.configure",
+        takes=("self",),
         handler="logs:configure_loggers",
-        why="A file in VLLM_LOGGING_CONFIG_PATH silences all loggers that are there and that it "
-        "does not name, unless it says otherwise, as no example of vLLM's does. Has ours go on.",
+        why="A file in VLLM_LOGGING_CONFIG_PATH or --log-config-file silences all loggers that are "
+        "there and that it does not name, unless it says otherwise, as no example of vLLM's does. "
+        "vLLM takes it when a process starts, and API servers have uvicorn take it again. Has ours "
+        "go on.",
         checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM sets disable_existing_loggers where a file leaves it out.",
     ),

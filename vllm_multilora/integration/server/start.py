@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
+from vllm_multilora.integration.logs import add_filter
 from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
@@ -55,8 +55,7 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
     require_guards(models)
     if registration.acts_for(models):
         models.lora_resolver_lock = LocksInUse()
-        for handler in logging.getLogger("vllm").handlers:
-            handler.addFilter(_REFUSALS_IN_ONE_LINE)
+        add_filter(_REFUSALS_IN_ONE_LINE)
         # The engines find their store and show their metrics now, not with their first request.
         await status_route.engine_reports(models.engine_client.engine_core, [])
     await original(models)
