@@ -73,6 +73,23 @@ def test_a_server_that_only_renders_prompts_knows_its_model(who):
     assert asyncio.run(status("nobody")) == 404
 
 
+def test_a_server_that_only_renders_prompts_lists_its_model_as_any_other():
+    registry = OpenAIModelRegistry(
+        SimpleNamespace(max_model_len=128), [BaseModelPath("base", "/folder/base")]
+    )
+    apply_patches()
+
+    def listed(who: Caller | None) -> dict[str, str]:
+        shown = as_caller(who, lambda: asyncio.run(registry.show_available_models()))
+        return {card.id: card.root for card in shown.data}
+
+    of_tenant = tenant(adapters=("*",))
+    of_tenant.hides_folders = True
+    assert listed(None) == listed(Caller(Role.OPERATOR)) == {"base": "/folder/base"}
+    assert listed(Caller(Role.CLIENT, hides_folders=True)) == {"base": "base"}
+    assert listed(of_tenant) == {}
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [

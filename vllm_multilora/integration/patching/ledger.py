@@ -574,6 +574,16 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM has model aliases that lead to adapters.",
     ),
     Patch(
+        name="base-models-list",
+        target="vllm.entrypoints.openai.models.serving:OpenAIModelRegistry.show_available_models",
+        takes=("self",),
+        handler="server.routes:show_available_models",
+        why="As models-list, in a server without an engine, which has the base model alone: its "
+        "folder is the operator's affair, and some tenants may not use it.",
+        checked=(),
+        until="As models-list.",
+    ),
+    Patch(
         name="registration-names",
         target="vllm.entrypoints.openai.models.serving:"
         "OpenAIServingModels._check_load_lora_adapter_request",
