@@ -196,6 +196,31 @@ def test_a_full_disk_costs_whole_lines_and_the_log_says_how_many(tmp_path, monke
     assert "No space left on device" in caplog.text
 
 
+def test_a_log_that_has_gone_and_cannot_be_made_again_closes_nobody_elses_file(
+    tmp_path, monkeypatch
+):
+    """Gone after it was opened, and before it was locked."""
+    path = tmp_path / "usage"
+    log = UsageLog(path, BIG)
+    opened, others = usage_log._open, []
+
+    def gone(_):
+        monkeypatch.setattr(usage_log, "_open", refused)
+        descriptor = opened(path)
+        path.unlink()
+        return descriptor
+
+    def refused(_):
+        others.append(os.open(os.devnull, os.O_RDONLY))  # gets the number that is free
+        raise PermissionError("gone")
+
+    monkeypatch.setattr(usage_log, "_open", gone)
+    log.write(Usage("lost"))
+    log.close()
+    (other,) = others
+    os.close(other)
+
+
 def test_a_folder_that_is_not_there_is_said_at_the_start(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written to: No such file"):
         UsageLog(tmp_path / "nowhere" / "usage", BIG)

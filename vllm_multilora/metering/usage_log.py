@@ -99,28 +99,30 @@ class UsageLog:
                     self._complain("were dropped: it is written too slowly")
 
     def _append(self, content: bytes) -> None:
-        descriptor = _open(self._path)
-        try:
-            # One writer at a time, so that nobody renames what another is about to write to.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            while not self._is_current(descriptor):
-                os.close(descriptor)
-                descriptor = _open(self._path)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                content = b"\n" + content  # whoever wrote the last line was killed in its midst
+        is_done = False
+        while not is_done:
+            descriptor = _open(self._path)
             try:
-                view = memoryview(content)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-            except OSError:
-                os.ftruncate(descriptor, size)  # else the next line would go on in half of this one
-                raise
-            if os.fstat(descriptor).st_size >= self._limit and self._is_current(descriptor):
-                self._rename()
-        finally:
-            os.close(descriptor)
+                # One writer at a time, so that nobody renames what another is about to write to.
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if is_done := self._is_current(descriptor):
+                    self._append_to(descriptor, content)
+            finally:
+                os.close(descriptor)
+
+    def _append_to(self, descriptor: int, content: bytes) -> None:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            content = b"\n" + content  # whoever wrote the last line was killed in its midst
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(descriptor, view) :]
+        except OSError:
+            os.ftruncate(descriptor, size)  # else the next line would go on in half of this one
+            raise
+        if os.fstat(descriptor).st_size >= self._limit and self._is_current(descriptor):
+            self._rename()
 
     def _rename(self) -> None:
         path = self._path.resolve()  # a link stays, and what it leads to is begun anew
