@@ -68,6 +68,7 @@ def recording_costs(folder: Path) -> dict[str, float]:
     slots = SlotAssignment(16, LruPolicy(), adapters)
     requests = RequestMetrics(recorder)
     for number, name in names.items():
+        adapters.known(name)
         adapters.read(name, 0.02)
         adapters.moved(number, AdapterState.HOST)
         requests.accept(name, number, name, is_ready=True)

@@ -267,8 +267,8 @@ class MultiLoRAConfig:
     metrics_max_adapters: int = _whole(
         200,
         range(100_000 + 1),
-        "How many adapters get series of their own in the LoRA metrics; the others are counted "
-        'together as lora_name="__other__".',
+        "How many adapters have series of their own in the LoRA metrics at a time; the others are "
+        'counted together as lora_name="__other__".',
     )
     status_page: bool = _switch(
         True,

@@ -22,8 +22,10 @@ class EngineWithMetrics:
     def __init__(self, folder: Path, *, most: int = 10) -> None:
         self.names: dict[int, str] = {number: chr(96 + number) for number in range(1, 20)}
         self.usage = AdapterUsage()
+        self.now = 0.0
+        self.recorder = recorder(folder, most=most, clock=lambda: self.now)
         self.metrics = AdapterMetrics(
-            recorder(folder, most=most), self.names.get, self.usage.of, slots=2, max_rank=64
+            self.recorder, self.names.get, self.usage.of, slots=2, max_rank=64
         )
         self.budget = CpuBudget(adapters=3, bytes=100 * MIB)
         self.host = HostTier(LruPolicy(), self.budget)

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vllm_multilora.metrics import router_names
@@ -18,6 +20,7 @@ def recorder(
     engine: str = "0",
     most: int = 10,
     has_latencies: bool = False,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Recorder:
     return Recorder(
         folder,
@@ -26,6 +29,7 @@ def recorder(
         model_name=MODEL,
         max_adapters=most,
         has_latencies=has_latencies,
+        clock=clock,
     )
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.metrics.names import IDLE_S
+from vllm_multilora.metrics.request_metrics import RequestMetrics
 from vllm_multilora.slots.events import Tier
 from vllm_multilora.states import AdapterState
 
@@ -166,6 +168,25 @@ def test_adapters_beyond_the_bound_are_counted_together_and_have_no_info(tmp_pat
         "adapter_load_total{lora_name=__other__,source=disk}": 2,
         "adapter_info{lora_name=a,pinned=false,rank=8,tier=cpu}": 1,
     }
+
+
+def test_an_adapter_that_gets_the_place_of_an_idle_one_is_shown_where_it_is(tmp_path: Path) -> None:
+    engine = EngineWithMetrics(tmp_path, most=1)
+    requests = RequestMetrics(engine.recorder)
+    for number in (1, 2):
+        engine.load(number)
+        engine.step(number)
+    engine.now += IDLE_S
+    requests.accept("1", 2, "b", is_ready=True)
+    assert pick(tmp_path, "adapter_load_total", "adapter_info", "requests_by_adapter") == {
+        "adapter_load_total{lora_name=__other__,source=disk}": 1,
+        "adapter_load_total{lora_name=__other__,source=cpu}": 1,
+        "adapter_info{lora_name=b,pinned=false,rank=8,tier=gpu}": 1,
+        "requests_by_adapter{lora_name=b}": 1,
+    }
+    engine.unload(1)
+    engine.unload(2)
+    assert pick(tmp_path, "adapter_info") == {}
 
 
 def test_failures_are_counted_by_reason_and_all_reasons_are_there_from_the_start(

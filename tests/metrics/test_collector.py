@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.promtool import run_promtool
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.adapter_info import AdapterInfo
 from vllm_multilora.metrics.collector import LoRACollector
+from vllm_multilora.metrics.folder import locked
 
 from .readings import MODEL, in_another_process, recorder, shown
 
@@ -122,6 +124,21 @@ def test_the_registry_never_sees_a_failure(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("vllm_multilora.metrics.collector._files", broken)
     assert b"other_total 1.0" in generate_latest(registry)
+
+
+def test_a_change_to_several_files_is_shown_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series = recorder(tmp_path).series(defined.ACTIVE)
+    change = ExitStack()
+    change.enter_context(locked(tmp_path, exclusively=True))
+
+    def complete(_: float) -> None:
+        series.set(3)
+        change.close()
+
+    monkeypatch.setattr("time.sleep", complete)
+    assert shown(tmp_path) == {"vllm:lora_adapters_active{engine=0}": 3}
 
 
 WRITER = """

@@ -16,6 +16,7 @@ from vllm_multilora.integration.server import metrics
 from vllm_multilora.metrics.folder import (
     create_folder,
     find_folder,
+    locked,
     parent_folder,
     remove_folder,
 )
@@ -88,6 +89,20 @@ def test_an_instance_that_has_a_folder_gets_no_other_one(tmp_path: Path) -> None
     with pytest.raises(OSError, match="not empty"):
         create_folder("one", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["multilora-metrics-one.engine"]
+
+
+def test_whoever_reads_waits_for_who_changes_files_but_not_for_long(tmp_path: Path) -> None:
+    with locked(tmp_path, exclusively=True):
+        begun = time.monotonic()
+        with locked(tmp_path, exclusively=False):
+            assert 0.1 <= time.monotonic() - begun < 30
+    with (
+        locked(tmp_path, exclusively=False),
+        locked(tmp_path, exclusively=False),
+        pytest.raises(BlockingIOError),
+        locked(tmp_path, exclusively=True),
+    ):
+        pass
 
 
 def descriptors() -> int:

@@ -1,6 +1,8 @@
 """Recording: bounded in names and in bytes, and never in the way."""
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.adapter_info import TIERS, AdapterInfo
-from vllm_multilora.metrics.names import OTHER, BoundedNames
+from vllm_multilora.metrics.names import IDLE_S, OTHER, BoundedNames
+from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.series_file import SeriesFile, SeriesFileFullError
 from vllm_multilora.metrics.server_counts import ServerCounts, count_route
@@ -16,21 +19,55 @@ from vllm_multilora.metrics.server_counts import ServerCounts, count_route
 from .readings import recorder, shown
 
 
-def test_the_first_adapters_have_labels_of_their_own_and_keep_them() -> None:
-    names = BoundedNames(2)
+def bounded(limit: int, clock: Callable[[], float] = time.monotonic) -> BoundedNames:
+    return BoundedNames(limit, lambda _: True, clock)
+
+
+def test_the_first_adapters_have_labels_of_their_own() -> None:
+    names = bounded(2)
     for name in ("a", "b", "c"):
         names.admit(name)
     assert [names.label(n) for n in ("a", "b", "c", "a", "c", "b")] == [
         *("a", "b", OTHER),
         *("a", OTHER, "b"),
     ]
-    nobody = BoundedNames(0)
+    nobody = bounded(0)
     nobody.admit("a")
     assert nobody.label("a") == OTHER
 
 
+def test_who_has_not_been_counted_for_a_day_gives_way_and_who_longest_has_not_first() -> None:
+    now = 0.0
+    names = bounded(2, lambda: now)
+    names.admit("a")
+    names.admit("b")
+    now = 1.0
+    assert names.label("a") == "a"
+    now = IDLE_S
+    names.admit("c")
+    names.admit("d")
+    assert [names.label(name) for name in "abcd"] == ["a", OTHER, "c", OTHER]
+
+
+def test_whoever_comes_and_goes_all_day_gets_no_more_places_than_there_are() -> None:
+    now = 0.0
+    names = bounded(100, lambda: now)
+    had = set()
+    for number in range(20_000):
+        now += IDLE_S / 10_000
+        names.admit(f"{number}")
+        had |= {f"{number}"} if names.has(f"{number}") else set()
+    assert 100 < len(had) <= 200
+
+
+def test_the_name_of_all_others_is_nobodys() -> None:
+    names = bounded(1)
+    names.admit(OTHER)
+    assert not names.has(OTHER)
+
+
 def test_names_that_are_only_asked_for_take_no_place() -> None:
-    names = BoundedNames(1)
+    names = bounded(1)
     assert {names.label(f"junk-{number}") for number in range(1000)} == {OTHER}
     names.admit("acme")
     assert names.label("acme") == "acme"
@@ -38,7 +75,7 @@ def test_names_that_are_only_asked_for_take_no_place() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 256, "a\nb", "\x1b[31m", "\ud800"], ids=ascii)
 def test_a_name_that_is_long_or_cannot_be_printed_is_no_label(name: str) -> None:
-    names = BoundedNames(1)
+    names = bounded(1)
     names.admit(name)
     assert names.label(name) == OTHER
 
@@ -51,6 +88,109 @@ def test_ten_thousand_names_make_as_many_series_as_are_allowed(tmp_path: Path) -
     found = shown(tmp_path)
     assert len(found) == 4
     assert found[f"vllm:lora_requests_by_adapter{{engine=0,lora_name={OTHER}}}"] == 9_997
+
+
+def test_a_name_that_gives_way_takes_all_of_its_series_along_and_begins_again_at_0(
+    tmp_path: Path,
+) -> None:
+    now = 0.0
+    record = recorder(tmp_path, most=1, has_latencies=True, clock=lambda: now)
+
+    def count(name: str) -> dict[str, float]:
+        record.names.admit(name)
+        label = record.names.label(name)
+        record.series(defined.LOADS, "disk", label).inc()
+        record.series(defined.ROUTE_REQUESTS, "route", label, "chosen").inc()
+        record.histogram(defined.FIRST_TOKEN, label).observe(0.07)
+        return {name: value for name, value in shown(tmp_path).items() if value}
+
+    first = count("a")
+    of_a = count("a")
+    assert count("b").items() >= of_a.items()
+    now += IDLE_S
+    late = record.series(defined.LOADS, "disk", "a")
+    found = count("b")
+    late.inc()  # has no place any more
+    assert shown(tmp_path).items() >= found.items()
+    assert not [name for name in shown(tmp_path) if "lora_name=a" in name]
+    assert found["vllm:lora_adapter_load_total{engine=0,lora_name=__other__,source=disk}"] == 1
+    now += IDLE_S
+    assert count("a").items() >= first.items()
+
+
+def test_names_that_come_for_years_fill_no_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    record = recorder(tmp_path, "server", most=3, clock=lambda: now)
+    for number in range(200):
+        now += IDLE_S / 2
+        name = f"{number}".rjust(255, "x")
+        record.names.admit(name)
+        assert record.names.label(name) == name
+        for definition in defined.TOKENS:
+            record.series(definition, name, "", "").inc()
+    found = [name for name in shown(tmp_path) if name.startswith(defined.PROMPT_TOKENS.name)]
+    assert len(found) == 3
+    assert not caplog.records
+    assert len(list(tmp_path.glob("*.series"))) == 1
+
+
+def test_what_several_servers_have_counted_falls_only_when_the_last_of_them_forgets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def server(number: int) -> Recorder:
+        stamp = ProcessStamp(1, number, 1)
+        monkeypatch.setattr(ProcessStamp, "own", lambda: stamp)
+        return recorder(tmp_path, "server", engine="", most=1, clock=lambda: now)
+
+    def count(record: Recorder, name: str, requests: int = 1) -> float | None:
+        record.names.admit(name)
+        series = record.series(defined.REQUESTS, record.names.label(name))
+        series.inc(requests)
+        return shown(tmp_path).get(f"{defined.REQUESTS.name}{{lora_name=acme}}")
+
+    one, two = server(1), server(2)
+    count(one, "acme", 7)
+    assert count(two, "acme", 5) == 12
+    now += IDLE_S
+    assert count(one, "new") == 12
+    assert count(two, "acme") == 13
+    now += IDLE_S
+    assert count(one, "acme") == 14
+    now += IDLE_S
+    assert count(two, "newer") == 14
+    assert count(one, "newest") is None
+    now += IDLE_S
+    assert count(one, "acme") == 1
+
+
+def test_without_room_for_a_new_file_places_are_kept_and_tried_for_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    record = recorder(tmp_path, most=1, clock=lambda: now)
+    record.names.admit("a")
+    record.series(defined.REQUESTS, "a").inc()
+    now += IDLE_S
+
+    def full(*_: object) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.posix_fallocate", full)
+        for _ in range(5):
+            record.names.admit("b")
+    assert len(caplog.records) == 1
+    record.names.admit("b")
+    assert not record.names.has("b")
+    assert list(shown(tmp_path)) == ["vllm:lora_requests_by_adapter{engine=0,lora_name=a}"]
+    now += 60.0
+    record.names.admit("b")
+    assert record.names.has("b")
+    assert shown(tmp_path) == {}
 
 
 def test_a_file_has_room_for_all_series_of_its_adapters(tmp_path: Path) -> None:
@@ -95,7 +235,7 @@ def test_a_full_file_takes_no_more_series_and_harms_nobody(
     assert 0 < len(found) < 2_000
     assert set(found.values()) == {1.0}
     assert len(caplog.records) == 1
-    assert {path.stat().st_size for path in tmp_path.iterdir()} == {(1 << 16) + 6 * 384}
+    assert {path.stat().st_size for path in tmp_path.glob("*.series")} == {(1 << 16) + 6 * 384}
 
 
 def test_a_file_that_exists_is_not_written_over(tmp_path: Path) -> None:
@@ -180,11 +320,28 @@ def test_tokens_are_counted_by_user_and_those_of_too_many_users_together(tmp_pat
         )
     found = shown(tmp_path)
     own = [key for key in found if "lora_prompt_tokens" in key and "__other__" not in key]
-    assert len(own) == 5
+    assert len(own) == 4
     assert found["vllm:lora_prompt_tokens_total{lora_name=a0,route=,tenant=}"] == 10
     for kind, tokens in (("prompt", 80), ("cached_prompt", 32), ("generation", 8)):
         name = f"vllm:lora_{kind}_tokens_total{{"
         assert sum(value for key, value in found.items() if key.startswith(name)) == tokens
+
+
+def test_who_uses_tokens_today_has_the_place_of_who_did_in_the_past(tmp_path: Path) -> None:
+    now = 0.0
+    counts = ServerCounts()
+    counts.start(lambda: recorder(tmp_path, "server", engine="", most=1, clock=lambda: now))
+    for day in range(5):
+        for number in range(2):
+            tenant = f"{day}-{number}"
+            counts.count_tokens(Usage("id", "base", tenant=tenant, prompt_tokens=1))
+            counts.count_refused(tenant, 429)
+            counts.count_route(tenant, "base", "chosen")
+        now += IDLE_S
+    for of in ("prompt_tokens_total", "refused_requests_total", "route_requests_total"):
+        found = [name for name in shown(tmp_path) if f"lora_{of}" in name]
+        assert len([name for name in found if "=4-" in name]) == 2
+        assert len(found) <= 4
 
 
 def test_a_request_does_not_fail_for_being_counted(

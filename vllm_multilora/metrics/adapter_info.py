@@ -1,7 +1,7 @@
 """Encodes what `vllm:lora_adapter_info` says about an adapter as one number.
 
-Series in a file cannot be taken back, and an adapter's tier changes all the time. So the file has
-one number for each adapter, and whoever reads it makes labels of it.
+A file is written anew to take a series out of it, and an adapter's tier changes all the time. So
+the file has one number for each adapter, and whoever reads it makes labels of it.
 """
 
 from __future__ import annotations

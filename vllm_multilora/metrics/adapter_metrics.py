@@ -72,6 +72,7 @@ class AdapterMetrics(SlotEvents):
         self._versions: dict[str, dict[int, None]] = {}
         self._contents: object = _UNTOLD
         self.contents((None,) * slots)
+        recorder.names.on_admitted = self._show
 
     # What happens
 
@@ -162,7 +163,10 @@ class AdapterMetrics(SlotEvents):
         """An adapter was unloaded."""
         adapter = self._known.pop(adapter_id, None)
         if adapter is not None:
-            del self._versions[adapter.name][adapter_id]
+            versions = self._versions[adapter.name]
+            del versions[adapter_id]
+            if not versions:
+                del self._versions[adapter.name]
             self._show(adapter.name)
 
     def _loaded(self, source: str, name: str, seconds: float) -> None:
@@ -178,18 +182,14 @@ class AdapterMetrics(SlotEvents):
 
     def _show(self, name: str) -> None:
         """Records the info of a name's newest version that was read; 0 if there is none."""
-        versions = self._versions[name]
-        if not versions:
-            del self._versions[name]
-        label = self._label(name)
-        if label in (OTHER, BLENDS):
+        if name == BLENDS or not self._recorder.names.has(name):
             return
         number = 0.0
-        for adapter_id in reversed(versions):
+        for adapter_id in reversed(self._versions.get(name, {})):
             rank = self._use_of(adapter_id).rank
             if rank is not None:
                 adapter = self._known[adapter_id]
                 tier = _TIERS.get(adapter.state, "disk")
                 number = AdapterInfo(tier, rank, adapter_id in self._pinned).encode()
                 break
-        self._recorder.series_at((defined.INFO.name, label)).set(number)
+        self._recorder.series_at((defined.INFO.name, name)).set(number)

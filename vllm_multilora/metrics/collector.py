@@ -15,6 +15,7 @@ from prometheus_client.utils import floatToGoString
 from vllm_multilora.metrics import router_names
 from vllm_multilora.metrics.adapter_info import AdapterInfo
 from vllm_multilora.metrics.definitions import ALL, BY_NAME, INFO, Definition, Kind
+from vllm_multilora.metrics.folder import locked
 from vllm_multilora.metrics.recorder import MODEL_NAME
 from vllm_multilora.metrics.series_file import (
     FileName,
@@ -58,7 +59,10 @@ class LoRACollector(Collector):
         if self._folder is None:
             return []
         try:
-            return list(_merge(self._folder))
+            with locked(self._folder, exclusively=False):
+                return list(_merge(self._folder))
+        except FileNotFoundError:
+            return []  # the engine is ending
         except Exception:
             if not self._has_failed:
                 logger.exception("The LoRA metrics cannot be shown; the others are.")

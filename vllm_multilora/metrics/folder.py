@@ -27,6 +27,8 @@ _PREFIX, _SUFFIX = "multilora-metrics-", ".engine"
 _INSTANCE_CHARACTERS = 48
 _MAKING_S = 60.0  # far longer than it takes to lock a folder and give it its name
 
+_SHARED_TRIES = 100  # a millisecond apart: who writes is done sooner, or is frozen
+
 _locks: dict[Path, int] = {}
 """Of folders that this process has made: the descriptors that keep them locked."""
 
@@ -65,6 +67,39 @@ def find_folder(instance_id: str, parent: Path) -> Path | None:
     """An instance's folder; None where there is none: metrics are off, or it is elsewhere."""
     folder = _named(instance_id, parent)
     return folder if _is_own(folder) else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, exclusively: bool) -> Iterator[None]:
+    """Holds a folder's lock: nobody is to read in the midst of a change to several files.
+
+    Args:
+        folder: The folder.
+        exclusively: To change files. Readers wait for those who do, but not for long.
+
+    Raises:
+        BlockingIOError: The lock is wanted exclusively, and somebody has it.
+        OSError: There is no folder.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if exclusively:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            _wait_for(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int) -> None:
+    for _ in range(_SHARED_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.001)
+        else:
+            return
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import logging
+import time
 from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 
-from vllm_multilora.metrics.definitions import LATENCIES, Definition
-from vllm_multilora.metrics.names import BoundedNames
+from vllm_multilora.metrics.definitions import (
+    ALL,
+    LATENCIES,
+    REFUSED,
+    ROUTE_REQUESTS,
+    TOKENS,
+    Definition,
+)
+from vllm_multilora.metrics.names import BoundedNames, Places
 from vllm_multilora.metrics.process_stamps import ProcessStamp
-from vllm_multilora.metrics.series_file import FileName, Key, SeriesFile, SeriesFileFullError
+from vllm_multilora.metrics.series_file import (
+    FileName,
+    Key,
+    SeriesFile,
+    SeriesFileFullError,
+    UnreadableSeriesFileError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +36,14 @@ _BYTES_PER_ADAPTER = 6 * 384  # of six series, with a name of the longest
 _USERS_PER_ADAPTER = 2  # with series of their own in counts of tokens: by route, by tenant
 _BYTES_PER_USER = (3 + 2) * 384  # two of refused requests and of a route's
 _BYTES_OF_LATENCIES = sum(len(one.buckets) + 2 for one in LATENCIES) * 384
+
+MOST_STATUSES = 4
+"""With which a request is refused for who sent it."""
+
+# Where a key has the name of an adapter.
+_NAME_AT = {
+    each.name: 1 + each.labels.index("lora_name") for each in ALL if "lora_name" in each.labels
+}
 
 
 class Series:
@@ -43,14 +66,20 @@ class Series:
         if (file := self._file) is not None:
             with file.lock:
                 self._value += amount
-                file.write(self._cell, self._value)
+                if self._file is not None:
+                    file.write(self._cell, self._value)
 
     def set(self, value: float) -> None:
         """Replaces it."""
         if (file := self._file) is not None:
             with file.lock:
                 self._value = value
-                file.write(self._cell, value)
+                if self._file is not None:
+                    file.write(self._cell, value)
+
+    def end(self) -> None:
+        """Its place in the file is gone; called with the file's lock held."""
+        self._file = None
 
 
 class Histogram:
@@ -85,11 +114,13 @@ class Recorder:
         model_name: The base model as it is served.
         max_adapters: Most adapters with a label of their own.
         has_latencies: Whether there is to be room for a histogram of latencies of each.
+        clock: Seconds; only differences count.
 
     Attributes:
         names: The labels of adapters.
-        most_users: Most combinations of adapter, route and tenant with series of their own, and
-            of route, adapter and reason.
+        users: Combinations of adapter, route and tenant with series of their own.
+        routes: Of route, adapter and reason.
+        refused: Of tenant and status.
 
     Raises:
         OSError: The file cannot be made.
@@ -104,13 +135,18 @@ class Recorder:
         model_name: str,
         max_adapters: int,
         has_latencies: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         name = FileName(role, engine, ProcessStamp.own())
-        self.names = BoundedNames(max_adapters)
-        self.most_users = _USERS_PER_ADAPTER * max_adapters
+        most_users = _USERS_PER_ADAPTER * max_adapters
+        self._clock = clock
+        self.names = BoundedNames(max_adapters, self._remove_names, clock)
+        self.users = self._places(most_users, *TOKENS)
+        self.routes = self._places(most_users, ROUTE_REQUESTS)
+        self.refused = self._places(max(most_users, MOST_STATUSES), REFUSED)
         size = _FIXED_BYTES + (max_adapters + 1) * _BYTES_PER_ADAPTER
         if role == "server":
-            size += (self.most_users + 2) * _BYTES_PER_USER
+            size += (most_users + 2) * _BYTES_PER_USER
         if has_latencies:
             size += (max_adapters + 1) * _BYTES_OF_LATENCIES
         self._file = SeriesFile(folder / str(name), size)
@@ -155,6 +191,32 @@ class Recorder:
                 logger.warning("Some LoRA metrics are missing from now on: %s.", error)
             self._is_full = True
             return Series(None, "")
+
+    def _places(self, limit: int, *definitions: Definition) -> Places[Key]:
+        """Places for the values of these metrics' labels."""
+        names = {definition.name for definition in definitions}
+
+        def vacate(labels: frozenset[Key]) -> bool:
+            return self._remove(lambda key: key[0] in names and key[1:] in labels)
+
+        return Places(limit, vacate, self._clock)
+
+    def _remove_names(self, names: frozenset[str]) -> bool:
+        return self._remove(lambda key: key[0] in _NAME_AT and key[_NAME_AT[key[0]]] in names)
+
+    def _remove(self, goes: Callable[[Key], bool]) -> bool:
+        """Removes series, which begin at 0 should they come again; returns whether it could."""
+        with self._file.lock:
+            gone = [key for key in self._series if goes(key)]
+            try:
+                self._file.remove(gone)
+            except (OSError, UnreadableSeriesFileError) as error:
+                logger.warning("LoRA metrics of the idle keep their places for now: %s", error)
+                return False
+            for key in gone:
+                self._series.pop(key).end()
+            self._histograms = {k: one for k, one in self._histograms.items() if not goes(k)}
+        return True
 
     def close(self) -> None:
         """Ends recording; what was recorded stays."""

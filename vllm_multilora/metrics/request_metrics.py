@@ -43,6 +43,8 @@ class RequestMetrics:
             name: The adapter's name.
             is_ready: Whether the adapter is in host memory on every worker.
         """
+        if is_ready:
+            self._recorder.names.admit(name)
         if is_ready or self._recorder.names.has(name):
             self._count(name, 1)
         else:

@@ -11,16 +11,18 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, _read_all_values
 
+from vllm_multilora.metrics.folder import locked
 from vllm_multilora.metrics.process_stamps import ProcessStamp
 
 _HEADER_BYTES = 8
 _ENTRY_OVERHEAD = 4 + 8 + 16  # length, most padding, value and timestamp
+_NOBODY = ProcessStamp(0, 0, 0)
 
 Key = tuple[str, ...]
 """A metric's name, then what tells its values apart."""
@@ -44,23 +46,14 @@ class SeriesFile:
     def __init__(self, path: Path, size: int) -> None:
         if path.exists():
             raise FileExistsError(f"{path} exists: this process records with this role already")
-        # Under another name until it is whole: readers see all of it or nothing.
-        unfinished = path.with_suffix(".new")
-        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            self._values = MmapedDict(str(unfinished))
-            unfinished.rename(path)
-        except OSError:
-            unfinished.unlink()
-            raise
-        finally:
-            os.close(descriptor)
+        self._path = path
         self._size = size
         self._used = _HEADER_BYTES
         self._known: dict[Key, str] = {}
         # Guards all of the above; held for a few memory accesses at a time.
         self.lock = threading.Lock()
+        self._values = _prepared(path, size, {})
+        _unfinished(path).rename(path)
 
     def cell(self, key: Key) -> str:
         """Makes room for a key, with the value 0; what `write` wants. Called with the lock held.
@@ -71,13 +64,47 @@ class SeriesFile:
         cell = self._known.get(key)
         if cell is None:
             cell = json.dumps(key, ensure_ascii=False)  # else a letter may take six bytes
-            size = len(cell.encode()) + _ENTRY_OVERHEAD
+            size = _size_of(cell)
             if self._used + size > self._size:
                 raise SeriesFileFullError(f"no room for {cell} in {self._size} bytes")
             self._values.write_value(cell, 0.0, 0.0)
             self._used += size
             self._known[key] = cell
         return cell
+
+    def remove(self, keys: Iterable[Key]) -> None:
+        """Writes the file anew without some of its keys; called with the lock held.
+
+        Shown is the sum of all processes' files. One that falls looks like a restart to Prometheus,
+        which takes all that is left of it for new. So as long as another process has a key, what
+        was counted under it here still counts, in a file that belongs to nobody.
+
+        Raises:
+            OSError: That cannot be done now; nothing has changed.
+            UnreadableSeriesFileError: Likewise.
+        """
+        removed = {key: cell for key in keys if (cell := self._known.get(key)) is not None}
+        name = FileName.parse(self._path.name)
+        nobodys = self._path.with_name(str(replace(name, writer=_NOBODY)))
+        with locked(self._path.parent, exclusively=True):
+            paths = self._path.parent.glob(f"{name.role}-{name.engine}-*{FileName.SUFFIX}")
+            found = {path: dict(read_series(path)) for path in paths}
+            own, left = found.pop(self._path), found.pop(nobodys, {})
+            left = {next(iter(own)): 0.0, **left}  # the first is what all are labelled with
+            for cell in removed.values():
+                left[cell] = left.get(cell, 0.0) + own.pop(cell)
+            still_shown = {cell for values in found.values() for cell in values}
+            left = {cell: value for cell, value in left.items() if cell in still_shown}
+            values = _prepared(self._path, self._size, own)
+            if left or nobodys.exists():
+                _prepared(nobodys, _HEADER_BYTES + sum(map(_size_of, left)), left).close()
+                _unfinished(nobodys).rename(nobodys)
+            _unfinished(self._path).rename(self._path)
+        self._values.close()
+        self._values = values
+        for key, cell in removed.items():
+            del self._known[key]
+            self._used -= _size_of(cell)
 
     def write(self, cell: str, value: float) -> None:
         """Sets a value; called with the lock held."""
@@ -87,6 +114,33 @@ class SeriesFile:
         """Ends writing; the file stays."""
         with self.lock:
             self._values.close()
+
+
+def _size_of(cell: str) -> int:
+    return len(cell.encode()) + _ENTRY_OVERHEAD
+
+
+def _unfinished(path: Path) -> Path:
+    """What a file is called until it is whole: readers see all of it or nothing."""
+    return path.with_suffix(".new")
+
+
+def _prepared(path: Path, size: int, values: Mapping[str, float]) -> MmapedDict:
+    """A file with these values that has yet to get its name."""
+    unfinished = _unfinished(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    descriptor = os.open(unfinished, flags, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+        prepared = MmapedDict(str(unfinished))
+    except OSError:
+        unfinished.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+    for cell, value in values.items():
+        prepared.write_value(cell, value, 0.0)
+    return prepared
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_multilora.metrics.definitions import (
-    CACHED_PROMPT_TOKENS,
     FIRST_TOKEN,
-    GENERATION_TOKENS,
     PER_TOKEN,
-    PROMPT_TOKENS,
     REFUSED,
     ROUTE_REQUESTS,
+    TOKENS,
 )
 from vllm_multilora.metrics.names import BLENDS, OTHER, fit
-from vllm_multilora.metrics.recorder import Recorder, Series
+from vllm_multilora.metrics.recorder import Recorder
 
 if TYPE_CHECKING:
     from vllm_multilora.metering.usage import Usage
 
 logger = logging.getLogger(__name__)
-
-MOST_STATUSES = 4
-"""With which a request is refused for who sent it."""
-
-_User = tuple[str, str, str]  # values of the labels of tokens
-_OTHERS: _User = (OTHER, "", "")
 
 
 class ServerCounts:
@@ -36,9 +28,6 @@ class ServerCounts:
     def __init__(self) -> None:
         self._make_recorder: Callable[[], Recorder | None] | None = None
         self._recorder: Recorder | None = None
-        self._tokens: dict[_User, tuple[Series, Series, Series]] = {}
-        self._refused: dict[tuple[str, int], Series] = {}
-        self._routes: dict[tuple[str, str, str], Series] = {}
 
     def start(self, make_recorder: Callable[[], Recorder | None]) -> None:
         """From now on there is somewhere to count to; the newest engine's place counts.
@@ -47,22 +36,16 @@ class ServerCounts:
             make_recorder: Makes what records; returns None where metrics are off.
         """
         self._make_recorder, self._recorder = make_recorder, None
-        self._tokens.clear()
-        self._refused.clear()
-        self._routes.clear()
 
     def count_route(self, route: str, lora_name: str, reason: str) -> None:
         """See `count_route`."""
         if (recorder := self._find()) is not None:
             recorder.names.admit(lora_name)  # the routes file names it
             led = fit(route), recorder.names.label(lora_name), reason
-            series = self._routes.get(led)
-            if series is None:
-                # As many routes as the file has, and those that it had.
-                if len(self._routes) >= recorder.most_users:
-                    led = OTHER, OTHER, reason
-                series = self._routes[led] = recorder.series(ROUTE_REQUESTS, *led)
-            series.inc()
+            # As many routes as the file has, and those that it had.
+            if not recorder.routes.take(led):
+                led = OTHER, OTHER, reason
+            recorder.series(ROUTE_REQUESTS, *led).inc()
 
     def count_tokens(self, usage: Usage) -> None:
         """See `count_tokens`."""
@@ -73,19 +56,11 @@ class ServerCounts:
             recorder.names.admit(adapter)
         label = recorder.names.label(adapter)
         user = (label, fit(usage.route or ""), usage.tenant or "")
-        series = self._tokens.get(user)
-        if series is None:
-            if len(self._tokens) > recorder.most_users:
-                user = _OTHERS
-            series = self._tokens[user] = (
-                recorder.series(PROMPT_TOKENS, *user),
-                recorder.series(CACHED_PROMPT_TOKENS, *user),
-                recorder.series(GENERATION_TOKENS, *user),
-            )
-        prompt, cached, generated = series
-        prompt.inc(usage.prompt_tokens)
-        cached.inc(usage.cached_tokens)
-        generated.inc(usage.generated_tokens)
+        if not recorder.users.take(user):
+            user = (OTHER, "", "")
+        counted = (usage.prompt_tokens, usage.cached_tokens, usage.generated_tokens)
+        for definition, tokens in zip(TOKENS, counted, strict=True):
+            recorder.series(definition, *user).inc(tokens)
 
     def count_latencies(self, adapter: str, first_s: float, per_token_s: float | None) -> None:
         """See `count_latencies`."""
@@ -99,16 +74,12 @@ class ServerCounts:
 
     def count_refused(self, tenant: str | None, status: int) -> None:
         """See `count_refused`."""
-        who = (tenant or "", status)
-        series = self._refused.get(who)
-        if series is None:
-            if (recorder := self._find()) is None:
-                return
+        if (recorder := self._find()) is not None:
+            who = (tenant or "", str(status))
             # Names of a file that changes may be any number of them.
-            if len(self._refused) >= max(recorder.most_users, MOST_STATUSES):
-                who = (OTHER, status)
-            series = self._refused[who] = recorder.series(REFUSED, who[0], str(status))
-        series.inc()
+            if not recorder.refused.take(who):
+                who = (OTHER, str(status))
+            recorder.series(REFUSED, *who).inc()
 
     def _find(self) -> Recorder | None:
         if self._recorder is None and self._make_recorder is not None:
