@@ -5,11 +5,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.promtool import run_promtool
@@ -216,37 +214,12 @@ def test_lists_of_adapters_with_requests_do_not_pile_up(
     llama: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest one, which routers read, is always there."""
-    from vllm_multilora.integration.server import metering
+    from vllm_multilora.integration.server import metrics
 
-    monkeypatch.setattr(metering, "_MOST_LISTS", 3)
+    monkeypatch.setattr(metrics, "_MOST_LISTS", 3)
     with running_engine(llama.base, in_process=True, disable_log_stats=False) as llm:
         for case in [case for case in llama.cases if case.adapter]:
             assert_as_peft(answer(llm, llama, [case]), [case])
             found = lists()
             assert len(found) <= 3
             assert case.adapter in found
-
-
-@pytest.mark.parametrize(("is_on", "lists"), [(True, 3), (False, 9)], ids=["on", "off"])
-def test_files_of_several_servers_get_no_more_lists_than_they_can_forget(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_on: bool, lists: int
-) -> None:
-    """With the plugin off, vLLM's metrics are as they are without it."""
-    from vllm_multilora.integration.server import metering
-
-    monkeypatch.setattr(metering, "_MOST_LISTS", 3)
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
-    gauge = Gauge("lists", "Of adapters.", ["running"], registry=CollectorRegistry())
-    config = SimpleNamespace(
-        lora_config=object(), additional_config={"multilora": {"enabled": is_on}}
-    )
-    stats = SimpleNamespace(gauge_lora_info=gauge, vllm_config=config)
-
-    def original(stats: Any, running: str) -> None:
-        if stats.gauge_lora_info is not None:
-            stats.gauge_lora_info.labels(running).set_to_current_time()
-
-    for number in range(9):
-        metering.record(original, stats, f"{number}")
-    assert [len(family.samples) for family in gauge.collect()] == [lists]
-    assert caplog.text.count("gets no more") == is_on

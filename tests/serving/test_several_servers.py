@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.attacks.poison import poisoned
 from vllm_multilora.store.client import StoreClient
@@ -27,7 +28,7 @@ from vllm_multilora.tenants.keys import stored
 from . import completions, spans
 from .cases import Case, Scenario
 from .engine import store_folder
-from .exposition import scrape, values
+from .exposition import STOCK, scrape, values
 from .faulty_reader import FAULT, FAULTY_READER
 from .metered import User, Work, assert_adds_up
 from .recipes import LINEAR_RECIPES
@@ -196,6 +197,27 @@ def eventually(holds: Callable[[], bool]) -> bool:
     while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return held
+
+
+def test_routers_see_one_pair_of_lists_whichever_server_they_ask(
+    server: VllmServer, llama: Scenario
+) -> None:
+    def lists() -> tuple[str, str]:
+        families = {f.name: f for f in text_string_to_metric_families(scrape(server))}
+        (shown,) = families[STOCK].samples
+        return shown.labels["running_lora_adapters"], shown.labels["waiting_lora_adapters"]
+
+    name = UNREAD[0]
+    assert load(server, "listed", llama.adapters[name]).status_code == 200
+    with ThreadPoolExecutor() as clients:
+        asked = clients.submit(ask_both, server, "listed", llama.cases_of(name)[0])
+        seen = set()
+        while not asked.done():
+            seen.update(lists())
+        assert {response.status_code for response in asked.result()} == {200}
+    assert "listed" in seen
+    assert eventually(lambda: lists() == ("", ""))
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "listed"}).is_success
 
 
 def test_what_one_registers_both_serve_at_once(

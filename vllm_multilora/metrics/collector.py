@@ -17,6 +17,7 @@ from vllm_multilora.metrics.adapter_info import AdapterInfo
 from vllm_multilora.metrics.definitions import ALL, BY_NAME, INFO, Definition, Kind
 from vllm_multilora.metrics.folder import locked
 from vllm_multilora.metrics.recorder import MODEL_NAME
+from vllm_multilora.metrics.request_lists import newest_lists
 from vllm_multilora.metrics.series_file import (
     FileName,
     Key,
@@ -40,15 +41,18 @@ class LoRACollector(Collector):
 
     A file that cannot be read is left out, and nothing raised here reaches the registry: whatever
     is wrong with these metrics, the others are shown.
+
+    Attributes:
+        folder: The folder of the values that are shown; None where there are none.
     """
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self._has_failed = False
 
     def show(self, folder: Path) -> None:
         """From now on shows the values in this folder, and no longer those in another."""
-        self._folder = folder
+        self.folder = folder
 
     def describe(self) -> Iterable[Metric]:
         """All metrics without values: the registry asks for their names."""
@@ -56,11 +60,11 @@ class LoRACollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The metrics that have values."""
-        if self._folder is None:
+        if self.folder is None:
             return []
         try:
-            with locked(self._folder, exclusively=False):
-                return list(_merge(self._folder))
+            with locked(self.folder, exclusively=False):
+                return [*_merge(self.folder), *newest_lists(self.folder)]
         except FileNotFoundError:
             return []  # the engine is ending
         except Exception:

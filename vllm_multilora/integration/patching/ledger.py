@@ -557,10 +557,11 @@ PATCHES: tuple[Patch, ...] = (
             "self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=None",
             "self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0",
         ),
-        handler="server.metering:record",
+        handler="server.metrics:record",
         why="vllm:lora_requests_info has a series for every set of adapters that ever had requests "
-        "at once: an API server's memory and its /metrics grow for as long as it lives. Bounds "
-        "their number; the newest, which routers read, stays.",
+        "at once: an API server's memory and its /metrics grow for as long as it lives, and of "
+        "several API servers the times are added up. Bounds their number; the newest, which "
+        "routers read, stays. Of several API servers, shows that alone.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM removes its series of what has passed.",
     ),

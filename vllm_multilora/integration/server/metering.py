@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.attached import ENDED, METER, ON_FAILURE, PROMPT
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
-from vllm_multilora.integration.patching.activation import is_active, settings_of
+from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.access import stop_waiting
 from vllm_multilora.integration.server.callers import current_caller, current_tenant
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20
-_MOST_LISTS = 1024
-"""Of adapters, that one of vLLM's metrics has a series of; a few are added in a second."""
-_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
 
 
@@ -389,31 +385,6 @@ async def beam_search(
             usage.status = Status.ABORTED
         if beam.parts:
             meter.count(usage)
-
-
-def record(original: Callable[..., None], stats: Any, *args: Any, **kwargs: Any) -> None:
-    """Records a step in vLLM's metrics, with at most so many lists of adapters that have requests.
-
-    Files of several API servers' metrics forget nothing: a full one is written no more.
-
-    Args:
-        original: vLLM's, which makes a series of every list that is new.
-        stats: vLLM's `PrometheusStatLogger`.
-        *args: What the step was like, as the rest of what vLLM's takes.
-        **kwargs: More of it.
-    """
-    gauge = stats.gauge_lora_info
-    if len(getattr(gauge, "_metrics", ())) >= _MOST_LISTS and is_active(stats.vllm_config):
-        if _MULTIPROCESS in os.environ:
-            stats.gauge_lora_info = None
-            logger.warning(
-                "vllm:lora_requests_info has %d series, and gets no more: of several API servers "
-                "none can be removed.",
-                _MOST_LISTS,
-            )
-        else:
-            gauge.clear()
-    original(stats, *args, **kwargs)
 
 
 def update_scheduler_stats(

@@ -6,6 +6,7 @@ server shows what is there; see `integration.metrics` for who records into it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import weakref
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, Metric
 
+from vllm_multilora.integration.attached import LISTS
 from vllm_multilora.integration.metrics import folder_of, recorder
-from vllm_multilora.integration.patching.activation import kernel_backend
+from vllm_multilora.integration.patching.activation import is_active, kernel_backend
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.folder import create_folder, parent_folder, remove_folder
 from vllm_multilora.metrics.recorder import Recorder
+from vllm_multilora.metrics.request_lists import RequestLists
 from vllm_multilora.metrics.server_counts import COUNTS
 
 if TYPE_CHECKING:
@@ -31,6 +34,12 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE = "MULTILORA_METRICS_FOLDER"
 """Tells several API servers of one `vllm serve` where the folder is: each has made a
 configuration of its own, with another instance in it than the engines'."""
+
+_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+"""Where vLLM's API servers keep the values of their metrics, if they share them."""
+
+_MOST_LISTS = 1024
+"""Of adapters, that one of vLLM's metrics has a series of; a few are added in a second."""
 
 _COLLECTOR = LoRACollector()
 
@@ -82,7 +91,7 @@ def _recorder(config: weakref.ref[VllmConfig], folder: Path) -> Recorder | None:
 
 def shown_beside(collector: Any) -> Iterable[Metric]:
     """What is shown beside the values of several API servers: nothing beside anybody else's."""
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    folder = os.environ.get(_MULTIPROCESS)
     return _COLLECTOR.collect() if folder and collector._path == folder else ()
 
 
@@ -95,3 +104,40 @@ def init_stat_loggers(
 
 def collect(original: Callable[..., Iterable[Metric]], self: Any) -> Iterable[Metric]:
     return [*original(self), *shown_beside(self)]
+
+
+def record(
+    original: Callable[..., None], stats: Any, scheduler_stats: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Records a step in vLLM's metrics, with a limited number of lists of adapters with requests.
+
+    Args:
+        original: vLLM's, which makes a series of every pair of lists that is new.
+        stats: vLLM's `PrometheusStatLogger`.
+        scheduler_stats: vLLM's `SchedulerStats`, which have the lists; None where there are none.
+        *args: What else the step was like.
+        **kwargs: More of it.
+    """
+    if scheduler_stats is not None:
+        if not LISTS.is_set(stats):
+            LISTS.set(stats, _lists_of(stats))
+        gauge = stats.gauge_lora_info
+        if (lists := LISTS.get(stats)) is not None:
+            running, waiting = (
+                scheduler_stats.running_lora_adapters,
+                scheduler_stats.waiting_lora_adapters,
+            )
+            with contextlib.suppress(OSError):  # a server must not fail for what it shows
+                lists.tell(kwargs.get("engine_idx") or 0, stats.max_lora, running, waiting)
+        elif len(getattr(gauge, "_metrics", ())) >= _MOST_LISTS and is_active(stats.vllm_config):
+            gauge.clear()
+    original(stats, scheduler_stats, *args, **kwargs)
+
+
+def _lists_of(stats: Any) -> RequestLists | None:
+    """What takes the lists in the place of vLLM's metric, where that could forget none."""
+    folder = _COLLECTOR.folder if _MULTIPROCESS in os.environ else None
+    if folder is None or stats.gauge_lora_info is None or not is_active(stats.vllm_config):
+        return None
+    stats.gauge_lora_info = None
+    return RequestLists(folder)

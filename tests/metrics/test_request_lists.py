@@ -1,0 +1,142 @@
+"""Which adapters have requests, as several API servers are told, and show."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from vllm_multilora.integration.server import metrics
+from vllm_multilora.metrics.collector import LoRACollector
+from vllm_multilora.metrics.process_stamps import ProcessStamp
+from vllm_multilora.metrics.request_lists import RequestLists
+
+
+def shown_lists(folder: Path) -> list[tuple[str, str, str]]:
+    """Slots, running and waiting adapters of each sample."""
+    return [
+        (labels["max_lora"], labels["running_lora_adapters"], labels["waiting_lora_adapters"])
+        for labels in (sample.labels for sample in samples(folder))
+    ]
+
+
+def samples(folder: Path) -> list[Any]:
+    collector = LoRACollector()
+    collector.show(folder)
+    return [
+        sample
+        for metric in collector.collect()
+        if metric.name == "vllm:lora_requests_info"
+        for sample in metric.samples
+    ]
+
+
+@pytest.fixture
+def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RequestLists]:
+    """Two, each of which has been told of an engine."""
+    made = []
+    for number in (1, 2):
+        stamp = ProcessStamp(1, number, 1)
+        monkeypatch.setattr(ProcessStamp, "own", lambda stamp=stamp: stamp)
+        made.append(RequestLists(tmp_path))
+        made[-1].tell(number, 2, [], [])
+    return made
+
+
+def test_where_nobody_was_told_anything_nothing_is_shown(tmp_path: Path) -> None:
+    assert samples(tmp_path) == []
+
+
+def test_of_each_engine_the_newest_lists_are_shown_whoever_was_told(
+    tmp_path: Path, servers: list[RequestLists]
+) -> None:
+    one, two = servers
+    one.tell(1, 2, ["a", "b"], ["c"])
+    two.tell(2, 2, ["b", "d"], [])
+    assert shown_lists(tmp_path) == [("4", "a,b,d", "c")]
+    two.tell(1, 2, ["c"], [])
+    assert shown_lists(tmp_path) == [("4", "c,b,d", "")]
+    one.tell(1, 2, ["a", "b"], ["c"])  # as it was told before
+    assert shown_lists(tmp_path) == [("4", "a,b,d", "c")]
+    for engine in (1, 2):
+        one.tell(engine, 2, [], [])
+    assert shown_lists(tmp_path) == [("4", "", "")]
+
+
+def test_the_value_is_the_time_at_which_it_was_so(
+    tmp_path: Path, servers: list[RequestLists]
+) -> None:
+    for path in tmp_path.glob("*.lists"):
+        os.utime(path, (1, 1))
+    assert [sample.value for sample in samples(tmp_path)] == [1]
+    servers[0].tell(1, 2, [], [])
+    (sample,) = samples(tmp_path)
+    assert sample.value > 1_750_000_000
+
+
+class Stats(SimpleNamespace):
+    """A `PrometheusStatLogger`, as far as lists go."""
+
+    def __init__(self, *, is_on: bool) -> None:
+        super().__init__(
+            gauge_lora_info=Gauge("lists", "Of adapters.", ["of"], registry=CollectorRegistry()),
+            max_lora=2,
+            vllm_config=SimpleNamespace(
+                lora_config=object(), additional_config={"multilora": {"enabled": is_on}}
+            ),
+        )
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *, engine_idx: int) -> None:
+        if scheduler_stats is not None and self.gauge_lora_info is not None:
+            self.gauge_lora_info.labels(",".join(scheduler_stats.running_lora_adapters)).set(1)
+
+    def step(self, *running: str) -> None:
+        """Records a step, as the plugin has it."""
+        lists = SimpleNamespace(
+            running_lora_adapters=dict.fromkeys(running, 1), waiting_lora_adapters={}
+        )
+        for told in (lists, None):
+            metrics.record(Stats.record, self, told, None, engine_idx=1)
+
+    @property
+    def vllms(self) -> int:
+        """Of the lists, those that vLLM's metric has."""
+        return len(self.gauge_lora_info.collect()[0].samples) if self.gauge_lora_info else 0
+
+
+@pytest.mark.parametrize("is_on", [True, False], ids=["on", "off"])
+def test_several_servers_show_the_newest_lists_alone_however_many_there_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_on: bool
+) -> None:
+    """With the plugin off, vLLM's metrics are as they are without it."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
+    monkeypatch.setattr(metrics._COLLECTOR, "folder", tmp_path)
+    monkeypatch.setattr(metrics, "_MOST_LISTS", 3)
+    stats = Stats(is_on=is_on)
+    for number in range(9):
+        stats.step(f"{number}")
+    assert stats.vllms == (0 if is_on else 9)
+    assert shown_lists(tmp_path) == ([("2", "8", "")] if is_on else [])
+    assert len(list(tmp_path.glob("*.lists"))) == is_on
+
+
+def test_a_server_goes_on_where_lists_cannot_be_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
+    monkeypatch.setattr(metrics._COLLECTOR, "folder", tmp_path / "gone")
+    Stats(is_on=True).step("a")
+
+
+@pytest.mark.parametrize(("is_on", "lists"), [(True, 3), (False, 9)], ids=["on", "off"])
+def test_one_servers_metric_forgets_old_lists(
+    monkeypatch: pytest.MonkeyPatch, is_on: bool, lists: int
+) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(metrics, "_MOST_LISTS", 3)
+    stats = Stats(is_on=is_on)
+    for number in range(9):
+        stats.step(f"{number}")
+    assert stats.vllms == lists
