@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -165,6 +166,39 @@ def test_what_several_servers_have_counted_falls_only_when_the_last_of_them_forg
     assert count(one, "newest") is None
     now += IDLE_S
     assert count(one, "acme") == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prometheus_sees_no_more_tokens_than_several_servers_have_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Nor fewer, but where a series is back with more than it had when it went."""
+    random, now = Random(seed), 0.0
+    servers = []
+    for number in range(3):
+        stamp = ProcessStamp(1, number + 1, 1)
+        monkeypatch.setattr(ProcessStamp, "own", lambda stamp=stamp: stamp)
+        made = recorder(tmp_path, "server", engine="", most=2, clock=lambda: now)
+        servers.append(ServerCounts())
+        servers[-1].start(lambda made=made: made)
+    last: dict[str, float] = {}
+    gone: dict[str, float] = {}
+    for _ in range(120):
+        now += random.choice((0.0, 10.0, IDLE_S / 2, IDLE_S))
+        user = {"adapter": random.choice("abcdef"), "tenant": random.choice(("", "t", "u"))}
+        tokens = random.randint(1, 9)
+        random.choice(servers).count_tokens(Usage("id", prompt_tokens=tokens, **user))
+        name = defined.PROMPT_TOKENS.name
+        found = {key: value for key, value in shown(tmp_path).items() if key.startswith(name)}
+        before = gone | last
+        increase = sum(
+            value - before.get(key, 0) if value >= before.get(key, 0) else value
+            for key, value in found.items()
+        )
+        is_back = any(key in gone for key in found)
+        assert increase <= tokens if is_back else increase == tokens
+        gone = {key: value for key, value in before.items() if key not in found}
+        last = found
 
 
 def test_without_room_for_a_new_file_places_are_kept_and_tried_for_once_a_minute(

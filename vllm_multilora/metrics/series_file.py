@@ -93,10 +93,10 @@ class SeriesFile:
             left = {next(iter(own)): 0.0, **left}  # the first is what all are labelled with
             for cell in removed.values():
                 left[cell] = left.get(cell, 0.0) + own.pop(cell)
-            still_shown = {cell for values in found.values() for cell in values}
+            still_shown = set(own).union(*found.values())
             left = {cell: value for cell, value in left.items() if cell in still_shown}
             values = _prepared(self._path, self._size, own)
-            if left or nobodys.exists():
+            if len(left) > 1 or nobodys.exists():
                 _prepared(nobodys, _HEADER_BYTES + sum(map(_size_of, left)), left).close()
                 _unfinished(nobodys).rename(nobodys)
             _unfinished(self._path).rename(self._path)
