@@ -449,6 +449,23 @@ def test_experts_with_one_of_their_parameters_adapted_are_refused(tmp_path, para
     assert "'gate_up_proj' and 'down_proj'" in problem.message
 
 
+def test_experts_held_as_one_and_one_by_one_are_refused(tmp_path):
+    tensors = {
+        f"{PREFIX}model.experts{module}.lora_{part}.weight": torch.ones(8, 8)
+        for module in ("", ".base_layer", ".0.w1")
+        for part in "AB"
+    }
+    write(tmp_path, tensors, 8, 8, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    special = frozenset({"model.experts", "model.experts.0.w1"})
+    with pytest.raises(AdapterFormatError) as refused:
+        take(tmp_path, layout(special=special))
+    (problem,) = refused.value.problems
+    assert (problem.code, problem.where) == (
+        "duplicate-tensor",
+        f"{PREFIX}model.experts.0.w1.lora_A.weight",
+    )
+
+
 def test_two_modules_that_become_one_are_refused(tmp_path):
     write(tmp_path, weights({Q0: 4, Q1: 4}), rank=4, alpha=6)
     substrings = (Replacement("layers.1", "layers.0"),)

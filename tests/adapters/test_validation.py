@@ -193,11 +193,11 @@ def test_modules_that_the_base_leaves_out_or_only_vllm_knows_are_left_alone(tmp_
 )
 def test_names_below_what_vllm_serves_itself_are_unknown(tmp_path, below):
     """vLLM never looks them up: their requests would be answered by the base model."""
-    experts = "model.layers.0.mlp.experts"
-    of_experts = {experts, f"{experts}.0.up_proj", f"{experts}.1.up_proj"}
+    experts, single = (f"model.layers.{layer}.mlp.experts" for layer in range(2))
+    of_experts = {f"{name}{of}" for name in (experts, single) for of in ("", ".0.up_proj")}
     layout = replace(LAYOUT, special=LAYOUT.special | of_experts)
     draft = good()
-    for name in (*sorted(of_experts), f"{experts}.base_layer"):
+    for name in (experts, f"{experts}.base_layer", f"{single}.0.up_proj"):
         for part in "AB":
             draft.tensors[name_of(name, part)] = torch.ones(8, 8)
     assert validate(draft.write(tmp_path / "known"), layout) == []

@@ -101,7 +101,7 @@ def write_configs(folder: Path) -> None:
 
 @contextmanager
 def real_manager(
-    folder: Path, setting: Setting, groups: Callable[[], Any], *, mixed_experts: bool = False
+    folder: Path, setting: Setting, groups: Callable[[], Any], **lora: bool
 ) -> Iterator[Any]:
     """A worker's LoRA manager over a model with memory, within the process groups of a context.
 
@@ -109,7 +109,7 @@ def real_manager(
         folder: Of the model's config.json.
         setting: What a server would be started with.
         groups: A context with the process groups of one worker.
-        mixed_experts: As by `--enable-mixed-moe-lora-format`.
+        **lora: More of vLLM's settings for LoRA.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -119,7 +119,8 @@ def real_manager(
     from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 
     config = Server(str(folder), **vars(setting)).vllm_config()
-    config.lora_config.enable_mixed_moe_lora_format = mixed_experts
+    for name, value in lora.items():
+        setattr(config.lora_config, name, value)
     with set_current_vllm_config(config), groups():
         with set_default_torch_dtype(config.model_config.dtype):
             model = initialize_model(config)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,7 @@ import torch
 from tests.adapters.checkpoints import write
 from vllm_multilora.adapters import Code
 from vllm_multilora.adapters.validation import validate
-from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
+from vllm_multilora.integration.fill_link import Answer, Filled
 from vllm_multilora.integration.orders import Fill
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.launch import StoreThread
@@ -34,7 +34,7 @@ class Trained:
 
     Attributes:
         folder: Of the adapter.
-        deltas: By the experts' module and parameter: float32 [experts, outputs, inputs].
+        deltas: By the experts' layer and parameter: float32 [experts, outputs, inputs].
     """
 
     folder: Path
@@ -49,13 +49,20 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A GPT-OSS's adapter of all experts."""
+def trained(configs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """An adapter of all experts, for each of two base models."""
+    return {
+        model: _train(configs / model, tmp_path_factory.mktemp(model))
+        for model in ("gpt-oss", "mixtral")
+    }
+
+
+def _train(base: Path, folder: Path) -> Trained:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.layer import ParamWrapper
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configs / "gpt-oss"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         target_modules=[],
@@ -75,9 +82,9 @@ def trained(configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
                 values = torch.randn(weight.shape, generator=generator)
                 weight.copy_(values.bfloat16())  # as the slots can hold them
             layer = name[name.index("model.layers.") :].partition(".mlp.experts")[0]
-            delta = module.get_delta_weight("default").detach().mT
-            deltas[f"{layer}.mlp.experts", module.parameter_name] = delta
-    folder = tmp_path_factory.mktemp("trained")
+            delta = module.get_delta_weight("default").detach()
+            transposed = getattr(module.get_base_layer(), "is_transposed", False)
+            deltas[layer, module.parameter_name] = delta.mT if transposed else delta
     peft.save_pretrained(folder)
     return Trained(folder, deltas)
 
@@ -119,28 +126,130 @@ def in_slot(layer: Any, part: str) -> torch.Tensor:
 
 
 @pytest.mark.smoke("MoE formats")
-@pytest.mark.parametrize("mixed", [False, True], ids=["as-the-model-has-them", "mixed-formats"])
-def test_slots_hold_what_peft_adds(configs: Path, trained: Trained, mixed: bool) -> None:
-    """Nobody has said of the adapter which format it has."""
+@pytest.mark.parametrize(
+    ("model", "mixed"),
+    [("gpt-oss", False), ("gpt-oss", True), ("mixtral", False)],
+    ids=["held-as-one", "mixed-formats", "one-by-one"],
+)
+def test_slots_hold_what_peft_adds(
+    configs: Path, trained: dict[str, Trained], model: str, mixed: bool
+) -> None:
+    """Nobody has said of the adapter which format it has, and which one the model."""
     from vllm_multilora.integration.offline.model import one_worker
 
+    formats = {"enable_mixed_moe_lora_format": mixed}
+    adapter = trained[model]
     with (
-        real_manager(configs / "gpt-oss", SETTING, one_worker, mixed_experts=mixed) as manager,
+        real_manager(configs / model, SETTING, one_worker, **formats) as manager,
         filler(manager) as fill,
     ):
-        answer = fill(trained.folder)
+        assert validate(adapter.folder, manager.layout) == []
+        answer = fill(adapter.folder)
         assert isinstance(answer, Filled), answer
         layers = {
-            name: module for name, module in manager.modules.items() if name.endswith("experts")
+            name.rpartition(".")[0].rpartition(".")[0]: module
+            for name, module in manager.modules.items()
+            if name.endswith("experts")
         }
         assert len(layers) == 2
         for name, layer in layers.items():
-            expected = trained.deltas[name, "gate_up_proj"]
+            expected = adapter.deltas[name, "gate_up_proj"]
             if mixed:  # gate and up are apart there, which take turns in a GPT-OSS
                 expected = torch.cat([expected[:, ::2], expected[:, 1::2]], dim=1)
             torch.testing.assert_close(in_slot(layer, "w13"), expected, rtol=1e-4, atol=1e-4)
-            expected = trained.deltas[name, "down_proj"]
+            expected = adapter.deltas[name, "down_proj"]
             torch.testing.assert_close(in_slot(layer, "w2"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_without_gates_have_all_that_peft_adds() -> None:
+    """vLLM builds models of them for GPUs only: this is what becomes of an adapter's tensors."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+
+    from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
+
+    name, experts, rank, width, inner = "model.layers.0.mixer.experts", 3, 2, 4, 6
+    up_a, up_b = torch.randn(experts * rank, width), torch.randn(inner, rank * experts)
+    down_a, down_b = torch.randn(experts * rank, inner), torch.randn(width, rank * experts)
+    lora = LoRAModel(
+        1,
+        rank,
+        {
+            f"{name}.base_layer": LoRALayerWeights("", rank, rank, up_a, up_b),
+            name: LoRALayerWeights("", rank, rank, down_a, down_b),
+        },
+    )
+    manager = object.__new__(MultiLoRAModelManager)
+    manager.is_pooling_model = False
+    manager.model = SimpleNamespace(config=SimpleNamespace(architectures=["NemotronHForCausalLM"]))
+    module = SimpleNamespace(
+        local_num_experts=experts,
+        global_num_experts=experts,
+        ep_rank=0,
+        moe_config=SimpleNamespace(is_act_and_mul=False),
+    )
+    manager._convert_3d_to_2d_moe_lora(lora, module, name)
+    found = lora.get_lora(name)
+    for place, (a, b) in enumerate(((up_a, up_b), (down_a, down_b))):
+        # PEFT's `ParamWrapper.get_delta_weight`.
+        of_b = b.reshape(len(b), rank, experts)
+        expected = torch.einsum("ore,eri->eoi", of_b, a.reshape(experts, rank, -1))
+        torch.testing.assert_close(found.lora_b[place] @ found.lora_a[place], expected)
+
+
+SHARED = {  # of each projection the shapes of A and B
+    "w1": ((1, RANK, 96), (4, 176, RANK)),
+    "w2": ((4, RANK, 176), (1, 96, RANK)),
+    "w3": ((1, RANK, 96), (4, 176, RANK)),
+}
+
+
+def write_shared(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], ...]]) -> Path:
+    """Writes an adapter of experts that share matrices, for both layers of a Mixtral."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{kind}.lora_{part}.weight":
+        torch.randn(shape, generator=generator).bfloat16().float()
+        for layer in range(2)
+        for kind, both in shapes.items()
+        for part, shape in zip("AB", both, strict=True)
+    }  # fmt: skip
+    return write(folder, tensors, RANK, RANK)
+
+
+def test_experts_that_share_matrices_are_served_where_slots_do(
+    configs: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    from vllm_multilora.integration.offline.model import one_worker
+
+    folder = write_shared(tmp_path, SHARED)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    with (
+        real_manager(
+            configs / "mixtral", SETTING, one_worker, enable_moe_shared_loras=True
+        ) as manager,
+        filler(manager) as fill,
+    ):
+        assert validate(folder, manager.layout) == []
+        assert isinstance(fill(folder), Filled)
+        for name, layer in manager.modules.items():
+            if name.endswith("experts"):
+                of_w1 = f"base_model.model.{name}.w1.lora"
+                a, b = tensors[f"{of_w1}_A.weight"], tensors[f"{of_w1}_B.weight"]
+                of_a, of_b = layer.w13_lora_a_stacked[0], layer.w13_lora_b_stacked[0]
+                found = of_b[SLOT].float() @ of_a[SLOT].float()
+                torch.testing.assert_close(found, b @ a, rtol=1e-4, atol=1e-4)
+        for kind, shapes in (
+            ("w1", ((4, RANK, 96), (4, 176, RANK))),  # A of each, of which vLLM would take one
+            ("w2", ((4, RANK, 176), (96, RANK))),
+            ("w3", ((1, RANK, 95), (4, 176, RANK))),
+        ):
+            wrong = write_shared(tmp_path / kind, {**SHARED, kind: shapes})
+            problems = validate(wrong, manager.layout)
+            assert {problem.code for problem in problems} == {Code.WRONG_SHAPE}
+            assert all(f".{kind}." in problem.where for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -188,27 +297,3 @@ def test_single_experts_have_the_models_sizes(configs: Path, tmp_path: Path, wid
     write(tmp_path, tensors, RANK, ALPHA)
     problems = validate(tmp_path, layout)
     assert {problem.code for problem in problems} == ({Code.WRONG_SHAPE} if width != 96 else set())
-
-
-def test_a_model_of_single_experts_refuses_it_and_says_why(
-    configs: Path, trained: Trained, tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from vllm_multilora.integration.offline.model import one_worker
-
-    file = "adapter_model.safetensors"
-    tensors = load_file(trained.folder / file)
-    of_mixtral = {n.replace(".mlp.", ".block_sparse_moe."): t for n, t in tensors.items()}
-    save_file(of_mixtral, tmp_path / file)
-    config = "adapter_config.json"
-    (tmp_path / config).write_text((trained.folder / config).read_text())
-    with (
-        real_manager(configs / "mixtral", SETTING, one_worker) as manager,
-        filler(manager) as fill,
-    ):
-        answer = fill(tmp_path)
-    assert isinstance(answer, FillFailed), answer
-    assert answer.kind == FailureKind.INVALID
-    assert "fused 3D MoE weights" in answer.message
-    assert "--enable-mixed-moe-lora-format" in answer.message

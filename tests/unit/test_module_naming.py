@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("vllm")
 
 from transformers.core_model_loading import GroupWeightRename, PrefixChange, WeightRenaming
-from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 from vllm.lora.utils import is_in_target_modules, parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -173,7 +173,16 @@ def test_targets_take_in_what_vllm_takes_in(targets):
     for name in names:
         expected = is_in_target_modules(name, targets, packed)
         assert naming.is_target(name) == expected, name
-        assert (naming.rename(name) == name) == expected, name
+        assert (naming.rename(name) == parsed(name, None)) == expected, name
+
+
+def test_what_transformers_has_renamed_since_version_5_leads_to_the_same_modules():
+    experts, tower = "model.layers.0.block_sparse_moe.experts", "tower.vision_model.layers.0.fc1"
+    naming = module_naming(manager_of(), frozenset({experts, tower}))
+    assert naming.rename("model.layers.0.mlp.experts") == experts
+    assert naming.rename("model.layers.0.mlp.experts.base_layer") == f"{experts}.base_layer"
+    assert naming.rename("tower.layers.0.fc1") == tower
+    assert naming.rename(experts) == experts
 
 
 def test_a_pooling_models_names_and_a_text_only_siblings_lead_to_its_modules():
@@ -243,6 +252,41 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     experts.is_sequence_parallel = True
     shared = {"text.experts.gate_proj", "text.experts.up_proj"}
     assert found() == always | shared | {"text.experts.gate"}
+
+
+@pytest.mark.parametrize(
+    ("places", "moves", "is_served"),
+    [
+        (None, False, True),
+        ([-1, -1, 0, 1], False, True),
+        ([0, -1, 1, -1], False, False),  # dealt out
+        ([-1, -1, -1, 0, 1], False, False),  # the first rank has three
+        ([-1, -1, 0, 1], True, False),
+    ],
+    ids=["all", "its-turn", "dealt-out", "unequal", "moved"],
+)
+def test_experts_of_ranks_that_have_others_than_slots_are_filled_for_are_refused(
+    places, moves, is_served
+):
+    experts = FusedMoEWithLoRA.__new__(FusedMoEWithLoRA)
+    torch.nn.Module.__init__(experts)
+    experts.moe_config = SimpleNamespace(
+        num_local_experts=2, moe_parallel_config=SimpleNamespace(ep_rank=1)
+    )
+    of_ranks = SimpleNamespace(expert_map=None if places is None else torch.tensor(places))
+    experts.base_layer = SimpleNamespace(
+        eplb_state=object() if moves else None,
+        routed_experts=SimpleNamespace(expert_map_manager=of_ranks),
+    )
+    single = ["mlp.experts.0.w1", "mlp.experts.0.w2"]
+    manager = manager_of(
+        modules={"mlp.experts": experts},
+        packed_modules={"mlp.experts": single},
+        supports_mm=True,
+        punica_wrapper_mapping={},
+    )
+    found = {name for name, _ in bypassed_layers(manager)}
+    assert found == (set() if is_served else {"mlp.experts", "mlp.experts.base_layer", *single})
 
 
 @pytest.mark.parametrize("part", ["score", "norm"])

@@ -64,6 +64,15 @@ def _require_experts(
         for name, found in modules.items()
         if _OF_EXPERTS in name and name in layout.special
     }
+    for layer, found in adapted.items():
+        if f"{layer}{FUSED_EXPERTS}" in modules:
+            problems.add(
+                Code.DUPLICATE_TENSOR,
+                next(iter(found.tensors.values())),
+                f"of one of the experts of {shown_name(layer)}, beside tensors of all of them",
+                "experts held as one, or one by one",
+                cause="experts",
+            )
     for name in sorted(layout.special) if adapted else ():
         layer, of_experts, _ = name.partition(_OF_EXPERTS)
         if of_experts and layer in adapted and name not in modules:

@@ -14,11 +14,13 @@ class FoundModule:
     Attributes:
         module: The module's name in the checkpoint, without PEFT's prefix.
         name: Its name in the layout.
+        gated: Of experts, as of `LinearShape`.
         tensors: The names of its tensors by part, as of `TensorRole`; some may be missing.
     """
 
     module: str
     name: str
+    gated: bool = True
     tensors: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -32,5 +34,6 @@ class FoundModule:
         if self.module.endswith(FUSED_EXPERTS):
             return f"{self.module}.down_proj"
         if self.module.endswith(WRAPPED_EXPERTS):
-            return f"{self.module.removesuffix('.base_layer')}.gate_up_proj"
+            parameter = "gate_up_proj" if self.gated else "up_proj"
+            return f"{self.module.removesuffix('.base_layer')}.{parameter}"
         return self.module

@@ -80,11 +80,16 @@ class LinearShape:
         inputs: Columns of A in a checkpoint.
         outputs: Rows of B in a checkpoint.
         experts: How many experts a checkpoint's two tensors hold, one rank after the other.
+        gated: Of experts, whether gates multiply their inner states: then gates and what they
+            multiply are one parameter.
+        matrices: How many matrices A and B hold, one after the other; None: each is one.
     """
 
     inputs: int
     outputs: int
     experts: int = 1
+    gated: bool = True
+    matrices: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class ModuleNaming:
     def _mapped(self, module: str) -> str:
         """As vLLM's `parse_fine_tuned_lora_name` reads the name of the module's A."""
         if self.renames is None:
-            return module
+            return module.replace(_PEFT_PREFIX, "")
         name = f"{_PEFT_PREFIX}{module}{_END}".replace(_PEFT_PREFIX, "")
         return self.renames.apply(name).removesuffix(_END)
 

@@ -132,27 +132,38 @@ class _Check:
         inputs, outputs = (sizes.inputs, sizes.outputs) if sizes else (None, None)
         if outputs is not None:
             self._magnitude(module, outputs)
-        a, b = (self._tensors[module.tensors[part]].shape for part in "AB")
-        fits = True
+        linear = sizes if isinstance(sizes, LinearShape) else LinearShape(0, 0)
+        a, b = (
+            self._matrix(module.tensors[part], matrices)
+            for part, matrices in zip("AB", linear.matrices or (None, None), strict=True)
+        )
+        fits = a is not None and b is not None
         for part, shape, own, size in (("A", a, 1, inputs), ("B", b, 0, outputs)):
-            tensor = module.tensors[part]
-            if len(shape) != 2:
-                self._problems.add(
-                    Code.WRONG_SHAPE,
-                    tensor,
-                    f"the shape {list(shape)}",
-                    "two dimensions",
-                    verb="has",
-                )
+            if shape is not None and size is not None and shape[own] != size:
+                vocabulary = self._is_vocabulary(module, part)
+                yield _Misfit(module.tensors[part], module.name, part, shape, size, vocabulary)
                 fits = False
-            elif size is not None and shape[own] != size:
-                yield _Misfit(
-                    tensor, module.name, part, shape, size, self._is_vocabulary(module, part)
-                )
-                fits = False
-        if fits:
-            experts = sizes.experts if isinstance(sizes, LinearShape) else 1
-            self._ranks(module, a[0], b[1], experts)
+        if fits and a is not None and b is not None:
+            self._ranks(module, a[0], b[1], linear.experts)
+
+    def _matrix(self, tensor: str, matrices: int | None) -> tuple[int, ...] | None:
+        """The shape of a tensor's matrices; None if it is of others.
+
+        Args:
+            tensor: Its name.
+            matrices: How many it must hold, one after the other; None: it must be one.
+        """
+        shape = self._tensors[tensor].shape
+        if matrices is None and len(shape) == 2:
+            return shape
+        if matrices is not None and len(shape) == 3 and shape[0] == matrices:
+            return shape[1:]
+        expected = "two dimensions"
+        if matrices is not None:
+            expected = f"three dimensions, the first of {matrices}, with --enable-moe-shared-loras"
+        found = f"the shape {list(shape)}"
+        self._problems.add(Code.WRONG_SHAPE, tensor, found, expected, verb="has")
+        return None
 
     def _has_magnitudes(self, module: FoundModule) -> bool:
         if not (self._config and self._config.dora and self._layout.dora):

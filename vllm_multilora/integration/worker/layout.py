@@ -194,8 +194,10 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     attention (MLA) holds the layer that makes keys and values of what is cached, `kv_b_proj`,
     outside of the model's modules, where vLLM puts no adapters around it. With sequence
     parallelism, a router and shared experts get a rank's own share of the rows, and would take them
-    for the step's first ones. And some queries and keys have their outputs in another order than in
-    checkpoints, and than the rows of an adapter's B.
+    for the step's first ones. Of experts that ranks share out among them, vLLM fills as many as a
+    rank has, from the rank's place times their number on, and a rank may have others. And some
+    queries and keys have their outputs in another order than in checkpoints, and than the rows of
+    an adapter's B.
     """
     for name in refused_layers(manager):
         yield name, "vLLM adapts no layers of its kind"
@@ -210,6 +212,10 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
                 if name.startswith(f"{block}."):
                     for source in manager.packed_modules.get(name, [name]):
                         yield source, "each of vLLM's ranks computes some of its rows only"
+    for name, module in manager.modules.items():
+        if isinstance(module, FusedMoEWithLoRA) and not _has_the_experts_that_are_filled(module):
+            for source in (name, f"{name}.base_layer", *manager.packed_modules.get(name, ())):
+                yield source, "vLLM fills slots for other experts than those that a rank has"
     attentions = (getattr(part, "impl", None) for part in manager.model.modules())
     held = {id(value) for of in attentions for value in getattr(of, "__dict__", {}).values()}
     for name, module in manager.modules.items():
@@ -217,6 +223,18 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
         if base is not None and id(base) in held:
             for source in manager.packed_modules.get(name, [name]):
                 yield source, "vLLM's attention multiplies with its weights directly"
+
+
+def _has_the_experts_that_are_filled(module: FusedMoEWithLoRA) -> bool:
+    """Whether a rank's experts are those of its turn: neither dealt out, moved nor one more."""
+    base: Any = module.base_layer
+    if getattr(base, "eplb_state", None) is not None:  # moves them while the model serves
+        return False
+    places = base.routed_experts.expert_map_manager.expert_map
+    if places is None:  # it has all of them
+        return True
+    count = module.local_num_experts
+    return places[module.ep_rank * count :][:count].tolist() == list(range(count))
 
 
 def _reordered_layers(manager: LoRAModelManager) -> Iterator[str]:
@@ -282,8 +300,13 @@ def _expert_shapes(
     count, width = config.num_logical_experts, config.hidden_dim_unpadded or config.hidden_dim
     inner = config.intermediate_size
     yield name, LinearShape(inner, width, count)
-    gate_and_up = 2 * inner if config.is_act_and_mul else inner
-    yield f"{name}.base_layer", LinearShape(width, gate_and_up, count)
+    gated = config.is_act_and_mul
+    yield f"{name}.base_layer", LinearShape(width, 2 * inner if gated else inner, count, gated)
+    if module.enable_moe_shared_loras:  # one matrix of the experts' outer ones, one of each inner
+        w1, w2, w3 = sources
+        yield w2, LinearShape(inner, width, matrices=(count, 1))
+        yield from ((w, LinearShape(width, inner, matrices=(1, count))) for w in (w1, w3))
+        return
     each = len(sources) // count  # of one expert: gate, down and up, or up and down
     for place, source in enumerate(sources if each > 1 and not len(sources) % count else ()):
         is_down = place % each == 1

@@ -146,6 +146,9 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
+        # Whichever way an adapter holds experts, the layers that they are in take it; this only
+        # says so to vLLM once it has chosen these layers. Experts that share matrices do not.
+        self._enable_mixed_moe_lora_format = self._is_moe and not self._enable_moe_shared_loras
         config = get_current_vllm_config()
         dora = settings_of(config).dora
         found = running_layout(self, dora=dora)
@@ -289,6 +292,16 @@ class MultiLoRAModelManager(LoRAModelManager):
         self.lora_index_to_id[:] = [None] * self.lora_slots
         self._last_mapping = None
         self._last_slot_layout = None
+
+    def _convert_3d_to_2d_moe_lora(self, lora_model: Any, module: Any, module_name: str) -> None:
+        """Takes apart what an adapter holds of all experts of a layer.
+
+        vLLM's takes the first half of what they make for gates, of experts without gates as well.
+        """
+        fused = lora_model.get_lora(f"{module_name}.base_layer")
+        if fused is not None and not module.moe_config.is_act_and_mul:
+            fused.lora_b = torch.cat([fused.lora_b, fused.lora_b])
+        super()._convert_3d_to_2d_moe_lora(lora_model, module, module_name)
 
     @contextmanager
     def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:

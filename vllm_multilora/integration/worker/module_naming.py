@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 _READ = frozenset(f"orig_to_new_{kind}" for kind in ("renaming", "regex", "substr", "prefix"))
 _READ |= {"orig_to_new_suffix", "orig_to_new_stacked"}  # the last is empty in a rename mapper
-_OLD_TOWER = ".vision_model."
+# Parts of names, and what Transformers has had in their place since its version 5: of the towers of
+# CLIP and SigLIP, and of experts and their routers in Mixtral and models like it.
+_LATER = {".vision_model.": ".", ".block_sparse_moe.": ".mlp."}
 # Flags that have the same meaning and value in Python's `re` and in `regex`, which vLLM uses.
 _FLAGS = int(re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE)
 
@@ -122,8 +124,13 @@ def _text_names(manager: LoRAModelManager, names: Iterable[str]) -> dict[str, st
 
 
 def _later_names(names: Iterable[str]) -> dict[str, str]:
-    """What Transformers has called modules of a CLIP's or a SigLIP's tower since its version 5."""
-    return {name.replace(_OLD_TOWER, ".", 1): name for name in sorted(names) if _OLD_TOWER in name}
+    """What Transformers has called modules since its version 5, where vLLM has the older names."""
+    return {
+        name.replace(old, new, 1): name
+        for old, new in _LATER.items()
+        for name in sorted(names)
+        if old in name
+    }
 
 
 def refused_layers(manager: LoRAModelManager) -> Iterator[str]:
