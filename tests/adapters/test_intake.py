@@ -181,6 +181,67 @@ def test_slices_of_one_name_are_cut_from_the_same_tensors(tmp_path, backend):
     assert_holds(take(tmp_path, model), tensors, {Q0: 1.5})
 
 
+QV = "model.layers.0.self_attn.qv_proj"
+
+
+def with_qv(model: ModelLayout) -> ModelLayout:
+    """A base model whose own code has two modules as one."""
+    return replace(model, merged={QV: (Q0, V0)})
+
+
+@pytest.mark.parametrize("columns_first", [False, True], ids=["by-row", "by-column"])
+@pytest.mark.parametrize("worker", [None, 0, 1], ids=["whole", "first-half", "second-half"])
+def test_a_merged_module_fills_the_parts_that_slots_have(tmp_path, backend, worker, columns_first):
+    """Each has the same A, and rows of its own of B."""
+    model = with_qv(layout(columns_first=columns_first))
+    if worker is not None:
+        model = replace(
+            model,
+            slices=tuple(
+                replace(
+                    part, output_range=(part.outputs // 2 * worker, part.outputs // 2 * -~worker)
+                )
+                for part in model.slices
+            ),
+        )
+    tensors = weights({Q0: 4, V0: 4, DOWN0: 4})
+    a, b, of_v = (f"{PREFIX}{name}" for name in (f"{Q0}.lora_A", f"{Q0}.lora_B", f"{V0}.lora_"))
+    tensors[f"{of_v}A.weight"] = tensors[f"{a}.weight"].clone()
+    merged = {n: t for n, t in tensors.items() if DOWN0 in n}
+    merged[f"{PREFIX}{QV}.lora_A.weight"] = tensors[f"{a}.weight"]
+    merged[f"{PREFIX}{QV}.lora_B.weight"] = torch.cat(
+        [tensors[f"{b}.weight"], tensors[f"{of_v}B.weight"]]
+    )
+    write(tmp_path, merged, rank=4, alpha=6)
+    assert_holds(take(tmp_path, model), tensors, {Q0: 1.5, V0: 1.5, DOWN0: 1.5})
+
+
+def test_parts_of_a_merged_module_may_be_adapted_by_themselves(tmp_path, backend):
+    tensors = weights({Q0: 4})
+    write(tmp_path, tensors, rank=4, alpha=6)
+    assert_holds(take(tmp_path, with_qv(layout())), tensors, {Q0: 1.5})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "code"),
+    [
+        ({QV: (24, 40)}, "wrong-shape"),
+        ({QV: (25, 52)}, "wrong-shape"),
+        ({QV: (24, 52), V0: (24, 12)}, "duplicate-tensor"),
+    ],
+    ids=["rows-of-one-part", "too-wide", "a-part-as-well"],
+)
+def test_a_merged_module_has_the_sizes_of_its_parts_and_stands_alone(tmp_path, shapes, code):
+    tensors = {}
+    for module, (inputs, outputs) in shapes.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.ones(4, inputs)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.ones(outputs, 4)
+    write(tmp_path, tensors, rank=4, alpha=6)
+    with pytest.raises(AdapterFormatError) as refused:
+        take(tmp_path, with_qv(layout()))
+    assert [problem.code for problem in refused.value.problems] == [code]
+
+
 def test_the_product_is_rounded_once(tmp_path, backend):
     """Values whose product is exact in float32 and rounds differently if B is rounded first."""
     b = torch.arange(1, 161, dtype=torch.float32).reshape(40, 4) / 1024 + 1

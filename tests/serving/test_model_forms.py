@@ -12,7 +12,7 @@ from .cases import Scenario
 from .engine import IS_0_31, answer, assert_as_peft, assert_others_as_peft, running_engine
 from .recipes import EMBEDDING_RECIPE, AdapterRecipe
 from .scenarios import build_scenario
-from .tiny_models import write_gemma4, write_granite_hybrid
+from .tiny_models import write_gemma4, write_glm4, write_granite_hybrid
 
 pytestmark = pytest.mark.serving
 
@@ -53,6 +53,16 @@ def test_adapters_of_keys_that_are_values_too_act_on_both(tmp_path: Path) -> Non
     gemma = build_scenario(tmp_path, write_gemma4, recipes, lengths=(7, LENGTH))
     with running_engine(gemma.base, in_process=True, max_loras=2) as llm:
         assert_as_peft(answer(llm, gemma, gemma.cases), gemma.cases)
+
+
+def test_adapters_of_what_transformers_has_as_one_act_on_all_of_it(tmp_path: Path) -> None:
+    recipes = (
+        AdapterRecipe("merged-r8", ("gate_up_proj",), gain=1.0),
+        AdapterRecipe("all", ("q_proj", "gate_up_proj", "down_proj"), rank=5, gain=0.8),
+    )
+    glm = build_scenario(tmp_path, write_glm4, recipes, lengths=(7, LENGTH))
+    with running_engine(glm.base, in_process=True, max_loras=2) as llm:
+        assert_as_peft(answer(llm, glm, glm.cases), glm.cases)
 
 
 @pytest.mark.skipif(IS_0_31, reason="vLLM 0.31's CPU build has such layers in bfloat16 alone")

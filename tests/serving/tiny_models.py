@@ -22,6 +22,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -147,6 +149,12 @@ def write_gemma4(path: Path, *, seed: int = 10) -> Path:
         pad_token_id=None,
     )
     return _write(Gemma4ForCausalLM, config, path, seed)
+
+
+def write_glm4(path: Path, *, seed: int = 11) -> Path:
+    """Writes a GLM-4, in which gate and up are one."""
+    config = Glm4Config(**TWO_LAYERS, head_dim=32, pad_token_id=None)
+    return _write(Glm4ForCausalLM, config, path, seed)
 
 
 def write_llama4_config(path: Path) -> Path:

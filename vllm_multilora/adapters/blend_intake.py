@@ -204,7 +204,7 @@ class _BlendPlan:
                 module.b_name,
                 layout.dtype,
                 module.scaling,
-                rows=of.output_range,
+                rows=module.rows_of(of),
                 columns=(0, module.rank),
                 kind=TRANSPOSE if layout.columns_first else CONVERT,
                 stride=None if layout.columns_first else rank,

@@ -34,6 +34,7 @@ def require_companions(
         elif name.endswith(FUSED_EXPERTS) and layout.is_special(name):
             _require_parameter(f"{name}.base_layer", found, modules, problems)
     _require_experts(modules, layout, problems)
+    _require_whole_or_parts(modules, layout, problems)
     if config is not None and config.raw.get("ensure_weight_tying"):
         _require_tied(modules, layout, problems)
 
@@ -84,6 +85,21 @@ def _require_experts(
                 hint="train with all of them in 'target_modules'",
                 cause="experts",
             )
+
+
+def _require_whole_or_parts(
+    modules: Mapping[str, FoundModule], layout: ModelLayout, problems: ProblemList
+) -> None:
+    for whole, parts in layout.merged.items() if modules.keys() & layout.merged.keys() else ():
+        for part in parts if whole in modules else ():
+            if part in modules:
+                problems.add(
+                    Code.DUPLICATE_TENSOR,
+                    next(iter(modules[part].tensors.values())),
+                    f"of a part of {shown_name(whole)}, which is adapted as a whole, too",
+                    "one of them",
+                    cause="parts",
+                )
 
 
 def _require_tied(

@@ -112,6 +112,8 @@ class ModelLayout:
         dora: Whether slots have room for what DoRA adapters multiply outputs by.
         no_dora: Modules whose outputs cannot be multiplied all the same, and why.
         bypassed: Modules on which adapters would not act, and why; some are among those above.
+        merged: Modules that the base model's own code has as one, and slots in parts: the names of
+            the parts. The rows of such a module's B are theirs, one part after the other.
     """
 
     slices: tuple[SliceLayout, ...]
@@ -126,6 +128,7 @@ class ModelLayout:
     dora: bool = False
     no_dora: Mapping[str, str] = field(default_factory=dict)
     bypassed: Mapping[str, str] = field(default_factory=dict)
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, tuple[SliceLayout, ...]]:
@@ -134,6 +137,10 @@ class ModelLayout:
         for part in self.slices:
             found[part.name] = (*found.get(part.name, ()), part)
         return found
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """The modules that slots have for one (its name here): itself, or those merged in it."""
+        return self.merged.get(module, (module,))
 
     def is_special(self, module: str) -> bool:
         """Whether a module (its name here) is served by vLLM itself."""

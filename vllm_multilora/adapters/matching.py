@@ -11,7 +11,7 @@ from vllm_multilora.adapters.config_checks import config_problems
 from vllm_multilora.adapters.errors import AdapterFormatError
 from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
 from vllm_multilora.adapters.header import TensorInfo
-from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.layout import ModelLayout, SliceLayout
 from vllm_multilora.adapters.tensor_checks import TensorReport, check_tensors
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class MatchedModule:
         rank: The true rank.
         scaling: The factor of B @ A.
         magnitude: The name of DoRA's magnitudes in the file; None: it has none.
+        first_row: The row of B, and the magnitude, that its first output has: not 0 in parts of a
+            module that is merged in the file.
     """
 
     name: str
@@ -37,6 +39,12 @@ class MatchedModule:
     rank: int
     scaling: float
     magnitude: str | None = None
+    first_row: int = 0
+
+    def rows_of(self, part: SliceLayout) -> tuple[int, int]:
+        """The rows [first, last) of B that a worker keeps for a slice."""
+        first, last = part.output_range
+        return self.first_row + first, self.first_row + last
 
 
 def match(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> list[MatchedModule]:
@@ -76,5 +84,8 @@ def matched_modules(
         a_name, b_name = module.tensors["A"], module.tensors["B"]
         rank, scaling = tensors[a_name].shape[0], config.scaling(module.target)
         magnitude = module.tensors.get("magnitude")
-        matched.append(MatchedModule(module.name, a_name, b_name, rank, scaling, magnitude))
+        row = 0
+        for part in layout.parts(module.name):
+            matched.append(MatchedModule(part, a_name, b_name, rank, scaling, magnitude, row))
+            row += layout.by_name[part][0].outputs
     return matched

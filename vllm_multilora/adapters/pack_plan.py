@@ -155,7 +155,7 @@ class _Slices:
             yield from self._pair(part, module)
         for part, module in self._kept:
             if module.magnitude is not None:
-                yield Part(module.magnitude, FLOAT32, rows=part.output_range)
+                yield Part(module.magnitude, FLOAT32, rows=module.rows_of(part))
 
     def _pair(self, part: SliceLayout, module: MatchedModule) -> tuple[Part, Part]:
         dtype = self._layout.dtype
@@ -169,7 +169,7 @@ class _Slices:
             module.b_name,
             dtype,
             module.scaling,
-            rows=part.output_range,
+            rows=module.rows_of(part),
             columns=(0, module.rank),
             kind=TRANSPOSE if self._layout.columns_first else CONVERT,
         )

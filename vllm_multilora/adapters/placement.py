@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vllm_multilora.adapters.companions import require_companions
 from vllm_multilora.adapters.config import AdapterConfig
@@ -93,12 +93,16 @@ class Placement:
                 self._is_adapted_elsewhere = True
             else:
                 self._left_out.setdefault(role.module, tensor)
-        elif why := self._layout.bypassed.get(name):
+        elif why := self._of_parts(self._layout.bypassed, name):
             self._refuse_bypassed(tensor, why)
-        elif self._layout.is_special(name) or name in self._layout.by_name:
+        elif self._layout.is_special(name) or self._layout.parts(name)[0] in self._layout.by_name:
             self._add(role, name, tensor)
         else:
             self._unknown.append((tensor, role.module, name))
+
+    def _of_parts(self, reasons: Mapping[str, str], name: str) -> str | None:
+        """The reason that there is for a module or, if it is merged, for a part of it."""
+        return next((reasons[of] for of in self._layout.parts(name) if of in reasons), None)
 
     def _refuse_bypassed(self, tensor: str, why: str) -> None:
         """An adapter that acts in part only would give other answers than PEFT."""
@@ -175,8 +179,8 @@ class Placement:
                 kind = "an embedding" if shape.embedding else "an output head"
             found, expected = f"of {kind}", "linear layers only"
             hint = "train without it in 'target_modules'"
-        elif name in self._layout.no_dora:
-            found = f"of a layer whose outputs cannot be multiplied: {self._layout.no_dora[name]}"
+        elif why := self._of_parts(self._layout.no_dora, name):
+            found = f"of a layer whose outputs cannot be multiplied: {why}"
             expected = "layers whose weights and outputs the server has whole"
             hint = (
                 "train without it in 'target_modules', or serve it without what stands in the way"

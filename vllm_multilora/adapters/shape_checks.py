@@ -9,7 +9,7 @@ from multilora_kernels.dtypes import KERNEL_DTYPES
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.found_module import FoundModule
 from vllm_multilora.adapters.header import TensorInfo
-from vllm_multilora.adapters.layout import LinearShape, ModelLayout, SliceLayout, SpecialShape
+from vllm_multilora.adapters.layout import LinearShape, ModelLayout, SpecialShape
 from vllm_multilora.adapters.missing_modules import MissingModules
 from vllm_multilora.adapters.names import HEADS, full_head, tensor_of
 from vllm_multilora.adapters.placement import Placement
@@ -208,12 +208,13 @@ class _Check:
             return False
         return True
 
-    def _sizes(self, module: FoundModule) -> SliceLayout | SpecialShape | LinearShape | None:
+    def _sizes(self, module: FoundModule) -> SpecialShape | LinearShape | None:
         """The base model's sizes; None where only vLLM knows them."""
         name = module.name
         if self._layout.is_special(name):
             return self._layout.special_shapes.get(name) or self._layout.linear_shapes.get(name)
-        return self._layout.by_name[module.name][0]
+        slices = [self._layout.by_name[part][0] for part in self._layout.parts(name)]
+        return LinearShape(slices[0].inputs, sum(part.outputs for part in slices))
 
     def _is_vocabulary(self, module: FoundModule, part: str) -> bool:
         shape = self._layout.special_shapes.get(module.name)

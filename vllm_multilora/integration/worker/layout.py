@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ _PLAIN = (
 )
 
 _REORDERED = "vLLM loads its weights with their rows in another order"
+# What Transformers has as one and vLLM adapts in parts, by vLLM's classes of the layers it is in.
+_MERGED = {"Glm4DecoderLayer": ("mlp.gate_up_proj",)}
 _PLACES = {"q": 0, "k": 1, "v": 2}  # of what vLLM fuses, in the fused layer
 
 
@@ -95,7 +97,8 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
     special_names = frozenset(
         source for name in special for source in (name, *manager.packed_modules.get(name, ()))
     )
-    names = special_names.union(part.name for part in slices)
+    merged = dict(_merged_modules(manager, packed))
+    names = special_names.union(merged, (part.name for part in slices))
     lora_config: Any = manager.lora_config
     layout = ModelLayout(
         slices=tuple(slices),
@@ -112,6 +115,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
         dora=dora,
         no_dora=no_dora,
         bypassed=dict(bypassed_layers(manager)),
+        merged=merged,
     )
     return RunningLayout(layout, packed, special, orders)
 
@@ -132,6 +136,21 @@ def _copied_slices(model: torch.nn.Module) -> dict[str, dict[int, str]]:
                 places = (_PLACES[shard] if isinstance(shard, str) else shard for shard in shards)
                 found.setdefault(layer, {}).update(dict.fromkeys(places, source))
     return found
+
+
+def _merged_modules(
+    manager: LoRAModelManager, packed: Container[str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Modules as of `ModelLayout.merged`.
+
+    Of other models nobody knows in which order such a module would have its rows: none was trained.
+    """
+    for block, part in manager.model.named_modules():
+        for kind in _MERGED.get(type(part).__name__, ()):
+            name = f"{block}.{kind}"
+            sources = manager.packed_modules.get(name, ())
+            if name in packed and len(sources) > 1:
+                yield name, tuple(sources)
 
 
 def _orders(
