@@ -12,7 +12,7 @@ from tests.adapters.corpus.llama_layout import MODULES
 from vllm_multilora.adapters import Code, ModelLayout
 from vllm_multilora.adapters.validation import validate
 
-from . import tiny_models
+from . import tiny_models, tiny_speech
 from .recipes import AdapterRecipe
 from .tiny_adapters import write_adapter
 
@@ -135,6 +135,16 @@ def test_adapters_of_what_latent_attention_does_not_call_are_refused(tmp_path):
             "kv_b_proj" in kinds
         )
         assert all("kv_b_proj" in problem.where for problem in problems)
+
+
+def test_adapters_of_an_encoder_that_a_decoder_follows_are_served(tmp_path):
+    from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
+
+    layout = offline_layout(Server(str(tiny_speech.write_whisper(tmp_path))))
+    assert layout.bypassed == {}
+    for part in ("encoder", "decoder"):
+        assert f"model.{part}.layers.0.self_attn.q_proj" in layout.by_name
 
 
 def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):

@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 
 from transformers.core_model_loading import GroupWeightRename, PrefixChange, WeightRenaming
 from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.utils import is_in_target_modules, parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -185,15 +186,69 @@ def test_what_transformers_has_renamed_since_version_5_leads_to_the_same_modules
     assert naming.rename(experts) == experts
 
 
+@pytest.mark.parametrize(
+    ("later", "name"),
+    [
+        ("model.layers.0.mlp.router", "model.layers.0.block_sparse_moe.gate"),
+        ("model.layers.0.block_sparse_moe.router", "model.layers.0.block_sparse_moe.gate"),
+        ("model.layers.0.block_sparse_moe.router.layer", "model.layers.0.block_sparse_moe.gate"),
+        ("layers.0.mlp.shared_experts.up_proj", "layers.0.mlp.shared_expert.up_proj"),
+        ("model.language_model.layers.0.q_proj", "language_model.model.layers.0.q_proj"),
+    ],
+)
+def test_names_that_a_version_of_transformers_has_lead_to_the_module(later, name):
+    assert module_naming(manager_of(), frozenset({name})).rename(later) == name
+
+
+def test_layers_of_a_tower_that_nobody_uses_are_left_out():
+    """A LLaVA takes the states before a CLIP's last layer, and adapters have that one, too."""
+
+    def layer() -> torch.nn.Module:
+        return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)})
+
+    encoder = torch.nn.Module()
+    encoder.layers = torch.nn.ModuleList([layer(), layer()])
+    tower = torch.nn.ModuleDict({"vision_model": torch.nn.ModuleDict({"encoder": encoder})})
+    tower.config = SimpleNamespace(num_hidden_layers=3)
+    model = torch.nn.ModuleDict({"visual": tower})
+    naming = module_naming(manager_of(model=model), frozenset())
+    for start in ("visual.vision_model.encoder", "visual.encoder"):
+        assert naming.rename(f"{start}.layers.1.q_proj") is None
+        assert naming.rename(f"{start}.layers.2.q_proj") is None
+        for unknown in ("layers.3.q_proj", "layers.2.other"):
+            assert naming.rename(f"{start}.{unknown}") == f"{start}.{unknown}"
+
+
 def test_a_pooling_models_names_and_a_text_only_siblings_lead_to_its_modules():
     names = frozenset({"model.layers.0.q_proj", "language.layers.1.q_proj"})
-    texts = {"language.layers.1.q_proj": ("layers.1.q_proj", "text.layers.1.q_proj")}
-    manager = manager_of(pooling=True, _get_text_lora_names=lambda name: texts.get(name, ()))
+    language = SimpleNamespace(language_model=["language."])
+    manager = manager_of(pooling=True, supports_mm=True, mm_mapping=language)
     naming = module_naming(manager, names)
     assert naming.rename("layers.0.q_proj") == "model.layers.0.q_proj"
     assert naming.rename("layers.1.q_proj") == "language.layers.1.q_proj"
-    assert naming.rename("text.layers.1.q_proj") == "language.layers.1.q_proj"
+    assert naming.rename("model.layers.1.q_proj") == "language.layers.1.q_proj"
     assert naming.rename("layers.2.q_proj") == "layers.2.q_proj"
+
+
+@pytest.mark.parametrize("start", ["language", "llm."])
+def test_text_only_names_are_those_that_vllm_finds(start):
+    """From 0.33 on it does; before, it passes adapters with such names over."""
+    begin = start.rstrip(".")
+    inner = ["model.layers.0.q_proj", "lm_head", "layers.1.q_proj"]
+    names = frozenset({f"{begin}.{name}" for name in inner} | {"visual.q_proj"})
+    manager = manager_of(supports_mm=True, mm_mapping=SimpleNamespace(language_model=[start]))
+    naming = module_naming(manager, names)
+    assert naming.text_names == {
+        "model.layers.0.q_proj": f"{begin}.model.layers.0.q_proj",
+        "lm_head": f"{begin}.lm_head",
+        "layers.1.q_proj": f"{begin}.layers.1.q_proj",
+        "model.layers.1.q_proj": f"{begin}.layers.1.q_proj",
+    }
+    of = getattr(LoRAModelManager, "_get_text_lora_names", None)
+    if of is not None:
+        assert naming.text_names == {
+            other: name for name in sorted(names) for other in of(manager, name)
+        }
 
 
 def test_linear_layers_that_vllm_leaves_alone_are_known_by_name():

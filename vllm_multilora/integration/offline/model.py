@@ -30,6 +30,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_multilora.config import CONFIG_KEY
 from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.integration.worker.encoder_rows import ENCODER
 
 ALLOWED_RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 """What vLLM takes as `--max-lora-rank`."""
@@ -199,6 +200,8 @@ class _UnrunnableManager(LoRAModelManager):
             key = self.mm_mapping.language_model[0]
         nothing: Any = object()
         self.punica_wrapper_mapping = {key: nothing}
+        if vllm_config.model_config.is_encoder_decoder:
+            self.punica_wrapper_mapping[ENCODER] = nothing
 
 
 def give_experts_kernels(model: torch.nn.Module) -> None:

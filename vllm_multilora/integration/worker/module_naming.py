@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,19 @@ logger = logging.getLogger(__name__)
 _READ = frozenset(f"orig_to_new_{kind}" for kind in ("renaming", "regex", "substr", "prefix"))
 _READ |= {"orig_to_new_suffix", "orig_to_new_stacked"}  # the last is empty in a rename mapper
 # Parts of names, and what Transformers has had in their place since its version 5: of the towers of
-# CLIP and SigLIP, and of experts and their routers in Mixtral and models like it.
-_LATER = {".vision_model.": ".", ".block_sparse_moe.": ".mlp."}
+# CLIP and SigLIP; of experts and their routers in Mixtral and models like it; of Granite's routers,
+# where the last is the older name; of experts that all tokens share (Laguna, HY); and of language
+# models within others.
+_LATER = (
+    (".vision_model.", "."),
+    (".block_sparse_moe.", ".mlp."),
+    (".block_sparse_moe.gate", ".mlp.router"),
+    (".block_sparse_moe.gate", ".block_sparse_moe.router"),
+    (".block_sparse_moe.gate", ".block_sparse_moe.router.layer"),
+    (".mlp.shared_expert.", ".mlp.shared_experts."),
+    (".mlp.shared_mlp.", ".mlp.shared_experts."),
+    ("language_model.model.", "model.language_model."),
+)
 # Flags that have the same meaning and value in Python's `re` and in `regex`, which vLLM uses.
 _FLAGS = int(re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE)
 
@@ -42,6 +53,7 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
     unwrapped = frozenset(name for name in unwrapped_layers(manager) if _is_left_out(manager, name))
+    unwrapped |= frozenset(_unneeded_layers(model, names | unwrapped))
     return ModuleNaming(
         names=names,
         renames=renames_of(mapper.get_rename_mapper()) if mapper is not None else None,
@@ -118,16 +130,28 @@ def _pairs(of: Mapping[str, str]) -> tuple[Replacement, ...]:
 
 
 def _text_names(manager: LoRAModelManager, names: Iterable[str]) -> dict[str, str]:
-    """What adapters of the text-only model call a multimodal model's modules (vLLM 0.33 on)."""
-    of = getattr(manager, "_get_text_lora_names", lambda name: ())
-    return {other: name for name in sorted(names) for other in of(name)}
+    """What adapters of the text-only model call a multimodal model's modules.
+
+    From 0.33 on vLLM knows them, too: its `_get_text_lora_names`.
+    """
+    if not getattr(manager, "supports_mm", False):
+        return {}
+    start = manager.mm_mapping.language_model[0].rstrip(".") + "."
+    found = {}
+    for name in sorted(names):
+        inner = name.removeprefix(start)
+        if inner != name:
+            found[inner] = name
+            if not inner.startswith(("model.", "lm_head")):  # a model without a head of its own
+                found[f"model.{inner}"] = name
+    return found
 
 
 def _later_names(names: Iterable[str]) -> dict[str, str]:
     """What Transformers has called modules since its version 5, where vLLM has the older names."""
     return {
         name.replace(old, new, 1): name
-        for old, new in _LATER.items()
+        for old, new in _LATER
         for name in sorted(names)
         if old in name
     }
@@ -161,6 +185,29 @@ def _is_left_out(manager: LoRAModelManager, name: str) -> bool:
     Not so a head for classes, which decides every answer.
     """
     return manager._get_punica_wrapper(name) is None and not set(HEADS) & set(name.split("."))
+
+
+def _unneeded_layers(model: torch.nn.Module, known: Collection[str]) -> Iterator[str]:
+    """Modules of a tower's last layers, which vLLM leaves out where others' states are handed on.
+
+    Adapters have them: Transformers computes these layers, and what they make goes nowhere.
+
+    Args:
+        model: The model.
+        known: Modules that it has; those of the last layer that is there stand for the rest.
+    """
+    counts: dict[str, int] = {}  # layers by the configuration that is nearest
+    for block, part in model.named_modules():
+        own = getattr(getattr(part, "config", None), "num_hidden_layers", None)
+        counts[block] = own if own is not None else counts.get(block.rpartition(".")[0], 0)
+        layers = getattr(part, "layers", None)
+        if not isinstance(layers, torch.nn.ModuleList) or not 0 < len(layers) < counts[block]:
+            continue
+        last = f"{block}.layers.{len(layers) - 1}."
+        for number in range(len(layers), counts[block]):
+            for name in known:
+                if name.startswith(last):
+                    yield f"{block}.layers.{number}.{name.removeprefix(last)}"
 
 
 def _unloaded(model: torch.nn.Module, *, pools: bool) -> Iterator[str]:
