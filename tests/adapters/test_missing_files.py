@@ -32,10 +32,23 @@ def test_a_path_of_a_strangers_making_is_shown_printable():
         (TENSORS, [CONFIG, "adapter_model-00001-of-00002.safetensors"], [], "as one file"),
         (TENSORS, [CONFIG, "adapter_model.bin"], [], "--multilora-allow-pickle"),
         (CONFIG, ["config.json", "model.safetensors"], [], "a whole model"),
+        (TENSORS, [CONFIG, "adapters.safetensors"], [], "MLX-LM's format (adapters.safetensors)"),
+        (CONFIG, ["pytorch_lora_weights.safetensors"], [], "Diffusers' format"),
         (CONFIG, [TENSORS], [], f"/a/{CONFIG} does not exist, expected an adapter folder"),
         (TENSORS, [CONFIG], [], f"/a/{TENSORS} does not exist, expected an adapter folder"),
     ],
-    ids=["default", "named", "index", "shards", "pickled", "merged", "no-config", "no-weights"],
+    ids=[
+        "default",
+        "named",
+        "index",
+        "shards",
+        "pickled",
+        "merged",
+        "mlx",
+        "diffusers",
+        "no-config",
+        "no-weights",
+    ],
 )
 def test_what_a_folder_has_instead_is_said_with_what_to_do(missing, entries, nested, words):
     problem = no_file("/a", missing, entries, nested)

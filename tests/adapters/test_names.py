@@ -47,6 +47,21 @@ def test_the_adapters_name_in_peft_may_stand_in_between(name, role):
 @pytest.mark.parametrize(
     "name",
     [
+        "base_model.model._orig_mod.model.layers.0.q_proj.lora_A.weight",
+        "_orig_mod.base_model.model.model.layers.0.q_proj.lora_A.weight",
+        "module.base_model.model.model.layers.0.q_proj.lora_A.default.weight",
+        "base_model.model.module.model.layers.0.q_proj.lora_A.weight",
+        "_fsdp_wrapped_module.base_model.model.model.layers.0._fsdp_wrapped_module."
+        "_checkpoint_wrapped_module.q_proj.lora_A.weight",
+    ],
+)
+def test_what_is_wrapped_for_training_has_its_own_name(name):
+    assert parse_tensor_name(name) == TensorRole("model.layers.0.q_proj", "A")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
         "base_model.model.old.lm_head.lora_A.default.weight",
         "old.lm_head.lora_B.weight",
         "base_model.model.embed_tokens.lora_embedding_B.default",

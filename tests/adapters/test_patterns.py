@@ -170,6 +170,12 @@ def test_an_expression_that_is_not_matched_costs_next_to_nothing(expression):
     assert time.thread_time() - start < 0.1
 
 
+def test_an_expression_of_all_modules_names_is_taken():
+    """As some trainers write it; those of a large model have tens of thousands of characters."""
+    names = "|".join(f"model.layers.{i}.self_attn.q_proj" for i in range(1_000))
+    check_expression(f"({names})")
+
+
 def test_the_first_pattern_that_fits_counts():
     matcher = PatternMatcher({"layers.0.self_attn.q_proj": 2, "q_proj": 4, "model.*": 8}, Budget())
     assert [matcher.get(name) for name in (NAMES[0], NAMES[4], NAMES[2], "other")] == [

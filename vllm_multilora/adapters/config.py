@@ -90,7 +90,7 @@ class AdapterConfig:
         if isinstance(raw, Problem):
             return None, [raw]
         reader = _Reader(raw, where)
-        config = reader.config()
+        config = reader.config() if reader.is_lora() else None
         return (None if reader.problems else config), reader.problems
 
     @classmethod
@@ -182,9 +182,14 @@ class _Reader:
         else:
             self._more += 1
 
+    def is_lora(self) -> bool:
+        """Whether it is one of LoRA, as far as it says; other kinds have keys of their own."""
+        if self._raw.get("peft_type") in (None, "LORA"):
+            return True
+        self._refuse("peft_type", "'LORA'", code=Code.UNSUPPORTED_PEFT_TYPE)
+        return False
+
     def config(self) -> AdapterConfig:
-        if self._raw.get("peft_type") not in (None, "LORA"):
-            self._refuse("peft_type", "'LORA'", code=Code.UNSUPPORTED_PEFT_TYPE)
         config = AdapterConfig(
             rank=self._rank("r", self._required("r", "a positive whole number")),
             alpha=self._alpha("lora_alpha", self._required("lora_alpha", "a number")),

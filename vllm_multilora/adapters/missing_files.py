@@ -14,6 +14,12 @@ EXPECTED = "an adapter folder that holds adapter_config.json and adapter_model.s
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,15}://")
 _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors|.*\.safetensors\.index\.json")
 _MOST_NAMED = 5
+# Files of other formats than PEFT's, and whose they are.
+_FOREIGN = {
+    "adapters.safetensors": "an adapter in MLX-LM's format",
+    "adapters.npz": "an adapter in MLX-LM's format",
+    "pytorch_lora_weights.safetensors": "an adapter in Diffusers' format",
+}
 
 
 def is_url(path: str) -> bool:
@@ -77,8 +83,8 @@ def _instead(
     if shards:
         return (
             f"a checkpoint in several files ({_names(shards)})",
-            "save the adapter as one file: PEFT's save_pretrained(..., max_shard_size='100GB'), or "
-            "load the shards with safetensors and save them together",
+            "save the adapter as one file: with PEFT's save_pretrained, or Transformers' with "
+            "max_shard_size='100GB'; or load the shards with safetensors and save them together",
         )
     weights = [name for name in entries if name.startswith("adapter_model") and name != missing]
     if weights and missing.startswith("adapter_model"):
@@ -87,6 +93,12 @@ def _instead(
             "save the adapter as one safetensors file (PEFT's default); pickled weights are read "
             "with --multilora-allow-pickle only",
         )
+    for name, what in _FOREIGN.items():
+        if name in entries:
+            return (
+                f"{what} ({name})",
+                "convert it to PEFT's: names, configuration and the order of dimensions differ",
+            )
     if "model.safetensors" in entries and "config.json" in entries:
         return (
             "a whole model (config.json, model.safetensors)",

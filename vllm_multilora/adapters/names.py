@@ -9,9 +9,21 @@ _PREFIX = "base_model.model."
 _PARTS: dict[str, Literal["A", "B"]] = {"lora_A": "A", "lora_B": "B"}
 _EMBEDDING_PARTS: dict[str, Literal["A", "B"]] = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 _MAGNITUDE = "lora_magnitude_vector"
+# What PyTorch puts into the names of modules that it wraps for training: it compiles them, shares
+# them out or computes them again.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_REPLICATED = "module."  # how names begin in a model that DistributedDataParallel wraps
 HEADS = ("score", "classifier")
 FUSED_EXPERTS = ".experts"  # how a module ends whose parameters hold all experts of a layer
 WRAPPED_EXPERTS = f"{FUSED_EXPERTS}.base_layer"  # PEFT's name for one of their two parameters
+# How other formats name an adapter's matrices.
+_FOREIGN = (
+    ((".lora_a", ".lora_b"), "as MLX-LM names it"),
+    ((".lora_a.weight", ".lora_b.weight"), "as torchtune names it while it trains"),
+    ((".linear_in.weight", ".linear_out.weight"), "as NeMo and Megatron Bridge name it"),
+    ((".lora_down.weight", ".lora_up.weight", ".alpha"), "as kohya's scripts and ComfyUI name it"),
+    ((".lora.down.weight", ".lora.up.weight"), "as Diffusers has named it"),
+)
 _OF_TRAINING = (".lora_velora_embed", ".lora_monteclora_sampler.")
 _BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
@@ -42,13 +54,14 @@ def parse_tensor_name(name: str) -> TensorRole | None:
     Accepted are `<module>.lora_A.weight` and `<module>.lora_embedding_A` (and B), with or without
     PEFT's prefix `base_model.model.`, and with or without the name that the adapter had in PEFT
     (`lora_A.default.weight`, `lora_embedding_A.default`); and `<module>.lora_magnitude_vector`,
-    with that name, with `.weight` or with both after it.
+    with that name, with `.weight` or with both after it. What PyTorch's wrappers for training add
+    is left out.
 
     Returns:
         The tensor's role, or None if it is no LoRA tensor: a base weight, a full module
         (`modules_to_save`).
     """
-    parts = name.removeprefix(_PREFIX).split(".")
+    parts = _unwrapped(name).split(".")
     # Ends, with where the module's name stops: with an adapter name in between and without.
     for at in (-2, -3):
         if len(parts) > -at and parts[-1] == "weight" and parts[at] in _PARTS:
@@ -62,9 +75,21 @@ def parse_tensor_name(name: str) -> TensorRole | None:
     return None
 
 
+def _unwrapped(name: str) -> str:
+    """A name without PEFT's prefix, and without what wrappers have added, also around PEFT's."""
+    if not _WRAPPERS.isdisjoint(parts := name.split(".")):
+        name = ".".join(part for part in parts if part not in _WRAPPERS)
+    return name.removeprefix(_REPLICATED).removeprefix(_PREFIX).removeprefix(_REPLICATED)
+
+
 def tensor_of(part: str) -> str:
     """What PEFT calls the tensors of a part."""
     return _MAGNITUDE if part == "magnitude" else f"lora_{part}"
+
+
+def foreign(name: str) -> str | None:
+    """Whose format names a tensor like this, if it is another one than PEFT's that is known."""
+    return next((whose for ends, whose in _FOREIGN if name.endswith(ends)), None)
 
 
 def is_unused(name: str) -> bool:

@@ -12,6 +12,7 @@ from vllm_multilora.adapters.missing_modules import MissingModules
 from vllm_multilora.adapters.names import (
     HEADS,
     TensorRole,
+    foreign,
     full_head,
     is_unused,
     parse_tensor_name,
@@ -201,7 +202,11 @@ class Placement:
         raw = self._config.raw if self._config else {}
         kind, said = "no LoRA tensor", False
         last = tensor.rpartition(".")[2]
-        if tensor.endswith(".lora_B.bias"):
+        hint = "save the adapter again as plain LoRA"
+        if whose := foreign(tensor):
+            kind = f"a tensor {whose}"
+            hint = "convert the adapter to PEFT's format with the tool that has trained it"
+        elif tensor.endswith(".lora_B.bias"):
             kind, said = "a bias of lora_B", bool(raw.get("lora_bias"))
         elif last == "bias":
             kind, said = "a bias of the base model", raw.get("bias", "none") != "none"
@@ -215,7 +220,7 @@ class Placement:
                 tensor,
                 kind,
                 "lora_A.weight and lora_B.weight of the base model's modules, and nothing else",
-                hint="save the adapter again as plain LoRA",
+                hint=hint,
             )
 
     def _report_unknown(self) -> None:

@@ -211,6 +211,12 @@ def another_peft_method(draft: Draft) -> None:
     draft.config["peft_type"] = "ADALORA"
 
 
+@bad_config(Code.UNSUPPORTED_PEFT_TYPE, Code.UNKNOWN_TENSOR, words=("'peft_type' is 'IA3'",))
+def another_peft_method_with_keys_of_its_own(draft: Draft) -> None:
+    draft.config = {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
+    draft.tensors = {f"{PREFIX}{Q0}.ia3_l": torch.ones(256, 1)}
+
+
 @bad_config(Code.CONFIG_VALUE, words=("'bias' is 'some'", "'none', 'all' or 'lora_only'"))
 def bias_of_no_kind(draft: Draft) -> None:
     draft.config["bias"] = "some"

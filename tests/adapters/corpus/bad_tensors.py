@@ -225,6 +225,34 @@ def the_base_model_instead(draft: Draft) -> None:
     }
 
 
+@bad_weights(Code.UNKNOWN_TENSOR, words=("lora_a", "as MLX-LM names it", "41 more like this"))
+def tensors_named_by_mlx(draft: Draft) -> None:
+    draft.tensors = {
+        name.removeprefix(PREFIX).removesuffix(".weight").lower(): tensor.T.contiguous()
+        for name, tensor in draft.tensors.items()
+    }
+
+
+@bad_weights(Code.UNKNOWN_TENSOR, words=("lora_te_model", "kohya's scripts and ComfyUI", "62 more"))
+def tensors_named_by_kohya(draft: Draft) -> None:
+    tensors = {}
+    for name, tensor in draft.tensors.items():
+        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        flat = f"lora_te_{module.replace('.', '_')}"
+        tensors[f"{flat}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensor
+        tensors[f"{flat}.alpha"] = torch.tensor(16.0)
+    draft.tensors = tensors
+
+
+@bad_weights(Code.UNKNOWN_TENSOR, words=("linear_in", "as NeMo and Megatron Bridge name it"))
+def tensors_named_by_nemo(draft: Draft) -> None:
+    draft.rename(
+        lambda name: name.replace(".lora_A.", ".adapter.linear_in.").replace(
+            ".lora_B.", ".adapter.linear_out."
+        )
+    )
+
+
 @bad_weights(Code.DUPLICATE_TENSOR, words=(Q0, "one lora_A"))
 def a_tensor_twice(draft: Draft) -> None:
     draft.tensors[f"{PREFIX}{Q0}.lora_A.default.weight"] = draft.tensors[A].clone()

@@ -258,5 +258,21 @@ def names_without_prefix(draft: Draft) -> None:
 
 
 @valid(read_by_peft=False)
+def names_in_a_compiled_model(draft: Draft) -> None:
+    draft.rename(lambda name: name.replace(PREFIX, f"{PREFIX}_orig_mod."))
+
+
+@valid(read_by_peft=False)
+def names_with_the_prefix_twice(draft: Draft) -> None:
+    draft.rename(lambda name: PREFIX + name)
+
+
+@valid()
+def targets_an_expression_of_all_names(draft: Draft) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(200)]
+    draft.config["target_modules"] = f"({'|'.join([*names, '.*_proj'])})"
+
+
+@valid(read_by_peft=False)
 def peft_type_absent(draft: Draft) -> None:
     del draft.config["peft_type"]
