@@ -269,3 +269,18 @@ def test_all_machines_hear_whose_turn_a_load_may_take(stores, parts):
     stores.share(ticket, "late")  # one of them has its answer
     assert parts[1].wants[1].owners == ("acme", "other", "late")
     stores.share(99, "nobody")
+
+
+def test_all_machines_together_are_waited_for_no_longer_than_one(stores, parts):
+    stores.want(Want(1, "a", "/adapters/1"))
+    assert stores.poll(0.001) == []
+    assert [store.waited for store in parts] == [1, 0]
+
+
+def test_a_machine_that_has_answered_is_not_waited_for(stores, parts):
+    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    parts[0].inbox.append(loaded(parts[0], 1, 30))
+    assert stores.poll() == []
+    parts[1].answers = lambda: parts[1].inbox.append(loaded(parts[1], 1, 70))
+    assert [answer.ticket for answer in stores.poll(60.0)] == [ticket]
+    assert [store.waited for store in parts] == [0, 1]

@@ -12,6 +12,7 @@ and is asked for again in its turn: nothing is read twice unless it has been evi
 from __future__ import annotations
 
 import itertools
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,8 +146,11 @@ class MachineStores:
 
     def poll(self, seconds: float = 0.0) -> list[ToUser]:
         came: list[ToUser] = []
+        deadline = time.monotonic() + seconds
         for machine, client in enumerate(self._clients):
-            for message in client.poll(seconds):
+            # Together no longer, and for no machine that has answered everything.
+            waits = bool(self._own_ticket[machine]) and not came
+            for message in client.poll(max(0.0, deadline - time.monotonic()) if waits else 0.0):
                 came += self._take(machine, message)
         return came
 
