@@ -1476,6 +1476,9 @@ def test_a_changed_file_of_keys_has_adapters_in_memory_looked_at_again(tmp_path)
             keys.write_text(text)
         engine.adapters.want(lora(1))
         assert engine.store.only().fresh is is_fresh
+        waited = engine.store.waited
+        engine.adapters.poll(0.001)  # for a lease, and not for files to be read
+        assert (engine.store.waited == waited) is is_fresh
         if is_signed:
             engine.store.loaded(pack_info(1), was_read=is_fresh)
         else:

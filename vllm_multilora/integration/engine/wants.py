@@ -43,8 +43,6 @@ class Wants:
     def ask(self, entry: Entry) -> None:
         """Wants an adapter for requests."""
         entry.ticket = self._want(entry, keep=True, fresh=entry.is_stale)
-        if entry.in_host and not entry.is_stale:
-            self._leases.add(entry.ticket)
 
     def hear(self, take: Callable[[ToUser], None], patience_s: float) -> None:
         """Takes in what the store has said; waits so long for leases on what is in host memory."""
@@ -147,6 +145,8 @@ class Wants:
         )
         ticket = self._store.want(want)
         self._tickets[ticket], self._asked_under[ticket] = entry, keys
+        if keep and entry.in_host and not fresh:
+            self._leases.add(ticket)
         return ticket
 
     def _cancel(self, entry: Entry, ticket: int | None) -> None:
