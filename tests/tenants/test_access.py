@@ -551,12 +551,14 @@ def test_a_call_that_goes_as_its_turn_comes_passes_it_on(way):
     asyncio.run(check())
 
 
-def test_calls_that_wait_end_with_the_server(tenants):
+@pytest.mark.parametrize("is_metered", [True, False], ids=["ours", "vllm loads the adapters"])
+def test_calls_that_wait_end_with_the_server(tenants, is_metered):
     """It ends when all calls have, and without tokens, say, these would wait for minutes."""
     write(tenants, {"running": 1})
     access = access_for(arguments(tenants=str(tenants)))
     processor = SimpleNamespace(request_states={}, propagate_error=lambda error: None)
-    METER.set(processor, ServerMeter(None))
+    if is_metered:
+        METER.set(processor, ServerMeter(None))
 
     async def check():
         account = access.caller(ACME).account

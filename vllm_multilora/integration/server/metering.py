@@ -320,19 +320,21 @@ def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: A
     original(engine, *args, **kwargs)
     processor: Any = getattr(engine, "output_processor", None)
     meter, handler = METER.get(processor), getattr(engine, "output_handler", None)
-    if meter is None or handler is None:
+    if handler is None:
         return  # nobody has asked for anything
 
     def count() -> None:
         for state in processor.request_states.values():
-            meter.end(state, Status.ABORTED)
+            if meter is not None:
+                meter.end(state, Status.ABORTED)
 
     def end_all(_: Any) -> None:
-        count()
-        # vLLM has cancelled what would tell them, and it is a matter of luck whether that has.
-        # Their clients would wait for the rest, and the server for its clients, until it is killed.
-        processor.propagate_error(EngineDeadError())
-        stop_waiting()
+        if meter is not None:
+            count()
+            # vLLM has cancelled what would tell them, and it is a matter of luck whether that has.
+            # Their clients would wait for the rest, and the server for them, until it is killed.
+            processor.propagate_error(EngineDeadError())
+        stop_waiting()  # tenants have turns also where vLLM loads the adapters and nobody meters
 
     try:
         # This is another thread. vLLM takes requests until the task that it has cancelled is done.
