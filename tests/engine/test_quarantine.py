@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.request import RequestStatus
 
 from tests.engine.parties import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
@@ -177,13 +178,33 @@ def test_nobody_is_quarantined_for_what_the_base_model_makes(caplog):
     ],
 )
 def test_the_base_model_is_looked_at_anew_when_its_weights_were_loaded_again(method, is_looked_at):
-    engine, engine_core = Engine(), SimpleNamespace()
+    engine, engine_core = Engine(), SimpleNamespace(scheduler=SimpleNamespace(requests={}))
     ADAPTERS.set(engine_core, engine.adapters)
     quarantine = engine.adapters.quarantine
     quarantine.look(counted(base_s=1), REQUESTS, lambda number: PACK)
     assert collective_rpc(lambda core, *call: call, engine_core, method) == (method, None, (), None)
     found = quarantine.look(counted(acme_s=1), REQUESTS, lambda number: PACK)
     assert found.keys() == ({7} if is_looked_at else set())
+
+
+@pytest.mark.parametrize("begun", [{"status": RequestStatus.RUNNING}, {"num_computed_tokens": 9}])
+def test_what_began_with_the_base_models_last_weights_says_nothing_of_those_after_them(begun):
+    """A step may be under way, and what is cached of a prompt is of those before."""
+    quarantine = Quarantine()
+    quarantine.look(counted(base_s=1), REQUESTS, lambda number: PACK)
+    waiting = {"status": RequestStatus.WAITING, "num_computed_tokens": 0, "is_finished": bool}
+    requests = {
+        name: on("d1" if lora else None, lora, **(waiting | of))
+        for name, lora, of in (("acme's", ACME, begun), ("base's", None, begun), ("new", ACME, {}))
+    }
+    quarantine.base_reloaded(requests)
+    assert quarantine.look(counted(acme_s=1, base_s=1), requests, lambda number: PACK) == {}
+    assert quarantine.look(counted(new=1), requests, lambda number: PACK).keys() == {7}
+    quarantine.lift(PACK)
+    del requests["acme's"]
+    quarantine.look(counted(), requests, lambda number: PACK)
+    requests["acme's"] = on("d1")  # of the same name
+    assert quarantine.look(counted(acme_s=1), requests, lambda number: PACK).keys() == {7}
 
 
 @pytest.mark.parametrize("own", [{"prompt_embeds": torch.ones(2)}, {"mm_features": ["an image"]}])

@@ -56,10 +56,11 @@ def collective_rpc(
     kwargs: Any = None,
 ) -> Any:
     if method != METHOD:
+        done = original(engine_core, method, timeout, args, kwargs)
         known = ADAPTERS.get(engine_core)
         if known is not None and method in RELOADS:
-            known.quarantine.base_reloaded()
-        return original(engine_core, method, timeout, args, kwargs)
+            known.quarantine.base_reloaded(engine_core.scheduler.requests)
+        return done
     adapters = adapters_of(engine_core)
     if adapters is None:  # stock vLLM runs
         return []

@@ -71,7 +71,7 @@ class LateReloads:
             request.lora_request.lora_int_id
             for request in requests.values()
             if request.lora_request is not None
-            and not _has_begun(request)
+            and not has_begun(request)
             and not self.holds(request)
         }
         for number in [n for n in self._held if n not in awaited and not adapters.is_reloading(n)]:
@@ -86,6 +86,6 @@ class LateReloads:
         return failing
 
 
-def _has_begun(request: Request) -> bool:
+def has_begun(request: Request) -> bool:
     """Whether a request has its adapter, or had it; one that has ended waits for none either."""
     return bool(request.status in HAS_RUN or request.num_computed_tokens or request.is_finished())

@@ -16,7 +16,7 @@ examined either.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ import torch
 from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.attached import VERSION
+from vllm_multilora.integration.engine.late_reloads import has_begun
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -50,6 +51,8 @@ class Quarantine:
         # Apart: whoever thinks of weights that overflow must not have others forgotten.
         self._blends: dict[str, None] = {}
         self._is_base_unsound = False
+        # Requests that had begun when the base model got other weights.
+        self._begun_before: set[str] = set()
 
     def failure(self, pack: PackInfo | None) -> LoadFailure | None:
         """Why a version of an adapter, or a part of it, must not be used; None if it may."""
@@ -64,9 +67,17 @@ class Quarantine:
             self._digests.pop(pack.digest, None)
             self._blends.pop(pack.digest, None)
 
-    def base_reloaded(self) -> None:
-        """The base model has other weights: what it makes is looked at anew."""
+    def base_reloaded(self, requests: Mapping[str, Request]) -> None:
+        """The base model has other weights: what it makes is looked at anew.
+
+        But for requests that have begun: steps of theirs that are under way, and what they have in
+        the KV cache, are of the weights before.
+
+        Args:
+            requests: vLLM's, by id.
+        """
         self._is_base_unsound = False
+        self._begun_before.update(name for name, each in requests.items() if has_begun(each))
 
     def look(
         self, output: Any, requests: dict[str, Request], pack_of: Callable[[int], PackInfo | None]
@@ -82,7 +93,9 @@ class Quarantine:
             The adapters that are quarantined for it from now on, and why.
         """
         guilty: dict[int, tuple[LoRARequest, str | None]] = {}
-        for request in map(requests.get, _unsound(output)):
+        self._begun_before &= requests.keys()
+        for name in _unsound(output):
+            request = None if name in self._begun_before else requests.get(name)
             if request is None or _brings_numbers(request):
                 continue
             lora = request.lora_request
