@@ -618,11 +618,14 @@ def test_a_store_on_a_thread_leaves_nothing_behind(store_folder, monkeypatch):
 
 
 def test_a_store_on_a_thread_removes_what_those_before_it_have_left(threaded, store_folder):
-    (living,) = store_folder.glob("thread-*.sock")
-    left = store_folder / "thread-left.sock"
-    folder.listen(left).close()
+    (living,) = store_folder.glob("t-*.sock")
+    left = store_folder / f"t-{folder.view()}left.sock"
+    elsewhere = store_folder / "t-otherviewleft.sock"  # where its process is, it may live
+    for path in (left, elsewhere):
+        folder.listen(path).close()
     other = Engine(StoreClient(StoreThread(FakeReader()), "other"))
     assert living.exists()
+    assert elsewhere.exists()
     assert not left.exists()
     other.client.close()
 

@@ -73,15 +73,19 @@ def ensure(folder: Path) -> None:
 
 
 def socket_path(folder: Path) -> Path:
-    """Where the store of this version listens, for those who see the same files as this process.
+    """Where the store of this version listens, for those who see the same files as this process."""
+    return folder / f"store-{PROTOCOL}-{view()}.sock"
+
+
+def view() -> str:
+    """Tells those apart who see other files; eight digits.
 
     A store opens what its clients name. Containers may share a folder of stores, as where they have
     their host's `/tmp`, and machines, as where it is in a home, and not what lies at a path, nor
     whoever listens there: each has a store of its own.
     """
     root = Path("/").stat()
-    view = zlib.crc32(f"{kernel()} {root.st_dev} {root.st_ino}".encode())
-    return folder / f"store-{PROTOCOL}-{view:08x}.sock"
+    return f"{zlib.crc32(f'{kernel()} {root.st_dev} {root.st_ino}'.encode()):08x}"
 
 
 @cache
@@ -120,7 +124,10 @@ def listen(path: Path) -> socket.socket:
 
 
 def remove_dead(folder: Path, pattern: str) -> None:
-    """Removes the sockets of stores that have died; to be called with the folder's lock held."""
+    """Removes the sockets of stores that have died; to be called with the folder's lock held.
+
+    Of this machine's: those of other machines, too, take no connection from here.
+    """
     for path in folder.glob(pattern):
         if _is_dead(path):
             path.unlink()

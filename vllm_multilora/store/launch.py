@@ -131,7 +131,8 @@ class StoreThread:
     def __init__(self, reader: AdapterReader | None = None) -> None:
         self._reader = reader
         self._thread: threading.Thread | None = None
-        self.path = folder.store_folder() / f"thread-{secrets.token_hex(3)}.sock"
+        self._names = f"t-{folder.view()}"  # no longer than those of processes
+        self.path = folder.store_folder() / f"{self._names}{secrets.token_hex(3)}.sock"
 
     def connect(self) -> socket.socket:
         try:
@@ -150,7 +151,7 @@ class StoreThread:
         reader = self._reader or AdapterReader()
         with folder.locked(self.path.parent):
             # Their processes have ended, and the threads with them, which could remove nothing.
-            folder.remove_dead(self.path.parent, "thread-*.sock")
+            folder.remove_dead(self.path.parent, f"{self._names}*.sock")
             listener = folder.listen(self.path)
         server = Server(listener, ThreadRunner(), reader)
         self._thread = threading.Thread(target=server.run, name="multilora-store", daemon=True)
