@@ -19,7 +19,7 @@ from vllm_multilora.adapters.naming import ModuleNaming
 from vllm_multilora.adapters.validation import validate
 
 from .corpus import BAD, LAYOUT, VALID
-from .corpus.draft import V1, good, name_of
+from .corpus.draft import V1, add_embedding, good, name_of
 from .corpus.headers import rewrite
 from .corpus.llama_layout import MODULES
 from .packs import take
@@ -162,6 +162,16 @@ def test_names_that_are_long_or_cannot_be_encoded_are_shown_short_and_escaped(tm
     assert problem.code == Code.HEADER_ENTRY
     assert len(problem.message) < 1000
     assert problem.message.isprintable()
+
+
+def test_where_the_base_ties_nothing_an_embedding_needs_no_head(tmp_path):
+    """PEFT warns of the key, and adapts what is named."""
+    draft = good()
+    add_embedding(draft)
+    draft.config["ensure_weight_tying"] = True
+    folder = draft.write(tmp_path / "adapter")
+    assert [problem.code for problem in validate(folder, LAYOUT)] == [Code.HALF_MISSING]
+    assert validate(folder, replace(LAYOUT, tied=False)) == []
 
 
 def test_modules_that_the_base_leaves_out_or_only_vllm_knows_are_left_alone(tmp_path):

@@ -83,6 +83,15 @@ def test_it_is_that_of_a_worker(folder):
         assert offline.naming.rename(name) == worker.naming.rename(name)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_it_knows_whether_the_head_is_the_embedding(tmp_path, tied):
+    from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
+
+    folder = tiny_models.write_llama(tmp_path, tied=tied)
+    assert offline_layout(Server(str(folder), max_lora_rank=64)).tied == tied
+
+
 def test_a_worker_knows_what_others_have_from_what_nobody_has(tmp_path):
     """Under pipeline parallelism, where it has a part of the layers only."""
     folder = tiny_models.write_llama(tmp_path)

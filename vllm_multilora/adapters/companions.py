@@ -35,7 +35,7 @@ def require_companions(
             _require_parameter(f"{name}.base_layer", found, modules, problems)
     _require_experts(modules, layout, problems)
     _require_whole_or_parts(modules, layout, problems)
-    if config is not None and config.raw.get("ensure_weight_tying"):
+    if layout.tied and config is not None and config.raw.get("ensure_weight_tying"):
         _require_tied(modules, layout, problems)
 
 
@@ -117,6 +117,5 @@ def _require_tied(
             next(iter(module.tensors.values())),
             f"of {kind} alone, with 'ensure_weight_tying' in adapter_config.json",
             f"tensors of {other}, too, to which PEFT applies the same",
-            hint="save the adapter again; 'ensure_weight_tying' has no meaning where the base "
-            "model's are not tied",
+            hint="save the adapter again",
         )

@@ -108,6 +108,7 @@ class ModelLayout:
         special_shapes: Of embeddings and output heads among the special modules.
         linear_shapes: Of experts and heads for classes among them; of experts that are held as one,
             under the names that PEFT has for both of their parameters.
+        tied: Whether the output head has the embedding's weights.
         vocabulary: Token ids that a prompt can have are below it; None: not known.
         dora: Whether slots have room for what DoRA adapters multiply outputs by.
         no_dora: Modules whose outputs cannot be multiplied all the same, and why.
@@ -124,6 +125,7 @@ class ModelLayout:
     special: frozenset[str] = frozenset()
     special_shapes: Mapping[str, SpecialShape] = field(default_factory=dict)
     linear_shapes: Mapping[str, LinearShape] = field(default_factory=dict)
+    tied: bool = False
     vocabulary: int | None = None
     dora: bool = False
     no_dora: Mapping[str, str] = field(default_factory=dict)

@@ -35,6 +35,7 @@ LAYOUT = ModelLayout(
         "model.embed_tokens": SpecialShape(VOCABULARY, HIDDEN, embedding=True),
         "lm_head": SpecialShape(HIDDEN, VOCABULARY, embedding=False),
     },
+    tied=True,
     vocabulary=VOCABULARY,
 )
 

@@ -111,6 +111,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
             name: shape for name, module in special.items() if (shape := _special_shape(module))
         },
         linear_shapes=dict(_linear_shapes(manager, special)),
+        tied=_is_tied(manager.model),
         vocabulary=manager.vocab_size,
         dora=dora,
         no_dora=no_dora,
@@ -287,6 +288,13 @@ def _tower_layers(manager: LoRAModelManager) -> Iterator[str]:
     except NotImplementedError:  # nobody knows which part that is
         return
     yield from (name for name, module in manager.modules.items() if module not in language)
+
+
+def _is_tied(model: torch.nn.Module) -> bool:
+    """Whether the output head has the embedding's weights, by the model's configuration."""
+    config: Any = getattr(model, "config", None)
+    text = None if config is None else config.get_text_config()
+    return bool(getattr(text, "tie_word_embeddings", False))
 
 
 def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
