@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.layout import ModelLayout
@@ -56,7 +57,7 @@ def feature_problems(config: AdapterConfig, file: str) -> list[Problem]:
     found = [
         _unsupported(file, key, config.raw[key], "unset", why)
         for key, why in _UNSUPPORTED.items()
-        if _is_set(config.raw.get(key))
+        if _is_set(key, config.raw)
     ]
     if config.bias != "none":
         why = "biases trained with the adapter are not supported"
@@ -71,16 +72,17 @@ def feature_problems(config: AdapterConfig, file: str) -> list[Problem]:
     return [*found, *_activated(config, file)] if config.invocation_tokens else found
 
 
-def _is_set(value: object) -> bool:
-    """Whether a key has effect in PEFT, which takes an empty object for one of default values."""
-    return bool(value) or isinstance(value, dict)
+def _is_set(key: str, raw: Mapping[str, Any]) -> bool:
+    """Whether a key has effect in PEFT, which takes an empty configuration for the default one."""
+    value = raw.get(key)
+    return bool(value) or (isinstance(value, dict) and key != "trainable_token_indices")
 
 
 def _activated(config: AdapterConfig, file: str) -> Iterable[Problem]:
     """What PEFT does not train with `alora_invocation_tokens`, or computes as something else."""
     kind = "with 'alora_invocation_tokens'"
     for key, why in _NOT_ACTIVATED.items():
-        if _is_set(config.raw.get(key)):
+        if _is_set(key, config.raw):
             yield _unsupported(file, key, config.raw[key], f"unset {kind}", why)
     start = config.raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower() == "mica":

@@ -276,3 +276,8 @@ def targets_an_expression_of_all_names(draft: Draft) -> None:
 @valid(read_by_peft=False)
 def peft_type_absent(draft: Draft) -> None:
     del draft.config["peft_type"]
+
+
+@valid()
+def no_tokens_among_those_that_are_trained_alone(draft: Draft) -> None:
+    draft.config["trainable_token_indices"] = {}
