@@ -316,9 +316,31 @@ def test_a_slot_is_kept_for_one_that_is_not_looked_at_though_it_waits_in_the_que
     for _ in range(PATIENCE):
         turns.begin_step({A}, 1)
     for _ in range(5 * PATIENCE):
-        turns.begin_step((), 1, may_come={W}.__contains__)
+        turns.begin_step((), 1, may_come=lambda: {W})
         assert not turns.admit(B)
     assert turns.admit(W)
+
+
+def test_it_is_asked_once_for_all_who_may_come() -> None:
+    """Very many requests may have to be looked at for that."""
+    turns, asked = SlotTurns(PATIENCE), list[int]()
+    kept = {W, W + 10, W + 20}
+
+    def may_come() -> set[int]:
+        asked.append(1)
+        return kept
+
+    turns.begin_step((), 3)
+    assert [turns.admit(adapter) for adapter in (A, B, C, *kept)] == [True] * 3 + [False] * 3
+    for _ in range(PATIENCE):
+        turns.begin_step({A, B, C}, 3)
+    for _ in range(PATIENCE):
+        turns.begin_step((), 3, may_come=may_come)
+        assert not turns.admit(X)
+    assert not asked
+    turns.begin_step((), 3, may_come=may_come)
+    assert len(asked) == 1
+    assert all(map(turns.admit, kept))
 
 
 def test_one_whose_slot_takes_long_to_fill_keeps_it_as_long_as_it_comes() -> None:

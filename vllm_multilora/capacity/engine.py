@@ -166,9 +166,7 @@ class Engine:
         self._take_copies()
         self._waits.begin_step()
         self._slots.begin_step(frozenset(self._running))
-        self._turns.begin_step(
-            self._running, self._shape.slots, may_come=self._waiting.__contains__
-        )
+        self._turns.begin_step(self._running, self._shape.slots, may_come=lambda: self._waiting)
         self._waits_for_slot = False
         left = self._step_tokens - self._generating
         parts: list[tuple[int, int, int]] = []  # request, tokens before, tokens now

@@ -23,7 +23,7 @@ shares: a party waits while others have had less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 
 PATIENCE_STEPS = 16
 """Steps that an adapter waits for a slot before others have to make room."""
@@ -57,7 +57,7 @@ class SlotTurns:
         active: Collection[int],
         slots: int,
         order: Callable[[int], float] | None = None,
-        may_come: Callable[[int], bool] = lambda adapter_id: False,
+        may_come: Callable[[], Container[object]] = tuple,
     ) -> None:
         """A step is being scheduled.
 
@@ -68,14 +68,16 @@ class SlotTurns:
             order: What is kept for the overdue goes to those that wait, overdue or not, with the
                 least of this first, and among equals to those that have waited longest; those with
                 the most are closed first, and for those with no more of it only.
-            may_come: Whether a request of an adapter that does not come waits in the queue: those
-                before it may take all places each time.
+            may_come: The adapters that have requests waiting in the queue, though none comes: those
+                before them may take all places each time. Asked where that matters.
         """
         self._step += 1
         missed = {i: steps + self._turns_away for i, steps in self._missed.items()}
-        for adapter_id in [i for i, steps in missed.items() if steps >= self._patience]:
+        late = [i for i, steps in missed.items() if steps >= self._patience]
+        coming = may_come() if late else ()
+        for adapter_id in late:
             del missed[adapter_id]
-            if not may_come(adapter_id):
+            if adapter_id not in coming:
                 self.forget(adapter_id)
         self._turns_away = False
         self._placing.difference_update(active)

@@ -220,7 +220,8 @@ class AdapterAwareMixin:
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
         adapters.slots.begin_step(active := _adapters_of(self.running))
         slots, order = max(1, self._slots - pins.places), self._slot_order()
-        self._turns.begin_step(active - pinned, slots, order, partial(_could_run, self.requests))
+        could_run = partial(_that_could_run, self.requests)
+        self._turns.begin_step(active - pinned, slots, order, could_run)
         self._is_holding = bool(self._late_reloads)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -392,9 +393,9 @@ def _requests_of(
             yield request, lora
 
 
-def _could_run(requests: Mapping[str, Request], lora_id: int) -> bool:
-    """Whether a request of an adapter waits for nothing of its own."""
-    return any(r.status in COULD_RUN for r, _ in _requests_of(lora_id, requests.values()))
+def _that_could_run(requests: Mapping[str, Request]) -> frozenset[int]:
+    """The adapters with a request that waits for nothing of its own."""
+    return _adapters_of(request for request in requests.values() if request.status in COULD_RUN)
 
 
 def _adapters_of(requests: Iterable[Request]) -> frozenset[int]:
