@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.slots.situations import make_slots, run
-from vllm_multilora.slots import CachePolicy
+from vllm_multilora.slots import CachePolicy, contained_policy
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
 
@@ -38,6 +38,29 @@ def test_slots_go_on_with_lru_whatever_fails(method: str, caplog: pytest.LogCapt
     (record,) = caplog.records
     assert "Cache policy Broken has failed and is replaced by LRU" in record.getMessage()
     assert "RuntimeError: out of order" in record.getMessage()
+
+
+@pytest.mark.parametrize("method", ["added", "removed"])
+def test_the_policy_in_its_place_knows_what_is_there_and_nothing_else(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[int] = []
+
+    class Noted(LruPolicy):
+        def added(self, adapter_id: int, size: int, cost: float) -> None:
+            added.append(adapter_id)
+            super().added(adapter_id, size, cost)
+
+    monkeypatch.setattr(contained_policy, "LruPolicy", Noted)
+    failing = Broken()
+    policy = ContainedPolicy(failing)
+    for adapter_id in (1, 2):
+        policy.added(adapter_id, 1, 1.0)
+    policy.removed(1)
+    failing.method = method
+    policy.added(3, 1, 1.0)
+    policy.removed(3)
+    assert added == ([2, 3] if method == "added" else [2])
 
 
 class Stubborn(LruPolicy):

@@ -225,6 +225,50 @@ def test_where_nobody_waits_nobody_owes_anything():
     assert (first, last) == ("modest", "greedy")
 
 
+def test_those_that_want_no_more_owe_something_while_one_waits_for_a_slot():
+    shares = FairShares()
+    for party in ("waiting", "modest", "greedy"):
+        shares.join(party)
+    for _ in range(10):
+        shares.begin_step(set())
+        shares.hold("waiting", waits_for_slot=True)
+        shares.charge("greedy", 50)
+        shares.charge("modest", 2)
+    shares.begin_step(set())
+    assert shares.served("modest") == 20
+
+
+def test_what_one_has_had_stays_when_it_wants_no_more():
+    shares = FairShares()
+    for party in ("satisfied", "wanting"):
+        shares.join(party)
+    begin_step(shares)
+    shares.charge("satisfied", 100)
+    shares.begin_step({"wanting"})
+    assert shares.served("satisfied") == 100
+
+
+@pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "beside another"])
+def test_the_turn_of_one_that_waited_for_a_slot_earns_no_credit_for_those_that_were_idle(is_alone):
+    shares = FairShares()
+    for party in ("waiting", "idle", "busy"):
+        shares.join(party)
+    shares.leave("idle")
+    for _ in range(10):
+        begin_step(shares)
+        shares.hold("waiting", waits_for_slot=True)
+        shares.charge("busy", 50)
+    if is_alone:
+        begin_step(shares)
+        shares.leave("busy")
+    shares.unhold("waiting")
+    if not is_alone:
+        begin_step(shares)
+    shares.join("idle")
+    assert shares.served("waiting") == 0
+    assert shares.served("idle") >= 450
+
+
 def test_one_that_waits_for_a_slot_keeps_its_credit_though_no_queue_has_it():
     shares = FairShares()
     for party in ("waiting", "greedy"):
@@ -325,13 +369,19 @@ def test_shares_of_late_survive_any_number_of_steps():
     shares = FairShares()
     shares.join("large")
     shares.join("small")
-    for _ in range(400 * HALF_LIFE_STEPS):
+    for _ in range(335 * HALF_LIFE_STEPS):  # shortly before, the numbers have become too large
         begin_step(shares)
         shares.charge("large", 10)
         shares.charge("small", 1)
     begin_step(shares)
     assert shares.is_heavy("large")
     assert not shares.is_heavy("small")
+    for _ in range(10 * HALF_LIFE_STEPS):
+        begin_step(shares)
+        shares.charge("small", 10)
+        shares.charge("large", 1)
+    assert shares.is_heavy("small")
+    assert not shares.is_heavy("large")
 
 
 def test_one_whose_requests_cannot_run_makes_nobody_heavy_and_earns_no_credit():
@@ -520,6 +570,20 @@ def test_of_very_many_parties_those_that_left_last_are_remembered():
         shares.join(party)
         assert shares.served(party) == served
         shares.leave(party)
+
+
+def test_of_very_many_parties_those_are_remembered_that_have_had_more_than_newcomers():
+    shares = FairShares()
+    shares.join("greedy")
+    shares.join("modest")
+    begin_step(shares)
+    shares.charge("greedy", 10)
+    shares.leave("greedy")
+    for party in range(MOST_REMEMBERED):
+        shares.join(party)
+        shares.leave(party)
+    shares.join("greedy")
+    assert shares.served("greedy") == 10
 
 
 def test_what_a_party_has_had_alone_of_late_makes_it_heavy_beside_another():

@@ -45,6 +45,12 @@ def test_without_enough_victims_nothing_changes(size: int, protected: set[int]) 
     assert 5 not in host
 
 
+def test_a_full_tier_takes_no_other_pack_where_none_may_leave() -> None:
+    host = make_host(adapters=2, packs=[1, 2])
+    assert host.take(3, MIB, frozenset({1, 2})) is None
+    assert len(host) == 2
+
+
 def test_a_dropped_pack_leaves_its_room() -> None:
     host = make_host(adapters=1, packs=[1])
     host.drop(1)

@@ -50,6 +50,16 @@ def test_a_step_is_reported_before_its_victims_are_chosen():
     ]
 
 
+def test_candidates_are_in_the_order_of_their_numbers():
+    gpu = Journal()
+    slots = make_slots(2, lambda: gpu)
+    for adapter in (2, 1):
+        run(slots, [adapter])
+    run(slots, [])
+    slots.assign(3, 1)
+    assert ("victim", [1, 2]) in gpu.take()
+
+
 def test_an_adapter_of_the_batch_that_has_no_slot_yet_is_reported_when_it_has():
     gpu = Journal()
     slots = make_slots(2, lambda: gpu)
@@ -79,6 +89,18 @@ def test_adapters_whose_slots_were_cleared_are_reported_again_with_their_new_slo
     slots.clear_all()
     run(slots, [1])
     assert gpu.take() == [("removed", 1), ("added", 1, 1), ("used", [1], [1])]
+
+
+def test_an_adapter_that_comes_back_for_nobodys_step_is_not_reported():
+    gpu = Journal()
+    slots = make_slots(2, lambda: gpu)
+    run(slots, [1])
+    bring(slots, 2)
+    slots.clear(2)
+    bring(slots, 2)
+    gpu.take()
+    slots.running(frozenset({1}))
+    assert not gpu.take()
 
 
 def test_packs_are_reported_with_their_bytes_and_once_a_change_of_the_batches():

@@ -80,6 +80,25 @@ def test_what_is_guaranteed_is_had_however_long_it_takes():
     assert had[-1] > 100
 
 
+def test_what_was_guaranteed_beyond_what_they_may_have_says_nothing_of_that():
+    bound = StepBound(1.5, MOST)
+    bound.took(0.01, 0)
+    before = bound.allowance
+    bound.took(1.0, before + 1)
+    assert bound.allowance == before
+    bound.took(1.0, before)
+    assert bound.allowance < before
+
+
+def test_they_may_have_a_token_of_however_small_a_step_and_no_more_than_all_of_it():
+    assert StepBound(1.5, 8).allowance == 1
+    bound = StepBound(1.5, MOST)
+    run(bound, HARDWARE["free"], 1000)
+    assert bound.allowance == MOST
+    run(bound, lambda added: 1.0 + added, 1000)
+    assert bound.allowance == 1
+
+
 def test_whoever_asks_for_little_earns_nothing_by_it():
     """Else a long prompt after many short steps would make a very long one."""
     bound = StepBound(1.5, MOST)

@@ -240,6 +240,10 @@ def test_whoever_had_a_slot_longest_gives_it_up_at_once_when_there_is_one_less()
         assert [turns.admit(adapter) for adapter in (A, B, C)] == [False, True, True]
     turns.begin_step({A, B, C}, 2)
     assert [turns.admit(adapter) for adapter in (A, B, C)] == [False, False, True]
+    assert not turns.admit(X)
+    for _ in range(PATIENCE):
+        turns.begin_step({A, B, C}, 2)
+    assert not turns.admit(W)  # though it and another are overdue now
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -315,10 +319,17 @@ def test_a_slot_is_kept_for_one_that_is_not_looked_at_though_it_waits_in_the_que
     assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
     for _ in range(PATIENCE):
         turns.begin_step({A}, 1)
+    asked: list[int] = []
+
+    def may_come() -> set[int]:
+        asked.append(1)
+        return {W}
+
     for _ in range(5 * PATIENCE):
-        turns.begin_step((), 1, may_come=lambda: {W})
+        turns.begin_step((), 1, may_come=may_come)
         assert not turns.admit(B)
     assert turns.admit(W)
+    assert len(asked) <= 5  # a look at all requests, each time
 
 
 def test_it_is_asked_once_for_all_who_may_come() -> None:
@@ -390,6 +401,38 @@ def test_with_an_order_the_one_with_the_least_of_it_goes_first() -> None:
     assert not turns.admit(X)
     turns.begin_step((), 1, order=had.__getitem__)
     assert [turns.admit(adapter) for adapter in (B, X, C)] == [False, False, True]
+
+
+def test_with_an_order_the_one_with_the_most_of_it_makes_room() -> None:
+    """However short it has had its slot."""
+    had = {A: 1.0, B: 2.0, W: 0.0}
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 2)
+    assert turns.admit(A)
+    turns.begin_step({A}, 2)
+    assert [turns.admit(adapter) for adapter in (B, W)] == [True, False]
+    for _ in range(PATIENCE):
+        turns.begin_step({A, B}, 2, order=had.__getitem__)
+    assert [turns.admit(adapter) for adapter in (A, B)] == [True, False]
+
+
+def test_with_an_order_as_many_make_room_as_are_overdue() -> None:
+    had = {A: 2.0, B: 1.0, W: 0.0, X: 0.0}
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 2)
+    assert [turns.admit(adapter) for adapter in (A, B, W)] == [True, True, False]
+    for _ in range(PATIENCE):
+        turns.begin_step({A, B}, 2, order=had.__getitem__)
+        assert not turns.admit(X)
+    assert [turns.admit(adapter) for adapter in (A, B)] == [False, True]
+
+
+def test_with_an_order_no_free_slot_is_kept_for_one_that_is_not_overdue() -> None:
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    turns.begin_step((), 1, order={W: 0.0, B: 1.0}.__getitem__)
+    assert turns.admit(B)
 
 
 def test_with_an_order_nobody_makes_room_for_one_with_more_of_it() -> None:

@@ -38,6 +38,9 @@ def test_the_last_use_is_the_last_step_with_the_adapter() -> None:
     now = 5.0
     seen.step(set())
     assert seen.of(2).last_used == 4.0
+    seen.step({2})
+    seen.forget(2)
+    assert seen.of(2).last_used is None
 
 
 def test_memory_for_adapters_that_come_and_go_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ class SlotAssignment(PolicyTier):
         joined = adapters - self._running
         self._active = adapters
         self.used(adapters)
-        self._look_ups.joined(joined, self._places)
+        self._look_ups.joined(joined)
 
     def admit(self, adapter_id: int, pack: int) -> bool:
         """Whether a request may run with this version of the adapter; protects it if so."""

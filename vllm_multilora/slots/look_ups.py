@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 from vllm_multilora.slots.events import SlotEvents, Tier
 
@@ -36,15 +36,10 @@ class LookUps:
         self._read.discard(adapter_id)
         self._brought.discard(adapter_id)
 
-    def joined(self, adapters: Iterable[int], in_slots: Container[int]) -> None:
-        """Counts the look-ups of the adapters that have joined the running batch.
-
-        Args:
-            adapters: These.
-            in_slots: Adapters that have slots.
-        """
+    def joined(self, adapters: Iterable[int]) -> None:
+        """Counts the look-ups of the adapters that have joined the running batch."""
         for adapter_id in sorted(adapters):
-            if adapter_id in in_slots and adapter_id not in self._brought:
+            if adapter_id not in self._brought:
                 self._events.hit(Tier.GPU, adapter_id)
             else:
                 self._events.miss(Tier.GPU, adapter_id)
