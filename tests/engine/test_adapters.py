@@ -261,6 +261,16 @@ def test_a_lease_on_what_is_in_memory_is_waited_for_once(engine):
     assert engine.adapters.is_ready(1)
 
 
+def test_a_lease_is_waited_for_by_a_step_though_others_have_looked_before(engine):
+    engine.host(1, 7)
+    engine.adapters.drop(1)
+    engine.adapters.want(lora(1))
+    engine.adapters.poll()
+    assert engine.store.waited == 0
+    engine.adapters.poll(0.01)
+    assert engine.store.waited == 1
+
+
 def test_a_lease_that_comes_while_it_is_waited_for_counts_at_once(engine):
     engine.host(1, 7)
     engine.adapters.drop(1)
@@ -898,6 +908,7 @@ def test_a_copy_of_a_pack_that_has_gone_fails_nobody(engine):
     engine.workers.say(FillFailed(order.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
     engine.poll()
     assert engine.adapters.failure(1) is None
+    assert engine.adapters.state(1) is AdapterState.ABSENT
     assert not engine.store.leased
     assert not engine.adapters.is_ready(1)
     assert engine.store.only().keep
@@ -1092,6 +1103,8 @@ def test_a_pinned_name_stays_with_the_version_that_serves_when_another_is_refuse
 ):
     engine = engines(ranks=1, pinned=["adapter 1"], recorder=recorder(tmp_path, "engine"))
     engine.fill(1)
+    info = "vllm:lora_adapter_info{engine=0,lora_name=adapter 1,pinned=true,rank=8,tier=gpu}"
+    assert shown(tmp_path)[info] == 1
     future = engine.adapters.register(LoRARequest("adapter 1", 9, "/adapters/new"))
     assert engine.adapters.slots.pins.adapters == {9}
     engine.store.failed()
@@ -1101,7 +1114,6 @@ def test_a_pinned_name_stays_with_the_version_that_serves_when_another_is_refuse
         engine.fill(number)
         engine.idle()
     assert engine.adapters.slots.contents == (1, 3)
-    info = "vllm:lora_adapter_info{engine=0,lora_name=adapter 1,pinned=true,rank=8,tier=gpu}"
     assert shown(tmp_path)[info] == 1
 
 
@@ -1275,6 +1287,7 @@ def test_a_removed_adapter_leaves_nothing_at_any_stage(engine, stage):
         assert assert_refused(registered).failure.kind is FailureKind.GONE
     engine.all_is_given_back()
     assert engine.adapters.slots.contents == (None, None)
+    assert not engine.adapters.known().lose_pack(7)
 
 
 def test_the_answers_to_a_removed_adapters_orders_mean_nothing_to_its_successor(engine):
@@ -1530,6 +1543,16 @@ def test_a_copy_that_was_not_made_is_not_counted(tmp_path):
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.SLOT
     assert not any(key.startswith("vllm:lora_adapter_load_total") for key in shown(tmp_path))
+    engine.adapters.drop(1)
+
+
+def test_adapters_that_leave_host_memory_are_counted(tmp_path):
+    engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
+    engine.fill(1)
+    engine.store.evict(1)
+    engine.poll()
+    (key,) = (key for key in shown(tmp_path) if key.startswith("vllm:lora_adapter_evict_total"))
+    assert "tier=cpu" in key
     engine.adapters.drop(1)
 
 

@@ -173,6 +173,40 @@ def test_one_look_is_enough_for_all_that_wait_for_the_same():
     assert len(scheduler.step(blocked={1})) == 1500
 
 
+def test_a_request_that_is_aborted_after_a_look_at_it_is_not_shown_again():
+    scheduler = Scheduler()
+    first, second, third = Waiting(1, 1), Waiting(2, 2), Waiting(3, 1)
+    scheduler.add(first, second, third)
+    assert scheduler.queue.peek_request() is first
+    scheduler.queue.remove_request(first)
+    assert scheduler.queue.peek_request() is second
+    scheduler.queue.remove_request(second)
+    assert scheduler.queue.peek_request() is third
+
+
+def test_there_is_something_to_examine_though_others_that_were_passed_over_are_aborted():
+    scheduler = Scheduler()
+    first, second, third = Waiting(1, 1), Waiting(2, 1), Waiting(3, 2)
+    scheduler.add(first, second, third)
+    queue = scheduler.queue
+    queue.begin_step()
+    queue.pass_over(first)
+    assert queue.pop_request() is first
+    queue.prepend_requests([first])
+    queue.remove_requests([first, second])
+    assert queue
+    assert queue.pop_request() is third
+    assert not queue
+
+
+def test_of_parties_that_have_had_the_same_the_one_that_came_first_is_first():
+    scheduler = Scheduler()
+    gone, first, last = Waiting(1, 1, "a"), Waiting(2, 1, "b"), Waiting(3, 1, "a")
+    scheduler.add(gone, first, last)
+    scheduler.queue.remove_request(gone)
+    assert scheduler.step() == [first, last]
+
+
 def test_what_is_put_back_stays_before_what_was_not_looked_at():
     """The last one has something of its own to wait for, and is examined after the first."""
     scheduler = Scheduler()

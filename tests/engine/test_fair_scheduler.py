@@ -41,8 +41,10 @@ class FixedBound:
 
     def __init__(self, slowdown: float, most: int) -> None:
         self.took_part: list[float] = []
+        self.least = 0.0
 
     def next(self, least: float) -> float:
+        self.least = least
         return LIMIT
 
     def took(self, seconds: float, added: float) -> None:
@@ -234,12 +236,12 @@ def test_a_step_looks_at_few_requests_of_a_heavy_party_that_may_have_no_more_of_
     """There may be tens of thousands, and each look at one takes everybody time."""
     steps = Steps(configs(places=250))
     for number in range(30):
-        steps.ask(f"large {number:3}", adapter=2, generate=60)
+        steps.ask(f"large {number:3}", tenant="large", adapter=2 + number % 4, generate=60)
     run(steps, 20)
     steps.ask("small", adapter=1, generate=200)
     run(steps, 3)
     for number in range(30, 230):
-        steps.ask(f"large {number:3}", adapter=2)
+        steps.ask(f"large {number:3}", tenant="large", adapter=2 + number % 4)
     looked, look = [], steps.scheduler._handle_blocked_waiting_request
     steps.scheduler._handle_blocked_waiting_request = lambda r: looked.append(r) or look(r)
     tokens = run(steps, 10)
@@ -309,6 +311,16 @@ def test_nobody_is_held_back_for_one_that_finds_no_memory(configs):
     run(steps, 1)
     for _ in range(5):
         assert of(Counter(steps.step()), "large") == 24
+
+
+def test_heavy_parties_have_a_share_by_their_weights_however_long_steps_take(configs):
+    steps = Steps(configs(places=8))
+    for number in range(4):
+        steps.ask(f"large {number}", tenant="large", weight=3.0, generate=400)
+    run(steps, 20)
+    steps.ask("small", tenant="small", generate=200)
+    run(steps, 10)
+    assert steps.scheduler._bound.least == 1.5 * 3.0 * GENERATED_COST
 
 
 def test_equal_parties_are_not_limited(steps):
@@ -540,6 +552,21 @@ def test_a_tenant_with_many_adapters_has_no_more_of_the_slots(configs, fair):
         served.update(name.split()[0] for name in slots.step())
     share = served["one"] / served.total()
     assert share == pytest.approx(0.45 if fair else 1 / 7, abs=0.1)
+
+
+def test_an_adapter_gets_its_turn_for_a_slot_beside_a_heavy_party(configs):
+    steps = Steps(configs(places=8))
+    slots = Slots(steps, slots=1)
+    steps.ask("small", generate=400)
+    for number in range(100):
+        steps.ask(f"large {number}", adapter=2, generate=60)
+    for _ in range(20):
+        slots.step()
+    steps.ask("late", adapter=3)
+    for _ in range(200):
+        slots.step()
+    assert "late" in steps.finished
+    assert len(steps.finished) < 100
 
 
 def _ended(steps: Steps, beginning: str) -> int:

@@ -249,6 +249,14 @@ def test_a_prompt_that_invokes_nothing_gets_no_keys_and_never_the_base_models():
     assert not invocation.is_invoked(request, Digests(_1="d", invocation=INVOCATION).version(1))
 
 
+def test_embeddings_in_the_place_of_tokens_invoke_nothing():
+    pack = msgspec.structs.replace(pack_info(1), invocation_tokens=(5,))
+    request = SimpleNamespace(prompt_token_ids=[4, 5, 6], prompt_embeds=None)
+    assert invocation.is_invoked(request, pack)
+    request = SimpleNamespace(prompt_token_ids=[4, 5, 6], prompt_embeds=object())
+    assert not invocation.is_invoked(request, pack)
+
+
 def test_an_adapter_that_becomes_a_plain_one_acts_on_everything():
     tokens = [5] * (2 * BLOCK) + [*INVOCATION]
     request = activated(tokens)

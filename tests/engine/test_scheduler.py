@@ -20,6 +20,7 @@ from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.engine import scheduler as scheduler_module
 from vllm_multilora.integration.engine import users
 from vllm_multilora.integration.engine.core import add_lora, remove_lora
+from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.turns import PATIENCE_STEPS
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -155,6 +156,20 @@ def test_an_adapter_without_a_request_left_is_dropped(server):
     assert not server.engine.store.wants
 
 
+def test_what_is_measured_of_a_request_ends_with_it(server):
+    seen = []
+    server.scheduler.request_metrics = SimpleNamespace(
+        accept=lambda request, number, name, *, is_ready: seen.append((request, is_ready)),
+        finish=lambda request, number: seen.append((request, number)),
+    )
+    server.ask("cold", 1)
+    for _ in range(3):
+        server.serve()
+    server.ask("warm", 1)
+    server.abort("cold", "warm")
+    assert seen == [("cold", False), ("warm", True), ("cold", 1), ("warm", 1)]
+
+
 def test_an_adapter_with_a_request_left_is_not_dropped(server):
     server.ask("first", 1)
     server.ask("second", 1)
@@ -281,6 +296,27 @@ def test_a_reload_is_not_answered_by_one_that_was_under_way(server):
         server.serve()
     assert server.names == {"second", "third"}
     assert server.engine.adapters.version(1).pack == 12
+
+
+def test_a_reload_that_was_held_back_and_cannot_be_asked_for_fails(server):
+    server.ask("first", 1, inplace=True)
+    server.ask("other", 1, path="/elsewhere", inplace=True)
+    for _ in range(4):
+        server.serve()
+    assert server.names == {"first"}
+    assert "its number 1 is that of adapter 'adapter 1'" in server.ended["other"]
+
+
+def test_a_reload_after_one_that_has_failed_is_asked_for(server):
+    server.ask("first", 1, inplace=True)
+    server.engine.store.failed()
+    server.step()
+    server.step()
+    assert server.ended.keys() == {"first"}
+    server.ask("second", 1, inplace=True)
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"second"}
 
 
 def test_requests_are_served_while_reloads_keep_coming(server):
@@ -541,6 +577,33 @@ def test_an_adapter_that_is_registered_again_while_it_is_about_to_leave_stays(se
     assert server.engine.adapters.version(1) is not None
 
 
+def test_an_adapters_blends_leave_with_it(server):
+    engine_core = SimpleNamespace(
+        scheduler=server.scheduler, input_queue=Queue(), vllm_config=config(2)
+    )
+    ADAPTERS.set(engine_core, server.engine.adapters)
+    blend = blended([(lora(1), 0.5), (lora(2), 0.5)])
+    server.start("part", 1)
+    server.step("part")
+    server.scheduler.add_request(FakeRequest("blended", blend))
+    server.abort("blended")
+    removed = remove_lora(None, engine_core, 1)
+    assert sorted(server.engine.store.forgotten) == [1, blend.lora_int_id]
+    server.engine.store.forgets()
+    server.engine.adapters.poll()
+    assert removed.result(0)
+
+
+def test_blocks_that_were_given_back_many_steps_ago_are_not_remembered():
+    freed = FreedBlocks()
+    freed.note(1, [7])
+    freed.step()
+    assert freed.of([1]) == {7}
+    for _ in range(100):
+        freed.step()
+    assert not freed.of([1])
+
+
 @pytest.mark.parametrize("is_running", [True, False], ids=["running", "waiting"])
 def test_requests_that_outlive_the_time_limit_are_ended(server, is_running):
     server.start("good", 1)
@@ -582,6 +645,17 @@ def test_a_step_looks_for_news_once_unless_a_request_has_come(server, monkeypatc
         server.ask("other", 2)
     assert server.scheduler.schedule().total_num_scheduled_tokens == 1
     assert len(seen) == polls
+
+
+def test_where_steps_are_scheduled_ahead_each_of_them_looks_for_news(server, monkeypatch):
+    server.start("tenant", 1)
+    seen, poll = [], server.engine.adapters.poll
+    server.scheduler.update_from_output(server.scheduler.schedule(), ())
+    monkeypatch.setattr(server.engine.adapters, "poll", lambda *_: seen.append(poll()))
+    server.scheduler.schedule()
+    assert len(seen) == 0
+    server.scheduler.schedule()
+    assert len(seen) == 1
 
 
 class RealServer:
@@ -673,6 +747,18 @@ def test_the_end_of_a_sessions_input_does_not_ask_for_its_adapter(tmp_path):
     for _ in range(3):
         server.step()
     assert not server.engine.store.leased
+    assert not server.engine.store.wants
+
+
+def test_input_for_a_session_that_has_ended_while_its_blocks_are_sent_asks_for_nothing(tmp_path):
+    """A KV connector sends them on, and vLLM keeps the request until then."""
+    server = RealServer(tmp_path)
+    session = server.start_session()
+    server.engine.adapters.slots_lost()
+    server.scheduler._connector_finished = lambda request: (True, None)
+    server.steps.abort("session")
+    server.steps.ask("session", adapter=1, resumable=True)
+    assert session.is_finished()
     assert not server.engine.store.wants
 
 
@@ -771,6 +857,12 @@ def test_an_engine_that_is_called_directly_removes_an_adapter_in_its_callers_ste
         server.step()
     assert server.engine.store.forgotten == [1]
     assert server.engine.adapters.version(1) is None
+
+
+def test_an_engine_that_is_called_directly_says_that_an_adapter_was_not_known(server):
+    engine_core = SimpleNamespace(scheduler=server.scheduler, vllm_config=config(2))
+    ADAPTERS.set(engine_core, server.engine.adapters)
+    assert remove_lora(None, engine_core, 1) is False
 
 
 def test_an_engine_that_is_called_directly_registers_an_adapter_while_others_fill_host_memory(

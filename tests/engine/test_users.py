@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 from tests.engine.fake_scheduler import FakeRequest
 from tests.engine.parties import lora
+from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.engine import users as users_module
 from vllm_multilora.integration.engine.users import AdapterUsers
 from vllm_multilora.integration.engine.versions import Announcements, version_in
+from vllm_multilora.metrics.names import BLENDS
 
 
 def told(users: AdapterUsers, *running: FakeRequest) -> tuple[dict, dict]:
@@ -32,6 +34,30 @@ def test_adapters_run_and_wait_by_their_requests_and_those_without_are_not_named
     assert users.leave(1)
     assert users[1] == 0
     assert told(users) == ({}, {})
+
+
+def test_requests_of_all_blends_are_counted_under_one_name():
+    users = AdapterUsers()
+    blends = [blended([(lora(1), weight), (lora(2), 1.0)]) for weight in (0.25, 0.5)]
+    for blend in blends:
+        users.come(blend)
+    assert told(users, *(FakeRequest(str(one.lora_int_id), one) for one in blends)) == (
+        {BLENDS: 2},
+        {},
+    )
+
+
+def test_an_adapter_that_is_kept_keeps_no_other():
+    users, told_of = AdapterUsers(), list[tuple[int, bool]]()
+    for number in (1, 2):
+        users.come(lora(number))
+        users.retire(number, 60.0, lambda leaves, number=number: told_of.append((number, leaves)))
+    users.keep({1})
+    assert told_of == [(1, False)]
+    for number in (1, 2):
+        users.leave(number)
+    assert not users.let_go()
+    assert told_of == [(1, False), (2, True)]
 
 
 def test_counts_of_adapters_that_the_engine_has_forgotten_are_forgotten(monkeypatch):

@@ -60,7 +60,7 @@ class LinkedWorkers:
         # passing; while there are none the workers are idle and answer at once. Only where more
         # was sent than that during the steps under way does this wait, for the oldest of these,
         # which the engine core would wait for next: the worst is that one step does not overlap.
-        while self._sent and (self._sent[0].done() or len(self._sent) > _MOST_UNREAD):
+        if len(self._sent) > _MOST_UNREAD:
             self._sent.popleft().result()
 
     def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
