@@ -1,4 +1,4 @@
-"""The states of an adapter, and the only transitions between them.
+"""The states of an adapter, and what leads from one to another.
 
 One state machine for everybody that shows or decides: the store moves an adapter up to HOST, the
 engine core between HOST and SLOT; status and metrics show what these two say.
@@ -17,9 +17,6 @@ engine core between HOST and SLOT; status and metrics show what these two say.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-
-from vllm_multilora.errors import MultiLoRAError
 
 
 class AdapterState(enum.Enum):
@@ -46,50 +43,3 @@ class AdapterState(enum.Enum):
 
 AT_HAND = (AdapterState.HOST, AdapterState.SLOT)
 """In which an adapter need not be read."""
-
-TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
-    # A load of files that are in host memory already, under another name, is over at once.
-    AdapterState.ABSENT: frozenset({AdapterState.QUEUED, AdapterState.HOST}),
-    AdapterState.QUEUED: frozenset(
-        {AdapterState.READING, AdapterState.FAILED, AdapterState.ABSENT}
-    ),
-    AdapterState.READING: frozenset(
-        {AdapterState.HOST, AdapterState.FAILED, AdapterState.ABSENT, AdapterState.QUEUED}
-    ),
-    AdapterState.HOST: frozenset(
-        {AdapterState.SLOT, AdapterState.ABSENT, AdapterState.FAILED, AdapterState.QUARANTINED}
-    ),
-    AdapterState.SLOT: frozenset(
-        {AdapterState.HOST, AdapterState.ABSENT, AdapterState.FAILED, AdapterState.QUARANTINED}
-    ),
-    AdapterState.FAILED: frozenset({AdapterState.QUEUED, AdapterState.ABSENT}),
-    AdapterState.QUARANTINED: frozenset({AdapterState.ABSENT}),
-}
-"""From each state, the states that may follow."""
-
-
-class IllegalTransitionError(MultiLoRAError, RuntimeError):
-    """An adapter was to go where its state does not lead; a fault of the caller."""
-
-    def __init__(
-        self,
-        adapter: int,
-        found: AdapterState,
-        wanted: AdapterState,
-        expected: Iterable[AdapterState],
-    ):
-        states = " or ".join(sorted(state.value for state in expected))
-        super().__init__(
-            f"adapter {adapter} cannot become {wanted.value}: its state is {found.value}, "
-            f"expected {states}"
-        )
-        self.adapter = adapter
-        self.found = found
-        self.wanted = wanted
-
-
-def require_transition(adapter: int, found: AdapterState, wanted: AdapterState) -> None:
-    """Raises `IllegalTransitionError` unless `wanted` may follow `found`."""
-    if wanted not in TRANSITIONS[found]:
-        expected = (state for state, allowed in TRANSITIONS.items() if wanted in allowed)
-        raise IllegalTransitionError(adapter, found, wanted, expected)
