@@ -8,7 +8,7 @@ from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.events import SlotEvents, Tier
 from vllm_multilora.slots.host_tier import HostTier
 from vllm_multilora.slots.policy import CachePolicy
-from vllm_multilora.slots.registry import policy_factory
+from vllm_multilora.slots.registry import make_policy
 
 MIB = 2**20
 
@@ -16,15 +16,15 @@ MIB = 2**20
 def make_slots(
     slots: int = 2, policy: str | Callable[[], CachePolicy] = "lru", **options: Any
 ) -> SlotAssignment:
-    make = policy_factory(policy) if isinstance(policy, str) else policy
-    return SlotAssignment(slots, make(), **options)
+    own = make_policy(policy) if isinstance(policy, str) else policy()
+    return SlotAssignment(slots, own, **options)
 
 
 def make_host(
     *, adapters: int | None = None, size: int | None = None, policy: str = "lru", packs: Any = ()
 ) -> HostTier:
     """Host memory with these packs, of one MiB each."""
-    host = HostTier(policy_factory(policy)(), CpuBudget(adapters, size))
+    host = HostTier(make_policy(policy), CpuBudget(adapters, size))
     for pack in packs:
         host.take(pack, MIB)
     return host

@@ -22,7 +22,7 @@ from vllm_multilora.capacity.served import Costs, Request, Served
 from vllm_multilora.capacity.step_cost import Batch, pairs_of
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.copy_waits import STEP_S, CopyWaits
-from vllm_multilora.slots.registry import policy_factory
+from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.turns import SlotTurns
 
@@ -51,11 +51,10 @@ class Engine:
         costs: Costs,
         sizes: Sequence[int],
     ) -> None:
-        make = policy_factory(policy)
-        self._slots = SlotAssignment(shape.slots, make())
+        self._slots = SlotAssignment(shape.slots, make_policy(policy))
         self._turns = SlotTurns()
         self._waits = CopyWaits(STEP_S)
-        self._memory = HostMemory(make(), shape.budget, sizes, costs.loads)
+        self._memory = HostMemory(make_policy(policy), shape.budget, sizes, costs.loads)
         self._shape = shape
         self._step_tokens = step_tokens
         self._costs = costs

@@ -19,7 +19,7 @@ from vllm_multilora.capacity.calibration import (
 from vllm_multilora.capacity.forecast import Forecast, Server, forecast
 from vllm_multilora.commands.table import aligned
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.adapter_sizes import size_from_gib
+from vllm_multilora.slots.adapter_sizes import size_in
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.traces import read_timed_trace
@@ -105,7 +105,7 @@ def sizes_in(folder: Path) -> dict[str, int]:
 
 def _server(arguments: argparse.Namespace, calibration: Calibration) -> Server:
     known, gib = calibration.settings, arguments.cpu_cache_gib
-    size = None if gib is None else size_from_gib(gib, "--cpu-cache-gib")
+    size = None if gib is None else size_in("GiB", gib, "--cpu-cache-gib")
 
     def given(value: int | None, default: int) -> int:
         return default if value is None else value

@@ -16,12 +16,11 @@ from vllm_multilora.slots.adapter_sizes import (
     DEFAULT_MIB_PER_RANK,
     parse_rank_mix,
     read_sizes,
-    size_from_gib,
-    size_from_mib,
+    size_in,
     sizes_by_rank,
 )
 from vllm_multilora.slots.budget import GIB, CpuBudget, readable
-from vllm_multilora.slots.registry import policy_factory, policy_names
+from vllm_multilora.slots.registry import make_policy, policy_names
 from vllm_multilora.slots.simulation import Optimum, Outcome, ServerShape, optimum, simulate
 from vllm_multilora.slots.synthetic_traces import KINDS, Traffic, kinds_help, synthetic_trace
 from vllm_multilora.slots.traces import Trace, TraceError, read_trace
@@ -145,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
     shape = _shape(arguments)
     policies = tuple(dict.fromkeys(arguments.policy or policy_names()))
     for policy in policies:
-        policy_factory(policy)
+        make_policy(policy)  # says what is wrong with it before anything is replayed
     if arguments.plot:
         plots.require(arguments.plot)
     outcomes = [simulate(trace.requests, sizes, shape, policy) for policy in policies]
@@ -187,7 +186,7 @@ def _sizes(arguments: argparse.Namespace, trace: Trace) -> dict[str, int]:
             if adapter not in sizes:
                 raise TraceError(f"{arguments.adapter_sizes}: has no size for adapter {adapter!r}")
     else:
-        sizes = dict.fromkeys(unstated, size_from_mib(arguments.adapter_mib, "--adapter-mib"))
+        sizes = dict.fromkeys(unstated, size_in("MiB", arguments.adapter_mib, "--adapter-mib"))
     return {**sizes, **trace.sizes}
 
 
@@ -195,7 +194,7 @@ def _shape(arguments: argparse.Namespace) -> ServerShape:
     gib = arguments.cpu_cache_gib
     if gib is None and arguments.max_cpu_loras is None:
         gib = DEFAULT_CPU_CACHE_GIB
-    size = None if gib is None else size_from_gib(gib, "--cpu-cache-gib")
+    size = None if gib is None else size_in("GiB", gib, "--cpu-cache-gib")
     budget = CpuBudget(adapters=arguments.max_cpu_loras, bytes=size)
     return ServerShape(arguments.max_loras, budget, arguments.concurrency)
 

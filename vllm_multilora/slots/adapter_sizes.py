@@ -6,6 +6,7 @@ import random
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from vllm_multilora.documents import read_file, read_json
 from vllm_multilora.errors import ConfigError
@@ -15,25 +16,18 @@ from vllm_multilora.slots.traces import MOST
 DEFAULT_MIB_PER_RANK = 5.0
 """An adapter of all linear layers of an 8-billion Llama 3 in 16 bits: 2,621,440 weights a rank."""
 
-
-def size_from_mib(mib: float, what: str) -> int:
-    """Bytes in that many MiB; see `size_from_gib`."""
-    return _size(mib, MIB, "MiB", what)
+_UNITS = {"MiB": MIB, "GiB": GIB}
 
 
-def size_from_gib(gib: float, what: str) -> int:
-    """Bytes in that many GiB.
+def size_in(unit: Literal["MiB", "GiB"], count: float, what: str) -> int:
+    """Bytes in that many of a unit.
 
     Raises:
         ConfigError: They are less than a byte, or too many; the message names `what`.
     """
-    return _size(gib, GIB, "GiB", what)
-
-
-def _size(count: float, unit: int, name: str, what: str) -> int:
-    size = count * unit
+    size = count * _UNITS[unit]
     if not 1 <= size < MOST:  # nor NaN
-        raise ConfigError(f"{what} must be a positive number of {name}, got {count:g}")
+        raise ConfigError(f"{what} must be a positive number of {unit}, got {count:g}")
     return round(size)
 
 
@@ -50,7 +44,7 @@ def read_sizes(path: Path) -> dict[str, int]:
         if isinstance(mib, bool) or not isinstance(mib, int | float) or mib <= 0:
             raise ConfigError(f"{path}: adapter {adapter!r} must have a positive MiB, got {mib!r}")
     return {
-        adapter: size_from_mib(mib, f"{path}: the size of {adapter!r}")
+        adapter: size_in("MiB", mib, f"{path}: the size of {adapter!r}")
         for adapter, mib in table.items()
     }
 
@@ -83,6 +77,6 @@ def sizes_by_rank(
     """Gives every adapter a rank of the mix at random, and with it a size in bytes."""
     ranks = random.Random(seed).choices(list(mix), weights=list(mix.values()), k=len(adapters))
     return {
-        adapter: size_from_mib(rank * mib_per_rank, "the size of an adapter")
+        adapter: size_in("MiB", rank * mib_per_rank, "the size of an adapter")
         for adapter, rank in zip(adapters, ranks, strict=True)
     }

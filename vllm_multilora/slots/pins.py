@@ -35,7 +35,7 @@ class Pins:
             raise ConfigError(
                 f"the settings pin {counted(len(self._numbers_of), 'adapter')}, and of "
                 f"{counted(slots, 'slot')} one must stay free for all others: raise --max-loras or "
-                "pin fewer adapters"
+                "pin fewer adapters with --multilora-pin"
             )
         self._called: set[int] = set()
 

@@ -34,8 +34,8 @@ def policy_names() -> tuple[str, ...]:
     return (*BUILT_IN, *sorted(_installed()))
 
 
-def policy_factory(name: str) -> Callable[[], CachePolicy]:
-    """What makes a policy of that name, checked by making one.
+def make_policy(name: str) -> CachePolicy:
+    """A new policy of that name.
 
     Args:
         name: A built-in name, the name of an entry point of group `vllm_multilora.cache_policies`,
@@ -59,12 +59,7 @@ def policy_factory(name: str) -> Callable[[], CachePolicy]:
             f"{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}; "
             "vllm_multilora.slots.CachePolicy says what each must do"
         )
-    return factory
-
-
-def make_policy(name: str) -> CachePolicy:
-    """A new policy of that name; names and errors as in `policy_factory`."""
-    return policy_factory(name)()
+    return policy
 
 
 def _find(name: str) -> Callable[[], CachePolicy]:

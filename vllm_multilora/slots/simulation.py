@@ -19,7 +19,7 @@ from vllm_multilora.slots.events import SlotEvents, Tier
 from vllm_multilora.slots.host_tier import HostTier
 from vllm_multilora.slots.optimum import most_adapters, optimal_hits
 from vllm_multilora.slots.policies.lru import LruPolicy
-from vllm_multilora.slots.registry import policy_factory
+from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.wording import counted
 
 
@@ -152,9 +152,8 @@ class _Server(SlotEvents):
     """Slots and host memory, in which everything happens at once; notes what happens."""
 
     def __init__(self, shape: ServerShape, outcome: Outcome, sizes: Sequence[int]) -> None:
-        make = policy_factory(outcome.policy)
-        self._slots = SlotAssignment(shape.slots, make(), self)
-        self._host = HostTier(make(), shape.budget)
+        self._slots = SlotAssignment(shape.slots, make_policy(outcome.policy), self)
+        self._host = HostTier(make_policy(outcome.policy), shape.budget)
         self._batch = _RunningBatch(shape)
         self._sizes = sizes
         self._outcome = outcome

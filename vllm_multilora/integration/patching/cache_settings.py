@@ -11,7 +11,8 @@ from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import GIB, CpuBudget
 from vllm_multilora.slots.machine_memory import machine_memory
-from vllm_multilora.slots.registry import policy_factory
+from vllm_multilora.slots.pins import Pins
+from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.store.messages import StoreSettings
 from vllm_multilora.wording import counted
 
@@ -33,14 +34,8 @@ def check_cache_settings(settings: MultiLoRAConfig, vllm_config: VllmConfig) -> 
         PolicyError: There is no such policy.
     """
     assert vllm_config.lora_config is not None
-    slots = vllm_config.lora_config.max_loras
-    if len(settings.pin) >= slots:
-        raise ConfigError(
-            f"{CONFIG_KEY}.pin names {counted(len(settings.pin), 'adapter')}, and of "
-            f"{counted(slots, 'slot')} one must stay free for all others: raise --max-loras or pin "
-            "fewer adapters"
-        )
-    policy_factory(settings.cache_policy)
+    Pins(vllm_config.lora_config.max_loras, settings.pin)
+    make_policy(settings.cache_policy)
 
 
 def lift_default_count(engine_args: Any, vllm_config: VllmConfig) -> None:
