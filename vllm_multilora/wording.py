@@ -1,6 +1,9 @@
-"""Numbers of things, as messages say them."""
+"""Numbers and names of things, as messages say them."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice
 
 
 def counted(count: int, what: str, many: str = "") -> str:
@@ -12,3 +15,9 @@ def counted(count: int, what: str, many: str = "") -> str:
         many: The word for several, if an `s` does not make it.
     """
     return f"{count} {what if count == 1 else many or f'{what}s'}"
+
+
+def listed(names: Collection[str], most: int) -> str:
+    """Names in words, such as `a, b and 3 more`: the first so many, and how many others."""
+    more = len(names) - most
+    return ", ".join(islice(names, most)) + (f" and {more} more" if more > 0 else "")

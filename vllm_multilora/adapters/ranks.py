@@ -5,6 +5,9 @@ from __future__ import annotations
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
+LARGE_RANK = 256
+"""From here on the adapters' own arithmetic is felt beside the base model's."""
+
 
 def slot_rank(rank: int) -> int | None:
     """The lowest rank of slots that adapters of some rank fit into; None: there is none."""

@@ -13,6 +13,7 @@ from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import MIB
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.traces import TimedTrace, TraceError
+from vllm_multilora.wording import listed
 
 _MARGIN = 1.05
 """To what was measured, beyond which a plan is outside the calibration."""
@@ -105,9 +106,10 @@ def forecast(
     for name in numbers:
         if name not in known:
             raise TraceError(
-                f"adapter {name!r} is unknown: the calibration has {_few(calibration.adapters)}, "
-                f"and the base model {calibration.model[0]}; give its size in the trace's bytes "
-                "column, or its directory with --adapters"
+                f"adapter {name!r} is unknown: the calibration has "
+                f"{listed(calibration.adapters, 3) or 'no adapter'}, and the base model "
+                f"{calibration.model[0]}; give its size in the trace's bytes column, or its "
+                "directory with --adapters"
             )
     if numbers and calibration.loads is None:
         raise CalibrationError(
@@ -143,11 +145,6 @@ def forecast(
     served = engine.serve(requests)
     largest = max((known[name] for name in numbers), default=0)
     return _summary(requests, served, tuple(_outside(served, largest, calibration)))
-
-
-def _few(names: Mapping[str, int]) -> str:
-    shown = ", ".join(list(names)[:3]) or "no adapter"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _summary(requests: Sequence[Request], served: Served, outside: tuple[str, ...]) -> Forecast:

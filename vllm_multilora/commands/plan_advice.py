@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from vllm_multilora.planning.advice import LARGE_RANK, Advice
+from vllm_multilora.adapters.ranks import LARGE_RANK
+from vllm_multilora.planning.advice import Advice
 from vllm_multilora.planning.plan import Plan
 from vllm_multilora.slots.budget import readable
-from vllm_multilora.wording import counted
+from vllm_multilora.wording import counted, listed
 
 _MOST_NAMED = 5
 
@@ -52,8 +53,8 @@ def _notes(plan: Plan) -> Iterator[str]:
     if highest > plan.max_lora_rank:
         left_out = [a.name for a in survey.adapters if a.rank > plan.max_lora_rank]
         yield (
-            f"--max-lora-rank {plan.max_lora_rank} is too small for {_named(left_out)}: "
-            f"--max-lora-rank {highest} serves all"
+            f"--max-lora-rank {plan.max_lora_rank} is too small for "
+            f"{listed(left_out, _MOST_NAMED)}: --max-lora-rank {highest} serves all"
         )
     elif highest < plan.max_lora_rank:
         saved = plan.total - plan.model.by_rank[highest].total(plan.max_loras)
@@ -62,9 +63,10 @@ def _notes(plan: Plan) -> Iterator[str]:
         below, top = advice.outliers
         if len(below.left_out) * 2 <= len(survey.adapters):
             yield (
-                f"{_named(below.left_out)} alone need{'s' * (len(below.left_out) == 1)} rank "
-                f"{top.rank}, which costs {_worth(top.bytes - below.bytes, plan)}: train at rank "
-                f"{below.rank}, or serve elsewhere"
+                f"{listed(below.left_out, _MOST_NAMED)} alone "
+                f"need{'s' * (len(below.left_out) == 1)} rank {top.rank}, which costs "
+                f"{_worth(top.bytes - below.bytes, plan)}: train at rank {below.rank}, or serve "
+                "elsewhere"
             )
     if advice.unused:
         yield (
@@ -86,9 +88,3 @@ def _notes(plan: Plan) -> Iterator[str]:
 def _worth(size: int, plan: Plan) -> str:
     cache = plan.model.kv_cache
     return readable(size) + (f" ({cache.tokens(size):,} tokens of KV cache)" if cache else "")
-
-
-def _named(names: Sequence[str]) -> str:
-    named = ", ".join(names[:_MOST_NAMED])
-    more = len(names) - _MOST_NAMED
-    return f"{named} and {more} more" if more > 0 else named

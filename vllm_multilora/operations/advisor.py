@@ -10,7 +10,7 @@ import math
 import shlex
 from collections.abc import Iterator
 
-from vllm_multilora.adapters.ranks import slot_rank
+from vllm_multilora.adapters.ranks import LARGE_RANK, slot_rank
 from vllm_multilora.metrics.names import SHARED
 from vllm_multilora.operations.findings import Finding, FindingCode
 from vllm_multilora.operations.observations import (
@@ -19,7 +19,7 @@ from vllm_multilora.operations.observations import (
     SeenAdapter,
 )
 from vllm_multilora.slots.budget import GIB, readable
-from vllm_multilora.wording import counted
+from vllm_multilora.wording import counted, listed
 
 HEADROOM_PERCENT = 20
 BURST_SLOTS = 2
@@ -30,7 +30,6 @@ SLOW_STORAGE_BYTES_PER_S = 500e6
 MERGE_SHARE = 0.9
 MERGE_REQUESTS = 20
 FULL_SHARE = 0.8
-LARGE_RANK = 256
 
 _NAMES_SHOWN = 10
 
@@ -280,6 +279,4 @@ def _ms(bound: float) -> str:
 
 
 def _listed(adapters: list[SeenAdapter]) -> str:
-    names = [adapter.name for adapter in adapters]
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    return listed([adapter.name for adapter in adapters], _NAMES_SHOWN)

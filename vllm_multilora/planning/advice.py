@@ -9,9 +9,6 @@ from vllm_multilora.planning.adapter_survey import Survey, SurveyedAdapter
 from vllm_multilora.planning.base_model import BaseModel
 from vllm_multilora.planning.slot_memory import SlotMemory
 
-LARGE_RANK = 256
-"""From here on the adapters' own arithmetic is felt beside the base model's."""
-
 
 @dataclass(frozen=True)
 class RankNeed:

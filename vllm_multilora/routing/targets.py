@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol, TypeAlias
 
 from vllm_multilora.adapters.blends import name_of
 from vllm_multilora.routing.errors import NoCaseError
 from vllm_multilora.routing.facts import RequestFacts, Source
 from vllm_multilora.routing.shares import sticky_choice, turn_choice
+from vllm_multilora.wording import listed
 
 _MOST_NAMED = 20
 _MOST_SHOWN = 80
@@ -123,13 +123,8 @@ class Cases:
             return self.default.candidates(facts, turns)
         raise NoCaseError(
             f"{self.place} chooses by {self.by.text} and has no default: found "
-            f"{_shown(self.by.value(facts))}, expected one of {self._expected()}"
+            f"{_shown(self.by.value(facts))}, expected one of {listed(self.cases, _MOST_NAMED)}"
         )
-
-    def _expected(self) -> str:
-        shown = ", ".join(islice(self.cases, _MOST_NAMED))
-        more = len(self.cases) - _MOST_NAMED
-        return f"{shown} and {more} more" if more > 0 else shown
 
     def names(self) -> Iterator[str]:
         for target in self.cases.values():

@@ -31,6 +31,7 @@ from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import callers, registration, versions
 from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import Refusals
+from vllm_multilora.wording import listed
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +157,9 @@ class DirectoryServer:
             if name not in self._served and self._serve(folder) is not None:
                 come.append(name)
         if come:
-            logger.info("Adapter directories: serving %s", _listed(come))
+            logger.info("Adapter directories: serving %s", listed(come, _MOST_NAMED))
         if gone:
-            logger.info("Adapter directories: no longer there: %s", _listed(gone))
+            logger.info("Adapter directories: no longer there: %s", listed(gone, _MOST_NAMED))
         changed = [
             (served, adapters[name])
             for name, served in self._served.items()
@@ -307,8 +308,3 @@ def _beginning(message: str) -> str:
     problems = message.splitlines()
     told = "\n".join(problems[:_MOST_NAMED])
     return told if len(problems) <= _MOST_NAMED else f"{told}\n(requests for it are told all)"
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_MOST_NAMED])
-    return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"
