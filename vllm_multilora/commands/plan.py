@@ -14,13 +14,13 @@ from vllm_multilora.commands import plan_traffic, plots
 from vllm_multilora.commands.quiet import quieten_vllm
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.assignment import MOST_SLOTS
+from vllm_multilora.slots.budget import GIB
 
 if TYPE_CHECKING:
     from vllm_multilora.planning.base_model import BaseModel
     from vllm_multilora.planning.plan import Plan
 
 PLANNED, TOO_LARGE = 0, 1
-_GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +179,7 @@ def _check(arguments: argparse.Namespace) -> None:
     share, gpu = arguments.gpu_memory_utilization, arguments.gpu_memory
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {share}")
-    if gpu is not None and not (gpu > 0 and math.isfinite(gpu * _GIB)):
+    if gpu is not None and not (gpu > 0 and math.isfinite(gpu * GIB)):
         raise ConfigError(f"--gpu-memory must be a positive number of GiB, got {gpu}")
 
 
@@ -195,7 +195,7 @@ def _plan(arguments: argparse.Namespace, model: BaseModel) -> Plan:
         model,
         arguments.max_loras,
         arguments.max_lora_rank,
-        gpu_bytes=None if gpu is None else int(gpu * _GIB),
+        gpu_bytes=None if gpu is None else int(gpu * GIB),
         utilization=arguments.gpu_memory_utilization or model.utilization,
         survey=survey,
     )

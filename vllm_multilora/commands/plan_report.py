@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from vllm_multilora.commands.plan_advice import advice_lines
 from vllm_multilora.commands.table import aligned
 from vllm_multilora.planning.plan import Plan
-from vllm_multilora.planning.units import kv_share
-from vllm_multilora.slots.budget import readable
+from vllm_multilora.slots.budget import GIB, readable
 from vllm_multilora.wording import counted
 
 
@@ -57,9 +56,7 @@ def _cost(plan: Plan) -> Iterator[str]:
     yield f"{counted(plan.max_loras, 'slot')}: {total:,} bytes ({readable(total)}){more}"
     cache = plan.model.kv_cache
     if cache is not None:
-        yield (
-            f"in KV cache: {kv_share(cache, total)} (a token takes {cache.token_bytes:,.0f} bytes)"
-        )
+        yield (f"in KV cache: {cache.worth(total)} (a token takes {cache.token_bytes:,.0f} bytes)")
 
 
 def _grid(plan: Plan) -> Iterator[str]:
@@ -68,7 +65,7 @@ def _grid(plan: Plan) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("", *map(str, ranks))]
     for slots in plan.slot_counts:
         totals = (plan.model.by_rank[rank].total(slots) for rank in ranks)
-        rows.append((str(slots), *(f"{total / 2**30:.2f}" for total in totals)))
+        rows.append((str(slots), *(f"{total / GIB:.2f}" for total in totals)))
     yield from aligned(rows, right=range(1, len(rows[0])))
 
 
@@ -91,10 +88,10 @@ def _gpu(plan: Plan) -> Iterator[str]:
         yield "that is more than there is: lower --max-loras or --max-lora-rank"
         return
     yield f"{readable(plan.left)} are left for the KV cache, activations and CUDA graphs" + (
-        f": at most {kv_share(cache, plan.left)}" if cache else ""
+        f": at most {cache.worth(plan.left)}" if cache else ""
     )
     if cache:
-        yield f"without LoRA: at most {kv_share(cache, plan.budget)}"
+        yield f"without LoRA: at most {cache.worth(plan.budget)}"
 
 
 def _host(plan: Plan) -> Iterator[str]:
@@ -113,4 +110,4 @@ def _host(plan: Plan) -> Iterator[str]:
 
 def _rounded_up(size: int) -> float:
     """Bytes in GiB, with two decimals that are not too few."""
-    return math.ceil(size / 2**30 * 100) / 100
+    return math.ceil(size / GIB * 100) / 100

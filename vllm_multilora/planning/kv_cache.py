@@ -29,3 +29,10 @@ class KvCache:
     def requests(self, size: int) -> float:
         """Requests of `model_len` tokens that fit into so many bytes."""
         return size / self.request_bytes
+
+    def worth(self, size: int) -> str:
+        """So many bytes in tokens and requests, for people."""
+        return (
+            f"{self.tokens(size):,} tokens, or {self.requests(size):.2f} requests of "
+            f"{self.model_len:,} tokens"
+        )
