@@ -23,19 +23,10 @@ def draw(
     Raises:
         PlotError: matplotlib is missing or cannot write the file.
     """
-    plots.require(path)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for label, line in rates.items():
-        # Curves often coincide: the later ones are narrower, so that each remains to be seen.
-        look = "k--" if label == "optimum" else "o-"
-        width = 1 + 3 * (len(rates) - len(axes.lines) - 1) / len(rates)
-        axes.plot(slots, [100 * rate for rate in line], look, label=label, linewidth=width)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(slots, labels=[str(count) for count in slots])
-    axes.set(xlabel="slots (--max-loras)", ylabel="GPU hit rate, %", title=title, ylim=(0, 100))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    plots.save(figure, path)
+    with plots.over_slots(slots, path) as axes:
+        for label, line in rates.items():
+            # Curves often coincide: the later ones are narrower, so that each remains to be seen.
+            look = "k--" if label == "optimum" else "o-"
+            width = 1 + 3 * (len(rates) - len(axes.lines) - 1) / len(rates)
+            axes.plot(slots, [100 * rate for rate in line], look, label=label, linewidth=width)
+        axes.set(ylabel="GPU hit rate, %", title=title, ylim=(0, 100))

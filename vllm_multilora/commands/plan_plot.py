@@ -6,8 +6,7 @@ from pathlib import Path
 
 from vllm_multilora.commands import plots
 from vllm_multilora.planning.plan import Plan
-
-_GIB = 2**30
+from vllm_multilora.slots.budget import GIB
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -24,38 +23,28 @@ def draw(plan: Plan, path: Path) -> None:
     Raises:
         PlotError: matplotlib is missing or cannot write the file.
     """
-    plots.require(path)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
     counts = plan.slot_counts
-    for rank in plan.compared_ranks:
-        totals = [plan.model.by_rank[rank].total(count) / _GIB for count in counts]
-        axes.plot(counts, totals, "o-", markersize=4, label=f"rank {rank}")
-    axes.plot(
-        [plan.max_loras],
-        [plan.total / _GIB],
-        "k*",
-        markersize=13,
-        label=f"{plan.max_loras} of rank {plan.max_lora_rank}: {plan.total / _GIB:.2f} GiB",
-    )
-    if plan.budget is not None and plan.budget > 0:
-        axes.axhline(plan.budget / _GIB, color="k", linestyle="--", linewidth=1)
-        axes.annotate(
-            f" {plan.budget / _GIB:.1f} GiB for slots and KV cache",
-            (counts[0], plan.budget / _GIB),
-            verticalalignment="bottom",
+    with plots.over_slots(counts, path) as axes:
+        for rank in plan.compared_ranks:
+            totals = [plan.model.by_rank[rank].total(count) / GIB for count in counts]
+            axes.plot(counts, totals, "o-", markersize=4, label=f"rank {rank}")
+        axes.plot(
+            [plan.max_loras],
+            [plan.total / GIB],
+            "k*",
+            markersize=13,
+            label=f"{plan.max_loras} of rank {plan.max_lora_rank}: {plan.total / GIB:.2f} GiB",
         )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(counts, labels=[str(count) for count in counts])
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(
-        xlabel="slots (--max-loras)",
-        ylabel="GiB of each worker",
-        title=f"{plan.model.architecture}, slots in {plan.model.lora_dtype}",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    plots.save(figure, path)
+        if plan.budget is not None and plan.budget > 0:
+            axes.axhline(plan.budget / GIB, color="k", linestyle="--", linewidth=1)
+            axes.annotate(
+                f" {plan.budget / GIB:.1f} GiB for slots and KV cache",
+                (counts[0], plan.budget / GIB),
+                verticalalignment="bottom",
+            )
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set(
+            ylabel="GiB of each worker",
+            title=f"{plan.model.architecture}, slots in {plan.model.lora_dtype}",
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 from vllm_multilora.errors import MultiLoRAError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg")
 """What the names of pictures may end in, which decides what they are."""
@@ -37,14 +39,31 @@ def require(path: Path) -> None:
         )
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a picture; the same one is the same bytes.
+@contextmanager
+def over_slots(counts: Sequence[int], path: Path) -> Iterator[Axes]:
+    """Within it, lines over these numbers of slots are drawn; then the picture is written.
+
+    The same picture is the same bytes.
+
+    Args:
+        counts: The numbers of slots, ascending.
+        path: The file; its ending is the format.
 
     Raises:
-        PlotError: The file cannot be written.
+        PlotError: matplotlib is missing or cannot write the file.
     """
+    require(path)
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    yield axes
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, labels=[str(count) for count in counts])
+    axes.set(xlabel="slots (--max-loras)")
+    axes.grid(alpha=0.3)
+    axes.legend()
     try:
         with mpl.rc_context({"svg.hashsalt": path.stem}):
             is_svg = path.suffix.lower() == ".svg"
