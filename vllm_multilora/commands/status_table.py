@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_multilora.commands.table import aligned, cut
-from vllm_multilora.slots.budget import MIB, readable
+from vllm_multilora.slots.budget import MIB, held
 from vllm_multilora.states import AdapterState
-from vllm_multilora.wording import counted
 
 _NEAREST_FIRST = tuple(
     state.value
@@ -63,13 +62,8 @@ def _totals(listing: Mapping[str, Any]) -> list[str]:
     if slots is not None:
         lines.append(f"slots        {slots['total'] - slots['free']} of {slots['total']}")
     if cpu is not None:
-        used = f"{counted(cpu['adapters'], 'adapter')}, {readable(cpu['bytes'])}"
-        limits = []
-        if cpu["adapters_limit"] is not None:
-            limits.append(counted(cpu["adapters_limit"], "adapter"))
-        if cpu["bytes_limit"] is not None:
-            limits.append(readable(cpu["bytes_limit"]))
-        lines.append(f"host memory  {used}" + (f" of {' and '.join(limits)}" if limits else ""))
+        keys = ("adapters", "bytes", "adapters_limit", "bytes_limit")
+        lines.append(f"host memory  {held(*(cpu[key] for key in keys))}")
     return [*lines, f"registered   {len(listing['data'])}"]
 
 

@@ -13,13 +13,12 @@ import msgspec
 
 from vllm_multilora.commands.table import aligned
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.slots.budget import readable
+from vllm_multilora.slots.budget import held, readable
 from vllm_multilora.store import folder
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import RunningStore, command_line, environment
-from vllm_multilora.store.messages import Description, Totals
-from vllm_multilora.wording import counted
+from vllm_multilora.store.messages import Description
 
 DONE = 0
 _ANSWER_S = 5.0
@@ -113,11 +112,12 @@ def describe(host: RunningStore, patience_s: float = _ANSWER_S) -> Description:
 
 def table(found: Description, path: str) -> list[str]:
     """The lines of a table: the store, its memory and loads, and a client a line."""
-    protection = ", ".join(found.protection) or "none"
+    protection, totals = ", ".join(found.protection) or "none", found.totals
+    memory = held(totals.adapters, totals.bytes, totals.adapters_limit, totals.bytes_limit)
     lines = [
         f"store        process {found.pid}, at {path}",
         f"checks       {protection}",
-        f"host memory  {_memory(found.totals)}; its segments take {readable(found.segment_bytes)}",
+        f"host memory  {memory}; its segments take {readable(found.segment_bytes)}",
         f"loads        {found.queued} waiting, {found.reading} under way, "
         f"{found.stuck} killed that do not end",
     ]
@@ -126,16 +126,6 @@ def table(found: Description, path: str) -> list[str]:
         for one in found.clients
     ]
     return [*lines, "", *aligned([_HEADER, *rows], right=_RIGHT)]
-
-
-def _memory(totals: Totals) -> str:
-    limits = []
-    if totals.adapters_limit is not None:
-        limits.append(counted(totals.adapters_limit, "adapter"))
-    if totals.bytes_limit is not None:
-        limits.append(readable(totals.bytes_limit))
-    held = f"{counted(totals.adapters, 'adapter')}, {readable(totals.bytes)}"
-    return held + (f" of {' and '.join(limits)}" if limits else "")
 
 
 def _fields(message: Any) -> Any:

@@ -12,13 +12,26 @@ MIB = 2**20
 _KIB = 2**10
 
 
-def readable(size: int) -> str:
+def readable(size: float) -> str:
     """Bytes in GiB, or in smaller units where GiB would hide them."""
     if size >= GIB // 10:
         return f"{size / GIB:.2f} GiB"
     if size >= MIB // 10:
         return f"{size / MIB:.1f} MiB"
     return f"{size / _KIB:.1f} KiB"
+
+
+def _limits(adapters: int | None, size: float | None) -> str:
+    """Limits in words; empty where there is none."""
+    given = [] if adapters is None else [counted(adapters, "adapter")]
+    given += [] if size is None else [readable(size)]
+    return " and ".join(given)
+
+
+def held(adapters: int, size: float, most_adapters: int | None, most_bytes: float | None) -> str:
+    """What host memory holds, such as `1 adapter, 80.1 MiB of 1.86 GiB`; None: no such limit."""
+    limits = _limits(most_adapters, most_bytes)
+    return f"{counted(adapters, 'adapter')}, {readable(size)}" + (f" of {limits}" if limits else "")
 
 
 @dataclass(frozen=True)
@@ -56,9 +69,4 @@ class CpuBudget:
         )
 
     def __str__(self) -> str:
-        limits = []
-        if self.adapters is not None:
-            limits.append(counted(self.adapters, "adapter"))
-        if self.bytes is not None:
-            limits.append(readable(self.bytes))
-        return " and ".join(limits) or "no limit"
+        return _limits(self.adapters, self.bytes) or "no limit"
