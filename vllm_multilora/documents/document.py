@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -39,6 +40,25 @@ class Document:
         around = [keys[:depth] for depth in range(len(keys), -1, -1)]
         line = next((self.lines[place] for place in around if place in self.lines), None)
         return _error(self.file, line, ".".join(keys), message)
+
+    def check_keys(self, keys: Keys, found: Iterable[str], known: Collection[str]) -> None:
+        """Checks that a mapping has no keys but known ones.
+
+        Args:
+            keys: Where it is.
+            found: Its keys.
+            known: Those that it may have.
+
+        Raises:
+            DocumentError: It has another one.
+        """
+        for key in found:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise self.error(
+                    (*keys, key), f"found an unknown key, expected {', '.join(known)}{hint}"
+                )
 
 
 def read_document(file: str, text: str) -> Document:

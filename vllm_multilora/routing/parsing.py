@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_multilora.adapters.blends import BlendError, weights_in
-from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
+from vllm_multilora.documents import Document, Keys, read_document, read_file
 from vllm_multilora.routing.facts import Source
 from vllm_multilora.routing.shares import MOST_WEIGHT
 from vllm_multilora.routing.targets import Blended, Cases, Named, Split, Target, WithFallback
@@ -106,7 +105,7 @@ class _Parser:
     """
 
     def __init__(self, document: Document, routes: Mapping[str, Any]) -> None:
-        self._document = document
+        self._check_keys, self._error = document.check_keys, document.error
         self._routes = routes
 
     def targets(self) -> dict[str, Target]:
@@ -117,20 +116,10 @@ class _Parser:
             targets[name] = self._target(data, ("routes", name))
         return targets
 
-    def _error(self, keys: Keys, message: str) -> DocumentError:
-        return self._document.error(keys, message)
-
     def _target(self, data: Any, keys: Keys) -> Target:
         if not isinstance(data, dict):
             return Named(self._name(data, keys, _EXPECTED_TARGET))
-        for key in data:
-            if key not in _TARGET_KEYS:
-                near = difflib.get_close_matches(key, _TARGET_KEYS, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise self._error(
-                    (*keys, key),
-                    f"found an unknown key, expected {', '.join(_TARGET_KEYS)}{hint}",
-                )
+        self._check_keys(keys, data, _TARGET_KEYS)
         kinds = [kind for kind in ("adapter", "blend", "split", "by") if kind in data]
         if len(kinds) != 1:
             found = " and ".join(kinds) or ", ".join(data) or "an empty mapping"

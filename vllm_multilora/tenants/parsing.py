@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
+from vllm_multilora.documents import Document, Keys, read_document, read_file
 from vllm_multilora.tenants.keys import read_stored
 from vllm_multilora.tenants.tenant import MOST_WEIGHT, Limits, Names, Tenant, Tenants, is_weight
 from vllm_multilora.wording import counted
@@ -66,19 +65,13 @@ class _Parser:
     """
 
     def __init__(self, document: Document) -> None:
-        self._document = document
+        self._check_keys, self._error = document.check_keys, document.error
         self.keys: dict[bytes, str] = {}
 
     def mapping(self, data: Any, place: Keys, known: Collection[str]) -> Mapping[str, Any]:
         if not isinstance(data, dict):
             raise self._error(place, f"found {_kind(data)}, expected {', '.join(known)}")
-        for key in data:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise self._error(
-                    (*place, key), f"found an unknown key, expected {', '.join(known)}{hint}"
-                )
+        self._check_keys(place, data, known)
         return data
 
     def salt(self, data: Any) -> str | None:
@@ -169,9 +162,6 @@ class _Parser:
                     f"found {_kind(value)}, expected a whole number of {least} or more",
                 )
         return Limits(**found)
-
-    def _error(self, keys: Keys, message: str) -> DocumentError:
-        return self._document.error(keys, message)
 
 
 def _kind(value: Any) -> str:
