@@ -41,11 +41,6 @@ class TraceError(MultiLoRAError, ValueError):
     """A trace or a table of sizes cannot be used; the message names file and line."""
 
 
-def reason(error: Exception) -> str:
-    """Why a file cannot be read, without its path, which the system's errors repeat."""
-    return getattr(error, "strerror", None) or str(error)
-
-
 @dataclass(frozen=True)
 class Trace:
     """Requests in the order of their arrival.
@@ -148,7 +143,8 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str
             is_empty = False
             yield f"{path}, line {line}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"{path}: cannot be read: {reason(error)}") from error
+        why = getattr(error, "strerror", None) or error  # without the path
+        raise TraceError(f"{path}: cannot be read: {why}") from error
     if is_empty:
         raise TraceError(f"{path}: contains no requests")
 
