@@ -1,8 +1,7 @@
 """Large host tensors in huge pages, where the system gives them to who asks (`madvise`).
 
-An adapter's buffer and the slots on a CPU are tens to thousands of megabytes that are read from
-end to end. In pages of 4 KiB a new buffer costs a page fault for each, and reading weights a
-look-up of the page table every 4 KiB; in pages of 2 MiB both are gone.
+The slots on a CPU are tens to thousands of megabytes that are read from end to end. In pages of
+4 KiB that takes a look-up of the page table every 4 KiB, which is gone in pages of 2 MiB.
 """
 
 from __future__ import annotations
@@ -15,15 +14,6 @@ import torch
 
 HUGE_PAGE = 2 << 20
 _ALIGNMENT = 64
-
-
-def empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """A vector of that many elements on the CPU; its contents are arbitrary."""
-    size = elements * dtype.itemsize
-    if size < HUGE_PAGE:
-        return torch.empty(elements, dtype=dtype)
-    memory, start = _map(size)
-    return torch.frombuffer(memory, dtype=dtype, count=elements, offset=start)
 
 
 def zeros(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
