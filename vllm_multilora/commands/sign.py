@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-DONE, CANNOT = 0, 2
+from vllm_multilora.errors import MultiLoRAError
+
+DONE = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,19 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command; returns 0.
+
+    Raises:
+        MultiLoRAError: A folder cannot be signed.
+    """
     from vllm_multilora.adapters.folder import CONFIG_NAME
     from vllm_multilora.adapters.signature import SIGNATURE_NAME
 
     try:
         from model_signing import hashing, signing
     except ImportError:
-        print(
-            "vllm-multilora sign: error: model-signing is not installed: "
-            "pip install 'vllm-multilora[signing]'",
-            file=sys.stderr,
-        )
-        return CANNOT
+        raise MultiLoRAError(
+            "model-signing is not installed: pip install 'vllm-multilora[signing]'"
+        ) from None
     try:
         _require_key(Path(arguments.key))
         config = signing.Config()
@@ -74,8 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         what = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             what = f"{error.filename}: {error.strerror}"
-        print(f"vllm-multilora sign: error: {what}", file=sys.stderr)
-        return CANNOT
+        raise MultiLoRAError(what) from error
     return DONE
 
 
