@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels import native, triton_availability
+from multilora_kernels.backends import resolve_backend
 from multilora_kernels.device_staging import DeviceStaging
 from multilora_kernels.native import check_size, load_releasing_library
 from multilora_kernels.pieces import PIECE, host_bytes, in_groups
@@ -266,19 +266,7 @@ class SlotTable:
     def _resolve(self, backend: str) -> str:
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-        on_cpu = self.device.type == "cpu"
-        if backend == "auto":
-            if self.device.type == "cuda" and triton_availability.is_installed():
-                backend = "triton"
-            else:
-                backend = "native" if on_cpu and native.is_available() else "torch"
-        if backend == "native":
-            if not on_cpu:
-                raise ValueError(f"native copies between CPU tensors only, not to {self.device}")
-            native.load_library()
-        if backend == "triton":
-            triton_availability.require(self.device.type)
-        return backend
+        return resolve_backend(backend, self.device)
 
     def _check_index(self, index: SlotIndex) -> None:
         columns = (index.rows, index.a_ranks, index.ranks, index.a_addresses, index.b_addresses)
