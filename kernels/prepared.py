@@ -79,7 +79,11 @@ class Prepared(ABC):
         plan: torch.Tensor,
         header: npt.NDArray[np.int32],
     ) -> None:
-        """As a call, by the plan's `buffer` and `header`."""
+        """As a call, by the plan's `buffer` and `header`.
+
+        Raises:
+            ValueError: A shape, dtype or stride does not fit.
+        """
 
 
 class PreparedLinear(Prepared):
@@ -125,11 +129,6 @@ class PreparedLinear(Prepared):
         plan: torch.Tensor,
         header: npt.NDArray[np.int32],
     ) -> None:
-        """As a call, by the plan's `buffer` and `header`.
-
-        Raises:
-            ValueError: A shape, dtype or stride does not fit.
-        """
         (rows, columns), (y_rows, y_columns) = checked_shape("x", given), checked_shape("y", out)
         if (
             columns != self._columns
@@ -190,11 +189,6 @@ class PreparedShrink(Prepared):
         plan: torch.Tensor,
         header: npt.NDArray[np.int32],
     ) -> None:
-        """As a call, by the plan's `buffer` and `header`.
-
-        Raises:
-            ValueError: A shape, dtype or stride does not fit.
-        """
         rows, columns = checked_shape("x", given)
         if (
             columns != self._columns
@@ -256,11 +250,6 @@ class PreparedExpand(Prepared):
         plan: torch.Tensor,
         header: npt.NDArray[np.int32],
     ) -> None:
-        """As a call, by the plan's `buffer` and `header`.
-
-        Raises:
-            ValueError: A shape, dtype or stride does not fit.
-        """
         rows, columns = checked_shape("y", out)
         if (
             columns < self._span.stop
