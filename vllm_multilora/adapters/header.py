@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -162,7 +161,7 @@ def _parse(
             text,
             parts=_PARTS_OF_A_TENSOR * limits.tensors + _METADATA_PARTS,
             values=_VALUES_OF_A_TENSOR * limits.tensors + _METADATA_PARTS,
-            pairs=_unique,
+            unique=True,
         )
     except JsonTooLargeError as error:
         found, most = f"a header with {error.found}", f"at most {error.most}"
@@ -228,14 +227,6 @@ def _other_format(descriptor: int) -> str | None:
     return next(
         (name for magic, name in _OTHER_FORMATS.items() if beginning.startswith(magic)), None
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {shown(counts.most_common(1)[0][0])} occurs twice")
-    return found
 
 
 def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Problem:

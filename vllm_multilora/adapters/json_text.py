@@ -8,10 +8,10 @@ Python's recursion limit, and numbers at its limit of digits.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
-Pairs = Callable[[list[tuple[str, Any]]], Any]
+from vllm_multilora.adapters.problems import shown
 
 
 class JsonTooLargeError(ValueError):
@@ -28,20 +28,14 @@ class JsonTooLargeError(ValueError):
         self.most = most
 
 
-def parse_json(
-    text: bytes,
-    *,
-    parts: int,
-    values: int,
-    pairs: Pairs | None = None,
-) -> Any:
+def parse_json(text: bytes, *, parts: int, values: int, unique: bool = False) -> Any:
     """Parses a text.
 
     Args:
         text: All of it, in UTF-8.
         parts: How many opening brackets and braces it may have, those in strings included.
         values: How many commas it may have, likewise.
-        pairs: Makes objects; None: as `json` does.
+        unique: Whether no object may have a key twice.
 
     Raises:
         JsonTooLargeError: It has more than is taken.
@@ -54,6 +48,14 @@ def parse_json(
         if count > most:
             raise JsonTooLargeError(f"{count} {what}", most)
     try:
-        return json.loads(text.decode(), object_pairs_hook=pairs)
+        return json.loads(text.decode(), object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError("its lists or objects are nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {shown(counts.most_common(1)[0][0])} occurs twice")
+    return found

@@ -227,7 +227,7 @@ class _Json:
     @classmethod
     def of(cls, content: bytes, what: str) -> _Json:
         try:
-            value = parse_json(content, parts=_MOST_PARTS, values=_MOST_VALUES, pairs=_unique)
+            value = parse_json(content, parts=_MOST_PARTS, values=_MOST_VALUES, unique=True)
         except ValueError as error:
             raise SignatureError(
                 f"{what} that is not JSON ({error})", "a Sigstore bundle"
@@ -261,10 +261,3 @@ class _Json:
 
     def objects(self, key: str) -> Iterator[_Json]:
         return (_Json(value, self._what) for value in self.value(key, list))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
