@@ -29,14 +29,11 @@ class Limits:
             with 90,000 adapted matrices, two tensors each, needs about 30 MiB; most models need
             far less, see `for_layouts`.
         tensors: How many tensors the header may list, likewise.
-        total_bytes: Of `adapter_model.safetensors`; None: what the base model's largest adapter
-            takes in float32, with a margin (see `most_bytes`).
     """
 
     config_bytes: int = 4 * MIB
     header_bytes: int = 48 * MIB
     tensors: int = 400_000
-    total_bytes: int | None = None
 
     def for_layouts(self, layouts: Iterable[ModelLayout]) -> Limits:
         """Tighter bounds of the header, in proportion to what the base model has.
@@ -62,9 +59,10 @@ class Limits:
         )
 
     def most_bytes(self, layout: ModelLayout) -> int:
-        """Bytes that the tensor file of an adapter for this base model may have."""
-        if self.total_bytes is not None:
-            return self.total_bytes
+        """Bytes that the tensor file of an adapter for this base model may have.
+
+        That is what its largest adapter takes in float32, with a margin.
+        """
         unknown = layout.special - layout.special_shapes.keys()
         return self.most_known_bytes(layout) + (_UNKNOWN_PART_BYTES if unknown else 0)
 
