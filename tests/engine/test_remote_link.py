@@ -130,7 +130,7 @@ class Ending(StoreThread):
 @pytest.fixture
 def relayed(door, tmp_path, monkeypatch):
     """An engine core's client of a store that a relay brings to it, and that store."""
-    monkeypatch.setattr(store_relay, "_LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(store_relay, "LONGEST_PAUSE_S", 0.1)
     folder = tmp_path / "store"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv(FOLDER_VARIABLE, str(folder))

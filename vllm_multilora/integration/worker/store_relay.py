@@ -15,12 +15,11 @@ import time
 from collections.abc import Callable
 
 from vllm_multilora.store.folder import StoreUnavailableError
-from vllm_multilora.store.launch import StoreHost
+from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost
 
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 64 << 10
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 
 
 class StoreRelay:
@@ -42,15 +41,15 @@ class StoreRelay:
         ).start()
 
     def _run(self, engine: socket.socket) -> None:
-        pause = _FIRST_PAUSE_S
+        pause = FIRST_PAUSE_S
         while True:
             began = time.monotonic()
             self._serve(engine)
-            if time.monotonic() - began > _LONGEST_PAUSE_S:
-                pause = _FIRST_PAUSE_S
+            if time.monotonic() - began > LONGEST_PAUSE_S:
+                pause = FIRST_PAUSE_S
             while True:
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
                 try:
                     engine = self._dial()
                 except OSError:
