@@ -1,8 +1,8 @@
-"""Messages say `1 adapter` and `2 adapters`."""
+"""Messages say `1 adapter` and `2 adapters`, and name the first few of many things."""
 
 import pytest
 
-from vllm_multilora.wording import counted
+from vllm_multilora.wording import counted, listed
 
 
 @pytest.mark.parametrize(
@@ -12,3 +12,11 @@ from vllm_multilora.wording import counted
 def test_one_is_not_called_several(count: int, adapters: str, copies: str) -> None:
     assert counted(count, "adapter") == adapters
     assert counted(count, "copy", "copies") == copies
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a", "b"], "a, b"), (["a", "b", "c", "d"], "a, b and 2 more")],
+)
+def test_the_first_names_stand_for_all(names: list[str], text: str) -> None:
+    assert listed(names, 2) == text
