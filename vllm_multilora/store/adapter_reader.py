@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import msgspec
 
-from multilora_kernels.native import NativeUnavailableError, load_packing_library
+from multilora_kernels import packing
 from vllm_multilora.adapters import intake
 from vllm_multilora.adapters.blend_intake import BlendSource, open_blend
 from vllm_multilora.adapters.blends import Blend
@@ -26,8 +26,7 @@ class AdapterReader:
     """
 
     def __init__(self) -> None:
-        with contextlib.suppress(NativeUnavailableError):  # numpy does without
-            load_packing_library()
+        packing.prepare()
 
     def decode_layouts(self, data: bytes) -> list[ModelLayout]:
         """The layouts of `Configure`; raises `msgspec.MsgspecError`."""
