@@ -151,7 +151,6 @@ class Server:
                 self._drop(self._lost.pop())
             else:
                 number, failure = self._unstarted.pop()
-                self._registry.loads.failed(number, failure, time.monotonic())
                 self._registry.loads.gone(number, failure, time.monotonic())
             self._tick()  # there may be a place again
         self._tell_segments()
