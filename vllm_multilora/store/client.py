@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import os
 import select
 import time
@@ -78,8 +79,8 @@ class StoreClient:
         self._inbox: deque[ToUser] = deque()
         self._answer: Configured | Refused | None = None
         self._waker: Waker | None = None
-        self._say: Callable[[Callable[[], None]], None] = _now
-        self._say_all: Callable[[], None] = _nothing
+        self._say: Callable[[Callable[[], None]], None] = operator.call
+        self._say_all: Callable[[], None] = lambda: None
         self._pause = FIRST_PAUSE_S
         self._next_attempt = 0.0
         self._losses = 0
@@ -345,14 +346,6 @@ class StoreClient:
         if self._channel is not None:
             writes = select.POLLOUT if self._channel.pending else 0
             self._poller.modify(self._channel, select.POLLIN | writes)
-
-
-def _now(call: Callable[[], None]) -> None:
-    call()
-
-
-def _nothing() -> None:
-    """All has been said."""
 
 
 def _check(want: Want) -> None:
