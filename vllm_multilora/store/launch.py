@@ -95,7 +95,7 @@ class StoreProcess:
 
     def _start(self, listener: int) -> None:
         options = ["--detach", "--reader", self._reader]
-        options += ["--processors", ",".join(map(str, _processors()))]
+        options += ["--processors", ",".join(map(str, processors()))]
         # Not this process's own output: whoever reads that to its end would wait for the store.
         with self._log.open("a") as log:
             subprocess.run(
@@ -193,8 +193,8 @@ def _installed_packages() -> list[str]:
     return [*site.getsitepackages(), *own]
 
 
-def _processors() -> list[int]:
-    """Where the store may run: here, and where this process's parent may.
+def processors() -> list[int]:
+    """Where what serves the model may run: here, and where this process's parent may.
 
     On CPUs vLLM binds a worker's threads to processors, one each, and whatever it starts inherits
     its main thread's, while the processors that vLLM leaves free for such work stay idle. The

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 
+from vllm_multilora.store.launch import processors
+
 NICENESS = 6
 """Above the process's own: about a fifth of a processor that the model wants too.
 
@@ -17,12 +19,8 @@ priority a cold request's first token can come seconds later.
 def step_aside() -> None:
     """Takes the calling thread out of the way of the model's own threads.
 
-    It may use the processors that its process is not bound to, too, at a lower priority.
-
-    On CPUs vLLM binds a worker's threads to processors, one each, and whatever the worker starts
-    inherits its main thread's: every load would share one with that thread, whose pauses
-    the others wait for, while the processors that vLLM leaves free for such work stay idle. The
-    process that started the worker is not bound, and may run wherever the operator allows it.
+    It may use the processors that its process is not bound to, too (`processors`), at a lower
+    priority: every load would share one with the main thread, whose pauses the others wait for.
 
     To be called before every piece of work: the first parallel region of OpenMP's that a thread
     enters, in PyTorch say, binds it to the model's first processor.
@@ -32,6 +30,6 @@ def step_aside() -> None:
     try:
         niceness = os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS  # the main thread's
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
-        os.sched_setaffinity(0, os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
+        os.sched_setaffinity(0, processors())
     except OSError:
         return
