@@ -75,6 +75,7 @@ def create_engine_config(
     vllm_config = original(engine_args, *args, **kwargs)
     usage_context = args[0] if args else kwargs.get("usage_context")
     announce(vllm_config)
+    settings = settings_of(vllm_config)
     backend = kernel_backend(vllm_config)
     if backend != "vllm":
         # What torch.compile has made of stock's layers, or of another version's, is not for us:
@@ -82,15 +83,15 @@ def create_engine_config(
         if isinstance(vllm_config.additional_config, dict):
             vllm_config.additional_config[COMPILED_WITH] = f"{__version__} {backend}"
         require_patches()
-        check_cache_settings(settings_of(vllm_config), vllm_config)
-        require_directories(settings_of(vllm_config).adapter_dir)
-        if (required := settings_of(vllm_config).require_digest) is not None:
+        check_cache_settings(settings, vllm_config)
+        require_directories(settings.adapter_dir)
+        if (required := settings.require_digest) is not None:
             RequiredDigests(required)  # a mistake in it is told at once
-        if (keys := settings_of(vllm_config).signing_keys) is not None:
+        if (keys := settings.signing_keys) is not None:
             Signers.read(keys)  # likewise
         is_headless = args[1] if len(args) > 1 else kwargs.get("headless", False)
         is_server = usage_context not in (None, UsageContext.LLM_CLASS) and not is_headless
-        if is_server and (log := settings_of(vllm_config).usage_log) is not None:
+        if is_server and (log := settings.usage_log) is not None:
             require_writable(Path(log))
         require_adapters_apart(vllm_config.kv_transfer_config)
         require_rows_in_order(vllm_config)
@@ -98,15 +99,15 @@ def create_engine_config(
         allow_updating(vllm_config)
         # Whoever starts no engine with it, and only looks, names no use of a configuration.
         if usage_context is not None:
-            if settings_of(vllm_config).store == "process":
+            if settings.store == "process":
                 store_folder()  # a mistake in MULTILORA_STORE_FOLDER is told at once, too
             if not engine_args.disable_log_stats:
                 make_folder(vllm_config)
         warn_of_rust(usage_context)
     elif vllm_config.lora_config is not None:
-        require_nothing_to_check(settings_of(vllm_config))
+        require_nothing_to_check(settings)
     if is_active(vllm_config):
-        check_routes(settings_of(vllm_config), engine_args, usage_context)
+        check_routes(settings, engine_args, usage_context)
     check_access(vllm_config, usage_context)
     return vllm_config
 

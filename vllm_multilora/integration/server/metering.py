@@ -33,13 +33,13 @@ from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
 from vllm_multilora.metrics.names import BLENDS
 from vllm_multilora.metrics.server_counts import count_latencies, count_tokens
+from vllm_multilora.slots.budget import MIB
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
 
-_MIB = 1 << 20
 _ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
 
 
@@ -234,7 +234,7 @@ def start(models: Any) -> None:
     settings = settings_of(client.vllm_config)
     log = None
     if settings.usage_log is not None:
-        log = UsageLog(Path(settings.usage_log), round(settings.usage_log_mib * _MIB))
+        log = UsageLog(Path(settings.usage_log), round(settings.usage_log_mib * MIB))
         atexit.register(log.close)
     meter = ServerMeter(
         log,

@@ -44,9 +44,8 @@ async def may_use(serving: Any, name: str | None) -> bool:
 
 def unknown(serving: Any, name: str | None) -> ErrorResponse:
     """The answer of vLLM to a request for a model that does not exist."""
-    served = ", ".join(model.name for model in serving.models.base_model_paths)
     answer: ErrorResponse = serving.create_error_response(
-        message=f"The model `{name}` does not exist. Valid aliases: {served}.",
+        message=registration.no_such_model(serving.models, name),
         err_type="NotFoundError",
         status_code=HTTPStatus.NOT_FOUND,
         param="model",

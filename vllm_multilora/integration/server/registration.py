@@ -169,6 +169,12 @@ def no_such_name(name: str, fault: str, param: str) -> AdapterErrorResponse:
     )
 
 
+def no_such_model(models: Any, name: str | None) -> str:
+    """What vLLM says to a request for a model that does not exist."""
+    served = ", ".join(model.name for model in models.base_model_paths)
+    return f"The model `{name}` does not exist. Valid aliases: {served}."
+
+
 async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
     """Has the engine read and check an adapter; returns why it cannot be served."""
     try:

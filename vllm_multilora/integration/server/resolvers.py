@@ -93,11 +93,8 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
             refusal = admitted
         refusal.error.param = "model"
         first = first or refusal
-    served = ", ".join(model.name for model in models.base_model_paths)
     return first or registration.error_response(
-        HTTPStatus.NOT_FOUND,
-        f"The model `{name}` does not exist. Valid aliases: {served}.",
-        param="model",
+        HTTPStatus.NOT_FOUND, registration.no_such_model(models, name), param="model"
     )
 
 
