@@ -191,3 +191,63 @@ def test_a_tenant_ends_no_requests_but_its_own():
     assert abort(callers["zen"]) == {"acme", "client"}
     assert abort(callers["zen"]) == {"acme", "client"}
     assert abort(None) == set()
+
+
+@pytest.mark.parametrize("way", ["number", "text", "client-goes"])
+def test_a_request_that_cannot_be_sent_leaves_nothing(way):
+    """Of vLLM's own, what is registered before it is sent stays for ever."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from vllm_multilora.plugin import register
+
+    register()
+
+    class Core:
+        """Fails as vLLM's client of an engine does."""
+
+        async def add_request_async(self, request: EngineCoreRequest) -> None:
+            assert request.request_id in processor.request_states
+            if way == "client-goes":
+                raise asyncio.CancelledError
+            raise OverflowError(way) if way == "number" else UnicodeEncodeError("", "", 0, 1, "")
+
+        async def abort_requests_async(self, request_ids: list[str]) -> None:
+            """It does not know them."""
+
+    processor, who = OutputProcessor(None, log_stats=False), caller(None, tokens_per_minute=1)
+    METER.set(processor, ServerMeter(None))
+    client = SimpleNamespace(
+        output_processor=processor,
+        engine_core=Core(),
+        log_requests=False,
+        check_admission=lambda **request: None,
+    )
+    client.abort = partial(AsyncLLM.abort, client)
+    request = EngineCoreRequest(
+        request_id="cmpl-1-a",
+        prompt_token_ids=[1],
+        mm_features=None,
+        sampling_params=SamplingParams(detokenize=False),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        external_req_id="cmpl-1",
+    )
+
+    async def send_one() -> None:
+        current_caller.set(who)
+        queue = SimpleNamespace(put=lambda output: None)
+        with pytest.raises((OverflowError, UnicodeEncodeError, asyncio.CancelledError)):
+            await AsyncLLM._add_request(client, request, None, None, 0, queue)
+
+    asyncio.run(send_one())
+    assert not processor.request_states
+    assert not processor.external_req_ids
+    assert who.account is not None
+    who.account.settle()
+    assert not who.account._meters

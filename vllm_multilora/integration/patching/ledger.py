@@ -640,6 +640,17 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM's requests carry who sent them, and it counts tokens by adapter.",
     ),
     Patch(
+        name="unsent-requests",
+        target="vllm.v1.engine.async_llm:AsyncLLM._add_request",
+        takes=("self, request, prompt, parent_req, index, queue",),
+        handler="server.engine_door:send_request",
+        why="An API server keeps a request that it cannot send to its engine for as long as it "
+        "lives, prompt and all, and counts it among those that --max-num-queued-reqs bounds: any "
+        "client can fill it with such. Ends it.",
+        checked=(),
+        until="vLLM forgets requests that it has not sent.",
+    ),
+    Patch(
         name="stored-responses",
         target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.__init__",
         takes=(

@@ -12,7 +12,7 @@ from typing import Any
 from vllm.exceptions import VLLMNotFoundError
 
 from vllm_multilora.adapters.blends import folders_of
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, SEE_OFF
+from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER, SEE_OFF
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.tenant_of_request import set_tenant
@@ -53,6 +53,22 @@ def add_request(
         # The children of a request with several answers share their prompt.
         caller.account.charge(state.prompt_len if index == 0 else 0)
         caller.account.watch(meter(processor, state))
+
+
+async def send_request(original: Callable[..., Any], client: Any, request: Any, *args: Any) -> None:
+    """Hands a request to the output processor, and then to the engine.
+
+    Where it cannot be sent nobody hears of it again: its client has gone, or it holds a number of
+    more than 64 bits or a text that is no Unicode.
+    """
+    processor = client.output_processor
+    is_new = request.request_id not in processor.request_states
+    try:
+        await original(client, request, *args)
+    except BaseException:
+        if is_new and METER.get(processor) is not None:
+            await client.abort(request.request_id, internal=True)
+        raise
 
 
 def mark(request: Any, caller: Caller) -> None:
