@@ -224,6 +224,39 @@ def test_wrong_keys_that_vllm_itself_refuses_wait_and_are_counted_like_all_other
     assert counted == [(None, 401)] * 63
 
 
+@pytest.mark.parametrize("way", ["forbidden", "stored", "too-many"])
+def test_a_tenants_requests_that_have_no_turn_wait_where_there_are_many(tenants, monkeypatch, way):
+    """Limits do not count them, and each takes as long to answer as a call takes to begin."""
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    write(tenants, {"running": 1, "waiting": 0}, zen={"keys": [stored("sk-zen")]})
+    access = Access(tenants_path=str(tenants))
+    path, method, status = {
+        "forbidden": ("/metrics", "GET", 403),
+        "stored": ("/v1/responses/resp_1", "GET", 200),
+        "too-many": ("/v1/completions", "POST", 429),
+    }[way]
+
+    async def attack():
+        account = access.caller(ACME).account
+        account.without_turn = TokenBucket(60, lambda: 100.0)
+        account.begin()
+        for _ in range(200):
+            assert (await call(App(), access, path, ACME, method))["status"] == status
+        before = len(pauses)
+        account.end()
+        assert (await call(App(), access, "/v1/completions", ACME))["status"] == 200
+        assert (await call(App(), access, path, "sk-zen", method))["status"] in (status, 200)
+        assert len(pauses) == before
+
+    asyncio.run(attack())
+    assert pauses == [1.0, 2.0, 3.0, 4.0, *[5.0] * 136]
+
+
 def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenants):
     """Processor time: what else the machine does is no matter."""
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))

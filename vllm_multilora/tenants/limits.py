@@ -125,6 +125,10 @@ MOST_FIRST_READINGS = 2
 """Adapters of a tenant that an API server looks for, or has read for the first time, at once."""
 
 
+WITHOUT_TURN_PER_MINUTE = 3_000
+"""A tenant's requests that are answered without having a turn: those that are refused, and those
+that read or cancel stored responses; after a minute without any, so many at once."""
+
 SETTLING_SHARE = 0.02
 """Of the time, for reading what a tenant's requests have generated."""
 
@@ -143,6 +147,7 @@ class Account:
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
         listing: How its models are listed, and its adapters.
+        without_turn: Its requests that limits do not count, since they have no turn.
     """
 
     def __init__(
@@ -160,6 +165,7 @@ class Account:
         self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
         self.listing: defaultdict[Endpoint, Pace] = defaultdict(lambda: Pace(clock))
+        self.without_turn = TokenBucket(WITHOUT_TURN_PER_MINUTE, clock)
         self.update(tenant)
 
     @property

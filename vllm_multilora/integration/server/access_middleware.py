@@ -51,8 +51,8 @@ STRANGERS_PER_MINUTE = 3_000
 """Requests without a valid key that are answered; after a minute without any, so many at once."""
 
 LONGEST_PAUSE_S = 5.0
-"""Until a request without a valid key is answered, however many there are; and until a tenant's
-next list is begun."""
+"""Until a request that has no turn is answered, however many there are; and until a tenant's next
+list is begun."""
 
 LISTING_SHARE = 0.05
 """Of the event loop's time, for one tenant's lists of models, and for those of adapters."""
@@ -110,8 +110,10 @@ class AccessMiddleware:
         status = refusal(self._access.locks, caller.role, endpoint, path)
         if status is not None:
             count_refused(None if caller.tenant is None else caller.tenant.name, status)
-            if status is HTTPStatus.UNAUTHORIZED:
-                await self._pause()
+            if caller.account is not None:
+                await _pause(caller.account.without_turn)
+            elif status is HTTPStatus.UNAUTHORIZED:
+                await _pause(self._strangers)
             await _refuse(status, scope, receive, send)
             return
         token = current_caller.set(caller)
@@ -135,22 +137,10 @@ class AccessMiddleware:
         async def send_refusal(message: Message) -> None:
             if message.get("status") == HTTPStatus.UNAUTHORIZED:
                 count_refused(None, HTTPStatus.UNAUTHORIZED)
-                await self._pause()
+                await _pause(self._strangers)
             await send(message)
 
         return send_refusal
-
-    async def _pause(self) -> None:
-        """Has a stranger wait for an answer where there are many.
-
-        A connection's next request is looked at when its last one has been answered, so that floods
-        of wrong keys wait in the system's buffers and cost the event loop next to nothing.
-        """
-        wait_s = self._strangers.wait_s()
-        if wait_s < LONGEST_PAUSE_S:
-            self._strangers.charge(1)
-        if wait_s > 0:
-            await asyncio.sleep(min(wait_s, LONGEST_PAUSE_S))
 
     async def _list(self, pace: Pace, scope: Scope, receive: Receive, send: Send) -> None:
         """Lists a tenant's models or adapters, one call after the other.
@@ -193,7 +183,10 @@ class AccessMiddleware:
         receive: Receive,
         send: Send,
     ) -> None:
-        """Lets a tenant's request in; a call, or a list, when it has its turn."""
+        """Lets a tenant's request in; a call, or a list, when it has its turn.
+
+        What has no turn, as it is refused or reads a stored response, waits where there is much.
+        """
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] != _LOAD_REPORT]
 
         async def send_marked(message: Message) -> None:
@@ -208,6 +201,8 @@ class AccessMiddleware:
             if endpoint is Endpoint.CALL:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
+            elif endpoint is Endpoint.STORED:
+                await _pause(account.without_turn)
             if endpoint in (Endpoint.MODELS, Endpoint.STATUS):
                 await self._list(account.listing[endpoint], scope, receive, send_marked)
             else:
@@ -216,10 +211,27 @@ class AccessMiddleware:
             status = HTTPStatus.SERVICE_UNAVAILABLE
             if isinstance(error, LimitReachedError):
                 status, caller.retry_after_s = HTTPStatus.TOO_MANY_REQUESTS, error.retry_after_s
+                await _pause(account.without_turn)
             response = JSONResponse(error_response(status, str(error)).model_dump(), status)
             await response(scope, receive, send_marked)
         except _ClientGoneError:  # for middlewares of the operator's, which expect an answer
             await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)
+
+
+async def _pause(requests: TokenBucket) -> None:
+    """Has a request that has no turn wait for its answer where there are many.
+
+    A connection's next request is looked at when its last one has been answered, so that floods
+    wait in the system's buffers and cost the event loop next to nothing.
+
+    Args:
+        requests: Counts those of its kind.
+    """
+    wait_s = requests.wait_s()
+    if wait_s < LONGEST_PAUSE_S:
+        requests.charge(1)
+    if wait_s > 0:
+        await asyncio.sleep(min(wait_s, LONGEST_PAUSE_S))
 
 
 class _Timed:
