@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 
 from starlette.datastructures import Headers
 from starlette.middleware.base import BaseHTTPMiddleware
+from vllm.config import StructuredOutputsConfig
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.usage.usage_lib import UsageContext
 
@@ -760,6 +761,7 @@ def engine(tenants, *, lora=True):
         additional_config={"multilora": {"tenants": str(tenants)}},
         lora_config=SimpleNamespace() if lora else None,
         parallel_config=parallel,
+        structured_outputs_config=StructuredOutputsConfig(),
     )
 
 
@@ -852,6 +854,21 @@ def test_what_api_servers_share_is_made_before_they_start(tenants, monkeypatch):
         made.add(os.environ["MULTILORA_CACHE_SALT"])
     assert len(made) == 2
     assert min(map(len, made)) == 64
+
+
+def test_no_tenants_request_chooses_the_grammars_of_all(tenants, monkeypatch):
+    """VLLM's `auto` takes what the first request needs, and fails others for good."""
+    monkeypatch.setenv("MULTILORA_CACHE_SALT", "")
+    monkeypatch.setenv("MULTILORA_API_SERVERS", "")
+    for chosen, expected in (("auto", "xgrammar"), ("guidance", "guidance")):
+        config = engine(tenants)
+        config.structured_outputs_config.backend = chosen
+        check_access(config, UsageContext.OPENAI_API_SERVER)
+        assert config.structured_outputs_config.backend == expected
+        config.structured_outputs_config.backend = chosen
+        config.additional_config = {"multilora": {}}
+        check_access(config, UsageContext.OPENAI_API_SERVER)
+        assert config.structured_outputs_config.backend == chosen
 
 
 def test_a_store_is_started_without_the_keys_of_servers(monkeypatch):

@@ -176,10 +176,26 @@ def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = N
     read_admin_keys(settings, os.environ)
     if settings.tenants is not None:
         load_tenants(settings.tenants)
+        choose_grammars(vllm_config)
         parallel = vllm_config.parallel_config
         if parallel._api_process_rank < 0 or parallel._api_process_count <= 1:
             os.environ[SALT_VARIABLE] = secrets.token_hex(32)
             os.environ[COUNT_VARIABLE] = str(max(1, parallel._api_process_count))
+
+
+def choose_grammars(vllm_config: VllmConfig) -> None:
+    """Has no tenant choose for all others what computes their structured outputs.
+
+    An engine has one thing for that. With vLLM's `auto` it is what the first request of all needs,
+    and fails many of those that follow, for as long as the engine lives.
+    """
+    outputs = vllm_config.structured_outputs_config
+    if outputs.backend == "auto":
+        outputs.backend = "xgrammar"
+        logger.info(
+            "With tenants, structured outputs are those of xgrammar: `auto` would let the first "
+            "request choose for all (--structured-outputs-config.backend)."
+        )
 
 
 def check_routes(
