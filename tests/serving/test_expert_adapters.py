@@ -266,8 +266,7 @@ def test_experts_held_as_one_have_the_models_sizes(
     configs: Path, tmp_path: Path, experts: int, rank: int, width: int, code: Code | None
 ) -> None:
     """Slots would take what there is, and PEFT refuses it."""
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     layout = offline_layout(Server(str(configs / "gpt-oss"), max_lora_rank=8))
     tensors = {}
@@ -283,8 +282,7 @@ def test_experts_held_as_one_have_the_models_sizes(
 
 @pytest.mark.parametrize("width", [96, 64])
 def test_single_experts_have_the_models_sizes(configs: Path, tmp_path: Path, width: int) -> None:
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     layout = offline_layout(Server(str(configs / "mixtral"), max_lora_rank=8))
     tensors = {}

@@ -66,8 +66,7 @@ def worker_layout(folder, rank: int, *, layers_elsewhere: tuple[int, ...] = ()):
 
 
 def test_it_is_that_of_a_worker(folder):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     (folder / "model.safetensors").rename(folder / "weights.away")
     try:
@@ -107,8 +106,7 @@ def test_a_worker_knows_what_others_have_from_what_nobody_has(tmp_path):
 
 
 def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(tmp_path):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     layout = offline_layout(
         Server(
@@ -130,8 +128,7 @@ def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(t
 
 def test_adapters_of_what_latent_attention_does_not_call_are_refused(tmp_path):
     """It multiplies with that layer's weights itself: the base model would answer."""
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     folder = tiny_models.write_deepseek(tmp_path / "model")
     layout = offline_layout(Server(str(folder), max_lora_rank=64))
@@ -160,8 +157,7 @@ def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
     """vLLM shares rotary embeddings between models; one without memory would end the next."""
     from vllm.model_executor.layers import rotary_embedding
 
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     shared = rotary_embedding._ROPE_DICT
     before = dict(shared)
@@ -172,8 +168,7 @@ def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
 
 
 def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     model = str(tiny_models.write_llama(tmp_path))
     found = offline_layout(Server(model, max_lora_rank=64, dtype="float32"))
@@ -192,8 +187,7 @@ def test_the_ranks_that_hints_name_are_those_that_vllm_takes():
 
 
 def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import BaseModelError, Server
+    from vllm_multilora.integration.offline.model import BaseModelError, Server, offline_layout
 
     with pytest.raises(BaseModelError, match="cannot load the base model"):
         offline_layout(Server(str(tmp_path)))
@@ -218,8 +212,7 @@ def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
     ids=["list", "size", "activation", "no LoRA"],
 )
 def test_a_wrong_configuration_is_an_error(tmp_path, text, message):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import BaseModelError, Server
+    from vllm_multilora.integration.offline.model import BaseModelError, Server, offline_layout
 
     file = tiny_models.write_llama(tmp_path) / "config.json"
     changed = json.loads(text)
@@ -230,8 +223,7 @@ def test_a_wrong_configuration_is_an_error(tmp_path, text, message):
 
 
 def test_it_can_be_sent_and_means_the_same_where_it_arrives(tmp_path):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     layout = offline_layout(Server(str(tiny_models.write_llama(tmp_path)), max_lora_rank=64))
     arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(layout), type=ModelLayout)
@@ -256,8 +248,7 @@ PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, 
 
 
 def test_adapters_of_a_multimodal_model_are_served_without_its_tower(tmp_path):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_VL))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))

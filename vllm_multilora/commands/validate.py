@@ -77,8 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _offline_layout(arguments: argparse.Namespace) -> ModelLayout:
     quieten_vllm()
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     modules = arguments.lora_target_modules
     return offline_layout(

@@ -28,9 +28,11 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import supports_lora, supports_multimodal
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.config import CONFIG_KEY
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.integration.worker.encoder_rows import ENCODER
+from vllm_multilora.integration.worker.layout import running_layout
 
 ALLOWED_RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 """What vLLM takes as `--max-lora-rank`."""
@@ -161,6 +163,19 @@ def offline_manager(config: VllmConfig) -> Iterator[LoRAModelManager]:
     workers = config.parallel_config.tensor_parallel_size
     with set_current_vllm_config(config), one_worker(of=workers):
         yield _wrapped(config)
+
+
+def offline_layout(server: Server) -> ModelLayout:
+    """What a model accepts of an adapter, as the first worker of a server has it.
+
+    Args:
+        server: Its settings; `max_loras` does not matter.
+
+    Raises:
+        BaseModelError: vLLM does not take the model or a setting, or has no LoRA for the model.
+    """
+    with offline_manager(server.vllm_config()) as manager:
+        return running_layout(manager, dora=server.dora).layout
 
 
 def _wrapped(config: VllmConfig) -> LoRAModelManager:
