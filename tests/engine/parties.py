@@ -25,6 +25,8 @@ from vllm_multilora.store.messages import (
     Want,
 )
 
+MOST_BLENDS = 3
+
 
 def lora(number: int, *, path: str | None = None, inplace: bool = False) -> LoRARequest:
     path = path or f"/adapters/{number}"
@@ -204,7 +206,7 @@ class Engine:
         required=None,
         signing_keys=None,
         recorder=None,
-        most_blends=3,
+        most_blends=MOST_BLENDS,
         copy_s=0.0,
     ) -> None:
         self.store = FakeStore()

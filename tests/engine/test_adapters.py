@@ -1,7 +1,5 @@
 """What an engine core knows of its adapters, and asks of the store and the workers."""
 
-from collections.abc import Callable, Iterator
-
 import pytest
 from vllm.lora.request import LoRARequest
 
@@ -18,28 +16,6 @@ from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.states import AdapterState
 from vllm_multilora.store.messages import Forgotten, Restarted, Totals
 from vllm_multilora.tenants.on_request import RequestTenant
-
-
-@pytest.fixture
-def engines() -> Iterator[Callable[..., Engine]]:
-    """Makes engines; at the end every request is over, and every lease must be given back."""
-    made: list[Engine] = []
-
-    def make(**options) -> Engine:
-        made.append(Engine(**options))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        for number in [entry.number for entry in engine.adapters.known()]:
-            engine.adapters.drop(number)
-        engine.all_is_given_back()
-
-
-@pytest.fixture
-def engine(engines) -> Engine:
-    return engines()
-
 
 # From the request to the slot
 

@@ -1,14 +1,13 @@
 """What an engine core knows of blends: few at a time, as sound as their parts, gone with them."""
 
 import time
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 from vllm.lora.request import LoRARequest
 
-from tests.engine.parties import Engine, lora, pack_info
+from tests.engine.parties import MOST_BLENDS, Engine, lora, pack_info
 from tests.engine.test_quarantine import on
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.blends import blend_of, blended, label_of
@@ -21,28 +20,11 @@ from vllm_multilora.metrics.names import BLENDS
 from vllm_multilora.states import AdapterState
 from vllm_multilora.tenants.on_request import RequestTenant
 
-MOST = 3
 ACME, ZEN = RequestTenant("acme"), RequestTenant("zen")
 
 
 def blend(weight: float, first: int = 1, second: int = 2):
     return blended([(lora(first), weight), (lora(second), 1.0)])
-
-
-@pytest.fixture
-def engines() -> Iterator[Callable[..., Engine]]:
-    """Makes engines; at the end every request is over, and every lease must be given back."""
-    made: list[Engine] = []
-
-    def make(**options) -> Engine:
-        made.append(Engine(**{"most_blends": MOST, **options}))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        for number in [entry.number for entry in engine.adapters.known()]:
-            engine.adapters.drop(number)
-        engine.all_is_given_back()
 
 
 def serve(engine: Engine, request, pack: int) -> None:
@@ -62,10 +44,10 @@ def test_any_number_of_blends_come_by_and_few_are_known(engines):
     requests = [blend(number / 10) for number in range(50)]
     for number, request in enumerate(requests, 1):
         serve(engine, request, number)
-        assert len(known(engine)) <= MOST
+        assert len(known(engine)) <= MOST_BLENDS
     # Those before were forgotten, here and in the store.
-    assert known(engine) == {request.lora_int_id for request in requests[-MOST:]}
-    assert engine.store.forgotten == [request.lora_int_id for request in requests[:-MOST]]
+    assert known(engine) == {request.lora_int_id for request in requests[-MOST_BLENDS:]}
+    assert engine.store.forgotten == [request.lora_int_id for request in requests[:-MOST_BLENDS]]
 
 
 def test_the_one_longest_not_asked_for_is_forgotten(engines):
@@ -80,7 +62,7 @@ def test_the_one_longest_not_asked_for_is_forgotten(engines):
 
 def test_one_too_many_in_use_fails_alone_and_for_now(engines):
     engine = engines()
-    requests = [blend(number / 10) for number in range(MOST)]
+    requests = [blend(number / 10) for number in range(MOST_BLENDS)]
     for request in requests:
         assert engine.adapters.want(request) is None
     late = blend(7.0)
@@ -97,7 +79,7 @@ def test_one_too_many_in_use_fails_alone_and_for_now(engines):
 
 def test_each_tenant_has_its_own(engines):
     engine = engines()
-    for number in range(MOST):
+    for number in range(MOST_BLENDS):
         assert engine.adapters.want(blend(number / 10), ACME) is None
     assert engine.adapters.want(blend(7.0), ACME) is not None
     assert engine.adapters.want(blend(7.0), ZEN) is None
@@ -107,7 +89,7 @@ def test_each_tenant_has_its_own(engines):
 def test_who_uses_a_tenants_blends_too_keeps_it_from_no_others(engines):
     """Who may use the same adapters sees which blends of them there are."""
     engine = engines()
-    requests = [blend(number / 10) for number in range(MOST)]
+    requests = [blend(number / 10) for number in range(MOST_BLENDS)]
     for request in requests:
         assert engine.adapters.want(request, ACME) is None
         assert engine.adapters.want(request, ZEN) is None
@@ -119,13 +101,13 @@ def test_who_uses_a_tenants_blends_too_keeps_it_from_no_others(engines):
 def test_two_tenants_that_use_each_others_blends_have_no_more_than_two(engines):
     engine = engines()
     served = 0
-    for number in range(4 * MOST):
+    for number in range(4 * MOST_BLENDS):
         request = blend(number / 10)
         if engine.adapters.want(request, ACME if number % 2 else ZEN) is None:
             served += 1
             for tenant in (ACME, ZEN):
                 assert engine.adapters.want(request, tenant) is None
-    assert served == len(known(engine)) == 2 * MOST
+    assert served == len(known(engine)) == 2 * MOST_BLENDS
 
 
 def test_blends_can_be_switched_off(engines):
