@@ -21,7 +21,7 @@ compiled code and captured graphs keep reading the same addresses, step after st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.staging import CopyEvent, StagingRing
+from multilora_kernels.staging import StagingRing
 
 HEADER_INTS = 32
 """Length of the header; `PLAN_*` index it. `native/segment_gemm.c` reads the same fields."""
@@ -119,7 +119,6 @@ class BatchPlan:
     Args:
         layout: Where the parts of the buffer lie.
         device: Where the kernels run.
-        make_event: See `StagingRing`.
 
     Attributes:
         layout: Where the parts of the buffer lie.
@@ -129,20 +128,14 @@ class BatchPlan:
         header: The same memory as a NumPy array, which is read without PyTorch's overhead.
     """
 
-    def __init__(
-        self,
-        layout: PlanLayout,
-        device: torch.device | str = "cpu",
-        *,
-        make_event: Callable[[], CopyEvent] | None = None,
-    ) -> None:
+    def __init__(self, layout: PlanLayout, device: torch.device | str = "cpu") -> None:
         self.layout = layout
         self.buffer = torch.zeros(layout.size, dtype=torch.int32, device=device)
         self._staging: StagingRing | None = None
         self.host = self.buffer
         if self.buffer.device.type != "cpu":
             self.host = torch.zeros(HEADER_INTS, dtype=torch.int32)
-            self._staging = StagingRing(self.buffer, make_event)
+            self._staging = StagingRing(self.buffer)
         self.header = self.host.numpy()
         self._arange = np.arange(max(layout.max_tiles, layout.max_tokens), dtype=np.int32)
 

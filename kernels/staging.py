@@ -8,7 +8,6 @@ take turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -29,27 +28,26 @@ class CopyEvent(Protocol):
         """Waits for the point that was marked last; returns at once if none was, or it is past."""
 
 
+def copy_event(device: torch.device) -> CopyEvent | None:
+    """For a buffer that is copied to a device; None: its copies are over when they are made."""
+    return torch.cuda.Event() if device.type == "cuda" else None
+
+
 class StagingRing:
     """Host buffers that take turns in feeding one tensor, by asynchronous copies.
 
     Args:
         target: of shape [size], on a device; keeps its address.
-        make_event: Makes a buffer's event; None: CUDA events for CUDA devices, and none for others.
     """
 
-    def __init__(
-        self, target: torch.Tensor, make_event: Callable[[], CopyEvent] | None = None
-    ) -> None:
-        on_cuda = target.device.type == "cuda"
-        if make_event is None and on_cuda:
-            make_event = torch.cuda.Event
+    def __init__(self, target: torch.Tensor) -> None:
+        pinned = target.device.type == "cuda"
         self._target = target
         self._buffers = [
-            torch.zeros(target.shape, dtype=target.dtype, pin_memory=on_cuda)
-            for _ in range(BUFFERS)
+            torch.zeros(target.shape, dtype=target.dtype, pin_memory=pinned) for _ in range(BUFFERS)
         ]
         self._values = [buffer.numpy() for buffer in self._buffers]
-        self._copied = [make_event() if make_event else None for _ in range(BUFFERS)]
+        self._copied = [copy_event(target.device) for _ in range(BUFFERS)]
         self._turn = 0
 
     def open(self) -> npt.NDArray[Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import BatchPlan, PlanLayout
+from multilora_kernels import BatchPlan, PlanLayout, staging
 from multilora_kernels.staging import BUFFERS, StagingRing
 
 
@@ -34,9 +34,6 @@ class LateDevice:
             self.arrived.append(self.values.tolist())
         self._done = max(self._done, end)
 
-    def make_event(self) -> "LateDevice.Event":
-        return self.Event(self)
-
     class Event:
         def __init__(self, device: "LateDevice") -> None:
             self._device, self._point = device, 0
@@ -60,8 +57,9 @@ def device() -> LateDevice:
 
 
 @pytest.fixture
-def ring(device) -> StagingRing:
-    return StagingRing(device, device.make_event)
+def ring(device, monkeypatch) -> StagingRing:
+    monkeypatch.setattr(staging, "copy_event", lambda _: device.Event(device))
+    return StagingRing(device)
 
 
 def test_as_many_steps_as_there_are_buffers_are_queued_without_waiting(device, ring):
@@ -112,11 +110,12 @@ class Slow:
 @pytest.fixture
 def events(monkeypatch) -> list[Slow]:
     monkeypatch.setattr(Slow, "made", [], raising=False)
+    monkeypatch.setattr(staging, "copy_event", lambda _: Slow())
     return Slow.made
 
 
 def test_a_plan_does_not_wait_for_the_last_steps_copy(events):
-    plan = BatchPlan(PlanLayout(8, 4), "meta", make_event=Slow)
+    plan = BatchPlan(PlanLayout(8, 4), "meta")
     addresses = plan.buffer.untyped_storage()._cdata, plan.host.data_ptr()
     for step in range(1, BUFFERS + 2):
         plan.update(np.array([0, -1, step % 4]))
@@ -126,7 +125,7 @@ def test_a_plan_does_not_wait_for_the_last_steps_copy(events):
 
 
 def test_a_refused_batch_takes_no_buffer(events):
-    plan = BatchPlan(PlanLayout(8, 4), "meta", make_event=Slow)
+    plan = BatchPlan(PlanLayout(8, 4), "meta")
     for _ in range(2 * BUFFERS):
         with pytest.raises(ValueError, match="between -1 and 3"):
             plan.update(np.array([4]))

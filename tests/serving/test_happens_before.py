@@ -29,7 +29,7 @@ class Ring(StagingRing):
     """A staging ring whose accesses are noted."""
 
     def __init__(self, world: World, name: str, target: torch.Tensor) -> None:
-        super().__init__(target, world.event)
+        super().__init__(target)
         self.world, self.name = world, name
 
     def open(self) -> Any:
@@ -66,7 +66,8 @@ class Rig:
         monkeypatch.setattr(torch.cuda, "stream", world.on)
         monkeypatch.setattr(torch.cuda, "Event", self._event)
         monkeypatch.setattr(torch.accelerator, "synchronize", world.synchronize)
-        self.plan = BatchPlan(PlanLayout(64, SLOTS, 32), "meta", make_event=world.event)
+        monkeypatch.setattr("multilora_kernels.staging.copy_event", lambda _: world.event())
+        self.plan = BatchPlan(PlanLayout(64, SLOTS, 32), "meta")
         self.plan._staging = Ring(world, "plan", self.plan.buffer)
         weights = torch.zeros(SLOTS, RANK, WIDTH), torch.zeros(SLOTS, WIDTH, RANK)
         self.table = SlotTable(*([each] for each in weights), staging_bytes=1 << 18)

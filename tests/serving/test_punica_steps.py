@@ -186,14 +186,14 @@ def test_buffers_keep_their_addresses_for_captured_graphs():
         assert own._embeddings_indices.data_ptr() == before[1]
 
 
-def test_rows_are_staged_in_turn():
+def test_rows_are_staged_in_turn(monkeypatch: pytest.MonkeyPatch):
     """The host may run steps ahead: it waits for the copy from a buffer that it uses again."""
-    from multilora_kernels.staging import BUFFERS
+    from multilora_kernels import staging
     from vllm_multilora.integration.step.staged_rows import StagedRows
 
     log: list[str] = []
 
-    def make_event() -> SimpleNamespace:
+    def make_event(_: torch.device) -> SimpleNamespace:
         name = f"buffer {len(log)}"
         log.append(name)
         return SimpleNamespace(
@@ -201,15 +201,16 @@ def test_rows_are_staged_in_turn():
             record=lambda: log.append(f"copy from {name}"),
         )
 
-    rows = StagedRows(4, "meta", make_event=make_event)
+    monkeypatch.setattr(staging, "copy_event", make_event)
+    rows = StagedRows(4, "meta")
     names, log[:] = list(log), []
-    assert len(names) == BUFFERS
-    for _ in range(2 * BUFFERS):
+    assert len(names) == staging.BUFFERS
+    for _ in range(2 * staging.BUFFERS):
         rows.update(np.array([1, 2]))
     steps = [(log[i].removeprefix("wait for "), log[i + 1]) for i in range(0, len(log), 2)]
     assert [copied for _, copied in steps] == [f"copy from {name}" for name, _ in steps]
-    assert {name for name, _ in steps[:BUFFERS]} == set(names)
-    assert steps[BUFFERS:] == steps[:BUFFERS]
+    assert {name for name, _ in steps[: staging.BUFFERS]} == set(names)
+    assert steps[staging.BUFFERS :] == steps[: staging.BUFFERS]
 
 
 def config(*, specialize: bool = True, drafter: Any = None) -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.staging import CopyEvent, StagingRing
+from multilora_kernels.staging import StagingRing
 
 
 class StagedRows:
@@ -17,23 +15,16 @@ class StagedRows:
     Args:
         rows: The most rows of a step.
         device: Where they are read.
-        make_event: See `StagingRing`.
 
     Attributes:
         buffer: int64 [rows] on the device. Rows past a step's values keep older ones, at first
             zeros: captured graphs read padding rows as well, and must find valid numbers there.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        device: torch.device | str,
-        *,
-        make_event: Callable[[], CopyEvent] | None = None,
-    ) -> None:
+    def __init__(self, rows: int, device: torch.device | str) -> None:
         self.buffer = torch.zeros(rows, dtype=torch.int64, device=device)
         on_host = self.buffer.device.type == "cpu"
-        self._staging = None if on_host else StagingRing(self.buffer, make_event)
+        self._staging = None if on_host else StagingRing(self.buffer)
 
     def update(self, values: npt.NDArray[np.int64]) -> None:
         """Replaces the first `len(values)` rows, in the order of the current stream."""

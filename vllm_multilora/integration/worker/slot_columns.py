@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.staging import CopyEvent, StagingRing
+from multilora_kernels.staging import StagingRing
 
 
 class SlotColumns:
@@ -19,19 +19,14 @@ class SlotColumns:
 
     Args:
         tables: int32 [rows, slots] each, on one device.
-        make_event: See `StagingRing`.
     """
 
-    def __init__(
-        self,
-        tables: Sequence[torch.Tensor],
-        make_event: Callable[[], CopyEvent] | None = None,
-    ) -> None:
+    def __init__(self, tables: Sequence[torch.Tensor]) -> None:
         self._tables = tuple(tables)
         rows = sum(len(table) for table in tables)
         self._columns = torch.zeros(rows, dtype=torch.int32, device=tables[0].device)
         on_host = self._columns.device.type == "cpu"
-        self._staging = None if on_host else StagingRing(self._columns, make_event)
+        self._staging = None if on_host else StagingRing(self._columns)
 
     @property
     def nbytes(self) -> int:
