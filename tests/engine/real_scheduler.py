@@ -6,6 +6,7 @@ No adapters are attached, so requests for them are ready at once.
 import itertools
 import json
 from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm.config import (
     VllmConfig,
 )
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -139,9 +140,13 @@ class Steps:
         generate: int = 4,
         first_token: int | None = None,
         inplace: bool = False,
+        grammar: Future[Any] | None = None,
         **options: Any,
     ) -> Request:
-        """Adds a request; its prompt is one of its own, unless its first token is said."""
+        """Adds a request; its prompt is one of its own, unless its first token is said.
+
+        It waits for its grammar, where it has one.
+        """
         number = next(self._numbers)
         first = number * 31 if first_token is None else first_token
         lora = None
@@ -150,7 +155,11 @@ class Steps:
         request = Request(
             name,
             [(first + i) % 300 for i in range(prompt)],
-            SamplingParams(max_tokens=generate, ignore_eos=True),
+            SamplingParams(
+                max_tokens=generate,
+                ignore_eos=True,
+                structured_outputs=grammar and StructuredOutputsParams(regex="a"),
+            ),
             None,
             lora_request=lora,
             arrival_time=float(number),
@@ -158,6 +167,8 @@ class Steps:
         )
         if tenant is not None:
             TENANT.set(request, RequestTenant(tenant, weight))
+        if grammar is not None:
+            request.structured_output_request.grammar = grammar
         self.scheduler.add_request(request)
         return request
 

@@ -11,7 +11,7 @@ from vllm_multilora.integration.engine.fair_queue import FairQueue
 from vllm_multilora.slots.fair_shares import FairShares
 
 NO_GRAMMAR = 5
-"""Every so manieth request waits for something of its own."""
+"""Every so manieth request waits for a grammar of its own."""
 
 
 @dataclass(eq=False)
@@ -21,6 +21,7 @@ class Waiting:
     party: str = "everybody"
     num_tokens: int = 4
     num_computed_tokens: int = 0
+    is_compiled: bool = False
 
     @property
     def lora_request(self):
@@ -32,7 +33,7 @@ class Waiting:
 
     @property
     def has_grammar(self) -> bool:
-        return self.number % NO_GRAMMAR > 0
+        return self.is_compiled or self.number % NO_GRAMMAR > 0
 
 
 class Scheduler:
@@ -46,7 +47,9 @@ class Scheduler:
     def __init__(self, rank=None) -> None:
         self.skipped: set[Waiting] = set()
         self.shares = FairShares()
-        self.queue = FairQueue(self.shares, lambda request: request.party, self.skipped, rank)
+        self.queue = FairQueue(
+            self.shares, lambda request: request.party, self.skipped, rank, lacks_grammar
+        )
         self.examined: list[Waiting] = []
 
     def add(self, *requests: Waiting) -> None:
@@ -64,9 +67,9 @@ class Scheduler:
             self.examined.append(request)
             if request.party in passed_parties:
                 queue.pass_over(request, whole_party=True)
-            elif request.adapter in blocked:
+            elif request.adapter in blocked or lacks_grammar(request):
                 queue.pass_over(request)
-            elif request.has_grammar:
+            else:
                 assert queue.pop_request() is request
                 self.skipped.discard(request)
                 taken.append(request)
@@ -78,6 +81,10 @@ class Scheduler:
         return taken
 
 
+def lacks_grammar(request: Waiting) -> bool:
+    return not request.has_grammar
+
+
 ADAPTERS = st.integers(0, 4)
 STEPS = st.lists(
     st.tuples(
@@ -85,6 +92,7 @@ STEPS = st.lists(
         st.sets(st.integers(1, 4)),  # blocked
         st.integers(0, 6),  # room
         st.lists(st.integers(0, 30), max_size=2),  # aborted
+        st.lists(st.integers(0, 30), max_size=3),  # whose grammars come
         st.booleans(),  # whether one that was taken is preempted
     ),
     max_size=25,
@@ -98,9 +106,9 @@ def priority(request: Waiting) -> tuple[int, int]:
 @settings(max_examples=300, deadline=None)
 @given(steps=STEPS, rank=st.sampled_from([None, priority]))
 def test_with_one_party_it_is_vllms_own_queue(steps, rank):
-    """But that it shows one request of an adapter that no request can run with."""
+    """But that of those that cannot run with an adapter, or lack a grammar, it shows one."""
     scheduler, line, number = Scheduler(rank), list[Waiting](), 0
-    for arrivals, blocked, room, aborted, preempts in steps:
+    for arrivals, blocked, room, aborted, compiled, preempts in steps:
         for adapter in arrivals:
             number += 1
             line.append(Waiting(number, adapter))
@@ -109,6 +117,9 @@ def test_with_one_party_it_is_vllms_own_queue(steps, rank):
         gone = [line[place] for place in aborted if place < len(line)]
         scheduler.queue.remove_requests(gone)
         line = [request for request in line if request not in gone]
+        for place in compiled:
+            if place < len(line):
+                line[place].is_compiled = True
         expected, seen = list[Waiting](), set[int]()
         for request in line:
             if len(expected) == room:
@@ -118,9 +129,16 @@ def test_with_one_party_it_is_vllms_own_queue(steps, rank):
             elif request.has_grammar:
                 expected.append(request)
         assert scheduler.step(blocked, room) == expected
+        vain = [
+            (each.adapter, lacks_grammar(each))
+            for each in scheduler.examined
+            if each.adapter in blocked or lacks_grammar(each)
+        ]
+        assert len(vain) == len(set(vain))
+        assert {adapter for adapter, _ in vain if adapter in blocked} == seen
         line = [request for request in line if request not in expected]
-        assert sum(each.adapter in blocked for each in scheduler.examined) == len(seen)
-        assert {each for each in line if each.adapter in seen} <= scheduler.skipped
+        passed = [each for each in line if (each.adapter, lacks_grammar(each)) in vain]
+        assert scheduler.skipped.issuperset(passed)
         if preempts and expected:
             line.insert(0, expected[0])
             line.sort(key=rank or (lambda request: 0))
@@ -137,7 +155,7 @@ def test_with_one_party_it_is_vllms_own_queue(steps, rank):
 @given(steps=STEPS, blocked_party=st.sampled_from("abc"))
 def test_of_each_party_the_order_is_kept_and_nothing_is_lost(steps, blocked_party):
     scheduler, there, number = Scheduler(), dict[Waiting, None](), 0
-    for arrivals, blocked, room, aborted, passes in steps:
+    for arrivals, blocked, room, aborted, compiled, passes in steps:
         for adapter in arrivals:
             number += 1
             request = Waiting(number, adapter, "abc"[number % 3])
@@ -147,6 +165,8 @@ def test_of_each_party_the_order_is_kept_and_nothing_is_lost(steps, blocked_part
         scheduler.queue.remove_requests(gone)
         for request in gone:
             del there[request]
+        for request in there:
+            request.is_compiled |= request.number in compiled
         passed = {blocked_party} if passes else set()
         taken = scheduler.step(blocked, room, passed_parties=passed)
         for request in taken:
@@ -205,6 +225,23 @@ def test_of_parties_that_have_had_the_same_the_one_that_came_first_is_first():
     scheduler.add(gone, first, last)
     scheduler.queue.remove_request(gone)
     assert scheduler.step() == [first, last]
+
+
+def test_one_look_is_enough_for_all_that_wait_for_grammars():
+    """And those whose grammars have come run, whatever is before them."""
+    scheduler = Scheduler()
+    waiting = [Waiting(NO_GRAMMAR * n, 1, "ab"[n % 2]) for n in range(1, 3001)]
+    other = Waiting(1, 1, "b")
+    scheduler.add(*waiting, other)
+    assert scheduler.step() == [other]
+    assert len(scheduler.examined) == 3
+    assert len(scheduler.skipped) == 3000
+    for request in waiting[-2:]:
+        request.is_compiled = True
+    assert set(scheduler.step()) == set(waiting[-2:])
+    assert len(scheduler.examined) == 4
+    scheduler.queue.remove_requests(waiting[:-2])
+    assert not scheduler.queue._lines
 
 
 def test_what_is_put_back_stays_before_what_was_not_looked_at():

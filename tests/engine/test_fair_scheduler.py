@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 
@@ -249,6 +250,25 @@ def test_a_step_looks_at_few_requests_of_a_heavy_party_that_may_have_no_more_of_
     assert (left := waiting(steps, "large")) > 100
     assert len(looked) <= 10 + 200 - left
     assert len(steps.drain()) >= left
+
+
+def test_a_step_looks_at_one_of_those_that_wait_for_their_grammars(configs):
+    """One call may want thousands of answers, and a grammar may take minutes."""
+    steps = Steps(configs(places=250))
+    steps.ask("small", adapter=1, generate=200)
+    grammars: list[Future[None]] = [Future() for _ in range(100)]
+    for number, grammar in enumerate(grammars):
+        steps.ask(f"large {number:2}", adapter=2, grammar=grammar)
+    looked, look = [], steps.scheduler._handle_blocked_waiting_request
+    steps.scheduler._handle_blocked_waiting_request = lambda r: looked.append(r) or look(r)
+    assert run(steps, 10)["small"] >= 10
+    assert len(looked) == 10 + 1
+    grammars[70].set_exception(ValueError("no grammar"))
+    run(steps, 2)
+    assert steps.finished == ["large 70"]
+    assert waiting(steps, "large") == 99
+    steps.abort(*(f"large {number:2}" for number in range(100)))
+    assert steps.drain()[-1] == "small"
 
 
 @pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)

@@ -7,6 +7,7 @@ the same, each of them gets a place, and not one of them all places.
 
 A step examines one request after the other, and puts back what cannot run. Tens of thousands may
 wait for the same adapter. When one of them could not run for its sake, the others are passed over.
+So are those that wait for something of their own, a grammar say, until it has come.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import PriorityRequestQueue, RequestQueue
+from vllm.v1.request import RequestStatus
 
 from vllm_multilora.slots.fair_shares import PROMPT_COST, FairShares, Party
 
@@ -27,10 +29,14 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     Lane = list[tuple[Any, Request]]
+    Key = tuple[int | None, bool]
+    """Of a lane: an adapter, and whether its requests wait for something of their own."""
 
 
 class _Line:
     """A party's requests, each with its place in the queue, in lanes by adapter.
+
+    Those that wait for something of their own have lanes of their own.
 
     Attributes:
         lanes: In the order of their places; none is empty.
@@ -39,39 +45,52 @@ class _Line:
     """
 
     def __init__(self) -> None:
-        self.lanes: dict[int | None, Lane] = {}
-        self.hidden: set[int | None] = set()
-        self.new: defaultdict[int | None, set[Request]] = defaultdict(set)
+        self.lanes: dict[Key, Lane] = {}
+        self.hidden: set[Key] = set()
+        self.new: defaultdict[Key, set[Request]] = defaultdict(set)
         # The first places in the lanes that are shown; None until the step needs them.
-        self._heads: list[tuple[Any, int | None]] | None = None
+        self._heads: list[tuple[Any, Key]] | None = None
 
     def first(self) -> Request | None:
         """The first request that is shown; None where none is."""
         heads = self._heads
         if heads is None:
             shown = self.lanes.keys() - self.hidden
-            heads = self._heads = [(self.lanes[adapter][0][0], adapter) for adapter in shown]
+            heads = self._heads = [(self.lanes[key][0][0], key) for key in shown]
             heapq.heapify(heads)
         return self.lanes[heads[0][1]][0][1] if heads else None
 
-    def pop(self, *, hides: bool) -> Any:
+    def pop(self, *, hides: bool) -> tuple[Any, Key]:
         """Takes the request that `first` has just returned; hides the rest of its lane, or not.
 
         Returns:
-            Its place.
+            Its place, and its lane.
         """
         assert self._heads
-        adapter = self._heads[0][1]
-        lane = self.lanes[adapter]
+        key = self._heads[0][1]
+        lane = self.lanes[key]
         place, request = lane.pop(0)
-        self.new[adapter].discard(request)
+        self.new[key].discard(request)
         if lane and not hides:
-            heapq.heapreplace(self._heads, (lane[0][0], adapter))
+            heapq.heapreplace(self._heads, (lane[0][0], key))
         else:
             heapq.heappop(self._heads)
         if not lane:
-            del self.lanes[adapter], self.new[adapter]
-        return place
+            del self.lanes[key], self.new[key]
+        return place, key
+
+    def take_out(self, key: Key, leaves: Callable[[Request], bool]) -> list[tuple[Any, Request]]:
+        """Takes requests of a lane out, with their places."""
+        lane = self.lanes.get(key, [])
+        gone = [each for each in lane if leaves(each[1])]
+        if gone:
+            kept = [each for each in lane if not leaves(each[1])]
+            self.new[key].difference_update(request for _, request in gone)
+            self.lanes[key] = kept
+            if not kept:
+                del self.lanes[key], self.new[key]
+            self.changed()
+        return gone
 
     def changed(self) -> None:
         """Something has come, gone, or been hidden or shown."""
@@ -89,6 +108,7 @@ class FairQueue(RequestQueue):
             are passed over.
         rank: A request's place among all others, the least first; None: they are in the order in
             which they come in, at either end.
+        waits: Whether a request waits for something of its own, and cannot run before it has come.
     """
 
     def __init__(
@@ -97,11 +117,13 @@ class FairQueue(RequestQueue):
         party_of: Callable[[Request], Party],
         skipped: set[Request] | None = None,
         rank: Callable[[Request], Any] | None = None,
+        waits: Callable[[Request], bool] = lambda request: False,
     ) -> None:
         self._shares = shares
         self._party_of = party_of
         self._skipped = skipped
         self._rank = rank
+        self._waits = waits
         self._lines: dict[Party, _Line] = {}
         self._length = 0
         # Places of the requests that came in last, at either end.
@@ -113,6 +135,7 @@ class FairQueue(RequestQueue):
         self._taken: dict[Request, Any] = {}
         self._passing: tuple[Request, bool] | None = None
         self._with_hidden: set[Party] = set()
+        self._apart: set[tuple[Party, Key]] = set()  # lanes of those that wait, and more
         self._hidden = 0
 
     @property
@@ -128,9 +151,20 @@ class FairQueue(RequestQueue):
             self._lines[party].hidden.clear()
             self._lines[party].changed()
         self._with_hidden.clear()
+        apart, self._apart = self._apart, set()
+        for party, key in apart:
+            if (line := self._lines.get(party)) is None:
+                continue
+            for place, request in line.take_out(key, lambda each: not self._waits(each)):
+                self._length -= 1
+                self._put(request, place)
+            if key in line.lanes:
+                self._apart.add((party, key))
 
     def pass_over(self, request: Request, *, whole_party: bool = False) -> None:
         """Shows no more of a party's requests for an adapter in this step.
+
+        Those that wait for something of their own are apart from the others.
 
         Args:
             request: One of them, which is being examined, and is about to be taken.
@@ -171,16 +205,16 @@ class FairQueue(RequestQueue):
         request = line.first()
         assert request is not None
         is_passed = self._passing is not None and self._passing[0] is request
-        self._taken[request] = line.pop(hides=is_passed)
+        self._taken[request], lane = line.pop(hides=is_passed)
         self._length -= 1
         if not line.lanes:
             del self._lines[party]
         if is_passed:
             self._with_hidden.add(party)
-            self._hide(line, _adapter_of(request))
+            self._hide(line, lane)
             if self._passing is not None and self._passing[1]:
-                for adapter in line.lanes:
-                    self._hide(line, adapter)
+                for key in line.lanes:
+                    self._hide(line, key)
                 line.changed()
         if self._order:
             had = self._order[0][0]
@@ -198,17 +232,12 @@ class FairQueue(RequestQueue):
         leaving = set(requests)
         for party, adapter in {(self._party_of(each), _adapter_of(each)) for each in leaving}:
             line = self._lines.get(party)
-            if line is None or (lane := line.lanes.get(adapter)) is None:
+            if line is None:
                 continue
-            kept = [each for each in lane if each[1] not in leaving]
-            gone = len(lane) - len(kept)
-            self._length -= gone
-            self._hidden -= gone if adapter in line.hidden else 0
-            line.lanes[adapter] = kept
-            line.new[adapter] -= leaving
-            line.changed()
-            if not kept:
-                del line.lanes[adapter], line.new[adapter]
+            for key in ((adapter, False), (adapter, True)):
+                gone = len(line.take_out(key, leaving.__contains__))
+                self._length -= gone
+                self._hidden -= gone if key in line.hidden else 0
             if not line.lanes:
                 del self._lines[party]
         self._order = None
@@ -226,24 +255,26 @@ class FairQueue(RequestQueue):
         return iter([each for _, each in heapq.merge(*lanes, key=itemgetter(0))])
 
     def _put(self, request: Request, place: Any) -> None:
-        party, adapter = self._party_of(request), _adapter_of(request)
+        party, key = self._party_of(request), (_adapter_of(request), self._waits(request))
         line = self._lines.get(party)
         if line is None:
             line = self._lines[party] = _Line()
             self._order = None
         line.changed()
         self._length += 1
-        self._hidden += adapter in line.hidden
-        line.new[adapter].add(request)
-        insort(line.lanes.setdefault(adapter, []), (place, request), key=itemgetter(0))
+        self._hidden += key in line.hidden
+        if key[1]:
+            self._apart.add((party, key))
+        line.new[key].add(request)
+        insort(line.lanes.setdefault(key, []), (place, request), key=itemgetter(0))
 
-    def _hide(self, line: _Line, adapter: int | None) -> None:
-        if adapter in line.hidden:
+    def _hide(self, line: _Line, key: Key) -> None:
+        if key in line.hidden:
             return
-        line.hidden.add(adapter)
-        self._hidden += len(line.lanes.get(adapter, ()))
+        line.hidden.add(key)
+        self._hidden += len(line.lanes.get(key, ()))
         if self._skipped is not None:
-            self._skipped |= line.new.pop(adapter, set())
+            self._skipped |= line.new.pop(key, set())
 
     def _first(self) -> Party:
         if len(self._lines) == 1:
@@ -265,7 +296,16 @@ def queue_of(scheduler: Any, shares: FairShares, party_of: Callable[[Request], P
     """What one of vLLM's schedulers can have for its queue, in the order of that."""
     skipped = getattr(scheduler, "deferred_waiting", None)
     is_ranked = isinstance(scheduler.waiting, PriorityRequestQueue)
-    return FairQueue(shares, party_of, skipped, _rank if is_ranked else None)
+    rank = _rank if is_ranked else None
+    return FairQueue(shares, party_of, skipped, rank, waits_for_grammar)
+
+
+def waits_for_grammar(request: Request) -> bool:
+    """Whether a request's grammar is still being compiled."""
+    if request.status is not RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        return False
+    output = request.structured_output_request
+    return output is None or not output.is_grammar_ready
 
 
 def _rank(request: Request) -> tuple[int, float, str]:
