@@ -7,11 +7,10 @@ kills the process, and metrics must not.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from vllm_multilora.metrics.process_stamps import ProcessStamp
 
 _HEADER_BYTES = 8
 _ENTRY_OVERHEAD = 4 + 8 + 16  # length, most padding, value and timestamp
+_SEPARATOR = "\x1f"  # cannot be printed, and so is in no label
 _NOBODY = ProcessStamp(0, 0, 0)
 
 Key = tuple[str, ...]
@@ -63,7 +63,7 @@ class SeriesFile:
         """
         cell = self._known.get(key)
         if cell is None:
-            cell = json.dumps(key, ensure_ascii=False)  # else a letter may take six bytes
+            cell = _SEPARATOR.join(key)
             size = _size_of(cell)
             if self._used + size > self._size:
                 raise SeriesFileFullError(f"no room for {cell} in {self._size} bytes")
@@ -179,7 +179,7 @@ class UnreadableSeriesFileError(Exception):
 
 
 def read_series(path: Path) -> Iterator[tuple[str, float]]:
-    """What a process has written so far: keys as JSON, and values.
+    """What a process has written so far: keys' texts, and values.
 
     Raises:
         FileNotFoundError: It was removed.
@@ -195,12 +195,5 @@ def read_series(path: Path) -> Iterator[tuple[str, float]]:
 
 
 def parse_key(text: str) -> Key:
-    """A key from its JSON.
-
-    Raises:
-        ValueError: It is no list of strings.
-    """
-    key = json.loads(text)
-    if not isinstance(key, Sequence) or not key or not all(isinstance(part, str) for part in key):
-        raise ValueError(f"a key must be a list of strings, found {text}")
-    return tuple(key)
+    """A key from its text."""
+    return tuple(text.split(_SEPARATOR))
