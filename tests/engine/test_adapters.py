@@ -890,6 +890,19 @@ def test_a_copy_of_a_pack_that_has_gone_fails_nobody(engine):
     assert engine.store.only().keep
 
 
+def test_a_copy_of_an_old_pack_that_has_gone_says_nothing_of_the_new_one(engine):
+    engine.host(1, 10)
+    engine.adapters.bring(1)
+    engine.poll()
+    old = engine.workers.only()
+    engine.adapters.want(lora(1, inplace=True))
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    engine.workers.say(FillFailed(old.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.HOST
+
+
 def test_a_registration_gets_the_answer_of_its_own_check(engine):
     """A request's want of what was there before the files changed may fail beside it."""
     engine.adapters.want(lora(1))
@@ -1264,6 +1277,7 @@ def test_a_removed_adapter_leaves_nothing_at_any_stage(engine, stage):
     engine.all_is_given_back()
     assert engine.adapters.slots.contents == (None, None)
     assert not engine.adapters.known().lose_pack(7)
+    assert not engine.adapters.known()._at_path
 
 
 def test_the_answers_to_a_removed_adapters_orders_mean_nothing_to_its_successor(engine):
@@ -1505,6 +1519,16 @@ def test_a_slot_that_an_unloaded_adapter_leaves_is_shown_as_free(tmp_path):
     engine.store.forgets()
     engine.poll()
     assert shown(tmp_path)["vllm:lora_slots_free{engine=0}"] == 2
+
+
+def test_a_step_in_which_nothing_is_computed_is_no_use_of_an_adapter(engine):
+    engine.fill(1)
+    seen = []
+    engine.adapters.observer.step = seen.append
+    engine.adapters.running(frozenset({1}), computes=False)
+    assert not seen
+    engine.adapters.running(frozenset({1}))
+    assert seen == [{1}]
 
 
 def test_a_copy_that_was_not_made_is_not_counted(tmp_path):

@@ -219,6 +219,15 @@ def test_there_is_something_to_examine_though_others_that_were_passed_over_are_a
     assert not queue
 
 
+def test_what_has_been_taken_is_not_kept_in_mind_for_longer_than_a_step():
+    scheduler = Scheduler()
+    scheduler.add(Waiting(1, 1))
+    assert scheduler.step()
+    assert scheduler.queue._taken
+    assert not scheduler.step()
+    assert not scheduler.queue._taken
+
+
 def test_of_parties_that_have_had_the_same_the_one_that_came_first_is_first():
     scheduler = Scheduler()
     gone, first, last = Waiting(1, 1, "a"), Waiting(2, 1, "b"), Waiting(3, 1, "a")

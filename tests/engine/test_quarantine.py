@@ -63,6 +63,13 @@ def test_the_adapter_of_the_request_is_quarantined(output):
     assert quarantine.failure(PACK) is None
 
 
+def test_weights_that_ran_are_quarantined_though_newer_ones_are_already():
+    quarantine, newer = Quarantine(), SimpleNamespace(digest="d2", parts=())
+    quarantine.look(counted(acme_s=1), {"acme's": on("d2")}, lambda number: newer)
+    quarantine.look(counted(acme_s=1), REQUESTS, lambda number: newer)
+    assert quarantine.failure(PACK) is not None
+
+
 def test_it_is_counted_among_the_failures(tmp_path):
     engine = Engine(recorder=recorder(tmp_path, "engine"))
     engine.fill(7, 10, digest="d1")

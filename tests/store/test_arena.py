@@ -111,6 +111,12 @@ def test_free_pages_of_different_segments_are_never_one_run(order):
         assert free.add(run) == run
 
 
+def test_nothing_is_left_of_a_run_that_is_taken_whole():
+    free = FreeRuns()
+    free.take(free.add(Run(1, 0, PAGE)), PAGE)
+    assert not list(free.largest_first())
+
+
 def test_the_smallest_free_run_that_is_large_enough_is_taken():
     free = FreeRuns()
     for run in (Run(1, 0, PAGE), Run(1, 2 * PAGE, 3 * PAGE), Run(1, 6 * PAGE, 2 * PAGE)):
@@ -146,12 +152,16 @@ def test_a_pack_takes_its_bytes_rounded_to_one_page_and_no_more():
 
 
 def test_a_pack_goes_into_gaps_where_no_run_is_long_enough():
-    arena = Arena(FakeSegments(), 8 * PAGE)
+    memory = FakeSegments()
+    arena = Arena(memory, 8 * PAGE)
     packs = [arena.allocate(blocks(PAGE)) for _ in range(8)]
     for pack in packs[::2]:
         arena.free(pack)
-    scattered = arena.allocate(blocks(PAGE, PAGE, PAGE))
+    sizes = blocks(PAGE - 64, 64, PAGE, 64, PAGE - 64)
+    scattered = arena.allocate(sizes)
     assert len(scattered.extents) == 3
+    held = [(pack, blocks(PAGE)) for pack in packs[1::2]]
+    check(arena, memory, [*held, (scattered, sizes)])
     assert arena.allocate(blocks(2 * PAGE)) is None, "a block never lies in two extents"
 
 

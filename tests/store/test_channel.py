@@ -96,6 +96,17 @@ def test_a_message_whose_descriptors_cannot_all_be_copied_leaves_none_behind(end
     assert sender.pending == 0
 
 
+def test_descriptors_of_a_message_that_never_came_whole_are_closed(ends):
+    left, right = ends
+    before = open_descriptors()
+    receiver = Channel(right, FromStore, take_descriptors=True)
+    socket.send_fds(left, [struct.pack("<IB", 100, 3)], [0, 1, 2])
+    assert receiver.receive() == []
+    assert open_descriptors() == before + 3
+    receiver.close()
+    assert open_descriptors() == before - 1  # its own socket, too
+
+
 def test_who_takes_no_descriptors_is_not_filled_up_with_them(ends):
     left, right = ends
     before = open_descriptors()
@@ -137,6 +148,16 @@ def test_nonsense_ends_the_connection(ends, data, reason):
     left.send(data)
     with pytest.raises(ChannelClosedError, match=reason):
         Channel(right, FromClient).receive()
+
+
+def test_descriptors_that_come_with_nonsense_are_closed(ends):
+    left, right = ends
+    before = open_descriptors()
+    receiver = Channel(right, FromStore, take_descriptors=True)
+    socket.send_fds(left, [struct.pack("<IB", 1, 2) + b"\xff"], [0, 1])
+    with pytest.raises(ChannelClosedError, match="makes no sense"):
+        receiver.receive()
+    assert open_descriptors() == before
 
 
 def test_the_end_of_the_other_side_is_seen_by_both_directions(ends):

@@ -1,6 +1,7 @@
 """An engine core's side of the connection, against a store that the test plays."""
 
 import itertools
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,6 +191,45 @@ def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
     stores.say(Totals(0, 0, None, None))
     client.poll()
     assert seconds_to_the_next_store() < FIRST_PAUSE_S
+
+
+def test_what_no_message_can_hold_fails_at_once_and_is_not_said(client, stores):
+    ticket = client.want(Want(-1, "acme", "/adapters/1"))
+    (failed,) = client.poll()
+    assert (failed.ticket, failed.kind) == (ticket, FailureKind.INVALID)
+    assert "its number is -1" in failed.message
+    assert stores.heard() == []
+
+
+def test_who_is_woken_by_a_store_is_woken_by_the_next_one(client, stores, monkeypatch):
+    watched = []
+    waker = SimpleNamespace(watch=watched.append, rearm=lambda: None, close=lambda: None)
+    monkeypatch.setattr("vllm_multilora.store.client.Waker", lambda wake: waker)
+    client.start_waking(lambda: None)
+    first = client.fileno()
+    stores.newest.close()
+    client.poll()
+    assert watched == [first, -1, client.fileno()]
+
+
+def test_nothing_is_heard_on_the_descriptor_of_a_store_that_has_gone(client, stores):
+    """By then it may be anything else's, and always readable."""
+    gone, connect, others = client.fileno(), stores.connect, []
+
+    def connect_elsewhere():
+        while gone not in others:
+            others.append(os.open(os.devnull, os.O_RDONLY))
+        return connect()
+
+    stores.connect = connect_elsewhere
+    stores.newest.close()
+    try:
+        client.poll()
+        assert client.fileno() not in (gone, -1)
+        assert not client._poller.poll(0)
+    finally:
+        for descriptor in others:
+            os.close(descriptor)
 
 
 def test_an_answer_is_waited_for_when_everything_has_been_said(client, stores):

@@ -4,6 +4,7 @@ import selectors
 import socket
 import time
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -145,6 +146,42 @@ def test_what_a_socket_cannot_hold_is_said_bit_by_bit(world):
     assert {key.events for key in world.selector.get_map().values()} == {selectors.EVENT_READ}
 
 
+def test_a_job_that_hangs_up_is_killed_and_its_adapter_fails(world):
+    client = world.client(-1)
+    ticket = world.want(client, 1)
+    world.started["/adapters/1"].channel.close()
+    world.desk.hear(world.number("/adapters/1"), world.registry.loads)
+    assert world.started["/adapters/1"].is_killed
+    world.look()
+    assert "was killed by signal 9" in world.answer(client, ticket).message
+
+
+def test_what_jobs_do_is_looked_at_while_others_wait(world, monkeypatch):
+    seen, queue = [], world.registry.loads.queue
+    monkeypatch.setattr(queue, "looked_at", lambda number, *use, **state: seen.append(number))
+    client = world.client(-1)
+    world.want(client, 1)
+    world.look()
+    assert not seen
+    queue.places = 1
+    world.want(client, 2)
+    world.look()
+    assert seen == [world.number("/adapters/1")]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("/slow/a", "/slow"),
+        ("/slow", "/slow"),
+        ("/slow/deep/a", "/slow/deep"),
+        ("/slower/a", "/slower"),
+    ],
+)
+def test_what_hangs_is_the_nearest_mount(path, source):
+    assert desks._source_of(path, ["/slow", "/slow/deep"]) == source
+
+
 def test_a_job_may_fail_at_any_time(world):
     client = world.client(-1)
     ticket = world.want(client, 1)
@@ -199,7 +236,13 @@ def test_a_job_that_speaks_out_of_turn_fails_alone(world, said):
             Checked(CONTENTS, blocks(*[1 << 40] * 1025)), "too large", id="blocks that overflow"
         ),
         pytest.param(Done("short", 64, ()), "digest", id="no digest"),
+        pytest.param(
+            Checked(msgspec.structs.replace(CONTENTS, invocation_tokens=(1,) * 65), blocks(64)),
+            "tokens",
+            id="too many tokens",
+        ),
         pytest.param(Done(DIGEST, -1, ()), "size", id="a negative size"),
+        pytest.param(Done(DIGEST, 1 << 50, ()), "size", id="a huge size"),
         pytest.param(Done(DIGEST, 64, ("short",)), "digest", id="no digest of a part"),
         pytest.param(Done(DIGEST, 64, (DIGEST,) * (MOST_PARTS + 1)), "parts", id="too many parts"),
     ],

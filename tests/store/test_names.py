@@ -197,6 +197,25 @@ def test_names_go_with_the_last_api_server_of_their_server(names, mail):
     assert mail.take(5) == []
 
 
+def test_an_adapter_that_is_published_again_keeps_its_name(names, mail):
+    """As one that a client does not know to have been heard by a store that has died."""
+    for request in (1, 2, 3):
+        names.publish(1, publish(request), NOW)
+    names.join(4, "server", 4)
+    assert mail.take(4) == [Published(0, "acme", 7, "/adapters/7", b"")]
+
+
+def test_how_many_api_servers_there_were_is_known_though_a_new_one_does_not_say_so(mail):
+    names = Names(mail)
+    names.join(1, "server", 101, peers=2)
+    names.publish(1, publish(5), NOW)
+    names.join(3, "server", 101)  # as one that was started again would
+    for client in (1, 3):
+        for message in mail.take(client):
+            names.saw(client, message.serial)
+    assert Settled(5) not in mail.take(1)
+
+
 def test_nobody_else_publishes(names, mail):
     """An engine is a client too, and shares no names."""
     names.publish(77, publish(1), NOW)
@@ -329,6 +348,19 @@ def test_a_name_that_a_dead_store_has_told_of_is_forgotten_where_another_took_it
     third.retract("acme")
     finish(stores, servers)
     assert first.table == second.table == third.table == {}
+
+
+def test_a_name_that_a_store_has_told_of_replaces_nothing_at_the_next_one():
+    stores = Stores()
+    servers = first, second = [ApiServer(stores) for _ in range(2)]
+    first.publish("acme", 101)
+    stores.work()
+    first.hear()  # and before it is told that the others have heard, too, the store dies
+    stores.die()
+    second.publish("acme", 102)
+    finish(stores, [second])
+    finish(stores, servers)
+    assert first.table == second.table == {"acme": 102}
 
 
 def test_what_is_said_while_there_is_no_store_is_said_to_the_next_one():

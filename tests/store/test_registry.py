@@ -229,6 +229,30 @@ def test_models_and_rules_share_nothing(world):
     assert world.read == {"/same": 3}
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"allowed_roots": ("/same",)},
+        {"directories": ("/same",)},
+        {"allow_pickle": True},
+        {"check_finite": False},
+        {"signing_keys": "/keys"},
+    ],
+    ids=lambda rule: next(iter(rule)),
+)
+def test_what_was_checked_by_other_rules_is_checked_again(world, rule):
+    world.load(1, path="/same")
+    world.client(2, server="other", budget_bytes=10 * PAGE, **rule)
+    assert world.load(2, path="/same").was_read
+    assert world.read == {"/same": 2}
+    pack = world.load(1, path="/same").pack.pack
+    for _ in range(2):
+        world.registry.release(1, pack, world.now)
+    world.registry.forget(1, 1, world.now)
+    assert list(world.evicted(1)) == [pack]
+    assert list(world.evicted(2)) == [], "it has never heard of that one"
+
+
 def test_models_and_rules_share_no_load_either(world):
     world.client(2, server="b", model="another")
     for client in (1, 2):
@@ -636,6 +660,13 @@ def test_budgets_are_the_largest_asked_for():
     assert totals.bytes <= 2 * PAGE
 
 
+def test_jobs_are_as_many_as_any_asks_for():
+    world = World()
+    for client, jobs in ((1, 1), (2, 3), (3, 2)):
+        world.client(client, jobs=jobs)
+    assert world.registry.loads.queue.places == 3
+
+
 def test_a_smaller_budget_is_kept_to_as_soon_as_leases_allow_it():
     world = World()
     world.client(1, budget_bytes=2 * PAGE)
@@ -705,6 +736,13 @@ def test_a_failure_answers_for_a_while_and_is_forgotten(world):
     world.now += 0.2
     world.want(1)
     assert world.jobs
+
+
+def test_a_failure_does_not_answer_for_another_folder(world):
+    world.want(1, path="/broken")
+    world.failed(next(iter(world.jobs)))
+    world.settle()
+    assert isinstance(world.load(1, path="/whole"), Loaded)
 
 
 def test_a_fresh_want_does_not_take_a_remembered_failure_for_an_answer(world):
@@ -972,6 +1010,22 @@ def test_withdrawing_what_another_server_follows_does_not_end_it(world):
     assert isinstance(world.load(1, path="/same"), Loaded)
 
 
+def test_the_end_of_a_load_that_was_withdrawn_leaves_the_next_one_to_be_joined(world):
+    world.client(2, server="other")
+    for client in (1, 2):
+        world.want(client, path="/same")
+    for job in list(world.jobs):
+        world.opened(job)
+    (withdrawn,) = world.jobs
+    world.registry.forget(1, 1, world.now)
+    world.want(1, path="/same")
+    world.checked(withdrawn)
+    world.done(withdrawn)
+    (next_one,) = world.jobs
+    world.want(1, path="/same")
+    assert world.jobs.keys() == {next_one}
+
+
 def test_the_failure_of_a_load_that_others_follow_is_not_a_withdrawn_adapters(world):
     world.client(2, server="other")
     for client in (1, 2):
@@ -994,6 +1048,15 @@ def test_the_death_of_a_client_frees_its_leases_and_wants(world):
     world.registry.client_gone(2, world.now)
     world.settle(pages=10)
     assert isinstance(world.answer(1, ticket), Loaded)
+
+
+def test_the_death_of_a_client_frees_all_leases_that_it_has_on_a_pack(world):
+    world.client(2, server="other")
+    for _ in range(3):
+        pack = world.load(2, 1).pack.pack
+    world.load(1, 1)
+    world.registry.client_gone(2, world.now)
+    assert world.memory.packs[pack].leases == 1
 
 
 def test_a_lease_that_one_does_not_have_cannot_be_given_back(world):

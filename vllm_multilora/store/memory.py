@@ -157,7 +157,7 @@ class HostMemory:
         pack = self.packs[number]
         pack.leases -= leases
         self._drop_if_useless(pack)
-        if pack.tenant is not None and not pack.leases:
+        if pack.tenant is not None:
             self.keep_within(pack.scope, pack.tenant)
 
     def own(self, pack: Pack, tenant: Owner) -> None:

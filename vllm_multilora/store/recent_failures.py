@@ -32,10 +32,7 @@ class RecentFailures:
         if known is None:
             return None
         failed_path, until, failure = known
-        if failed_path == path and now < until:
-            return failure
-        del self._failures[binding]
-        return None
+        return failure if failed_path == path and now < until else None
 
     def forget_adapter(self, server: str, adapter: int) -> None:
         self._forget(lambda binding: (binding.server, binding.adapter) == (server, adapter))

@@ -300,9 +300,7 @@ class EngineAdapters:
         entry = self._known.find(adapter_id)
         if entry is None:
             return _done()
-        future = self._registrations.withdraw(entry)
-        self.poll()
-        return future
+        return self._registrations.withdraw(entry)
 
     def blends_with(self, adapter_id: int) -> list[int]:
         """The blends that an adapter is a part of."""

@@ -55,7 +55,7 @@ class KnownBlends:
                 return None
         counts = Counter(entry.blend_owner for entry in blends)
         for entry in own:  # nobody keeps another tenant from its own by using them
-            for other in sorted(entry.owners.keys() - {tenant}):
+            for other in sorted(entry.owners):
                 if counts[other] < self._most:
                     entry.blend_owner = other
                     return None

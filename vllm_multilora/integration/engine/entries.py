@@ -239,7 +239,7 @@ class Entries:
 
     def lose_pack(self, pack: int) -> list[Entry]:
         """A pack has left host memory; returns the adapters that were there by it."""
-        lost = [entry for entry in self._by_pack.pop(pack, ()) if entry.in_host]
+        lost = list(self._by_pack.pop(pack, ()))
         for entry in lost:
             entry.in_host = entry.is_leased = False
         return lost
