@@ -79,7 +79,7 @@ def test_one_too_many_in_use_fails_alone_and_for_now(engines):
 
 def test_a_blend_that_is_being_registered_makes_room_for_none(engines):
     engine = engines()
-    requests = [blend(number / 10) for number in range(MOST)]
+    requests = [blend(number / 10) for number in range(MOST_BLENDS)]
     futures = [engine.adapters.register(request) for request in requests]
     assert engine.adapters.want(blend(7.0)) is not None
     assert not any(future.done() for future in futures)

@@ -37,6 +37,7 @@ TESTS = {
     "prometheus": "tests/monitoring/test_monitoring.py::"
     "test_prometheus_takes_the_files_and_the_rules_hold",
     "vllm bench serve": "tests/serving/test_named_adapters.py",
+    "vllm launch render": "tests/tenants/test_access.py",
     "vllm run-batch": "tests/serving/test_named_adapters.py",
     "python examples/activated/shared_context.py": "tests/serving/test_activated_example.py",
     "python -m benchmarks list": "tests/unit/test_benchmarks.py::test_each_says_what_it_measures",

@@ -11,13 +11,13 @@ the model step to load what is missing. The mixin, over whichever scheduler clas
 A request that is held back stays where it is in vLLM's waiting queue, like one that waits for its
 grammar to be compiled: order, priorities, preemption and aborts are vLLM's own. That queue is a
 `FairQueue` of one party, so that a step examines one request of each adapter that none can run with
-in it, and not all of them.
+in it, and one of each adapter's that wait for grammars, and not all of them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.asides import Asides
-from vllm_multilora.integration.engine.fair_queue import FairQueue, queue_of
+from vllm_multilora.integration.engine.fair_queue import FairQueue, queue_of, waits_for_grammar
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.engine.late_reloads import HAS_RUN, LateReloads
 from vllm_multilora.integration.engine.users import AdapterUsers
@@ -215,8 +215,7 @@ class AdapterAwareMixin:
         self._has_polled = False
         self._failing |= self._late_reloads.ask(self.requests, adapters)
         self._pause_unfilled(adapters)
-        pinned = (pins := adapters.slots.pins).adapters
-        for lora_id in pinned:
+        for lora_id in (pinned := (pins := adapters.slots.pins).adapters):
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
         adapters.slots.begin_step(active := _adapters_of(self.running))
         slots, order = max(1, self._slots - pins.places), self._slot_order()
@@ -255,7 +254,7 @@ class AdapterAwareMixin:
         # In this order: a request that waits for its grammar, say, must not take a slot meanwhile.
         if super()._handle_blocked_waiting_request(request) and self._may_run(request):  # type: ignore[misc]
             return True
-        if _number_of(request) in self._blocked and isinstance(self.waiting, FairQueue):
+        if isinstance(self.waiting, FairQueue) and _waits_as_others_do(request, self._blocked):
             self.waiting.pass_over(request)
         return False
 
@@ -382,6 +381,11 @@ def _blocks_of(request: Request, manager: Any) -> set[int]:
 
 def _number_of(request: Request) -> int | None:
     return request.lora_request.lora_int_id if request.lora_request else None
+
+
+def _waits_as_others_do(request: Request, blocked: Collection[int | None]) -> bool:
+    """Whether a request cannot run for its adapter's sake, or lacks its grammar."""
+    return _number_of(request) in blocked or waits_for_grammar(request)
 
 
 def _requests_of(
