@@ -100,6 +100,15 @@ def test_pytorch_can_be_imported_late_wherever_it_is_installed(root, tmp_path):
     assert done.stdout == "imported\n", done.stderr
 
 
+@needs_landlock
+def test_whoever_looks_for_a_library_goes_on_without(root, tmp_path, monkeypatch):
+    """As CUDA builds of PyTorch do when they are imported; a compiler would be asked."""
+    (tmp_path / "gcc").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = run("import ctypes.util; print(ctypes.util.find_library('dl'))", root)
+    assert done.stdout == "None\n", done.stderr
+
+
 @needs_seccomp
 @pytest.mark.parametrize(
     "code",

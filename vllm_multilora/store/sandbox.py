@@ -58,6 +58,9 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
         OSError: The kernel has Landlock, and does not apply it.
     """
     tempfile.tempdir = os.sep  # libraries that PyTorch imports look for one, by writing
+    # CUDA builds of PyTorch have `ctypes` look for a library. Were there a compiler, it would ask
+    # that, which cannot be started, by way of a file, which cannot be written.
+    os.environ["PATH"] = ""
     syscalls.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _limit(timeout_s, MOST_MEMORY if files_in_memory else 0)
     with contextlib.suppress(OSError):
