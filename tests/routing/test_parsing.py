@@ -185,7 +185,7 @@ BROKEN = {
         f"routes:\n  r: 0x{'f' * 5000}",
         *(2, "routes.r", "not a valid one of up to 64 bits"),
     ),
-    "deep": ("routes: " + "[" * 800 + "]" * 800, None, "", "are nested too deeply"),
+    "deep": ("routes: " + "[" * 990 + "]" * 990, None, "", "are nested too deeply"),
     "no-cases": ("routes:\n  r: {by: user}", 2, "routes.r.cases", "a target for each value"),
     "same-case": (
         "routes:\n  r:\n    by: user\n    cases: {A: x, a: y}",

@@ -199,7 +199,7 @@ def test_sizes_are_read_in_mib(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 80,\n}', "s.json, line 2: found invalid JSON"),
+        ('{"a": 80,\n"b"}', "s.json, line 2: found invalid JSON"),
         ("[80]", "s.json: expected an object such as"),
         ("[" * 100_000, "s.json: found lists or mappings that are nested too deeply"),
         (f'{{"a": {"9" * 400}}}', "s.json: found a whole number of more than 64 bits"),
