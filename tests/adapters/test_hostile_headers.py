@@ -51,7 +51,7 @@ def test_forty_mebibytes_of_anything_are_refused_at_once(tmp_path, content, limi
 
 
 @pytest.mark.parametrize(
-    "metadata", ['"text"', "[]", '{"a":1}', '{"a":{"b":"c"}}', "null"], ids=str
+    "metadata", ['"text"', "[]", '{"a":1}', '{"a":{"b":"c"}}', '{"a":null}'], ids=str
 )
 def test_metadata_is_an_object_of_texts(tmp_path, metadata):
     with pytest.raises(AdapterFormatError, match=r"__metadata__ is .* an object of texts"):

@@ -81,7 +81,9 @@ def read_header(
         AdapterReadError: The file cannot be read.
     """
     header, start = _parse(descriptor, size, file, limits, show)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # which safetensors takes for none too
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterFormatError.of(
             Problem.at(

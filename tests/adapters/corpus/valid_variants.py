@@ -236,6 +236,11 @@ def metadata_absent(draft: Draft) -> None:
 
 
 @valid()
+def metadata_null(draft: Draft) -> None:
+    rewrite(draft, lambda header: header | {"__metadata__": None})
+
+
+@valid()
 def tensors_in_another_order(draft: Draft) -> None:
     rewrite(draft, lambda header: dict(reversed(header.items())))
 
