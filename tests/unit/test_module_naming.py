@@ -192,12 +192,38 @@ def test_what_transformers_has_renamed_since_version_5_leads_to_the_same_modules
         ("model.layers.0.mlp.router", "model.layers.0.block_sparse_moe.gate"),
         ("model.layers.0.block_sparse_moe.router", "model.layers.0.block_sparse_moe.gate"),
         ("model.layers.0.block_sparse_moe.router.layer", "model.layers.0.block_sparse_moe.gate"),
+        ("model.layers.0.mlp.router.gate", "model.layers.0.mlp.gate"),
         ("layers.0.mlp.shared_experts.up_proj", "layers.0.mlp.shared_expert.up_proj"),
         ("model.language_model.layers.0.q_proj", "language_model.model.layers.0.q_proj"),
+        ("language_model.layers.0.q_proj", "language_model.model.layers.0.q_proj"),
     ],
 )
 def test_names_that_a_version_of_transformers_has_lead_to_the_module(later, name):
     assert module_naming(manager_of(), frozenset({name})).rename(later) == name
+
+
+def test_what_a_tower_fuses_is_known_by_its_parts_and_where_transformers_has_it():
+    tower = torch.nn.ModuleDict(
+        {"qkv": torch.nn.Linear(2, 2), "gate_up_proj": torch.nn.Linear(2, 2)}
+    )
+    tower.hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q.": (".qkv.", "q"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+    manager = manager_of(
+        model=torch.nn.ModuleDict({"visual": tower}),
+        packed={"gate_up_proj": ["gate_up_proj"]},
+        supports_mm=True,
+        mm_mapping=SimpleNamespace(language_model=["language"]),
+    )
+    naming = module_naming(manager, frozenset())
+    for kind in ("qkv", "q", "gate_up_proj", "gate_proj", "up_proj"):
+        assert naming.rename(f"visual.{kind}") is None
+        assert naming.rename(f"model.visual.{kind}") is None
+    assert naming.rename("visual.other") == "visual.other"
 
 
 def test_layers_of_a_tower_that_nobody_uses_are_left_out():

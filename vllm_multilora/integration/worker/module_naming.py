@@ -25,17 +25,19 @@ _READ = frozenset(f"orig_to_new_{kind}" for kind in ("renaming", "regex", "subst
 _READ |= {"orig_to_new_suffix", "orig_to_new_stacked"}  # the last is empty in a rename mapper
 # Parts of names, and what Transformers has had in their place since its version 5: of the towers of
 # CLIP and SigLIP; of experts and their routers in Mixtral and models like it; of Granite's routers,
-# where the last is the older name; of experts that all tokens share (Laguna, HY); and of language
-# models within others.
+# where the last is the older name; of AFMoE's routers in any version; of experts that all tokens
+# share (Laguna, HY); and of language models within others, the last where `model.` is cut off.
 _LATER = (
     (".vision_model.", "."),
     (".block_sparse_moe.", ".mlp."),
-    (".block_sparse_moe.gate", ".mlp.router"),
-    (".block_sparse_moe.gate", ".block_sparse_moe.router"),
-    (".block_sparse_moe.gate", ".block_sparse_moe.router.layer"),
+    (".block_sparse_moe.gate.", ".mlp.router."),
+    (".block_sparse_moe.gate.", ".block_sparse_moe.router."),
+    (".block_sparse_moe.gate.", ".block_sparse_moe.router.layer."),
+    (".mlp.gate.", ".mlp.router.gate."),
     (".mlp.shared_expert.", ".mlp.shared_experts."),
     (".mlp.shared_mlp.", ".mlp.shared_experts."),
     ("language_model.model.", "model.language_model."),
+    ("language_model.model.", "language_model."),
 )
 # Flags that have the same meaning and value in Python's `re` and in `regex`, which vLLM uses.
 _FLAGS = int(re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE)
@@ -54,6 +56,8 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
     packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
     unwrapped = frozenset(name for name in unwrapped_layers(manager) if _is_left_out(manager, name))
     unwrapped |= frozenset(_unneeded_layers(model, names | unwrapped))
+    if getattr(manager, "supports_mm", False):  # where Transformers may have had the towers since
+        unwrapped |= {f"model.{name}" for name in unwrapped}
     return ModuleNaming(
         names=names,
         renames=renames_of(mapper.get_rename_mapper()) if mapper is not None else None,
@@ -150,10 +154,10 @@ def _text_names(manager: LoRAModelManager, names: Iterable[str]) -> dict[str, st
 def _later_names(names: Iterable[str]) -> dict[str, str]:
     """What Transformers has called modules since its version 5, where vLLM has the older names."""
     return {
-        name.replace(old, new, 1): name
+        f"{name}.".replace(old, new, 1).removesuffix("."): name
         for old, new in _LATER
         for name in sorted(names)
-        if old in name
+        if old in f"{name}."
     }
 
 
@@ -170,6 +174,7 @@ def unwrapped_layers(manager: LoRAModelManager) -> Iterator[str]:
         for name, part in model.named_modules(remove_duplicate=False)
         if isinstance(part, BaseLayerWithLoRA)
     }
+    stacked = _stacked(model)
     for name, part in model.named_modules(remove_duplicate=False):
         parent, _, kind = name.rpartition(".")
         if not isinstance(part, LinearBase | torch.nn.Linear) or _is_below(name, wrapped):
@@ -177,6 +182,22 @@ def unwrapped_layers(manager: LoRAModelManager) -> Iterator[str]:
         yield name
         fused = manager.packed_modules_mapping.get(kind, ())
         yield from (f"{parent}.{of}" if parent else of for of in fused)
+        yield from (
+            f".{name}.".replace(new, old)[1:-1] for old, new in stacked if new in f".{name}."
+        )
+
+
+def _stacked(model: torch.nn.Module) -> set[tuple[str, str]]:
+    """Parts of names, dots around them, and of the fused modules that parts of a model load into.
+
+    A tower may fuse what the language model beside it has as one in the checkpoint, too.
+    """
+    mappers = (getattr(part, "hf_to_vllm_mapper", None) for part in model.modules())
+    return {
+        (f"{old.rstrip('.')}.", f"{new[0].rstrip('.')}.")
+        for mapper in mappers
+        for old, new in (getattr(mapper, "orig_to_new_stacked", None) or {}).items()
+    }
 
 
 def _is_left_out(manager: LoRAModelManager, name: str) -> bool:
