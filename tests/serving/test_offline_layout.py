@@ -153,6 +153,18 @@ def test_adapters_of_an_encoder_that_a_decoder_follows_are_served(tmp_path):
         assert f"model.{part}.layers.0.self_attn.q_proj" in layout.by_name
 
 
+def test_layers_that_read_numbers_back_while_they_are_made_have_them(tmp_path):
+    from vllm.model_executor.layers.activation import XIELU
+
+    from vllm_multilora.integration.offline.layout import offline_layout
+    from vllm_multilora.integration.offline.model import Server
+
+    made = XIELU.__init__
+    layout = offline_layout(Server(str(tiny_models.write_apertus_config(tmp_path))))
+    assert "model.layers.0.mlp.up_proj" in layout.by_name
+    assert XIELU.__init__ is made
+
+
 def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
     """vLLM shares rotary embeddings between models; one without memory would end the next."""
     from vllm.model_executor.layers import rotary_embedding

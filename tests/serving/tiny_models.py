@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    ApertusConfig,
     BertConfig,
     BertForTokenClassification,
     BertModel,
@@ -155,6 +156,14 @@ def write_glm4(path: Path, *, seed: int = 11) -> Path:
     """Writes a GLM-4, in which gate and up are one."""
     config = Glm4Config(**TWO_LAYERS, head_dim=32, pad_token_id=None)
     return _write(Glm4ForCausalLM, config, path, seed)
+
+
+def write_apertus_config(path: Path) -> Path:
+    """Writes what says of an Apertus how large it is, and no weights."""
+    config = ApertusConfig(**TWO_LAYERS, pad_token_id=None)
+    config.architectures = ["ApertusForCausalLM"]
+    config.save_pretrained(path)
+    return path
 
 
 def write_llama4_config(path: Path) -> Path:

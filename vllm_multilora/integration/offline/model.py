@@ -23,6 +23,7 @@ from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LoRAModelManager
 from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.activation import XIELU
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import supports_lora, supports_multimodal
@@ -180,7 +181,7 @@ def offline_layout(server: Server) -> ModelLayout:
 
 def _wrapped(config: VllmConfig) -> LoRAModelManager:
     dtype: Any = config.model_config.dtype  # a torch.dtype by now
-    with set_default_torch_dtype(dtype), torch.device("meta"), _own_rotary_embeddings():
+    with set_default_torch_dtype(dtype), torch.device("meta"), _own_rotary_embeddings(), _numbers():
         try:
             model = initialize_model(config)
         except Exception as error:  # whatever a model's own code meets in a configuration
@@ -252,6 +253,22 @@ def _own_rotary_embeddings() -> Iterator[None]:
     finally:
         cache.clear()
         cache.update(of_others)
+
+
+@contextmanager
+def _numbers() -> Iterator[None]:
+    """Gives memory to the few numbers that a layer reads back while it is made (Apertus')."""
+    made = XIELU.__init__
+
+    def make(self: XIELU, *args: Any, **settings: Any) -> None:
+        with torch.device("cpu"):
+            made(self, *args, **settings)
+
+    XIELU.__init__ = make  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        XIELU.__init__ = made  # type: ignore[method-assign]
 
 
 @contextmanager
