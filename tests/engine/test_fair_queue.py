@@ -261,3 +261,26 @@ def test_what_is_put_back_stays_before_what_was_not_looked_at():
     scheduler.step(blocked={1})
     assert scheduler.examined == [first, last]
     assert list(scheduler.queue) == [first, second, last]
+
+
+def test_what_a_step_has_passed_over_is_not_shown_in_it_again():
+    scheduler = Scheduler()
+    only, other = Waiting(1, 1, "a"), Waiting(2, 2, "b")
+    scheduler.add(only, other)
+    lines = dict(scheduler.queue._lines)
+    assert scheduler.step(blocked={1}) == [other]
+    assert len(scheduler.queue) == 1
+    assert not scheduler.queue
+    assert scheduler.queue._lines["a"] is lines["a"], "what is made anew takes the longest"
+    scheduler.queue.begin_step()
+    assert scheduler.queue.peek_request() is only
+    assert not scheduler.queue._emptied
+
+
+def test_all_requests_of_a_party_that_is_passed_over_are_known_to_be_skipped():
+    scheduler = Scheduler()
+    requests = {Waiting(number, number % 3) for number in range(1, 9)}
+    scheduler.add(*requests)
+    assert not scheduler.step(passed_parties={"everybody"})
+    assert len(scheduler.examined) == 1
+    assert scheduler.skipped == requests

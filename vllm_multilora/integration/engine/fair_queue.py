@@ -41,8 +41,10 @@ class _Line:
     Attributes:
         lanes: In the order of their places; none is empty.
         hidden: Lanes that are not shown in this step.
-        new: By lane, the requests that have come since it was hidden last.
+        new: By lane, those beside its first that have come since it was hidden last, at least.
     """
+
+    __slots__ = ("_heads", "hidden", "lanes", "new")
 
     def __init__(self) -> None:
         self.lanes: dict[Key, Lane] = {}
@@ -55,8 +57,8 @@ class _Line:
         """The first request that is shown; None where none is."""
         heads = self._heads
         if heads is None:
-            shown = self.lanes.keys() - self.hidden
-            heads = self._heads = [(self.lanes[key][0][0], key) for key in shown]
+            shown = ((key, lane) for key, lane in self.lanes.items() if key not in self.hidden)
+            heads = self._heads = [(lane[0][0], key) for key, lane in shown]
             heapq.heapify(heads)
         return self.lanes[heads[0][1]][0][1] if heads else None
 
@@ -70,13 +72,14 @@ class _Line:
         key = self._heads[0][1]
         lane = self.lanes[key]
         place, request = lane.pop(0)
-        self.new[key].discard(request)
+        if key in self.new:
+            self.new[key].discard(request)
         if lane and not hides:
             heapq.heapreplace(self._heads, (lane[0][0], key))
         else:
             heapq.heappop(self._heads)
         if not lane:
-            del self.lanes[key], self.new[key]
+            self._drop(key)
         return place, key
 
     def take_out(self, key: Key, leaves: Callable[[Request], bool]) -> list[tuple[Any, Request]]:
@@ -84,17 +87,22 @@ class _Line:
         lane = self.lanes.get(key, [])
         gone = [each for each in lane if leaves(each[1])]
         if gone:
-            kept = [each for each in lane if not leaves(each[1])]
-            self.new[key].difference_update(request for _, request in gone)
-            self.lanes[key] = kept
-            if not kept:
-                del self.lanes[key], self.new[key]
+            self.lanes[key] = [each for each in lane if not leaves(each[1])]
+            if key in self.new:
+                self.new[key].difference_update(request for _, request in gone)
+            if not self.lanes[key]:
+                self._drop(key)
             self.changed()
         return gone
 
     def changed(self) -> None:
         """Something has come, gone, or been hidden or shown."""
         self._heads = None
+
+    def _drop(self, key: Key) -> None:
+        """A lane is empty."""
+        del self.lanes[key]
+        self.new.pop(key, None)
 
 
 class FairQueue(RequestQueue):
@@ -125,6 +133,7 @@ class FairQueue(RequestQueue):
         self._rank = rank
         self._waits = waits
         self._lines: dict[Party, _Line] = {}
+        self._emptied: dict[Party, _Line] = {}  # in this step, which puts most requests back
         self._length = 0
         # Places of the requests that came in last, at either end.
         self._front = self._back = 0
@@ -147,6 +156,7 @@ class FairQueue(RequestQueue):
         """Counters have changed: another step is being scheduled."""
         self._order, self._passing, self._hidden = None, None, 0
         self._taken.clear()
+        self._emptied.clear()
         for party in self._with_hidden & self._lines.keys():
             self._lines[party].hidden.clear()
             self._lines[party].changed()
@@ -208,7 +218,7 @@ class FairQueue(RequestQueue):
         self._taken[request], lane = line.pop(hides=is_passed)
         self._length -= 1
         if not line.lanes:
-            del self._lines[party]
+            self._emptied[party] = self._lines.pop(party)
         if is_passed:
             self._with_hidden.add(party)
             self._hide(line, lane)
@@ -258,23 +268,27 @@ class FairQueue(RequestQueue):
         party, key = self._party_of(request), (_adapter_of(request), self._waits(request))
         line = self._lines.get(party)
         if line is None:
-            line = self._lines[party] = _Line()
+            line = self._lines[party] = self._emptied.pop(party, None) or _Line()
             self._order = None
         line.changed()
         self._length += 1
         self._hidden += key in line.hidden
         if key[1]:
             self._apart.add((party, key))
-        line.new[key].add(request)
-        insort(line.lanes.setdefault(key, []), (place, request), key=itemgetter(0))
+        if (lane := line.lanes.get(key)) is None:
+            line.lanes[key] = [(place, request)]
+        else:
+            line.new[key].update((request, lane[0][1]))
+            insort(lane, (place, request), key=itemgetter(0))
 
     def _hide(self, line: _Line, key: Key) -> None:
         if key in line.hidden:
             return
         line.hidden.add(key)
-        self._hidden += len(line.lanes.get(key, ()))
-        if self._skipped is not None:
-            self._skipped |= line.new.pop(key, set())
+        if lane := line.lanes.get(key):
+            self._hidden += len(lane)
+            if self._skipped is not None:
+                self._skipped.update((lane[0][1],), line.new.pop(key, ()))
 
     def _first(self) -> Party:
         if len(self._lines) == 1:
