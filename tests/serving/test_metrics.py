@@ -199,27 +199,20 @@ def test_promtool_reads_a_real_exposition(deployment: Deployment) -> None:
     assert "error while linting" not in checked.stderr
 
 
-def lists() -> dict[str, float]:
-    """When each list of running adapters was last true, as this process's metrics have it."""
-    return {
-        sample.labels["running_lora_adapters"]: sample.value
+def lists() -> list[str]:
+    """The lists of running adapters that this process's metrics have."""
+    return [
+        sample.labels["running_lora_adapters"]
         for family in REGISTRY.collect()
         if family.name == "vllm:lora_requests_info"
         for sample in family.samples
-    }
+    ]
 
 
 @pytest.mark.smoke("metrics")
-def test_lists_of_adapters_with_requests_do_not_pile_up(
-    llama: Scenario, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lists_of_adapters_with_requests_do_not_pile_up(llama: Scenario) -> None:
     """The newest one, which routers read, is always there."""
-    from vllm_multilora.integration.server import metrics
-
-    monkeypatch.setattr(metrics, "_MOST_LISTS", 3)
     with running_engine(llama.base, in_process=True, disable_log_stats=False) as llm:
         for case in [case for case in llama.cases if case.adapter]:
             assert_as_peft(answer(llm, llama, [case]), [case])
-            found = lists()
-            assert len(found) <= 3
-            assert case.adapter in found
+            assert lists() in ([""], [case.adapter])

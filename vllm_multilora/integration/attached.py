@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.server.status_route import RecentListing
     from vllm_multilora.integration.server.versions import Version
     from vllm_multilora.metering.usage import Usage
-    from vllm_multilora.metrics.request_lists import RequestLists
     from vllm_multilora.store.client import StoreClient
     from vllm_multilora.tenants.on_request import RequestTenant
 
@@ -123,8 +122,9 @@ ACTIVATION: Attached[Activation] = Attached("activation")
 VERSIONS: Attached[dict[int, Version]] = Attached("versions")
 """Of an API server's engine client: the version of each registered adapter, by its number."""
 
-LISTS: Attached[RequestLists | None] = Attached("lists")
-"""Of a `PrometheusStatLogger`: what is told its lists of adapters; None: vLLM's own metric is."""
+LISTS: Attached[Callable[[int, Any], None] | None] = Attached("lists")
+"""Of a `PrometheusStatLogger`: takes the lists of adapters in an engine's statistics; None: vLLM's
+own metric does, as it is."""
 
 METER: Attached[ServerMeter] = Attached("meter")
 """Of an API server's `OutputProcessor`: what follows its requests to their ends."""

@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.core import Metric
 
 from vllm_multilora.metrics.process_stamps import ProcessStamp
 
 _SUFFIX = ".lists"
+_TRIES = 3
 
 
 class RequestLists:
@@ -29,7 +33,7 @@ class RequestLists:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._told: dict[int, tuple[Path, object]] = {}
+        self._files: dict[int, FileIO] = {}
 
     def tell(self, engine: int, slots: int, running: Iterable[str], waiting: Iterable[str]) -> None:
         """What is so in a step.
@@ -41,20 +45,14 @@ class RequestLists:
             waiting: Those with waiting ones.
 
         Raises:
-            OSError: The file cannot be written.
+            OSError: It cannot be written.
         """
-        lists = [slots, [*running], [*waiting]]
-        path, before = self._told.get(engine, (None, None))
-        now = time.time_ns()
-        if path is not None and lists == before:
-            os.utime(path, ns=(now, now))
-            return
-        path = path or self._folder / f"{engine}-{ProcessStamp.own()}{_SUFFIX}"
-        unfinished = path.with_suffix(".new")  # readers see all of it or nothing
-        unfinished.write_text(json.dumps(lists))
-        os.utime(unfinished, ns=(now, now))  # the system's own clock for files is coarser
-        unfinished.rename(path)
-        self._told[engine] = path, lists
+        if (file := self._files.get(engine)) is None:
+            path = self._folder / f"{engine}-{ProcessStamp.own()}{_SUFFIX}"
+            file = self._files[engine] = FileIO(path, "w")
+        told = json.dumps([time.time(), slots, [*running], [*waiting]]).encode()
+        # One line, with a sum by which readers tell that it is whole; below may be older ones.
+        os.pwrite(file.fileno(), b"%d %s\n" % (zlib.crc32(told), told), 0)
 
 
 def newest_lists(folder: Path) -> Iterator[Metric]:
@@ -63,21 +61,31 @@ def newest_lists(folder: Path) -> Iterator[Metric]:
     Raises:
         OSError: The engine is ending.
     """
-    newest: dict[str, tuple[int, Path]] = {}
+    newest: dict[str, list[Any]] = {}
     for path in folder.glob(f"*{_SUFFIX}"):
-        engine, told = path.name.partition("-")[0], (path.stat().st_mtime_ns, path)
-        newest[engine] = max(told, newest.get(engine, told))
+        if (told := _told(path)) is not None:
+            engine = path.name.partition("-")[0]
+            newest[engine] = max(told, newest.get(engine, told))
     if not newest:
         return
-    each = [json.loads(path.read_bytes()) for _, path in newest.values()]
     labels = {
-        "max_lora": str(sum(slots for slots, _, _ in each)),
-        "running_lora_adapters": _joined(running for _, running, _ in each),
-        "waiting_lora_adapters": _joined(waiting for _, _, waiting in each),
+        "max_lora": str(sum(slots for _, slots, _, _ in newest.values())),
+        "running_lora_adapters": _joined(running for _, _, running, _ in newest.values()),
+        "waiting_lora_adapters": _joined(waiting for _, _, _, waiting in newest.values()),
     }
     metric = Metric("vllm:lora_requests_info", "Running stats on lora requests.", "gauge")
-    metric.add_sample(metric.name, labels, max(at for at, _ in newest.values()) / 1e9)
+    metric.add_sample(metric.name, labels, max(at for at, _, _, _ in newest.values()))
     yield metric
+
+
+def _told(path: Path) -> list[Any] | None:
+    for _ in range(_TRIES):
+        line = path.read_bytes().partition(b"\n")[0]
+        check, _, told = line.partition(b" ")
+        if check == b"%d" % zlib.crc32(told):
+            found: list[Any] = json.loads(told)
+            return found
+    return None
 
 
 def _joined(lists: Iterable[list[str]]) -> str:

@@ -559,9 +559,9 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="server.metrics:record",
         why="vllm:lora_requests_info has a series for every set of adapters that ever had requests "
-        "at once: an API server's memory and its /metrics grow for as long as it lives, and of "
-        "several API servers the times are added up. Bounds their number; the newest, which "
-        "routers read, stays. Of several API servers, shows that alone.",
+        "at once: an API server's memory, its /metrics and Prometheus' load grow for as long as it "
+        "lives, and of several API servers the times are added up. Shows the newest alone, which "
+        "routers read.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM removes its series of what has passed.",
     ),

@@ -38,9 +38,6 @@ configuration of its own, with another instance in it than the engines'."""
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 """Where vLLM's API servers keep the values of their metrics, if they share them."""
 
-_MOST_LISTS = 1024
-"""Of adapters, that one of vLLM's metrics has a series of; a few are added in a second."""
-
 _COLLECTOR = LoRACollector()
 
 
@@ -109,7 +106,7 @@ def collect(original: Callable[..., Iterable[Metric]], self: Any) -> Iterable[Me
 def record(
     original: Callable[..., None], stats: Any, scheduler_stats: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Records a step in vLLM's metrics, with a limited number of lists of adapters with requests.
+    """Records a step in vLLM's metrics; of lists of adapters with requests, the newest alone stay.
 
     Args:
         original: vLLM's, which makes a series of every pair of lists that is new.
@@ -118,26 +115,32 @@ def record(
         *args: What else the step was like.
         **kwargs: More of it.
     """
-    if scheduler_stats is not None:
-        if not LISTS.is_set(stats):
-            LISTS.set(stats, _lists_of(stats))
-        gauge = stats.gauge_lora_info
-        if (lists := LISTS.get(stats)) is not None:
-            running, waiting = (
-                scheduler_stats.running_lora_adapters,
-                scheduler_stats.waiting_lora_adapters,
-            )
-            with contextlib.suppress(OSError):  # a server must not fail for what it shows
-                lists.tell(kwargs.get("engine_idx") or 0, stats.max_lora, running, waiting)
-        elif len(getattr(gauge, "_metrics", ())) >= _MOST_LISTS and is_active(stats.vllm_config):
-            gauge.clear()
+    if not LISTS.is_set(stats):
+        LISTS.set(stats, _taking_lists(stats))
     original(stats, scheduler_stats, *args, **kwargs)
+    if scheduler_stats is not None and (take := LISTS.get(stats)) is not None:
+        take(kwargs.get("engine_idx") or 0, scheduler_stats)
 
 
-def _lists_of(stats: Any) -> RequestLists | None:
-    """What takes the lists in the place of vLLM's metric, where that could forget none."""
-    folder = _COLLECTOR.folder if _MULTIPROCESS in os.environ else None
-    if folder is None or stats.gauge_lora_info is None or not is_active(stats.vllm_config):
+def _taking_lists(stats: Any) -> Callable[[int, Any], None] | None:
+    """What is called with an engine's number and statistics after each step; None: nothing."""
+    gauge = stats.gauge_lora_info
+    if gauge is None or not is_active(stats.vllm_config):
         return None
-    stats.gauge_lora_info = None
-    return RequestLists(folder)
+    if _MULTIPROCESS not in os.environ:
+        return partial(_forget_old, gauge) if hasattr(gauge, "_metrics") else None
+    if _COLLECTOR.folder is None:
+        return None
+    stats.gauge_lora_info = None  # its files forget nothing
+    return partial(_tell, RequestLists(_COLLECTOR.folder), stats.max_lora)
+
+
+def _forget_old(gauge: Any, engine: int, scheduler_stats: Any) -> None:
+    while len(gauge._metrics) > 1:
+        gauge.remove(*next(iter(gauge._metrics)))
+
+
+def _tell(lists: RequestLists, slots: int, engine: int, scheduler_stats: Any) -> None:
+    running = scheduler_stats.running_lora_adapters
+    with contextlib.suppress(OSError):  # a server must not fail for what it shows
+        lists.tell(engine, slots, running, scheduler_stats.waiting_lora_adapters)
