@@ -536,6 +536,9 @@ def test_what_was_saved_beside_somebody_is_nobodys_when_that_one_has_gone(config
     steps.ask("large", adapter=2, generate=200)
     while not steps.scheduler._saved:
         slots.step()
+    steps.scheduler._bound.next = lambda least: 0.0
+    assert slots.step().keys() == {"small"}  # a step that is the others' alone
+    assert steps.scheduler._saved
     steps.abort("small")
     slots.step()
     assert not steps.scheduler._saved

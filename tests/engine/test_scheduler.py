@@ -226,6 +226,32 @@ def test_a_failure_ends_no_session_that_waits_for_input(server):
     assert server.ended.keys() == {"request"}
 
 
+def test_a_failure_ends_no_later_request_of_the_same_name(server):
+    server.ask("again", 1)
+    server.engine.store.failed()
+    server.step()
+    assert server.ended.keys() == {"again"}
+    server.ask("again", 1)
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"again"}
+
+
+def test_a_request_that_holds_what_other_weights_have_computed_ends_when_these_are_replaced(server):
+    held = server.ask("held", 1)
+    for _ in range(3):
+        server.serve()
+    server.scheduler.running.remove(held)
+    server.scheduler._preempt_request(held, 0.0)
+    held.num_computed_tokens = 4
+    server.ask("reload", 1, inplace=True)
+    server.engine.store.loaded(pack_info(11))
+    for _ in range(4):
+        server.serve()
+    assert server.ended.keys() == {"held"}
+    assert server.names == {"reload"}
+
+
 def test_a_copy_that_fails_ends_the_requests_of_its_adapter_and_no_others(server):
     server.start("good", 1)
     server.ask("bad", 2)
@@ -246,6 +272,18 @@ def test_tokens_computed_without_an_adapter_are_thrown_away(server):
     assert server.scheduler.kv_cache_manager.evicted == {"lost"}
     server.start("again", 2)
     assert server.names == {"good", "again"}
+
+
+def test_a_request_that_has_not_run_does_not_end_with_those_that_ran_without_its_adapter(server):
+    server.start("lost", 2)
+    waiting = server.ask("waiting", 2, has_grammar=False)
+    server.engine.workers.say(Missing(2), ranks=[0])
+    server.step()
+    assert server.ended.keys() == {"lost"}
+    waiting.has_grammar = True
+    for _ in range(3):
+        server.serve()
+    assert server.names == {"waiting"}
 
 
 @pytest.mark.parametrize("end", ["preempted", "aborted"])

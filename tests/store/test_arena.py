@@ -272,6 +272,25 @@ def test_large_free_runs_are_given_back_to_the_system():
     assert [size for _, _, size in memory.given_back] == [4 * MIB + PAGE]
 
 
+def test_small_runs_that_have_become_a_large_one_are_given_back():
+    memory = FakeSegments()
+    arena = Arena(memory, 64 * MIB)
+    packs = [arena.allocate(blocks(MIB)) for _ in range(2)]
+    arena.allocate(blocks(PAGE))
+    for pack in packs:
+        arena.free(pack)
+    assert [size for _, _, size in memory.given_back] == [2 * MIB]
+
+
+def test_what_is_larger_than_a_smaller_budget_is_closed_though_it_is_the_last():
+    memory = FakeSegments()
+    arena = Arena(memory, 64 * MIB)
+    pack = arena.allocate(blocks(PAGE))
+    arena.budget = 2 * PAGE
+    arena.free(pack)
+    assert arena.committed == 0
+
+
 def test_a_smaller_budget_is_kept_to_by_closing_what_is_free():
     memory = FakeSegments()
     arena = Arena(memory, 256 * MIB)

@@ -191,25 +191,57 @@ def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
     stores.say(Totals(0, 0, None, None))
     client.poll()
     assert seconds_to_the_next_store() < FIRST_PAUSE_S
+    assert seconds_to_the_next_store() == pytest.approx(FIRST_PAUSE_S, abs=5 * STEP_S)
 
 
-def test_what_no_message_can_hold_fails_at_once_and_is_not_said(client, stores):
-    ticket = client.want(Want(-1, "acme", "/adapters/1"))
+@pytest.mark.parametrize("number", [-1, 1 << 63])
+def test_what_no_message_can_hold_fails_at_once_and_is_not_said(client, stores, number):
+    ticket = client.want(Want(number, "acme", "/adapters/1"))
     (failed,) = client.poll()
     assert (failed.ticket, failed.kind) == (ticket, FailureKind.INVALID)
-    assert "its number is -1" in failed.message
+    assert f"its number is {number}" in failed.message
     assert stores.heard() == []
 
 
+def test_what_no_message_can_hold_fails_though_the_store_dies(client, stores):
+    ticket = client.want(Want(-1, "acme", "/adapters/1"))
+    stores.newest.close()
+    failed, restarted = client.poll()
+    assert failed.ticket == ticket
+    assert restarted == Restarted()
+
+
+def test_what_a_socket_cannot_hold_is_said_as_the_store_reads(client, stores):
+    ticket = client.want(Want(1, "acme", "/" + "x" * (2 << 20)))
+    heard = []
+    for _ in range(1000):
+        heard += stores.newest.receive()
+        if len(heard) == 2:
+            break
+        client.poll()
+    assert heard[1][0].ticket == ticket
+
+
+def test_whose_turns_a_want_may_take_is_said_to_the_next_store(client, stores):
+    ticket = client.want(Want(1, "acme", "/adapters/1", owners=("one",)))
+    client.share(ticket, "two")
+    stores.newest.close()
+    client.poll()
+    assert [message.owners for message in stores.heard()] == [("one", "two")]
+
+
 def test_who_is_woken_by_a_store_is_woken_by_the_next_one(client, stores, monkeypatch):
-    watched = []
-    waker = SimpleNamespace(watch=watched.append, rearm=lambda: None, close=lambda: None)
+    watched, rearmed = [], []
+    waker = SimpleNamespace(
+        watch=watched.append, rearm=lambda: rearmed.append(True), close=lambda: None
+    )
     monkeypatch.setattr("vllm_multilora.store.client.Waker", lambda wake: waker)
     client.start_waking(lambda: None)
     first = client.fileno()
     stores.newest.close()
     client.poll()
     assert watched == [first, -1, client.fileno()]
+    assert rearmed == [True]
 
 
 def test_nothing_is_heard_on_the_descriptor_of_a_store_that_has_gone(client, stores):
@@ -257,3 +289,4 @@ def test_what_is_to_be_said_later_is_not_said_to_the_next_store(client, stores):
         call()
     heard = stores.heard()
     assert [(message.ticket, message.adapter) for message in heard] == [(ticket, 1)]
+    assert client.fileno() >= 0

@@ -182,6 +182,16 @@ def test_what_hangs_is_the_nearest_mount(path, source):
     assert desks._source_of(path, ["/slow", "/slow/deep"]) == source
 
 
+def test_a_job_that_waits_for_room_has_nothing_to_say(world, monkeypatch):
+    client = world.client(-1)
+    ticket = world.want(client, 1)
+    world.say("/adapters/1", OPENED)
+    monkeypatch.setattr(world.memory, "room", lambda blocks, *, evict: None)
+    assert world.say("/adapters/1", CHECKED) == []
+    world.say("/adapters/1", CHECKED)
+    assert "out of turn" in world.answer(client, ticket).message
+
+
 def test_a_job_may_fail_at_any_time(world):
     client = world.client(-1)
     ticket = world.want(client, 1)
@@ -235,6 +245,12 @@ def test_a_job_that_speaks_out_of_turn_fails_alone(world, said):
         pytest.param(
             Checked(CONTENTS, blocks(*[1 << 40] * 1025)), "too large", id="blocks that overflow"
         ),
+        pytest.param(Checked(CONTENTS, blocks(1 << 41)), "too large", id="a large block"),
+        pytest.param(
+            Checked(msgspec.structs.replace(CONTENTS, invocation_tokens=(-1,)), blocks(64)),
+            "tokens",
+            id="a negative token",
+        ),
         pytest.param(Done("short", 64, ()), "digest", id="no digest"),
         pytest.param(
             Checked(msgspec.structs.replace(CONTENTS, invocation_tokens=(1,) * 65), blocks(64)),
@@ -266,6 +282,7 @@ def test_jobs_that_hang_on_one_mount_stop_new_ones_there_and_nowhere_else(world,
         world.want(client, number, path=f"/slow/{number}")
         world.started[f"/slow/{number}"].can_end = False
         world.kill(world.number(f"/slow/{number}"))
+    assert world.desk.stuck == 0  # they may end yet
     monkeypatch.setattr(desks, "_now", lambda: time.monotonic() + 60)
     assert world.desk.stuck == MOST_STUCK
     refusal = world.refusal("/slow/another")

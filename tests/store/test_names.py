@@ -350,6 +350,34 @@ def test_a_name_that_a_dead_store_has_told_of_is_forgotten_where_another_took_it
     assert first.table == second.table == third.table == {}
 
 
+def test_names_published_at_once_are_told_apart_by_who_has_published_them():
+    stores = Stores()
+    servers = first, second = [ApiServer(stores) for _ in range(2)]
+    first.publish("acme", 101)
+    stores.work()
+    first.publish("other", 102)
+    first.hear()  # of one of them
+    stores.die()
+    finish(stores, servers)
+    assert first.table == second.table == {"acme": 101, "other": 102}
+
+
+@pytest.mark.parametrize("change", ["publish", "retract"])
+def test_what_another_one_has_changed_is_not_said_again_to_the_next_store(change):
+    stores = Stores()
+    servers = first, second = [ApiServer(stores) for _ in range(2)]
+    first.publish("acme", 101)
+    finish(stores, servers)
+    second.publish("acme", 102) if change == "publish" else second.retract("acme")
+    finish(stores, servers)
+    stores.die()
+    finish(stores, [first])
+    finish(stores, servers)
+    newcomer = ApiServer(stores)
+    finish(stores, [newcomer])
+    assert newcomer.table == ({"acme": 102} if change == "publish" else {})
+
+
 def test_a_name_that_a_store_has_told_of_replaces_nothing_at_the_next_one():
     stores = Stores()
     servers = first, second = [ApiServer(stores) for _ in range(2)]

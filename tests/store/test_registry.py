@@ -660,6 +660,17 @@ def test_budgets_are_the_largest_asked_for():
     assert totals.bytes <= 2 * PAGE
 
 
+def test_a_source_that_hangs_delays_no_load_from_another(monkeypatch):
+    world = World(StoreSettings(budget_bytes=10 * PAGE, jobs=1))
+    monkeypatch.setattr(world, "refusal", lambda path: "it hangs" if path == "/slow" else None)
+    world.client(1)
+    tickets = [world.want(1, number, path) for number, path in ((1, "/a"), (2, "/slow"), (3, "/b"))]
+    world.failed(next(iter(world.jobs)))
+    world.registry.loads.tick(world.now)
+    assert world.answer(1, tickets[1]).message == "it hangs"
+    assert [world.loads[job].path for job in world.jobs] == ["/b"]
+
+
 def test_jobs_are_as_many_as_any_asks_for():
     world = World()
     for client, jobs in ((1, 1), (2, 3), (3, 2)):
