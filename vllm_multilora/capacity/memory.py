@@ -29,7 +29,6 @@ class HostMemory:
         budget: Of host memory.
         sizes: Bytes of each adapter.
         loads: What a load takes; None if nothing ever has to be loaded.
-        at_once: Loads that are under way at a time.
 
     Attributes:
         loaded: Loads that have begun.
@@ -41,12 +40,10 @@ class HostMemory:
         budget: CpuBudget,
         sizes: Sequence[int],
         loads: Loads | None,
-        at_once: int = READ_AT_ONCE,
     ) -> None:
         self._tier = HostTier(policy, budget)
         self._sizes = sizes
         self._loads = loads
-        self._at_once = at_once
         self._queue: deque[int] = deque()
         self._left: dict[int, float] = {}  # adapters being read: the share of each that remains
         self._leased: set[int] = set()
@@ -111,7 +108,7 @@ class HostMemory:
         return self._left[adapter] * alone * len(self._left)
 
     def _begin(self) -> None:
-        while self._queue and len(self._left) < self._at_once:
+        while self._queue and len(self._left) < READ_AT_ONCE:
             adapter = self._queue[0]
             leased = self._left.keys() | self._leased
             if self._tier.take(adapter, self._sizes[adapter], leased) is None:
