@@ -65,6 +65,29 @@ def test_a_name_has_one_lock_while_it_is_worked_with_and_none_afterwards() -> No
     assert asyncio.run(scenario()) <= 1
 
 
+def test_a_name_that_no_adapter_has_is_not_searched_for_a_version(monkeypatch: Any) -> None:
+    """Nobody is answered meanwhile: ten million characters take a second."""
+    searched: list[str] = []
+
+    class Asks:
+        def fullmatch(self, name: str) -> Any:
+            searched.append(name)
+            return asks.fullmatch(name)
+
+    asks = versions._ASKS
+    monkeypatch.setattr(versions, "_ASKS", Asks())
+    longest, models = "x" * 255, SimpleNamespace(lora_requests={})
+    for name, taken in (
+        (f"{longest}@{'0' * 64}", "0" * 64),
+        (f"{longest}x@{'0' * 64}", ""),
+        ("@" * 1_000_000, ""),
+    ):
+        request = SimpleNamespace(model=name)
+        assert versions.take_asked(models, request, is_name=lambda name: False) == taken
+        assert request.model == (longest if taken else name)
+    assert len(searched) == 1
+
+
 def test_a_refused_adapter_is_tried_again_after_pauses_that_double_up_to_a_minute() -> None:
     clock = Clock()
     refusals, pauses = Refusals(clock), []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from vllm_multilora.adapters.served_names import MOST_NAME_BYTES
 from vllm_multilora.integration.attached import VERSIONS
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.server.callers import error_response
@@ -28,6 +29,7 @@ GRACE_S = 5.0
 """How long a request may be on its way from its adapter's name to the engine."""
 
 _ASKS = re.compile(r"(?s)(.+)@([0-9a-f]{8,64})")
+_MOST_CHARACTERS = MOST_NAME_BYTES + 1 + 64
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def take_asked(models: Any, request: Any, *, is_name: Callable[[str], bool]) -> 
         The digits that were asked for; none where any version will do.
     """
     name = request.model
-    found = _ASKS.fullmatch(name) if name and "@" in name else None
+    is_short = name and len(name) <= _MOST_CHARACTERS  # nobody is answered while it is looked at
+    found = _ASKS.fullmatch(name) if is_short and "@" in name else None
     if found is None or name in models.lora_requests or is_name(name):
         return ""
     request.model = found[1]
