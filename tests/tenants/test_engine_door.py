@@ -16,8 +16,13 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
 from vllm_multilora.integration.server import metering
-from vllm_multilora.integration.server.callers import MOST_ANSWERS, Caller, current_caller
-from vllm_multilora.integration.server.engine_door import add_request
+from vllm_multilora.integration.server.callers import (
+    MOST_ANSWERS,
+    MOST_SCORES,
+    Caller,
+    current_caller,
+)
+from vllm_multilora.integration.server.engine_door import MOST_ID, add_request
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
@@ -35,6 +40,8 @@ class Request:
     priority: int = 0
     trace_headers: Any = None
     request_id: str = "1"
+    sampling_params: Any = None
+    prompt_token_ids: Any = None
 
 
 @dataclass
@@ -132,6 +139,40 @@ def test_a_tenants_call_wants_few_enough_answers_to_begin_them_in_a_moment():
         begin(who, 3)
         metering._beam.reset(token)
         assert list(processor.request_states) == ["0", "1", "3"]
+
+
+def test_a_tenants_call_wants_few_enough_scores_to_tell_them_in_a_moment():
+    """Of its prompts' tokens, for each of its answers; one for each token that there is is many."""
+
+    def ask(who: Caller | None, number: int, most: int, tokens: int) -> None:
+        params = SimpleNamespace(prompt_logprobs=most)
+        request = Request(None, request_id=str(number))
+        request.sampling_params, request.prompt_token_ids = params, [1] * tokens
+        send(who, processor, request)
+
+    for who in (None, Caller(Role.CLIENT), tenant("acme")):
+        processor = Processor()
+        ask(who, 0, 1, MOST_SCORES // 4)
+        ask(who, 1, 15, MOST_SCORES // 32)
+        if who is None or who.tenant is None:
+            ask(who, 2, -1, 1)
+            continue
+        for most in (0, -1):
+            with pytest.raises(GracefulHTTPError, match="65536 log probabilities"):
+                ask(who, 2, most, 1)
+        assert list(processor.request_states) == ["0", "1"]
+
+
+def test_a_tenants_request_has_an_id_that_may_come_with_each_token():
+    for who in (Caller(Role.CLIENT), tenant("acme")):
+        processor = Processor()
+        send(who, processor, Request(request_id="x" * MOST_ID))
+        if who.tenant is None:
+            send(who, processor, Request(request_id="x" * (MOST_ID + 1)))
+            continue
+        with pytest.raises(GracefulHTTPError, match="more than 1024 characters"):
+            send(who, processor, Request(request_id="x" * (MOST_ID + 1)))
+        assert len(processor.request_states) == 1
 
 
 def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 MOST_ANSWERS = 2_048
 """That a tenant's call may want; each takes the event loop a tenth of a millisecond to begin."""
 
+MOST_SCORES = 65_536
+"""Of tokens of its prompts, that a tenant's call may want; each takes the event loop several
+microseconds to tell."""
+
 
 @dataclass
 class Caller:
@@ -57,6 +61,7 @@ class Caller:
     retry_after_s: int | None = None
     has_turn: bool = False
     _answers: int = 0
+    _scores: int = 0
     _users: int = 1
     _used: set[str] = field(default_factory=set)
 
@@ -107,6 +112,20 @@ class Caller:
             raise GracefulHTTPError(
                 f"One call may want {MOST_ANSWERS} answers at most, those to all of its prompts "
                 "together.",
+                HTTPStatus.BAD_REQUEST,
+            )
+
+    def count_scores(self, count: int) -> None:
+        """The call wants so many log probabilities of its prompts' tokens, more than before.
+
+        Raises:
+            GracefulHTTPError: A tenant's wants too many: nobody is answered while they are told.
+        """
+        self._scores += count
+        if self.account is not None and self._scores > MOST_SCORES:
+            raise GracefulHTTPError(
+                f"One call may want {MOST_SCORES} log probabilities of its prompts' tokens at "
+                "most.",
                 HTTPStatus.BAD_REQUEST,
             )
 

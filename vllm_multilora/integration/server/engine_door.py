@@ -7,18 +7,22 @@ is refused, whatever let it through before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 from vllm_multilora.adapters.blends import folders_of
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER, SEE_OFF
 from vllm_multilora.integration.server import metering
-from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.callers import MOST_SCORES, Caller, current_caller
 from vllm_multilora.integration.tenant_of_request import set_tenant
 from vllm_multilora.tenants.limits import Meter
 from vllm_multilora.tenants.on_request import RequestTenant
 from vllm_multilora.tenants.salts import tenant_salt
+
+MOST_ID = 1_024
+"""Characters of the id of a tenant's request: each of its tokens comes with it."""
 
 
 def add_request(
@@ -35,6 +39,7 @@ def add_request(
     is_new = request.request_id not in processor.request_states
     if caller is not None:
         mark(request, caller)
+        caller.count_scores(_scores_of(request))
         if is_new and index == 0 and not metering.is_of_beam_search():
             caller.count_answers(1 if parent is None else parent.sampling_params.n)
     if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
@@ -53,6 +58,18 @@ def add_request(
         # The children of a request with several answers share their prompt.
         caller.account.charge(state.prompt_len if index == 0 else 0)
         caller.account.watch(meter(processor, state))
+
+
+def _scores_of(request: Any) -> int:
+    """How many log probabilities of its prompt's tokens a request wants."""
+    params = request.sampling_params
+    if params is None:  # of a pooling request
+        return 0
+    if (most := params.prompt_logprobs) is not None:
+        # -1 is one for each token that there is.
+        return len(request.prompt_token_ids or ()) * (most + 1) if most >= 0 else MOST_SCORES + 1
+    ids = getattr(params, "prompt_logprob_token_ids", None)
+    return 0 if ids is None else int(ids.size)
 
 
 async def send_request(original: Callable[..., Any], client: Any, request: Any, *args: Any) -> None:
@@ -76,10 +93,15 @@ def mark(request: Any, caller: Caller) -> None:
 
     Raises:
         VLLMNotFoundError: Nobody has granted the request what would answer it.
+        GracefulHTTPError: Its id is too long.
     """
     tenant = caller.tenant
     if tenant is None:
         return
+    if len(request.request_id) > MOST_ID:
+        raise GracefulHTTPError(
+            f"The request's id has more than {MOST_ID} characters.", HTTPStatus.BAD_REQUEST
+        )
     adapter = request.lora_request
     name = None if adapter is None else adapter.lora_name
     if name not in caller.granted:
