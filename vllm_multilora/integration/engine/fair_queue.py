@@ -268,7 +268,8 @@ class FairQueue(RequestQueue):
         party, key = self._party_of(request), (_adapter_of(request), self._waits(request))
         line = self._lines.get(party)
         if line is None:
-            line = self._lines[party] = self._emptied.pop(party, None) or _Line()
+            line = self._emptied.pop(party) if party in self._emptied else _Line()
+            self._lines[party] = line
             self._order = None
         line.changed()
         self._length += 1
