@@ -24,6 +24,7 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,12 @@ _READ = _read_on_import(os.environ)
 _INITIAL = Path("/proc/self/environ").read_text(errors="replace").split("\0")
 _BEFORE = {entry.partition("=")[0] for entry in _INITIAL}
 _SET_BY_IMPORTS = {name: value for name, value in os.environ.items() if name not in _BEFORE}
+
+# From Python 3.13 on, a forked process is made to forget what imports have registered for its end,
+# and with that all finalizers. A new interpreter forgets nothing of what it has imported.
+forkserver.atexit = SimpleNamespace(
+    _clear=lambda: None, register=lambda _: None, _run_exitfuncs=atexit._run_exitfuncs
+)
 
 
 def changed_since_import(environment: Mapping[str, str]) -> list[str]:
