@@ -11,6 +11,7 @@ import pytest
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.adapter_info import TIERS, AdapterInfo
+from vllm_multilora.metrics.folder import locked
 from vllm_multilora.metrics.names import IDLE_S, OTHER, BoundedNames
 from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.recorder import Recorder
@@ -213,6 +214,10 @@ def test_without_room_for_a_new_file_places_are_kept_and_tried_for_once_a_minute
     def full(*_: object) -> None:
         raise OSError("no room")
 
+    with locked(tmp_path, exclusively=False):  # as somebody does who reads
+        record.names.admit("b")
+    assert not caplog.records
+    now += 60.0
     with monkeypatch.context() as patched:
         patched.setattr("os.posix_fallocate", full)
         for _ in range(5):

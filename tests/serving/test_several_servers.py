@@ -203,8 +203,10 @@ def test_routers_see_one_pair_of_lists_whichever_server_they_ask(
     server: VllmServer, llama: Scenario
 ) -> None:
     def lists() -> tuple[str, str]:
-        families = {f.name: f for f in text_string_to_metric_families(scrape(server))}
-        (shown,) = families[STOCK].samples
+        families = {f.name: f.samples for f in text_string_to_metric_families(scrape(server))}
+        if STOCK not in families:
+            return "", ""  # no engine has told of a step yet
+        (shown,) = families[STOCK]
         return shown.labels["running_lora_adapters"], shown.labels["waiting_lora_adapters"]
 
     name = UNREAD[0]

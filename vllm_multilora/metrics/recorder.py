@@ -210,6 +210,8 @@ class Recorder:
             gone = [key for key in self._series if goes(key)]
             try:
                 self._file.remove(gone)
+            except BlockingIOError:
+                return False  # somebody reads
             except (OSError, UnreadableSeriesFileError) as error:
                 logger.warning("LoRA metrics of the idle keep their places for now: %s", error)
                 return False
