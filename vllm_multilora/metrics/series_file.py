@@ -50,10 +50,10 @@ class SeriesFile:
         self._size = size
         self._used = _HEADER_BYTES
         self._known: dict[Key, str] = {}
-        # Guards all of the above; held for a few memory accesses at a time.
-        self.lock = threading.Lock()
         self._values = _prepared(path, size, {})
         _unfinished(path).rename(path)
+        # Guards all of the above; held for a few memory accesses, or while the file is made anew.
+        self.lock = threading.Lock()
 
     def cell(self, key: Key) -> str:
         """Makes room for a key, with the value 0; what `write` wants. Called with the lock held.
