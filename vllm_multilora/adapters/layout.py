@@ -74,7 +74,7 @@ class SpecialShape:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Sizes of another layer that vLLM fills in itself: of experts, or a head for classes.
+    """Sizes of another layer that vLLM fills in itself: of experts, or a linear one.
 
     Attributes:
         inputs: Columns of A in a checkpoint.
@@ -106,7 +106,7 @@ class ModelLayout:
         special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
             experts): they are no part of a packed adapter.
         special_shapes: Of embeddings and output heads among the special modules.
-        linear_shapes: Of experts and heads for classes among them; of experts that are held as one,
+        linear_shapes: Of experts and linear layers among them; of experts that are held as one,
             under the names that PEFT has for both of their parameters.
         tied: Whether the output head has the embedding's weights.
         vocabulary: Token ids that a prompt can have are below it; None: not known.

@@ -18,7 +18,8 @@ from vllm.lora.layers.column_parallel_linear import (
     MergedColumnParallelLinearVariableSliceWithLoRA,
     MergedColumnParallelLinearWithLoRA,
 )
-from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models import supports_multimodal
 
 from multilora_kernels.dtypes import of_torch
@@ -232,6 +233,12 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
                 if name.startswith(f"{block}."):
                     for source in manager.packed_modules.get(name, [name]):
                         yield source, "each of vLLM's ranks computes some of its rows only"
+    for block, part in manager.model.named_modules():
+        if isinstance(part, MambaMixer2) and f"{block}.in_proj" in manager.modules:
+            yield f"{block}.conv1d", "vLLM convolves with its weights directly"
+            base = getattr(part.in_proj, "base_layer", None)
+            if not isinstance(base, MergedColumnParallelLinear):
+                yield f"{block}.in_proj", "each of vLLM's ranks has some of its rows again"
     for name, module in manager.modules.items():
         if isinstance(module, FusedMoEWithLoRA) and not _has_the_experts_that_are_filled(module):
             for source in (name, f"{name}.base_layer", *manager.packed_modules.get(name, ())):
@@ -310,13 +317,19 @@ def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
 def _linear_shapes(
     manager: LoRAModelManager, special: Mapping[str, BaseLayerWithLoRA]
 ) -> Iterator[tuple[str, LinearShape]]:
-    """Sizes of heads for classes, and of experts' projections by their names in checkpoints."""
+    """Sizes of linear layers and of experts' projections by their names in checkpoints."""
     for name, module in special.items():
-        if isinstance(module, ClassificationHead):
+        sources = manager.packed_modules.get(name, [])
+        if isinstance(module, FusedMoEWithLoRA):
+            yield from _expert_shapes(name, module, sources)
+        elif isinstance(module, BaseLinearLayerWithLoRA):
             base: Any = module.base_layer
-            yield name, LinearShape(base.input_size, base.output_size)
-        elif isinstance(module, FusedMoEWithLoRA):
-            yield from _expert_shapes(name, module, manager.packed_modules.get(name, []))
+            outputs = _outputs(base) if hasattr(base, "output_sizes") else [base.output_size]
+            of_first = len(outputs) - len(sources or [name]) + 1  # which others follow one by one
+            if of_first > 0:
+                sizes = (sum(outputs[:of_first]), *outputs[of_first:])
+                for source, size in zip(sources or [name], sizes, strict=True):
+                    yield source, LinearShape(base.input_size, size)
 
 
 def _expert_shapes(
