@@ -215,6 +215,24 @@ def test_a_failure_ends_those_that_waited_although_more_keep_coming(server):
     assert "request 3" in server.ended
 
 
+class Many(dict):
+    """Requests, so many that nobody is to look at all of them."""
+
+    def values(self):
+        raise AssertionError("all requests were looked at")
+
+
+def test_who_asks_for_a_bad_adapter_again_and_again_costs_the_others_nothing(server):
+    server.ask("bad", 1)
+    server.engine.store.failed()
+    server.step()
+    assert server.ended.keys() == {"bad"}
+    server.scheduler.requests = Many(server.scheduler.requests)
+    server.ask("again", 1)
+    server.scheduler.requests = dict(server.scheduler.requests.items())
+    assert server.engine.store.only().adapter == 1
+
+
 def test_a_failure_ends_no_session_that_waits_for_input(server):
     session = server.ask("session", 1, has_grammar=False)
     session.status = RequestStatus.WAITING_FOR_STREAMING_REQ

@@ -168,7 +168,7 @@ class AdapterAwareMixin:
 
         Each new request is a new try: however many come, nobody waits for the outcome of the last.
         """
-        if adapters.state(lora_id) is not AdapterState.FAILED:
+        if self.users[lora_id] < 2 or adapters.state(lora_id) is not AdapterState.FAILED:
             return
         failure = adapters.failure(lora_id)
         assert failure is not None
