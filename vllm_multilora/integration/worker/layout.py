@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     FusedMoEWithLoRA,
@@ -101,6 +102,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
     merged = dict(_merged_modules(manager, packed))
     names = special_names.union(merged, (part.name for part in slices))
     lora_config: Any = manager.lora_config
+    text_config = get_current_vllm_config().model_config.hf_text_config
     layout = ModelLayout(
         slices=tuple(slices),
         max_rank=lora_config.max_lora_rank,
@@ -112,7 +114,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
             name: shape for name, module in special.items() if (shape := _special_shape(module))
         },
         linear_shapes=dict(_linear_shapes(manager, special)),
-        tied=_is_tied(manager.model),
+        tied=bool(getattr(text_config, "tie_word_embeddings", False)),
         vocabulary=manager.vocab_size,
         dora=dora,
         no_dora=no_dora,
@@ -295,13 +297,6 @@ def _tower_layers(manager: LoRAModelManager) -> Iterator[str]:
     except NotImplementedError:  # nobody knows which part that is
         return
     yield from (name for name, module in manager.modules.items() if module not in language)
-
-
-def _is_tied(model: torch.nn.Module) -> bool:
-    """Whether the output head has the embedding's weights, by the model's configuration."""
-    config: Any = getattr(model, "config", None)
-    text = None if config is None else config.get_text_config()
-    return bool(getattr(text, "tie_word_embeddings", False))
 
 
 def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
