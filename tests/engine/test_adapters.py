@@ -1531,6 +1531,15 @@ def test_a_step_in_which_nothing_is_computed_is_no_use_of_an_adapter(engine):
     assert seen == [{1}]
 
 
+def test_a_copy_is_counted_once_however_many_workers_make_it(tmp_path):
+    engine = Engine(2, ranks=2, recorder=recorder(tmp_path, "engine"))
+    engine.fill(1)
+    series = shown(tmp_path)
+    loads = [key for key in series if "lora_adapter_load_total" in key and "source=cpu" in key]
+    assert [series[key] for key in loads] == [1]
+    engine.adapters.drop(1)
+
+
 def test_a_copy_that_was_not_made_is_not_counted(tmp_path):
     """While the engine sleeps slots have no memory."""
     engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))

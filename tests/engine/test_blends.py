@@ -15,7 +15,7 @@ from vllm_multilora.integration.engine.entries import Entries
 from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
 from vllm_multilora.integration.engine.fair_scheduler import party_of
 from vllm_multilora.integration.engine.quarantine import Quarantine
-from vllm_multilora.integration.failures import without_folder
+from vllm_multilora.integration.failures import AdapterRefusedError, without_folder
 from vllm_multilora.metrics.names import BLENDS
 from vllm_multilora.states import AdapterState
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -82,6 +82,7 @@ def test_a_blend_that_is_being_registered_makes_room_for_none(engines):
     requests = [blend(number / 10) for number in range(MOST_BLENDS)]
     futures = [engine.adapters.register(request) for request in requests]
     assert engine.adapters.want(blend(7.0)) is not None
+    assert isinstance(engine.adapters.register(blend(7.0)).exception(0), AdapterRefusedError)
     assert not any(future.done() for future in futures)
 
 

@@ -217,6 +217,8 @@ def test_there_is_something_to_examine_though_others_that_were_passed_over_are_a
     assert queue
     assert queue.pop_request() is third
     assert not queue
+    queue.begin_step()  # of that party nothing is left
+    assert not queue
 
 
 def test_what_has_been_taken_is_not_kept_in_mind_for_longer_than_a_step():

@@ -737,6 +737,19 @@ class RealServer:
         return session
 
 
+def test_requests_are_taken_by_their_priorities_where_vllm_is_told_so(tmp_path):
+    server = RealServer(tmp_path, policy="priority")
+    for number in range(4):
+        server.steps.ask(f"running {number}", generate=8)
+    server.step()
+    for priority in (3, 1, 2):
+        server.steps.ask(f"late {priority}", generate=8, priority=priority)
+    for _ in range(40):
+        server.step()
+    late = [name for name in server.steps.finished if name.startswith("late")]
+    assert late == ["late 1", "late 2", "late 3"]
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 @pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])
 def test_a_step_asks_once_for_an_adapter_that_very_many_wait_for(tmp_path, policy, fair):

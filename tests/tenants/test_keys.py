@@ -8,6 +8,7 @@ from vllm_multilora.tenants import keys
 from vllm_multilora.tenants.keys import (
     MAX_KEY_LENGTH,
     KeyRing,
+    can_be_sent,
     digest_of,
     new_key,
     read_stored,
@@ -43,6 +44,23 @@ def test_other_keys_are_nobodys(key):
     assert ring(100).owner(key) is None
 
 
+@pytest.mark.parametrize(
+    ("key", "can"),
+    [
+        ("k" * MAX_KEY_LENGTH, True),
+        ("k" * (MAX_KEY_LENGTH + 1), False),
+        ("", False),
+        ("é", False),
+        ("a key\n", False),
+        ("key\x07", False),
+    ],
+    ids=["longest", "too long", "empty", "accented", "lines", "control"],
+)
+def test_a_key_can_be_sent_in_a_header_and_found(key, can):
+    assert can_be_sent(key) == can
+    assert not can or KeyRing({digest_of(key): 1}).owner(key) == 1
+
+
 def test_a_stored_key_does_not_tell_the_key():
     key = new_key()
     assert key not in stored(key)
@@ -50,7 +68,9 @@ def test_a_stored_key_does_not_tell_the_key():
     assert len({new_key() for _ in range(100)}) == 100
 
 
-@pytest.mark.parametrize("text", ["", "sha256:", "sha256:zz", "a" * 64, stored("key").upper()])
+@pytest.mark.parametrize(
+    "text", ["", "sha256:", "sha256:zz", "a" * 64, stored("key").upper(), stored("key") + "ab"]
+)
 def test_what_is_no_stored_key_is_refused(text):
     with pytest.raises(ValueError, match="64 hexadecimal digits"):
         read_stored(text)

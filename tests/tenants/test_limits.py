@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from vllm_multilora.tenants.limits import Account, LimitReachedError, Meter, TokenBucket
+from vllm_multilora.tenants.limits import Account, LimitReachedError, Meter, Pace, TokenBucket
 from vllm_multilora.tenants.salts import tenant_salt
 from vllm_multilora.tenants.tenant import Limits, Tenant
 
@@ -112,6 +112,50 @@ def test_a_rate_that_falls_takes_what_was_saved():
     bucket.set_rate(60)
     bucket.charge(60)
     assert bucket.wait_s() == 1
+
+
+def test_what_has_risen_until_a_rate_changes_has_risen_at_the_old_one():
+    clock = Clock()
+    bucket = TokenBucket(60, clock)
+    bucket.charge(120)
+    clock.now = 30
+    bucket.set_rate(600)
+    assert bucket.wait_s() == (1 + 30) * 60 / 600
+
+
+def test_what_was_used_counts_though_the_file_has_changed():
+    def check():
+        found = account(tokens_per_minute=60)
+        found.charge(120)
+        found.update(Tenant("acme", limits=Limits(tokens_per_minute=60, running=3)))
+        with pytest.raises(LimitReachedError) as caught:
+            found.begin()
+        assert caught.value.retry_after_s == 61
+        found.update(Tenant("acme", limits=Limits(tokens_per_minute=6)))
+        with pytest.raises(LimitReachedError) as caught:
+            found.begin()
+        assert caught.value.retry_after_s == 610
+
+    run(check)
+
+
+def test_whoever_gives_up_its_turn_for_a_list_while_it_pauses_keeps_nobody_waiting():
+    async def check():
+        clock = Clock()
+        pace = Pace(clock)
+        await pace.begin()
+        pace.end(60.0)
+        waiting = asyncio.create_task(pace.begin())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()
+        clock.now = 60.0
+        async with asyncio.timeout(10):
+            await pace.begin()
+
+    asyncio.run(check())
 
 
 def test_tokens_are_charged_as_they_come():
@@ -312,6 +356,15 @@ def test_different_adapters_are_counted_while_they_are_used():
         found.use("c")
     found.release("a")
     found.use("c")
+
+
+def test_what_requests_generate_is_not_followed_where_nothing_limits_it():
+    def check():
+        found = account(running=1)
+        found.watch(Meter(lambda: 0, lambda: False))
+        assert found.is_idle
+
+    run(check)
 
 
 def test_salts_differ_by_secret_tenant_and_the_clients_own():

@@ -101,6 +101,8 @@ def tenant(text):
         (tenant("limits: {waiting: -1}"), "expected a whole number of 0 or more"),
         (tenant("limits: {tokens: 1}"), "limits.tokens: found an unknown key"),
         (tenant("limits: {adapters: 1.5}"), "found 1.5"),
+        (tenant("limits: {running: true}"), "found true, expected a whole number"),
+        (tenant('adapters: [""]'), "adapters.0: found a text of 0 characters"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(text, message):

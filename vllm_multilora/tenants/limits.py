@@ -23,7 +23,7 @@ class LimitReachedError(MultiLoRAError):
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
-        self.retry_after_s = max(1, math.ceil(retry_after_s))
+        self.retry_after_s = math.ceil(retry_after_s)
 
 
 class ServerStoppedError(MultiLoRAError):
@@ -53,7 +53,6 @@ class TokenBucket:
     def set_rate(self, per_minute: float) -> None:
         """Changes the rate from now on."""
         self._fill()
-        self._level = min(self._level, per_minute)
         self._per_minute = per_minute
 
     def charge(self, tokens: int) -> None:

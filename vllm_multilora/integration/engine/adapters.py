@@ -337,7 +337,7 @@ class EngineAdapters:
 
     def _ask(self, entry: Entry) -> None:
         """Wants an adapter from the store, unless it is there, in a slot, or wanted already."""
-        if entry.ticket is None and entry.failure is None and not entry.is_at_hand(self.slots):
+        if entry.ticket is None and not entry.is_at_hand(self.slots):
             if self.asks_late:  # all wait for the store, and so what waits for slots makes room
                 self.yield_host_memory()
             self._wants.release(entry)  # of a stale version; the new one may need its room
