@@ -249,19 +249,19 @@ class Bundle:
     def resources(self) -> list[dict]:
         return self.statement["predicate"]["resources"]
 
-    def write(self, *, anew: bool) -> None:
+    def write(self, *, anew: bool, subject: bytes | None = None) -> None:
+        if anew:
+            if subject is None:
+                subject = b"".join(bytes.fromhex(one["digest"]) for one in self.resources)
+            everything = hashes.Hash(hashes.SHA256())
+            everything.update(subject)
+            self.statement["subject"][0]["digest"]["sha256"] = everything.finalize().hex()
         payload = json.dumps(self.statement).encode()
         self.envelope["payload"] = base64.b64encode(payload).decode()
         if anew:
-            digests = b"".join(bytes.fromhex(one["digest"]) for one in self.resources)
-            everything = hashes.Hash(hashes.SHA256())
-            everything.update(digests)
-            self.statement["subject"][0]["digest"]["sha256"] = everything.finalize().hex()
-            payload = json.dumps(self.statement).encode()
             kind = self.envelope["payloadType"]
             signed = f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload
             signature = self._site.ours.key.sign(signed, ec.ECDSA(hashes.SHA256()))
-            self.envelope["payload"] = base64.b64encode(payload).decode()
             self.envelope["signatures"][0]["sig"] = base64.b64encode(signature).decode()
         self.path.write_text(json.dumps(self.content))
 
@@ -316,6 +316,10 @@ def sign_by_a_broken_digest(site: Site) -> None:
     bundle.write(anew=True)
 
 
+def sign_another_subject(site: Site) -> None:
+    Bundle(site).write(anew=True, subject=b"of other files")
+
+
 def sign_another_kind_of_statement(site: Site) -> None:
     bundle = Bundle(site)
     bundle.statement["predicateType"] = "https://slsa.dev/provenance/v1"
@@ -359,6 +363,7 @@ TAMPERED: dict[Callable[[Site], None], tuple[Code, str]] = {
     sign_an_absolute_path: (Code.WRONG_SIGNATURE, "'/etc/hostname'"),
     sign_a_file_twice: (Code.WRONG_SIGNATURE, "twice"),
     sign_by_a_broken_digest: (Code.WRONG_SIGNATURE, "'crc32'"),
+    sign_another_subject: (Code.WRONG_SIGNATURE, "does not match its subject"),
     sign_another_kind_of_statement: (Code.WRONG_SIGNATURE, "slsa.dev"),
     claim_to_be_of_sigstores_service: (Code.WRONG_SIGNATURE, "keyless ones can only be checked"),
 }

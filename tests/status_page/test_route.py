@@ -32,8 +32,10 @@ MOST_BYTES = 30 << 10
 class Answered(status_route.RecentListing):
     """A listing that no engine has to be asked for."""
 
+    rows = (row("acme-1", 1, "host"), row("other", 2, "slot", slot=0))
+
     async def get(self, asked: Any, ask: Any) -> Any:
-        return listing([row("acme-1", 1, "host"), row("other", 2, "slot", slot=0)])
+        return listing([*self.rows])
 
 
 def client(
@@ -168,6 +170,22 @@ def test_operators_are_told_of_tenants_and_nobody_else_is(monkeypatch, access):
     assert "tenants" not in told(CLIENT)
     assert set(told(ACME)) == {"object", "data"}
     assert [one["id"] for one in told(ACME)["data"]] == ["acme-1"]
+
+
+def test_only_who_may_see_folders_is_told_where_adapters_lie(monkeypatch, access):
+    error = "/adapters/1/adapter_model.safetensors is cut off"
+    rows = [row("acme-1", 1, "failed", last_error=error)]
+    monkeypatch.setattr(Answered, "rows", rows)
+    server = client(monkeypatch, {}, access)
+
+    def told(key: str) -> dict[str, Any]:
+        (found,) = server.get(status_route.PATH, headers={"x-api-key": key}).json()["data"]
+        return found
+
+    assert told(ADMIN) == rows[0]
+    for key in (CLIENT, ACME):
+        assert "path" not in told(key)
+        assert "/adapters/1" not in told(key)["last_error"]
 
 
 @pytest.mark.parametrize("servers", [1, 4])

@@ -642,6 +642,38 @@ def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch
     asyncio.run(check())
 
 
+def test_calls_have_the_file_looked_at(tenants, monkeypatch):
+    monkeypatch.setattr(access_module, "REFRESH_S", 0.0)
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+
+    async def check():
+        access._due = 0.0
+        write(tenants, {"running": 7}, late={"keys": [stored("sk-late")]})
+        async with asyncio.timeout(30):
+            while access.caller("sk-late").role is Role.STRANGER:
+                await call(App(), access, "/v1/models", ACME)
+                await asyncio.sleep(0.01)
+
+    asyncio.run(check())
+
+
+def test_a_tenant_that_uses_too_many_adapters_is_told_when_to_come_again(tenants):
+    write(tenants, {"adapters": 1})
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+
+    async def app(scope, receive, send):
+        caller = current_caller.get()
+        assert caller.grant("acme-1") is None
+        status = caller.grant("acme-2").error.code
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    answer = asyncio.run(call(app, access, "/v1/completions", ACME))
+    assert answer["status"] == 429
+    assert (b"retry-after", b"1") in answer["headers"]
+    assert access.caller(ACME).account.is_idle
+
+
 def test_a_tenants_key_is_nobody_elses(tenants):
     with pytest.raises(
         DocumentError, match="'acme' that is also the server's admin key or API key"

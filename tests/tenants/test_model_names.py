@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +23,13 @@ from vllm.lora.request import LoRARequest
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.patching.ledger import apply_patches
-from vllm_multilora.integration.server import blends, versions
-from vllm_multilora.integration.server.callers import Caller, card_for, current_caller
+from vllm_multilora.integration.server import adapter_directory, blends, versions
+from vllm_multilora.integration.server.callers import (
+    Caller,
+    card_for,
+    current_caller,
+    error_response,
+)
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.server.model_names import (
@@ -192,6 +198,37 @@ def test_a_route_that_has_just_been_written_is_a_route_for_everybody(models):
     models.path.write_text("routes: {help-new: zen-a}")
     assert ask(models, tenant(adapters=("help-*",)), "help-new") == 404
     assert ask(models, tenant(routes=("help-*",)), "help-new") == {"zen-a"}
+
+
+@pytest.mark.parametrize("asked", ["adapter", "blend"])
+def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatch):
+    async def refuse(models, name):
+        return error_response(HTTPStatus.BAD_REQUEST, "/acme-a/adapter_config.json: no JSON")
+
+    monkeypatch.setattr(adapter_directory, "prepare", refuse)
+    monkeypatch.setattr(blends, "why_none", lambda models: None)
+    monkeypatch.setattr(blends, "is_active_behind", lambda client: True)
+    processor = SimpleNamespace()
+    METER.set(processor, ServerMeter(None))
+    models.engine_client = SimpleNamespace(output_processor=processor)
+    request = SimpleNamespace(model="acme-a")
+    if asked == "blend":
+        request = SimpleNamespace(model="base", lora_blend={"acme-a": 0.5})
+
+    async def told(hides):
+        who = tenant(adapters=("acme-*",))
+        who.hides_folders = hides
+        current_caller.set(who)
+        refusal = await check_model(None, SimpleNamespace(models=models), request)
+        return refusal.error.message
+
+    assert "/acme-a/" in asyncio.run(told(False))
+    assert "/acme-a" not in asyncio.run(told(True))
+
+
+def test_a_changed_file_takes_no_name_from_an_adapter(models):
+    models.path.write_text("routes: {help-acme: acme-a, zen-a: acme-a}")
+    assert ask(models, tenant(adapters=("zen-a",)), "zen-a") == {"zen-a"}
 
 
 @pytest.mark.parametrize("check", [check_model, check_pooling_model])

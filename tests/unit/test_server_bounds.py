@@ -551,6 +551,18 @@ def lora_of(name: str, number: int) -> Any:
     return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=f"/adapters/{name}")
 
 
+def test_a_blend_that_only_a_client_asks_for_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora = blended([(LoRARequest("acme", 1, "/adapters/acme"), 0.5)])
+    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
+    server._models = SimpleNamespace(lora_requests={"acme": SimpleNamespace(lora_int_id=1)})
+    server._failed, server._led = {}, set()
+    monkeypatch.setattr(registration, "in_background", lambda work: work.close())
+    server.note_failure(lora, LoadFailure(FailureKind.NO_MEMORY, "too large"))
+    assert server._failed == {}
+
+
 @pytest.mark.parametrize(
     ("made", "is_out"), [(RequestFailure, False), (LoadFailure, True)], ids=["own", "everybody's"]
 )

@@ -32,6 +32,10 @@ def adapter(number: int, name: str = "acme") -> LoRARequest:
     return LoRARequest(name, number, f"/adapters/{number}")
 
 
+def note(models: Any, number: int) -> None:
+    versions.note(models.engine_client, number, versions.Version(str(number), 0.0, ""))
+
+
 def served(models: Any) -> dict[str, int]:
     return {name: lora.lora_int_id for name, lora in models.lora_requests.items()}
 
@@ -68,11 +72,14 @@ def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_free
         freed.append(lora.lora_int_id)
 
     monkeypatch.setattr(registration, "remove_later", remove_later)
+    monkeypatch.setattr(versions, "GRACE_S", 0.0)
 
     async def scenario(stores: Stores) -> None:
         one, two = api_server(stores), api_server(stores)
         await registration.serve(one, adapter(1))
         await until(lambda: served(two) == {"acme": 1})
+        for models, number in ((one, 101), (two, 202)):
+            note(models, number)
         both = registration.serve(one, adapter(101)), registration.serve(two, adapter(202))
         await asyncio.gather(*both)
         await asyncio.sleep(0)
@@ -80,6 +87,9 @@ def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_free
         (number,) = served(one).values()
         assert {1, 101, 202} == {number, *freed}
         assert number not in freed
+        await asyncio.sleep(0.01)  # after the time that an old version is known for
+        for models in (one, two):
+            assert versions.find(models.engine_client, adapter(number)) is not None
 
     run(scenario)
 
@@ -91,7 +101,7 @@ def test_requests_on_their_way_find_what_was_reloaded_elsewhere_and_not_what_was
         one, two = api_server(stores), api_server(stores)
 
         async def load(number: int) -> None:
-            versions.note(one.engine_client, number, versions.Version(str(number), 0.0, ""))
+            note(one, number)
             await registration.serve(one, adapter(number))
             await until(lambda: served(two) == {"acme": number})
 
