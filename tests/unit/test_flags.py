@@ -19,6 +19,7 @@ from vllm_multilora.integration.patching.flags import (
     merge_flags,
 )
 from vllm_multilora.integration.patching.patch import Patch
+from vllm_multilora.slots.policy import PolicyError
 from vllm_multilora.store.folder import StoreUnavailableError
 
 
@@ -229,3 +230,10 @@ def test_a_store_folder_that_cannot_be_used_stops_the_start(configure, tmp_path,
     configure(enabled=False)
     tmp_path.chmod(0o700)
     configure()
+
+
+def test_more_pins_than_slots_stop_the_start(configure):
+    with pytest.raises(ConfigError, match="pin 1 adapter, and of 1 slot one must stay free"):
+        configure(pin=["acme"])
+    with pytest.raises(PolicyError, match="unknown cache policy 'lfru'; did you mean 'lru'"):
+        configure(cache_policy="lfru")
