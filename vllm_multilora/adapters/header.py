@@ -18,6 +18,7 @@ from vllm_multilora.adapters.errors import AdapterFormatError, AdapterReadError
 from vllm_multilora.adapters.json_text import JsonTooLargeError, parse_json
 from vllm_multilora.adapters.limits import Limits
 from vllm_multilora.adapters.problems import Code, Problem, shown, shown_name
+from vllm_multilora.adapters.regular_file import unreadable
 from vllm_multilora.wording import counted
 
 LENGTH_BYTES = 8
@@ -198,14 +199,7 @@ def _read(descriptor: int, count: int, at: int, size: int, file: str) -> bytes:
     try:
         content = os.pread(descriptor, count, at)
     except OSError as error:
-        problem = Problem.at(
-            Code.FILE_UNREADABLE,
-            file,
-            "",
-            f"unreadable ({error.strerror})",
-            "a readable file",
-        )
-        raise AdapterReadError.of(problem) from error
+        raise AdapterReadError.of(unreadable(file, error)) from error
     if len(content) < count:
         raise AdapterFormatError.of(
             Problem.at(

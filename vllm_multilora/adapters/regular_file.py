@@ -127,7 +127,7 @@ def _next_data(descriptor: int, offset: int, size: int) -> int:
         raise
 
 
-def unreadable(path: Path, error: OSError) -> Problem:
+def unreadable(path: Path | str, error: OSError) -> Problem:
     """The problem of a file that the system does not let us read."""
     return Problem.at(
         Code.FILE_UNREADABLE,
