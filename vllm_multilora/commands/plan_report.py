@@ -56,7 +56,7 @@ def _cost(plan: Plan) -> Iterator[str]:
     yield f"{counted(plan.max_loras, 'slot')}: {total:,} bytes ({readable(total)}){more}"
     cache = plan.model.kv_cache
     if cache is not None:
-        yield (f"in KV cache: {cache.worth(total)} (a token takes {cache.token_bytes:,.0f} bytes)")
+        yield f"in KV cache: {cache.worth(total)} (a token takes {cache.token_bytes:,.0f} bytes)"
 
 
 def _grid(plan: Plan) -> Iterator[str]:
