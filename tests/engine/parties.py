@@ -212,7 +212,7 @@ class Engine:
         self.store = FakeStore()
         self.workers = FakeWorkers(ranks)
         observer = AdapterObserver(recorder, None, slots=slots, max_rank=8)
-        assignment = make_slots(slots, events=observer.events, ranks=ranks, pinned_names=pinned)
+        assignment = make_slots(slots, events=observer, ranks=ranks, pinned_names=pinned)
         self.adapters = EngineAdapters(
             self.store,
             self.workers,

@@ -245,7 +245,7 @@ class Engine:
         self.link = Link(number, self.scheduler.asides.say)
         self.workers = Workers(files)
         observer = AdapterObserver(None, None, slots=slots, max_rank=8)
-        assignment = make_slots(slots, events=observer.events, ranks=RANKS, pinned_names=pinned)
+        assignment = make_slots(slots, events=observer, ranks=RANKS, pinned_names=pinned)
         self.adapters = EngineAdapters(
             self.link, self.workers, assignment, RANKS, observer, CopyWaits(0.0001)
         )

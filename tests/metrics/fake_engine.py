@@ -5,7 +5,7 @@ from pathlib import Path
 from vllm_multilora.metrics.adapter_metrics import AdapterMetrics
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.budget import CpuBudget
-from vllm_multilora.slots.events import AllOf, Tier
+from vllm_multilora.slots.events import Tier
 from vllm_multilora.slots.host_tier import HostTier
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.slots.usage import AdapterUsage
@@ -29,7 +29,7 @@ class EngineWithMetrics:
         )
         self.budget = CpuBudget(adapters=3, bytes=100 * MIB)
         self.host = HostTier(LruPolicy(), self.budget)
-        self.slots = SlotAssignment(2, LruPolicy(), AllOf(self.usage, self.metrics))
+        self.slots = SlotAssignment(2, LruPolicy(), self.metrics)
         self._settle()
 
     def load(self, number: int, *, rank: int = 8, on_demand: bool = False) -> None:

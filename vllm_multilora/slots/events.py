@@ -37,38 +37,3 @@ class SlotEvents:
 
     def left(self, adapter_id: int, slot: int) -> None:
         """The adapter has lost its slot, for whatever reason."""
-
-
-class AllOf(SlotEvents):
-    """Passes every event on.
-
-    Args:
-        *receivers: To these, in this order.
-    """
-
-    def __init__(self, *receivers: SlotEvents) -> None:
-        self._receivers = receivers
-
-    def hit(self, tier: Tier, adapter_id: int) -> None:
-        for receiver in self._receivers:
-            receiver.hit(tier, adapter_id)
-
-    def miss(self, tier: Tier, adapter_id: int) -> None:
-        for receiver in self._receivers:
-            receiver.miss(tier, adapter_id)
-
-    def assigned(self, adapter_id: int, slot: int) -> None:
-        for receiver in self._receivers:
-            receiver.assigned(adapter_id, slot)
-
-    def filled(self, adapter_id: int, slot: int) -> None:
-        for receiver in self._receivers:
-            receiver.filled(adapter_id, slot)
-
-    def evicted(self, tier: Tier, adapter_id: int) -> None:
-        for receiver in self._receivers:
-            receiver.evicted(tier, adapter_id)
-
-    def left(self, adapter_id: int, slot: int) -> None:
-        for receiver in self._receivers:
-            receiver.left(adapter_id, slot)

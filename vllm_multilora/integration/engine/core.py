@@ -178,7 +178,7 @@ def _make_adapters(engine_core: Any) -> EngineAdapters | None:
     slots = SlotAssignment(
         lora_config.max_loras,
         ContainedPolicy(make_policy(settings.cache_policy)),
-        observer.events,
+        observer,
         ranks=ranks,
         pinned_names=settings.pin,
     )

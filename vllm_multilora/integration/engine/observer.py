@@ -9,7 +9,7 @@ from vllm_multilora.integration.blends import label_of
 from vllm_multilora.metrics.adapter_metrics import AdapterMetrics
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.request_metrics import RequestMetrics
-from vllm_multilora.slots.events import AllOf, SlotEvents, Tier
+from vllm_multilora.slots.events import SlotEvents, Tier
 from vllm_multilora.slots.usage import AdapterUsage
 from vllm_multilora.store.messages import Loaded, Totals
 
@@ -30,7 +30,6 @@ class AdapterObserver(SlotEvents):
 
     Attributes:
         usage: Each adapter's use.
-        events: What slots are to tell of their events.
         host_memory: What the store has said last of host memory; None if nothing.
     """
 
@@ -47,13 +46,10 @@ class AdapterObserver(SlotEvents):
         self._requests = requests
         self._names: dict[int, str] = {}
         self._metrics: AdapterMetrics | None = None
-        if recorder is None:
-            self.events: SlotEvents = AllOf(self.usage, self)
-        else:
+        if recorder is not None:
             self._metrics = AdapterMetrics(
                 recorder, self._names.get, self.usage.of, slots=slots, max_rank=max_rank
             )
-            self.events = AllOf(self.usage, self._metrics, self)
         self._changed: set[int] = set()
 
     def known(self, request: LoRARequest) -> None:
@@ -98,11 +94,25 @@ class AdapterObserver(SlotEvents):
 
     def evicted_from_host(self, request: LoRARequest) -> None:
         """An adapter has left host memory to make room."""
-        if self._metrics is not None:
-            self._metrics.evicted(Tier.CPU, request.lora_int_id)
+        self.evicted(Tier.CPU, request.lora_int_id)
         self._changed.add(request.lora_int_id)
 
+    def hit(self, tier: Tier, adapter_id: int) -> None:
+        self.usage.hit(tier, adapter_id)
+        if self._metrics is not None:
+            self._metrics.hit(tier, adapter_id)
+
+    def miss(self, tier: Tier, adapter_id: int) -> None:
+        if self._metrics is not None:
+            self._metrics.miss(tier, adapter_id)
+
+    def evicted(self, tier: Tier, adapter_id: int) -> None:
+        if self._metrics is not None:
+            self._metrics.evicted(tier, adapter_id)
+
     def assigned(self, adapter_id: int, slot: int) -> None:
+        if self._metrics is not None:
+            self._metrics.assigned(adapter_id, slot)
         self._changed.add(adapter_id)
 
     def filled(self, adapter_id: int, slot: int) -> None:
