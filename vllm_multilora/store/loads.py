@@ -74,7 +74,7 @@ class Loads:
 
     def forget_server(self, server: str) -> None:
         """A server has no clients any more: what its loads still bring is for those that follow."""
-        self.failures.forget_server(server)
+        self.failures.forget(server)
         for load in self._loads.values():
             if load.binding.server == server:
                 self._leave_adapter(load)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 from vllm_multilora.store.entries import Binding
 from vllm_multilora.store.job_messages import Failure
@@ -34,12 +33,8 @@ class RecentFailures:
         failed_path, until, failure = known
         return failure if failed_path == path and now < until else None
 
-    def forget_adapter(self, server: str, adapter: int) -> None:
-        self._forget(lambda binding: (binding.server, binding.adapter) == (server, adapter))
-
-    def forget_server(self, server: str) -> None:
-        self._forget(lambda binding: binding.server == server)
-
-    def _forget(self, is_gone: Any) -> None:
-        for binding in [binding for binding in self._failures if is_gone(binding)]:
-            del self._failures[binding]
+    def forget(self, server: str, adapter: int | None = None) -> None:
+        """Nothing is known of a server's adapter any more; None: of any of them."""
+        for binding in list(self._failures):
+            if binding.server == server and adapter in (None, binding.adapter):
+                del self._failures[binding]

@@ -159,7 +159,7 @@ class Registry:
         self.loads.withdraw(number, adapter, now)
         self._leaving.setdefault((server, adapter), set()).add(number)
         self._unbind_unused()
-        self.loads.failures.forget_adapter(server, adapter)
+        self.loads.failures.forget(server, adapter)
         self._effects.send(number, Forgotten(adapter))
 
     def _unbind_unused(self) -> None:

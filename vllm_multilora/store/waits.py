@@ -26,22 +26,16 @@ class Room:
         There can be less than when it asked: the server with the largest budget may have gone.
         """
         for load in self._waiting:
-            if (reason := self._never(load)) is not None:
-                return load, reason
+            assert load.blocks is not None
+            nbytes, budget = pages_of(load.blocks), self._memory.arena.budget
+            if not self._memory.fits(1, nbytes):
+                assert budget is not None, "each budget has bytes, if one adapter is too large"
+                return load, (
+                    f"the adapter takes {readable(nbytes)} of host memory, and all adapters "
+                    f"together may take {readable(budget)}; raise the budget, or lower the "
+                    "adapter's rank"
+                )
         return None
-
-    def _never(self, load: Load) -> str | None:
-        """Why the load's adapter cannot be kept even in an empty memory; None: it can."""
-        assert load.blocks is not None
-        nbytes = pages_of(load.blocks)
-        if self._memory.fits(1, nbytes):
-            return None
-        budget = self._memory.arena.budget
-        assert budget is not None, "each budget has bytes, if one adapter is too large for all"
-        return (
-            f"the adapter takes {readable(nbytes)} of host memory, and all adapters together may "
-            f"take {readable(budget)}; raise the budget, or lower the adapter's rank"
-        )
 
     def free_now(self, load: Load) -> Allocation | None:
         """Room that nobody has to leave for, and nobody waits for."""
