@@ -31,6 +31,7 @@ from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.asides import Asides
 from vllm_multilora.integration.engine.fair_queue import FairQueue, queue_of, waits_for_grammar
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
+from vllm_multilora.integration.engine.grammars import take_slow
 from vllm_multilora.integration.engine.late_reloads import HAS_RUN, LateReloads
 from vllm_multilora.integration.engine.users import AdapterUsers
 from vllm_multilora.integration.engine.versions import Announcements
@@ -340,7 +341,7 @@ class AdapterAwareMixin:
             return []
         adapters.poll()
         self._has_polled = True
-        failing, self._failing = self._failing, {}
+        failing, self._failing = self._failing | take_slow(self), {}
         lost = adapters.take_lost()
         if self._quarantines:
             lost |= adapters.take_quarantined(output, self.requests)

@@ -245,6 +245,17 @@ PATCHES: tuple[Patch, ...] = (
         "steps among tenants.",
     ),
     Patch(
+        name="grammar-time",
+        target="vllm.v1.structured_output:StructuredOutputManager._fill_bitmasks",
+        takes=("self, batch",),
+        handler="engine.grammars:fill_bitmasks",
+        why="Nothing bounds how long the grammar of a structured output takes for a token, and no "
+        "step is taken meanwhile: one of sixty characters takes seconds for each. Notes it, so "
+        "that the requests of tenants end whose grammars take too long.",
+        checked=(),
+        until="vLLM bounds what grammars take.",
+    ),
+    Patch(
         name="pin",
         target="vllm.v1.engine.core:EngineCore.pin_lora",
         takes=("self, lora_id",),

@@ -1,0 +1,110 @@
+"""A grammar that keeps everybody waiting ends its own request, if that is a tenant's."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.engine.fake_scheduler import FakeRequest
+from vllm_multilora.failures import FailureKind, RequestFailure
+from vllm_multilora.integration.attached import TENANT
+from vllm_multilora.integration.engine import grammars
+from vllm_multilora.integration.engine.grammars import ALLOWED_PER_TOKEN_S, ALLOWED_S, take_slow
+from vllm_multilora.integration.failures import from_stop_reason
+from vllm_multilora.plugin import register
+from vllm_multilora.tenants.on_request import RequestTenant
+
+from .test_scheduler import no_naps, server, servers
+
+__all__ = ["no_naps", "server", "servers"]
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def thread_time(self) -> float:
+        return self.now
+
+
+@dataclass
+class Grammar:
+    """Takes so long for the tokens that it is asked for, and then no time."""
+
+    clock: Clock
+    seconds: list[float] = field(default_factory=list)
+
+    def is_terminated(self) -> bool:
+        return False
+
+    def fill_bitmask(self, bitmask: Any, index: int) -> None:
+        self.clock.now += self.seconds.pop(0) if self.seconds else 0.0
+        bitmask[index] = 7
+
+
+def manager() -> Any:
+    """What vLLM's asks of itself."""
+    register()
+    return SimpleNamespace(
+        _grammar_bitmask=torch.zeros((8, 1), dtype=torch.int32), _full_mask=torch.tensor(-1)
+    )
+
+
+def request(name: str, grammar: Grammar, tenant: str | None = "acme") -> Any:
+    made = FakeRequest(name)
+    made.structured_output_request = SimpleNamespace(grammar=grammar)
+    if tenant is not None:
+        TENANT.set(made, RequestTenant(tenant))
+    return made
+
+
+def test_the_slow_ones_are_told_apart(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(grammars, "time", clock)
+    asked = {
+        "at once": Grammar(clock, [ALLOWED_S + 0.1]),
+        "again and again": Grammar(clock, [0.15] * 4),
+        "once in a while": Grammar(clock, [ALLOWED_S - 0.1, 0.1, 0.0, 0.0]),
+        "always a little": Grammar(clock, [ALLOWED_PER_TOKEN_S] * 1000),
+        "nobody's": Grammar(clock, [9.0]),
+    }
+    requests = [
+        request(name, grammar, None if name == "nobody's" else "acme")
+        for name, grammar in asked.items()
+    ]
+    plain = FakeRequest("plain")
+    plain.structured_output_request = None
+    TENANT.set(plain, RequestTenant("acme"))
+    outputs = manager()
+    scheduler = SimpleNamespace(structured_output_manager=outputs, running=[*requests, plain])
+    batch = [(grammar, index, True) for index, grammar in enumerate(asked.values())]
+    ended: dict[str, int] = {}
+    for step in range(1000):
+        StructuredOutputManager._fill_bitmasks(outputs, batch)
+        for name in take_slow(scheduler):
+            ended.setdefault(name, step)
+    assert (outputs._grammar_bitmask[: len(batch)] == 7).all()
+    assert ended == {"at once": 0, "again and again": 3}
+
+
+def test_a_request_with_a_slow_grammar_ends_and_others_go_on(server, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(grammars, "time", clock)
+    outputs = server.scheduler.structured_output_manager = manager()
+    slow, other = (
+        request(name, Grammar(clock, seconds), tenant)
+        for name, seconds, tenant in (("slow", [9.0], "acme"), ("other", [], "zen"))
+    )
+    for each in (slow, other):
+        server.scheduler.add_request(each)
+    assert server.step() == {"slow", "other"}
+    batch = [(each.structured_output_request.grammar, 0, True) for each in (slow, other)]
+    StructuredOutputManager._fill_bitmasks(outputs, batch)
+    server.step()
+    assert server.names == {"other"}
+    failure = from_stop_reason(server.ended["slow"])
+    assert isinstance(failure, RequestFailure)
+    assert failure.kind is FailureKind.INVALID
+    assert "structured output" in failure.message
