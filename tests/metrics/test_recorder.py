@@ -232,6 +232,19 @@ def test_without_room_for_a_new_file_places_are_kept_and_tried_for_once_a_minute
     assert shown(tmp_path) == {}
 
 
+def test_whose_file_was_deleted_goes_on(tmp_path: Path) -> None:
+    """As what cleans up temporary folders may do."""
+    now = 0.0
+    record = recorder(tmp_path, most=1, clock=lambda: now)
+    record.names.admit("a")
+    (path,) = tmp_path.glob("*.series")
+    path.unlink()
+    now += IDLE_S
+    record.names.admit("b")
+    record.series(defined.REQUESTS, record.names.label("b")).inc()
+    assert not record.names.has("b")
+
+
 def test_a_file_has_room_for_all_series_of_its_adapters(tmp_path: Path) -> None:
     record = recorder(tmp_path, "server", most=200, has_latencies=True)  # counts most
     for definition in defined.ALL:

@@ -87,13 +87,14 @@ class SeriesFile:
         name = FileName.parse(self._path.name)
         nobodys = self._path.with_name(str(replace(name, writer=_NOBODY)))
         with locked(self._path.parent, exclusively=True):
+            own = dict(read_series(self._path))
             paths = self._path.parent.glob(f"{name.role}-{name.engine}-*{FileName.SUFFIX}")
-            found = {path: dict(read_series(path)) for path in paths}
-            own, left = found.pop(self._path), found.pop(nobodys, {})
+            others = {path: dict(read_series(path)) for path in paths if path != self._path}
+            left = others.pop(nobodys, {})
             left = {next(iter(own)): 0.0, **left}  # the first is what all are labelled with
             for cell in removed.values():
                 left[cell] = left.get(cell, 0.0) + own.pop(cell)
-            still_shown = set(own).union(*found.values())
+            still_shown = set(own).union(*others.values())
             left = {cell: value for cell, value in left.items() if cell in still_shown}
             values = _prepared(self._path, self._size, own)
             if len(left) > 1 or nobodys.exists():
