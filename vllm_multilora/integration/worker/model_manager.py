@@ -274,6 +274,8 @@ class MultiLoRAModelManager(LoRAModelManager):
         if weights is None:
             module.reset_lora(slot)
         else:
+            if isinstance(module, BaseLinearLayerWithLoRA):
+                _align(weights, module.n_slices)
             module.set_lora(slot, weights.lora_a, weights.lora_b)
         if weights is None and head is None:
             self._filled.discard((name, slot))
@@ -392,6 +394,16 @@ def _shards_ranks(module: BaseLayerWithLoRA) -> bool:
         isinstance(module, BaseLinearLayerWithLoRA)
         and module.lora_a_stacked[0].shape[-2] < module.lora_b_stacked[0].shape[-1]
     )
+
+
+def _align(weights: LoRALayerWeights, slices: int) -> None:
+    """Gives last parts of a layer its last slices where the first part, of several, is not adapted.
+
+    vLLM would take all slices for the first part's (of Qwen3.5's `in_proj_qkv` and `in_proj_z`).
+    """
+    if isinstance(weights.lora_b, list) and weights.lora_b[0] is None:
+        before = [None] * (slices - len(weights.lora_b))
+        weights.lora_a, weights.lora_b = before + weights.lora_a, before + weights.lora_b
 
 
 def _true_ranks(weights: LoRALayerWeights, slices: int) -> npt.NDArray[np.int32]:
