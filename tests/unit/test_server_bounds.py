@@ -29,6 +29,7 @@ from vllm_multilora.integration.server import (
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.server.names_in_use import LocksInUse
+from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
 from vllm_multilora.integration.server.status_route import MOST_SHARE, NEW_S, RecentListing
 from vllm_multilora.metering.usage import Status
@@ -580,3 +581,29 @@ def test_a_blend_is_taken_out_of_the_routes_for_what_fails_everybody_alone(
     assert failure is not None
     server.note_failure(lora, failure)
     assert bool(server._failed) is is_out
+
+
+def test_a_look_that_fails_when_nobody_waits_any_more_is_no_news() -> None:
+    """A thousand may end at once, when storage that has hung says that it has failed."""
+    told: list[Any] = []
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        answers, looks = asyncio.Event(), PendingLooks(0.001)
+
+        async def look() -> None:
+            await answers.wait()
+            raise OSError("stale file handle")
+
+        with pytest.raises(TimeoutError):
+            await looks.wait(look)
+        answers.set()
+        async with asyncio.timeout(20):
+            while looks._looks:
+                await asyncio.sleep(0)
+        gc.collect()
+        with pytest.raises(OSError, match="stale"):
+            await looks.wait(look)
+
+    asyncio.run(scenario())
+    assert not told

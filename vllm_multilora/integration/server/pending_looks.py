@@ -35,8 +35,13 @@ class PendingLooks:
             raise TimeoutError("too many looks at storage have not ended")
         look = asyncio.ensure_future(begin())
         self._looks.add(look)
-        look.add_done_callback(self._looks.discard)
+        look.add_done_callback(self._ended)
         await asyncio.wait({look}, timeout=self._limit_s)
         if not look.done():
             raise TimeoutError(f"storage has not answered within {self._limit_s:g} s")
         return look.result()
+
+    def _ended(self, look: asyncio.Future[Any]) -> None:
+        self._looks.discard(look)
+        if not look.cancelled():
+            look.exception()  # nobody may be left to hear of it, and asyncio would log each
