@@ -316,6 +316,12 @@ def sign_by_a_broken_digest(site: Site) -> None:
     bundle.write(anew=True)
 
 
+def sign_twice(site: Site) -> None:
+    bundle = Bundle(site)
+    bundle.envelope["signatures"] *= 2
+    bundle.write(anew=True)
+
+
 def sign_another_subject(site: Site) -> None:
     Bundle(site).write(anew=True, subject=b"of other files")
 
@@ -363,6 +369,7 @@ TAMPERED: dict[Callable[[Site], None], tuple[Code, str]] = {
     sign_an_absolute_path: (Code.WRONG_SIGNATURE, "'/etc/hostname'"),
     sign_a_file_twice: (Code.WRONG_SIGNATURE, "twice"),
     sign_by_a_broken_digest: (Code.WRONG_SIGNATURE, "'crc32'"),
+    sign_twice: (Code.WRONG_SIGNATURE, "2 signatures"),
     sign_another_subject: (Code.WRONG_SIGNATURE, "does not match its subject"),
     sign_another_kind_of_statement: (Code.WRONG_SIGNATURE, "slsa.dev"),
     claim_to_be_of_sigstores_service: (Code.WRONG_SIGNATURE, "keyless ones can only be checked"),

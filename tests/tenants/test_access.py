@@ -20,6 +20,7 @@ from vllm.config import StructuredOutputsConfig
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.usage.usage_lib import UsageContext
 
+from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
@@ -640,6 +641,20 @@ def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch
         assert access.caller(ACME).account is account  # what it uses still counts
 
     asyncio.run(check())
+
+
+def test_what_is_kept_of_responses_is_its_tenants_alone(tenants):
+    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+    app = BackgroundApp(tenants)
+    stores = (app.response_store, app.msg_store, app.event_store)
+
+    def as_key(key, do):
+        return as_caller(access.caller(key), lambda: [do(store) for store in stores])
+
+    as_key(ACME, lambda store: store.update(resp_1="acme's"))
+    for key, found in (("sk-zen", None), (ADMIN, None), (ACME, "acme's")):
+        assert as_key(key, lambda store: store.get("resp_1")) == [found] * 3
 
 
 def test_calls_have_the_file_looked_at(tenants, monkeypatch):

@@ -87,8 +87,8 @@ def test_the_base_model_is_granted_too():
 
 def test_a_request_is_marked_as_its_tenants():
     processor, request = Processor(), Request(ADAPTER, cache_salt="mine", priority=-5)
-    send(caller("acme-a"), processor, request)
-    assert tenant_of(request) == ("acme", 2.0, None)
+    send(caller("acme-a", resident=3), processor, request)
+    assert tenant_of(request) == ("acme", 2.0, 3)
     assert request.priority == 0
     assert request.cache_salt not in (None, "mine")
     assert HIDDEN_FOLDERS.get(processor.request_states["1"]) == ("/srv", "/data/acme-a")

@@ -228,5 +228,7 @@ def test_a_browsers_preflight_is_answered_before_any_endpoint(served):
     async def check():
         for plain in site.paths.values():
             assert await site.ask("OPTIONS", plain, None, **PREFLIGHT) == HTTPStatus.OK
+            without = await site.ask("OPTIONS", plain, None)
+            assert await site.ask("OPTIONS", plain, None, origin=PAGE) == without
 
     asyncio.run(check())

@@ -226,6 +226,35 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
     assert "/acme-a" not in asyncio.run(told(True))
 
 
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("acme-a@12345678", None),
+        ("acme-a@87654321", 409),
+        ("zen-a@12345678", 409),
+        ("base@12345678", 404),
+        ("help-yourself@12345678", None),
+    ],
+    ids=["served", "another-is-served", "not-read-yet", "base-model", "a-name-as-it-is"],
+)
+def test_a_version_that_is_not_served_is_not_answered_by_another(models, name, status):
+    METER.set(processor := SimpleNamespace(), ServerMeter(None))
+    models.engine_client = SimpleNamespace(output_processor=processor)
+    versions.note(models.engine_client, 1, versions.Version("12345678" * 8, 1.0, "lora"))
+    models.lora_requests["help-yourself@12345678"] = LoRARequest(name, 9, "/help-yourself")
+
+    async def original(serving, request):
+        return None
+
+    async def asked():
+        current_call.set(HttpCall({}))
+        request = SimpleNamespace(model=name)
+        return await check_model(original, SimpleNamespace(models=models), request)
+
+    refusal = asyncio.run(asked())
+    assert (refusal and refusal.error.code) == status
+
+
 def test_a_changed_file_takes_no_name_from_an_adapter(models):
     models.path.write_text("routes: {help-acme: acme-a, zen-a: acme-a}")
     assert ask(models, tenant(adapters=("zen-a",)), "zen-a") == {"zen-a"}

@@ -24,6 +24,7 @@ from vllm_multilora.integration.server import (
     metering,
     registration,
     routes,
+    shared_names,
     versions,
 )
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
@@ -413,6 +414,7 @@ def test_no_more_adapters_are_registered_than_a_server_may_have(
     refusal: Any = asyncio.run(registration.load_adapter(models, request, None))
     assert refusal.error.code == HTTPStatus.BAD_REQUEST
     assert "this server has 1 adapters, and serves no more" in refusal.error.message
+    assert registration.one_too_many(models, "other", "lora_name") is None  # replaces its own
 
 
 def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +452,41 @@ def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.Monke
         assert models.lora_requests["acme"].lora_int_id == 1
 
     asyncio.run(scenario())
+
+
+def test_an_unload_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+    monkeypatch.setattr(registration, "remove_later", nothing)
+
+    async def scenario() -> None:
+        is_asked, may_go = asyncio.Event(), asyncio.Event()
+
+        async def retract(models: Any, lora: Any) -> None:
+            is_asked.set()
+            await asyncio.wait_for(may_go.wait(), 10)
+
+        monkeypatch.setattr(shared_names, "retract", retract)
+        models = SimpleNamespace(
+            engine_client=Engine(),
+            lora_requests={"acme": lora_of("acme", 1)},
+            lora_resolver_lock=LocksInUse(),
+            _check_unload_lora_adapter_request=nothing,
+        )
+        request = SimpleNamespace(lora_name="acme")
+        unload = registration.unload_lora_adapter(lambda *args: None, models, request)
+        call = asyncio.create_task(unload)
+        await asyncio.wait_for(is_asked.wait(), 10)
+        call.cancel()
+        await asyncio.wait({call}, timeout=10)
+        assert call.cancelled()
+        may_go.set()
+        await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
+        assert models.engine_client.removed == [1]
+
+    asyncio.run(scenario())
+
+
+async def nothing(*_: Any) -> None: ...
 
 
 def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay(
@@ -550,6 +587,16 @@ def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_
 
 def lora_of(name: str, number: int) -> Any:
     return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=f"/adapters/{name}")
+
+
+def test_routes_remember_few_of_the_blends_that_they_have_led_to() -> None:
+    """Every new version of a part makes it another one."""
+    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
+    server._led = set()
+    for blend in range(5_000):
+        server._note_led(blend)
+    assert len(server._led) <= 1_024
+    assert 4_999 in server._led
 
 
 def test_a_blend_that_only_a_client_asks_for_is_not_tried_again(
