@@ -202,17 +202,13 @@ def _manifest(statement: _Json) -> Manifest:
         raise SignatureError(
             "a manifest that does not match its subject", "the digest of all digests"
         )
-    ignored = how.value("ignore_paths", list, [])
+    ignored = (path for path in how.value("ignore_paths", list, []) if isinstance(path, str))
     links = how.value("allow_symlinks", bool, False)
-    return Manifest(files, frozenset(filter(_is_text, ignored)), links)
+    return Manifest(files, frozenset(ignored), links)
 
 
 def _trusted(signers: Signers) -> str:
     return f"a signature that is trusted here, by {signers}"
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 class _Json:

@@ -90,7 +90,9 @@ class Arena:
         """
         ends = np.cumsum(block_bytes)
         parts = self._one_run(pages_of(block_bytes), len(ends)) or self._scattered(ends)
-        if parts is None or not self._within_budget(sum(part.size for part in parts)):
+        if parts is None:
+            return None
+        if self.budget is not None and self.held + sum(p.size for p in parts) > self.budget:
             return None
         return self._take(parts, block_bytes, ends)
 
@@ -128,9 +130,6 @@ class Arena:
                 can_be_mapped = len(segments) <= MOST_DESCRIPTORS and len(parts) <= _MOST_EXTENTS
                 return parts if can_be_mapped else None
         return None
-
-    def _within_budget(self, size: int) -> bool:
-        return self.budget is None or self.held + size <= self.budget
 
     def _take(
         self, parts: list[_Part], block_bytes: NDArray[np.int64], ends: NDArray[np.int64]
