@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
-from vllm_multilora.slots.events import SlotEvents, Tier
+from vllm_multilora.slots.events import Tier
 
 MOST_REMEMBERED = 65_536
 """Adapters of which something is remembered: versions and failed registrations add up."""
@@ -35,7 +35,7 @@ class AdapterUse:
     size: int | None = None
 
 
-class AdapterUsage(SlotEvents):
+class AdapterUsage:
     """Each adapter's use, by number, until the adapter is unloaded; one caller at a time.
 
     Args:
@@ -81,6 +81,7 @@ class AdapterUsage(SlotEvents):
         self._uses.pop(adapter_id, None)
 
     def hit(self, tier: Tier, adapter_id: int) -> None:
+        """The adapter was in the tier when a request needed it."""
         use = self._use(adapter_id)
         if tier is Tier.GPU:
             use.gpu_hits += 1
