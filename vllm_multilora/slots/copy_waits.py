@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm_multilora.slots.budget import MIB
 
 STEP_S = 0.002
-"""Of one step, for all of its copies together."""
+"""Of one step, for all of its copies together; the system rounds waits up to milliseconds."""
 
 SMALL_BYTES = 4 * MIB
 """The largest adapters that are waited for: a processor copies them in less than a millisecond."""
