@@ -210,10 +210,11 @@ PATCHES: tuple[Patch, ...] = (
         "float32 are changed by that: a request's penalties make NaN of sound ones, and would "
         "have its adapter quarantined. Looks at them before. On CPUs the engine dies of a request "
         "with a seed whose prompt takes several steps, as generators of random numbers cannot be "
-        "turned back there. Has them draw nothing before the prompt's end.",
+        "turned back there. Has them draw nothing before the prompt's end. With speculative "
+        "decoding, the engine dies of a request with `logprob_token_ids`. Answers it.",
         checked=("0.31", "0.32", "0.33"),
-        until="vLLM's first model runner counts before it samples, as its second one does, and "
-        "seeds work with divided prompts on CPUs.",
+        until="vLLM's first model runner counts before it samples, as its second one does, seeds "
+        "work with divided prompts on CPUs, and its RejectionSampler knows `logprob_token_ids`.",
     ),
     Patch(
         name="unsound-rows",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +65,7 @@ def sample_rows(
     original: Callable[..., Any],
     runner: Any,
     logits: torch.Tensor | None,
+    drafts: Any,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -73,7 +75,42 @@ def sample_rows(
         manager.row_maxima = logits.amax(dim=-1, keepdim=True)
         if logits.device.type == "cpu":
             manager.idle_generators = _take_idle_generators(runner)
-    return original(runner, logits, *args, **kwargs)
+    if manager is None or drafts is None:
+        return original(runner, logits, drafts, *args, **kwargs)
+    with _tokens_that_requests_name(runner, drafts.max_spec_len + 1):
+        return original(runner, logits, drafts, *args, **kwargs)
+
+
+@contextmanager
+def _tokens_that_requests_name(runner: Any, rows: int) -> Iterator[None]:
+    """Has vLLM answer `logprob_token_ids` where it samples up to several tokens a request.
+
+    It knows them where it samples one. Here it takes the few log probabilities that it reads for
+    those of the whole vocabulary.
+
+    Args:
+        runner: vLLM's first model runner.
+        rows: How many tokens are sampled of a request at most.
+    """
+    sampling, sampler = runner.input_batch.sampling_metadata, runner.rejection_sampler.sampler
+    named, most = sampling.logprob_token_ids, sampling.max_num_logprobs
+    if not named:
+        yield
+        return
+    by_row = {
+        request * rows + row: tokens for request, tokens in named.items() for row in range(rows)
+    }
+
+    def gather(logprobs: torch.Tensor, _: int, token_ids: torch.Tensor) -> Any:
+        return sampler.gather_specific_token_logprobs(logprobs, by_row, token_ids)
+
+    sampling.logprob_token_ids, sampling.max_num_logprobs = None, most or 0
+    sampler.gather_logprobs = gather
+    try:
+        yield
+    finally:
+        del sampler.gather_logprobs
+        sampling.logprob_token_ids, sampling.max_num_logprobs = named, most
 
 
 def _take_idle_generators(runner: Any) -> dict[int, torch.Generator]:
