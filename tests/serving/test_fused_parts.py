@@ -1,6 +1,8 @@
-"""Layers whose first part in a checkpoint takes several of vLLM's slices."""
+"""Layers that vLLM has in other parts than checkpoints."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from tests.adapters.checkpoints import write
 from vllm_multilora.integration.fill_link import Filled
 
+from . import tiny_models
 from .allocated_slots import Setting, real_manager
 from .test_expert_adapters import SLOT, filler
 
@@ -59,3 +62,38 @@ def test_each_part_is_where_the_layer_has_it(tmp_path: Path, parts: tuple) -> No
         stacked = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
         held = torch.cat([b[SLOT, 0].float() @ a[SLOT, 0].float() for a, b in stacked])
         torch.testing.assert_close(held, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_has_the_rows_that_vllm_loads_for_it(tmp_path: Path, rank: int) -> None:
+    """Of Mamba 2's states in a Granite 4: they are of one group, which both ranks need."""
+    from vllm.distributed import parallel_state
+
+    from vllm_multilora.integration.offline.model import one_worker
+
+    @contextmanager
+    def second() -> Iterator[None]:
+        with one_worker(of=2):
+            group = parallel_state.get_tp_group()
+            group.rank_in_group = rank
+            try:
+                yield
+            finally:
+                group.rank_in_group = 0
+
+    folder = tiny_models.write_granite_hybrid(tmp_path / "model")
+    module, inputs, outputs, r = "model.layers.0.mamba.in_proj", 128, 2 * 256 + 2 * 16 + 8, 4
+    a, b = torch.randn(r, inputs).bfloat16(), torch.randn(outputs, r).bfloat16()
+    name = f"base_model.model.{module}"
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    adapter = write(tmp_path / "adapter", tensors, r, r)
+    setting = Setting(max_loras=2, max_lora_rank=8, tensor_parallel_size=2)
+    with real_manager(folder, setting, second) as manager, filler(manager) as fill:
+        answer = fill(adapter)
+        assert isinstance(answer, Filled), answer
+        layer = manager.modules[module]
+        assert layer.tp_rank == rank
+        weight = layer.base_layer.weight
+        weight.weight_loader(weight.data, (b.float() @ a.float()).to(weight.dtype))
+        held = layer.lora_b_stacked[0][SLOT, 0].float() @ layer.lora_a_stacked[0][SLOT, 0].float()
+        torch.testing.assert_close(held.to(weight.dtype), weight.data, rtol=1e-2, atol=1e-2)

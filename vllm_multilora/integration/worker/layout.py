@@ -19,7 +19,7 @@ from vllm.lora.layers.column_parallel_linear import (
     MergedColumnParallelLinearVariableSliceWithLoRA,
     MergedColumnParallelLinearWithLoRA,
 )
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models import supports_multimodal
 
@@ -29,6 +29,7 @@ from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.worker.encoder_rows import ENCODER
 from vllm_multilora.integration.worker.module_naming import module_naming, refused_layers
 from vllm_multilora.integration.worker.output_factors import no_factors
+from vllm_multilora.integration.worker.repeated_rows import RepeatedRows, repeated_rows
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
@@ -61,12 +62,14 @@ class RunningLayout:
         orders: Of slices whose weights vLLM loads with their rows in another order than checkpoints
             have, by row in the rank tables: which of the rows of B that this worker keeps belongs
             to each output.
+        repeated: Those of the special layers some of whose rows every rank has.
     """
 
     layout: ModelLayout
     packed: dict[str, BaseLinearLayerWithLoRA]
     special: dict[str, BaseLayerWithLoRA]
     orders: dict[int, torch.Tensor]
+    repeated: dict[str, RepeatedRows]
 
 
 def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningLayout:
@@ -81,11 +84,12 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
     special: dict[str, BaseLayerWithLoRA] = {}
     no_dora: dict[str, str] = {}
     copied = _copied_slices(manager.model)
+    repeated = dict(repeated_rows(manager.model))
     for name, module in manager.modules.items():
         sources = list(manager.packed_modules.get(name, [name]))
         for place, source in copied.get(name, {}).items():
             sources[place] = source
-        found = _slices(module, sources, len(slices), manager)
+        found = [] if name in repeated else _slices(module, sources, len(slices), manager)
         if found and isinstance(module, BaseLinearLayerWithLoRA):
             slices += found
             packed[name] = module
@@ -113,7 +117,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
         special_shapes={
             name: shape for name, module in special.items() if (shape := _special_shape(module))
         },
-        linear_shapes=dict(_linear_shapes(manager, special)),
+        linear_shapes=dict(_linear_shapes(manager, special, repeated)),
         tied=bool(getattr(text_config, "tie_word_embeddings", False)),
         vocabulary=manager.vocab_size,
         dora=dora,
@@ -121,7 +125,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningL
         bypassed=dict(bypassed_layers(manager)),
         merged=merged,
     )
-    return RunningLayout(layout, packed, special, orders)
+    return RunningLayout(layout, packed, special, orders, repeated)
 
 
 def _copied_slices(model: torch.nn.Module) -> dict[str, dict[int, str]]:
@@ -236,11 +240,8 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
                     for source in manager.packed_modules.get(name, [name]):
                         yield source, "each of vLLM's ranks computes some of its rows only"
     for block, part in manager.model.named_modules():
-        if isinstance(part, MambaMixer2) and f"{block}.in_proj" in manager.modules:
+        if isinstance(part, MambaMixer2):
             yield f"{block}.conv1d", "vLLM convolves with its weights directly"
-            base = getattr(part.in_proj, "base_layer", None)
-            if not isinstance(base, MergedColumnParallelLinear):
-                yield f"{block}.in_proj", "each of vLLM's ranks has some of its rows again"
     for name, module in manager.modules.items():
         if isinstance(module, FusedMoEWithLoRA) and not _has_the_experts_that_are_filled(module):
             for source in (name, f"{name}.base_layer", *manager.packed_modules.get(name, ())):
@@ -310,7 +311,9 @@ def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
 
 
 def _linear_shapes(
-    manager: LoRAModelManager, special: Mapping[str, BaseLayerWithLoRA]
+    manager: LoRAModelManager,
+    special: Mapping[str, BaseLayerWithLoRA],
+    repeated: Mapping[str, RepeatedRows],
 ) -> Iterator[tuple[str, LinearShape]]:
     """Sizes of linear layers and of experts' projections by their names in checkpoints."""
     for name, module in special.items():
@@ -320,6 +323,8 @@ def _linear_shapes(
         elif isinstance(module, BaseLinearLayerWithLoRA):
             base: Any = module.base_layer
             outputs = _outputs(base) if hasattr(base, "output_sizes") else [base.output_size]
+            if name in repeated:
+                outputs = [repeated[name].outputs]
             of_first = len(outputs) - len(sources or [name]) + 1  # which others follow one by one
             if of_first > 0:
                 sizes = (sum(outputs[:of_first]), *outputs[of_first:])

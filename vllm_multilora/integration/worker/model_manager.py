@@ -113,6 +113,7 @@ class MultiLoRAModelManager(LoRAModelManager):
             None in others, where encoders are vLLM's towers.
         layout: What the model accepts of an adapter.
         factors: What DoRA adapters multiply outputs by; None where they are not served.
+        repeated_rows: As of `RunningLayout`.
     """
 
     encoder_wrapper: MultiLoRAPunicaWrapper | None
@@ -153,6 +154,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         dora = settings_of(config).dora
         found = running_layout(self, dora=dora)
         self.layout, self._special = found.layout, found.special
+        self.repeated_rows = found.repeated
         rows = 0
         layers: list[tuple[Any, slice]] = []
         _store_by_column(found.packed.values(), self.lora_config.lora_dtype, self.device)

@@ -98,6 +98,8 @@ class SpecialParts:
         )
         for module, lora in special.loras.items():
             lora.rank, lora.scaling = modules[module].rank, modules[module].scaling
+            if rows := manager.repeated_rows.get(module):
+                lora.lora_b = rows.for_cutting(lora.lora_b)
         special.is_3d_lora_weight = request.is_3d_lora_weight or _has_fused_experts(special)
         for name in _CHECKS:
             if check := getattr(manager, name, None):
