@@ -59,6 +59,7 @@ def test_a_pattern_for_modules_means_what_it_means_in_peft(pattern):
         "(.|.)" * 30,
         ".*.*.*.*.*x",
         "[^x]*" * 5,
+        r"[^\]x]*" * 5,
         r"\w+\w+\w+\w+x",
         "(?s).*",
         "(?>a*)b",
@@ -102,6 +103,15 @@ def test_all_patterns_of_an_adapter_share_one_budget(monkeypatch):
     with pytest.raises(PatternError, match="processor time"):
         PatternMatcher({"q_proj": 1}, budget).get(NAMES[0])
     assert PatternMatcher({}, budget).get(NAMES[0]) is None
+
+
+def test_as_many_expressions_are_taken_as_are_said_to_be():
+    budget = Budget()
+    for _ in range(patterns.MOST_EXPRESSIONS):
+        check_pattern("q_pro[j]", budget)
+    check_pattern("q_proj", budget)
+    with pytest.raises(PatternError, match=f"more than {patterns.MOST_EXPRESSIONS} regular"):
+        check_pattern("q_pro[j]", budget)
 
 
 def test_the_budget_is_looked_at_between_patterns_not_names_only(monkeypatch):

@@ -107,6 +107,14 @@ def test_all_of_the_formats_digests_are_known(site: Site, algorithm: str) -> Non
     take(site.folder, layout(), rules=site.rules())
 
 
+def test_digests_may_be_written_in_capital_letters(site: Site) -> None:
+    bundle = Bundle(site)
+    for resource in bundle.resources:
+        resource["digest"] = resource["digest"].upper()
+    bundle.write(anew=True)
+    take(site.folder, layout(), rules=site.rules())
+
+
 def test_openssfs_own_code_verifies_what_the_command_signs(site: Site) -> None:
     config = verifying.Config().use_elliptic_key_verifier(public_key=site.ours.public)
     config.verify(site.folder, site.folder / SIGNATURE)
@@ -316,6 +324,13 @@ def sign_by_a_broken_digest(site: Site) -> None:
     bundle.write(anew=True)
 
 
+def take_a_long_chain(site: Site) -> None:
+    bundle = Bundle(site)
+    chain = {"certificates": [{"rawBytes": ""}] * 9}
+    bundle.content["verificationMaterial"] = {"x509CertificateChain": chain}
+    bundle.write(anew=True)
+
+
 def sign_twice(site: Site) -> None:
     bundle = Bundle(site)
     bundle.envelope["signatures"] *= 2
@@ -369,6 +384,7 @@ TAMPERED: dict[Callable[[Site], None], tuple[Code, str]] = {
     sign_an_absolute_path: (Code.WRONG_SIGNATURE, "'/etc/hostname'"),
     sign_a_file_twice: (Code.WRONG_SIGNATURE, "twice"),
     sign_by_a_broken_digest: (Code.WRONG_SIGNATURE, "'crc32'"),
+    take_a_long_chain: (Code.WRONG_SIGNATURE, "9 certificates"),
     sign_twice: (Code.WRONG_SIGNATURE, "2 signatures"),
     sign_another_subject: (Code.WRONG_SIGNATURE, "does not match its subject"),
     sign_another_kind_of_statement: (Code.WRONG_SIGNATURE, "slsa.dev"),
