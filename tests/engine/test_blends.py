@@ -11,6 +11,7 @@ from tests.engine.parties import MOST_BLENDS, Engine, lora, pack_info
 from tests.engine.test_quarantine import on
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.blends import blend_of, blended, label_of
+from vllm_multilora.integration.engine.adapter_status import engine_report
 from vllm_multilora.integration.engine.entries import Entries
 from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
 from vllm_multilora.integration.engine.fair_scheduler import party_of
@@ -117,6 +118,22 @@ def test_two_tenants_that_use_each_others_blends_have_no_more_than_two(engines):
             for tenant in (ACME, ZEN):
                 assert engine.adapters.want(request, tenant) is None
     assert served == len(known(engine)) == 2 * MOST_BLENDS
+
+
+def test_a_blend_is_told_of_by_its_parts_and_has_no_folder(engines):
+    engine, request = engines(), blend(0.5)
+    engine.adapters.want(request)
+    engine.store.failed()
+    (failed,) = engine.store.inbox
+    engine.store.inbox[:] = [
+        msgspec.structs.replace(failed, message=f"{request.lora_path}: no room")
+    ]
+    engine.poll()
+    (row,) = engine_report(engine.adapters, {}, [])["adapters"]
+    assert row["parts"] == {"adapter 1": 0.5, "adapter 2": 1.0}
+    assert row["path"] is None
+    assert row["state"] == "failed"
+    assert request.lora_path not in row["last_error"]
 
 
 def test_blends_can_be_switched_off(engines):

@@ -211,6 +211,9 @@ def test_totals_add_up(stores, parts):
     assert stores.poll() == [Totals(250, 3, 2000, 3)]
     parts[1].inbox.append(Totals(150, 3, None, None))
     assert stores.poll() == [Totals(250, 3, None, 4)]
+    parts[0].inbox.append(Restarted())
+    parts[1].inbox.append(Totals(150, 3, None, None))
+    assert stores.poll() == [Restarted(), Totals(150, 3, None, None)]
 
 
 def test_after_a_restart_everything_is_loaded_again_and_leases_end_when_given_back(stores, parts):

@@ -649,10 +649,11 @@ def test_a_name_that_another_adapter_has_now_is_not_taken_away_with_the_folder(
         site = Site(tmp_path)
         site.put("acme", "one")
         await site.look()
+        site.take("acme")
+        await site.look(times=1)
         table = site.models[0].lora_requests
         table["acme"] = LoRARequest("acme", 1, "/registered/over/http")
-        site.take("acme")
-        await site.look()
+        await site.look(times=1)
         assert {name: lora.lora_int_id for name, lora in table.items()} == {"acme": 1}
 
     run(scenario())

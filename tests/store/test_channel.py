@@ -107,6 +107,18 @@ def test_descriptors_of_a_message_that_never_came_whole_are_closed(ends):
     assert open_descriptors() == before - 1  # its own socket, too
 
 
+def test_descriptors_that_could_not_be_sent_are_closed_with_the_channel(ends):
+    left, _ = ends
+    sender = Channel(left, FromClient)
+    while not sender.pending:
+        sender.send(Segment(1, 2))
+    before = open_descriptors()
+    sender.send(Segment(1, 2), [0, 1, 2])
+    assert open_descriptors() == before + 3
+    sender.close()
+    assert open_descriptors() == before - 1  # its own socket, too
+
+
 def test_who_takes_no_descriptors_is_not_filled_up_with_them(ends):
     left, right = ends
     before = open_descriptors()

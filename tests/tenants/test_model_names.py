@@ -257,6 +257,7 @@ def test_a_version_that_is_not_served_is_not_answered_by_another(models, name, s
 
 def test_a_changed_file_takes_no_name_from_an_adapter(models):
     models.path.write_text("routes: {help-acme: acme-a, zen-a: acme-a}")
+    assert ask(models, tenant(routes=("*",)), "unheard-of") == 404  # and the file is looked at
     assert ask(models, tenant(adapters=("zen-a",)), "zen-a") == {"zen-a"}
 
 
