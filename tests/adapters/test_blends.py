@@ -123,6 +123,8 @@ def test_weights_are_numbers_in_whatever_notation():
     weights = weights_in(json.loads('{"a": 1, "b": 5e-1, "c": -0.0}'))
     assert weights == {"a": 1.0, "b": 0.5, "c": 0.0}
     assert math.copysign(1.0, weights["c"]) == 1.0
+    most = {f"a{number}": 0.5 for number in range(MOST_PARTS)}
+    assert weights_in(most) == most
 
 
 def test_no_adapter_comes_twice():

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -103,6 +104,18 @@ def test_all_patterns_of_an_adapter_share_one_budget(monkeypatch):
     with pytest.raises(PatternError, match="processor time"):
         PatternMatcher({"q_proj": 1}, budget).get(NAMES[0])
     assert PatternMatcher({}, budget).get(NAMES[0]) is None
+
+
+def test_time_that_was_spent_is_not_there_again(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(patterns, "time", SimpleNamespace(thread_time=lambda: now))
+    budget = Budget()
+    for _ in range(2):
+        with budget.spending():
+            budget.require_left()
+            now += 0.6 * patterns.MOST_SECONDS
+    with pytest.raises(PatternError, match="processor time"), budget.spending():
+        budget.require_left()
 
 
 def test_as_many_expressions_are_taken_as_are_said_to_be():

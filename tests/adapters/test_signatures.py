@@ -115,6 +115,15 @@ def test_digests_may_be_written_in_capital_letters(site: Site) -> None:
     take(site.folder, layout(), rules=site.rules())
 
 
+def test_nothing_is_said_of_files_in_a_folder_that_is_not_signed(site: Site) -> None:
+    bundle = Bundle(site)
+    bundle.resources[:] = [one for one in bundle.resources if "training" not in one["name"]]
+    bundle.statement["predicate"]["serialization"]["ignore_paths"].append("training")
+    bundle.write(anew=True)
+    flip_nested(site)
+    take(site.folder, layout(), rules=site.rules())
+
+
 def test_openssfs_own_code_verifies_what_the_command_signs(site: Site) -> None:
     config = verifying.Config().use_elliptic_key_verifier(public_key=site.ours.public)
     config.verify(site.folder, site.folder / SIGNATURE)
@@ -331,6 +340,13 @@ def take_a_long_chain(site: Site) -> None:
     bundle.write(anew=True)
 
 
+def say_something_twice(site: Site) -> None:
+    """Of two values, another program may believe the other one."""
+    bundle = Bundle(site)
+    text = json.dumps(bundle.content)
+    bundle.path.write_text(text[:-1] + ', "dsseEnvelope": ' + json.dumps(bundle.envelope) + "}")
+
+
 def sign_twice(site: Site) -> None:
     bundle = Bundle(site)
     bundle.envelope["signatures"] *= 2
@@ -385,6 +401,7 @@ TAMPERED: dict[Callable[[Site], None], tuple[Code, str]] = {
     sign_a_file_twice: (Code.WRONG_SIGNATURE, "twice"),
     sign_by_a_broken_digest: (Code.WRONG_SIGNATURE, "'crc32'"),
     take_a_long_chain: (Code.WRONG_SIGNATURE, "9 certificates"),
+    say_something_twice: (Code.WRONG_SIGNATURE, "a key occurs twice"),
     sign_twice: (Code.WRONG_SIGNATURE, "2 signatures"),
     sign_another_subject: (Code.WRONG_SIGNATURE, "does not match its subject"),
     sign_another_kind_of_statement: (Code.WRONG_SIGNATURE, "slsa.dev"),

@@ -155,6 +155,18 @@ def test_a_file_written_to_meanwhile_is_an_error_even_if_its_times_are_set_back(
     assert [problem.code for problem in caught.value.problems] == [Code.FILE_CHANGED]
 
 
+def test_half_a_file_is_not_called_bad(folder):
+    """What is found in a file that is being written is no fault of what it is going to be."""
+    path = folder / WEIGHTS
+    with open_adapter(str(folder), Rules()) as source:
+        intake = source.check([layout()])
+        content = bytearray(path.read_bytes())
+        content[-64:] = b"\xff" * 64  # NaN
+        path.write_bytes(content)
+        with pytest.raises(AdapterReadError, match="written to while it was being read"):
+            intake.read(None, None)
+
+
 def test_a_configuration_written_to_meanwhile_is_an_error(folder):
     with open_adapter(str(folder), Rules()) as source:
         intake = source.check([layout()])
