@@ -50,8 +50,25 @@ class FewRefusals(logging.Filter):
         return self._lines <= MOST_LINES
 
 
+class NoGoneClients(logging.Filter):
+    """Leaves out the tracebacks of answers to clients that have gone.
+
+    Uvicorn does not notice that they have where more of their requests were in line. Who has no key
+    waits for answers, and need not: each connection could be a traceback in the log.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether something is logged that uvicorn has to say."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, RuntimeError) and _CLOSED in str(error))
+
+
+_CLOSED = "the handler is closed"  # as uvloop says it of a connection
+
+
 def keep_refusals_few() -> None:
     """From now on uvicorn logs few refusals; saying it again is no matter."""
-    logger = logging.getLogger("uvicorn.access")
-    if not any(isinstance(known, FewRefusals) for known in logger.filters):
-        logger.addFilter(FewRefusals())
+    for name, kind in (("uvicorn.access", FewRefusals), ("uvicorn.error", NoGoneClients)):
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, kind) for known in logger.filters):
+            logger.addFilter(kind())
