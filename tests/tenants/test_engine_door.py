@@ -22,7 +22,7 @@ from vllm_multilora.integration.server.callers import (
     Caller,
     current_caller,
 )
-from vllm_multilora.integration.server.engine_door import MOST_ID, add_request
+from vllm_multilora.integration.server.engine_door import MOST_ID, MOST_STOPS, add_request
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
@@ -172,6 +172,26 @@ def test_a_tenants_request_has_an_id_that_may_come_with_each_token():
             continue
         with pytest.raises(GracefulHTTPError, match="more than 1024 characters"):
             send(who, processor, Request(request_id="x" * (MOST_ID + 1)))
+        assert len(processor.request_states) == 1
+
+
+def test_few_texts_end_an_answer_to_a_tenants_request():
+    """All are looked for after each token, and `/inference/v1/generate` takes any number."""
+
+    def ask(who: Caller, count: int) -> None:
+        request = Request(request_id=str(count))
+        stop = [f"stop {number}" for number in range(count)]
+        request.sampling_params = SimpleNamespace(prompt_logprobs=None, stop=stop)
+        send(who, processor, request)
+
+    for who in (Caller(Role.CLIENT), tenant("acme")):
+        processor = Processor()
+        ask(who, MOST_STOPS)
+        if who.tenant is None:
+            ask(who, MOST_STOPS + 1)
+            continue
+        with pytest.raises(GracefulHTTPError, match="more than 64 texts"):
+            ask(who, MOST_STOPS + 1)
         assert len(processor.request_states) == 1
 
 

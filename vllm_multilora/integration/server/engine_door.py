@@ -24,6 +24,9 @@ from vllm_multilora.tenants.salts import tenant_salt
 MOST_ID = 1_024
 """Characters of the id of a tenant's request: each of its tokens comes with it."""
 
+MOST_STOPS = 64
+"""Texts that end an answer to it: all are looked for after each token. Most endpoints take four."""
+
 
 def add_request(
     original: Callable[..., None],
@@ -93,7 +96,7 @@ def mark(request: Any, caller: Caller) -> None:
 
     Raises:
         VLLMNotFoundError: Nobody has granted the request what would answer it.
-        GracefulHTTPError: Its id is too long.
+        GracefulHTTPError: Its id is too long, or too many texts end it.
     """
     tenant = caller.tenant
     if tenant is None:
@@ -102,6 +105,8 @@ def mark(request: Any, caller: Caller) -> None:
         raise GracefulHTTPError(
             f"The request's id has more than {MOST_ID} characters.", HTTPStatus.BAD_REQUEST
         )
+    if len(getattr(request.sampling_params, "stop", None) or ()) > MOST_STOPS:
+        raise GracefulHTTPError(f"`stop` has more than {MOST_STOPS} texts.", HTTPStatus.BAD_REQUEST)
     adapter = request.lora_request
     name = None if adapter is None else adapter.lora_name
     if name not in caller.granted:
