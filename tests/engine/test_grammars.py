@@ -1,17 +1,25 @@
-"""A grammar that keeps everybody waiting ends its own request, if that is a tenant's."""
+"""No tenant's grammars keep everybody waiting."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.engine.fake_scheduler import FakeRequest
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.attached import TENANT
 from vllm_multilora.integration.engine import grammars
-from vllm_multilora.integration.engine.grammars import ALLOWED_PER_TOKEN_S, ALLOWED_S, take_slow
+from vllm_multilora.integration.engine.grammars import (
+    ALLOWED_PER_TOKEN_S,
+    ALLOWED_S,
+    take_slow,
+    take_turns,
+)
 from vllm_multilora.integration.failures import from_stop_reason
 from vllm_multilora.plugin import register
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -58,6 +66,42 @@ def request(name: str, grammar: Grammar, tenant: str | None = "acme") -> Any:
     if tenant is not None:
         TENANT.set(made, RequestTenant(tenant))
     return made
+
+
+def test_tenants_take_turns_for_their_grammars_and_nobody_for_what_has_ended():
+    begun, go_on = threading.Event(), threading.Event()
+    compiled: list[str] = []
+
+    def compiles(request: Any) -> str:
+        begun.set()
+        assert go_on.wait(30)
+        if request.request_id == "acme 2":
+            raise ValueError("no grammar")
+        compiled.append(request.request_id)
+        return f"of {request.request_id}"
+
+    with ThreadPoolExecutor(1) as threads:
+        outputs = SimpleNamespace(executor=threads)
+        take_turns(outputs)
+        made = [request(f"acme {number}", Grammar(Clock())) for number in range(5)]
+        made += [request(f"zen {number}", Grammar(Clock()), "zen") for number in range(2)]
+        made.append(request("nobody's", Grammar(Clock()), None))
+        found = {each.request_id: outputs.executor.submit(compiles, each) for each in made}
+        assert begun.wait(30)
+        made[1].status = RequestStatus.FINISHED_ABORTED
+        go_on.set()
+        outputs.executor.shutdown(wait=True)
+    assert compiled == ["acme 0", "zen 0", "nobody's", "zen 1", "acme 3", "acme 4"]
+    assert found["acme 1"].cancelled()
+    assert isinstance(found["acme 2"].exception(0), ValueError)
+    assert found["zen 1"].result(0) == "of zen 1"
+
+
+def test_without_a_tokenizer_nobody_compiles_grammars():
+    outputs = SimpleNamespace()
+    take_turns(outputs)
+    take_turns(None)
+    assert not vars(outputs)
 
 
 def test_the_slow_ones_are_told_apart(monkeypatch):

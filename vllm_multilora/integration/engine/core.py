@@ -28,7 +28,7 @@ from vllm_multilora.integration.attached import (
     SERVER,
     Attached,
 )
-from vllm_multilora.integration.engine import invocation, prefix_keys
+from vllm_multilora.integration.engine import grammars, invocation, prefix_keys
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
 from vllm_multilora.integration.engine.observer import AdapterObserver
@@ -154,6 +154,7 @@ def adapters_of(engine_core: Any) -> EngineAdapters | None:
         ADAPTERS.set(engine_core, adapters)
         if adapters is not None:
             engine_core.scheduler.attach_adapters(adapters)
+            grammars.take_turns(getattr(engine_core, "structured_output_manager", None))
     return ADAPTERS.get(engine_core)
 
 

@@ -1,25 +1,86 @@
-"""Ends requests of tenants whose grammars keep everybody waiting.
+"""Keeps the grammars of one tenant's structured outputs from keeping everybody waiting.
+
+They are compiled on a few threads, which may take a minute for one. Tenants take turns there, and
+for requests that have ended nothing is compiled.
 
 Which tokens the grammar of a structured output allows next is computed between two steps. Sound
 ones take a millisecond at most; one of a line may take seconds, and for each token more than for
-the last, while no step is taken for anybody.
+the last, while no step is taken for anybody. Requests of tenants end whose grammars do so.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.attached import GRAMMAR_TIME, SLOW_GRAMMARS
 from vllm_multilora.integration.failures import slow_grammar_stop_reason
 from vllm_multilora.integration.tenant_of_request import tenant_of
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 ALLOWED_S = 0.5
 """Of processor time, that a grammar may take for one token after it has taken little."""
 
 ALLOWED_PER_TOKEN_S = 0.02
 """That it may take for each."""
+
+
+class GrammarTurns:
+    """In the place of what vLLM has compile grammars, one after the other as they come.
+
+    Args:
+        executor: Has the threads.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._lock = threading.Lock()
+        # By tenant, whose turn comes first is first.
+        self._lines: OrderedDict[
+            str, deque[tuple[Future[Any], Callable[[Request], Any], Request]]
+        ] = OrderedDict()
+
+    def submit(self, compiles: Callable[[Request], Any], request: Request) -> Future[Any]:
+        """Has a request's grammar compiled in its tenant's turn; from any thread."""
+        grammar: Future[Any] = Future()
+        tenant = tenant_of(request)
+        owner = "" if tenant is None else tenant.name
+        with self._lock:
+            self._lines.setdefault(owner, deque()).append((grammar, compiles, request))
+        self._executor.submit(self._compile_next)
+        return grammar
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As of an executor."""
+        self._executor.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+    def _compile_next(self) -> None:
+        with self._lock:
+            owner, line = next(iter(self._lines.items()))
+            grammar, compiles, request = line.popleft()
+            self._lines.move_to_end(owner)
+            if not line:
+                del self._lines[owner]
+        if request.is_finished():
+            grammar.cancel()
+            return
+        try:
+            grammar.set_result(compiles(request))
+        except BaseException as error:  # which the scheduler is told
+            grammar.set_exception(error)
+
+
+def take_turns(manager: Any) -> None:
+    """Has tenants take turns for grammars that vLLM's `StructuredOutputManager` has compiled."""
+    executor = getattr(manager, "executor", None)  # it has none without a tokenizer
+    if isinstance(executor, Executor):
+        manager.executor = GrammarTurns(executor)
 
 
 def fill_bitmasks(original: Callable[..., None], manager: Any, batch: Iterable[Any]) -> None:
