@@ -168,6 +168,13 @@ def test_a_part_that_changes_changes_the_version(tmp_path, tensors):
     assert version() != before
 
 
+def test_a_blend_has_no_version_where_a_part_has_none(tmp_path, tensors):
+    """Else what its files were refused for would be remembered of those that come."""
+    (tmp_path / "some" / "adapter_config.json").unlink()
+    with open_blend(blend_of(tmp_path, **WEIGHTS), Rules()) as source:
+        assert source.version == "-"
+
+
 def test_ranks_that_add_up_to_too_much_are_named(tmp_path, tensors):
     with pytest.raises(AdapterFormatError) as refused:
         take(tmp_path, layout(max_rank=14), **WEIGHTS)

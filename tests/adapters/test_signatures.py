@@ -1,7 +1,9 @@
 """Adapters that must be signed: by whom, and every byte."""
 
 import base64
+import contextlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -16,7 +18,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from model_signing import hashing, signing, verifying
 from safetensors.torch import load_file, save_file
 
-from vllm_multilora.adapters import AdapterFormatError, AdapterReadError, Code, intake
+from vllm_multilora.adapters import (
+    AdapterError,
+    AdapterFormatError,
+    AdapterReadError,
+    Code,
+    intake,
+)
 from vllm_multilora.adapters.intake import Rules, open_adapter
 from vllm_multilora.adapters.signers import Signers
 from vllm_multilora.cli import main
@@ -105,6 +113,16 @@ def test_all_of_the_formats_digests_are_known(site: Site, algorithm: str) -> Non
     config = signing.Config().use_elliptic_key_signer(private_key=site.ours.private)
     config.set_hashing_config(files).sign(site.folder, site.folder / SIGNATURE)
     take(site.folder, layout(), rules=site.rules())
+
+
+@pytest.mark.parametrize("is_good", [True, False], ids=["good", "tampered"])
+def test_no_file_of_a_signed_adapter_stays_open(site: Site, is_good: bool) -> None:
+    if not is_good:
+        flip_readme(site)
+    before = os.listdir("/proc/self/fd")
+    with contextlib.suppress(AdapterError):
+        take(site.folder, layout(), rules=site.rules())
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
 def test_digests_may_be_written_in_capital_letters(site: Site) -> None:
