@@ -75,7 +75,9 @@ def _scores_of(request: Any) -> int:
     return 0 if ids is None else int(ids.size)
 
 
-async def send_request(original: Callable[..., Any], client: Any, request: Any, *args: Any) -> None:
+async def send_request(
+    original: Callable[..., Any], client: Any, request: Any, *args: Any, **kwargs: Any
+) -> None:
     """Hands a request to the output processor, and then to the engine.
 
     Where it cannot be sent nobody hears of it again: its client has gone, or it holds a number of
@@ -84,7 +86,7 @@ async def send_request(original: Callable[..., Any], client: Any, request: Any, 
     processor = client.output_processor
     is_new = request.request_id not in processor.request_states
     try:
-        await original(client, request, *args)
+        await original(client, request, *args, **kwargs)
     except BaseException:
         if is_new and METER.get(processor) is not None:
             await client.abort(request.request_id, internal=True)
