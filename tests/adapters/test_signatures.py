@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -115,14 +114,18 @@ def test_all_of_the_formats_digests_are_known(site: Site, algorithm: str) -> Non
     take(site.folder, layout(), rules=site.rules())
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @pytest.mark.parametrize("is_good", [True, False], ids=["good", "tampered"])
 def test_no_file_of_a_signed_adapter_stays_open(site: Site, is_good: bool) -> None:
     if not is_good:
         flip_readme(site)
-    before = os.listdir("/proc/self/fd")
+    before = open_files()
     with contextlib.suppress(AdapterError):
         take(site.folder, layout(), rules=site.rules())
-    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    assert open_files() <= before
 
 
 def test_digests_may_be_written_in_capital_letters(site: Site) -> None:

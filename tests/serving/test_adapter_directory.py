@@ -642,6 +642,27 @@ def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
     run(scenario())
 
 
+def test_a_look_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_directory, "SCAN_S", 0.0)
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        (server,) = site.servers
+        looks = asyncio.Queue[int]()
+
+        async def fail() -> None:
+            looks.put_nowait(1)
+            raise OSError("the storage is away")
+
+        monkeypatch.setattr(server, "scan", fail)
+        watching = asyncio.create_task(server.watch())
+        for _ in range(3):
+            await asyncio.wait_for(looks.get(), 10)
+        watching.cancel()
+
+    run(scenario())
+
+
 def test_a_name_that_another_adapter_has_now_is_not_taken_away_with_the_folder(
     tmp_path: Path,
 ) -> None:
