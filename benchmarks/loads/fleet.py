@@ -130,7 +130,7 @@ def ten_thousand_patterns(path: Path) -> None:
 
 def expression_of_4_mib(path: Path) -> None:
     """As large as a configuration may be."""
-    _change(path, target_modules="(" + "a|" * (2 * 2**20 - 500) + "a)*b")
+    _change(path, rank_pattern={"(" + "a|" * (2 * 2**20 - 500) + "a)*b": 8})
 
 
 def fifo_for_a_configuration(path: Path) -> None:

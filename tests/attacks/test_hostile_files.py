@@ -44,7 +44,7 @@ def change(folder: Path, **keys: object) -> None:
 
 
 def long_expression(folder: Path) -> None:
-    change(folder, target_modules="|".join(f"x{number}" for number in range(480_000)))
+    change(folder, rank_pattern={"|".join(f"x{number}" for number in range(480_000)): 8})
 
 
 def many_patterns(folder: Path) -> None:

@@ -37,6 +37,10 @@ def test_all_ranks_answer_as_peft_beside_adapters_that_fail(
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(RANKS),
     }
+    # vLLM's shared memory has the same name each time, and none can be made where a process that
+    # was killed has left one.
+    for left in Path("/dev/shm").glob("-tp:0-*-cpushm_*"):
+        left.unlink()
     context = multiprocessing.get_context("spawn")
     with store_folder(), template.forked_processes():
         ranks = [

@@ -84,8 +84,7 @@ def test_it_is_that_of_a_worker(folder):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_knows_whether_the_head_is_the_embedding(tmp_path, tied):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     folder = tiny_models.write_llama(tmp_path, tied=tied)
     assert offline_layout(Server(str(folder), max_lora_rank=64)).tied == tied
@@ -155,8 +154,7 @@ def test_layers_of_several_slices_that_checkpoints_have_as_one_are_of_their_size
     tmp_path, of, inputs, outputs, workers
 ):
     """vLLM would cut off what it has no room for, and leave the rest as it is."""
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     folder = tiny_models.write_granite_hybrid(tmp_path / "model")
     layout = offline_layout(Server(str(folder), tensor_parallel_size=workers))
@@ -178,8 +176,7 @@ def test_layers_of_several_slices_that_checkpoints_have_as_one_are_of_their_size
 
 
 def test_adapters_of_an_encoder_that_a_decoder_follows_are_served(tmp_path):
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     layout = offline_layout(Server(str(tiny_speech.write_whisper(tmp_path))))
     assert layout.bypassed == {}
@@ -190,8 +187,7 @@ def test_adapters_of_an_encoder_that_a_decoder_follows_are_served(tmp_path):
 def test_layers_that_read_numbers_back_while_they_are_made_have_them(tmp_path):
     from vllm.model_executor.layers.activation import XIELU
 
-    from vllm_multilora.integration.offline.layout import offline_layout
-    from vllm_multilora.integration.offline.model import Server
+    from vllm_multilora.integration.offline.model import Server, offline_layout
 
     made = XIELU.__init__
     layout = offline_layout(Server(str(tiny_models.write_apertus_config(tmp_path))))
