@@ -422,7 +422,7 @@ TAMPERED: dict[Callable[[Site], None], tuple[Code, str]] = {
     sign_a_file_twice: (Code.WRONG_SIGNATURE, "twice"),
     sign_by_a_broken_digest: (Code.WRONG_SIGNATURE, "'crc32'"),
     take_a_long_chain: (Code.WRONG_SIGNATURE, "9 certificates"),
-    say_something_twice: (Code.WRONG_SIGNATURE, "a key occurs twice"),
+    say_something_twice: (Code.WRONG_SIGNATURE, "the key 'dsseEnvelope' occurs twice"),
     sign_twice: (Code.WRONG_SIGNATURE, "2 signatures"),
     sign_another_subject: (Code.WRONG_SIGNATURE, "does not match its subject"),
     sign_another_kind_of_statement: (Code.WRONG_SIGNATURE, "slsa.dev"),

@@ -13,7 +13,6 @@ from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.observer import AdapterObserver
 from vllm_multilora.integration.fill_link import Filled, FillFailed
 from vllm_multilora.integration.orders import Check, Fill
-from vllm_multilora.slots.copy_waits import CopyWaits
 from vllm_multilora.store.messages import (
     Evicted,
     Failed,
@@ -33,14 +32,14 @@ def lora(number: int, *, path: str | None = None, inplace: bool = False) -> LoRA
     return LoRARequest(f"adapter {number}", number, path, load_inplace=inplace)
 
 
-def pack_info(pack: int, digest: str = "", *, special: bool = False, nbytes: int = 64) -> PackInfo:
+def pack_info(pack: int, digest: str = "", *, special: bool = False) -> PackInfo:
     return PackInfo(
         rank=8,
         has_special=special,
         invocation_tokens=(),
         dora=False,
         pack=pack,
-        nbytes=nbytes,
+        nbytes=64,
         digest=digest or f"digest {pack}",
         segments=[1],
         index_place=0,
@@ -155,20 +154,13 @@ class FakeWorkers:
         self.sent: list[Fill | Check] = []
         self._unanswered: dict[int, set[int]] = {}
         self._answers: list = []
-        self.waited = 0  # how often somebody waited
-        self.answers: Callable[[], None] = lambda: None  # when somebody waits
 
     def send(self, orders):
         self.orders += orders
         self.sent += orders
         self._unanswered |= {order.order: set(range(self.ranks)) for order in orders}
 
-    def poll(self, seconds=0.0):
-        if seconds and not self._answers:
-            self.waited += 1
-            self.answers()
-            if not self._answers:
-                time.sleep(seconds)
+    def poll(self):
         answers, self._answers = self._answers, []
         return answers
 
@@ -207,7 +199,6 @@ class Engine:
         signing_keys=None,
         recorder=None,
         most_blends=MOST_BLENDS,
-        copy_s=0.0,
     ) -> None:
         self.store = FakeStore()
         self.workers = FakeWorkers(ranks)
@@ -219,7 +210,6 @@ class Engine:
             assignment,
             ranks,
             observer,
-            CopyWaits(copy_s),
             asks_late=asks_late,
             required=required,
             signing_keys=signing_keys,

@@ -75,7 +75,7 @@ class Executor:
 
 
 class FakeLink:
-    def poll(self, seconds):
+    def poll(self):
         return [(0, Filled(0, 0.1))]
 
 

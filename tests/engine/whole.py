@@ -18,7 +18,6 @@ from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.observer import AdapterObserver
 from vllm_multilora.integration.fill_link import Filled, FillFailed
 from vllm_multilora.integration.orders import Fill
-from vllm_multilora.slots.copy_waits import CopyWaits
 from vllm_multilora.store.arena import PLACE_BITS
 from vllm_multilora.store.job_messages import Place
 from vllm_multilora.store.messages import Failed, Loaded, Restarted, Want
@@ -207,15 +206,12 @@ class Workers:
     def __init__(self, files: Files) -> None:
         self.ranks = [Worker(files) for _ in range(RANKS)]
         self.answers: list = []
-        self.is_prompt = False  # whether it is done with orders before anybody tires of waiting
 
     def send(self, orders):
         for worker in self.ranks:
             worker.orders += orders
 
-    def poll(self, seconds=0.0):
-        if seconds and self.is_prompt:
-            self.act_all()
+    def poll(self):
         answers, self.answers = self.answers, []
         return answers
 
@@ -246,9 +242,7 @@ class Engine:
         self.workers = Workers(files)
         observer = AdapterObserver(None, None, slots=slots, max_rank=8)
         assignment = make_slots(slots, events=observer, ranks=RANKS, pinned_names=pinned)
-        self.adapters = EngineAdapters(
-            self.link, self.workers, assignment, RANKS, observer, CopyWaits(0.0001)
-        )
+        self.adapters = EngineAdapters(self.link, self.workers, assignment, RANKS, observer)
         self.scheduler.attach_adapters(self.adapters)
         self.futures: list = []
         self.digests: dict[int, str] = {}  # of packs

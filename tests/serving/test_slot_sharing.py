@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vllm_multilora.integration import attached
 from vllm_multilora.slots.turns import PATIENCE_STEPS
+from vllm_multilora.states import AdapterState
 
 from .cases import NEW_TOKENS, Case, Scenario
 from .engine import running_engine
@@ -26,6 +29,7 @@ REQUESTS_EACH = 60
 MOST_STEPS = 20_000
 """Several times what a fair engine takes."""
 MOST_IDLE_STEPS = 100_000
+LONGEST_COPY_S = 60.0
 STEPS_ON_TOP = 4
 """What vLLM's pipeline adds: a step from request to schedule, and one from result to slot."""
 
@@ -75,6 +79,7 @@ class Stepper:
 
     def run_step(self) -> None:
         outputs = self._engine.step()
+        self._await_copies()
         # One without any waits for a copy into a slot, for as long as the machine takes.
         self.step += bool(outputs)
         self._idle = 0 if outputs else self._idle + 1
@@ -86,6 +91,18 @@ class Stepper:
                 assert tokens == request.case.expected.tokens[: len(tokens)]
                 assert output.outputs[0].finish_reason == "length"
                 self.latencies[request.case.adapter].append(self.step - request.step)
+
+    def _await_copies(self) -> None:
+        """A model's steps take longer than its adapters' copies; these steps need not."""
+        adapters = attached.ADAPTERS.get(self._engine.engine_core.engine_core)
+        deadline = time.monotonic() + LONGEST_COPY_S
+        while any(
+            adapter is not None and adapters.state(adapter) is AdapterState.HOST
+            for adapter in adapters.slots.contents
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+            adapters.poll()
 
     def run_until_served(self, name: str) -> int:
         """The steps until the adapter has no request left."""

@@ -4,10 +4,9 @@ In each step, every request that generates gets a token. Then prompts are comput
 is room (chunked prefill): first those that have been started, then waiting ones in the order of
 their arrival. A waiting request whose adapter is not in a slot is passed over, as in
 `integration/engine/scheduler.py`: the adapter is read, waits for its turn and is copied, and the
-request may run in the step after that, or in the same one if the step waits for the copy. The first
-requests for an adapter reach the scheduler when it has been read, and queue behind what has come
-meanwhile: API servers wait until the engine has accepted it. Slots, turns, policies and host memory
-are decided by the same classes as in a server.
+request may run in the step after that. The first requests for an adapter reach the scheduler when
+it has been read, and queue behind what has come meanwhile: API servers wait until the engine has
+accepted it. Slots, turns, policies and host memory are decided by the same classes as in a server.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from vllm_multilora.capacity.memory import HostMemory
 from vllm_multilora.capacity.served import Costs, Request, Served
 from vllm_multilora.capacity.step_cost import Batch, pairs_of
 from vllm_multilora.slots.assignment import SlotAssignment
-from vllm_multilora.slots.copy_waits import STEP_S, CopyWaits
 from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.turns import SlotTurns
@@ -53,7 +51,6 @@ class Engine:
     ) -> None:
         self._slots = SlotAssignment(shape.slots, make_policy(policy))
         self._turns = SlotTurns()
-        self._waits = CopyWaits(STEP_S)
         self._memory = HostMemory(make_policy(policy), shape.budget, sizes, costs.loads)
         self._shape = shape
         self._step_tokens = step_tokens
@@ -162,9 +159,10 @@ class Engine:
 
     def _schedule(self) -> tuple[Batch | None, list[int]]:
         """What the next step computes, None if nothing; the requests whose prompts it completes."""
-        self._take_copies()
-        self._waits.begin_step()
-        self._slots.begin_step(frozenset(self._running))
+        while self._copies and self._copies[0][0] <= self._now:
+            _, order, adapter = heapq.heappop(self._copies)
+            self._slots.filled(order)
+            self._memory.release(adapter)
         self._turns.begin_step(self._running, self._shape.slots, may_come=lambda: self._waiting)
         self._waits_for_slot = False
         left = self._step_tokens - self._generating
@@ -185,12 +183,6 @@ class Engine:
         if not parts and not self._generating:
             return None, []
         return self._batch(parts)
-
-    def _take_copies(self) -> None:
-        while self._copies and self._copies[0][0] <= self._now:
-            _, order, adapter = heapq.heappop(self._copies)
-            self._slots.filled(order)
-            self._memory.release(adapter)
 
     def _admitted(self, left: int) -> list[int]:
         """The waiting requests that are taken into the batch, which has room for so many tokens."""
@@ -226,6 +218,7 @@ class Engine:
             return False
         if self._slots.admit(adapter, adapter):
             return True
+        self._turns.place(adapter)
         order = self._slots.assign(adapter, adapter)
         if order is None:
             self._waits_for_slot |= self._slots.slot_of(adapter) is None
@@ -235,15 +228,6 @@ class Engine:
             assert loads is not None
             seconds = loads.copy_seconds(self._sizes[adapter])
             heapq.heappush(self._copies, (self._now + seconds, order.order, adapter))
-            if left := self._waits.left(self._sizes[adapter]):
-                waited = min(left, seconds)
-                self._waits.spend(waited)
-                self._memory.advance(waited, computing=False)
-                self._now += waited
-                self._take_copies()
-                if self._slots.admit(adapter, adapter):
-                    return True
-        self._turns.place(adapter)
         return False
 
     def _batch(self, parts: Sequence[tuple[int, int, int]]) -> tuple[Batch, list[int]]:

@@ -1,9 +1,8 @@
 """The engine core's adapters: wants them from the store, gives them slots, has workers fill these.
 
 The store owns files and host memory and reports what it has; workers report when an order has been
-carried out; slots are decided here. The scheduler asks in each step, and holds requests back until
-their adapter is in its slot. Nothing blocks but for what is short: leases on what is in host memory
-and copies of small adapters are waited for, a few milliseconds in a step.
+carried out; slots are decided here. Nothing blocks: the scheduler asks in each step, and holds
+requests back until their adapter is in its slot.
 
 ```
  want ──► store: QUEUED, READING ──► Loaded, with a lease ──► bring ──► workers: Fill
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.required import RequiredDigests
-from vllm_multilora.failures import LoadFailure
+from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.engine.arrivals import Arrivals
 from vllm_multilora.integration.engine.blends import KnownBlends
 from vllm_multilora.integration.engine.entries import Entry
@@ -33,8 +32,8 @@ from vllm_multilora.integration.engine.quarantine import Quarantine
 from vllm_multilora.integration.engine.registrations import Registrations
 from vllm_multilora.integration.engine.wants import Wants
 from vllm_multilora.integration.failures import AdapterRefusedError
+from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.assignment import SlotAssignment
-from vllm_multilora.slots.copy_waits import CopyWaits
 from vllm_multilora.states import AdapterState
 from vllm_multilora.store.messages import PackInfo
 
@@ -55,7 +54,6 @@ class EngineAdapters:
         slots: Decides who has which.
         ranks: Number of workers.
         observer: Told of everything that is counted or shown.
-        waits: How long steps wait for copies.
         asks_late: Whether the store keeps everybody waiting, so that it is asked only for a
             request that is about to run.
         store_address: Tells stores apart.
@@ -78,7 +76,6 @@ class EngineAdapters:
         slots: SlotAssignment,
         ranks: int,
         observer: AdapterObserver,
-        waits: CopyWaits,
         *,
         asks_late: bool = False,
         store_address: str = "",
@@ -91,15 +88,17 @@ class EngineAdapters:
         self.store_address = store_address
         self.observer = observer
         self.quarantine = Quarantine()
+        self._store = store
+        self._workers = workers
         self._wants = Wants(store, signing_keys)
         self._orders = OrdersUnderWay(workers, slots, ranks)
         self._registrations = Registrations(self._wants, self._orders, slots, observer)
-        self._waits = waits
         self._arrivals = Arrivals(
-            self._registrations, self._wants, self._orders, slots, observer, waits, required
+            self._registrations, self._wants, self._orders, slots, observer, required
         )
         self._known = self._registrations.known
         self._blends = KnownBlends(self._registrations, most_blends)
+        self._lost: dict[int, LoadFailure] = {}
         self._running: frozenset[int] = frozenset()
 
     # What the scheduler asks
@@ -184,15 +183,7 @@ class EngineAdapters:
 
         Where no slot can be spared nothing happens: ask again in the next step.
         """
-        entry = self._known[adapter_id]
-        before = self.slots.pack_in(adapter_id)
-        if self._orders.bring(entry):
-            return True
-        pack = entry.pack
-        assert pack is not None
-        if self.slots.pack_in(adapter_id) != before:
-            self._arrivals.await_copy(entry)
-        return entry.pack is pack and self.slots.admit(adapter_id, pack.pack)
+        return self._orders.bring(self._known[adapter_id])
 
     def running(self, adapters: frozenset[int], *, computes: bool = True) -> None:
         """Tells the adapters of all running requests; once a step, when it has been scheduled.
@@ -201,7 +192,6 @@ class EngineAdapters:
             adapters: The adapters.
             computes: Whether there is anything to compute in the step.
         """
-        self._waits.begin_step()
         if adapters != self._running:
             found = [e for i in sorted(adapters) if (e := self._known.find(i)) is not None]
             self._wants.used([e.pack.pack for e in found if e.pack is not None and e.in_host])
@@ -235,7 +225,7 @@ class EngineAdapters:
 
         They have no slot from now on; their requests that have run are to be ended.
         """
-        lost, self._arrivals.lost = self._arrivals.lost, {}
+        lost, self._lost = self._lost, {}
         for adapter_id in lost:
             self.slots.missing(adapter_id)
         return lost
@@ -322,9 +312,19 @@ class EngineAdapters:
 
     # The exchange with the store and the workers
 
-    def poll(self, lease_s: float = 0.0) -> None:
-        """Takes in what has happened since, and sends what there is to say; see `Arrivals.poll`."""
-        self._arrivals.poll(lease_s)
+    def poll(self, patience_s: float = 0.0) -> None:
+        """Takes in what has happened since, and sends what there is to say; see `Wants.hear`."""
+        answers = self._workers.poll()
+        self._wants.hear(self._arrivals.take, patience_s)
+        # After what the store says: that it has gone explains why copies have failed.
+        for rank, answer in answers:
+            if isinstance(answer, Missing):
+                self._lost[answer.adapter_id] = LoadFailure(
+                    FailureKind.INTERNAL,
+                    "its weights were not in their slot when a step needed them",
+                )
+            else:
+                self._arrivals.take_answer(rank, answer)
         self._orders.send()
         self.observer.settle(self)
 

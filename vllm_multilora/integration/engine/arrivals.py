@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.adapters.required import RequiredDigests
@@ -11,10 +10,9 @@ from vllm_multilora.integration.engine.entries import Entry
 from vllm_multilora.integration.engine.orders_under_way import OrdersUnderWay, UnderWay
 from vllm_multilora.integration.engine.registrations import Registrations
 from vllm_multilora.integration.engine.wants import Wants
-from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
+from vllm_multilora.integration.fill_link import Filled, FillFailed
 from vllm_multilora.integration.orders import Fill
 from vllm_multilora.slots.assignment import SlotAssignment
-from vllm_multilora.slots.copy_waits import CopyWaits
 from vllm_multilora.store.messages import (
     Evicted,
     Failed,
@@ -40,11 +38,7 @@ class Arrivals:
         orders: What the workers were told.
         slots: Who has which.
         observer: Told of everything that is counted or shown.
-        waits: How long steps wait for copies.
         required: Which versions may be served; None: all.
-
-    Attributes:
-        lost: Adapters that some worker was without in a step, and that as their failure.
     """
 
     def __init__(
@@ -54,7 +48,6 @@ class Arrivals:
         orders: OrdersUnderWay,
         slots: SlotAssignment,
         observer: AdapterObserver,
-        waits: CopyWaits,
         required: RequiredDigests | None = None,
     ) -> None:
         self._registrations = registrations
@@ -63,39 +56,9 @@ class Arrivals:
         self._slots = slots
         self._observer = observer
         self._required = required
-        self._waits = waits
-        self.lost: dict[int, LoadFailure] = {}
 
-    def poll(self, lease_s: float = 0.0, copy_s: float = 0.0) -> None:
-        """Takes in what the store and the workers have said.
-
-        Args:
-            lease_s: Seconds to wait for leases; see `Wants.hear`.
-            copy_s: Seconds to wait for a worker.
-        """
-        answers = self._orders.poll(copy_s)
-        self._wants.hear(self._take, lease_s)
-        # After what the store says: that it has gone explains why copies have failed.
-        for rank, answer in answers:
-            if isinstance(answer, Missing):
-                self.lost[answer.adapter_id] = LoadFailure(
-                    FailureKind.INTERNAL,
-                    "its weights were not in their slot when a step needed them",
-                )
-            else:
-                self._take_answer(rank, answer)
-
-    def await_copy(self, entry: Entry) -> None:
-        """Waits for a copy into a slot that has just been ordered, if the step has time for it."""
-        assert entry.pack is not None
-        begin = time.monotonic()
-        deadline = begin + self._waits.left(entry.pack.nbytes)
-        while self._slots.is_awaited(entry.number) and (left := deadline - time.monotonic()) > 0:
-            self._orders.send()
-            self.poll(copy_s=left)
-        self._waits.spend(time.monotonic() - begin)
-
-    def _take(self, message: ToUser) -> None:
+    def take(self, message: ToUser) -> None:
+        """Takes in what the store says."""
         if isinstance(message, Loaded):
             self._take_loaded(message)
         elif isinstance(message, Reading):
@@ -113,9 +76,10 @@ class Arrivals:
         elif isinstance(message, Restarted):
             self._start_over()
 
-    def _take_answer(self, rank: int, answer: Filled | FillFailed) -> None:
+    def take_answer(self, rank: int, answer: Filled | FillFailed) -> None:
+        """Takes in a worker's answer to an order; to one that nobody knows is no matter."""
         under_way = self._orders.answered(rank, answer)
-        if under_way is None:  # an order that nobody knows is no matter
+        if under_way is None:
             return
         if isinstance(under_way.order, Fill):
             self._take_fill(rank, answer, under_way)

@@ -45,7 +45,6 @@ from vllm_multilora.integration.tenant_of_request import take_tenant
 from vllm_multilora.integration.worker import calls
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.contained_policy import ContainedPolicy
-from vllm_multilora.slots.copy_waits import STEP_S, CopyWaits
 from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.states import AT_HAND
 from vllm_multilora.store.client import StoreClient
@@ -190,8 +189,6 @@ def _make_adapters(engine_core: Any) -> EngineAdapters | None:
         slots,
         ranks,
         observer,
-        # Workers that have a step already begin with copies after it.
-        CopyWaits(STEP_S if vllm_config.max_concurrent_batches == 1 else 0.0),
         asks_late=isinstance(store, WaitingStore),
         store_address=getattr(store, "address", ""),
         required=RequiredDigests(settings.require_digest) if settings.require_digest else None,

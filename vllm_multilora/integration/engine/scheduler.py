@@ -218,10 +218,10 @@ class AdapterAwareMixin:
         self._pause_unfilled(adapters)
         for lora_id in (pinned := (pins := adapters.slots.pins).adapters):
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
-        adapters.slots.begin_step(active := _adapters_of(self.running))
+        active = _adapters_of(self.running) - pinned
         slots, order = max(1, self._slots - pins.places), self._slot_order()
         could_run = partial(_that_could_run, self.requests)
-        self._turns.begin_step(active - pinned, slots, order, could_run)
+        self._turns.begin_step(active, slots, order, could_run)
         self._is_holding = bool(self._late_reloads)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
