@@ -108,12 +108,9 @@ class Caller:
             GracefulHTTPError: A tenant's wants too many: nobody is answered while they are begun.
         """
         self._answers += count
-        if self.account is not None and self._answers > MOST_ANSWERS:
-            raise GracefulHTTPError(
-                f"One call may want {MOST_ANSWERS} answers at most, those to all of its prompts "
-                "together.",
-                HTTPStatus.BAD_REQUEST,
-            )
+        self._bound(
+            self._answers, MOST_ANSWERS, "answers at most, those to all of its prompts together."
+        )
 
     def count_scores(self, count: int) -> None:
         """The call wants so many log probabilities of its prompts' tokens, more than before.
@@ -122,12 +119,11 @@ class Caller:
             GracefulHTTPError: A tenant's wants too many: nobody is answered while they are told.
         """
         self._scores += count
-        if self.account is not None and self._scores > MOST_SCORES:
-            raise GracefulHTTPError(
-                f"One call may want {MOST_SCORES} log probabilities of its prompts' tokens at "
-                "most.",
-                HTTPStatus.BAD_REQUEST,
-            )
+        self._bound(self._scores, MOST_SCORES, "log probabilities of its prompts' tokens at most.")
+
+    def _bound(self, wanted: int, most: int, what: str) -> None:
+        if self.account is not None and wanted > most:
+            raise GracefulHTTPError(f"One call may want {most} {what}", HTTPStatus.BAD_REQUEST)
 
     def own_id(self, chosen: str) -> str:
         """An id that a client has chosen for what the server keeps: another one for each tenant."""
