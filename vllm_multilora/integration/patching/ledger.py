@@ -253,7 +253,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Nothing bounds how long the grammar of a structured output takes for a token, and no "
         "step is taken meanwhile: one of sixty characters takes seconds for each. Notes it, so "
         "that the requests of tenants end whose grammars take too long.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM bounds what grammars take.",
     ),
     Patch(
@@ -593,7 +593,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.routes:show_available_models",
         why="As models-list, in a server without an engine, which has the base model alone: its "
         "folder is the operator's affair, and some tenants may not use it.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="As models-list.",
     ),
     Patch(
@@ -659,7 +659,7 @@ PATCHES: tuple[Patch, ...] = (
         why="An API server keeps a request that it cannot send to its engine for as long as it "
         "lives, prompt and all, and counts it among those that --max-num-queued-reqs bounds: any "
         "client can fill it with such. Ends it.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM forgets requests that it has not sent.",
     ),
     Patch(
