@@ -184,6 +184,18 @@ def test_adapters_of_an_encoder_that_a_decoder_follows_are_served(tmp_path):
         assert f"model.{part}.layers.0.self_attn.q_proj" in layout.by_name
 
 
+def test_adapters_of_a_longer_decoder_are_not_cut_off(tmp_path):
+    """A Whisper "turbo" has the encoder of a "large", and a few layers of its decoder."""
+    from vllm_multilora.integration.offline.model import Server, offline_layout
+
+    path = tiny_speech.write_whisper(tmp_path) / "config.json"
+    config = json.loads(path.read_text()) | {"encoder_layers": 4, "num_hidden_layers": 4}
+    path.write_text(json.dumps(config))
+    naming = offline_layout(Server(str(tmp_path))).naming
+    beyond = "model.decoder.layers.3.self_attn.q_proj"
+    assert naming.rename(beyond) == beyond
+
+
 def test_layers_that_read_numbers_back_while_they_are_made_have_them(tmp_path):
     from vllm.model_executor.layers.activation import XIELU
 

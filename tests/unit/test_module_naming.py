@@ -217,7 +217,7 @@ def test_what_a_tower_fuses_is_known_by_its_parts_and_where_transformers_has_it(
         model=torch.nn.ModuleDict({"visual": tower}),
         packed={"gate_up_proj": ["gate_up_proj"]},
         supports_mm=True,
-        mm_mapping=SimpleNamespace(language_model=["language"]),
+        mm_mapping=SimpleNamespace(language_model=["language"], tower_model=["visual"]),
     )
     naming = module_naming(manager, frozenset())
     for kind in ("qkv", "q", "gate_up_proj", "gate_proj", "up_proj"):
@@ -237,7 +237,8 @@ def test_layers_of_a_tower_that_nobody_uses_are_left_out():
     tower = torch.nn.ModuleDict({"vision_model": torch.nn.ModuleDict({"encoder": encoder})})
     tower.config = SimpleNamespace(num_hidden_layers=3)
     model = torch.nn.ModuleDict({"visual": tower})
-    naming = module_naming(manager_of(model=model), frozenset())
+    parts = SimpleNamespace(language_model=["language."], tower_model=["visual"])
+    naming = module_naming(manager_of(model=model, supports_mm=True, mm_mapping=parts), frozenset())
     for start in ("visual.vision_model.encoder", "visual.encoder"):
         assert naming.rename(f"{start}.layers.1.q_proj") is None
         assert naming.rename(f"{start}.layers.2.q_proj") is None
@@ -247,7 +248,7 @@ def test_layers_of_a_tower_that_nobody_uses_are_left_out():
 
 def test_a_pooling_models_names_and_a_text_only_siblings_lead_to_its_modules():
     names = frozenset({"model.layers.0.q_proj", "language.layers.1.q_proj"})
-    language = SimpleNamespace(language_model=["language."])
+    language = SimpleNamespace(language_model=["language."], tower_model=[])
     manager = manager_of(pooling=True, supports_mm=True, mm_mapping=language)
     naming = module_naming(manager, names)
     assert naming.rename("layers.0.q_proj") == "model.layers.0.q_proj"
@@ -262,7 +263,9 @@ def test_text_only_names_are_those_that_vllm_finds(start):
     begin = start.rstrip(".")
     inner = ["model.layers.0.q_proj", "lm_head", "layers.1.q_proj"]
     names = frozenset({f"{begin}.{name}" for name in inner} | {"visual.q_proj"})
-    manager = manager_of(supports_mm=True, mm_mapping=SimpleNamespace(language_model=[start]))
+    manager = manager_of(
+        supports_mm=True, mm_mapping=SimpleNamespace(language_model=[start], tower_model=[])
+    )
     naming = module_naming(manager, names)
     assert naming.text_names == {
         "model.layers.0.q_proj": f"{begin}.model.layers.0.q_proj",

@@ -55,8 +55,10 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
     unwrapped = frozenset(name for name in unwrapped_layers(manager) if _is_left_out(manager, name))
-    unwrapped |= frozenset(_unneeded_layers(model, names | unwrapped))
-    if getattr(manager, "supports_mm", False):  # where Transformers may have had the towers since
+    if getattr(manager, "supports_mm", False):
+        towers = tuple(f"{name.rstrip('.')}." for name in manager.mm_mapping.tower_model)
+        unwrapped |= frozenset(_unneeded_layers(model, towers, names | unwrapped))
+        # Where Transformers may have had the towers since.
         unwrapped |= {f"model.{name}" for name in unwrapped}
     return ModuleNaming(
         names=names,
@@ -208,20 +210,23 @@ def _is_left_out(manager: LoRAModelManager, name: str) -> bool:
     return manager._get_punica_wrapper(name) is None and not set(HEADS) & set(name.split("."))
 
 
-def _unneeded_layers(model: torch.nn.Module, known: Collection[str]) -> Iterator[str]:
+def _unneeded_layers(
+    model: torch.nn.Module, towers: tuple[str, ...], known: Collection[str]
+) -> Iterator[str]:
     """Modules of a tower's last layers, which vLLM leaves out where others' states are handed on.
 
     Adapters have them: Transformers computes these layers, and what they make goes nowhere.
 
     Args:
         model: The model.
+        towers: How the names of its towers' modules begin.
         known: Modules that it has; those of the last layer that is there stand for the rest.
     """
     counts: dict[str, int] = {}  # layers by the configuration that is nearest
     for block, part in model.named_modules():
         own = getattr(getattr(part, "config", None), "num_hidden_layers", None)
         counts[block] = own if own is not None else counts.get(block.rpartition(".")[0], 0)
-        layers = getattr(part, "layers", None)
+        layers = getattr(part, "layers", None) if f"{block}.".startswith(towers) else None
         if not isinstance(layers, torch.nn.ModuleList) or not 0 < len(layers) < counts[block]:
             continue
         last = f"{block}.layers.{len(layers) - 1}."
