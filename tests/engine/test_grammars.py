@@ -17,8 +17,8 @@ from vllm_multilora.integration.engine import grammars
 from vllm_multilora.integration.engine.grammars import (
     ALLOWED_PER_TOKEN_S,
     ALLOWED_S,
+    keep_apart,
     take_slow,
-    take_turns,
 )
 from vllm_multilora.integration.failures import from_stop_reason
 from vllm_multilora.plugin import register
@@ -55,9 +55,13 @@ class Grammar:
 def manager() -> Any:
     """What vLLM's asks of itself."""
     register()
-    return SimpleNamespace(
-        _grammar_bitmask=torch.zeros((8, 1), dtype=torch.int32), _full_mask=torch.tensor(-1)
+    made = SimpleNamespace(
+        _grammar_bitmask=torch.zeros((8, 1), dtype=torch.int32),
+        _full_mask=torch.tensor(-1),
+        executor=ThreadPoolExecutor(1),
     )
+    keep_apart(made)
+    return made
 
 
 def request(name: str, grammar: Grammar, tenant: str | None = "acme") -> Any:
@@ -82,7 +86,7 @@ def test_tenants_take_turns_for_their_grammars_and_nobody_for_what_has_ended():
 
     with ThreadPoolExecutor(1) as threads:
         outputs = SimpleNamespace(executor=threads)
-        take_turns(outputs)
+        keep_apart(outputs)
         made = [request(f"acme {number}", Grammar(Clock())) for number in range(5)]
         made += [request(f"zen {number}", Grammar(Clock()), "zen") for number in range(2)]
         made.append(request("nobody's", Grammar(Clock()), None))
@@ -99,8 +103,8 @@ def test_tenants_take_turns_for_their_grammars_and_nobody_for_what_has_ended():
 
 def test_without_a_tokenizer_nobody_compiles_grammars():
     outputs = SimpleNamespace()
-    take_turns(outputs)
-    take_turns(None)
+    keep_apart(outputs)
+    keep_apart(None)
     assert not vars(outputs)
 
 
@@ -131,6 +135,17 @@ def test_the_slow_ones_are_told_apart(monkeypatch):
             ended.setdefault(name, step)
     assert (outputs._grammar_bitmask[: len(batch)] == 7).all()
     assert ended == {"at once": 0, "again and again": 3}
+
+
+def test_nothing_is_kept_where_nobody_ends_requests():
+    """Neither the plugin nor LoRA may be on."""
+    register()
+    outputs = SimpleNamespace(_grammar_bitmask=torch.zeros((8, 1), dtype=torch.int32))
+    grammar = Grammar(Clock())
+    StructuredOutputManager._fill_bitmasks(outputs, [(grammar, 0, True)])
+    assert outputs._grammar_bitmask[0] == 7
+    assert not hasattr(grammar, "vllm_multilora")
+    assert not hasattr(outputs, "vllm_multilora")
 
 
 def test_a_request_with_a_slow_grammar_ends_and_others_go_on(server, monkeypatch):

@@ -111,7 +111,8 @@ GRAMMAR_TIME: Attached[float] = Attached("grammar-time")
 """Of a grammar of vLLM's: seconds that it may take for its next token; see `engine.grammars`."""
 
 SLOW_GRAMMARS: Attached[list[Any]] = Attached("slow-grammars")
-"""Of a `StructuredOutputManager`: grammars that have taken too long, and were not looked at yet."""
+"""Of a `StructuredOutputManager`: grammars that have taken too long, and were not looked at yet;
+not set where nobody looks."""
 
 HIDDEN_FOLDERS: Attached[tuple[str, ...]] = Attached("hidden-folders")
 """Of an API server's `RequestState`: folders that its client is not told."""

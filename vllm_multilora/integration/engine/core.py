@@ -153,7 +153,7 @@ def adapters_of(engine_core: Any) -> EngineAdapters | None:
         ADAPTERS.set(engine_core, adapters)
         if adapters is not None:
             engine_core.scheduler.attach_adapters(adapters)
-            grammars.take_turns(getattr(engine_core, "structured_output_manager", None))
+            grammars.keep_apart(getattr(engine_core, "structured_output_manager", None))
     return ADAPTERS.get(engine_core)
 
 

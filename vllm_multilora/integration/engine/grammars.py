@@ -76,30 +76,35 @@ class GrammarTurns:
             grammar.set_exception(error)
 
 
-def take_turns(manager: Any) -> None:
-    """Has tenants take turns for grammars that vLLM's `StructuredOutputManager` has compiled."""
+def keep_apart(manager: Any) -> None:
+    """Has tenants take turns for grammars, and notes slow ones, for whoever asks `take_slow`.
+
+    Args:
+        manager: vLLM's `StructuredOutputManager`.
+    """
     executor = getattr(manager, "executor", None)  # it has none without a tokenizer
     if isinstance(executor, Executor):
         manager.executor = GrammarTurns(executor)
+        SLOW_GRAMMARS.set(manager, [])
 
 
 def fill_bitmasks(original: Callable[..., None], manager: Any, batch: Iterable[Any]) -> None:
     """Finds out what grammars allow, and how long each takes; on several threads, if many."""
+    if (slow := SLOW_GRAMMARS.get(manager)) is None:
+        original(manager, batch)
+        return
     for one in batch:
         begun = time.thread_time()
         original(manager, (one,))
-        _note(manager, one[0], time.thread_time() - begun)
+        if _is_slow(one[0], time.thread_time() - begun):
+            slow.append(one[0])
 
 
-def _note(manager: Any, grammar: Any, seconds: float) -> None:
+def _is_slow(grammar: Any, seconds: float) -> bool:
     before = GRAMMAR_TIME.get(grammar)
     left = (ALLOWED_S if before is None else before) + ALLOWED_PER_TOKEN_S - seconds
     GRAMMAR_TIME.set(grammar, min(left, ALLOWED_S))
-    if left < 0:
-        slow = SLOW_GRAMMARS.get(manager)
-        if slow is None:
-            SLOW_GRAMMARS.set(manager, slow := [])
-        slow.append(grammar)
+    return left < 0
 
 
 def take_slow(scheduler: Any) -> dict[str, str]:
@@ -111,12 +116,13 @@ def take_slow(scheduler: Any) -> dict[str, str]:
     manager = getattr(scheduler, "structured_output_manager", None)
     if not (slow := SLOW_GRAMMARS.get(manager)):
         return {}
-    SLOW_GRAMMARS.set(manager, [])
     numbers = set(map(id, slow))
-    return {
+    ending = {
         request.request_id: slow_grammar_stop_reason()
         for request in scheduler.running
         if tenant_of(request) is not None
         and (output := request.structured_output_request) is not None
         and id(output.grammar) in numbers
     }
+    slow.clear()
+    return ending
