@@ -12,17 +12,19 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
+from vllm.sampling_params import RepetitionDetectionParams
 
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import (
     MOST_ANSWERS,
+    MOST_BYTES,
     MOST_SCORES,
     Caller,
     current_caller,
 )
-from vllm_multilora.integration.server.engine_door import MOST_ID, MOST_STOPS, add_request
+from vllm_multilora.integration.server.engine_door import MOST_ID, add_request
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
@@ -175,24 +177,59 @@ def test_a_tenants_request_has_an_id_that_may_come_with_each_token():
         assert len(processor.request_states) == 1
 
 
-def test_few_texts_end_an_answer_to_a_tenants_request():
-    """All are looked for after each token, and `/inference/v1/generate` takes any number."""
+LONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "stop": ({"stop": ["a"] * 64}, {"stop": ["a"] * 65}),
+    "stop_token_ids": ({"stop_token_ids": [1] * 64}, {"stop_token_ids": [1] * 65}),
+    "logit_bias": (
+        {"logit_bias": dict.fromkeys(range(1024), 1.0)},
+        {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+    ),
+    "allowed_token_ids": ({"allowed_token_ids": [1] * 1024}, {"allowed_token_ids": [1] * 1025}),
+    "bad_words": (
+        {"bad_words_token_ids": [[1] * 64] * 16},
+        {"bad_words_token_ids": [[1] * 64] * 16 + [[1]]},
+    ),
+    "repetition_detection": (
+        {"repetition_detection": RepetitionDetectionParams(64, 1, 16)},
+        {"repetition_detection": RepetitionDetectionParams(64, 1, 17)},
+    ),
+}
+"""What a tenant's request may just ask for in each step, and what it may not."""
 
-    def ask(who: Caller, count: int) -> None:
-        request = Request(request_id=str(count))
-        stop = [f"stop {number}" for number in range(count)]
-        request.sampling_params = SimpleNamespace(prompt_logprobs=None, stop=stop)
-        send(who, processor, request)
 
+@pytest.mark.parametrize("field", LONG)
+def test_a_tenants_request_keeps_no_step_for_long(field):
+    within, beyond = (SimpleNamespace(prompt_logprobs=None, **asked) for asked in LONG[field])
     for who in (Caller(Role.CLIENT), tenant("acme")):
         processor = Processor()
-        ask(who, MOST_STOPS)
+        send(who, processor, Request(sampling_params=within))
         if who.tenant is None:
-            ask(who, MOST_STOPS + 1)
+            send(who, processor, Request(request_id="2", sampling_params=beyond))
             continue
-        with pytest.raises(GracefulHTTPError, match="more than 64 texts"):
-            ask(who, MOST_STOPS + 1)
-        assert len(processor.request_states) == 1
+        with pytest.raises(GracefulHTTPError, match=f"`{field}`"):
+            send(who, processor, Request(request_id="2", sampling_params=beyond))
+        assert list(processor.request_states) == ["1"]
+
+
+def test_a_tenants_call_sends_the_engine_little_enough_to_take_it_in_in_a_moment():
+    """A prompt and what comes with it are sent once for each answer."""
+    prompt = [1] * (MOST_BYTES // 1_000)  # one byte each
+    parent = SimpleNamespace(sampling_params=SimpleNamespace(n=990))
+
+    def begin(who: Caller | None, number: int, parent: Any) -> None:
+        request = Request(request_id=str(number), prompt_token_ids=prompt)
+        add = Processor.add
+        as_caller(who, lambda: add_request(add, processor, request, None, parent, 0))
+
+    for who in (None, Caller(Role.CLIENT), tenant("acme")):
+        processor = Processor()
+        begin(who, 0, parent)
+        if who is None or who.tenant is None:
+            begin(who, 1, parent)
+            continue
+        with pytest.raises(GracefulHTTPError, match="16777216 bytes"):
+            begin(who, 1, parent)
+        assert list(processor.request_states) == ["0"]
 
 
 def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():
@@ -204,15 +241,21 @@ def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():
     processor = SimpleNamespace()
     METER.set(processor, ServerMeter(None))
     serving = SimpleNamespace(engine_client=SimpleNamespace(output_processor=processor))
-    params = SimpleNamespace(beam_width=MOST_ANSWERS // 2)
+    params, prompt = SimpleNamespace(beam_width=MOST_ANSWERS // 2), [1]
 
     async def ask() -> int:
-        return len([_ async for _ in metering.beam_search(search, serving, [1], "beams", params)])
+        return len(
+            [_ async for _ in metering.beam_search(search, serving, prompt, "beams", params)]
+        )
 
     async def call() -> None:
         current_caller.set(tenant("acme"))
         assert await ask() + await ask() == 2
         with pytest.raises(GracefulHTTPError, match="2048 answers"):
+            await ask()
+        current_caller.set(tenant("acme"))
+        prompt.extend([1] * (MOST_BYTES // params.beam_width))
+        with pytest.raises(GracefulHTTPError, match="16777216 bytes"):
             await ask()
 
     asyncio.run(call())

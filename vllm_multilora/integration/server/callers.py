@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
 
@@ -34,6 +35,12 @@ MOST_ANSWERS = 2_048
 MOST_SCORES = 65_536
 """Of tokens of its prompts, that a tenant's call may want; each takes the event loop several
 microseconds to tell."""
+
+MOST_BYTES = 16 << 20
+"""That a tenant's call may have the engine receive, which takes it a few nanoseconds for each and
+several bytes of memory; a token of a prompt is three."""
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)  # tensors come once with a body
 
 
 @dataclass
@@ -62,6 +69,7 @@ class Caller:
     has_turn: bool = False
     _answers: int = 0
     _scores: int = 0
+    _bytes: int = 0
     _users: int = 1
     _used: set[str] = field(default_factory=set)
 
@@ -120,6 +128,22 @@ class Caller:
         """
         self._scores += count
         self._bound(self._scores, MOST_SCORES, "log probabilities of its prompts' tokens at most.")
+
+    def count_bytes(self, request: Any, answers: int) -> None:
+        """The call has the engine receive so much more, once for each of the answers.
+
+        Args:
+            request: What makes one request long; encoded as it is for the engine.
+            answers: How many requests like it there are.
+
+        Raises:
+            GracefulHTTPError: A tenant's is too much: nobody is answered while it is sent.
+        """
+        if self.account is not None:
+            self._bytes += len(_ENCODER.encode(request)) * answers
+            self._bound(
+                self._bytes, MOST_BYTES, "bytes sent at most, a prompt's for each answer to it."
+            )
 
     def _bound(self, wanted: int, most: int, what: str) -> None:
         if self.account is not None and wanted > most:

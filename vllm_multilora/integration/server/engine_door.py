@@ -24,8 +24,18 @@ from vllm_multilora.tenants.salts import tenant_salt
 MOST_ID = 1_024
 """Characters of the id of a tenant's request: each of its tokens comes with it."""
 
-MOST_STOPS = 64
-"""Texts that end an answer to it: all are looked for after each token. Most endpoints take four."""
+MOST_ITEMS = {"stop": 64, "stop_token_ids": 64, "logit_bias": 1_024, "allowed_token_ids": 1_024}
+"""Texts or tokens in a field of its sampling parameters.
+
+Texts and tokens that end an answer are looked for after each token. Where vLLM's second model
+runner would get more tokens than 128, or than 1,024 of the others, the engine ends.
+"""
+
+MOST_BAD_TOKENS = 1_024
+"""Of its `bad_words` together; the same."""
+
+MOST_COMPARISONS = 32_768
+"""Of tokens, after each token, that its `repetition_detection` may take."""
 
 
 def add_request(
@@ -44,7 +54,9 @@ def add_request(
         mark(request, caller)
         caller.count_scores(_scores_of(request))
         if is_new and index == 0 and not metering.is_of_beam_search():
-            caller.count_answers(1 if parent is None else parent.sampling_params.n)
+            answers = 1 if parent is None else parent.sampling_params.n
+            caller.count_answers(answers)
+            caller.count_bytes((request.prompt_token_ids, request.sampling_params), answers)
     if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
         see_off(request.lora_request)
     original(processor, request, prompt, parent, index, *args, **kwargs)
@@ -98,7 +110,7 @@ def mark(request: Any, caller: Caller) -> None:
 
     Raises:
         VLLMNotFoundError: Nobody has granted the request what would answer it.
-        GracefulHTTPError: Its id is too long, or too many texts end it.
+        GracefulHTTPError: Its id or one of its lists is too long.
     """
     tenant = caller.tenant
     if tenant is None:
@@ -107,8 +119,8 @@ def mark(request: Any, caller: Caller) -> None:
         raise GracefulHTTPError(
             f"The request's id has more than {MOST_ID} characters.", HTTPStatus.BAD_REQUEST
         )
-    if len(getattr(request.sampling_params, "stop", None) or ()) > MOST_STOPS:
-        raise GracefulHTTPError(f"`stop` has more than {MOST_STOPS} texts.", HTTPStatus.BAD_REQUEST)
+    if (excess := _excess_in(request.sampling_params)) is not None:
+        raise GracefulHTTPError(excess, HTTPStatus.BAD_REQUEST)
     adapter = request.lora_request
     name = None if adapter is None else adapter.lora_name
     if name not in caller.granted:
@@ -116,6 +128,25 @@ def mark(request: Any, caller: Caller) -> None:
     set_tenant(request, RequestTenant(tenant.name, tenant.weight, tenant.limits.resident))
     request.priority = max(request.priority, 0)  # the lowest comes first; nobody pushes in
     request.cache_salt = tenant_salt(caller.secret, tenant.name, request.cache_salt)
+
+
+def _excess_in(params: Any) -> str | None:
+    """What in a tenant's sampling parameters is more than each step has time for."""
+    for field, most in MOST_ITEMS.items():
+        if len(getattr(params, field, None) or ()) > most:
+            return f"`{field}` has more than {most} items."
+    if sum(map(len, getattr(params, "bad_words_token_ids", None) or ())) > MOST_BAD_TOKENS:
+        return f"`bad_words` have more than {MOST_BAD_TOKENS} tokens."
+    repetition = getattr(params, "repetition_detection", None)
+    if repetition is not None:
+        # Those of patterns of each length, with as many of their own tokens.
+        most = repetition.max_pattern_size**2 * repetition.min_count // 2
+        if most > MOST_COMPARISONS:
+            return (
+                "`repetition_detection` looks for too much: half of `min_count` times the square of "
+                f"`max_pattern_size` is {most}, the limit {MOST_COMPARISONS}."
+            )
+    return None
 
 
 def meter(processor: Any, state: Any) -> Meter:

@@ -360,7 +360,9 @@ async def beam_search(
             yield output
         return
     if (caller := current_caller.get()) is not None:
-        caller.count_answers(params.beam_width)  # its parts are not, which come one after another
+        # Its parts are not counted, which come one after another.
+        caller.count_answers(params.beam_width)
+        caller.count_bytes(prompt, params.beam_width)
     usage = meter.new_usage(request_id, lora_request)
     beam = BeamSearch(usage)
     is_over = False
