@@ -84,12 +84,15 @@ def test_a_line_that_is_half_written_is_not_shown(
     assert shown_lists(tmp_path) == [("2", "b", "")]
 
 
+LABELS = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+
+
 class Stats(SimpleNamespace):
     """A `PrometheusStatLogger`, as far as lists go."""
 
     def __init__(self, *, is_on: bool) -> None:
         super().__init__(
-            gauge_lora_info=Gauge("lists", "Of adapters.", ["of"], registry=CollectorRegistry()),
+            gauge_lora_info=Gauge("lists", "Of adapters.", LABELS, registry=CollectorRegistry()),
             max_lora=2,
             vllm_config=SimpleNamespace(
                 lora_config=object(), additional_config={"multilora": {"enabled": is_on}}
@@ -98,21 +101,23 @@ class Stats(SimpleNamespace):
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *, engine_idx: int) -> None:
         if scheduler_stats is not None and self.gauge_lora_info is not None:
-            self.gauge_lora_info.labels(",".join(scheduler_stats.running_lora_adapters)).set(1)
+            running = ",".join(scheduler_stats.running_lora_adapters)
+            self.gauge_lora_info.labels(self.max_lora, "", running).set(1)
 
-    def step(self, *running: str) -> None:
+    def step(self, *running: str, engine: int = 1) -> None:
         """Records a step, as the plugin has it."""
         lists = SimpleNamespace(
             running_lora_adapters=dict.fromkeys(running, 1), waiting_lora_adapters={}
         )
         for told in (lists, None):
-            metrics.record(Stats.record, self, told, None, engine_idx=1)
+            metrics.record(Stats.record, self, told, None, engine_idx=engine)
 
     @property
     def vllms(self) -> list[str]:
         """The lists that vLLM's metric has."""
         families = self.gauge_lora_info.collect() if self.gauge_lora_info else ()
-        return [sample.labels["of"] for family in families for sample in family.samples]
+        samples = (sample for family in families for sample in family.samples)
+        return [sample.labels["running_lora_adapters"] for sample in samples]
 
 
 @pytest.mark.parametrize("is_on", [True, False], ids=["on", "off"])
@@ -145,3 +150,19 @@ def test_one_servers_metric_forgets_old_lists(monkeypatch: pytest.MonkeyPatch, i
     for number in (*range(9), 0):
         stats.step(f"{number}")
     assert stats.vllms == (["0"] if is_on else [f"{number}" for number in range(9)])
+
+
+def test_one_server_shows_the_newest_lists_of_all_its_engines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with `--data-parallel-size 2 --api-server-count 1`."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    stats = Stats(is_on=True)
+    stats.step("a", engine=0)
+    stats.step("b", engine=1)
+    assert stats.vllms == ["a,b"]
+    stats.step(engine=0)
+    (family,) = stats.gauge_lora_info.collect()
+    assert [sample.labels for sample in family.samples] == [
+        dict(zip(LABELS, ("4", "", "b"), strict=True))
+    ]

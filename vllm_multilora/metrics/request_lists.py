@@ -1,4 +1,4 @@
-"""`vllm:lora_requests_info` of several API servers: which adapters have requests now.
+"""`vllm:lora_requests_info`: which adapters have requests now, in all engines together.
 
 vLLM makes a series of every pair of lists, and the files that its API servers share forget none. So
 each API server has a file for each engine, with the lists that it was told last. What is shown is
@@ -11,7 +11,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,24 @@ def newest_lists(folder: Path) -> Iterator[Metric]:
             newest[engine] = max(told, newest.get(engine, told))
     if not newest:
         return
-    labels = {
-        "max_lora": str(sum(slots for _, slots, _, _ in newest.values())),
-        "running_lora_adapters": _joined(running for _, _, running, _ in newest.values()),
-        "waiting_lora_adapters": _joined(waiting for _, _, _, waiting in newest.values()),
-    }
+    labels = labels_of((slots, *lists) for _, slots, *lists in newest.values())
     metric = Metric("vllm:lora_requests_info", "Running stats on lora requests.", "gauge")
-    metric.add_sample(metric.name, labels, max(at for at, _, _, _ in newest.values()))
+    metric.add_sample(metric.name, labels, max(at for at, *_ in newest.values()))
     yield metric
+
+
+def labels_of(engines: Iterable[Sequence[Any]]) -> dict[str, str]:
+    """What the one series is labelled with.
+
+    Args:
+        engines: Of each its slots, and the adapters with running and with waiting requests.
+    """
+    slots, running, waiting = zip(*engines, strict=True)
+    return {
+        "max_lora": str(sum(slots)),
+        "running_lora_adapters": _joined(running),
+        "waiting_lora_adapters": _joined(waiting),
+    }
 
 
 def _told(path: Path) -> list[Any] | None:
@@ -88,5 +98,5 @@ def _told(path: Path) -> list[Any] | None:
     return None
 
 
-def _joined(lists: Iterable[list[str]]) -> str:
+def _joined(lists: Iterable[Iterable[str]]) -> str:
     return ",".join(dict.fromkeys(name for names in lists for name in names))

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from vllm_multilora.integration.patching.activation import is_active, kernel_bac
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.folder import create_folder, parent_folder, remove_folder
 from vllm_multilora.metrics.recorder import Recorder
-from vllm_multilora.metrics.request_lists import RequestLists
+from vllm_multilora.metrics.request_lists import RequestLists, labels_of
 from vllm_multilora.metrics.server_counts import COUNTS
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def record(
 ) -> None:
     """Records a step in vLLM's metrics; of lists of adapters with requests, the newest alone stay.
 
+    They are those of all engines together.
+
     Args:
         original: vLLM's, which makes a series of every pair of lists that is new.
         stats: vLLM's `PrometheusStatLogger`.
@@ -128,16 +130,24 @@ def _taking_lists(stats: Any) -> Callable[[int, Any], None] | None:
     if gauge is None or not is_active(stats.vllm_config):
         return None
     if _MULTIPROCESS not in os.environ:
-        return partial(_forget_old, gauge) if hasattr(gauge, "_metrics") else None
+        is_ours = hasattr(gauge, "_metrics")  # else Ray's
+        return partial(_show_newest, gauge, stats.max_lora, {}) if is_ours else None
     if _COLLECTOR.folder is None:
         return None
     stats.gauge_lora_info = None  # its files forget nothing
     return partial(_tell, RequestLists(_COLLECTOR.folder), stats.max_lora)
 
 
-def _forget_old(gauge: Any, engine: int, scheduler_stats: Any) -> None:
-    while len(gauge._metrics) > 1:
-        gauge.remove(*next(iter(gauge._metrics)))
+def _show_newest(
+    gauge: Any, slots: int, newest: dict[int, Sequence[Any]], engine: int, scheduler_stats: Any
+) -> None:
+    lists = scheduler_stats.running_lora_adapters, scheduler_stats.waiting_lora_adapters
+    newest[engine] = slots, *map(tuple, lists)
+    labels = labels_of(newest.values())
+    gauge.labels(**labels).set_to_current_time()
+    shown = tuple(labels[name] for name in gauge._labelnames)
+    for old in [each for each in gauge._metrics if each != shown]:
+        gauge.remove(*old)
 
 
 def _tell(lists: RequestLists, slots: int, engine: int, scheduler_stats: Any) -> None:
