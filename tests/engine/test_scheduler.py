@@ -470,6 +470,17 @@ def test_a_reload_that_waits_for_an_aborted_one_is_asked_for(server):
     assert server.names == {"second"}
 
 
+def test_a_reload_waits_for_no_request_that_has_ended_while_its_blocks_are_sent(server):
+    first = server.ask("first", 1, inplace=True)
+    server.ask("second", 1, inplace=True)
+    server.scheduler.waiting.remove(first)
+    first.status = RequestStatus.FINISHED_ABORTED
+    for _ in range(5):
+        server.serve()
+    assert server.names == {"second"}
+    server.scheduler._free_request(first)
+
+
 def test_a_preempted_request_does_not_fail_with_a_later_reload(server):
     server.start("first", 1, inplace=True)
     server.ask("reload", 1, inplace=True)

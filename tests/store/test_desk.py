@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from tests.store.registries import CONTENTS, PAGE, World, digest_of
-from vllm_multilora.adapters.blends import MOST_PARTS
+from vllm_multilora.adapters.blends import MOST_PARTS, Blend, BlendPart
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store import desk as desks
 from vllm_multilora.store.channel import Channel
 from vllm_multilora.store.desk import MOST_STUCK, Desk
 from vllm_multilora.store.job_messages import (
+    LONGEST_FIELD,
     LONGEST_MESSAGE,
+    MOST_CHARACTERS,
+    MOST_PROBLEMS,
     Checked,
     Done,
     Failure,
@@ -146,12 +149,27 @@ def test_what_a_socket_cannot_hold_is_said_bit_by_bit(world):
     assert {key.events for key in world.selector.get_map().values()} == {selectors.EVENT_READ}
 
 
+def test_a_place_that_a_job_has_waited_for_is_said_bit_by_bit_too(world, monkeypatch):
+    count = 5000
+    world.client(-1, budget_bytes=PAGE * count)
+    world.want(-1, 1)
+    world.say("/adapters/1", OPENED)
+    world.started["/adapters/1"].ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    with monkeypatch.context() as no_room:
+        no_room.setattr(world.memory, "room", lambda blocks, *, evict: None)
+        world.say("/adapters/1", Checked(CONTENTS, blocks(*[64] * count)))
+    world.registry.loads.give_room(world.now)
+    (key,) = world.selector.get_map().values()
+    assert key.events == selectors.EVENT_READ | selectors.EVENT_WRITE
+
+
 def test_a_job_that_hangs_up_is_killed_and_its_adapter_fails(world):
     client = world.client(-1)
     ticket = world.want(client, 1)
     world.started["/adapters/1"].channel.close()
     world.desk.hear(world.number("/adapters/1"), world.registry.loads)
     assert world.started["/adapters/1"].is_killed
+    assert world.started["/adapters/1"].ours.fileno() == -1
     world.look()
     assert "was killed by signal 9" in world.answer(client, ticket).message
 
@@ -192,11 +210,47 @@ def test_a_job_that_waits_for_room_has_nothing_to_say(world, monkeypatch):
     assert "out of turn" in world.answer(client, ticket).message
 
 
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_room_for_a_job_that_has_hung_up_is_given_back(world, monkeypatch, is_noticed):
+    client = world.client(-1)
+    ticket = world.want(client, 1)
+    world.say("/adapters/1", OPENED)
+    with monkeypatch.context() as no_room:
+        no_room.setattr(world.memory, "room", lambda blocks, *, evict: None)
+        world.say("/adapters/1", CHECKED)
+    world.started["/adapters/1"].channel.close()
+    if is_noticed:
+        world.desk.hear(world.number("/adapters/1"), world.registry.loads)
+    world.registry.loads.give_room(world.now)
+    assert world.started["/adapters/1"].is_killed
+    assert world.memory.totals().bytes == PAGE  # until it has ended
+    world.look()
+    assert isinstance(world.answer(client, ticket), Failed)
+    assert world.memory.totals().bytes == 0
+
+
 def test_a_job_may_fail_at_any_time(world):
     client = world.client(-1)
     ticket = world.want(client, 1)
     world.say("/adapters/1", Failure(FailureKind.INVALID, "it is broken", []))
     assert world.answer(client, ticket).message == "it is broken"
+
+
+def test_a_failure_is_kept_in_bounded_length():
+    large = Failure(FailureKind.INVALID, "x" * 10**7, [{"message": "m" * 10**6, "count": 3}] * 999)
+    kept = large.bounded()
+    assert len(kept.message) <= LONGEST_MESSAGE
+    first = kept.problems[0]
+    assert first["count"] == 3
+    assert len(first["message"]) <= LONGEST_FIELD
+    length = sum(len(key) + len(str(value)) for key, value in first.items())
+    assert kept.problems == [first] * (MOST_CHARACTERS // length)
+
+
+def test_a_failure_of_that_length_is_kept_as_it_is():
+    problems = [{"message": "m", "count": number} for number in range(MOST_PROBLEMS)]
+    failure = Failure(FailureKind.INVALID, "x" * LONGEST_MESSAGE, problems)
+    assert failure.bounded() == failure
 
 
 def test_what_a_job_says_of_its_failure_is_cut_to_what_may_be_kept(world):
@@ -219,8 +273,8 @@ def test_what_a_job_says_of_its_failure_is_cut_to_what_may_be_kept(world):
 def test_a_job_that_speaks_out_of_turn_fails_alone(world, said):
     client = world.client(-1)
     hostile, honest = world.want(client, 1), world.want(client, 2)
-    for message in said:
-        world.say("/adapters/1", message)
+    world.say("/adapters/1", *said, OPENED, CHECKED)  # and goes on speaking
+    world.desk.hear(world.number("/adapters/1"), world.registry.loads)
     failed = world.answer(client, hostile)
     assert isinstance(failed, Failed)
     assert failed.kind is FailureKind.INTERNAL
@@ -276,7 +330,7 @@ def test_numbers_that_no_honest_job_gives_fail_its_adapter(world, said, reason):
 
 
 def test_jobs_that_hang_on_one_mount_stop_new_ones_there_and_nowhere_else(world, monkeypatch):
-    monkeypatch.setattr(desks, "_mount_points", lambda: ["/slow", "/fine"])
+    monkeypatch.setattr(desks, "_mount_points", lambda: ["/slow", "/sound"])
     client = world.client(-1)
     for number in range(MOST_STUCK):
         world.want(client, number, path=f"/slow/{number}")
@@ -288,7 +342,9 @@ def test_jobs_that_hang_on_one_mount_stop_new_ones_there_and_nowhere_else(world,
     refusal = world.refusal("/slow/another")
     assert refusal is not None
     assert "/slow do not end" in refusal
-    assert world.refusal("/fine/another") is None
+    assert world.refusal("/sound/another") is None
+    parts = (BlendPart(1, "a", "/slow/a", 1.0), BlendPart(2, "b", "/sound/b", 1.0))
+    assert world.refusal(Blend.of(parts).source) is not None
     world.started["/slow/0"].can_end = True
     world.look()
     assert world.desk.stuck == MOST_STUCK - 1

@@ -8,7 +8,6 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.store.entries import Owner
-from vllm_multilora.store.job_messages import LONGEST_MESSAGE, Failure
 from vllm_multilora.store.memory import MOST_LIMITS, MOST_VERSIONS
 from vllm_multilora.store.messages import Failed, Forgotten, Loaded, Reading, StoreSettings
 from vllm_multilora.store.recent_failures import MOST_FAILURES
@@ -763,16 +762,15 @@ def test_a_fresh_want_does_not_take_a_remembered_failure_for_an_answer(world):
     assert isinstance(world.load(1, fresh=True), Loaded)
 
 
-def test_failures_are_kept_in_bounded_number_and_length(world):
-    problems = [{"message": "m" * 10**6, "count": 1}] * 20000
-    kept = Failure(FailureKind.INVALID, "x" * 10**7, problems).bounded()
-    assert len(kept.message) <= LONGEST_MESSAGE
-    assert sum(len(p["message"]) for p in kept.problems) < 10**5
-    for adapter in range(MOST_FAILURES + 50):
-        world.want(1, adapter)
+def test_the_latest_failures_are_kept_in_bounded_number(world):
+    for adapter in (*range(MOST_FAILURES), 0, MOST_FAILURES):
+        world.want(1, adapter, fresh=True)
         world.failed(next(iter(world.jobs)))
         world.gone(next(iter(world.dying)))
-    assert len(world.registry.loads.failures._failures) == MOST_FAILURES
+    for adapter in (0, 2, MOST_FAILURES):
+        assert isinstance(world.answer(1, world.want(1, adapter)), Failed)
+    world.want(1, 1)
+    assert world.jobs, "the oldest failure is forgotten"
 
 
 def test_a_crashed_job_fails_its_adapter_and_frees_its_room(world):
@@ -847,6 +845,17 @@ def test_the_failure_of_a_withdrawn_adapter_is_not_that_of_the_next_of_its_numbe
     world.registry.forget(1, 1, world.now)
     world.settle()
     assert isinstance(world.load(1), Loaded)
+
+
+def test_the_failures_of_other_adapters_and_servers_outlive_a_withdrawn_adapter(world):
+    world.client(2, server="other")
+    for client, adapter in ((1, 2), (2, 1)):
+        world.want(client, adapter)
+        world.failed(next(iter(world.jobs)))
+    world.settle()
+    world.registry.forget(1, 1, world.now)
+    assert isinstance(world.answer(1, world.want(1, 2)), Failed)
+    assert isinstance(world.answer(2, world.want(2, 1)), Failed)
 
 
 def test_another_servers_adapter_of_the_same_number_keeps_no_withdrawn_one(world):
