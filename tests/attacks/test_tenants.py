@@ -470,6 +470,27 @@ def test_refusals_are_counted_by_tenant(served: TenantServer) -> None:
         assert refused(served, tenant, status) == before + 1
 
 
+LONG_PROMPTS = 12
+
+
+def test_a_tenants_long_texts_keep_no_other_one_from_being_read(served: TenantServer) -> None:
+    """One thread makes tokens of all texts, which may take seconds for one, refused or not."""
+    body = {"model": "acme-a", "prompt": "t5 " * (1 << 17), "truncate_prompt_tokens": 1}
+    with ThreadPoolExecutor(LONG_PROMPTS) as pool:
+        flood = [
+            pool.submit(served.request, "acme", "POST", "/v1/completions", body)
+            for _ in range(LONG_PROMPTS)
+        ]
+        until(lambda: any(future.done() for future in flood))
+        answer = ask(served, "zen", "completions", "zen-a")
+        before = sum(future.done() for future in flood)
+        assert_status(answer, 200, served)
+        for future in flood:
+            assert_status(future.result(), 200, served)
+    print(f"{before} of {LONG_PROMPTS} came first")
+    assert before <= LONG_PROMPTS / 2, f"{before} of {LONG_PROMPTS} came first"
+
+
 COLD = 32
 
 

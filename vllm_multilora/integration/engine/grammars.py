@@ -10,16 +10,15 @@ the last, while no step is taken for anybody. Requests of tenants end whose gram
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.attached import GRAMMAR_TIME, SLOW_GRAMMARS
 from vllm_multilora.integration.failures import slow_grammar_stop_reason
 from vllm_multilora.integration.tenant_of_request import tenant_of
+from vllm_multilora.tenants.work_turns import take_turns
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -31,51 +30,6 @@ ALLOWED_PER_TOKEN_S = 0.02
 """That it may take for each."""
 
 
-class GrammarTurns:
-    """In the place of what vLLM has compile grammars, one after the other as they come.
-
-    Args:
-        executor: Has the threads.
-    """
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._lock = threading.Lock()
-        # By tenant, whose turn comes first is first.
-        self._lines: OrderedDict[
-            str, deque[tuple[Future[Any], Callable[[Request], Any], Request]]
-        ] = OrderedDict()
-
-    def submit(self, compiles: Callable[[Request], Any], request: Request) -> Future[Any]:
-        """Has a request's grammar compiled in its tenant's turn; from any thread."""
-        grammar: Future[Any] = Future()
-        tenant = tenant_of(request)
-        owner = "" if tenant is None else tenant.name
-        with self._lock:
-            self._lines.setdefault(owner, deque()).append((grammar, compiles, request))
-        self._executor.submit(self._compile_next)
-        return grammar
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As of an executor."""
-        self._executor.shutdown(wait=wait, cancel_futures=cancel_futures)
-
-    def _compile_next(self) -> None:
-        with self._lock:
-            owner, line = next(iter(self._lines.items()))
-            grammar, compiles, request = line.popleft()
-            self._lines.move_to_end(owner)
-            if not line:
-                del self._lines[owner]
-        if request.is_finished():
-            grammar.cancel()
-            return
-        try:
-            grammar.set_result(compiles(request))
-        except BaseException as error:  # which the scheduler is told
-            grammar.set_exception(error)
-
-
 def keep_apart(manager: Any) -> None:
     """Has tenants take turns for grammars, and notes slow ones, for whoever asks `take_slow`.
 
@@ -84,8 +38,13 @@ def keep_apart(manager: Any) -> None:
     """
     executor = getattr(manager, "executor", None)  # it has none without a tokenizer
     if isinstance(executor, Executor):
-        manager.executor = GrammarTurns(executor)
+        take_turns(executor, _owner_of, lambda request: not request.is_finished())
         SLOW_GRAMMARS.set(manager, [])
+
+
+def _owner_of(request: Request) -> str:
+    tenant = tenant_of(request)
+    return "" if tenant is None else tenant.name
 
 
 def fill_bitmasks(original: Callable[..., None], manager: Any, batch: Iterable[Any]) -> None:

@@ -143,8 +143,8 @@ def _excess_in(params: Any) -> str | None:
         most = repetition.max_pattern_size**2 * repetition.min_count // 2
         if most > MOST_COMPARISONS:
             return (
-                "`repetition_detection` looks for too much: half of `min_count` times the square of "
-                f"`max_pattern_size` is {most}, the limit {MOST_COMPARISONS}."
+                "`repetition_detection` looks for too much: half of `min_count` times the square "
+                f"of `max_pattern_size` is {most}, the limit {MOST_COMPARISONS}."
             )
     return None
 

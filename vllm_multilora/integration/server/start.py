@@ -20,7 +20,9 @@ from vllm_multilora.integration.server import (
     status_route,
 )
 from vllm_multilora.integration.server.access import ADMIN_KEY_VARIABLE, key_in
+from vllm_multilora.integration.server.callers import current_tenant
 from vllm_multilora.integration.server.names_in_use import LocksInUse
+from vllm_multilora.tenants.work_turns import take_turns
 
 _REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
 _GUARDS = (
@@ -51,6 +53,16 @@ def require_guards(models: Any) -> None:
         )
 
 
+def share_threads(renderer: Any) -> None:
+    """Has tenants take turns where vLLM makes prompts of their texts and images.
+
+    One thread does so unless `--renderer-num-workers` says otherwise, and takes a second for a
+    million characters.
+    """
+    for executor in (renderer._executor, renderer._mm_executor):
+        take_turns(executor, lambda *_, **__: current_tenant() or "")
+
+
 async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
     require_guards(models)
     if registration.acts_for(models):
@@ -63,6 +75,8 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
         registration.start(models)
         shared_names.start(models)
         metering.start(models)
+        if settings_of(models.engine_client.vllm_config).tenants is not None:
+            share_threads(models.engine_client.renderer)
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)

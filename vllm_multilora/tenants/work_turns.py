@@ -1,0 +1,69 @@
+"""Turns of tenants for what few threads do, one thing after the other as it comes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import Any
+
+
+def take_turns(
+    executor: Executor,
+    owner_of: Callable[..., str],
+    is_wanted: Callable[..., bool] = lambda *_: True,
+) -> None:
+    """Has an executor work for one owner after the other, and for each in the order of its work.
+
+    Args:
+        executor: Takes work from any thread.
+        owner_of: Whose work is, by its arguments; asked by who submits it.
+        is_wanted: Whether it is still to be done, by the same; asked when it has its turn.
+    """
+    turns = _WorkTurns(executor.submit, owner_of, is_wanted)
+    executor.submit = turns.submit  # type: ignore[method-assign]
+
+
+class _WorkTurns:
+    def __init__(
+        self,
+        submit: Callable[..., Any],
+        owner_of: Callable[..., str],
+        is_wanted: Callable[..., bool],
+    ) -> None:
+        self._submit = submit
+        self._owner_of = owner_of
+        self._is_wanted = is_wanted
+        self._lock = threading.Lock()
+        # By owner, whose turn comes first is first.
+        self._lines: OrderedDict[
+            str, deque[tuple[Future[Any], Callable[[], Any], Callable[[], bool]]]
+        ] = OrderedDict()
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As an executor's."""
+        result: Future[Any] = Future()
+        each = result, partial(work, *args, **kwargs), partial(self._is_wanted, *args, **kwargs)
+        owner = self._owner_of(*args, **kwargs)
+        with self._lock:
+            self._lines.setdefault(owner, deque()).append(each)
+        self._submit(self._work)
+        return result
+
+    def _work(self) -> None:
+        with self._lock:
+            owner, line = next(iter(self._lines.items()))
+            result, work, is_wanted = line.popleft()
+            self._lines.move_to_end(owner)
+            if not line:
+                del self._lines[owner]
+        if not is_wanted():
+            result.cancel()
+        if not result.set_running_or_notify_cancel():
+            return
+        try:
+            result.set_result(work())
+        except BaseException as error:  # which those are told who wait for the result
+            result.set_exception(error)
