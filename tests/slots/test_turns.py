@@ -354,6 +354,42 @@ def test_it_is_asked_once_for_all_who_may_come() -> None:
     assert all(map(turns.admit, kept))
 
 
+def test_one_whose_weights_are_fetched_anew_keeps_its_place_in_the_line_but_no_slot() -> None:
+    turns, fetched = SlotTurns(PATIENCE), {X}
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    for _ in range(PATIENCE):
+        turns.begin_step({A}, 1, at_hand=fetched.__contains__)
+    assert turns.admit(A)  # nobody makes room for W
+    assert not turns.admit(X)
+    for _ in range(PATIENCE):
+        turns.begin_step({A}, 1, at_hand=fetched.__contains__)
+    turns.begin_step((), 1, at_hand=fetched.__contains__)
+    assert [turns.admit(adapter) for adapter in (B, X)] == [False, True]
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (B, W)] == [False, True]
+
+
+def test_with_an_order_too_no_slot_is_kept_for_one_whose_weights_are_fetched_anew() -> None:
+    had = {A: 2.0, B: 2.0, C: 1.0}
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (A, B, C)] == [True, False, False]
+    for _ in range(PATIENCE):
+        turns.begin_step({A}, 1, order=had.__getitem__)
+    turns.begin_step((), 1, order=had.__getitem__, at_hand={B}.__contains__)
+    assert turns.admit(B)
+
+
+def test_one_that_lost_its_weights_on_its_way_into_its_slot_gives_it_up() -> None:
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert turns.admit(W)
+    turns.place(W)
+    turns.begin_step((), 1, at_hand={B}.__contains__)
+    assert turns.admit(B)
+
+
 def test_one_whose_slot_takes_long_to_fill_keeps_it_as_long_as_it_comes() -> None:
     turns = SlotTurns(PATIENCE)
     turns.begin_step((), 1)

@@ -163,7 +163,12 @@ class Engine:
             _, order, adapter = heapq.heappop(self._copies)
             self._slots.filled(order)
             self._memory.release(adapter)
-        self._turns.begin_step(self._running, self._shape.slots, may_come=lambda: self._waiting)
+        self._turns.begin_step(
+            self._running,
+            self._shape.slots,
+            may_come=lambda: self._waiting,
+            at_hand=self._is_at_hand,
+        )
         self._waits_for_slot = False
         left = self._step_tokens - self._generating
         parts: list[tuple[int, int, int]] = []  # request, tokens before, tokens now
@@ -207,10 +212,12 @@ class Engine:
                 self._running[adapter] += 1
         return taken
 
+    def _is_at_hand(self, adapter: int) -> bool:
+        return self._slots.slot_of(adapter) is not None or adapter in self._memory
+
     def _may_run(self, adapter: int) -> bool:
         """Whether a waiting request may join the batch; brings its adapter nearer if not."""
-        if self._slots.slot_of(adapter) is None and adapter not in self._memory:
-            self._turns.forget(adapter)
+        if not self._is_at_hand(adapter):
             self._memory.want(adapter)
             return False
         if not self._turns.admit(adapter):

@@ -10,10 +10,11 @@ Bound: an adapter that begins to wait while `n` others do gets a slot within
 `patience` + ceil((n + 1) / S) * L steps, with S slots and requests that run for at most L steps:
 the patience, and then as many turns as it takes to serve those before it. Whoever comes later waits
 behind it, whatever the order of the scheduler's queue, and so does the next request of an adapter
-that has had its turn. It has to come for its slot: requests that wait for tokens or memory beside
-it are the scheduler's affair. One that has no request left which could come, since the one that
-wanted the slot was aborted, say, has it no more: that is asked when others were turned away for it
-in `patience` steps.
+that has had its turn. While its weights are fetched anew, it keeps its place, but no slot is kept
+for it. It has to come for its slot: requests that wait for tokens or memory beside it are the
+scheduler's affair. One that has no request left which could come, since the one that wanted the
+slot was aborted, say, has it no more: that is asked when others were turned away for it in
+`patience` steps.
 
 With fair shares the slots that are kept for the overdue go, of all that wait, to those whose
 parties have had least of the engine, and those are closed whose parties have had most, but for
@@ -58,6 +59,7 @@ class SlotTurns:
         slots: int,
         order: Callable[[int], float] | None = None,
         may_come: Callable[[], Container[object]] = tuple,
+        at_hand: Callable[[int], bool] = lambda adapter_id: True,
     ) -> None:
         """A step is being scheduled.
 
@@ -70,6 +72,7 @@ class SlotTurns:
                 the most are closed first, and for those with no more of it only.
             may_come: The adapters that have requests waiting in the queue, though none comes: those
                 before them may take all places each time. Asked where that matters.
+            at_hand: Whether an adapter that was asked about could be brought into a slot now.
         """
         self._step += 1
         missed = {i: steps + self._turns_away for i, steps in self._missed.items()}
@@ -80,16 +83,16 @@ class SlotTurns:
             if adapter_id not in coming:
                 self.forget(adapter_id)
         self._turns_away = False
-        self._placing.difference_update(active)
+        self._placing = {i for i in self._placing if i not in active and at_hand(i)}
         self._since = {i: self._since.get(i, self._step) for i in (*active, *self._placing)}
         overdue = [
             adapter_id
             for adapter_id, first in self._waiting.items()
-            if self._step - first >= self._patience
+            if self._step - first >= self._patience and at_hand(adapter_id)
         ]
         free = max(0, slots - len(self._since))
         had = order or (lambda adapter_id: 0.0)
-        ahead = overdue if order is None else sorted(self._waiting, key=order)
+        ahead = overdue if order is None else sorted(filter(at_hand, self._waiting), key=order)
         kept = min(free, len(overdue))
         self._next = set(ahead[:kept])
         self._free = free - kept

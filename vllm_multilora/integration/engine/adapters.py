@@ -178,6 +178,11 @@ class EngineAdapters:
             self.poll()
         return self.failure(adapter_id, reload=reload) is None and entry.is_at_hand(self.slots)
 
+    def is_at_hand(self, adapter_id: int) -> bool:
+        """Whether an adapter would use a slot now, as far as is known without asking for it."""
+        entry = self._known.find(adapter_id)
+        return self.asks_late or (entry is not None and entry.is_at_hand(self.slots))
+
     def bring(self, adapter_id: int) -> bool:
         """Whether an adapter that is ready is in its slot; has it copied into one if not.
 

@@ -254,7 +254,9 @@ class FairSharesMixin(AdapterAwareMixin):
         if lora is None or adapters is None or not could_run:
             return False
         number = lora.lora_int_id
-        return self._turns.keeps_waiting(number) or adapters.state(number) in AT_HAND
+        if adapters.asks_late:
+            return self._turns.keeps_waiting(number)
+        return adapters.state(number) in AT_HAND
 
     def _slot_order(self) -> Callable[[int], float] | None:
         waiting, shares = self._slot_parties, self._shares

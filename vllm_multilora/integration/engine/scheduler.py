@@ -221,7 +221,7 @@ class AdapterAwareMixin:
         active = _adapters_of(self.running) - pinned
         slots, order = max(1, self._slots - pins.places), self._slot_order()
         could_run = partial(_that_could_run, self.requests)
-        self._turns.begin_step(active, slots, order, could_run)
+        self._turns.begin_step(active, slots, order, could_run, adapters.is_at_hand)
         self._is_holding = bool(self._late_reloads)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -304,7 +304,6 @@ class AdapterAwareMixin:
             reason = uninvoked_stop_reason(lora, version.invocation_tokens)
             self._failing[request.request_id] = reason
             return False
-        self._turns.forget(lora.lora_int_id)  # no slot is kept for what cannot use it
         failure = adapters.failure(lora.lora_int_id, reload=reload)
         if failure is not None:
             self._failing[request.request_id] = to_stop_reason(failure, lora)
