@@ -19,7 +19,7 @@ from vllm_multilora.adapters import (
     one_pass,
     parse_tensor_name,
 )
-from vllm_multilora.adapters.layout import BLOCK_BYTES
+from vllm_multilora.adapters.layout import BLOCK_BYTES, LinearShape
 from vllm_multilora.adapters.naming import ModuleNaming, Renames, Replacement
 
 from .checkpoints import MODULES, PREFIX, layout, weights, write
@@ -487,15 +487,19 @@ def test_what_does_not_fit_is_refused_with_its_name(tmp_path, changes, config, w
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
-def test_experts_with_one_of_their_parameters_adapted_are_refused(tmp_path, parameter):
+@pytest.mark.parametrize("adapted", [0, 1], ids=["outer", "down_proj"])
+@pytest.mark.parametrize("outer", ["gate_up_proj", "up_proj"])
+def test_experts_with_one_of_their_parameters_adapted_are_refused(tmp_path, outer, adapted):
     """PEFT calls the tensors of either the same, and vLLM fails on what it needs of the other."""
     experts = torch.nn.Module()
-    experts.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 24, 40))
-    experts.down_proj = torch.nn.Parameter(torch.zeros(2, 20, 24))
+    width = 40 if outer == "gate_up_proj" else 20
+    setattr(experts, outer, torch.nn.Parameter(torch.zeros(2, width, 24)))
+    experts.down_proj = torch.nn.Parameter(torch.zeros(2, 24, 20))
     base = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"experts": experts})})
-    model = layout(special=frozenset({"model.experts"}))
-    for number, names in enumerate(([parameter], ["gate_up_proj", "down_proj"])):
+    shapes = {"model.experts.base_layer": LinearShape(24, width, 2, gated=width == 40)}
+    model = layout(special=frozenset({"model.experts"}), linear_shapes=shapes)
+    parameters = [outer, "down_proj"]
+    for number, names in enumerate((parameters[adapted:][:1], parameters)):
         config = LoraConfig(
             r=4, target_modules=[], target_parameters=[f"experts.{name}" for name in names]
         )
@@ -507,7 +511,7 @@ def test_experts_with_one_of_their_parameters_adapted_are_refused(tmp_path, para
     (problem,) = refused.value.problems
     assert (problem.code, problem.count) == ("half-missing", 1)
     assert problem.where == "base_model.model.model.experts.lora_A.weight"
-    assert "'gate_up_proj' and 'down_proj'" in problem.message
+    assert f"'{outer}' and 'down_proj'" in problem.message
 
 
 def test_experts_held_as_one_and_one_by_one_are_refused(tmp_path):

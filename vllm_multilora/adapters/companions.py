@@ -51,7 +51,7 @@ def _require_parameter(
             Code.HALF_MISSING,
             next(iter(found.tensors.values())),
             "of one parameter of experts that are held as one",
-            "both of them adapted, 'gate_up_proj' and 'down_proj'",
+            f"both of them adapted, '{found.outer}' and 'down_proj'",
             hint="train with both in 'target_parameters'",
         )
 

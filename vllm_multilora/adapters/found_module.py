@@ -14,13 +14,13 @@ class FoundModule:
     Attributes:
         module: The module's name in the checkpoint, without PEFT's prefix.
         name: Its name in the layout.
-        gated: Of experts, as of `LinearShape`.
+        outer: Of experts that are held as one, as of `ModelLayout.outer_parameter`.
         tensors: The names of its tensors by part, as of `TensorRole`; some may be missing.
     """
 
     module: str
     name: str
-    gated: bool = True
+    outer: str
     tensors: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -34,6 +34,5 @@ class FoundModule:
         if self.module.endswith(FUSED_EXPERTS):
             return f"{self.module}.down_proj"
         if self.module.endswith(WRAPPED_EXPERTS):
-            parameter = "gate_up_proj" if self.gated else "up_proj"
-            return f"{self.module.removesuffix('.base_layer')}.{parameter}"
+            return f"{self.module.removesuffix('.base_layer')}.{self.outer}"
         return self.module

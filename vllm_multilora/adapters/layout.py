@@ -144,6 +144,11 @@ class ModelLayout:
         """The modules that slots have for one (its name here): itself, or those merged in it."""
         return self.merged.get(module, (module,))
 
+    def outer_parameter(self, experts: str) -> str:
+        """Of experts that are held as one: what PEFT calls the parameter beside `down_proj`."""
+        shape = self.linear_shapes.get(f"{experts}.base_layer")
+        return "gate_up_proj" if shape is None or shape.gated else "up_proj"
+
     def is_special(self, module: str) -> bool:
         """Whether a module (its name here) is served by vLLM itself."""
         if module.endswith(WRAPPED_EXPERTS):

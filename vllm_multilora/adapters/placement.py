@@ -140,8 +140,8 @@ class Placement:
             return
         self._require_activatable(name, tensor)
         self._require_multipliable(name, tensor)
-        gated = name not in (shapes := self._layout.linear_shapes) or shapes[name].gated
-        found = self.modules.setdefault(name, FoundModule(role.module, name, gated))
+        outer = self._layout.outer_parameter(name.removesuffix(".base_layer"))
+        found = self.modules.setdefault(name, FoundModule(role.module, name, outer))
         other = found.tensors.setdefault(role.part, tensor)
         if found.module != role.module or other != tensor:
             first = shown_name(found.tensors.get(role.part, found.module))
