@@ -1,9 +1,11 @@
 """What no check has granted does not reach the engine, and what does is marked as its tenant's."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import vllm
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
-from vllm.sampling_params import RepetitionDetectionParams
+from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
 
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
@@ -24,7 +27,15 @@ from vllm_multilora.integration.server.callers import (
     Caller,
     current_caller,
 )
-from vllm_multilora.integration.server.engine_door import MOST_ID, add_request
+from vllm_multilora.integration.server.engine_door import (
+    MOST_COMPARISONS,
+    MOST_ID,
+    MOST_LENGTH,
+    MOST_SEED,
+    MOST_STOPS,
+    MOST_TOKENS,
+    add_request,
+)
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
@@ -147,7 +158,7 @@ def test_a_tenants_call_wants_few_enough_scores_to_tell_them_in_a_moment():
     """Of its prompts' tokens, for each of its answers; one for each token that there is is many."""
 
     def ask(who: Caller | None, number: int, most: int, tokens: int) -> None:
-        params = SimpleNamespace(prompt_logprobs=most)
+        params = SamplingParams(prompt_logprobs=most)
         request = Request(None, request_id=str(number))
         request.sampling_params, request.prompt_token_ids = params, [1] * tokens
         send(who, processor, request)
@@ -177,38 +188,55 @@ def test_a_tenants_request_has_an_id_that_may_come_with_each_token():
         assert len(processor.request_states) == 1
 
 
-LONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "stop": ({"stop": ["a"] * 64}, {"stop": ["a"] * 65}),
-    "stop_token_ids": ({"stop_token_ids": [1] * 64}, {"stop_token_ids": [1] * 65}),
-    "logit_bias": (
-        {"logit_bias": dict.fromkeys(range(1024), 1.0)},
-        {"logit_bias": dict.fromkeys(range(1025), 1.0)},
-    ),
-    "allowed_token_ids": ({"allowed_token_ids": [1] * 1024}, {"allowed_token_ids": [1] * 1025}),
-    "bad_words": (
-        {"bad_words_token_ids": [[1] * 64] * 16},
-        {"bad_words_token_ids": [[1] * 64] * 16 + [[1]]},
-    ),
-    "repetition_detection": (
-        {"repetition_detection": RepetitionDetectionParams(64, 1, 16)},
-        {"repetition_detection": RepetitionDetectionParams(64, 1, 17)},
-    ),
-}
-"""What a tenant's request may just ask for in each step, and what it may not."""
+def parameters(**given: Any) -> SamplingParams:
+    params = SamplingParams(**given)
+    if params.bad_words:
+        params.update_from_tokenizer(SimpleNamespace(encode=letters, max_token_id=127))
+    return params
 
 
-@pytest.mark.parametrize("field", LONG)
-def test_a_tenants_request_keeps_no_step_for_long(field):
-    within, beyond = (SimpleNamespace(prompt_logprobs=None, **asked) for asked in LONG[field])
+def letters(text: str, **_: Any) -> list[int]:
+    return list(map(ord, text))
+
+
+def repeated(compared: int) -> RepetitionDetectionParams:
+    return RepetitionDetectionParams(max_pattern_size=1, min_count=2 * compared)
+
+
+@pytest.mark.parametrize(
+    ("message", "most", "given"),
+    [
+        ("Texts in `stop`", MOST_STOPS, lambda count: {"stop": list(map(str, range(count)))}),
+        (
+            "Tokens in `stop_token_ids`",
+            MOST_STOPS,
+            lambda count: {"stop_token_ids": [*range(count)]},
+        ),
+        ("`allowed_token_ids`", MOST_TOKENS, lambda count: {"allowed_token_ids": [7] * count}),
+        ("`logit_bias`", MOST_TOKENS, lambda count: {"logit_bias": dict.fromkeys(range(count), 1)}),
+        ("Tokens in `bad_words`", 1_024, lambda count: {"bad_words": ["x" * count]}),
+        (
+            "`max_pattern_size`",
+            MOST_COMPARISONS,
+            lambda compared: {"repetition_detection": repeated(compared)},
+        ),
+        ("`max_tokens`", MOST_LENGTH, lambda most: {"max_tokens": most}),
+        ("`seed`", MOST_SEED, lambda seed: {"seed": seed}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_of_what_a_tenants_request_asks_for_there_is_not_too_much(message, most, given):
     for who in (Caller(Role.CLIENT), tenant("acme")):
         processor = Processor()
-        send(who, processor, Request(sampling_params=within))
+        send(who, processor, Request(sampling_params=parameters(**given(most))))
+        more = Request(request_id="2", sampling_params=parameters(**given(most + 1)))
         if who.tenant is None:
-            send(who, processor, Request(request_id="2", sampling_params=beyond))
+            send(who, processor, more)
             continue
-        with pytest.raises(GracefulHTTPError, match=f"`{field}`"):
-            send(who, processor, Request(request_id="2", sampling_params=beyond))
-        assert list(processor.request_states) == ["1"]
+        expected = f"{message}: found {most + 1}, expected {most} at most"
+        with pytest.raises(GracefulHTTPError, match=expected):
+            send(who, processor, more)
+        assert len(processor.request_states) == 1
 
 
 def test_a_tenants_call_sends_the_engine_little_enough_to_take_it_in_in_a_moment():
@@ -230,6 +258,14 @@ def test_a_tenants_call_sends_the_engine_little_enough_to_take_it_in_in_a_moment
         with pytest.raises(GracefulHTTPError, match="16777216 bytes"):
             begin(who, 1, parent)
         assert list(processor.request_states) == ["0"]
+
+
+def test_there_is_room_in_vllms_second_model_runner_for_what_is_let_through():
+    source = Path(vllm.__file__).with_name("v1") / "worker/gpu/sample/logit_bias.py"
+    found = re.findall(r"^MAX_NUM_(\w+) = (\d+)$", source.read_text(), re.MULTILINE)
+    room = {name: int(number) for name, number in found}
+    assert min(room["ALLOWED_TOKEN_IDS"], room["LOGIT_BIAS_TOKENS"]) >= MOST_TOKENS
+    assert room["STOP_TOKEN_IDS"] > MOST_STOPS  # the model's own are among these
 
 
 def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():

@@ -6,10 +6,11 @@ is refused, whatever let it through before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
+from vllm import envs
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 from vllm_multilora.adapters.blends import folders_of
@@ -24,18 +25,20 @@ from vllm_multilora.tenants.salts import tenant_salt
 MOST_ID = 1_024
 """Characters of the id of a tenant's request: each of its tokens comes with it."""
 
-MOST_ITEMS = {"stop": 64, "stop_token_ids": 64, "logit_bias": 1_024, "allowed_token_ids": 1_024}
-"""Texts or tokens in a field of its sampling parameters.
+MOST_STOPS = 64
+"""Texts that end an answer to it, and tokens that do: all are looked for after each token. Most
+endpoints take four texts."""
 
-Texts and tokens that end an answer are looked for after each token. Where vLLM's second model
-runner would get more tokens than 128, or than 1,024 of the others, the engine ends.
-"""
-
-MOST_BAD_TOKENS = 1_024
-"""Of its `bad_words` together; the same."""
+MOST_TOKENS = 1_024
+"""Tokens that it may allow, or favour. With more, vLLM's second model runner ends its engine."""
 
 MOST_COMPARISONS = 32_768
 """Of tokens, after each token, that its `repetition_detection` may take."""
+
+MOST_LENGTH = 1 << 30
+"""Of its answer, in tokens. Engines end at what their 32 bits do not hold."""
+
+MOST_SEED = (1 << 63) - 1
 
 
 def add_request(
@@ -110,7 +113,7 @@ def mark(request: Any, caller: Caller) -> None:
 
     Raises:
         VLLMNotFoundError: Nobody has granted the request what would answer it.
-        GracefulHTTPError: Its id or one of its lists is too long.
+        GracefulHTTPError: Its id is too long, or of a parameter there is too much.
     """
     tenant = caller.tenant
     if tenant is None:
@@ -119,8 +122,10 @@ def mark(request: Any, caller: Caller) -> None:
         raise GracefulHTTPError(
             f"The request's id has more than {MOST_ID} characters.", HTTPStatus.BAD_REQUEST
         )
-    if (excess := _excess_in(request.sampling_params)) is not None:
-        raise GracefulHTTPError(excess, HTTPStatus.BAD_REQUEST)
+    for what, found, most in _bounded(request.sampling_params):
+        if found > most:
+            message = f"{what}: found {found}, expected {most} at most."
+            raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST)
     adapter = request.lora_request
     name = None if adapter is None else adapter.lora_name
     if name not in caller.granted:
@@ -130,23 +135,26 @@ def mark(request: Any, caller: Caller) -> None:
     request.cache_salt = tenant_salt(caller.secret, tenant.name, request.cache_salt)
 
 
-def _excess_in(params: Any) -> str | None:
-    """What in a tenant's sampling parameters is more than each step has time for."""
-    for field, most in MOST_ITEMS.items():
-        if len(getattr(params, field, None) or ()) > most:
-            return f"`{field}` has more than {most} items."
-    if sum(map(len, getattr(params, "bad_words_token_ids", None) or ())) > MOST_BAD_TOKENS:
-        return f"`bad_words` have more than {MOST_BAD_TOKENS} tokens."
-    repetition = getattr(params, "repetition_detection", None)
-    if repetition is not None:
-        # Those of patterns of each length, with as many of their own tokens.
-        most = repetition.max_pattern_size**2 * repetition.min_count // 2
-        if most > MOST_COMPARISONS:
-            return (
-                "`repetition_detection` looks for too much: half of `min_count` times the square "
-                f"of `max_pattern_size` is {most}, the limit {MOST_COMPARISONS}."
-            )
-    return None
+def _bounded(params: Any) -> Iterator[tuple[str, int, int]]:
+    """What there may be too much of in vLLM's `SamplingParams`, how much there is, and the most.
+
+    vLLM takes more of each, and then keeps all requests waiting, or ends the engine.
+    """
+    if params is None:  # of a pooling request
+        return
+    yield "Texts in `stop`", len(params.stop or ()), MOST_STOPS
+    yield "Tokens in `stop_token_ids`", len(params.stop_token_ids or ()), MOST_STOPS
+    yield "Tokens in `allowed_token_ids`", len(params.allowed_token_ids or ()), MOST_TOKENS
+    yield "Tokens in `logit_bias`", len(params.logit_bias or ()), MOST_TOKENS
+    bad_words = params.bad_words_token_ids or ()
+    yield "Tokens in `bad_words`", sum(map(len, bad_words)), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+    if (repetition := params.repetition_detection) is not None:
+        # Patterns of each length are compared with as many of their own tokens.
+        compared = repetition.max_pattern_size**2 * repetition.min_count // 2
+        what = "Half of `min_count` times the square of `max_pattern_size`"
+        yield what, compared, MOST_COMPARISONS
+    yield "`max_tokens`", params.max_tokens or 0, MOST_LENGTH
+    yield "`seed`", params.seed or 0, MOST_SEED
 
 
 def meter(processor: Any, state: Any) -> Meter:
