@@ -942,6 +942,15 @@ def test_an_adapter_leaves_when_the_last_engine_does_not_use_it_any_more(world, 
     assert not world.registry._leaving
 
 
+def test_what_an_engine_still_copies_when_it_forgets_it_is_nobodys(world):
+    world.client(2)
+    pack = world.load(1, 1).pack.pack
+    world.registry.forget(1, 1, world.now)
+    assert pack in world.memory.packs
+    world.want(2, 1)
+    assert world.jobs, "its files may be others by now"
+
+
 def test_an_adapter_that_an_engine_has_aborted_is_nobodys_either(world):
     world.client(2)
     pack = world.load(1, 1).pack.pack
@@ -1096,6 +1105,8 @@ def test_an_engine_that_is_not_configured_is_told_so():
     world.said[1] = []
     world.registry.want(1, Want(1, "a", "/a", ticket=1), 0.0)
     assert "not configured" in world.answer(1, 1).message
+    world.client(2)
+    assert isinstance(world.load(2), Loaded)
 
 
 def test_a_ticket_is_for_one_want(world):
