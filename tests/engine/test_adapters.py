@@ -672,7 +672,8 @@ def test_workers_check_what_vllm_fills_in(engine):
     future = engine.adapters.register(lora(1))
     engine.store.loaded(pack_info(7, special=True))
     engine.poll()
-    assert engine.store.only().keep
+    again = engine.store.only()
+    assert (again.keep, again.fresh) == (True, False)
     engine.store.loaded(pack_info(7, special=True), was_read=False)
     engine.poll()
     assert isinstance(engine.workers.only(), Check)
@@ -848,6 +849,44 @@ def test_a_version_that_workers_have_checked_while_it_waits_for_a_slot_is_on_lea
     assert engine.store.leased == {10: 1}
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_check_takes_no_lease_from_requests_that_wait_for_a_slot(engine, is_refused):
+    engine.host(1, 10)
+    future = engine.adapters.register(lora(1, inplace=True))
+    if is_refused:
+        engine.store.failed()
+    else:
+        engine.store.loaded(pack_info(10))
+    engine.poll()
+    assert (future.exception(0) is not None) == is_refused
+    assert engine.store.leased == {10: 1}
+    assert engine.adapters.is_ready(1)
+    assert not engine.store.wants
+
+
+def test_a_check_of_what_is_in_host_memory_gives_no_lease_on_it(engine):
+    for _ in range(2):
+        engine.adapters.register(lora(1, inplace=True))
+        engine.store.loaded(pack_info(10))
+        engine.poll()
+    engine.adapters.want(lora(1))
+    assert not engine.adapters.is_ready(1)
+    assert engine.store.only().keep
+
+
+def test_what_an_aborted_request_has_brought_beside_a_check_that_fails_is_given_back(engine):
+    future = engine.adapters.register(lora(1))
+    engine.adapters.want(lora(1))
+    engine.adapters.drop(1)
+    check, wanted = engine.store.wants.values()
+    engine.store.loaded(pack_info(10), wanted)
+    engine.poll()
+    engine.store.failed(check)
+    engine.poll()
+    assert_refused(future)
+    assert not engine.store.leased
+
+
 def test_a_registration_that_fails_leaves_the_reload_that_requests_wait_for(engine):
     engine.fill(1, 10)
     engine.adapters.want(lora(1, inplace=True))
@@ -932,7 +971,9 @@ def test_a_pin_that_finds_no_slot_keeps_nothing_on_lease(engine):
     assert not engine.store.leased
 
 
-def test_an_adapter_that_cannot_be_had_is_not_pinned(engine):
+def test_an_adapter_that_cannot_be_had_is_not_pinned(engine, monkeypatch):
+    shown_as_pinned: list[frozenset[int]] = []
+    monkeypatch.setattr(engine.adapters.observer, "pinned", shown_as_pinned.append)
     engine.adapters.register(lora(1))
     engine.store.loaded(pack_info(0, "digest"))
     engine.poll()
@@ -941,6 +982,7 @@ def test_an_adapter_that_cannot_be_had_is_not_pinned(engine):
     engine.poll()
     assert_refused(future)
     assert 1 not in engine.adapters.slots.pins
+    assert shown_as_pinned == [{1}, set()]
 
 
 def test_a_pin_of_an_adapter_that_has_failed_is_a_new_try(engine):

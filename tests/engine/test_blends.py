@@ -319,6 +319,16 @@ def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
     assert engine.adapters.is_ready(other.lora_int_id)
 
 
+def test_a_blend_is_made_anew_where_its_part_is_first_read_later_and_has_other_weights(engines):
+    engine, request = engines(), blend(0.5)
+    engine.adapters.want(request)
+    engine.store.loaded(blended_pack(10, "one", "two"))
+    engine.poll()
+    change_part(engine, 1, 20, "new")
+    assert not engine.adapters.is_ready(request.lora_int_id)
+    assert engine.store.only().fresh
+
+
 def test_a_blend_that_is_made_while_a_part_is_reloaded_is_made_again(engines):
     engine = engines()
     change_part(engine, 1, 20, "one")
@@ -359,7 +369,10 @@ def test_a_blend_that_workers_check_while_a_part_is_reloaded_is_checked_again(en
     assert future.result()
 
 
-def test_a_blend_that_comes_after_its_parts_new_weights_in_one_poll_is_given_back(engines):
+@pytest.mark.parametrize("is_made", [True, False])
+def test_what_becomes_of_a_blend_after_its_parts_new_weights_in_one_poll_is_no_matter(
+    engines, is_made
+):
     engine = engines()
     engine.host(1, digest="one")
     request = blend(0.5)
@@ -368,9 +381,13 @@ def test_a_blend_that_comes_after_its_parts_new_weights_in_one_poll_is_given_bac
     engine.adapters.want(lora(1, inplace=True))
     (reload,) = (want for want in engine.store.wants.values() if want.adapter == 1)
     engine.store.loaded(pack_info(20, "new"), reload)
-    engine.store.loaded(blended_pack(12, "one", "two"), made)
+    if is_made:
+        engine.store.loaded(blended_pack(12, "one", "two"), made)
+    else:
+        engine.store.failed(made)
     engine.poll()
     assert engine.store.only().fresh  # it is made again
+    assert engine.adapters.failure(request.lora_int_id) is None
     assert engine.store.leased == {20: 1}
 
 

@@ -267,10 +267,9 @@ def test_a_request_that_holds_what_other_weights_have_computed_ends_when_these_a
     held.num_computed_tokens = 4
     server.ask("reload", 1, inplace=True)
     server.engine.store.loaded(pack_info(11))
-    for _ in range(4):
-        server.serve()
+    served = [server.serve() for _ in range(4)]
     assert server.ended.keys() == {"held"}
-    assert server.names == {"reload"}
+    assert set().union(*served) == {"reload"}
 
 
 def test_a_copy_that_fails_ends_the_requests_of_its_adapter_and_no_others(server):
@@ -335,6 +334,14 @@ def test_a_reload_that_fails_ends_the_request_that_asked_for_it_and_no_other(ser
     assert server.step() == {"running", "other", "later"}
 
 
+def test_a_first_load_that_fails_ends_all_though_one_has_asked_for_a_reload(server):
+    server.ask("reload", 1, inplace=True)
+    server.ask("other", 1)
+    server.engine.store.failed()
+    server.step()
+    assert server.ended.keys() == {"reload", "other"}
+
+
 def test_a_reload_is_not_answered_by_one_that_was_under_way(server):
     """That may have opened the files before they were written again."""
     server.start("running", 1)
@@ -379,6 +386,7 @@ def test_a_reload_after_one_that_has_failed_is_asked_for(server):
 
 
 def test_requests_are_served_while_reloads_keep_coming(server):
+    server.ask("base")
     for number in range(20):
         server.ask(f"reload {number}", 1, inplace=True)
         served = server.serve()
@@ -461,13 +469,15 @@ def test_a_reload_that_waits_for_another_one_does_not_fail_with_it(server):
 
 
 def test_a_reload_that_waits_for_an_aborted_one_is_asked_for(server):
+    """And not answered by that one, as it is not by any that was under way."""
     server.start("running", 1)
     server.ask("first", 1, inplace=True)
     server.ask("second", 1, inplace=True)
     server.abort("first")
-    for _ in range(3):
-        server.serve()
+    server.step()
+    server.engine.store.loaded(pack_info(11))
     server.step("running")
+    assert server.engine.store.only().fresh
     for _ in range(3):
         server.serve()
     assert server.names == {"second"}
@@ -482,6 +492,18 @@ def test_a_reload_waits_for_no_request_that_has_ended_while_its_blocks_are_sent(
         server.serve()
     assert server.names == {"second"}
     server.scheduler._free_request(first)
+
+
+def test_a_reload_waits_for_no_session_that_waits_for_input(server):
+    server.start("session", 1, inplace=True)
+    session = server.scheduler.running.pop()
+    session.status, session.num_computed_tokens = RequestStatus.WAITING_FOR_STREAMING_REQ, 5
+    session.has_grammar = False  # the fake's way to keep it waiting
+    server.scheduler.waiting.append(session)
+    server.ask("reload", 1, inplace=True)
+    for _ in range(4):
+        server.serve()
+    assert server.names == {"reload"}
 
 
 def test_a_preempted_request_does_not_fail_with_a_later_reload(server):
@@ -728,7 +750,9 @@ def test_a_request_for_a_number_that_another_adapter_has_fails_alone(server):
 def test_without_adapters_nothing_waits():
     scheduler = AwareScheduler(vllm_config=config(1))
     scheduler.add_request(FakeRequest("tenant", lora(1)))
-    assert scheduler.schedule().total_num_scheduled_tokens == 1
+    step = scheduler.schedule()
+    assert step.total_num_scheduled_tokens == 1
+    assert scheduler.update_from_output(step, ()) == {}
 
 
 @pytest.mark.parametrize(("between", "polls"), [("nothing", 1), ("a request", 2)])
@@ -753,6 +777,34 @@ def test_where_steps_are_scheduled_ahead_each_of_them_looks_for_news(server, mon
     assert len(seen) == 0
     server.scheduler.schedule()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("waits_for", ["a load and a copy", "a reload of an aborted request"])
+def test_steps_that_compute_nothing_take_their_time_while_requests_are_held_back(
+    server, monkeypatch, waits_for
+):
+    """Or the engine would have workers do nothing as often as they can."""
+    naps: list[float] = []
+    clock = SimpleNamespace(sleep=naps.append, monotonic=time.monotonic)
+    monkeypatch.setattr(scheduler_module, "time", clock)
+    server.step()
+    assert len(naps) == 0
+    server.ask("first", 1, inplace=True)
+    if waits_for != "a load and a copy":
+        server.ask("second", 1, inplace=True)
+        server.abort("first")
+    server.step()
+    assert len(naps) == 1
+    server.engine.store.loaded(pack_info(10))
+    server.step()
+    assert len(naps) == 2
+    for _ in range(3):
+        server.serve()
+    assert server.names
+    count = len(naps)
+    server.ask("another", 2)
+    server.step()
+    assert len(naps) == count
 
 
 class RealServer:
@@ -846,6 +898,17 @@ def test_a_session_that_waits_for_input_keeps_no_slot_that_an_aborted_request_wa
     for _ in range(4 * PATIENCE_STEPS):
         server.step()
     assert server.scheduler.requests.keys() == {"session"}
+
+
+def test_more_input_of_a_session_is_no_other_request(tmp_path):
+    server = RealServer(tmp_path)
+    server.start_session()
+    server.steps.ask("session", adapter=1, generate=2, resumable=True)
+    for _ in range(10):
+        server.step()
+    assert server.scheduler.users[1] == 1
+    server.steps.abort("session")
+    assert server.scheduler.users[1] == 0
 
 
 def test_the_end_of_a_sessions_input_does_not_ask_for_its_adapter(tmp_path):

@@ -103,15 +103,12 @@ class EngineAdapters:
 
     # What the scheduler asks
 
-    def want(
-        self, request: LoRARequest, tenant: RequestTenant | None = None, *, resumes: bool = False
-    ) -> LoadFailure | None:
+    def want(self, request: LoRARequest, tenant: RequestTenant | None = None) -> LoadFailure | None:
         """A request for an adapter has arrived.
 
         Args:
             request: Its adapter.
             tenant: Whose it is; None: nobody's in particular.
-            resumes: Whether it has run already, and asks for no reload again.
 
         Returns:
             Why it cannot be served, whatever becomes of the adapter that has this number.
@@ -129,7 +126,7 @@ class EngineAdapters:
             entry.owners[tenant.name] = tenant.resident
             self._wants.share(entry, tenant.name)
         entry.failure = None  # a new request is a new try
-        if request.load_inplace and not resumes:
+        if request.load_inplace:
             if not entry.is_reload_asked:
                 self._wants.cancel(entry)  # it need not look at the files
             entry.is_reload_asked, entry.reload_failure = True, None

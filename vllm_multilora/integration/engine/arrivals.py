@@ -149,11 +149,10 @@ class Arrivals:
         elif pack.pack == 0 and known is not None:
             entry.is_outdated = known.digest != pack.digest
         else:
-            keeps_lease = entry.is_leased and known is not None and known.pack == pack.pack
-            if entry.is_leased and (has_lease or not keeps_lease):
+            if has_lease or known is None or known.pack != pack.pack:
                 self._wants.release(entry)
             self._registrations.known.note_pack(entry, pack)
-            entry.is_leased = has_lease or keeps_lease
+            entry.is_leased |= has_lease
             entry.is_outdated = False
 
     def _outdate_blends(self, part: Entry, digest: str) -> None:

@@ -31,9 +31,6 @@ class LateReloads:
         # Requests that are held back, by adapter, for all adapters of which a reload is on its way.
         self._held: dict[int, dict[str, None]] = {}
 
-    def __bool__(self) -> bool:
-        return any(self._held.values())
-
     def hold(self, request: Request, adapters: EngineAdapters) -> bool:
         """Whether a new request with an adapter is held back."""
         lora = request.lora_request

@@ -93,8 +93,6 @@ class Registrations:
 
     def _make_room(self) -> None:
         """Forgets adapters that are only known by name; the store is not told to."""
-        if len(self.known) < MOST_KNOWN:
-            return
         for entry in list(itertools.islice(self.known, _TRIES)):
             if len(self.known) < MOST_KNOWN:
                 return

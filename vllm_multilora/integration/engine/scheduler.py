@@ -222,12 +222,12 @@ class AdapterAwareMixin:
         slots, order = max(1, self._slots - pins.places), self._slot_order()
         could_run = partial(_that_could_run, self.requests)
         self._turns.begin_step(active, slots, order, could_run, adapters.is_at_hand)
-        self._is_holding = bool(self._late_reloads)
+        self._is_holding = False
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         computes = output.total_num_scheduled_tokens > 0
         adapters.running(_adapters_of(self.running), computes=computes)
-        if self._is_holding and not computes and not self._failing:
+        if self._is_holding and not computes:
             self.asides.flush()
             time.sleep(_IDLE_S)  # else workers answer empty steps as fast as they can
         return output
@@ -246,10 +246,8 @@ class AdapterAwareMixin:
         """Takes requests back whose adapters have lost their slots (sleep) while they ran."""
         unfilled = adapters.slots.unfilled
         for request in [r for r in self.running if _number_of(r) in unfilled] if unfilled else ():
-            assert request.lora_request is not None
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
-            adapters.want(request.lora_request, tenant_of(request), resumes=True)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         # In this order: a request that waits for its grammar, say, must not take a slot meanwhile.
@@ -265,7 +263,10 @@ class AdapterAwareMixin:
             return True
         if lora.lora_int_id in self._blocked:
             return False
-        if request.request_id in self._failing or self._late_reloads.holds(request):
+        if request.request_id in self._failing:
+            return False
+        if self._late_reloads.holds(request):
+            self._is_holding = True
             return False
         if adapters.asks_late:
             # Nothing is loaded, with everybody waiting, for a request that has no slot yet.
@@ -368,7 +369,7 @@ def _settle(adapters: EngineAdapters, asides: Asides, pause: PauseState) -> None
     What has been read wakes nobody any more. In a pause, other engines' loads may need the host
     memory that adapters wait in.
     """
-    asides.flush()
+    asides.flush()  # workers are sent now what it orders
     adapters.poll()
     if pause is not PauseState.UNPAUSED:
         adapters.yield_host_memory()
