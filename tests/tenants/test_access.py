@@ -8,6 +8,7 @@ import tracemalloc
 from argparse import Namespace
 from collections import Counter, defaultdict
 from functools import partial
+from http import HTTPStatus
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ from vllm_multilora.integration.server import access_middleware
 from vllm_multilora.integration.server.access import Access, access_for, read_admin_keys
 from vllm_multilora.integration.server.access_middleware import (
     AccessMiddleware,
+    error_answer,
     presented_key,
     route_path,
     turn_of,
@@ -107,6 +109,26 @@ def test_the_application_knows_who_calls(tenants, key, role, tenant):
     assert caller.role is role
     assert (caller.tenant and caller.tenant.name) == tenant
     assert current_caller.get() is None
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("/v1/chat/completions", {"error": {"code", "message", "param", "type"}}),
+        ("/v1/messages/render", {"error": {"code", "message", "param", "type"}}),
+        ("/v1/messages", {"type": "error", "error": {"message", "type"}}),
+        ("/v1/messages/count_tokens", {"type": "error", "error": {"message", "type"}}),
+        ("/cohere/v2/chat", {"message": "The request has no valid key"}),
+    ],
+)
+def test_errors_have_the_shape_of_the_api_that_was_called(path, keys):
+    answer = error_answer(HTTPStatus.UNAUTHORIZED, "The request has no valid key", path=path)
+    assert answer.status_code == HTTPStatus.UNAUTHORIZED
+    body = json.loads(answer.body)
+    if "error" in body:
+        assert body["error"]["message"] == "The request has no valid key"
+        body["error"] = body["error"].keys()
+    assert body == keys
 
 
 def test_a_tenant_gets_no_metrics_with_its_answer(tenants):

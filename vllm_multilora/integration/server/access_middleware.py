@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
+from vllm.entrypoints.anthropic.api_router import translate_error_response
 
 from vllm_multilora.integration.server.access_log import keep_refusals_few
 from vllm_multilora.integration.server.callers import Caller, current_caller, error_response
@@ -40,6 +41,8 @@ _MESSAGES = {
     HTTPStatus.FORBIDDEN: "The key does not allow this.",
     HTTPStatus.NOT_FOUND: "There is nothing at a path with control characters.",
 }
+_ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
+_COHERES = "/cohere/v2/chat"
 _OF_TENANTS = (Endpoint.CALL, Endpoint.STORED, Endpoint.MODELS, Endpoint.STATUS)
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
@@ -212,8 +215,9 @@ class AccessMiddleware:
             if isinstance(error, LimitReachedError):
                 status, caller.retry_after_s = HTTPStatus.TOO_MANY_REQUESTS, error.retry_after_s
                 await _pause(account.without_turn)
-            response = JSONResponse(error_response(status, str(error)).model_dump(), status)
-            await response(scope, receive, send_marked)
+            await error_answer(status, str(error), path=route_path(scope))(
+                scope, receive, send_marked
+            )
         except _ClientGoneError:  # for middlewares of the operator's, which expect an answer
             await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)
 
@@ -317,9 +321,26 @@ def _has_gone(held: list[Message]) -> bool:
 
 
 async def _refuse(status: HTTPStatus, scope: Scope, receive: Receive, send: Send) -> None:
-    headers = {"www-authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else {}
-    body = error_response(status, _MESSAGES[status]).model_dump()
-    await JSONResponse(body, status, headers)(scope, receive, send)
+    answer = error_answer(status, _MESSAGES[status], path=route_path(scope))
+    if status is HTTPStatus.UNAUTHORIZED:
+        answer.headers["www-authenticate"] = "Bearer"
+    await answer(scope, receive, send)
+
+
+def error_answer(status: HTTPStatus, message: str, *, path: str) -> JSONResponse:
+    """An error as clients of an endpoint read it: vLLM's has Anthropic's and Cohere's APIs, too.
+
+    Args:
+        status: Of the answer.
+        message: For people.
+        path: The endpoint's, without the server's root path.
+    """
+    error = error_response(status, message)
+    if path in _ANTHROPICS:
+        return translate_error_response(error)
+    if path == _COHERES:
+        return JSONResponse({"message": message}, status)  # whose protocol needs their SDK
+    return JSONResponse(error.model_dump(), status)
 
 
 def is_preflight(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
