@@ -51,6 +51,10 @@ class Grammar:
         self.clock.now += self.seconds.pop(0) if self.seconds else 0.0
         bitmask[index] = 7
 
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        self.clock.now += self.seconds.pop(0) if self.seconds else 0.0
+        return True
+
 
 def manager() -> Any:
     """What vLLM's asks of itself."""
@@ -146,6 +150,28 @@ def test_nothing_is_kept_where_nobody_ends_requests():
     assert outputs._grammar_bitmask[0] == 7
     assert not hasattr(grammar, "vllm_multilora")
     assert not hasattr(outputs, "vllm_multilora")
+
+
+def test_one_that_is_slow_to_go_on_by_an_answers_tokens_is_slow(monkeypatch):
+    """`root ::= [a-z] root [a-z] | [a-z] | root root` tells at once what it allows next."""
+    clock = Clock()
+    monkeypatch.setattr(grammars, "time", clock)
+    register()
+    outputs = object.__new__(StructuredOutputManager)
+    outputs.enable_in_reasoning = True  # it has no reasoning to look at
+    outputs.executor = ThreadPoolExecutor(1)
+    keep_apart(outputs)
+    plain, slow, sound = FakeRequest("plain"), Grammar(clock, [0.15] * 4), Grammar(clock)
+    plain.structured_output_request = None
+    running = [request("slow", slow), request("sound", sound), plain]
+    scheduler = SimpleNamespace(structured_output_manager=outputs, running=running)
+    for each in running:
+        each.use_structured_output = each is not plain
+    ended = []
+    for _ in range(4):
+        assert all(outputs.accept_tokens(each, [1, 2]) for each in running)
+        ended.append(list(take_slow(scheduler)))
+    assert ended == [[], [], [], ["slow"]]
 
 
 def test_a_request_with_a_slow_grammar_ends_and_others_go_on(server, monkeypatch):

@@ -3,9 +3,10 @@
 They are compiled on a few threads, which may take a minute for one. Tenants take turns there, and
 for requests that have ended nothing is compiled.
 
-Which tokens the grammar of a structured output allows next is computed between two steps. Sound
-ones take a millisecond at most; one of a line may take seconds, and for each token more than for
-the last, while no step is taken for anybody. Requests of tenants end whose grammars do so.
+Which tokens the grammar of a structured output allows next is computed between two steps, and what
+follows from the token that was chosen, too. Sound ones take a millisecond at most; one of a line
+may take seconds for either, and for each token more than for the last, while no step is taken for
+anybody. Requests of tenants end whose grammars do so.
 """
 
 from __future__ import annotations
@@ -59,9 +60,23 @@ def fill_bitmasks(original: Callable[..., None], manager: Any, batch: Iterable[A
             slow.append(one[0])
 
 
-def _is_slow(grammar: Any, seconds: float) -> bool:
+def accept_tokens(
+    original: Callable[..., bool], manager: Any, request: Request, *args: Any, **kwargs: Any
+) -> bool:
+    """Has a grammar go on by the tokens that were chosen, and finds out how long that takes."""
+    output, slow = request.structured_output_request, SLOW_GRAMMARS.get(manager)
+    if output is None or slow is None:
+        return original(manager, request, *args, **kwargs)
+    begun = time.thread_time()
+    are_allowed = original(manager, request, *args, **kwargs)
+    if _is_slow(output.grammar, time.thread_time() - begun, allowed_s=0.0):
+        slow.append(output.grammar)
+    return are_allowed
+
+
+def _is_slow(grammar: Any, seconds: float, allowed_s: float = ALLOWED_PER_TOKEN_S) -> bool:
     before = GRAMMAR_TIME.get(grammar)
-    left = (ALLOWED_S if before is None else before) + ALLOWED_PER_TOKEN_S - seconds
+    left = (ALLOWED_S if before is None else before) + allowed_s - seconds
     GRAMMAR_TIME.set(grammar, min(left, ALLOWED_S))
     return left < 0
 

@@ -257,6 +257,17 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM bounds what grammars take.",
     ),
     Patch(
+        name="grammar-time-of-answers",
+        target="vllm.v1.structured_output:StructuredOutputManager.accept_tokens",
+        takes=("self, request, new_token_ids",),
+        handler="engine.grammars:accept_tokens",
+        why="Nor does anything bound how long a grammar takes to go on by a token of the answer: "
+        "one of forty characters takes milliseconds to say what it allows next, and seconds for "
+        "this. Notes it, too.",
+        checked=(),
+        until="vLLM bounds what grammars take.",
+    ),
+    Patch(
         name="pin",
         target="vllm.v1.engine.core:EngineCore.pin_lora",
         takes=("self, lora_id",),
