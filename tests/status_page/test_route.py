@@ -164,6 +164,7 @@ def test_operators_are_told_of_tenants_and_nobody_else_is(monkeypatch, access):
                 "tokens_per_minute": 6000,
                 "adapters": None,
                 "resident": None,
+                "answers": None,
             },
         }
     ]

@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +153,32 @@ def test_a_tenants_call_wants_few_enough_answers_to_begin_them_in_a_moment():
         begin(who, 3)
         metering._beam.reset(token)
         assert list(processor.request_states) == ["0", "1", "3"]
+
+
+def test_a_tenants_running_calls_want_no_more_answers_than_it_may_have_at_a_time():
+    """A call that wants many is one, but takes as many places and as much of the KV cache."""
+    account = Account(Tenant("acme", limits=Limits(running=2, answers=8)))
+    processor = Processor()
+
+    def begin(number: int, answers: int) -> Caller:
+        who = Caller(Role.TENANT, account=account, granted={None})
+        parent = SimpleNamespace(sampling_params=SimpleNamespace(n=answers))
+        request, add = Request(request_id=str(number)), Processor.add
+        as_caller(who, lambda: add_request(add, processor, request, None, parent, 0))
+        return who
+
+    def is_refused(number: int, answers: int) -> bool:
+        with pytest.raises(GracefulHTTPError, match=r"answers at a time \(8\)") as refusal:
+            begin(number, answers)
+        return refusal.value.http_status == HTTPStatus.TOO_MANY_REQUESTS
+
+    first = begin(0, 5)
+    assert is_refused(1, 4)
+    begin(2, 3)
+    first.ended()
+    begin(3, 5)
+    assert is_refused(4, 1)
+    assert list(processor.request_states) == ["0", "2", "3"]
 
 
 def test_a_tenants_call_wants_few_enough_scores_to_tell_them_in_a_moment():

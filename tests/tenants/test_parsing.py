@@ -20,7 +20,8 @@ tenants:
     routes: [support]
     base_model: true
     weight: 2.5
-    limits: {{running: 4, waiting: 0, tokens_per_minute: 60000, adapters: 3, resident: 5}}
+    limits:
+      {{running: 4, waiting: 0, tokens_per_minute: 60000, adapters: 3, resident: 5, answers: 7}}
   small:
     keys: ["{stored("sk-three")}"]
 """
@@ -34,7 +35,7 @@ def test_everything_is_read():
         Names(("support",)),
         base_model=True,
         weight=2.5,
-        limits=Limits(4, 0, 60000, 3, 5),
+        limits=Limits(4, 0, 60000, 3, 5, 7),
     )
     assert found.by_name["small"] == Tenant("small")
     assert found.keys[digest_of("sk-one")] == found.keys[digest_of("sk-two")] == "acme"
@@ -57,7 +58,7 @@ def test_names_are_exact_or_beginnings():
 
 
 def test_limits_are_divided_among_servers_and_rounded_up():
-    assert Limits(4, 0, 60000, 3, 5).divided(3) == Limits(2, 0, 20000, 3, 5)
+    assert Limits(4, 0, 60000, 3, 5, 7).divided(3) == Limits(2, 0, 20000, 3, 5, 3)
     assert Limits(1, 1, 100, 1).divided(8) == Limits(1, 1, 12.5, 1)
     assert Limits().divided(4) == Limits()
 

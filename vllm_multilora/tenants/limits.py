@@ -158,6 +158,7 @@ class Account:
         self._is_stopped = False
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._adapters: Counter[str] = Counter()
+        self._answers = 0
         self._meters: list[Meter] = []
         self._settles_at = -math.inf
         self._bucket: TokenBucket | None = None
@@ -274,6 +275,21 @@ class Account:
         self._adapters[adapter] -= 1
         if not self._adapters[adapter]:
             del self._adapters[adapter]
+
+    def want(self, answers: int) -> None:
+        """Counts answers that a call wants, until `unwant`.
+
+        Raises:
+            LimitReachedError: The tenant's calls want too many together.
+        """
+        limit = self._limits.answers
+        if limit is not None and self._answers + answers > limit:
+            raise LimitReachedError(f"the limit of answers at a time ({limit}) is reached")
+        self._answers += answers
+
+    def unwant(self, answers: int) -> None:
+        """Undoes `want`."""
+        self._answers -= answers
 
     def charge(self, tokens: int) -> None:
         """Counts tokens that the tenant has used."""

@@ -17,7 +17,7 @@ MIN_SALT_LENGTH = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOP = ("tenants", "cache_salt")
 _TENANT = ("keys", "adapters", "routes", "base_model", "weight", "limits")
-_LIMITS = ("running", "waiting", "tokens_per_minute", "adapters", "resident")
+_LIMITS = ("running", "waiting", "tokens_per_minute", "adapters", "resident", "answers")
 
 
 def load_tenants(path: str | os.PathLike[str]) -> Tenants:

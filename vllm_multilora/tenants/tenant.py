@@ -22,6 +22,7 @@ class Limits:
         adapters: Most different adapters in use at the same time.
         resident: Most adapters that stay in host memory: for one more, one of the tenant's own
             leaves. Those that its requests wait for do not, so it may be exceeded for a while.
+        answers: Most answers that its running calls want together; a call may want many.
     """
 
     running: int | None = None
@@ -29,6 +30,7 @@ class Limits:
     tokens_per_minute: float | None = None
     adapters: int | None = None
     resident: int | None = None
+    answers: int | None = None
 
     def divided(self, parts: int) -> Limits:
         """The limits of one of several API servers: equal parts, counts rounded up.
@@ -44,6 +46,7 @@ class Limits:
             self,
             running=part(self.running),
             waiting=part(self.waiting),
+            answers=part(self.answers),
             tokens_per_minute=None if tokens is None else tokens / parts,
         )
 

@@ -113,8 +113,15 @@ class Caller:
         """The call wants so many answers, more than before.
 
         Raises:
-            GracefulHTTPError: A tenant's wants too many: nobody is answered while they are begun.
+            GracefulHTTPError: A tenant's wants too many: nobody is answered while they are begun;
+                or it and the tenant's others do.
         """
+        if self.account is not None:
+            try:
+                self.account.want(count)
+            except LimitReachedError as error:
+                self.retry_after_s = error.retry_after_s
+                raise GracefulHTTPError(str(error), HTTPStatus.TOO_MANY_REQUESTS) from error
         self._answers += count
         self._bound(
             self._answers, MOST_ANSWERS, "answers at most, those to all of its prompts together."
@@ -167,6 +174,8 @@ class Caller:
         for name in self._used:
             self.account.release(name)
         self._used.clear()
+        self.account.unwant(self._answers)
+        self._answers = 0
         if self.has_turn:
             self.account.end()
 
