@@ -1,7 +1,8 @@
 """The queue of waiting requests keeps its order, whatever a step passes over."""
 
 from collections import deque
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ class Waiting:
     party: str = "everybody"
     num_tokens: int = 4
     num_computed_tokens: int = 0
-    is_compiled: bool = False
+    grammar: Future[None] = field(default_factory=Future)
 
     @property
     def lora_request(self):
@@ -33,7 +34,11 @@ class Waiting:
 
     @property
     def has_grammar(self) -> bool:
-        return self.is_compiled or self.number % NO_GRAMMAR > 0
+        return self.grammar.done() or self.number % NO_GRAMMAR > 0
+
+    def compile(self) -> None:
+        if not self.grammar.done():
+            self.grammar.set_result(None)
 
 
 class Scheduler:
@@ -48,7 +53,7 @@ class Scheduler:
         self.skipped: set[Waiting] = set()
         self.shares = FairShares()
         self.queue = FairQueue(
-            self.shares, lambda request: request.party, self.skipped, rank, lacks_grammar
+            self.shares, lambda request: request.party, self.skipped, rank, awaited
         )
         self.examined: list[Waiting] = []
 
@@ -79,6 +84,14 @@ class Scheduler:
             again.appendleft(request)
         queue.prepend_requests(again)
         return taken
+
+
+def awaited(request: Waiting) -> Future[None] | None:
+    asked_of.append(request)
+    return None if request.has_grammar else request.grammar
+
+
+asked_of: list[Waiting] = []
 
 
 def lacks_grammar(request: Waiting) -> bool:
@@ -119,7 +132,7 @@ def test_with_one_party_it_is_vllms_own_queue(steps, rank):
         line = [request for request in line if request not in gone]
         for place in compiled:
             if place < len(line):
-                line[place].is_compiled = True
+                line[place].compile()
         expected, seen = list[Waiting](), set[int]()
         for request in line:
             if len(expected) == room:
@@ -165,8 +178,8 @@ def test_of_each_party_the_order_is_kept_and_nothing_is_lost(steps, blocked_part
         scheduler.queue.remove_requests(gone)
         for request in gone:
             del there[request]
-        for request in there:
-            request.is_compiled |= request.number in compiled
+        for request in [each for each in there if each.number in compiled]:
+            request.compile()
         passed = {blocked_party} if passes else set()
         taken = scheduler.step(blocked, room, passed_parties=passed)
         for request in taken:
@@ -248,9 +261,11 @@ def test_one_look_is_enough_for_all_that_wait_for_grammars():
     assert len(scheduler.examined) == 3
     assert len(scheduler.skipped) == 3000
     for request in waiting[-2:]:
-        request.is_compiled = True
+        request.compile()
+    asked_of.clear()
     assert set(scheduler.step()) == set(waiting[-2:])
     assert len(scheduler.examined) == 4
+    assert len(asked_of) == 4, "which thousands would take longer for than all the rest of a step"
     scheduler.queue.remove_requests(waiting[:-2])
     assert not scheduler.queue._lines
 

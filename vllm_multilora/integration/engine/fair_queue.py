@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future
 from itertools import count
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,7 @@ class FairQueue(RequestQueue):
             are passed over.
         rank: A request's place among all others, the least first; None: they are in the order in
             which they come in, at either end.
-        waits: Whether a request waits for something of its own, and cannot run before it has come.
+        awaited: What a request waits for of its own, and cannot run before; None: nothing.
     """
 
     def __init__(
@@ -125,13 +126,13 @@ class FairQueue(RequestQueue):
         party_of: Callable[[Request], Party],
         skipped: set[Request] | None = None,
         rank: Callable[[Request], Any] | None = None,
-        waits: Callable[[Request], bool] = lambda request: False,
+        awaited: Callable[[Request], Future[Any] | None] = lambda request: None,
     ) -> None:
         self._shares = shares
         self._party_of = party_of
         self._skipped = skipped
         self._rank = rank
-        self._waits = waits
+        self._awaited = awaited
         self._lines: dict[Party, _Line] = {}
         self._emptied: dict[Party, _Line] = {}  # in this step, which puts most requests back
         self._length = 0
@@ -144,7 +145,7 @@ class FairQueue(RequestQueue):
         self._taken: dict[Request, Any] = {}
         self._passing: tuple[Request, bool] | None = None
         self._with_hidden: set[Party] = set()
-        self._apart: set[tuple[Party, Key]] = set()  # lanes of those that wait, and more
+        self._came: deque[Request] = deque()  # who has what it has waited for; from any thread
         self._hidden = 0
 
     @property
@@ -161,15 +162,12 @@ class FairQueue(RequestQueue):
             self._lines[party].hidden.clear()
             self._lines[party].changed()
         self._with_hidden.clear()
-        apart, self._apart = self._apart, set()
-        for party, key in apart:
-            if (line := self._lines.get(party)) is None:
-                continue
-            for place, request in line.take_out(key, lambda each: not self._waits(each)):
+        came = {self._came.popleft() for _ in range(len(self._came))}
+        for party, adapter in self._owners(came):
+            line = self._lines.get(party)
+            for place, request in line.take_out((adapter, True), came.__contains__) if line else ():
                 self._length -= 1
                 self._put(request, place)
-            if key in line.lanes:
-                self._apart.add((party, key))
 
     def pass_over(self, request: Request, *, whole_party: bool = False) -> None:
         """Shows no more of a party's requests for an adapter in this step.
@@ -183,6 +181,8 @@ class FairQueue(RequestQueue):
         self._passing = request, whole_party
 
     def add_request(self, request: Request) -> None:
+        if (awaited := self._awaited(request)) is not None:
+            awaited.add_done_callback(lambda _: self._came.append(request))
         self._back += 1
         self._put(request, self._back if self._rank is None else self._rank(request))
 
@@ -240,7 +240,7 @@ class FairQueue(RequestQueue):
     def remove_requests(self, requests: Iterable[Request]) -> None:
         """Removes those of the requests that are in the queue."""
         leaving = set(requests)
-        for party, adapter in {(self._party_of(each), _adapter_of(each)) for each in leaving}:
+        for party, adapter in self._owners(leaving):
             line = self._lines.get(party)
             if line is None:
                 continue
@@ -264,8 +264,13 @@ class FairQueue(RequestQueue):
         lanes = [lane for line in self._lines.values() for lane in line.lanes.values()]
         return iter([each for _, each in heapq.merge(*lanes, key=itemgetter(0))])
 
+    def _owners(self, requests: Iterable[Request]) -> set[tuple[Party, int | None]]:
+        """The parties of requests, each with the adapters of its."""
+        return {(self._party_of(each), _adapter_of(each)) for each in requests}
+
     def _put(self, request: Request, place: Any) -> None:
-        party, key = self._party_of(request), (_adapter_of(request), self._waits(request))
+        waits = self._awaited(request) is not None
+        party, key = self._party_of(request), (_adapter_of(request), waits)
         line = self._lines.get(party)
         if line is None:
             line = self._emptied.pop(party) if party in self._emptied else _Line()
@@ -274,8 +279,6 @@ class FairQueue(RequestQueue):
         line.changed()
         self._length += 1
         self._hidden += key in line.hidden
-        if key[1]:
-            self._apart.add((party, key))
         if (lane := line.lanes.get(key)) is None:
             line.lanes[key] = [(place, request)]
         else:
@@ -312,15 +315,15 @@ def queue_of(scheduler: Any, shares: FairShares, party_of: Callable[[Request], P
     skipped = getattr(scheduler, "deferred_waiting", None)
     is_ranked = isinstance(scheduler.waiting, PriorityRequestQueue)
     rank = _rank if is_ranked else None
-    return FairQueue(shares, party_of, skipped, rank, waits_for_grammar)
+    return FairQueue(shares, party_of, skipped, rank, awaited_grammar)
 
 
-def waits_for_grammar(request: Request) -> bool:
-    """Whether a request's grammar is still being compiled."""
+def awaited_grammar(request: Request) -> Future[Any] | None:
+    """A request's grammar that is still being compiled; None if there is none."""
     if request.status is not RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
-        return False
-    output = request.structured_output_request
-    return output is None or not output.is_grammar_ready
+        return None
+    grammar = getattr(request.structured_output_request, "_grammar", None)
+    return grammar if isinstance(grammar, Future) and not grammar.done() else None
 
 
 def _rank(request: Request) -> tuple[int, float, str]:

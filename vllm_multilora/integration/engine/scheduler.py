@@ -29,7 +29,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.asides import Asides
-from vllm_multilora.integration.engine.fair_queue import FairQueue, queue_of, waits_for_grammar
+from vllm_multilora.integration.engine.fair_queue import FairQueue, awaited_grammar, queue_of
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.engine.grammars import take_slow
 from vllm_multilora.integration.engine.late_reloads import HAS_RUN, LateReloads
@@ -386,7 +386,7 @@ def _number_of(request: Request) -> int | None:
 
 def _waits_as_others_do(request: Request, blocked: Collection[int | None]) -> bool:
     """Whether a request cannot run for its adapter's sake, or lacks its grammar."""
-    return _number_of(request) in blocked or waits_for_grammar(request)
+    return _number_of(request) in blocked or awaited_grammar(request) is not None
 
 
 def _requests_of(
