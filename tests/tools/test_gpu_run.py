@@ -5,6 +5,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -244,6 +245,30 @@ def test_a_part_that_takes_too_long_is_ended_and_the_rest_goes_on(tmp_path, monk
     poller.register(held, select.POLLHUP)
     assert poller.poll(10_000), "what the part has started goes on beside the next one"
     os.close(held)
+
+
+def test_tests_that_are_ended_leave_the_results_of_those_that_were_over(tmp_path):
+    pipe, tests, results = (tmp_path / name for name in ("pipe", "test_two.py", "tests.xml"))
+    os.mkfifo(pipe)
+    tests.write_text(
+        "import time\n"
+        "def test_that_is_over(): pass\n"
+        "def test_that_takes_too_long():\n"
+        f"    with open({str(pipe)!r}, 'w'): time.sleep(60)\n"
+    )
+    pytest_at = (sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path))
+    part = run.Part("tests", (*pytest_at, f"--junitxml={results}", str(tests)), 1.0)
+    ended: list[int] = []
+
+    def end() -> None:
+        with pipe.open():  # once the second test has begun
+            ended.append(15)
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    assert run._run_part(part, tmp_path, {"GPU_SECONDS": "60"}, ended) == "ended"
+    thread.join(10)
+    assert 'name="test_that_is_over"' in results.read_text()
 
 
 def test_whoever_ends_it_ends_the_part_that_runs(tmp_path):

@@ -147,9 +147,14 @@ def _run_part(
         while not ended and time.monotonic() < end:
             with suppress(subprocess.TimeoutExpired):
                 return process.wait(_LOOK_S)
+        # pytest writes down then how the tests went that it has run.
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
         # With what it has started: the program under a sanitizer, say, would go on beside what is
         # timed next.
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return "ended" if ended else "too late"
 
