@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from vllm_multilora.adapters.intake import Rules, open_adapter
@@ -145,6 +146,32 @@ def test_one_name_may_have_two_numbers(llm: "LLM", engine: "LLMEngine", llama: S
         case = case_of(llama, of)
         request = LoRARequest("same", number, str(llama.adapters[of]))
         assert tokens(llm, case, request) == case.expected.tokens
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(np.int64(1), str), (True, str), (1, Path)], ids=["numpy", "bool", "path"]
+)
+def test_numbers_and_paths_may_be_of_python_s_other_kinds(
+    llm: "LLM", engine: "LLMEngine", llama: Scenario, number: int, kind: "type[str | Path]"
+) -> None:
+    """No message to another process says that there is none of them here."""
+    from vllm.lora.request import LoRARequest
+
+    case = case_of(llama, FIRST)
+    request = LoRARequest(FIRST, number, kind(llama.adapters[FIRST]))
+    assert tokens(llm, case, request) == case.expected.tokens
+    assert engine.add_lora(request)
+    assert engine.list_loras() == {1}
+    assert_answers(llm, llama, FIRST, SECOND)
+
+
+def test_what_cannot_be_a_path_is_refused_before_anything_is_taken_in(
+    llm: "LLM", engine: "LLMEngine", llama: Scenario
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    with pytest.raises(TypeError, match="PathLike"):
+        engine.add_lora(LoRARequest(FIRST, 1, {"tensors": "here"}))
 
 
 def tokens(llm: "LLM", case: Case, request: "LoRARequest") -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -260,6 +261,7 @@ def preprocess_add_request(original: Callable[..., Any], engine_core: Any, reque
     lora = request.lora_request
     if lora is None or not isinstance(engine_core.scheduler, AdapterAwareMixin):
         return original(engine_core, request)
+    request.lora_request = lora = _as_sent(lora)
     # One thread makes all requests, so that nobody else sees the hasher missing.
     hasher, engine_core.request_block_hasher = engine_core.request_block_hasher, None
     try:
@@ -272,6 +274,16 @@ def preprocess_add_request(original: Callable[..., Any], engine_core: Any, reque
     if version is not None and invocation.is_invoked(made, version):
         prefix_keys.set_version(made, version.digest)
     return made, wave
+
+
+def _as_sent(lora: LoRARequest) -> LoRARequest:
+    """What a message to an engine core can hold of it: `LLM` may call one in its own process.
+
+    Raises:
+        TypeError: Its number is none, or its path is none.
+    """
+    number, path = int(operator.index(lora.lora_int_id)), os.fsdecode(lora.lora_path)
+    return msgspec.structs.replace(lora, lora_int_id=number, lora_path=path)
 
 
 def add_request(
@@ -298,6 +310,7 @@ def add_lora(
     adapters = adapters_of(engine_core)
     if adapters is None:
         return original(engine_core, request)
+    request = _as_sent(request)
 
     def register() -> Future[bool | str]:
         read: Future[bool | str] = Future()
