@@ -4,7 +4,6 @@ import itertools
 import random
 import statistics
 import time
-from collections import defaultdict
 from queue import Queue
 from threading import Thread
 from types import SimpleNamespace
@@ -540,31 +539,43 @@ def test_adapters_take_turns_when_there_are_more_than_slots(servers):
     raise AssertionError("the other adapter never had its turn")
 
 
-def test_an_adapter_whose_leases_come_late_waits_no_longer_than_those_that_share_its_slot(servers):
-    """Each has four requests at all times; copies are late, too, at random."""
-    server, numbers = servers(slots=1), random.Random(0)
-    store, workers = server.engine.store, server.engine.workers
-    late_steps, lengths = {1: 10, 2: 0, 3: 0, 4: 0}, dict[str, int]()
-    came, due, waited = dict[str, int](), dict[object, int](), defaultdict[int, list[int]](list)
-    for step in range(1500):
-        for number in (1, 2, 3, 4):
-            live = [r for r in server.scheduler.requests.values() if r.lora_request == lora(number)]
-            for _ in range(4 - len(live)):
+@pytest.mark.parametrize(
+    ("adapters", "slots", "requests", "pause", "longest", "late"),
+    [
+        pytest.param(4, 1, 4, 0, 6, 10, id="never without requests"),
+        pytest.param(8, 2, 1, 5, 12, 20, id="without requests for a while after each"),
+    ],
+)
+def test_an_adapter_whose_leases_come_late_waits_no_longer_than_those_that_share_its_slots(
+    servers, adapters, slots, requests, pause, longest, late
+):
+    """Copies are late, too, at random; each client waits so long before its next request."""
+    server, random_numbers = servers(slots=slots), random.Random(0)
+    store, workers, numbers = server.engine.store, server.engine.workers, range(1, adapters + 1)
+    came, lengths, due = dict[str, int](), dict[str, int](), dict[object, int]()
+    ready = {number: [0] * requests for number in numbers}  # when each client asks again
+    waited: dict[int, list[int]] = {number: [] for number in numbers}
+    for step in range(2000):
+        for number in numbers:
+            for _ in range(sum(when <= step for when in ready[number])):
+                ready[number].remove(min(ready[number]))
                 name = f"request {next(NUMBERS)}"
-                came[name], lengths[name] = step, numbers.randint(1, 6)
+                came[name], lengths[name] = step, random_numbers.randint(1, longest)
                 server.ask(name, number)
         for want in list(store.wants.values()):
-            if due.setdefault(("want", want.ticket), step + late_steps[want.adapter]) <= step:
+            if due.setdefault(("want", want.ticket), step + late * (want.adapter == 1)) <= step:
                 store.loaded(pack_info(want.adapter), want)
         for order in list(workers.orders):
-            if due.setdefault(("order", order.order), step + numbers.randint(0, 3)) <= step:
+            if due.setdefault(("order", order.order), step + random_numbers.randint(0, 3)) <= step:
                 workers.filled(order)
         done = [r for r in server.scheduler.running if r.steps >= lengths[r.request_id]]
         for request in done:
-            waited[request.lora_request.lora_int_id].append(step - came[request.request_id])
+            number = request.lora_request.lora_int_id
+            waited[number].append(step - came[request.request_id])
+            ready[number].append(step + 1 + pause)
         server.step(*(request.request_id for request in done))
-    means = [statistics.mean(waited[number]) for number in (1, 2, 3, 4)]
-    assert max(means) < 1.2 * min(means), means
+    means = [statistics.mean(waited[number]) for number in numbers]
+    assert max(means) < 1.25 * min(means), means
 
 
 def test_a_slot_is_not_kept_for_an_adapter_that_is_not_there(servers):

@@ -370,6 +370,21 @@ def test_one_whose_weights_are_fetched_anew_keeps_its_place_in_the_line_but_no_s
     assert [turns.admit(adapter) for adapter in (B, W)] == [False, True]
 
 
+def test_one_that_waits_for_more_than_a_slot_has_its_place_from_then_on() -> None:
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert turns.admit(A)
+    turns.wait(A)  # it has a slot
+    turns.wait(W)
+    turns.begin_step({A}, 1)
+    assert not turns.admit(X)
+    for _ in range(PATIENCE):
+        turns.begin_step({A}, 1)
+    assert not turns.keeps_waiting(A)
+    turns.begin_step((), 1)
+    assert [turns.admit(adapter) for adapter in (X, W)] == [False, True]
+
+
 def test_with_an_order_too_no_slot_is_kept_for_one_whose_weights_are_fetched_anew() -> None:
     had = {A: 2.0, B: 2.0, C: 1.0}
     turns = SlotTurns(PATIENCE)

@@ -10,11 +10,11 @@ Bound: an adapter that begins to wait while `n` others do gets a slot within
 `patience` + ceil((n + 1) / S) * L steps, with S slots and requests that run for at most L steps:
 the patience, and then as many turns as it takes to serve those before it. Whoever comes later waits
 behind it, whatever the order of the scheduler's queue, and so does the next request of an adapter
-that has had its turn. While its weights are fetched anew, it keeps its place, but no slot is kept
-for it. It has to come for its slot: requests that wait for tokens or memory beside it are the
-scheduler's affair. One that has no request left which could come, since the one that wanted the
-slot was aborted, say, has it no more: that is asked when others were turned away for it in
-`patience` steps.
+that has had its turn. While it waits for a lease, or its weights are fetched anew, it has a place,
+but no slot is kept for it. It has to come for its slot: requests that wait for tokens or memory
+beside it are the scheduler's affair. One that has no request left which could come, since the one
+that wanted the slot was aborted, say, has it no more: that is asked when others were turned away
+for it in `patience` steps.
 
 With fair shares the slots that are kept for the overdue go, of all that wait, to those whose
 parties have had least of the engine, and those are closed whose parties have had most, but for
@@ -115,12 +115,17 @@ class SlotTurns:
         if adapter_id not in self._next:
             if not self._free:
                 self._turns_away = True
-                self._waiting.setdefault(adapter_id, self._step)
+                self.wait(adapter_id)
                 return False
             self._free -= 1
         self._since[adapter_id] = self._step
         self._waiting.pop(adapter_id, None)
         return True
+
+    def wait(self, adapter_id: int) -> None:
+        """A request of the adapter waits from now on, be it not for a slot alone yet."""
+        if adapter_id not in self._since:
+            self._waiting.setdefault(adapter_id, self._step)
 
     def place(self, adapter_id: int) -> None:
         """An adapter that was admitted is on its way into its slot.

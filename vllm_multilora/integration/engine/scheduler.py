@@ -310,6 +310,8 @@ class AdapterAwareMixin:
             self._failing[request.request_id] = to_stop_reason(failure, lora)
         else:
             self._is_holding = True
+            if adapters.state(lora.lora_int_id) is AdapterState.HOST:
+                self._turns.wait(lora.lora_int_id)  # its lease is all that is late
         return False
 
     def update_from_output(
