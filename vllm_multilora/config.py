@@ -9,12 +9,12 @@ nothing else.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.wording import guess
 
 CONFIG_KEY = "multilora"
 """The key of vLLM's `additional_config` under which the settings travel."""
@@ -324,10 +324,9 @@ class MultiLoRAConfig:
         known = [f.name for f in fields(cls)]
         for key in settings:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(
-                    f"unknown setting {key!r} in {CONFIG_KEY}{hint} (known: {', '.join(known)})"
+                    f"unknown setting {key!r} in {CONFIG_KEY}{guess(str(key), known)} "
+                    f"(known: {', '.join(known)})"
                 )
         return cls(**settings)
 

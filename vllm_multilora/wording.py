@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection
 from itertools import islice
 
@@ -21,3 +22,9 @@ def listed(names: Collection[str], most: int) -> str:
     """Names in words, such as `a, b and 3 more`: the first so many, and how many others."""
     more = len(names) - most
     return ", ".join(islice(names, most)) + (f" and {more} more" if more > 0 else "")
+
+
+def guess(name: str, known: Collection[str]) -> str:
+    """What a message adds of an unknown name, such as `; did you mean 'a'?`; empty if nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -136,7 +136,7 @@ BROKEN = {
     "target-list": ("routes:\n  r: [a]", 2, "routes.r", "found ['a'], expected an adapter's name"),
     "null-target": ("routes:\n  r:", 2, "routes.r", "found nothing, expected an adapter's name"),
     "empty-target": ("routes:\n  r: {}", 2, "routes.r", "found an empty mapping, expected"),
-    "typo": ("routes:\n  r:\n    splits: {a: 1}", 3, "routes.r.splits", "did you mean split?"),
+    "typo": ("routes:\n  r:\n    splits: {a: 1}", 3, "routes.r.splits", "did you mean 'split'?"),
     "two-kinds": (
         "routes:\n  r: {split: {a: 1}, by: user, cases: {x: a}}",
         *(2, "routes.r", "found split and by, expected"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_multilora.wording import counted, listed
+from vllm_multilora.wording import counted, guess, listed
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,8 @@ def test_one_is_not_called_several(count: int, adapters: str, copies: str) -> No
 )
 def test_the_first_names_stand_for_all(names: list[str], text: str) -> None:
     assert listed(names, 2) == text
+
+
+def test_the_nearest_of_the_known_names_is_suggested() -> None:
+    assert guess("splits", ["adapter", "split"]) == "; did you mean 'split'?"
+    assert guess("x", ["adapter", "split"]) == ""

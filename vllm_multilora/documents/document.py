@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.wording import guess
 
 Keys = tuple[str, ...]
 """The keys from the top of a document down to a value."""
@@ -54,11 +54,8 @@ class Document:
         """
         for key in found:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise self.error(
-                    (*keys, key), f"found an unknown key, expected {', '.join(known)}{hint}"
-                )
+                expected = f"{', '.join(known)}{guess(key, known)}"
+                raise self.error((*keys, key), f"found an unknown key, expected {expected}")
 
 
 def read_document(file: str, text: str) -> Document:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -12,6 +11,7 @@ from vllm_multilora.slots.policies.aging import GdsfPolicy, LfuPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.slots.policies.slru import SlruPolicy
 from vllm_multilora.slots.policy import CachePolicy, PolicyError
+from vllm_multilora.wording import guess
 
 ENTRY_POINT_GROUP = "vllm_multilora.cache_policies"
 METHODS = ("added", "used", "removed", "victim")
@@ -77,10 +77,9 @@ def _find(name: str) -> Callable[[], CachePolicy]:
                 f"imported: {type(error).__name__}: {error}"
             ) from error
     known = (*BUILT_IN, *sorted(installed))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise PolicyError(
-        f"unknown cache policy {name!r}{hint} (known: {', '.join(known)}; or give module:Class)"
+        f"unknown cache policy {name!r}{guess(name, known)} (known: {', '.join(known)}; or give "
+        "module:Class)"
     )
 
 
