@@ -43,7 +43,7 @@ from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
 from vllm_multilora.integration.server.metering import ServerMeter, shutdown
 from vllm_multilora.integration.server.start import require_guards
-from vllm_multilora.integration.server.stored_responses import init_responses
+from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
 from vllm_multilora.store.launch import environment
 from vllm_multilora.tenants.keys import KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
@@ -677,6 +677,25 @@ def test_what_is_kept_of_responses_is_its_tenants_alone(tenants):
     as_key(ACME, lambda store: store.update(resp_1="acme's"))
     for key, found in (("sk-zen", None), (ADMIN, None), (ACME, "acme's")):
         assert as_key(key, lambda store: store.get("resp_1")) == [found] * 3
+
+
+def test_a_tenants_oldest_responses_give_way_to_new_ones(tenants):
+    """vLLM keeps all for ever, with their prompts."""
+    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
+    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+    store = BackgroundApp(tenants).response_store
+
+    def kept(key, count):
+        def keep():
+            store.update({f"resp_{number}": number for number in range(count)})
+            return list(store.values())
+
+        return as_caller(access.caller(key), keep)
+
+    assert kept("sk-zen", 1) == [0]
+    assert kept(ACME, MOST_KEPT + 2) == list(range(2, MOST_KEPT + 2))
+    assert len(kept(ADMIN, MOST_KEPT + 2)) == MOST_KEPT + 2
+    assert kept("sk-zen", 1) == [0]
 
 
 def test_calls_have_the_file_looked_at(tenants, monkeypatch):

@@ -1,41 +1,54 @@
 """Stored responses can be read only by those who created them, and count while they are made.
 
 vLLM keeps responses, their messages, events and tasks by id, for whoever has the id, and clients
-may choose ids. Where tenants are set, each of them has ids of its own.
+may choose ids. It never removes one. Where tenants are set, each of them has ids of its own, and
+its oldest responses give way to new ones.
 
 A response in the background is made by a task, after the call that asked for it has been answered.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.callers import current_caller, current_tenant
 
+MOST_KEPT = 1_024
+"""Responses of one tenant that are kept: those that it asked for last."""
+
 
 class OwnedMapping(MutableMapping[str, Any]):
-    """A mapping in which every tenant has keys of its own, as have all others together."""
+    """A mapping in which every tenant has keys of its own, as have all others together.
 
-    def __init__(self) -> None:
-        self._values: dict[tuple[str | None, str], Any] = {}
+    Args:
+        most: Values that are kept for a tenant: its oldest gives way to a new one. None: all.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._values: defaultdict[str | None, dict[str, Any]] = defaultdict(dict)
+        self._most = most
 
     def __getitem__(self, key: str) -> Any:
-        return self._values[current_tenant(), key]
+        return self._values[current_tenant()][key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._values[current_tenant(), key] = value
+        tenant = current_tenant()
+        values = self._values[tenant]
+        values[key] = value
+        if self._most is not None and tenant is not None and len(values) > self._most:
+            del values[next(iter(values))]
 
     def __delitem__(self, key: str) -> None:
-        del self._values[current_tenant(), key]
+        del self._values[current_tenant()][key]
 
     def __iter__(self) -> Iterator[str]:
-        tenant = current_tenant()
-        return (key for owner, key in list(self._values) if owner == tenant)
+        return iter(list(self._values[current_tenant()]))
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._values[current_tenant()])
 
 
 class BackgroundTasks(OwnedMapping):
@@ -54,7 +67,8 @@ def init_responses(
     vllm_config = getattr(engine_client, "vllm_config", None)
     if vllm_config is None or settings_of(vllm_config).tenants is None:
         return
-    self.response_store = OwnedMapping()
-    self.msg_store = OwnedMapping()
-    self.event_store = OwnedMapping()
+    self.response_store = OwnedMapping(MOST_KEPT)
+    # A response's messages and events are kept before it is, and have to be there while it is.
+    self.msg_store = OwnedMapping(2 * MOST_KEPT)
+    self.event_store = OwnedMapping(2 * MOST_KEPT)
     self.background_tasks = BackgroundTasks()
