@@ -50,11 +50,15 @@ class Model:
         self.may_fill = threading.Event()
         self.may_fill.set()
         self.factors = None
+        self.lora_slots = SLOTS
         self.error: Exception | None = None
         self.filled: list[tuple[int, Any, str]] = []
 
     def give_slot(self, slot: int, lora_id: int) -> None:
         self.lora_index_to_id[slot] = lora_id
+
+    def empty_all_slots(self) -> None:
+        self.lora_index_to_id[:] = [None] * SLOTS
 
     def fill_rest(self, slot: int, index: Any, special: Any) -> None:
         assert self.may_fill.wait(LIMIT_S)
@@ -195,6 +199,38 @@ def test_a_step_waits_for_its_own_slots_only(rig: Rig) -> None:
     threading.Timer(0.05, rig.model.may_fill.set).start()
     rig.filler.await_slots([1])
     assert len(rig.model.filled) == 1
+
+
+@pytest.mark.parametrize("slot", range(SLOTS))
+def test_an_idle_ranks_dummy_batch_waits_for_no_copy_into_a_slot(rig: Rig, slot: int) -> None:
+    """All data-parallel ranks would wait with it. vLLM's second runner has adapters in it."""
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.worker.manager import MultiLoRAWorkerManager
+
+    pack, mapped = rig.load(7, rank=4), []
+    rig.model.may_fill.clear()
+    manager = MultiLoRAWorkerManager.__new__(MultiLoRAWorkerManager)
+    manager._adapter_manager, manager.filler = rig.model, rig.filler  # type: ignore[assignment]
+    rig.model.set_adapter_mapping = lambda _: mapped.append(list(rig.model.lora_index_to_id))
+    manager._orders, manager._missing, manager._owners = 0, frozenset(), None
+    manager._warm_up_ranks, manager._is_warming_up = {}, False
+    manager.begin(rig.fill(0, slot, 7, pack))
+    dummies = {LoRARequest(f"warmup_{i}", i, "/not/a/real/path") for i in range(1, SLOTS + 1)}
+    with manager.dummy_lora_cache():
+        thread = threading.Thread(
+            target=manager.set_active_adapters, args=(dummies, LoRAMapping((1,), (1,)))
+        )
+        thread.start()
+        thread.join(LIMIT_S / 2)
+        assert mapped, "it waits for a slot that it does not use"
+    assert mapped[0].index(1) == 1 - slot
+    assert rig.model.filled == []
+    manager.remove_all_adapters()
+    assert rig.model.lora_index_to_id[slot] == 7
+    rig.model.may_fill.set()
+    assert isinstance(rig.link.next(), Filled)
 
 
 def test_orders_are_carried_out_one_after_the_other(rig: Rig) -> None:

@@ -95,6 +95,10 @@ class SlotFiller:
         """Carries out an order while everybody waits."""
         return self._submit(order).result()
 
+    def is_filling(self, slot: int) -> bool:
+        """Whether something is being copied into a slot."""
+        return slot in self._under_way and not self._under_way[slot].done()
+
     def await_slots(self, slots: Iterable[int]) -> None:
         """Waits until nothing is being copied into these slots."""
         for slot in slots if self._under_way else ():

@@ -290,15 +290,18 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     def _place_warm_up(self, step: Mapping[int, LoRARequest]) -> None:
         manager = self._adapter_manager
         if self._owners is None:
-            self.filler.await_all()
             self._owners = list(manager.lora_index_to_id)
         manager.empty_all_slots()
-        for slot, lora_id in enumerate(sorted(step)):
-            if self._orders:
-                # An idle rank's dummy batch, while its engine serves: what is in the slots stays.
-                manager.lora_index_to_id[slot] = lora_id
-            else:
+        if not self._orders:
+            for slot, lora_id in enumerate(sorted(step)):
                 manager.fill_with_dummy(slot, lora_id, self._warm_up_ranks[lora_id])
+            return
+        # An idle rank's dummy batch, of one request with the first of these, while its engine
+        # serves: what is in the slots stays, and no rank waits for what is copied into others.
+        slots = sorted(range(manager.lora_slots), key=self.filler.is_filling)
+        self.filler.await_slots(slots[:1])
+        for slot, lora_id in zip(slots, sorted(step), strict=False):
+            manager.lora_index_to_id[slot] = lora_id
 
     def _end_warm_up(self) -> None:
         if not self._is_warming_up:
