@@ -120,6 +120,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         own._prepared = {}
         return own
 
+    @torch.inference_mode()  # PyTorch changes what was made in a step in this mode only
     def memory_lost(self) -> None:
         """Makes what steps read on the device valid again after a sleep that kept no memory."""
         self._stock_rows.clear()
