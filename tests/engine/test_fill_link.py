@@ -1,6 +1,7 @@
 """Workers tell their engine core what has become of its orders, over real sockets."""
 
 import socket
+import tempfile
 import threading
 import time
 
@@ -27,6 +28,16 @@ def link():
     link = FillLink(2)
     yield link
     link.close()
+
+
+def test_there_is_one_also_where_a_socket_has_no_room_in_the_temporary_folder(
+    tmp_path, monkeypatch
+):
+    """The path of a Unix socket is short; folders for temporary files need not be."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    FillLink(1).close()
 
 
 def take(link: FillLink, count: int) -> list:
@@ -148,10 +159,10 @@ def test_a_link_leaves_nothing_behind():
 
 
 def test_a_socket_that_cannot_be_made_says_so(monkeypatch, tmp_path):
-    """The path of a Unix socket is short; folders for temporary files need not be."""
+    """And nothing is left of it."""
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
-    monkeypatch.setattr(fill_link.tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(fill_link, "temporary_place", lambda socket_in_it: folder)
     with pytest.raises(OSError, match="path too long"):
         FillLink(1)
     assert list(folder.iterdir()) == []

@@ -153,6 +153,15 @@ def test_a_named_folder_that_cannot_be_used_is_an_error(tmp_path, monkeypatch):
         folder.store_folder()
 
 
+def test_a_named_folder_is_the_same_one_when_the_process_works_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(FOLDER_VARIABLE, "named")
+    folder.store_folder()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert folder.store_folder() == tmp_path / "named"
+
+
 def test_the_socket_of_a_dead_store_is_replaced_and_a_living_one_is_not(tmp_path):
     path = tmp_path / "s.sock"
     folder.listen(path).close()

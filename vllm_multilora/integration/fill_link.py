@@ -23,6 +23,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel, ChannelClosedError
+from vllm_multilora.store.folder import temporary_place
 from vllm_multilora.store.waking import Waker
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ PATH_VARIABLE = "MULTILORA_FILL_LINK"
 """Tells workers where the socket is; set by the engine core while it starts them."""
 
 _ATTACH_LIMIT_S = 10.0
+_SOCKET = "fills.sock"
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -89,8 +91,9 @@ class FillLink:
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
-        self._folder = Path(tempfile.mkdtemp(prefix="multilora-"))  # for this user only
-        self.path = self._folder / "fills.sock"
+        place = temporary_place(Path("multilora-12345678", _SOCKET))
+        self._folder = Path(tempfile.mkdtemp(prefix="multilora-", dir=place))  # for this user only
+        self.path = self._folder / _SOCKET
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._channels: dict[int, Channel[_Incoming]] = {}
         self._selector = selectors.EpollSelector()

@@ -40,7 +40,8 @@ def store_folder() -> Path:
     """
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
-        folder = Path(named)
+        folder = Path(named).absolute()
+        os.environ[FOLDER_VARIABLE] = str(folder)  # also once this process works elsewhere
         ensure(folder)
         return folder
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -189,20 +190,32 @@ def _is_dead(path: Path) -> bool:
     return False
 
 
+def temporary_place(socket_in_it: Path) -> Path:
+    """The folder for temporary files: this process's, or the machine's where that is too long.
+
+    Args:
+        socket_in_it: A path below it that is to have room, as long as it may be.
+
+    Raises:
+        OSError: There is none.
+    """
+    usual = Path(tempfile.gettempdir())
+    return Path(_MACHINES) if _is_too_long(usual / socket_in_it) else usual
+
+
 def _temporary_folder() -> Path:
     """Where a user's folder is that is in no session; raises OSError where there is no place."""
-    name = f"vllm-multilora-{os.geteuid()}"
-    usual = Path(tempfile.gettempdir(), name)
-    return Path(_MACHINES, name) if _is_too_long(usual) else usual
+    folder = Path(f"vllm-multilora-{os.geteuid()}")
+    return temporary_place(socket_path(folder)) / folder
 
 
-def _is_too_long(folder: Path) -> bool:
-    return len(os.fsencode(socket_path(folder))) > _LONGEST_PATH
+def _is_too_long(path: Path) -> bool:
+    return len(os.fsencode(path)) > _LONGEST_PATH
 
 
 def _fault(folder: Path) -> str | None:
     """Why a folder cannot be used, after it was made where it was missing; None: it can."""
-    if _is_too_long(folder):
+    if _is_too_long(socket_path(folder)):
         return f"{folder}: the path is too long for a socket in it"
     try:
         with contextlib.suppress(FileExistsError):
