@@ -346,6 +346,13 @@ def test_answers_to_orders_that_nobody_knows_are_no_matter(engine):
     assert not engine.adapters.known()
 
 
+def test_an_answer_that_is_given_twice_counts_once(engine):
+    engine.fill(1)
+    engine.workers.say_anything(Filled(engine.workers.sent[-1].order, 0.1))
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+
+
 # New versions
 
 

@@ -31,7 +31,8 @@ from vllm_multilora.integration.engine.fair_scheduler import (
     FairSharesMixin,
     party_of,
 )
-from vllm_multilora.slots.fair_shares import CONTEXT_TOKENS, GENERATED_COST
+from vllm_multilora.slots.fair_shares import CONTEXT_TOKENS, GENERATED_COST, Party
+from vllm_multilora.slots.turns import PATIENCE_STEPS
 
 PLACES, STEP_TOKENS, LIMIT = 4, 256, 32
 PARTY = ("adapter", "adapter-1")
@@ -590,6 +591,42 @@ def test_an_adapter_gets_its_turn_for_a_slot_beside_a_heavy_party(configs):
         slots.step()
     assert "late" in steps.finished
     assert len(steps.finished) < 100
+
+
+def test_an_adapter_gets_its_slot_in_the_turn_of_the_tenant_that_has_had_least(configs):
+    steps = Steps(configs(places=8))
+    slots = Slots(steps, slots=1)
+    steps.ask("running", tenant="running", adapter=1, generate=PATIENCE_STEPS + 10)
+    for _ in range(3):
+        slots.step()
+    for tenant, adapter in (("rich", 2), ("poor", 2), ("middle", 3)):
+        steps.ask(tenant, tenant=tenant, adapter=adapter)
+        slots.step()
+    for tenant, served in (("rich", 1000.0), ("middle", 500.0)):
+        steps.scheduler._shares.charge(("tenant", tenant), served)
+    while steps.scheduler.requests:
+        slots.step()
+    assert steps.finished[:2] == ["running", "poor"]
+
+
+def test_only_those_that_lack_nothing_but_a_slot_wait_because_of_others(configs, monkeypatch):
+    steps = Steps(configs(places=8))
+    slots = Slots(steps, slots=1)
+    steps.ask("running", tenant="running", adapter=1, generate=100)
+    steps.ask("slot", tenant="slot", adapter=2, inplace=True)
+    for _ in range(5):
+        slots.step()
+    steps.ask("grammar", tenant="grammar", adapter=2, grammar=Future())
+    steps.ask("reload", tenant="reload", adapter=2, inplace=True)
+    steps.ask("load", tenant="load", adapter=3)
+    waits_for_slot: dict[str, bool] = {}
+
+    def hold(party: Party, **why: bool) -> None:
+        waits_for_slot[party[1]] = why["waits_for_slot"]
+
+    monkeypatch.setattr(steps.scheduler._shares, "hold", hold)
+    steps.step()  # in which the store says nothing
+    assert waits_for_slot == {"slot": True, "reload": False, "grammar": False, "load": False}
 
 
 def _ended(steps: Steps, beginning: str) -> int:

@@ -99,7 +99,7 @@ def test_tenants_take_turns_for_their_grammars_and_nobody_for_what_has_ended():
         made[1].status = RequestStatus.FINISHED_ABORTED
         go_on.set()
         outputs.executor.shutdown(wait=True)
-    assert compiled == ["acme 0", "zen 0", "nobody's", "zen 1", "acme 3", "acme 4"]
+        assert compiled == ["acme 0", "zen 0", "nobody's", "zen 1", "acme 3", "acme 4"]
     assert found["acme 1"].cancelled()
     assert isinstance(found["acme 2"].exception(0), ValueError)
     assert found["zen 1"].result(0) == "of zen 1"
@@ -139,6 +139,7 @@ def test_the_slow_ones_are_told_apart(monkeypatch):
             ended.setdefault(name, step)
     assert (outputs._grammar_bitmask[: len(batch)] == 7).all()
     assert ended == {"at once": 0, "again and again": 3}
+    assert take_slow(scheduler) == {}, "they have been told of"
 
 
 def test_nothing_is_kept_where_nobody_ends_requests():

@@ -662,8 +662,10 @@ def test_an_adapter_retires_when_its_last_request_has_ended(server):
     server.scheduler.retire_adapter(1, 100.0, done.append)
     server.step()
     assert not done
+    assert server.scheduler.users.accepted[1] == 1
     server.step("tenant")
     assert done == [True]
+    assert server.scheduler.users.accepted[1] == 0
 
 
 def test_all_that_unload_an_adapter_are_told_and_the_first_time_limit_holds(server):

@@ -34,6 +34,7 @@ def test_adapters_run_and_wait_by_their_requests_and_those_without_are_not_named
     assert users.leave(1)
     assert users[1] == 0
     assert told(users) == ({}, {})
+    assert not users._counts, "nothing is kept of adapters that come and go"
 
 
 def test_requests_of_all_blends_are_counted_under_one_name():

@@ -238,25 +238,26 @@ class FairSharesMixin(AdapterAwareMixin):
         may_run = super()._handle_blocked_waiting_request(request)
         if may_run or not self._shares.is_contended:
             return may_run
-        party, waits_for_slot = self._parties[request.request_id], self._waits_for_slot(request)
-        if waits_for_slot and request.lora_request is not None:
-            number = request.lora_request.lora_int_id
-            known = self._slot_parties.setdefault(number, party)
+        party, adapter = self._parties[request.request_id], self._without_slot(request)
+        if adapter is not None:
+            known = self._slot_parties.setdefault(adapter, party)
             if self._shares.served(party) < self._shares.served(known):
-                self._slot_parties[number] = party
-        self._shares.hold(party, waits_for_slot=waits_for_slot)
+                self._slot_parties[adapter] = party
+        self._shares.hold(party, waits_for_slot=adapter is not None)
         return False
 
-    def _waits_for_slot(self, request: Request) -> bool:
-        """Whether a request that was just held back lacks nothing but a slot for its adapter."""
+    def _without_slot(self, request: Request) -> int | None:
+        """The adapter of a request that was just held back and lacks nothing but a slot for it."""
         lora, adapters = request.lora_request, self._adapters
         could_run = request.status in COULD_RUN and not self._late_reloads.holds(request)
         if lora is None or adapters is None or not could_run:
-            return False
+            return None
         number = lora.lora_int_id
         if adapters.asks_late:
-            return self._turns.keeps_waiting(number)
-        return adapters.state(number) in AT_HAND
+            is_there = self._turns.keeps_waiting(number)
+        else:
+            is_there = adapters.state(number) in AT_HAND
+        return number if is_there else None
 
     def _slot_order(self) -> Callable[[int], float] | None:
         waiting, shares = self._slot_parties, self._shares
