@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import threading
 from collections.abc import AsyncIterator
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -15,8 +17,12 @@ import pytest
 pytest.importorskip("vllm")
 
 import vllm
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
-from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+from vllm.sampling_params import (
+    RepetitionDetectionParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
@@ -36,6 +42,8 @@ from vllm_multilora.integration.server.engine_door import (
     MOST_STOPS,
     MOST_TOKENS,
     add_request,
+    check_structured_outputs,
+    send_request,
 )
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
@@ -293,6 +301,44 @@ def test_there_is_room_in_vllms_second_model_runner_for_what_is_let_through():
     room = {name: int(number) for name, number in found}
     assert min(room["ALLOWED_TOKEN_IDS"], room["LOGIT_BIAS_TOKENS"]) >= MOST_TOKENS
     assert room["STOP_TOKEN_IDS"] > MOST_STOPS  # the model's own are among these
+
+
+def test_a_tenants_schema_is_checked_beside_what_is_done_for_others():
+    """vLLM checks on the event loop, where one of a line may take seconds."""
+    checked, sent = [], []
+
+    def check(params: SamplingParams, *given: Any) -> None:
+        checked.append((params.structured_outputs, given, threading.current_thread()))
+        if params.structured_outputs.regex == "bad":
+            raise VLLMValidationError("no such thing")
+
+    async def sending(client: Any, request: Request, *given: Any) -> None:
+        sent.append(request.request_id)
+
+    async def ask(who: Caller, regex: str, children: int = 1) -> list[Any]:
+        checked.clear()
+        sent.clear()
+        token = current_caller.set(who)
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(regex=regex))
+        check_structured_outputs(check, params, "model", "config", "tokenizer")
+        at_once = len(checked)
+        client = SimpleNamespace(output_processor=Processor())
+        try:
+            for number in range(children):
+                request = Request(request_id=str(number), sampling_params=copy(params))
+                await send_request(sending, client, request, None, None, 0, None)
+        finally:
+            current_caller.reset(token)
+        assert [given for _, given, _ in checked] == [("model", "config", "tokenizer")]
+        return [at_once, len(sent), checked[0][2] is threading.main_thread()]
+
+    acme = tenant("acme")
+    assert asyncio.run(ask(Caller(Role.CLIENT), "good")) == [1, 1, True]
+    assert asyncio.run(ask(acme, "good", children=3)) == [0, 3, False]
+    with pytest.raises(VLLMValidationError, match="no such thing"):
+        asyncio.run(ask(acme, "bad"))
+    assert not sent
+    assert not acme.account.checking.locked()
 
 
 def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():

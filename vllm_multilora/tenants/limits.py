@@ -145,6 +145,7 @@ class Account:
         first_readings: To be held while an adapter is looked for, and read for the first time.
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
+        checking: To be held while one of its structured outputs is checked.
         listing: How its models are listed, and its adapters.
         without_turn: Its requests that limits do not count, since they have no turn.
     """
@@ -164,6 +165,7 @@ class Account:
         self._bucket: TokenBucket | None = None
         self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
+        self.checking = asyncio.Semaphore(1)
         self.listing: defaultdict[Endpoint, Pace] = defaultdict(lambda: Pace(clock))
         self.without_turn = TokenBucket(WITHOUT_TURN_PER_MINUTE, clock)
         self.update(tenant)

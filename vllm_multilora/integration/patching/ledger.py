@@ -674,6 +674,16 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM forgets requests that it has not sent.",
     ),
     Patch(
+        name="schema-checks",
+        target="vllm.sampling_params:SamplingParams._validate_structured_outputs",
+        takes=("self, model_config, structured_outputs_config, tokenizer",),
+        handler="server.engine_door:check_structured_outputs",
+        why="An API server checks schemas on its event loop. That takes seconds for some of a "
+        "line, and nobody is answered meanwhile. Has a tenant's checked on a thread, one by one.",
+        checked=(),
+        until="vLLM checks them on a thread, and one client's keep no other's waiting.",
+    ),
+    Patch(
         name="stored-responses",
         target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.__init__",
         takes=(

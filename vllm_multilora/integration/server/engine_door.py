@@ -6,7 +6,10 @@ is refused, whatever let it through before.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +21,7 @@ from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER, SEE_OFF
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller, current_caller
 from vllm_multilora.integration.tenant_of_request import set_tenant
-from vllm_multilora.tenants.limits import Meter
+from vllm_multilora.tenants.limits import Account, Meter
 from vllm_multilora.tenants.on_request import RequestTenant
 from vllm_multilora.tenants.salts import tenant_salt
 
@@ -39,6 +42,12 @@ MOST_LENGTH = 1 << 30
 """Of its answer, in tokens. Engines end at what their 32 bits do not hold."""
 
 MOST_SEED = (1 << 63) - 1
+
+_postponed: ContextVar[Callable[[Any], None] | None] = ContextVar("multilora_check", default=None)
+"""Checks the structured output of the request that is about to be sent."""
+
+_checked: ContextVar[Any] = ContextVar("multilora_checked", default=None)
+"""The structured output that was checked last; the children of a request have one in common."""
 
 
 def add_request(
@@ -98,6 +107,7 @@ async def send_request(
     Where it cannot be sent nobody hears of it again: its client has gone, or it holds a number of
     more than 64 bits or a text that is no Unicode.
     """
+    await _check_postponed(request.sampling_params)
     processor = client.output_processor
     is_new = request.request_id not in processor.request_states
     try:
@@ -106,6 +116,47 @@ async def send_request(
         if is_new and METER.get(processor) is not None:
             await client.abort(request.request_id, internal=True)
         raise
+
+
+def check_structured_outputs(original: Callable[..., None], params: Any, *given: Any) -> None:
+    """Checks whether a structured output can be had; a tenant's when its request is to be sent.
+
+    vLLM does so on the event loop: a schema of a line, with long repetitions in a pattern, takes
+    seconds, and nobody is answered meanwhile.
+    """
+    caller = current_caller.get()
+    if caller is None or caller.account is None or params.structured_outputs is None:
+        original(params, *given)
+        return
+
+    def check(params: Any) -> None:
+        original(params, *given)
+
+    _postponed.set(check)
+
+
+async def _check_postponed(params: Any) -> None:
+    caller, check = current_caller.get(), _postponed.get()
+    wanted = getattr(params, "structured_outputs", None)
+    if caller is None or caller.account is None or check is None or wanted is None:
+        return
+    if _checked.get() is not wanted:
+        await _in_turn(caller.account, partial(check, params))
+        _checked.set(wanted)
+
+
+async def _in_turn(account: Account, work: Callable[[], None]) -> None:
+    """Works on a thread, for a tenant at one thing at a time, whether its client goes or not."""
+    await account.checking.acquire()
+
+    def end(task: asyncio.Future[None]) -> None:
+        account.checking.release()
+        if not task.cancelled():
+            task.exception()  # whoever would hear of it may have gone
+
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    working.add_done_callback(end)
+    await asyncio.shield(working)
 
 
 def mark(request: Any, caller: Caller) -> None:
