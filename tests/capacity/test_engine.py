@@ -1,6 +1,6 @@
 """The simulated engine, step by step: a step takes 1 s, each token of a prompt 10 ms more, each
-generated token 100 ms; a request is 0.5 s on its way; an adapter of 2 MiB is read in 2 s (4 beside
-steps) and copied in 1.
+generated token 100 ms; a request is 0.5 s on its way; an adapter of 8 MiB is read in 2 s (4 beside
+steps) and copied in 1, for which no step waits.
 """
 
 import time
@@ -16,14 +16,18 @@ from vllm_multilora.slots.budget import MIB, CpuBudget
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.traces import LONGEST_S
 
-from .calibrations import LOADS, REQUEST_S, STEP_S
+from . import calibrations
+from .calibrations import REQUEST_S, STEP_S
 
+LOADS = msgspec.structs.replace(
+    calibrations.LOADS, s_per_mib=0.125, beside_s_per_mib=0.25, copy_s_per_mib=0.0625
+)
 COSTS = Costs(StepCost(STEP_S), REQUEST_S, REQUEST_S, LOADS)
 
 
 def serve(*requests, slots=2, places=8, batch=4, step_tokens=64, costs=COSTS, sizes=None):
     shape = ServerShape(slots, CpuBudget(adapters=places), batch)
-    engine = Engine(shape, step_tokens, "lru", costs, sizes or [2 * MIB] * 8)
+    engine = Engine(shape, step_tokens, "lru", costs, sizes or [8 * MIB] * 8)
     return engine.serve([Request(*request) for request in requests])
 
 
@@ -94,6 +98,26 @@ def test_a_cold_adapter_beside_a_request_that_generates():
     """Read from 0.5 to 4.5, found at 5.0, back at 5.5, copied from 6.1 to 7.1, found at 7.2."""
     served = serve((0, None, 10, 10), (0, 0, 10, 1))
     assert served.first_token_s == pytest.approx([1.7, 7.2 + 1.3])
+
+
+def test_a_step_waits_for_the_copy_of_a_small_adapter():
+    loads = msgspec.structs.replace(LOADS, copy_fixed_s=0.001, copy_s_per_mib=0, beside_s_per_mib=0)
+    streams = (0, None, 1, 20), (0, 0, 10, 1)
+    small, large = (
+        serve(*streams, costs=replace(COSTS, loads=loads), sizes=[size * MIB]).first_token_s[1]
+        for size in (3, 5)
+    )
+    assert large - small == pytest.approx(1.1 - 0.001)
+
+
+def test_a_slow_copy_is_waited_for_no_longer_than_a_step_may():
+    loads = msgspec.structs.replace(LOADS, copy_fixed_s=0.5, copy_s_per_mib=0, beside_s_per_mib=0)
+    streams = (0, None, 1, 20), (0, 0, 10, 1)
+    small, large = (
+        serve(*streams, costs=replace(COSTS, loads=loads), sizes=[size * MIB]).end_s
+        for size in (3, 5)
+    )
+    assert small - large == pytest.approx(0.002)
 
 
 def test_the_first_request_for_an_adapter_queues_behind_those_who_came_while_it_was_read():

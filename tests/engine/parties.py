@@ -32,14 +32,14 @@ def lora(number: int, *, path: str | None = None, inplace: bool = False) -> LoRA
     return LoRARequest(f"adapter {number}", number, path, load_inplace=inplace)
 
 
-def pack_info(pack: int, digest: str = "", *, special: bool = False) -> PackInfo:
+def pack_info(pack: int, digest: str = "", *, special: bool = False, nbytes: int = 64) -> PackInfo:
     return PackInfo(
         rank=8,
         has_special=special,
         invocation_tokens=(),
         dora=False,
         pack=pack,
-        nbytes=64,
+        nbytes=nbytes,
         digest=digest or f"digest {pack}",
         segments=[1],
         index_place=0,
@@ -154,13 +154,20 @@ class FakeWorkers:
         self.sent: list[Fill | Check] = []
         self._unanswered: dict[int, set[int]] = {}
         self._answers: list = []
+        self.waited = 0  # how often somebody waited
+        self.answers: Callable[[], None] = lambda: None  # when somebody waits
 
     def send(self, orders):
         self.orders += orders
         self.sent += orders
         self._unanswered |= {order.order: set(range(self.ranks)) for order in orders}
 
-    def poll(self):
+    def poll(self, seconds=0.0):
+        if seconds and not self._answers:
+            self.waited += 1
+            self.answers()
+            if not self._answers:
+                time.sleep(seconds)
         answers, self._answers = self._answers, []
         return answers
 
@@ -199,6 +206,7 @@ class Engine:
         signing_keys=None,
         recorder=None,
         most_blends=MOST_BLENDS,
+        copy_s=0.0,
     ) -> None:
         self.store = FakeStore()
         self.workers = FakeWorkers(ranks)
@@ -211,6 +219,7 @@ class Engine:
             ranks,
             observer,
             asks_late=asks_late,
+            copy_s=copy_s,
             required=required,
             signing_keys=signing_keys,
             most_blends=most_blends,
@@ -223,6 +232,7 @@ class Engine:
 
     def step(self, *running: int) -> None:
         """A step with these adapters is scheduled."""
+        self.adapters.begin_step(frozenset(running))
         self.adapters.running(frozenset(running))
         self.check()
 

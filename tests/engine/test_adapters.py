@@ -126,6 +126,100 @@ def test_a_pack_stays_on_lease_until_the_last_rank_has_answered(engine):
     assert engine.store.leased == {}
 
 
+# Copies that are waited for
+
+
+def test_a_small_copy_that_ends_while_it_is_waited_for_counts_in_the_same_step(engines):
+    engine = engines(copy_s=60.0)
+    engine.host(1)
+    engine.workers.answers = engine.workers.filled
+    assert engine.adapters.bring(1)
+    assert engine.store.leased == {}
+    assert engine.adapters.state(1) is AdapterState.SLOT
+
+
+@pytest.mark.parametrize(("mib", "waited"), [(3, 1), (5, 0)])
+def test_nobody_waits_for_the_copy_of_a_large_adapter(engines, mib, waited):
+    engine = engines(copy_s=0.001)
+    engine.host(1, nbytes=mib * 2**20)
+    assert not engine.adapters.bring(1)
+    assert engine.workers.waited == waited
+    engine.step()
+    assert engine.workers.only().slot == 0
+
+
+def test_a_copy_is_waited_for_once(engines):
+    engine = engines(copy_s=0.001)
+    engine.host(1)
+    for _ in range(2):
+        assert not engine.adapters.bring(1)
+        engine.step()
+    assert engine.workers.waited == 1
+    engine.workers.filled()
+    engine.poll()
+    assert engine.adapters.bring(1)
+
+
+def test_a_step_waits_so_long_for_all_of_its_copies_together(engines):
+    engine = engines(slots=3, copy_s=0.001)
+    for number in (1, 2, 3):
+        engine.host(number)
+    for number in (1, 2):
+        assert not engine.adapters.bring(number)
+    assert engine.workers.waited == 1
+    engine.step()
+    assert [order.slot for order in engine.workers.orders] == [0, 1]
+    assert not engine.adapters.bring(3)
+    assert engine.workers.waited == 2
+
+
+def test_a_copy_that_fails_while_it_is_waited_for_fails_its_adapter(engines):
+    engine = engines(copy_s=60.0)
+    engine.host(1)
+    engine.workers.answers = engine.workers.refused
+    assert not engine.adapters.bring(1)
+    assert engine.adapters.failure(1).message == "it does not fit"
+
+
+def test_a_store_that_dies_while_a_copy_is_waited_for_fails_nobody(engines):
+    engine = engines(copy_s=60.0)
+    engine.host(1)
+
+    def die():
+        engine.store.restart()
+        engine.is_restarted = True
+        engine.workers.refused()
+
+    engine.workers.answers = die
+    assert not engine.adapters.bring(1)
+    assert engine.adapters.failure(1) is None
+    assert not engine.adapters.is_ready(1)
+    engine.store.loaded(pack_info(2))
+    engine.workers.answers = engine.workers.filled
+    engine.poll()
+    assert engine.adapters.bring(1)
+
+
+def test_a_version_that_comes_while_the_one_before_is_copied_is_not_taken_for_it(engines):
+    engine = engines(copy_s=60.0)
+    engine.host(1, 7)
+    engine.adapters.register(lora(1, inplace=True))
+
+    def reload():
+        engine.workers.filled()
+        engine.store.loaded(pack_info(8))
+
+    engine.workers.answers = reload
+    assert not engine.adapters.bring(1)
+    assert not engine.adapters.is_ready(1)
+    engine.store.loaded(pack_info(8))
+    engine.poll()
+    engine.workers.answers = engine.workers.filled
+    assert engine.adapters.is_ready(1)
+    assert engine.adapters.bring(1)
+    assert engine.adapters.version(1).pack == 8
+
+
 # Failures
 
 

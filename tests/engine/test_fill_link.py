@@ -62,6 +62,18 @@ def test_answers_arrive_in_order_each_with_its_rank(link):
     assert [answer for rank, answer in found if rank == 0] == [Filled(1, 0.25)]
 
 
+def test_what_is_said_ends_a_wait(link):
+    workers = [WorkerLink.attach(link.path, rank) for rank in (0, 1)]
+    assert link.attach_all() == []
+    assert link.poll(0.001) == []
+    saying = threading.Timer(0.05, workers[0].tell, (Filled(1, 0.5),))
+    saying.start()
+    begin = time.monotonic()
+    assert link.poll(PATIENT_S) == [(0, Filled(1, 0.5))]
+    assert time.monotonic() - begin < PATIENT_S
+    saying.join()
+
+
 def test_workers_that_have_not_connected_are_named_and_nobody_comes_later(link):
     WorkerLink.attach(link.path, 1)
     assert link.attach_all() == [0]

@@ -93,6 +93,10 @@ class HeartMachine(RuleBasedStateMachine):
     def work(self, which, rank, is_good):
         self.engines[which].workers.act(rank, is_good)
 
+    @rule(which=ENGINE, is_prompt=st.booleans())
+    def change_pace(self, which, is_prompt):
+        self.engines[which].workers.is_prompt = is_prompt
+
     @rule(which=ENGINE)
     def hear(self, which):
         self.engines[which].link.deliver()

@@ -539,6 +539,19 @@ def test_adapters_take_turns_when_there_are_more_than_slots(servers):
     raise AssertionError("the other adapter never had its turn")
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_slot_is_given_away_in_the_next_step_unless_the_last_may_still_use_it(servers, overlaps):
+    server = servers(slots=1, copy_s=0 if overlaps else 1e-4)
+    server.start("first", 1)
+    server.ask("other", 2)
+    server.serve("first")
+    server.step()
+    assert (server.engine.workers.sent[-1].request == lora(2)) is not overlaps
+    server.step()
+    assert server.engine.workers.only().request == lora(2)
+
+
+@pytest.mark.parametrize("copy_s", [0, 1e-4])
 @pytest.mark.parametrize(
     ("adapters", "slots", "requests", "pause", "longest", "late"),
     [
@@ -547,14 +560,21 @@ def test_adapters_take_turns_when_there_are_more_than_slots(servers):
     ],
 )
 def test_an_adapter_whose_leases_come_late_waits_no_longer_than_those_that_share_its_slots(
-    servers, adapters, slots, requests, pause, longest, late
+    servers, adapters, slots, requests, pause, longest, late, copy_s
 ):
-    """Copies are late, too, at random; each client waits so long before its next request."""
-    server, random_numbers = servers(slots=slots), random.Random(0)
+    """Copies are late, too, but for some; each client waits so long before its next request."""
+    server, random_numbers = servers(slots=slots, copy_s=copy_s), random.Random(0)
     store, workers, numbers = server.engine.store, server.engine.workers, range(1, adapters + 1)
     came, lengths, due = dict[str, int](), dict[str, int](), dict[object, int]()
     ready = {number: [0] * requests for number in numbers}  # when each client asks again
     waited: dict[int, list[int]] = {number: [] for number in numbers}
+
+    def copy() -> None:
+        """Those of some adapters are there while they are waited for."""
+        for order in [each for each in workers.orders if each.request.lora_int_id % 2]:
+            workers.filled(order)
+
+    workers.answers = copy
     for step in range(2000):
         for number in numbers:
             for _ in range(sum(when <= step for when in ready[number])):

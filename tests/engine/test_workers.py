@@ -75,7 +75,7 @@ class Executor:
 
 
 class FakeLink:
-    def poll(self):
+    def poll(self, seconds):
         return [(0, Filled(0, 0.1))]
 
 

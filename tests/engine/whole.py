@@ -206,12 +206,15 @@ class Workers:
     def __init__(self, files: Files) -> None:
         self.ranks = [Worker(files) for _ in range(RANKS)]
         self.answers: list = []
+        self.is_prompt = False  # whether it is done with orders before anybody tires of waiting
 
     def send(self, orders):
         for worker in self.ranks:
             worker.orders += orders
 
-    def poll(self):
+    def poll(self, seconds=0.0):
+        if seconds and self.is_prompt:
+            self.act_all()
         answers, self.answers = self.answers, []
         return answers
 
@@ -242,7 +245,9 @@ class Engine:
         self.workers = Workers(files)
         observer = AdapterObserver(None, None, slots=slots, max_rank=8)
         assignment = make_slots(slots, events=observer, ranks=RANKS, pinned_names=pinned)
-        self.adapters = EngineAdapters(self.link, self.workers, assignment, RANKS, observer)
+        self.adapters = EngineAdapters(
+            self.link, self.workers, assignment, RANKS, observer, copy_s=0.0001
+        )
         self.scheduler.attach_adapters(self.adapters)
         self.futures: list = []
         self.digests: dict[int, str] = {}  # of packs

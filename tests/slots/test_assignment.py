@@ -57,6 +57,28 @@ def test_no_slot_is_given_that_the_batch_needs() -> None:
     assert slots.slot_of(3) is None
 
 
+def test_the_slot_of_one_whose_requests_have_ended_is_given_in_the_next_step() -> None:
+    journal = Journal()
+    slots = make_slots(2, events=journal)
+    run(slots, [1, 2])
+    slots.begin_step(frozenset({2}))
+    assert slots.assign(3, OLD) is not None
+    assert slots.slot_of(1) is None
+    slots.begin_step(frozenset({2}))
+    assert slots.assign(4, OLD) is None  # 3 was assigned in the step before
+
+
+def test_a_request_that_follows_the_last_one_of_its_adapter_is_no_look_up() -> None:
+    journal = Journal()
+    slots = make_slots(2, events=journal)
+    run(slots, [1, 2])
+    journal.look_ups()
+    slots.begin_step(frozenset({2}))
+    assert slots.admit(1, OLD)
+    slots.running(frozenset({1, 2}))
+    assert journal.look_ups() == []
+
+
 def test_a_slot_is_not_given_twice() -> None:
     slots = make_slots(2)
     assert slots.assign(1, OLD) is not None

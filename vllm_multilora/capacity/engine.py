@@ -4,9 +4,10 @@ In each step, every request that generates gets a token. Then prompts are comput
 is room (chunked prefill): first those that have been started, then waiting ones in the order of
 their arrival. A waiting request whose adapter is not in a slot is passed over, as in
 `integration/engine/scheduler.py`: the adapter is read, waits for its turn and is copied, and the
-request may run in the step after that. The first requests for an adapter reach the scheduler when
-it has been read, and queue behind what has come meanwhile: API servers wait until the engine has
-accepted it. Slots, turns, policies and host memory are decided by the same classes as in a server.
+request may run in the step after that, or in the same one if the step waits for the copy. The first
+requests for an adapter reach the scheduler when it has been read, and queue behind what has come
+meanwhile: API servers wait until the engine has accepted it. Slots, turns, policies and host memory
+are decided by the same classes as in a server.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from itertools import count
 from vllm_multilora.capacity.memory import HostMemory
 from vllm_multilora.capacity.served import Costs, Request, Served
 from vllm_multilora.capacity.step_cost import Batch, pairs_of
-from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.slots.assignment import AWAITED_BYTES, COPY_S, SlotAssignment
 from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.slots.simulation import ServerShape
 from vllm_multilora.slots.turns import SlotTurns
@@ -159,15 +160,11 @@ class Engine:
 
     def _schedule(self) -> tuple[Batch | None, list[int]]:
         """What the next step computes, None if nothing; the requests whose prompts it completes."""
-        while self._copies and self._copies[0][0] <= self._now:
-            _, order, adapter = heapq.heappop(self._copies)
-            self._slots.filled(order)
-            self._memory.release(adapter)
+        self._take_copies()
+        self._copies_until = self._now + COPY_S  # the step waits for copies
+        self._slots.begin_step(frozenset(self._running))
         self._turns.begin_step(
-            self._running,
-            self._shape.slots,
-            may_come=lambda: self._waiting,
-            at_hand=self._is_at_hand,
+            self._running, self._shape.slots, None, self._waiting.keys, self._is_at_hand
         )
         self._waits_for_slot = False
         left = self._step_tokens - self._generating
@@ -188,6 +185,12 @@ class Engine:
         if not parts and not self._generating:
             return None, []
         return self._batch(parts)
+
+    def _take_copies(self) -> None:
+        while self._copies and self._copies[0][0] <= self._now:
+            _, order, adapter = heapq.heappop(self._copies)
+            self._slots.filled(order)
+            self._memory.release(adapter)
 
     def _admitted(self, left: int) -> list[int]:
         """The waiting requests that are taken into the batch, which has room for so many tokens."""
@@ -225,7 +228,6 @@ class Engine:
             return False
         if self._slots.admit(adapter, adapter):
             return True
-        self._turns.place(adapter)
         order = self._slots.assign(adapter, adapter)
         if order is None:
             self._waits_for_slot |= self._slots.slot_of(adapter) is None
@@ -235,6 +237,14 @@ class Engine:
             assert loads is not None
             seconds = loads.copy_seconds(self._sizes[adapter])
             heapq.heappush(self._copies, (self._now + seconds, order.order, adapter))
+            if self._sizes[adapter] <= AWAITED_BYTES:
+                waited = min(seconds, self._copies_until - self._now)
+                self._memory.advance(waited, computing=False)
+                self._now += waited
+                self._take_copies()
+                if self._slots.admit(adapter, adapter):
+                    return True
+        self._turns.place(adapter)
         return False
 
     def _batch(self, parts: Sequence[tuple[int, int, int]]) -> tuple[Batch, list[int]]:

@@ -151,12 +151,16 @@ class FillLink:
         self._channels[rank] = channel
         self._selector.register(connection, selectors.EVENT_READ, (rank, channel))
 
-    def poll(self) -> list[tuple[int, Answer]]:
-        """What workers have said since the last call, each with its rank; does not wait."""
+    def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
+        """What workers have said since the last call, each with its rank.
+
+        Args:
+            seconds: How long to wait for something.
+        """
         if self._waker is not None:
             self._waker.rearm()
         found: list[tuple[int, Answer]] = []
-        for key, _ in self._selector.select(0):
+        for key, _ in self._selector.select(seconds):
             rank, channel = key.data
             try:
                 messages = channel.receive()

@@ -6,6 +6,7 @@ the calls made, one caller at a time.
 What the scheduler does with it in each step:
 
 ```
+slots.begin_step(adapters of the batch's requests that have not ended)
 for each waiting request that has its turn:
     if slots.admit(adapter, pack): it may run
     elif order := slots.assign(adapter, pack): tell all workers to copy; the request waits
@@ -20,6 +21,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.slots.budget import MIB
 from vllm_multilora.slots.events import SlotEvents, Tier
 from vllm_multilora.slots.look_ups import LookUps
 from vllm_multilora.slots.pins import Pins
@@ -28,6 +30,12 @@ from vllm_multilora.slots.policy_tier import PolicyTier
 
 MOST_SLOTS = 2**15 - 2
 """What the kernels' plans can number."""
+
+COPY_S = 0.002
+"""That a step waits for copies: the requests would run a step later, ten times that and more."""
+
+AWAITED_BYTES = 4 * MIB
+"""The largest adapters that are waited for: a processor copies them in less than a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class SlotAssignment(PolicyTier):
         self._places: dict[int, _Place] = {}  # by adapter
         self._orders: dict[int, int] = {}  # adapters by unanswered orders
         self._numbers = itertools.count()  # of orders
+        self._active: frozenset[int] = frozenset()  # of the batch, but for those that have left it
         self._admitted: set[int] = set()  # since the batch was told
         # Asked for in this step, and in the one before.
         self._wanted: set[int] = set()
@@ -133,15 +142,19 @@ class SlotAssignment(PolicyTier):
         place = self._places.get(adapter_id)
         return place is not None and not place.missing_ranks and place.order.pack == pack
 
+    def is_awaited(self, adapter_id: int) -> bool:
+        """Whether the adapter has a slot that some rank has not filled."""
+        place = self._places.get(adapter_id)
+        return place is not None and bool(place.missing_ranks)
+
     def is_protected(self, adapter_id: int) -> bool:
         """Whether the adapter keeps its slot, should it have one."""
-        place = self._places.get(adapter_id)
         return (
-            adapter_id in self._running
+            adapter_id in self._active
             or adapter_id in self._wanted
             or adapter_id in self._wanted_before
             or adapter_id in self.pins
-            or (place is not None and bool(place.missing_ranks))
+            or self.is_awaited(adapter_id)
         )
 
     @property
@@ -159,6 +172,13 @@ class SlotAssignment(PolicyTier):
 
     # Steps
 
+    def begin_step(self, active: frozenset[int]) -> None:
+        """Tells which of the running batch's adapters still have requests in it.
+
+        The others' slots may be given away from now on.
+        """
+        self._active = active
+
     def running(self, adapters: frozenset[int]) -> None:
         """Tells the adapters of the running batch; once a step, when it has been scheduled.
 
@@ -168,6 +188,7 @@ class SlotAssignment(PolicyTier):
         self._wanted_before, self._wanted = self._wanted, set()
         self._admitted.clear()
         joined = adapters - self._running
+        self._active = adapters
         self.used(adapters)
         self._look_ups.joined(joined)
 
@@ -199,7 +220,7 @@ class SlotAssignment(PolicyTier):
         place = self._places.get(adapter_id)
         if place is not None:
             self._wanted.add(adapter_id)
-            is_used = adapter_id in self._running or adapter_id in self._admitted
+            is_used = adapter_id in self._active or adapter_id in self._admitted
             if place.order.pack == pack or is_used:
                 return None
             slot = place.order.slot

@@ -1,8 +1,9 @@
 """The engine core's adapters: wants them from the store, gives them slots, has workers fill these.
 
 The store owns files and host memory and reports what it has; workers report when an order has been
-carried out; slots are decided here. Nothing blocks: the scheduler asks in each step, and holds
-requests back until their adapter is in its slot.
+carried out; slots are decided here. The scheduler asks in each step, and holds requests back until
+their adapter is in its slot. Nothing blocks but for what is short: leases on what is in host memory
+and copies of small adapters are waited for, a few milliseconds in a step.
 
 ```
  want ──► store: QUEUED, READING ──► Loaded, with a lease ──► bring ──► workers: Fill
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.required import RequiredDigests
-from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.engine.arrivals import Arrivals
 from vllm_multilora.integration.engine.blends import KnownBlends
 from vllm_multilora.integration.engine.entries import Entry
@@ -32,7 +33,6 @@ from vllm_multilora.integration.engine.quarantine import Quarantine
 from vllm_multilora.integration.engine.registrations import Registrations
 from vllm_multilora.integration.engine.wants import Wants
 from vllm_multilora.integration.failures import AdapterRefusedError
-from vllm_multilora.integration.fill_link import Missing
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.states import AdapterState
 from vllm_multilora.store.messages import PackInfo
@@ -56,6 +56,8 @@ class EngineAdapters:
         observer: Told of everything that is counted or shown.
         asks_late: Whether the store keeps everybody waiting, so that it is asked only for a
             request that is about to run.
+        copy_s: Seconds that a step waits for copies of small adapters, from the first one on; 0
+            where workers may still have a step when the next is scheduled.
         store_address: Tells stores apart.
         required: Which versions may be served; None: all.
         signing_keys: File of keys by one of which adapters must be signed; None: none need be.
@@ -78,6 +80,7 @@ class EngineAdapters:
         observer: AdapterObserver,
         *,
         asks_late: bool = False,
+        copy_s: float = 0.0,
         store_address: str = "",
         required: RequiredDigests | None = None,
         signing_keys: str | None = None,
@@ -88,17 +91,14 @@ class EngineAdapters:
         self.store_address = store_address
         self.observer = observer
         self.quarantine = Quarantine()
-        self._store = store
-        self._workers = workers
         self._wants = Wants(store, signing_keys)
         self._orders = OrdersUnderWay(workers, slots, ranks)
         self._registrations = Registrations(self._wants, self._orders, slots, observer)
         self._arrivals = Arrivals(
-            self._registrations, self._wants, self._orders, slots, observer, required
+            self._registrations, self._wants, self._orders, slots, observer, copy_s, required
         )
         self._known = self._registrations.known
         self._blends = KnownBlends(self._registrations, most_blends)
-        self._lost: dict[int, LoadFailure] = {}
         self._running: frozenset[int] = frozenset()
 
     # What the scheduler asks
@@ -158,6 +158,10 @@ class EngineAdapters:
         entry = self._known.find(adapter_id)
         return None if entry is None else entry.pack
 
+    def begin_step(self, active: frozenset[int]) -> None:
+        """A step is being scheduled, when these adapters have running requests."""
+        self._arrivals.begin_step(active)
+
     def is_ready(self, adapter_id: int, *, reload: bool = False) -> bool:
         """Whether an adapter that requests wait for can be brought into a slot now, or is in one.
 
@@ -183,9 +187,10 @@ class EngineAdapters:
     def bring(self, adapter_id: int) -> bool:
         """Whether an adapter that is ready is in its slot; has it copied into one if not.
 
-        Where no slot can be spared nothing happens: ask again in the next step.
+        A small adapter's copy is waited for, if the step has time. Where no slot can be spared
+        nothing happens: ask again in the next step.
         """
-        return self._orders.bring(self._known[adapter_id])
+        return self._arrivals.bring(self._known[adapter_id])
 
     def running(self, adapters: frozenset[int], *, computes: bool = True) -> None:
         """Tells the adapters of all running requests; once a step, when it has been scheduled.
@@ -227,7 +232,7 @@ class EngineAdapters:
 
         They have no slot from now on; their requests that have run are to be ended.
         """
-        lost, self._lost = self._lost, {}
+        lost, self._arrivals.lost = self._arrivals.lost, {}
         for adapter_id in lost:
             self.slots.missing(adapter_id)
         return lost
@@ -314,19 +319,9 @@ class EngineAdapters:
 
     # The exchange with the store and the workers
 
-    def poll(self, patience_s: float = 0.0) -> None:
+    def poll(self, lease_s: float = 0.0) -> None:
         """Takes in what has happened since, and sends what there is to say; see `Wants.hear`."""
-        answers = self._workers.poll()
-        self._wants.hear(self._arrivals.take, patience_s)
-        # After what the store says: that it has gone explains why copies have failed.
-        for rank, answer in answers:
-            if isinstance(answer, Missing):
-                self._lost[answer.adapter_id] = LoadFailure(
-                    FailureKind.INTERNAL,
-                    "its weights were not in their slot when a step needed them",
-                )
-            else:
-                self._arrivals.take_answer(rank, answer)
+        self._arrivals.poll(lease_s)
         self._orders.send()
         self.observer.settle(self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.adapters.required import RequiredDigests
@@ -10,9 +11,9 @@ from vllm_multilora.integration.engine.entries import Entry
 from vllm_multilora.integration.engine.orders_under_way import OrdersUnderWay, UnderWay
 from vllm_multilora.integration.engine.registrations import Registrations
 from vllm_multilora.integration.engine.wants import Wants
-from vllm_multilora.integration.fill_link import Filled, FillFailed
+from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.orders import Fill
-from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.slots.assignment import AWAITED_BYTES, SlotAssignment
 from vllm_multilora.store.messages import (
     Evicted,
     Failed,
@@ -38,7 +39,11 @@ class Arrivals:
         orders: What the workers were told.
         slots: Who has which.
         observer: Told of everything that is counted or shown.
+        copy_s: As of `EngineAdapters`.
         required: Which versions may be served; None: all.
+
+    Attributes:
+        lost: Adapters that some worker was without in a step, and that as their failure.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Arrivals:
         orders: OrdersUnderWay,
         slots: SlotAssignment,
         observer: AdapterObserver,
+        copy_s: float = 0.0,
         required: RequiredDigests | None = None,
     ) -> None:
         self._registrations = registrations
@@ -56,9 +62,55 @@ class Arrivals:
         self._slots = slots
         self._observer = observer
         self._required = required
+        self._copy_s = copy_s
+        self._copies_until: float | None = None  # in this step; None: nothing is copied yet
+        self.lost: dict[int, LoadFailure] = {}
 
-    def take(self, message: ToUser) -> None:
-        """Takes in what the store says."""
+    def begin_step(self, active: frozenset[int]) -> None:
+        """A step is being scheduled, when these adapters have running requests."""
+        self._copies_until = None
+        if self._copy_s:  # else a step under way may have requests that have ended since
+            self._slots.begin_step(active)
+
+    def poll(self, lease_s: float = 0.0, copy_s: float = 0.0) -> None:
+        """Takes in what the store and the workers have said.
+
+        Args:
+            lease_s: Seconds to wait for leases; see `Wants.hear`.
+            copy_s: Seconds to wait for a worker.
+        """
+        answers = self._orders.poll(copy_s)
+        self._wants.hear(self._take, lease_s)
+        # After what the store says: that it has gone explains why copies have failed.
+        for rank, answer in answers:
+            if isinstance(answer, Missing):
+                self.lost[answer.adapter_id] = LoadFailure(
+                    FailureKind.INTERNAL,
+                    "its weights were not in their slot when a step needed them",
+                )
+            else:
+                self._take_answer(rank, answer)
+
+    def bring(self, entry: Entry) -> bool:
+        """Whether an adapter that is at hand is in its slot, as of `EngineAdapters.bring`."""
+        before = self._slots.pack_in(entry.number)
+        if self._orders.bring(entry):
+            return True
+        pack = entry.pack
+        assert pack is not None
+        if self._slots.pack_in(entry.number) == before or pack.nbytes > AWAITED_BYTES:
+            return False
+        if self._copies_until is None:
+            self._copies_until = time.monotonic() + self._copy_s
+        while (
+            self._slots.is_awaited(entry.number)
+            and (left := self._copies_until - time.monotonic()) > 0
+        ):
+            self._orders.send()
+            self.poll(copy_s=left)
+        return entry.pack is pack and self._slots.admit(entry.number, pack.pack)
+
+    def _take(self, message: ToUser) -> None:
         if isinstance(message, Loaded):
             self._take_loaded(message)
         elif isinstance(message, Reading):
@@ -76,10 +128,9 @@ class Arrivals:
         elif isinstance(message, Restarted):
             self._start_over()
 
-    def take_answer(self, rank: int, answer: Filled | FillFailed) -> None:
-        """Takes in a worker's answer to an order; to one that nobody knows is no matter."""
+    def _take_answer(self, rank: int, answer: Filled | FillFailed) -> None:
         under_way = self._orders.answered(rank, answer)
-        if under_way is None:
+        if under_way is None:  # an order that nobody knows is no matter
             return
         if isinstance(under_way.order, Fill):
             self._take_fill(rank, answer, under_way)

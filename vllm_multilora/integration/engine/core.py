@@ -44,7 +44,7 @@ from vllm_multilora.integration.patching.activation import kernel_backend, setti
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.tenant_of_request import take_tenant
 from vllm_multilora.integration.worker import calls
-from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.slots.assignment import COPY_S, SlotAssignment
 from vllm_multilora.slots.contained_policy import ContainedPolicy
 from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.states import AT_HAND
@@ -184,13 +184,18 @@ def _make_adapters(engine_core: Any) -> EngineAdapters | None:
         pinned_names=settings.pin,
     )
     store, workers = _connect(engine_core, executor, vllm_config)
+    asks_late = isinstance(store, WaitingStore)
+    # Workers that have a step already begin with copies after it; and what depends on the clock
+    # would have an external launcher's engines take different steps.
+    can_wait = vllm_config.max_concurrent_batches == 1 and not asks_late
     return EngineAdapters(
         store,
         workers,
         slots,
         ranks,
         observer,
-        asks_late=isinstance(store, WaitingStore),
+        asks_late=asks_late,
+        copy_s=COPY_S if can_wait else 0.0,
         store_address=getattr(store, "address", ""),
         required=RequiredDigests(settings.require_digest) if settings.require_digest else None,
         signing_keys=settings.signing_keys,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vllm_multilora.integration.engine.entries import Entry
 from vllm_multilora.integration.engine.parties import Workers
-from vllm_multilora.integration.fill_link import Filled, FillFailed
+from vllm_multilora.integration.fill_link import Answer, Filled, FillFailed
 from vllm_multilora.integration.orders import Check, Fill, Order
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.store.messages import PackInfo
@@ -78,6 +78,10 @@ class OrdersUnderWay:
             if not under_way.unanswered:
                 del self._under_way[answer.order]
         return under_way
+
+    def poll(self, seconds: float) -> list[tuple[int, Answer]]:
+        """What workers say, as of `Workers.poll`."""
+        return self._workers.poll(seconds)
 
     def send(self) -> None:
         """Sends the workers their orders."""

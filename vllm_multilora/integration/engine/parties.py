@@ -41,5 +41,5 @@ class Workers(Protocol):
     def send(self, orders: list[Order]) -> None:
         """Has all workers begin with orders, after the steps that they have."""
 
-    def poll(self) -> list[tuple[int, Answer]]:
-        """What workers have answered since, each with its rank."""
+    def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
+        """What workers have answered since, each with its rank; waits at most so long, likewise."""

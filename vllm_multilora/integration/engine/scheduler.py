@@ -93,8 +93,7 @@ class AdapterAwareMixin:
         self._blocked: set[int] = set()  # adapters that no request can run with in this step
         if isinstance(self.waiting, FCFSRequestQueue | PriorityRequestQueue):
             self.waiting = queue_of(self, FairShares(), lambda request: None)
-        self._freed = FreedBlocks()
-        self._versions = Announcements()
+        self._freed, self._versions = FreedBlocks(), Announcements()
         self._late_reloads = LateReloads()
 
     # What the engine core tells
@@ -218,10 +217,10 @@ class AdapterAwareMixin:
         self._pause_unfilled(adapters)
         for lora_id in (pinned := (pins := adapters.slots.pins).adapters):
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
-        active = _adapters_of(self.running) - pinned
+        adapters.begin_step(active := _adapters_of(self.running))
         slots, order = max(1, self._slots - pins.places), self._slot_order()
         could_run = partial(_that_could_run, self.requests)
-        self._turns.begin_step(active, slots, order, could_run, adapters.is_at_hand)
+        self._turns.begin_step(active - pinned, slots, order, could_run, adapters.is_at_hand)
         self._is_holding = False
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]

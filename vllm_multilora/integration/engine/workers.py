@@ -63,8 +63,8 @@ class LinkedWorkers:
         if len(self._sent) > _MOST_UNREAD:
             self._sent.popleft().result()
 
-    def poll(self) -> list[tuple[int, Answer]]:
-        return self._link.poll()
+    def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
+        return self._link.poll(seconds)
 
 
 class WaitingWorkers:
@@ -82,7 +82,7 @@ class WaitingWorkers:
         for rank, answers in enumerate(self._call(calls.carry_out_now, args=(orders,))):
             self._answers += ((rank, answer) for answer in answers)
 
-    def poll(self) -> list[tuple[int, Answer]]:
+    def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
         answers, self._answers = self._answers, []
         return answers
 
