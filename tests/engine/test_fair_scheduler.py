@@ -395,6 +395,26 @@ def test_who_has_had_most_is_preempted_and_charged_once(steps_of):
     assert charged <= at_most
 
 
+def test_what_is_computed_again_after_two_preemptions_is_charged_once(configs, monkeypatch):
+    steps = Steps(configs())
+    steps.ask("other", adapter=2, generate=200)
+    request = steps.ask("party", adapter=1, prompt=400, generate=2)
+    while request.num_computed_tokens < 300:
+        steps.step()
+    charged, computed = Counter[tuple](), request.num_computed_tokens
+    monkeypatch.setattr(
+        steps.scheduler._shares, "charge", lambda party, cost: charged.update({party: cost})
+    )
+    for _ in range(2):
+        steps.scheduler.running.remove(request)
+        steps.scheduler._preempt_request(request, 0.0)
+        steps.step()
+    assert 0 < request.num_computed_tokens < computed
+    while request.num_computed_tokens < computed:
+        steps.step()
+    assert charged[PARTY] == pytest.approx(request.num_computed_tokens - computed, abs=1)
+
+
 @pytest.fixture(params=SCHEDULERS, ids=lambda base: base.__name__)
 def steps_of(request, configs):
     return lambda blocks: Steps(configs(), request.param, blocks=blocks)

@@ -83,7 +83,7 @@ class SlotTurns:
             if adapter_id not in coming:
                 self.forget(adapter_id)
         self._turns_away = False
-        self._placing = {i for i in self._placing if i not in active and at_hand(i)}
+        self._placing = set(filter(at_hand, self._placing))
         self._since = {i: self._since.get(i, self._step) for i in (*active, *self._placing)}
         overdue = [
             adapter_id
