@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import vllm
+from vllm import PoolingParams
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
 from vllm.sampling_params import (
     RepetitionDetectionParams,
@@ -34,18 +35,18 @@ from vllm_multilora.integration.server.callers import (
     Caller,
     current_caller,
 )
-from vllm_multilora.integration.server.engine_door import (
+from vllm_multilora.integration.server.engine_door import add_request, send_request
+from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.request_bounds import (
     MOST_COMPARISONS,
     MOST_ID,
     MOST_LENGTH,
     MOST_SEED,
     MOST_STOPS,
     MOST_TOKENS,
-    add_request,
-    check_structured_outputs,
-    send_request,
+    validate_params,
 )
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.schema_checks import check_structured_outputs
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.tenants.limits import Account
@@ -64,6 +65,7 @@ class Request:
     request_id: str = "1"
     sampling_params: Any = None
     prompt_token_ids: Any = None
+    reasoning_parser_kwargs: Any = None
 
 
 @dataclass
@@ -218,7 +220,7 @@ def test_a_tenants_request_has_an_id_that_may_come_with_each_token():
         if who.tenant is None:
             send(who, processor, Request(request_id="x" * (MOST_ID + 1)))
             continue
-        with pytest.raises(GracefulHTTPError, match="more than 1024 characters"):
+        with pytest.raises(GracefulHTTPError, match="id: found 1025, expected 1024"):
             send(who, processor, Request(request_id="x" * (MOST_ID + 1)))
         assert len(processor.request_states) == 1
 
@@ -272,6 +274,60 @@ def test_of_what_a_tenants_request_asks_for_there_is_not_too_much(message, most,
         with pytest.raises(GracefulHTTPError, match=expected):
             send(who, processor, more)
         assert len(processor.request_states) == 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"bad_words": ["a" * (16 << 10)]},
+        {"structured_outputs": StructuredOutputsParams(choice=["a" * 100] * 2_700)},
+        {"structured_outputs": StructuredOutputsParams(json={"const": "a" * (256 << 10)})},
+    ],
+    ids=("bad_words", "choice", "json"),
+)
+def test_a_tenants_texts_that_vllm_looks_at_while_nobody_is_answered_are_short(params):
+    def validate(who: Caller | None, params: Any) -> Any:
+        def original(processor: Any, params: Any, tasks: Any) -> Any:
+            return params, tasks
+
+        return as_caller(who, lambda: validate_params(original, None, params, "tasks"))
+
+    within = SamplingParams(
+        bad_words=["a"] * 128, structured_outputs=StructuredOutputsParams(choice=["a"] * 1_000)
+    )
+    beyond = SamplingParams(**params)
+    for who in (None, Caller(Role.CLIENT)):
+        assert validate(who, beyond) == (beyond, "tasks")
+    assert validate(tenant("acme"), within) == (within, "tasks")
+    assert validate(tenant("acme"), PoolingParams())
+    with pytest.raises(GracefulHTTPError, match="Bytes of"):
+        validate(tenant("acme"), beyond)
+
+
+@pytest.mark.parametrize("field", ["extra_args", "reasoning_parser_kwargs"])
+def test_what_comes_with_a_tenants_request_nests_as_deeply_as_the_engine_can_read_it(field):
+    """It reads with recursion, in a thread that ends it where that goes too far."""
+
+    def ask(who: Caller | None, levels: int) -> None:
+        nested: dict[str, Any] = {}
+        for _ in range(levels - 1):
+            nested = {"a": nested}
+        request = Request(request_id=str(levels))
+        if field == "extra_args":
+            request.sampling_params = SamplingParams(extra_args=nested)
+        else:
+            request.reasoning_parser_kwargs = nested
+        send(who, processor, request)
+
+    for who in (Caller(Role.CLIENT), tenant("acme")):
+        processor = Processor()
+        ask(who, 64)
+        if who.tenant is None:
+            ask(who, 900)
+            continue
+        with pytest.raises(GracefulHTTPError, match=r"Levels of .*found 65, expected 64"):
+            ask(who, 65)
+        assert list(processor.request_states) == ["64"]
 
 
 def test_a_tenants_call_sends_the_engine_little_enough_to_take_it_in_in_a_moment():

@@ -652,6 +652,16 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM has keys of several kinds.",
     ),
     Patch(
+        name="parameters-size",
+        target="vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        takes=("self, params, supported_tasks",),
+        handler="server.request_bounds:validate_params",
+        why="vLLM tokenizes bad_words, and checks structured outputs, on the event loop: for 40 s "
+        "where a tenant's request has ten megabytes of the first. Refuses what is that long.",
+        checked=(),
+        until="vLLM bounds both, or does not do it on the event loop.",
+    ),
+    Patch(
         name="engine-door",
         target="vllm.v1.engine.output_processor:OutputProcessor.add_request",
         takes=("self, request, prompt, parent_req=None, request_index=0, queue=None",),
@@ -677,7 +687,7 @@ PATCHES: tuple[Patch, ...] = (
         name="schema-checks",
         target="vllm.sampling_params:SamplingParams._validate_structured_outputs",
         takes=("self, model_config, structured_outputs_config, tokenizer",),
-        handler="server.engine_door:check_structured_outputs",
+        handler="server.schema_checks:check_structured_outputs",
         why="An API server checks schemas on its event loop. That takes seconds for some of a "
         "line, and nobody is answered meanwhile. Has a tenant's checked on a thread, one by one.",
         checked=(),

@@ -43,6 +43,11 @@ several bytes of memory; a token of a prompt is three."""
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)  # tensors come once with a body
 
 
+def encoded_size(value: Any) -> int:
+    """Bytes of a value as the engine gets it, without tensors."""
+    return len(_ENCODER.encode(value))
+
+
 @dataclass
 class Caller:
     """One HTTP request's sender.
@@ -147,7 +152,7 @@ class Caller:
             GracefulHTTPError: A tenant's is too much: nobody is answered while it is sent.
         """
         if self.account is not None:
-            self._bytes += len(_ENCODER.encode(request)) * answers
+            self._bytes += encoded_size(request) * answers
             self._bound(
                 self._bytes, MOST_BYTES, "bytes sent at most, a prompt's for each answer to it."
             )

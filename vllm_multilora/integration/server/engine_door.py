@@ -6,48 +6,21 @@ is refused, whatever let it through before.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from functools import partial
-from http import HTTPStatus
+from collections.abc import Callable
 from typing import Any
 
-from vllm import envs
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
+from vllm.exceptions import VLLMNotFoundError
 
 from vllm_multilora.adapters.blends import folders_of
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER, SEE_OFF
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller, current_caller
+from vllm_multilora.integration.server.request_bounds import require_bounded
+from vllm_multilora.integration.server.schema_checks import check_postponed
 from vllm_multilora.integration.tenant_of_request import set_tenant
-from vllm_multilora.tenants.limits import Account, Meter
+from vllm_multilora.tenants.limits import Meter
 from vllm_multilora.tenants.on_request import RequestTenant
 from vllm_multilora.tenants.salts import tenant_salt
-
-MOST_ID = 1_024
-"""Characters of the id of a tenant's request: each of its tokens comes with it."""
-
-MOST_STOPS = 64
-"""Texts that end an answer to it, and tokens that do: all are looked for after each token. Most
-endpoints take four texts."""
-
-MOST_TOKENS = 1_024
-"""Tokens that it may allow, or favour. With more, vLLM's second model runner ends its engine."""
-
-MOST_COMPARISONS = 32_768
-"""Of tokens, after each token, that its `repetition_detection` may take."""
-
-MOST_LENGTH = 1 << 30
-"""Of its answer, in tokens. Engines end at what their 32 bits do not hold."""
-
-MOST_SEED = (1 << 63) - 1
-
-_postponed: ContextVar[Callable[[Any], None] | None] = ContextVar("multilora_check", default=None)
-"""Checks the structured output of the request that is about to be sent."""
-
-_checked: ContextVar[Any] = ContextVar("multilora_checked", default=None)
-"""The structured output that was checked last; the children of a request have one in common."""
 
 
 def add_request(
@@ -107,7 +80,7 @@ async def send_request(
     Where it cannot be sent nobody hears of it again: its client has gone, or it holds a number of
     more than 64 bits or a text that is no Unicode.
     """
-    await _check_postponed(request.sampling_params)
+    await check_postponed(request.sampling_params)
     processor = client.output_processor
     is_new = request.request_id not in processor.request_states
     try:
@@ -118,65 +91,17 @@ async def send_request(
         raise
 
 
-def check_structured_outputs(original: Callable[..., None], params: Any, *given: Any) -> None:
-    """Checks whether a structured output can be had; a tenant's when its request is to be sent.
-
-    vLLM does so on the event loop: a schema of a line, with long repetitions in a pattern, takes
-    seconds, and nobody is answered meanwhile.
-    """
-    caller = current_caller.get()
-    if caller is None or caller.account is None or params.structured_outputs is None:
-        original(params, *given)
-        return
-
-    def check(params: Any) -> None:
-        original(params, *given)
-
-    _postponed.set(check)
-
-
-async def _check_postponed(params: Any) -> None:
-    caller, check = current_caller.get(), _postponed.get()
-    wanted = getattr(params, "structured_outputs", None)
-    if caller is None or caller.account is None or check is None or wanted is None:
-        return
-    if _checked.get() is not wanted:
-        await _in_turn(caller.account, partial(check, params))
-        _checked.set(wanted)
-
-
-async def _in_turn(account: Account, work: Callable[[], None]) -> None:
-    """Works on a thread, for a tenant at one thing at a time, whether its client goes or not."""
-    await account.checking.acquire()
-
-    def end(task: asyncio.Future[None]) -> None:
-        account.checking.release()
-        if not task.cancelled():
-            task.exception()  # whoever would hear of it may have gone
-
-    working = asyncio.ensure_future(asyncio.to_thread(work))
-    working.add_done_callback(end)
-    await asyncio.shield(working)
-
-
 def mark(request: Any, caller: Caller) -> None:
     """Says whose a request is, and keeps its cached prefixes among its tenant's.
 
     Raises:
         VLLMNotFoundError: Nobody has granted the request what would answer it.
-        GracefulHTTPError: Its id is too long, or of a parameter there is too much.
+        GracefulHTTPError: There is too much of something in it.
     """
     tenant = caller.tenant
     if tenant is None:
         return
-    if len(request.request_id) > MOST_ID:
-        raise GracefulHTTPError(
-            f"The request's id has more than {MOST_ID} characters.", HTTPStatus.BAD_REQUEST
-        )
-    for what, found, most in _bounded(request.sampling_params):
-        if found > most:
-            message = f"{what}: found {found}, expected {most} at most."
-            raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST)
+    require_bounded(request)
     adapter = request.lora_request
     name = None if adapter is None else adapter.lora_name
     if name not in caller.granted:
@@ -184,28 +109,6 @@ def mark(request: Any, caller: Caller) -> None:
     set_tenant(request, RequestTenant(tenant.name, tenant.weight, tenant.limits.resident))
     request.priority = max(request.priority, 0)  # the lowest comes first; nobody pushes in
     request.cache_salt = tenant_salt(caller.secret, tenant.name, request.cache_salt)
-
-
-def _bounded(params: Any) -> Iterator[tuple[str, int, int]]:
-    """What there may be too much of in vLLM's `SamplingParams`, how much there is, and the most.
-
-    vLLM takes more of each, and then keeps all requests waiting, or ends the engine.
-    """
-    if params is None:  # of a pooling request
-        return
-    yield "Texts in `stop`", len(params.stop or ()), MOST_STOPS
-    yield "Tokens in `stop_token_ids`", len(params.stop_token_ids or ()), MOST_STOPS
-    yield "Tokens in `allowed_token_ids`", len(params.allowed_token_ids or ()), MOST_TOKENS
-    yield "Tokens in `logit_bias`", len(params.logit_bias or ()), MOST_TOKENS
-    bad_words = params.bad_words_token_ids or ()
-    yield "Tokens in `bad_words`", sum(map(len, bad_words)), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
-    if (repetition := params.repetition_detection) is not None:
-        # Patterns of each length are compared with as many of their own tokens.
-        compared = repetition.max_pattern_size**2 * repetition.min_count // 2
-        what = "Half of `min_count` times the square of `max_pattern_size`"
-        yield what, compared, MOST_COMPARISONS
-    yield "`max_tokens`", params.max_tokens or 0, MOST_LENGTH
-    yield "`seed`", params.seed or 0, MOST_SEED
 
 
 def meter(processor: Any, state: Any) -> Meter:

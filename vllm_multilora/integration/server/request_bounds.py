@@ -1,0 +1,118 @@
+"""What a tenant's request may hold: with more, the engine would end, or everybody would wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+from vllm import envs
+from vllm.exceptions import GracefulHTTPError
+
+from vllm_multilora.integration.server.callers import current_caller, encoded_size
+
+MOST_ID = 1_024
+"""Characters of its id, with which each of its tokens comes, and of its session's, which events of
+the KV cache name with each block."""
+
+MOST_STOPS = 64
+"""Texts that end an answer to it, and tokens that do: all are looked for after each token. Most
+endpoints take four texts."""
+
+MOST_TOKENS = 1_024
+"""Tokens that it may allow, or favour. With more, vLLM's second model runner ends its engine."""
+
+MOST_BYTES_OF = {"bad_words": 16 << 10, "structured_outputs": 256 << 10}
+"""In UTF-8, with what holds them together. vLLM tokenizes the first while nobody else is answered,
+for four seconds where they have a megabyte, and passes the second from process to process."""
+
+MOST_NESTING = 64
+"""Levels of lists and objects in what it has for others than vLLM's sampler: the engine reads them
+by recursion, and ends where they are too many."""
+
+MOST_COMPARISONS = 32_768
+"""Of tokens, after each token, that its `repetition_detection` may take."""
+
+MOST_LENGTH = 1 << 30
+"""Of its answer, in tokens. Engines end at what their 32 bits do not hold."""
+
+MOST_SEED = (1 << 63) - 1
+
+
+def validate_params(
+    original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Looks at a request's parameters before vLLM does, which may take long.
+
+    Raises:
+        GracefulHTTPError: There is too much of a tenant's.
+    """
+    caller = current_caller.get()
+    if caller is not None and caller.tenant is not None:
+        for field, most in MOST_BYTES_OF.items():
+            _require(f"Bytes of `{field}`", encoded_size(getattr(params, field, None)), most)
+    return original(processor, params, *args, **kwargs)
+
+
+def require_bounded(request: Any) -> None:
+    """Looks at a tenant's request before it is sent.
+
+    Raises:
+        GracefulHTTPError: There is too much of something.
+    """
+    for what, found, most in _bounded(request):
+        _require(what, found, most)
+    for what, found, most in _bounded_params(request.sampling_params):
+        _require(what, found, most)
+
+
+def _require(what: str, found: int, most: int) -> None:
+    if found > most:
+        message = f"{what}: found {found}, expected {most} at most."
+        raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST)
+
+
+def _bounded(request: Any) -> Iterator[tuple[str, int, int]]:
+    """What there may be too much of in vLLM's request, how much there is, and the most."""
+    yield "Characters of the request's id", len(request.request_id), MOST_ID
+    session = getattr(request, "session_id", None) or ""
+    yield "Characters of `session_id`", len(session), MOST_ID
+    for field, value in (
+        ("kv_transfer_params`, `vllm_xargs", getattr(request.sampling_params, "extra_args", None)),
+        ("reasoning_parser_kwargs", getattr(request, "reasoning_parser_kwargs", None)),
+    ):
+        yield f"Levels of `{field}`", _levels(value), MOST_NESTING
+
+
+def _levels(value: Any) -> int:
+    """How deeply lists and objects nest, counted to one more than there may be."""
+    level = [value]
+    for found in range(MOST_NESTING + 1):
+        level = [each for each in level if isinstance(each, (dict, list))]
+        if not level:
+            return found
+        level = [
+            each
+            for outer in level
+            for each in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return MOST_NESTING + 1
+
+
+def _bounded_params(params: Any) -> Iterator[tuple[str, int, int]]:
+    """The same of vLLM's `SamplingParams`; None: of a pooling request."""
+    if params is None:
+        return
+    yield "Texts in `stop`", len(params.stop or ()), MOST_STOPS
+    yield "Tokens in `stop_token_ids`", len(params.stop_token_ids or ()), MOST_STOPS
+    yield "Tokens in `allowed_token_ids`", len(params.allowed_token_ids or ()), MOST_TOKENS
+    yield "Tokens in `logit_bias`", len(params.logit_bias or ()), MOST_TOKENS
+    bad_words = params.bad_words_token_ids or ()
+    yield "Tokens in `bad_words`", sum(map(len, bad_words)), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+    if (repetition := params.repetition_detection) is not None:
+        # Patterns of each length are compared with as many of their own tokens.
+        compared = repetition.max_pattern_size**2 * repetition.min_count // 2
+        what = "Half of `min_count` times the square of `max_pattern_size`"
+        yield what, compared, MOST_COMPARISONS
+    yield "`max_tokens`", params.max_tokens or 0, MOST_LENGTH
+    yield "`seed`", params.seed or 0, MOST_SEED
