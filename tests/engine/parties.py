@@ -253,6 +253,13 @@ class Engine:
         assert self.adapters.bring(number)
         self.step(number)
 
+    def answer(self) -> None:
+        """The store and the workers answer everything."""
+        for want in list(self.store.wants.values()):
+            self.store.loaded(pack_info(want.adapter), want)
+        for order in list(self.workers.orders):
+            self.workers.filled(order)
+
     def idle(self) -> None:
         """Nothing runs any more, and nobody comes back for a slot."""
         for _ in range(2):

@@ -17,7 +17,6 @@ both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.engine.arrivals import Arrivals
 from vllm_multilora.integration.engine.blends import KnownBlends
-from vllm_multilora.integration.engine.entries import Entry
+from vllm_multilora.integration.engine.entries import Entries, Entry
 from vllm_multilora.integration.engine.orders_under_way import OrdersUnderWay
 from vllm_multilora.integration.engine.parties import Store, Workers
 from vllm_multilora.integration.engine.quarantine import Quarantine
@@ -313,7 +312,7 @@ class EngineAdapters:
         for entry in list(self._known.leased):
             self._wants.release(entry)
 
-    def known(self) -> Iterable[Entry]:
+    def known(self) -> Entries:
         """All adapters."""
         return self._known
 

@@ -7,7 +7,9 @@ the same, each of them gets a place, and not one of them all places.
 
 A step examines one request after the other, and puts back what cannot run. Tens of thousands may
 wait for the same adapter. When one of them could not run for its sake, the others are passed over.
-So are those that wait for something of their own, a grammar say, until it has come.
+So are those that wait for something of their own, a grammar say, until it has come. And where
+thousands of adapters are waited for, later steps look at those only for which something may have
+come.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from concurrent.futures import Future
 from itertools import count
 from operator import itemgetter
@@ -42,7 +44,8 @@ class _Line:
     Attributes:
         lanes: In the order of their places; none is empty.
         hidden: Lanes that are not shown in this step.
-        new: By lane, those beside its first that have come since it was hidden last, at least.
+        new: By lane that is shown, those beside its first that have come since it was hidden last,
+            at least.
     """
 
     __slots__ = ("_heads", "hidden", "lanes", "new")
@@ -95,6 +98,17 @@ class _Line:
                 self._drop(key)
             self.changed()
         return gone
+
+    def show(self, kept: Container[int | None]) -> int:
+        """Shows lanes again, but not those of these adapters; says how many requests are in them.
+
+        Lanes of those that wait for something of their own are always shown.
+        """
+        shown = [key for key in self.hidden if key[1] or key[0] not in kept]
+        if shown:
+            self.hidden.difference_update(shown)
+            self.changed()
+        return sum(len(self.lanes.get(key, ())) for key in shown)
 
     def changed(self) -> None:
         """Something has come, gone, or been hidden or shown."""
@@ -153,15 +167,20 @@ class FairQueue(RequestQueue):
         """Those that have requests in the queue."""
         return self._lines.keys()
 
-    def begin_step(self) -> None:
-        """Counters have changed: another step is being scheduled."""
-        self._order, self._passing, self._hidden = None, None, 0
+    def begin_step(self, kept: Container[int | None] = ()) -> None:
+        """Counters have changed: another step is being scheduled.
+
+        Args:
+            kept: Adapters of which requests that were passed over are not shown in it either.
+        """
+        self._order = self._passing = None
         self._taken.clear()
         self._emptied.clear()
-        for party in self._with_hidden & self._lines.keys():
-            self._lines[party].hidden.clear()
-            self._lines[party].changed()
-        self._with_hidden.clear()
+        self._with_hidden &= self._lines.keys()
+        for party in list(self._with_hidden):
+            self._hidden -= self._lines[party].show(kept)
+            if not self._lines[party].hidden:
+                self._with_hidden.remove(party)
         came = {self._came.popleft() for _ in range(len(self._came))}
         for party, adapter in self._owners(came):
             line = self._lines.get(party)
@@ -276,14 +295,17 @@ class FairQueue(RequestQueue):
             line = self._emptied.pop(party) if party in self._emptied else _Line()
             self._lines[party] = line
             self._order = None
-        line.changed()
         self._length += 1
-        self._hidden += key in line.hidden
-        if (lane := line.lanes.get(key)) is None:
-            line.lanes[key] = [(place, request)]
+        lane = line.lanes.setdefault(key, [])
+        if key in line.hidden:
+            self._hidden += 1
+            if self._skipped is not None:
+                self._skipped.add(request)
         else:
-            line.new[key].update((request, lane[0][1]))
-            insort(lane, (place, request), key=itemgetter(0))
+            line.changed()
+            if lane:
+                line.new[key].update((request, lane[0][1]))
+        insort(lane, (place, request), key=itemgetter(0))
 
     def _hide(self, line: _Line, key: Key) -> None:
         if key in line.hidden:

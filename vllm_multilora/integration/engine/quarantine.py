@@ -56,7 +56,7 @@ class Quarantine:
 
     def failure(self, pack: PackInfo | None) -> LoadFailure | None:
         """Why a version of an adapter, or a part of it, must not be used; None if it may."""
-        if pack is None:
+        if pack is None or not (self._digests or self._blends):
             return None
         is_known = pack.digest in self._digests or pack.digest in self._blends
         return _FAILURE if is_known or not self._digests.keys().isdisjoint(pack.parts) else None

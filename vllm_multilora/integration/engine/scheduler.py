@@ -11,13 +11,14 @@ the model step to load what is missing. The mixin, over whichever scheduler clas
 A request that is held back stays where it is in vLLM's waiting queue, like one that waits for its
 grammar to be compiled: order, priorities, preemption and aborts are vLLM's own. That queue is a
 `FairQueue` of one party, so that a step examines one request of each adapter that none can run with
-in it, and one of each adapter's that wait for grammars, and not all of them.
+in it, and one of each adapter's that wait for grammars, and not all of them. Of an adapter that the
+store has not answered for, or that waits for a slot while none is free, it examines none.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.asides import Asides
+from vllm_multilora.integration.engine.blocked import BlockedAdapters
 from vllm_multilora.integration.engine.fair_queue import FairQueue, awaited_grammar, queue_of
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.engine.grammars import take_slow
@@ -90,7 +92,7 @@ class AdapterAwareMixin:
         self.users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
         self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
-        self._blocked: set[int] = set()  # adapters that no request can run with in this step
+        self._blocked = BlockedAdapters(self._turns)
         if isinstance(self.waiting, FCFSRequestQueue | PriorityRequestQueue):
             self.waiting = queue_of(self, FairShares(), lambda request: None)
         self._freed, self._versions = FreedBlocks(), Announcements()
@@ -202,31 +204,30 @@ class AdapterAwareMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedules a step."""
         self._let_go()
-        self._blocked.clear()
-        if isinstance(self.waiting, FairQueue):
-            self.waiting.begin_step()
         adapters = self._adapters
         if adapters is None:
+            _begin_step(self.waiting)
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         # The end of a step has just looked. To ask the system here, without the GIL, would let the
         # thread that sends the last step's outputs go first.
         if not self._has_polled:
             adapters.poll(_LEASE_S)
-        self._has_polled = False
+        self._has_polled = self._is_holding = False
         self._failing |= self._late_reloads.ask(self.requests, adapters)
         self._pause_unfilled(adapters)
         for lora_id in (pinned := (pins := adapters.slots.pins).adapters):
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
         adapters.begin_step(active := _adapters_of(self.running))
-        slots, order = max(1, self._slots - pins.places), self._slot_order()
+        active, slots = active - pinned, max(1, self._slots - pins.places)
         could_run = partial(_that_could_run, self.requests)
-        self._turns.begin_step(active - pinned, slots, order, could_run, adapters.is_at_hand)
-        self._is_holding = False
+        self._turns.begin_step(active, slots, self._slot_order(), could_run, adapters.is_at_hand)
+        self._blocked.begin_step(adapters, is_full=len(active) == slots)
+        _begin_step(self.waiting, self._blocked)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         computes = output.total_num_scheduled_tokens > 0
         adapters.running(_adapters_of(self.running), computes=computes)
-        if self._is_holding and not computes:
+        if not computes and (self._is_holding or self._blocked.awaits_store):
             self.asides.flush()
             time.sleep(_IDLE_S)  # else workers answer empty steps as fast as they can
         return output
@@ -308,7 +309,7 @@ class AdapterAwareMixin:
         if failure is not None:
             self._failing[request.request_id] = to_stop_reason(failure, lora)
         else:
-            self._is_holding = True
+            self._blocked.add_unready(lora.lora_int_id)
             if adapters.state(lora.lora_int_id) is AdapterState.HOST:
                 self._turns.wait(lora.lora_int_id)  # its lease is all that is late
         return False
@@ -377,6 +378,11 @@ def _settle(adapters: EngineAdapters, asides: Asides, pause: PauseState) -> None
     asides.flush()
 
 
+def _begin_step(queue: Any, blocked: Container[int | None] = ()) -> None:
+    if isinstance(queue, FairQueue):
+        queue.begin_step(blocked)
+
+
 def _blocks_of(request: Request, manager: Any) -> set[int]:
     return {block for group in manager.get_block_ids(request.request_id) for block in group}
 
@@ -385,7 +391,7 @@ def _number_of(request: Request) -> int | None:
     return request.lora_request.lora_int_id if request.lora_request else None
 
 
-def _waits_as_others_do(request: Request, blocked: Collection[int | None]) -> bool:
+def _waits_as_others_do(request: Request, blocked: Container[int | None]) -> bool:
     """Whether a request cannot run for its adapter's sake, or lacks its grammar."""
     return _number_of(request) in blocked or awaited_grammar(request) is not None
 
