@@ -188,6 +188,8 @@ def test_a_tenants_running_calls_want_no_more_answers_than_it_may_have_at_a_time
     first.ended()
     begin(3, 5)
     assert is_refused(4, 1)
+    with pytest.raises(GracefulHTTPError, match="One call may want 8 answers"):
+        begin(5, 9)  # however long it would wait
     assert list(processor.request_states) == ["0", "2", "3"]
 
 

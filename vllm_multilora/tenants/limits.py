@@ -278,13 +278,18 @@ class Account:
         if not self._adapters[adapter]:
             del self._adapters[adapter]
 
+    @property
+    def most_answers(self) -> int | None:
+        """That running calls may want together; None: any number."""
+        return self._limits.answers
+
     def want(self, answers: int) -> None:
         """Counts answers that a call wants, until `unwant`.
 
         Raises:
             LimitReachedError: The tenant's calls want too many together.
         """
-        limit = self._limits.answers
+        limit = self.most_answers
         if limit is not None and self._answers + answers > limit:
             raise LimitReachedError(f"the limit of answers at a time ({limit}) is reached")
         self._answers += answers

@@ -121,16 +121,17 @@ class Caller:
             GracefulHTTPError: A tenant's wants too many: nobody is answered while they are begun;
                 or it and the tenant's others do.
         """
-        if self.account is not None:
-            try:
-                self.account.want(count)
-            except LimitReachedError as error:
-                self.retry_after_s = error.retry_after_s
-                raise GracefulHTTPError(str(error), HTTPStatus.TOO_MANY_REQUESTS) from error
-        self._answers += count
-        self._bound(
-            self._answers, MOST_ANSWERS, "answers at most, those to all of its prompts together."
-        )
+        if self.account is None:
+            return
+        wanted, limit = self._answers + count, self.account.most_answers
+        most = MOST_ANSWERS if limit is None else min(limit, MOST_ANSWERS)
+        self._bound(wanted, most, "answers at most, those to all of its prompts together.")
+        try:
+            self.account.want(count)
+        except LimitReachedError as error:
+            self.retry_after_s = error.retry_after_s
+            raise GracefulHTTPError(str(error), HTTPStatus.TOO_MANY_REQUESTS) from error
+        self._answers = wanted
 
     def count_scores(self, count: int) -> None:
         """The call wants so many log probabilities of its prompts' tokens, more than before.
