@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -266,7 +267,11 @@ def test_tests_that_are_ended_leave_the_results_of_those_that_were_over(tmp_path
 
     thread = threading.Thread(target=end, daemon=True)
     thread.start()
-    assert run._run_part(part, tmp_path, {"GPU_SECONDS": "60"}, ended) == "ended"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background
+    try:
+        assert run._run_part(part, tmp_path, {"GPU_SECONDS": "60"}, ended) == "ended"
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join(10)
     assert 'name="test_that_is_over"' in results.read_text()
 

@@ -131,6 +131,11 @@ def run(
     return summary
 
 
+def _can_be_interrupted() -> None:
+    # What a shell starts in the background ignores interrupts, and so does all that it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _run_part(
     part: Part, folder: Path, environment: dict[str, str], ended: Sequence[int]
 ) -> int | str:
@@ -142,6 +147,7 @@ def _run_part(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_can_be_interrupted,
         )
         end = time.monotonic() + float(environment["GPU_SECONDS"]) + _GRACE_S
         while not ended and time.monotonic() < end:
