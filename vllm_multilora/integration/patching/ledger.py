@@ -264,7 +264,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Nor does anything bound how long a grammar takes to go on by a token of the answer: "
         "one of forty characters takes milliseconds to say what it allows next, and seconds for "
         "this. Notes it, too.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM bounds what grammars take.",
     ),
     Patch(
@@ -658,7 +658,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.request_bounds:validate_params",
         why="vLLM tokenizes bad_words, and checks structured outputs, on the event loop: for 40 s "
         "where a tenant's request has ten megabytes of the first. Refuses what is that long.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM bounds both, or does not do it on the event loop.",
     ),
     Patch(
@@ -690,7 +690,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.schema_checks:check_structured_outputs",
         why="An API server checks schemas on its event loop. That takes seconds for some of a "
         "line, and nobody is answered meanwhile. Has a tenant's checked on a thread, one by one.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM checks them on a thread, and one client's keep no other's waiting.",
     ),
     Patch(
