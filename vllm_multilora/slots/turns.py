@@ -25,6 +25,8 @@ shares: a party waits while others have had less.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container
+from heapq import nsmallest
+from itertools import islice, takewhile
 
 PATIENCE_STEPS = 16
 """Steps that an adapter waits for a slot before others have to make room."""
@@ -85,14 +87,14 @@ class SlotTurns:
         self._turns_away = False
         self._placing = set(filter(at_hand, self._placing))
         self._since = {i: self._since.get(i, self._step) for i in (*active, *self._placing)}
-        overdue = [
-            adapter_id
-            for adapter_id, first in self._waiting.items()
-            if self._step - first >= self._patience and at_hand(adapter_id)
-        ]
         free = max(0, slots - len(self._since))
+        # Those that have waited longest are first; for more than these there are no slots to have.
+        first = takewhile(lambda i: self._step - self._waiting[i] >= self._patience, self._waiting)
+        overdue = list(islice(filter(at_hand, first), free + len(active)))
         had = order or (lambda adapter_id: 0.0)
-        ahead = overdue if order is None else sorted(filter(at_hand, self._waiting), key=order)
+        ahead = overdue
+        if order is not None:
+            ahead = nsmallest(len(overdue), filter(at_hand, self._waiting), key=order)
         kept = min(free, len(overdue))
         self._next = set(ahead[:kept])
         self._free = free - kept
@@ -101,7 +103,7 @@ class SlotTurns:
         excess = max(0, len(self._since) - slots)
         if excess or kept < len(overdue):
             most = sorted(active, key=lambda i: (-had(i), self._since[i], i))
-            pairs = zip(ahead[kept : len(overdue)], most[excess:], strict=False)
+            pairs = zip(ahead[kept:], most[excess:], strict=False)
             self._closed = frozenset(
                 (*most[:excess], *(i for other, i in pairs if had(other) <= had(i)))
             )
