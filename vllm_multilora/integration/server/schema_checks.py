@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 from vllm_multilora.integration.server.callers import current_caller
-from vllm_multilora.tenants.limits import Account
+from vllm_multilora.integration.server.registration import to_its_end
 
 _postponed: ContextVar[Callable[[Any], None] | None] = ContextVar("multilora_check", default=None)
 """Checks the structured output of the request that is about to be sent."""
@@ -50,19 +49,6 @@ async def check_postponed(params: Any) -> None:
     if caller is None or caller.account is None or check is None or wanted is None:
         return
     if _checked.get() is not wanted:
-        await _in_turn(caller.account, partial(check, params))
+        async with caller.account.checking:  # the thread goes on, whether the client goes or not
+            await to_its_end(asyncio.to_thread(check, params))
         _checked.set(wanted)
-
-
-async def _in_turn(account: Account, work: Callable[[], None]) -> None:
-    """Works on a thread, for a tenant at one thing at a time, whether its client goes or not."""
-    await account.checking.acquire()
-
-    def end(task: asyncio.Future[None]) -> None:
-        account.checking.release()
-        if not task.cancelled():
-            task.exception()  # whoever would hear of it may have gone
-
-    working = asyncio.ensure_future(asyncio.to_thread(work))
-    working.add_done_callback(end)
-    await asyncio.shield(working)
