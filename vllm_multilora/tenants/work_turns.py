@@ -13,7 +13,7 @@ from typing import Any
 def take_turns(
     executor: Executor,
     owner_of: Callable[..., str],
-    is_wanted: Callable[..., bool] = lambda *_: True,
+    is_wanted: Callable[..., bool] = lambda *_, **__: True,
 ) -> None:
     """Has an executor work for one owner after the other, and for each in the order of its work.
 

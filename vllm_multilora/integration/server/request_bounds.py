@@ -62,8 +62,6 @@ def require_bounded(request: Any) -> None:
     """
     for what, found, most in _bounded(request):
         _require(what, found, most)
-    for what, found, most in _bounded_params(request.sampling_params):
-        _require(what, found, most)
 
 
 def _require(what: str, found: int, most: int) -> None:
@@ -77,11 +75,10 @@ def _bounded(request: Any) -> Iterator[tuple[str, int, int]]:
     yield "Characters of the request's id", len(request.request_id), MOST_ID
     session = getattr(request, "session_id", None) or ""
     yield "Characters of `session_id`", len(session), MOST_ID
-    for field, value in (
-        ("kv_transfer_params`, `vllm_xargs", getattr(request.sampling_params, "extra_args", None)),
-        ("reasoning_parser_kwargs", getattr(request, "reasoning_parser_kwargs", None)),
-    ):
-        yield f"Levels of `{field}`", _levels(value), MOST_NESTING
+    kwargs = getattr(request, "reasoning_parser_kwargs", None)
+    yield "Levels of `reasoning_parser_kwargs`", _levels(kwargs), MOST_NESTING
+    if request.sampling_params is not None:  # as of a pooling request
+        yield from _bounded_params(request.sampling_params)
 
 
 def _levels(value: Any) -> int:
@@ -100,9 +97,9 @@ def _levels(value: Any) -> int:
 
 
 def _bounded_params(params: Any) -> Iterator[tuple[str, int, int]]:
-    """The same of vLLM's `SamplingParams`; None: of a pooling request."""
-    if params is None:
-        return
+    """The same of vLLM's `SamplingParams`."""
+    extra = getattr(params, "extra_args", None)
+    yield "Levels of `kv_transfer_params`, `vllm_xargs`", _levels(extra), MOST_NESTING
     yield "Texts in `stop`", len(params.stop or ()), MOST_STOPS
     yield "Tokens in `stop_token_ids`", len(params.stop_token_ids or ()), MOST_STOPS
     yield "Tokens in `allowed_token_ids`", len(params.allowed_token_ids or ()), MOST_TOKENS
