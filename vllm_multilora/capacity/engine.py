@@ -75,7 +75,6 @@ class Engine:
         self._users: Counter[int] = Counter()  # adapters by requests that have come
         self._copies: list[tuple[float, int, int]] = []  # when they end, order, adapter
         self._waits_for_slot = False  # somebody, in this step
-        self._copies_until = 0.0  # how long this step waits for copies
 
     def serve(self, requests: Sequence[Request]) -> Served:
         """Serves requests, in the order of their arrival; once."""
@@ -162,7 +161,7 @@ class Engine:
     def _schedule(self) -> tuple[Batch | None, list[int]]:
         """What the next step computes, None if nothing; the requests whose prompts it completes."""
         self._take_copies()
-        self._copies_until = self._now + COPY_S
+        self._copies_until = self._now + COPY_S  # the step waits for copies
         self._slots.begin_step(frozenset(self._running))
         self._turns.begin_step(
             self._running, self._shape.slots, None, self._waiting.keys, self._is_at_hand
