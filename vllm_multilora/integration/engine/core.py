@@ -100,6 +100,9 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
         os.environ.pop(PATH_VARIABLE, None)
     if link is None or not (missing := link.attach_all()):
         return
+    if not all(executor.collective_rpc(calls.has_our_manager)):
+        _disconnect(executor)  # vLLM itself, or another program, loads the adapters
+        return
     machines = reach(executor, link, missing, vllm_config)
     if machines is None:
         logger.warning(

@@ -16,11 +16,20 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 
+_CHECKS = ("allowed_roots", "require_digest", "signing_keys")
+"""Settings that say which adapters may be served."""
+
+
 def flag_of(setting: str) -> str:
     """The flag of a setting."""
     if setting == "enabled":
         return f"--{CONFIG_KEY}"
     return f"--{CONFIG_KEY}-{setting.replace('_', '-')}"
+
+
+def checks_in(settings: MultiLoRAConfig) -> str:
+    """The flags that say which adapters may be served; empty where none of them is given."""
+    return " and ".join(flag_of(name) for name in _CHECKS if getattr(settings, name))
 
 
 def _destination(name: str) -> str:

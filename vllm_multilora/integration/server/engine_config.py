@@ -28,7 +28,7 @@ from vllm_multilora.integration.patching.cache_settings import (
     check_cache_settings,
     lift_default_count,
 )
-from vllm_multilora.integration.patching.flags import flag_of
+from vllm_multilora.integration.patching.flags import checks_in
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.patching.version import (
     SUPPORTED_TEXT,
@@ -61,9 +61,6 @@ _ESSENTIAL = (
     *("executor", "add-request", "server-start"),
 )
 """Patches that act together: with one of them missing, requests get the base model's answers."""
-
-_CHECKS = ("allowed_roots", "require_digest", "signing_keys")
-"""Settings that say which adapters may be served."""
 
 COMPILED_WITH = "multilora_compiled_with"
 """Key in `additional_config` that tells whose compiled code a configuration may use."""
@@ -132,9 +129,9 @@ def require_nothing_to_check(settings: MultiLoRAConfig) -> None:
     Raises:
         ConfigError: There are such settings.
     """
-    if given := [flag_of(name) for name in _CHECKS if getattr(settings, name)]:
+    if checks := checks_in(settings):
         raise ConfigError(
-            f"{' and '.join(given)} would check no adapter here, because vLLM's own code loads "
+            f"{checks} would check no adapter here, because vLLM's own code loads "
             f"them: vllm-multilora is not active, or has been told to leave them to vLLM. Leave "
             f"out --no-multilora and --multilora-backend vllm, and use vLLM {SUPPORTED_TEXT} on a "
             f"platform that vllm-multilora has kernels for; or leave these flags out"

@@ -17,6 +17,7 @@ from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from vllm_multilora.errors import ConfigError, MultiLoRAError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.fill_link import (
@@ -29,6 +30,7 @@ from vllm_multilora.integration.fill_link import (
 from vllm_multilora.integration.orders import Order
 from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
+from vllm_multilora.integration.patching.flags import checks_in
 from vllm_multilora.integration.patching.ledger import PUNICA_WRAPPER
 from vllm_multilora.integration.remote_link import Address, dial
 from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
@@ -240,12 +242,20 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     # What vLLM calls for single adapters; the engine core does it by orders
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Nothing to do: the engine core has the adapter loaded when a request needs it."""
-        return True
+        """Refused: the engine core would know nothing of it, and have no request use it.
+
+        Raises:
+            MultiLoRAError: Always.
+        """
+        raise MultiLoRAError(_not_by_workers("add"))
 
     def remove_adapter(self, adapter_id: int) -> bool:
-        """Nothing to do: the engine core does not use the slot for it any more."""
-        return adapter_id in self.list_adapters()
+        """Refused likewise.
+
+        Raises:
+            MultiLoRAError: Always.
+        """
+        raise MultiLoRAError(_not_by_workers("remove"))
 
     def remove_all_adapters(self) -> None:
         """Ends a warm-up or, outside of one, comes with new base weights; adapters stay."""
@@ -257,8 +267,12 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             self._step_orders = -1  # the next step looks at all of its slots
 
     def pin_adapter(self, adapter_id: int) -> bool:
-        """Nothing to do: slots are the engine core's."""
-        return adapter_id in self.list_adapters()
+        """Refused likewise.
+
+        Raises:
+            MultiLoRAError: Always.
+        """
+        raise MultiLoRAError(_not_by_workers("pin"))
 
     def list_adapters(self) -> set[int]:
         """The adapters that are in slots."""
@@ -314,15 +328,50 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             self._owners = None
 
 
+def _not_by_workers(verb: str) -> str:
+    return (
+        f"workers {verb} no LoRA adapters with vllm-multilora: call {verb}_lora of the engine "
+        f"(AsyncLLM, or LLM(...).llm_engine), with the path of an adapter's folder. If a framework "
+        f"is to load adapters from tensors, it has to change vLLM's LRUCacheWorkerLoRAManager "
+        f"before the engine starts; or leave adapters to vLLM: --no-multilora, or "
+        f'additional_config={{"multilora": {{"enabled": False}}}}'
+    )
+
+
 def make_worker_manager(
     original: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any
 ) -> LRUCacheWorkerLoRAManager:
     # Our manager fills slots for our kernels; stock ones need stock's cleared slots.
     if kernel_backend(vllm_config) == "vllm" or not PUNICA_WRAPPER.is_applied():
         return original(vllm_config, *args, **kwargs)
+    if (loader := _others_loader(original)) is not None:
+        if checks := checks_in(settings_of(vllm_config)):
+            raise ConfigError(
+                f"{checks} would check no adapter here, because {loader} loads them in vLLM's "
+                f"place: leave one or the other out"
+            )
+        logger.warning(
+            "%s loads adapters in vLLM's place: vllm-multilora leaves them to it here, and to "
+            "vLLM's own manager, and only computes them.",
+            loader,
+        )
+        return original(vllm_config, *args, **kwargs)
     if settings_of(vllm_config).quarantine:
         kv_blocks.start()
     return MultiLoRAWorkerManager(vllm_config, *args, **kwargs)
+
+
+def _others_loader(manager: type) -> str | None:
+    """What loads a manager's adapters that is not vLLM's; None: nothing.
+
+    Frameworks for training have workers load adapters from tensors so.
+    """
+    for name in ("_load_adapter", "add_adapter", "_apply_adapters"):
+        method = getattr(manager, name, None)
+        module = getattr(method, "__module__", None) or "vllm"
+        if module.partition(".")[0] != "vllm":
+            return f"{module}.{getattr(method, '__qualname__', name)}"
+    return None
 
 
 def manager_of(model_runner: Any) -> MultiLoRAWorkerManager | None:

@@ -1,0 +1,65 @@
+"""How frameworks for training have vLLM's workers load adapters from tensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+PATH = "of no folder"
+
+
+class TensorLoRARequest(LoRARequest):
+    """An adapter that is in no folder."""
+
+    peft_config: dict[str, Any] = msgspec.field(default_factory=dict)
+    lora_tensors: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+def of_tensors(number: int, folder: Path) -> TensorLoRARequest:
+    """The adapter in a folder, as if it came from a training process."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return TensorLoRARequest(str(number), number, PATH, peft_config=config, lora_tensors=tensors)
+
+
+def take_over() -> None:
+    """Has vLLM's manager of this process load such adapters, too."""
+    original = LRUCacheWorkerLoRAManager._load_adapter
+
+    def load(manager: Any, request: LoRARequest) -> Any:
+        if not isinstance(request, TensorLoRARequest):
+            return original(manager, request)
+        helper = PEFTHelper.from_dict(request.peft_config)
+        helper.validate_legal(manager.lora_config)
+        mapper = getattr(manager._adapter_manager.model, "hf_to_vllm_mapper", None)
+        if hasattr(mapper, "get_rename_mapper"):
+            mapper = mapper.get_rename_mapper()
+        return manager._lora_model_cls.from_lora_tensors(
+            lora_model_id=request.lora_int_id,
+            tensors=request.lora_tensors,
+            peft_helper=helper,
+            device="cpu",
+            dtype=manager.lora_config.lora_dtype,
+            weights_mapper=mapper,
+        )
+
+    LRUCacheWorkerLoRAManager._load_adapter = load  # type: ignore[method-assign]
+
+
+class Extension:
+    """Of a worker: vLLM's `worker_extension_cls`."""
+
+    def __new__(cls, **kwargs: Any) -> "Extension":
+        take_over()
+        return super().__new__(cls)
+
+    def push(self: Any, number: int, folder: Path) -> bool:
+        """Puts an adapter in the place of the one that has its number."""
+        self.remove_lora(number)
+        return bool(self.add_lora(of_tensors(number, folder)))
