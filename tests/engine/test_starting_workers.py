@@ -20,6 +20,11 @@ pytestmark = pytest.mark.waits
 LIMIT_S = 10.0
 
 
+def executor_of_ours():
+    """Of one worker, which has our manager."""
+    return SimpleNamespace(collective_rpc=lambda call, args=(): [True])
+
+
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     """Where the store of this test's engines is."""
@@ -48,11 +53,19 @@ def test_the_store_is_up_before_the_workers_and_goes_with_those_that_fail(path):
 
 def test_no_connection_is_left_where_workers_are_not_heard(path, monkeypatch):
     monkeypatch.setattr(core, "reach", lambda *arguments: None)
-    executor = SimpleNamespace()
+    executor = executor_of_ours()
     with core.starting_workers(executor, VllmConfig()):
         store = store_process(path)
     assert (LINK.get(executor), EARLY_STORE.get(executor)) == (None, None)
     await_end(store, LIMIT_S)
+
+
+def test_nobody_looks_elsewhere_for_workers_whose_adapters_others_load(path, monkeypatch):
+    monkeypatch.setattr(core, "reach", lambda *arguments: pytest.fail("looked for"))
+    executor = SimpleNamespace(collective_rpc=lambda call, args=(): [False])
+    with core.starting_workers(executor, VllmConfig()):
+        pass
+    assert (LINK.get(executor), EARLY_STORE.get(executor)) == (None, None)
 
 
 def test_workers_that_are_forked_have_no_connection_of_their_engine_cores(path, monkeypatch):
@@ -62,7 +75,7 @@ def test_workers_that_are_forked_have_no_connection_of_their_engine_cores(path, 
     is_over = forked.Event()
     worker = forked.Process(target=is_over.wait, args=(6 * LIMIT_S,), daemon=True)
     try:
-        with core.starting_workers(SimpleNamespace(), VllmConfig()):
+        with core.starting_workers(executor_of_ours(), VllmConfig()):
             store = store_process(path)
             worker.start()
         await_end(store, LIMIT_S)
@@ -74,7 +87,7 @@ def test_workers_that_are_forked_have_no_connection_of_their_engine_cores(path, 
 
 def test_a_store_that_cannot_start_is_told_where_it_is_needed(path, monkeypatch):
     path.parent.chmod(0o777)
-    executor = SimpleNamespace()
+    executor = executor_of_ours()
     monkeypatch.setattr(core, "reach", lambda *arguments: None)
     with core.starting_workers(executor, VllmConfig()):
         assert EARLY_STORE.get(executor) is None
@@ -103,7 +116,7 @@ def test_an_engine_core_that_has_one_of_the_workers_waits_for_that_one(path):
     config.lora_config = LoRAConfig(max_lora_rank=8, max_loras=1)
     config.parallel_config.distributed_executor_backend = "external_launcher"
     config.parallel_config.world_size = 2
-    executor = SimpleNamespace(collective_rpc=lambda call, args=(): [True])
+    executor = executor_of_ours()
     with core.starting_workers(executor, config):
         pass
     assert (LINK.get(executor), EARLY_STORE.get(executor)) == (None, None)
