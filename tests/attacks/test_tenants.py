@@ -497,6 +497,19 @@ def test_a_tenants_long_texts_keep_no_other_one_from_being_read(served: TenantSe
 COLD = 32
 
 
+@pytest.mark.parametrize("answers", [1, 2], ids="n={}".format)
+def test_a_tenants_schema_is_checked_however_many_answers_it_is_for(
+    served: TenantServer, answers: int
+) -> None:
+    """vLLM sends requests for one answer by another way than those for several."""
+    wanted = {"n": answers, "temperature": 1, "max_tokens": 1}
+    told = served.complete("acme", "acme-a", [5, 6], structured_outputs={"regex": "("}, **wanted)
+    assert (told.status_code, "not closed" in told.text) == (400, True), told.text
+    good = {"choice": ["t5", "t6"]}
+    answer = served.complete("acme", "acme-a", [5, 6], structured_outputs=good, **wanted)
+    assert answer.status_code == 200, answer.text
+
+
 def test_a_tenant_with_many_cold_adapters_does_not_hold_up_anothers_one(
     served: TenantServer,
 ) -> None:

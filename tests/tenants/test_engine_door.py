@@ -4,7 +4,6 @@ import asyncio
 import re
 import threading
 from collections.abc import AsyncIterator
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -35,7 +34,7 @@ from vllm_multilora.integration.server.callers import (
     Caller,
     current_caller,
 )
-from vllm_multilora.integration.server.engine_door import add_request, send_request
+from vllm_multilora.integration.server.engine_door import add_request
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.server.request_bounds import (
     MOST_COMPARISONS,
@@ -44,8 +43,9 @@ from vllm_multilora.integration.server.request_bounds import (
     MOST_SEED,
     MOST_STOPS,
     MOST_TOKENS,
-    validate_params,
+    require_short,
 )
+from vllm_multilora.integration.server.schema_checks import add_request as take_request
 from vllm_multilora.integration.server.schema_checks import check_structured_outputs
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
@@ -288,22 +288,14 @@ def test_of_what_a_tenants_request_asks_for_there_is_not_too_much(message, most,
     ids=("bad_words", "choice", "json"),
 )
 def test_a_tenants_texts_that_vllm_looks_at_while_nobody_is_answered_are_short(params):
-    def validate(who: Caller | None, params: Any) -> Any:
-        def original(processor: Any, params: Any, tasks: Any) -> Any:
-            return params, tasks
-
-        return as_caller(who, lambda: validate_params(original, None, params, "tasks"))
-
-    within = SamplingParams(
-        bad_words=["a"] * 128, structured_outputs=StructuredOutputsParams(choice=["a"] * 1_000)
+    require_short(
+        SamplingParams(
+            bad_words=["a"] * 128, structured_outputs=StructuredOutputsParams(choice=["a"] * 1_000)
+        )
     )
-    beyond = SamplingParams(**params)
-    for who in (None, Caller(Role.CLIENT)):
-        assert validate(who, beyond) == (beyond, "tasks")
-    assert validate(tenant("acme"), within) == (within, "tasks")
-    assert validate(tenant("acme"), PoolingParams())
+    require_short(PoolingParams())
     with pytest.raises(GracefulHTTPError, match="Bytes of"):
-        validate(tenant("acme"), beyond)
+        require_short(SamplingParams(**params))
 
 
 @pytest.mark.parametrize("field", ["extra_args", "reasoning_parser_kwargs"])
@@ -361,42 +353,50 @@ def test_there_is_room_in_vllms_second_model_runner_for_what_is_let_through():
     assert room["STOP_TOKEN_IDS"] > MOST_STOPS  # the model's own are among these
 
 
-def test_a_tenants_schema_is_checked_beside_what_is_done_for_others():
+def test_a_tenants_schema_is_checked_beside_what_is_done_for_others(monkeypatch):
     """vLLM checks on the event loop, where one of a line may take seconds."""
-    checked, sent = [], []
+    checked, taken = [], []
 
     def check(params: SamplingParams, *given: Any) -> None:
-        checked.append((params.structured_outputs, given, threading.current_thread()))
+        checked.append((given, threading.current_thread() is threading.main_thread()))
         if params.structured_outputs.regex == "bad":
             raise VLLMValidationError("no such thing")
 
-    async def sending(client: Any, request: Request, *given: Any) -> None:
-        sent.append(request.request_id)
+    monkeypatch.setattr(
+        SamplingParams,
+        "_validate_structured_outputs",
+        lambda params, *given: check_structured_outputs(check, params, *given),
+    )
+    configs = {"model_config": "model", "structured_outputs_config": "config"}
+    client = SimpleNamespace(input_processor=SimpleNamespace(**configs, tokenizer="tokenizer"))
 
-    async def ask(who: Caller, regex: str, children: int = 1) -> list[Any]:
+    async def take(client: Any, request_id: str, prompt: str, params: Any) -> None:
+        params._validate_structured_outputs("model", "config", "tokenizer")
+        taken.append(prompt)
+
+    async def ask(who: Caller | None, regex: str, *, prompts: int = 1) -> None:
+        current_caller.set(who)
+        wanted = StructuredOutputsParams(regex=regex)
         checked.clear()
-        sent.clear()
-        token = current_caller.set(who)
-        params = SamplingParams(structured_outputs=StructuredOutputsParams(regex=regex))
-        check_structured_outputs(check, params, "model", "config", "tokenizer")
-        at_once = len(checked)
-        client = SimpleNamespace(output_processor=Processor())
-        try:
-            for number in range(children):
-                request = Request(request_id=str(number), sampling_params=copy(params))
-                await send_request(sending, client, request, None, None, 0, None)
-        finally:
-            current_caller.reset(token)
-        assert [given for _, given, _ in checked] == [("model", "config", "tokenizer")]
-        return [at_once, len(sent), checked[0][2] is threading.main_thread()]
+        taken.clear()
+        await asyncio.gather(
+            *(
+                take_request(take, client, "1", str(i), SamplingParams(structured_outputs=wanted))
+                for i in range(prompts)
+            )
+        )
 
-    acme = tenant("acme")
-    assert asyncio.run(ask(Caller(Role.CLIENT), "good")) == [1, 1, True]
-    assert asyncio.run(ask(acme, "good", children=3)) == [0, 3, False]
+    given, acme, long = ("model", "config", "tokenizer"), tenant("acme"), "a" * (256 << 10)
+    for who in (None, Caller(Role.CLIENT)):
+        asyncio.run(ask(who, long))
+        assert (checked, len(taken)) == ([(given, True)], 1)
+    asyncio.run(ask(acme, "good", prompts=3))
+    assert (checked, len(taken)) == ([(given, False)], 3)
     with pytest.raises(VLLMValidationError, match="no such thing"):
         asyncio.run(ask(acme, "bad"))
-    assert not sent
-    assert not acme.account.checking.locked()
+    with pytest.raises(GracefulHTTPError, match="Bytes of"):
+        asyncio.run(ask(acme, long))
+    assert (checked, taken, acme.account.checking.locked()) == ([], [], False)
 
 
 def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():

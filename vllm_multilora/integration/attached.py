@@ -114,6 +114,9 @@ SLOW_GRAMMARS: Attached[list[Any]] = Attached("slow-grammars")
 """Of a `StructuredOutputManager`: grammars that have taken too long, and were not looked at yet;
 not set where nobody looks."""
 
+CHECKED: Attached[bool] = Attached("checked")
+"""Of a request's `StructuredOutputsParams`: set once they have been checked before vLLM would."""
+
 HIDDEN_FOLDERS: Attached[tuple[str, ...]] = Attached("hidden-folders")
 """Of an API server's `RequestState`: folders that its client is not told."""
 

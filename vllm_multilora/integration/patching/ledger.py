@@ -652,14 +652,21 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM has keys of several kinds.",
     ),
     Patch(
-        name="parameters-size",
-        target="vllm.v1.engine.input_processor:InputProcessor._validate_params",
-        takes=("self, params, supported_tasks",),
-        handler="server.request_bounds:validate_params",
-        why="vLLM tokenizes bad_words, and checks structured outputs, on the event loop: for 40 s "
-        "where a tenant's request has ten megabytes of the first. Refuses what is that long.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
-        until="vLLM bounds both, or does not do it on the event loop.",
+        name="parameters-checks",
+        target="vllm.v1.engine.async_llm:AsyncLLM.add_request",
+        takes=(
+            "self, request_id, prompt, params, arrival_time=None, lora_request=None, "
+            "tokenization_kwargs=None, trace_headers=None, priority=0, data_parallel_rank=None, "
+            "session_id=None, prompt_text=None, reasoning_ended=None, "
+            "reasoning_parser_kwargs=None, kv_hints=None",
+        ),
+        handler="server.schema_checks:add_request",
+        why="vLLM tokenizes bad_words, and checks structured outputs, on the event loop: nobody is "
+        "answered for 40 s where a request has ten megabytes of the first, and for seconds for "
+        "some schemas of a line. Refuses what is that long of a tenant's, and has its schemas "
+        "checked on a thread, one by one, before vLLM looks at the request.",
+        checked=(),
+        until="vLLM bounds both, and does neither on the event loop.",
     ),
     Patch(
         name="engine-door",
@@ -688,10 +695,9 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.sampling_params:SamplingParams._validate_structured_outputs",
         takes=("self, model_config, structured_outputs_config, tokenizer",),
         handler="server.schema_checks:check_structured_outputs",
-        why="An API server checks schemas on its event loop. That takes seconds for some of a "
-        "line, and nobody is answered meanwhile. Has a tenant's checked on a thread, one by one.",
+        why="As parameters-checks. Checks no schema again that has been checked there.",
         checked=("0.31", "0.32", "0.33", "0.33/2"),
-        until="vLLM checks them on a thread, and one client's keep no other's waiting.",
+        until="As parameters-checks.",
     ),
     Patch(
         name="stored-responses",

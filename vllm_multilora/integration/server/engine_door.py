@@ -16,7 +16,6 @@ from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER, SEE_OFF
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller, current_caller
 from vllm_multilora.integration.server.request_bounds import require_bounded
-from vllm_multilora.integration.server.schema_checks import check_postponed
 from vllm_multilora.integration.tenant_of_request import set_tenant
 from vllm_multilora.tenants.limits import Meter
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -80,7 +79,6 @@ async def send_request(
     Where it cannot be sent nobody hears of it again: its client has gone, or it holds a number of
     more than 64 bits or a text that is no Unicode.
     """
-    await check_postponed(request.sampling_params)
     processor = client.output_processor
     is_new = request.request_id not in processor.request_states
     try:

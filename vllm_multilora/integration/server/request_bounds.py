@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
 from vllm import envs
 from vllm.exceptions import GracefulHTTPError
 
-from vllm_multilora.integration.server.callers import current_caller, encoded_size
+from vllm_multilora.integration.server.callers import encoded_size
 
 MOST_ID = 1_024
 """Characters of its id, with which each of its tokens comes, and of its session's, which events of
@@ -39,19 +39,14 @@ MOST_LENGTH = 1 << 30
 MOST_SEED = (1 << 63) - 1
 
 
-def validate_params(
-    original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Looks at a request's parameters before vLLM does, which may take long.
+def require_short(params: Any) -> None:
+    """Looks at a tenant's parameters before vLLM does, which may take long.
 
     Raises:
-        GracefulHTTPError: There is too much of a tenant's.
+        GracefulHTTPError: There is too much of something.
     """
-    caller = current_caller.get()
-    if caller is not None and caller.tenant is not None:
-        for field, most in MOST_BYTES_OF.items():
-            _require(f"Bytes of `{field}`", encoded_size(getattr(params, field, None)), most)
-    return original(processor, params, *args, **kwargs)
+    for field, most in MOST_BYTES_OF.items():
+        _require(f"Bytes of `{field}`", encoded_size(getattr(params, field, None)), most)
 
 
 def require_bounded(request: Any) -> None:

@@ -1,54 +1,61 @@
 """Checks tenants' structured outputs on threads, where vLLM has its event loop wait for them.
 
 A schema of a line, with long repetitions in a pattern, takes seconds, and nobody is answered
-meanwhile. So a tenant's is checked when its request is about to be sent, in the tenant's turn.
+meanwhile. So a tenant's is checked before vLLM looks at its request, in the tenant's turn.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
+from vllm_multilora.integration.attached import CHECKED
 from vllm_multilora.integration.server.callers import current_caller
 from vllm_multilora.integration.server.registration import to_its_end
+from vllm_multilora.integration.server.request_bounds import require_short
 
-_postponed: ContextVar[Callable[[Any], None] | None] = ContextVar("multilora_check", default=None)
-"""Checks the structured output of the request that is about to be sent."""
 
-_checked: ContextVar[Any] = ContextVar("multilora_checked", default=None)
-"""The structured output that was checked last; the children of a request have one in common."""
+async def add_request(
+    original: Callable[..., Any],
+    client: Any,
+    request_id: str,
+    prompt: Any,
+    params: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Looks at a tenant's parameters before vLLM does, where that may take long.
+
+    Args:
+        original: vLLM's, for a request with however many answers.
+        client: vLLM's `AsyncLLM`.
+        request_id: As the endpoint has named it.
+        prompt: Whatever it has.
+        params: vLLM's `SamplingParams` or `PoolingParams`.
+        *args: What else the request has.
+        **kwargs: More of it.
+
+    Raises:
+        GracefulHTTPError: There is too much of something.
+        ValueError: As vLLM's, where a structured output cannot be had.
+    """
+    caller = current_caller.get()
+    if caller is not None and caller.account is not None:
+        require_short(params)
+        if (wanted := getattr(params, "structured_outputs", None)) is not None:
+            by = client.input_processor
+            given = by.model_config, by.structured_outputs_config, by.tokenizer
+            async with caller.account.checking:
+                # Those to several prompts of a call are one. The thread goes on if the client goes.
+                if not CHECKED.is_set(wanted):
+                    check = params._validate_structured_outputs
+                    await to_its_end(asyncio.to_thread(check, *given))
+                    CHECKED.set(wanted, True)
+    return await original(client, request_id, prompt, params, *args, **kwargs)
 
 
 def check_structured_outputs(original: Callable[..., None], params: Any, *given: Any) -> None:
-    """Checks whether a structured output can be had; a tenant's when its request is to be sent.
-
-    vLLM does so on the event loop: a schema of a line, with long repetitions in a pattern, takes
-    seconds, and nobody is answered meanwhile.
-    """
-    caller = current_caller.get()
-    if caller is None or caller.account is None or params.structured_outputs is None:
+    """Checks whether a structured output can be had, unless that has been checked."""
+    if not CHECKED.is_set(params.structured_outputs):
         original(params, *given)
-        return
-
-    def check(params: Any) -> None:
-        original(params, *given)
-
-    _postponed.set(check)
-
-
-async def check_postponed(params: Any) -> None:
-    """Checks the structured output of the call's request that is about to be sent.
-
-    Raises:
-        ValueError: As vLLM's, where it cannot be had.
-    """
-    caller, check = current_caller.get(), _postponed.get()
-    wanted = getattr(params, "structured_outputs", None)
-    if caller is None or caller.account is None or check is None or wanted is None:
-        return
-    if _checked.get() is not wanted:
-        async with caller.account.checking:  # the thread goes on, whether the client goes or not
-            await to_its_end(asyncio.to_thread(check, params))
-        _checked.set(wanted)
