@@ -131,9 +131,10 @@ def test_errors_have_the_shape_of_the_api_that_was_called(path, keys):
     assert body == keys
 
 
-def test_a_tenant_gets_no_metrics_with_its_answer(tenants):
-    """Which vLLM adds for whoever sends a header, `/metrics` or not."""
-    header, seen = "endpoint-load-metrics-format", []
+@pytest.mark.parametrize("header", ["endpoint-load-metrics-format", "x-data-parallel-rank"])
+def test_a_tenant_neither_gets_metrics_nor_chooses_an_engine(tenants, header):
+    """As vLLM has whoever sends a header."""
+    seen = []
 
     class Reading(App):
         async def __call__(self, scope, receive, send):

@@ -46,9 +46,10 @@ _COHERES = "/cohere/v2/chat"
 _OF_TENANTS = (Endpoint.CALL, Endpoint.STORED, Endpoint.MODELS, Endpoint.STATUS)
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
-_LOAD_REPORT = b"endpoint-load-metrics-format"
-"""A header that asks vLLM for some of `/metrics` with an answer. That is not for tenants, and has
-all metrics collected while nobody is answered."""
+_NOT_OF_TENANTS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
+"""Headers that do nothing for tenants. One asks vLLM for some of `/metrics` with an answer, which
+has all metrics collected while nobody is answered; the other names the engine that is to compute
+it, and all of a tenant's requests together would hold up those of others there."""
 
 STRANGERS_PER_MINUTE = 3_000
 """Requests without a valid key that are answered; after a minute without any, so many at once."""
@@ -190,7 +191,7 @@ class AccessMiddleware:
 
         What has no turn, as it is refused or reads a stored response, waits where there is much.
         """
-        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != _LOAD_REPORT]
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in _NOT_OF_TENANTS]
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
