@@ -231,8 +231,9 @@ class MultiLoRAConfig:
     )
     admin_key_file: str | None = _file(
         "File with the operators' keys, one per line. Only operators may load and unload "
-        "adapters and see folders. Without this flag the MULTILORA_ADMIN_KEY environment "
-        "variable applies; without either, the API key is the operator's.",
+        "adapters and see folders. Read again when it changes. Without this flag the "
+        "MULTILORA_ADMIN_KEY environment variable applies; without either, the API key is the "
+        "operator's.",
     )
     tenants: str | None = _file(
         "YAML or JSON file of tenants: their keys, the adapters and routes that each may use "

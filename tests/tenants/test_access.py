@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from functools import partial
 from http import HTTPStatus
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -204,6 +205,7 @@ def test_many_wrong_keys_wait_for_their_answers_and_others_do_not(tenants, monke
         pauses.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
     monkeypatch.setattr(access_middleware, "TokenBucket", still)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
@@ -230,6 +232,7 @@ def test_wrong_keys_that_vllm_itself_refuses_wait_and_are_counted_like_all_other
         pauses.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
     monkeypatch.setattr(access_middleware, "TokenBucket", still)
     monkeypatch.setattr(access_middleware, "count_refused", lambda *who: counted.append(who))
@@ -258,6 +261,7 @@ def test_a_tenants_requests_that_have_no_turn_wait_where_there_are_many(tenants,
         pauses.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     write(tenants, {"running": 1, "waiting": 0}, zen={"keys": [stored("sk-zen")]})
     access = Access(tenants_path=str(tenants))
     path, method, status = {
@@ -326,6 +330,7 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, monkeypatch, pat
             await go_on()
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     thread = SimpleNamespace(thread_time=lambda: clock.now)
     monkeypatch.setattr(access_middleware, "time", thread)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
@@ -634,34 +639,57 @@ def test_calls_that_wait_end_with_the_server(tenants, is_metered):
     asyncio.run(check())
 
 
+async def until(is_so):
+    async with asyncio.timeout(30):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
 def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch):
-    monkeypatch.setattr(access_module, "REFRESH_S", 0.0)
+    monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
 
     async def check():
-        access._due = 0.0
+        access.watch()
         account = access.caller(ACME).account
         account.begin()
         write(tenants, {"running": 7}, late={"keys": [stored("sk-late")]})
-        access.look()
-        async with asyncio.timeout(30):
-            while access.caller("sk-late").role is Role.STRANGER:
-                await asyncio.sleep(0.01)
-                access.look()
+        await until(lambda: access.caller("sk-late").role is Role.TENANT)
         assert access.caller(ACME).account is account
         assert account.tenant.limits.running == 7
         tenants.write_text('{"tenants": {}}')
-        async with asyncio.timeout(30):
-            while access.caller(ACME).role is not Role.STRANGER:
-                await asyncio.sleep(0.01)
-                access.look()
+        await until(lambda: access.caller(ACME).role is Role.STRANGER)
         assert not access.tenants_now()
         write(tenants, {"running": 7})
-        async with asyncio.timeout(30):
-            while access.caller(ACME).role is Role.STRANGER:
-                await asyncio.sleep(0.01)
-                access.look()
+        await until(lambda: access.caller(ACME).role is Role.TENANT)
         assert access.caller(ACME).account is account  # what it uses still counts
+
+    asyncio.run(check())
+
+
+def test_an_operators_key_is_replaced_in_a_server_that_runs(tenants, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
+    path, new = tmp_path / "admin", "sk-admin-9876543210"
+    path.write_text(f"{ADMIN}\n")
+    write(tenants, {}, long={"keys": [stored("sk-a-tenants-own-key")]})
+    access = Access(api_keys=[CLIENT], admin_path=str(path), tenants_path=str(tenants))
+
+    async def check():
+        access.watch()
+        path.write_text(f"{new}\n{ADMIN}\n")
+        await until(lambda: access.caller(new).role is Role.OPERATOR)
+        assert access.caller(ADMIN).role is Role.OPERATOR
+        path.write_text(f"{new}\n")
+        await until(lambda: access.caller(ADMIN).role is Role.STRANGER)
+        for wrong in ("", "short", "sk-a-tenants-own-key"):
+            caplog.clear()
+            path.write_text(wrong)
+            await until(lambda: "The admin keys stay as they were" in caplog.text)
+            assert not wrong or wrong not in caplog.text
+        path.unlink()
+        await until(lambda: "No such file" in caplog.text)
+        assert access.caller(new).role is Role.OPERATOR
+        assert access.caller(CLIENT).role is Role.CLIENT
 
     asyncio.run(check())
 
@@ -699,17 +727,17 @@ def test_a_tenants_oldest_responses_give_way_to_new_ones(tenants):
     assert kept("sk-zen", 1) == [0]
 
 
-def test_calls_have_the_file_looked_at(tenants, monkeypatch):
-    monkeypatch.setattr(access_module, "REFRESH_S", 0.0)
-    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
+def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants, monkeypatch):
+    """A server is told of its start as of a request, and looks at the file from then on."""
+    monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
+    door = AccessMiddleware(App(), Access(admin_keys=[ADMIN], tenants_path=str(tenants)))
 
     async def check():
-        access._due = 0.0
-        write(tenants, {"running": 7}, late={"keys": [stored("sk-late")]})
-        async with asyncio.timeout(30):
-            while access.caller("sk-late").role is Role.STRANGER:
-                await call(App(), access, "/v1/models", ACME)
-                await asyncio.sleep(0.01)
+        await door({"type": "lifespan"}, None, AsyncMock())
+        tenants.write_text('{"tenants": {}}')
+        await until(lambda: not door._access._file.value.by_name)
+        await asyncio.sleep(0)
+        assert (await call(None, None, "/v1/models", ACME, "GET", door))["status"] == 401
 
     asyncio.run(check())
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from vllm import envs
 
 from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.documents import DocumentError, WatchedFile
+from vllm_multilora.documents import DocumentError, WatchedFile, read_file
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.activation import is_enabled
 from vllm_multilora.integration.server.callers import Caller
@@ -37,7 +35,7 @@ COUNT_VARIABLE = "MULTILORA_API_SERVERS"
 """Tells them how many they are."""
 
 REFRESH_S = 1.0
-"""Least time between two looks at the tenants file."""
+"""Between two looks at the files of keys."""
 
 MIN_ADMIN_KEY = 16
 
@@ -70,14 +68,15 @@ class Access:
 
     Args:
         api_keys: vLLM's.
-        admin_keys: The operator's.
+        admin_keys: The operators', where they have no file.
+        admin_path: The file of the operators' keys; None where there is none.
         tenants_path: The tenants file; None where there are no tenants.
         folders: What only operators may see named.
         secret: Of the tenants' salts, where the file has none.
         servers: How many API servers share the tenants' limits.
 
     Raises:
-        DocumentError: The tenants file cannot be used.
+        DocumentError: A file of keys cannot be used.
     """
 
     def __init__(
@@ -85,23 +84,24 @@ class Access:
         *,
         api_keys: Sequence[str] = (),
         admin_keys: Sequence[str] = (),
+        admin_path: str | None = None,
         tenants_path: str | None = None,
         folders: Sequence[str] = (),
         secret: str = "",
         servers: int = 1,
     ) -> None:
-        self.locks = Locks(bool(api_keys), bool(admin_keys), tenants_path is not None)
+        has_admin = bool(admin_keys) or admin_path is not None
+        self.locks = Locks(bool(api_keys), has_admin, tenants_path is not None)
         self._folders = folders
         self._secret = secret
         self._servers = servers
-        # Without an admin key, vLLM's is what operators have.
-        role = Role.CLIENT if admin_keys else Role.OPERATOR
-        self._fixed = {digest_of(key): Identity(role) for key in api_keys}
-        self._fixed.update({digest_of(key): Identity(Role.OPERATOR) for key in admin_keys})
+        self._api_keys, self._admin_keys = api_keys, admin_keys
         self._accounts: dict[str, Account] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._admin: WatchedFile[list[str]] | None = None
         self._file: WatchedFile[Tenants] | None = None
-        self._due = time.monotonic() + REFRESH_S
-        self._refreshing: asyncio.Task[None] | None = None
+        if admin_path is not None:
+            self._admin = WatchedFile(admin_path, self._parse_admin, "admin keys")
         if tenants_path is not None:
             self._file = WatchedFile(tenants_path, self._parse, "tenants")
         self._take()
@@ -136,22 +136,23 @@ class Access:
         for account in self._accounts.values():
             account.stop()
 
-    def look(self) -> None:
-        """Has the tenants file read again on a thread, if that was not done lately."""
-        if self._file is None or time.monotonic() < self._due:
-            return
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(self._read_again(self._file))
+    def watch(self) -> None:
+        """Has the files looked at every second from now on; on the event loop, more than once."""
+        if self._watching is None and (self._admin or self._file):
+            self._watching = asyncio.create_task(self._read_again())
 
-    async def _read_again(self, file: WatchedFile[Tenants]) -> None:
-        try:
-            if await asyncio.to_thread(file.refresh):
+    async def _read_again(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            if await asyncio.to_thread(self._refresh):
                 self._take()
-        finally:
-            self._due = time.monotonic() + REFRESH_S
+
+    def _refresh(self) -> bool:
+        changed = [file.refresh() for file in (self._admin, self._file) if file is not None]
+        return any(changed)
 
     def _take(self) -> None:
-        """Puts in force what the tenants file says now.
+        """Puts in force what the files say now.
 
         Tenants that it names no more keep their accounts while there is anything in them: they may
         be back before their calls end, and what they have used counts then.
@@ -168,14 +169,35 @@ class Access:
                 del self._accounts[name]
         keys = tenants.keys if tenants is not None else {}
         self._ring = KeyRing(
-            {**{key: Identity(Role.TENANT, name) for key, name in keys.items()}, **self._fixed}
+            {**{key: Identity(Role.TENANT, name) for key, name in keys.items()}, **self._fixed()}
         )
         own = tenants.cache_salt if tenants is not None else None
         self._salt = self._secret if own is None else own
 
+    def _fixed(self) -> dict[bytes, Identity]:
+        """Whose the keys are that no tenant has, by their digests."""
+        # Without an admin key, vLLM's is what operators have.
+        role = Role.CLIENT if self.locks.admin_key else Role.OPERATOR
+        admin_keys = self._admin_keys if self._admin is None else self._admin.value
+        return {
+            **{digest_of(key): Identity(role) for key in self._api_keys},
+            **{digest_of(key): Identity(Role.OPERATOR) for key in admin_keys},
+        }
+
+    def _parse_admin(self, file: str, text: str) -> list[str]:
+        keys = parse_admin_keys(file, text)
+        tenants = {} if self._file is None else self._file.value.keys
+        for digest in map(digest_of, keys):
+            if digest in tenants:
+                raise DocumentError(
+                    f"{file}: found a key that is also the tenant {tenants[digest]!r}'s, expected "
+                    f"a different one"
+                )
+        return keys
+
     def _parse(self, file: str, text: str) -> Tenants:
         tenants = parse_tenants(file, text)
-        for digest in tenants.keys.keys() & self._fixed.keys():
+        for digest in tenants.keys.keys() & self._fixed().keys():
             raise DocumentError(
                 f"{file}: found a key of the tenant {tenants.keys[digest]!r} that is also the "
                 f"server's admin key or API key, expected a different one"
@@ -189,34 +211,37 @@ def key_in(environment: Mapping[str, str]) -> str:
 
 
 def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -> list[str]:
-    """The operator's keys: every line of the file that is not empty, or the variable's value.
+    """The operators' keys: those in their file, or the variable's value.
 
     Raises:
         ConfigError: The file cannot be read or holds no key, or a key is short or cannot be sent.
     """
-    path = settings.admin_key_file
-    if path is None:
-        found, where = [key_in(environment)], ADMIN_KEY_VARIABLE
-        if not found[0]:
-            return []
-    else:
-        where = path
-        try:
-            lines = map(str.strip, Path(path).read_text("utf-8-sig").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: cannot read the admin key ({error}); expected a text file with one key "
-                f"per line (--multilora-admin-key-file)"
-            ) from None
-        if not (found := [line for line in lines if line]):
-            raise ConfigError(f"{path}: found no admin key, expected one per line")
+    if settings.admin_key_file is not None:
+        return read_file(settings.admin_key_file, parse_admin_keys, "admin keys")
+    found = key_in(environment)
+    return parse_admin_keys(ADMIN_KEY_VARIABLE, found) if found else []
+
+
+def parse_admin_keys(where: str, text: str) -> list[str]:
+    """Operators' keys: every line that is not empty.
+
+    Args:
+        where: The file's name, for messages, which never show a key.
+        text: What it holds.
+
+    Raises:
+        DocumentError: There is no key, or one is short or cannot be sent.
+    """
+    lines = map(str.strip, text.removeprefix("\ufeff").splitlines())
+    if not (found := [line for line in lines if line]):
+        raise DocumentError(f"{where}: found no admin key, expected one per line")
     if any(len(key) < MIN_ADMIN_KEY for key in found):
-        raise ConfigError(
+        raise DocumentError(
             f"{where}: found an admin key of fewer than {MIN_ADMIN_KEY} characters, expected a "
             f"random one (vllm-multilora tenants new makes one)"
         )
     if not all(map(can_be_sent, found)):
-        raise ConfigError(
+        raise DocumentError(
             f"{where}: found an admin key that HTTP cannot carry, expected up to {MAX_KEY_LENGTH} "
             f"printable ASCII characters"
         )
@@ -258,6 +283,7 @@ def access_for(args: Namespace) -> Access | None:
     access = Access(
         api_keys=api_keys,
         admin_keys=read_admin_keys(settings, os.environ),
+        admin_path=settings.admin_key_file,
         tenants_path=settings.tenants,
         folders=_as_named(*settings.allowed_roots, *settings.adapter_dir),
         secret=os.environ.get(SALT_VARIABLE, ""),

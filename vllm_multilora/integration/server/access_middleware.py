@@ -100,6 +100,7 @@ class AccessMiddleware:
         keep_refusals_few()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._access.watch()  # from the server's start on, of which it is told as of a request
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -107,7 +108,6 @@ class AccessMiddleware:
         if is_preflight(scope, headers):
             await self._app(scope, receive, send)
             return
-        self._access.look()
         path = route_path(scope)
         endpoint = endpoint_of(scope.get("method", "GET"), path)
         caller = self._access.caller(presented_key(headers))
