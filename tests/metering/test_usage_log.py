@@ -165,9 +165,10 @@ def test_a_slow_disk_costs_lines_and_no_time_and_the_log_says_how_many(tmp_path,
     assert [line["dropped"] for line in found if "dropped" in line] == [3]
 
 
-def test_a_full_disk_costs_whole_lines_and_the_log_says_how_many(tmp_path, monkeypatch, caplog):
-    is_full, has_failed = threading.Event(), threading.Event()
-    write, complain = os.write, UsageLog._complain
+@pytest.fixture
+def full(monkeypatch):
+    """While it is set, half of a line can be written, and no more."""
+    is_full, write = threading.Event(), os.write
 
     def filling(descriptor, content):
         if not is_full.is_set():
@@ -176,24 +177,40 @@ def test_a_full_disk_costs_whole_lines_and_the_log_says_how_many(tmp_path, monke
             return write(descriptor, content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(usage_log.os, "write", filling)
+    return is_full
+
+
+def test_lines_wait_for_room_on_a_full_disk_and_the_log_says_so(
+    tmp_path, monkeypatch, caplog, full
+):
+    has_failed, complain = threading.Event(), UsageLog._complain
+
     def told(self, why):
         complain(self, why)
         has_failed.set()
 
-    monkeypatch.setattr(usage_log.os, "write", filling)
+    monkeypatch.setattr(usage_log, "_RETRY_S", 0.01)
     monkeypatch.setattr(UsageLog, "_complain", told)
     log = UsageLog(tmp_path / "usage", BIG)
-    is_full.set()
-    log.write(Usage("lost"))
+    full.set()
+    log.write(Usage("first"))
     assert has_failed.wait(60)
     assert (tmp_path / "usage").read_bytes() == b""
-    is_full.clear()
-    log.write(Usage("kept"))
+    log.write(Usage("second"))
+    full.clear()
     log.close()
-    first, second = lines(tmp_path)
-    assert first["request_id"] == "kept"
-    assert second["dropped"] == 1
-    assert "No space left on device" in caplog.text
+    assert [line["request_id"] for line in lines(tmp_path)] == ["first", "second"]
+    assert "wait, as they cannot be written: [Errno 28] No space left on device" in caplog.text
+
+
+def test_a_server_that_ends_waits_for_no_room_and_says_what_is_lost(tmp_path, caplog, full):
+    log = UsageLog(tmp_path / "usage", BIG)
+    full.set()
+    log.write(Usage("lost"))
+    log.close()
+    assert (tmp_path / "usage").read_bytes() == b""
+    assert "lacks 1 line that could not be written: [Errno 28]" in caplog.text
 
 
 def test_a_log_that_has_gone_and_cannot_be_made_again_closes_nobody_elses_file(
@@ -217,8 +234,9 @@ def test_a_log_that_has_gone_and_cannot_be_made_again_closes_nobody_elses_file(
     monkeypatch.setattr(usage_log, "_open", gone)
     log.write(Usage("lost"))
     log.close()
-    (other,) = others
-    os.close(other)
+    assert others
+    for other in others:
+        os.close(other)
 
 
 def test_a_folder_that_is_not_there_is_said_at_the_start(tmp_path):

@@ -1,10 +1,10 @@
 """The usage log: a line of JSON for each prompt that was answered or abandoned.
 
-Lines are written on a thread of their own, behind a queue of limited length: a slow disk costs
-lines, which the log then says, and never a request any time. Several API servers may write to one
-log: each appends whole lines. A log that has grown to its limit is renamed, with the time added,
-and a new one begun; nothing is ever deleted. What a writer that was killed has left of a line
-stays a line of its own.
+Lines are written on a thread of their own, behind a queue of limited length: a disk that is slow or
+full for long costs lines, which the log then says, and never a request any time. Several API
+servers may write to one log: each appends whole lines. A log that has grown to its limit is
+renamed, with the time added, and a new one begun; nothing is ever deleted. What a writer that was
+killed has left of a line stays a line of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.metering.usage import Usage
+from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _MOST_QUEUED = 16_384
 _MOST_AT_ONCE = 512  # lines of one write
 _CLOSE_LIMIT_S = 5.0
 _COMPLAIN_S = 60.0
+_RETRY_S = 1.0  # until lines are tried again that could not be written
 _MOST_ID = 256  # characters of a request's id, which clients may choose
 
 
@@ -52,6 +54,7 @@ class UsageLog:
         self._queue: queue.Queue[tuple[float, Usage] | None] = queue.Queue(most_queued)
         self._dropped = 0
         self._next_complaint = 0.0
+        self._is_closing = threading.Event()
         require_writable(path)
         self._thread = threading.Thread(target=self._run, name="multilora-usage-log", daemon=True)
         self._thread.start()
@@ -70,7 +73,8 @@ class UsageLog:
             self._dropped += 1
 
     def close(self) -> None:
-        """Writes what waits, within a few seconds."""
+        """Writes what waits, within a few seconds; what cannot be written then is lost."""
+        self._is_closing.set()
         try:
             self._queue.put(None, timeout=_CLOSE_LIMIT_S)
         except queue.Full:
@@ -85,18 +89,27 @@ class UsageLog:
                 batch.append(self._queue.get())
             is_open = None not in batch
             lines = [_line(*ended) for ended in batch if ended is not None]
-            count = len(lines)
             dropped, self._dropped = self._dropped, 0
             if dropped:
                 lines.append(_json({"time": _text(time.time()), "dropped": dropped}))
+                self._complain("were dropped: they cannot be written as fast as they come")
+            self._write_out(lines)
+
+    def _write_out(self, lines: list[str]) -> None:
+        """Writes lines, as soon as that can be done; meanwhile, others wait in the queue."""
+        content = "".join(lines).encode()
+        while True:
+            is_last_try = self._is_closing.is_set()
             try:
-                self._append("".join(lines).encode())
+                self._append(content)
             except OSError as error:
-                self._dropped += dropped + count
-                self._complain(f"were dropped: {error}")
-            else:
-                if dropped:
-                    self._complain("were dropped: it is written too slowly")
+                if not is_last_try:
+                    self._complain(f"wait, as they cannot be written: {error}")
+                    self._is_closing.wait(_RETRY_S)
+                    continue
+                text = "The usage log %s lacks %s that could not be written: %s"
+                logger.warning(text, self._path, counted(len(lines), "line"), error)
+            return
 
     def _append(self, content: bytes) -> None:
         is_done = False
