@@ -542,8 +542,10 @@ def test_a_call_that_goes_while_it_waits_leaves_no_trace(way):
         if way == "cancelled-with-a-long-body":
             long = {"type": "http.request", "body": b"x" * (1 << 20), "more_body": True}
             client.messages.put_nowait(long)
+            client.messages.put_nowait(long)
         await settled()
         assert account.waiting == 1
+        assert client.messages.qsize() == (way == "cancelled-with-a-long-body")  # a MiB is held
         if way == "client-goes":
             client.messages.put_nowait(GONE)
         else:
@@ -742,13 +744,29 @@ def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants,
     asyncio.run(check())
 
 
+def test_the_file_is_not_looked_at_for_each_of_many_calls(tenants, monkeypatch):
+    access, looks = Access(tenants_path=str(tenants)), []
+    monkeypatch.setattr(access._file, "refresh", lambda: looks.append(True))
+    access._due = 0.0
+
+    async def check():
+        for _ in range(3):
+            await call(App(), access, "/v1/models", ACME)
+            assert access._refreshing is not None
+            await access._refreshing
+
+    asyncio.run(check())
+    assert looks == [True]
+
+
 def test_a_tenant_that_uses_too_many_adapters_is_told_when_to_come_again(tenants):
     write(tenants, {"adapters": 1})
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
 
     async def app(scope, receive, send):
         caller = current_caller.get()
-        assert caller.grant("acme-1") is None
+        for name in (None, "acme-1", "acme-1"):  # some endpoints look names up twice
+            assert caller.grant(name) is None
         status = caller.grant("acme-2").error.code
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
@@ -811,7 +829,9 @@ def test_admin_keys_come_from_a_file_or_the_environment(tmp_path):
         (None, "cannot read"),
         ("\n", "found no admin key"),
         ("short", "fewer than 16"),
+        (f"{ADMIN}\nshort", "fewer than 16"),
         (f"{ADMIN}-ü", "HTTP cannot carry"),
+        (f"{ADMIN}\n{ADMIN}-ü", "HTTP cannot carry"),
         (ADMIN * 50, "HTTP cannot carry"),
     ],
 )
@@ -857,11 +877,21 @@ def test_an_api_key_alone_guards_the_routes_outside_vllms_prefix_too(
     assert [caller.role for caller in app.callers] == [Role.OPERATOR]
 
 
-def test_api_servers_of_one_server_have_the_same_salt(tenants, monkeypatch):
+def test_an_admin_key_alone_guards_the_adapters(monkeypatch):
+    monkeypatch.setenv("MULTILORA_ADMIN_KEY", ADMIN)
+    access = access_for(arguments())
+    for key, status in ((None, 401), (ADMIN, 200)):
+        answer = call(App(), access, "/v1/load_lora_adapter", key)
+        assert asyncio.run(answer)["status"] == status
+
+
+def test_api_servers_of_one_server_have_the_same_salt_and_share_limits(tenants, monkeypatch):
+    write(tenants, {"running": 8})
     monkeypatch.setenv("MULTILORA_CACHE_SALT", "shared")
     monkeypatch.setenv("MULTILORA_API_SERVERS", "2")
     one, two = (access_for(arguments(tenants=str(tenants))) for _ in range(2))
     assert one.caller(ACME).secret == two.caller(ACME).secret == "shared"
+    assert one.caller(ACME).account._limits.running == 4
 
 
 def test_a_salt_in_the_file_counts_for_all_replicas(tenants):

@@ -232,3 +232,14 @@ def test_a_browsers_preflight_is_answered_before_any_endpoint(served):
             assert await site.ask("OPTIONS", plain, None, origin=PAGE) == without
 
     asyncio.run(check())
+
+
+def test_the_headers_of_a_preflight_are_no_way_past_the_keys(served):
+    site, _, _ = served
+
+    async def check():
+        for method, plain in product(set(METHODS) - {"OPTIONS"}, site.paths.values()):
+            without = await site.ask(method, plain, None)
+            assert await site.ask(method, plain, None, **PREFLIGHT) == without, (method, plain)
+
+    asyncio.run(check())

@@ -44,6 +44,11 @@ def test_other_keys_are_nobodys(key):
     assert ring(100).owner(key) is None
 
 
+def test_a_header_without_a_key_is_nobodys_whatever_the_file_has():
+    """The hash of no text is what a script writes that has hashed an empty variable."""
+    assert KeyRing({digest_of(""): "acme"}).owner("") is None
+
+
 @pytest.mark.parametrize(
     ("key", "can"),
     [

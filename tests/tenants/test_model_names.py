@@ -47,7 +47,7 @@ from vllm_multilora.tenants.tenant import Names, Tenant
 def models(tmp_path):
     """Two tenants' adapters, and a route to each."""
     path = tmp_path / "routes.yaml"
-    path.write_text("routes: {help-acme: acme-a, help-zen: zen-a}")
+    path.write_text("routes: {help-acme: acme-a, help-zen: zen-a, help-zen@12345678: zen-a}")
     found = SimpleNamespace(
         path=path,
         engine_client=None,
@@ -197,13 +197,22 @@ def test_a_right_to_adapters_is_none_to_routes_of_such_names(models):
 def test_a_route_that_has_just_been_written_is_a_route_for_everybody(models):
     models.path.write_text("routes: {help-new: zen-a}")
     assert ask(models, tenant(adapters=("help-*",)), "help-new") == 404
-    assert ask(models, tenant(routes=("help-*",)), "help-new") == {"zen-a"}
+    models.path.write_text("routes: {help-newer: zen-a}")
+    assert ask(models, tenant(routes=("help-*",)), "help-newer") == {"zen-a"}
+
+
+def test_nobody_has_the_file_read_by_names_that_are_not_theirs(models):
+    models.path.write_text("routes: {help-new: zen-a}")
+    assert ask(models, tenant(adapters=("acme-*",), routes=("acme-*",)), "help-new") == 404
+    assert "help-new" not in ROUTES.get(models)
 
 
 @pytest.mark.parametrize("asked", ["adapter", "blend"])
 def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatch):
+    answer = error_response(HTTPStatus.BAD_REQUEST, "/acme-a/adapter_config.json: no JSON")
+
     async def refuse(models, name):
-        return error_response(HTTPStatus.BAD_REQUEST, "/acme-a/adapter_config.json: no JSON")
+        return answer  # to whoever asks
 
     monkeypatch.setattr(adapter_directory, "prepare", refuse)
     monkeypatch.setattr(blends, "why_none", lambda models: None)
@@ -222,8 +231,8 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
         refusal = await check_model(None, SimpleNamespace(models=models), request)
         return refusal.error.message
 
-    assert "/acme-a/" in asyncio.run(told(False))
     assert "/acme-a" not in asyncio.run(told(True))
+    assert "/acme-a/" in asyncio.run(told(False))
 
 
 @pytest.mark.parametrize(
@@ -234,8 +243,9 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
         ("zen-a@12345678", 409),
         ("base@12345678", 404),
         ("help-yourself@12345678", None),
+        ("help-zen@12345678", None),
     ],
-    ids=["served", "another-is-served", "not-read-yet", "base-model", "a-name-as-it-is"],
+    ids=["served", "another-is-served", "not-read-yet", "base-model", "a-name", "a-route"],
 )
 def test_a_version_that_is_not_served_is_not_answered_by_another(models, name, status):
     METER.set(processor := SimpleNamespace(), ServerMeter(None))
@@ -297,8 +307,9 @@ def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):
         return {card.id for card in shown.data}
 
     everything = {"acme-a", "zen-a", "help-yourself"}
+    routes = {"help-acme", "help-zen", "help-zen@12345678"}
     assert listed(tenant(adapters=("acme-*",), routes=("help-zen",))) == {"acme-a", "help-zen"}
-    assert listed(Caller(Role.CLIENT)) == {"base", *everything, "help-acme", "help-zen"}
+    assert listed(Caller(Role.CLIENT)) == {"base", *everything, *routes}
     assert made == [{"acme-a"}, everything]
     assert set(models.lora_requests) == everything
 

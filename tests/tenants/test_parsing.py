@@ -58,8 +58,8 @@ def test_names_are_exact_or_beginnings():
 
 
 def test_limits_are_divided_among_servers_and_rounded_up():
-    assert Limits(4, 0, 60000, 3, 5, 7).divided(3) == Limits(2, 0, 20000, 3, 5, 3)
-    assert Limits(1, 1, 100, 1).divided(8) == Limits(1, 1, 12.5, 1)
+    assert Limits(4, 5, 60000, 3, 5, 7).divided(3) == Limits(2, 2, 20000, 3, 5, 3)
+    assert Limits(1, 0, 100, 1).divided(8) == Limits(1, 0, 12.5, 1)
     assert Limits().divided(4) == Limits()
 
 
