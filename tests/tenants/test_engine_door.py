@@ -193,6 +193,45 @@ def test_a_tenants_running_calls_want_no_more_answers_than_it_may_have_at_a_time
     assert list(processor.request_states) == ["0", "2", "3"]
 
 
+def test_a_tenants_answers_count_until_each_has_ended():
+    """A call may want one after the other, when it has tools, and long ones beside short ones."""
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from vllm_multilora.plugin import register
+
+    register()
+    processor = OutputProcessor(None, log_stats=False)
+    METER.set(processor, ServerMeter(None))
+    account = Account(Tenant("acme", limits=Limits(answers=1)))
+
+    def ask(who: Caller, number: int) -> None:
+        request = EngineCoreRequest(
+            request_id=str(number),
+            prompt_token_ids=[1],
+            mm_features=None,
+            sampling_params=SamplingParams(detokenize=False),
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+            external_req_id=str(number),
+        )
+        as_caller(who, partial(processor.add_request, request, None))
+
+    first, second = (Caller(Role.TENANT, account=account, granted={None}) for _ in range(2))
+    for number in range(3):
+        ask(first, number)
+        with pytest.raises(GracefulHTTPError, match="answers at a time"):
+            ask(second, 9)
+        processor.abort_requests([str(number)], internal=True)
+    ask(second, 3)
+    first.ended()
+    with pytest.raises(GracefulHTTPError, match="answers at a time"):
+        ask(first, 9)
+
+
 def test_a_tenants_call_wants_few_enough_scores_to_tell_them_in_a_moment():
     """Of its prompts' tokens, for each of its answers; one for each token that there is is many."""
 
@@ -411,20 +450,22 @@ def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():
     serving = SimpleNamespace(engine_client=SimpleNamespace(output_processor=processor))
     params, prompt = SimpleNamespace(beam_width=MOST_ANSWERS // 2), [1]
 
-    async def ask() -> int:
-        return len(
-            [_ async for _ in metering.beam_search(search, serving, prompt, "beams", params)]
-        )
+    def ask() -> AsyncIterator[Any]:
+        return metering.beam_search(search, serving, prompt, "beams", params)
 
     async def call() -> None:
         current_caller.set(tenant("acme"))
-        assert await ask() + await ask() == 2
+        first, second = ask(), ask()
+        await anext(first)
+        await anext(second)
         with pytest.raises(GracefulHTTPError, match="2048 answers"):
-            await ask()
+            await anext(ask())
+        assert [_ async for _ in first] == []
+        await anext(ask())
         current_caller.set(tenant("acme"))
         prompt.extend([1] * (MOST_BYTES // params.beam_width))
         with pytest.raises(GracefulHTTPError, match="16777216 bytes"):
-            await ask()
+            await anext(ask())
 
     asyncio.run(call())
 

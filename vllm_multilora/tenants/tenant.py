@@ -22,7 +22,7 @@ class Limits:
         adapters: Most different adapters in use at the same time.
         resident: Most adapters that stay in host memory: for one more, one of the tenant's own
             leaves. Those that its requests wait for do not, so it may be exceeded for a while.
-        answers: Most answers that its running calls want together; a call may want many.
+        answers: Most answers at a time that its calls want together; a call may want many.
     """
 
     running: int | None = None

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 MOST_ANSWERS = 2_048
-"""That a tenant's call may want; each takes the event loop a tenth of a millisecond to begin."""
+"""That a tenant's call may want at a time; each takes the event loop a tenth of a millisecond to
+begin."""
 
 MOST_SCORES = 65_536
 """Of tokens of its prompts, that a tenant's call may want; each takes the event loop several
@@ -115,7 +116,7 @@ class Caller:
         return None
 
     def count_answers(self, count: int) -> None:
-        """The call wants so many answers, more than before.
+        """The call wants so many answers more, until `answered`.
 
         Raises:
             GracefulHTTPError: A tenant's wants too many: nobody is answered while they are begun;
@@ -125,13 +126,20 @@ class Caller:
             return
         wanted, limit = self._answers + count, self.account.most_answers
         most = MOST_ANSWERS if limit is None else min(limit, MOST_ANSWERS)
-        self._bound(wanted, most, "answers at most, those to all of its prompts together.")
+        self._bound(wanted, most, "answers at a time, those to all of its prompts together.")
         try:
             self.account.want(count)
         except LimitReachedError as error:
             self.retry_after_s = error.retry_after_s
             raise GracefulHTTPError(str(error), HTTPStatus.TOO_MANY_REQUESTS) from error
         self._answers = wanted
+
+    def answered(self, count: int = 1) -> None:
+        """So many of them have ended: others may have their places before the call ends."""
+        if self.account is not None:
+            ended = min(count, self._answers)  # none are left where the call has ended before
+            self._answers -= ended
+            self.account.unwant(ended)
 
     def count_scores(self, count: int) -> None:
         """The call wants so many log probabilities of its prompts' tokens, more than before.
@@ -180,8 +188,7 @@ class Caller:
         for name in self._used:
             self.account.release(name)
         self._used.clear()
-        self.account.unwant(self._answers)
-        self._answers = 0
+        self.answered(self._answers)
         if self.has_turn:
             self.account.end()
 

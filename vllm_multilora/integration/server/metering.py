@@ -27,7 +27,7 @@ from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.access import stop_waiting
-from vllm_multilora.integration.server.callers import current_caller, current_tenant
+from vllm_multilora.integration.server.callers import Caller, current_caller, current_tenant
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
@@ -50,12 +50,14 @@ class Prompt:
     Attributes:
         usage: What it has used so far.
         call: The HTTP request that it came with.
+        caller: Who sent that, and counts its answers; None where no keys are set.
         choices: Those that have not ended.
         is_beam: Whether it is a part of a beam search, which is counted as a whole.
     """
 
     usage: Usage
     call: HttpCall | None
+    caller: Caller | None
     choices: int = 0
     is_beam: bool = False
 
@@ -121,7 +123,8 @@ class ServerMeter:
                 usage = self.new_usage(state.external_req_id, state.lora_request)
             else:
                 usage, beam.parts = beam.usage, beam.parts + 1
-            prompt = Prompt(usage, current_call.get(), is_beam=beam is not None)
+            call, caller = current_call.get(), current_caller.get()
+            prompt = Prompt(usage, call, caller, is_beam=beam is not None)
             if parent is not None:
                 prompt.usage.request_id = parent.external_req_id
                 PROMPT.set(parent, prompt)
@@ -190,6 +193,8 @@ class ServerMeter:
             usage.status = status
         if prompt.is_beam:
             return
+        if prompt.caller is not None:
+            prompt.caller.answered()
         tokens = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
         usage.generated_tokens += tokens
         if self._has_latencies and usage.adapter is not None:
@@ -387,6 +392,8 @@ async def beam_search(
         await beams.aclose()
         if not is_over and usage.status is Status.OK and not usage.prompt_tokens:
             usage.status = Status.ABORTED
+        if caller is not None:
+            caller.answered(params.beam_width)
         if beam.parts:
             meter.count(usage)
 
