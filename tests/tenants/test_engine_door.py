@@ -299,7 +299,6 @@ def repeated(compared: int) -> RepetitionDetectionParams:
             lambda compared: {"repetition_detection": repeated(compared)},
         ),
         ("`max_tokens`", MOST_LENGTH, lambda most: {"max_tokens": most}),
-        ("`min_tokens`", MOST_LENGTH, lambda least: {"max_tokens": None, "min_tokens": least}),
         ("`seed`", MOST_SEED, lambda seed: {"seed": seed}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

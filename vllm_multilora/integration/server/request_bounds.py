@@ -107,5 +107,4 @@ def _bounded_params(params: Any) -> Iterator[tuple[str, int, int]]:
         what = "Half of `min_count` times the square of `max_pattern_size`"
         yield what, compared, MOST_COMPARISONS
     yield "`max_tokens`", params.max_tokens or 0, MOST_LENGTH
-    yield "`min_tokens`", params.min_tokens, MOST_LENGTH  # also where there is no `max_tokens`
     yield "`seed`", params.seed or 0, MOST_SEED
