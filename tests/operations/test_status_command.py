@@ -58,6 +58,28 @@ LISTING = {
 }
 
 
+def test_a_proxy_is_not_asked_for_this_machine_and_gets_no_key(site, monkeypatch, capsys):
+    keys = []
+
+    def proxied(_, headers):
+        keys.append(headers.get("Authorization"))
+        return 200, json.dumps(LISTING)
+
+    site.answers["/v1/lora_adapters"] = proxied
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:1")
+    assert main(["status", "--url", site.url, "--api-key", "sk-admin"]) == 0
+    assert keys == ["Bearer sk-admin"]
+    monkeypatch.setenv("http_proxy", site.url)
+    for own in ("http://localhost:1", "http://[::1]:1", "http://127.9.9.9:1"):
+        assert main(["status", "--url", own, "--api-key", "sk-admin"]) == 2
+    assert len(keys) == 1
+    capsys.readouterr()
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:1")
+    assert main(["status", "--url", "http://gpu.example.com:8000"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be reached through the proxy 127.0.0.1:1: Connection refused" in error
+
+
 def test_the_table_has_the_nearest_adapters_first_and_errors_below():
     lines = table(LISTING, now=NOW)
     assert lines[:3] == [

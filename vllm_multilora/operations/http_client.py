@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import urllib.error
 import urllib.request
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import SplitResult, urlencode, urlsplit
 
 from vllm_multilora.errors import MultiLoRAError
 
@@ -44,7 +45,7 @@ def _is_address(text: str) -> bool:
 
 
 def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | None = None) -> str:
-    """The body of a GET.
+    """The body of a GET; through the environment's proxy, unless the server is on this machine.
 
     Args:
         url: The address without query.
@@ -63,8 +64,10 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
                 "HTTP cannot carry the API key: expected printable ASCII characters in one line"
             )
         request.add_header("Authorization", f"Bearer {api_key}")
+    proxy = _proxy_for(parts := urlsplit(full))
+    handler = urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.build_opener(handler).open(request, timeout=TIMEOUT_S) as response:
             body: bytes = response.read()
     except urllib.error.HTTPError as error:
         answer = _message(error.read().decode(errors="replace"))[:_SHOWN]
@@ -75,8 +78,24 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         why = getattr(reason, "strerror", None) or reason
-        raise UnreachableError(f"{url} cannot be reached: {why}") from error
+        through = f" through the proxy {proxy.rpartition('@')[2]}" if proxy else ""
+        raise UnreachableError(f"{url} cannot be reached{through}: {why}") from error
     return body.decode(errors="replace")
+
+
+def _proxy_for(parts: SplitResult) -> str | None:
+    """The proxy that the environment names for an address; None: there is none, or no need.
+
+    What this machine calls itself means another one to a proxy, which would get the key.
+    """
+    host = parts.hostname or ""
+    try:
+        is_own = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_own = host == "localhost"
+    if is_own or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _message(answer: str) -> str:
