@@ -66,6 +66,7 @@ class Request:
     sampling_params: Any = None
     prompt_token_ids: Any = None
     reasoning_parser_kwargs: Any = None
+    session_id: str | None = None
 
 
 @dataclass
@@ -258,12 +259,13 @@ def test_a_tenants_request_has_an_id_that_may_come_with_each_token():
     for who in (Caller(Role.CLIENT), tenant("acme")):
         processor = Processor()
         send(who, processor, Request(request_id="x" * MOST_ID))
-        if who.tenant is None:
-            send(who, processor, Request(request_id="x" * (MOST_ID + 1)))
-            continue
-        with pytest.raises(GracefulHTTPError, match="id: found 1025, expected 1024"):
-            send(who, processor, Request(request_id="x" * (MOST_ID + 1)))
-        assert len(processor.request_states) == 1
+        for more in ({"request_id": "x" * (MOST_ID + 1)}, {"session_id": "x" * (MOST_ID + 1)}):
+            if who.tenant is None:
+                send(who, processor, Request(**more))
+                continue
+            with pytest.raises(GracefulHTTPError, match=r"id.*: found 1025, expected 1024"):
+                send(who, processor, Request(**more))
+        assert who.tenant is None or len(processor.request_states) == 1
 
 
 def parameters(**given: Any) -> SamplingParams:
@@ -342,9 +344,10 @@ def test_what_comes_with_a_tenants_request_nests_as_deeply_as_the_engine_can_rea
     """It reads with recursion, in a thread that ends it where that goes too far."""
 
     def ask(who: Caller | None, levels: int) -> None:
-        nested: dict[str, Any] = {}
-        for _ in range(levels - 1):
-            nested = {"a": nested}
+        inner: list[Any] | dict[str, Any] = {}
+        for _ in range(levels - 2):
+            inner = [inner]
+        nested = {"a": inner}
         request = Request(request_id=str(levels))
         if field == "extra_args":
             request.sampling_params = SamplingParams(extra_args=nested)
@@ -394,10 +397,12 @@ def test_there_is_room_in_vllms_second_model_runner_for_what_is_let_through():
 
 def test_a_tenants_schema_is_checked_beside_what_is_done_for_others(monkeypatch):
     """vLLM checks on the event loop, where one of a line may take seconds."""
-    checked, taken = [], []
+    checked, taken, acme = [], [], tenant("acme")
 
     def check(params: SamplingParams, *given: Any) -> None:
-        checked.append((given, threading.current_thread() is threading.main_thread()))
+        is_waited_for = threading.current_thread() is threading.main_thread()
+        assert is_waited_for or acme.account.checking.locked()  # none of its others is meanwhile
+        checked.append((given, is_waited_for))
         if params.structured_outputs.regex == "bad":
             raise VLLMValidationError("no such thing")
 
@@ -425,7 +430,7 @@ def test_a_tenants_schema_is_checked_beside_what_is_done_for_others(monkeypatch)
             )
         )
 
-    given, acme, long = ("model", "config", "tokenizer"), tenant("acme"), "a" * (256 << 10)
+    given, long = ("model", "config", "tokenizer"), "a" * (256 << 10)
     for who in (None, Caller(Role.CLIENT)):
         asyncio.run(ask(who, long))
         assert (checked, len(taken)) == ([(given, True)], 1)

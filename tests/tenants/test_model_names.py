@@ -23,7 +23,7 @@ from vllm.lora.request import LoRARequest
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.patching.ledger import apply_patches
-from vllm_multilora.integration.server import adapter_directory, blends, versions
+from vllm_multilora.integration.server import adapter_directory, blends, registration, versions
 from vllm_multilora.integration.server.callers import (
     Caller,
     card_for,
@@ -263,6 +263,20 @@ def test_a_version_that_is_not_served_is_not_answered_by_another(models, name, s
 
     refusal = asyncio.run(asked())
     assert (refusal and refusal.error.code) == status
+
+
+def test_a_blend_stands_for_all_of_its_parts_in_their_versions(models):
+    weights, client = (("acme-a", 1.0), ("zen-a", 0.5)), SimpleNamespace()
+    blend = blends.blend_now(models, weights)
+    assert registration.is_current(models, blend)
+    versions.note(client, 1, versions.Version("1" * 64, 1.0, "lora"))
+    assert versions.find(client, blend) is None
+    versions.note(client, 2, versions.Version("2" * 64, 1.0, "lora"))
+    assert versions.find(client, blend) is not None
+    models.lora_requests["zen-a"] = LoRARequest("zen-a", 9, "/zen-a")
+    assert not registration.is_current(models, blend)
+    del models.lora_requests["acme-a"]
+    assert blends.blend_now(models, weights) is None
 
 
 def test_a_changed_file_takes_no_name_from_an_adapter(models):
