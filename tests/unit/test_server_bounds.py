@@ -654,3 +654,24 @@ def test_a_look_that_fails_when_nobody_waits_any_more_is_no_news() -> None:
 
     asyncio.run(scenario())
     assert not told
+
+
+def test_looks_that_storage_never_ends_are_a_thousand_at_most() -> None:
+    async def scenario() -> None:
+        answers, looks, begun = asyncio.Event(), PendingLooks(0.0), 0
+
+        async def look() -> None:
+            nonlocal begun
+            begun += 1
+            await answers.wait()
+
+        for _ in range(1_030):
+            with pytest.raises(TimeoutError):
+                await looks.wait(look)
+        assert begun == 1_024
+        answers.set()
+        async with asyncio.timeout(20):
+            while looks._looks:
+                await asyncio.sleep(0)
+
+    asyncio.run(scenario())
