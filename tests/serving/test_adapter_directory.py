@@ -663,6 +663,33 @@ def test_a_look_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.M
     run(scenario())
 
 
+def test_only_looks_that_always_take_long_are_rare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that has hung once has whatever changes seen as soon as ever."""
+    now, took_s, pauses = 0.0, [0.1, 600.0, 0.1, 40.0, 60.0], list[float]()
+
+    async def scan() -> None:
+        nonlocal now
+        now += took_s.pop(0)
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if not took_s:
+            raise asyncio.CancelledError
+
+    async def scenario() -> None:
+        (server,) = Site(tmp_path).servers
+        monkeypatch.setattr(server, "scan", scan)
+        monkeypatch.setattr(adapter_directory, "time", SimpleNamespace(monotonic=lambda: now))
+        monkeypatch.setattr(adapter_directory.asyncio, "sleep", pause)
+        with pytest.raises(asyncio.CancelledError):
+            await server.watch()
+
+    run(scenario())
+    assert pauses == pytest.approx([SCAN_S] * 5 + [200.0])
+
+
 def test_a_name_that_another_adapter_has_now_is_not_taken_away_with_the_folder(
     tmp_path: Path,
 ) -> None:

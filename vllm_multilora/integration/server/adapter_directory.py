@@ -96,7 +96,7 @@ class DirectoryServer:
 
     async def watch(self) -> None:
         """Scans again and again; ends with the event loop."""
-        pause = SCAN_S
+        pause, last_s = SCAN_S, 0.0
         while True:
             await asyncio.sleep(pause)
             began = time.monotonic()
@@ -104,7 +104,10 @@ class DirectoryServer:
                 await self.scan()
             except Exception:
                 logger.exception("The adapter directories could not be looked at.")
-            pause = max(SCAN_S, (time.monotonic() - began) / _MOST_BUSY)
+            took_s = time.monotonic() - began
+            # Not after a single slow one: storage may have hung for minutes, and is back.
+            pause = max(SCAN_S, min(took_s, last_s) / _MOST_BUSY)
+            last_s = took_s
 
     async def prepare(self, name: str) -> ErrorResponse | None:
         """Finds an adapter that has just come, and has the engine read one on its first use.
