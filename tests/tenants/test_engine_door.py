@@ -15,9 +15,17 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
 import vllm
 from vllm import PoolingParams
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
 from vllm.sampling_params import (
     RepetitionDetectionParams,
     SamplingParams,
@@ -31,6 +39,7 @@ from vllm_multilora.integration.server.callers import (
     MOST_ANSWERS,
     MOST_BYTES,
     MOST_SCORES,
+    MOST_TENSORS,
     Caller,
     current_caller,
 )
@@ -65,6 +74,8 @@ class Request:
     request_id: str = "1"
     sampling_params: Any = None
     prompt_token_ids: Any = None
+    mm_features: Any = None
+    prompt_embeds: Any = None
     reasoning_parser_kwargs: Any = None
     session_id: str | None = None
 
@@ -384,6 +395,29 @@ def test_a_tenants_call_sends_the_engine_little_enough_to_take_it_in_in_a_moment
             continue
         with pytest.raises(GracefulHTTPError, match="16777216 bytes"):
             begin(who, 1, parent)
+        assert list(processor.request_states) == ["0"]
+
+
+def test_a_tenants_call_has_images_sent_few_times_for_answers_to_one_prompt():
+    """vLLM sends them with each answer's request, which all others' wait behind."""
+    elem = MultiModalFieldElem(torch.zeros(MOST_TENSORS // 4), MultiModalBatchedField())
+    item = MultiModalKwargsItem({"pixel_values": elem})
+    image = MultiModalFeatureSpec(item, "image", "a", PlaceholderRange(offset=0, length=1))
+
+    def begin(who: Caller | None, number: int, answers: int) -> None:
+        request = Request(request_id=str(number), mm_features=[image])
+        parent = SimpleNamespace(sampling_params=SimpleNamespace(n=answers))
+        add = partial(add_request, Processor.add, processor, request, None, parent)
+        as_caller(who, add)
+
+    for who in (Caller(Role.CLIENT), tenant("acme")):
+        processor = Processor()
+        begin(who, 0, 1)
+        if who.tenant is None:
+            begin(who, 1, 2)
+            continue
+        with pytest.raises(GracefulHTTPError, match="268435456 bytes of images"):
+            begin(who, 1, 2)
         assert list(processor.request_states) == ["0"]
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.tenants.limits import LimitReachedError
@@ -41,7 +42,11 @@ MOST_BYTES = 16 << 20
 """That a tenant's call may have the engine receive, which takes it a few nanoseconds for each and
 several bytes of memory; a token of a prompt is three."""
 
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)  # tensors come once with a body
+MOST_TENSORS = 256 << 20
+"""Bytes of tensors, images say, that a tenant's call may have the engine receive once more: vLLM
+sends them for each answer to a prompt, while they have come with the call's body once."""
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
 
 
 def encoded_size(value: Any) -> int:
@@ -76,6 +81,7 @@ class Caller:
     _answers: int = 0
     _scores: int = 0
     _bytes: int = 0
+    _tensors: int = 0
     _users: int = 1
     _used: set[str] = field(default_factory=set)
 
@@ -164,6 +170,19 @@ class Caller:
             self._bytes += encoded_size(request) * answers
             self._bound(
                 self._bytes, MOST_BYTES, "bytes sent at most, a prompt's for each answer to it."
+            )
+
+    def count_tensors(self, tensors: Any, more: int) -> None:
+        """The call has the engine receive tensors so many times more than once.
+
+        Raises:
+            GracefulHTTPError: A tenant's is too much: all others' requests wait behind them.
+        """
+        if self.account is not None and more:
+            parts = MsgpackEncoder().encode(tensors)  # which copies none
+            self._tensors += sum(memoryview(part).nbytes for part in parts) * more
+            self._bound(
+                self._tensors, MOST_TENSORS, "bytes of images and the like sent again for answers."
             )
 
     def _bound(self, wanted: int, most: int, what: str) -> None:

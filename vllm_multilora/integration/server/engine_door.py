@@ -41,6 +41,7 @@ def add_request(
             answers = 1 if parent is None else parent.sampling_params.n
             caller.count_answers(answers)
             caller.count_bytes((request.prompt_token_ids, request.sampling_params), answers)
+            caller.count_tensors((request.mm_features, request.prompt_embeds), answers - 1)
     if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
         see_off(request.lora_request)
     original(processor, request, prompt, parent, index, *args, **kwargs)
