@@ -179,7 +179,7 @@ class Caller:
             GracefulHTTPError: A tenant's is too much: all others' requests wait behind them.
         """
         if self.account is not None and more:
-            parts = MsgpackEncoder().encode(tensors)  # which copies none
+            parts: Sequence[Any] = MsgpackEncoder().encode(tensors)  # which copies none
             self._tensors += sum(memoryview(part).nbytes for part in parts) * more
             self._bound(
                 self._tensors, MOST_TENSORS, "bytes of images and the like sent again for answers."
