@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -125,6 +126,25 @@ def test_what_one_may_not_see_is_what_does_not_exist(served: TenantServer, endpo
     texts = {a.text.replace(f"`{name}`", "NAME") for (_, name), a in answers.items()}
     assert len(texts) == 1, texts
     assert len({frozenset(answer.headers) for answer in answers.values()}) == 1
+
+
+LISTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", {"messages": [{}] * 400}),
+    "responses": ("/v1/responses", {"input": [{}] * 400}),
+    "responses-content": ("/v1/responses", {"input": [{"role": "user", "content": [0] * 400}]}),
+    "messages": ("/v1/messages", {"messages": [{}] * 400, "max_tokens": 1}),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), LISTS.values(), ids=LISTS)
+def test_a_list_of_wrong_items_is_read_to_the_first(
+    served: TenantServer, path: str, body: dict[str, Any]
+) -> None:
+    """vLLM would say of each what is wrong with it as a message, as a call of a tool, and so on."""
+    answer = served.request("acme", "POST", path, {"model": "acme-a", **body})
+    assert_status(answer, 400, served)
+    more = re.search(r"(\d+) more errors", answer.text)
+    assert more is None or int(more[1]) < 400
 
 
 RIGHTS = [

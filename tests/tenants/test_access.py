@@ -43,6 +43,7 @@ from vllm_multilora.integration.server.callers import Caller, current_caller, tu
 from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
 from vllm_multilora.integration.server.metering import ServerMeter, shutdown
+from vllm_multilora.integration.server.request_bounds import MOST_BODY, MOST_NUMBERS
 from vllm_multilora.integration.server.start import require_guards
 from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
 from vllm_multilora.store.launch import environment
@@ -78,12 +79,15 @@ class App:
         await send({"type": "http.response.body", "body": b""})
 
 
-async def call(app, access, path, key=None, method="POST", door=None, more=()):
+NO_BODY = {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def call(app, access, path, key=None, method="POST", door=None, more=(), bodies=(NO_BODY,)):
     """The answer's start; through a door of its own, if it is told none."""
-    sent = []
+    sent, held = [], [dict(body) for body in bodies]
 
     async def receive():
-        await asyncio.Event().wait()
+        return held.pop(0) if held else await asyncio.Event().wait()
 
     async def send(message):
         sent.append(message)
@@ -130,6 +134,59 @@ def test_errors_have_the_shape_of_the_api_that_was_called(path, keys):
         assert body["error"]["message"] == "The request has no valid key"
         body["error"] = body["error"].keys()
     assert body == keys
+
+
+def parts_of(body):
+    """As a server gives it, in parts that end anywhere."""
+    middle = len(body) // 2
+    return [
+        {"type": "http.request", "body": body[:middle], "more_body": True},
+        {"type": "http.request", "body": body[middle:], "more_body": False},
+    ]
+
+
+TOKENS = b",".join([b"1"] * 100_000)
+CALLS = "/v1/completions"
+BODIES = {
+    "tokens": (CALLS, b'{"prompt": [%s]}' % TOKENS, 200),
+    "text": (CALLS, b'{"prompt": "%s"}' % (rb"{,[\"" * 40_000), 200),
+    "text-without-end": (CALLS, b'{"prompt": "%s' % (b"," * 40_000), 200),
+    "lists": (CALLS, b'{"prompt": [%s[]]}' % (b"[]," * 20_000), 413),
+    "texts": (CALLS, b'{"prompt": [%s""]}' % (b'"",' * 40_000), 413),
+    "messages": ("/v1/messages", b'{"messages": [%s{}]}' % (b"{}," * 20_000), 413),
+    "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MOST_NUMBERS + 1)), 413),
+    "bytes": (CALLS, b'"%s"' % bytes(MOST_BODY), 413),
+    "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),
+    "recording": ("/v1/audio/transcriptions", bytes(MOST_BODY + 1), 413),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "status"), BODIES.values(), ids=BODIES)
+def test_a_tenants_body_holds_so_much(tenants, path, body, status):
+    """vLLM reads bodies whole, and nobody is answered while it looks at one's values."""
+    access, seen = Access(api_keys=[CLIENT], tenants_path=str(tenants)), []
+
+    async def reading(scope, receive, send):
+        seen.append(await receive())
+        await App()(scope, receive, send)
+
+    for key, expected in ((CLIENT, 200), (ACME, status)):
+        start = asyncio.run(call(reading, access, path, key, bodies=parts_of(body)))
+        assert start["status"] == expected
+    if status == HTTPStatus.OK:
+        assert seen[-1] == {"type": "http.request", "body": body, "more_body": False}
+
+
+def test_a_tenants_client_that_goes_before_its_body_has_come_is_gone(tenants):
+    access, seen = Access(tenants_path=str(tenants)), []
+
+    async def reading(scope, receive, send):
+        seen.append(await receive())
+        await App()(scope, receive, send)
+
+    bodies = [parts_of(b"ab")[0], {"type": "http.disconnect"}]
+    asyncio.run(call(reading, access, CALLS, ACME, bodies=bodies))
+    assert seen == [{"type": "http.disconnect"}]
 
 
 @pytest.mark.parametrize("header", ["endpoint-load-metrics-format", "x-data-parallel-rank"])

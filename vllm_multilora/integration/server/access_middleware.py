@@ -19,6 +19,7 @@ from vllm.entrypoints.anthropic.api_router import translate_error_response
 
 from vllm_multilora.integration.server.access_log import keep_refusals_few
 from vllm_multilora.integration.server.callers import Caller, current_caller, error_response
+from vllm_multilora.integration.server.request_bounds import LargeBodyError, whole_body
 from vllm_multilora.metrics.server_counts import count_refused
 from vllm_multilora.tenants.limits import (
     Account,
@@ -43,6 +44,7 @@ _MESSAGES = {
 }
 _ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
 _COHERES = "/cohere/v2/chat"
+_FORMS = "/v1/audio/"
 _OF_TENANTS = (Endpoint.CALL, Endpoint.STORED, Endpoint.MODELS, Endpoint.STATUS)
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
@@ -205,6 +207,9 @@ class AccessMiddleware:
             if endpoint is Endpoint.CALL:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
+                if scope["type"] == "http":
+                    is_form = route_path(scope).startswith(_FORMS)
+                    receive = await whole_body(receive, is_form=is_form)
             elif endpoint is Endpoint.STORED:
                 await _pause(account.without_turn)
             if endpoint in (Endpoint.MODELS, Endpoint.STATUS):
@@ -216,6 +221,11 @@ class AccessMiddleware:
             if isinstance(error, LimitReachedError):
                 status, caller.retry_after_s = HTTPStatus.TOO_MANY_REQUESTS, error.retry_after_s
                 await _pause(account.without_turn)
+            await error_answer(status, str(error), path=route_path(scope))(
+                scope, receive, send_marked
+            )
+        except LargeBodyError as error:
+            status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
             await error_answer(status, str(error), path=route_path(scope))(
                 scope, receive, send_marked
             )

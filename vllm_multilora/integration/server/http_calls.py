@@ -40,6 +40,7 @@ from vllm_multilora.integration.server.access_middleware import (
     AccessMiddleware,
     PlainPathMiddleware,
 )
+from vllm_multilora.integration.server.request_bounds import stop_at_first_errors
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -246,6 +247,8 @@ def init_entrypoints_middleware(
     if access is not None:
         ACCESS.set(app, access)
         ours.insert(1, Middleware(AccessMiddleware, access=access))
+        if access.locks.tenants:
+            stop_at_first_errors(app)
     at = _first_check(app.user_middleware)
     app.user_middleware[at:at] = ours
 
