@@ -44,11 +44,19 @@ def test_lists_of_names_leave_out_what_peft_leaves_out(named, layers, pattern, e
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(named=st.lists(st.sampled_from([*KINDS, *WHOLE, "1.self_attn.k_proj", "k"]), min_size=1))
-def test_nothing_that_peft_adapts_is_left_out(named):
-    found = targets(target_modules=named, layers_to_transform=[0])
+def test_lists_of_whole_names_leave_out_what_peft_leaves_out(named):
+    keys = {"target_modules": named, "layers_to_transform": [0]}
+    found = targets(**keys)
     for module in MODULES:
-        if peft_adapts(module, target_modules=named, layers_to_transform=[0]):
-            assert found.leaves_out(module) is None
+        assert (found.leaves_out(module) is None) == peft_adapts(module, **keys), module
+
+
+@pytest.mark.parametrize("start", ["base_model.model.", "module.model.", "language_model."])
+def test_whole_names_may_begin_otherwise(start):
+    names = (f"{start}layers.1._fsdp_wrapped_module.self_attn.q_proj", f"{start}embed_tokens")
+    found = targets(target_modules=list(names))
+    named = [module for module in MODULES if found.leaves_out(module) is None]
+    assert named == ["model.layers.1.self_attn.q_proj", "embed_tokens"]
 
 
 @pytest.mark.parametrize("excluded", [None, ".*k_proj", r"model\.layers\.1\..*", "k_proj|lm_head"])

@@ -61,7 +61,7 @@ def parse_tensor_name(name: str) -> TensorRole | None:
         The tensor's role, or None if it is no LoRA tensor: a base weight, a full module
         (`modules_to_save`).
     """
-    parts = _unwrapped(name).split(".")
+    parts = unwrapped(name).split(".")
     # Ends, with where the module's name stops: with an adapter name in between and without.
     for at in (-2, -3):
         if len(parts) > -at and parts[-1] == "weight" and parts[at] in _PARTS:
@@ -75,7 +75,7 @@ def parse_tensor_name(name: str) -> TensorRole | None:
     return None
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A name without PEFT's prefix, and without what wrappers have added, also around PEFT's."""
     if not _WRAPPERS.isdisjoint(parts := name.split(".")):
         name = ".".join(part for part in parts if part not in _WRAPPERS)

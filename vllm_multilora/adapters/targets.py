@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from vllm_multilora.adapters.config import AdapterConfig
-from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED_EXPERTS
+from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED_EXPERTS, unwrapped
 from vllm_multilora.adapters.patterns import Budget, PatternError, PatternMatcher, check_pattern
 
 _ALL = "all-linear"
@@ -14,8 +14,9 @@ _ALL = "all-linear"
 class Targets:
     """The modules that a configuration names.
 
-    Names in a list are compared by their last parts: what stands before them may be the training
-    framework's. Expressions that could take long, as some trainers write, are not matched.
+    Names in a list may be whole ones. These are compared from a layer's number on, or by their last
+    part if they have none: what stands before that may be the training framework's. Expressions
+    that could take long, as some trainers write, are not matched.
 
     Args:
         config: The configuration.
@@ -28,14 +29,14 @@ class Targets:
         self._target = _matcher(targets)
         self._exclusion = _matcher(raw.get("exclude_modules"))
         self._excluded = frozenset(_names(raw.get("exclude_modules")))
-        self._kinds: frozenset[str] | None = None
+        self._ends: frozenset[str] | None = None
         self._whole: frozenset[str] = frozenset()
         self._layers: frozenset[int] = frozenset()
         pattern = raw.get("layers_pattern") or ()
         self._lists = [pattern] if isinstance(pattern, str) else _names(pattern)
         if isinstance(targets, tuple) and (targets or raw.get("target_parameters")):
-            self._kinds = frozenset(name.rpartition(".")[2] for name in targets)
-            self._whole = frozenset(targets)
+            self._whole = frozenset(map(unwrapped, targets))
+            self._ends = frozenset(map(_end, self._whole))
             layers = raw.get("layers_to_transform")
             if all(name.isidentifier() for name in self._lists):
                 self._layers = frozenset([layers] if isinstance(layers, int) else layers or ())
@@ -52,7 +53,7 @@ class Targets:
             return None  # PEFT adapts parameters whatever modules it adapts
         parts = module.split(".")
         number = self._layer(parts)
-        is_named = self._kinds is None or parts[-1] in self._kinds
+        is_named = self._ends is None or _is_of(module, self._whole) or _end(module) in self._ends
         # Of a tied head PEFT takes the name out of the list that it saves.
         if not (is_named and _fits(self._target, module, unknown=True)) and not (
             self._is_tied and number is None
@@ -92,6 +93,13 @@ def _fits(matcher: PatternMatcher[bool] | None, module: str, *, unknown: bool) -
         return matcher.get(module) is not None
     except PatternError:
         return unknown
+
+
+def _end(name: str) -> str:
+    """A name from its first number on; the last part of one without numbers."""
+    parts = name.split(".")
+    first = next((at for at, part in enumerate(parts) if part.isdecimal()), -1)
+    return ".".join(parts[first:])
 
 
 def _is_of(name: str, ends: Collection[str]) -> bool:
