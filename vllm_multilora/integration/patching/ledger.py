@@ -691,6 +691,20 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM forgets requests that it has not sent.",
     ),
     Patch(
+        name="unsent-offline",
+        target="vllm.v1.engine.llm_engine:LLMEngine.add_request",
+        takes=(
+            "self, request_id, prompt, params, arrival_time=None, lora_request=None, "
+            "tokenization_kwargs=None, trace_headers=None, priority=0, session_id=None, "
+            "prompt_text=None, kv_hints=None",
+        ),
+        handler="server.engine_door:add_offline",
+        why="A request of `LLM` that its engine does not take, with an adapter's path that is none "
+        "for instance, is waited for by every call after that. Ends it.",
+        checked=(),
+        until="As unsent-requests.",
+    ),
+    Patch(
         name="schema-checks",
         target="vllm.sampling_params:SamplingParams._validate_structured_outputs",
         takes=("self, model_config, structured_outputs_config, tokenizer",),
