@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,25 @@ def test_several_servers_share_it_and_it_begins_anew_at_its_size(tmp_path):
     found = [line["request_id"] for line in lines(tmp_path)]
     assert len(list(tmp_path.iterdir())) > 1
     assert sorted(found) == sorted(f"{name}-{number}" for name in range(3) for number in range(300))
+
+
+def test_others_may_rename_and_empty_it_while_it_is_written(tmp_path):
+    path, log = tmp_path / "usage", UsageLog(tmp_path / "usage", BIG)
+
+    def written(name):
+        log.write(Usage(name))
+        deadline = time.monotonic() + 60
+        while not path.exists() or name not in path.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    written("first")
+    path.rename(tmp_path / "usage.1")
+    written("second")
+    os.truncate(path, 0)
+    written("third")
+    log.close()
+    assert [line["request_id"] for line in lines(tmp_path)] == ["third", "first"]
 
 
 def test_a_link_stays_and_what_it_leads_to_begins_anew(tmp_path):
