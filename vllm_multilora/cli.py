@@ -312,8 +312,8 @@ def parser_of(called: Container[str]) -> argparse.ArgumentParser:
 
 
 def _wrapped(text: str) -> str:
-    """As argparse wraps what it formats itself."""
-    return textwrap.fill(text, shutil.get_terminal_size().columns - 2)
+    """As argparse wraps what it formats itself, which is no narrower than this either."""
+    return textwrap.fill(text, max(11, shutil.get_terminal_size().columns - 2))
 
 
 def _shown(examples: Iterable[str]) -> str:

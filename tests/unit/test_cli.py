@@ -102,6 +102,15 @@ def test_help_fits_a_terminal_of_usual_width(words, capsys, monkeypatch):
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
+@pytest.mark.parametrize("columns", ["1", "2", "12"])
+def test_a_terminal_may_be_narrower_than_any_text(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["tenants", "new"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["tenants", "--help"])
+    assert "hashes" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_shells_complete_all_commands_and_flags(shell, capsys):
     assert main(["completion", shell]) == 0
