@@ -38,7 +38,7 @@ class Run:
         self.scheduler.attach_adapters(self.engine.adapters)
         if looks_again:
             blocked = self.scheduler._blocked
-            blocked.begin_step = lambda *_, **__: blocked.clear()
+            blocked.begin_step = lambda adapters: blocked.numbers.clear()
         self.requests = 0
 
     def seen(self) -> tuple[list, ...]:

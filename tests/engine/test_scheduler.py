@@ -592,6 +592,26 @@ def test_an_adapter_whose_leases_come_late_waits_no_longer_than_those_that_share
     assert max(means) < 1.25 * min(means), means
 
 
+def test_one_that_comes_to_host_memory_before_its_lease_has_its_place_in_line_from_then_on(servers):
+    """As when it is registered while a request waits for it."""
+    server = servers(slots=1)
+    store = server.engine.store
+    server.start("running", 1)
+    server.ask("first", 2)
+    server.step()
+    server.engine.adapters.register(lora(2))
+    store.loaded(pack_info(2), next(want for want in store.wants.values() if not want.keep))
+    server.step()
+    server.ask("second", 3)
+    store.loaded(pack_info(3), next(want for want in store.wants.values() if want.adapter == 3))
+    for _ in range(PATIENCE_STEPS):
+        server.step()
+    server.serve("running")
+    while not server.names:
+        server.serve()
+    assert server.names == {"first"}
+
+
 def test_a_slot_is_not_kept_for_an_adapter_that_is_not_there(servers):
     server = servers(slots=1)
     server.ask("hangs", 1)

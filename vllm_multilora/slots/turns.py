@@ -13,8 +13,8 @@ behind it, whatever the order of the scheduler's queue, and so does the next req
 that has had its turn. While it waits for a lease, or its weights are fetched anew, it has a place,
 but no slot is kept for it. It has to come for its slot: requests that wait for tokens or memory
 beside it are the scheduler's affair. One that has no request left which could come, since the one
-that wanted the slot was aborted, say, has it no more: that is asked when others were turned away
-for it in `patience` steps.
+that wanted the slot was aborted, say, has it no more: that is asked when others have waited beside
+it for `patience` steps.
 
 With fair shares the slots that are kept for the overdue go, of all that wait, to those whose
 parties have had least of the engine, and those are closed whose parties have had most, but for
@@ -51,9 +51,8 @@ class SlotTurns:
         self._next: set[int] = set()
         self._free = 0
         # Of those that have to come for their slots, since they last came: the steps in which
-        # others were turned away. And whether any was in this step.
+        # others have waited.
         self._missed: dict[int, int] = {}
-        self._turns_away = False
 
     def begin_step(
         self,
@@ -77,14 +76,14 @@ class SlotTurns:
             at_hand: Whether an adapter that was asked about could be brought into a slot now.
         """
         self._step += 1
-        missed = {i: steps + self._turns_away for i, steps in self._missed.items()}
+        others_wait = len(self._waiting) > len(self._waiting.keys() & self._next)
+        missed = {i: steps + others_wait for i, steps in self._missed.items()}
         late = [i for i, steps in missed.items() if steps >= self._patience]
         coming = may_come() if late else ()
         for adapter_id in late:
             del missed[adapter_id]
             if adapter_id not in coming:
                 self.forget(adapter_id)
-        self._turns_away = False
         self._placing = set(filter(at_hand, self._placing))
         self._since = {i: self._since.get(i, self._step) for i in (*active, *self._placing)}
         free = max(0, slots - len(self._since))
@@ -116,7 +115,6 @@ class SlotTurns:
             return adapter_id not in self._closed
         if adapter_id not in self._next:
             if not self._free:
-                self._turns_away = True
                 self.wait(adapter_id)
                 return False
             self._free -= 1
@@ -140,6 +138,10 @@ class SlotTurns:
     def keeps_waiting(self, adapter_id: int) -> bool:
         """Whether an adapter has asked for a slot and waits for it."""
         return adapter_id in self._waiting
+
+    def turns_away(self, adapter_id: int) -> bool:
+        """Whether an adapter waits for a slot, and has none to come for in this step."""
+        return adapter_id in self._waiting and adapter_id not in self._next and not self._free
 
     def forget(self, adapter_id: int) -> None:
         """No request of the adapter waits for a slot any more: none is kept for it."""

@@ -150,7 +150,7 @@ class FairSharesMixin(AdapterAwareMixin):
             output = super().schedule(*args, **kwargs)
             shares.step_alone(output.total_num_scheduled_tokens)
             return output
-        self._blocked.clear()  # each look at a request says something about its party, too
+        self._blocked.numbers.clear()  # each look at a request says something about its party, too
         began = time.perf_counter()
         shares.begin_step(self.waiting.parties)
         parties, ranks = self._parties, shares.ranks()

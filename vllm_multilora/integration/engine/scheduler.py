@@ -221,8 +221,8 @@ class AdapterAwareMixin:
         active, slots = active - pinned, max(1, self._slots - pins.places)
         could_run = partial(_that_could_run, self.requests)
         self._turns.begin_step(active, slots, self._slot_order(), could_run, adapters.is_at_hand)
-        self._blocked.begin_step(adapters, is_full=len(active) == slots)
-        _begin_step(self.waiting, self._blocked)
+        self._blocked.begin_step(adapters)
+        _begin_step(self.waiting, self._blocked.numbers)
         self._freed.step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         computes = output.total_num_scheduled_tokens > 0
@@ -253,7 +253,8 @@ class AdapterAwareMixin:
         # In this order: a request that waits for its grammar, say, must not take a slot meanwhile.
         if super()._handle_blocked_waiting_request(request) and self._may_run(request):  # type: ignore[misc]
             return True
-        if isinstance(self.waiting, FairQueue) and _waits_as_others_do(request, self._blocked):
+        blocked = self._blocked.numbers
+        if isinstance(self.waiting, FairQueue) and _waits_as_others_do(request, blocked):
             self.waiting.pass_over(request)
         return False
 
@@ -261,7 +262,7 @@ class AdapterAwareMixin:
         lora, adapters = request.lora_request, self._adapters
         if lora is None or adapters is None:
             return True
-        if lora.lora_int_id in self._blocked:
+        if lora.lora_int_id in self._blocked.numbers:
             return False
         if request.request_id in self._failing:
             return False
@@ -309,9 +310,7 @@ class AdapterAwareMixin:
         if failure is not None:
             self._failing[request.request_id] = to_stop_reason(failure, lora)
         else:
-            self._blocked.add_unready(lora.lora_int_id)
-            if adapters.state(lora.lora_int_id) is AdapterState.HOST:
-                self._turns.wait(lora.lora_int_id)  # its lease is all that is late
+            self._blocked.add_unready(adapters.known()[lora.lora_int_id])
         return False
 
     def update_from_output(
