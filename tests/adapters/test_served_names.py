@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_multilora.adapters.blends import Blend, BlendPart
 from vllm_multilora.adapters.directory import is_adapter_name
 from vllm_multilora.adapters.served_names import (
     MOST_NAME_BYTES,
@@ -64,8 +65,14 @@ def test_paths_are_taken(path):
 
 @pytest.mark.parametrize(
     ("path", "fault"),
-    [("/" + "a" * MOST_PATH_BYTES, "4095"), ("a\0b", "null"), ("/\ud800", "encoded")],
-    ids=["long", "null", "surrogate"],
+    [
+        ("/" + "a" * MOST_PATH_BYTES, "4095"),
+        ("é" * MOST_PATH_BYTES, "4095"),
+        ("a\0b", "null"),
+        ("/\ud800", "encoded"),
+        (Blend.of([BlendPart(1, "a", "/a", 0.5)]).source, "text of a blend"),
+    ],
+    ids=["long", "long-in-bytes", "null", "surrogate", "blend"],
 )
 def test_what_is_no_path_is_not(path, fault):
     assert fault in path_fault(path)
