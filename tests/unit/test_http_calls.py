@@ -149,6 +149,20 @@ def test_other_answers_stay_as_they_are(kind, status, ran):
     assert headers_of(sent)["content-length"] == "7"
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [(lambda: run(DIGEST), b"[1]"), (b'{"a":"', lambda: run(DIGEST), b'data: {"}')],
+    ids=["no-object", "a-later-part"],
+)
+def test_nothing_is_put_into_json_but_at_the_beginning_of_an_object(parts):
+    async def app(scope, receive, send):
+        bind()
+        await answer(send, *parts)
+
+    said = [part for part in parts if isinstance(part, bytes)]
+    assert [message["body"] for message in call(app)[1:]] == said
+
+
 def test_the_request_s_headers_are_at_hand():
     found = []
 
