@@ -1,9 +1,15 @@
 """Settings: defaults, and one clear sentence for everything wrong."""
 
+import re
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.cache_settings import UNLIMITED, cpu_budget
+from vllm_multilora.slots.budget import GIB, CpuBudget
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}, {"multilora": {}}], ids=str)
@@ -72,3 +78,18 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
 def test_a_wrong_setting_is_one_clear_sentence(settings, message):
     with pytest.raises(ConfigError, match=message):
         MultiLoRAConfig.from_additional_config({"multilora": settings})
+
+
+@pytest.mark.parametrize("bytes_each", [1_500_000, 2**30, 5 * 2**30 + 7, 70 * 2**30 + 10**6])
+def test_a_budget_too_small_for_the_slots_is_refused_with_one_that_is_not(bytes_each: int) -> None:
+    lora = SimpleNamespace(max_loras=2, max_cpu_loras=UNLIMITED, max_lora_rank=64)
+    vllm_config: Any = SimpleNamespace(lora_config=lora)
+
+    def budget(gib: float) -> CpuBudget:
+        settings = MultiLoRAConfig(cpu_cache_gib=gib)
+        return cpu_budget(settings, vllm_config, largest_adapter=bytes_each)
+
+    with pytest.raises(ConfigError) as caught:
+        budget(2 * bytes_each / GIB - 1e-6)
+    (told,) = re.findall(r"may take ([\d.]+) GiB", str(caught.value))
+    assert 2 * bytes_each <= (budget(float(told)).bytes or 0) < 2 * bytes_each + GIB / 100

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from vllm_multilora.commands.plan_advice import advice_lines
 from vllm_multilora.commands.table import aligned
 from vllm_multilora.planning.plan import Plan
-from vllm_multilora.slots.budget import GIB, readable
+from vllm_multilora.slots.budget import GIB, enough_gib, readable
 from vllm_multilora.wording import counted
 
 
@@ -101,13 +100,7 @@ def _host(plan: Plan) -> Iterator[str]:
         f"host memory of the machine: an adapter of rank {plan.max_lora_rank} on all modules takes "
         f"{plan.memory.largest_adapter * workers:,} bytes{for_all}"
     )
-    least = f"{_rounded_up(plan.host_least):.2f}"
     yield (
-        f"--multilora-cpu-cache-gib must be at least {least}: a batch may need {plan.max_loras} "
-        "such adapters"
+        f"--multilora-cpu-cache-gib must be at least {enough_gib(plan.host_least)}: a batch may "
+        f"need {plan.max_loras} such adapters"
     )
-
-
-def _rounded_up(size: int) -> float:
-    """Bytes in GiB, with two decimals that are not too few."""
-    return math.ceil(size / GIB * 100) / 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vllm_multilora.errors import ConfigError
@@ -19,6 +20,11 @@ def readable(size: float) -> str:
     if size >= MIB // 10:
         return f"{size / MIB:.1f} MiB"
     return f"{size / _KIB:.1f} KiB"
+
+
+def enough_gib(size: int) -> str:
+    """Bytes in GiB as a setting, with two decimals that are not too few."""
+    return f"{math.ceil(size / GIB * 100) / 100:.2f}"
 
 
 def _limits(adapters: int | None, size: float | None) -> str:

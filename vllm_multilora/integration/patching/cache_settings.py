@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.budget import GIB, CpuBudget
+from vllm_multilora.slots.budget import GIB, CpuBudget, enough_gib
 from vllm_multilora.slots.machine_memory import machine_memory
 from vllm_multilora.slots.pins import Pins
 from vllm_multilora.slots.registry import make_policy
@@ -77,7 +77,7 @@ def cpu_budget(
         if given < least:
             raise ConfigError(
                 f"{CONFIG_KEY}.cpu_cache_gib is {settings.cpu_cache_gib:g}, but the adapters of "
-                f"one batch may take {least / GIB:.2f} GiB "
+                f"one batch may take {enough_gib(least)} GiB "
                 f"({counted(lora_config.max_loras, 'slot')}, rank {lora_config.max_lora_rank}): "
                 "raise --multilora-cpu-cache-gib, or lower --max-loras or --max-lora-rank"
             )
