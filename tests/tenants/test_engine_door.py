@@ -477,6 +477,21 @@ def test_a_tenants_schema_is_checked_beside_what_is_done_for_others(monkeypatch)
     assert (checked, taken, acme.account.checking.locked()) == ([], [], False)
 
 
+def test_a_tenants_structural_tag_is_checked_with_its_schemas():
+    """VLLM does so while it reads a body, on the event loop."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    from vllm_multilora.plugin import register
+
+    register()
+    tag = {"type": "structural_tag", "format": {"type": "regex", "pattern": "("}}
+    read = partial(ChatCompletionRequest, messages=[], response_format=tag)
+    for who in (None, Caller(Role.CLIENT)):
+        with pytest.raises(VLLMValidationError, match="response_format structural_tag"):
+            as_caller(who, read)
+    assert as_caller(tenant("acme"), read).response_format.format["pattern"] == "("
+
+
 def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():
     """However many prompts it has: one by one they are begun as quickly as plain ones."""
 

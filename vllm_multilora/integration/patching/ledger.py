@@ -714,6 +714,16 @@ PATCHES: tuple[Patch, ...] = (
         until="As parameters-checks.",
     ),
     Patch(
+        name="structural-tags",
+        target="vllm.entrypoints.generate.base.protocol:validate_structural_tag_payload",
+        takes=("payload, *, parameter",),
+        handler="server.schema_checks:validate_structural_tag",
+        why="An API server checks a structural tag, with the schemas in it, as it reads a body, on "
+        "its event loop. A tenant's is checked by parameters-checks alone.",
+        checked=(),
+        until="As parameters-checks.",
+    ),
+    Patch(
         name="stored-responses",
         target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.__init__",
         takes=(
