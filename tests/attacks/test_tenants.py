@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -126,6 +127,40 @@ def test_what_one_may_not_see_is_what_does_not_exist(served: TenantServer, endpo
     texts = {a.text.replace(f"`{name}`", "NAME") for (_, name), a in answers.items()}
     assert len(texts) == 1, texts
     assert len({frozenset(answer.headers) for answer in answers.values()}) == 1
+
+
+MANY = 8 << 20
+_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+HEADS = {
+    "value": b"x: %s\r\n" % (b"a" * MANY),
+    "many": b"x: a\r\n" * 300,
+    "name": b"x" * MANY + b": a\r\n",
+    "headers-after-a-body": b"%s0\r\nx: %s" % (_CHUNKED, b"a" * MANY),
+}
+
+
+@pytest.mark.parametrize("more", HEADS.values(), ids=HEADS)
+def test_a_request_has_no_endless_head(served: TenantServer, more: bytes) -> None:
+    """Anybody's, as nobody has looked for a key yet."""
+    address = ("127.0.0.1", served.server.port)
+    with socket.create_connection(address, timeout=LIMIT_S) as connection:
+        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: test\r\n%s" % more)
+            connection.sendall(b"\r\n\r\n")
+        answers = b""
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(1 << 16):  # until the server closes the connection
+                answers += part
+    assert not answers or b"HTTP/1.1 400" in answers
+
+
+def test_a_long_body_in_short_parts_is_no_endless_head(served: TenantServer) -> None:
+    body = b'{"model": "acme-a", "prompt": [5], "max_tokens": 1, "user": "%s"}' % (b"a" * MANY)
+    parts = (body[at : at + 512] for at in range(0, len(body), 512))
+    key = {"authorization": f"Bearer {KEYS['acme']}", "content-type": "application/json"}
+    url = f"{served.server.url}/v1/completions"
+    answer = httpx.post(url, content=parts, headers=key, timeout=LIMIT_S, trust_env=False)
+    assert_status(answer, 200, served)
 
 
 LISTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -629,6 +629,16 @@ PATCHES: tuple[Patch, ...] = (
         until="As models-list.",
     ),
     Patch(
+        name="request-heads",
+        target="vllm.entrypoints.launchers.launcher:NoSignalServer",
+        takes=("config", "config, peer_loads=None"),
+        handler="server.request_heads:make_server",
+        why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
+        "has no httptools. Anybody's endless header holds up a server, or ends it.",
+        checked=(),
+        until="vLLM's limits of headers act whatever reads them.",
+    ),
+    Patch(
         name="sagemaker-model",
         target="model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:"
         "InjectToBodyApiTransform.transform_request",

@@ -1,0 +1,58 @@
+"""Bounds what comes of a request besides its body, before anybody has looked for a key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_multilora.integration.attached import ACCESS
+
+_HTTPTOOLS = "uvicorn.protocols.http.httptools_impl"
+_REFUSED = "Invalid HTTP request received."
+"""As uvicorn says it."""
+
+
+def make_server(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Makes a server that has keys bound heads of requests where uvicorn reads them by httptools.
+
+    That has no limits: a header of twenty megabytes takes it seconds, in which nobody is answered,
+    and a gigabyte of short ones ends the server. vLLM's two limits are h11's alone.
+    """
+    kind = config.http_protocol_class
+    if kind.__module__ == _HTTPTOOLS and ACCESS.get(config.app) is not None:
+        config.http_protocol_class = _bounded(kind)
+    return original(config, *args, **kwargs)
+
+
+def _bounded(protocol: Any) -> Any:
+    class BoundedHeads(protocol):  # type: ignore[misc]
+        """uvicorn's protocol, with vLLM's limits of heads.
+
+        What does not belong to a body counts: headers, and those that come after one.
+        """
+
+        _piece = _size = _count = 0
+
+        def data_received(self, data: bytes) -> None:
+            self._piece = len(data)
+            super().data_received(data)
+            self._size += len(data)
+            is_large = self._size > self.config.h11_max_incomplete_event_size
+            if is_large and not self.transport.is_closing():
+                self.send_400_response(_REFUSED)
+
+        def on_message_begin(self) -> None:
+            self._size, self._count = -self._piece, 0
+            super().on_message_begin()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            self._count += 1
+            if self._count > self.config.h11_max_header_count:
+                raise ValueError("there are too many headers")  # uvicorn refuses the request
+            super().on_header(name, value)
+
+        def on_body(self, body: bytes) -> None:
+            self._size -= len(body)
+            super().on_body(body)
+
+    return BoundedHeads
