@@ -25,7 +25,7 @@ def make_server(original: Callable[..., Any], config: Any, *args: Any, **kwargs:
 
 
 def _bounded(protocol: Any) -> Any:
-    class BoundedHeads(protocol):  # type: ignore[misc]
+    class BoundedHeads(protocol):
         """uvicorn's protocol, with vLLM's limits of heads.
 
         What does not belong to a body counts: headers, and those that come after one.
