@@ -1,7 +1,7 @@
 """Layers that vLLM has in other parts than checkpoints."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,8 +65,18 @@ def test_each_part_is_where_the_layer_has_it(tmp_path: Path, parts: tuple) -> No
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_has_the_rows_that_vllm_loads_for_it(tmp_path: Path, rank: int) -> None:
-    """Of Mamba 2's states in a Granite 4: they are of one group, which both ranks need."""
+@pytest.mark.parametrize(
+    ("write_model", "kind", "outputs"),
+    [
+        (tiny_models.write_granite_hybrid, "mamba.in_proj", 2 * 256 + 2 * 16 + 8),
+        (tiny_models.write_phi3_config, "self_attn.qkv_proj", 128 + 2 * 32),
+    ],
+    ids=["states of one group", "one key-value head"],
+)
+def test_a_rank_has_the_rows_that_vllm_loads_for_it(
+    tmp_path: Path, write_model: Callable[[Path], Path], kind: str, outputs: int, rank: int
+) -> None:
+    """Both ranks need the rows of what there is only one of."""
     from vllm.distributed import parallel_state
 
     from vllm_multilora.integration.offline.model import one_worker
@@ -81,8 +91,8 @@ def test_a_rank_has_the_rows_that_vllm_loads_for_it(tmp_path: Path, rank: int) -
             finally:
                 group.rank_in_group = 0
 
-    folder = tiny_models.write_granite_hybrid(tmp_path / "model")
-    module, inputs, outputs, r = "model.layers.0.mamba.in_proj", 128, 2 * 256 + 2 * 16 + 8, 4
+    folder = write_model(tmp_path / "model")
+    module, inputs, r = f"model.layers.0.{kind}", 128, 4
     a, b = torch.randn(r, inputs).bfloat16(), torch.randn(outputs, r).bfloat16()
     name = f"base_model.model.{module}"
     tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
@@ -94,6 +104,6 @@ def test_a_rank_has_the_rows_that_vllm_loads_for_it(tmp_path: Path, rank: int) -
         layer = manager.modules[module]
         assert layer.tp_rank == rank
         weight = layer.base_layer.weight
-        weight.weight_loader(weight.data, (b.float() @ a.float()).to(weight.dtype))
+        weight.weight_loader(weight, (b.float() @ a.float()).to(weight.dtype))
         held = layer.lora_b_stacked[0][SLOT, 0].float() @ layer.lora_a_stacked[0][SLOT, 0].float()
         torch.testing.assert_close(held.to(weight.dtype), weight.data, rtol=1e-2, atol=1e-2)

@@ -35,6 +35,7 @@ from transformers import (
     LlamaForSequenceClassification,
     ModernBertConfig,
     ModernBertModel,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -162,6 +163,14 @@ def write_apertus_config(path: Path) -> Path:
     """Writes what says of an Apertus how large it is, and no weights."""
     config = ApertusConfig(**TWO_LAYERS, pad_token_id=None)
     config.architectures = ["ApertusForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
+def write_phi3_config(path: Path) -> Path:
+    """Writes what says of a Phi-3 with one key-value head how large it is, and no weights."""
+    config = Phi3Config(**TWO_LAYERS | {"num_key_value_heads": 1}, pad_token_id=None)
+    config.architectures = ["Phi3ForCausalLM"]
     config.save_pretrained(path)
     return path
 

@@ -191,7 +191,7 @@ def _slices(
         return []
     base: Any = module.base_layer
     inputs = base.input_size
-    outputs = _outputs(base) if module.n_slices > 1 else [base.output_size]
+    outputs = _outputs(base) if module.n_slices > 1 else [sum(_outputs(base))]
     if len(outputs) != module.n_slices:  # a layer that fuses more than its base class knows of
         return []
     kept: list[tuple[_Range, _Range, _Range | None]]
@@ -322,7 +322,7 @@ def _linear_shapes(
             yield from _expert_shapes(name, module, sources)
         elif isinstance(module, BaseLinearLayerWithLoRA):
             base: Any = module.base_layer
-            outputs = _outputs(base) if hasattr(base, "output_sizes") else [base.output_size]
+            outputs = _outputs(base)
             if name in repeated:
                 outputs = [repeated[name].outputs]
             of_first = len(outputs) - len(sources or [name]) + 1  # which others follow one by one
@@ -354,7 +354,7 @@ def _expert_shapes(
 
 
 def _outputs(base: Any) -> list[int]:
-    """Widths of a fused layer's slices in the whole model."""
+    """Widths of a layer's slices in the whole model, as checkpoints have them."""
     if isinstance(base, QKVParallelLinear):
         # `output_sizes` counts key-value heads once per replica; checkpoints hold them once.
         value_size = getattr(base, "v_head_size", base.head_size)
@@ -363,7 +363,7 @@ def _outputs(base: Any) -> list[int]:
             base.total_num_kv_heads * base.head_size,
             base.total_num_kv_heads * value_size,
         ]
-    return list(base.output_sizes)
+    return list(getattr(base, "output_sizes", None) or [base.output_size])
 
 
 class _NotContiguousError(Exception):
