@@ -43,6 +43,19 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [b"def newer[T=!]: ...", b"\x00", b"'\xff'", b"(" * 10_000],
+    ids=["syntax", "null", "encoding", "depth"],
+)
+def test_a_file_that_this_python_cannot_read_is_named(content, tmp_path, capsys):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").touch()
+    (tmp_path / "vllm/config.py").write_bytes(content)
+    assert main(["doctor", "--against", str(tmp_path)]) == 2
+    assert "vllm/config.py of this vLLM cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("module", "name", "parameters"),
     [
         pytest.param("vllm.base", "Base", "self, a, *, b='x'", id="class"),

@@ -56,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _given_key() -> str:
     # Never an argument: those are in the shell's history and in everybody's process list.
+    if sys.stdin is None:  # closed by whoever started this
+        return ""
     if sys.stdin.isatty():
         return getpass.getpass("key: ")
     return sys.stdin.readline().rstrip("\r\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import platform
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -139,10 +140,16 @@ class Source:
 
     def _parse(self, module: str) -> ast.Module | None:
         path = module.replace(".", "/")
-        text = self._read(f"{path}.py")
-        if text is None:
-            text = self._read(f"{path}/__init__.py")
-        return None if text is None else ast.parse(text)
+        for name in (f"{path}.py", f"{path}/__init__.py"):
+            try:
+                if (text := self._read(name)) is not None:
+                    return ast.parse(text)
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                raise ConfigError(
+                    f"{name} of this vLLM cannot be read: {error}; expected a file for Python "
+                    f"{platform.python_version()}, by which it is read, or older"
+                ) from error
+        return None
 
 
 def _text(folder: Path, name: str) -> str | None:
