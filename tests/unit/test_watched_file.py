@@ -50,6 +50,19 @@ def test_a_changed_file_is_read_again(path):
     assert not file.refresh()
 
 
+def test_a_wrong_path_fills_no_servers_memory(path, tmp_path, caplog):
+    """A checkpoint's in the place of the file's, say."""
+    file = WatchedFile(path, parse_routes, "routes")
+    with (tmp_path / "other").open("wb") as other:
+        other.truncate(1 << 40)
+    (tmp_path / "other").rename(path)
+    assert not file.refresh()
+    assert names(file) == ["one"]
+    assert "found more than 64 MiB, expected routes" in caplog.text
+    with pytest.raises(DocumentError, match="/dev/zero: found more than 64 MiB"):
+        load_routes("/dev/zero")
+
+
 def test_a_file_that_looks_the_same_is_read_again_while_it_is_new(path):
     """Two changes within a time stamp's resolution, and of the same length."""
     write(path, "one", age_s=0)
@@ -157,11 +170,11 @@ def test_a_file_is_tried_again_that_could_not_be_read(path, clock, monkeypatch):
     write(path, "two")
     clock.ns += 60_000_000_000
 
-    def fail(path):
+    def fail(path, mode):
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(watched.Path, "read_bytes", fail)
+        patch.setattr(watched.Path, "open", fail)
         assert not file.refresh()
     assert not file.refresh()
     clock.ns += 6_000_000_000

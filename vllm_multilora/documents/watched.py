@@ -20,6 +20,9 @@ _RACY_NS = 2_000_000_000
 """Within this time of a change, a file may change again and look the same: time stamps are
 coarse."""
 
+_MOST_BYTES = 64 << 20
+"""Of a file: somebody's wrong path must not fill a server's memory."""
+
 _RETRY_NS = 5_000_000_000
 """Until what could not be used is tried again, looking as it did: permissions, or names that its
 content must not have, may be others by then."""
@@ -41,12 +44,18 @@ def read_file(path: str | os.PathLike[str], parse: Callable[[str, str], _T], wha
 
 def _read(path: str | os.PathLike[str], what: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise DocumentError(
             f"{os.fspath(path)}: cannot read the {what}: {error.strerror or error}; expected a "
             f"readable file"
         ) from error
+    if len(content) > _MOST_BYTES:
+        raise DocumentError(
+            f"{os.fspath(path)}: found more than {_MOST_BYTES >> 20} MiB, expected {what}"
+        )
+    return content
 
 
 def _text(content: bytes, path: str | os.PathLike[str]) -> str:
