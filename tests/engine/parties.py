@@ -69,8 +69,8 @@ class FakeStore:
         return self.tickets
 
     def share(self, ticket, owner):
-        asked = self.wants[ticket]
-        self.wants[ticket] = msgspec.structs.replace(asked, owners=(*asked.owners, owner))
+        if (asked := self.wants.get(ticket)) is not None:  # else the answer is on its way
+            self.wants[ticket] = msgspec.structs.replace(asked, owners=(*asked.owners, owner))
 
     def cancel(self, ticket):
         self.wants.pop(ticket, None)

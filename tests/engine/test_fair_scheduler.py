@@ -1,7 +1,8 @@
 """Fair shares over vLLM's own schedulers: who is next, how much of a prompt, and what it costs."""
 
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from random import Random
@@ -647,6 +648,39 @@ def test_only_those_that_lack_nothing_but_a_slot_wait_because_of_others(configs,
     monkeypatch.setattr(steps.scheduler._shares, "hold", hold)
     steps.step()  # in which the store says nothing
     assert waits_for_slot == {"slot": True, "reload": False, "grammar": False, "load": False}
+
+
+@pytest.mark.parametrize("tenants", [2, 50])
+def test_a_step_looks_at_few_of_thousands_of_adapters_that_wait(configs, tenants):
+    """Nothing has come for them, or others have all slots."""
+    slots, adapters = 8, 2000
+    steps = Steps(configs(places=64, max_loras=slots))
+    engine = Slots(steps, slots)
+    for number in range(slots):
+        tenant = f"{number % tenants}"
+        steps.ask(f"running {number}", tenant=tenant, adapter=1 + number, generate=90)
+    for _ in range(5):
+        engine.step()
+    for number in range(adapters):
+        steps.ask(f"waiting {number}", tenant=f"{number % tenants}", adapter=100 + number)
+    steps.step()  # the store says nothing
+    assert _calls(steps.step) < 20 * adapters
+    engine.step()
+    for _ in range(PATIENCE_STEPS):
+        steps.step()
+    assert len(steps.scheduler.running) == slots
+    assert _calls(steps.step) < 20 * adapters
+
+
+def _calls(act: Callable[[], object]) -> int:
+    """How many functions are called."""
+    events: Counter[str] = Counter()
+    sys.setprofile(lambda frame, event, argument: events.update((event,)))
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return events["call"] + events["c_call"]
 
 
 def _ended(steps: Steps, beginning: str) -> int:

@@ -37,9 +37,12 @@ class Run:
         self.scheduler = self.steps.scheduler
         self.scheduler.attach_adapters(self.engine.adapters)
         if looks_again:
-            blocked = self.scheduler._blocked
-            blocked.begin_step = lambda adapters: blocked.numbers.clear()
+            self.scheduler._blocked.begin_step = self.ask_for_all
         self.requests = 0
+
+    def ask_for_all(self, adapters: Any) -> None:
+        self.scheduler._blocked.numbers.clear()
+        self.scheduler._blocked.unready.clear()
 
     def seen(self) -> tuple[list, ...]:
         """All that can be seen of it."""
@@ -59,6 +62,7 @@ class Run:
         self.steps.ask(
             f"request {self.requests}",
             adapter=adapter or None,
+            tenant=chance.choice([None, "one", "another"]),
             generate=chance.randint(1, 40),
             inplace=adapter > 0 and chance.random() < 0.1,
             priority=chance.randint(0, 2),

@@ -24,8 +24,7 @@ shares: a party waits while others have had less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container
-from heapq import nsmallest
+from collections.abc import Callable, Collection, Container, KeysView
 from itertools import islice, takewhile
 
 PATIENCE_STEPS = 16
@@ -92,8 +91,8 @@ class SlotTurns:
         overdue = list(islice(filter(at_hand, first), free + len(active)))
         had = order or (lambda adapter_id: 0.0)
         ahead = overdue
-        if order is not None:
-            ahead = nsmallest(len(overdue), filter(at_hand, self._waiting), key=order)
+        if overdue and order is not None:
+            ahead = list(islice(filter(at_hand, sorted(self._waiting, key=order)), len(overdue)))
         kept = min(free, len(overdue))
         self._next = set(ahead[:kept])
         self._free = free - kept
@@ -135,9 +134,10 @@ class SlotTurns:
         """
         self._placing.add(adapter_id)
 
-    def keeps_waiting(self, adapter_id: int) -> bool:
-        """Whether an adapter has asked for a slot and waits for it."""
-        return adapter_id in self._waiting
+    @property
+    def waiting(self) -> KeysView[int]:
+        """The adapters that have asked for slots and wait for them."""
+        return self._waiting.keys()
 
     def turns_away(self, adapter_id: int) -> bool:
         """Whether an adapter waits for a slot, and has none to come for in this step."""

@@ -21,13 +21,13 @@ class BlockedAdapters:
 
     Attributes:
         numbers: Of these adapters.
-        awaits_store: Whether one of them is blocked because it has not been loaded.
+        unready: Those of them that the store has not answered for.
     """
 
     def __init__(self, turns: SlotTurns) -> None:
         self._turns = turns
         self.numbers: set[int] = set()
-        self.awaits_store = False
+        self.unready: set[int] = set()
 
     def add(self, number: int) -> None:
         """No request can run with an adapter in this step."""
@@ -36,7 +36,7 @@ class BlockedAdapters:
     def add_unready(self, entry: Entry) -> None:
         """Nor in later ones, until the store has answered."""
         self.numbers.add(entry.number)
-        self.awaits_store = True
+        self.unready.add(entry.number)
         if entry.in_host and not entry.is_stale:
             self._turns.wait(entry.number)  # its lease is all that is late
 
@@ -46,7 +46,7 @@ class BlockedAdapters:
         Args:
             adapters: Know what the store has answered.
         """
-        before, self.numbers, self.awaits_store = self.numbers, set(), False
+        before, self.numbers, self.unready = self.numbers, set(), set()
         for number in () if adapters.asks_late else before:
             entry = adapters.known().find(number)
             if entry is None or adapters.failure(number, reload=True) is not None:

@@ -2,8 +2,8 @@
 
 Each party's requests are in the order of vLLM's own queue, that of their arrival or their priority,
 and with one party for all of them it is that queue. The first party is determined anew in each
-step, and within a step a request that was taken counts as computed. So if several parties have had
-the same, each of them gets a place, and not one of them all places.
+step, and within a step a request that was taken, and not passed over, counts as computed. So if
+several parties have had the same, each of them gets a place, and not one of them all places.
 
 A step examines one request after the other, and puts back what cannot run. Tens of thousands may
 wait for the same adapter. When one of them could not run for its sake, the others are passed over.
@@ -167,6 +167,15 @@ class FairQueue(RequestQueue):
         """Those that have requests in the queue."""
         return self._lines.keys()
 
+    def adapters_of(self, party: Party) -> set[int | None]:
+        """Those that requests of a party wait for which wait for nothing of their own."""
+        return {adapter for adapter, waits in self._lines[party].lanes if not waits}
+
+    def hidden_parties(self) -> list[Party]:
+        """Those of which no request is shown."""
+        found = ((party, self._lines[party]) for party in self._with_hidden & self._lines.keys())
+        return [party for party, line in found if line.lanes.keys() <= line.hidden]
+
     def begin_step(self, kept: Container[int | None] = ()) -> None:
         """Counters have changed: another step is being scheduled.
 
@@ -249,8 +258,9 @@ class FairQueue(RequestQueue):
             had = self._order[0][0]
             heapq.heappop(self._order)
             if (following := line.first()) is not None:
-                cost = PROMPT_COST * (request.num_tokens - request.num_computed_tokens)
-                self._place(party, had + self._shares.worth(party, cost), following)
+                tokens = 0 if is_passed else request.num_tokens - request.num_computed_tokens
+                had += self._shares.worth(party, PROMPT_COST * tokens)
+                self._place(party, had, following)
         return request
 
     def remove_request(self, request: Request) -> None:

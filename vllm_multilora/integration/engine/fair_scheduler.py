@@ -22,6 +22,7 @@ anybody's prompts either.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -104,8 +105,6 @@ class FairSharesMixin(AdapterAwareMixin):
         self._shares = FairShares()
         self._parties: dict[str, Party] = {}  # by request
         self._computed: dict[str, int] = {}  # by request that was preempted: tokens it had once
-        # By adapter: of those that were found waiting for it to get a slot, who has had least.
-        self._slot_parties: dict[int, Party] = {}
         self.waiting = queue_of(self, self._shares, party_of)
         # Where vLLM alone chooses the pieces of prompts, nothing is limited.
         is_divisible = scheduler_config.enable_chunked_prefill and not getattr(
@@ -150,8 +149,8 @@ class FairSharesMixin(AdapterAwareMixin):
             output = super().schedule(*args, **kwargs)
             shares.step_alone(output.total_num_scheduled_tokens)
             return output
-        self._blocked.numbers.clear()  # each look at a request says something about its party, too
         began = time.perf_counter()
+        self._hold_hidden()
         shares.begin_step(self.waiting.parties)
         parties, ranks = self._parties, shares.ranks()
         # Python's sort keeps the order of those that are equal: within a party nothing changes.
@@ -179,6 +178,14 @@ class FairSharesMixin(AdapterAwareMixin):
                 break
         self._last_result = now
         return super().update_from_output(scheduler_output, *args, **kwargs)
+
+    def _hold_hidden(self) -> None:
+        """Says of parties that nothing of them could run in the last step, looked at or not."""
+        loading = self._blocked.unready - self._turns.waiting
+        for party in self.waiting.hidden_parties():
+            adapters = self.waiting.adapters_of(party)
+            if adapters <= self._blocked.numbers:  # else it was passed over as a whole
+                self._shares.hold(party, waits_for_slot=not adapters <= loading)
 
     def _allowance(self) -> float | None:
         """What heavy parties may have of this step; None: whatever there is."""
@@ -239,42 +246,36 @@ class FairSharesMixin(AdapterAwareMixin):
         may_run = super()._handle_blocked_waiting_request(request)
         if may_run or not self._shares.is_contended:
             return may_run
-        party, adapter = self._parties[request.request_id], self._without_slot(request)
-        if adapter is not None:
-            known = self._slot_parties.setdefault(adapter, party)
-            if self._shares.served(party) < self._shares.served(known):
-                self._slot_parties[adapter] = party
-        self._shares.hold(party, waits_for_slot=adapter is not None)
+        party = self._parties[request.request_id]
+        self._shares.hold(party, waits_for_slot=self._lacks_slot(request))
         return False
 
-    def _without_slot(self, request: Request) -> int | None:
-        """The adapter of a request that was just held back and lacks nothing but a slot for it."""
+    def _lacks_slot(self, request: Request) -> bool:
+        """Whether a request that was just held back lacks nothing but a slot for its adapter."""
         lora, adapters = request.lora_request, self._adapters
         could_run = request.status in COULD_RUN and not self._late_reloads.holds(request)
         if lora is None or adapters is None or not could_run:
-            return None
-        number = lora.lora_int_id
+            return False
         if adapters.asks_late:
-            is_there = self._turns.keeps_waiting(number)
-        else:
-            is_there = adapters.state(number) in AT_HAND
-        return number if is_there else None
+            return lora.lora_int_id in self._turns.waiting
+        return adapters.state(lora.lora_int_id) in AT_HAND
 
     def _slot_order(self) -> Callable[[int], float] | None:
-        waiting, shares = self._slot_parties, self._shares
-        if not waiting or not shares.is_contended:
+        shares, queue = self._shares, self.waiting
+        if not shares.is_contended:
             return None
-        running: dict[int, Party] = {}
+        least: dict[int | None, float] = {}
 
         def had(adapter: int) -> float:
-            # Asked only where somebody has to make room.
-            if not running:
-                for request in self.running:
+            """What the one has had that has had least, of those that wait for it, or use it."""
+            if not least:  # asked only where somebody has to make room
+                for request in reversed(self.running):
                     if request.lora_request is not None:
                         party = self._parties[request.request_id]
-                        running.setdefault(request.lora_request.lora_int_id, party)
-            party = waiting.get(adapter) or running.get(adapter)
-            return float("inf") if party is None else shares.served(party)
+                        least[request.lora_request.lora_int_id] = shares.served(party)
+                for party in sorted(queue.parties, key=shares.served, reverse=True):
+                    least.update(dict.fromkeys(queue.adapters_of(party), shares.served(party)))
+            return least.get(adapter, math.inf)
 
         return had
 
@@ -336,6 +337,4 @@ class FairSharesMixin(AdapterAwareMixin):
         if party is not None:
             self._shares.leave(party)
         self._computed.pop(request.request_id, None)
-        if request.lora_request is not None:
-            self._slot_parties.pop(request.lora_request.lora_int_id, None)
         return freed

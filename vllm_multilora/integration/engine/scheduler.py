@@ -227,7 +227,7 @@ class AdapterAwareMixin:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         computes = output.total_num_scheduled_tokens > 0
         adapters.running(_adapters_of(self.running), computes=computes)
-        if not computes and (self._is_holding or self._blocked.awaits_store):
+        if not computes and (self._is_holding or self._blocked.unready):
             self.asides.flush()
             time.sleep(_IDLE_S)  # else workers answer empty steps as fast as they can
         return output
