@@ -42,7 +42,7 @@ class Loads:
         self._memory = memory
         self._answers = answers
         self._effects = effects
-        self._room = Room(memory, self.queue)
+        self._room = Room(memory)
         self._loads: dict[int, Load] = {}
         self._by_adapter: dict[tuple[Binding, str], Load] = {}
         self._dying: dict[int, Allocation | None] = {}
@@ -119,7 +119,8 @@ class Loads:
         load = self._loads[number]
         load.contents, load.blocks = contents, blocks
         if load.keep():
-            self._room.ask(load, now)
+            self._room.ask(load)
+            self.queue.wait_for_room(number, now)
             self.give_room(now)
             return
         try:
@@ -223,13 +224,14 @@ class Loads:
             self._fail(waiting, Failure(FailureKind.NO_MEMORY, reason, []), now)
         while (load := self._room.next()) is not None:
             try:
-                allocation = self._room.take(load, self._loads.values(), now)
+                allocation = self._room.take(load, self._loads.values())
             except OSError as error:
                 message = f"the system gives no memory for the adapter: {error}"
                 self._fail(load, Failure(FailureKind.NO_MEMORY, message, []), now)
                 continue
             if allocation is None:
                 return
+            self.queue.go_on(load.number, now)
             self._place(load, allocation)
 
     def _succeed(
@@ -277,7 +279,8 @@ class Loads:
         if not leader.wanted():
             for one in leader.family():
                 self._end(one)
-        elif not leader.keep() and self._room.give_up(leader, now):
+        elif not leader.keep() and self._room.leave(leader):
+            self.queue.go_on(leader.number, now)
             self._place(leader, None)
         self.give_room(now)
 

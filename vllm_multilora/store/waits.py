@@ -9,15 +9,13 @@ from vllm_multilora.slots.budget import readable
 from vllm_multilora.store.arena import Allocation, pages_of
 from vllm_multilora.store.entries import Load
 from vllm_multilora.store.memory import HostMemory
-from vllm_multilora.store.queue import FairQueue
 
 
 class Room:
     """Who waits for room, in the order in which they asked; nobody overtakes."""
 
-    def __init__(self, memory: HostMemory, queue: FairQueue) -> None:
+    def __init__(self, memory: HostMemory) -> None:
         self._memory = memory
-        self._queue = queue
         self._waiting: deque[Load] = deque()
 
     def in_vain(self) -> tuple[Load, str] | None:
@@ -42,16 +40,15 @@ class Room:
         assert load.blocks is not None
         return None if self._waiting else self._memory.room(load.blocks, evict=False)
 
-    def ask(self, load: Load, now: float) -> None:
-        """Stands in line; the job's clock stands still meanwhile."""
+    def ask(self, load: Load) -> None:
+        """Stands in line."""
         self._waiting.append(load)
-        self._queue.wait_for_room(load.number, now)
 
     def next(self) -> Load | None:
         """The first in line."""
         return self._waiting[0] if self._waiting else None
 
-    def take(self, load: Load, loads: Iterable[Load], now: float) -> Allocation | None:
+    def take(self, load: Load, loads: Iterable[Load]) -> Allocation | None:
         """Room for the first in line, for which others may leave; None: it waits on.
 
         What its tenant may not keep beside it, and beside all loads of it that have room, leaves
@@ -70,18 +67,11 @@ class Room:
         allocation = self._memory.room(load.blocks, evict=True)
         if allocation is not None:
             self._waiting.popleft()
-            self._queue.go_on(load.number, now)
         return allocation
 
-    def give_up(self, load: Load, now: float) -> bool:
+    def leave(self, load: Load) -> bool:
         """The load needs no room any more; whether it has waited for it."""
         if load not in self._waiting:
             return False
         self._waiting.remove(load)
-        self._queue.go_on(load.number, now)
         return True
-
-    def leave(self, load: Load) -> None:
-        """The load has ended."""
-        if load in self._waiting:
-            self._waiting.remove(load)
