@@ -437,6 +437,13 @@ def test_the_digest_does_not_depend_on_the_order_of_keys_or_on_names_of_files(fo
     assert len(digest_of(folder)) == 64
 
 
+def test_the_digest_stays_what_it_was_in_earlier_versions(tmp_path):
+    """Operators pin adapters by it; so a plain one's has nothing of what later kinds have."""
+    tensors = {name: torch.full_like(each, 0.5) for name, each in weights(RANKS).items()}
+    expected = "f8141ac153882685d73800ed6049651e2fabf16eec50a1700241dac776d3e791"
+    assert digest_of(write(tmp_path / "a", tensors, rank=4, alpha=8)) == expected
+
+
 def test_the_digest_is_the_same_packed_or_not_and_for_any_layout(folder):
     expected = digest_of(folder)
     assert take(folder, layout(torch.bfloat16)).taken.digest == expected
@@ -449,6 +456,7 @@ def test_the_digest_is_the_same_packed_or_not_and_for_any_layout(folder):
         {"alpha": 9},
         {"use_rslora": True},
         {"alpha_pattern": {"q_proj": 2}},
+        {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [1, 2]},
         {"seed": 1},
         {"one_bit": True},
     ],
