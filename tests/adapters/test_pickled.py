@@ -124,6 +124,27 @@ def test_what_is_no_dictionary_of_tensors_is_refused(tmp_path, content):
     assert [problem.code for problem in caught.value.problems] == [Code.NOT_PICKLED_TENSORS]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.zeros(1)],
+        {"x": 1},
+        {1: torch.zeros(1)},
+        {"x": torch.zeros(1).to_sparse()},
+        {"x": torch.zeros(1, dtype=torch.complex64)},
+        {"x": torch.zeros(1, device="meta")},
+        {"x": torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])},
+    ],
+    ids="a-list a-number a-number-as-name sparse complex without-bytes nested".split(),
+)
+def test_what_pytorch_reads_and_no_safetensors_file_holds_is_refused(tmp_path, content):
+    pickled = pickle_weights(tmp_path)
+    torch.save(content, pickled)
+    with pytest.raises(AdapterFormatError) as caught:
+        take(tmp_path, LAYOUT, rules=ALLOWED)
+    assert [problem.code for problem in caught.value.problems] == [Code.NOT_PICKLED_TENSORS]
+
+
 def test_problems_name_the_adapters_own_file(tmp_path):
     pickled = pickle_weights(tmp_path / "adapter")
     tensors = torch.load(pickled, weights_only=True)

@@ -72,6 +72,8 @@ def _read(pickled: RegularFile) -> dict[str, torch.Tensor]:
         isinstance(name, str)
         and isinstance(tensor, torch.Tensor)
         and tensor.layout == torch.strided
+        and tensor.is_cpu  # and no meta tensor, which has no bytes
+        and not tensor.is_nested
         and of_torch(tensor.dtype) in _NAMES
         for name, tensor in tensors.items()
     ):
