@@ -139,6 +139,15 @@ def test_what_old_weights_have_computed_is_not_mixed_with_new_ones():
     assert not prefix_keys.set_version(request, "new")
 
 
+def test_an_answer_that_old_weights_have_begun_does_not_go_on_with_new_ones():
+    """Even where its prompt is to be computed again: what has been answered was theirs."""
+    request = arrived(lora(), Digests(_1="old"))
+    request.append_output_token_ids([7])
+    request.status = RequestStatus.PREEMPTED
+    assert not prefix_keys.set_version(request, "new")
+    assert prefix_keys.set_version(request, "old")
+
+
 def test_images_are_called_by_the_weights_where_a_tower_has_adapters():
     request = arrived(lora("a"), Digests(_1="d"), [image("a")])
     same = arrived(lora("b", 2), Digests(_2="d"), [image("b")])

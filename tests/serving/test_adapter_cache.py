@@ -264,6 +264,34 @@ def test_a_malicious_pickle_is_refused_where_pickles_are_allowed(
     assert_answers_as_peft(engine, fleet, [case_of(fleet, 4)])
 
 
+def test_an_answer_is_not_begun_by_one_version_and_ended_by_another(
+    engine: "LLM", fleet: Scenario, tmp_path: Path
+) -> None:
+    """The request has to compute everything again, when its adapter has been reloaded."""
+    from vllm import SamplingParams
+
+    folder = shutil.copytree(fleet.adapters["customer-1"], tmp_path / "reloaded")
+    request = lora_request(Scenario(fleet.base, {"reloaded": folder}, ()), "reloaded")
+    case, running = case_of(fleet, 1), engine.llm_engine
+    params = SamplingParams(temperature=0.0, max_tokens=len(case.expected.tokens), ignore_eos=True)
+    prompt = {"prompt_token_ids": list(case.prompt)}
+    running.add_request("begun", prompt, params, lora_request=request)
+    outputs: list[Any] = []
+    while not outputs:
+        outputs = running.step()
+    shutil.copytree(fleet.adapters["customer-2"], folder, dirs_exist_ok=True)
+    request.load_inplace = True
+    running.add_lora(request)
+    assert running.reset_prefix_cache(reset_running_requests=True)
+    while running.has_unfinished_requests():
+        outputs = running.step() or outputs
+    (completion,) = outputs[-1].outputs
+    tokens = tuple(completion.token_ids)
+    assert tokens == case.expected.tokens[: len(tokens)]
+    assert completion.finish_reason == "error"
+    assert "was reloaded" in completion.stop_reason
+
+
 @pytest.mark.parametrize(
     "fully_sharded",
     [

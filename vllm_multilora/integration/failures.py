@@ -80,8 +80,8 @@ def replaced_stop_reason(adapter: LoRARequest) -> str:
     return _stop_reason(
         _REQUESTS,
         FailureKind.UNREADABLE,
-        f"adapter {adapter.lora_name!r} was reloaded while this request waited with a part of its "
-        "prompt computed; send it again",
+        f"adapter {adapter.lora_name!r} was reloaded while this request waited to go on with what "
+        "the version before had computed; send it again",
     )
 
 

@@ -49,7 +49,8 @@ def set_version(request: Request, digest: str) -> bool:
         digest: Of the adapter's weights.
 
     Returns:
-        Whether it may run on them: not where it holds what other weights have computed.
+        Whether it may run on them: not where other weights have computed a part of its prompt, or
+        of its answer.
     """
     known = VERSION.get(request)
     if known == digest:
@@ -75,11 +76,11 @@ def use_stock_keys(request: Request) -> None:
 
 
 def _holds_results(request: Request) -> bool:
+    if request.num_computed_tokens or request.num_output_tokens:
+        return True
     # A worker that has run a request may remember its images by their keys.
     has_run = request.status is RequestStatus.PREEMPTED
-    return bool(request.num_computed_tokens) or (
-        has_run and any(map(_depends_on_adapter, request.mm_features))
-    )
+    return has_run and any(map(_depends_on_adapter, request.mm_features))
 
 
 def _depends_on_adapter(feature: Any) -> bool:
