@@ -77,6 +77,9 @@ def sample_rows(
             manager.idle_generators = _take_idle_generators(runner)
     if manager is None or drafts is None:
         return original(runner, logits, drafts, *args, **kwargs)
+    if not drafts.max_spec_len:
+        # To compare no drafts at all is more than vLLM can on CPUs where a request has `top_k`.
+        return original(runner, logits, None, *args, **kwargs)
     with _tokens_that_requests_name(runner, drafts.max_spec_len + 1):
         return original(runner, logits, drafts, *args, **kwargs)
 
