@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+import threading
 import time
 import tracemalloc
 from argparse import Namespace
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.base import BaseHTTPMiddleware
 from vllm.config import StructuredOutputsConfig
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.multimodal.media import connector
 from vllm.usage.usage_lib import UsageContext
 
 from tests.tenants.callers import as_caller
@@ -44,7 +47,7 @@ from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
 from vllm_multilora.integration.server.metering import ServerMeter, shutdown
 from vllm_multilora.integration.server.request_bounds import MOST_BODY, MOST_NUMBERS
-from vllm_multilora.integration.server.start import require_guards
+from vllm_multilora.integration.server.start import require_guards, share_threads
 from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
 from vllm_multilora.store.launch import environment
 from vllm_multilora.tenants.keys import KeyRing, stored
@@ -1132,3 +1135,30 @@ def test_few_adapters_of_a_tenant_are_read_for_the_first_time_at_once():
         "operator": 20,
         "without keys": 20,
     }
+
+
+def test_tenants_take_turns_for_the_threads_that_unpack_images(monkeypatch):
+    """However many images one of them sends."""
+    pools = [ThreadPoolExecutor(1) for _ in range(3)]
+    for module in (connector.__name__, share_threads.__module__):
+        monkeypatch.setattr(f"{module}.global_thread_pool", pools[2])
+    share_threads(SimpleNamespace(_executor=pools[0], _mm_executor=pools[1]))
+    access = {name: Caller(Role.TENANT, account=Account(Tenant(name))) for name in "ab"}
+    order = []
+
+    async def unpack(who):
+        current_caller.set(access[who])
+        with pytest.raises(ValueError, match="Failed to load image"):
+            await connector.MediaConnector().fetch_image_async("data:image/png;base64,aaaa")
+        order.append(who)
+
+    async def unpack_all():
+        held = threading.Event()
+        pools[2].submit(held.wait, 60)
+        waiting = [asyncio.create_task(unpack(who)) for who in "aaaaaaaab"]
+        await asyncio.sleep(0)  # until all have asked
+        held.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(unpack_all())
+    assert order.index("b") <= 1

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from vllm.multimodal.media.connector import global_thread_pool
+
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
 from vllm_multilora.integration.logs import add_filter
@@ -57,9 +59,9 @@ def share_threads(renderer: Any) -> None:
     """Has tenants take turns where vLLM makes prompts of their texts and images.
 
     One thread does so unless `--renderer-num-workers` says otherwise, and takes a second for a
-    million characters.
+    million characters; a few threads unpack images, of which a request may have a thousand.
     """
-    for executor in (renderer._executor, renderer._mm_executor):
+    for executor in (renderer._executor, renderer._mm_executor, global_thread_pool):
         take_turns(executor, lambda *_, **__: current_tenant() or "")
 
 
