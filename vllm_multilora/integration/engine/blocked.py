@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class BlockedAdapters:
     """The adapters that steps have asked for in vain.
 
-    To look at one here takes a tenth of the calls that it takes a step to examine a request.
+    To look at one here takes an eighth of the calls that it takes a step to examine a request.
 
     Args:
         turns: Know which adapters wait for slots, and have none to come for.
