@@ -82,6 +82,7 @@ def test_every_dtype_keeps_its_bytes(folder, dtype):
         (file_of({"a": entry(span=(0, 4))}, bytes(4)), "span 4 bytes, expected 8 for F32"),
         (file_of({"a": entry(span=(8, 0))}, bytes(8)), "expected .begin, end."),
         (file_of({"a": entry(span=(0, 8, 9))}, bytes(8)), "expected .begin, end."),
+        (file_of({"a": entry(span=(0.0, 8.0))}, bytes(8)), "expected .begin, end."),
         (file_of({"a": entry(span=(8, 16))}, bytes(16)), "begins at byte 8 .* expected 0"),
         (file_of({"a": entry(), "b": entry(span=(4, 12))}, bytes(12)), "b begins at byte 4"),
         (file_of({"a": entry(), "b": entry()}, bytes(8)), "b begins at byte 0"),

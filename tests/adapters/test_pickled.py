@@ -135,7 +135,7 @@ def test_what_is_no_dictionary_of_tensors_is_refused(tmp_path, content):
         {"x": torch.zeros(1, device="meta")},
         {"x": torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])},
     ],
-    ids="a-list a-number a-number-as-name sparse complex without-bytes nested".split(),
+    ids=["a-list", "a-number", "a-number-as-name", "sparse", "complex", "without-bytes", "nested"],
 )
 def test_what_pytorch_reads_and_no_safetensors_file_holds_is_refused(tmp_path, content):
     pickled = pickle_weights(tmp_path)
