@@ -23,7 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from vllm_multilora.failures import FailureKind, LoadFailure
-from vllm_multilora.integration.attached import ON_FAILURE
+from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
     beam_search,
@@ -283,6 +283,18 @@ def test_a_missing_invocation_is_told_where_the_tokenizer_does_not_know_the_toke
     output = SimpleNamespace(request_id="r", finish_reason=FinishReason.ERROR, stop_reason=reason)
     deliver_failures([output], {}, tokenizer=SimpleNamespace(decode=decode))
     assert "is activated by the tokens [32007], which" in output.stop_reason
+
+
+def test_a_failure_names_no_folder_that_its_request_may_not_see() -> None:
+    acme = LoRARequest("acme", 1, "/srv/acme")
+    failure = LoadFailure(FailureKind.GONE, "/srv/acme/adapter_config.json is gone")
+    state = SimpleNamespace(lora_request=acme, detokenizer="", queue=None, external_req_id="0")
+    HIDDEN_FOLDERS.set(state, ("/srv", "/srv/acme"))
+    output = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR)
+    output.stop_reason = to_stop_reason(failure, acme)
+    deliver_failures([output], {"r": state})
+    assert "adapter_config.json is gone" in output.stop_reason
+    assert "/srv" not in output.stop_reason
 
 
 @pytest.mark.parametrize("several", [list, tuple])
