@@ -390,10 +390,9 @@ def test_drafted_tokens_are_verified_under_their_adapter(
         drafts = counter(llm, "vllm:spec_decode_num_drafts")
         accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
         # These are drawn, if only from the likeliest; and steps that end prompts have no drafts.
-        drawn = generate(llm, llama, cases, [], greedy(temperature=1.0, top_k=1, max_tokens=1))
+        drawn = generate(llm, llama, cases, [], greedy(temperature=1.0, top_k=1))
     assert_as_peft(outputs, cases)
-    firsts = [list(output.outputs[0].token_ids) for output in drawn]
-    assert firsts == [list(case.expected.tokens[:1]) for case in cases]
+    assert_as_peft(drawn, cases)
     assert drafts > 0
     assert accepted > 0 or drafter is not small_model
 
