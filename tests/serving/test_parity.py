@@ -200,3 +200,16 @@ def test_slots_in_bfloat16_answer_in_float32_as_peft(tmp_path: Path) -> None:
     scenario = build_scenario(tmp_path, write_llama, recipes, lengths=(7, 23))
     with running_engine(scenario.base, in_process=True, lora_dtype="bfloat16") as llm:
         assert_all_as_peft(answers_by_adapter(llm, scenario, scenario.cases))
+
+
+def test_ranks_that_wait_for_loads_have_room_for_their_parts(llama: Scenario) -> None:
+    """Each has a pack of its own from the store that they share."""
+    cases = [case for case in llama.cases if len(case.prompt) == 7][:3]
+    with running_engine(
+        llama.base,
+        max_loras=1,
+        max_cpu_loras=1,
+        tensor_parallel_size=2,
+        additional_config={"multilora": {"async_loading": False, "load_timeout_s": 10}},
+    ) as llm:
+        assert_as_peft(list(zip(answer(llm, llama, cases), cases, strict=True)))

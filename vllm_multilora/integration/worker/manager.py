@@ -231,11 +231,15 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """Finds or starts the store of this machine, for this worker alone."""
         settings = settings_of(self._vllm_config)
         server = f"{server}-{self.rank}"
+        budget = self._budget()
+        if budget.adapters is not None:  # here each worker's part of an adapter counts as one
+            workers = self._vllm_config.parallel_config.local_world_size
+            budget = replace(budget, adapters=budget.adapters * workers)
         self.own_store = OwnStore(
             settings.store,
             server,
             self._adapter_manager.layout,
-            store_settings(settings, self._budget()),
+            store_settings(settings, budget),
         )
         self.filler.open_memory(self.own_store.address, server)
 
