@@ -663,6 +663,24 @@ def test_a_look_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.M
     run(scenario())
 
 
+def test_of_a_folder_that_had_gone_before_its_first_request_nothing_stays_in_the_engine(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme")
+        await site.look()
+        site.take("acme")
+        assert await site.ask("acme") == "not loaded"  # the request goes to the engine
+        lora = site.models[0].lora_requests["acme"]
+        site.engine.held[lora.lora_int_id] = "the folder does not exist"
+        await site.look()
+        assert "acme" not in site.models[0].lora_requests
+        assert site.engine.held == {}
+
+    run(scenario())
+
+
 def test_only_looks_that_always_take_long_are_rare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

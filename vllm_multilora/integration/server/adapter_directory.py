@@ -56,12 +56,14 @@ class _Served:
         lora: What vLLM's table of names holds.
         is_admitted: Whether the engine has accepted this version for this server.
         refused: The newest version that was found to be bad, and the answer.
+        is_asked: Whether the engine may know it by a request, which came when its folder had gone.
     """
 
     folder: AdapterFolder
     lora: LoRARequest
     is_admitted: bool = False
     refused: tuple[AdapterFolder, ErrorResponse] | None = None
+    is_asked: bool = False
 
 
 class DirectoryServer:
@@ -124,6 +126,8 @@ class DirectoryServer:
         async with callers.turn_to_read():
             folder = await self._find(name)
             if folder is None:  # vLLM says that there is no such model, or the engine why not
+                if served is not None:
+                    served.is_asked = True
                 return None
             async with models.lora_resolver_lock[name]:
                 served = self._served.get(name)
@@ -189,8 +193,9 @@ class DirectoryServer:
         served = self._served.pop(name)
         if self._is_ours(served):
             del self._models.lora_requests[name]
+            is_known = served.is_admitted or served.is_asked
             # Of several engines, one may have what another could not read.
-            if served.is_admitted or self._missed.last(served.folder) is not None:
+            if is_known or self._missed.last(served.folder) is not None:
                 registration.without_waiting(registration.remove(self._models, served.lora))
                 registration.without_waiting(
                     registration.remove_later(self._models, served.lora, _GRACE_S)
@@ -221,13 +226,15 @@ class DirectoryServer:
             return None
         if lora is not served.lora:
             self._models.lora_requests[folder.name] = lora
-            if served.is_admitted:
+            if served.is_admitted or served.is_asked:
                 registration.without_waiting(
                     registration.remove_later(self._models, served.lora, _GRACE_S)
                 )
+            if served.is_admitted:
                 logger.info("Adapter directories: serving a new version of %s", folder.path)
         self._missed.forget(folder)
         served.folder, served.lora, served.is_admitted, served.refused = folder, lora, True, None
+        served.is_asked = False
         return None
 
     async def _refuse(
