@@ -634,7 +634,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="request-heads",
         target="vllm.entrypoints.launchers.launcher:NoSignalServer",
-        takes=("config", "config, peer_loads=None"),
+        takes=("self, config", "self, config, peer_loads=None"),
         handler="server.request_heads:make_server",
         why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
         "has no httptools. Anybody's endless header holds up a server, or ends it.",
