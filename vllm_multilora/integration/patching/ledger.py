@@ -633,9 +633,12 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         name="request-heads",
-        target="vllm.entrypoints.launchers.launcher:NoSignalServer",
-        takes=("self, config", "self, config, peer_loads=None"),
-        handler="server.request_heads:make_server",
+        target="vllm.entrypoints.launchers.api_server.entry:serve_http",
+        takes=(
+            "app, sock, enable_ssl_refresh=False, **uvicorn_kwargs",
+            "app, sock, enable_ssl_refresh=False, peer_loads=None, **uvicorn_kwargs",
+        ),
+        handler="server.request_heads:serve",
         why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
         "has no httptools. Anybody's endless header holds up a server, or ends it.",
         checked=(),

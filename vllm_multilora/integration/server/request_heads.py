@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from vllm_multilora.integration.attached import ACCESS
 
-_HTTPTOOLS = "uvicorn.protocols.http.httptools_impl"
 _REFUSED = "Invalid HTTP request received."
 """As uvicorn says it."""
 
 
-def make_server(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Makes a server that has keys bound heads of requests where uvicorn reads them by httptools.
+async def serve(
+    original: Callable[..., Awaitable[Any]], app: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Has a server with keys bound heads of requests where uvicorn reads them by httptools.
 
     That has no limits: a header of twenty megabytes takes it seconds, in which nobody is answered,
-    and a gigabyte of short ones ends the server. vLLM's two limits are h11's alone.
+    and a gigabyte of short ones ends the server. vLLM's two limits are h11's alone, which uvicorn
+    takes where it has no httptools.
     """
-    kind = config.http_protocol_class
-    if kind.__module__ == _HTTPTOOLS and ACCESS.get(config.app) is not None:
-        config.http_protocol_class = _bounded(kind)
-    return original(config, *args, **kwargs)
+    if ACCESS.get(app) is not None and importlib.util.find_spec("httptools") is not None:
+        kwargs.setdefault("http", _bounded_protocol())
+    return await original(app, *args, **kwargs)
 
 
-def _bounded(protocol: Any) -> Any:
-    class BoundedHeads(protocol):
+def _bounded_protocol() -> Any:
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class BoundedHeads(HttpToolsProtocol):
         """uvicorn's protocol, with vLLM's limits of heads.
 
         What does not belong to a body counts: headers, and those that come after one.
         """
 
+        config: Any  # vLLM has added a limit
         _piece = _size = _count = 0
 
         def data_received(self, data: bytes) -> None:
