@@ -46,7 +46,11 @@ from vllm_multilora.integration.server.callers import Caller, current_caller, tu
 from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
 from vllm_multilora.integration.server.metering import ServerMeter, shutdown
-from vllm_multilora.integration.server.request_bounds import MOST_BODY, MOST_NUMBERS
+from vllm_multilora.integration.server.request_bounds import (
+    MOST_BODY,
+    MOST_NUMBERS,
+    stop_at_first_errors,
+)
 from vllm_multilora.integration.server.start import require_guards, share_threads
 from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
 from vllm_multilora.store.launch import environment
@@ -163,6 +167,12 @@ BODIES = {
     "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),
     "recording": ("/v1/audio/transcriptions", bytes(MOST_BODY + 1), 413),
 }
+
+
+def test_a_server_starts_where_fastapi_is_another(caplog):
+    route = SimpleNamespace(dependant=SimpleNamespace(body_params=[object()]))
+    stop_at_first_errors(SimpleNamespace(routes=[object(), route, route]))
+    assert caplog.text.count("FastAPI") == 1
 
 
 @pytest.mark.parametrize(("path", "body", "status"), BODIES.values(), ids=BODIES)

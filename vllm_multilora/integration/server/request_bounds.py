@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -16,6 +17,8 @@ from vllm_multilora.integration.server.callers import encoded_size
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive
+
+logger = logging.getLogger(__name__)
 
 MOST_BODY = 64 << 20
 """Bytes of its body, which vLLM reads whole before it looks at any of it."""
@@ -129,7 +132,9 @@ def stop_at_first_errors(app: Any) -> None:
     for route in app.routes:
         dependant = getattr(route, "dependant", None)
         for field in [] if dependant is None else dependant.body_params:
-            adapter = field._type_adapter
+            if (adapter := getattr(field, "_type_adapter", None)) is None:
+                logger.warning("vLLM says of all in a list what is wrong: FastAPI is not as known.")
+                return
             adapter.validator = SchemaValidator(_failing_fast(adapter.core_schema))
 
 
