@@ -229,6 +229,8 @@ def test_a_killed_store_is_started_again_and_no_want_is_lost(engine):
     ticket = engine.client.want(Want(2, "slow", "/fake/b?sleep=2"))
     engine.until(lambda: bool(store.children()))
     (job,) = store.children()
+    # Until it has closed the store's sockets, clients reach nobody through it.
+    engine.until(lambda: job.num_fds() < store.num_fds())
     store.kill()
     answer = engine.answer(ticket)
     assert isinstance(answer, Loaded)

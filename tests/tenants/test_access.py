@@ -816,18 +816,19 @@ def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants,
 
 
 def test_the_file_is_not_looked_at_for_each_of_many_calls(tenants, monkeypatch):
-    access, looks = Access(tenants_path=str(tenants)), []
-    monkeypatch.setattr(access._file, "refresh", lambda: looks.append(True))
-    access._due = 0.0
+    access, watches = Access(tenants_path=str(tenants)), []
+
+    async def read_again():
+        watches.append(True)
+
+    monkeypatch.setattr(access, "_read_again", read_again)
 
     async def check():
         for _ in range(3):
             await call(App(), access, "/v1/models", ACME)
-            assert access._refreshing is not None
-            await access._refreshing
 
     asyncio.run(check())
-    assert looks == [True]
+    assert watches == [True]
 
 
 def test_a_tenant_that_uses_too_many_adapters_is_told_when_to_come_again(tenants):
