@@ -35,7 +35,10 @@ def main() -> int:
 
     module, _, name = options.reader.partition(":")
     reader = getattr(importlib.import_module(module), name)()
-    listener = socket.socket(fileno=options.socket_fd)
+    # The lowest number, which the system closes first when a process ends: clients hear of the end
+    # when the others are closed, and must not reach this store again.
+    listener = socket.socket(fileno=os.dup(options.socket_fd))
+    os.close(options.socket_fd)
     log = sys.stderr.fileno() if options.detach else None  # else it is whoever started this one's
     server = Server(listener, ForkRunner(log), reader, keep=options.keep)
     for number in (signal.SIGTERM, signal.SIGINT):
