@@ -641,7 +641,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.request_heads:serve",
         why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
         "has no httptools. Anybody's endless header holds up a server, or ends it.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM's limits of headers act whatever reads them.",
     ),
     Patch(
@@ -681,7 +681,7 @@ PATCHES: tuple[Patch, ...] = (
         "answered for 40 s where a request has ten megabytes of the first, and for seconds for "
         "some schemas of a line. Refuses what is that long of a tenant's, and has its schemas "
         "checked on a thread, one by one, before vLLM looks at the request.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM bounds both, and does neither on the event loop.",
     ),
     Patch(
@@ -717,7 +717,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.engine_door:add_offline",
         why="A request of `LLM` that its engine does not take, with an adapter's path that is none "
         "for instance, is waited for by every call after that. Ends it.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="As unsent-requests.",
     ),
     Patch(
