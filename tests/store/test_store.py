@@ -250,7 +250,7 @@ def test_who_hears_of_a_stores_end_does_not_reach_it_again(engines):
     for descriptor in held:
         os.close(descriptor)
     pid, path = engine.describe().pid, engine.client.address.removeprefix("unix:")
-    links = {os.readlink(each): int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    links = {str(each.readlink()): int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir()}
     sockets = {link: number for link, number in links.items() if link.startswith("socket:")}
     rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
     (inode,) = (row[6] for row in rows if row[3] == "00010000" and row[-1] == path)  # it listens
