@@ -24,8 +24,8 @@ MOST_BODY = 64 << 20
 """Bytes of its body, which vLLM reads whole before it looks at any of it."""
 
 MOST_VALUES = 32_768
-"""Values in its body besides numbers: vLLM takes up to a tenth of a millisecond to read one, while
-nobody is answered."""
+"""Values in its body besides numbers: vLLM takes up to a twentieth of a millisecond to read one,
+while nobody is answered."""
 
 MOST_NUMBERS = 4 << 20
 """Values in all: tokens of prompts are numbers."""
