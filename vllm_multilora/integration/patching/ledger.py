@@ -256,7 +256,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Nothing bounds how long the grammar of a structured output takes for a token, and no "
         "step is taken meanwhile: one of sixty characters takes seconds for each. Notes it, so "
         "that the requests of tenants end whose grammars take too long.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds what grammars take.",
     ),
     Patch(
@@ -267,7 +267,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Nor does anything bound how long a grammar takes to go on by a token of the answer: "
         "one of forty characters takes milliseconds to say what it allows next, and seconds for "
         "this. Notes it, too.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds what grammars take.",
     ),
     Patch(
@@ -391,7 +391,7 @@ PATCHES: tuple[Patch, ...] = (
         why="A client may give an image a `uuid`, and later the `uuid` alone: vLLM then takes the "
         "image that anybody has sent with it, and even before one that is sent. Gives each tenant "
         "ids of its own.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM keeps the images of clients with different cache salts apart.",
     ),
     Patch(
@@ -400,7 +400,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, prompt, *, skip_mm_cache=False",),
         handler="server.multimodal:process_tokens",
         why="As ids-of-images, for embeddings, classes, scores and other pooled answers.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As ids-of-images.",
     ),
     Patch(
@@ -410,7 +410,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.multimodal:init_pooling",
         why="vLLM reads pooling requests on threads that do not know whose they are. Has them know "
         "it, for ids-of-images-pooling.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As ids-of-images.",
     ),
     Patch(
@@ -449,7 +449,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.engine_calls:call_utility",
         why="vLLM fails the requests of an engine that has died, but not the calls that wait for "
         "its answers: a server whose engine died during a load would never end.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM fails these calls too.",
     ),
     Patch(
@@ -459,7 +459,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.versions:add_lora_offline",
         why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
         "are told True by vLLM.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As registered-version.",
     ),
     Patch(
@@ -505,7 +505,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.metering:shutdown",
         why="Most requests that a server is stopped amidst end nowhere: their clients wait, and "
         "the server for them, until it is killed. Ends them, and counts what they have used.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM ends all requests before it stops.",
     ),
     Patch(
@@ -519,7 +519,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="server.metering:beam_search",
         why="A beam search is many requests to the engine. Counts it as what its answer says.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -607,7 +607,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.routes:show_available_models",
         why="As models-list, in a server without an engine, which has the base model alone: its "
         "folder is the operator's affair, and some tenants may not use it.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As models-list.",
     ),
     Patch(
@@ -641,7 +641,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.request_heads:serve",
         why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
         "has no httptools. Anybody's endless header holds up a server, or ends it.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's limits of headers act whatever reads them.",
     ),
     Patch(
@@ -681,7 +681,7 @@ PATCHES: tuple[Patch, ...] = (
         "answered for 40 s where a request has ten megabytes of the first, and for seconds for "
         "some schemas of a line. Refuses what is that long of a tenant's, and has its schemas "
         "checked on a thread, one by one, before vLLM looks at the request.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds both, and does neither on the event loop.",
     ),
     Patch(
@@ -703,7 +703,7 @@ PATCHES: tuple[Patch, ...] = (
         why="An API server keeps a request that it cannot send to its engine for as long as it "
         "lives, prompt and all, and counts it among those that --max-num-queued-reqs bounds: any "
         "client can fill it with such. Ends it.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM forgets requests that it has not sent.",
     ),
     Patch(
@@ -717,7 +717,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.engine_door:add_offline",
         why="A request of `LLM` that its engine does not take, with an adapter's path that is none "
         "for instance, is waited for by every call after that. Ends it.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As unsent-requests.",
     ),
     Patch(
@@ -726,7 +726,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, model_config, structured_outputs_config, tokenizer",),
         handler="server.schema_checks:check_structured_outputs",
         why="As parameters-checks. Checks no schema again that has been checked there.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As parameters-checks.",
     ),
     Patch(
@@ -1006,7 +1006,7 @@ PATCHES: tuple[Patch, ...] = (
         "there and that it does not name, unless it says otherwise, as no example of vLLM's does. "
         "vLLM takes it when a process starts, and API servers have uvicorn take it again. Has ours "
         "go on.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM sets disable_existing_loggers where a file leaves it out.",
     ),
     Patch(
