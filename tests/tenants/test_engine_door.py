@@ -94,6 +94,24 @@ class Processor:
         )
 
 
+def engines_request(request_id: str, external_req_id: str) -> Any:
+    """vLLM's own, for a prompt of one token."""
+    from vllm.v1.engine import EngineCoreRequest
+
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[1],
+        mm_features=None,
+        sampling_params=SamplingParams(detokenize=False),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        external_req_id=external_req_id,
+    )
+
+
 def tenant(name: str) -> Caller:
     return Caller(Role.TENANT, account=Account(Tenant(name)), granted={None})
 
@@ -207,7 +225,6 @@ def test_a_tenants_running_calls_want_no_more_answers_than_it_may_have_at_a_time
 
 def test_a_tenants_answers_count_until_each_has_ended():
     """A call may want one after the other, when it has tools, and long ones beside short ones."""
-    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor
 
     from vllm_multilora.plugin import register
@@ -218,18 +235,7 @@ def test_a_tenants_answers_count_until_each_has_ended():
     account = Account(Tenant("acme", limits=Limits(answers=1)))
 
     def ask(who: Caller, number: int) -> None:
-        request = EngineCoreRequest(
-            request_id=str(number),
-            prompt_token_ids=[1],
-            mm_features=None,
-            sampling_params=SamplingParams(detokenize=False),
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-            external_req_id=str(number),
-        )
+        request = engines_request(str(number), str(number))
         as_caller(who, partial(processor.add_request, request, None))
 
     first, second = (Caller(Role.TENANT, account=account, granted={None}) for _ in range(2))
@@ -525,8 +531,6 @@ def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():
 
 def test_a_tenant_ends_no_requests_but_its_own():
     """vLLM ends all that clients have given an id, when a transcription's client has gone."""
-    from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor
 
     from vllm_multilora.plugin import register
@@ -536,18 +540,7 @@ def test_a_tenant_ends_no_requests_but_its_own():
     METER.set(processor, ServerMeter(None))
     callers = {name: tenant(name) for name in ("acme", "zen")}
     for name, who in (*callers.items(), ("client", None)):
-        request = EngineCoreRequest(
-            request_id=f"transcribe-1-{name}",
-            prompt_token_ids=[1],
-            mm_features=None,
-            sampling_params=SamplingParams(detokenize=False),
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-            external_req_id="transcribe-1",
-        )
+        request = engines_request(f"transcribe-1-{name}", "transcribe-1")
         as_caller(who, partial(processor.add_request, request, None))
 
     def abort(who: Caller | None) -> set[str]:
@@ -562,7 +555,6 @@ def test_a_tenant_ends_no_requests_but_its_own():
 @pytest.mark.parametrize("way", ["number", "text", "client-goes"])
 def test_a_request_that_cannot_be_sent_leaves_nothing(way):
     """Of vLLM's own, what is registered before it is sent stays for ever."""
-    from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -592,18 +584,7 @@ def test_a_request_that_cannot_be_sent_leaves_nothing(way):
         check_admission=lambda **request: None,
     )
     client.abort = partial(AsyncLLM.abort, client)
-    request = EngineCoreRequest(
-        request_id="cmpl-1-a",
-        prompt_token_ids=[1],
-        mm_features=None,
-        sampling_params=SamplingParams(detokenize=False),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-        external_req_id="cmpl-1",
-    )
+    request = engines_request("cmpl-1-a", "cmpl-1")
 
     async def send_one() -> None:
         current_caller.set(who)
