@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import sys
 from contextlib import closing, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.store.conftest import PATIENT_S
 from tests.store.fake_reader import FakeReader, content_of
+from vllm_multilora.failures import FailureKind
 from vllm_multilora.store import runner
 from vllm_multilora.store.arena import PAGE, PLACE_BITS
 from vllm_multilora.store.channel import MOST_DESCRIPTORS, Channel
@@ -99,6 +101,16 @@ def test_a_job_has_no_other_descriptor_where_the_system_does_not_list_them(monke
 
     monkeypatch.setattr(os, "listdir", fail)
     assert len(held_by_a_job()) == 1
+
+
+def test_a_job_that_the_kernel_has_ended_has_failed_for_memory():
+    job, sock = start_fake()
+    with sock:
+        os.kill(job._pid, signal.SIGKILL)
+        os.waitid(os.P_PID, job._pid, os.WEXITED | os.WNOWAIT)
+        end = job.gone()
+    assert end is not None
+    assert end.kind is FailureKind.NO_MEMORY
 
 
 def test_a_job_that_cannot_even_say_what_went_wrong_ends(monkeypatch):

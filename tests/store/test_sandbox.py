@@ -172,6 +172,11 @@ def test_jobs_give_way_to_the_model():
     assert int(run("print(os.nice(0))").stdout) >= 6
 
 
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="no such kernel")
+def test_where_memory_is_used_up_the_kernel_ends_a_job_first():
+    assert run("print(open('/proc/self/oom_score_adj').read())").stdout.strip() == "1000"
+
+
 def run_without(call: str, code: str) -> subprocess.CompletedProcess:
     """Runs code where a container's filter forbids a system call, which is given by its number."""
     outside = f"""

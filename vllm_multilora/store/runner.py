@@ -34,7 +34,7 @@ _SIGNALS: dict[int, tuple[str, FailureKind]] = {
     ),
     signal.SIGKILL: (
         "as the kernel does where memory, of a container say, is used up",
-        FailureKind.INTERNAL,
+        FailureKind.NO_MEMORY,
     ),
     signal.SIGSYS: (
         "a filter of system calls around the server forbids one that checks need",
