@@ -21,7 +21,7 @@ from vllm_multilora.integration.server.access import Access
 from vllm_multilora.integration.server.access_middleware import AccessMiddleware
 from vllm_multilora.states import AdapterState
 from vllm_multilora.tenants.keys import stored
-from vllm_multilora.tenants.rules import STATUS_PAGE
+from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE
 
 from .stub import listing, row
 
@@ -126,7 +126,7 @@ def test_the_page_is_open_and_what_it_shows_is_not(monkeypatch, access):
         headers = {"authorization": f"Bearer {key}"} if key else {}
         assert server.get(STATUS_PAGE, headers=headers).status_code == 200
         known = key in (ACME, CLIENT, ADMIN)
-        assert server.get(status_route.PATH, headers=headers).status_code == (200 if known else 401)
+        assert server.get(STATUS, headers=headers).status_code == (200 if known else 401)
     assert server.post(STATUS_PAGE).status_code == 401
     assert server.get("/multilora/other").status_code == 401
 
@@ -135,7 +135,7 @@ def test_the_page_can_be_switched_off(monkeypatch):
     server = client(monkeypatch, {"status_page": False})
     found, unknown = server.get(STATUS_PAGE), server.get("/unknown")
     assert (found.status_code, found.json()) == (unknown.status_code, unknown.json())
-    assert server.get(status_route.PATH).status_code == 200
+    assert server.get(STATUS).status_code == 200
 
 
 def test_where_the_plugin_does_not_act_there_is_no_page():
@@ -148,7 +148,7 @@ def test_operators_are_told_of_tenants_and_nobody_else_is(monkeypatch, access):
     server = client(monkeypatch, {}, access)
 
     def told(key: str) -> dict[str, Any]:
-        return server.get(status_route.PATH, headers={"x-api-key": key}).json()
+        return server.get(STATUS, headers={"x-api-key": key}).json()
 
     assert told(ADMIN)["tenants"] == [
         {
@@ -180,7 +180,7 @@ def test_only_who_may_see_folders_is_told_where_adapters_lie(monkeypatch, access
     server = client(monkeypatch, {}, access)
 
     def told(key: str) -> dict[str, Any]:
-        (found,) = server.get(status_route.PATH, headers={"x-api-key": key}).json()["data"]
+        (found,) = server.get(STATUS, headers={"x-api-key": key}).json()["data"]
         return found
 
     assert told(ADMIN) == rows[0]
@@ -208,7 +208,7 @@ def test_all_api_servers_together_take_a_small_share_of_an_engines_time(monkeypa
     tags = set()
     with server:  # one event loop for all
         for _ in range(201):
-            tags.add(server.get(status_route.PATH).headers["etag"])
+            tags.add(server.get(STATUS).headers["etag"])
             now += 1.0
     assert len(tags) == len(asked) / 2
     assert 1 < len(tags) <= 200 * status_route.MOST_SHARE / servers + 1
@@ -225,6 +225,6 @@ def test_what_tenants_use_is_counted(access):
 
 def test_without_tenants_nobody_is_told_of_any(monkeypatch):
     access = Access(admin_keys=[ADMIN])
-    answer = client(monkeypatch, {}, access).get(status_route.PATH, headers={"x-api-key": ADMIN})
+    answer = client(monkeypatch, {}, access).get(STATUS, headers={"x-api-key": ADMIN})
     assert answer.status_code == 200
     assert "tenants" not in answer.json()

@@ -13,9 +13,9 @@ from vllm_multilora.commands.api_key import add_api_key
 from vllm_multilora.commands.status_table import screen, table
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.operations.http_client import UnreachableError, base_url, get_json
+from vllm_multilora.tenants.rules import STATUS
 
 SHOWN = 0
-PATH = "/v1/lora_adapters"
 _WATCH_S = 2.0
 
 
@@ -79,12 +79,12 @@ def fetch(url: str, *, api_key: str | None = None) -> dict[str, Any]:
         UnreachableError: It says nothing of the kind.
     """
     try:
-        listing = get_json(f"{url}{PATH}", api_key=api_key)
+        listing = get_json(f"{url}{STATUS}", api_key=api_key)
     except UnreachableError as error:
         hint = ""
         if " answers 404" in str(error):
             hint = "; is it a vLLM server with vllm-multilora and --enable-lora?"
         raise UnreachableError(f"{error}{hint}") from error
     if not (isinstance(listing, dict) and isinstance(listing.get("data"), list)):
-        raise UnreachableError(f"{url}{PATH} did not answer with a list of adapters")
+        raise UnreachableError(f"{url}{STATUS} did not answer with a list of adapters")
     return listing

@@ -63,14 +63,19 @@ class Locks:
         return role is Role.OPERATOR or not (self.admin_key or self.tenants)
 
 
+STATUS = "/v1/lora_adapters"
+"""Where a server tells what all adapters are doing."""
+
 STATUS_PAGE = "/multilora"
-"""Where the page is that shows what all adapters are doing."""
+"""Where the page is that shows it."""
+
+OF_TENANTS = (Endpoint.STATUS, Endpoint.MODELS, Endpoint.CALL, Endpoint.STORED)
+"""What tenants may ask, beside what anybody may."""
 
 _HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAGEMAKER_ADAPTERS = "/adapters"
 _INVOCATIONS = "/invocations"
-_STATUS = "/v1/lora_adapters"
 _MODELS = "/v1/models"
 _CALLS = frozenset(
     {
@@ -109,7 +114,6 @@ _CALLS = frozenset(
     }
 )
 _STORED_RESPONSES = "/v1/responses/"
-_TENANTS = (Endpoint.STATUS, Endpoint.MODELS, Endpoint.CALL, Endpoint.STORED)
 
 
 def endpoint_of(method: str, path: str) -> Endpoint:
@@ -126,7 +130,7 @@ def endpoint_of(method: str, path: str) -> Endpoint:
         return Endpoint.PAGE
     if path in _MANAGE or path == _SAGEMAKER_ADAPTERS or path.startswith(_SAGEMAKER_ADAPTERS + "/"):
         return Endpoint.MANAGE
-    if path == _STATUS:
+    if path == STATUS:
         return Endpoint.STATUS
     if path == _MODELS and method in ("GET", "HEAD"):
         return Endpoint.MODELS
@@ -153,7 +157,7 @@ def refusal(locks: Locks, role: Role, endpoint: Endpoint, path: str) -> HTTPStat
     if endpoint in (Endpoint.HEALTH, Endpoint.PAGE) or role is Role.OPERATOR:
         return None
     if role is Role.TENANT:
-        return None if endpoint in _TENANTS else HTTPStatus.FORBIDDEN
+        return None if endpoint in OF_TENANTS else HTTPStatus.FORBIDDEN
     if role is Role.CLIENT:
         return HTTPStatus.FORBIDDEN if endpoint is Endpoint.MANAGE else None
     is_guarded = endpoint in (Endpoint.MANAGE, Endpoint.STATUS) or (

@@ -28,7 +28,7 @@ from vllm_multilora.tenants.limits import (
     ServerStoppedError,
     TokenBucket,
 )
-from vllm_multilora.tenants.rules import Endpoint, Role, endpoint_of, refusal
+from vllm_multilora.tenants.rules import OF_TENANTS, Endpoint, Role, endpoint_of, refusal
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,7 +45,6 @@ _MESSAGES = {
 _ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
 _COHERES = "/cohere/v2/chat"
 _FORMS = "/v1/audio/"
-_OF_TENANTS = (Endpoint.CALL, Endpoint.STORED, Endpoint.MODELS, Endpoint.STATUS)
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
 _NOT_OF_TENANTS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
@@ -124,7 +123,7 @@ class AccessMiddleware:
             return
         token = current_caller.set(caller)
         try:
-            if caller.account is not None and endpoint in _OF_TENANTS:
+            if caller.account is not None and endpoint in OF_TENANTS:
                 await self._call(caller, caller.account, endpoint, scope, receive, send)
             elif caller.role is Role.STRANGER:
                 await self._app(scope, receive, self._refusing(send))

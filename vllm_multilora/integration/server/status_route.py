@@ -24,11 +24,9 @@ from vllm_multilora.integration.engine.adapter_status import METHOD, Report, lis
 from vllm_multilora.integration.server import adapter_directory, registration, status_page
 from vllm_multilora.integration.server.access import settings_in
 from vllm_multilora.integration.server.callers import Caller, current_caller
-from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.rules import STATUS, Role
 
 Listing = dict[str, Any]
-
-PATH = "/v1/lora_adapters"
 
 _TENANT_KEYS = ("id", "object", "state", "kind", "rank", "last_error")
 
@@ -132,7 +130,7 @@ class RecentListing:
 
 def add_route(app: FastAPI) -> None:
     """Adds the route to vLLM's application."""
-    app.add_api_route(PATH, show_adapters, methods=["GET"], responses=_REFUSALS)
+    app.add_api_route(STATUS, show_adapters, methods=["GET"], responses=_REFUSALS)
 
 
 async def show_adapters(raw_request: Request) -> Response:
