@@ -295,11 +295,11 @@ class FairQueue(RequestQueue):
 
     def _owners(self, requests: Iterable[Request]) -> set[tuple[Party, int | None]]:
         """The parties of requests, each with the adapters of its."""
-        return {(self._party_of(each), _adapter_of(each)) for each in requests}
+        return {(self._party_of(each), adapter_of(each)) for each in requests}
 
     def _put(self, request: Request, place: Any) -> None:
         waits = self._awaited(request) is not None
-        party, key = self._party_of(request), (_adapter_of(request), waits)
+        party, key = self._party_of(request), (adapter_of(request), waits)
         line = self._lines.get(party)
         if line is None:
             line = self._emptied.pop(party) if party in self._emptied else _Line()
@@ -363,5 +363,6 @@ def _rank(request: Request) -> tuple[int, float, str]:
     return request.priority, request.arrival_time, request.request_id
 
 
-def _adapter_of(request: Request) -> int | None:
+def adapter_of(request: Request) -> int | None:
+    """The number of a request's adapter; None: it has none."""
     return None if request.lora_request is None else request.lora_request.lora_int_id

@@ -31,7 +31,12 @@ from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.asides import Asides
 from vllm_multilora.integration.engine.blocked import BlockedAdapters
-from vllm_multilora.integration.engine.fair_queue import FairQueue, awaited_grammar, queue_of
+from vllm_multilora.integration.engine.fair_queue import (
+    FairQueue,
+    adapter_of,
+    awaited_grammar,
+    queue_of,
+)
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.engine.grammars import take_slow
 from vllm_multilora.integration.engine.late_reloads import HAS_RUN, LateReloads
@@ -185,7 +190,7 @@ class AdapterAwareMixin:
 
     def _note_freed(self, request: Request) -> None:
         # Without adapters of ours nobody asks for these, and no step forgets them.
-        if self._adapters is not None and (adapter := _number_of(request)) is not None:
+        if self._adapters is not None and (adapter := adapter_of(request)) is not None:
             self._freed.note(adapter, _blocks_of(request, self.kv_cache_manager))
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +250,7 @@ class AdapterAwareMixin:
     def _pause_unfilled(self, adapters: EngineAdapters) -> None:
         """Takes requests back whose adapters have lost their slots (sleep) while they ran."""
         unfilled = adapters.slots.unfilled
-        for request in [r for r in self.running if _number_of(r) in unfilled] if unfilled else ():
+        for request in [r for r in self.running if adapter_of(r) in unfilled] if unfilled else ():
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
 
@@ -386,13 +391,9 @@ def _blocks_of(request: Request, manager: Any) -> set[int]:
     return {block for group in manager.get_block_ids(request.request_id) for block in group}
 
 
-def _number_of(request: Request) -> int | None:
-    return request.lora_request.lora_int_id if request.lora_request else None
-
-
 def _waits_as_others_do(request: Request, blocked: Container[int | None]) -> bool:
     """Whether a request cannot run for its adapter's sake, or lacks its grammar."""
-    return _number_of(request) in blocked or awaited_grammar(request) is not None
+    return adapter_of(request) in blocked or awaited_grammar(request) is not None
 
 
 def _requests_of(
