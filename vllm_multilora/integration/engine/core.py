@@ -87,7 +87,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
             early = StoreClient.connect("process", server, role="observer")
             EARLY_STORE.set(executor, early)
             register_after_fork(early, StoreClient.close)  # workers would keep it, and never read
-    if vllm_config.lora_config is not None and kernel_backend(vllm_config) != "vllm":
+    if kernel_backend(vllm_config) != "vllm":
         logging.getLogger("vllm.v1.engine.core").addFilter(_REFUSALS_IN_ONE_LINE)
         if settings_of(vllm_config).quarantine:
             kv_blocks.start()

@@ -24,7 +24,7 @@ def adapter_aware(scheduler: type) -> type:
 
     class AdapterAwareScheduler(AdapterAwareMixin, scheduler):
         def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
-            if vllm_config.lora_config is None or kernel_backend(vllm_config) == "vllm":
+            if kernel_backend(vllm_config) == "vllm":
                 return scheduler(*args, vllm_config=vllm_config, **kwargs)
             return super().__new__(FairScheduler if _shares_fairly(scheduler, vllm_config) else cls)
 
