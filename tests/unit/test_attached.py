@@ -29,3 +29,11 @@ def test_none_can_be_set():
     FIRST.set(owner, None)
     assert FIRST.is_set(owner)
     assert FIRST.get(owner) is None
+
+
+def test_what_is_made_for_an_object_is_made_once_even_if_it_is_none():
+    owner = SimpleNamespace()
+    assert FIRST.get_or_make(owner, lambda: None) is None
+    assert FIRST.get_or_make(owner, lambda: 2) is None
+    SECOND.set(owner, "given")
+    assert SECOND.get_or_make(owner, str) == "given"

@@ -56,6 +56,13 @@ class Attached(Generic[_T]):
             owner.vllm_multilora = {}
         owner.vllm_multilora[self._name] = value
 
+    def get_or_make(self, owner: Any, make: Callable[[], _T]) -> _T:
+        """What the object has; what `make` returns, from then on, where nothing was set."""
+        if not self.is_set(owner):
+            self.set(owner, make())
+        value: _T = owner.vllm_multilora[self._name]
+        return value
+
     def is_set(self, owner: Any) -> bool:
         """Whether anything was set, None included."""
         return self._name in getattr(owner, "vllm_multilora", {})

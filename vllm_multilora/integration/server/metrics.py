@@ -117,10 +117,9 @@ def record(
         *args: What else the step was like.
         **kwargs: More of it.
     """
-    if not LISTS.is_set(stats):
-        LISTS.set(stats, _taking_lists(stats))
+    take = LISTS.get_or_make(stats, partial(_taking_lists, stats))
     original(stats, scheduler_stats, *args, **kwargs)
-    if scheduler_stats is not None and (take := LISTS.get(stats)) is not None:
+    if scheduler_stats is not None and take is not None:
         take(kwargs.get("engine_idx") or 0, scheduler_stats)
 
 

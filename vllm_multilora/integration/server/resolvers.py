@@ -51,10 +51,7 @@ async def prepare(models: Any, name: str) -> ErrorResponse | None:
     async with callers.turn_to_read(), models.lora_resolver_lock[name]:
         if models.is_base_model(name) or name in models.lora_requests:
             return None
-        refusals = REFUSALS.get(models)
-        if refusals is None:
-            refusals = Refusals()
-            REFUSALS.set(models, refusals)
+        refusals = REFUSALS.get_or_make(models, Refusals)
         refusal = refusals.find(name)
         if refusal is not None:
             return refusal

@@ -156,10 +156,7 @@ async def show_adapters(raw_request: Request) -> Response:
         servers = max(1, models.engine_client.vllm_config.parallel_config._api_process_count)
         return answer, own_s + servers * max(report["seconds"] for report in reports)
 
-    recent = LISTING.get(models)
-    if recent is None:
-        recent = RecentListing()
-        LISTING.set(models, recent)
+    recent = LISTING.get_or_make(models, RecentListing)
     try:
         answer = await recent.get(asked, ask)
     except TimeoutError as error:

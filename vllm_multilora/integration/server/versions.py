@@ -55,9 +55,7 @@ def note(client: Any, adapter: int, version: Version) -> None:
         adapter: Its number.
         version: What was read.
     """
-    known = VERSIONS.get(client)
-    if known is None:
-        VERSIONS.set(client, known := {})
+    known = VERSIONS.get_or_make(client, dict)
     if adapter not in known or known[adapter].digest != version.digest:
         known[adapter] = version
 
