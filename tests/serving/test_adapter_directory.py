@@ -17,7 +17,7 @@ from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
 from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.integration.attached import DIRECTORY
+from vllm_multilora.integration.attached import DIRECTORY, ROUTES
 from vllm_multilora.integration.failures import REFUSAL_MARK
 from vllm_multilora.integration.server import (
     adapter_directory,
@@ -605,7 +605,7 @@ def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
         )
         await start.init_static_loras(nothing, models)
         assert set(models.lora_requests) == {"acme"}
-        assert "help" in (routes.routes_of(models) or ())
+        assert "help" in (ROUTES.get(models) or ())
 
     run(scenario())
     assert caplog.text.count("help is not served: another model has its name") == 1

@@ -11,7 +11,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 from vllm_multilora.adapters.served_names import name_fault
-from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.server import (
     adapter_directory,
     blends,
@@ -22,7 +22,6 @@ from vllm_multilora.integration.server import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.http_calls import BLEND_FIELD, current_call, look_for_call
-from vllm_multilora.integration.server.routes import routes_of
 
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
 
@@ -33,7 +32,7 @@ async def may_use(serving: Any, name: str | None) -> bool:
     Whether the name is a route's is looked up here: until `prepare` nothing changes that.
     """
     models, caller = serving.models, current_caller.get()
-    routes, tenant = routes_of(models), None if caller is None else caller.tenant
+    routes, tenant = ROUTES.get(models), None if caller is None else caller.tenant
     if routes is not None and (tenant is None or tenant.mentions(name)):
         await routes.look_for(name)
     if caller is None:
@@ -90,7 +89,7 @@ def _lacks_language(request: Any) -> bool:
 
 
 async def _prepare(models: Any, request: Any) -> ErrorResponse | None:
-    routes = routes_of(models)
+    routes = ROUTES.get(models)
     if routes is not None:
         refusal = await routes.lead(request)
         if refusal is not None:
@@ -137,7 +136,7 @@ def take_asked(serving: Any, request: Any) -> str:
     models = serving.models
     if not _acts_for(models):
         return ""
-    routes = routes_of(models) or ()
+    routes = ROUTES.get(models) or ()
     return versions.take_asked(
         models, request, is_name=lambda name: models.is_base_model(name) or name in routes
     )
@@ -164,7 +163,7 @@ async def _prepare_blend(serving: Any, request: Any) -> ErrorResponse | None:
     for name in weights:
         if not await may_use(serving, name):
             return unknown(serving, name)
-        if name in (routes_of(models) or ()):
+        if name in (ROUTES.get(models) or ()):
             return blends.error_response(
                 f"{BLEND_FIELD}: found the route `{name}`, expected adapters."
             )
@@ -222,7 +221,7 @@ def check_realtime_model(original: Callable[..., Any], connection: Any, model: s
     if not _acts_for(models):
         return original(connection, model)
     connection._is_model_validated = False  # vLLM validates what is not refused
-    served = (models.lora_requests, routes_of(models) or ())
+    served = (models.lora_requests, ROUTES.get(models) or ())
     if not isinstance(model, str) or not any(model in names for names in served):
         return original(connection, model)
     base = models.base_model_paths[0].name

@@ -332,26 +332,8 @@ def start(models: Any) -> None:
 
 def tell_unknown(models: Any) -> None:
     """See `ServerRoutes.tell_unknown`; for when all adapters of a server that starts are known."""
-    if (routes := routes_of(models)) is not None:
+    if (routes := ROUTES.get(models)) is not None:
         routes.tell_unknown()
-
-
-def routes_of(models: Any) -> ServerRoutes | None:
-    """The routes of a server; None where it has none."""
-    return ROUTES.get(models)
-
-
-def name_taken(models: Any, name: str) -> ErrorResponse | None:
-    """Why an adapter cannot be registered under a name; None if no route has the name."""
-    routes = routes_of(models)
-    if routes is None or name not in routes:
-        return None
-    return _error(
-        HTTPStatus.BAD_REQUEST,
-        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
-        f"the routes file",
-        "lora_name",
-    )
 
 
 def _facts(request: Any) -> RequestFacts:
@@ -365,12 +347,12 @@ def _facts(request: Any) -> RequestFacts:
     )
 
 
-def _error(status: HTTPStatus, message: str, param: str = "model") -> ErrorResponse:
-    return error_response(status, message, param)
+def _error(status: HTTPStatus, message: str) -> ErrorResponse:
+    return error_response(status, message, "model")
 
 
 async def show_available_models(original: Callable[..., Any], models: Any) -> Any:
-    caller, routes = current_caller.get(), routes_of(models)
+    caller, routes = current_caller.get(), ROUTES.get(models)
     shown = await original(_as_seen(models, caller))
     for card in shown.data:
         lora = models.lora_requests.get(card.id)
@@ -409,4 +391,12 @@ def _as_seen(models: Any, caller: Caller | None) -> Any:
 
 async def check_load_request(original: Callable[..., Any], models: Any, request: Any) -> Any:
     refusal = await original(models, request)
-    return refusal if refusal is not None else name_taken(models, request.lora_name)
+    name = request.lora_name
+    if refusal is not None or name not in (ROUTES.get(models) or ()):
+        return refusal
+    return error_response(
+        HTTPStatus.BAD_REQUEST,
+        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
+        f"the routes file",
+        "lora_name",
+    )
