@@ -8,6 +8,7 @@ from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine import registrations
+from vllm_multilora.integration.engine.arrivals import MOST_TIMES_GONE
 from vllm_multilora.integration.engine.entries import Entries
 from vllm_multilora.integration.failures import AdapterRefusedError
 from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
@@ -896,6 +897,57 @@ def test_a_copy_of_a_pack_that_has_gone_fails_nobody(engine):
     assert not engine.store.leased
     assert not engine.adapters.is_ready(1)
     assert engine.store.only().keep
+
+
+def say_gone(engine):
+    """As a worker that does not reach the store, which has the adapter."""
+    order = engine.workers.only()
+    told = FillFailed(order.order, FailureKind.UNREADABLE, "no socket", is_gone=True)
+    engine.workers.say(told)
+    engine.poll()
+
+
+def test_requests_do_not_wait_for_ever_for_a_worker_that_cannot_have_an_adapter(engine):
+    engine.host(1, 10)
+    for _ in range(MOST_TIMES_GONE):
+        engine.adapters.bring(1)
+        engine.poll()
+        say_gone(engine)
+        assert not engine.adapters.is_ready(1)
+        engine.store.loaded(pack_info(10))
+        engine.poll()
+    engine.adapters.bring(1)
+    engine.poll()
+    say_gone(engine)
+    failure = engine.adapters.failure(1)
+    assert failure is not None
+    assert failure.kind is FailureKind.UNREADABLE
+    assert "socket" not in failure.message
+
+
+def test_an_adapter_is_loaded_again_as_often_as_stores_die(engine):
+    engine.host(1, 10)
+    for _ in range(2 * MOST_TIMES_GONE):
+        engine.adapters.bring(1)
+        engine.poll()
+        engine.store.restart()
+        say_gone(engine)
+        assert not engine.adapters.is_ready(1)
+        engine.store.loaded(pack_info(10))
+        engine.poll()
+    assert engine.adapters.failure(1) is None
+
+
+def test_a_registration_does_not_wait_for_ever_for_a_worker_that_cannot_have_its_adapter(engine):
+    future = begin_check(engine, 1, 7)
+    for _ in range(MOST_TIMES_GONE):
+        say_gone(engine)
+        assert not future.done()
+        for _ in ("without a lease", "with one"):
+            engine.store.loaded(pack_info(7, special=True))
+            engine.poll()
+    say_gone(engine)
+    assert_refused(future)
 
 
 def test_a_copy_of_an_old_pack_that_has_gone_says_nothing_of_the_new_one(engine):

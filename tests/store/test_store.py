@@ -491,6 +491,14 @@ def test_a_store_is_started_again_though_its_folder_was_removed(engine, store_fo
     assert isinstance(engine.load(1, "/fake/a"), Loaded)
 
 
+def test_a_worker_reads_what_its_store_has_though_the_socket_was_removed(engine, store_folder):
+    mapper = SegmentMapper(engine.client.address, "server")
+    shutil.rmtree(store_folder)
+    pack = engine.load(1, "/fake/a").pack
+    assert bytes(mapper.view(pack.index_place, 64, pack.segments)) == content_of("/fake/a") * 64
+    mapper.close()
+
+
 def test_no_store_is_looked_for_in_a_folder_that_others_have_made_in_its_place(store_folder):
     host = StoreProcess(FAKE)
     store_folder.rmdir()

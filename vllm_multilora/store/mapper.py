@@ -64,6 +64,9 @@ class _Mapped:
 class SegmentMapper:
     """Maps segments when they are first needed, and keeps them; for one thread but for `wait`.
 
+    It connects at once, while the address leads to the store that the engine core has found:
+    whoever cleans up may remove the socket, which the store does not need any more.
+
     One that registers segments with a device watches for new ones, and maps them ahead
     (`map_opened`): the store makes a segment before it begins to read what is to lie there.
 
@@ -81,6 +84,8 @@ class SegmentMapper:
         self._opened: set[int] = set()  # and not mapped yet
         self._closed: set[int] = set()
         self._channel: Channel[FromStore] | None = None
+        with contextlib.suppress(ChannelClosedError):  # else when a segment is first needed
+            self._connected()
 
     def address(self, place: int, segments: Sequence[int]) -> int:
         """Where a place lies in this process.

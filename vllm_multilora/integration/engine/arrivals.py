@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,17 @@ from vllm_multilora.store.messages import (
 
 if TYPE_CHECKING:
     from vllm_multilora.integration.engine.observer import AdapterObserver
+
+logger = logging.getLogger(__name__)
+
+MOST_TIMES_GONE = 8
+"""That an adapter is loaded again, in a row, for a worker that cannot have it from a living store:
+one that has just died is soon known to have."""
+
+_OUT_OF_REACH = (
+    "a worker of the server cannot have what its store of adapters has loaded; the server's log "
+    "says why"
+)
 
 
 class Arrivals:
@@ -135,7 +147,7 @@ class Arrivals:
         if isinstance(under_way.order, Fill):
             self._take_fill(rank, answer, under_way)
         elif answer.order == under_way.entry.check_order:
-            self._take_check(answer, under_way)
+            self._take_check(rank, answer, under_way)
         if not under_way.unanswered and under_way.is_leased:
             self._wants.release_pack(under_way.order.pack.pack)
 
@@ -266,26 +278,49 @@ class Arrivals:
             if rank == 0 and answer.seconds is not None:
                 self._observer.copied(entry.request, answer.seconds)
             if self._slots.filled(answer.order, rank):
+                entry.times_gone = 0
                 self.settle(entry)
         elif self._slots.fill_failed(answer.order) is not None:
-            if not under_way.is_lost and not answer.is_gone:
-                self._fail(entry, LoadFailure(answer.kind, answer.message), [])
+            if (failure := self._failure(rank, answer, under_way)) is not None:
+                self._fail(entry, failure, [])
             elif entry.pack is under_way.order.pack:
                 entry.in_host = False  # its requests ask for it again
 
-    def _take_check(self, answer: Filled | FillFailed, under_way: UnderWay) -> None:
+    def _take_check(self, rank: int, answer: Filled | FillFailed, under_way: UnderWay) -> None:
         entry = under_way.entry
         if isinstance(answer, Filled) and under_way.unanswered:
             return
         entry.check_order = None
-        if under_way.is_lost or (isinstance(answer, FillFailed) and answer.is_gone):
+        failure = self._failure(rank, answer, under_way) if isinstance(answer, FillFailed) else None
+        if failure is not None:
+            self._fail(entry, failure, [])
+        elif under_way.is_lost or isinstance(answer, FillFailed):
             self._wants.check(entry, fresh=False)
-        elif isinstance(answer, FillFailed):
-            self._fail(entry, LoadFailure(answer.kind, answer.message), [])
         else:
+            entry.times_gone = 0
             under_way.is_leased = False  # it is the adapter's now
             self._take_pack(entry, under_way.order.pack, has_lease=True, is_check=True)
             self.settle(entry)
+
+    def _failure(self, rank: int, answer: FillFailed, under_way: UnderWay) -> LoadFailure | None:
+        """Why an order has failed; None where its pack has gone: the adapter is loaded again.
+
+        That helps if the pack has gone with its store. It does not if the worker cannot reach the
+        store, which has the pack: it has no descriptor left, or somebody has removed the socket.
+        """
+        if under_way.is_lost:
+            return None
+        if not answer.is_gone:
+            return LoadFailure(answer.kind, answer.message)
+        entry = under_way.entry
+        entry.times_gone += 1
+        if entry.times_gone <= MOST_TIMES_GONE:
+            return None
+        logger.error(
+            "Adapter %r: worker %d could not have it from the store: %s",
+            *(entry.request.lora_name, rank, answer.message),
+        )
+        return LoadFailure(answer.kind, _OUT_OF_REACH)
 
     def _fail(self, entry: Entry, failure: LoadFailure, problems: list[dict[str, Any]]) -> None:
         entry.failure = failure

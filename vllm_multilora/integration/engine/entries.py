@@ -36,6 +36,7 @@ class Entry:
         pack: The newest version of its weights; None before it was loaded.
         loaded: When that version was first had, in seconds since 1970.
         in_host: Whether that version is in host memory.
+        times_gone: How often in a row a worker has not had that memory, with the same store.
         is_outdated: Whether a newer version is to serve: one that was checked, and found no room,
             or a blend of what its parts are now.
         is_reload_asked: Whether a request has asked for its files to be looked at again.
@@ -62,6 +63,7 @@ class Entry:
     pack: PackInfo | None = None
     loaded: float | None = None
     in_host: bool = False
+    times_gone: int = 0
     is_outdated: bool = False
     is_reload_asked: bool = False
     is_wanted: bool = False
@@ -249,6 +251,7 @@ class Entries:
         self._by_pack.clear()
         for entry in self:
             entry.in_host = entry.is_leased = entry.is_reading = False
+            entry.times_gone = 0
 
     def _leave_pack(self, entry: Entry) -> None:
         known = self._by_pack.get(entry.pack.pack) if entry.pack is not None else None
