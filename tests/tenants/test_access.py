@@ -815,6 +815,31 @@ def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants,
     asyncio.run(check())
 
 
+def test_a_key_is_taken_away_though_no_thread_could_be_started_for_a_while(
+    tenants, monkeypatch, caplog
+):
+    """Python has queued by then what the thread was to do, and another one does it."""
+    monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
+    failing = [RuntimeError("can't start new thread")]
+
+    async def to_thread(work):
+        changed = work()
+        if failing:
+            raise failing.pop()
+        return changed
+
+    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    access = Access(tenants_path=str(tenants))
+    tenants.write_text('{"tenants": {}}')
+
+    async def check():
+        access.watch()
+        await until(lambda: access.caller(ACME).role is Role.STRANGER)
+
+    asyncio.run(check())
+    assert caplog.text.count("stay as they were") == 1
+
+
 def test_the_file_is_not_looked_at_for_each_of_many_calls(tenants, monkeypatch):
     access, watches = Access(tenants_path=str(tenants)), []
 

@@ -144,12 +144,21 @@ class Access:
     async def _read_again(self) -> None:
         while True:
             await asyncio.sleep(REFRESH_S)
-            if await asyncio.to_thread(self._refresh):
+            try:
+                await asyncio.to_thread(self._refresh)
+            except RuntimeError as error:  # and another thread may look at them later all the same
+                logger.error("The keys stay as they were for now: %s", error)
+            if self._values() != self._in_force:
                 self._take()
 
-    def _refresh(self) -> bool:
-        changed = [file.refresh() for file in (self._admin, self._file) if file is not None]
-        return any(changed)
+    def _refresh(self) -> None:
+        for file in (self._admin, self._file):
+            if file is not None:
+                file.refresh()
+
+    def _values(self) -> list[Any]:
+        """What the files say."""
+        return [file.value for file in (self._admin, self._file) if file is not None]
 
     def _take(self) -> None:
         """Puts in force what the files say now.
@@ -157,6 +166,7 @@ class Access:
         Tenants that it names no more keep their accounts while there is anything in them: they may
         be back before their calls end, and what they have used counts then.
         """
+        self._in_force = self._values()
         tenants = self._file.value if self._file is not None else None
         self._tenants = tenants.by_name if tenants is not None else {}
         for name, tenant in self._tenants.items():
