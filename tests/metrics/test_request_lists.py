@@ -65,6 +65,17 @@ def test_of_each_engine_the_newest_lists_are_shown_whoever_was_told(
     assert shown_lists(tmp_path) == [("4", "", "")]
 
 
+def test_the_newest_lists_are_shown_though_the_clock_was_set_back(
+    tmp_path: Path, servers: list[RequestLists], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = servers
+    one.tell(1, 2, ["a"], [])
+    before = time.time()
+    monkeypatch.setattr(time, "time", lambda: before - 3600)
+    two.tell(1, 2, [], [])
+    assert shown_lists(tmp_path) == [("4", "", "")]
+
+
 def test_the_value_is_the_time_at_which_it_was_so(
     tmp_path: Path, servers: list[RequestLists]
 ) -> None:

@@ -50,7 +50,9 @@ class RequestLists:
         if (file := self._files.get(engine)) is None:
             path = self._folder / f"{engine}-{ProcessStamp.own()}{_SUFFIX}"
             file = self._files[engine] = FileIO(path, "w")
-        told = json.dumps([time.time(), slots, [*running], [*waiting]]).encode()
+        # The wall clock may be set back: which lists are the newest follows from the other one.
+        times = time.monotonic(), time.time()
+        told = json.dumps([*times, slots, [*running], [*waiting]]).encode()
         # One line, with a sum by which readers tell that it is whole; below may be older ones.
         os.pwrite(file.fileno(), b"%d %s\n" % (zlib.crc32(told), told), 0)
 
@@ -68,9 +70,9 @@ def newest_lists(folder: Path) -> Iterator[Metric]:
             newest[engine] = max(told, newest.get(engine, told))
     if not newest:
         return
-    labels = labels_of((slots, *lists) for _, slots, *lists in newest.values())
+    labels = labels_of((slots, *lists) for _, _, slots, *lists in newest.values())
     metric = Metric("vllm:lora_requests_info", "Running stats on lora requests.", "gauge")
-    metric.add_sample(metric.name, labels, max(at for at, *_ in newest.values()))
+    metric.add_sample(metric.name, labels, max(at for _, at, *_ in newest.values()))
     yield metric
 
 
