@@ -414,6 +414,24 @@ def test_a_request_does_not_fail_for_being_counted(
     assert "could not be counted" in caplog.text
 
 
+def test_a_server_counts_from_when_there_is_room_for_it_on(tmp_path: Path) -> None:
+    now, has_room, tries = 0.0, False, []
+
+    def make() -> Recorder | None:
+        tries.append(now)
+        return recorder(tmp_path, "server", engine="") if has_room else None
+
+    counts = ServerCounts(lambda: now)
+    counts.start(make)
+    for _ in range(3):
+        counts.count_refused("acme", 429)
+    assert tries == [0.0]
+    now, has_room = 60.0, True
+    for _ in range(3):
+        counts.count_refused("acme", 429)
+    assert shown(tmp_path) == {f"{defined.REFUSED.name}{{status=429,tenant=acme}}": 3}
+
+
 def test_refusals_are_counted_by_tenant_and_those_of_too_many_together(tmp_path: Path) -> None:
     counts = ServerCounts()
     counts.count_refused("acme", 404)  # metrics are off: nothing happens

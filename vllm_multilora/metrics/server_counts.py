@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,21 +23,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RETRY_S = 60.0  # until a file that could not be made is tried again
+
 
 class ServerCounts:
-    """The counts of one process; its file is made with the first."""
+    """The counts of one process; its file is made with the first.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Seconds; only differences count.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._make_recorder: Callable[[], Recorder | None] | None = None
         self._recorder: Recorder | None = None
+        self._next_try = -math.inf
 
     def start(self, make_recorder: Callable[[], Recorder | None]) -> None:
         """From now on there is somewhere to count to; the newest engine's place counts.
 
         Args:
-            make_recorder: Makes what records; returns None where metrics are off.
+            make_recorder: Makes what records; returns None where metrics are off, or there is no
+                room for the file, as while `/dev/shm` is full.
         """
-        self._make_recorder, self._recorder = make_recorder, None
+        self._make_recorder, self._recorder, self._next_try = make_recorder, None, -math.inf
 
     def count_route(self, route: str, lora_name: str, reason: str) -> None:
         """See `count_route`."""
@@ -82,8 +93,11 @@ class ServerCounts:
             recorder.series(REFUSED, *who).inc()
 
     def _find(self) -> Recorder | None:
-        if self._recorder is None and self._make_recorder is not None:
-            self._recorder, self._make_recorder = self._make_recorder(), None
+        if self._recorder is not None or self._make_recorder is None:
+            return self._recorder
+        if (now := self._clock()) >= self._next_try:
+            self._next_try = now + _RETRY_S
+            self._recorder = self._make_recorder()
         return self._recorder
 
 
