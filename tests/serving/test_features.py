@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.attacks.poison import poisoned
 
@@ -345,6 +346,28 @@ def test_adapters_act_on_the_weights_that_the_base_model_has_got(
             llm.reset_prefix_cache()
             outputs = generate(llm, llama, many[turn], failing, greedy())
             assert_as_peft(outputs, many[turn])
+
+
+@pytest.mark.smoke("`embed_tokens` and `lm_head`")
+def test_prompts_that_are_embeddings_leave_each_adapters_embedding_to_its_requests(
+    llama: Scenario, cases: list[Case]
+) -> None:
+    embedding = load_file(llama.base / "model.safetensors")["model.embed_tokens.weight"]
+    many = cases * 2  # once in their slots, they are in the same steps
+    prompts = [
+        {"prompt_embeds": embedding[list(case.prompt)]}
+        if case.adapter != EMBEDDING_RECIPE.name
+        else prompts_of([case])[0]
+        for case in many
+    ]
+    with running_engine(
+        llama.base, in_process=True, enable_prompt_embeds=True, max_num_batched_tokens=64
+    ) as llm:
+        for _ in range(2):
+            outputs = llm.generate(
+                prompts, greedy(), lora_request=loras_of(llama, many), use_tqdm=False
+            )
+            assert_as_peft(outputs, many)
 
 
 def ngram(llama: Scenario, path: Path) -> dict[str, Any]:

@@ -90,6 +90,17 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM sets the LoRA mapping for prompt_logprobs.",
     ),
     Patch(
+        name="rows-to-embed",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._preprocess",
+        takes=("self, scheduler_output, num_input_tokens, intermediate_tensors=None",),
+        handler="worker.sampling:preprocess",
+        why="Of a step with prompts that are embeddings already (--enable-prompt-embeds), vLLM's "
+        "first model runner has the embedding look up the tokens alone, with the mapping of all "
+        "rows: adapters of it act on other requests. Tells our wrapper which rows these are.",
+        checked=(),
+        until="vLLM sets the LoRA mapping for such steps.",
+    ),
+    Patch(
         name="batch-inputs",
         target="vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs",
         takes=("self, req_ids, idx_mapping, num_scheduled_tokens",),

@@ -26,6 +26,7 @@ from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.pack_index import RankIndex
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.step.heads import ClassificationHead
+from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import first_row
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.short_forward import shorten_forward
@@ -306,6 +307,20 @@ class MultiLoRAModelManager(LoRAModelManager):
         if fused is not None and not module.moe_config.is_act_and_mul:
             fused.lora_b = torch.cat([fused.lora_b, fused.lora_b])
         super()._convert_3d_to_2d_moe_lora(lora_model, module, module_name)
+
+    @contextmanager
+    def rows_to_embed(self, tokens: npt.NDArray[np.integer]) -> Iterator[None]:
+        """Within it, a step's rows are those of tokens that the model embeds.
+
+        Args:
+            tokens: [requests], how many of each.
+        """
+        of_step: Any = self._last_mapping
+        self.set_adapter_mapping(BatchMapping(of_step.ids, tokens, of_step.samples, of_step.type))
+        try:
+            yield
+        finally:
+            self.set_adapter_mapping(of_step)
 
     @contextmanager
     def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Which rows of the output layers belong to whom, where vLLM's model runners do not say."""
+"""Whose the rows of embedding and output layers are, where vLLM's model runners do not say."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ from vllm.v1.sample import rejection_sampler
 
 from vllm_multilora.integration.worker.manager import manager_of
 from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
+
+
+def preprocess(
+    original: Callable[..., Any], runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
+    manager = manager_of(runner)
+    # In a model that sees, the embedding has a row for each token, whatever becomes of it.
+    if manager is None or not runner.input_batch.req_prompt_embeds or runner.supports_mm_inputs:
+        return original(runner, scheduler_output, *args, **kwargs)
+    *starts, end = runner.query_start_loc.np[: runner.input_batch.num_reqs + 1].tolist()
+    embedded = np.add.reduceat(runner.is_token_ids.np[:end], starts, dtype=np.int64)
+    with manager.model_manager.rows_to_embed(embedded):
+        return original(runner, scheduler_output, *args, **kwargs)
 
 
 def get_prompt_logprobs(
