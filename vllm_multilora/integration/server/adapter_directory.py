@@ -287,10 +287,10 @@ async def start(models: Any) -> None:
     registration.in_background(server.watch())
 
 
-async def prepare(models: Any, name: str | None) -> ErrorResponse | None:
+async def prepare(models: Any, name: str) -> ErrorResponse | None:
     """See `DirectoryServer.prepare`; does nothing where there are no directories."""
     server = DIRECTORY.get(models)
-    return await server.prepare(name) if server is not None and name else None
+    return None if server is None else await server.prepare(name)
 
 
 def refused(models: Any) -> dict[int, str]:

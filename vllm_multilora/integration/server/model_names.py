@@ -13,7 +13,6 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm_multilora.adapters.served_names import name_fault
 from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.server import (
-    adapter_directory,
     blends,
     multimodal,
     registration,
@@ -105,14 +104,11 @@ async def _prepare(models: Any, request: Any) -> ErrorResponse | None:
 
 
 async def _find(models: Any, name: str) -> ErrorResponse | None:
-    """Sees to it that an adapter is served, if there is one of this name."""
+    """As `resolvers.find`, which is not asked for what no adapter can be called."""
     is_served = name in models.lora_requests
     if not is_served and registration.acts_for(models) and (fault := name_fault(name)) is not None:
         return registration.no_such_name(name, fault, "model")
-    refusal = await adapter_directory.prepare(models, name)
-    if refusal is None and name not in models.lora_requests:
-        refusal = await resolvers.prepare(models, name)
-    return refusal
+    return await resolvers.find(models, name)
 
 
 def _as_shown(

@@ -27,7 +27,7 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
 from vllm_multilora.integration.attached import REFUSALS
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server import callers, registration
+from vllm_multilora.integration.server import adapter_directory, callers, registration
 from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import Refusals
 
@@ -35,6 +35,20 @@ logger = logging.getLogger(__name__)
 
 _THREADS = ThreadPoolExecutor(4, thread_name_prefix="multilora-resolver")
 _LOOKS = PendingLooks(limit_s=5.0)
+
+
+async def find(models: Any, name: str) -> ErrorResponse | None:
+    """Sees to it that an adapter is served, if there is one of this name.
+
+    Those of adapter directories come first; then vLLM's resolvers are asked.
+
+    Returns:
+        The answer to the request where it cannot be served.
+    """
+    refusal = await adapter_directory.prepare(models, name)
+    if refusal is None and name not in models.lora_requests:
+        refusal = await prepare(models, name)
+    return refusal
 
 
 async def prepare(models: Any, name: str) -> ErrorResponse | None:

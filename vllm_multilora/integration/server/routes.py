@@ -38,7 +38,6 @@ from vllm_multilora.integration import failures
 from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
 from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
 from vllm_multilora.integration.server import (
-    adapter_directory,
     blends,
     registration,
     resolvers,
@@ -243,9 +242,7 @@ class ServerRoutes:
         models = self._models
         if models.is_base_model(name):
             return None
-        refusal = await adapter_directory.prepare(models, name)
-        if refusal is None and name not in models.lora_requests:
-            refusal = await resolvers.prepare(models, name)
+        refusal = await resolvers.find(models, name)
         if refusal is not None:
             return refusal
         lora = models.lora_requests.get(name)
