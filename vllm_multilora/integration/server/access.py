@@ -215,6 +215,11 @@ class Access:
         return tenants
 
 
+def has_keys(settings: MultiLoRAConfig) -> bool:
+    """Whether the settings name keys of operators or of tenants."""
+    return settings.tenants is not None or settings.admin_key_file is not None
+
+
 def key_in(environment: Mapping[str, str]) -> str:
     """The admin key that the environment has; empty: none."""
     return environment.get(ADMIN_KEY_VARIABLE, "").strip()
@@ -272,8 +277,7 @@ def require_no_keys(args: Namespace) -> None:
     Raises:
         ConfigError: There are keys.
     """
-    settings = _settings_given(args)
-    if settings.tenants is not None or settings.admin_key_file is not None:
+    if has_keys(_settings_given(args)):
         raise ConfigError(UNGUARDED)
 
 

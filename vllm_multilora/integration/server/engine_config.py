@@ -39,6 +39,7 @@ from vllm_multilora.integration.server.access import (
     COUNT_VARIABLE,
     SALT_VARIABLE,
     UNGUARDED,
+    has_keys,
     key_in,
     read_admin_keys,
 )
@@ -156,11 +157,10 @@ def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = N
             server with them.
     """
     settings = settings_of(vllm_config)
-    has_flags = settings.tenants is not None or settings.admin_key_file is not None
     # All servers of a machine may have the variable, also those without adapters.
     serves_adapters = vllm_config.lora_config is not None
-    has_variable = bool(key_in(os.environ)) and serves_adapters
-    if not has_flags and not (has_variable and usage_context is UsageContext.OPENAI_API_SERVER):
+    is_server = usage_context is UsageContext.OPENAI_API_SERVER
+    if not has_keys(settings) and not (key_in(os.environ) and serves_adapters and is_server):
         return
     if usage_context in (UsageContext.LLM_CLASS, UsageContext.OPENAI_BATCH_RUNNER):
         logger.warning(

@@ -21,7 +21,7 @@ from vllm_multilora.integration.server import (
     shared_names,
     status_route,
 )
-from vllm_multilora.integration.server.access import ADMIN_KEY_VARIABLE, key_in
+from vllm_multilora.integration.server.access import ADMIN_KEY_VARIABLE, has_keys, key_in
 from vllm_multilora.integration.server.callers import current_tenant
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.tenants.work_turns import take_turns
@@ -44,8 +44,7 @@ def require_guards(models: Any) -> None:
     if not is_active_behind(models.engine_client):
         return
     settings = settings_of(models.engine_client.vllm_config)
-    has_variable = bool(key_in(os.environ))
-    if settings.tenants is None and settings.admin_key_file is None and not has_variable:
+    if not has_keys(settings) and not key_in(os.environ):
         return
     if lacking := missing(_GUARDS):
         raise ConfigError(
