@@ -7,7 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from multilora_kernels.dtypes import of_torch
-from vllm_multilora.adapters import ModelLayout, SliceLayout, parse_tensor_name
+from vllm_multilora.adapters import (
+    AdapterConfig,
+    AdapterFormatError,
+    ModelLayout,
+    SliceLayout,
+    parse_tensor_name,
+)
 
 PREFIX = "base_model.model."
 # Name, inputs, outputs: small, odd, and none a multiple of 64 bytes.
@@ -45,6 +51,14 @@ def write(
     content = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(content | config))
     return folder
+
+
+def config_of(text: str | bytes) -> AdapterConfig:
+    """A configuration; what is wrong with it is raised."""
+    config, problems = AdapterConfig.read(text, "c.json")
+    if config is None:
+        raise AdapterFormatError.of(*problems)
+    return config
 
 
 def layout(dtype: torch.dtype = torch.float32, **options: object) -> ModelLayout:

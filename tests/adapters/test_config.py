@@ -15,6 +15,8 @@ from vllm_multilora.adapters import AdapterConfig, AdapterFormatError
 from vllm_multilora.adapters.config_checks import feature_problems
 from vllm_multilora.adapters.digest import AdapterDigest
 
+from .checkpoints import config_of
+
 MODULES = [
     "model.layers.0.self_attn.q_proj",
     "model.layers.1.self_attn.q_proj",
@@ -36,7 +38,7 @@ PATTERNS = {
 
 def read(**keys: object) -> AdapterConfig:
     content = {"r": 16, "lora_alpha": 24, "target_modules": ["q_proj"]} | keys
-    return AdapterConfig.from_json(json.dumps(content), "c.json")
+    return config_of(json.dumps(content))
 
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
@@ -83,7 +85,7 @@ def test_what_peft_writes_is_read(tmp_path):
     LoraConfig(r=8, lora_alpha=12, target_modules="all-linear", use_rslora=True).save_pretrained(
         tmp_path
     )
-    config = AdapterConfig.from_json((tmp_path / "adapter_config.json").read_bytes(), "c.json")
+    config = config_of((tmp_path / "adapter_config.json").read_bytes())
     assert (config.rank, config.alpha, config.rslora) == (8, 12, True)
     assert config.target_modules == "all-linear"
     assert feature_problems(config, "c.json") == []
@@ -117,13 +119,13 @@ def test_a_wrong_value_is_named_with_what_was_expected(keys, words):
 
 def test_a_missing_key_is_called_missing():
     with pytest.raises(AdapterFormatError, match="'lora_alpha' is missing"):
-        AdapterConfig.from_json('{"r": 8}', "c.json")
+        config_of('{"r": 8}')
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", b"\xff", "[" * 100_000, "1" * 5000])
 def test_what_is_no_json_object_is_refused(text):
     with pytest.raises(AdapterFormatError, match=r"^c\.json (is not valid JSON|holds a JSON)"):
-        AdapterConfig.from_json(text, "c.json")
+        config_of(text)
 
 
 TEXTS = st.text("aq.*(", max_size=5)  # names, regular expressions and broken ones
@@ -185,4 +187,4 @@ def test_initialisations_of_the_adapter_alone_are_supported(start):
 def test_a_configuration_of_nothing_but_lists_is_refused_before_it_is_parsed():
     text = '{"r": [' + "[]," * 1_000_000 + "0]}"
     with pytest.raises(AdapterFormatError, match=r"has 1000002 brackets .* expected at most"):
-        AdapterConfig.from_json(text, "c.json")
+        config_of(text)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from vllm_multilora.adapters import AdapterConfig
 from vllm_multilora.adapters.targets import Targets
+
+from .checkpoints import config_of
 
 KINDS = ("q_proj", "k_proj", "lm_head")
 WHOLE = [f"model.layers.{layer}.self_attn.{kind}" for layer in (0, 1, 11) for kind in KINDS[:2]]
@@ -19,7 +20,7 @@ NAMES = st.lists(st.sampled_from([*KINDS, "embed_tokens", "late"]), min_size=1, 
 
 def targets(**keys: object) -> Targets:
     content = {"r": 8, "lora_alpha": 8} | keys
-    return Targets(AdapterConfig.from_json(json.dumps(content), "c.json"))
+    return Targets(config_of(json.dumps(content)))
 
 
 def peft_adapts(module: str, **keys: object) -> bool:

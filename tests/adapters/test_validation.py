@@ -12,12 +12,12 @@ import torch
 
 from multilora_kernels.dtypes import FLOAT16
 from vllm_multilora.adapters import AdapterError, AdapterFormatError, Code, Limits
-from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
 from vllm_multilora.adapters.intake import Rules
 from vllm_multilora.adapters.layout import LinearShape
 from vllm_multilora.adapters.naming import ModuleNaming
 from vllm_multilora.adapters.validation import validate
 
+from .checkpoints import config_of
 from .corpus import BAD, LAYOUT, VALID
 from .corpus.draft import V1, add_embedding, good, name_of
 from .corpus.headers import rewrite
@@ -336,7 +336,7 @@ def test_a_head_saved_whole_needs_its_weight_once(tmp_path, shapes, code, words)
 def test_opening_reports_every_problem_of_the_configuration(tmp_path):
     folder = BAD["config-wrong-in-three-ways"].write(tmp_path / "adapter")
     with pytest.raises(AdapterFormatError) as caught:
-        AdapterCheckpoint.read(folder)
+        config_of((folder / "adapter_config.json").read_bytes())
     assert len(caught.value.problems) == 3
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.problems) == (str(caught.value), caught.value.problems)

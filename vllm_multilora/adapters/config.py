@@ -93,19 +93,6 @@ class AdapterConfig:
         config = reader.config() if reader.is_lora() else None
         return (None if reader.problems else config), reader.problems
 
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> AdapterConfig:
-        """Reads a configuration, as `read` does.
-
-        Raises:
-            AdapterFormatError: It is no JSON object, or keys have values that PEFT would not
-                have written.
-        """
-        config, problems = cls.read(text, where)
-        if config is None:
-            raise AdapterFormatError.of(*problems)
-        return config
-
     def rank_of(self, module: str) -> int:
         """The rank of a module, by its name in the checkpoint without PEFT's prefix.
 

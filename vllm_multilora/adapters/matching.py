@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from vllm_multilora.adapters.config import AdapterConfig
-from vllm_multilora.adapters.config_checks import config_problems
-from vllm_multilora.adapters.errors import AdapterFormatError
-from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
 from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.layout import ModelLayout, SliceLayout
-from vllm_multilora.adapters.tensor_checks import TensorReport, check_tensors
-
-if TYPE_CHECKING:
-    from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters.tensor_checks import TensorReport
 
 
 @dataclass(frozen=True)
@@ -45,25 +38,6 @@ class MatchedModule:
         """The rows [first, last) of B that a worker keeps for a slice."""
         first, last = part.output_range
         return self.first_row + first, self.first_row + last
-
-
-def match(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> list[MatchedModule]:
-    """Finds the tensors of every module that packed adapters fill, and checks that they fit.
-
-    Tensors of modules that vLLM serves itself are checked and passed over, those of modules that
-    the base model leaves out on purpose only the latter.
-
-    Raises:
-        AdapterFormatError: The adapter does not fit; its `problems` say all that is wrong,
-            except with the weights' values.
-    """
-    config = checkpoint.config
-    problems = config_problems(config, str(checkpoint.path / CONFIG_NAME), layout)
-    report = check_tensors(checkpoint.tensors, config, layout, str(checkpoint.path / TENSORS_NAME))
-    problems += report.problems
-    if problems:
-        raise AdapterFormatError.of(*problems)
-    return matched_modules(report, checkpoint.tensors, config, layout)
 
 
 def matched_modules(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.errors import AdapterError
 from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
+from vllm_multilora.adapters.header import TensorInfo
+from vllm_multilora.adapters.intake import Intake, Rules, open_adapter
 from vllm_multilora.adapters.layout import ModelLayout, block_bytes
-from vllm_multilora.adapters.matching import match
 from vllm_multilora.adapters.names import parse_tensor_name
 from vllm_multilora.adapters.problems import Problem
-from vllm_multilora.adapters.validation import validate
 from vllm_multilora.errors import MultiLoRAError
 
 
@@ -88,10 +87,10 @@ def survey_adapters(directory: Path, layout: ModelLayout) -> Survey:
     adapters, refused = [], []
     for folder in _folders(directory):
         try:
-            adapters.append(_look_at(AdapterCheckpoint.read(folder), layout))
+            with open_adapter(str(folder), Rules(check_finite=False)) as source:
+                adapters.append(_look_at(folder.name, source.check([layout]), layout))
         except AdapterError as error:
-            problems = validate(folder, layout, check_finite=False) or error.problems
-            refused.append((folder.name, tuple(problems)))
+            refused.append((folder.name, error.problems))
     return Survey(tuple(adapters), tuple(refused))
 
 
@@ -117,16 +116,17 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() or (folder / TENSORS_NAME).is_file()
 
 
-def _look_at(checkpoint: AdapterCheckpoint, layout: ModelLayout) -> SurveyedAdapter:
-    ranks = tuple((module.name, module.rank) for module in match(checkpoint, layout))
-    special = list(_special_tensors(checkpoint, layout))
+def _look_at(name: str, intake: Intake, layout: ModelLayout) -> SurveyedAdapter:
+    [applied] = intake.applied
+    ranks = tuple((module.name, module.rank) for module in applied.modules)
+    special = list(_special_tensors(intake.file.tensors, layout))
     return SurveyedAdapter(
-        checkpoint.path.name,
-        rank=max(checkpoint.config.rank, *(rank for _, rank in ranks), 1),
+        name,
+        rank=max(intake.config.rank, *(rank for _, rank in ranks), 1),
         ranks=ranks,
         special=frozenset(module for module, _ in special),
         special_elements=sum(elements for _, elements in special),
-        kind=_kind(checkpoint.config),
+        kind=_kind(intake.config),
     )
 
 
@@ -137,10 +137,10 @@ def _kind(config: AdapterConfig) -> str:
 
 
 def _special_tensors(
-    checkpoint: AdapterCheckpoint, layout: ModelLayout
+    tensors: Mapping[str, TensorInfo], layout: ModelLayout
 ) -> Iterator[tuple[str, int]]:
     """The module and the elements of every tensor that is no part of a packed adapter."""
-    for name, info in checkpoint.tensors.items():
+    for name, info in tensors.items():
         role = parse_tensor_name(name)
         module = layout.naming.rename(role.module) if role else None
         if module and layout.is_special(module):

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from vllm_multilora.adapters import AdapterError, AdapterFormatError
-from vllm_multilora.adapters.checkpoint import AdapterCheckpoint
+from vllm_multilora.adapters import AdapterError, AdapterFormatError, TensorInfo
+from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME, AdapterFolder
+from vllm_multilora.adapters.tensor_file import TensorFile
 
 from .checkpoints import MODULES, weights, write
 
@@ -23,6 +25,11 @@ RANKS = {module: 4 for module, _, _ in MODULES}
 @pytest.fixture
 def folder(tmp_path):
     return write(tmp_path / "adapter", weights(RANKS), rank=4, alpha=8)
+
+
+def read(folder: Path) -> Mapping[str, TensorInfo]:
+    with AdapterFolder(folder) as opened, opened.open(TENSORS_NAME) as file:
+        return TensorFile(file).tensors
 
 
 def put(folder, content: bytes) -> None:
@@ -39,12 +46,11 @@ def entry(dtype="F32", shape=(2,), span=(0, 8)) -> dict:
 
 
 def test_the_header_gives_every_tensor(folder):
-    checkpoint = AdapterCheckpoint.read(folder)
-    assert checkpoint.config.rank == 4
-    assert {n: i.shape for n, i in checkpoint.tensors.items()} == {
+    tensors = read(folder)
+    assert {n: i.shape for n, i in tensors.items()} == {
         n: tuple(t.shape) for n, t in weights(RANKS).items()
     }
-    begins = [info.begin for info in checkpoint.tensors.values()]
+    begins = [info.begin for info in tensors.values()]
     assert begins == sorted(begins)
 
 
@@ -53,7 +59,7 @@ def test_every_dtype_keeps_its_bytes(folder, dtype):
     values = {"a": torch.arange(6).reshape(2, 3).to(dtype), "empty": torch.empty(0, 3, dtype=dtype)}
     put(folder, save(values))
     content = (folder / "adapter_model.safetensors").read_bytes()
-    tensors = AdapterCheckpoint.read(folder).tensors
+    tensors = read(folder)
     for name, tensor in values.items():
         info = tensors[name]
         assert info.dtype.torch == dtype
@@ -94,7 +100,7 @@ def test_every_dtype_keeps_its_bytes(folder, dtype):
 def test_a_malformed_file_is_refused_with_what_is_wrong(folder, content, words):
     put(folder, content)
     with pytest.raises(AdapterFormatError, match=rf"adapter_model\.safetensors.*{words}"):
-        AdapterCheckpoint.read(folder)
+        read(folder)
 
 
 VALID = save(weights({MODULES[0][0]: 4}))
@@ -120,7 +126,7 @@ VALID_HEADER = VALID[: 8 + struct.unpack("<Q", VALID[:8])[0]]
 def test_any_bytes_are_read_as_safetensors_reads_them_or_refused(folder, content):
     put(folder, content)
     try:
-        found = AdapterCheckpoint.read(folder).tensors
+        found = read(folder)
     except AdapterFormatError:
         return
     shapes = {name: info.shape for name, info in found.items()}
@@ -134,20 +140,23 @@ def test_what_safetensors_refuses_is_refused_too(folder):
             load(content)
         put(folder, content)
         with pytest.raises(AdapterFormatError):
-            AdapterCheckpoint.read(folder)
+            read(folder)
 
 
 def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter folder .*nowhere does not exist"):
-        AdapterCheckpoint.read(tmp_path / "nowhere")
+        read(tmp_path / "nowhere")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(
         FileNotFoundError, match=r"has adapter_model\.bin instead.* save .* as .*safetensors"
     ):
-        AdapterCheckpoint.read(folder)
+        read(folder)
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json does not exist"):
-        AdapterCheckpoint.read(folder)
+    with (
+        AdapterFolder(folder) as opened,
+        pytest.raises(FileNotFoundError, match=r"adapter_config\.json does not exist"),
+    ):
+        opened.open(CONFIG_NAME)
 
 
 def test_what_is_not_a_file_is_refused_without_waiting(folder):
@@ -155,11 +164,11 @@ def test_what_is_not_a_file_is_refused_without_waiting(folder):
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(AdapterFormatError, match="not a regular file"):
-        AdapterCheckpoint.read(folder)
+        read(folder)
     path.unlink()
     path.mkdir()
     with pytest.raises(AdapterFormatError, match="not a regular file"):
-        AdapterCheckpoint.read(folder)
+        read(folder)
 
 
 def test_reading_leaves_no_descriptor_behind(folder):
@@ -167,9 +176,9 @@ def test_reading_leaves_no_descriptor_behind(folder):
         return len(list(Path("/proc/self/fd").iterdir()))
 
     before = descriptors()
-    AdapterCheckpoint.read(folder)
+    read(folder)
     assert descriptors() == before
     put(folder, b"garbage!garbage!")
     with pytest.raises(AdapterError):
-        AdapterCheckpoint.read(folder)
+        read(folder)
     assert descriptors() == before
