@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -270,6 +271,19 @@ def test_a_tenants_call_wants_few_enough_scores_to_tell_them_in_a_moment():
             with pytest.raises(GracefulHTTPError, match="65536 log probabilities"):
                 ask(who, 2, most, 1)
         assert list(processor.request_states) == ["0", "1"]
+
+
+@pytest.mark.parametrize("is_list", [True, False], ids=["as of vLLM 0.31", "as of later ones"])
+def test_scores_of_given_tokens_are_one_of_each_for_each_of_the_prompts(is_list):
+    params = SamplingParams()
+    given = [1] * 256
+    params.prompt_logprob_token_ids = given if is_list else np.array([given] * 256)
+    request = Request(None, request_id="0", prompt_token_ids=[1] * 256, sampling_params=params)
+    who = tenant("acme")
+    send(who, Processor(), request)
+    request.request_id = "1"
+    with pytest.raises(GracefulHTTPError, match="65536 log probabilities"):
+        send(who, Processor(), request)
 
 
 def test_a_tenants_request_has_an_id_that_may_come_with_each_token():

@@ -68,8 +68,12 @@ def _scores_of(request: Any) -> int:
     if (most := params.prompt_logprobs) is not None:
         # -1 is one for each token that there is.
         return len(request.prompt_token_ids or ()) * (most + 1) if most >= 0 else MOST_SCORES + 1
-    ids = getattr(params, "prompt_logprob_token_ids", None)
-    return 0 if ids is None else int(ids.size)
+    ids = params.prompt_logprob_token_ids
+    if ids is None:
+        return 0
+    if isinstance(ids, list):  # of vLLM 0.31: the same for each token
+        return len(ids) * len(request.prompt_token_ids or ())
+    return int(ids.size)
 
 
 async def send_request(
