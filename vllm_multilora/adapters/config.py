@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from vllm_multilora.adapters.config_json import read_object
 from vllm_multilora.adapters.errors import AdapterFormatError
+from vllm_multilora.adapters.names import is_of
 from vllm_multilora.adapters.patterns import (
     MOST_PATTERNS,
     Budget,
@@ -119,13 +120,9 @@ class AdapterConfig:
     def _alphas(self) -> PatternMatcher[float]:
         return PatternMatcher(self.alpha_pattern, self.budget)
 
-    def _matched_name(self, module: str) -> str:
-        """What patterns are matched with for a module."""
-        if not self._weights:
-            return module
-        weight = f"{module}.weight"
-        begins = (0, *(i + 1 for i, character in enumerate(weight) if character == "."))
-        return weight if any(weight[at:] in self._weights for at in begins) else module
+    def is_named_by_weight(self, module: str) -> bool:
+        """Whether `target_parameters` name the weight of a module, and so the module."""
+        return is_of(f"{module}.weight", self._weights)
 
     @cached_property
     def _weights(self) -> frozenset[str]:
@@ -135,7 +132,8 @@ class AdapterConfig:
         self, key: str, matcher: PatternMatcher[_Value], module: str, default: _Value
     ) -> _Value:
         try:
-            value = matcher.get(self._matched_name(module))
+            matched = f"{module}.weight" if self.is_named_by_weight(module) else module
+            value = matcher.get(matched)
         except PatternError as error:
             problem = Problem.at(
                 Code.CONFIG_PATTERN,

@@ -101,6 +101,17 @@ def is_unused(name: str) -> bool:
     return name.endswith(_BASE_EMBEDDINGS) or any(part in name for part in _OF_TRAINING)
 
 
+def ends_of(name: str) -> list[str]:
+    """A name, and what is left of it after each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
+
+
+def is_of(name: str, ends: frozenset[str]) -> bool:
+    """Whether a name is one of these, or ends with one of them after a dot."""
+    return bool(ends) and not ends.isdisjoint(ends_of(name))
+
+
 def full_head(name: str) -> str | None:
     """The classification head that a tensor is the full weight or bias of, as vLLM names it.
 

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from vllm_multilora.adapters.names import ends_of
+
 _Value = TypeVar("_Value")
 
 MOST_CHARACTERS = 2000
@@ -163,8 +165,7 @@ class _Literals:
     def first(self, name: str, budget: Budget) -> int | None:
         """The smallest index of a pattern that fits a name without line breaks."""
         found: int | None = None
-        for start in (0, *(i + 1 for i, character in enumerate(name) if character == ".")):
-            end = name[start:]
+        for end in ends_of(name):
             for dots, patterns in self._of_length.get(len(end), {}).items():
                 budget.require_left()
                 index = patterns.get(_with_dots(end, dots))

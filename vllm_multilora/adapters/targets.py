@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from vllm_multilora.adapters.config import AdapterConfig
-from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED_EXPERTS, unwrapped
+from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED_EXPERTS, is_of, unwrapped
 from vllm_multilora.adapters.patterns import Budget, PatternError, PatternMatcher, check_pattern
 
 _ALL = "all-linear"
@@ -24,7 +24,7 @@ class Targets:
 
     def __init__(self, config: AdapterConfig) -> None:
         raw, targets = config.raw, config.target_modules
-        self._weights = frozenset(config.target_weights)
+        self._is_named_by_weight = config.is_named_by_weight
         self._is_tied = bool(raw.get("ensure_weight_tying"))
         self._target = _matcher(targets)
         self._exclusion = _matcher(raw.get("exclude_modules"))
@@ -47,13 +47,11 @@ class Targets:
         Args:
             module: Its name in the checkpoint, without PEFT's prefix.
         """
-        if module.endswith((FUSED_EXPERTS, WRAPPED_EXPERTS)) or _is_of(
-            f"{module}.weight", self._weights
-        ):
+        if module.endswith((FUSED_EXPERTS, WRAPPED_EXPERTS)) or self._is_named_by_weight(module):
             return None  # PEFT adapts parameters whatever modules it adapts
         parts = module.split(".")
         number = self._layer(parts)
-        is_named = self._ends is None or _is_of(module, self._whole) or _end(module) in self._ends
+        is_named = self._ends is None or is_of(module, self._whole) or _end(module) in self._ends
         # Of a tied head PEFT takes the name out of the list that it saves.
         if not (is_named and _fits(self._target, module, unknown=True)) and not (
             self._is_tied and number is None
@@ -61,7 +59,7 @@ class Targets:
             return "target_modules"
         if self._layers and number not in self._layers and module not in self._whole:
             return "layers_to_transform"
-        if _is_of(module, self._excluded) or _fits(self._exclusion, module, unknown=False):
+        if is_of(module, self._excluded) or _fits(self._exclusion, module, unknown=False):
             return "exclude_modules"
         return None
 
@@ -100,12 +98,6 @@ def _end(name: str) -> str:
     parts = name.split(".")
     first = next((at for at, part in enumerate(parts) if part.isdecimal()), -1)
     return ".".join(parts[first:])
-
-
-def _is_of(name: str, ends: Collection[str]) -> bool:
-    """Whether a name is one of these, or ends with one of them after a dot."""
-    begins = (0, *(at + 1 for at, character in enumerate(name) if character == "."))
-    return bool(ends) and any(name[at:] in ends for at in begins)
 
 
 def _names(value: object) -> list[str]:
