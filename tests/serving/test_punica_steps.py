@@ -231,10 +231,9 @@ class TestGraphs:
             (config(), True),
             (config(specialize=False), False),
             (config(drafter="eagle"), False),
-            (SimpleNamespace(**vars(config()) | {"compilation_config": None}), False),
             (None, False),
         ],
-        ids=["default", "one graph for all", "drafter", "no word of graphs", "no settings"],
+        ids=["default", "one graph for all", "drafter", "no settings"],
     )
     @pytest.mark.parametrize("mapping", [tuples, arrays])
     def test_vllms_settings_decide(self, monkeypatch, vllm_config, expected, mapping):

@@ -75,7 +75,7 @@ def kernel_backend(vllm_config: VllmConfig) -> str:
     return choose_backend(
         settings_of(vllm_config),
         "cuda" if on_gpu else current_platform.device_type,
-        vllm_batch_invariant=getattr(envs, "VLLM_BATCH_INVARIANT", False),
+        vllm_batch_invariant=envs.VLLM_BATCH_INVARIANT,
         captures_graphs=on_gpu and graphs not in (None, CUDAGraphMode.NONE),
     )
 

@@ -179,9 +179,8 @@ def _require(what: str, found: int, most: int) -> None:
 def _bounded(request: Any) -> Iterator[tuple[str, int, int]]:
     """What there may be too much of in vLLM's request, how much there is, and the most."""
     yield "Characters of the request's id", len(request.request_id), MOST_ID
-    session = getattr(request, "session_id", None) or ""
-    yield "Characters of `session_id`", len(session), MOST_ID
-    kwargs = getattr(request, "reasoning_parser_kwargs", None)
+    yield "Characters of `session_id`", len(request.session_id or ""), MOST_ID
+    kwargs = request.reasoning_parser_kwargs
     yield "Levels of `reasoning_parser_kwargs`", _levels(kwargs), MOST_NESTING
     if request.sampling_params is not None:  # as of a pooling request
         yield from _bounded_params(request.sampling_params)
@@ -204,8 +203,7 @@ def _levels(value: Any) -> int:
 
 def _bounded_params(params: Any) -> Iterator[tuple[str, int, int]]:
     """The same of vLLM's `SamplingParams`."""
-    extra = getattr(params, "extra_args", None)
-    yield "Levels of `kv_transfer_params`, `vllm_xargs`", _levels(extra), MOST_NESTING
+    yield "Levels of `kv_transfer_params`, `vllm_xargs`", _levels(params.extra_args), MOST_NESTING
     yield "Texts in `stop`", len(params.stop or ()), MOST_STOPS
     yield "Tokens in `stop_token_ids`", len(params.stop_token_ids or ()), MOST_STOPS
     yield "Tokens in `allowed_token_ids`", len(params.allowed_token_ids or ()), MOST_TOKENS

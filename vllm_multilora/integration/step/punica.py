@@ -330,13 +330,11 @@ def _have_own_graphs(config: Any) -> bool:
     """Whether vLLM captures separate graphs for batches without adapters, and keeps them apart.
 
     Its model runners do for the language model, by default. Not told apart are a drafter's, which
-    may share the embedding layer and is captured with a batch without adapters. A version without
-    the setting counts as one that mixes them up: then graphs hold kernels that they could do
-    without, and are right.
+    may share the embedding layer and is captured with a batch without adapters.
     """
     return (
         config is not None
-        and getattr(config.compilation_config, "cudagraph_specialize_lora", False)
+        and config.compilation_config.cudagraph_specialize_lora
         and config.speculative_config is None
     )
 

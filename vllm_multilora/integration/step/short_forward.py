@@ -62,14 +62,10 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
 
 
 def _multiplies_plainly(method: Any) -> bool:
-    """Whether a method does no more than call its layer's `cpu_linear`, in a roundabout way.
-
-    vLLM's function is known by its name: a version without it keeps its own way.
-    """
-    multiply = getattr(method, "_gemm_impl", None)
+    """Whether a method does no more than call its layer's `cpu_linear`, in a roundabout way."""
     return (
         type(method) is UnquantizedLinearMethod
-        and getattr(multiply, "__name__", "") == "cpu_unquantized_gemm"
+        and getattr(method._gemm_impl, "__name__", "") == "cpu_unquantized_gemm"
     )
 
 

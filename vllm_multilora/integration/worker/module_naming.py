@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +51,7 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
         names: Modules that this worker adapts.
     """
     model: Any = manager.model
-    targets = getattr(manager.lora_config, "target_modules", None)
+    targets = manager.lora_config.target_modules
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
     unwrapped = frozenset(name for name in unwrapped_layers(manager) if _is_left_out(manager, name))
@@ -85,15 +85,14 @@ def renames_of(mapper: Any) -> Renames:
     """
     left_out: list[str] = []
     found = Renames(
-        sources=tuple(_sources(getattr(mapper, "orig_to_new_renaming", None) or (), left_out)),
+        sources=tuple(_sources(mapper.orig_to_new_renaming, left_out)),
         expressions=tuple(_expressions(mapper.orig_to_new_regex, left_out)),
         substrings=_pairs(mapper.orig_to_new_substr),
         prefixes=_pairs(mapper.orig_to_new_prefix),
         suffixes=_pairs(mapper.orig_to_new_suffix),
     )
-    if is_dataclass(mapper):
-        others = (f.name for f in fields(mapper) if f.name not in _READ)
-        left_out += [name for name in others if getattr(mapper, name)]
+    others = (f.name for f in fields(mapper) if f.name not in _READ)
+    left_out += [name for name in others if getattr(mapper, name)]
     if left_out:
         logger.warning(
             "Adapters' names of modules are not read as vLLM reads them for this model: %s cannot "
