@@ -47,6 +47,9 @@ class SlotFiller:
         manager: The model's slots.
         special: Makes what vLLM fills in itself.
         link: Where answers go; None where whoever orders waits for them (`fill_now`).
+
+    Attributes:
+        link: As above; that to an engine core on another machine is made later.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class SlotFiller:
         self._manager = manager
         self._special = special
         self._machine = self._place = 0
-        self._link = link
+        self.link = link
         self._device = manager.device
         self._memory: SegmentMapper | None = None
         self._thread = ThreadPoolExecutor(1, "multilora-fill")
@@ -66,10 +69,6 @@ class SlotFiller:
         self._has_slots = True  # not while the engine sleeps
         self._stream: Any = None
         self._copied: Any = None  # what the stream was last asked to do
-
-    def answer_to(self, link: WorkerLink) -> None:
-        """Says where answers go."""
-        self._link = link
 
     def open_memory(self, address: str, server: str, *, machine: int = 0, place: int = 0) -> None:
         """Says where the store is; from now on there may be orders.
@@ -149,8 +148,8 @@ class SlotFiller:
         return future
 
     def _tell(self, future: Future[Answer]) -> None:
-        if self._link is not None:
-            self._link.tell(future.result())
+        if self.link is not None:
+            self.link.tell(future.result())
 
     def map_ahead(self, memory: SegmentMapper) -> bool:
         """Maps what the store has made, on the thread that fills slots; whether it could."""

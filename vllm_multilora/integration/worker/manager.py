@@ -80,9 +80,8 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         manager = self._adapter_manager
         self._vllm_config = vllm_config
         self.row_maxima, self.idle_generators = None, {}
-        self._link = attach_worker(self.rank)
         special = SpecialParts(manager, self._lora_model_cls, self.max_position_embeddings)
-        self.filler = SlotFiller(manager, special, self._link)
+        self.filler = SlotFiller(manager, special, attach_worker(self.rank))
         self.largest_adapter = manager.layout.largest_bytes() + manager.special_slot_bytes
         report_slots(manager, self._budget(), vllm_config)
         self._step: Mapping[int, LoRARequest] = {}
@@ -188,9 +187,9 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             self._adapter_manager.factors.finish(slots)
         self._missing = frozenset(step.keys() - slot_of.keys())
         self._step, self._step_orders = dict(step), self._orders
-        if self._link is not None:
+        if (link := self.filler.link) is not None:
             for lora_id in sorted(self._missing):
-                self._link.tell(Missing(lora_id))
+                link.tell(Missing(lora_id))
 
     # Orders
 
@@ -205,10 +204,9 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         Raises:
             OSError: It cannot be reached.
         """
-        if self._link is not None:
+        if self.filler.link is not None:
             return False
-        self._link = WorkerLink(dial(address, "fills", self.rank))
-        self.filler.answer_to(self._link)
+        self.filler.link = WorkerLink(dial(address, "fills", self.rank))
         return True
 
     def begin(self, order: Order) -> None:
