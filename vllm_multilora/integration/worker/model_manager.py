@@ -156,47 +156,19 @@ class MultiLoRAModelManager(LoRAModelManager):
         found = running_layout(self, dora=dora)
         self.layout, self._special = found.layout, found.special
         self.repeated_rows = found.repeated
-        rows = 0
-        layers: list[tuple[Any, slice]] = []
-        _store_by_column(found.packed.values(), self.lora_config.lora_dtype, self.device)
-        for module in found.packed.values():
-            layers.append((module, slice(rows, rows + module.n_slices)))
-            rows += module.n_slices
-        slots_of_b = [b for module in found.packed.values() for b in module.lora_b_stacked]
-        self.slot_table = SlotTable(
-            [a for module in found.packed.values() for a in module.lora_a_stacked], slots_of_b
-        )
-        self._reordered = _Reordered(slots_of_b, found.orders)
-        self._ranked: dict[str, _RankedLayer] = {}
-        for name, special in found.special.items():
-            if is_ranked(special):
-                slices = getattr(special, "n_slices", 1)
-                shard = special.lora_a_stacked[0].shape[-2] if _shards_ranks(special) else 0
-                self._ranked[name] = _RankedLayer(
-                    slice(rows, rows + slices),
-                    first_rank=special.tp_rank * shard if shard else 0,
-                    held_ranks=shard or self.lora_config.max_lora_rank,
-                )
-                layers.append((special, self._ranked[name].rows))
-                rows += slices
-        self._held_ranks = np.array(
-            [a.shape[-2] for layer, _ in layers for a in _stacked_a(layer)], dtype=np.int32
-        )
-        shape = (rows, self.lora_slots)
-        self._shrink_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        self._rank_columns = SlotColumns((self._shrink_ranks, self._expand_ranks))
-        for shared in {id(w): w for w in self.punica_wrapper_mapping.values()}.values():
+        packed = list(found.packed.values())
+        self._make_slots(packed, found.orders)
+        layers = self._ranked_layers(packed)
+        self._make_rank_tables([layer for layer, _ in layers])
+        for shared in self._wrappers():
             shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
-        self.factors = None
-        if dora:
-            self.factors = SlotFactors(found.packed.values(), self.lora_slots, self.device)
+        self.factors = SlotFactors(packed, self.lora_slots, self.device) if dora else None
         for number, (layer, own) in enumerate(layers):  # those of packed adapters first
             wrapper = layer.punica_wrapper
             assert isinstance(wrapper, MultiLoRAPunicaWrapper)
             ranks = self._shrink_ranks[own], self._expand_ranks[own]
             factors = None
-            if self.factors is not None and number < len(found.packed):
+            if self.factors is not None and number < len(packed):
                 factors = self.factors.of_layer(number)
             layer.set_mapping(wrapper.for_layer(*ranks, factors))
             prepare(layer)
@@ -209,17 +181,61 @@ class MultiLoRAModelManager(LoRAModelManager):
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()
 
+    def _make_slots(self, packed: Sequence[Any], orders: Mapping[int, torch.Tensor]) -> None:
+        """Makes the slots of linear layers, and what copies packed adapters into them."""
+        _store_by_column(packed, self.lora_config.lora_dtype, self.device)
+        slots_of_a = [a for module in packed for a in module.lora_a_stacked]
+        slots_of_b = [b for module in packed for b in module.lora_b_stacked]
+        self.slot_table = SlotTable(slots_of_a, slots_of_b)
+        self._reordered = _Reordered(slots_of_b, orders)
+
+    def _ranked_layers(self, packed: Iterable[Any]) -> list[tuple[Any, slice]]:
+        """The layers whose true ranks are tracked, each with its slices' rows in the rank tables.
+
+        Those that packed adapters fill come first; `_ranked` gets the others.
+        """
+        layers: list[tuple[Any, slice]] = []
+        rows = 0
+        for module in packed:
+            layers.append((module, slice(rows, rows + module.n_slices)))
+            rows += module.n_slices
+        self._ranked: dict[str, _RankedLayer] = {}
+        for name, special in self._special.items():
+            if is_ranked(special):
+                slices = getattr(special, "n_slices", 1)
+                shard = special.lora_a_stacked[0].shape[-2] if _shards_ranks(special) else 0
+                self._ranked[name] = _RankedLayer(
+                    slice(rows, rows + slices),
+                    first_rank=special.tp_rank * shard if shard else 0,
+                    held_ranks=shard or self.lora_config.max_lora_rank,
+                )
+                layers.append((special, self._ranked[name].rows))
+                rows += slices
+        return layers
+
+    def _make_rank_tables(self, layers: Iterable[Any]) -> None:
+        self._held_ranks = np.array(
+            [a.shape[-2] for layer in layers for a in _stacked_a(layer)], dtype=np.int32
+        )
+        shape = (len(self._held_ranks), self.lora_slots)
+        self._shrink_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._rank_columns = SlotColumns((self._shrink_ranks, self._expand_ranks))
+
+    def _wrappers(self) -> Iterable[MultiLoRAPunicaWrapper]:
+        """Each once, however many of the model's parts have it."""
+        return {id(wrapper): wrapper for wrapper in self.punica_wrapper_mapping.values()}.values()
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes on the device of all slots and of what the plugin keeps beside them."""
-        wrappers = {id(w): w for w in self.punica_wrapper_mapping.values()}.values()
         tables = self._shrink_ranks.nbytes + self._expand_ranks.nbytes
         if self.device.type != "cpu":
             tables += self._rank_columns.nbytes + self.slot_table.staging_bytes
         if self.factors is not None:
             tables += self.factors.nbytes
         layers = sum(map(layer_bytes, self.modules.values()))
-        return layers + tables + self._reordered.nbytes + sum(map(wrapper_bytes, wrappers))
+        return layers + tables + self._reordered.nbytes + sum(map(wrapper_bytes, self._wrappers()))
 
     @property
     def special_slot_bytes(self) -> int:
@@ -338,7 +354,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         def compute_logits(rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             first = first_row(rows, hidden_states)
             with ExitStack() as stack:
-                for wrapper in self.punica_wrapper_mapping.values():
+                for wrapper in self._wrappers():
                     stack.enter_context(wrapper.output_rows.from_prompt(first))
                 return compute(rows, *args, **kwargs)
 
@@ -350,7 +366,7 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     def set_sampled_rows(self, counts: npt.NDArray[np.integer]) -> None:
         """Says how many rows of each request reach the output layers; see `OutputRows`."""
-        for wrapper in self.punica_wrapper_mapping.values():
+        for wrapper in self._wrappers():
             wrapper.output_rows.set_counts(counts)
 
     def forget_contents(self) -> None:
@@ -360,7 +376,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         must find valid numbers there.
         """
         self.empty_all_slots()
-        for wrapper in self.punica_wrapper_mapping.values():
+        for wrapper in self._wrappers():
             wrapper.memory_lost()
         self._shrink_ranks.zero_()
         self._expand_ranks.zero_()
