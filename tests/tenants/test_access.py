@@ -14,6 +14,7 @@ from http import HTTPStatus
 from types import SimpleNamespace
 from unittest.mock import AsyncMock
 
+import httpx
 import pytest
 
 pytest.importorskip("vllm")
@@ -141,6 +142,20 @@ def test_errors_have_the_shape_of_the_api_that_was_called(path, keys):
         assert body["error"]["message"] == "The request has no valid key"
         body["error"] = body["error"].keys()
     assert body == keys
+
+
+@pytest.mark.parametrize("key", [CLIENT, ACME])
+def test_whoever_may_not_load_adapters_is_told_which_key_may(tenants, key):
+    access = Access(api_keys=[CLIENT], admin_keys=[ADMIN], tenants_path=str(tenants))
+    transport = httpx.ASGITransport(AccessMiddleware(App(), access))
+
+    async def load():
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post("/v1/load_lora_adapter", headers={"x-api-key": key})
+
+    answer = asyncio.run(load())
+    assert answer.status_code == HTTPStatus.FORBIDDEN
+    assert "expected an admin key" in answer.json()["error"]["message"]
 
 
 def parts_of(body):

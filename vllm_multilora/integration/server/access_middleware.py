@@ -39,7 +39,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REFUSALS = (HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS)
 _MESSAGES = {
     HTTPStatus.UNAUTHORIZED: "The request has no valid key; expected `Authorization: Bearer KEY`.",
-    HTTPStatus.FORBIDDEN: "The key does not allow this.",
+    HTTPStatus.FORBIDDEN: "The key does not allow this; expected an admin key or, on a server "
+    "without one, the API key.",
     HTTPStatus.NOT_FOUND: "There is nothing at a path with control characters.",
 }
 _ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
