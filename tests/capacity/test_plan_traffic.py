@@ -170,7 +170,7 @@ def changed(**attributes):
         ("{", "calibration.json: Input data was truncated; expected a file that"),
         ('{"format": 3}', "Object missing required field `created`"),
         (changed(surprise=1), "contains unknown field `surprise`"),
-        (changed(format=7), "has format 7, this version reads 3"),
+        (changed(format=7), "has format 7; expected a file that `vllm-multilora calibrate`"),
         (changed(step_s={"step": 1.0}), "step_s has step; expected"),
         (changed(request_s=-1.0), "Expected `float` >= 0.0 - at `$.request_s`; expected a file"),
         (changed(step_s=calibration().step_s | {"step": -1.0}), "Expected `float` >= 0.0"),

@@ -201,7 +201,7 @@ def read_calibration(path: Path) -> Calibration:
     except msgspec.DecodeError as error:
         raise CalibrationError(f"{path}: {error}; {advice}") from error
     if found.format != FORMAT:
-        raise CalibrationError(f"{path}: has format {found.format}, this version reads {FORMAT}")
+        raise CalibrationError(f"{path}: has format {found.format}; {advice}")
     if set(found.step_s) != set(TERMS):
         raise CalibrationError(
             f"{path}: step_s has {', '.join(sorted(found.step_s)) or 'nothing'}; {advice}"
