@@ -35,8 +35,8 @@ class Lru2Policy(CachePolicy):
         self._last[adapter_id] = self._last_but_one[adapter_id] = 0
 
     def used(self, adapter_ids: Sequence[int], joined: Sequence[int]) -> None:
-        # Logical time: no wall clock, no random numbers. Every rank of a tensor-parallel group
-        # runs this on its own and must come to the same victims.
+        # Logical time: no wall clock, no random numbers, so that `vllm-multilora simulate` chooses
+        # the victims that a server would choose.
         self._clock += 1
         for adapter_id in joined:  # a request's further steps are the same use
             self._last_but_one[adapter_id] = self._last[adapter_id]
