@@ -102,6 +102,13 @@ def test_help_fits_a_terminal_of_usual_width(words, capsys, monkeypatch):
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_says_what_it_means(name):
+    words = shlex.split(COMMANDS[name].examples[0].partition(">")[0])
+    flags = parser_of([name]).parse_args(words).parser._actions
+    assert [flag.option_strings for flag in flags if flag.option_strings and not flag.help] == []
+
+
 @pytest.mark.parametrize("columns", ["1", "2", "12"])
 def test_a_terminal_may_be_narrower_than_any_text(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)

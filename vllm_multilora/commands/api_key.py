@@ -12,5 +12,6 @@ def add_api_key(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         default=os.environ.get("VLLM_API_KEY"),
         metavar="KEY",
-        help="the server's API key, if it has one (default: $VLLM_API_KEY)",
+        help="a key of the server, if it has any (default: $VLLM_API_KEY, which other users of "
+        "this machine cannot see)",
     )

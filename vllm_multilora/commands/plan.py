@@ -52,16 +52,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers that get slots (default: all that the base model supports)",
     )
     server.add_argument(
-        "--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32")
+        "--dtype",
+        default="auto",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        help="the base model's type (default: %(default)s)",
     )
-    server.add_argument("--lora-dtype", default="auto", choices=("auto", "float16", "bfloat16"))
+    server.add_argument(
+        "--lora-dtype",
+        default="auto",
+        choices=("auto", "float16", "bfloat16"),
+        help="the slots' type (default: the base model's)",
+    )
     server.add_argument(
         "--max-model-len", type=int, metavar="TOKENS", help="length of the longest request"
     )
     server.add_argument(
-        "--gpu-memory-utilization", type=float, metavar="SHARE", help="default: vLLM's default"
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help="part of a GPU's memory that vLLM takes, above 0 and at most 1 (default: vLLM's)",
     )
-    server.add_argument("--trust-remote-code", action="store_true")
+    server.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the base model"
+    )
     server.add_argument(
         "--multilora-dora", action="store_true", help="reserve room for DoRA adapters"
     )
