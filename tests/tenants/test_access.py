@@ -50,7 +50,9 @@ from vllm_multilora.integration.server.metering import ServerMeter, shutdown
 from vllm_multilora.integration.server.request_bounds import (
     MOST_BODY,
     MOST_NUMBERS,
+    LargeBodyError,
     stop_at_first_errors,
+    whole_body,
 )
 from vllm_multilora.integration.server.start import require_guards, share_threads
 from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
@@ -204,6 +206,23 @@ def test_a_tenants_body_holds_so_much(tenants, path, body, status):
         assert start["status"] == expected
     if status == HTTPStatus.OK:
         assert seen[-1] == {"type": "http.request", "body": body, "more_body": False}
+
+
+@pytest.mark.parametrize("short", [b'""', b'1""'], ids=["texts", "numbers-and-texts"])
+def test_a_tenants_body_is_looked_at_as_a_whole_and_not_for_each_text_or_number(short):
+    """Nobody is answered meanwhile: half a minute, for 64 MiB of the shortest."""
+
+    def seconds(body):
+        async def receive():
+            return {"type": "http.request", "body": b"[{}," * 40_000 + body}
+
+        begun = time.process_time()
+        with pytest.raises(LargeBodyError):
+            asyncio.run(whole_body(receive, is_form=False))
+        return time.process_time() - begun
+
+    size = 16 << 20
+    assert seconds(short * (size // len(short))) < 5 * seconds(b'"%s"' % (b"a" * size))
 
 
 def test_a_tenants_client_that_goes_before_its_body_has_come_is_gone(tenants):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -57,8 +56,7 @@ MOST_LENGTH = 1 << 30
 
 MOST_SEED = (1 << 63) - 1
 
-# Possessive, and with ends that may be missing: no text is looked at twice.
-_TEXT_OR_NUMBER = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|(?:-?\d[-+.\w]*+\s*+,?\s*+)++', re.DOTALL)
+_OF_NUMBERS = b"0123456789+-.eE \t\r\n"
 _LISTS = ("list", "tuple", "set", "frozenset")
 _NOT_OF_SCHEMA = ("default", "metadata")
 
@@ -108,7 +106,14 @@ def _require_few_values(body: bytes) -> None:
         raise LargeBodyError(f"Values in the body: expected {MOST_NUMBERS} at most.")
     if _values_in(body) <= MOST_VALUES:
         return
-    if (found := _values_in(_TEXT_OR_NUMBER.sub(b"", body))) > MOST_VALUES:
+    # Whole operations on bytes alone: a search for each text or number would take half a minute.
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if (found := plain.count(b'"') // 4) <= MOST_VALUES:  # of texts, half may be names of fields
+        outside = b'"'.join(plain.split(b'"')[::2]).translate(None, _OF_NUMBERS)
+        while b",," in outside:
+            outside = outside.replace(b",,", b",")
+        found = _values_in(outside)
+    if found > MOST_VALUES:
         raise LargeBodyError(
             f"Values in the body besides numbers: found {found}, expected {MOST_VALUES} at most."
         )
