@@ -177,6 +177,13 @@ BODIES = {
     "text-without-end": (CALLS, b'{"prompt": "%s' % (b"," * 40_000), 200),
     "lists": (CALLS, b'{"prompt": [%s[]]}' % (b"[]," * 20_000), 413),
     "texts": (CALLS, b'{"prompt": [%s""]}' % (b'"",' * 40_000), 413),
+    "lists-in-utf-16": (
+        CALLS,
+        # A byte of this character is a quotation mark.
+        ('{"user": "\u2200", "prompt": [%s[]]}' % ("[]," * 20_000)).encode("utf-16"),
+        413,
+    ),
+    "tokens-in-utf-16": (CALLS, (b'{"prompt": [%s]}' % TOKENS).decode().encode("utf-16"), 200),
     "messages": ("/v1/messages", b'{"messages": [%s{}]}' % (b"{}," * 20_000), 413),
     "fields": (CALLS, b'{%s"a": 0}' % (b'"a": 0,' * 40_000), 413),
     "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MOST_NUMBERS + 1)), 413),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -102,6 +103,8 @@ async def whole_body(receive: Receive, *, is_form: bool) -> Receive:
 
 
 def _require_few_values(body: bytes) -> None:
+    if not (encoding := json.detect_encoding(body)).startswith("utf-8"):
+        body = body.decode(encoding, "replace").encode()
     if body.count(b",") > MOST_NUMBERS:
         raise LargeBodyError(f"Values in the body: expected {MOST_NUMBERS} at most.")
     if _values_in(body) <= MOST_VALUES:
