@@ -1,8 +1,10 @@
 """What passes between HTTP and adapters: headers in, the adapter's name and version out."""
 
 import asyncio
+import importlib
 import inspect
 import json
+import time
 from types import SimpleNamespace
 from typing import get_args
 
@@ -14,9 +16,11 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 
 from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server.access_middleware import PlainPathMiddleware
 from vllm_multilora.integration.server.http_calls import (
     DROPPING_JSON,
+    MOST_ERROR,
     HttpCall,
     HttpCallMiddleware,
     current_call,
@@ -180,6 +184,47 @@ def test_what_is_no_http_passes():
         await send({"type": "websocket.accept"})
 
     assert call(app, {"type": "websocket"}) == [{"type": "websocket.accept"}]
+
+
+RUNS = {
+    "path": "/a" * 4_096,
+    "paths": ("/a" * 120 + " ") * 1_000,
+    "spaces": "\n" * 16_000 + 'File "x", line',
+    "no-end": "/a" * 500_000,
+}
+
+
+@pytest.mark.parametrize("text", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("part", ["error_response", "handlers.validation"])
+def test_an_error_that_repeats_what_a_client_has_sent_takes_no_time(part, text):
+    """vLLM looks for paths in it, by expressions that take the third power of its length."""
+    vllm = importlib.import_module(f"vllm.entrypoints.serve.exception_handling.{part}")
+    assert not missing({"error-texts", "validation-error-texts"})
+    begun = time.thread_time()
+    shown = behind(lambda: vllm.sanitize_message(f"No such thing: {text} (/home/me/secret)"))
+    assert time.thread_time() - begun < 1.0
+    assert shown.startswith("No such thing: ")
+    assert len(shown) <= MOST_ERROR + len("...")
+
+
+def test_an_errors_text_is_vllms_otherwise():
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    text = f"The file /home/me/model/config.json has {'/a' * 100} \n in it"
+    answers = [behind(lambda: create_error_response(text)), create_error_response(text)]
+    assert answers[0] == answers[1]
+    assert answers[0].error.message == f"The file <path> has {'/a' * 100} \n in it"
+
+
+def behind(work):
+    """What some work returns while a request is answered."""
+    found = []
+
+    async def app(*_):
+        found.append(work())
+
+    call(app)
+    return found[0]
 
 
 def middlewares(original=lambda *rest: None, **arguments):

@@ -668,6 +668,26 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM's /invocations looks at the body's model.",
     ),
     Patch(
+        name="error-texts",
+        target="vllm.entrypoints.serve.exception_handling.error_response:sanitize_message",
+        takes=("message",),
+        handler="server.http_calls:sanitize_message",
+        why="vLLM looks for paths in errors' texts, which may repeat what clients send, and takes "
+        "the third power of their length for that: minutes for twenty kilobytes, in which nobody "
+        "is answered. Shortens them before.",
+        checked=(),
+        until="vLLM bounds what an error repeats.",
+    ),
+    Patch(
+        name="validation-error-texts",
+        target="vllm.entrypoints.serve.exception_handling.handlers.validation:sanitize_message",
+        takes=("message",),
+        handler="server.http_calls:sanitize_message",
+        why="As error-texts, of bodies that are wrong.",
+        checked=(),
+        until="As error-texts.",
+    ),
+    Patch(
         name="api-key",
         target="vllm.entrypoints.serve.middleware.authenticate:"
         "AuthenticationMiddleware.verify_token",
