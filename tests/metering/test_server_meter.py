@@ -2,17 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from vllm import RequestOutput
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.async_llm import InputStreamError
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import (
     OutputProcessor,
@@ -20,16 +25,23 @@ from vllm.v1.engine.output_processor import (
     RequestState,
 )
 from vllm.v1.metrics.stats import PrefillStats
+from vllm.v1.outputs import LogprobsLists
 
 from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.attached import PROMPT as PROMPT_OF
+from vllm_multilora.integration.server.callers import MOST_SCORES, Caller
 from vllm_multilora.integration.server.metering import (
     ServerMeter,
     abort_requests,
     beam_search,
+    process_outputs,
     shutdown,
 )
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metrics import server_counts
+from vllm_multilora.tenants.limits import Account
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Tenant
 
 from ..metrics.readings import recorder, shown
 
@@ -252,3 +264,61 @@ def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(
 def test_what_the_engine_found_in_its_cache_is_counted() -> None:
     usage, _ = metered(None, takes_prefills=True)
     assert usage.cached_tokens == CACHED
+
+
+def scored(
+    caller: Caller | None, *, streams: bool, read: bool = False, is_beam: bool = False
+) -> list[Any]:
+    """What a client gets of a request whose tokens come with a third of what may be told each."""
+    kind = RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY
+    processor = OutputProcessor(None, log_stats=False)
+    meter = ServerMeter(None)
+    METER.set(processor, meter)
+    request, queue = request_for_acme(REQUEST), RequestOutputCollector(kind, "one")
+    most = MOST_SCORES // 3 - 1
+    request.sampling_params = SamplingParams(
+        logprobs=most, max_tokens=4, output_kind=kind, detokenize=False
+    )
+    processor.add_request(request, None, queue=queue)
+    (state,) = processor.request_states.values()
+    meter.begin(state)
+    prompt = PROMPT_OF.get(state)
+    assert prompt is not None
+    prompt.caller, prompt.is_beam = caller, is_beam
+    # As wide as another request of the step wants it.
+    numbers = np.arange(2 * most, dtype=np.int64).reshape(1, -1)
+    scores = LogprobsLists(numbers, -numbers.astype(np.float32), np.zeros(1, dtype=np.int64))
+    got: list[Any] = []
+    for number in range(4):
+        reason = FinishReason.LENGTH if number == 3 else None
+        output = EngineCoreOutput(state.request_id, [7], scores, finish_reason=reason)
+        process_outputs(OutputProcessor.process_outputs, processor, [output])
+        if read or number == 3:
+            try:
+                got.append(queue.get_nowait())
+            except InputStreamError as error:
+                got.append(error)
+    return [each for each in got if each is not None]
+
+
+ACME = Caller(Role.TENANT, account=Account(Tenant("acme")))
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "unread-stream"])
+def test_a_tenants_answer_has_few_enough_scores_to_tell_them_in_a_moment(streams: bool) -> None:
+    """Nobody is answered meanwhile; the engine does not go on with it, as vLLM is told to abort."""
+    (error,) = scored(replace(ACME), streams=streams)
+    assert isinstance(error, InputStreamError)
+    assert isinstance(error.cause, GracefulHTTPError)
+    assert error.cause.http_status == 400
+    assert "65536 log probabilities at a time" in str(error)
+
+
+def test_all_others_are_told_what_they_ask_for() -> None:
+    found = [
+        scored(replace(ACME), streams=True, read=True),
+        scored(replace(ACME), streams=False, is_beam=True),
+        *(scored(who, streams=False) for who in (None, Caller(Role.CLIENT))),
+    ]
+    assert [len(each) for each in found] == [4, 1, 1, 1]
+    assert all(isinstance(output, RequestOutput) for each in found for output in each)

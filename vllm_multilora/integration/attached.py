@@ -149,6 +149,9 @@ METER: Attached[ServerMeter] = Attached("meter")
 ENDED: Attached[Usage] = Attached("ended")
 """Of a `RequestState` that has ended: what its prompt has used so far."""
 
+UNREAD_SCORES: Attached[int] = Attached("unread-scores")
+"""Of what collects a stream's outputs: log probabilities that its client has not been told yet."""
+
 PROMPT: Attached[Prompt | None] = Attached("prompt")
 """Of a `RequestState`, or of the `ParentRequest` of several: what its prompt has used so far; None
 once it has ended."""

@@ -35,8 +35,8 @@ MOST_ANSWERS = 2_048
 begin."""
 
 MOST_SCORES = 65_536
-"""Of tokens of its prompts, that a tenant's call may want; each takes the event loop several
-microseconds to tell."""
+"""Log probabilities that a tenant's call may want to be told in one piece; each takes the event
+loop up to fifteen microseconds."""
 
 MOST_BYTES = 16 << 20
 """That a tenant's call may have the engine receive, which takes it a few nanoseconds for each and
@@ -148,13 +148,21 @@ class Caller:
             self.account.unwant(ended)
 
     def count_scores(self, count: int) -> None:
-        """The call wants so many log probabilities of its prompts' tokens, more than before.
+        """The call is told so many log probabilities in one piece, more than before.
 
         Raises:
             GracefulHTTPError: A tenant's wants too many: nobody is answered while they are told.
         """
         self._scores += count
-        self._bound(self._scores, MOST_SCORES, "log probabilities of its prompts' tokens at most.")
+        self.require_few_scores(self._scores)
+
+    def require_few_scores(self, count: int) -> None:
+        """Raises as `count_scores` does, if there are too many in one piece."""
+        what = (
+            "log probabilities at a time at most: of its prompts' tokens and of answers that are "
+            "not streamed, or not read."
+        )
+        self._bound(count, MOST_SCORES, what)
 
     def count_bytes(self, request: Any, answers: int) -> None:
         """The call has the engine receive so much more, once for each of the answers.

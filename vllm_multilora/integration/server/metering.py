@@ -18,11 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GracefulHTTPError
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
+from vllm.v1.engine.async_llm import InputStreamError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.blends import is_blend
-from vllm_multilora.integration.attached import ENDED, METER, ON_FAILURE, PROMPT
+from vllm_multilora.integration.attached import (
+    ENDED,
+    METER,
+    ON_FAILURE,
+    PROMPT,
+    UNREAD_SCORES,
+)
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.failures import deliver_failures, mark_failed
 from vllm_multilora.integration.patching.activation import settings_of
@@ -143,7 +151,7 @@ class ServerMeter:
         )
 
     def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> None:
-        """Takes in what engines say of versions and ends, before vLLM does.
+        """Takes in what engines say of versions, log probabilities and ends, before vLLM does.
 
         Args:
             outputs: vLLM's `EngineCoreOutput`s that say any of that.
@@ -156,6 +164,8 @@ class ServerMeter:
                 continue
             if (digest := version_in(output.trace_headers)) is not None:
                 self._ran(prompt, digest, state)
+            if output.new_logprobs is not None and prompt.caller is not None:
+                _count_scores(prompt, prompt.caller, output, state)
             if (status := _ENDS.get(output.finish_reason)) is not None:
                 prompt.usage.status = status
 
@@ -212,6 +222,30 @@ class ServerMeter:
             count_tokens(usage)
         if self._log is not None:
             self._log.write(usage)
+
+
+def _count_scores(prompt: Prompt, caller: Caller, output: Any, state: Any) -> None:
+    """Ends a request with too many log probabilities to be told in one piece.
+
+    vLLM keeps those of an answer that is not streamed until its end, and those of a stream until
+    its client reads on.
+    """
+    queue = state.queue
+    if queue is None or prompt.is_beam:
+        return
+    most = state.logprobs_processor.num_logprobs
+    width = output.new_logprobs.logprobs.shape[1] if most < 0 else most + 1  # -1: all that are
+    count = len(output.new_token_ids) * width
+    try:
+        if state.output_kind is RequestOutputKind.FINAL_ONLY:
+            caller.count_scores(count)
+        else:
+            unread = 0 if queue.output is None else UNREAD_SCORES.get(queue) or 0
+            UNREAD_SCORES.set(queue, unread + count)
+            caller.require_few_scores(unread + count)
+    except GracefulHTTPError as error:
+        # What is wrong with a request's input, such as this, has vLLM abort it.
+        queue.put(InputStreamError(error))
 
 
 def _count_latencies(adapter: str, stats: Any) -> None:
@@ -274,7 +308,9 @@ def process_outputs(
     telling = [
         output
         for output in engine_core_outputs
-        if output.finish_reason is not None or output.trace_headers is not None
+        if output.finish_reason is not None
+        or output.trace_headers is not None
+        or output.new_logprobs is not None
     ]
     if telling and (meter := METER.get(processor)) is not None:
         meter.look(telling, states)
