@@ -142,6 +142,17 @@ def test_adapters_of_what_latent_attention_does_not_call_are_refused(tmp_path):
         assert all("kv_b_proj" in problem.where for problem in problems)
 
 
+@pytest.mark.parametrize("kind", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+def test_adapters_of_what_mamba_computes_in_two_parts_are_refused(tmp_path, kind):
+    """vLLM takes both parts for a step's first rows: those of other requests."""
+    from vllm_multilora.integration.offline.model import Server, offline_layout
+
+    layout = offline_layout(Server(str(tiny_models.write_jamba_config(tmp_path / "model"))))
+    module = f"model.layers.0.mamba.{kind}"
+    assert (module in layout.bypassed) == (kind in ("x_proj", "dt_proj"))
+    assert module in layout.by_name or layout.is_special(module)
+
+
 @pytest.mark.parametrize(
     ("of", "inputs", "outputs", "workers"),
     [

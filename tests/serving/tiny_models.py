@@ -29,6 +29,7 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    JambaConfig,
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -163,6 +164,16 @@ def write_apertus_config(path: Path) -> Path:
     """Writes what says of an Apertus how large it is, and no weights."""
     config = ApertusConfig(**TWO_LAYERS, pad_token_id=None)
     config.architectures = ["ApertusForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
+def write_jamba_config(path: Path) -> Path:
+    """Writes what says of a Jamba without experts how large it is, and no weights."""
+    config = JambaConfig(
+        **TWO_LAYERS, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_dt_rank=8
+    )
+    config.architectures = ["JambaForCausalLM"]
     config.save_pretrained(path)
     return path
 

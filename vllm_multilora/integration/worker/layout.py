@@ -20,6 +20,7 @@ from vllm.lora.layers.column_parallel_linear import (
     MergedColumnParallelLinearWithLoRA,
 )
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models import supports_multimodal
 
@@ -221,7 +222,8 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     attention (MLA) holds the layer that makes keys and values of what is cached, `kv_b_proj`,
     outside of the model's modules, where vLLM puts no adapters around it. With sequence
     parallelism, a router and shared experts get a rank's own share of the rows, and would take them
-    for the step's first ones. Of experts that ranks share out among them, vLLM fills as many as a
+    for the step's first ones. So would layers of Mamba (Jamba's) that vLLM calls twice in a step,
+    for prompts and for answers. Of experts that ranks share out among them, vLLM fills as many as a
     rank has, from the rank's place times their number on, and a rank may have others. And some
     queries and keys have their outputs in another order than in checkpoints, and than the rows of
     an adapter's B.
@@ -233,14 +235,13 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     for name in _tower_layers(manager):
         for source in manager.packed_modules.get(name, [name]):
             yield source, "vLLM does not say whose images its rows are of"
+    for start, reason in _without_the_steps_rows(manager.model):
+        for name in manager.modules:
+            if name.startswith(start):
+                for source in manager.packed_modules.get(name, [name]):
+                    yield source, reason
     for block, part in manager.model.named_modules():
-        if getattr(part, "is_sequence_parallel", False):
-            for name in manager.modules:
-                if name.startswith(f"{block}."):
-                    for source in manager.packed_modules.get(name, [name]):
-                        yield source, "each of vLLM's ranks computes some of its rows only"
-    for block, part in manager.model.named_modules():
-        if isinstance(part, MambaMixer2):
+        if isinstance(part, MambaMixer | MambaMixer2):
             yield f"{block}.conv1d", "vLLM convolves with its weights directly"
     for name, module in manager.modules.items():
         if isinstance(module, FusedMoEWithLoRA) and not _has_the_experts_that_are_filled(module):
@@ -253,6 +254,16 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
         if base is not None and id(base) in held:
             for source in manager.packed_modules.get(name, [name]):
                 yield source, "vLLM's attention multiplies with its weights directly"
+
+
+def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """Beginnings of the names of layers that have other rows than the step's, and why."""
+    for block, part in model.named_modules():
+        if getattr(part, "is_sequence_parallel", False):
+            yield f"{block}.", "each of vLLM's ranks computes some of its rows only"
+        if isinstance(part, MambaMixer):
+            for kind in ("x_proj", "dt_proj"):
+                yield f"{block}.{kind}", "vLLM computes rows of prompts apart from those of answers"
 
 
 def _has_the_experts_that_are_filled(module: FusedMoEWithLoRA) -> bool:
