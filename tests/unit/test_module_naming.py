@@ -333,9 +333,11 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
 
     model.get_language_model = unknown
     assert found() == always
+    some_rows = {f"text.experts.{kind}" for kind in ("gate", "gate_proj", "up_proj")}
     experts.is_sequence_parallel = True
-    shared = {"text.experts.gate_proj", "text.experts.up_proj"}
-    assert found() == always | shared | {"text.experts.gate"}
+    assert found() == always | some_rows
+    experts.is_sequence_parallel, experts.vision_experts = False, torch.nn.Identity()
+    assert found() == always | some_rows
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,8 @@ def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]
     for block, part in model.named_modules():
         if getattr(part, "is_sequence_parallel", False):
             yield f"{block}.", "each of vLLM's ranks computes some of its rows only"
+        if hasattr(part, "vision_experts"):  # of Ernie 4.5 VL
+            yield f"{block}.", "vLLM computes rows of texts apart from those of images"
         if isinstance(part, MambaMixer):
             for kind in ("x_proj", "dt_proj"):
                 yield f"{block}.{kind}", "vLLM computes rows of prompts apart from those of answers"
