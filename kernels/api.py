@@ -26,6 +26,7 @@ from multilora_kernels.backends import module_of, resolve
 from multilora_kernels.checks import (
     check,
     check_activations,
+    check_devices,
     check_factors,
     check_linear_weights,
     check_weights,
@@ -78,6 +79,7 @@ def lora_linear(
     backend, layout = resolve(backend, x.device.type), plan.layout
     check_linear_weights(lora_a, lora_b, ranks, layout)
     check_activations(y=y, x=x)
+    check_devices(y=y, x=x, ranks=ranks, plan=plan.buffer)
     columns = lora_a[0].size(-1)
     check(x.size(1) == columns, f"x must have {columns} columns, as lora_a has", x.shape)
     check(offset >= 0, "offset must not be negative", offset)
@@ -129,6 +131,7 @@ def lora_shrink(
     backend, layout = resolve(backend, x.device.type), plan.layout
     check_weights("lora_a", lora_a, ranks, layout, columns=x.size(-1))
     check_activations(h=h[0], x=x)
+    check_devices(h=h, x=x, ranks=ranks, plan=plan.buffer)
     expected = (len(lora_a), x.size(0), lora_a[0].size(-2))
     check(h.shape == expected, f"h must have shape {list(expected)}", h.shape)
     _shrink(h, x, lora_a, ranks, plan.buffer, plan.host, *_fields(layout), scale, backend)
@@ -163,6 +166,7 @@ def lora_expand(
     backend, layout = resolve(backend, y.device.type), plan.layout
     check_weights("lora_b", lora_b, ranks, layout, columns=h.size(-1), by_column=True)
     check_activations(y=y, h=h[0])
+    check_devices(y=y, h=h, ranks=ranks, plan=plan.buffer)
     check(h.size(0) == len(lora_b), f"h must have {len(lora_b)} slices", h.shape)
     check(offset >= 0, "offset must not be negative", offset)
     width = offset + sum(b.size(-2) for b in lora_b)

@@ -22,6 +22,8 @@ def check_linear_weights(
     check(len(lora_a) == len(lora_b) > 0, "lora_a and lora_b must have the same slices", lora_a)
     check_weights("lora_a", lora_a, ranks, layout, columns=lora_a[0].size(-1))
     check_weights("lora_b", lora_b, ranks, layout, columns=lora_a[0].size(-2), by_column=True)
+    dtype = lora_a[0].dtype
+    check(lora_b[0].dtype == dtype, f"lora_b must be {dtype}, as lora_a is", lora_b[0].dtype)
 
 
 def check_factors(
@@ -61,14 +63,15 @@ def check_weights(
             shape[-1] != columns
             or shape[0] != layout.max_loras
             or w.dtype != dtype
+            or w.device != ranks.device
             or not (w.stride(-1) == 1 or (by_column and w.stride(-2) == 1))
             or not (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1))
         ):
             raise ValueError(
                 f"{name}[{i}] must have shape [{layout.max_loras}, rows, {columns}] (or with a 1 "
                 f"after the slots), dtype {dtype} and contiguous rows"
-                f"{' or columns' if by_column else ''}; found shape {list(shape)}, "
-                f"dtype {w.dtype}, strides {list(w.stride())}"
+                f"{' or columns' if by_column else ''} on {ranks.device}, as ranks; found shape "
+                f"{list(shape)}, dtype {w.dtype}, strides {list(w.stride())} on {w.device}"
             )
     if dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, found {dtype}")
@@ -87,6 +90,12 @@ def check_activations(**tensors: torch.Tensor) -> None:
             f"all activations must have the same tokens; found "
             f"{ {key: list(value.shape) for key, value in tensors.items()} }"
         )
+
+
+def check_devices(**tensors: torch.Tensor) -> None:
+    """Of tensors by name: all are on one device."""
+    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    check(len(set(devices.values())) == 1, "all tensors must be on one device", devices)
 
 
 def checked_shape(name: str, tensor: torch.Tensor) -> torch.Size:

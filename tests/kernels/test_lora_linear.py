@@ -8,6 +8,10 @@ from hypothesis import strategies as st
 
 from multilora_kernels import (
     BatchPlan,
+    PlanLayout,
+    PreparedExpand,
+    PreparedLinear,
+    PreparedShrink,
     column_major,
     lora_expand,
     lora_linear,
@@ -312,7 +316,41 @@ BAD_CALLS = {
     "ranks-dtype": (lambda p: {"ranks": p.ranks.long()}, "ranks must be int32"),
     "ranks-shape": (lambda p: {"ranks": p.ranks[:, :-1]}, r"ranks must be int32 of shape \[1, 8\]"),
     "x-dtype": (lambda p: {"x": p.x.double()}, "x must be 2-D with contiguous rows in float32"),
+    "x-dimensions": (lambda p: {"x": p.x[None]}, "x must be 2-D"),
+    "x-device": (lambda p: {"x": p.x.to("meta")}, "must be on one device, found .*'x': 'meta'"),
+    "plan-device": (
+        lambda p: {"plan": BatchPlan(p.plan.layout, "meta")},
+        "must be on one device, found .*'plan': 'meta'",
+    ),
+    "a-device": (lambda p: {"lora_a": [p.lora_a[0].to("meta")]}, r"lora_a\[0\] must .* on cpu"),
+    "a-rows": (lambda p: {"lora_a": [column_major(p.lora_a[0])]}, r"lora_a\[0\] .*contiguous rows"),
+    "a-dimensions": (
+        lambda p: {"lora_a": [p.lora_a[0].repeat(1, 2, 1, 1)]},
+        r"lora_a\[0\] must have shape \[8, rows, 40\] .or with a 1 after the slots",
+    ),
+    "b-slots": (lambda p: {"lora_b": [p.lora_b[0][:7]]}, r"lora_b\[0\] must have shape \[8, rows"),
+    "b-strides": (
+        lambda p: {"lora_b": [p.lora_b[0].repeat(1, 1, 2, 2)[..., ::2, ::2]]},
+        r"lora_b\[0\] .*contiguous rows or columns",
+    ),
+    "b-dtype": (
+        lambda p: {"lora_b": [p.lora_b[0].half()]},
+        "lora_b must be torch.float32, as lora_a is, found torch.float16",
+    ),
+    "dtype": (
+        lambda p: {"lora_a": [p.lora_a[0].double()], "lora_b": [p.lora_b[0].double()]},
+        "lora_a must be float32, bfloat16 or float16, found torch.float64",
+    ),
     "b-rank": (lambda p: {"lora_b": [p.lora_b[0][..., :-1]]}, r"lora_b\[0\] must have shape"),
+    "many-slices": (
+        lambda p: {
+            "lora_a": p.lora_a * 17,
+            "lora_b": p.lora_b * 17,
+            "ranks": p.ranks.repeat(17, 1),
+            "y": torch.zeros(2, 17 * 24),
+        },
+        "at most 16 slices, found 17",
+    ),
     "slices": (lambda p: {"lora_b": []}, "lora_a and lora_b must have the same slices"),
     "offset": (lambda p: {"offset": -8}, "offset must not be negative, found -8"),
     "backend": (lambda p: {"backend": "cuda"}, "unknown backend 'cuda'"),
@@ -327,3 +365,61 @@ def test_a_call_that_does_not_fit_is_refused_with_its_reason(change, message):
     }
     with pytest.raises(ValueError, match=message):
         lora_linear(**(arguments | change(problem)))
+
+
+BAD_HALVES = {
+    "x-columns": lambda x, h, y: (x[:, :-1], h, y),
+    "y-columns": lambda x, h, y: (x, h, y[:, :23]),
+    "h-slices": lambda x, h, y: (x, h.repeat(2, 1, 1), y),
+    "h-rows": lambda x, h, y: (x, h[:, :-1], y),
+    "h-columns": lambda x, h, y: (x, h[..., :-1], y),
+    "h-strides": lambda x, h, y: (x, h.mT.contiguous().mT, y),
+    "h-dtype": lambda x, h, y: (x, h.double(), y),
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["call", "prepared"])
+@pytest.mark.parametrize(
+    ("half", "change"),
+    [
+        (half, change)
+        for change in BAD_HALVES
+        for half in ("shrink", "expand")
+        if not change.startswith("y" if half == "shrink" else "x")
+    ],
+)
+def test_half_a_product_that_does_not_fit_is_refused(half, change, prepared):
+    problem = make_problem([0, 1, -1])
+    x, h, y = BAD_HALVES[change](problem.x, torch.zeros(1, 3, 16), problem.y)
+    a, b, ranks, plan = problem.lora_a, problem.lora_b, problem.ranks, problem.plan
+    calls = {
+        ("shrink", False): lambda: lora_shrink(h, x, a, ranks, plan),
+        ("shrink", True): lambda: PreparedShrink(a, ranks, plan.layout)(h, x, plan),
+        ("expand", False): lambda: lora_expand(y, h, b, ranks, plan),
+        ("expand", True): lambda: PreparedExpand(b, ranks, plan.layout)(y, h, plan),
+    }
+    with pytest.raises(ValueError, match="found"):
+        calls[half, prepared]()
+
+
+@pytest.mark.parametrize("kind", [PreparedLinear, PreparedShrink, PreparedExpand])
+def test_a_layer_is_prepared_for_weights_and_plans_that_fit(kind):
+    problem = make_problem([0, 1, -1])
+    of = {
+        PreparedLinear: ((problem.lora_a, problem.lora_b), problem.y, problem.x),
+        PreparedShrink: ((problem.lora_a,), torch.zeros(1, 3, 16), problem.x),
+        PreparedExpand: ((problem.lora_b,), problem.y, torch.zeros(1, 3, 16)),
+    }
+    weights, out, given_ = of[kind]
+    ranks, plan = problem.ranks, problem.plan
+    prepared = kind(*weights, ranks, plan.layout)
+    other = BatchPlan(PlanLayout(plan.layout.max_tokens, plan.layout.max_loras, 16))
+    assert other.layout.size == plan.layout.size
+    with pytest.raises(ValueError, match="expected a plan of"):
+        prepared(out, given_, other)
+    with pytest.raises(ValueError, match=f"a plan of {plan.layout.size} numbers; found"):
+        prepared.run(out, given_, plan.buffer[:-1], plan.header)
+    with pytest.raises(ValueError, match="ranks must be int32"):
+        kind(*weights, ranks.long(), plan.layout)
+    with pytest.raises(ValueError, match="slice"):
+        kind(*([] for _ in weights), ranks, plan.layout)

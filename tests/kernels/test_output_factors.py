@@ -178,15 +178,19 @@ def test_compiled_code_takes_them():
         ({"values": torch.zeros(8, 23)}, r"factors.values must be .*\[8, 24\]"),
         ({"values": torch.zeros(8, 24).double()}, "factors.values must be torch.float32"),
         ({"marks": torch.zeros(1, 7, dtype=torch.int32)}, r"factors.marks must be .*\[1, 8\]"),
+        ({"values": torch.zeros(8, 48)[:, ::2]}, "factors.values must .* with contiguous rows"),
         ({"bias": torch.zeros(2, 24)[0, ::2]}, r"factors.bias must be .*\[24\]"),
     ],
-    ids=["values", "dtype", "marks", "bias"],
+    ids=["values", "dtype", "marks", "strides", "bias"],
 )
 def test_what_does_not_fit_is_refused(change, words):
     problem = make_problem(MIXED)
     factors = replace(factors_for(problem), **change)
     with pytest.raises(ValueError, match=words):
         run(problem, "native", factors)
+    weights = problem.lora_a, problem.lora_b, problem.ranks
+    with pytest.raises(ValueError, match=words):
+        PreparedLinear(*weights, problem.plan.layout, factors=factors)
 
 
 def test_factors_of_overwritten_columns_are_refused():
