@@ -28,7 +28,6 @@ from multilora_kernels.device_staging import DeviceStaging
 from multilora_kernels.native import check_size, load_releasing_library
 from multilora_kernels.pieces import PIECE, host_bytes, in_groups
 
-BACKENDS = ("auto", "native", "torch", "triton")
 GROUP_BYTES = 4 << 20
 STAGING_BYTES = 16 << 20
 
@@ -200,7 +199,6 @@ class SlotTable:
             NativeUnavailableError: As for `copy`.
             TritonUnavailableError: As for `copy`.
         """
-        backend = self._resolve(backend)
         for group in self.pieces(slot, index):
             self.copy(group, backend=backend)
 
@@ -243,30 +241,25 @@ class SlotTable:
             NativeUnavailableError: `native` was asked for by name and cannot be had.
             TritonUnavailableError: Likewise for `triton`.
         """
-        backend = self._resolve(backend)
+        backend = resolve_backend(backend, self.device)
         if backend == "native":
             _library().multilora_scatter(
                 ctypes.c_void_p(group.pieces.ctypes.data), ctypes.c_int64(len(group.pieces))
             )
         elif backend == "torch":
             self._copy_torch(group)
-        elif len(group.pieces):
+        else:
             self._device_staging().copy(group.pieces)
 
     def warm_up(self) -> None:
         """Compiles what copies to a GPU need, so that no step waits for it; else does nothing."""
-        if self._resolve("auto") == "triton":
+        if resolve_backend("auto", self.device) == "triton":
             self._device_staging().warm_up()
 
     def _device_staging(self) -> DeviceStaging:
         if self._staging is None:  # Triton's interpreter, on a CPU
             self._staging = DeviceStaging(self.device, self.staging_bytes)
         return self._staging
-
-    def _resolve(self, backend: str) -> str:
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-        return resolve_backend(backend, self.device)
 
     def _check_index(self, index: SlotIndex) -> None:
         columns = (index.rows, index.a_ranks, index.ranks, index.a_addresses, index.b_addresses)
@@ -320,10 +313,9 @@ class SlotTable:
             whole = self._b[row] if matrix % 2 else self._a[row]
             if matrix % 2 and self._by_column[row]:
                 whole = whole.mT
-            if rows and columns:
-                source = host_bytes(int(piece["source"]), rows * columns * width)
-                part = whole[group.slot, line : line + rows, :columns]
-                part.copy_(source.view(self.dtype).view(rows, columns), non_blocking=True)
+            source = host_bytes(int(piece["source"]), rows * columns * width)
+            part = whole[group.slot, line : line + rows, :columns]
+            part.copy_(source.view(self.dtype).view(rows, columns), non_blocking=True)
 
 
 def _matrices(tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -147,6 +147,4 @@ def _runs(
         tiles[slot].append(rows)
     for slot, parts in tiles.items():
         rows = torch.cat(parts)
-        rows = rows[rows < tokens]
-        if len(rows):
-            yield slot, rows
+        yield slot, rows[rows < tokens]

@@ -133,8 +133,6 @@ class Call:
         self._caller = self._threads = 0
         self._scratch: torch.Tensor | None = None
         self._plan: torch.Tensor | None = None
-        self._x_shape = self._y_shape = torch.Size()
-        self._x_dtype = self._y_dtype = torch.float32
 
     def __call__(
         self,
