@@ -1,12 +1,14 @@
 """A prepared native call describes a batch anew only if more than its values differ."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import BatchPlan, PlanLayout, PreparedLinear, lora_linear
+from multilora_kernels import BatchPlan, OutputFactors, PlanLayout, PreparedLinear, lora_linear
 from multilora_kernels.native import segment_gemm
 
 from .problems import Problem, make_problem
@@ -27,7 +29,7 @@ def problem_of(token_slots: list[int], **options) -> Problem:
 
 def prepared_of(problem: Problem, **options) -> PreparedLinear:
     weights = problem.lora_a, problem.lora_b, problem.ranks
-    return PreparedLinear(*weights, LAYOUT, backend="native", **options)
+    return PreparedLinear(*weights, LAYOUT, **options)  # on CPUs these are native calls
 
 
 def assert_right(prepared: PreparedLinear, problem: Problem) -> None:
@@ -93,16 +95,16 @@ def test_whatever_else_differs_is(change, described, monkeypatch):
         after.y = after.y.bfloat16()
     elif change == "x's rows":
         after.x = after.x.repeat(1, 2)[:, :K]
-    elif change == "y's rows":
-        after.y = after.y.repeat(1, 2)
     elif change == "threads":
         more = torch.get_num_threads() + 1
         monkeypatch.setattr(torch, "get_num_threads", lambda: more)
     described.clear()
     y = after.y.clone()
-    prepared(y, after.x, after.plan)
+    prepared(y.repeat(1, 2)[:, : y.size(1)] if change == "y's rows" else y, after.x, after.plan)
     assert described
     assert_right(prepared, after)
+    before.plan.update(np.array(before.token_slots))
+    assert_right(prepared, before)
 
 
 def test_what_does_not_fit_is_refused_after_what_did():
@@ -111,6 +113,8 @@ def test_what_does_not_fit_is_refused_after_what_did():
     assert_right(prepared, problem)
     with pytest.raises(ValueError, match="expected x of shape"):
         prepared(problem.y.clone(), problem.x[:2], problem.plan)
+    with pytest.raises(ValueError, match=r"y of shape .tokens, >= 40."):
+        prepared(problem.y[:, :39], problem.x, problem.plan)
     with pytest.raises(ValueError, match="x must be 2-D with contiguous rows"):
         prepared(problem.y.clone(), problem.x.T.contiguous().T, problem.plan)
     assert_right(prepared, problem)
@@ -120,9 +124,23 @@ def test_a_call_made_on_one_thread_runs_on_another():
     problem = problem_of([0, 3, 1])
     prepared = prepared_of(problem)
     assert_right(prepared, problem)
+    scratch = prepared._run._scratch
     with ThreadPoolExecutor(1) as other:
         other.submit(assert_right, prepared, problem).result(60)
+    assert prepared._run._scratch is not scratch  # other layers use it on their own thread
     assert_right(prepared, problem)
+
+
+def test_a_prepared_layer_keeps_its_tensors():
+    problem = problem_of([0, 3, 1])
+    factors = OutputFactors(torch.zeros(SLOTS, 40), torch.zeros(2, SLOTS, dtype=torch.int32))
+    tensors = *problem.lora_a, *problem.lora_b, problem.ranks, factors.values, factors.marks
+    kept = [weakref.ref(tensor) for tensor in tensors]
+    prepared = prepared_of(problem, factors=factors)
+    del problem, factors, tensors
+    gc.collect()
+    assert all(each() is not None for each in kept)
+    del prepared
 
 
 def test_another_layer_may_need_more_scratch_memory_in_between():
@@ -139,7 +157,6 @@ def test_scratch_memory_is_host_memory_of_floats_whatever_the_defaults_are(dtype
     """Here none is written: it would be past the end of what is too short."""
     problem, needed = problem_of([0, 3, 1]), segment_gemm._library().multilora_scratch_floats
     monkeypatch.setattr(segment_gemm, "_scratch", segment_gemm._Scratch())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -147,11 +164,13 @@ def test_scratch_memory_is_host_memory_of_floats_whatever_the_defaults_are(dtype
             prepared = prepared_of(problem)
             call = prepared._run
             monkeypatch.setattr(call, "_compute", lambda address: None)
-            prepared(problem.y, problem.x, problem.plan)
+            for threads in (1, 3):
+                monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                prepared(problem.y, problem.x, problem.plan)
+                assert call._scratch.device.type == "cpu"
+                assert call._scratch.nbytes == 4 * needed(call._address, threads)
     finally:
         torch.set_default_dtype(usual)
-    assert call._scratch.device.type == "cpu"
-    assert call._scratch.nbytes == 4 * needed(call._address, 2)
 
 
 def test_without_memory_nothing_is_computed(monkeypatch):
