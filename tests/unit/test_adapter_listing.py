@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_multilora.integration.engine.adapter_status import listing
+from vllm_multilora.integration.server.adapter_listing import listing
 
 
 def report(*, store: str = "unix:/run/store", requests: int = 5, **fields: object) -> dict:
