@@ -72,7 +72,7 @@ def _show(arguments: argparse.Namespace, url: str) -> None:
     print(text, end="", flush=True)
 
 
-def fetch(url: str, *, api_key: str | None = None) -> dict[str, Any]:
+def fetch(url: str, *, api_key: str | None) -> dict[str, Any]:
     """What a server says of its adapters; to some keys it says no folders, or no totals.
 
     Raises:

@@ -65,8 +65,8 @@ class Arrivals:
         orders: OrdersUnderWay,
         slots: SlotAssignment,
         observer: AdapterObserver,
-        copy_s: float = 0.0,
-        required: RequiredDigests | None = None,
+        copy_s: float,
+        required: RequiredDigests | None,
     ) -> None:
         self._registrations = registrations
         self._wants = wants

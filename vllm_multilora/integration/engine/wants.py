@@ -28,7 +28,7 @@ class Wants:
             looked at.
     """
 
-    def __init__(self, store: Store, signing_keys: str | None = None) -> None:
+    def __init__(self, store: Store, signing_keys: str | None) -> None:
         self._store = store
         self._signing_keys = signing_keys
         self._tickets: dict[int, Entry] = {}

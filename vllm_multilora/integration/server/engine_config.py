@@ -196,7 +196,7 @@ def choose_grammars(vllm_config: VllmConfig) -> None:
 
 
 def check_routes(
-    settings: MultiLoRAConfig, engine_args: Any, usage_context: UsageContext | None = None
+    settings: MultiLoRAConfig, engine_args: Any, usage_context: UsageContext | None
 ) -> None:
     """Reads the routes file, so that a mistake in it is told at once and not after minutes.
 

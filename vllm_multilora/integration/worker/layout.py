@@ -73,7 +73,7 @@ class RunningLayout:
     repeated: dict[str, RepeatedRows]
 
 
-def running_layout(manager: LoRAModelManager, *, dora: bool = False) -> RunningLayout:
+def running_layout(manager: LoRAModelManager, *, dora: bool) -> RunningLayout:
     """The layout of a manager's model, read from its LoRA layers.
 
     Args:

@@ -111,8 +111,8 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         input_batch: Any,
         num_scheduled_tokens: npt.NDArray[np.integer],
         num_sampled_tokens: npt.NDArray[np.integer] | None,
-        mapping_type: LoRAMappingType = LoRAMappingType.LANGUAGE,
-        base_rows: npt.NDArray[np.integer] | None = None,
+        mapping_type: LoRAMappingType,
+        base_rows: npt.NDArray[np.integer] | None,
     ) -> None:
         """Puts a batch's adapters into slots and tells the kernels which rows are whose.
 
