@@ -39,16 +39,10 @@ class ProblemList:
         hint: str = "",
         cause: str | None = None,
     ) -> None:
-        """Notes a problem; the arguments are those of `Problem.at`.
+        """Notes a problem; the arguments are those of `Problem.at`, and its `cause`.
 
-        Args:
-            code: As there.
-            where: As there; a tensor's name may be given as it is in the file.
-            found: As there.
-            expected: As there.
-            verb: As there.
-            hint: As there.
-            cause: What has one cause, where `found` and `expected` differ from tensor to tensor.
+        A tensor's name may be given as it is in the file. `cause` tells what has one cause where
+        `found` and `expected` differ from tensor to tensor.
         """
         key: tuple[str, ...] = (code, found, expected) if cause is None else (code, cause)
         if key not in self._first and self._groups_of.get(code, 0) >= _MOST_OF_A_CODE:

@@ -63,11 +63,8 @@ class EngineAdapters:
         most_blends: Blends of each tenant that there may be at a time.
 
     Attributes:
-        slots: The slots.
-        observer: As above.
+        slots, observer, asks_late, store_address: As above.
         quarantine: Weights that must not be used.
-        asks_late: As above.
-        store_address: As above.
     """
 
     def __init__(

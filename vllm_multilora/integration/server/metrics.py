@@ -108,14 +108,7 @@ def record(
 ) -> None:
     """Records a step in vLLM's metrics; of lists of adapters with requests, the newest alone stay.
 
-    They are those of all engines together.
-
-    Args:
-        original: vLLM's, which makes a series of every pair of lists that is new.
-        stats: vLLM's `PrometheusStatLogger`.
-        scheduler_stats: vLLM's `SchedulerStats`, which have the lists; None where there are none.
-        *args: What else the step was like.
-        **kwargs: More of it.
+    They are those of all engines together. vLLM's own makes a series of every pair of lists.
     """
     take = LISTS.get_or_make(stats, partial(_taking_lists, stats))
     original(stats, scheduler_stats, *args, **kwargs)

@@ -27,15 +27,6 @@ async def add_request(
 ) -> Any:
     """Looks at a tenant's parameters before vLLM does, where that may take long.
 
-    Args:
-        original: vLLM's, for a request with however many answers.
-        client: vLLM's `AsyncLLM`.
-        request_id: As the endpoint has named it.
-        prompt: Whatever it has.
-        params: vLLM's `SamplingParams` or `PoolingParams`.
-        *args: What else the request has.
-        **kwargs: More of it.
-
     Raises:
         GracefulHTTPError: There is too much of something.
         ValueError: As vLLM's, where a structured output cannot be had.
