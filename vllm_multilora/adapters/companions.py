@@ -49,7 +49,7 @@ def _require_parameter(
     if other not in modules:
         problems.add(
             Code.HALF_MISSING,
-            next(iter(found.tensors.values())),
+            found.first_tensor,
             "of one parameter of experts that are held as one",
             f"both of them adapted, '{found.outer}' and 'down_proj'",
             hint="train with both in 'target_parameters'",
@@ -69,7 +69,7 @@ def _require_experts(
         if f"{layer}{FUSED_EXPERTS}" in modules:
             problems.add(
                 Code.DUPLICATE_TENSOR,
-                next(iter(found.tensors.values())),
+                found.first_tensor,
                 f"of one of the experts of {shown_name(layer)}, beside tensors of all of them",
                 "experts held as one, or one by one",
                 cause="experts",
@@ -79,7 +79,7 @@ def _require_experts(
         if of_experts and layer in adapted and name not in modules:
             problems.add(
                 Code.HALF_MISSING,
-                next(iter(adapted[layer].tensors.values())),
+                adapted[layer].first_tensor,
                 f"of experts of which {shown_name(name)} is not adapted",
                 "all projections of all experts of a layer, or none",
                 hint="train with all of them in 'target_modules'",
@@ -95,7 +95,7 @@ def _require_whole_or_parts(
             if part in modules:
                 problems.add(
                     Code.DUPLICATE_TENSOR,
-                    next(iter(modules[part].tensors.values())),
+                    modules[part].first_tensor,
                     f"of a part of {shown_name(whole)}, which is adapted as a whole, too",
                     "one of them",
                     cause="parts",
@@ -114,7 +114,7 @@ def _require_tied(
         kind, other = kinds if is_embedding else kinds[::-1]
         problems.add(
             Code.HALF_MISSING,
-            next(iter(module.tensors.values())),
+            module.first_tensor,
             f"of {kind} alone, with 'ensure_weight_tying' in adapter_config.json",
             f"tensors of {other}, too, to which PEFT applies the same",
             hint="save the adapter again",

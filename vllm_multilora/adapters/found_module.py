@@ -24,6 +24,11 @@ class FoundModule:
     tensors: dict[str, str] = field(default_factory=dict)
 
     @property
+    def first_tensor(self) -> str:
+        """The name of one of its tensors, which stands for it in what is said of it."""
+        return next(iter(self.tensors.values()))
+
+    @property
     def target(self) -> str:
         """What patterns for ranks and alphas are matched with.
 

@@ -80,7 +80,7 @@ class _Check:
             if module := placement.modules.get(name):
                 self._problems.add(
                     Code.DUPLICATE_TENSOR,
-                    next(iter(module.tensors.values())),
+                    module.first_tensor,
                     f"of {name}, which 'modules_to_save' of adapter_config.json names, too",
                     f"{name} adapted, or saved whole",
                 )
@@ -118,7 +118,7 @@ class _Check:
             if missing not in module.tensors:
                 self._problems.add(
                     Code.HALF_MISSING,
-                    next(iter(module.tensors.values())),
+                    module.first_tensor,
                     f"there without its {tensor_of(missing)}",
                     "both" if len(parts) == 2 else "all three",
                     hint="the checkpoint is incomplete: save it again",
