@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_multilora.adapters.errors import AdapterFormatError
-from vllm_multilora.adapters.problems import Code, Problem
+from vllm_multilora.adapters.problems import Code
 from vllm_multilora.config import MultiLoRAConfig
 
 
@@ -54,14 +54,12 @@ class AllowedRoots:
         if not self.roots_for(path) or _is_below(Path(real), self._roots):
             return
         roots = ", ".join(map(str, self._roots))
-        problem = Problem.at(
+        raise AdapterFormatError.at(
             Code.NOT_ALLOWED,
             str(path),
-            "",
             "outside the folders that adapters may come from",
             f"a path below {roots} (--multilora-allowed-roots, --multilora-adapter-dir)",
         )
-        raise AdapterFormatError.of(problem)
 
 
 def _is_below(path: Path, roots: Sequence[Path]) -> bool:

@@ -135,14 +135,13 @@ class AdapterConfig:
             matched = f"{module}.weight" if self.is_named_by_weight(module) else module
             value = matcher.get(matched)
         except PatternError as error:
-            problem = Problem.at(
+            raise AdapterFormatError.at(
                 Code.CONFIG_PATTERN,
                 "adapter_config.json",
-                key,
                 f"a list of patterns with which {error}",
                 "the ends of module names, such as 'q_proj'",
-            )
-            raise AdapterFormatError.of(problem) from None
+                where=key,
+            ) from None
         return default if value is None else value
 
 

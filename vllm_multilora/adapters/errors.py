@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from vllm_multilora.adapters.problems import Problem, bounded
+from vllm_multilora.adapters.problems import Code, Problem, bounded
 from vllm_multilora.errors import MultiLoRAError
 
 
@@ -25,6 +25,21 @@ class AdapterError(MultiLoRAError):
         """The error of one or more problems, one a line; of very many, see `bounded`."""
         told = bounded(problems)
         return cls("\n".join(map(str, told)), told)
+
+    @classmethod
+    def at(
+        cls,
+        code: Code,
+        file: str,
+        found: str,
+        expected: str,
+        *,
+        where: str = "",
+        verb: str = "is",
+        hint: str = "",
+    ) -> Self:
+        """The error of one problem; the arguments are those of `Problem.at`."""
+        return cls.of(Problem.at(code, file, where, found, expected, verb=verb, hint=hint))
 
 
 class AdapterFormatError(AdapterError, ValueError):

@@ -95,8 +95,9 @@ class AdapterFolder(OpenDescriptor):
         try:
             self._roots.require(path, _location(found))
             if not stat.S_ISREG(os.fstat(found).st_mode):
-                problem = Problem.at(Code.NOT_A_FILE, str(path), "", "not a regular file", "a file")
-                raise AdapterFormatError.of(problem)
+                raise AdapterFormatError.at(
+                    Code.NOT_A_FILE, str(path), "not a regular file", "a file"
+                )
             descriptor = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise AdapterReadError.of(unreadable(path, error)) from error
@@ -120,8 +121,7 @@ class AdapterFolder(OpenDescriptor):
             if parent.count("/") > _MOST_NESTED:
                 found, expected = "folders nested too deeply", f"at most {_MOST_NESTED}"
                 path = str(self.path)
-                problem = Problem.at(Code.NOT_ALLOWED, path, "", found, expected, verb="has")
-                raise AdapterFormatError.of(problem)
+                raise AdapterFormatError.at(Code.NOT_ALLOWED, path, found, expected, verb="has")
             for name in folders:
                 if stat.S_ISLNK(_status(name, descriptor).st_mode):
                     yield f"{parent}{name}", True
@@ -176,14 +176,12 @@ def read_config(file: RegularFile, limits: Limits) -> bytes:
     """
     size = file.fingerprint.size
     if size > limits.config_bytes:
-        problem = Problem.at(
+        raise AdapterFormatError.at(
             Code.FILE_TOO_LARGE,
             str(file.path),
-            "",
             f"longer than {limits.config_bytes} bytes ({size})",
             "what PEFT's save_pretrained writes",
         )
-        raise AdapterFormatError.of(problem)
     content = bytearray(size)
     return bytes(content[: file.read_into(memoryview(content), 0)])
 

@@ -86,21 +86,16 @@ def read_header(
     if metadata is None:  # which safetensors takes for none too
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise AdapterFormatError.of(
-            Problem.at(
-                Code.HEADER_ENTRY, file, "__metadata__", shown(metadata), "an object of texts"
-            )
+        raise AdapterFormatError.at(
+            Code.HEADER_ENTRY, file, shown(metadata), "an object of texts", where="__metadata__"
         )
     if len(header) > limits.tensors:
-        raise AdapterFormatError.of(
-            Problem.at(
-                Code.TOO_MANY_TENSORS,
-                file,
-                "",
-                f"{len(header)} tensors",
-                f"at most {limits.tensors}",
-                verb="has",
-            )
+        raise AdapterFormatError.at(
+            Code.TOO_MANY_TENSORS,
+            file,
+            f"{len(header)} tensors",
+            f"at most {limits.tensors}",
+            verb="has",
         )
     tensors: dict[str, TensorInfo] = {}
     problems: list[Problem] = []
@@ -133,27 +128,21 @@ def _parse(
     possible = size - LENGTH_BYTES
     if length > possible:
         other = _other_format(descriptor)
-        raise AdapterFormatError.of(
-            Problem.at(
-                Code.NOT_SAFETENSORS,
-                file,
-                "",
-                f"{other or 'no safetensors file, or was truncated'}: its header should have "
-                f"{length} bytes, and at most {possible} are possible in a file of {size} bytes",
-                "a safetensors file",
-                hint="" if other else _SAVE_AGAIN,
-            )
+        raise AdapterFormatError.at(
+            Code.NOT_SAFETENSORS,
+            file,
+            f"{other or 'no safetensors file, or was truncated'}: its header should have "
+            f"{length} bytes, and at most {possible} are possible in a file of {size} bytes",
+            "a safetensors file",
+            hint="" if other else _SAVE_AGAIN,
         )
     if length > limits.header_bytes:
-        raise AdapterFormatError.of(
-            Problem.at(
-                Code.HEADER_TOO_LARGE,
-                file,
-                "",
-                f"a header of {length} bytes",
-                f"at most {limits.header_bytes}",
-                verb="has",
-            )
+        raise AdapterFormatError.at(
+            Code.HEADER_TOO_LARGE,
+            file,
+            f"a header of {length} bytes",
+            f"at most {limits.header_bytes}",
+            verb="has",
         )
     text = _read(descriptor, length, LENGTH_BYTES, size, file)
     if show is not None:
@@ -168,29 +157,23 @@ def _parse(
         )
     except JsonTooLargeError as error:
         found, most = f"a header with {error.found}", f"at most {error.most}"
-        problem = Problem.at(Code.HEADER_TOO_LARGE, file, "", found, most, verb="has")
-        raise AdapterFormatError.of(problem) from None
+        raise AdapterFormatError.at(Code.HEADER_TOO_LARGE, file, found, most, verb="has") from None
     except ValueError as error:
-        problem = Problem.at(
+        raise AdapterFormatError.at(
             Code.HEADER_NOT_JSON,
             file,
-            "",
             f"a header that is not valid JSON: {shown_name(str(error))}",
             "a JSON object",
             verb="has",
             hint=_SAVE_AGAIN,
-        )
-        raise AdapterFormatError.of(problem) from None
+        ) from None
     if not isinstance(header, dict):
-        raise AdapterFormatError.of(
-            Problem.at(
-                Code.HEADER_NOT_JSON,
-                file,
-                "",
-                f"a JSON {type(header).__name__}",
-                "an object",
-                verb="has a header that is",
-            )
+        raise AdapterFormatError.at(
+            Code.HEADER_NOT_JSON,
+            file,
+            f"a JSON {type(header).__name__}",
+            "an object",
+            verb="has a header that is",
         )
     return header, LENGTH_BYTES + length
 
@@ -201,15 +184,12 @@ def _read(descriptor: int, count: int, at: int, size: int, file: str) -> bytes:
     except OSError as error:
         raise AdapterReadError.of(unreadable(file, error)) from error
     if len(content) < count:
-        raise AdapterFormatError.of(
-            Problem.at(
-                Code.NOT_SAFETENSORS,
-                file,
-                "",
-                f"no safetensors file: it has {counted(size, 'byte')} and ends inside the header",
-                "a safetensors file",
-                hint=_SAVE_AGAIN,
-            )
+        raise AdapterFormatError.at(
+            Code.NOT_SAFETENSORS,
+            file,
+            f"no safetensors file: it has {counted(size, 'byte')} and ends inside the header",
+            "a safetensors file",
+            hint=_SAVE_AGAIN,
         )
     return content
 

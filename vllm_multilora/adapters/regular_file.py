@@ -103,16 +103,14 @@ class RegularFile(OpenDescriptor):
             # inode, and is none of the content.
             now = replace(now, ctime_ns=self.fingerprint.ctime_ns)
         if now != self.fingerprint:
-            problem = Problem.at(
+            raise AdapterReadError.at(
                 Code.FILE_CHANGED,
                 str(self.path),
-                "",
                 f"written to while it was being read ({self.fingerprint}, then {now})",
                 "no change",
                 verb="was",
                 hint=RENAME_HINT,
             )
-            raise AdapterReadError.of(problem)
 
 
 def _next_data(descriptor: int, offset: int, size: int) -> int:

@@ -50,16 +50,13 @@ class SignedFiles:
         try:
             self._signature = folder.open(SIGNATURE_NAME)
         except FileNotFoundError:
-            raise AdapterFormatError.of(
-                Problem.at(
-                    Code.NOT_SIGNED,
-                    str(folder.path),
-                    "",
-                    f"no {SIGNATURE_NAME}",
-                    f"a signature that is trusted here, by {signers}",
-                    verb="has",
-                    hint=_SIGN,
-                )
+            raise AdapterFormatError.at(
+                Code.NOT_SIGNED,
+                str(folder.path),
+                f"no {SIGNATURE_NAME}",
+                f"a signature that is trusted here, by {signers}",
+                verb="has",
+                hint=_SIGN,
             ) from None
         self.version = f"{self._signature.fingerprint} {signers.state}"
 
@@ -119,16 +116,14 @@ class SignedFiles:
         """
         if used.hexdigest() == self._weights:
             return
-        problem = Problem.at(
+        raise AdapterReadError.at(
             Code.FILE_CHANGED,
             str(weights.path),
-            "",
             "written to while it was being read",
             "no change after its signature was verified",
             verb="was",
             hint=RENAME_HINT,
         )
-        raise AdapterReadError.of(problem)
 
     def close(self) -> None:
         """Closes the folder and the signature; closing twice is harmless."""
@@ -144,16 +139,14 @@ class SignedFiles:
                 raise SignatureError(f"{size} bytes", f"at most {_MOST_BYTES}")
             return read_manifest(bytes(content[:count]), self._signers, datetime.now(UTC))
         except SignatureError as error:
-            problem = Problem.at(
+            raise AdapterFormatError.at(
                 Code.WRONG_SIGNATURE,
                 str(self._signature.path),
-                "",
                 error.found,
                 error.expected,
                 verb="has",
                 hint=_SIGN,
-            )
-            raise AdapterFormatError.of(problem) from None
+            ) from None
 
     def _names(self, manifest: Manifest) -> set[str]:
         """The files of the folder that the signature must have."""
@@ -167,15 +160,12 @@ class SignedFiles:
                 )
             found.add(name)
             if len(found) > MOST_FILES:
-                raise AdapterFormatError.of(
-                    Problem.at(
-                        Code.NOT_AS_SIGNED,
-                        str(self._folder.path),
-                        "",
-                        f"more than {MOST_FILES} files",
-                        "an adapter",
-                        verb="has",
-                    )
+                raise AdapterFormatError.at(
+                    Code.NOT_AS_SIGNED,
+                    str(self._folder.path),
+                    f"more than {MOST_FILES} files",
+                    "an adapter",
+                    verb="has",
                 )
         return found
 
