@@ -10,23 +10,26 @@ from multilora_kernels.staging import StagingRing
 
 
 class StagedRows:
-    """An int64 tensor that keeps its address and gets a step's values by one asynchronous copy.
+    """A tensor that keeps its address and gets new values by one asynchronous copy.
 
     Args:
         rows: The most rows of a step.
         device: Where they are read.
+        dtype: Of the values.
 
     Attributes:
-        buffer: int64 [rows] on the device. Rows past a step's values keep older ones, at first
+        buffer: [rows] on the device. Rows past a step's values keep older ones, at first
             zeros: captured graphs read padding rows as well, and must find valid numbers there.
     """
 
-    def __init__(self, rows: int, device: torch.device | str) -> None:
-        self.buffer = torch.zeros(rows, dtype=torch.int64, device=device)
+    def __init__(
+        self, rows: int, device: torch.device | str, dtype: torch.dtype = torch.int64
+    ) -> None:
+        self.buffer = torch.zeros(rows, dtype=dtype, device=device)
         on_host = self.buffer.device.type == "cpu"
         self._staging = None if on_host else StagingRing(self.buffer)
 
-    def update(self, values: npt.NDArray[np.int64]) -> None:
+    def update(self, values: npt.NDArray[np.integer]) -> None:
         """Replaces the first `len(values)` rows, in the order of the current stream."""
         count = len(values)
         if self._staging is None:

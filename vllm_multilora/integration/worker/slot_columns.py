@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.staging import StagingRing
+from vllm_multilora.integration.step.staged_rows import StagedRows
 
 
 class SlotColumns:
@@ -24,14 +24,12 @@ class SlotColumns:
     def __init__(self, tables: Sequence[torch.Tensor]) -> None:
         self._tables = tuple(tables)
         rows = sum(len(table) for table in tables)
-        self._columns = torch.zeros(rows, dtype=torch.int32, device=tables[0].device)
-        on_host = self._columns.device.type == "cpu"
-        self._staging = None if on_host else StagingRing(self._columns)
+        self._columns = StagedRows(rows, tables[0].device, torch.int32)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self._columns.nbytes
+        return self._columns.buffer.nbytes
 
     def write(self, slot: int, *columns: npt.NDArray[np.int32]) -> None:
         """Writes a column of each table, in the order of the current stream.
@@ -40,10 +38,7 @@ class SlotColumns:
             slot: The slot.
             columns: [rows] for each table.
         """
-        values = self._columns.numpy() if self._staging is None else self._staging.open()
-        np.concatenate(columns, out=values)
-        if self._staging is not None:
-            self._staging.send(len(values))
-        parts = self._columns.split([len(table) for table in self._tables])
+        self._columns.update(np.concatenate(columns))
+        parts = self._columns.buffer.split([len(table) for table in self._tables])
         for table, part in zip(self._tables, parts, strict=True):
             table[:, slot].copy_(part)
