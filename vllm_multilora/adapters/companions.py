@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.found_module import FoundModule
 from vllm_multilora.adapters.layout import ModelLayout
-from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED_EXPERTS
+from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED, WRAPPED_EXPERTS
 from vllm_multilora.adapters.problem_list import ProblemList
 from vllm_multilora.adapters.problems import Code, shown_name
 
@@ -30,9 +30,9 @@ def require_companions(
     """
     for name, found in modules.items():
         if name.endswith(WRAPPED_EXPERTS):
-            _require_parameter(name.removesuffix(".base_layer"), found, modules, problems)
+            _require_parameter(name.removesuffix(WRAPPED), found, modules, problems)
         elif name.endswith(FUSED_EXPERTS) and layout.is_special(name):
-            _require_parameter(f"{name}.base_layer", found, modules, problems)
+            _require_parameter(f"{name}{WRAPPED}", found, modules, problems)
     _require_experts(modules, layout, problems)
     _require_whole_or_parts(modules, layout, problems)
     if layout.tied and config is not None and config.raw.get("ensure_weight_tying"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED_EXPERTS
+from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED, WRAPPED_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ class FoundModule:
         if self.module.endswith(FUSED_EXPERTS):
             return f"{self.module}.down_proj"
         if self.module.endswith(WRAPPED_EXPERTS):
-            return f"{self.module.removesuffix('.base_layer')}.{self.outer}"
+            return f"{self.module.removesuffix(WRAPPED)}.{self.outer}"
         return self.module

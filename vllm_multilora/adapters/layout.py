@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from multilora_kernels.dtypes import FLOAT32, DType
-from vllm_multilora.adapters.names import WRAPPED_EXPERTS
+from vllm_multilora.adapters.names import WRAPPED, WRAPPED_EXPERTS
 from vllm_multilora.adapters.naming import ModuleNaming
 
 BLOCK_BYTES = 64
@@ -146,13 +146,13 @@ class ModelLayout:
 
     def outer_parameter(self, experts: str) -> str:
         """Of experts that are held as one: what PEFT calls the parameter beside `down_proj`."""
-        shape = self.linear_shapes.get(f"{experts}.base_layer")
+        shape = self.linear_shapes.get(f"{experts}{WRAPPED}")
         return "gate_up_proj" if shape is None or shape.gated else "up_proj"
 
     def is_special(self, module: str) -> bool:
         """Whether a module (its name here) is served by vLLM itself."""
         if module.endswith(WRAPPED_EXPERTS):
-            module = module.removesuffix(".base_layer")
+            module = module.removesuffix(WRAPPED)
         return module in self.special
 
     def largest_bytes(self) -> int:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Before all names of modules, in PEFT's."""
+
+WRAPPED = ".base_layer"
+"""After the names of modules, in those of what PEFT wraps in them."""
+
 _PARTS: dict[str, Literal["A", "B"]] = {"lora_A": "A", "lora_B": "B"}
 _EMBEDDING_PARTS: dict[str, Literal["A", "B"]] = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 _MAGNITUDE = "lora_magnitude_vector"
@@ -15,7 +20,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _REPLICATED = "module."  # how names begin in a model that DistributedDataParallel wraps
 HEADS = ("score", "classifier")
 FUSED_EXPERTS = ".experts"  # how a module ends whose parameters hold all experts of a layer
-WRAPPED_EXPERTS = f"{FUSED_EXPERTS}.base_layer"  # PEFT's name for one of their two parameters
+WRAPPED_EXPERTS = f"{FUSED_EXPERTS}{WRAPPED}"  # PEFT's name for one of their two parameters
 # How other formats name an adapter's matrices.
 _FOREIGN = (
     ((".lora_a", ".lora_b"), "as MLX-LM names it"),
@@ -45,7 +50,7 @@ class TensorRole:
     def of(self, module: str) -> str:
         """What PEFT calls A or B of another module."""
         end = f"lora_embedding_{self.part}" if self.embedding else f"lora_{self.part}.weight"
-        return f"{_PREFIX}{module}.{end}"
+        return f"{PREFIX}{module}.{end}"
 
 
 def parse_tensor_name(name: str) -> TensorRole | None:
@@ -79,7 +84,7 @@ def unwrapped(name: str) -> str:
     """A name without PEFT's prefix, and without what wrappers have added, also around PEFT's."""
     if not _WRAPPERS.isdisjoint(parts := name.split(".")):
         name = ".".join(part for part in parts if part not in _WRAPPERS)
-    return name.removeprefix(_REPLICATED).removeprefix(_PREFIX).removeprefix(_REPLICATED)
+    return name.removeprefix(_REPLICATED).removeprefix(PREFIX).removeprefix(_REPLICATED)
 
 
 def tensor_of(part: str) -> str:

@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from vllm_multilora.adapters.names import WRAPPED_EXPERTS
+from vllm_multilora.adapters.names import PREFIX, WRAPPED, WRAPPED_EXPERTS
 
-_PEFT_PREFIX = "base_model.model."
 _END = ".lora_A.weight"
-_WRAPPED = ".base_layer"
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,8 @@ class ModuleNaming:
             return None
         module = self._mapped(module)
         if module.endswith(WRAPPED_EXPERTS):  # it goes where the experts go
-            name = self._named(module.removesuffix(_WRAPPED))
-            return None if name is None else name + _WRAPPED
+            name = self._named(module.removesuffix(WRAPPED))
+            return None if name is None else name + WRAPPED
         return self._named(module)
 
     def _named(self, module: str) -> str | None:
@@ -183,7 +181,7 @@ class ModuleNaming:
             return False
         module = self._mapped(module)
         if module.endswith(WRAPPED_EXPERTS):
-            module = module.removesuffix(_WRAPPED)
+            module = module.removesuffix(WRAPPED)
         is_others = any(name.startswith(self.others) for name in self._beginnings(module))
         return is_others and self.is_target(module)
 
@@ -210,8 +208,8 @@ class ModuleNaming:
     def _mapped(self, module: str) -> str:
         """As vLLM's `parse_fine_tuned_lora_name` reads the name of the module's A."""
         if self.renames is None:
-            return module.replace(_PEFT_PREFIX, "")
-        name = f"{_PEFT_PREFIX}{module}{_END}".replace(_PEFT_PREFIX, "")
+            return module.replace(PREFIX, "")
+        name = f"{PREFIX}{module}{_END}".replace(PREFIX, "")
         return self.renames.apply(name).removesuffix(_END)
 
     def _is_unloaded(self, module: str) -> bool:

@@ -11,6 +11,7 @@ from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.missing_modules import MissingModules
 from vllm_multilora.adapters.names import (
     HEADS,
+    WRAPPED,
     TensorRole,
     foreign,
     full_head,
@@ -140,7 +141,7 @@ class Placement:
             return
         self._require_activatable(name, tensor)
         self._require_multipliable(name, tensor)
-        outer = self._layout.outer_parameter(name.removesuffix(".base_layer"))
+        outer = self._layout.outer_parameter(name.removesuffix(WRAPPED))
         found = self.modules.setdefault(name, FoundModule(role.module, name, outer))
         other = found.tensors.setdefault(role.part, tensor)
         if found.module != role.module or other != tensor:
