@@ -43,6 +43,11 @@ _MESSAGES = {
     "without one, the API key.",
     HTTPStatus.NOT_FOUND: "There is nothing at a path with control characters.",
 }
+_STATUS = {
+    LimitReachedError: HTTPStatus.TOO_MANY_REQUESTS,
+    ServerStoppedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    LargeBodyError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+}
 _ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
 _COHERES = "/cohere/v2/chat"
 _FORMS = "/v1/audio/"
@@ -216,19 +221,12 @@ class AccessMiddleware:
                 await self._list(account.listing[endpoint], scope, receive, send_marked)
             else:
                 await self._app(scope, receive, send_marked)
-        except (LimitReachedError, ServerStoppedError) as error:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
+        except (LimitReachedError, ServerStoppedError, LargeBodyError) as error:
             if isinstance(error, LimitReachedError):
-                status, caller.retry_after_s = HTTPStatus.TOO_MANY_REQUESTS, error.retry_after_s
+                caller.retry_after_s = error.retry_after_s
                 await _pause(account.without_turn)
-            await error_answer(status, str(error), path=route_path(scope))(
-                scope, receive, send_marked
-            )
-        except LargeBodyError as error:
-            status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-            await error_answer(status, str(error), path=route_path(scope))(
-                scope, receive, send_marked
-            )
+            answer = error_answer(_STATUS[type(error)], str(error), path=route_path(scope))
+            await answer(scope, receive, send_marked)
         except _ClientGoneError:  # for middlewares of the operator's, which expect an answer
             await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)
 
