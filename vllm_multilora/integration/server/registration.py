@@ -72,7 +72,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def acts_for(models: OpenAIServingModels) -> bool:
-    """Whether the plugin is active in the engine behind a server."""
+    """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
     # A server that only renders prompts has no engine.
     vllm_config = getattr(getattr(models, "engine_client", None), "vllm_config", None)
     return vllm_config is not None and kernel_backend(vllm_config) != "vllm"

@@ -35,18 +35,12 @@ TIME_LIMIT_S = 30.0
 """A call waits for the engine's running step, which ends much sooner."""
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    HTTPStatus.UNAUTHORIZED.value: {
-        "model": ErrorResponse,
-        "description": "The request has no valid key.",
-    },
-    HTTPStatus.NOT_FOUND.value: {
-        "model": ErrorResponse,
-        "description": "The plugin is off, or LoRA is.",
-    },
-    HTTPStatus.SERVICE_UNAVAILABLE.value: {
-        "model": ErrorResponse,
-        "description": "The engine did not answer in time.",
-    },
+    status.value: {"model": ErrorResponse, "description": description}
+    for status, description in (
+        (HTTPStatus.UNAUTHORIZED, "The request has no valid key."),
+        (HTTPStatus.NOT_FOUND, "The plugin is off, or LoRA is."),
+        (HTTPStatus.SERVICE_UNAVAILABLE, "The engine did not answer in time."),
+    )
 }
 
 NEW_S = 1.0
