@@ -54,7 +54,11 @@ from vllm_multilora.integration.server.request_bounds import (
     stop_at_first_errors,
     whole_body,
 )
-from vllm_multilora.integration.server.start import require_guards, share_threads
+from vllm_multilora.integration.server.start import (
+    init_speech,
+    require_guards,
+    share_threads,
+)
 from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
 from vllm_multilora.store.launch import environment
 from vllm_multilora.tenants.keys import KeyRing, stored
@@ -1239,3 +1243,36 @@ def test_tenants_take_turns_for_the_threads_that_unpack_images(monkeypatch):
 
     asyncio.run(unpack_all())
     assert order.index("b") <= 1
+
+
+def test_tenants_take_turns_for_the_threads_that_unpack_recordings(monkeypatch):
+    """However many of them one sends, of ten minutes each."""
+    from vllm.entrypoints.speech_to_text.base import serving as speech
+
+    held, order = threading.Event(), []
+    serving = speech.SpeechToTextBaseServing.__new__(speech.SpeechToTextBaseServing)
+    config = SimpleNamespace(additional_config={"multilora": {"tenants": "tenants.yaml"}})
+
+    def init(serving, engine_client, *_):
+        serving._preprocess_executor = ThreadPoolExecutor(1)
+        serving._decode_and_chunk_speech = lambda who: held.wait(60) and order.append(who)
+        serving._decode_and_chunk_speech_async = speech.make_async_with_semaphore(
+            serving._decode_and_chunk_speech, executor=serving._preprocess_executor
+        )
+
+    async def unpack(who):
+        current_caller.set(Caller(Role.TENANT, account=Account(Tenant(who))))
+        await serving._decode_and_chunk_speech_async(who)
+
+    async def unpack_all():
+        init_speech(init, serving, SimpleNamespace(vllm_config=config), None)
+        waiting = [asyncio.create_task(unpack(who)) for who in "aaaaaaaab"]
+        await asyncio.sleep(0)  # until all have asked
+        waiting[3].cancel()
+        await asyncio.wait(waiting[3:4])
+        held.set()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(unpack_all())
+    assert order.index("b") <= 2
+    assert len(order) == 8

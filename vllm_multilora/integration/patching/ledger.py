@@ -425,6 +425,19 @@ PATCHES: tuple[Patch, ...] = (
         until="As ids-of-images.",
     ),
     Patch(
+        name="turns-for-recordings",
+        target="vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing.__init__",
+        takes=(
+            "self, engine_client, models, *, request_logger, return_tokens_as_token_ids=False, "
+            "task_type='transcribe', enable_force_include_usage=False",
+        ),
+        handler="server.start:init_speech",
+        why="Two threads of vLLM's unpack recordings in the order in which they come, and take "
+        "seconds for one: one tenant's many hold up all others'. Has tenants take turns.",
+        checked=(),
+        until="vLLM shares its threads among those who send requests.",
+    ),
+    Patch(
         name="encoder-cache-keys",
         target="vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier",
         takes=("self, mm_hash, lora_request",),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.multimodal.media.connector import global_thread_pool
+from vllm.utils.async_utils import make_async
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
@@ -61,7 +62,29 @@ def share_threads(renderer: Any) -> None:
     million characters; a few threads unpack images, of which a request may have a thousand.
     """
     for executor in (renderer._executor, renderer._mm_executor, global_thread_pool):
-        take_turns(executor, lambda *_, **__: current_tenant() or "")
+        take_turns(executor, _owner)
+
+
+def _owner(*_: Any, **__: Any) -> str:
+    return current_tenant() or ""
+
+
+def init_speech(
+    original: Callable[..., None], serving: Any, engine_client: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Has tenants take turns where recordings are unpacked to be transcribed or translated.
+
+    Two threads do so, and take seconds for one of ten minutes.
+    """
+    original(serving, engine_client, *args, **kwargs)
+    vllm_config = getattr(engine_client, "vllm_config", None)
+    if vllm_config is None or settings_of(vllm_config).tenants is None:
+        return
+    take_turns(serving._preprocess_executor, _owner)
+    # In vLLM they wait for a semaphore before, in the order in which they come.
+    serving._decode_and_chunk_speech_async = make_async(
+        serving._decode_and_chunk_speech, serving._preprocess_executor
+    )
 
 
 async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
