@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vllm_multilora.integration.logs import join_vllm_logging
+from vllm_multilora.integration.logs import PrintableLines, join_vllm_logging
 
 
 @pytest.mark.parametrize("name", ["vllm_multilora.config", "multilora_kernels.native"])
@@ -28,6 +28,22 @@ def test_lines_reach_a_handler_that_vllm_adds_later(name):
         vllm_logger.removeHandler(handler)
         vllm_logger.setLevel(level)
     assert lines == ["shown"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shown"),
+    [
+        ("resp_1", "resp_1"),
+        ("客户 100 %\n\tsecond line", "客户 100 %\n\tsecond line"),
+        ("\x1b[31mred\x9b0m\r\0", r"\x1b[31mred\x9b0m\r\x00"),
+        ("a\u2028b\u202egnp.exe", r"a\u2028b\u202egnp.exe"),
+    ],
+    ids=["plain", "lines", "escapes", "separators"],
+)
+def test_what_a_client_chooses_is_nothing_but_text_in_the_log(chosen, shown):
+    record = logging.makeLogRecord({"msg": "Received request %s: %d.", "args": (chosen, 1)})
+    assert PrintableLines().filter(record)
+    assert record.getMessage() == f"Received request {shown}: 1."
 
 
 CONFIGURATION = {

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 _PROJECT = ("vllm_multilora", "multilora_kernels")
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e]")
+"""What a terminal or a log's reader takes for more than text, line breaks and tabs aside."""
+
 _filters: list[logging.Filter] = []
+
+
+class PrintableLines(logging.Filter):
+    """Escapes control characters: clients choose requests' ids, and more, that vLLM may log.
+
+    Line breaks stay. vLLM begins each line as it does the first.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is logged: all are."""
+        if _CONTROL.search(text := record.getMessage()):
+            record.msg = _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+            record.args = None
+        return True
 
 
 def join_vllm_logging() -> None:

@@ -11,7 +11,7 @@ from vllm.utils.async_utils import make_async
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
-from vllm_multilora.integration.logs import add_filter
+from vllm_multilora.integration.logs import PrintableLines, add_filter
 from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
@@ -27,7 +27,8 @@ from vllm_multilora.integration.server.callers import current_tenant
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.tenants.work_turns import take_turns
 
-_REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
+_FILTERS = (RefusalsInOneLine(), PrintableLines())
+"""Of what vLLM logs in an API server, the first that acts first."""
 _GUARDS = (
     *("middleware", "api-key", "model-names", "model-names-pooling", "models-list"),
     *("engine-door", "stored-responses", "ids-of-images"),
@@ -91,7 +92,8 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
     require_guards(models)
     if registration.acts_for(models):
         models.lora_resolver_lock = LocksInUse()
-        add_filter(_REFUSALS_IN_ONE_LINE)
+        for lines in _FILTERS:
+            add_filter(lines)
         # The engines find their store and show their metrics now, not with their first request.
         await status_route.engine_reports(models.engine_client.engine_core, [])
     await original(models)
