@@ -16,6 +16,7 @@ class Site:
     """Answers by path; each is called with the query and the headers."""
 
     url: str
+    server: ThreadingHTTPServer
     answers: dict[str, Callable[[dict[str, str], dict[str, str]], Answer]] = field(
         default_factory=dict
     )
@@ -39,7 +40,7 @@ def site() -> Iterator[Site]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Site(f"http://127.0.0.1:{server.server_port}")
+    found = Site(f"http://127.0.0.1:{server.server_port}", server)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield found
     server.shutdown()

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import ssl
+import subprocess
 import threading
 
 import pytest
@@ -270,3 +272,35 @@ def test_servers_that_do_not_say(site, answer, message, capsys, tmp_path):
     for command in (["status"], calibrate):
         assert main([*command, "--url", site.url]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A file with a certificate for this machine, which nobody has issued, and its key."""
+    file = tmp_path / "server.pem"
+    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    written = ["-nodes", "-keyout", str(file), "-out", str(tmp_path / "certificate.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", *named, *written]
+    subprocess.run(command, check=True, capture_output=True)
+    file.write_text(file.read_text() + (tmp_path / "certificate.pem").read_text())
+    return file
+
+
+def test_a_server_with_a_certificate_of_ones_own_is_asked_once_it_is_named(
+    site, certificate, monkeypatch, capsys
+):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    site.answers["/v1/lora_adapters"] = lambda *_: (200, json.dumps(LISTING))
+    address = site.url.rpartition(":")[2]
+    assert main(["status", "--url", f"https://localhost:{address}"]) == 2
+    assert "(does it speak http:// only?)" in capsys.readouterr().err
+    site.server.socket = context.wrap_socket(site.server.socket, server_side=True)
+    assert main(["status", "--url", f"http://localhost:{address}"]) == 2
+    assert "(does it speak https:// only?)" in capsys.readouterr().err
+    assert main(["status", "--url", f"https://localhost:{address}"]) == 2
+    hint = "its certificate is not trusted; name that of its authority in $SSL_CERT_FILE"
+    assert f"self-signed certificate ({hint})" in capsys.readouterr().err
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert main(["status", "--url", f"https://localhost:{address}"]) == 0
+    assert "hot" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import json
+import ssl
 import urllib.error
 import urllib.request
 from typing import Any
@@ -28,7 +29,8 @@ def base_url(text: str) -> str:
     """
     if not _is_address(text):
         raise UnreachableError(
-            f"{text!r} is not a server address: expected http://HOST:PORT or https://HOST:PORT"
+            f"{text!r} is not a server address: expected http://HOST:PORT or https://HOST:PORT "
+            f"(of a server with --uds, that of a proxy to its socket)"
         )
     return text.rstrip("/").removesuffix("/v1")
 
@@ -76,11 +78,23 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
         raise UnreachableError(f"{url} answers {error.code}{what}{hint}") from error
     # URLError, a time limit, a broken connection, something that is not HTTP
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        why = getattr(reason, "strerror", None) or reason
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        why = _why(reason, parts.scheme)
         through = f" through the proxy {proxy.rpartition('@')[2]}" if proxy else ""
         raise UnreachableError(f"{url} cannot be reached{through}: {why}") from error
     return body.decode(errors="replace")
+
+
+def _why(reason: Any, scheme: str) -> str:
+    """What has gone wrong with a connection, and what may help."""
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        hint = "its certificate is not trusted; name that of its authority in $SSL_CERT_FILE"
+        return f"{reason.verify_message} ({hint})"
+    said = str(getattr(reason, "strerror", None) or reason)
+    if isinstance(reason, ssl.SSLError):
+        return f"{said} (does it speak http:// only?)"
+    is_cut_off = isinstance(reason, ConnectionResetError) and scheme == "http"
+    return f"{said} (does it speak https:// only?)" if is_cut_off else said
 
 
 def _proxy_for(parts: SplitResult) -> str | None:
