@@ -175,6 +175,22 @@ def test_a_store_that_has_gone_comes_back_through_its_relay(relayed):
     assert until(client, Loaded).ticket == ticket
 
 
+def test_a_relay_goes_on_after_a_thread_could_not_be_started(relayed, monkeypatch):
+    client, store = relayed
+    start, failing = threading.Thread.start, [RuntimeError("can't start new thread")]
+
+    def start_or_fail(thread):
+        if failing:
+            raise failing.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    store.made[-1].shutdown(socket.SHUT_RDWR)
+    ticket = client.want(Want(1, "a", "/fake/1"))
+    assert until(client, Loaded).ticket == ticket
+    assert not failing
+
+
 def test_a_relay_whose_engine_core_has_gone_leaves_its_store(relayed, door):
     client, store = relayed
     client.close()

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class StoreRelay:
                 with self._store.connect() as store:
                     store.settimeout(None)
                     _relay(engine, store)
-            except StoreUnavailableError as error:
+            except RuntimeError as error:  # or no thread to copy
                 logger.error("No store: %s", error)
 
 
