@@ -24,7 +24,7 @@ from .recipes import (
     AdapterRecipe,
 )
 from .tiny_adapters import write_adapter
-from .tiny_vision import write_idefics3, write_llava, write_qwen2_vl
+from .tiny_vision import write_idefics3, write_llava, write_llava_next, write_qwen2_vl
 from .vision import NEW_TOKENS, Gallery, Question, VisionReference, gallery
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def assert_as_peft(
     [
         pytest.param(write_llava, LLAVA_RECIPES, "v_proj", 1, id="llava"),
         pytest.param(write_llava, LLAVA_RECIPES, "v_proj", 2, id="llava-tp2"),
+        pytest.param(write_llava_next, LLAVA_RECIPES, "v_proj", 1, id="llava-next"),
         pytest.param(write_qwen2_vl, QWEN2_VL_RECIPES, "qkv", 1, id="qwen2-vl"),
         pytest.param(write_idefics3, IDEFICS3_RECIPES, "v_proj", 1, id="idefics3"),
     ],

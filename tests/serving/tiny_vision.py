@@ -16,6 +16,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -69,7 +73,38 @@ def write_llava(path: Path, *, seed: int = 5) -> Path:
         num_additional_image_tokens=1,
     )
     _write(LlavaForConditionalGeneration(config), processor, path, seed)
-    # Published checkpoints have the names of before Transformers 5, which vLLM asks for.
+    return _with_older_names(path)
+
+
+def write_llava_next(path: Path, *, seed: int = 9) -> Path:
+    """Writes a LLaVA-NeXT: as a LLaVA, and it looks at an image tile by tile."""
+    tiles = [[_SIDE, 2 * _SIDE], [2 * _SIDE, _SIDE]]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**_TOWER),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_index=IMAGE_TOKEN,
+        image_grid_pinpoints=tiles,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    side = {"height": _SIDE, "width": _SIDE}
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": _SIDE}, crop_size=side, image_grid_pinpoints=tiles
+        ),
+        tokenizer=_tokenizer(),
+        patch_size=_PATCH,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    _write(LlavaNextForConditionalGeneration(config), processor, path, seed)
+    return _with_older_names(path)
+
+
+def _with_older_names(path: Path) -> Path:
+    """Published checkpoints have the names of before Transformers 5, which vLLM asks for."""
     file = path / "model.safetensors"
     tensors = {
         name.replace("vision_tower.", "vision_tower.vision_model."): tensor

@@ -40,7 +40,8 @@ def count_all_tower_tokens(model: Any) -> None:
     """Has a model count a token of its tower that stands for the whole image.
 
     The towers of LLaVA's kind may be CLIPs, which have such a token and drop it at their end; vLLM
-    counts what is handed on, and takes rows of one request's image for another's.
+    counts what is handed on, and takes rows of one request's image for another's. Of LLaVA-NeXT's,
+    and of those that hand it on, it does count them all.
 
     Args:
         model: A model; without such a tower it stays as it is.
@@ -53,7 +54,9 @@ def count_all_tower_tokens(model: Any) -> None:
     count = model.get_mm_lora_token_counts
 
     def get_mm_lora_token_counts(**item: Any) -> tuple[int, int | None]:
-        handed_on, connector_tokens = count(**item)
-        return -(-handed_on // patches) * tokens, connector_tokens
+        counted, connector_tokens = count(**item)
+        if counted % tokens:
+            counted = -(-counted // patches) * tokens
+        return counted, connector_tokens
 
     model.get_mm_lora_token_counts = get_mm_lora_token_counts
