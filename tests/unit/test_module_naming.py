@@ -310,7 +310,7 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     attention.impl = SimpleNamespace(kv_b_proj=kv.base_layer, sinks=None)
     experts = torch.nn.ModuleDict({"gate": Wrapped(), "gate_up_proj": Wrapped()})
     language = torch.nn.ModuleDict({"attention": attention, "last": last, "experts": experts})
-    tower = torch.nn.ModuleDict({"qkv_proj": Wrapped()})
+    tower = torch.nn.ModuleDict({"qkv_proj": Wrapped(), "patch_embedding": Wrapped()})
     model = torch.nn.ModuleDict({"text": language, "tower": tower})
     modules = {name: part for name, part in model.named_modules() if isinstance(part, Wrapped)}
     modules["text.attention"] = attention  # no layer lies under it
@@ -325,8 +325,11 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     always = {"text.attention.kv_b_proj", "text.last"}
     assert found() == always
     model.supports_multimodal, model.get_language_model = True, lambda: language
-    assert found() == always | {"tower.q_proj", "tower.k_proj"}
+    assert found() == always | {"tower.q_proj", "tower.k_proj", "tower.patch_embedding"}
     assert found(supports_mm=True) == found(punica_wrapper_mapping={"encoder": None}) == always
+    tower.__class__ = type("Llama4VisionModel", (torch.nn.ModuleDict,), {})
+    assert found(supports_mm=True) == always | {"tower.patch_embedding"}
+    tower.__class__ = torch.nn.ModuleDict
 
     def unknown() -> torch.nn.Module:
         raise NotImplementedError

@@ -256,11 +256,17 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
                 yield source, "vLLM's attention multiplies with its weights directly"
 
 
+# Of towers: what runs before a token is added for the whole image, or with padding between sounds.
+_UNCOUNTED = {"Llama4VisionModel": "patch_embedding", "Qwen3OmniMoeAudioEncoder": "conv_out"}
+
+
 def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
     """Beginnings of the names of layers that have other rows than the step's, and why."""
     for block, part in model.named_modules():
         if getattr(part, "is_sequence_parallel", False):
             yield f"{block}.", "each of vLLM's ranks computes some of its rows only"
+        if kind := _UNCOUNTED.get(type(part).__name__):
+            yield f"{block}.{kind}", "vLLM counts other rows of images and sounds than it has"
         if hasattr(part, "vision_experts"):  # of Ernie 4.5 VL
             yield f"{block}.", "vLLM computes rows of texts apart from those of images"
         if isinstance(part, MambaMixer):
