@@ -600,6 +600,19 @@ def test_what_a_party_has_had_alone_of_late_makes_it_heavy_beside_another():
     assert shares.is_heavy("alone")
 
 
+def test_a_party_that_was_alone_for_long_is_heavy_for_a_few_half_lives():
+    shares = FairShares()
+    shares.join("alone")
+    for _ in range(20 * HALF_LIFE_STEPS):
+        shares.step_alone(10)
+    shares.join("late")
+    for _ in range(3 * HALF_LIFE_STEPS):
+        begin_step(shares)
+        for party in ("alone", "late"):
+            shares.charge(party, 10)
+    assert not shares.is_heavy("alone")
+
+
 def test_what_a_party_had_long_ago_makes_it_not_heavy_when_it_comes_back():
     """However long: the unit of what was had of late has been changed since."""
     shares = FairShares()

@@ -20,6 +20,11 @@ def victim(name, uses, candidates, *, sizes=None, costs=None, offered_before=())
     return policy.victim(candidates)
 
 
+def give_up(policy, adapter_id):
+    assert policy.victim((adapter_id,)) == adapter_id
+    policy.removed(adapter_id)
+
+
 @pytest.mark.parametrize(
     ("uses", "candidates", "expected"),
     [
@@ -78,6 +83,20 @@ def test_lfu_ages_what_was_popular_once():
 
 
 @pytest.mark.parametrize("name", ["lfu", "gdsf"])
+def test_a_use_lifts_what_was_used_long_ago_to_the_age_of_today(name):
+    policy = make_policy(name)
+    policy.added(1, 1, 1.0)
+    for newcomer in (2, 3):
+        policy.added(newcomer, 1, 1.0)
+        for _ in range(2):
+            policy.used((newcomer,), (newcomer,))
+        give_up(policy, newcomer)
+    policy.used((1,), (1,))
+    policy.added(4, 1, 1.0)
+    assert policy.victim((1, 4)) == 4
+
+
+@pytest.mark.parametrize("name", ["lfu", "gdsf"])
 def test_unloading_ages_nobody(name):
     policy = make_policy(name)
     for adapter_id in (1, 2, 3):
@@ -113,11 +132,6 @@ def slru_of(adapters, protected):
     return policy
 
 
-def give_up(policy, adapter_id):
-    assert policy.victim((adapter_id,)) == adapter_id
-    policy.removed(adapter_id)
-
-
 def test_slru_sends_the_oldest_protected_back_when_their_share_is_full():
     policy = slru_of(10, protected=9)
     give_up(policy, 10)  # room for 8 in the share: 1 goes back to the recent end of probation
@@ -138,6 +152,16 @@ def test_slru_forgets_the_share_of_adapters_that_left():
     give_up(policy, 20)
     policy.used((19,), (19,))
     assert policy.victim((1, 19)) == 19
+
+
+def test_slru_has_a_share_of_what_is_left():
+    policy = slru_of(10, protected=10)
+    for adapter_id in range(6, 11):
+        policy.removed(adapter_id)
+    give_up(policy, 5)  # room for 4 of 5 in the share: 1 goes back to the recent end of probation
+    policy.added(11, 1, 1.0)
+    policy.used((11,), (11,))
+    assert policy.victim((1, 11)) == 1
 
 
 def test_slru_counts_the_share_in_size():

@@ -29,7 +29,6 @@ class AgedFrequencyPolicy(CachePolicy):
 
     def added(self, adapter_id: int, size: int, cost: float) -> None:
         self._age_at_use[adapter_id] = self._age
-        self._frequency[adapter_id] = 0
         self._weight[adapter_id] = self.weight(size, cost)
 
     def used(self, adapter_ids: Sequence[int], joined: Sequence[int]) -> None:
