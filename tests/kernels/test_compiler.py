@@ -107,6 +107,15 @@ def test_without_a_compiler_the_error_says_what_to_install(cache, monkeypatch, s
         path_of(small)
 
 
+@pytest.mark.parametrize("names", [("gcc", "clang", "cc"), ("clang", "cc"), ("cc",)], ids=str)
+def test_the_compiler_is_one_that_is_there(monkeypatch, names):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(builds.shutil, "which", lambda name: f"/bin/{name}" * (name in names))
+    assert builds.compiler() == [f"/bin/{names[0]}"]
+    monkeypatch.setenv("CC", "ccache gcc")
+    assert builds.compiler() == ["ccache", "gcc"]
+
+
 @pytest.mark.parametrize("wrong", ["compiler", "instructions"])
 def test_kernels_that_cannot_be_had_are_tried_once_and_the_log_says_why(
     cache, tmp_path, monkeypatch, caplog, wrong

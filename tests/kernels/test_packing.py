@@ -263,7 +263,9 @@ def test_other_arguments_are_checked():
     span, table = span_of(matrix), piece(matrix)
     one = np.array([len(span)])
     for arguments, words in (
-        ((np.zeros((1, 8), np.int64), np.array([0, 1]), one), "contiguous .n. of PIECE"),
+        ((np.zeros(1, np.int64), np.array([0, 1]), one), "contiguous .n. of PIECE"),
+        ((table[None], np.array([0, 1]), one), "contiguous .n. of PIECE"),
+        ((table.repeat(4)[::2], np.array([0, 2]), one), "contiguous .n. of PIECE"),
         ((table, np.array([0, 2]), one), "firsts must count up to 1 over 1 spans"),
         ((table, np.array([0, 2, 1]), one.repeat(2)), "firsts must count up"),
         ((table, np.array([0, 1]), one.repeat(2)), "firsts must count up"),
@@ -272,8 +274,9 @@ def test_other_arguments_are_checked():
             PieceTable(*arguments)
     with pytest.raises(ValueError, match="unknown backend 'x'"):
         pack(span, table, "x")
-    with pytest.raises(ValueError, match="contiguous bytes"):
-        PieceTable(table, np.array([0, 1]), one).pack(0, span.repeat(2)[::2])
+    for wrong in (span.repeat(2)[::2], span.view(np.int8)):
+        with pytest.raises(ValueError, match="contiguous bytes"):
+            PieceTable(table, np.array([0, 1]), one).pack(0, wrong)
 
 
 def test_without_a_compiler_numpy_packs_and_says_so_once(monkeypatch, caplog):

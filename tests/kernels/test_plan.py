@@ -89,10 +89,13 @@ def test_a_slot_out_of_range_is_refused_and_the_plan_unchanged(bad):
     assert plan.buffer.equal(before)
 
 
-def test_more_tokens_than_the_layout_has_are_refused():
+@pytest.mark.parametrize("shape", [(3,), (2, 2), ()], ids=str)
+def test_a_batch_is_a_row_of_tokens_no_longer_than_the_layout_has(shape):
     plan = BatchPlan(PlanLayout(max_tokens=2, max_loras=1))
-    with pytest.raises(ValueError, match=r"at most 2 tokens, got shape \[3\]"):
-        plan.update(np.array([0, 0, 0]))
+    with pytest.raises(
+        ValueError, match=rf"at most 2 tokens, got shape \[{', '.join(map(str, shape))}\]"
+    ):
+        plan.update(np.zeros(shape, int))
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,17 @@ def test_groups_of_any_size_hold_every_row_once(backend, columns, most_bytes):
     assert_same(model, expected)
 
 
+def test_a_group_has_no_more_pieces_than_staging_memory_has_room_for():
+    model = make_model()
+    index, matrices, _buffer = make_adapter(model, {4: 1})
+    often = SlotIndex(*(column.repeat(pieces.MOST_PIECES) for column in vars(index).values()))
+    groups = model.table.pieces(1, often)
+    assert [len(group.pieces) for group in groups] == [pieces.MOST_PIECES] * 2
+    expected = expected_after(model, 1, matrices)
+    model.table.scatter(1, often, backend="triton")
+    assert_same(model, expected)
+
+
 def test_an_adapter_without_slices_has_no_groups():
     model = make_model()
     index, _, _buffer = make_adapter(model, {})
@@ -252,10 +263,12 @@ def test_other_arguments_are_checked():
     model = make_model()
     index, _, _buffer = make_adapter(model, {0: 4})
     uneven = replace(index, b_addresses=index.b_addresses.repeat(2))
+    square = SlotIndex(*(column[None] for column in vars(index).values()))
     for arguments, words in (
         ((3, index), "there is no slot 3: found 3 slots"),
         ((-1, index), "there is no slot -1"),
         ((0, uneven), "five vectors of one length"),
+        ((0, square), "five vectors of one length"),
     ):
         with pytest.raises(ValueError, match=words):
             model.table.scatter(*arguments)
