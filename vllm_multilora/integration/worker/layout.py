@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -215,31 +215,16 @@ def _slices(
 
 
 def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
-    """Layers on which adapters would not act, by checkpoints' names, and why.
-
-    Some layers are of kinds that vLLM does not adapt, such as an embedding model's last one. Those
-    of a tower have their own rows, for which some models have no room. And multi-head latent
-    attention (MLA) holds the layer that makes keys and values of what is cached, `kv_b_proj`,
-    outside of the model's modules, where vLLM puts no adapters around it. With sequence
-    parallelism, a router and shared experts get a rank's own share of the rows, and would take them
-    for the step's first ones. So would layers of Mamba (Jamba's) that vLLM calls twice in a step,
-    for prompts and for answers. Of experts that ranks share out among them, vLLM fills as many as a
-    rank has, from the rank's place times their number on, and a rank may have others. And some
-    queries and keys have their outputs in another order than in checkpoints, and than the rows of
-    an adapter's B.
-    """
-    for name in refused_layers(manager):
+    """Layers on which adapters would not act, by checkpoints' names, and why."""
+    for name in refused_layers(manager):  # such as an embedding model's last one
         yield name, "vLLM adapts no layers of its kind"
     for name in _reordered_layers(manager):
         yield name, _REORDERED
-    for name in _tower_layers(manager):
-        for source in manager.packed_modules.get(name, [name]):
-            yield source, "vLLM does not say whose images its rows are of"
+    reason = "vLLM does not say whose images its rows are of"
+    yield from _with_sources(manager, _tower_layers(manager), reason)
     for start, reason in _without_the_steps_rows(manager.model):
-        for name in manager.modules:
-            if name.startswith(start):
-                for source in manager.packed_modules.get(name, [name]):
-                    yield source, reason
+        layers = [name for name in manager.modules if name.startswith(start)]
+        yield from _with_sources(manager, layers, reason)
     for block, part in manager.model.named_modules():
         if isinstance(part, MambaMixer | MambaMixer2):
             yield f"{block}.conv1d", "vLLM convolves with its weights directly"
@@ -247,13 +232,29 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
         if isinstance(module, FusedMoEWithLoRA) and not _has_the_experts_that_are_filled(module):
             for source in (name, f"{name}.base_layer", *manager.packed_modules.get(name, ())):
                 yield source, "vLLM fills slots for other experts than those that a rank has"
+    reason = "vLLM's attention multiplies with its weights directly"
+    yield from _with_sources(manager, _layers_held_by_attention(manager), reason)
+
+
+def _with_sources(
+    manager: LoRAModelManager, layers: Iterable[str], reason: str
+) -> Iterator[tuple[str, str]]:
+    """Layers by checkpoints' names, which have in parts what vLLM has fused, and the reason."""
+    for name in layers:
+        for source in manager.packed_modules.get(name, [name]):
+            yield source, reason
+
+
+def _layers_held_by_attention(manager: LoRAModelManager) -> list[str]:
+    """Layers that attention has outside of the model's modules, where vLLM puts no adapters.
+
+    Multi-head latent attention (MLA) so holds `kv_b_proj`, which makes keys and values of what is
+    cached.
+    """
     attentions = (getattr(part, "impl", None) for part in manager.model.modules())
     held = {id(value) for of in attentions for value in getattr(of, "__dict__", {}).values()}
-    for name, module in manager.modules.items():
-        base = getattr(module, "base_layer", None)
-        if base is not None and id(base) in held:
-            for source in manager.packed_modules.get(name, [name]):
-                yield source, "vLLM's attention multiplies with its weights directly"
+    bases = ((name, getattr(part, "base_layer", None)) for name, part in manager.modules.items())
+    return [name for name, base in bases if base is not None and id(base) in held]
 
 
 # Of towers: what runs before a token is added for the whole image, or with padding between sounds.
@@ -261,7 +262,10 @@ _UNCOUNTED = {"Llama4VisionModel": "patch_embedding", "Qwen3OmniMoeAudioEncoder"
 
 
 def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
-    """Beginnings of the names of layers that have other rows than the step's, and why."""
+    """Beginnings of the names of layers that have other rows than the step's, and why.
+
+    They would take their rows, some of the step's, for its first ones.
+    """
     for block, part in model.named_modules():
         if getattr(part, "is_sequence_parallel", False):
             yield f"{block}.", "each of vLLM's ranks computes some of its rows only"
@@ -275,7 +279,10 @@ def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]
 
 
 def _has_the_experts_that_are_filled(module: FusedMoEWithLoRA) -> bool:
-    """Whether a rank's experts are those of its turn: neither dealt out, moved nor one more."""
+    """Whether a rank's experts are those of its turn: neither dealt out, moved nor one more.
+
+    vLLM fills as many as a rank has, from the rank's place times their number on.
+    """
     base: Any = module.base_layer
     if getattr(base, "eplb_state", None) is not None:  # moves them while the model serves
         return False
