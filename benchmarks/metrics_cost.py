@@ -38,7 +38,7 @@ from vllm_multilora.metrics.adapter_metrics import AdapterMetrics
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.request_metrics import RequestMetrics
-from vllm_multilora.metrics.server_counts import COUNTS, count_tokens
+from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.slots.usage import AdapterUse
@@ -94,7 +94,7 @@ def recording_costs(folder: Path) -> dict[str, float]:
     COUNTS.start(lambda: make("server"))
     usage = Usage("a request", "customer-7", "d" * 64, None, None, 100, 32, 48)
     return {
-        "prompt counted, at its end": microseconds(lambda: count_tokens(usage)),
+        "prompt counted, at its end": microseconds(lambda: COUNTS.count_tokens(usage)),
         "step": microseconds(step),
         "request, from its arrival to its end": microseconds(request),
         "adapter copied into a slot": microseconds(move),

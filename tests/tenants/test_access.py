@@ -351,7 +351,7 @@ def test_wrong_keys_that_vllm_itself_refuses_wait_and_are_counted_like_all_other
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
     monkeypatch.setattr(access_middleware, "TokenBucket", still)
-    monkeypatch.setattr(access_middleware, "count_refused", lambda *who: counted.append(who))
+    monkeypatch.setattr(access_middleware.COUNTS, "count_refused", lambda *who: counted.append(who))
     access = Access(api_keys=[CLIENT], admin_keys=[ADMIN])
     app = AuthenticationMiddleware(App(), tokens=[CLIENT])
     door = AccessMiddleware(app, access, strangers_per_minute=60)

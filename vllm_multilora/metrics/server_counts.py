@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 from vllm_multilora.metrics.definitions import (
     FIRST_TOKEN,
@@ -25,9 +26,27 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 60.0  # until a file that could not be made is tried again
 
+_P = ParamSpec("_P")
+_Count = Callable[Concatenate["ServerCounts", _P], None]
+
+
+def _failing_no_request(count: _Count[_P]) -> _Count[_P]:
+    """A request must not fail for being counted: logs what `count` raises."""
+
+    @functools.wraps(count)
+    def count_or_log(counts: ServerCounts, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            count(counts, *args, **kwargs)
+        except Exception:
+            logger.exception("A request could not be counted: %s%r", count.__name__, args)
+
+    return count_or_log
+
 
 class ServerCounts:
     """The counts of one process; its file is made with the first.
+
+    Where metrics are off, nothing is counted.
 
     Args:
         clock: Seconds; only differences count.
@@ -48,8 +67,15 @@ class ServerCounts:
         """
         self._make_recorder, self._recorder, self._next_try = make_recorder, None, -math.inf
 
+    @_failing_no_request
     def count_route(self, route: str, lora_name: str, reason: str) -> None:
-        """See `count_route`."""
+        """Counts a request that a route has led to an adapter.
+
+        Args:
+            route: The route's public name.
+            lora_name: The adapter that it was led to; the served name of the base model if to that.
+            reason: Why that one, out of few.
+        """
         if (recorder := self._find()) is not None:
             recorder.names.admit(lora_name)  # the routes file names it
             led = fit(route), recorder.names.label(lora_name), reason
@@ -58,8 +84,9 @@ class ServerCounts:
                 led = OTHER, OTHER, reason
             recorder.series(ROUTE_REQUESTS, *led).inc()
 
+    @_failing_no_request
     def count_tokens(self, usage: Usage) -> None:
-        """See `count_tokens`."""
+        """Counts what a prompt for an adapter has used."""
         if (recorder := self._find()) is None:
             return
         adapter = BLENDS if usage.is_blend else usage.adapter or ""
@@ -73,8 +100,15 @@ class ServerCounts:
         for definition, tokens in zip(TOKENS, counted, strict=True):
             recorder.series(definition, *user).inc(tokens)
 
+    @_failing_no_request
     def count_latencies(self, adapter: str, first_s: float, per_token_s: float | None) -> None:
-        """See `count_latencies`."""
+        """Counts how long a request for an adapter took.
+
+        Args:
+            adapter: The adapter's name.
+            first_s: Seconds to its first token.
+            per_token_s: Seconds between its tokens, on average; None where there was one only.
+        """
         if (recorder := self._find()) is None:
             return
         recorder.names.admit(adapter)  # it was served
@@ -83,8 +117,14 @@ class ServerCounts:
         if per_token_s is not None:
             recorder.histogram(PER_TOKEN, label).observe(per_token_s)
 
+    @_failing_no_request
     def count_refused(self, tenant: str | None, status: int) -> None:
-        """See `count_refused`."""
+        """Counts a request that was refused for who sent it.
+
+        Args:
+            tenant: Whose it was; None where it was nobody's, or no tenant's.
+            status: Of the answer: 401, 403, 404 or 429.
+        """
         if (recorder := self._find()) is not None:
             who = (tenant or "", str(status))
             # Names of a file that changes may be any number of them.
@@ -102,52 +142,3 @@ class ServerCounts:
 
 
 COUNTS = ServerCounts()
-
-
-def count_route(route: str, lora_name: str, reason: str = "") -> None:
-    """Counts a request that a route has led to an adapter; does nothing where metrics are off.
-
-    Args:
-        route: The route's public name.
-        lora_name: The adapter that it was led to; the served name of the base model if to that.
-        reason: Why that one, out of few.
-    """
-    try:
-        COUNTS.count_route(route, lora_name, reason)
-    except Exception:  # a request must not fail for being counted
-        logger.exception("A request of route %r could not be counted", route)
-
-
-def count_tokens(usage: Usage) -> None:
-    """Counts what a prompt for an adapter has used; does nothing where metrics are off."""
-    try:
-        COUNTS.count_tokens(usage)
-    except Exception:  # as above
-        logger.exception("The tokens of request %s could not be counted", usage.request_id)
-
-
-def count_latencies(adapter: str, first_s: float, per_token_s: float | None) -> None:
-    """Counts how long a request for an adapter took; does nothing where metrics are off.
-
-    Args:
-        adapter: The adapter's name.
-        first_s: Seconds to its first token.
-        per_token_s: Seconds between its tokens, on average; None where there was one only.
-    """
-    try:
-        COUNTS.count_latencies(adapter, first_s, per_token_s)
-    except Exception:  # as above
-        logger.exception("The latencies of a request for %r could not be counted", adapter)
-
-
-def count_refused(tenant: str | None, status: int) -> None:
-    """Counts a request that was refused for who sent it; does nothing where metrics are off.
-
-    Args:
-        tenant: Whose it was; None where it was nobody's, or no tenant's.
-        status: Of the answer: 401, 403, 404 or 429.
-    """
-    try:
-        COUNTS.count_refused(tenant, status)
-    except Exception:  # as above
-        logger.exception("A refused request could not be counted")

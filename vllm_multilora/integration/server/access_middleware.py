@@ -20,7 +20,7 @@ from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm_multilora.integration.server.access_log import keep_refusals_few
 from vllm_multilora.integration.server.callers import Caller, current_caller, error_response
 from vllm_multilora.integration.server.request_bounds import LargeBodyError, whole_body
-from vllm_multilora.metrics.server_counts import count_refused
+from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.limits import (
     Account,
     LimitReachedError,
@@ -120,7 +120,7 @@ class AccessMiddleware:
         caller = self._access.caller(presented_key(headers))
         status = refusal(self._access.locks, caller.role, endpoint, path)
         if status is not None:
-            count_refused(None if caller.tenant is None else caller.tenant.name, status)
+            COUNTS.count_refused(None if caller.tenant is None else caller.tenant.name, status)
             if caller.account is not None:
                 await _pause(caller.account.without_turn)
             elif status is HTTPStatus.UNAUTHORIZED:
@@ -147,7 +147,7 @@ class AccessMiddleware:
 
         async def send_refusal(message: Message) -> None:
             if message.get("status") == HTTPStatus.UNAUTHORIZED:
-                count_refused(None, HTTPStatus.UNAUTHORIZED)
+                COUNTS.count_refused(None, HTTPStatus.UNAUTHORIZED)
                 await _pause(self._strangers)
             await send(message)
 
@@ -205,7 +205,7 @@ class AccessMiddleware:
                 if caller.retry_after_s is not None:
                     MutableHeaders(scope=message)["retry-after"] = str(caller.retry_after_s)
                 if message["status"] in _REFUSALS:
-                    count_refused(account.tenant.name, message["status"])
+                    COUNTS.count_refused(account.tenant.name, message["status"])
             await send(message)
 
         try:

@@ -40,7 +40,7 @@ from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall,
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
 from vllm_multilora.metrics.names import BLENDS
-from vllm_multilora.metrics.server_counts import count_latencies, count_tokens
+from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.slots.budget import MIB
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class ServerMeter:
     def count(self, usage: Usage) -> None:
         """A prompt has ended with all of its choices."""
         if usage.adapter is not None:
-            count_tokens(usage)
+            COUNTS.count_tokens(usage)
         if self._log is not None:
             self._log.write(usage)
 
@@ -260,7 +260,7 @@ def _count_latencies(adapter: str, stats: Any) -> None:
     others = stats.num_generation_tokens - 1
     pace = (stats.last_token_ts - stats.first_token_ts) / others if others > 0 else None
     # From the arrival by the wall clock, which may have been set back: a sum never shrinks.
-    count_latencies(adapter, max(stats.first_token_latency, 0.0), pace)
+    COUNTS.count_latencies(adapter, max(stats.first_token_latency, 0.0), pace)
 
 
 def start(models: Any) -> None:

@@ -52,7 +52,7 @@ from vllm_multilora.integration.server.callers import (
 from vllm_multilora.integration.server.http_calls import current_call
 from vllm_multilora.integration.server.refusals import next_pause
 from vllm_multilora.metrics.names import BLENDS
-from vllm_multilora.metrics.server_counts import count_route
+from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.routing import (
     Blended,
     Candidate,
@@ -152,7 +152,7 @@ class ServerRoutes:
         else:
             request.model = chosen
         label = BLENDS if isinstance(chosen, Blended) else chosen
-        count_route(name, label, "chosen" if chosen == candidates[0] else "fallback")
+        COUNTS.count_route(name, label, "chosen" if chosen == candidates[0] else "fallback")
         if call is not None:
             call.route, call.adapter = name, request.model
         return None

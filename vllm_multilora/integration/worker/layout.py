@@ -264,7 +264,7 @@ _UNCOUNTED = {"Llama4VisionModel": "patch_embedding", "Qwen3OmniMoeAudioEncoder"
 def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
     """Beginnings of the names of layers that have other rows than the step's, and why.
 
-    They would take their rows, some of the step's, for its first ones.
+    vLLM would apply adapters to the first ones of the rows that it has counted.
     """
     for block, part in model.named_modules():
         if getattr(part, "is_sequence_parallel", False):
