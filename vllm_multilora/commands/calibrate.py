@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from vllm_multilora import __version__
 from vllm_multilora.capacity.calibration import (
@@ -91,23 +92,14 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
     url, key = base_url(arguments.url), arguments.api_key
     created = datetime.now(UTC).isoformat(timespec="seconds")
     listing = fetch(url, api_key=key)
-    models = get_json(f"{url}/v1/models", api_key=key)["data"]
-    base = [model for model in models if not model.get("parent")]
-    if not base:
-        raise CalibrationError(f"{url}/v1/models lists no base model")
+    base = base_models(url, key)
     if "slots" not in listing:
         raise CalibrationError(
             f"{url} does not say how many slots it has: a tenant's key cannot calibrate, give the "
             f"server's with --api-key"
         )
     if arguments.from_disk:
-        cold = [row for row in listing["data"] if row["state"] == "absent"]
-        if any("path" not in row for row in cold):
-            raise CalibrationError(
-                f"--from-disk: {url} does not say where its adapters are: give an admin key with "
-                f"--api-key"
-            )
-        forget_files(row["path"] for row in cold if row["path"] is not None)  # a blend has none
+        forget_cold(listing["data"], url)
 
     def listed() -> list[Adapter]:
         rows = fetch(url, api_key=key)["data"]
@@ -156,6 +148,38 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
         ranges=measured.ranges,
         adapters=measured.sizes,
     )
+
+
+def base_models(url: str, key: str | None) -> list[dict[str, Any]]:
+    """The names of the base model, as the server lists models.
+
+    Raises:
+        CalibrationError: It lists none.
+    """
+    models = get_json(f"{url}/v1/models", api_key=key)["data"]
+    base = [model for model in models if not model.get("parent")]
+    if not base:
+        raise CalibrationError(f"{url}/v1/models lists no base model")
+    return base
+
+
+def forget_cold(adapters: Iterable[dict[str, Any]], url: str) -> None:
+    """Has the next loads of adapters that are in no memory read from the disk.
+
+    Args:
+        adapters: As the server lists them.
+        url: The server's, for the error.
+
+    Raises:
+        CalibrationError: The server does not say where they are, or they cannot be forgotten.
+    """
+    cold = [row for row in adapters if row["state"] == "absent"]
+    if any("path" not in row for row in cold):
+        raise CalibrationError(
+            f"--from-disk: {url} does not say where its adapters are: give an admin key with "
+            f"--api-key"
+        )
+    forget_files(row["path"] for row in cold if row["path"] is not None)  # a blend has none
 
 
 def forget_files(folders: Iterable[str]) -> None:
