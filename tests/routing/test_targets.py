@@ -71,7 +71,7 @@ def test_whole_numbers_are_read_as_text():
 
 
 @pytest.mark.parametrize(
-    ("facts", "found"), [({}, "'no value'"), ({"metadata": {"task": "Tea"}}, "'Tea'")]
+    ("facts", "found"), [({}, "no value"), ({"metadata": {"task": "Tea"}}, "'Tea'")]
 )
 def test_without_default_a_value_without_case_is_an_error(facts, found):
     with pytest.raises(NoCaseError) as caught:

@@ -134,7 +134,9 @@ class Cases:
 
 
 def _shown(value: str | None) -> str:
-    shown = repr(value or "no value")
+    if not value:
+        return "no value"
+    shown = repr(value)
     return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
 
 
