@@ -195,11 +195,12 @@ def test_ctrl_c_ends_a_watch_and_all_is_well(site, capsys, monkeypatch):
 def test_the_key_of_a_guarded_server(site, capsys, monkeypatch):
     def guarded(_: object, headers: dict[str, str]) -> tuple[int, str]:
         known = headers.get("Authorization") == "Bearer secret"
-        return (200, json.dumps(LISTING)) if known else (401, "Unauthorized")
+        return (200, json.dumps(LISTING)) if known else (401, "No valid key.")
 
     site.answers["/v1/lora_adapters"] = guarded
     assert main(["status", "--url", site.url]) == 2
-    assert "--api-key" in capsys.readouterr().err
+    hint = "401: No valid key; give a key in $VLLM_API_KEY or with --api-key\n"
+    assert capsys.readouterr().err.endswith(hint)
     assert main(["status", "--url", site.url, "--api-key", "secret"]) == 0
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     assert main(["status", "--url", site.url]) == 0

@@ -73,9 +73,11 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
             body: bytes = response.read()
     except urllib.error.HTTPError as error:
         answer = _message(error.read().decode(errors="replace"))[:_SHOWN]
-        hint = "; give a key in $VLLM_API_KEY or with --api-key" if error.code == 401 else ""
         what = f": {answer}" if answer else ""
-        raise UnreachableError(f"{url} answers {error.code}{what}{hint}") from error
+        if error.code == http.HTTPStatus.UNAUTHORIZED:
+            hint = "give a key in $VLLM_API_KEY or with --api-key"
+            what = f"{what.removesuffix('.')}; {hint}"
+        raise UnreachableError(f"{url} answers {error.code}{what}") from error
     # URLError, a time limit, a broken connection, something that is not HTTP
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
