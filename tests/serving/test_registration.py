@@ -18,6 +18,8 @@ import psutil
 import pytest
 
 from tests.adapters.corpus import BAD
+from tests.unit.test_docs import ROOT
+from tests.unit.test_documented_commands import commands
 
 from . import completions, template
 from .cases import NEW_TOKENS, Case, Scenario
@@ -141,6 +143,27 @@ def test_a_loaded_adapter_serves_at_once_and_an_unloaded_one_no_more(
     assert deployment.load("acme", deployment.root / "acme").status_code == 200
     deployment.assert_serves("acme", case)
     deployment.unload("acme")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_calls_of_the_docs_load_an_adapter_ask_it_and_unload_it(deployment: Deployment) -> None:
+    """Word for word, but for the address and the folder."""
+    pages = ("docs/adapters.md", "README.md")
+    load, unload, ask = (
+        command for page in pages for command in commands(ROOT / page) if "curl" in command
+    )
+    folder = str(deployment.put(NAMES[0], "acme"))
+    own = {"http://localhost:8000": deployment.server.url, "/adapters/acme": folder}
+    answers = []
+    for command in (load, ask, unload):
+        for named, here in own.items():
+            command = command.replace(named, here)
+        curl = ["bash", "-c", f"{command} --fail-with-body --noproxy '*'"]
+        answers.append(subprocess.run(curl, check=True, capture_output=True, text=True).stdout)
+    loaded, asked, unloaded = answers
+    assert "added successfully" in loaded
+    assert json.loads(asked)["model"] == "acme"
+    assert "removed successfully" in unloaded
 
 
 @pytest.mark.smoke("registration over HTTP")

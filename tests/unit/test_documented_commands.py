@@ -17,8 +17,8 @@ from tests.unit.test_examples import settings_of
 from vllm_multilora.cli import main, parser_of
 
 PROGRAMS = {
-    "apt", "docker", "git", "kubectl", "make", "openssl", "pip", "prometheus", "promtool", "python",
-    ".venv/bin/python", "vllm", "vllm-multilora",
+    "apt", "curl", "docker", "git", "kubectl", "make", "openssl", "pip", "prometheus", "promtool",
+    "python", ".venv/bin/python", "vllm", "vllm-multilora",
 }  # fmt: skip
 PLACEHOLDERS = {
     "[--": "--", "]": "", "...": "", " N": " 16", " SECONDS": " 60", "new | hash | check": "check"
@@ -26,6 +26,8 @@ PLACEHOLDERS = {
 """What stands for something else, and something that may be typed in its place."""
 
 TESTS = {
+    "curl": "tests/serving/test_registration.py::"
+    "test_the_calls_of_the_docs_load_an_adapter_ask_it_and_unload_it",
     "make demo": "tests/serving/test_demo.py::"
     "test_the_demo_shows_all_its_parts_and_leaves_nothing_running",
     "make dist-check": "tests/unit/test_packaging.py::test_pip_finds_nothing_amiss_with_it",
