@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,6 +216,22 @@ def test_the_doctor_sees_that_vllm_is_told_to_leave_the_plugin_out(monkeypatch):
     assert "leaves the plugin out; add 'multilora' to it" in problem
     monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver,multilora")
     assert _check_entry_point() == []
+
+
+def test_the_doctor_says_why_vllm_cannot_be_imported(monkeypatch, capsys):
+    """As where pip has put PyPI's torchaudio, which needs CUDA, beside PyTorch for CPUs."""
+    from vllm_multilora.integration.offline.doctor import diagnose
+    from vllm_multilora.integration.patching import ledger
+
+    def import_vllm() -> bool:
+        raise OSError("Could not load this library: _torchaudio.so")
+
+    patch = SimpleNamespace(name="flags", target="vllm", apply=import_vllm)
+    monkeypatch.setattr(ledger, "PATCHES", [patch])
+    assert diagnose() == 1
+    [problem] = re.findall("^problem: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert problem.startswith("vLLM cannot be imported: Could not load this library: _torchaudio")
+    assert "pip uninstall torchaudio torchcodec" in problem
 
 
 @pytest.mark.smoke

@@ -97,6 +97,7 @@ UNTESTED = {
     "pip install --editable": "is what these tests run in",
     "pip install '.[": "an extra draws packages in from an index, as make install does",
     'pip install "vllm-multilora[': "an extra draws packages in from an index",
+    "pip install --no-deps ./packaging/": "make install does it for these tests",
     "pip uninstall": "takes away what these tests run in",
     "python -m benchmarks run": "measures, for minutes and on a quiet machine; "
     "tests/unit/test_benchmarks.py runs a short one",

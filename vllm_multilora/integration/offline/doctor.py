@@ -13,6 +13,7 @@ from multilora_kernels import NativeUnavailableError, TritonUnavailableError
 from multilora_kernels.native import load_library
 from vllm_multilora import __version__
 from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.failures import describe_failure
 from vllm_multilora.integration.patching.activation import choose_backend
 from vllm_multilora.integration.patching.version import (
     SUPPORTED_TEXT,
@@ -24,6 +25,10 @@ from vllm_multilora.store import folder, sandbox
 from vllm_multilora.wording import counted
 
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "multilora"
+_AUDIO = (
+    "; where that is torchaudio or torchcodec, pip uninstall torchaudio torchcodec: PyPI's builds "
+    "of them need CUDA, and vLLM does without"
+)
 
 
 def diagnose() -> int:
@@ -54,14 +59,10 @@ def diagnose() -> int:
     print(f"store           {_store(problems)}")
     print(f"checks in it    {', '.join(sandbox.protection())}")
     print("patches")
-    from vllm_multilora.integration.patching.ledger import PATCHES
-
-    width = max(len(patch.name) for patch in PATCHES)
-    for patch in PATCHES:
-        applied = patch.apply()
-        print(f"  {'in place' if applied else 'MISSING '}  {patch.name:{width}} {patch.target}")
-        if not applied:
-            problems.append(f"patch {patch.name!r} does not fit this vLLM")
+    try:
+        problems += _check_patches()
+    except Exception as error:  # of vLLM, or of what it imports
+        problems.append(f"vLLM cannot be imported: {describe_failure(error)}{_AUDIO}")
     print()
     for problem in problems:
         print(f"problem: {problem}")
@@ -70,6 +71,19 @@ def diagnose() -> int:
         return 1
     print("Ready: vllm serve MODEL --enable-lora")
     return 0
+
+
+def _check_patches() -> list[str]:
+    from vllm_multilora.integration.patching.ledger import PATCHES
+
+    problems = []
+    width = max(len(patch.name) for patch in PATCHES)
+    for patch in PATCHES:
+        applied = patch.apply()
+        print(f"  {'in place' if applied else 'MISSING '}  {patch.name:{width}} {patch.target}")
+        if not applied:
+            problems.append(f"patch {patch.name!r} does not fit this vLLM")
+    return problems
 
 
 def _check_distributions(found: Mapping[str, str]) -> list[str]:
