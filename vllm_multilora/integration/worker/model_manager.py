@@ -332,7 +332,8 @@ class MultiLoRAModelManager(LoRAModelManager):
             tokens: [requests], how many of each.
         """
         of_step: Any = self._last_mapping
-        self.set_adapter_mapping(BatchMapping(of_step.ids, tokens, of_step.samples, of_step.type))
+        embedded: Any = BatchMapping(of_step.ids, tokens, of_step.samples, of_step.type)
+        self.set_adapter_mapping(embedded)
         try:
             yield
         finally:
