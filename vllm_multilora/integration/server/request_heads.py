@@ -32,7 +32,8 @@ def _bounded_protocol() -> Any:
     class BoundedHeads(HttpToolsProtocol):
         """uvicorn's protocol, with vLLM's limits of heads.
 
-        What does not belong to a body counts: headers, and those that come after one.
+        What has come since a request began, or since the last part of its body, counts: headers,
+        and those that come after a body.
         """
 
         config: Any  # vLLM has added a limit
@@ -57,7 +58,7 @@ def _bounded_protocol() -> Any:
             super().on_header(name, value)
 
         def on_body(self, body: bytes) -> None:
-            self._size -= len(body)
+            self._size = -self._piece
             super().on_body(body)
 
     return BoundedHeads
