@@ -143,7 +143,9 @@ def stop_at_first_errors(app: Any) -> None:
             if (adapter := getattr(field, "_type_adapter", None)) is None:
                 logger.warning("vLLM says of all in a list what is wrong: FastAPI is not as known.")
                 return
-            adapter.validator = SchemaValidator(_failing_fast(adapter.core_schema))
+            adapter.validator = SchemaValidator(
+                _failing_fast(adapter.core_schema), _use_prebuilt=False
+            )
 
 
 def _failing_fast(schema: Any) -> Any:
