@@ -191,6 +191,7 @@ BODIES = {
     "messages": ("/v1/messages", b'{"messages": [%s{}]}' % (b"{}," * 20_000), 413),
     "fields": (CALLS, b'{%s"a": 0}' % (b'"a": 0,' * 40_000), 413),
     "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MOST_NUMBERS + 1)), 413),
+    "numbers-of-any-kind": ("/invocations", b'{"messages": [%s]}' % TOKENS, 413),
     "bytes": (CALLS, b'"%s"' % bytes(MOST_BODY), 413),
     "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),
     "recording": ("/v1/audio/transcriptions", bytes(MOST_BODY + 1), 413),

@@ -72,14 +72,16 @@ STATUS_PAGE = "/multilora"
 OF_TENANTS = (Endpoint.STATUS, Endpoint.MODELS, Endpoint.CALL, Endpoint.STORED)
 """What tenants may ask, beside what anybody may."""
 
+INVOCATIONS = "/invocations"
+"""Where a request of any kind may be sent: vLLM tries it as one after the other."""
+
 _HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAGEMAKER_ADAPTERS = "/adapters"
-_INVOCATIONS = "/invocations"
 _MODELS = "/v1/models"
 _CALLS = frozenset(
     {
-        _INVOCATIONS,
+        INVOCATIONS,
         "/v1/chat/completions",
         "/v1/chat/completions/batch",
         "/v1/chat/completions/render",
@@ -161,6 +163,6 @@ def refusal(locks: Locks, role: Role, endpoint: Endpoint, path: str) -> HTTPStat
     if role is Role.CLIENT:
         return HTTPStatus.FORBIDDEN if endpoint is Endpoint.MANAGE else None
     is_guarded = endpoint in (Endpoint.MANAGE, Endpoint.STATUS) or (
-        locks.api_key and path.rstrip("/") == _INVOCATIONS
+        locks.api_key and path.rstrip("/") == INVOCATIONS
     )
     return HTTPStatus.UNAUTHORIZED if locks.tenants or is_guarded else None

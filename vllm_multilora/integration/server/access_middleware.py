@@ -28,7 +28,14 @@ from vllm_multilora.tenants.limits import (
     ServerStoppedError,
     TokenBucket,
 )
-from vllm_multilora.tenants.rules import OF_TENANTS, Endpoint, Role, endpoint_of, refusal
+from vllm_multilora.tenants.rules import (
+    INVOCATIONS,
+    OF_TENANTS,
+    Endpoint,
+    Role,
+    endpoint_of,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -198,6 +205,7 @@ class AccessMiddleware:
 
         What has no turn, as it is refused or reads a stored response, waits where there is much.
         """
+        path = route_path(scope)
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in _NOT_OF_TENANTS]
 
         async def send_marked(message: Message) -> None:
@@ -213,8 +221,11 @@ class AccessMiddleware:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
                 if scope["type"] == "http":
-                    is_form = route_path(scope).startswith(_FORMS)
-                    receive = await whole_body(receive, is_form=is_form)
+                    receive = await whole_body(
+                        receive,
+                        is_form=path.startswith(_FORMS),
+                        is_of_any_kind=path == INVOCATIONS,
+                    )
             elif endpoint is Endpoint.STORED:
                 await _pause(account.without_turn)
             if endpoint in (Endpoint.MODELS, Endpoint.STATUS):
@@ -225,7 +236,7 @@ class AccessMiddleware:
             if isinstance(error, LimitReachedError):
                 caller.retry_after_s = error.retry_after_s
                 await _pause(account.without_turn)
-            answer = error_answer(_STATUS[type(error)], str(error), path=route_path(scope))
+            answer = error_answer(_STATUS[type(error)], str(error), path=path)
             await answer(scope, receive, send_marked)
         except _ClientGoneError:  # for middlewares of the operator's, which expect an answer
             await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)

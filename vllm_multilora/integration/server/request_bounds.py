@@ -66,12 +66,14 @@ class LargeBodyError(MultiLoRAError):
     """There is too much in a call's body."""
 
 
-async def whole_body(receive: Receive, *, is_form: bool) -> Receive:
+async def whole_body(receive: Receive, *, is_form: bool, is_of_any_kind: bool = False) -> Receive:
     """Takes a tenant's call in, as vLLM would, and looks at it before vLLM does.
 
     Args:
         receive: The client.
         is_form: Whether it is one; all others are JSON, whatever their headers say.
+        is_of_any_kind: Whether vLLM tries it as each kind of request that there is, and finds out
+            all that is wrong with it as each: numbers count as other values do then.
 
     Returns:
         What the application receives from: the body in one piece, and then the rest.
@@ -92,7 +94,7 @@ async def whole_body(receive: Receive, *, is_form: bool) -> Receive:
     body = b"".join(parts)
     parts.clear()
     if not is_form:
-        _require_few_values(body)
+        _require_few_values(body, counts_numbers=is_of_any_kind)
     # A client may have gone.
     held = [message if message["type"] != "http.request" else {**message, "body": body}]
 
@@ -102,7 +104,7 @@ async def whole_body(receive: Receive, *, is_form: bool) -> Receive:
     return receive_whole
 
 
-def _require_few_values(body: bytes) -> None:
+def _require_few_values(body: bytes, *, counts_numbers: bool) -> None:
     if not (encoding := json.detect_encoding(body)).startswith("utf-8"):
         body = body.decode(encoding, "replace").encode()
     if body.count(b",") > MOST_NUMBERS:
@@ -112,13 +114,16 @@ def _require_few_values(body: bytes) -> None:
     # Whole operations on bytes alone: a search for each text or number would take half a minute.
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if (found := plain.count(b'"') // 4) <= MOST_VALUES:  # of texts, half may be names of fields
-        outside = b'"'.join(plain.split(b'"')[::2]).translate(None, _OF_NUMBERS)
-        while b",," in outside:
-            outside = outside.replace(b",,", b",")
+        outside = b'"'.join(plain.split(b'"')[::2])
+        if not counts_numbers:
+            outside = outside.translate(None, _OF_NUMBERS)
+            while b",," in outside:
+                outside = outside.replace(b",,", b",")
         found = _values_in(outside)
     if found > MOST_VALUES:
+        which = "" if counts_numbers else " besides numbers"
         raise LargeBodyError(
-            f"Values in the body besides numbers: found {found}, expected {MOST_VALUES} at most."
+            f"Values in the body{which}: found {found}, expected {MOST_VALUES} at most."
         )
 
 
