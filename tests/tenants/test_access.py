@@ -19,9 +19,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.middleware.base import BaseHTTPMiddleware
 from vllm.config import StructuredOutputsConfig
+from vllm.entrypoints.generate.base.protocol import AnyStructuralTagResponseFormat
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.multimodal.media import connector
 from vllm.usage.usage_lib import UsageContext
@@ -202,6 +204,15 @@ def test_a_server_starts_where_fastapi_is_another(caplog):
     route = SimpleNamespace(dependant=SimpleNamespace(body_params=[object()]))
     stop_at_first_errors(SimpleNamespace(routes=[object(), route, route]))
     assert caplog.text.count("FastAPI") == 1
+
+
+def test_a_structural_tag_is_read_to_what_is_wrong_first():
+    """vLLM reads it by itself, before the rest of a body."""
+    stop_at_first_errors(SimpleNamespace(routes=[]))
+    tag = {"type": "structural_tag", "structures": [0] * 9, "triggers": [0] * 9}
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(AnyStructuralTagResponseFormat).validate_python(tag)
+    assert caught.value.error_count() == 3  # one of each list, and that it is of no other kind
 
 
 @pytest.mark.parametrize(("path", "body", "status"), BODIES.values(), ids=BODIES)

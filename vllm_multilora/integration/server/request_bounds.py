@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from pydantic import FailFast
 from pydantic_core import SchemaValidator
 from vllm import envs
+from vllm.entrypoints.generate.base.protocol import LegacyStructuralTagResponseFormat
 from vllm.exceptions import GracefulHTTPError
 
 from vllm_multilora.errors import MultiLoRAError
@@ -142,6 +144,10 @@ def stop_at_first_errors(app: Any) -> None:
     Args:
         app: vLLM's, with all its routes.
     """
+    # vLLM looks at this part of a body by itself, before it looks at the rest.
+    for name in ("structures", "triggers"):
+        LegacyStructuralTagResponseFormat.model_fields[name].metadata.append(FailFast())
+    LegacyStructuralTagResponseFormat.model_rebuild(force=True)
     for route in app.routes:
         dependant = getattr(route, "dependant", None)
         for field in [] if dependant is None else dependant.body_params:
