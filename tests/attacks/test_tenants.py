@@ -177,11 +177,15 @@ LISTS: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/chat/completions",
         {"messages": [], "structured_outputs": {"choice": [0] * 400}},
     ),
+    "fields": (
+        "/v1/chat/completions",
+        {"messages": [], "vllm_xargs": {str(number): {} for number in range(400)}},
+    ),
 }
 
 
 @pytest.mark.parametrize(("path", "body"), LISTS.values(), ids=LISTS)
-def test_a_list_of_wrong_items_is_read_to_the_first(
+def test_many_wrong_items_are_read_to_the_first(
     served: TenantServer, path: str, body: dict[str, Any]
 ) -> None:
     """vLLM would say of each what is wrong with it as a message, as a call of a tool, and so on."""

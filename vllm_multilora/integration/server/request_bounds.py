@@ -60,7 +60,7 @@ MOST_LENGTH = 1 << 30
 MOST_SEED = (1 << 63) - 1
 
 _OF_NUMBERS = b"0123456789+-.eE \t\r\n"
-_LISTS = ("list", "tuple", "set", "frozenset")
+_OF_MANY = ("list", "tuple", "set", "frozenset", "dict")
 _NOT_OF_SCHEMA = ("default", "metadata")
 
 
@@ -135,7 +135,7 @@ def _values_in(text: bytes) -> int:
 
 
 def stop_at_first_errors(app: Any) -> None:
-    """Has a server look no further in a list that holds something wrong.
+    """Has a server look no further in a list or an object of any fields that holds something wrong.
 
     vLLM says of each item of a list what is wrong with it, for each kind of item that there might
     be: of five thousand in `/v1/responses`, which are fifteen kilobytes, it takes seconds for that,
@@ -168,7 +168,7 @@ def _failing_fast(schema: Any) -> Any:
         key: value if key in _NOT_OF_SCHEMA else _failing_fast(value)
         for key, value in schema.items()
     }
-    return {**made, "fail_fast": True} if made.get("type") in _LISTS else made
+    return {**made, "fail_fast": True} if made.get("type") in _OF_MANY else made
 
 
 def require_short(params: Any) -> None:
