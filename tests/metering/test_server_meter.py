@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm import RequestOutput
+import torch
+from vllm import PoolingParams, PoolingRequestOutput, RequestOutput
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
@@ -322,3 +323,51 @@ def test_all_others_are_told_what_they_ask_for() -> None:
     ]
     assert [len(each) for each in found] == [4, 1, 1, 1]
     assert all(isinstance(output, RequestOutput) for each in found for output in each)
+
+
+@pytest.mark.parametrize(
+    ("request_", "most"),
+    [
+        (SimpleNamespace(encoding_format="float"), 1 << 20),
+        (SimpleNamespace(encoding_format="base64"), 16 << 20),
+        (SimpleNamespace(embedding_types=None), 1 << 20),
+        (SimpleNamespace(queries="a", documents="b"), 64 << 20),
+    ],
+    ids=["float", "base64", "cohere", "score"],
+)
+@pytest.mark.parametrize("who", [ACME, Caller(Role.CLIENT), None], ids=["tenant", "client", "none"])
+def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
+    request_: Any, most: int, who: Caller | None
+) -> None:
+    processor = OutputProcessor(None, log_stats=False)
+    METER.set(processor, ServerMeter(None))
+    caller = None if who is None else replace(who)
+    if caller is not None:
+        caller.expect_results(request_)
+    got: list[Any] = []
+    for number in range(3):
+        request, kind = request_for_acme(REQUEST), RequestOutputKind.FINAL_ONLY
+        request.sampling_params, request.pooling_params = None, PoolingParams(task="token_embed")
+        request.request_id = str(number)
+        queue = RequestOutputCollector(kind, request.request_id)
+        processor.add_request(request, None, queue=queue)
+        state = processor.request_states[request.request_id]
+        METER.get(processor).begin(state)  # type: ignore[union-attr]
+        PROMPT_OF.get(state).caller = caller  # type: ignore[union-attr]
+        output = EngineCoreOutput(
+            state.request_id,
+            [],
+            finish_reason=FinishReason.STOP,
+            pooling_output=torch.empty(2, most // 4, device="meta"),
+        )
+        process_outputs(OutputProcessor.process_outputs, processor, [output])
+        try:
+            got.append(queue.get_nowait())
+        except GracefulHTTPError as error:
+            got.append(error)
+    assert all(isinstance(each, PoolingRequestOutput) for each in got[:2])
+    if who is not ACME:
+        assert isinstance(got[2], PoolingRequestOutput)
+        return
+    assert isinstance(got[2], GracefulHTTPError)
+    assert f"One call may want {most} numbers in its answer at most" in str(got[2])

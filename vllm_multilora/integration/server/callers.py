@@ -38,6 +38,16 @@ MOST_SCORES = 65_536
 """Log probabilities that a tenant's call may want to be told in one piece; each takes the event
 loop up to fifteen microseconds."""
 
+MOST_RESULTS = 64 << 20
+"""Numbers that the engine may send for a tenant's pooling call: of embeddings of tokens, say."""
+
+MOST_RESULTS_AS = {
+    "float": 1 << 20,
+    **dict.fromkeys(("base64", "bytes", "bytes_only"), 16 << 20),
+}
+"""Fewer, where a call has them told: as JSON each takes nearly a microsecond, in which no thread of
+the API server does anything else, and a hundred bytes of memory; as bytes a tenth of that."""
+
 MOST_BYTES = 16 << 20
 """That a tenant's call may have the engine receive, which takes it a few nanoseconds for each and
 several bytes of memory; a token of a prompt is three."""
@@ -68,6 +78,7 @@ class Caller:
             base model.
         retry_after_s: When a request over the tenant's limits may come again.
         has_turn: Whether it is one of the tenant's running calls.
+        most_results: Numbers that the answer to a tenant's pooling call may hold.
     """
 
     role: Role
@@ -78,8 +89,10 @@ class Caller:
     granted: set[str | None] = field(default_factory=set)
     retry_after_s: int | None = None
     has_turn: bool = False
+    most_results: int = MOST_RESULTS
     _answers: int = 0
     _scores: int = 0
+    _results: int = 0
     _bytes: int = 0
     _tensors: int = 0
     _users: int = 1
@@ -163,6 +176,23 @@ class Caller:
             "not streamed, or not read."
         )
         self._bound(count, MOST_SCORES, what)
+
+    def expect_results(self, request: Any) -> None:
+        """Says how a pooling call has its results told; request: vLLM's, of such an endpoint."""
+        is_coheres = hasattr(request, "embedding_types")
+        form = "float" if is_coheres else getattr(request, "encoding_format", None)
+        self.most_results = MOST_RESULTS_AS.get(form or "", MOST_RESULTS)
+
+    def count_results(self, count: int) -> None:
+        """The engine has sent so many numbers more for a pooling call.
+
+        Raises:
+            GracefulHTTPError: There are too many in a tenant's: nobody is answered while they are
+                told.
+        """
+        self._results += count
+        hint = "send fewer prompts at a time, or ask for `encoding_format` base64."
+        self._bound(self._results, self.most_results, f"numbers in its answer at most: {hint}")
 
     def count_bytes(self, request: Any, answers: int) -> None:
         """The call has the engine receive so much more, once for each of the answers.

@@ -151,7 +151,7 @@ class ServerMeter:
         )
 
     def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> None:
-        """Takes in what engines say of versions, log probabilities and ends, before vLLM does.
+        """Takes in what engines say of versions, results and ends, before vLLM does.
 
         Args:
             outputs: vLLM's `EngineCoreOutput`s that say any of that.
@@ -166,6 +166,8 @@ class ServerMeter:
                 self._ran(prompt, digest, state)
             if output.new_logprobs is not None and prompt.caller is not None:
                 _count_scores(prompt, prompt.caller, output, state)
+            if output.pooling_output is not None and prompt.caller is not None:
+                _count_results(prompt.caller, output, state)
             if (status := _ENDS.get(output.finish_reason)) is not None:
                 prompt.usage.status = status
 
@@ -246,6 +248,16 @@ def _count_scores(prompt: Prompt, caller: Caller, output: Any, state: Any) -> No
     except GracefulHTTPError as error:
         # What is wrong with a request's input, such as this, has vLLM abort it.
         queue.put(InputStreamError(error))
+
+
+def _count_results(caller: Caller, output: Any, state: Any) -> None:
+    """Has a pooling call fail whose results are too many to be told in a moment."""
+    try:
+        caller.count_results(output.pooling_output.numel())
+    except GracefulHTTPError as error:
+        if state.queue is not None:
+            state.queue.put(error)  # instead of the output
+            output.pooling_output = output.pooling_output[:0]
 
 
 def _count_latencies(adapter: str, stats: Any) -> None:

@@ -232,6 +232,8 @@ async def check_pooling_model(original: Callable[..., Any], serving: Any, reques
     is_dropped = blends.dropped() is not None and _acts_for(serving.models)
     if is_dropped or blends.is_asked(serving.models, request):
         raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
+    if (caller := current_caller.get()) is not None:
+        caller.expect_results(request)
     named, asked = request.model, take_asked(serving, request)
     if not await may_use(serving, request.model):
         # As vLLM does, which looks names up in two places here; and whole, as in `check_model`.
