@@ -300,8 +300,10 @@ def test_a_server_with_a_certificate_of_ones_own_is_asked_once_it_is_named(
     assert main(["status", "--url", f"http://localhost:{address}"]) == 2
     assert "(does it speak https:// only?)" in capsys.readouterr().err
     assert main(["status", "--url", f"https://localhost:{address}"]) == 2
-    hint = "its certificate is not trusted; name that of its authority in $SSL_CERT_FILE"
-    assert f"self-signed certificate ({hint})" in capsys.readouterr().err
+    hint = "(name the certificate of an authority of your own in $SSL_CERT_FILE)"
+    assert f"cannot be reached: self-signed certificate {hint}" in capsys.readouterr().err
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert main(["status", "--url", f"https://127.0.0.1:{address}"]) == 2
+    assert "certificate is not valid for '127.0.0.1'.\n" in capsys.readouterr().err
     assert main(["status", "--url", f"https://localhost:{address}"]) == 0
     assert "hot" in capsys.readouterr().out

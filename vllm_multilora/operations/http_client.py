@@ -15,6 +15,8 @@ from vllm_multilora.errors import MultiLoRAError
 
 TIMEOUT_S = 30.0
 _SHOWN = 200
+_UNKNOWN_AUTHORITY = range(18, 22)
+"""What OpenSSL says where nobody it knows vouches for a certificate."""
 
 
 class UnreachableError(MultiLoRAError):
@@ -90,8 +92,9 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
 def _why(reason: Any, scheme: str) -> str:
     """What has gone wrong with a connection, and what may help."""
     if isinstance(reason, ssl.SSLCertVerificationError):
-        hint = "its certificate is not trusted; name that of its authority in $SSL_CERT_FILE"
-        return f"{reason.verify_message} ({hint})"
+        hint = " (name the certificate of an authority of your own in $SSL_CERT_FILE)"
+        is_unknown = reason.verify_code in _UNKNOWN_AUTHORITY
+        return f"{reason.verify_message}{hint if is_unknown else ''}"
     said = str(getattr(reason, "strerror", None) or reason)
     if isinstance(reason, ssl.SSLError):
         return f"{said} (does it speak http:// only?)"
