@@ -460,6 +460,7 @@ def test_few_descriptors_are_a_clear_failure_and_no_end(engines):
     assert failed
     for one in failed:
         assert "ulimit -n" in one.message, one
+        assert one.kind is FailureKind.UNREADABLE, "which is answered with 503"
     assert isinstance(engine.load(99, "/fake/sane"), Loaded)
 
 
@@ -681,7 +682,7 @@ def test_a_job_for_which_there_is_no_thread_fails_its_adapter_alone(threaded, mo
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", start)
         failed = threaded.load(1, "/fake/a")
-    assert failed.kind is FailureKind.INTERNAL
+    assert failed.kind is FailureKind.UNREADABLE
     assert "can't start new thread" in failed.message
     assert isinstance(threaded.load(2, "/fake/b"), Loaded)
 

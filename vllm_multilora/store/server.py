@@ -13,7 +13,7 @@ import socket
 import time
 from typing import Any
 
-from vllm_multilora.failures import FailureKind
+from vllm_multilora.failures import classify_failure
 from vllm_multilora.slots.registry import make_policy
 from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.arena import Arena
@@ -294,4 +294,4 @@ def _system_failure(what: str, error: OSError) -> Failure:
     message = f"the store cannot {what}: {error}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         message += "; raise its limit of open files (ulimit -n)"
-    return Failure(FailureKind.INTERNAL, message, [])
+    return Failure(classify_failure(error), message, [])  # a later try may succeed
