@@ -310,7 +310,8 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     attention.impl = SimpleNamespace(kv_b_proj=kv.base_layer, sinks=None)
     experts = torch.nn.ModuleDict({"gate": Wrapped(), "gate_up_proj": Wrapped()})
     language = torch.nn.ModuleDict({"attention": attention, "last": last, "experts": experts})
-    tower = torch.nn.ModuleDict({"qkv_proj": Wrapped(), "patch_embedding": Wrapped()})
+    of_tower = ("qkv_proj", "patch_embedding", "linear_1")
+    tower = torch.nn.ModuleDict({kind: Wrapped() for kind in of_tower})
     model = torch.nn.ModuleDict({"text": language, "tower": tower})
     modules = {name: part for name, part in model.named_modules() if isinstance(part, Wrapped)}
     modules["text.attention"] = attention  # no layer lies under it
@@ -325,10 +326,12 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     always = {"text.attention.kv_b_proj", "text.last"}
     assert found() == always
     model.supports_multimodal, model.get_language_model = True, lambda: language
-    assert found() == always | {"tower.q_proj", "tower.k_proj", "tower.patch_embedding"}
+    all_of_tower = {f"tower.{kind}" for kind in ("q_proj", "k_proj", *of_tower[1:])}
+    assert found() == always | all_of_tower
     assert found(supports_mm=True) == found(punica_wrapper_mapping={"encoder": None}) == always
-    tower.__class__ = type("Llama4VisionModel", (torch.nn.ModuleDict,), {})
-    assert found(supports_mm=True) == always | {"tower.patch_embedding"}
+    for kind, layer in (("Llama4VisionModel", "patch_embedding"), ("Projector", "linear_1")):
+        tower.__class__ = type(kind, (torch.nn.ModuleDict,), {})
+        assert found(supports_mm=True) == always | {f"tower.{layer}"}
     tower.__class__ = torch.nn.ModuleDict
 
     def unknown() -> torch.nn.Module:

@@ -257,8 +257,14 @@ def _layers_held_by_attention(manager: LoRAModelManager) -> list[str]:
     return [name for name, base in bases if base is not None and id(base) in held]
 
 
-# Of towers: what runs before a token is added for the whole image, or with padding between sounds.
-_UNCOUNTED = {"Llama4VisionModel": "patch_embedding", "Qwen3OmniMoeAudioEncoder": "conv_out"}
+# What runs before a token is added for the whole image, with padding between sounds, or for one
+# image after the other (Keye).
+_UNCOUNTED = {
+    "Llama4VisionModel": ("patch_embedding",),
+    "Qwen3OmniMoeAudioEncoder": ("conv_out",),
+    "Projector": ("linear_1", "linear_2"),
+    "KeyeVL1_5Projector": ("linear_1", "linear_2"),
+}
 
 
 def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
@@ -269,7 +275,7 @@ def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]
     for block, part in model.named_modules():
         if getattr(part, "is_sequence_parallel", False):
             yield f"{block}.", "each of vLLM's ranks computes some of its rows only"
-        if kind := _UNCOUNTED.get(type(part).__name__):
+        for kind in _UNCOUNTED.get(type(part).__name__, ()):
             yield f"{block}.{kind}", "vLLM counts other rows of images and sounds than it has"
         if hasattr(part, "vision_experts"):  # of Ernie 4.5 VL
             yield f"{block}.", "vLLM computes rows of texts apart from those of images"
