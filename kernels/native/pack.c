@@ -197,7 +197,6 @@ void multilora_pack(const char *span, const struct pack_piece *pieces, int64_t c
         const struct pack_piece *p = &pieces[i];
         run_function *run = run_functions[p->from_dtype][p->to_dtype];
         largest[i] = 0;
-        if (!p->rows || !p->columns) continue;
         if (p->kind == TRANSPOSE && p->to) {
             pack_transposed(p, span, run, &largest[i]);
         } else if (p->kind == RAW && p->to) {

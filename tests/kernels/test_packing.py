@@ -205,12 +205,15 @@ def test_the_largest_number_of_each_dtype():
         assert largest_number(dtype) == torch.finfo(dtype.torch).max
 
 
+@pytest.mark.parametrize("kind", [CONVERT, TRANSPOSE, RAW], ids=["convert", "transpose", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_pieces_and_spans_without_pieces_do_nothing(backend):
+def test_empty_pieces_and_spans_without_pieces_do_nothing(backend, kind):
     matrix = torch.ones(4, 6)
-    span = span_of(matrix)
-    assert pack(span, piece(matrix, rows=0), backend) == [False]
-    assert pack(span, piece(matrix, columns=0), backend) == [False]
+    span, target = span_of(matrix), Target(24, torch.float32)
+    for size in ({"rows": 0}, {"columns": 0}, {"rows": 0, "columns": 0}):
+        table = piece(matrix, kind=kind, target=target.address, **size)
+        assert pack(span, table, backend) == [False]
+    assert torch.all(target.memory == 7.0)
     assert pack(span, np.zeros(0, PIECE), backend) == []
 
 
