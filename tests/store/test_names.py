@@ -44,8 +44,8 @@ def names(mail) -> Names:
     return names
 
 
-def publish(request: int, name: str = "acme", adapter: int = 7) -> Publish:
-    return Publish(request, name, adapter, f"/adapters/{adapter}", b"")
+def publish(request: int, name: str = "acme", adapter: int = 7, again: bool = False) -> Publish:
+    return Publish(request, name, adapter, f"/adapters/{adapter}", b"", again)
 
 
 def test_an_api_server_that_comes_late_hears_of_no_other_servers_changes(names, mail):
@@ -197,10 +197,11 @@ def test_names_go_with_the_last_api_server_of_their_server(names, mail):
     assert mail.take(5) == []
 
 
-def test_an_adapter_that_is_published_again_keeps_its_name(names, mail):
+@pytest.mark.parametrize("again", [False, True], ids=["by one", "by all"])
+def test_an_adapter_that_is_published_again_keeps_its_name(names, mail, again):
     """As one that a client does not know to have been heard by a store that has died."""
-    for request in (1, 2, 3):
-        names.publish(1, publish(request), NOW)
+    for client in (1, 2, 3):
+        names.publish(client if again else 1, publish(client, again=again), NOW)
     names.join(4, "server", 4)
     assert mail.take(4) == [Published(0, "acme", 7, "/adapters/7", b"")]
 

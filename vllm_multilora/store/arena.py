@@ -170,7 +170,7 @@ class Arena:
     def _close_empty(self, spare: int) -> bool:
         """Closes segments that hold nothing, but for so many of them; whether any was closed."""
         whole = (Run(number, 0, size) for number, size in self._sizes.items())
-        empty = sorted((run for run in whole if run in self._free), key=lambda run: -run.size)
+        empty = [run for run in whole if run in self._free]
         over = self.budget is not None and self.committed > self.budget
         closed = empty if over else empty[spare:]
         for run in closed:
