@@ -11,10 +11,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from multilora_kernels import NativeUnavailableError, packing, resolve_backend
-from multilora_kernels.native import builds, compiler, processor, trust
+from multilora_kernels import NativeUnavailableError, packing, resolve_backend, scatter
+from multilora_kernels.native import builds, compiler, processor, segment_gemm, trust
 from multilora_kernels.native.builds import PACKING, Library
 from multilora_kernels.native.compiler import built
 
@@ -303,11 +304,22 @@ def test_the_processor_says_which_instructions_are_used(monkeypatch, tmp_path, l
         processor.chosen_set()
 
 
-def test_a_struct_of_another_size_is_noticed(cache):
-    library = compiler._load(PACKING)
-    compiler.check_size(library, "multilora_pack_piece_bytes", packing.PIECE.itemsize)
-    with pytest.raises(NativeUnavailableError, match="is 80 there and 72 here; reinstall"):
-        compiler.check_size(library, "multilora_pack_piece_bytes", 72)
+@pytest.mark.parametrize(
+    ("module", "constant", "other", "load"),
+    [
+        (packing, "PIECE", np.dtype("V72"), packing._native),
+        (scatter, "PIECE", np.dtype("V72"), scatter._library.__wrapped__),
+        (segment_gemm, "MAX_SLICES", 17, segment_gemm._library.__wrapped__),
+    ],
+    ids=["packing", "scatter", "products"],
+)
+def test_a_library_with_structs_of_another_size_is_not_used(
+    monkeypatch, module, constant, other, load
+):
+    load()
+    monkeypatch.setattr(module, constant, other)
+    with pytest.raises(NativeUnavailableError, match=r"is \d+ there and \d+ here; reinstall"):
+        load()
 
 
 def test_other_instructions_get_another_build(cache, small, monkeypatch):
