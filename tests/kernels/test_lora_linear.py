@@ -229,12 +229,15 @@ def test_rows_past_the_plans_tokens_are_left_alone(backend):
 @pytest.mark.parametrize("by_column", [False, True], ids=["by-row", "by-column"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("k", [56, 64])
-def test_native_results_are_deterministic_and_do_not_depend_on_the_batch(k, dtype, by_column):
+@pytest.mark.parametrize("power", [1, 2], ids=["evenly-apart", "unevenly"])
+def test_native_results_are_deterministic_and_do_not_depend_on_the_batch(
+    power, k, dtype, by_column
+):
     """A row alone, and in batches of any size and order, gets the same bits.
 
     Whole vectors of x are read where they lie if its rows are evenly apart, and gathered if not.
     """
-    token_slots = [i * 7 % 9 - 1 for i in range(61)]
+    token_slots = [7 * i**power % 9 - 1 for i in range(61)]
     problem = make_problem(token_slots, widths=(48, 16, 16), k=k, max_rank=40, dtype=dtype)
     if by_column:
         problem.lora_b = [column_major(b).copy_(b) for b in problem.lora_b]
