@@ -26,13 +26,12 @@ from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
-    beam_search,
-    deliver_failures,
     to_stop_reason,
     uninvoked_stop_reason,
 )
 from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.server import failed_answers, metering
+from vllm_multilora.integration.server.failure_delivery import beam_search, deliver_failures
 
 HANDLERS = "server.failed_answers:"
 LIMIT_S = 20.0

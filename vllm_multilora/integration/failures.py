@@ -2,7 +2,8 @@
 
 The engine core ends the request with vLLM's own finish reason for errors. The reason travels as the
 output's stop reason, which vLLM passes on unread. The process that answers takes it out again: as
-an HTTP status and message in a server, as finish reason and text for `LLM.generate`.
+an HTTP status and message in a server, as finish reason and text for `LLM.generate` (see
+`server/failure_delivery.py`).
 """
 
 from __future__ import annotations
@@ -10,23 +11,16 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from http import HTTPStatus
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from vllm import outputs
-from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 from vllm.exceptions import GracefulHTTPError
-from vllm.v1.engine import FinishReason
 
 from vllm_multilora.adapters.problems import shown, shown_name
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.wording import counted
 
@@ -100,23 +94,6 @@ def uninvoked_stop_reason(adapter: LoRARequest, tokens: Sequence[int]) -> str:
     return f"{_UNINVOKED}{json.dumps([adapter.lora_name, *tokens])}"
 
 
-def _uninvoked(stop_reason: Any, tokenizer: Any) -> RequestFailure | None:
-    """The failure in such a stop reason, with the tokens' text where there is a tokenizer."""
-    if not isinstance(stop_reason, str) or not stop_reason.startswith(_UNINVOKED):
-        return None
-    name, *tokens = json.loads(stop_reason.removeprefix(_UNINVOKED))
-    text = ""
-    if tokenizer is not None:
-        # Tokenizers may know fewer ids than the model has room for, and some raise for the rest.
-        with suppress(Exception):
-            text = f" ({shown(tokenizer.decode(tokens))})"
-    message = (
-        f"adapter {name!r} is activated by the tokens {tokens}{text}, which the prompt does not "
-        "contain: put them where the adapter is to begin"
-    )
-    return RequestFailure(FailureKind.INVALID, message)
-
-
 def _stop_reason(prefix: str, kind: FailureKind, message: str) -> str:
     """What `from_stop_reason` reads."""
     return f"{prefix}{kind.value}:{message}"
@@ -144,142 +121,37 @@ def without_folders(text: str, folders: Sequence[str]) -> str:
     return text
 
 
-def from_stop_reason(stop_reason: Any) -> LoadFailure | None:
-    """The failure in a stop reason; None if it is another kind of stop."""
-    if not isinstance(stop_reason, str) or not stop_reason.startswith((_PREFIX, _REQUESTS)):
+def from_stop_reason(stop_reason: Any, tokenizer: Any = None) -> LoadFailure | None:
+    """The failure in a stop reason; None if it is another kind of stop.
+
+    Args:
+        stop_reason: Of a request's last output.
+        tokenizer: The model's, for what tokens stand for; None where there is none.
+    """
+    if not isinstance(stop_reason, str):
+        return None
+    if stop_reason.startswith(_UNINVOKED):
+        return _uninvoked(stop_reason.removeprefix(_UNINVOKED), tokenizer)
+    if not stop_reason.startswith((_PREFIX, _REQUESTS)):
         return None
     prefix, kind, message = stop_reason.split(":", 2)
     made = RequestFailure if f"{prefix}:" == _REQUESTS else LoadFailure
     return made(FailureKind(kind), message)
 
 
-def http_error(failure: LoadFailure) -> GracefulHTTPError:
-    """What a server answers: 404 gone, 400 invalid, 503 where a later try may help."""
-    return GracefulHTTPError(failure.message, STATUS[failure.kind])
-
-
-def deliver_failures(
-    engine_core_outputs: list[Any],
-    request_states: dict[str, Any],
-    on_failure: Callable[[LoRARequest, LoadFailure], None] | None = None,
-    tokenizer: Any = None,
-) -> dict[str, LoadFailure]:
-    """Turns failures among a step's outputs into what their requests' readers understand.
-
-    Args:
-        engine_core_outputs: As the engine core sent them; stop reasons become plain text.
-        request_states: vLLM's request states by internal request id.
-        on_failure: Is told of every request with an adapter that has failed: which, and why.
-        tokenizer: The model's; None where there is none.
-
-    Returns:
-        The failures of requests to `LLM`, by the ids of vLLM's answers to them: see `mark_failed`.
-    """
-    unmarked = {}
-    for output in engine_core_outputs:
-        if output.finish_reason is not FinishReason.ERROR:
-            continue
-        failure = from_stop_reason(output.stop_reason) or _uninvoked(output.stop_reason, tokenizer)
-        if failure is None:
-            continue
-        state = request_states.get(output.request_id)
-        if state is not None:
-            folders = HIDDEN_FOLDERS.get(state) or ()
-            failure = replace(failure, message=without_folders(failure.message, folders))
-        output.stop_reason = failure.message
-        if state is None:
-            continue
-        if on_failure is not None and state.lora_request is not None:
-            on_failure(state.lora_request, failure)
-        if state.detokenizer is None:
-            # A pooling request. Without a result vLLM takes it for one that generates; then its
-            # output task ends, and the whole server with it. Aborted ones get an empty one, too.
-            output.pooling_output = torch.empty(0)
-        state.streaming_input = False  # vLLM would keep it for as long as more input may come
-        if state.queue is not None:
-            # An exception in the queue is what the reader gets, before any output.
-            state.queue.put(http_error(failure))
-        else:
-            unmarked[state.external_req_id] = failure
-    return unmarked
-
-
-def mark_failed(request_outputs: list[Any], failures: dict[str, LoadFailure]) -> None:
-    """Completes the answers to failed requests to `LLM`.
-
-    Those of `LLM.generate` have said why by their finish and stop reasons. Those of `LLM.embed` and
-    the like, which are empty, have nothing of that kind.
-
-    Args:
-        request_outputs: vLLM's answers of a step.
-        failures: By the ids of the answers; see `deliver_failures`.
-    """
-    for output in request_outputs if failures else ():
-        failure = failures.get(output.request_id)
-        if failure is None:
-            continue
-        if isinstance(output, outputs.RequestOutput):
-            for completion in output.outputs:
-                # vLLM's beam search looks at the first token of any that has a list of them.
-                completion.logprobs = completion.logprobs or None
-        else:
-            # vLLM 0.31 has neither the class nor the field.
-            make_error: Any = getattr(outputs, "RequestError", SimpleNamespace)
-            output.error = make_error(code=failure.kind.value, message=failure.message)
-
-
-def offline_answer(original: Callable[..., Any], request_output: Any) -> Any:
-    """Offline: what `LLM.embed`, `classify` or `score` returns for one request.
-
-    Of a failed one, in vLLM 0.31, as later versions have it: no numbers or a score of 0, and an
-    `error`, which answers to others lack there.
-    """
-    error = getattr(request_output, "error", None)
-    if error is None or hasattr(outputs, "RequestError"):
-        return original(request_output)
-    is_score = original.__qualname__.startswith("ScoringRequestOutput")
-    answer = original(
-        SimpleNamespace(
-            **vars(request_output)
-            | {"outputs": outputs.PoolingOutput(torch.zeros(() if is_score else 0))}
-        )
+def _uninvoked(fields: str, tokenizer: Any) -> RequestFailure:
+    """What `uninvoked_stop_reason` says, with the tokens' text where there is a tokenizer."""
+    name, *tokens = json.loads(fields)
+    text = ""
+    if tokenizer is not None:
+        # Tokenizers may know fewer ids than the model has room for, and some raise for the rest.
+        with suppress(Exception):
+            text = f" ({shown(tokenizer.decode(tokens))})"
+    message = (
+        f"adapter {name!r} is activated by the tokens {tokens}{text}, which the prompt does not "
+        "contain: put them where the adapter is to begin"
     )
-    answer.error = error
-    return answer
-
-
-def beam_search(
-    original: Callable[..., Any],
-    llm: Any,
-    prompts: Sequence[Any],
-    params: Any,
-    lora_request: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Offline: a search that an adapter has failed ends with a sequence that says so."""
-    failures: dict[int, LoadFailure] = {}
-
-    def note(lora: LoRARequest, failure: LoadFailure) -> None:
-        failures[lora.lora_int_id] = failure
-
-    processor = llm.llm_engine.output_processor
-    ON_FAILURE.set(processor, note)
-    try:
-        searches = original(llm, prompts, params, lora_request, *args, **kwargs)
-    finally:
-        ON_FAILURE.set(processor, None)
-    if failures:
-        are_many = isinstance(lora_request, Sequence)
-        loras = lora_request if are_many else [lora_request] * len(searches)
-        for prompt, lora, search in zip(prompts, loras, searches, strict=True):
-            failure = None if lora is None else failures.get(lora.lora_int_id)
-            if failure is not None and len(search.sequences) < params.beam_width:
-                failed = BeamSearchSequence(
-                    prompt, [], [], lora, finish_reason="error", stop_reason=failure.message
-                )
-                search.sequences.append(failed)
-    return searches
+    return RequestFailure(FailureKind.INVALID, message)
 
 
 class RefusalsInOneLine(logging.Filter):

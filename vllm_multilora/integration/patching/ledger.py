@@ -554,7 +554,7 @@ PATCHES: tuple[Patch, ...] = (
             "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None, "
             "priority=None",
         ),
-        handler="failures:beam_search",
+        handler="server.failure_delivery:beam_search",
         why="A search whose adapter has failed ends all of the call with an IndexError. Has it end "
         "with a sequence that says why.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
@@ -564,7 +564,7 @@ PATCHES: tuple[Patch, ...] = (
         name="failed-embedding",
         target="vllm.outputs:EmbeddingRequestOutput.from_base",
         takes=("request_output",),
-        handler="failures:offline_answer",
+        handler="server.failure_delivery:offline_answer",
         why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
         "request: it ends the call of all others with a ValueError or drops the reason. Has that "
         "request's answer carry the reason, as later versions do.",
@@ -575,7 +575,7 @@ PATCHES: tuple[Patch, ...] = (
         name="failed-classification",
         target="vllm.outputs:ClassificationRequestOutput.from_base",
         takes=("request_output",),
-        handler="failures:offline_answer",
+        handler="server.failure_delivery:offline_answer",
         why="As failed-embedding, for classes.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-embedding.",
@@ -584,7 +584,7 @@ PATCHES: tuple[Patch, ...] = (
         name="failed-score",
         target="vllm.outputs:ScoringRequestOutput.from_base",
         takes=("request_output",),
-        handler="failures:offline_answer",
+        handler="server.failure_delivery:offline_answer",
         why="As failed-embedding, for scores.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-embedding.",

@@ -32,10 +32,10 @@ from vllm_multilora.integration.attached import (
     UNREAD_SCORES,
 )
 from vllm_multilora.integration.engine.versions import version_in
-from vllm_multilora.integration.failures import deliver_failures, mark_failed
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.access import stop_waiting
 from vllm_multilora.integration.server.callers import Caller, current_caller, current_tenant
+from vllm_multilora.integration.server.failure_delivery import deliver_failures, mark_failed
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
