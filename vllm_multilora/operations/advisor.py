@@ -251,7 +251,8 @@ def _large(seen: Observations) -> Iterator[Finding]:
             FindingCode.LARGE_RANK,
             f"train {_listed(large)} with a lower rank, or merge into a copy of the base model",
             f"ranks up to {max(adapter.rank for adapter in large)} are served",
-            f"from rank {LARGE_RANK} on the overhead of LoRA passes 10 %",
+            f"an adapter of rank {LARGE_RANK} has a twelfth as many weights as an 8B model, and "
+            "every step with it reads them all",
         )
 
 
