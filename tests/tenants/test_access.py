@@ -987,6 +987,7 @@ def test_admin_keys_come_from_a_file_or_the_environment(tmp_path):
         (f"{ADMIN}-ü", "HTTP cannot carry"),
         (f"{ADMIN}\n{ADMIN}-ü", "HTTP cannot carry"),
         (ADMIN * 50, "HTTP cannot carry"),
+        (f"{ADMIN}\n{stored(ADMIN)}\n", "found a key's hash, expected keys alone"),
     ],
 )
 def test_an_admin_key_file_without_a_good_key_is_refused(tmp_path, content, message):

@@ -38,13 +38,18 @@ def stored(key: str) -> str:
     return f"{_PREFIX}{digest_of(key).hex()}"
 
 
+def is_stored(text: str) -> bool:
+    """Whether a text is what is stored in a key's place."""
+    return _STORED.fullmatch(text) is not None
+
+
 def read_stored(text: str) -> bytes:
     """The digest of a key as the tenants file has it.
 
     Raises:
         ValueError: The text is none.
     """
-    if _STORED.fullmatch(text) is None:
+    if not is_stored(text):
         raise ValueError("expected sha256: and 64 hexadecimal digits in lower case")
     return bytes.fromhex(text.removeprefix(_PREFIX))
 

@@ -18,7 +18,13 @@ from vllm_multilora.documents import DocumentError, WatchedFile, read_file
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.activation import is_enabled
 from vllm_multilora.integration.server.callers import Caller
-from vllm_multilora.tenants.keys import MAX_KEY_LENGTH, KeyRing, can_be_sent, digest_of
+from vllm_multilora.tenants.keys import (
+    MAX_KEY_LENGTH,
+    KeyRing,
+    can_be_sent,
+    digest_of,
+    is_stored,
+)
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.parsing import parse_tenants
 from vllm_multilora.tenants.rules import Locks, Role
@@ -229,7 +235,8 @@ def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -
     """The operators' keys: those in their file, or the variable's value.
 
     Raises:
-        ConfigError: The file cannot be read or holds no key, or a key is short or cannot be sent.
+        ConfigError: The file cannot be read or holds no key, or one is short, a hash or cannot be
+            sent.
     """
     if settings.admin_key_file is not None:
         return read_file(settings.admin_key_file, parse_admin_keys, "admin keys")
@@ -245,7 +252,7 @@ def parse_admin_keys(where: str, text: str) -> list[str]:
         text: What it holds.
 
     Raises:
-        DocumentError: There is no key, or one is short or cannot be sent.
+        DocumentError: There is no key, or one is short, a hash or cannot be sent.
     """
     lines = map(str.strip, text.removeprefix("\ufeff").splitlines())
     if not (found := [line for line in lines if line]):
@@ -254,6 +261,11 @@ def parse_admin_keys(where: str, text: str) -> list[str]:
         raise DocumentError(
             f"{where}: found an admin key of fewer than {MIN_ADMIN_KEY} characters, expected a "
             f"random one (vllm-multilora tenants new makes one)"
+        )
+    if any(map(is_stored, found)):
+        raise DocumentError(
+            f"{where}: found a key's hash, expected keys alone, as in the first line of what "
+            f"vllm-multilora tenants new prints"
         )
     if not all(map(can_be_sent, found)):
         raise DocumentError(
