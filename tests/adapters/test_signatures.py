@@ -637,7 +637,7 @@ tXxT0bXw0RAScbtNQNRBRPKVdeDtRVKJE4yxYeHdcOMDJ2kvewqQFk2Gnw==
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
+        (None, "No such file or directory, expected "),
         (b"", "has no key"),
         (b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "cannot be used"),
         ("ours.key", "PRIVATE KEY that cannot be used"),

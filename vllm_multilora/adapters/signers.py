@@ -62,7 +62,8 @@ class Signers:
             content = Path(path).read_bytes()
             text = content.decode("ascii", "replace")
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+            reason = f"cannot be read: {error.strerror}, expected {_EXPECTED}"
+            raise ConfigError(f"{path}: {reason}") from error
         keys: list[Any] = []
         anchors = []
         for block in _BLOCK.finditer(text):
