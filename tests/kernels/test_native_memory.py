@@ -24,7 +24,7 @@ PAGE = mmap.PAGESIZE
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 # The last slot has all ranks that there are.
 BATCHES = [2], [2, 1, 2], [2] * 7, [i % 4 - 1 for i in range(37)], [2] * 33 + [0, -1]
-WIDTHS, RANKS = (5, 70, 33, 1), [[1, 9, 24]] * 4
+WIDTHS, RANKS = (5, 70, 33, 1), [[1, 9, 27]] * 4
 
 
 def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
@@ -53,7 +53,7 @@ def compute(problem: Problem, at_end: bool, by_column: bool) -> torch.Tensor:
     factors = OutputFactors(own(torch.zeros(3, sum(WIDTHS))), own(torch.ones_like(ranks)))
     y = own(problem.y)
     lora_linear(y, x, a, b, ranks, plan, factors=factors, backend="native")
-    h, halves = own(torch.empty(len(a), len(x), 24)), own(problem.y)
+    h, halves = own(torch.empty(len(a), len(x), 27)), own(problem.y)
     lora_shrink(h, x, a, ranks, plan, backend="native")
     lora_expand(halves, h, b, ranks, plan, backend="native")
     assert halves.equal(y)
@@ -65,8 +65,10 @@ def compute_all() -> None:
     at_end = True
     segment_gemm._Scratch.memory = lambda _, floats: guarded(torch.empty(floats), at_end)
     for dtype, weights, k, token_slots in product(DTYPES, DTYPES, (33, 64), BATCHES):
-        options = {"dtype": dtype, "weight_dtype": weights, "k": k, "max_rank": 24, "slots": 3}
+        options = {"dtype": dtype, "weight_dtype": weights, "k": k, "max_rank": 27, "slots": 3}
         problem = make_problem(token_slots, widths=WIDTHS, ranks=RANKS, margin=0, **options)
+        if len(token_slots) > 3 and k == 64:  # the plan's last tokens have no activations
+            problem.x, problem.y = problem.x[:-2], problem.y[:-2]
         results = []
         for at_end, by_column in product((True, False), repeat=2):
             torch.set_num_threads(1 + by_column)
