@@ -30,7 +30,9 @@ from vllm.v1.outputs import LogprobsLists
 
 from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.attached import PROMPT as PROMPT_OF
+from vllm_multilora.integration.engine.versions import KEY as VERSION_KEY
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller
+from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.metering import (
     ServerMeter,
     abort_requests,
@@ -371,3 +373,23 @@ def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
         return
     assert isinstance(got[2], GracefulHTTPError)
     assert f"One call may want {most} numbers in its answer at most" in str(got[2])
+
+
+def test_an_engine_stops_at_a_request_that_began_with_another_version_than_was_asked_for() -> None:
+    """vLLM aborts it, and does not let it go on for a client that has had its answer."""
+    processor, meter = OutputProcessor(None, log_stats=False), ServerMeter(None)
+    METER.set(processor, meter)
+    queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "one")
+    processor.add_request(request_for_acme(REQUEST), None, queue=queue)
+    (state,) = processor.request_states.values()
+    token = current_call.set(HttpCall({}, asked="1234"))
+    try:
+        meter.begin(state)
+    finally:
+        current_call.reset(token)
+    output = EngineCoreOutput(state.request_id, [7], trace_headers={VERSION_KEY: "5678" * 16})
+    process_outputs(OutputProcessor.process_outputs, processor, [output])
+    with pytest.raises(InputStreamError, match="version 1234 was asked for") as error:
+        queue.get_nowait()
+    assert isinstance(error.value.cause, GracefulHTTPError)
+    assert error.value.cause.http_status == 409

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-_KEY = "x-multilora-version"
+KEY = "x-multilora-version"
+"""Under which an output tells it."""
 
 
 class Announcements:
@@ -25,7 +26,7 @@ class Announcements:
         """A request begins to run on a version of its adapter."""
         if version_in(request.trace_headers) is None:
             self._untold.append(request)
-        request.trace_headers = {**(request.trace_headers or {}), _KEY: digest}
+        request.trace_headers = {**(request.trace_headers or {}), KEY: digest}
 
     def step(self) -> None:
         """A step's outputs have been made: what has had one is told."""
@@ -36,11 +37,11 @@ class Announcements:
 def _told(request: Request) -> bool:
     if not (request.num_output_tokens or request.is_finished()):
         return False
-    headers = {key: value for key, value in (request.trace_headers or {}).items() if key != _KEY}
+    headers = {key: value for key, value in (request.trace_headers or {}).items() if key != KEY}
     request.trace_headers = headers or None
     return True
 
 
 def version_in(headers: Mapping[str, str] | None) -> str | None:
     """The digest that an output tells; None if it tells none."""
-    return None if headers is None else headers.get(_KEY)
+    return None if headers is None else headers.get(KEY)

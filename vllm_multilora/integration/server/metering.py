@@ -178,14 +178,12 @@ class ServerMeter:
             return
         call.ran = digest
         if not digest.startswith(call.asked) and state.queue is not None:
-            # An exception in the queue is what the reader gets, before any output.
-            state.queue.put(
-                GracefulHTTPError(
-                    f"The model `{prompt.usage.adapter}` has become version "
-                    f"{digest[:SHOWN_DIGITS]}; version {call.asked} was asked for.",
-                    HTTPStatus.CONFLICT,
-                )
+            error = GracefulHTTPError(
+                f"The model `{prompt.usage.adapter}` has become version "
+                f"{digest[:SHOWN_DIGITS]}; version {call.asked} was asked for.",
+                HTTPStatus.CONFLICT,
             )
+            _refuse(state, error)
 
     def end(self, state: Any, status: Status | None = None) -> None:
         """A choice has ended; ending it again is no matter.
@@ -246,8 +244,7 @@ def _count_scores(prompt: Prompt, caller: Caller, output: Any, state: Any) -> No
             UNREAD_SCORES.set(queue, unread + count)
             caller.require_few_scores(unread + count)
     except GracefulHTTPError as error:
-        # What is wrong with a request's input, such as this, has vLLM abort it.
-        queue.put(InputStreamError(error))
+        _refuse(state, error)
 
 
 def _count_results(caller: Caller, output: Any, state: Any) -> None:
@@ -256,8 +253,14 @@ def _count_results(caller: Caller, output: Any, state: Any) -> None:
         caller.count_results(output.pooling_output.numel())
     except GracefulHTTPError as error:
         if state.queue is not None:
-            state.queue.put(error)  # instead of the output
+            _refuse(state, error)
             output.pooling_output = output.pooling_output[:0]
+
+
+def _refuse(state: Any, error: GracefulHTTPError) -> None:
+    """Has the reader of a request get an error before any output, and the engine stop at it."""
+    # vLLM aborts what generates only if its input is said to be wrong. What pools has ended.
+    state.queue.put(error if state.detokenizer is None else InputStreamError(error))
 
 
 def _count_latencies(adapter: str, stats: Any) -> None:
