@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import importlib
 import logging
@@ -35,10 +36,7 @@ def main() -> int:
 
     module, _, name = options.reader.partition(":")
     reader = getattr(importlib.import_module(module), name)()
-    # The lowest number, which the system closes first when a process ends: clients hear of the end
-    # when the others are closed, and must not reach this store again.
-    listener = socket.socket(fileno=os.dup(options.socket_fd))
-    os.close(options.socket_fd)
+    listener = _numbered_above_clients(socket.socket(fileno=options.socket_fd))
     log = sys.stderr.fileno() if options.detach else None  # else it is whoever started this one's
     server = Server(listener, ForkRunner(log), reader, keep=options.keep)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -60,6 +58,18 @@ def _parse() -> argparse.Namespace:
     # Tests have a reader of their own.
     parser.add_argument("--reader", default=READER, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _numbered_above_clients(listener: socket.socket) -> socket.socket:
+    """The listener under a number that is higher than those of its clients' connections.
+
+    Linux closes those of a process that ends from the highest down: whoever hears of the end, as a
+    connection has closed, must not reach this store again.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = min(limit, 1024) - 1  # the system has room for so many in any process
+    with listener:
+        return socket.socket(fileno=fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, highest))
 
 
 def _give_way() -> None:
