@@ -68,6 +68,8 @@ def _numbered_above_clients(listener: socket.socket) -> socket.socket:
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = min(limit, 1024) - 1  # the system has room for so many in any process
+    if listener.fileno() >= highest:
+        return listener
     with listener:
         return socket.socket(fileno=fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, highest))
 
