@@ -1,10 +1,14 @@
 """Other forms of a base model: Transformers' own code, two names for one layer, layers of state."""
 
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.attacks.poison import poisoned
 
@@ -12,7 +16,13 @@ from .cases import Scenario
 from .engine import IS_0_31, answer, assert_as_peft, assert_others_as_peft, running_engine
 from .recipes import EMBEDDING_RECIPE, AdapterRecipe
 from .scenarios import build_scenario
-from .tiny_models import write_gemma4, write_glm4, write_granite_hybrid
+from .tiny_models import (
+    write_gemma4,
+    write_glm4,
+    write_granite_hybrid,
+    write_mixtral,
+    write_qwen2_moe,
+)
 
 pytestmark = pytest.mark.serving
 
@@ -63,6 +73,39 @@ def test_adapters_of_what_transformers_has_as_one_act_on_all_of_it(tmp_path: Pat
     glm = build_scenario(tmp_path, write_glm4, recipes, lengths=(7, LENGTH))
     with running_engine(glm.base, in_process=True, max_loras=2) as llm:
         assert_as_peft(answer(llm, glm, glm.cases), glm.cases)
+
+
+@pytest.mark.parametrize(
+    ("write", "experts"),
+    [
+        (write_mixtral, "block_sparse_moe.experts.0.w1"),
+        (write_mixtral, "mlp.experts"),
+        (write_qwen2_moe, "mlp.experts.3.down_proj"),
+    ],
+    ids=["one-by-one", "held-as-one", "shared-expert"],
+)
+def test_experts_answer_beside_adapters_of_other_layers(
+    tmp_path: Path, write: Callable[[Path], Path], experts: str
+) -> None:
+    """Without Triton nothing computes adapters of experts: these are refused."""
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON:
+        pytest.skip("Triton computes adapters of experts")
+    recipes = (AdapterRecipe("others-r8", ("q_proj", "v_proj", "down_proj"), gain=1.0),)
+    model = build_scenario(tmp_path, write, recipes, lengths=(7, LENGTH))
+    of_experts = shutil.copytree(model.adapters["others-r8"], tmp_path / "experts")
+    tensors = load_file(of_experts / "adapter_model.safetensors")
+    for matrix in "AB":
+        module = f"base_model.model.model.layers.0.{experts}.lora_{matrix}.weight"
+        tensors[module] = torch.ones(8, 8)
+    save_file(tensors, of_experts / "adapter_model.safetensors")
+    deployed = Scenario(model.base, {**model.adapters, "experts": of_experts}, ())
+    refused = [replace(model.cases[0], adapter="experts")]
+    with running_engine(model.base, in_process=True, max_loras=2) as llm:
+        assert_as_peft(answer(llm, deployed, model.cases), model.cases)
+        [output] = answer(llm, deployed, refused)
+        assert "in Triton only" in str(output.outputs[0].stop_reason)
 
 
 @pytest.mark.skipif(IS_0_31, reason="vLLM 0.31's CPU build has such layers in bfloat16 alone")

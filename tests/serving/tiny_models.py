@@ -34,6 +34,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     ModernBertConfig,
     ModernBertModel,
     Phi3Config,
@@ -42,6 +44,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -212,6 +216,24 @@ def write_deepseek(path: Path, *, seed: int = 9) -> Path:
         topk_group=1,
     )
     return _write(DeepseekV3ForCausalLM, config, path, seed)
+
+
+def write_mixtral(path: Path, *, seed: int = 12) -> Path:
+    """Writes a Mixtral: each token has two of four experts."""
+    config = MixtralConfig(**TWO_LAYERS, num_local_experts=4, num_experts_per_tok=2)
+    return _write(MixtralForCausalLM, config, path, seed)
+
+
+def write_qwen2_moe(path: Path, *, seed: int = 13) -> Path:
+    """Writes a Qwen2-MoE: as a Mixtral, and each token has the expert that all share, too."""
+    config = Qwen2MoeConfig(
+        **TWO_LAYERS,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=80,
+        shared_expert_intermediate_size=112,
+    )
+    return _write(Qwen2MoeForCausalLM, config, path, seed)
 
 
 def write_classifier(path: Path, *, labels: int, seed: int = 2) -> Path:

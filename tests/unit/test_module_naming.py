@@ -405,3 +405,19 @@ def test_what_vllm_leaves_in_the_checkpoint_is_known_by_name(part):
         poolers = {"pooler.dense", "model.pooler.dense"}
         assert left_out(pooling=True) == {"lm_head", "visual.qkv"} | poolers
         assert left_out(pooling=False) == {"lm_head", "visual.qkv"}
+
+
+def test_quantised_experts_that_would_need_triton_are_refused_at_the_start(monkeypatch):
+    from vllm.model_executor.layers.fused_moe import MoERunner
+
+    from vllm_multilora.errors import ConfigError
+    from vllm_multilora.integration.worker import experts
+
+    monkeypatch.setattr(experts, "HAS_TRITON", False)
+    runner = MoERunner.__new__(MoERunner)
+    torch.nn.Module.__init__(runner)
+    runner.routed_experts = SimpleNamespace(quant_method=object())
+    with pytest.raises(ConfigError, match=r"the experts in mlp\.experts are quantised \(object\)"):
+        experts.leave_experts_alone(
+            torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": runner})})
+        )

@@ -163,10 +163,10 @@ class ModuleNaming:
         return self._named(module)
 
     def _named(self, module: str) -> str | None:
+        if module not in self.names:
+            module = self.text_names.get(module, module)
         if module in self.names:
             return module
-        if module in self.text_names:
-            return self.text_names[module]
         if self.pooling and f"model.{module}" in self.names:
             return f"model.{module}"
         if module in self.unwrapped or self._is_unloaded(module):

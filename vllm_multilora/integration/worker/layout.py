@@ -28,6 +28,7 @@ from multilora_kernels.dtypes import of_torch
 from vllm_multilora.adapters.layout import LinearShape, ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.worker.encoder_rows import ENCODER
+from vllm_multilora.integration.worker.experts import experts_left_alone
 from vllm_multilora.integration.worker.module_naming import module_naming, refused_layers
 from vllm_multilora.integration.worker.output_factors import no_factors
 from vllm_multilora.integration.worker.repeated_rows import RepeatedRows, repeated_rows
@@ -106,6 +107,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool) -> RunningLayout:
     )
     merged = dict(_merged_modules(manager, packed))
     names = special_names.union(merged, (part.name for part in slices))
+    bypassed = dict(bypassed_layers(manager))
     lora_config: Any = manager.lora_config
     text_config = get_current_vllm_config().model_config.hf_text_config
     layout = ModelLayout(
@@ -113,7 +115,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool) -> RunningLayout:
         max_rank=lora_config.max_lora_rank,
         dtype=of_torch(lora_config.lora_dtype),
         columns_first=True,  # see `MultiLoRAModelManager`
-        naming=module_naming(manager, names),
+        naming=module_naming(manager, names, bypassed),
         special=special_names,
         special_shapes={
             name: shape for name, module in special.items() if (shape := _special_shape(module))
@@ -123,7 +125,7 @@ def running_layout(manager: LoRAModelManager, *, dora: bool) -> RunningLayout:
         vocabulary=manager.vocab_size,
         dora=dora,
         no_dora=no_dora,
-        bypassed=dict(bypassed_layers(manager)),
+        bypassed=bypassed,
         merged=merged,
     )
     return RunningLayout(layout, packed, special, orders, repeated)
@@ -232,6 +234,11 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
         if isinstance(module, FusedMoEWithLoRA) and not _has_the_experts_that_are_filled(module):
             for source in (name, f"{name}.base_layer", *manager.packed_modules.get(name, ())):
                 yield source, "vLLM fills slots for other experts than those that a rank has"
+    for name in experts_left_alone(manager.model):
+        parent, _, kind = name.rpartition(".")
+        parts = (f"{parent}.{part}" for part in manager.packed_modules_mapping.get(kind, ()))
+        for source in (name, f"{name}.base_layer", *parts):
+            yield source, "vLLM's CPU build computes adapters of experts in Triton only"
     reason = "vLLM's attention multiplies with its weights directly"
     yield from _with_sources(manager, _layers_held_by_attention(manager), reason)
 

@@ -35,6 +35,7 @@ from vllm_multilora.integration.patching.ledger import PUNICA_WRAPPER
 from vllm_multilora.integration.remote_link import Address, dial
 from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
 from vllm_multilora.integration.worker.activated_rows import base_rows_of
+from vllm_multilora.integration.worker.experts import leave_experts_alone
 from vllm_multilora.integration.worker.filler import SlotFiller
 from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 from vllm_multilora.integration.worker.own_store import OwnStore
@@ -76,6 +77,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wraps the model's layers and connects to the engine core; returns the model."""
+        leave_experts_alone(model)
         wrapped = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         self._vllm_config = vllm_config

@@ -36,6 +36,7 @@ from vllm_multilora.integration.worker.encoder_rows import (
     encoder_wrapper,
     reads_encoder,
 )
+from vllm_multilora.integration.worker.experts import experts_left_alone
 from vllm_multilora.integration.worker.layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
@@ -125,6 +126,7 @@ class MultiLoRAModelManager(LoRAModelManager):
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         self.encoder_wrapper = None
+        self._experts_left_alone = frozenset(experts_left_alone(self.model))
         if vllm_config.model_config.is_encoder_decoder:
             self.encoder_wrapper = encoder_wrapper(vllm_config, self.lora_config, self.device)
             self.punica_wrapper_mapping[ENCODER] = self.encoder_wrapper
@@ -132,6 +134,8 @@ class MultiLoRAModelManager(LoRAModelManager):
     def _get_punica_wrapper(self, module_name: str) -> Any:
         if self.encoder_wrapper is not None and reads_encoder(module_name):
             return self.encoder_wrapper
+        if module_name in self._experts_left_alone:
+            return None
         return super()._get_punica_wrapper(module_name)
 
     def _set_adapter_mapping(self, mapping: Any) -> None:

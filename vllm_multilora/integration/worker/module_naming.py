@@ -43,16 +43,20 @@ _LATER = (
 _FLAGS = int(re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE)
 
 
-def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNaming:
+def module_naming(
+    manager: LoRAModelManager, names: frozenset[str], refused: Iterable[str] = ()
+) -> ModuleNaming:
     """What becomes of module names in a manager's model.
 
     Args:
         manager: Its modules have been created.
         names: Modules that this worker adapts.
+        refused: Others whose adapters are refused with a reason.
     """
     model: Any = manager.model
     targets = manager.lora_config.target_modules
     mapper = getattr(model, "hf_to_vllm_mapper", None)
+    known = names.union(refused)
     packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
     unwrapped = frozenset(name for name in unwrapped_layers(manager) if _is_left_out(manager, name))
     if getattr(manager, "supports_mm", False):
@@ -63,7 +67,7 @@ def module_naming(manager: LoRAModelManager, names: frozenset[str]) -> ModuleNam
     return ModuleNaming(
         names=names,
         renames=renames_of(mapper.get_rename_mapper()) if mapper is not None else None,
-        text_names=_text_names(manager, names) | _later_names(names),
+        text_names=_text_names(manager, known) | _later_names(known),
         skipped=tuple(getattr(model, "lora_skip_prefixes", None) or ()),
         others=tuple(
             f"{name}." for name, part in model.named_modules() if isinstance(part, PPMissingLayer)
