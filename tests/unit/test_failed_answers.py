@@ -192,9 +192,19 @@ def test_a_streamed_message_ends_with_its_failure(before: list[str]) -> None:
     serving = AnthropicServingMessages.__new__(AnthropicServingMessages)
     serving.engine_client = SimpleNamespace(vllm_config=object())
 
-    async def completions() -> AsyncIterator[str]:
-        for event in (*before, serving.create_streaming_error_response(GONE), "[DONE]"):
-            yield f"data: {event}\n\n"
+    events: list[Any]
+    if hasattr(serving, "chat_completion_stream_generator_raw"):  # from vLLM 0.33 on
+        kind = "not_found_error"
+        events = [ChatCompletionStreamResponse.model_validate_json(event) for event in before]
+        events.append(serving.create_error_response(GONE))
+    else:
+        kind = "Not Found"
+        texts = (*before, serving.create_streaming_error_response(GONE), "[DONE]")
+        events = [f"data: {text}\n\n" for text in texts]
+
+    async def completions() -> AsyncIterator[Any]:
+        for event in events:
+            yield event
 
     async def scenario() -> list[str]:
         return [event async for event in serving.message_stream_converter(completions())]
@@ -204,7 +214,7 @@ def test_a_streamed_message_ends_with_its_failure(before: list[str]) -> None:
     assert name == "event: error"
     assert json.loads(data.removeprefix("data: ")) == {
         "type": "error",
-        "error": {"type": "Not Found", "message": GONE.message},
+        "error": {"type": kind, "message": GONE.message},
     }
     assert bool(rest) is bool(before)
     assert not any("message_stop" in event or "event: error" in event for event in rest)
