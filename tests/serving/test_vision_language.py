@@ -220,6 +220,30 @@ def test_without_adapters_of_towers_language_is_all_that_adapters_change(tmp_pat
                 llm.llm_engine.add_lora(lora(shown.adapters, name))
 
 
+def test_adapters_of_towers_that_vllm_cannot_adapt_are_refused_where_these_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistral 3 and Hugging Face's InternVL are such models: vLLM ignores the flag for them."""
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    from vllm_multilora.integration.failures import AdapterRefusedError
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "supports_tower_connector_lora", False)
+    shown = gallery(tmp_path, write_llava, LLAVA_RECIPES, [(1,)])
+    questions = [q for q in shown.questions if q.adapter in (None, *LANGUAGE_NAMES)]
+    with running_engine(
+        shown.base,
+        in_process=True,
+        skip_tokenizer_init=False,
+        max_loras=2,
+        enable_tower_connector_lora=True,
+    ) as llm:
+        assert_as_peft(questions, ask(llm, questions, shown.adapters))
+        for name in ("both-r12", "tower-r16", "connector-r8"):
+            with pytest.raises(AdapterRefusedError, match="of this part of LlavaForConditionalGen"):
+                llm.llm_engine.add_lora(lora(shown.adapters, name))
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("option", "named"),

@@ -75,7 +75,7 @@ def manager_of(mapper=None, *, targets=None, packed=None, pooling=False, model=N
         model.hf_to_vllm_mapper = mapper
     return SimpleNamespace(
         model=model,
-        lora_config=SimpleNamespace(target_modules=targets),
+        lora_config=SimpleNamespace(target_modules=targets, enable_tower_connector_lora=False),
         packed_modules_mapping=packed or {},
         is_pooling_model=pooling,
         _get_punica_wrapper=lambda name: None if name.startswith("visual.") else "language",

@@ -29,7 +29,11 @@ from vllm_multilora.adapters.layout import LinearShape, ModelLayout, SliceLayout
 from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.worker.encoder_rows import ENCODER
 from vllm_multilora.integration.worker.experts import experts_left_alone
-from vllm_multilora.integration.worker.module_naming import module_naming, refused_layers
+from vllm_multilora.integration.worker.module_naming import (
+    is_of_other_part,
+    module_naming,
+    refused_layers,
+)
 from vllm_multilora.integration.worker.output_factors import no_factors
 from vllm_multilora.integration.worker.repeated_rows import RepeatedRows, repeated_rows
 
@@ -219,7 +223,14 @@ def _slices(
 def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     """Layers on which adapters would not act, by checkpoints' names, and why."""
     for name in refused_layers(manager):  # such as an embedding model's last one
-        yield name, "vLLM adapts no layers of its kind"
+        if is_of_other_part(manager, name):
+            part = f"this part of {type(manager.model).__name__}"
+            yield (
+                name,
+                f"vLLM has no adapters of {part}, whatever --enable-tower-connector-lora says",
+            )
+        else:
+            yield name, "vLLM adapts no layers of its kind"
     for name in _reordered_layers(manager):
         yield name, _REORDERED
     reason = "vLLM does not say whose images its rows are of"

@@ -61,7 +61,7 @@ def module_naming(
     unwrapped = frozenset(name for name in unwrapped_layers(manager) if _is_left_out(manager, name))
     if getattr(manager, "supports_mm", False):
         towers = tuple(f"{name.rstrip('.')}." for name in manager.mm_mapping.tower_model)
-        unwrapped |= frozenset(_unneeded_layers(model, towers, names | unwrapped))
+        unwrapped |= frozenset(_unneeded_layers(model, towers, known | unwrapped))
         # Where Transformers may have had the towers since.
         unwrapped |= {f"model.{name}" for name in unwrapped}
     return ModuleNaming(
@@ -205,12 +205,20 @@ def _stacked(model: torch.nn.Module) -> set[tuple[str, str]]:
     }
 
 
+def is_of_other_part(manager: LoRAModelManager, name: str) -> bool:
+    """Whether a layer is of a part of the model that vLLM does not adapt, such as a tower."""
+    return manager._get_punica_wrapper(name) is None
+
+
 def _is_left_out(manager: LoRAModelManager, name: str) -> bool:
     """Whether adapters are served without a layer: of a part of the model that is not adapted.
 
-    Not so a head for classes, which decides every answer.
+    Not so a head for classes, which decides every answer, nor a part that the operator has asked
+    to be adapted.
     """
-    return manager._get_punica_wrapper(name) is None and not set(HEADS) & set(name.split("."))
+    if manager.lora_config.enable_tower_connector_lora or set(HEADS) & set(name.split(".")):
+        return False
+    return is_of_other_part(manager, name)
 
 
 def _unneeded_layers(
