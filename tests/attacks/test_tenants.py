@@ -577,6 +577,8 @@ def test_a_tenants_schema_is_checked_however_many_answers_it_is_for(
     tag = {"structural_tag": "{}"}
     told = served.complete("acme", "acme-a", [5, 6], structured_outputs=tag, **wanted)
     assert (told.status_code, "structural tag" in told.text) == (400, True), told.text
+    told = served.complete("acme", "acme-a", [5, 6], structured_outputs={"regex": "Z"}, **wanted)
+    assert (told.status_code, "none of the tokens" in told.text) == (400, True), told.text
     good = {"choice": ["t5", "t6"]}
     answer = served.complete("acme", "acme-a", [5, 6], structured_outputs=good, **wanted)
     assert answer.status_code == 200, answer.text

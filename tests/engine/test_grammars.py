@@ -18,7 +18,7 @@ from vllm_multilora.integration.engine.grammars import (
     ALLOWED_PER_TOKEN_S,
     ALLOWED_S,
     keep_apart,
-    take_slow,
+    take_bad,
 )
 from vllm_multilora.integration.failures import from_stop_reason
 from vllm_multilora.plugin import register
@@ -43,34 +43,57 @@ class Grammar:
 
     clock: Clock
     seconds: list[float] = field(default_factory=list)
+    mask: int = 7
 
     def is_terminated(self) -> bool:
         return False
 
     def fill_bitmask(self, bitmask: Any, index: int) -> None:
         self.clock.now += self.seconds.pop(0) if self.seconds else 0.0
-        bitmask[index] = 7
+        bitmask[index] = self.mask
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         self.clock.now += self.seconds.pop(0) if self.seconds else 0.0
         return True
 
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token]
+
+
+NO_OUTPUT = SimpleNamespace(req_id_to_index={}, sampled_token_ids=[])
+
+
+def plain_manager() -> Any:
+    """vLLM's, without a backend, reasoning or drafts."""
+    register()
+    made: Any = object.__new__(StructuredOutputManager)
+    made._grammar_bitmask = torch.zeros((8, 1), dtype=torch.int32)
+    made._full_mask = torch.tensor(-1)
+    made.enable_in_reasoning = True  # it has no reasoning to look at
+    made.fill_bitmask_parallel_threshold = 8
+    made.vllm_config = SimpleNamespace(
+        num_speculative_tokens=0,
+        model_config=SimpleNamespace(is_diffusion=False),
+    )
+    made.executor = ThreadPoolExecutor(1)
+    return made
+
 
 def manager() -> Any:
-    """What vLLM's asks of itself."""
-    register()
-    made = SimpleNamespace(
-        _grammar_bitmask=torch.zeros((8, 1), dtype=torch.int32),
-        _full_mask=torch.tensor(-1),
-        executor=ThreadPoolExecutor(1),
-    )
+    made = plain_manager()
     keep_apart(made)
     return made
+
+
+def fill(outputs: Any, requests: list[Any]) -> Any:
+    names = {each.request_id: each for each in requests}
+    return outputs.grammar_bitmask(names, list(names), {})
 
 
 def request(name: str, grammar: Grammar, tenant: str | None = "acme") -> Any:
     made = FakeRequest(name)
     made.structured_output_request = SimpleNamespace(grammar=grammar)
+    made.use_structured_output = True
     if tenant is not None:
         TENANT.set(made, RequestTenant(tenant))
     return made
@@ -131,24 +154,19 @@ def test_the_slow_ones_are_told_apart(monkeypatch):
     TENANT.set(plain, RequestTenant("acme"))
     outputs = manager()
     scheduler = SimpleNamespace(structured_output_manager=outputs, running=[*requests, plain])
-    batch = [(grammar, index, True) for index, grammar in enumerate(asked.values())]
     ended: dict[str, int] = {}
     for step in range(1000):
-        StructuredOutputManager._fill_bitmasks(outputs, batch)
-        for name in take_slow(scheduler):
+        assert (fill(outputs, requests) == 7).all()
+        for name in take_bad(scheduler, NO_OUTPUT):
             ended.setdefault(name, step)
-    assert (outputs._grammar_bitmask[: len(batch)] == 7).all()
     assert ended == {"at once": 0, "again and again": 3}
-    assert take_slow(scheduler) == {}, "they have been told of"
+    assert take_bad(scheduler, NO_OUTPUT) == {}, "they have been told of"
 
 
 def test_nothing_is_kept_where_nobody_ends_requests():
     """Neither the plugin nor LoRA may be on."""
-    register()
-    outputs = SimpleNamespace(_grammar_bitmask=torch.zeros((8, 1), dtype=torch.int32))
-    grammar = Grammar(Clock())
-    StructuredOutputManager._fill_bitmasks(outputs, [(grammar, 0, True)])
-    assert outputs._grammar_bitmask[0] == 7
+    outputs, grammar = plain_manager(), Grammar(Clock())
+    assert fill(outputs, [request("1", grammar)]) == 7
     assert not hasattr(grammar, "vllm_multilora")
     assert not hasattr(outputs, "vllm_multilora")
 
@@ -157,22 +175,35 @@ def test_one_that_is_slow_to_go_on_by_an_answers_tokens_is_slow(monkeypatch):
     """`root ::= [a-z] root [a-z] | [a-z] | root root` tells at once what it allows next."""
     clock = Clock()
     monkeypatch.setattr(grammars, "time", clock)
-    register()
-    outputs = object.__new__(StructuredOutputManager)
-    outputs.enable_in_reasoning = True  # it has no reasoning to look at
-    outputs.executor = ThreadPoolExecutor(1)
-    keep_apart(outputs)
+    outputs = manager()
     plain, slow, sound = FakeRequest("plain"), Grammar(clock, [0.15] * 4), Grammar(clock)
     plain.structured_output_request = None
     running = [request("slow", slow), request("sound", sound), plain]
     scheduler = SimpleNamespace(structured_output_manager=outputs, running=running)
-    for each in running:
-        each.use_structured_output = each is not plain
+    plain.use_structured_output = False
     ended = []
     for _ in range(4):
         assert all(outputs.accept_tokens(each, [1, 2]) for each in running)
-        ended.append(list(take_slow(scheduler)))
+        ended.append(list(take_bad(scheduler, NO_OUTPUT)))
     assert ended == [[], [], [], ["slow"]]
+
+
+def test_one_that_allows_no_token_ends_with_the_token_that_it_does_not_allow():
+    """Not by an output of a step before, nor if it was stuck after a draft that was not taken."""
+    outputs = manager()
+    made = [request(name, Grammar(Clock(), mask=0), None) for name in ("late", "stuck", "drafted")]
+    made.append(request("sound", Grammar(Clock()), None))
+    scheduler = SimpleNamespace(structured_output_manager=outputs, running=made)
+    fill(outputs, made)
+
+    def ended(**tokens: list[int]) -> list[str]:
+        index = {name: number for number, name in enumerate(tokens)}
+        step = SimpleNamespace(req_id_to_index=index, sampled_token_ids=list(tokens.values()))
+        return list(take_bad(scheduler, step))
+
+    assert ended(late=[], stuck=[5, 0], drafted=[5, 6], sound=[0]) == ["stuck"]
+    assert ended(late=[0], drafted=[0]) == ["late"]
+    assert ended(late=[0], stuck=[0]) == [], "they have been told of"
 
 
 def test_a_request_with_a_slow_grammar_ends_and_others_go_on(server, monkeypatch):
@@ -186,8 +217,7 @@ def test_a_request_with_a_slow_grammar_ends_and_others_go_on(server, monkeypatch
     for each in (slow, other):
         server.scheduler.add_request(each)
     assert server.step() == {"slow", "other"}
-    batch = [(each.structured_output_request.grammar, 0, True) for each in (slow, other)]
-    StructuredOutputManager._fill_bitmasks(outputs, batch)
+    fill(outputs, [slow, other])
     server.step()
     assert server.names == {"other"}
     failure = from_stop_reason(server.ended["slow"])

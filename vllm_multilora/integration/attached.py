@@ -121,6 +121,9 @@ SLOW_GRAMMARS: Attached[list[Any]] = Attached("slow-grammars")
 """Of a `StructuredOutputManager`: grammars that have taken too long, and were not looked at yet;
 not set where nobody looks."""
 
+STUCK_GRAMMARS: Attached[list[Any]] = Attached("stuck-grammars")
+"""Of the same: grammars that have allowed no token, and whose requests have got none since."""
+
 CHECKED: Attached[bool] = Attached("checked")
 """Of a request's `StructuredOutputsParams`: set once they have been checked before vLLM would."""
 

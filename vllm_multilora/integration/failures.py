@@ -89,6 +89,16 @@ def slow_grammar_stop_reason() -> str:
     )
 
 
+def stuck_grammar_stop_reason() -> str:
+    """The text of a request whose grammar allows no token."""
+    return _stop_reason(
+        _REQUESTS,
+        FailureKind.INVALID,
+        "the structured output cannot be continued: its schema, regular expression or grammar "
+        "allows none of the tokens that the model has; ask for characters that these hold",
+    )
+
+
 def uninvoked_stop_reason(adapter: LoRARequest, tokens: Sequence[int]) -> str:
     """What travels with a request whose prompt lacks the tokens that activate its adapter."""
     return f"{_UNINVOKED}{json.dumps([adapter.lora_name, *tokens])}"

@@ -7,6 +7,10 @@ Which tokens the grammar of a structured output allows next is computed between 
 follows from the token that was chosen, too. Sound ones take a millisecond at most; one of a line
 may take seconds for either, and for each token more than for the last, while no step is taken for
 anybody. Requests of tenants end whose grammars do so.
+
+A grammar may also allow no token at all: none of the vocabulary has the characters that have to
+follow, or there is none that ends an answer. Anybody's requests end then, without the token that
+vLLM has chosen all the same.
 """
 
 from __future__ import annotations
@@ -16,8 +20,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.integration.attached import GRAMMAR_TIME, SLOW_GRAMMARS
-from vllm_multilora.integration.failures import slow_grammar_stop_reason
+from vllm_multilora.integration.attached import GRAMMAR_TIME, SLOW_GRAMMARS, STUCK_GRAMMARS
+from vllm_multilora.integration.failures import (
+    slow_grammar_stop_reason,
+    stuck_grammar_stop_reason,
+)
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.tenants.work_turns import take_turns
 
@@ -32,7 +39,7 @@ ALLOWED_PER_TOKEN_S = 0.02
 
 
 def keep_apart(manager: Any) -> None:
-    """Has tenants take turns for grammars, and notes slow ones, for whoever asks `take_slow`.
+    """Has tenants take turns for grammars, and notes bad ones, for whoever asks `take_bad`.
 
     Args:
         manager: vLLM's `StructuredOutputManager`.
@@ -41,6 +48,7 @@ def keep_apart(manager: Any) -> None:
     if isinstance(executor, Executor):
         take_turns(executor, _owner_of, lambda request: not request.is_finished())
         SLOW_GRAMMARS.set(manager, [])
+        STUCK_GRAMMARS.set(manager, [])
 
 
 def _owner_of(request: Request) -> str:
@@ -49,8 +57,9 @@ def _owner_of(request: Request) -> str:
 
 
 def fill_bitmasks(original: Callable[..., None], manager: Any, batch: Iterable[Any]) -> None:
-    """Finds out what grammars allow, and how long each takes; on several threads, if many."""
-    if (slow := SLOW_GRAMMARS.get(manager)) is None:
+    """Finds out what grammars allow, if anything, and how long each takes; on threads, if many."""
+    slow, stuck = SLOW_GRAMMARS.get(manager), STUCK_GRAMMARS.get(manager)
+    if slow is None or stuck is None:
         original(manager, batch)
         return
     for one in batch:
@@ -58,6 +67,8 @@ def fill_bitmasks(original: Callable[..., None], manager: Any, batch: Iterable[A
         original(manager, (one,))
         if _is_slow(one[0], time.thread_time() - begun):
             slow.append(one[0])
+        if not manager._grammar_bitmask[one[1]].any():
+            stuck.append(one[0])
 
 
 def accept_tokens(
@@ -81,22 +92,41 @@ def _is_slow(grammar: Any, seconds: float, allowed_s: float = ALLOWED_PER_TOKEN_
     return left < 0
 
 
-def take_slow(scheduler: Any) -> dict[str, str]:
-    """Running requests of tenants whose grammars have taken too long since the last call.
+def take_bad(scheduler: Any, output: Any) -> dict[str, str]:
+    """Running requests that cannot go on for their grammars' sake.
+
+    They are tenants', and their grammars have taken too long since the last call; or anybody's, and
+    one of their tokens in a step's output was chosen where their grammars allow none.
+
+    Args:
+        scheduler: vLLM's, which has not seen the output yet.
+        output: vLLM's `ModelRunnerOutput`.
 
     Returns:
         Their stop reasons.
     """
-    manager = getattr(scheduler, "structured_output_manager", None)
-    if not (slow := SLOW_GRAMMARS.get(manager)):
+    manager: Any = getattr(scheduler, "structured_output_manager", None)
+    slow, stuck = SLOW_GRAMMARS.get(manager), STUCK_GRAMMARS.get(manager)
+    if slow is None or stuck is None or not (slow or stuck):
         return {}
-    numbers = set(map(id, slow))
-    ending = {
-        request.request_id: slow_grammar_stop_reason()
-        for request in scheduler.running
-        if tenant_of(request) is not None
-        and (output := request.structured_output_request) is not None
-        and id(output.grammar) in numbers
-    }
+    slow_ones, stuck_ones = set(map(id, slow)), set(map(id, stuck))
     slow.clear()
+    stuck.clear()
+    ending = {}
+    for request in scheduler.running:
+        if (wanted := request.structured_output_request) is None:
+            continue
+        if id(wanted.grammar) in slow_ones and tenant_of(request) is not None:
+            ending[request.request_id] = slow_grammar_stop_reason()
+        elif id(wanted.grammar) in stuck_ones:
+            if not (tokens := _tokens_of(request, output)):
+                stuck.append(wanted.grammar)  # the output is of a step before
+            # It may have been stuck after a draft only, and the model has chosen something else.
+            elif len(manager.validate_tokens(request, tokens)) < len(tokens):
+                ending[request.request_id] = stuck_grammar_stop_reason()
     return ending
+
+
+def _tokens_of(request: Request, output: Any) -> list[int]:
+    index = output.req_id_to_index.get(request.request_id)
+    return output.sampled_token_ids[index] if index is not None else []
