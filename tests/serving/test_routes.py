@@ -7,8 +7,10 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -381,6 +383,31 @@ def test_a_route_does_without_its_blend_where_nothing_blends(
     assert refusal.error.code == HTTPStatus.BAD_REQUEST
     assert reason in refusal.error.message
     assert asked == [models]  # not for each request
+
+
+def test_a_new_route_is_known_while_all_of_asyncios_own_threads_are_busy(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from vllm_multilora.integration.server.routes import ServerRoutes
+
+    path, held = tmp_path / "routes.json", threading.Event()
+    path.write_text('{"routes": {}}')
+    models = SimpleNamespace(
+        lora_requests={}, base_model_paths=[SimpleNamespace(name=BASE)], is_base_model=BASE.__eq__
+    )
+    server = ServerRoutes(models, str(path))
+
+    async def is_found() -> bool:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, held.wait, 60)
+        path.write_text(json.dumps({"routes": {"house": BASE}}))
+        await server.look_for("house")
+        is_known = "house" in server
+        held.set()
+        await busy
+        return is_known
+
+    assert asyncio.run(is_found())
 
 
 def test_pooling_endpoints_follow_routes() -> None:

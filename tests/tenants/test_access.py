@@ -877,15 +877,14 @@ def test_a_key_is_taken_away_though_no_thread_could_be_started_for_a_while(
 ):
     """Python has queued by then what the thread was to do, and another one does it."""
     monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
-    failing = [RuntimeError("can't start new thread")]
+    failing, start = [RuntimeError("can't start new thread")], threading.Thread.start
 
-    async def to_thread(work):
-        changed = work()
+    def start_thread(thread):
         if failing:
             raise failing.pop()
-        return changed
+        start(thread)
 
-    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    monkeypatch.setattr(threading.Thread, "start", start_thread)
     access = Access(tenants_path=str(tenants))
     tenants.write_text('{"tenants": {}}')
 
@@ -895,6 +894,26 @@ def test_a_key_is_taken_away_though_no_thread_could_be_started_for_a_while(
 
     asyncio.run(check())
     assert caplog.text.count("stay as they were") == 1
+
+
+def test_a_key_is_taken_away_while_all_of_asyncios_own_threads_are_busy(tenants, monkeypatch):
+    """They check tenants' schemas, for one, and look up the hosts of images."""
+    monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
+    access, held = Access(tenants_path=str(tenants)), threading.Event()
+
+    async def check():
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, held.wait, 60)
+        access.watch()
+        tenants.write_text('{"tenants": {}}')
+        try:
+            await until(lambda: access.caller(ACME).role is Role.STRANGER)
+        finally:
+            held.set()
+            await busy
+
+    asyncio.run(check())
 
 
 def test_the_file_is_not_looked_at_for_each_of_many_calls(tenants, monkeypatch):

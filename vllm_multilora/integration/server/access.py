@@ -7,6 +7,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -104,6 +105,8 @@ class Access:
         self._api_keys, self._admin_keys = api_keys, admin_keys
         self._accounts: dict[str, Account] = {}
         self._watching: asyncio.Task[None] | None = None
+        # Its own: what clients ask for may keep all of asyncio's busy while a key is revoked.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="multilora-keys")
         self._admin: WatchedFile[list[str]] | None = None
         self._file: WatchedFile[Tenants] | None = None
         if admin_path is not None:
@@ -148,11 +151,12 @@ class Access:
             self._watching = asyncio.create_task(self._read_again())
 
     async def _read_again(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(REFRESH_S)
             try:
-                await asyncio.to_thread(self._refresh)
-            except RuntimeError as error:  # and another thread may look at them later all the same
+                await loop.run_in_executor(self._thread, self._refresh)
+            except RuntimeError as error:  # no thread could be started
                 logger.error("The keys stay as they were for now: %s", error)
             if self._values() != self._in_force:
                 self._take()
