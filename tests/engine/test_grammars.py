@@ -195,12 +195,14 @@ def test_one_that_allows_no_token_ends_with_the_token_that_it_does_not_allow():
     made.append(request("sound", Grammar(Clock()), None))
     scheduler = SimpleNamespace(structured_output_manager=outputs, running=made)
     fill(outputs, made)
+    without_tokens = SimpleNamespace(req_id_to_index={"late": 0}, sampled_token_ids=[])
 
     def ended(**tokens: list[int]) -> list[str]:
         index = {name: number for number, name in enumerate(tokens)}
         step = SimpleNamespace(req_id_to_index=index, sampled_token_ids=list(tokens.values()))
         return list(take_bad(scheduler, step))
 
+    assert take_bad(scheduler, without_tokens) == {}
     assert ended(late=[], stuck=[5, 0], drafted=[5, 6], sound=[0]) == ["stuck"]
     assert ended(late=[0], drafted=[0]) == ["late"]
     assert ended(late=[0], stuck=[0]) == [], "they have been told of"

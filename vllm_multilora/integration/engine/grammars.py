@@ -128,5 +128,5 @@ def take_bad(scheduler: Any, output: Any) -> dict[str, str]:
 
 
 def _tokens_of(request: Request, output: Any) -> list[int]:
-    index = output.req_id_to_index.get(request.request_id)
-    return output.sampled_token_ids[index] if index is not None else []
+    index, tokens = output.req_id_to_index.get(request.request_id), output.sampled_token_ids
+    return tokens[index] if index is not None and tokens else []
