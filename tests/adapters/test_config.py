@@ -35,6 +35,9 @@ PATTERNS = {
     "anchored": {"^model.layers.0.mlp.down_proj": 6},
 }
 
+READS_PATTERNS = hasattr(PEFTHelper, "get_rank_and_scaling")
+"""Whether vLLM does, and refuses what it does not compute: 0.31 takes `bias` alone amiss."""
+
 
 def read(**keys: object) -> AdapterConfig:
     content = {"r": 16, "lora_alpha": 24, "target_modules": ["q_proj"]} | keys
@@ -53,7 +56,8 @@ def test_ranks_and_scalings_are_pefts_and_vllms(ranks, alphas, rslora):
         alpha = alphas.get(get_pattern_key(alphas, module), 24)
         assert config.rank_of(module) == rank
         assert config.scaling(module) == alpha / (rank**0.5 if rslora else rank)
-        assert stock.get_rank_and_scaling(module) == (rank, config.scaling(module))
+        if READS_PATTERNS:
+            assert stock.get_rank_and_scaling(module) == (rank, config.scaling(module))
 
 
 @pytest.mark.parametrize("target", ["gate.weight", "mlp.gate.weight", "weight"])
@@ -166,6 +170,8 @@ def test_any_json_is_read_or_refused(keys):
 def test_what_changes_the_result_and_is_not_computed_is_listed(keys, words):
     [found] = feature_problems(read(**keys), "c.json")
     assert re.search(words, found.message)
+    if "bias" not in keys and not READS_PATTERNS:
+        return
     with pytest.raises(ValueError, match=r"vLLM|Adapter bias"):
         PEFTHelper.from_dict({"r": 8, "lora_alpha": 8, "target_modules": []} | keys).validate_legal(
             type("Config", (), {"max_lora_rank": 16})
