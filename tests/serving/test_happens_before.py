@@ -77,7 +77,8 @@ class Rig:
         monkeypatch.setattr(device_staging, "host_bytes", self._host_bytes)
         ranks = torch.zeros(1, SLOTS, dtype=torch.int32)
         self.columns = SlotColumns([ranks])
-        self.columns._staging = Ring(world, "ranks column", self.columns._columns)
+        rows = self.columns._columns
+        rows._staging = Ring(world, "ranks column", rows.buffer)
         manager: Any = SimpleNamespace(
             device=torch.device("cuda", 0), factors=None, give_slot=lambda *_: None
         )
