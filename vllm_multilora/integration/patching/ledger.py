@@ -97,7 +97,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Of a step with prompts that are embeddings already (--enable-prompt-embeds), vLLM's "
         "first model runner has the embedding look up the tokens alone, with the mapping of all "
         "rows: adapters of it act on other requests. Tells our wrapper which rows these are.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33"),
         until="vLLM sets the LoRA mapping for such steps.",
     ),
     Patch(
@@ -436,7 +436,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.start:init_speech",
         why="Two threads of vLLM's unpack recordings in the order in which they come, and take "
         "seconds for one: one tenant's many hold up all others'. Has tenants take turns.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM shares its threads among those who send requests.",
     ),
     Patch(
@@ -690,7 +690,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM looks for paths in errors' texts, which may repeat what clients send, and takes "
         "the third power of their length for that: minutes for twenty kilobytes, in which nobody "
         "is answered. Shortens them before.",
-        checked=(),
+        checked=("0.31", "0.32", "0.33", "0.33/2"),
         until="vLLM bounds what an error repeats.",
     ),
     Patch(
