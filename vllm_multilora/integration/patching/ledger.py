@@ -436,7 +436,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.start:init_speech",
         why="Two threads of vLLM's unpack recordings in the order in which they come, and take "
         "seconds for one: one tenant's many hold up all others'. Has tenants take turns.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM shares its threads among those who send requests.",
     ),
     Patch(
@@ -690,7 +690,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM looks for paths in errors' texts, which may repeat what clients send, and takes "
         "the third power of their length for that: minutes for twenty kilobytes, in which nobody "
         "is answered. Shortens them before.",
-        checked=("0.31", "0.32", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds what an error repeats.",
     ),
     Patch(
