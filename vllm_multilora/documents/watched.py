@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -86,6 +88,7 @@ class WatchedFile(Generic[_T]):
         self, path: str | os.PathLike[str], parse: Callable[[str, str], _T], what: str
     ) -> None:
         self.path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"multilora-{what}")
         self._parse_text = parse
         self._what = what
         self._seen = self._signature()
@@ -125,6 +128,16 @@ class WatchedFile(Generic[_T]):
         self.value, self._content, self._complaint = value, digest, None
         logger.info("Read the %s in %s again", self._what, self.path)
         return True
+
+    async def refresh_aside(self) -> bool:
+        """As `refresh`, while an event loop goes on: storage may be slow, and a file be large.
+
+        On a thread of its own: what clients ask for may keep all of asyncio's busy.
+
+        Raises:
+            RuntimeError: The thread could not be started.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.refresh)
 
     def _parse(self, content: bytes) -> _T:
         return self._parse_text(os.fspath(self.path), _text(content, self.path))

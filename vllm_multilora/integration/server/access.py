@@ -7,7 +7,6 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -105,8 +104,6 @@ class Access:
         self._api_keys, self._admin_keys = api_keys, admin_keys
         self._accounts: dict[str, Account] = {}
         self._watching: asyncio.Task[None] | None = None
-        # Its own: what clients ask for may keep all of asyncio's busy while a key is revoked.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="multilora-keys")
         self._admin: WatchedFile[list[str]] | None = None
         self._file: WatchedFile[Tenants] | None = None
         if admin_path is not None:
@@ -151,24 +148,22 @@ class Access:
             self._watching = asyncio.create_task(self._read_again())
 
     async def _read_again(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(REFRESH_S)
             try:
-                await loop.run_in_executor(self._thread, self._refresh)
+                for file in self._files():
+                    await file.refresh_aside()
             except RuntimeError as error:  # no thread could be started
                 logger.error("The keys stay as they were for now: %s", error)
             if self._values() != self._in_force:
                 self._take()
 
-    def _refresh(self) -> None:
-        for file in (self._admin, self._file):
-            if file is not None:
-                file.refresh()
+    def _files(self) -> list[WatchedFile[Any]]:
+        return [file for file in (self._admin, self._file) if file is not None]
 
     def _values(self) -> list[Any]:
         """What the files say."""
-        return [file.value for file in (self._admin, self._file) if file is not None]
+        return [file.value for file in self._files()]
 
     def _take(self) -> None:
         """Puts in force what the files say now.

@@ -24,7 +24,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cached_property
 from http import HTTPStatus
@@ -95,7 +94,6 @@ class ServerRoutes:
     def __init__(self, models: Any, path: str) -> None:
         self._models = models
         self._file = WatchedFile(path, self._parse, "routes")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="multilora-routes")
         self._turns = Turns()
         self._failed: dict[int, LoadFailure] = {}  # by the adapter's number
         self._led: set[int] = set()  # the blends that routes have led to
@@ -292,10 +290,7 @@ class ServerRoutes:
         return self._refreshing
 
     async def _read_again(self) -> None:
-        # On a thread: storage may be slow, and a large file takes time to parse. On one of its own:
-        # what clients ask for may keep all of asyncio's busy, and requests wait for this.
-        loop = asyncio.get_running_loop()
-        if await loop.run_in_executor(self._thread, self._file.refresh):
+        if await self._file.refresh_aside():
             self.tell_unknown()
         self._due = time.monotonic() + REFRESH_S
 
