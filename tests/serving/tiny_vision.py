@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,6 +43,9 @@ _TOKENS = VOCAB_SIZE + len(_SPECIAL)
 _SIDE, _PATCH = 28, 14
 """Of images and of their patches, in pixels."""
 
+_SQUARE = {"height": _SIDE, "width": _SIDE}
+_FEATURES = "default"  # those of a LLaVA's tower without the one of its class's token
+
 _TOWER = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -55,52 +59,45 @@ _TEXT = {**TWO_LAYERS, "vocab_size": _TOKENS}
 
 def write_llava(path: Path, *, seed: int = 5) -> Path:
     """Writes a LLaVA whose tower is a CLIP: it has a token more than it hands on, its class's."""
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**_TOWER),
-        text_config=LlamaConfig(**_TEXT),
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
-    side = {"height": _SIDE, "width": _SIDE}
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size=side, crop_size=side),
-        tokenizer=_tokenizer(),
-        patch_size=_PATCH,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
-    _write(LlavaForConditionalGeneration(config), processor, path, seed)
+    images = CLIPImageProcessorPil(size=_SQUARE, crop_size=_SQUARE)
+    model = LlavaForConditionalGeneration(_llava_config(LlavaConfig))
+    _write(model, _llava_processor(LlavaProcessor, images), path, seed)
     return _with_older_names(path)
 
 
 def write_llava_next(path: Path, *, seed: int = 9) -> Path:
     """Writes a LLaVA-NeXT: as a LLaVA, and it looks at an image tile by tile."""
     tiles = [[_SIDE, 2 * _SIDE], [2 * _SIDE, _SIDE]]
-    config = LlavaNextConfig(
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": _SIDE}, crop_size=_SQUARE, image_grid_pinpoints=tiles
+    )
+    config = _llava_config(LlavaNextConfig, image_grid_pinpoints=tiles)
+    model = LlavaNextForConditionalGeneration(config)
+    _write(model, _llava_processor(LlavaNextProcessor, images), path, seed)
+    return _with_older_names(path)
+
+
+def _llava_config(made: type, **fields: Any) -> Any:
+    return made(
         vision_config=CLIPVisionConfig(**_TOWER),
         text_config=LlamaConfig(**_TEXT),
         image_token_index=IMAGE_TOKEN,
-        image_grid_pinpoints=tiles,
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=_FEATURES,
         tie_word_embeddings=False,
+        **fields,
     )
-    side = {"height": _SIDE, "width": _SIDE}
-    processor = LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": _SIDE}, crop_size=side, image_grid_pinpoints=tiles
-        ),
+
+
+def _llava_processor(made: type, images: Any) -> Any:
+    return made(
+        image_processor=images,
         tokenizer=_tokenizer(),
         patch_size=_PATCH,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_feature_select_strategy=_FEATURES,
         image_token="<image>",
         num_additional_image_tokens=1,
     )
-    _write(LlavaNextForConditionalGeneration(config), processor, path, seed)
-    return _with_older_names(path)
 
 
 def _with_older_names(path: Path) -> Path:
