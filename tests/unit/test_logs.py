@@ -46,6 +46,15 @@ def test_what_a_client_chooses_is_nothing_but_text_in_the_log(chosen, shown):
     assert record.getMessage() == f"Received request {shown}: 1."
 
 
+def test_what_cannot_be_told_is_the_handlers_matter(monkeypatch, capsys):
+    """Python says so on the standard error stream; whoever has logged it goes on."""
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    handler = logging.StreamHandler()
+    handler.addFilter(PrintableLines())
+    handler.handle(logging.makeLogRecord({"msg": "%d tokens", "args": ("many",)}))
+    assert "Logging error" in capsys.readouterr().err
+
+
 CONFIGURATION = {
     "version": 1,
     "handlers": {"console": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
@@ -24,9 +25,11 @@ class PrintableLines(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is logged: all are."""
-        if _CONTROL.search(text := record.getMessage()):
-            record.msg = _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
-            record.args = None
+        # Who logs what cannot be told is told so by the handler, and must not fail for it here.
+        with suppress(Exception):
+            if _CONTROL.search(text := record.getMessage()):
+                record.msg = _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+                record.args = None
         return True
 
 
