@@ -46,6 +46,16 @@ def test_what_a_client_chooses_is_nothing_but_text_in_the_log(chosen, shown):
     assert record.getMessage() == f"Received request {shown}: 1."
 
 
+def test_nor_is_what_an_exception_repeats_of_it():
+    """As vLLM logs what has failed with `logger.exception("Error in ...: %s", error)`."""
+    error = ValueError("no role \x1b[31mred")
+    found = {"msg": "Error: %s", "args": (error,), "exc_info": (ValueError, error, None)}
+    record = logging.makeLogRecord(found)
+    assert PrintableLines().filter(record)
+    told = r"no role \x1b[31mred"
+    assert logging.Formatter().format(record) == f"Error: {told}\nValueError: {told}"
+
+
 def test_what_cannot_be_told_is_the_handlers_matter(monkeypatch, capsys):
     """Python says so on the standard error stream; whoever has logged it goes on."""
     monkeypatch.setattr(logging, "raiseExceptions", True)

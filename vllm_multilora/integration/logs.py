@@ -28,9 +28,16 @@ class PrintableLines(logging.Filter):
         # Who logs what cannot be told is told so by the handler, and must not fail for it here.
         with suppress(Exception):
             if _CONTROL.search(text := record.getMessage()):
-                record.msg = _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
-                record.args = None
+                record.msg, record.args = _escaped(text), None
+            if record.exc_info and not record.exc_text:
+                traceback = logging.Formatter().formatException(record.exc_info)
+                if _CONTROL.search(traceback):
+                    record.exc_text = _escaped(traceback)
         return True
+
+
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
 
 
 def join_vllm_logging() -> None:
