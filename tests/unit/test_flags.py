@@ -19,6 +19,7 @@ from vllm_multilora.integration.patching.flags import (
     merge_flags,
 )
 from vllm_multilora.integration.patching.patch import Patch
+from vllm_multilora.integration.server import engine_config
 from vllm_multilora.slots.policy import PolicyError
 from vllm_multilora.store.folder import StoreUnavailableError
 
@@ -237,3 +238,16 @@ def test_more_pins_than_slots_stop_the_start(configure):
         configure(pin=["acme"])
     with pytest.raises(PolicyError, match="unknown cache policy 'lfru'; did you mean 'lru'"):
         configure(cache_policy="lfru")
+
+
+def test_roots_that_are_no_folders_are_warned_of(configure, tmp_path, monkeypatch):
+    """They may be mounted later."""
+    warnings = []
+    monkeypatch.setattr(engine_config.logger, "warning", lambda *args: warnings.append(args[1:]))
+    (tmp_path / "file").touch()
+    roots = [str(tmp_path / name) for name in (".", "nowhere", "file")]
+    configure(allowed_roots=roots)
+    assert warnings == [
+        (roots[1], "No such file or directory"),
+        (roots[2], "Not a directory"),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,7 @@ def create_engine_config(
         require_patches()
         check_cache_settings(settings, vllm_config)
         require_directories(settings.adapter_dir)
+        warn_of_roots(settings.allowed_roots)
         if (required := settings.require_digest) is not None:
             RequiredDigests(required)  # a mistake in it is told at once
         if (keys := settings.signing_keys) is not None:
@@ -137,6 +138,24 @@ def require_nothing_to_check(settings: MultiLoRAConfig) -> None:
             f"out --no-multilora and --multilora-backend vllm, and use vLLM {SUPPORTED_TEXT} on a "
             f"platform that vllm-multilora has kernels for; or leave these flags out"
         )
+
+
+def warn_of_roots(roots: Sequence[str]) -> None:
+    """Says which of the allowed roots are no folders, as after a slip of the pen.
+
+    Such a root is no error: it may be mounted later, and is looked at for each adapter.
+    """
+    for root in roots:
+        try:
+            Path(root, "..").stat()  # adapters below need it entered, and not listed
+        except OSError as error:
+            logger.warning(
+                "--multilora-allowed-roots names %r, which is not a folder that the server can "
+                "enter (%s): adapters below it are refused until it is. Create or mount it, or "
+                "correct the flag.",
+                root,
+                error.strerror,
+            )
 
 
 def warn_of_rust(usage_context: UsageContext | None) -> None:
