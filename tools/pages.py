@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tools.kernels import model
 from vllm_multilora.adapters.problems import Code
-from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.integration.patching.flags import flag_of
+from vllm_multilora.config import MultiLoRAConfig, flag_of
 from vllm_multilora.metrics.definitions import ALL, COMMON_LABELS
 
 DOCS = Path(__file__).parents[1] / "docs"

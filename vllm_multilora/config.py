@@ -19,6 +19,14 @@ from vllm_multilora.wording import guess
 CONFIG_KEY = "multilora"
 """The key of vLLM's `additional_config` under which the settings travel."""
 
+
+def flag_of(setting: str) -> str:
+    """The flag of a setting."""
+    if setting == "enabled":
+        return f"--{CONFIG_KEY}"
+    return f"--{CONFIG_KEY}-{setting.replace('_', '-')}"
+
+
 STORES = ("process", "thread")
 BACKENDS = ("auto", "native", "torch", "triton", "vllm")
 
@@ -295,23 +303,23 @@ class MultiLoRAConfig:
             value = getattr(self, setting.name)
             if not setting.metadata["is_right"](value):
                 raise ConfigError(
-                    f"{CONFIG_KEY}.{setting.name} must be {setting.metadata['expected']}, got "
-                    f"{value!r}"
+                    f"{flag_of(setting.name)} ({CONFIG_KEY}.{setting.name} in additional_config) "
+                    f"must be {setting.metadata['expected']}, got {value!r}"
                 )
             if isinstance(value, list | tuple):
                 # JSON has lists only; the settings are hashable.
                 object.__setattr__(self, setting.name, tuple(dict.fromkeys(value)))
         if self.batch_invariant and self.backend in _NOT_INVARIANT:
             raise ConfigError(
-                f"{CONFIG_KEY}.batch_invariant cannot be used with the backend {self.backend!r}: "
-                f"{_NOT_INVARIANT[self.backend]}. Choose the backend 'auto', 'native' or 'triton', "
-                f"or leave batch_invariant out"
+                f"--multilora-batch-invariant cannot be used with --multilora-backend "
+                f"{self.backend}: {_NOT_INVARIANT[self.backend]}. Choose auto, native or triton, "
+                f"or leave --multilora-batch-invariant out"
             )
         if self.signing_keys is not None and self.allow_pickle:
             raise ConfigError(
-                f"{CONFIG_KEY}.signing_keys and {CONFIG_KEY}.allow_pickle cannot be used "
-                "together: a pickle is read several times, so its signature does not prove which "
-                "bytes are used. Sign safetensors files"
+                "--multilora-signing-keys and --multilora-allow-pickle cannot be used together: a "
+                "pickle is read several times, so its signature does not prove which bytes are "
+                "used. Sign safetensors files"
             )
 
     @classmethod

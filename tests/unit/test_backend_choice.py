@@ -94,23 +94,28 @@ def test_torch_on_a_gpu_needs_eager_mode():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [({"backend": "torch"}, 1), ({"enabled": False}, 0), ({}, 0)]
+    ("given", "told"),
+    [
+        ({"backend": "torch", "dora": False}, ["--multilora-backend, --no-multilora-dora"]),
+        ({"enabled": False}, []),
+        ({}, []),
+    ],
 )
 def test_without_lora_settings_that_were_to_do_something_are_told_of(given, told, monkeypatch):
     warnings = []
-    monkeypatch.setattr(activation.logger, "warning", lambda *args: warnings.append(args))
+    monkeypatch.setattr(activation.logger, "warning", lambda *args: warnings.extend(args[1:]))
     additional = {"multilora": given}
     activation.announce(SimpleNamespace(lora_config=None, additional_config=additional))
-    assert len(warnings) == told
+    assert warnings == told
 
 
 def test_with_vllms_kernels_settings_that_only_the_plugins_code_heeds_are_told_of(monkeypatch):
     warnings = []
-    monkeypatch.setattr(activation.logger, "warning", lambda *args: warnings.append(args[1:]))
+    monkeypatch.setattr(activation.logger, "warning", lambda *args: warnings.extend(args[1:]))
     monkeypatch.setattr(activation, "kernel_backend", lambda config: "vllm")
     heeded = {"enabled": True, "backend": "vllm", "routes": "routes.yaml"}
     idle = {"usage_log": "usage.jsonl", "adapter_dir": ["/adapters"]}
     for given in ({}, heeded, {**heeded, **idle}):
         config = SimpleNamespace(lora_config=object(), additional_config={"multilora": given})
         activation.announce(config)
-    assert warnings == [(idle,)]
+    assert warnings == ["--multilora-usage-log, --multilora-adapter-dir"]

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from tools import pages
-from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.integration.patching.flags import flag_of
+from vllm_multilora.config import MultiLoRAConfig, flag_of
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)\s]+)\)")

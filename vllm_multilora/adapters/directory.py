@@ -20,7 +20,6 @@ from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.fingerprint import Fingerprint
 from vllm_multilora.adapters.folder import CONFIG_NAME, PICKLED_NAMES, TENSORS_NAME
 from vllm_multilora.adapters.served_names import name_fault
-from vllm_multilora.config import CONFIG_KEY
 from vllm_multilora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -76,9 +75,8 @@ def require_directories(directories: Sequence[str]) -> None:
             os.scandir(directory).close()
         except OSError as error:
             raise ConfigError(
-                f"{CONFIG_KEY}.adapter_dir names {directory!r}, which is not a directory that "
-                f"the server can read ({error.strerror}): create it, or correct "
-                "--multilora-adapter-dir"
+                f"--multilora-adapter-dir names {directory!r}, which is not a directory that the "
+                f"server can read ({error.strerror}): create it, or correct the flag"
             ) from error
 
 

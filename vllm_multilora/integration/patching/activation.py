@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from multilora_kernels import resolve_backend
 from vllm_multilora import __version__
-from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
+from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, flag_of
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.version import (
     SUPPORTED_TEXT,
@@ -147,7 +148,7 @@ def announce(vllm_config: VllmConfig) -> None:
     if vllm_config.lora_config is None:
         if given and settings.enabled is not False:
             logger.warning(
-                "The --multilora settings %s have no effect without --enable-lora.", given
+                "These flags have no effect without --enable-lora: %s.", _as_flags(given)
             )
         return
     installed = installed_version()
@@ -170,7 +171,11 @@ def announce(vllm_config: VllmConfig) -> None:
         logger.info("vllm-multilora %s is active; LoRA kernels: %s.", __version__, backend)
     idle = {name: value for name, value in (given or {}).items() if name not in _ALWAYS_HEEDED}
     if idle and is_active(vllm_config) and kernel_backend(vllm_config) == "vllm":
-        logger.warning(
-            "The --multilora settings %s have no effect with vLLM's own kernels.",
-            idle,
-        )
+        logger.warning("These flags have no effect with vLLM's own kernels: %s.", _as_flags(idle))
+
+
+def _as_flags(given: Mapping[str, Any]) -> str:
+    return ", ".join(
+        flag_of(name).replace("--", "--no-", 1) if value is False else flag_of(name)
+        for name, value in given.items()
+    )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig
+from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import GIB, CpuBudget, enough_gib
 from vllm_multilora.slots.machine_memory import machine_memory
@@ -76,10 +76,10 @@ def cpu_budget(
         given = int(settings.cpu_cache_gib * GIB)
         if given < least:
             raise ConfigError(
-                f"{CONFIG_KEY}.cpu_cache_gib is {settings.cpu_cache_gib:g}, but the adapters of "
+                f"--multilora-cpu-cache-gib is {settings.cpu_cache_gib:g}, but the adapters of "
                 f"one batch may take {enough_gib(least)} GiB "
                 f"({counted(lora_config.max_loras, 'slot')}, rank {lora_config.max_lora_rank}): "
-                "raise --multilora-cpu-cache-gib, or lower --max-loras or --max-lora-rank"
+                "raise it, or lower --max-loras or --max-lora-rank"
             )
         return CpuBudget(adapters=count, bytes=given)
     if count is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, given_settings
+from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, flag_of, given_settings
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.patching.version import SUPPORTED_TEXT
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
 
 _CHECKS = ("allowed_roots", "require_digest", "signing_keys")
 """Settings that say which adapters may be served."""
-
-
-def flag_of(setting: str) -> str:
-    """The flag of a setting."""
-    if setting == "enabled":
-        return f"--{CONFIG_KEY}"
-    return f"--{CONFIG_KEY}-{setting.replace('_', '-')}"
 
 
 def checks_in(settings: MultiLoRAConfig) -> str:
