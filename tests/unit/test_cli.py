@@ -1,5 +1,6 @@
 """`vllm-multilora` answers at once where no command has to run."""
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 from vllm_multilora import __version__
 from vllm_multilora.cli import COMMANDS, main, parser_of
+from vllm_multilora.commands import plan, validate
 
 HEAVY = ("torch", "vllm", "numpy", "triton", "matplotlib", "prometheus_client")
 MOST_CPU_S = 0.3
@@ -140,3 +142,17 @@ def test_every_command_is_described_in_its_own_help(capsys):
             main([name, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
         assert " ".join(command.description.split()) in shown
+
+
+def test_commands_that_take_a_flag_of_the_servers_say_the_same_of_it():
+    def told(command):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        return {
+            a.option_strings[0]: (a.help, a.choices) for a in parser._actions if a.option_strings
+        }
+
+    of_plan, of_validate = told(plan), told(validate)
+    both = of_plan.keys() & of_validate.keys() - {"--max-lora-rank"}  # which has no default in one
+    assert len(both) >= 8
+    assert {flag: of_plan[flag] for flag in both} == {flag: of_validate[flag] for flag in both}

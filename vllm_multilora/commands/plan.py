@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_multilora.commands import plan_traffic, plots
-from vllm_multilora.commands.quiet import quieten_vllm
+from vllm_multilora.commands import plan_traffic, plots, server_flags
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.assignment import MOST_SLOTS
 from vllm_multilora.slots.budget import GIB
@@ -25,11 +24,7 @@ PLANNED, TOO_LARGE = 0, 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    server = parser.add_argument_group("server (as for vllm serve)")
-    server.add_argument(
-        "--model",
-        help="the base model's folder or name, or a config.json; no weights are read",
-    )
+    server = server_flags.add_arguments(parser, needs_model=False)
     server.add_argument("--max-loras", type=int, metavar="N", help="number of slots")
     server.add_argument("--max-lora-rank", type=int, metavar="R", help="rank of the slots")
     server.add_argument(
@@ -46,24 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shard LoRA as far as possible",
     )
     server.add_argument(
-        "--lora-target-modules",
-        nargs="+",
-        metavar="MODULE",
-        help="layers that get slots (default: all that the base model supports)",
-    )
-    server.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float16", "bfloat16", "float32"),
-        help="the base model's type (default: %(default)s)",
-    )
-    server.add_argument(
-        "--lora-dtype",
-        default="auto",
-        choices=("auto", "float16", "bfloat16"),
-        help="the slots' type (default: the base model's)",
-    )
-    server.add_argument(
         "--max-model-len", type=int, metavar="TOKENS", help="length of the longest request"
     )
     server.add_argument(
@@ -71,12 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="part of a GPU's memory that vLLM takes, above 0 and at most 1 (default: vLLM's)",
-    )
-    server.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the base model"
-    )
-    server.add_argument(
-        "--multilora-dora", action="store_true", help="reserve room for DoRA adapters"
     )
     parser.add_argument(
         "--gpu-memory",
@@ -101,25 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _offline_costs(arguments: argparse.Namespace) -> BaseModel:
-    quieten_vllm()
-    from vllm_multilora.integration.offline.costs import offline_costs
-    from vllm_multilora.integration.offline.model import Server
-
-    modules = arguments.lora_target_modules
-    return offline_costs(
-        Server(
-            arguments.model,
-            max_lora_rank=arguments.max_lora_rank,
-            tensor_parallel_size=arguments.tensor_parallel_size,
-            fully_sharded_loras=arguments.fully_sharded_loras,
-            lora_target_modules=None if modules is None else tuple(modules),
-            dtype=arguments.dtype,
-            lora_dtype=arguments.lora_dtype,
-            max_model_len=arguments.max_model_len,
-            trust_remote_code=arguments.trust_remote_code,
-            dora=arguments.multilora_dora,
-        )
+    server = server_flags.server_of(
+        arguments,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        fully_sharded_loras=arguments.fully_sharded_loras,
+        max_model_len=arguments.max_model_len,
     )
+    from vllm_multilora.integration.offline.costs import offline_costs
+
+    return offline_costs(server)
 
 
 def run(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from vllm_multilora.commands.quiet import quieten_vllm
+from vllm_multilora.commands import server_flags
 from vllm_multilora.commands.table import aligned
 from vllm_multilora.wording import counted
 
@@ -22,36 +22,18 @@ _HEADER = ("ADAPTER", "RESULT", "CODE", "COUNT", "WHERE")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="the base model's folder or name, as for vllm serve; its weights are not read",
-    )
-    parser.add_argument(
+    server = server_flags.add_arguments(parser, needs_model=True)
+    server.add_argument(
         "--max-lora-rank",
         type=int,
         default=16,
-        metavar="N",
-        help="the server's --max-lora-rank (default: %(default)s, as in vLLM)",
+        metavar="R",
+        help="rank of the slots (default: %(default)s, as in vLLM)",
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float16", "bfloat16", "float32"),
-        help="the server's --dtype (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--lora-dtype",
-        default="auto",
-        choices=("auto", "float16", "bfloat16"),
-        help="the server's --lora-dtype; values must not overflow (default: the base model's)",
-    )
-    parser.add_argument(
-        "--lora-target-modules",
-        nargs="+",
-        metavar="MODULE",
-        help="the server's --lora-target-modules, given after the folders: an adapter without any "
-        "of them is refused (default: all that the base model supports)",
+    server.add_argument(
+        "--multilora-allow-pickle",
+        action="store_true",
+        help="read adapter_model.bin and .pt, too",
     )
     parser.add_argument(
         "--check-finite",
@@ -59,38 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="read all weights and look for NaN, infinity and overflow",
     )
-    parser.add_argument(
-        "--multilora-allow-pickle",
-        action="store_true",
-        help="also read adapter_model.bin and .pt, as the server does with this flag",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the base model"
-    )
-    parser.add_argument(
-        "--multilora-dora",
-        action="store_true",
-        help="accept DoRA adapters, as the server does with this flag",
-    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _offline_layout(arguments: argparse.Namespace) -> ModelLayout:
-    quieten_vllm()
-    from vllm_multilora.integration.offline.model import Server, offline_layout
+    server = server_flags.server_of(arguments)
+    from vllm_multilora.integration.offline.model import offline_layout
 
-    modules = arguments.lora_target_modules
-    return offline_layout(
-        Server(
-            arguments.model,
-            max_lora_rank=arguments.max_lora_rank,
-            lora_target_modules=None if modules is None else tuple(modules),
-            dtype=arguments.dtype,
-            lora_dtype=arguments.lora_dtype,
-            trust_remote_code=arguments.trust_remote_code,
-            dora=arguments.multilora_dora,
-        )
-    )
+    return offline_layout(server)
 
 
 def run(
