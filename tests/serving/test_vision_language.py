@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from tests.attacks.poison import poisoned
+from vllm_multilora.adapters.validation import validate
 
 from .engine import running_engine
 from .recipes import (
@@ -23,7 +24,7 @@ from .recipes import (
     QWEN2_VL_RECIPES,
     AdapterRecipe,
 )
-from .tiny_adapters import write_adapter
+from .tiny_adapters import write_adapter, write_adapters
 from .tiny_vision import write_idefics3, write_llava, write_llava_next, write_qwen2_vl
 from .vision import NEW_TOKENS, Gallery, Question, VisionReference, gallery
 
@@ -242,6 +243,28 @@ def test_adapters_of_towers_that_vllm_cannot_adapt_are_refused_where_these_were_
         for name in ("both-r12", "tower-r16", "connector-r8"):
             with pytest.raises(AdapterRefusedError, match="of this part of LlavaForConditionalGen"):
                 llm.llm_engine.add_lora(lora(shown.adapters, name))
+
+
+def test_validate_says_of_adapters_of_towers_what_a_server_with_its_flags_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    from vllm_multilora.integration.offline.model import Server, offline_layout
+
+    base = write_llava(tmp_path / "base")
+    adapters = write_adapters(base, tmp_path, LLAVA_RECIPES, auto=AutoModelForImageTextToText)
+
+    def refused(*, flag: bool) -> set[str]:
+        server = Server(str(base), max_lora_rank=64, enable_tower_connector_lora=flag)
+        layout = offline_layout(server)
+        return {name for name, path in adapters.items() if validate(path, layout)}
+
+    of_towers = {"tower-r16", "connector-r8"}
+    assert refused(flag=False) == of_towers
+    assert refused(flag=True) == set()
+    monkeypatch.setattr(LlavaForConditionalGeneration, "supports_tower_connector_lora", False)
+    assert refused(flag=True) == {*of_towers, "both-r12"}
 
 
 @pytest.mark.smoke

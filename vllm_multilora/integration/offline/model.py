@@ -55,6 +55,7 @@ class Server:
         tensor_parallel_size: Workers that share the model.
         fully_sharded_loras: Whether LoRA is sharded as far as it goes.
         lora_target_modules: The modules that adapters are restricted to; None: all.
+        enable_tower_connector_lora: Whether adapters change towers and connectors, too.
         dtype: The base model's.
         lora_dtype: The slots'; `auto` is the model's.
         max_model_len: The longest request; None: the model's own.
@@ -68,6 +69,7 @@ class Server:
     tensor_parallel_size: int = 1
     fully_sharded_loras: bool = False
     lora_target_modules: tuple[str, ...] | None = None
+    enable_tower_connector_lora: bool = False
     dtype: str = "auto"
     lora_dtype: str = "auto"
     max_model_len: int | None = None
@@ -107,6 +109,7 @@ class Server:
                 max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]
                 tensor_parallel_size=self.tensor_parallel_size,
                 fully_sharded_loras=self.fully_sharded_loras,
+                enable_tower_connector_lora=self.enable_tower_connector_lora,
                 dtype=self.dtype,  # type: ignore[arg-type]
                 lora_dtype=self.lora_dtype,
                 max_model_len=self.max_model_len,  # type: ignore[arg-type]
@@ -209,15 +212,19 @@ class _UnrunnableManager(LoRAModelManager):
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         model: Any = self.model
         self.supports_mm = supports_multimodal(model) and hasattr(model, "get_mm_mapping")
-        key = DEFAULT_LANGUAGE_WRAPPER_KEY
+        parts = [DEFAULT_LANGUAGE_WRAPPER_KEY]
         if self.supports_mm:
-            self.supports_tower_connector_lora = False
             self.mm_mapping = model.get_mm_mapping()
-            key = self.mm_mapping.language_model[0]
-        nothing: Any = object()
-        self.punica_wrapper_mapping = {key: nothing}
+            parts = self.mm_mapping.language_model[:1]
+            self.supports_tower_connector_lora = (
+                self.lora_config.enable_tower_connector_lora and model.supports_tower_connector_lora
+            )
+            if self.supports_tower_connector_lora:
+                parts = [*parts, *self.mm_mapping.tower_model, *self.mm_mapping.connector]
         if vllm_config.model_config.is_encoder_decoder:
-            self.punica_wrapper_mapping[ENCODER] = nothing
+            parts = [*parts, ENCODER]
+        nothing: Any = object()
+        self.punica_wrapper_mapping = dict.fromkeys(parts, nothing)
 
 
 def give_experts_kernels(model: torch.nn.Module) -> None:
