@@ -111,7 +111,7 @@ current_call: ContextVar[HttpCall | None] = ContextVar("multilora_http_call", de
 
 
 def look_for_call() -> None:
-    """Has a request that did not come over HTTP (`vllm run-batch`) be a call of its own."""
+    """Has what did not come over HTTP (`vllm run-batch`, a WebSocket) be a call of its own."""
     call = current_call.get()
     if call is None or not call.is_http:
         current_call.set(HttpCall({}, is_http=False))

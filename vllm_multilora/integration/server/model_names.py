@@ -216,6 +216,7 @@ def check_realtime_model(original: Callable[..., Any], connection: Any, model: s
     models = serving.models
     if not _acts_for(models):
         return original(connection, model)
+    look_for_call()
     connection._is_model_validated = False  # vLLM validates what is not refused
     served = (models.lora_requests, ROUTES.get(models) or ())
     if not isinstance(model, str) or not any(model in names for names in served):
