@@ -28,7 +28,7 @@ class Door:
         self._address = Address.of(listener)
         listener.setblocking(False)
         # Where this process is at its limit of descriptors, this one is given up to say so.
-        self._reserve: int | None = os.open(os.devnull, os.O_RDONLY)
+        self._reserve = socket.socket(socket.AF_UNIX)
 
     def fileno(self) -> int:
         """For selectors."""
@@ -52,14 +52,11 @@ class Door:
         """Nobody comes in any more; the next store can have the place."""
         self._address.close()
         self._listener.close()
-        if self._reserve is not None:
-            os.close(self._reserve)
-            self._reserve = None
+        self._reserve.close()
 
     def _refuse_for_descriptors(self) -> None:
         """Takes one connection by the descriptor kept for this, to say why it is not served."""
-        if self._reserve is not None:
-            os.close(self._reserve)
+        self._reserve.close()
         reason = "the store has no descriptor left; raise its limit of open files (ulimit -n)"
         logger.error(reason)
         with contextlib.suppress(OSError, ChannelClosedError):
@@ -67,10 +64,8 @@ class Door:
             channel: Channel[FromClient] = Channel(sock, FromClient)
             with contextlib.closing(channel):
                 channel.send(Refused(reason))
-        try:
-            self._reserve = os.open(os.devnull, os.O_RDONLY)
-        except OSError:
-            self._reserve = None
+        with contextlib.suppress(OSError):
+            self._reserve = socket.socket(socket.AF_UNIX)
 
 
 def _is_same_user(sock: socket.socket) -> bool:
