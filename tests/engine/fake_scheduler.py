@@ -23,6 +23,7 @@ class FakeRequest:
     client_index: int = 0
     trace_headers: None = None
     num_computed_tokens: int = 0
+    prompt_embeds: None = None
     mm_features: list[Any] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
 
@@ -41,6 +42,24 @@ class FakeRequest:
 
     def get_finished_reason(self) -> FinishReason | None:
         return RequestStatus.get_finished_reason(self.status)
+
+
+@dataclass
+class FakeOutput:
+    """Of a step: the requests that are done, and tokens."""
+
+    done: tuple[str, ...] = ()
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    num_nans_in_logits: None = None
+    pooler_output: None = None
+
+    @property
+    def req_id_to_index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.tokens)}
+
+    @property
+    def sampled_token_ids(self) -> list[list[int]]:
+        return list(self.tokens.values())
 
 
 @dataclass
@@ -68,6 +87,7 @@ class FakeScheduler:
         self.running: list[FakeRequest] = []
         self.requests: dict[str, FakeRequest] = {}
         self.kv_cache_manager = FakeBlocks()
+        self.structured_output_manager = SimpleNamespace()
         self.preempted: list[str] = []
 
     def add_request(self, request: FakeRequest) -> None:
@@ -103,8 +123,8 @@ class FakeScheduler:
     def _handle_blocked_waiting_request(self, request: FakeRequest) -> bool:
         return request.has_grammar
 
-    def update_from_output(self, scheduler_output: Any, done: tuple[str, ...] = ()) -> dict:
-        for request in [r for r in self.running if r.request_id in done]:
+    def update_from_output(self, scheduler_output: Any, output: FakeOutput) -> dict:
+        for request in [r for r in self.running if r.request_id in output.done]:
             request.status = RequestStatus.FINISHED_STOPPED
             self.running.remove(request)
             self._free_request(request)

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from tests.engine.fake_scheduler import FakeRequest
+from tests.engine.fake_scheduler import FakeOutput, FakeRequest
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.attached import TENANT
 from vllm_multilora.integration.engine import grammars
@@ -60,7 +60,7 @@ class Grammar:
         return [token for token in tokens if token]
 
 
-NO_OUTPUT = SimpleNamespace(req_id_to_index={}, sampled_token_ids=[])
+NO_OUTPUT = FakeOutput()
 
 
 def plain_manager() -> Any:
@@ -97,6 +97,11 @@ def request(name: str, grammar: Grammar, tenant: str | None = "acme") -> Any:
     if tenant is not None:
         TENANT.set(made, RequestTenant(tenant))
     return made
+
+
+def scheduler_of(outputs: Any, requests: list[Any]) -> Any:
+    names = {each.request_id: each for each in requests}
+    return SimpleNamespace(structured_output_manager=outputs, requests=names)
 
 
 def test_tenants_take_turns_for_their_grammars_and_nobody_for_what_has_ended():
@@ -153,7 +158,7 @@ def test_the_slow_ones_are_told_apart(monkeypatch):
     plain.structured_output_request = None
     TENANT.set(plain, RequestTenant("acme"))
     outputs = manager()
-    scheduler = SimpleNamespace(structured_output_manager=outputs, running=[*requests, plain])
+    scheduler = scheduler_of(outputs, [*requests, plain])
     ended: dict[str, int] = {}
     for step in range(1000):
         assert (fill(outputs, requests) == 7).all()
@@ -179,7 +184,7 @@ def test_one_that_is_slow_to_go_on_by_an_answers_tokens_is_slow(monkeypatch):
     plain, slow, sound = FakeRequest("plain"), Grammar(clock, [0.15] * 4), Grammar(clock)
     plain.structured_output_request = None
     running = [request("slow", slow), request("sound", sound), plain]
-    scheduler = SimpleNamespace(structured_output_manager=outputs, running=running)
+    scheduler = scheduler_of(outputs, running)
     plain.use_structured_output = False
     ended = []
     for _ in range(4):
@@ -193,19 +198,28 @@ def test_one_that_allows_no_token_ends_with_the_token_that_it_does_not_allow():
     outputs = manager()
     made = [request(name, Grammar(Clock(), mask=0), None) for name in ("late", "stuck", "drafted")]
     made.append(request("sound", Grammar(Clock()), None))
-    scheduler = SimpleNamespace(structured_output_manager=outputs, running=made)
+    scheduler = scheduler_of(outputs, made)
     fill(outputs, made)
     without_tokens = SimpleNamespace(req_id_to_index={"late": 0}, sampled_token_ids=[])
 
     def ended(**tokens: list[int]) -> list[str]:
-        index = {name: number for number, name in enumerate(tokens)}
-        step = SimpleNamespace(req_id_to_index=index, sampled_token_ids=list(tokens.values()))
-        return list(take_bad(scheduler, step))
+        return list(take_bad(scheduler, FakeOutput(tokens=tokens)))
 
     assert take_bad(scheduler, without_tokens) == {}
     assert ended(late=[], stuck=[5, 0], drafted=[5, 6], sound=[0]) == ["stuck"]
     assert ended(late=[0], drafted=[0]) == ["late"]
     assert ended(late=[0], stuck=[0]) == [], "they have been told of"
+
+
+def test_one_that_allows_no_token_ends_also_if_it_was_preempted_since_its_token_was_chosen(server):
+    outputs = server.scheduler.structured_output_manager = manager()
+    stuck = request("stuck", Grammar(Clock(), mask=0), None)
+    server.scheduler.add_request(stuck)
+    step = server.scheduler.schedule()
+    fill(outputs, [stuck])
+    server.scheduler._preempt_request(server.scheduler.running.pop(), 0.0)
+    server.scheduler.update_from_output(step, FakeOutput(tokens={"stuck": [0]}))
+    assert not server.scheduler.requests
 
 
 def test_a_request_with_a_slow_grammar_ends_and_others_go_on(server, monkeypatch):

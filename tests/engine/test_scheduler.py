@@ -13,7 +13,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
 
-from tests.engine.fake_scheduler import AwareScheduler, FakeRequest
+from tests.engine.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.engine.parties import Engine, lora, pack_info
 from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
@@ -64,7 +64,7 @@ class Server:
             if request.lora_request is not None:
                 number = request.lora_request.lora_int_id
                 assert adapters.slots.is_filled(number, adapters.slots.pack_in(number))
-        for outputs in self.scheduler.update_from_output(output, done).values():
+        for outputs in self.scheduler.update_from_output(output, FakeOutput(done)).values():
             for last in outputs.outputs:
                 assert last.finish_reason is FinishReason.ERROR
                 self.ended[last.request_id] = last.stop_reason
@@ -309,7 +309,7 @@ def test_cached_blocks_that_were_given_back_before_the_loss_was_known_are_thrown
     else:
         server.abort("lost")
     server.engine.workers.say(Missing(2), ranks=[0])
-    server.scheduler.update_from_output(None, ())
+    server.scheduler.update_from_output(None, FakeOutput())
     assert server.scheduler.requests.keys() == {"good"}
     assert server.scheduler.kv_cache_manager.evicted == {"lost"}
 
@@ -799,7 +799,7 @@ def test_without_adapters_nothing_waits():
     scheduler.add_request(FakeRequest("tenant", lora(1)))
     step = scheduler.schedule()
     assert step.total_num_scheduled_tokens == 1
-    assert scheduler.update_from_output(step, ()) == {}
+    assert scheduler.update_from_output(step, FakeOutput()) == {}
 
 
 @pytest.mark.parametrize(("between", "polls"), [("nothing", 1), ("a request", 2)])
@@ -808,7 +808,7 @@ def test_a_step_looks_for_news_once_unless_a_request_has_come(server, monkeypatc
     seen, poll = [], server.engine.adapters.poll
     output = server.scheduler.schedule()
     monkeypatch.setattr(server.engine.adapters, "poll", lambda *_: seen.append(poll()))
-    server.scheduler.update_from_output(output, ())
+    server.scheduler.update_from_output(output, FakeOutput())
     if between == "a request":
         server.ask("other", 2)
     assert server.scheduler.schedule().total_num_scheduled_tokens == 1
@@ -818,7 +818,7 @@ def test_a_step_looks_for_news_once_unless_a_request_has_come(server, monkeypatc
 def test_where_steps_are_scheduled_ahead_each_of_them_looks_for_news(server, monkeypatch):
     server.start("tenant", 1)
     seen, poll = [], server.engine.adapters.poll
-    server.scheduler.update_from_output(server.scheduler.schedule(), ())
+    server.scheduler.update_from_output(server.scheduler.schedule(), FakeOutput())
     monkeypatch.setattr(server.engine.adapters, "poll", lambda *_: seen.append(poll()))
     server.scheduler.schedule()
     assert len(seen) == 0

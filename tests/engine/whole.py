@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from vllm.v1.request import RequestStatus
 
-from tests.engine.fake_scheduler import AwareScheduler, FakeRequest
+from tests.engine.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.engine.parties import lora
 from tests.slots.situations import make_slots
 from tests.store.fake_reader import digest_of
@@ -273,7 +273,7 @@ class Engine:
                 assert worker.slots[slot] in {digest_of(f"{folder}{n}") for n in versions}
             assert len({worker.slots[slot] for worker in self.workers.ranks}) == 1
         names = tuple(request.request_id for request in self.scheduler.running[:done])
-        outputs = self.scheduler.update_from_output(output, names)
+        outputs = self.scheduler.update_from_output(output, FakeOutput(names))
         self.served.update(names)
         for each in outputs.values():
             self.failed.update(last.request_id for last in each.outputs)

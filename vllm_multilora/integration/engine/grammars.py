@@ -93,7 +93,7 @@ def _is_slow(grammar: Any, seconds: float, allowed_s: float = ALLOWED_PER_TOKEN_
 
 
 def take_bad(scheduler: Any, output: Any) -> dict[str, str]:
-    """Running requests that cannot go on for their grammars' sake.
+    """Requests that cannot go on for their grammars' sake, also those that were preempted since.
 
     They are tenants', and their grammars have taken too long since the last call; or anybody's, and
     one of their tokens in a step's output was chosen where their grammars allow none.
@@ -113,7 +113,7 @@ def take_bad(scheduler: Any, output: Any) -> dict[str, str]:
     slow.clear()
     stuck.clear()
     ending = {}
-    for request in scheduler.running:
+    for request in scheduler.requests.values():
         if (wanted := request.structured_output_request) is None:
             continue
         if id(wanted.grammar) in slow_ones and tenant_of(request) is not None:
