@@ -4,12 +4,14 @@ import asyncio
 import re
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -495,6 +497,34 @@ def test_a_tenants_schema_is_checked_beside_what_is_done_for_others(monkeypatch)
     with pytest.raises(GracefulHTTPError, match="Bytes of"):
         asyncio.run(ask(acme, long))
     assert (checked, taken, acme.account.checking.locked()) == ([], [], False)
+
+
+def test_a_tenants_slow_schema_leaves_threads_to_what_vllm_does_on_them(monkeypatch):
+    """It looks up the hosts of images there."""
+    begun, go_on = asyncio.Event(), threading.Event()
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+
+        def check(*given: Any) -> None:
+            loop.call_soon_threadsafe(begun.set)
+            assert go_on.wait(30)
+
+        monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", check)
+        current_caller.set(tenant("acme"))
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+        configs = {"model_config": 1, "structured_outputs_config": 2, "tokenizer": 3}
+        client = SimpleNamespace(input_processor=SimpleNamespace(**configs))
+        asking = asyncio.create_task(take_request(AsyncMock(), client, "1", "prompt", params))
+        await asyncio.wait_for(begun.wait(), 30)
+        try:
+            await asyncio.wait_for(asyncio.to_thread(str), 10)
+        finally:
+            go_on.set()
+            await asking
+
+    asyncio.run(ask())
 
 
 def test_a_tenants_structural_tag_is_checked_with_its_schemas():

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_multilora.integration.attached import CHECKED
 from vllm_multilora.integration.server.callers import current_caller
 from vllm_multilora.integration.server.registration import to_its_end
 from vllm_multilora.integration.server.request_bounds import require_short
+
+# Not asyncio's own, with which vLLM looks up hosts: there may be a slow schema for each tenant.
+_THREADS = ThreadPoolExecutor(thread_name_prefix="multilora-schemas")
 
 
 async def add_request(
@@ -40,10 +44,13 @@ async def add_request(
             async with caller.account.checking:
                 # Those to several prompts of a call are one. The thread goes on if the client goes.
                 if not CHECKED.is_set(wanted):
-                    check = params._validate_structured_outputs
-                    await to_its_end(asyncio.to_thread(check, *given))
+                    await to_its_end(_check(params._validate_structured_outputs, *given))
                     CHECKED.set(wanted, True)
     return await original(client, request_id, prompt, params, *args, **kwargs)
+
+
+async def _check(check: Callable[..., None], *given: Any) -> None:
+    await asyncio.get_running_loop().run_in_executor(_THREADS, check, *given)
 
 
 def check_structured_outputs(original: Callable[..., None], params: Any, *given: Any) -> None:
