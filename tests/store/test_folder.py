@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,27 @@ def test_machines_that_share_a_folder_leave_each_other_s_sockets_alone(tmp_path,
     with folder.listen(folder.socket_path(tmp_path)):
         assert os.fstat(seen).st_nlink == 1
     os.close(seen)
+
+
+def test_nobody_waits_for_ever_for_a_process_that_is_frozen_with_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "_LOCK_S", 0.1)
+    refusals: list[str] = []
+
+    def wait() -> None:
+        try:
+            with folder.locked(tmp_path):
+                pass
+        except StoreUnavailableError as error:
+            refusals.append(str(error))
+
+    with folder.locked(tmp_path):
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        waiting.join(30)
+    [refusal] = refusals
+    assert refusal.startswith(f"{tmp_path}/lock: another process has held this lock for 0.1")
+    with folder.locked(tmp_path):
+        pass
 
 
 def _link(path: Path) -> None:

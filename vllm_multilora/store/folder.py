@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ FOLDER_VARIABLE = "MULTILORA_STORE_FOLDER"
 """Names the folder; engines and workers that are started by this process inherit it."""
 
 _LONGEST_PATH = 107  # of a local socket, in bytes
+_LOCK_S, _LOCK_PAUSE_S = 30.0, 0.01  # a store takes a second to start
 _MACHINES = "/tmp"  # for temporary files, whatever is named for those of this process
 
 
@@ -100,13 +102,33 @@ def kernel() -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder's lock: sockets in it are made and removed by one process at a time."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Holds a folder's lock: sockets in it are made and removed by one process at a time.
+
+    Raises:
+        StoreUnavailableError: Another process has held it all the while: it is frozen.
+    """
+    path = folder / "lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _LOCK_S
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while not _took(descriptor):
+            if time.monotonic() > deadline:
+                raise StoreUnavailableError(
+                    f"{path}: another process has held this lock for {_LOCK_S:g} seconds, to start "
+                    "or to end a store; lslocks shows which. Have it go on, or end it"
+                )
+            time.sleep(_LOCK_PAUSE_S)
         yield
     finally:
         os.close(descriptor)
+
+
+def _took(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def listen(path: Path) -> socket.socket:
@@ -175,7 +197,7 @@ class Address:
 
     def close(self) -> None:
         """Leaves the place to another store; to be called before the listener is closed."""
-        with contextlib.suppress(OSError), locked(self.path.parent):
+        with contextlib.suppress(OSError, StoreUnavailableError), locked(self.path.parent):
             if self.path.lstat().st_ino == self.inode:
                 self.path.unlink()
 
