@@ -5,6 +5,7 @@ Encodings of images are those of one version of an adapter.
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import shutil
@@ -174,13 +175,21 @@ def test_encodings_of_two_versions_of_an_adapter_are_two():
 
 @pytest.mark.smoke("images")
 @pytest.mark.parametrize("is_pooling", [False, True], ids=["generate", "pooling"])
-def test_an_image_that_a_client_has_named_is_its_tenants_alone(is_pooling: bool) -> None:
-    """vLLM takes what it has under a name, whoever has sent it, for what another one sends."""
+def test_an_image_that_has_been_read_is_kept_for_its_tenant_alone(is_pooling: bool) -> None:
+    """Under a name that its client has given it, too.
+
+    What vLLM has under a name, whoever has sent it, it takes for what another one sends. It takes
+    the engine to have it even where the request was refused: the other one's request then fails.
+    """
     from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
+    from vllm.multimodal.parse import MultiModalDataParser
+    from vllm.multimodal.processing.inputs import ProcessorInputs
     from vllm.renderers.base import BaseRenderer
 
-    def process(prompt: Any, data: Any, *, mm_uuids: Any, **_: Any) -> Any:
-        return {"type": "multimodal", "ids": mm_uuids}
+    def process(prompt: Any, data: Any, *, mm_uuids: Any, media_io_kwargs: Any, **_: Any) -> Any:
+        items = MultiModalDataParser().parse_mm_data(data)
+        inputs = ProcessorInputs(prompt, items, mm_uuids, media_io_kwargs=media_io_kwargs or {})
+        return {"type": "multimodal", "ids": inputs.get_mm_hashes("model", "blake3")["image"]}
 
     async def process_async(*args: Any, **kwargs: Any) -> Any:
         return process(*args, **kwargs)
@@ -206,23 +215,24 @@ def test_an_image_that_a_client_has_named_is_its_tenants_alone(is_pooling: bool)
             prompt
         )
 
-    def ids(who: Caller | None) -> list[str | None]:
-        uuids = {"image": ["photo-1", None], "audio": "talk"}
+    def ids(who: Caller | None, size: int = 32) -> list[str]:
         prompt = {
             "prompt_token_ids": [1],
-            "multi_modal_data": {"image": [None, b"x"]},
-            "multi_modal_uuids": uuids,
+            "multi_modal_data": {"image": [picture(0), picture(0)]},
+            "multi_modal_uuids": {"image": ["photo-1", None]},
+            "media_io_kwargs": {"image": {"size": size}} if size != 32 else {},
         }
+        before = copy.deepcopy({**prompt, "multi_modal_data": None})
         found = as_caller(who, lambda: asyncio.run(read(prompt)))["ids"]
-        assert prompt["multi_modal_uuids"] is uuids
-        return [*found["image"], found["audio"]]
+        assert {**prompt, "multi_modal_data": None} == before
+        return found
 
     acme, zen = ids(tenant("acme")), ids(tenant("zen"))
-    assert acme[1] is zen[1] is None  # vLLM goes by what is in it
-    assert len({*acme, *zen, "photo-1", "talk"}) == 7
     assert ids(tenant("acme")) == acme
+    assert len({*acme, *zen, *ids(tenant("acme"), 16), *ids(None)}) == 8
     for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT)):
-        assert ids(who) == ["photo-1", None, "talk"]
+        assert ids(who) == ids(None)
+    assert ids(None)[0] == "photo-1"
     renderer._executor.shutdown()
 
 

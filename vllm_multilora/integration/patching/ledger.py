@@ -402,8 +402,10 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, prompt, *, skip_mm_cache=False",),
         handler="server.multimodal:process_tokens",
         why="A client may give an image a `uuid`, and later the `uuid` alone: vLLM then takes the "
-        "image that anybody has sent with it, and even before one that is sent. Gives each tenant "
-        "ids of its own.",
+        "image that anybody has sent with it, and even before one that is sent. It takes the "
+        "engine to have all images that requests have come with, those that are refused after "
+        "they have been read included: the next one who sends the same image gets an error. Has "
+        "each tenant's images kept apart.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM keeps the images of clients with different cache salts apart.",
     ),

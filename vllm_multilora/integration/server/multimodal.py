@@ -57,12 +57,22 @@ def encoder_output_key(
 
 
 def process_tokens(original: Callable[..., Any], renderer: Any, prompt: Any, **kwargs: Any) -> Any:
-    uuids = prompt.get("multi_modal_uuids")
-    return original(
-        renderer,
-        {**prompt, "multi_modal_uuids": _own_ids(uuids)} if uuids else prompt,
-        **kwargs,
-    )
+    return original(renderer, _of_tenant(prompt), **kwargs)
+
+
+def _of_tenant(prompt: Any) -> Any:
+    """A prompt whose images and the like are kept, once they have been read, for its tenant alone.
+
+    vLLM keeps each under a name that it makes of its content, or of the `uuid` that the client has
+    given it, and of what it was read with.
+    """
+    caller, items = current_caller.get(), prompt.get("multi_modal_data")
+    if caller is None or caller.tenant is None or not items:
+        return prompt
+    read_with = prompt.get("media_io_kwargs") or {}
+    owner = caller.own_id("")
+    own = {kind: {**read_with.get(kind, {}), "tenant": owner} for kind in items | read_with}
+    return {**prompt, "media_io_kwargs": own}
 
 
 def init_pooling(original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
@@ -91,16 +101,3 @@ def refuse_features(request: Any) -> ErrorResponse | None:
         "The key does not allow `features`: send images and the like as `content_parts`.",
         "features",
     )
-
-
-def _own_ids(ids: Any) -> Any:
-    """The ids of images and the like, by their kind: one, or one or none for each of them."""
-    caller = current_caller.get()
-    if caller is None:
-        return ids
-    return {
-        kind: caller.own_id(found)
-        if isinstance(found, str)
-        else [each if each is None else caller.own_id(each) for each in found]
-        for kind, found in ids.items()
-    }
