@@ -351,6 +351,7 @@ def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
     if caller is not None:
         caller.expect_results(request_)
     got: list[Any] = []
+    used: list[Usage] = []
     for number in range(3):
         request, kind = request_for_acme(REQUEST), RequestOutputKind.FINAL_ONLY
         request.sampling_params, request.pooling_params = None, PoolingParams(task="token_embed")
@@ -359,7 +360,10 @@ def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
         processor.add_request(request, None, queue=queue)
         state = processor.request_states[request.request_id]
         METER.get(processor).begin(state)  # type: ignore[union-attr]
-        PROMPT_OF.get(state).caller = caller  # type: ignore[union-attr]
+        prompt = PROMPT_OF.get(state)
+        assert prompt is not None
+        prompt.caller = caller
+        used.append(prompt.usage)
         output = EngineCoreOutput(
             state.request_id,
             [],
@@ -376,12 +380,14 @@ def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
         assert isinstance(got[2], PoolingRequestOutput)
         return
     assert isinstance(got[2], GracefulHTTPError)
+    assert [usage.status for usage in used] == [Status.OK, Status.OK, Status.FAILED]
     assert f"One call may want {most} numbers in its answer at most" in str(got[2])
 
 
 def test_an_engine_stops_at_a_request_that_began_with_another_version_than_was_asked_for() -> None:
     """vLLM aborts it, and does not let it go on for a client that has had its answer."""
-    processor, meter = OutputProcessor(None, log_stats=False), ServerMeter(None)
+    log, processor = Log(), OutputProcessor(None, log_stats=False)
+    meter = ServerMeter(log)
     METER.set(processor, meter)
     queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "one")
     processor.add_request(request_for_acme(REQUEST), None, queue=queue)
@@ -397,3 +403,5 @@ def test_an_engine_stops_at_a_request_that_began_with_another_version_than_was_a
         queue.get_nowait()
     assert isinstance(error.value.cause, GracefulHTTPError)
     assert error.value.cause.http_status == 409
+    abort_requests(OutputProcessor.abort_requests, processor, [state.request_id], internal=True)
+    assert [usage.status for usage in log.lines] == [Status.FAILED]

@@ -167,7 +167,7 @@ class ServerMeter:
             if output.new_logprobs is not None and prompt.caller is not None:
                 _count_scores(prompt, prompt.caller, output, state)
             if output.pooling_output is not None and prompt.caller is not None:
-                _count_results(prompt.caller, output, state)
+                _count_results(prompt, prompt.caller, output, state)
             if (status := _ENDS.get(output.finish_reason)) is not None:
                 prompt.usage.status = status
 
@@ -183,7 +183,7 @@ class ServerMeter:
                 f"{digest[:SHOWN_DIGITS]}; version {call.asked} was asked for.",
                 HTTPStatus.CONFLICT,
             )
-            _refuse(state, error)
+            _refuse(prompt, state, error)
 
     def end(self, state: Any, status: Status | None = None) -> None:
         """A choice has ended; ending it again is no matter.
@@ -199,7 +199,7 @@ class ServerMeter:
         prompt.choices -= 1
         usage = prompt.usage
         ENDED.set(state, usage)
-        if status is not None:
+        if status is not None and usage.status is Status.OK:
             usage.status = status
         if prompt.is_beam:
             return
@@ -244,21 +244,22 @@ def _count_scores(prompt: Prompt, caller: Caller, output: Any, state: Any) -> No
             UNREAD_SCORES.set(queue, unread + count)
             caller.require_few_scores(unread + count)
     except GracefulHTTPError as error:
-        _refuse(state, error)
+        _refuse(prompt, state, error)
 
 
-def _count_results(caller: Caller, output: Any, state: Any) -> None:
+def _count_results(prompt: Prompt, caller: Caller, output: Any, state: Any) -> None:
     """Has a pooling call fail whose results are too many to be told in a moment."""
     try:
         caller.count_results(output.pooling_output.numel())
     except GracefulHTTPError as error:
         if state.queue is not None:
-            _refuse(state, error)
+            _refuse(prompt, state, error)
             output.pooling_output = output.pooling_output[:0]
 
 
-def _refuse(state: Any, error: GracefulHTTPError) -> None:
+def _refuse(prompt: Prompt, state: Any, error: GracefulHTTPError) -> None:
     """Has the reader of a request get an error before any output, and the engine stop at it."""
+    prompt.usage.status = Status.FAILED
     # vLLM aborts what generates only if its input is said to be wrong. What pools has ended.
     state.queue.put(error if state.detokenizer is None else InputStreamError(error))
 
