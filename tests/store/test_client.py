@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from vllm_multilora.failures import FailureKind
@@ -24,6 +25,7 @@ from vllm_multilora.store.messages import (
     Refused,
     Release,
     Restarted,
+    Share,
     StoreSettings,
     Totals,
     Want,
@@ -89,6 +91,22 @@ def test_the_lease_of_an_answer_that_comes_too_late_is_given_back(client, stores
     stores.say(Reading(ticket), loaded(ticket, pack=11))
     assert client.poll() == []
     assert stores.heard()[1:] == [Cancel(ticket), Release(11)]
+
+
+def test_an_answer_that_comes_too_late_without_a_lease_costs_no_other_want_its_own(client, stores):
+    ticket = client.want(Want(1, "acme", "/adapters/1", keep=False))
+    client.cancel(ticket)
+    stores.say(msgspec.structs.replace(loaded(ticket, pack=11), leased=False))
+    assert client.poll() == []
+    assert stores.heard()[1:] == [Cancel(ticket)]
+
+
+def test_what_was_answered_is_not_asked_of_the_next_store(client, stores):
+    stores.say(loaded(want(client, 1), pack=11))
+    client.poll()
+    stores.newest.close()
+    client.poll()
+    assert stores.heard() == []
 
 
 def test_a_want_taken_back_before_its_failure_is_taken_is_not_answered(client):
@@ -188,6 +206,7 @@ def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
     doubled = [min(FIRST_PAUSE_S * 2**n, LONGEST_PAUSE_S) for n in range(9)]
     assert pauses[1:] == pytest.approx(doubled, abs=5 * STEP_S)
     assert "there is no memory" in caplog.text
+    assert ("no descriptor left" in caplog.text) == bool(last_words)
     stores.say(Totals(0, 0, None, None))
     client.poll()
     assert seconds_to_the_next_store() < FIRST_PAUSE_S
@@ -200,6 +219,7 @@ def test_what_no_message_can_hold_fails_at_once_and_is_not_said(client, stores, 
     (failed,) = client.poll()
     assert (failed.ticket, failed.kind) == (ticket, FailureKind.INVALID)
     assert f"its number is {number}" in failed.message
+    client.share(ticket, "another")
     assert stores.heard() == []
 
 
@@ -220,11 +240,15 @@ def test_what_a_socket_cannot_hold_is_said_as_the_store_reads(client, stores):
             break
         client.poll()
     assert heard[1][0].ticket == ticket
+    client.poll()
+    assert not client._poller.poll(0), "it waits to say more, and never sleeps again"
 
 
 def test_whose_turns_a_want_may_take_is_said_to_the_next_store(client, stores):
     ticket = client.want(Want(1, "acme", "/adapters/1", owners=("one",)))
-    client.share(ticket, "two")
+    for owner in ("two", "one", "two"):
+        client.share(ticket, owner)
+    assert stores.heard()[1:] == [Share(ticket, "two")]
     stores.newest.close()
     client.poll()
     assert [message.owners for message in stores.heard()] == [("one", "two")]
