@@ -40,6 +40,7 @@ class Stores:
         """Does what clients say."""
         for client, channel in list(self._channels.items()):
             try:
+                channel.flush()
                 said = [message for message, _ in channel.receive()]
             except ChannelClosedError:
                 del self._channels[client]
@@ -55,6 +56,10 @@ class Stores:
                         self._names.retract(client, message, NOW)
                     case Saw(serial):
                         self._names.saw(client, serial)
+
+    def said(self) -> list:
+        """What clients have said meanwhile, which is not done."""
+        return [m for channel in self._channels.values() for m, _ in channel.receive()]
 
     def die(self) -> None:
         for channel in self._channels.values():

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from tests.store.names_only import NOW, Stores
 from vllm_multilora.store import names as names_module
 from vllm_multilora.store import names_client as client_module
-from vllm_multilora.store.messages import Publish, Published, Retract, Retracted, Settled
+from vllm_multilora.store.messages import (
+    Hello,
+    Publish,
+    Published,
+    Refused,
+    Retract,
+    Retracted,
+    Settled,
+)
 from vllm_multilora.store.names import PATIENCE_S, Names
 from vllm_multilora.store.names_client import NamesClient
 
@@ -411,6 +419,66 @@ def test_what_is_said_while_there_is_no_store_is_said_to_the_next_one():
     assert second.table == {"acme": 101}
     assert request in first.settled
     assert first.client.pause_s < 1.0
+
+
+def test_what_was_replaced_while_it_was_told_of_is_not_said_to_the_next_store():
+    stores = Stores()
+    servers = first, second = [ApiServer(stores) for _ in range(2)]
+    first.publish("acme", 101)
+    second.publish("acme", 102)
+    stores.work()
+    for server in servers:
+        server.hear()  # and before it is told that the other one has heard, too, the store dies
+    stores.die()
+    finish(stores, [first])
+    finish(stores, servers)
+    assert first.table == second.table == {"acme": 102}
+
+
+def test_who_hears_that_an_older_adapter_has_lost_its_name_still_says_its_own_to_the_next_store():
+    stores = Stores()
+    first, second = servers = [ApiServer(stores) for _ in range(2)]
+    first.publish("acme", 102)
+    finish(stores, servers)
+    second.client.retract("acme", 101)
+    finish(stores, servers)
+    stores.die()
+    finish(stores, [first])
+    newcomer = ApiServer(stores)
+    finish(stores, [newcomer])
+    assert newcomer.table == {"acme": 102}
+
+
+def test_what_is_settled_is_not_said_to_the_next_store():
+    stores = Stores()
+    server = ApiServer(stores)
+    server.publish("acme", 101)
+    server.retract("acme")
+    finish(stores, [server])
+    stores.die()
+    server.hear()
+    server.hear()
+    assert [type(message) for message in stores.said()] == [Hello]
+
+
+def test_what_a_socket_cannot_hold_is_said_as_the_store_reads():
+    stores = Stores()
+    server = ApiServer(stores)
+    request = server.client.publish("acme", 101, "/" + "x" * (2 << 20), {})
+    for _ in range(1000):
+        stores.work()
+        server.hear()
+        if request in server.settled:
+            break
+    assert server.table == {"acme": 101}
+
+
+def test_why_a_store_refuses_to_serve_is_logged(caplog):
+    stores = Stores()
+    server = ApiServer(stores)
+    stores.send(0, Refused("there is no descriptor left"))
+    server.hear()
+    assert "there is no descriptor left" in caplog.text
 
 
 STEPS = st.sampled_from(["publish", "publish", "retract", "hear", "work", "work", "die"])

@@ -18,6 +18,7 @@ from vllm_multilora.store.messages import (
     Hello,
     Publish,
     Published,
+    Refused,
     Retract,
     Retracted,
     Saw,
@@ -91,13 +92,13 @@ class NamesClient:
             return []
         try:
             self._channel.flush()
-            heard = [m for m, _ in self._channel.receive() if isinstance(m, Heard)]
+            received = [message for message, _ in self._channel.receive()]
         except ChannelClosedError as error:
             self._lose(error)
             return []
-        for message in heard:
+        for message in received:
             self._hear(message)
-        return heard
+        return [message for message in received if isinstance(message, Heard)]
 
     def close(self) -> None:
         """Ends the connection."""
@@ -110,7 +111,10 @@ class NamesClient:
         self._send(message)
         return message.request
 
-    def _hear(self, message: Heard) -> None:
+    def _hear(self, message: FromStore) -> None:
+        if isinstance(message, Refused):
+            logger.error("The store refuses to serve: %s", message.reason)
+            return
         self.pause_s = FIRST_PAUSE_S
         match message:
             case Settled(request):
