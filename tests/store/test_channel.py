@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_multilora.store.channel import Channel, ChannelClosedError
+from vllm_multilora.store.job_messages import FromJob
 from vllm_multilora.store.messages import (
     Evicted,
     FromClient,
@@ -17,6 +18,9 @@ from vllm_multilora.store.messages import (
     Segment,
     Used,
 )
+
+# A job's failure with one problem, whose only field is fifty thousand lists in one another.
+DEEP = b"\x94\xa7Failure\xa7invalid\xa0\x91\x81\xa1x" + b"\x91" * 50_000 + b"\xc0"
 
 
 @pytest.fixture
@@ -151,15 +155,16 @@ def test_a_reader_that_stands_still_costs_memory_up_to_a_limit_and_no_time(ends,
     [
         (struct.pack("<IB", 1 << 31, 0), "bytes"),
         (struct.pack("<IB", 3, 0) + b"\xff\xff\xff", "makes no sense"),
-        (struct.pack("<IB", 5000, 0) + b"\x91" * 5000, "makes no sense"),
+        (struct.pack("<IB", len(DEEP), 0) + DEEP, "makes no sense"),
+        (struct.pack("<IB", 0, 2), "2 descriptors were announced, 0 came"),
     ],
-    ids=["huge", "not-msgpack", "deep"],
+    ids=["huge", "not-msgpack", "deep", "without-its-descriptors"],
 )
 def test_nonsense_ends_the_connection(ends, data, reason):
     left, right = ends
     left.send(data)
     with pytest.raises(ChannelClosedError, match=reason):
-        Channel(right, FromClient).receive()
+        Channel(right, FromJob, take_descriptors=True).receive()
 
 
 def test_descriptors_that_come_with_nonsense_are_closed(ends):

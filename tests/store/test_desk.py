@@ -192,12 +192,13 @@ def test_what_jobs_do_is_looked_at_while_others_wait(world, monkeypatch):
     [
         ("/slow/a", "/slow"),
         ("/slow", "/slow"),
-        ("/slow/deep/a", "/slow/deep"),
+        ("/slow/deep/er/a", "/slow/deep"),
         ("/slower/a", "/slower"),
+        ("/a/b", "/a"),
     ],
 )
 def test_what_hangs_is_the_nearest_mount(path, source):
-    assert desks._source_of(path, ["/slow", "/slow/deep"]) == source
+    assert desks._source_of(path, ["/", "/slow", "/slow/deep"]) == source
 
 
 def test_a_job_that_waits_for_room_has_nothing_to_say(world, monkeypatch):

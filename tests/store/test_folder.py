@@ -141,7 +141,7 @@ def _link(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "prepare",
-    [_link, lambda path: path.mkdir(mode=0o777), Path.touch],
+    [_link, lambda path: path.mkdir(mode=0o777), lambda path: path.touch(mode=0o700)],
     ids=["link", "open-to-others", "file"],
 )
 def test_a_folder_that_cannot_be_trusted_is_left_alone(usual, prepare, monkeypatch):
@@ -196,6 +196,16 @@ def test_a_store_removes_its_own_socket_only(tmp_path):
     with folder.listen(path) as first:
         address = folder.Address.of(first)
         path.rename(tmp_path / "old.sock")
+        with folder.listen(path):
+            address.close()
+            assert path.exists()
+
+
+def test_a_store_whose_socket_was_removed_removes_no_other_ones(tmp_path):
+    path = tmp_path / "s.sock"
+    with folder.listen(path) as first:
+        path.unlink()
+        address = folder.Address.of(first)
         with folder.listen(path):
             address.close()
             assert path.exists()

@@ -1,9 +1,11 @@
 """A job packs where the store says."""
 
+import errno
 import os
 import resource
 import signal
 import sys
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -19,10 +21,12 @@ from vllm_multilora.store.channel import MOST_DESCRIPTORS, Channel
 from vllm_multilora.store.entries import Binding, Load
 from vllm_multilora.store.job_messages import Checked, Done, FromJob, Go, Opened, Place
 from vllm_multilora.store.messages import StoreSettings
-from vllm_multilora.store.runner import ForkRunner
+from vllm_multilora.store.runner import ForkRunner, ThreadRunner, Use
 from vllm_multilora.store.segments import SharedSegments
 
 pytestmark = pytest.mark.waits
+
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @pytest.fixture
@@ -111,6 +115,71 @@ def test_a_job_that_the_kernel_has_ended_has_failed_for_memory():
         end = job.gone()
     assert end is not None
     assert end.kind is FailureKind.NO_MEMORY
+
+
+def test_a_job_is_there_until_it_has_ended_and_nobody_else_is_killed_then(monkeypatch):
+    """Its memory is used again when it has gone, and its number by the system."""
+    job, sock = start_fake()
+    with sock:
+        assert job.gone() is None
+        job.kill()
+        os.waitid(os.P_PID, job._pid, os.WEXITED | os.WNOWAIT)
+        assert job.gone() is not None
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("that may be another process by now"))
+    job.kill()
+
+
+def test_a_job_on_a_thread_is_there_until_it_has_ended():
+    load = Load(1, Binding("server", None, 1), "/fake/a", [], [], StoreSettings())
+    job, sock = ThreadRunner().start(load, FakeReader())
+    with sock:
+        sock.settimeout(PATIENT_S)
+        with closing(Channel(sock, FromJob)) as channel:
+            assert isinstance(next_of(channel), Opened)
+            assert job.gone() is None
+    job._thread.join(PATIENT_S)
+    assert job.gone() is not None
+
+
+def test_jobs_end_where_whoever_has_started_the_store_ignores_the_ends_of_children(monkeypatch):
+    """Who asks for their exit codes is told then that there are no such children."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        job, sock = start_fake()
+        sock.close()
+        deadline = time.monotonic() + PATIENT_S
+        while job.gone() is None:
+            assert time.monotonic() < deadline
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_job_that_cannot_be_started_leaves_no_descriptor(monkeypatch):
+    def fail():
+        raise OSError(errno.EAGAIN, "too many processes")
+
+    monkeypatch.setattr(os, "fork", fail)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match="too many processes"):
+        start_fake()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    ("stat", "schedstat", "use"),
+    [
+        ("7 (a) R (b) S 1 2 3 4 5 6 7 8 9 10 300 200 0", "4500000000 8 9", Use(4.5, False)),
+        ("7 (a) R 1 2 3 4 5 6 7 8 9 10 300 200 0", None, Use(500 / TICKS, True)),
+        ("7 (a) R 1 2 3", "4500000000 8 9", Use(0.0, False)),
+        (None, None, Use(0.0, False)),
+    ],
+    ids=["hostile name", "without finer times", "not understood", "gone"],
+)
+def test_what_a_job_does_with_the_processor_is_what_the_system_says(tmp_path, stat, schedstat, use):
+    for name, content in (("stat", stat), ("schedstat", schedstat)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    assert runner._use(str(tmp_path)) == use
 
 
 def test_a_job_that_cannot_even_say_what_went_wrong_ends(monkeypatch):

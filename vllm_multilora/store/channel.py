@@ -106,7 +106,7 @@ class Channel(Generic[Incoming]):
             carried = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))]
             try:
                 sent = self._socket.sendmsg([frame], carried if descriptors else [])
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 return
             except OSError as error:
                 raise ChannelClosedError(f"the other side has gone: {error}") from error
@@ -122,10 +122,10 @@ class Channel(Generic[Incoming]):
 
         That is to read, and while anything is pending, to send it.
         """
-        key = selector.get_key(self)
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.pending else 0)
-        if key.events != events:
-            selector.modify(self, events, key.data)
+        selector.modify(
+            self, events, selector.get_key(self).data
+        )  # which is free if it is the same
 
     def receive(self) -> list[tuple[Incoming, list[int]]]:
         """What one read brings: whole messages, each with its descriptors, which are the caller's.
@@ -135,7 +135,7 @@ class Channel(Generic[Incoming]):
         """
         try:
             data = self._read()
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return []
         except OSError as error:
             raise ChannelClosedError(f"the other side has gone: {error}") from error

@@ -218,13 +218,12 @@ def _pass_on(number: int, message: FromJob, loads: Loads) -> None:
 
 
 def _mount_points() -> list[str]:
-    """Where file systems are mounted, the root's left out."""
+    """Where file systems are mounted."""
     try:
         lines = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
     except OSError:
         return []
-    points = (line.split(" ")[1].replace("\\040", " ") for line in lines)
-    return [point for point in points if point != "/"]
+    return [line.split(" ")[1].replace("\\040", " ") for line in lines]
 
 
 def _sources_of(path: str, mounts: list[str]) -> set[str]:

@@ -136,7 +136,6 @@ def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
     code = 1
     try:
         gc.freeze()  # collections would touch, and so copy, all of the store's objects
-        signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         # Whatever a hostile file makes of this process, it holds nothing of the store's.
