@@ -43,3 +43,14 @@ class AdapterState(enum.Enum):
 
 AT_HAND = (AdapterState.HOST, AdapterState.SLOT)
 """In which an adapter need not be read."""
+
+NEAREST_FIRST = (
+    AdapterState.SLOT,
+    AdapterState.HOST,
+    AdapterState.READING,
+    AdapterState.QUEUED,
+    AdapterState.ABSENT,
+    AdapterState.FAILED,
+    AdapterState.QUARANTINED,
+)
+"""How near an adapter is to serving."""

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from itertools import islice
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e]")
+"""What a terminal, a log's reader or a router of requests takes for more than text."""
+
+
+def printable(text: str) -> str:
+    """A text, with what cannot be printed as Python writes it in `repr`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def counted(count: int, what: str, many: str = "") -> str:
@@ -28,3 +37,18 @@ def guess(name: str, known: Collection[str]) -> str:
     """What a message adds of an unknown name, such as `; did you mean 'a'?`; empty if nothing."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def adapter_kind(*, invocation_tokens: Sequence[int], dora: bool, parts: Sequence[str] = ()) -> str:
+    """What people call an adapter: `blend`, `alora` if tokens activate it, `dora`, else `lora`.
+
+    Args:
+        invocation_tokens: Those that activate it.
+        dora: Whether it is a DoRA adapter.
+        parts: Those of a blend.
+    """
+    if parts:
+        return "blend"
+    if invocation_tokens:
+        return "alora"
+    return "dora" if dora else "lora"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from vllm_multilora.wording import counted
+from vllm_multilora.wording import counted, printable
 
 MOST_PROBLEMS = 100
 """Of an adapter; what else is wrong with it is only counted."""
@@ -172,7 +172,7 @@ def shown(value: Any) -> str:
     Files come from strangers: a value may be long or deeply nested, and hold characters that
     cannot be encoded.
     """
-    return _printable(_Shortener().repr(value))
+    return printable(_Shortener().repr(value))
 
 
 def shown_name(name: str, most: int = _MOST_SHOWN) -> str:
@@ -182,16 +182,12 @@ def shown_name(name: str, most: int = _MOST_SHOWN) -> str:
         name: The name, or another text.
         most: How many of its characters are shown.
     """
-    return _shortened(_printable(_shortened(name, most)), 2 * most)
+    return _shortened(printable(_shortened(name, most)), 2 * most)
 
 
 def _shortened(text: str, most: int) -> str:
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def more_problems(file: str, count: int) -> Problem:
@@ -224,4 +220,4 @@ def bounded(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def _text(text: str) -> str:
-    return _shortened(_printable(_shortened(text, _MOST_TEXT)), _MOST_TEXT)
+    return _shortened(printable(_shortened(text, _MOST_TEXT)), _MOST_TEXT)

@@ -7,20 +7,11 @@ from typing import Any
 
 from vllm_multilora.commands.table import aligned, cut
 from vllm_multilora.slots.budget import MIB, held
-from vllm_multilora.states import AdapterState
+from vllm_multilora.states import NEAREST_FIRST, AdapterState
+from vllm_multilora.wording import printable
 
-_NEAREST_FIRST = tuple(
-    state.value
-    for state in (
-        AdapterState.SLOT,
-        AdapterState.HOST,
-        AdapterState.READING,
-        AdapterState.QUEUED,
-        AdapterState.FAILED,
-        AdapterState.QUARANTINED,
-        AdapterState.ABSENT,
-    )
-)
+# What nobody has asked for comes last: those that have failed are to be seen.
+_IN_ORDER = [state.value for state in NEAREST_FIRST if state is not AdapterState.ABSENT]
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"))
 
 
@@ -46,13 +37,13 @@ def table(listing: Mapping[str, Any], *, now: float) -> list[str]:
     if failed:
         # A reason may have several lines, one for each thing that is wrong.
         reasons = (f"{adapter['id']}: {adapter['last_error']}" for adapter in failed)
-        lines += ["", *(_plain(line) for reason in reasons for line in reason.split("\n"))]
+        lines += ["", *(printable(line) for reason in reasons for line in reason.split("\n"))]
     return lines
 
 
 def _order(adapter: Mapping[str, Any]) -> tuple[int, str]:
     state = adapter["state"]
-    place = _NEAREST_FIRST.index(state) if state in _NEAREST_FIRST else len(_NEAREST_FIRST)
+    place = _IN_ORDER.index(state) if state in _IN_ORDER else len(_IN_ORDER)
     return place, adapter["id"]
 
 
@@ -67,13 +58,8 @@ def _totals(listing: Mapping[str, Any]) -> list[str]:
     return [*lines, f"registered   {len(listing['data'])}"]
 
 
-def _plain(text: str) -> str:
-    """Text without what a terminal would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def _text(value: object, now: float) -> str:
-    return "" if value is None else _plain(str(value))
+    return "" if value is None else printable(str(value))
 
 
 def _mib(count: float) -> str:

@@ -9,10 +9,9 @@ from contextlib import suppress
 from itertools import product
 from typing import Any
 
-_PROJECT = ("vllm_multilora", "multilora_kernels")
+from vllm_multilora.wording import CONTROLS, printable
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e]")
-"""What a terminal or a log's reader takes for more than text, line breaks and tabs aside."""
+_PROJECT = ("vllm_multilora", "multilora_kernels")
 
 _filters: list[logging.Filter] = []
 
@@ -27,17 +26,18 @@ class PrintableLines(logging.Filter):
         """Whether a record is logged: all are."""
         # Who logs what cannot be told is told so by the handler, and must not fail for it here.
         with suppress(Exception):
-            if _CONTROL.search(text := record.getMessage()):
-                record.msg, record.args = _escaped(text), None
+            if CONTROLS.search(text := record.getMessage()):
+                record.msg, record.args = CONTROLS.sub(_escaped, text), None
             if record.exc_info and not record.exc_text:
                 traceback = logging.Formatter().formatException(record.exc_info)
-                if _CONTROL.search(traceback):
-                    record.exc_text = _escaped(traceback)
+                if CONTROLS.search(traceback):
+                    record.exc_text = CONTROLS.sub(_escaped, traceback)
         return True
 
 
-def _escaped(text: str) -> str:
-    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+def _escaped(found: re.Match[str]) -> str:
+    control = found.group()
+    return control if control in "\n\t" else printable(control)
 
 
 def join_vllm_logging() -> None:

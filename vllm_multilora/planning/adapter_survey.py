@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.errors import AdapterError
 from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
 from vllm_multilora.adapters.header import TensorInfo
@@ -16,6 +15,7 @@ from vllm_multilora.adapters.layout import ModelLayout, block_bytes
 from vllm_multilora.adapters.names import parse_tensor_name
 from vllm_multilora.adapters.problems import Problem
 from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.wording import adapter_kind
 
 
 class SurveyError(MultiLoRAError):
@@ -28,7 +28,7 @@ class SurveyedAdapter:
 
     Attributes:
         name: Its folder's.
-        kind: `alora` if tokens of the prompt activate it, `dora`, else `lora`.
+        kind: See `adapter_kind`.
         rank: The rank that slots must have for it.
         ranks: The true rank of every module that packed adapters fill, by the layout's names.
         special: Its modules that vLLM fills itself.
@@ -118,22 +118,17 @@ def _is_adapter(folder: Path) -> bool:
 
 def _look_at(name: str, intake: Intake, layout: ModelLayout) -> SurveyedAdapter:
     [applied] = intake.applied
+    config = intake.config
     ranks = tuple((module.name, module.rank) for module in applied.modules)
     special = list(_special_tensors(intake.file.tensors, layout))
     return SurveyedAdapter(
         name,
-        rank=max(intake.config.rank, *(rank for _, rank in ranks), 1),
+        rank=max(config.rank, *(rank for _, rank in ranks), 1),
         ranks=ranks,
         special=frozenset(module for module, _ in special),
         special_elements=sum(elements for _, elements in special),
-        kind=_kind(intake.config),
+        kind=adapter_kind(invocation_tokens=config.invocation_tokens, dora=config.dora),
     )
-
-
-def _kind(config: AdapterConfig) -> str:
-    if config.invocation_tokens:
-        return "alora"
-    return "dora" if config.dora else "lora"
 
 
 def _special_tensors(

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.wording import adapter_kind
 
 PROTOCOL = 8
 
@@ -100,12 +101,10 @@ class PackInfo(Contents, frozen=True):
 
     @property
     def kind(self) -> str:
-        """What people call it: `blend`, `alora` if tokens activate it, `dora`, else `lora`."""
-        if self.parts:
-            return "blend"
-        if self.invocation_tokens:
-            return "alora"
-        return "dora" if self.dora else "lora"
+        """What people call it; see `adapter_kind`."""
+        return adapter_kind(
+            invocation_tokens=self.invocation_tokens, dora=self.dora, parts=self.parts
+        )
 
 
 # From a client to the store.

@@ -7,7 +7,6 @@ were admitted here as checked (`verify_token`).
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from http import HTTPStatus
@@ -36,13 +35,13 @@ from vllm_multilora.tenants.rules import (
     endpoint_of,
     refusal,
 )
+from vllm_multilora.wording import CONTROLS
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from vllm_multilora.integration.server.access import Access
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REFUSALS = (HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS)
 _MESSAGES = {
     HTTPStatus.UNAUTHORIZED: "The request has no valid key; expected `Authorization: Bearer KEY`.",
@@ -90,7 +89,7 @@ class PlainPathMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and _CONTROL.search(scope["path"]):
+        if scope["type"] in ("http", "websocket") and CONTROLS.search(scope["path"]):
             await _refuse(HTTPStatus.NOT_FOUND, scope, receive, send)
         else:
             await self._app(scope, receive, send)

@@ -7,23 +7,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.engine.adapter_status import Report, Row
-from vllm_multilora.states import AdapterState
+from vllm_multilora.states import NEAREST_FIRST, AdapterState
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-_NEAREST_LAST = tuple(
-    state.value
-    for state in (
-        AdapterState.QUARANTINED,
-        AdapterState.FAILED,
-        AdapterState.ABSENT,
-        AdapterState.QUEUED,
-        AdapterState.READING,
-        AdapterState.HOST,
-        AdapterState.SLOT,
-    )
-)
+_NEAREST_FIRST = [state.value for state in NEAREST_FIRST]
 _TIERS = {AdapterState.SLOT.value: "gpu", AdapterState.HOST.value: "cpu"}
 
 
@@ -78,7 +67,7 @@ def listing(
 
 def _merge_engines(found: Sequence[tuple[int, Row]], stores: Sequence[str]) -> Row:
     rows = [row for _, row in found]
-    best = max(rows, key=lambda row: _NEAREST_LAST.index(row["state"]), default=None)
+    best = min(rows, key=lambda row: _NEAREST_FIRST.index(row["state"]), default=None)
     state = best["state"] if best else AdapterState.ABSENT.value
     merged: Row = {
         "state": state,
