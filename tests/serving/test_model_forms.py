@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.attacks.poison import poisoned
 
-from .cases import Scenario
+from .cases import MIN_MARGIN, NEW_TOKENS, Case, Scenario
 from .engine import IS_0_31, answer, assert_as_peft, assert_others_as_peft, running_engine
+from .peft_reference import PeftReference
 from .recipes import EMBEDDING_RECIPE, AdapterRecipe
 from .scenarios import build_scenario
+from .tiny_adapters import write_adapters
 from .tiny_models import (
     write_gemma4,
     write_glm4,
@@ -136,3 +138,60 @@ def test_layers_of_state_answer_as_peft_beside_adapters_that_fail(tmp_path: Path
     ) as llm:
         for _ in range(2):
             assert_others_as_peft(answer(llm, deployed, cases), cases, failing)
+
+
+@pytest.mark.skipif(IS_0_31, reason="vLLM 0.31's CPU build has such layers in bfloat16 alone")
+def test_layers_of_state_take_adapters_of_every_kind(tmp_path: Path) -> None:
+    """What they project is five parts to vLLM, and one to checkpoints."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.blends import blended
+
+    state = ("in_proj", "out_proj")
+    recipes = (
+        AdapterRecipe("plain", state, gain=1.0),
+        AdapterRecipe("other", ("in_proj", "q_proj"), rank=5, gain=1.0),
+        AdapterRecipe("dora", state, gain=1.0, dora=True),
+        AdapterRecipe("activated", state, gain=1.0, invocation=(250, 17)),
+    )
+    weights = {"plain": 0.7, "other": 0.5}
+    base = write_granite_hybrid(tmp_path / "base")
+    adapters = write_adapters(base, tmp_path, recipes)
+    reference = PeftReference(base, adapters)
+    reference.blend("blend", weights)
+    loras = {
+        name: LoRARequest(name, number, str(path))
+        for number, (name, path) in enumerate(adapters.items(), 1)
+    }
+    loras["blend"] = blended([(loras[name], weight) for name, weight in weights.items()])
+    dice = random.Random(3)
+    prompts = [
+        (*(dice.randrange(240) for _ in range(LENGTH)), 250, 17, dice.randrange(240))
+        for _ in range(3)
+    ]
+    cases = [
+        Case(name, prompt, expected)
+        for name in (None, *loras)
+        for prompt, expected in zip(
+            prompts, reference.generate(name, prompts, NEW_TOKENS), strict=True
+        )
+        if expected.min_margin >= MIN_MARGIN
+    ]
+    assert {case.adapter for case in cases} == {None, *loras}
+    with running_engine(
+        base,
+        in_process=True,
+        max_loras=2,
+        max_num_batched_tokens=24,
+        additional_config={"multilora": {"dora": True}},
+    ) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(case.prompt)} for case in cases],
+            SamplingParams(
+                temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+            ),
+            lora_request=[case.adapter and loras[case.adapter] for case in cases],
+            use_tqdm=False,
+        )
+    assert_as_peft(outputs, cases)

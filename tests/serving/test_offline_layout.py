@@ -170,7 +170,7 @@ def test_layers_of_several_slices_that_checkpoints_have_as_one_are_of_their_size
     folder = tiny_models.write_granite_hybrid(tmp_path / "model")
     layout = offline_layout(Server(str(folder), tensor_parallel_size=workers))
     module = f"model.layers.0.{of}"
-    assert layout.is_special(module)
+    assert layout.is_special(module) == (workers > 1)  # where each has some rows of every slice
     assert "model.layers.0.mamba.conv1d" in layout.bypassed
     adapter = good(["model.layers.0.self_attn.q_proj"])
     adapter.config["target_modules"] = [of.rpartition(".")[2]]

@@ -194,13 +194,14 @@ def _slices(
         return []
     if isinstance(module, ClassificationHead):  # has full weights beside A and B
         return []
-    if len(sources) != module.n_slices:
-        return []
     base: Any = module.base_layer
     inputs = base.input_size
     outputs = _outputs(base) if module.n_slices > 1 else [sum(_outputs(base))]
-    if len(outputs) != module.n_slices:  # a layer that fuses more than its base class knows of
+    # A layer that fuses more than its base class knows of, or more modules than it has slices.
+    if len(outputs) != module.n_slices or len(sources) > len(outputs):
         return []
+    of_first = _of_first_source(outputs, sources)
+    whole = sum(outputs[:of_first])
     kept: list[tuple[_Range, _Range, _Range | None]]
     if module.tp_size == 1:
         kept = [((0, inputs), (0, size), None) for size in outputs]
@@ -210,14 +211,24 @@ def _slices(
         except _NotContiguousError:
             return []
     parts = []
-    for i, (name, size, (columns, rows, ranks)) in enumerate(
-        zip(sources, outputs, kept, strict=True)
-    ):
+    for i, (size, (columns, rows, ranks)) in enumerate(zip(outputs, kept, strict=True)):
         held = (columns[1] - columns[0], rows[1] - rows[0])
         if held != (module.lora_a_stacked[i].shape[-1], module.lora_b_stacked[i].shape[-2]):
             return []
+        name = sources[max(0, i - of_first + 1)]
+        if i < of_first:
+            before = sum(outputs[:i])
+            size, rows = whole, (before + rows[0], before + rows[1])
         parts.append(SliceLayout(name, row + i, inputs, size, columns, rows, ranks))
     return parts
+
+
+def _of_first_source(outputs: Sequence[int], sources: Sequence[str]) -> int:
+    """How many of a layer's slices the first of its modules has, which others follow one by one.
+
+    Checkpoints may have several slices as one, such as all of the `in_proj` of a Mamba 2.
+    """
+    return len(outputs) - len(sources) + 1
 
 
 def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
@@ -375,7 +386,7 @@ def _linear_shapes(
             outputs = _outputs(base)
             if name in repeated:
                 outputs = [repeated[name].outputs]
-            of_first = len(outputs) - len(sources or [name]) + 1  # which others follow one by one
+            of_first = _of_first_source(outputs, sources or [name])
             if of_first > 0:
                 sizes = (sum(outputs[:of_first]), *outputs[of_first:])
                 for source, size in zip(sources or [name], sizes, strict=True):

@@ -297,8 +297,6 @@ class MultiLoRAModelManager(LoRAModelManager):
         if weights is None:
             module.reset_lora(slot)
         else:
-            if isinstance(module, BaseLinearLayerWithLoRA):
-                _align(weights, module.n_slices)
             module.set_lora(slot, weights.lora_a, weights.lora_b)
         if weights is None and head is None:
             self._filled.discard((name, slot))
@@ -434,23 +432,10 @@ def _shards_ranks(module: BaseLayerWithLoRA) -> bool:
     )
 
 
-def _align(weights: LoRALayerWeights, slices: int) -> None:
-    """Gives last parts of a layer its last slices where the first part, of several, is not adapted.
-
-    vLLM would take all slices for the first part's (of Qwen3.5's `in_proj_qkv` and `in_proj_z`).
-    """
-    if isinstance(weights.lora_b, list) and weights.lora_b[0] is None:
-        before = [None] * (slices - len(weights.lora_b))
-        weights.lora_a, weights.lora_b = before + weights.lora_a, before + weights.lora_b
-
-
 def _true_ranks(weights: LoRALayerWeights, slices: int) -> npt.NDArray[np.int32]:
     """The rank of each slice; 0 where the adapter leaves a slice alone."""
     if isinstance(weights.lora_a, list):
         ranks = [0 if a is None else a.shape[0] for a in weights.lora_a]
-        if len(ranks) != slices:
-            # The layer splits some of these into several slices; which ones is its affair.
-            ranks = [max(ranks)] * slices
     else:
         ranks = [weights.lora_a.shape[0]] * slices
     return np.array(ranks, dtype=np.int32)
