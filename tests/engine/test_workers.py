@@ -2,17 +2,27 @@
 
 import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers.utils import LoRAMappingType
+from vllm.lora.request import LoRARequest
 
 from tests.engine.parties import lora, pack_info
 from tests.store.fake_reader import FakeReader
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.attached import ADAPTERS
+from vllm_multilora.integration.engine import core
 from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
-from vllm_multilora.integration.fill_link import Filled, FillFailed
+from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.orders import Fill
+from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.worker import calls, own_store
+from vllm_multilora.integration.worker import manager as worker_manager
 from vllm_multilora.integration.worker.manager import MultiLoRAWorkerManager
+from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 from vllm_multilora.integration.worker.own_store import OwnStore
 from vllm_multilora.store.channel import ChannelClosedError
 from vllm_multilora.store.client import StoreClient
@@ -235,6 +245,177 @@ def test_a_fill_from_a_pack_that_nobody_has_any_more_is_made_again_from_another(
     answer = manager.carry_out_now(ORDER)
     assert isinstance(answer, FillFailed)
     assert answer.is_gone
+
+
+class Slots:
+    """Stands in for the model manager and the filler of a worker, and notes what they are told."""
+
+    def __init__(self, *owners: int | None) -> None:
+        self.lora_index_to_id = list(owners)
+        self.lora_slots = len(owners)
+        self.mapped: list = []
+        self.told: list = []
+        self.looked_at: list[list[int]] = []
+        self.factors = self.link = self
+
+    def worker(self) -> MultiLoRAWorkerManager:
+        manager = MultiLoRAWorkerManager.__new__(MultiLoRAWorkerManager)
+        manager._adapter_manager = manager.filler = self  # type: ignore[assignment]
+        manager._step, manager._missing, manager._owners = {}, frozenset(), None
+        manager._orders = manager._step_orders = 0
+        manager._warm_up_ranks, manager._is_warming_up = {}, False
+        return manager
+
+    def set_adapter_mapping(self, mapping) -> None:
+        self.mapped.append((mapping.index_mapping, mapping.prompt_mapping))
+
+    def tell(self, answer) -> None:
+        self.told.append(answer)
+
+    def await_slots(self, slots) -> None:
+        self.looked_at.append(slots)
+
+    def is_filling(self, slot) -> bool:
+        return False
+
+    def begin(self, order) -> None:
+        self.lora_index_to_id[order.slot] = order.request.lora_int_id
+
+    def fill_now(self, order) -> None:
+        self.begin(order)
+
+    def fill_with_dummy(self, slot, lora_id, rank) -> None:
+        self.lora_index_to_id[slot] = lora_id
+
+    def empty_all_slots(self) -> None:
+        self.lora_index_to_id[:] = [None] * self.lora_slots
+
+    forget_contents = empty_all_slots
+
+    def nothing(self, *slots) -> None:
+        pass
+
+    finish = weights_changed = await_all = slots_back = nothing
+
+
+@pytest.mark.parametrize("described", ["by the batch", "by requests", "by rows"])
+def test_rows_of_an_adapter_that_is_in_no_slot_are_computed_without_it_until_it_is(described):
+    """The engine core is told each time, and throws their tokens away."""
+    slots = Slots(7, None)
+    manager = slots.worker()
+    requests, language = {8: lora(8), 7: lora(7)}, LoRAMappingType.LANGUAGE
+    ids, tokens = np.array([8, 7, 0]), np.array([2, 1, 1])
+    batch = SimpleNamespace(
+        lora_id_to_lora_request=requests, request_lora_mapping=ids, num_reqs=len(ids)
+    )
+
+    def step():
+        if described == "by the batch":
+            manager.activate_batch(batch, tokens, None, language, None)
+        elif described == "by requests":
+            mapping = BatchMapping(ids, tokens, None, language)
+            manager.set_active_adapters(set(requests.values()), mapping)
+        else:
+            mapping = LoRAMapping(tuple(ids.repeat(tokens)), tuple(ids))
+            manager.set_active_adapters(set(requests.values()), mapping)
+        return slots.mapped[-1]
+
+    for count in (1, 2):
+        assert step() == ((0, 0, 7, 0), (0, 7, 0))
+        assert slots.told == [Missing(8)] * count
+    slots.lora_index_to_id[1] = 8
+    assert step() == ((8, 8, 7, 0), (8, 7, 0))
+    assert len(slots.told) == 2
+
+
+@pytest.mark.parametrize(
+    "after", ["an order", "an order that is waited for", "other base weights", "a sleep"]
+)
+def test_a_step_of_the_same_adapters_looks_at_their_slots_again(after):
+    """As one of other adapters does."""
+    slots = Slots(None, 1)
+    manager = slots.worker()
+    manager.own_store = SimpleNamespace(pack=pack_info)
+    batch = {lora(1)}, LoRAMapping((1,), (1,))
+    for _ in range(3):
+        manager.set_active_adapters(*batch)
+    assert slots.looked_at == [[1]]
+    if after == "an order":
+        manager.begin(ORDER)
+    elif after == "an order that is waited for":
+        manager.carry_out_now(ORDER)
+    elif after == "other base weights":
+        manager.remove_all_adapters()
+    else:
+        manager.slots_lost()
+    manager.set_active_adapters(*batch)
+    assert len(slots.looked_at) == 2
+    assert slots.told == ([Missing(1)] if after == "a sleep" else [])
+    manager.set_active_adapters({lora(2)}, LoRAMapping((2,), (2,)))
+    assert len(slots.looked_at) == 3
+    assert Missing(2) in slots.told
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waited-for", "beside-steps"])
+def test_an_order_ends_a_warm_up_and_has_its_slot_afterwards(waits):
+    """Graphs are captured with adapters that nobody removes."""
+    slots = Slots(None, None)
+    manager = slots.worker()
+    manager.own_store = SimpleNamespace(pack=pack_info)
+    dummies = [LoRARequest(f"warmup_{i}", i, "/not/a/real/path") for i in (1, 2)]
+    with manager.dummy_lora_cache():
+        for dummy in dummies:
+            manager.add_dummy_lora(dummy, 8)
+        manager.set_active_adapters(set(dummies), LoRAMapping((1, 2), (1, 2)))
+    assert slots.lora_index_to_id == [1, 2]
+    (manager.carry_out_now if waits else manager.begin)(ORDER)
+    manager.set_active_adapters({lora(1)}, LoRAMapping((1,), (1,)))
+    assert slots.lora_index_to_id == [None, 1]
+    assert slots.told == []
+
+
+def test_slots_are_whose_they_were_after_each_batch_of_an_idle_rank():
+    slots = Slots(None, None)
+    manager = slots.worker()
+    manager.begin(ORDER)
+    dummy = LoRARequest("warmup_1", 1, "/not/a/real/path")
+    for owners in ([8, 9], [9, 8]):
+        slots.lora_index_to_id[:] = owners
+        with manager.dummy_lora_cache():
+            manager.set_active_adapters({dummy}, LoRAMapping((1,), (1,)))
+            assert slots.lora_index_to_id == [1, None]
+        manager.remove_all_adapters()
+        assert slots.lora_index_to_id == owners
+
+
+def test_an_adapter_has_its_newest_slot_alone():
+    model = MultiLoRAModelManager.__new__(MultiLoRAModelManager)
+    model.lora_index_to_id = [5, None, 7]
+    model.give_slot(1, 7)
+    assert model.lora_index_to_id == [5, 7, None]
+
+
+@pytest.mark.parametrize(
+    ("tags", "are_lost"),
+    [(None, True), (["weights"], True), (["kv_cache", "weights"], True), (["kv_cache"], False)],
+    ids=str,
+)
+def test_slots_are_there_again_with_the_models_weights_and_empty(tags, are_lost):
+    """The engine core and its workers say so alike, after vLLM has woken up."""
+    calls: list[str] = []
+    slots = SimpleNamespace(slots_lost=lambda: calls.append("slots"))
+    engine_core = SimpleNamespace()
+    ADAPTERS.set(engine_core, slots)
+    manager = MultiLoRAWorkerManager.__new__(MultiLoRAWorkerManager)
+    manager.slots_lost = slots.slots_lost  # type: ignore[method-assign]
+    runner = SimpleNamespace(lora_manager=manager)
+    for wake_up, woken in (
+        (core.wake_up, engine_core),
+        (worker_manager.wake_up, SimpleNamespace(model_runner=runner)),
+    ):
+        calls.clear()
+        wake_up(lambda *given: calls.append("vLLM"), woken, tags)
+        assert calls == ["vLLM", "slots"][: 1 + are_lost]
 
 
 def test_a_withdrawn_adapter_is_forgotten_at_once(store):

@@ -327,7 +327,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         self._warm_up_ranks.clear()
         self._is_warming_up = False
         if self._owners is not None:  # it had adapters
-            self._adapter_manager.empty_all_slots()
             self._adapter_manager.lora_index_to_id[:] = self._owners
             self._owners = None
 
