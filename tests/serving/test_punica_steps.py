@@ -76,6 +76,39 @@ def test_in_decoding_one_plan_serves_tokens_and_sampled_rows(mapping):
     assert wrapper.output_rows.plan(torch.empty(2, 4)) is not wrapper.plan
 
 
+def test_a_batch_is_not_taken_for_the_one_before_in_whose_arrays_it_is():
+    """vLLM changes these in place, and whoever is told of a batch compares it with the last."""
+    from vllm.lora.layers.utils import LoRAMappingType
+
+    from vllm_multilora.integration.step.mapping import BatchMapping
+
+    ids, tokens = np.array([9, 5]), np.array([1, 1])
+    for changed in (ids, tokens):
+        before = BatchMapping(ids, tokens, None, LoRAMappingType.LANGUAGE)
+        assert before == BatchMapping(ids, tokens, None, LoRAMappingType.LANGUAGE)
+        changed[:] = [3, 2]
+        assert before != BatchMapping(ids, tokens, None, LoRAMappingType.LANGUAGE)
+
+
+def test_rows_from_a_prompt_are_those_of_its_tokens():
+    """As for `prompt_logprobs`; afterwards rows are sampled ones again."""
+    wrapper = make_wrapper()
+    step(wrapper, [2, 1, 3], [9, 0, 5])
+    x, a, b = torch.ones(2, 16), torch.ones(4, 1, 8, 16), torch.ones(4, 1, 24, 8)
+    b *= torch.arange(1, 5).view(4, 1, 1, 1)  # each slot's own
+
+    def slots_of_rows() -> list[int]:
+        y = torch.zeros(2, 24)
+        wrapper.add_lora_logits(y, x, a, b, 1.0)
+        return (y[:, 0] / (8 * 16) - 1).int().tolist()
+
+    with wrapper.output_rows.from_prompt(1):
+        assert slots_of_rows() == [2, -1]
+    with wrapper.output_rows.from_prompt(4):
+        assert slots_of_rows() == [0, 0]
+    assert slots_of_rows() == [2, -1]
+
+
 def test_padding_rows_have_valid_embedding_offsets_before_and_after_a_step():
     """A captured graph looks up its padding rows too."""
     wrapper = make_wrapper()

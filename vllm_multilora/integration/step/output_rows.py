@@ -67,7 +67,6 @@ class OutputRows:
         self._token_plan = token_plan
         self._token_slots = token_slots
         self._request_slots = self._sampler_slots = sampler_slots
-        self._planned = None
 
     def set_counts(self, counts: npt.NDArray[np.integer]) -> None:
         """Says how many rows each request samples, where the step's mapping had one each.
@@ -84,7 +83,6 @@ class OutputRows:
         self._sampler_slots = (
             self._request_slots if one_each else self._request_slots.repeat(counts)
         )
-        self._planned = None
 
     @contextmanager
     def from_prompt(self, first_token: int | None) -> Iterator[None]:
