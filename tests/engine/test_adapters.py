@@ -15,7 +15,7 @@ from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.orders import Check, Fill
 from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.states import AdapterState
-from vllm_multilora.store.messages import Forgotten, Restarted, Totals
+from vllm_multilora.store.messages import Failed, Forgotten, Loaded, Reading, Restarted, Totals
 from vllm_multilora.tenants.on_request import RequestTenant
 
 # From the request to the slot
@@ -296,6 +296,18 @@ def test_an_aborted_request_takes_back_an_answer_that_nobody_has_looked_at(engin
     engine.store.loaded(pack_info(7))
     engine.adapters.drop(1)
     assert not engine.store.leased
+
+
+def test_what_the_store_says_of_a_want_that_was_taken_back_is_no_matter(engine):
+    """It may come in one go with what has had the want taken back."""
+    engine.adapters.want(lora(1))
+    want = engine.store.only()
+    engine.adapters.drop(1)
+    failed = Failed(want.ticket, FailureKind.INVALID, "it is bad", [])
+    checked = Loaded(want.ticket, pack_info(1), 0.1, was_read=True, leased=False)
+    engine.store.inbox = [Reading(want.ticket), failed, checked, Forgotten(1)]
+    engine.poll()
+    assert engine.adapters.state(1) is AdapterState.ABSENT
 
 
 def test_an_aborted_request_gives_the_lease_back(engine):
@@ -599,6 +611,20 @@ def test_a_version_that_was_registered_and_cannot_be_had_does_not_leave_the_one_
     assert engine.adapters.failure(1).message == "it is bad"
     engine.adapters.want(lora(1))
     assert engine.store.only().fresh
+
+
+def test_a_version_that_comes_back_before_a_newer_one_could_be_had_serves_on(engine):
+    engine.fill(1, 10, digest="first")
+    engine.adapters.register(lora(1, inplace=True))
+    engine.store.loaded(pack_info(0, "newer"))
+    engine.poll()
+    engine.adapters.want(lora(1))
+    engine.store.loaded(pack_info(11, "first"))
+    engine.poll()
+    assert engine.adapters.is_ready(1)
+    assert engine.adapters.bring(1)
+    assert not engine.store.wants
+    assert not engine.store.leased
 
 
 # Two adapters under one number
