@@ -19,11 +19,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FailFast, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.middleware.base import BaseHTTPMiddleware
 from vllm.config import StructuredOutputsConfig
-from vllm.entrypoints.generate.base.protocol import AnyStructuralTagResponseFormat
+from vllm.entrypoints.generate.base.protocol import (
+    AnyStructuralTagResponseFormat,
+    LegacyStructuralTagResponseFormat,
+)
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.multimodal.media import connector
 from vllm.usage.usage_lib import UsageContext
@@ -208,7 +211,10 @@ def test_a_server_starts_where_fastapi_is_another(caplog):
 
 def test_a_structural_tag_is_read_to_what_is_wrong_first():
     """vLLM reads it by itself, before the rest of a body."""
-    stop_at_first_errors(SimpleNamespace(routes=[]))
+    for _ in range(2):  # of one process's servers
+        stop_at_first_errors(SimpleNamespace(routes=[]))
+    for name in ("structures", "triggers"):
+        assert LegacyStructuralTagResponseFormat.model_fields[name].metadata == [FailFast()]
     tag = {"type": "structural_tag", "structures": [0] * 9, "triggers": [0] * 9}
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(AnyStructuralTagResponseFormat).validate_python(tag)

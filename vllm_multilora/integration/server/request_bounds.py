@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from functools import cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -144,10 +145,7 @@ def stop_at_first_errors(app: Any) -> None:
     Args:
         app: vLLM's, with all its routes.
     """
-    # vLLM looks at this part of a body by itself, before it looks at the rest.
-    for name in ("structures", "triggers"):
-        LegacyStructuralTagResponseFormat.model_fields[name].metadata.append(FailFast())
-    LegacyStructuralTagResponseFormat.model_rebuild(force=True)
+    _stop_at_first_errors_of_tags()
     for route in app.routes:
         dependant = getattr(route, "dependant", None)
         for field in [] if dependant is None else dependant.body_params:
@@ -157,6 +155,14 @@ def stop_at_first_errors(app: Any) -> None:
             adapter.validator = SchemaValidator(
                 _failing_fast(adapter.core_schema), _use_prebuilt=False
             )
+
+
+@cache
+def _stop_at_first_errors_of_tags() -> None:
+    # vLLM looks at this part of a body by itself, before it looks at the rest.
+    for name in ("structures", "triggers"):
+        LegacyStructuralTagResponseFormat.model_fields[name].metadata.append(FailFast())
+    LegacyStructuralTagResponseFormat.model_rebuild(force=True)
 
 
 def _failing_fast(schema: Any) -> Any:
