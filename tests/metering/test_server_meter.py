@@ -32,12 +32,12 @@ from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.attached import PROMPT as PROMPT_OF
 from vllm_multilora.integration.engine.versions import KEY as VERSION_KEY
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller
+from vllm_multilora.integration.server.failure_delivery import process_outputs
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.metering import (
     ServerMeter,
     abort_requests,
     beam_search,
-    process_outputs,
     shutdown,
 )
 from vllm_multilora.metering.usage import Status, Usage

@@ -30,8 +30,12 @@ from vllm_multilora.integration.failures import (
     uninvoked_stop_reason,
 )
 from vllm_multilora.integration.patching.ledger import PATCHES
-from vllm_multilora.integration.server import failed_answers, metering
-from vllm_multilora.integration.server.failure_delivery import beam_search, deliver_failures
+from vllm_multilora.integration.server import failed_answers
+from vllm_multilora.integration.server.failure_delivery import (
+    beam_search,
+    deliver_failures,
+    process_outputs,
+)
 
 HANDLERS = "server.failed_answers:"
 LIMIT_S = 20.0
@@ -353,7 +357,7 @@ def test_nothing_is_kept_of_a_session_that_has_failed_while_more_input_may_come(
     OutputProcessor.add_request(processor, request, None, None, 0, queue)
     reason = to_stop_reason(LoadFailure(FailureKind.GONE, "gone"), acme)
     failed = EngineCoreOutput("session", [], finish_reason=FinishReason.ERROR, stop_reason=reason)
-    metering.process_outputs(OutputProcessor.process_outputs, processor, [failed])
+    process_outputs(OutputProcessor.process_outputs, processor, [failed])
     with pytest.raises(GracefulHTTPError, match="'acme' could not be loaded"):
         queue.get_nowait()
     assert not processor.request_states

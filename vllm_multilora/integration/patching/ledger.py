@@ -942,7 +942,7 @@ PATCHES: tuple[Patch, ...] = (
             "self, engine_core_outputs, engine_core_timestamp=None, iteration_stats=None, "
             "weight_version=None",
         ),
-        handler="server.metering:process_outputs",
+        handler="server.failure_delivery:process_outputs",
         why="vLLM answers a request that fails in the engine with HTTP 500 and no reason. Puts "
         "the status and the reason of a failed load in their place, and notes which version of "
         "its adapter each request runs on.",

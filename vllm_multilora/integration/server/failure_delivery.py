@@ -20,6 +20,7 @@ from vllm.v1.engine import FinishReason
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 from vllm_multilora.integration.failures import STATUS, from_stop_reason, without_folders
+from vllm_multilora.integration.server import metering
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -93,6 +94,25 @@ def mark_failed(request_outputs: list[Any], failures: dict[str, LoadFailure]) ->
             # vLLM 0.31 has neither the class nor the field.
             make_error: Any = getattr(outputs, "RequestError", SimpleNamespace)
             output.error = make_error(code=failure.kind.value, message=failure.message)
+
+
+def process_outputs(
+    original: Callable[..., Any],
+    processor: Any,
+    engine_core_outputs: list[Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    metering.look(processor, engine_core_outputs)  # at failures too, as the engine has told of them
+    failures = deliver_failures(
+        engine_core_outputs,
+        processor.request_states,
+        ON_FAILURE.get(processor),
+        processor.tokenizer,
+    )
+    processed = original(processor, engine_core_outputs, *args, **kwargs)
+    mark_failed(processed.request_outputs, failures)
+    return processed
 
 
 def offline_answer(original: Callable[..., Any], request_output: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -27,7 +27,6 @@ from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.attached import (
     ENDED,
     METER,
-    ON_FAILURE,
     PROMPT,
     UNREAD_SCORES,
 )
@@ -35,7 +34,6 @@ from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.access import stop_waiting
 from vllm_multilora.integration.server.callers import Caller, current_caller, current_tenant
-from vllm_multilora.integration.server.failure_delivery import deliver_failures, mark_failed
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
@@ -154,10 +152,16 @@ class ServerMeter:
         """Takes in what engines say of versions, results and ends, before vLLM does.
 
         Args:
-            outputs: vLLM's `EngineCoreOutput`s that say any of that.
+            outputs: vLLM's `EngineCoreOutput`s.
             states: vLLM's request states by internal request id.
         """
         for output in outputs:
+            if (
+                output.finish_reason is None
+                and output.trace_headers is None
+                and output.new_logprobs is None
+            ):
+                continue  # it has tokens only, as most have
             state = states.get(output.request_id)
             prompt = None if state is None else PROMPT.get(state)
             if prompt is None:
@@ -310,31 +314,18 @@ def begin(processor: Any, state: Any) -> None:
         meter.begin(state)
 
 
+def look(processor: Any, outputs: Iterable[Any]) -> None:
+    """A step has outputs, which vLLM has not seen yet.
+
+    Args:
+        processor: vLLM's `OutputProcessor`.
+        outputs: vLLM's `EngineCoreOutput`s.
+    """
+    if (meter := METER.get(processor)) is not None:
+        meter.look(outputs, processor.request_states)
+
+
 # What vLLM calls
-
-
-def process_outputs(
-    original: Callable[..., Any],
-    processor: Any,
-    engine_core_outputs: Sequence[Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    states = processor.request_states
-    telling = [
-        output
-        for output in engine_core_outputs
-        if output.finish_reason is not None
-        or output.trace_headers is not None
-        or output.new_logprobs is not None
-    ]
-    if telling and (meter := METER.get(processor)) is not None:
-        meter.look(telling, states)
-    tokenizer = getattr(processor, "tokenizer", None)
-    failures = deliver_failures(telling, states, ON_FAILURE.get(processor), tokenizer)
-    processed = original(processor, engine_core_outputs, *args, **kwargs)
-    mark_failed(processed.request_outputs, failures)
-    return processed
 
 
 def finish_request(original: Callable[..., None], processor: Any, state: Any) -> None:
