@@ -30,7 +30,7 @@ def path(tmp_path, monkeypatch):
     """Where the store of this test's engines is."""
     (tmp_path / "store").mkdir(mode=0o700)
     monkeypatch.setenv(folder.FOLDER_VARIABLE, str(tmp_path / "store"))
-    monkeypatch.setattr(core, "kernel_backend", lambda config: "native")
+    monkeypatch.setattr(core, "loads_adapters", lambda config: True)
     monkeypatch.setattr(core, "settings_of", lambda config: MultiLoRAConfig())
     return folder.socket_path(folder.store_folder())
 

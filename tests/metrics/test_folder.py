@@ -131,7 +131,7 @@ def test_an_engine_that_has_ended_leaves_no_folder_in_a_process_that_goes_on(
     """Whoever has counted nothing has kept nothing of it either."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     monkeypatch.setenv(metrics.FOLDER_VARIABLE, "")
-    monkeypatch.setattr(metrics, "kernel_backend", lambda config: "native")
+    monkeypatch.setattr(metrics, "loads_adapters", lambda config: True)
     config: Any = type("Config", (), {"instance_id": "an engine"})()
     config.parallel_config = SimpleNamespace(_api_process_count=1, _api_process_rank=0)
     metrics.make_folder(config)

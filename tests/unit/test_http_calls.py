@@ -15,8 +15,8 @@ pytest.importorskip("starlette")
 from starlette.middleware import Middleware
 from starlette.requests import Request
 
-from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.patching.ledger import missing
+from vllm_multilora.integration.server import http_calls
 from vllm_multilora.integration.server.access_middleware import PlainPathMiddleware
 from vllm_multilora.integration.server.http_calls import (
     DROPPING_JSON,
@@ -270,7 +270,7 @@ def test_what_the_operator_adds_sees_a_request_before_it_is_checked_and_every_an
     [(None, "zen-a"), ("", "zen-a"), (" \t", "zen-a"), ("acme-a", "acme-a")],
     ids=["none", "empty", "spaces", "another"],
 )
-def test_sagemakers_header_names_a_model_unless_it_is_empty(header, model):
+def test_sagemakers_header_names_a_model_unless_it_is_empty(header, model, monkeypatch):
     module = pytest.importorskip(
         "model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body"
     )
@@ -279,9 +279,8 @@ def test_sagemakers_header_names_a_model_unless_it_is_empty(header, model):
     async def receive():
         return {"type": "http.request", "body": b'{"model": "zen-a", "prompt": [7]}'}
 
-    client = SimpleNamespace(output_processor=SimpleNamespace())
-    METER.set(client.output_processor, SimpleNamespace())
-    app = SimpleNamespace(state=SimpleNamespace(engine_client=client))
+    monkeypatch.setattr(http_calls, "loads_adapters_behind", lambda client: True)
+    app = SimpleNamespace(state=SimpleNamespace())
     headers = [] if header is None else [(SAGEMAKER_HEADER.encode(), header.encode())]
     scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
     request = Request({**scope, "app": app, "query_string": b""}, receive)

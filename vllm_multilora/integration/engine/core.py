@@ -40,7 +40,7 @@ from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStor
 from vllm_multilora.integration.failures import RefusalsInOneLine
 from vllm_multilora.integration.fill_link import PATH_VARIABLE, FillLink
 from vllm_multilora.integration.metrics import server_of
-from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
+from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.tenant_of_request import take_tenant
 from vllm_multilora.integration.worker import calls
@@ -87,7 +87,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
             early = StoreClient.connect("process", server, role="observer")
             EARLY_STORE.set(executor, early)
             register_after_fork(early, StoreClient.close)  # workers would keep it, and never read
-    if kernel_backend(vllm_config) != "vllm":
+    if loads_adapters(vllm_config):
         logging.getLogger("vllm.v1.engine.core").addFilter(_REFUSALS_IN_ONE_LINE)
         if settings_of(vllm_config).quarantine:
             kv_blocks.start()
@@ -118,7 +118,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
 
 
 def _make_link(vllm_config: VllmConfig) -> FillLink | None:
-    if kernel_backend(vllm_config) == "vllm" or not settings_of(vllm_config).async_loading:
+    if not loads_adapters(vllm_config) or not settings_of(vllm_config).async_loading:
         return None
     parallel = vllm_config.parallel_config
     if parallel.distributed_executor_backend == "external_launcher":

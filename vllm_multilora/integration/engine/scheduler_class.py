@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_multilora.integration.engine.fair_scheduler import FairSharesMixin
 from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
-from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
+from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def adapter_aware(scheduler: type) -> type:
 
     class AdapterAwareScheduler(AdapterAwareMixin, scheduler):
         def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
-            if kernel_backend(vllm_config) == "vllm":
+            if not loads_adapters(vllm_config):
                 return scheduler(*args, vllm_config=vllm_config, **kwargs)
             return super().__new__(FairScheduler if _shares_fairly(scheduler, vllm_config) else cls)
 

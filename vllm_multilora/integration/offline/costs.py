@@ -33,7 +33,7 @@ from vllm_multilora.integration.offline.model import (
     Server,
     offline_manager,
 )
-from vllm_multilora.integration.patching.activation import kernel_backend
+from vllm_multilora.integration.patching.activation import kernel_backend, loads_adapters
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.worker.layout import RunningLayout, is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
@@ -94,7 +94,7 @@ def offline_costs(server: Server) -> BaseModel:
             kv_cache=_kv_cache(config),
             by_rank=by_rank,
             layouts=layouts,
-            staging_bytes=0 if kernel_backend(config) == "vllm" else STAGING_BYTES,
+            staging_bytes=STAGING_BYTES if loads_adapters(config) else 0,
         )
 
 

@@ -81,6 +81,21 @@ def kernel_backend(vllm_config: VllmConfig) -> str:
     )
 
 
+def loads_adapters(vllm_config: VllmConfig) -> bool:
+    """Whether the plugin loads and computes this engine's adapters, and not vLLM's own code.
+
+    Raises:
+        Exception: As `kernel_backend`.
+    """
+    return kernel_backend(vllm_config) != "vllm"
+
+
+def loads_adapters_behind(client: Any) -> bool:
+    """Whether it does so for the engine behind a client of vLLM's; see `is_active_behind`."""
+    vllm_config = getattr(client, "vllm_config", None)
+    return vllm_config is not None and loads_adapters(vllm_config)
+
+
 def choose_backend(
     settings: MultiLoRAConfig,
     device_type: str,
@@ -170,7 +185,7 @@ def announce(vllm_config: VllmConfig) -> None:
     else:
         logger.info("vllm-multilora %s is active; LoRA kernels: %s.", __version__, backend)
     idle = {name: value for name, value in (given or {}).items() if name not in _ALWAYS_HEEDED}
-    if idle and is_active(vllm_config) and kernel_backend(vllm_config) == "vllm":
+    if idle and is_active(vllm_config) and not loads_adapters(vllm_config):
         logger.warning("These flags have no effect with vLLM's own kernels: %s.", _as_flags(idle))
 
 

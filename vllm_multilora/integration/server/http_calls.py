@@ -30,7 +30,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from vllm_multilora.integration.attached import ACCESS, METER
+from vllm_multilora.integration.attached import ACCESS
+from vllm_multilora.integration.patching.activation import loads_adapters_behind
 from vllm_multilora.integration.server.access import (
     access_for,
     require_no_keys,
@@ -288,8 +289,7 @@ def sanitize_message(original: Callable[[str], str], message: str) -> str:
 
 async def transform_request(original: Callable[..., Any], transform: Any, raw_request: Any) -> Any:
     """Of a call to `/invocations`: puts the model that SageMaker's header names into the body."""
-    client = getattr(raw_request.app.state, "engine_client", None)
-    if METER.get(getattr(client, "output_processor", None)) is None:
+    if not loads_adapters_behind(getattr(raw_request.app.state, "engine_client", None)):
         return await original(transform, raw_request)
     body = await raw_request.body()
     transformed = await original(transform, raw_request)

@@ -19,7 +19,7 @@ from prometheus_client import REGISTRY, Metric
 
 from vllm_multilora.integration.attached import LISTS
 from vllm_multilora.integration.metrics import folder_of, recorder
-from vllm_multilora.integration.patching.activation import is_active, kernel_backend
+from vllm_multilora.integration.patching.activation import is_active, loads_adapters
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.folder import create_folder, parent_folder, remove_folder
 from vllm_multilora.metrics.recorder import Recorder
@@ -66,7 +66,7 @@ def _remove(folder: Path, maker: int) -> None:
 
 def show(vllm_config: VllmConfig) -> None:
     """Shows an engine's metrics in this process, its client; the newest engine's are shown."""
-    if kernel_backend(vllm_config) == "vllm":
+    if not loads_adapters(vllm_config):
         return
     folder = folder_of(vllm_config)
     if folder is None and (path := os.environ.get(FOLDER_VARIABLE)):

@@ -26,7 +26,7 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import SEE_OFF
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
-from vllm_multilora.integration.patching.activation import kernel_backend
+from vllm_multilora.integration.patching.activation import loads_adapters_behind
 from vllm_multilora.integration.server import metering, shared_names, versions
 from vllm_multilora.integration.server.callers import TYPES
 
@@ -73,9 +73,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 def acts_for(models: OpenAIServingModels) -> bool:
     """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
-    # A server that only renders prompts has no engine.
-    vllm_config = getattr(getattr(models, "engine_client", None), "vllm_config", None)
-    return vllm_config is not None and kernel_backend(vllm_config) != "vllm"
+    return loads_adapters_behind(getattr(models, "engine_client", None))
 
 
 async def load_adapter(

@@ -28,7 +28,7 @@ from vllm_multilora.integration.fill_link import (
     attach_worker,
 )
 from vllm_multilora.integration.orders import Order
-from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
+from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.patching.flags import checks_in
 from vllm_multilora.integration.patching.ledger import PUNICA_WRAPPER
@@ -345,7 +345,7 @@ def make_worker_manager(
     original: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any
 ) -> LRUCacheWorkerLoRAManager:
     # Our manager fills slots for our kernels; stock ones need stock's cleared slots.
-    if kernel_backend(vllm_config) == "vllm" or not PUNICA_WRAPPER.is_applied():
+    if not loads_adapters(vllm_config) or not PUNICA_WRAPPER.is_applied():
         return original(vllm_config, *args, **kwargs)
     if (loader := _others_loader(original)) is not None:
         if checks := checks_in(settings_of(vllm_config)):
