@@ -21,7 +21,8 @@ PACK = SimpleNamespace(digest="d1", parts=())
 
 def on(digest: str | None, lora: SimpleNamespace | None = ACME, **own) -> SimpleNamespace:
     """A request that runs on these weights."""
-    request = SimpleNamespace(lora_request=lora, **own)
+    numbers = {"prompt_embeds": None, "mm_features": []} | own
+    request = SimpleNamespace(lora_request=lora, **numbers)
     if digest is not None:
         VERSION.set(request, digest)
     return request

@@ -79,7 +79,7 @@ def manager_of(mapper=None, *, targets=None, packed=None, pooling=False, model=N
         packed_modules_mapping=packed or {},
         is_pooling_model=pooling,
         _get_punica_wrapper=lambda name: None if name.startswith("visual.") else "language",
-        **attributes,
+        **{"supports_mm": False} | attributes,
     )
 
 

@@ -125,7 +125,7 @@ def _make_link(vllm_config: VllmConfig) -> FillLink | None:
         # Each worker has an engine core of its own (torchrun). They do not talk to each other, and
         # have to take the same steps: all wait for the same loads.
         return None
-    if getattr(parallel, "node_rank_within_dp", 0):
+    if parallel.node_rank_within_dp:
         return None  # an executor of another machine's engine core, to which its workers answer
     try:
         link = FillLink(vllm_config.parallel_config.world_size)
@@ -157,7 +157,7 @@ def adapters_of(engine_core: Any) -> EngineAdapters | None:
         ADAPTERS.set(engine_core, adapters)
         if adapters is not None:
             engine_core.scheduler.attach_adapters(adapters)
-            grammars.keep_apart(getattr(engine_core, "structured_output_manager", None))
+            grammars.keep_apart(engine_core.structured_output_manager)
     return ADAPTERS.get(engine_core)
 
 

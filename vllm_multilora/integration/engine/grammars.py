@@ -105,7 +105,7 @@ def take_bad(scheduler: Any, output: Any) -> dict[str, str]:
     Returns:
         Their stop reasons.
     """
-    manager: Any = getattr(scheduler, "structured_output_manager", None)
+    manager = scheduler.structured_output_manager
     slow, stuck = SLOW_GRAMMARS.get(manager), STUCK_GRAMMARS.get(manager)
     if slow is None or stuck is None or not (slow or stuck):
         return {}

@@ -130,9 +130,7 @@ def _brings_numbers(request: Request) -> bool:
 
     With those it could put anybody's adapter out of service, or have nobody's put out any more.
     """
-    return getattr(request, "prompt_embeds", None) is not None or bool(
-        getattr(request, "mm_features", None)
-    )
+    return request.prompt_embeds is not None or bool(request.mm_features)
 
 
 _FAILURE = LoadFailure(
@@ -144,9 +142,9 @@ _FAILURE = LoadFailure(
 
 def _unsound(output: Any) -> Iterable[str]:
     """The requests of a step for which something is not finite."""
-    counts = getattr(output, "num_nans_in_logits", None) or {}
+    counts = output.num_nans_in_logits or {}
     yield from (request_id for request_id, count in counts.items() if count)
-    pooled = getattr(output, "pooler_output", None) or ()
+    pooled = output.pooler_output or ()
     for request_id, result in zip(output.req_ids, pooled, strict=False) if pooled else ():
         if isinstance(result, torch.Tensor) and not torch.isfinite(result).all():
             yield request_id

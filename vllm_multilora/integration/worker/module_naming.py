@@ -59,7 +59,7 @@ def module_naming(
     known = names.union(refused)
     packed = {kind: tuple(parts) for kind, parts in manager.packed_modules_mapping.items()}
     unwrapped = frozenset(name for name in unwrapped_layers(manager) if _is_left_out(manager, name))
-    if getattr(manager, "supports_mm", False):
+    if manager.supports_mm:
         towers = tuple(f"{name.rstrip('.')}." for name in manager.mm_mapping.tower_model)
         unwrapped |= frozenset(_unneeded_layers(model, towers, known | unwrapped))
         # Where Transformers may have had the towers since.
@@ -143,7 +143,7 @@ def _text_names(manager: LoRAModelManager, names: Iterable[str]) -> dict[str, st
 
     From 0.33 on vLLM knows them, too: its `_get_text_lora_names`.
     """
-    if not getattr(manager, "supports_mm", False):
+    if not manager.supports_mm:
         return {}
     start = manager.mm_mapping.language_model[0].rstrip(".") + "."
     found = {}
