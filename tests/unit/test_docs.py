@@ -1,7 +1,11 @@
 """The pages for people: links lead somewhere, and what is made of the code is up to date."""
 
+import argparse
+import ast
+import importlib
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -10,7 +14,9 @@ import pytest
 import yaml
 
 from tools import pages
+from vllm_multilora.cli import COMMANDS, parser_of
 from vllm_multilora.config import MultiLoRAConfig, flag_of
+from vllm_multilora.integration.patching.flags import add_flags
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -58,18 +64,60 @@ def test_flags_of_the_plugin_exist(page: Path) -> None:
     assert {flag.replace("--no-", "--", 1) for flag in named} <= flags
 
 
-def test_flags_that_migrants_are_told_of_exist() -> None:
-    """Those in the right-hand columns, which are this server's."""
+FLAGS_OF_OTHERS = {
+    *("--editable", "--extra-index-url", "--no-deps", "--yes"),
+    *("--ipc", "--recursive", "--shm-size", "--times"),
+    *("--base", "--card"),
+}
+"""Of pip, of Docker and rsync, and of this project's tools."""
+
+
+@pytest.fixture(scope="module")
+def flags_of_vllm() -> set[str]:
+    """Those of `vllm serve`."""
     pytest.importorskip("vllm")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
-    known = {flag for action in parser._actions for flag in action.option_strings}
+    return flags_in(make_arg_parser(FlexibleArgumentParser()))
+
+
+def flags_in(parser: argparse.ArgumentParser) -> set[str]:
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    """What the code says, to people or to itself, and what the pages say of this server."""
+    for path in (ROOT / "vllm_multilora").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield path, node.value
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        if page.name != "migrating.md":
+            yield page, page.read_text()
+
+
+def test_flags_that_messages_and_pages_name_exist(flags_of_vllm: set[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    known = FLAGS_OF_OTHERS | flags_of_vllm | flags_in(parser) | flags_in(parser_of(()))
+    for command in COMMANDS.values():
+        parser = argparse.ArgumentParser()
+        importlib.import_module(command.module).add_arguments(parser)
+        known |= flags_in(parser)
+    store = (ROOT / "vllm_multilora/store/__main__.py").read_text()
+    known |= set(re.findall(r'"(--[a-z-]+)"', store))
+    flag = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])")
+    named = {(name, path.name) for path, text in texts() for name in flag.findall(text)}
+    assert {each for each in named if each[0] not in known} == set()
+
+
+def test_flags_that_migrants_are_told_of_exist(flags_of_vllm: set[str]) -> None:
+    """Those in the right-hand columns, which are this server's."""
     rows = re.findall(r"^\|.*\|(.*)\|$", (pages.DOCS / "migrating.md").read_text(), re.M)
     told = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row)}
     assert len(told) > 15
-    assert {flag for flag in told if "multilora" not in flag} <= known
+    assert {flag for flag in told if "multilora" not in flag} <= flags_of_vllm
 
 
 def test_the_site_has_every_page() -> None:
