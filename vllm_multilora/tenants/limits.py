@@ -124,6 +124,9 @@ MOST_FIRST_READINGS = 2
 """Adapters of a tenant that an API server looks for, or has read for the first time, at once."""
 
 
+MOST_DOWNLOADS = 8
+"""Images and the like that are fetched for a tenant at once, from hosts that may take minutes."""
+
 WITHOUT_TURN_PER_MINUTE = 3_000
 """A tenant's requests that are answered without having a turn: those that are refused, and those
 that read or cancel stored responses; after a minute without any, so many at once."""
@@ -145,6 +148,7 @@ class Account:
         first_readings: To be held while an adapter is looked for, and read for the first time.
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
+        downloads: To be held while something is fetched for one of its calls.
         checking: To be held while one of its structured outputs is checked.
         listing: How its models are listed, and its adapters.
         without_turn: Its requests that limits do not count, since they have no turn.
@@ -165,6 +169,7 @@ class Account:
         self._bucket: TokenBucket | None = None
         self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
+        self.downloads = asyncio.Semaphore(MOST_DOWNLOADS)
         self.checking = asyncio.Semaphore(1)
         self.listing: defaultdict[Endpoint, Pace] = defaultdict(lambda: Pace(clock))
         self.without_turn = TokenBucket(WITHOUT_TURN_PER_MINUTE, clock)

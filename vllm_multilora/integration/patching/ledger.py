@@ -424,9 +424,38 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, vllm_config, renderer, chat_template_config",),
         handler="server.multimodal:init_pooling",
         why="vLLM reads pooling requests on threads that do not know whose they are. Has them know "
-        "it, for ids-of-images-pooling.",
+        "it, for ids-of-images-pooling, and reads tenants' chats as those that generate, for "
+        "downloads-pooling.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As ids-of-images.",
+    ),
+    Patch(
+        name="downloads",
+        target="vllm.connections:HTTPConnection.async_get_bytes",
+        takes=(
+            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None",
+            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None, request_budget=None",
+        ),
+        handler="server.multimodal:download",
+        why="vLLM has a hundred connections for all images and the like that requests point to: a "
+        "request for a hundred of a host that does not answer has all others' fail. Gives each "
+        "tenant a few.",
+        checked=(),
+        until="vLLM shares its connections among those who send requests.",
+    ),
+    Patch(
+        name="downloads-pooling",
+        target="vllm.connections:HTTPConnection.get_bytes",
+        takes=(
+            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None",
+            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None, request_budget=None",
+        ),
+        handler="server.multimodal:download_now",
+        why="vLLM fetches what pooling requests point to on the one thread that makes prompts of "
+        "everybody's texts, which waits for minutes for a host that does not answer. Fetches "
+        "nothing there for tenants; caller-pooling has chats be read elsewhere.",
+        checked=(),
+        until="vLLM waits for no host on its renderer's thread.",
     ),
     Patch(
         name="turns-for-recordings",

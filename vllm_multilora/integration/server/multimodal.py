@@ -10,6 +10,12 @@ from http import HTTPStatus
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from aiohttp import ClientSession, TCPConnector
+from vllm.connections import global_http_connection
+from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
+from vllm.entrypoints.pooling.typing import PoolingEngineInput
+from vllm.exceptions import GracefulHTTPError
+
 from vllm_multilora.integration.patching.activation import is_active, is_active_behind
 from vllm_multilora.integration.server.callers import (
     current_caller,
@@ -78,11 +84,62 @@ def _of_tenant(prompt: Any) -> Any:
 def init_pooling(original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
     original(processor, *args, **kwargs)
 
-    def render_async(*args: Any, **kwargs: Any) -> asyncio.Future[Any]:
-        render = partial(copy_context().run, processor.render, *args, **kwargs)
-        return asyncio.get_running_loop().run_in_executor(processor._executor, render)
+    async def render_async(params: Any) -> Any:
+        if current_tenant() is not None and _is_plain_chat(processor, params):
+            return await _render_chat(processor.renderer, params)
+        render = partial(copy_context().run, processor.render, params)
+        return await asyncio.get_running_loop().run_in_executor(processor._executor, render)
 
     processor.render_async = render_async
+
+
+def _is_plain_chat(processor: Any, params: Any) -> bool:
+    return "conversations" in params and type(processor).render is PoolingIOProcessor.render
+
+
+async def _render_chat(renderer: Any, params: Any) -> PoolingEngineInput:
+    """What `PoolingIOProcessor.render` makes of a chat, as for generation: hosts are waited for."""
+    _, (engine_input,) = await renderer.render_chat_async(
+        [params["conversations"]],
+        params["chat_params"],
+        params["tok_params"],
+        prompt_extras=params["prompt_extras"],
+        skip_mm_cache=params["skip_mm_cache"],
+    )
+    return PoolingEngineInput(
+        prompts=engine_input,
+        params=params["params"],
+        lora_requests=params["lora_requests"],
+        priorities=params["priorities"],
+    )
+
+
+async def download(original: Callable[..., Any], connection: Any, url: str, **kwargs: Any) -> bytes:
+    """Fetches an image or the like from its host; a tenant's when it has its turn."""
+    caller = current_caller.get()
+    if caller is None or caller.account is None:
+        return await original(connection, url, **kwargs)
+    async with caller.account.downloads:
+        return await original(connection, url, **kwargs)
+
+
+def download_now(original: Callable[..., bytes], connection: Any, url: str, **kwargs: Any) -> bytes:
+    """The same on a thread that others' work waits for: a tenant's hosts are not waited for."""
+    if current_tenant() is not None:
+        message = "Nothing is fetched for this kind of call: send images and the like as data URLs."
+        raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST)
+    return original(connection, url, **kwargs)
+
+
+def lift_limit_of_connections() -> None:
+    """Has no tenant's downloads wait for those of others; on the event loop, before the first.
+
+    There are a hundred at a time otherwise, and those that wait are given up after seconds.
+    """
+    if global_http_connection._async_client is None:
+        global_http_connection._async_client = ClientSession(
+            trust_env=True, connector=TCPConnector(limit=0)
+        )
 
 
 def refuse_features(request: Any) -> ErrorResponse | None:

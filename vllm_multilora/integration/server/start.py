@@ -17,6 +17,7 @@ from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
     adapter_directory,
     metering,
+    multimodal,
     registration,
     routes,
     shared_names,
@@ -103,6 +104,7 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
         metering.start(models)
         if settings_of(models.engine_client.vllm_config).tenants is not None:
             share_threads(models.engine_client.renderer)
+            multimodal.lift_limit_of_connections()
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)
