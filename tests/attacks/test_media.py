@@ -1,23 +1,33 @@
-"""Images and the like of one tenant, on hosts that never answer."""
+"""Images, videos and recordings of one tenant: hosts that never answer, and what becomes large."""
 
 import asyncio
+import base64
+import io
+import struct
 import threading
+import wave
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.tenants.callers import as_caller
-from vllm_multilora.integration.server import multimodal
+from vllm_multilora.integration.server import callers, multimodal
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.tenants.limits import MOST_DOWNLOADS, Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
+from vllm_multilora.tenants.work_turns import take_turns
 
 pytestmark = pytest.mark.serving  # imports vLLM
 
 LIMIT_S = 60.0
+SIDE = 100
+UNPACKED = 4 * SIDE**2
+"""Bytes of a square image."""
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +137,82 @@ def test_pooling_waits_for_no_host_on_the_thread_that_makes_prompts_for_all() ->
     Renderer._executor.shutdown()
     with pytest.raises(GracefulHTTPError, match="data URLs"):
         as_caller(tenant("acme"), lambda: HTTPConnection().get_bytes("http://127.0.0.1:9/"))
+
+
+def png(side: int = SIDE) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, "png")
+    return file.getvalue()
+
+
+def icon() -> bytes:
+    """One that says that it has sixteen pixels a side, and has more."""
+    head = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png()), 22)
+    return head + png()
+
+
+def recording() -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setnchannels(1)
+        written.setsampwidth(2)
+        written.setframerate(16_000)
+        written.writeframes(bytes(2 * SIDE**2))
+    return file.getvalue()
+
+
+def load_image(data: bytes) -> Any:
+    from vllm.multimodal.media import ImageMediaIO
+
+    return ImageMediaIO().load_bytes(data)
+
+
+def load_frames(data: bytes) -> Any:
+    from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+
+    frames = ",".join([base64.b64encode(data).decode()] * 2)
+    return VideoMediaIO(ImageMediaIO()).load_base64("video/jpeg", frames)
+
+
+def load_recording(data: bytes) -> Any:
+    from vllm.multimodal.media import AudioMediaIO
+
+    return AudioMediaIO().load_bytes(data)
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    """As vLLM's for what it unpacks."""
+    with ThreadPoolExecutor(2) as made:
+        take_turns(made, lambda *_: "")
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("load", "data", "each"),
+    [
+        pytest.param(load_image, png(), 1, id="image"),
+        pytest.param(load_image, icon(), 1, id="image-in-an-icon"),
+        pytest.param(load_frames, png(), 2, id="video"),
+        pytest.param(load_recording, recording(), 1, id="recording"),
+    ],
+)
+def test_a_call_has_only_so_much_unpacked(
+    load: Callable[[bytes], Any],
+    data: bytes,
+    each: int,
+    executor: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.exceptions import GracefulHTTPError
+
+    monkeypatch.setattr(callers, "MOST_UNPACKED", 2 * each * UNPACKED)
+    who = tenant("acme")
+    for _ in range(2):
+        as_caller(who, lambda: executor.submit(load, data)).result(LIMIT_S)
+    with pytest.raises(GracefulHTTPError, match="bytes of unpacked images"):
+        as_caller(who, lambda: executor.submit(load, data)).result(LIMIT_S)
+    as_caller(tenant("acme"), lambda: executor.submit(load, data)).result(LIMIT_S)  # another call
+    for other in (None, Caller(Role.CLIENT)):
+        for _ in range(3):
+            as_caller(other, lambda: executor.submit(load, data)).result(LIMIT_S)

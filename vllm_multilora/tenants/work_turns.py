@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ def take_turns(
     is_wanted: Callable[..., bool] = lambda *_, **__: True,
 ) -> None:
     """Has an executor work for one owner after the other, and for each in the order of its work.
+
+    Work has the context variables of who submits it.
 
     Args:
         executor: Takes work from any thread.
@@ -45,7 +48,8 @@ class _WorkTurns:
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As an executor's."""
         result: Future[Any] = Future()
-        each = result, partial(work, *args, **kwargs), partial(self._is_wanted, *args, **kwargs)
+        in_context = partial(copy_context().run, work, *args, **kwargs)
+        each = result, in_context, partial(self._is_wanted, *args, **kwargs)
         owner = self._owner_of(*args, **kwargs)
         with self._lock:
             self._lines.setdefault(owner, deque()).append(each)

@@ -458,6 +458,34 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM waits for no host on its renderer's thread.",
     ),
     Patch(
+        name="unpacked-images",
+        target="vllm.multimodal.media.image:ImageMediaIO.load_bytes",
+        takes=("self, data",),
+        handler="server.multimodal:unpack",
+        why="An image of a few kilobytes is unpacked to half a gigabyte, and a request may have a "
+        "thousand. Bounds what a tenant's call has unpacked.",
+        checked=(),
+        until="vLLM bounds it in all versions, as 0.33 does.",
+    ),
+    Patch(
+        name="unpacked-videos",
+        target="vllm.multimodal.media.video:VideoMediaIO.load_bytes",
+        takes=("self, data",),
+        handler="server.multimodal:unpack",
+        why="As unpacked-images, for videos.",
+        checked=(),
+        until="As unpacked-images.",
+    ),
+    Patch(
+        name="unpacked-recordings",
+        target="vllm.multimodal.media.audio:AudioMediaIO.load_bytes",
+        takes=("self, data",),
+        handler="server.multimodal:unpack",
+        why="As unpacked-images, for recordings.",
+        checked=(),
+        until="As unpacked-images.",
+    ),
+    Patch(
         name="turns-for-recordings",
         target="vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing.__init__",
         takes=(

@@ -56,6 +56,10 @@ MOST_TENSORS = 256 << 20
 """Bytes of tensors, images say, that a tenant's call may have the engine receive once more: vLLM
 sends them for each answer to a prompt, while they have come with the call's body once."""
 
+MOST_UNPACKED = 1 << 30
+"""Bytes that a tenant's call may have images, videos and recordings unpacked to: a few kilobytes
+become half a gigabyte, and all that are in a call are held until the last has come."""
+
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
 
 
@@ -95,6 +99,7 @@ class Caller:
     _results: int = 0
     _bytes: int = 0
     _tensors: int = 0
+    _unpacked: int = 0
     _users: int = 1
     _used: set[str] = field(default_factory=set)
 
@@ -222,6 +227,15 @@ class Caller:
             self._bound(
                 self._tensors, MOST_TENSORS, "bytes of images and the like sent again for answers."
             )
+
+    def count_unpacked(self, size: int) -> None:
+        """The call has so many bytes more of images and the like, on any thread.
+
+        Raises:
+            GracefulHTTPError: A tenant's are too many: the server would run out of memory.
+        """
+        self._unpacked += size
+        self._bound(self._unpacked, MOST_UNPACKED, "bytes of unpacked images and the like.")
 
     def _bound(self, wanted: int, most: int, what: str) -> None:
         if self.account is not None and wanted > most:

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from http import HTTPStatus
+from io import BytesIO
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import ClientSession, TCPConnector
+from PIL import Image
 from vllm.connections import global_http_connection
 from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
 from vllm.entrypoints.pooling.typing import PoolingEngineInput
 from vllm.exceptions import GracefulHTTPError
+from vllm.multimodal.media import ImageMediaIO
 
 from vllm_multilora.integration.patching.activation import is_active, is_active_behind
 from vllm_multilora.integration.server.callers import (
@@ -120,7 +123,9 @@ async def download(original: Callable[..., Any], connection: Any, url: str, **kw
     if caller is None or caller.account is None:
         return await original(connection, url, **kwargs)
     async with caller.account.downloads:
-        return await original(connection, url, **kwargs)
+        data: bytes = await original(connection, url, **kwargs)
+    caller.count_unpacked(len(data))
+    return data
 
 
 def download_now(original: Callable[..., bytes], connection: Any, url: str, **kwargs: Any) -> bytes:
@@ -140,6 +145,36 @@ def lift_limit_of_connections() -> None:
         global_http_connection._async_client = ClientSession(
             trust_env=True, connector=TCPConnector(limit=0)
         )
+
+
+def unpack(original: Callable[..., Any], reader: Any, data: bytes) -> Any:
+    """Unpacks an image, a video or a recording, if its call has not too much of them."""
+    caller = current_caller.get()
+    if caller is None or caller.account is None:
+        return original(reader, data)
+    told = _size_told(data) if isinstance(reader, ImageMediaIO) else 0
+    caller.count_unpacked(told)
+    media = original(reader, data)
+    caller.count_unpacked(max(0, _size(media) - told))  # files in files do not tell
+    return media
+
+
+def _size_told(data: bytes) -> int:
+    """Bytes that an image has, by what its file begins with; 0 where that says nothing."""
+    try:
+        width, height = Image.open(BytesIO(data)).size
+    except Exception:  # which vLLM answers
+        return 0
+    return 4 * width * height
+
+
+def _size(media: Any) -> int:
+    """Bytes of what vLLM has unpacked."""
+    media = getattr(media, "media", media)
+    if isinstance(media, Image.Image):
+        return 4 * media.width * media.height
+    frames, _ = media
+    return int(frames.nbytes)
 
 
 def refuse_features(request: Any) -> ErrorResponse | None:
