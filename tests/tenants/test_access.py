@@ -69,7 +69,7 @@ from vllm_multilora.store.launch import environment
 from vllm_multilora.tenants.keys import KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
 from vllm_multilora.tenants.rules import Endpoint, Role
-from vllm_multilora.tenants.tenant import Limits, Tenant
+from vllm_multilora.tenants.tenant import Limits, Tenant, Tenants
 
 ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
 
@@ -801,6 +801,29 @@ def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch
         assert access.caller(ACME).account is account  # what it uses still counts
 
     asyncio.run(check())
+
+
+def test_tenants_that_are_read_again_are_not_compared_at_every_look(tenants, monkeypatch, caplog):
+    """Of a large file that would take the event loop some time, every second."""
+    monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
+    caplog.set_level("INFO", "vllm_multilora.documents.watched")
+    access, compared, equals = Access(tenants_path=str(tenants)), [], Tenants.__eq__
+
+    def compare(one, other):
+        compared.append(one)
+        return equals(one, other)
+
+    monkeypatch.setattr(Tenants, "__eq__", compare)
+
+    async def check():
+        access.watch()
+        tenants.write_text(tenants.read_text() + "\n")
+        await until(lambda: "Read the tenants" in caplog.text)
+        tenants.write_text('{"tenants": {}}')
+        await until(lambda: access.caller(ACME).role is Role.STRANGER)
+
+    asyncio.run(check())
+    assert not compared
 
 
 def test_an_operators_key_is_replaced_in_a_server_that_runs(tenants, tmp_path, monkeypatch, caplog):

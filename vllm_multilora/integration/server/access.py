@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -155,7 +156,7 @@ class Access:
                     await file.refresh_aside()
             except RuntimeError as error:  # no thread could be started
                 logger.error("The keys stay as they were for now: %s", error)
-            if self._values() != self._in_force:
+            if any(map(operator.is_not, self._values(), self._in_force)):
                 self._take()
 
     def _files(self) -> list[WatchedFile[Any]]:
