@@ -471,7 +471,7 @@ def test_few_descriptors_are_a_clear_failure_and_no_end(engines):
 
 def test_another_protocol_is_refused_with_what_to_do(engine, monkeypatch):
     monkeypatch.setattr("vllm_multilora.store.client.PROTOCOL", 99)
-    with pytest.raises(StoreUnavailableError, match="MULTILORA_STORE_FOLDER"):
+    with pytest.raises(StoreUnavailableError, match="restart the client's server"):
         Engine(StoreClient(StoreProcess(FAKE), "new"))
 
 

@@ -134,8 +134,8 @@ class Conversation:
         if message.protocol != PROTOCOL:
             raise RefusedError(
                 f"this store (process {os.getpid()}) speaks protocol {PROTOCOL}, the client speaks "
-                f"{message.protocol}: two versions of vllm-multilora share a folder of sockets; "
-                "set MULTILORA_STORE_FOLDER to another folder for one of them"
+                f"{message.protocol}: vllm-multilora has been replaced by another version since "
+                "the client began; restart the client's server"
             )
         self._registry.clients[connection.number] = Client(
             connection.number, message.role, message.server, message.pid
