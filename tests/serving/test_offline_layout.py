@@ -186,6 +186,37 @@ def test_layers_of_several_slices_that_checkpoints_have_as_one_are_of_their_size
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ({"task_type": "CAUSAL_LM", "alora_invocation_tokens": [1]}, None),
+        ({"use_dora": True}, "vLLM fills itself"),
+    ],
+    ids=["activated", "dora"],
+)
+def test_layers_that_ranks_share_out_part_by_part_may_be_activated(tmp_path, kind, found):
+    """Rows are theirs like those of any linear layer; their outputs nobody here multiplies."""
+    from vllm_multilora.integration.offline.model import Server, offline_layout
+
+    folder = tiny_models.write_phi3_config(tmp_path / "model")
+    layout = offline_layout(Server(str(folder), tensor_parallel_size=2, dora=True))
+    module = "model.layers.0.mlp.gate_up_proj"
+    assert layout.is_special(module)
+    adapter = good(["model.layers.0.self_attn.q_proj"])
+    rank = adapter.config["r"]
+    adapter.config |= {"target_modules": ["gate_up_proj"], **kind}
+    adapter.tensors = {
+        f"base_model.model.{module}.lora_A.weight": torch.ones(rank, 128),
+        f"base_model.model.{module}.lora_B.weight": torch.ones(2 * 208, rank),
+    }
+    if "use_dora" in kind:
+        name = f"base_model.model.{module}.lora_magnitude_vector"
+        adapter.tensors[name] = torch.ones(2 * 208)
+    problems = validate(adapter.write(tmp_path / "adapter"), layout)
+    assert bool(problems) == (found is not None)
+    assert all(found in problem.message for problem in problems)
+
+
 def test_adapters_of_an_encoder_that_a_decoder_follows_are_served(tmp_path):
     from vllm_multilora.integration.offline.model import Server, offline_layout
 

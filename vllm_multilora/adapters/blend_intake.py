@@ -285,10 +285,11 @@ def _misfits(part: BlendPart, intake: Intake) -> Iterator[Problem]:
             Code.UNSUPPORTED_FEATURE,
             f"{part.path}/{TENSORS_NAME}",
             "",
-            "tensors of embeddings, output heads or experts",
+            "tensors of layers that vLLM fills itself: embeddings, output heads, experts and, with "
+            "tensor parallelism, layers of several parts that checkpoints have as one",
             "linear layers only in a part of a blend",
             verb="has",
-            hint=f"vLLM fills such layers by itself: ask for {part.name!r} alone",
+            hint=f"ask for {part.name!r} alone",
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from multilora_kernels.dtypes import FLOAT32, DType
-from vllm_multilora.adapters.names import WRAPPED, WRAPPED_EXPERTS
+from vllm_multilora.adapters.names import FUSED_EXPERTS, HEADS, WRAPPED, WRAPPED_EXPERTS
 from vllm_multilora.adapters.naming import ModuleNaming
 
 BLOCK_BYTES = 64
@@ -154,6 +154,16 @@ class ModelLayout:
         if module.endswith(WRAPPED_EXPERTS):
             module = module.removesuffix(WRAPPED)
         return module in self.special
+
+    def kind_of_special(self, module: str) -> str:
+        """What a special module (its name here) is."""
+        if (shape := self.special_shapes.get(module)) is not None:
+            return "an embedding" if shape.embedding else "an output head"
+        if f"{FUSED_EXPERTS}." in f"{module}.":
+            return "experts"
+        if set(HEADS) & set(module.split(".")):
+            return "a head for classes"
+        return "a layer that vLLM fills itself"
 
     def largest_bytes(self) -> int:
         """Bytes of a packed adapter that has the largest rank on every slice."""

@@ -158,13 +158,13 @@ class Placement:
         """An activated adapter can have linear layers and the output head, as in PEFT."""
         if not (self._config and self._config.invocation_tokens and self._layout.is_special(name)):
             return
-        shape = self._layout.special_shapes.get(name)
-        if shape is not None and not shape.embedding:
+        kind = self._layout.kind_of_special(name)
+        if kind not in ("an embedding", "experts"):
             return
         self._problems.add(
             Code.UNSUPPORTED_FEATURE,
             tensor,
-            "of an embedding" if shape else "of a layer that is no plain linear one",
+            f"of {kind}",
             "linear layers and 'lm_head' only, with 'alora_invocation_tokens'",
             hint="PEFT does not activate such layers: train without them in 'target_modules'",
             cause="activated",
@@ -175,11 +175,8 @@ class Placement:
         if not (self._config and self._config.dora and self._layout.dora):
             return
         if self._layout.is_special(name):
-            shape = self._layout.special_shapes.get(name)
-            kind = "a layer that is no plain linear one"
-            if shape is not None:
-                kind = "an embedding" if shape.embedding else "an output head"
-            found, expected = f"of {kind}", "linear layers only"
+            found = f"of {self._layout.kind_of_special(name)}"
+            expected = "linear layers that the server fills"
             hint = "train without it in 'target_modules'"
         elif why := self._of_parts(self._layout.no_dora, name):
             found = f"of a layer whose outputs cannot be multiplied: {why}"
