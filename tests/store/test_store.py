@@ -36,13 +36,17 @@ from vllm_multilora.store.launch import StoreProcess, StoreThread
 from vllm_multilora.store.mapper import SegmentMapper
 from vllm_multilora.store.messages import (
     PROTOCOL,
+    Configure,
     Describe,
     Evicted,
     Forgotten,
     FromStore,
     Hello,
     Loaded,
+    Refused,
     Restarted,
+    SegmentClosed,
+    SegmentOpened,
     StoreSettings,
     Totals,
     Want,
@@ -161,6 +165,21 @@ def test_a_full_arena_makes_room_and_says_who_left(engines):
     engine.load(2, f"/fake/b?blocks={MIB}")
     engine.until(lambda: Evicted(first.pack) in engine.seen)
     engine.until(lambda: Totals(MIB, 1, MIB, None) in engine.seen)
+
+
+def test_a_segment_is_told_of_once_and_so_is_its_end(store_folder):
+    said = []
+    channel = SimpleNamespace(send=said.append, close=lambda: None)
+    server = Server(folder.listen(store_folder / "s.sock"), ThreadRunner(), FakeReader())
+    server._connections[-1] = Connection(-1, channel, watches=True)
+    server._segments.create(7, 4096)
+    for _ in range(2):
+        server._tell_segments()
+    server._segments.close(7)
+    for _ in range(2):
+        server._tell_segments()
+    assert said == [SegmentOpened(7), SegmentClosed(7)]
+    server._close()
 
 
 def test_who_does_not_read_is_told_no_more_of_what_is_in_memory_and_the_newest_then(store_folder):
@@ -517,11 +536,9 @@ def test_no_store_is_looked_for_in_a_folder_that_others_have_made_in_its_place(s
             host.connect()
 
 
-def test_an_unknown_policy_is_refused_and_another_one_is_noted(engines):
+def test_another_policy_than_the_first_engines_is_noted(engines):
     assert engines("one", policy="lru").notes == []
     assert "'lru'" in engines("two", policy="gdsf").notes[0]
-    client = StoreClient(StoreProcess(FAKE), "three")
-    client.close()
 
 
 def test_a_process_without_standard_streams_can_start_a_store():
@@ -580,6 +597,17 @@ client.close()
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_a_store_has_no_key_of_the_server_that_starts_it(engines, monkeypatch):
+    """Its jobs have what it has, and read strangers' files."""
+    names = ("MULTILORA_ADMIN_KEY", "MULTILORA_CACHE_SALT", "VLLM_API_KEY")
+    for name in names:
+        monkeypatch.setenv(name, "a secret")
+    monkeypatch.setenv("NO_SECRET", "of the server")
+    has = engines().store().environ()
+    assert has["NO_SECRET"] == "of the server"
+    assert has.keys().isdisjoint(names)
+
+
 def test_a_waking_thread_calls_once_until_the_next_poll(engine):
     woken = threading.Semaphore(0)
     engine.client.start_waking(woken.release)
@@ -623,6 +651,37 @@ def test_a_stores_log_is_emptied_where_it_has_grown_long(engine, store_folder):
         path.write_text(said)
         engine.load(1, f"/fake/{kept}")
         assert path.stat().st_size == kept
+
+
+HELLO = Hello(PROTOCOL, "engine", "server", 1)
+UNKNOWN_POLICY = Configure(b"\x91\x01", StoreSettings(policy="unheard-of"))
+NO_BUDGET = Configure(b"\x91\x01", StoreSettings(budget_bytes=-1))
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ([Describe()], "the first message is Describe, expected Hello"),
+        ([HELLO, HELLO], "Hello was said twice"),
+        ([HELLO, Configure(b"\xc1", StoreSettings())], "the layouts cannot be understood"),
+        ([HELLO, UNKNOWN_POLICY], "unheard-of"),
+        ([HELLO, NO_BUDGET], "bytes"),
+    ],
+    ids=["no-greeting", "two-greetings", "layouts", "policy", "budget"],
+)
+def test_a_client_that_makes_no_sense_is_refused_alone_with_a_reason(said, reason):
+    host, heard = StoreThread(FakeReader()), []
+    with contextlib.closing(Channel(host.connect(), FromStore)) as client:
+        for message in said:
+            client.send(message)
+        while not any(isinstance(message, Refused) for message in heard):
+            heard += [message for message, _ in client.receive()]
+        assert reason in heard[-1].reason
+        with pytest.raises(ChannelClosedError, match="has closed"):
+            client.receive()
+    other = Engine(StoreClient(host, "other"))
+    assert isinstance(other.load(1, "/fake/a"), Loaded)
+    other.client.close()
 
 
 def test_the_same_store_runs_on_a_thread(threaded):

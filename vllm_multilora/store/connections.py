@@ -53,17 +53,15 @@ class Connection:
     Attributes:
         number: Of the client.
         channel: To the client.
-        mapped: Segments that it has mapped.
+        segments: Those that it has mapped, or been told of: it is told when they are closed.
         watches: Whether it registers segments with a device, and so is told of all.
-        told: Those that it has been told of.
         totals: What it was told of host memory last.
     """
 
     number: int
     channel: Channel[FromClient]
-    mapped: set[int] = field(default_factory=set)
+    segments: set[int] = field(default_factory=set)
     watches: bool = False
-    told: set[int] = field(default_factory=set)
     totals: Totals | None = None
 
 
@@ -180,4 +178,4 @@ class Conversation:
             connection.channel.send(Segment(number, size), [descriptor])
         finally:
             os.close(descriptor)
-        connection.mapped.add(number)
+        connection.segments.add(number)

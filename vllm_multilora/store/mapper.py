@@ -50,7 +50,6 @@ class _Mapped:
     def __init__(self, descriptor: int, size: int, *, writable: bool) -> None:
         access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
         self._map = mmap.mmap(descriptor, size, mmap.MAP_SHARED, access)
-        self.size = size
         self.address = int(np.frombuffer(self._map, np.uint8).__array_interface__["data"][0])
 
     def view(self, offset: int, nbytes: int) -> memoryview:
@@ -130,7 +129,6 @@ class SegmentMapper:
         self.drop_closed()
         try:
             self._connected()
-            self._channel_wait(0)
         except ChannelClosedError as error:
             self._disconnect()
             raise StoreUnavailableError(str(error)) from error
@@ -184,7 +182,7 @@ class SegmentMapper:
             os.close(descriptors[0])
         self._segments[number] = mapped
         if self._device is not None:
-            self._device.add(number, mapped.address, mapped.size)
+            self._device.add(number, mapped.address, answer.size)
         return mapped
 
     def _unmap(self, number: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import logging
@@ -82,16 +81,13 @@ class Server:
         self._totals_sent = 0.0
         self._stopped = False
         self._bell, self._rope = socket.socketpair()
-        for sock in (self._bell, self._rope):
-            sock.setblocking(False)
         self._selector.register(self._door, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._hear_bell)
+        self._selector.register(self._bell, selectors.EVENT_READ, lambda: None)
 
     def stop(self) -> None:
         """Makes `run` return soon; for signal handlers and other threads."""
         self._stopped = True
-        with contextlib.suppress(OSError):
-            self._rope.send(b"\0")
+        self._rope.close()  # which the other end hears
 
     def run(self) -> None:
         """Serves until the last client has gone, or `stop`."""
@@ -226,19 +222,18 @@ class Server:
         self._names.leave(number)
         if number in self._registry.clients:
             self._registry.client_gone(number, time.monotonic())
-        if not self._connections:
-            self._alone_since = time.monotonic()
+        self._alone_since = time.monotonic()
 
     def _tell_segments(self) -> None:
         numbers = self._segments.numbers
         for number, connection in self._connections.items():
-            for segment in connection.mapped - numbers:
+            for segment in connection.segments - numbers:
                 self.send(number, SegmentClosed(segment))
-            connection.mapped &= numbers
+            connection.segments &= numbers
             if connection.watches:
-                for segment in numbers - connection.told:
+                for segment in numbers - connection.segments:
                     self.send(number, SegmentOpened(segment))
-                connection.told = numbers
+                connection.segments |= numbers
 
     def _tell_totals(self) -> None:
         totals, now = self._registry.memory.totals(), time.monotonic()
@@ -274,10 +269,6 @@ class Server:
             reading=self._desk.reading,
             stuck=self._desk.stuck,
         )
-
-    def _hear_bell(self) -> None:
-        with contextlib.suppress(OSError):
-            self._bell.recv(64)
 
     def _close(self) -> None:
         self._door.close()  # first: clients that are told look for the next store at once
