@@ -188,6 +188,7 @@ class World:
         allocations += [one for one in self.registry.loads._dying.values() if one]
         assert memory.staged == len(allocations)
         assert all((one.leader or one).wanted() for one in loads), "a load that nobody waits for"
+        assert all(len(one.owners) == len(set(one.owners)) for one in loads)
         assert self.registry.loads._dying.keys() == self.dying
         assert totals.bytes == packs + sum(one.held_bytes for one in allocations)
         if memory.policy is self.policy:

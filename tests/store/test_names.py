@@ -314,6 +314,18 @@ def test_a_change_after_a_stores_death_is_answered_when_those_have_come_that_wer
     assert first.table == second.table == ({"acme": 102} if change == "publish" else {})
 
 
+def test_a_change_that_was_replaced_is_answered_too_when_those_have_come_that_were_there():
+    stores = Stores()
+    first, _ = servers = [ApiServer(stores, peers=2) for _ in range(2)]
+    finish(stores, servers)
+    stores.die()
+    requests = {first.publish("acme", 101), first.publish("acme", 102)}
+    finish(stores, [first])
+    assert requests.isdisjoint(first.settled)
+    finish(stores, servers)
+    assert requests <= first.settled
+
+
 def test_an_api_server_that_leaves_a_new_store_is_not_waited_for_there():
     stores = Stores()
     servers = first, second, third = [ApiServer(stores, peers=3) for _ in range(3)]

@@ -253,8 +253,7 @@ class Loads:
             unserved = [ticket for ticket in load.tickets if pack is None and ticket.keep]
             again.append((load, unserved + load.later))
         if pack is not None:
-            if (tenant := leader.whose()) is not None:
-                self._memory.own(pack, tenant)
+            self._memory.own(pack, leader.whose())
             self._memory.release(info.pack)
         for load, tickets in again:
             self._again(load, tickets)

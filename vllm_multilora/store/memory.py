@@ -157,11 +157,10 @@ class HostMemory:
         pack = self.packs[number]
         pack.leases -= leases
         self._drop_if_useless(pack)
-        if pack.tenant is not None:
-            self.keep_within(pack.scope, pack.tenant)
+        self.keep_within(pack.scope, pack.tenant)
 
-    def own(self, pack: Pack, tenant: Owner) -> None:
-        """A tenant wants a pack: if it is nobody's, it becomes the tenant's.
+    def own(self, pack: Pack, tenant: Owner | None) -> None:
+        """Somebody wants a pack: if it is no tenant's, it becomes this one's; None: no tenant.
 
         It may leave at once if it is not on lease.
         """
@@ -177,14 +176,13 @@ class HostMemory:
         if len(self.tenant_limits) > MOST_LIMITS:
             del self.tenant_limits[next(iter(self.tenant_limits))]  # said again when it wants more
 
-    def keep_within(self, scope: Scope, tenant: Owner, coming: int = 0) -> None:
+    def keep_within(self, scope: Scope, tenant: Owner | None, coming: int = 0) -> None:
         """Has a tenant's least valuable packs leave while it has more than its limit.
 
         What is on lease stays: the limit bounds what a tenant keeps, and fails no request.
         `coming` packs count as if they were here already.
         """
-        most = self.tenant_limits.get((scope, tenant))
-        if most is None:
+        if tenant is None or (most := self.tenant_limits.get((scope, tenant))) is None:
             return
         own = {n: p for n, p in self.packs.items() if p.tenant == tenant and p.scope == scope}
         idle = sorted(number for number, pack in own.items() if not pack.leases)

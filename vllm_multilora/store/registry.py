@@ -91,8 +91,7 @@ class Registry:
             pack = self.memory.of_adapter(binding, want.path)
             if pack is not None:
                 self._answers.loaded(ticket, pack.info, now, was_read=False)
-                if tenant is not None:
-                    self.memory.own(pack, tenant)
+                self.memory.own(pack, tenant)
                 return
             known = self.loads.failures.find(binding, want.path, now)
             if known is not None:
