@@ -132,11 +132,17 @@ def in_slot(layer: Any, part: str) -> torch.Tensor:
     ids=["held-as-one", "mixed-formats", "one-by-one"],
 )
 def test_slots_hold_what_peft_adds(
-    configs: Path, trained: dict[str, Trained], model: str, mixed: bool
+    configs: Path, trained: dict[str, Trained], tmp_path: Path, model: str, mixed: bool
 ) -> None:
-    """Nobody has said of the adapter which format it has, and which one the model."""
+    """Nobody has said of the adapter which format it has, and which one the model.
+
+    An adapter of other layers that gets its slot afterwards adds nothing to experts.
+    """
     from vllm_multilora.integration.offline.model import one_worker
 
+    of_queries = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    others = {f"{of_queries}_A.weight": torch.ones(RANK, 96)}
+    others[f"{of_queries}_B.weight"] = torch.ones(256, RANK)
     formats = {"enable_mixed_moe_lora_format": mixed}
     adapter = trained[model]
     with (
@@ -159,6 +165,9 @@ def test_slots_hold_what_peft_adds(
             torch.testing.assert_close(in_slot(layer, "w13"), expected, rtol=1e-4, atol=1e-4)
             expected = adapter.deltas[name, "down_proj"]
             torch.testing.assert_close(in_slot(layer, "w2"), expected, rtol=1e-4, atol=1e-4)
+        assert isinstance(fill(write(tmp_path, others, RANK, ALPHA)), Filled)
+        for layer in layers.values():
+            assert not any(in_slot(layer, part).any() for part in ("w13", "w2"))
 
 
 def test_experts_without_gates_have_all_that_peft_adds() -> None:
