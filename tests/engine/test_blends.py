@@ -355,7 +355,8 @@ def test_a_blend_that_is_checked_while_a_part_is_reloaded_is_checked_again(engin
 def test_a_blend_that_workers_check_while_a_part_is_reloaded_is_checked_again(engines):
     engine = engines()
     change_part(engine, 1, 20, "one")
-    future = engine.adapters.register(blend(0.5))
+    request = blend(0.5)
+    future = engine.adapters.register(request)
     made = msgspec.structs.replace(blended_pack(12, "one", "two"), has_special=True)
     engine.store.loaded(made)
     engine.poll()
@@ -364,6 +365,7 @@ def test_a_blend_that_workers_check_while_a_part_is_reloaded_is_checked_again(en
     engine.workers.filled(order)
     engine.poll()
     assert not future.done()
+    assert engine.adapters.version(request.lora_int_id) is None
     engine.store.loaded(blended_pack(13, "new", "two"))
     engine.poll()
     assert future.result()
