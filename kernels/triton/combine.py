@@ -26,11 +26,12 @@ from multilora_kernels.triton.tiles import (
     load_tokens,
     round_up,
     store_grain,
+    sum_planes,
     take_share,
 )
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 16, 64, 4
-PER_PROCESSOR = 6
+PER_PROCESSOR = 4
 
 # What one launch more is taken to cost, in bytes that the second-level cache could deliver
 # meanwhile: a microsecond or two at some terabytes a second. An estimate, not measured.
@@ -127,23 +128,17 @@ def combine_kernel(
         tl.extra.cuda.gdc_wait()
     COLUMN_BLOCKS: tl.constexpr = (R + BLOCK_N - 1) // BLOCK_N  # Triton 3.6 nests cdiv's constant
     PIECES: tl.constexpr = SLICES * COLUMN_BLOCKS
-    H_GRAIN: tl.constexpr = 128 // planes.dtype.element_ty.primitive_bitwidth
     parts, header = load_header(plan, tl.program_id(0) // PIECES, BLOCK_M)
     first, end = take_share(parts * PIECES)
     for piece in tl.range(first, end, num_stages=1):
         slot, start, rows = load_part(plan, piece // PIECES, header, BLOCK_M)
         slice_id = piece % PIECES // COLUMN_BLOCKS
-        column = piece % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_column = piece % COLUMN_BLOCKS * BLOCK_N
+        column = first_column + tl.arange(0, BLOCK_N)
         rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
         token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
         row = planes + (slice_id.to(tl.int64) * tokens + token) * R
-        at = row[:, None] + column[None, :]
-        loaded = column < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1)
-        computed = live[:, None] & loaded[None, :]
-        total = tl.load(at, mask=computed, other=0.0).to(tl.float32)
-        for _ in tl.range(1, SPLIT_K, num_stages=1):
-            at += tokens.to(tl.int64) * (SLICES * R)
-            total += tl.load(at, mask=computed, other=0.0)
+        total = sum_planes(row, first_column, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK_N)
         total = tl.where(column[None, :] < rank, total, 0.0)
         written = column < R if ZEROS else column < round_up(rank, GRAIN)
         own = h + slice_id * h_slice.to(tl.int64) * GRAIN + column

@@ -34,13 +34,12 @@ from multilora_kernels.triton.tiles import (
     load_part,
     load_tokens,
     round_up,
+    sum_planes,
     take_share,
 )
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
 _MOST_SUMS = tl.constexpr(2048)  # of a block of y; 16 for each of 128 threads
-# Planes of h that are asked for at once: up to so many, or in groups of so many.
-_PLANES, _GROUP = tl.constexpr(8), tl.constexpr(6)
 
 
 def prepare_expand(
@@ -318,7 +317,7 @@ def _expand_blocks(
             # Returns when the first half has ended and its stores are visible. All that came
             # before, the weights included, was loaded while it still ran.
             tl.extra.cuda.gdc_wait()
-        total = _sum_planes(h, 0, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK)
+        total = sum_planes(h, 0, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK)
         for done in tl.range(first * BLOCK_N, end, COLUMNS, num_stages=1):
             column = done + lane
             inside = (column < width) & (column < end)
@@ -334,7 +333,7 @@ def _expand_blocks(
                     more = _load_b(
                         b, b_row, b_column, done, r, width, end, rank, GRAIN, COLUMNS, BLOCK
                     )
-                    sums = _sum_planes(h, r, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK)
+                    sums = sum_planes(h, r, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK)
                     product = _add_product(product, sums, more, r, rank, OUT, BLOCK)
             if not OVERWRITE:
                 product += tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -371,40 +370,6 @@ def _load_b(
     at = b + (column.to(tl.int64) * b_row)[None, :] + r[:, None] * b_column
     mask = ((column < width) & (column < end))[None, :] & (r < round_up(rank, GRAIN))[:, None]
     return tl.load(at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _sum_planes(
-    h,
-    first_r,
-    live,
-    rank,
-    tokens,
-    SLICES: tl.constexpr,
-    R: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """`sum(planes)[:, first_r:]`, float32 [BLOCK_M, BLOCK], in ascending order of the planes."""
-    r = first_r + tl.arange(0, BLOCK)
-    at = h[:, None] + r[None, :]
-    H_GRAIN: tl.constexpr = 128 // h.dtype.element_ty.primitive_bitwidth
-    mask = live[:, None] & (r < round_up(rank, H_GRAIN if R % H_GRAIN == 0 else 1))[None, :]
-    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    plane = tokens.to(tl.int64) * (SLICES * R)
-    # Pipelining these loops would keep a copy of the planes in shared memory for nothing.
-    if SPLIT_K <= _PLANES:
-        for _ in tl.range(1, SPLIT_K, num_stages=1):
-            at += plane
-            total += tl.load(at, mask=mask, other=0.0)
-    else:
-        # The compiler must not see how many groups there are, or it asks for all planes at once
-        # and has no registers for them.
-        for first in tl.range(1, rank * 0 + SPLIT_K, _GROUP, num_stages=1):
-            for i in tl.static_range(_GROUP):
-                at += plane
-                total += tl.load(at, mask=mask & (first + i < SPLIT_K), other=0.0)
-    return total
 
 
 @triton.jit

@@ -11,7 +11,7 @@ program reads once; no program is without work while there are as many pieces as
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ _ROWS = tl.constexpr(PLAN_ROWS)
 _TILES = tl.constexpr(PLAN_TILES)
 _TOKENS = tl.constexpr(PLAN_TOKENS)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Planes of h that are asked for at once: up to so many, or in groups of so many.
+_PLANES, _GROUP = tl.constexpr(8), tl.constexpr(6)
 
 
 def store_grain(h: torch.Tensor) -> int:
@@ -140,6 +142,42 @@ def round_up(rank, GRAIN: tl.constexpr):
     So they go on to the end of the 16 bytes, inside the row, and who reads drops the excess.
     """
     return tl.cdiv(rank, GRAIN) * GRAIN
+
+
+@triton.jit
+def sum_planes(
+    h,  # pointers to the rows in the first plane, [BLOCK_M]
+    first_r,
+    live,
+    rank,
+    tokens,
+    SLICES: tl.constexpr,
+    R: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`sum(planes)[:, first_r:]`, float32 [BLOCK_M, BLOCK], in ascending order of the planes."""
+    r = first_r + tl.arange(0, BLOCK)
+    at = h[:, None] + r[None, :]
+    H_GRAIN: tl.constexpr = 128 // h.dtype.element_ty.primitive_bitwidth
+    WIDE: tl.constexpr = R % H_GRAIN == 0
+    mask = live[:, None] & (r < round_up(rank, H_GRAIN if WIDE else 1))[None, :]
+    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    plane = tokens.to(tl.int64) * (SLICES * R)
+    # Pipelining these loops would keep a copy of the planes in shared memory for nothing.
+    if WIDE and SPLIT_K <= _PLANES:
+        for _ in tl.range(1, SPLIT_K, num_stages=1):
+            at += plane
+            total += tl.load(at, mask=mask, other=0.0)
+    else:
+        # The compiler must not see how many groups there are, or it asks for all planes at once
+        # and has no registers for them. Loads of single elements take more by themselves.
+        GROUP: tl.constexpr = _GROUP if WIDE else 1
+        for first in tl.range(1, rank * 0 + SPLIT_K, GROUP, num_stages=1):
+            for i in tl.static_range(GROUP):
+                at += plane
+                total += tl.load(at, mask=mask & (first + i < SPLIT_K), other=0.0)
+    return total
 
 
 @triton.jit

@@ -37,6 +37,7 @@ CROWDED = ("qkv invariant, high rank",)
 TIGHT = (
     "K of whole loads only",
     "down 8B invariant",
+    "gate-up 8B mixed",
     "o mixed",
     "qkv decode fp32",
     "qkv fp32, invariant",
