@@ -40,6 +40,7 @@ from vllm_multilora.store.messages import (
     Describe,
     Evicted,
     Forgotten,
+    FromClient,
     FromStore,
     Hello,
     Loaded,
@@ -346,8 +347,27 @@ def test_a_worker_keeps_what_it_has_mapped_of_a_store_that_has_died(engine):
     again = engine.load(1, path).pack
     assert bytes(view) == content_of(path) * 64
     assert bytes(mapper.view(again.index_place, 64, again.segments)) == bytes(view)
-    view.release()
     mapper.close()
+    assert bytes(view) == content_of(path) * 64, "it unmaps when it goes"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [([Refused("no descriptor left")], "refuses: no descriptor left"), ([], "has not answered")],
+    ids=["refused", "no-answer"],
+)
+def test_a_worker_that_gets_no_segment_says_why(store_folder, monkeypatch, said, reason):
+    monkeypatch.setattr("vllm_multilora.store.mapper._ANSWER_S", 0.01)
+    path = store_folder / "s.sock"
+    with folder.listen(path) as listener:
+        mapper = SegmentMapper(f"unix:{path}", "server")
+        with contextlib.closing(Channel(listener.accept()[0], FromClient)) as store:
+            for message in said:
+                store.send(message)
+            with pytest.raises(StoreUnavailableError, match=reason):
+                mapper.address(0, [1])
+        mapper.close()
+    assert mapper.wait(0), "there is something to do: it is not connected"
 
 
 def test_between_copies_a_worker_gives_back_the_memory_of_a_store_that_has_died(engine):
