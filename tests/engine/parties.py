@@ -158,6 +158,7 @@ class FakeWorkers:
         self.answers: Callable[[], None] = lambda: None  # when somebody waits
 
     def send(self, orders):
+        assert orders, "a call of all workers for nothing"
         self.orders += orders
         self.sent += orders
         self._unanswered |= {order.order: set(range(self.ranks)) for order in orders}

@@ -314,6 +314,17 @@ def test_cached_blocks_that_were_given_back_before_the_loss_was_known_are_thrown
     assert server.scheduler.kv_cache_manager.evicted == {"lost"}
 
 
+def test_cached_blocks_of_steps_that_are_long_over_are_kept(server):
+    server.start("before", 2)
+    server.abort("before")
+    server.start("lost", 2)
+    for _ in range(20):
+        server.step()
+    server.engine.workers.say(Missing(2), ranks=[0])
+    server.step()
+    assert server.scheduler.kv_cache_manager.evicted == {"lost"}
+
+
 def test_a_reload_that_fails_ends_the_request_that_asked_for_it_and_no_other(server):
     server.start("running", 1)
     server.ask("reload", 1, inplace=True)
