@@ -304,27 +304,28 @@ def test_rows_of_an_adapter_that_is_in_no_slot_are_computed_without_it_until_it_
     slots = Slots(7, None)
     manager = slots.worker()
     requests, language = {8: lora(8), 7: lora(7)}, LoRAMappingType.LANGUAGE
-    ids, tokens = np.array([8, 7, 0]), np.array([2, 1, 1])
+    ids, tokens, sampled = np.array([8, 7, 0]), np.array([2, 2, 1]), np.array([2, 1, 1])
+    inactive = np.array([0, 1, 0])  # of adapter 7, which is activated by a request's second token
     batch = SimpleNamespace(
         lora_id_to_lora_request=requests, request_lora_mapping=ids, num_reqs=len(ids)
     )
 
     def step():
+        mapping = BatchMapping(ids, tokens, sampled, language, inactive)
         if described == "by the batch":
-            manager.activate_batch(batch, tokens, None, language, None)
+            manager.activate_batch(batch, tokens, sampled, language, inactive)
         elif described == "by requests":
-            mapping = BatchMapping(ids, tokens, None, language)
             manager.set_active_adapters(set(requests.values()), mapping)
         else:
-            mapping = LoRAMapping(tuple(ids.repeat(tokens)), tuple(ids))
-            manager.set_active_adapters(set(requests.values()), mapping)
+            rows = LoRAMapping(mapping.index_mapping, mapping.prompt_mapping)
+            manager.set_active_adapters(set(requests.values()), rows)
         return slots.mapped[-1]
 
     for count in (1, 2):
-        assert step() == ((0, 0, 7, 0), (0, 7, 0))
+        assert step() == ((0, 0, 0, 7, 0), (0, 0, 7, 0))
         assert slots.told == [Missing(8)] * count
     slots.lora_index_to_id[1] = 8
-    assert step() == ((8, 8, 7, 0), (8, 7, 0))
+    assert step() == ((8, 8, 0, 7, 0), (8, 8, 7, 0))
     assert len(slots.told) == 2
 
 

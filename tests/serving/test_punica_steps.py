@@ -221,6 +221,17 @@ def test_buffers_keep_their_addresses_for_captured_graphs():
         assert own._embeddings_indices.data_ptr() == before[1]
 
 
+def test_compiled_code_calls_what_was_prepared_for_its_own_layer(monkeypatch: pytest.MonkeyPatch):
+    wrapper, ranks = make_wrapper(), torch.zeros(1, len(SLOTS)).int()
+    weights = [((torch.zeros(4, 1, 8, 16),), (torch.zeros(4, 1, 24, 8),)) for _ in range(2)]
+    layers = [wrapper.for_layer(ranks, ranks) for _ in weights]
+    prepared = [own.linear(*each) for own, each in zip(layers, weights, strict=True)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for own, each, expected in zip(layers, weights, prepared, strict=True):
+        assert own.linear(*each) is expected
+    assert wrapper.linear(*weights[0]) is None
+
+
 def test_rows_are_staged_in_turn(monkeypatch: pytest.MonkeyPatch):
     """The host may run steps ahead: it waits for the copy from a buffer that it uses again."""
     from multilora_kernels import staging
