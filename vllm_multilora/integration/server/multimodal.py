@@ -29,6 +29,10 @@ from vllm_multilora.integration.server.callers import (
 if TYPE_CHECKING:
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG2000", "MPO")
+"""Of tenants' images. Pillow has Python unpack many others, in which nobody is answered; icons hold
+images that are larger than they say."""
+
 
 def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:
     """The adapter that the operator has set for what a base-model request holds, if it is one.
@@ -160,12 +164,19 @@ def unpack(original: Callable[..., Any], reader: Any, data: bytes) -> Any:
 
 
 def _size_told(data: bytes) -> int:
-    """Bytes that an image has, by what its file begins with; 0 where that says nothing."""
+    """Bytes that an image has, by what its file begins with; 0 where that says nothing.
+
+    Raises:
+        GracefulHTTPError: It is of a kind that Python unpacks pixel by pixel.
+    """
     try:
-        width, height = Image.open(BytesIO(data)).size
+        image = Image.open(BytesIO(data))
     except Exception:  # which vLLM answers
         return 0
-    return 4 * width * height
+    if image.format not in _FORMATS:
+        message = f"Found an image of the format {image.format}, expected {', '.join(_FORMATS)}."
+        raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST)
+    return 4 * image.width * image.height
 
 
 def _size(media: Any) -> int:
