@@ -621,7 +621,13 @@ def test_a_request_that_cannot_be_sent_leaves_nothing(way):
 
     processor, who = OutputProcessor(None, log_stats=False), caller(None, tokens_per_minute=1)
     METER.set(processor, ServerMeter(None))
+    engine = SimpleNamespace(
+        lora_config=object(),
+        additional_config={},
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+    )
     client = SimpleNamespace(
+        vllm_config=engine,
         output_processor=processor,
         engine_core=Core(),
         log_requests=False,
