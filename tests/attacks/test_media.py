@@ -2,12 +2,14 @@
 
 import asyncio
 import base64
+import gc
 import io
 import struct
 import threading
 import wave
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -231,3 +233,61 @@ def test_python_unpacks_no_image_of_a_tenants(data: bytes) -> None:
     assert load_image(data).media.size
     with pytest.raises(GracefulHTTPError, match="Found an image of the format"):
         as_caller(tenant("acme"), lambda: load_image(data))
+
+
+BROKEN = b"no image"
+
+
+@pytest.mark.parametrize(
+    ("images", "refusal"),
+    [
+        pytest.param([png()] * 6, "bytes of unpacked images", id="too-large"),
+        pytest.param([png(), BROKEN, BROKEN], "Failed to load image", id="broken"),
+    ],
+)
+def test_what_a_refused_call_has_unpacked_is_not_kept(
+    images: list[bytes],
+    refusal: str,
+    executor: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waited for Python to look for circles: two clients had a server hold six gigabytes."""
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import AsyncMultiModalItemTracker
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.multimodal.media import connector
+
+    monkeypatch.setattr(callers, "MOST_UNPACKED", 4 * UNPACKED)
+    monkeypatch.setattr(connector, "global_thread_pool", executor)
+    urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images]
+
+    @with_cancellation
+    async def endpoint(request: Any, raw_request: Any) -> None:
+        tracker: Any = object.__new__(AsyncMultiModalItemTracker)
+        fetch = connector.MediaConnector().fetch_image_async
+        tracker._items_by_modality = {"image": [partial(fetch, url) for url in urls]}
+        await tracker.resolve_items()
+
+    async def call() -> str:
+        client = SimpleNamespace(receive=asyncio.Event().wait)  # who stays
+        try:
+            await endpoint(None, raw_request=client)
+        except (GracefulHTTPError, ValueError) as error:  # which `pytest.raises` would keep
+            return str(error)
+        return ""
+
+    assert refusal in as_caller(tenant("acme"), lambda: asyncio.run(call()))
+    gc.disable()
+    try:
+        before = images_and_errors()
+        as_caller(tenant("acme"), lambda: asyncio.run(call()))
+        executor.shutdown()  # whose threads have what they work on until they end
+        assert not images_and_errors().keys() - before
+    finally:
+        gc.enable()
+
+
+def images_and_errors() -> dict[int, Any]:
+    """All that there are, by id."""
+    found = (each for each in gc.get_objects() if isinstance(each, Image.Image | Exception))
+    return {id(each): each for each in found}

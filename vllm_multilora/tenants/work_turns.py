@@ -71,3 +71,7 @@ class _WorkTurns:
             result.set_result(work())
         except BaseException as error:  # which those are told who wait for the result
             result.set_exception(error)
+        finally:
+            # The error has this function's variables, which would hold it in turn: all that the
+            # work had would stay until Python looks for circles.
+            del result, work, is_wanted

@@ -486,6 +486,36 @@ PATCHES: tuple[Patch, ...] = (
         until="As unpacked-images.",
     ),
     Patch(
+        name="errors-of-images",
+        target="vllm.multimodal.media.connector:MediaConnector.load_from_url_async",
+        takes=("self, url, media_io, *, fetch_timeout=None",),
+        handler="server.released_errors:release",
+        why="Where an image or the like is refused, its error holds what it was unpacked from, and "
+        "is held by it, until Python looks for circles. Has it held by nothing.",
+        checked=(),
+        until="vLLM keeps no error in a variable that the error holds.",
+    ),
+    Patch(
+        name="errors-of-prompts",
+        # Not where the class is defined, which differs between versions.
+        target="vllm.entrypoints.scale_out.token_in_token_out.serving:"
+        "AsyncMultiModalItemTracker.resolve_items",
+        takes=("self",),
+        handler="server.released_errors:release",
+        why="As errors-of-images, of all that the prompt has: gigabytes after a few calls.",
+        checked=(),
+        until="As errors-of-images.",
+    ),
+    Patch(
+        name="errors-of-calls",
+        target="vllm.entrypoints.serve.utils.api_utils:with_cancellation",
+        takes=("handler_func",),
+        handler="server.released_errors:with_cancellation",
+        why="As errors-of-images, of all that a call has.",
+        checked=(),
+        until="As errors-of-images.",
+    ),
+    Patch(
         name="turns-for-recordings",
         target="vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing.__init__",
         takes=(
