@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import ClientSession, TCPConnector
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from vllm.connections import global_http_connection
 from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
 from vllm.entrypoints.pooling.typing import PoolingEngineInput
@@ -29,9 +29,10 @@ from vllm_multilora.integration.server.callers import (
 if TYPE_CHECKING:
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG2000", "MPO")
-"""Of tenants' images. Pillow has Python unpack many others, in which nobody is answered; icons hold
-images that are larger than they say."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG2000")
+"""Of tenants' images. Pillow has Python unpack many others, in which nobody is answered, or even
+read them for long to find out that they are broken; icons hold images that are larger than they
+say."""
 
 
 def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:
@@ -167,15 +168,15 @@ def _size_told(data: bytes) -> int:
     """Bytes that an image has, by what its file begins with; 0 where that says nothing.
 
     Raises:
-        GracefulHTTPError: It is of a kind that Python unpacks pixel by pixel.
+        GracefulHTTPError: It is of none of the formats that tenants may send.
     """
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        message = f"Found other data, expected an image in one of {', '.join(_FORMATS)}."
+        raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST) from error
     except Exception:  # which vLLM answers
         return 0
-    if image.format not in _FORMATS:
-        message = f"Found an image of the format {image.format}, expected {', '.join(_FORMATS)}."
-        raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST)
     return 4 * image.width * image.height
 
 
