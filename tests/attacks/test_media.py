@@ -10,6 +10,7 @@ import wave
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,9 +89,10 @@ def test_a_host_that_never_answers_one_tenant_keeps_no_others_waiting(
     assert asyncio.run(fetch()) == b"fine"
 
 
-def test_pooling_waits_for_no_host_on_the_thread_that_makes_prompts_for_all() -> None:
+@pytest.mark.parametrize("kind", ["base:PoolingIOProcessor", "embed:TokenEmbedIOProcessor"])
+def test_pooling_waits_for_no_host_on_the_thread_that_makes_prompts_for_all(kind: str) -> None:
+    from vllm import PoolingParams
     from vllm.connections import HTTPConnection
-    from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
     from vllm.exceptions import GracefulHTTPError
 
     has_begun, is_over = threading.Event(), threading.Event()
@@ -112,13 +114,11 @@ def test_pooling_waits_for_no_host_on_the_thread_that_makes_prompts_for_all() ->
     template = SimpleNamespace(
         chat_template=None, chat_template_content_format="auto", trust_request_chat_template=False
     )
-    pooling: Any = PoolingIOProcessor(
-        SimpleNamespace(model_config=None),  # type: ignore[arg-type]
-        Renderer(),  # type: ignore[arg-type]
-        template,  # type: ignore[arg-type]
-    )
+    config = SimpleNamespace(model_config=None)
+    make = resolve_name(f"vllm.entrypoints.pooling.{kind.replace(':', '.io_processor:')}")
+    pooling: Any = make(config, Renderer(), template)
     of_all = {"tok_params": None, "prompt_extras": None, "skip_mm_cache": False}
-    of_all |= {"params": "params", "lora_requests": None, "priorities": 0}
+    of_all |= {"params": PoolingParams(), "lora_requests": None, "priorities": 0}
     chat = {"conversations": [], "chat_params": None, **of_all}
 
     async def render() -> Any:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import ClientSession, TCPConnector
 from PIL import Image, UnidentifiedImageError
 from vllm.connections import global_http_connection
-from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
 from vllm.entrypoints.pooling.typing import PoolingEngineInput
 from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import ImageMediaIO
@@ -93,16 +92,14 @@ def init_pooling(original: Callable[..., None], processor: Any, *args: Any, **kw
     original(processor, *args, **kwargs)
 
     async def render_async(params: Any) -> Any:
-        if current_tenant() is not None and _is_plain_chat(processor, params):
+        # A chat that has `late_chunking` is not served; vLLM says why.
+        is_chat = "conversations" in params and "late_chunking" not in params
+        if is_chat and current_tenant() is not None:
             return await _render_chat(processor.renderer, params)
         render = partial(copy_context().run, processor.render, params)
         return await asyncio.get_running_loop().run_in_executor(processor._executor, render)
 
     processor.render_async = render_async
-
-
-def _is_plain_chat(processor: Any, params: Any) -> bool:
-    return "conversations" in params and type(processor).render is PoolingIOProcessor.render
 
 
 async def _render_chat(renderer: Any, params: Any) -> PoolingEngineInput:
