@@ -21,7 +21,12 @@ _HEADER = ("ADAPTER", "RESULT", "CODE", "COUNT", "WHERE")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="DIR",
+        help="an adapter's folder; not right after --lora-target-modules, which would take it",
+    )
     server = server_flags.add_arguments(parser, needs_model=True)
     server.add_argument(
         "--max-lora-rank",
