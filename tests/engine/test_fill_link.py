@@ -1,9 +1,11 @@
 """Workers tell their engine core what has become of its orders, over real sockets."""
 
 import socket
-import tempfile
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,6 +21,7 @@ from vllm_multilora.integration.fill_link import (
     WorkerLink,
     attach_worker,
 )
+from vllm_multilora.store.folder import FOLDER_VARIABLE
 
 PATIENT_S = 10.0
 
@@ -28,16 +31,6 @@ def link():
     link = FillLink(2)
     yield link
     link.close()
-
-
-def test_there_is_one_also_where_a_socket_has_no_room_in_the_temporary_folder(
-    tmp_path, monkeypatch
-):
-    """The path of a Unix socket is short; folders for temporary files need not be."""
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    FillLink(1).close()
 
 
 def take(link: FillLink, count: int) -> list:
@@ -77,7 +70,7 @@ def test_what_is_said_ends_a_wait(link):
 def test_workers_that_have_not_connected_are_named_and_nobody_comes_later(link):
     WorkerLink.attach(link.path, 1)
     assert link.attach_all() == [0]
-    assert not link.path.parent.exists()
+    assert not link.path.exists()
     with pytest.raises(FileNotFoundError):
         WorkerLink.attach(link.path, 0)
 
@@ -167,17 +160,19 @@ def test_a_link_leaves_nothing_behind():
     link.close()
     link.close()
     assert psutil.Process().num_fds() <= before
-    assert not link.path.parent.exists()
+    assert not link.path.exists()
 
 
-def test_a_socket_that_cannot_be_made_says_so(monkeypatch, tmp_path):
-    """And nothing is left of it."""
-    folder = tmp_path / ("long" * 30)
-    folder.mkdir()
-    monkeypatch.setattr(fill_link, "temporary_place", lambda socket_in_it: folder)
-    with pytest.raises(OSError, match="path too long"):
-        FillLink(1)
-    assert list(folder.iterdir()) == []
+def test_what_is_left_by_an_engine_core_killed_at_its_start_is_removed_by_the_next_one(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    code = f"from {fill_link.__name__} import *; print(FillLink(1).path, flush=True); os._exit(1)"
+    killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    left = Path(killed.stdout.strip())
+    assert left.is_socket()
+    FillLink(1).close()
+    assert not left.exists()
 
 
 def test_a_worker_finds_its_engine_core_by_its_environment(link, monkeypatch, tmp_path):

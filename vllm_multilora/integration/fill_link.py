@@ -8,12 +8,11 @@ they report arrives in order, and once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.channel import Channel, ChannelClosedError
-from vllm_multilora.store.folder import temporary_place
+from vllm_multilora.store.folder import listen_alone, own_path, store_folder
 from vllm_multilora.store.waking import Waker
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,6 @@ PATH_VARIABLE = "MULTILORA_FILL_LINK"
 """Tells workers where the socket is; set by the engine core while it starts them."""
 
 _ATTACH_LIMIT_S = 10.0
-_SOCKET = "fills.sock"
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -86,24 +84,17 @@ class FillLink:
         ranks: How many workers there are.
 
     Raises:
-        OSError: No socket can be made here.
+        OSError: No socket can be made in the folder of this user's stores.
+        StoreUnavailableError: Likewise.
     """
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
-        place = temporary_place(Path("multilora-12345678", _SOCKET))
-        self._folder = Path(tempfile.mkdtemp(prefix="multilora-", dir=place))  # for this user only
-        self.path = self._folder / _SOCKET
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.path = own_path(store_folder(), "w")
+        self._listener = listen_alone(self.path)
         self._channels: dict[int, Channel[_Incoming]] = {}
         self._selector = selectors.EpollSelector()
         self._waker: Waker | None = None
-        try:
-            self._listener.bind(str(self.path))
-            self._listener.listen(ranks)
-        except BaseException:
-            self.close()
-            raise
 
     def attach_all(self) -> list[int]:
         """Takes in the workers that have connected, and nobody after that.
@@ -188,8 +179,9 @@ class FillLink:
         self._remove_socket()
 
     def _remove_socket(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink()
         self._listener.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class WorkerLink:

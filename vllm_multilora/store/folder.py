@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import socket
 import stat
 import tempfile
@@ -23,6 +24,7 @@ FOLDER_VARIABLE = "MULTILORA_STORE_FOLDER"
 
 _LONGEST_PATH = 107  # of a local socket, in bytes
 _LOCK_S, _LOCK_PAUSE_S = 30.0, 0.01  # a store takes a second to start
+_RANDOM = 6  # digits in the name of a process's own socket
 _MACHINES = "/tmp"  # for temporary files, whatever is named for those of this process
 
 
@@ -146,14 +148,31 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def remove_dead(folder: Path, pattern: str) -> None:
-    """Removes the sockets of stores that have died; to be called with the folder's lock held.
+def own_path(folder: Path, kind: str) -> Path:
+    """A path for a socket that others do not look for: they are told.
 
-    Of this machine's: those of other machines, too, take no connection from here.
+    Args:
+        folder: Where stores are found.
+        kind: What the socket is for: one letter, so that the path is no longer than a store's.
     """
-    for path in folder.glob(pattern):
-        if _is_dead(path):
-            path.unlink()
+    return folder / f"{kind}-{view()}{secrets.token_hex(_RANDOM // 2)}.sock"
+
+
+def listen_alone(path: Path) -> socket.socket:
+    """A socket that listens at an `own_path`.
+
+    Those of its kind are removed that dead processes have left; of those who see the same files:
+    others' may live, and take no connection from here.
+
+    Raises:
+        OSError: The folder cannot be used.
+        StoreUnavailableError: Likewise, or it was locked all the while.
+    """
+    with locked(path.parent):
+        for other in path.parent.glob(f"{path.stem[:-_RANDOM]}*.sock"):
+            if _is_dead(other):
+                other.unlink()
+        return listen(path)
 
 
 def connect(path: str | Path, timeout_s: float = 5.0) -> socket.socket:
@@ -212,23 +231,14 @@ def _is_dead(path: Path) -> bool:
     return False
 
 
-def temporary_place(socket_in_it: Path) -> Path:
-    """The folder for temporary files: this process's, or the machine's where that is too long.
-
-    Args:
-        socket_in_it: A path below it that is to have room, as long as it may be.
-
-    Raises:
-        OSError: There is none.
-    """
-    usual = Path(tempfile.gettempdir())
-    return Path(_MACHINES) if _is_too_long(usual / socket_in_it) else usual
-
-
 def _temporary_folder() -> Path:
-    """Where a user's folder is that is in no session; raises OSError where there is no place."""
-    folder = Path(f"vllm-multilora-{os.geteuid()}")
-    return temporary_place(socket_path(folder)) / folder
+    """Where a user's folder is that is in no session; raises OSError where there is no place.
+
+    Among this process's temporary files, or the machine's where that path is too long.
+    """
+    name = f"vllm-multilora-{os.geteuid()}"
+    usual = Path(tempfile.gettempdir(), name)
+    return Path(_MACHINES, name) if _is_too_long(socket_path(usual)) else usual
 
 
 def _is_too_long(path: Path) -> bool:

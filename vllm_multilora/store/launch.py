@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 import site
 import socket
 import subprocess
@@ -131,8 +130,7 @@ class StoreThread:
     def __init__(self, reader: AdapterReader | None = None) -> None:
         self._reader = reader
         self._thread: threading.Thread | None = None
-        self._names = f"t-{folder.view()}"  # no longer than those of processes
-        self.path = folder.store_folder() / f"{self._names}{secrets.token_hex(3)}.sock"
+        self.path = folder.own_path(folder.store_folder(), "t")
 
     def connect(self) -> socket.socket:
         try:
@@ -149,10 +147,8 @@ class StoreThread:
         from vllm_multilora.store.server import Server
 
         reader = self._reader or AdapterReader()
-        with folder.locked(self.path.parent):
-            # Their processes have ended, and the threads with them, which could remove nothing.
-            folder.remove_dead(self.path.parent, f"{self._names}*.sock")
-            listener = folder.listen(self.path)
+        # What it leaves, another one removes: it ends with its process.
+        listener = folder.listen_alone(self.path)
         server = Server(listener, ThreadRunner(), reader)
         self._thread = threading.Thread(target=server.run, name="multilora-store", daemon=True)
         self._thread.start()

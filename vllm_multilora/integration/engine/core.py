@@ -129,7 +129,7 @@ def _make_link(vllm_config: VllmConfig) -> FillLink | None:
         return None  # an executor of another machine's engine core, to which its workers answer
     try:
         link = FillLink(vllm_config.parallel_config.world_size)
-    except OSError as error:
+    except (OSError, StoreUnavailableError) as error:
         logger.warning("Adapters cannot be loaded in the background here: %s", error)
         return None
     os.environ[PATH_VARIABLE] = str(link.path)
