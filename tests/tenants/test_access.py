@@ -13,6 +13,7 @@ from functools import partial
 from http import HTTPStatus
 from types import SimpleNamespace
 from unittest.mock import AsyncMock
+from weakref import WeakSet
 
 import httpx
 import pytest
@@ -884,6 +885,28 @@ def test_a_tenants_oldest_responses_give_way_to_new_ones(tenants):
     assert kept(ACME, MOST_KEPT + 2) == list(range(2, MOST_KEPT + 2))
     assert len(kept(ADMIN, MOST_KEPT + 2)) == MOST_KEPT + 2
     assert kept("sk-zen", 1) == [0]
+
+
+def test_what_is_kept_of_a_tenants_responses_goes_with_the_tenant(tenants):
+    """Tenants come and go for as long as a server runs."""
+    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
+    access, app = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
+    kept = WeakSet()
+
+    def keep(key):
+        for store in (app.response_store, app.msg_store, app.event_store):
+            kept.add(value := App())
+            as_caller(access.caller(key), partial(store.update, resp_1=value))
+
+    keep(ACME)
+    keep("sk-zen")
+    assert len(kept) == 6
+    write(tenants, {})
+    access._file._seen = None
+    assert access._file.refresh()
+    access._take()
+    assert len(kept) == 3
+    assert as_caller(access.caller(ACME), partial(app.response_store.get, "resp_1")) in kept
 
 
 def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants, monkeypatch):

@@ -1,20 +1,21 @@
 """Stored responses can be read only by those who created them, and count while they are made.
 
 vLLM keeps responses, their messages, events and tasks by id, for whoever has the id, and clients
-may choose ids. It never removes one. Where tenants are set, each of them has ids of its own, and
-its oldest responses give way to new ones.
+may choose ids. It never removes one. Where tenants are set, each of them has ids of its own, its
+oldest responses give way to new ones, and all of them go with its account.
 
 A response in the background is made by a task, after the call that asked for it has been answered.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server.callers import current_caller, current_tenant
+from vllm_multilora.integration.server.callers import current_caller
+from vllm_multilora.tenants.limits import Account
 
 MOST_KEPT = 1_024
 """Responses of one tenant that are kept: those that it asked for last."""
@@ -28,27 +29,34 @@ class OwnedMapping(MutableMapping[str, Any]):
     """
 
     def __init__(self, most: int | None = None) -> None:
-        self._values: defaultdict[str | None, dict[str, Any]] = defaultdict(dict)
+        self._of_tenants: WeakKeyDictionary[Account, dict[str, Any]] = WeakKeyDictionary()
+        self._of_others: dict[str, Any] = {}
         self._most = most
 
     def __getitem__(self, key: str) -> Any:
-        return self._values[current_tenant()][key]
+        return self._own()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        tenant = current_tenant()
-        values = self._values[tenant]
+        values = self._own()
         values[key] = value
-        if self._most is not None and tenant is not None and len(values) > self._most:
+        is_full = self._most is not None and len(values) > self._most
+        if is_full and values is not self._of_others:
             del values[next(iter(values))]
 
     def __delitem__(self, key: str) -> None:
-        del self._values[current_tenant()][key]
+        del self._own()[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._values[current_tenant()]))
+        return iter(list(self._own()))
 
     def __len__(self) -> int:
-        return len(self._values[current_tenant()])
+        return len(self._own())
+
+    def _own(self) -> dict[str, Any]:
+        caller = current_caller.get()
+        if caller is None or caller.account is None:
+            return self._of_others
+        return self._of_tenants.setdefault(caller.account, {})
 
 
 class BackgroundTasks(OwnedMapping):
