@@ -29,6 +29,7 @@ from vllm.entrypoints.generate.base.protocol import (
     LegacyStructuralTagResponseFormat,
 )
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import connector
 from vllm.usage.usage_lib import UsageContext
 
@@ -66,6 +67,7 @@ from vllm_multilora.integration.server.start import (
     share_threads,
 )
 from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
+from vllm_multilora.plugin import register
 from vllm_multilora.store.launch import environment
 from vllm_multilora.tenants.keys import KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
@@ -1304,6 +1306,7 @@ def test_few_adapters_of_a_tenant_are_read_for_the_first_time_at_once():
 
 def test_tenants_take_turns_for_the_threads_that_unpack_images(monkeypatch):
     """However many images one of them sends."""
+    register()
     pools = [ThreadPoolExecutor(1) for _ in range(3)]
     for module in (connector.__name__, share_threads.__module__):
         monkeypatch.setattr(f"{module}.global_thread_pool", pools[2])
@@ -1313,7 +1316,7 @@ def test_tenants_take_turns_for_the_threads_that_unpack_images(monkeypatch):
 
     async def unpack(who):
         current_caller.set(access[who])
-        with pytest.raises(ValueError, match="Failed to load image"):
+        with pytest.raises(GracefulHTTPError, match="expected an image in one of"):
             await connector.MediaConnector().fetch_image_async("data:image/png;base64,aaaa")
         order.append(who)
 
