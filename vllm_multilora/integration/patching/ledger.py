@@ -464,7 +464,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.multimodal:unpack",
         why="An image of a few kilobytes is unpacked to half a gigabyte, and a request may have a "
         "thousand. Bounds what a tenant's call has unpacked.",
-        checked=(),
+        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds it in all versions, as 0.33 does.",
     ),
     Patch(
@@ -492,7 +492,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.released_errors:release",
         why="Where an image or the like is refused, its error holds what it was unpacked from, and "
         "is held by it, until Python looks for circles. Has it held by nothing.",
-        checked=(),
+        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM keeps no error in a variable that the error holds.",
     ),
     Patch(
@@ -503,7 +503,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self",),
         handler="server.released_errors:release",
         why="As errors-of-images, of all that the prompt has: gigabytes after a few calls.",
-        checked=(),
+        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As errors-of-images.",
     ),
     Patch(
@@ -512,7 +512,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("handler_func",),
         handler="server.released_errors:with_cancellation",
         why="As errors-of-images, of all that a call has.",
-        checked=(),
+        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As errors-of-images.",
     ),
     Patch(
