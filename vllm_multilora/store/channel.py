@@ -123,9 +123,8 @@ class Channel(Generic[Incoming]):
         That is to read, and while anything is pending, to send it.
         """
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.pending else 0)
-        selector.modify(
-            self, events, selector.get_key(self).data
-        )  # which is free if it is the same
+        data = selector.get_key(self).data
+        selector.modify(self, events, data)  # free where they are the same
 
     def receive(self) -> list[tuple[Incoming, list[int]]]:
         """What one read brings: whole messages, each with its descriptors, which are the caller's.
