@@ -724,6 +724,15 @@ def test_a_store_on_a_thread_leaves_nothing_behind(store_folder, monkeypatch):
     assert [path.name for path in store_folder.iterdir()] == ["lock"]
 
 
+def test_a_store_on_a_thread_makes_its_folder_again(store_folder):
+    """Whoever cleans up may have removed it since."""
+    host = StoreThread(FakeReader())
+    shutil.rmtree(store_folder)
+    engine = Engine(StoreClient(host, "server"))
+    assert isinstance(engine.load(1, "/fake/a"), Loaded)
+    engine.client.close()
+
+
 def test_a_store_on_a_thread_removes_what_those_before_it_have_left(threaded, store_folder):
     (living,) = store_folder.glob("t-*.sock")
     left = store_folder / f"t-{folder.view()}left.sock"

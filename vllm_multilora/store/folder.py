@@ -159,7 +159,7 @@ def own_path(folder: Path, kind: str) -> Path:
 
 
 def listen_alone(path: Path) -> socket.socket:
-    """A socket that listens at an `own_path`.
+    """A socket that listens at an `own_path`, whose folder is made where it is missing.
 
     Those of its kind are removed that dead processes have left; of those who see the same files:
     others' may live, and take no connection from here.
@@ -168,6 +168,7 @@ def listen_alone(path: Path) -> socket.socket:
         OSError: The folder cannot be used.
         StoreUnavailableError: Likewise, or it was locked all the while.
     """
+    ensure(path.parent)
     with locked(path.parent):
         for other in path.parent.glob(f"{path.stem[:-_RANDOM]}*.sock"):
             if _is_dead(other):
