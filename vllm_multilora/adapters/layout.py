@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 
 from multilora_kernels.dtypes import FLOAT32, DType
@@ -55,6 +56,16 @@ class SliceLayout:
             return 0, rank
         first, last = self.rank_range
         return min(first, rank), min(last, rank)
+
+
+class SpecialKind(StrEnum):
+    """What a layer is that vLLM fills in itself, as messages name it."""
+
+    EMBEDDING = "an embedding"
+    OUTPUT_HEAD = "an output head"
+    EXPERTS = "experts"
+    CLASSES = "a head for classes"
+    OTHER = "a layer that vLLM fills itself"
 
 
 @dataclass(frozen=True)
@@ -155,15 +166,15 @@ class ModelLayout:
             module = module.removesuffix(WRAPPED)
         return module in self.special
 
-    def kind_of_special(self, module: str) -> str:
+    def kind_of_special(self, module: str) -> SpecialKind:
         """What a special module (its name here) is."""
         if (shape := self.special_shapes.get(module)) is not None:
-            return "an embedding" if shape.embedding else "an output head"
+            return SpecialKind.EMBEDDING if shape.embedding else SpecialKind.OUTPUT_HEAD
         if f"{FUSED_EXPERTS}." in f"{module}.":
-            return "experts"
+            return SpecialKind.EXPERTS
         if set(HEADS) & set(module.split(".")):
-            return "a head for classes"
-        return "a layer that vLLM fills itself"
+            return SpecialKind.CLASSES
+        return SpecialKind.OTHER
 
     def largest_bytes(self) -> int:
         """Bytes of a packed adapter that has the largest rank on every slice."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from vllm_multilora.adapters.companions import require_companions
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.found_module import FoundModule
-from vllm_multilora.adapters.layout import ModelLayout
+from vllm_multilora.adapters.layout import ModelLayout, SpecialKind
 from vllm_multilora.adapters.missing_modules import MissingModules
 from vllm_multilora.adapters.names import (
     HEADS,
@@ -159,7 +159,7 @@ class Placement:
         if not (self._config and self._config.invocation_tokens and self._layout.is_special(name)):
             return
         kind = self._layout.kind_of_special(name)
-        if kind not in ("an embedding", "experts"):
+        if kind not in (SpecialKind.EMBEDDING, SpecialKind.EXPERTS):
             return
         self._problems.add(
             Code.UNSUPPORTED_FEATURE,
