@@ -23,9 +23,11 @@ from vllm_multilora.integration.server import versions
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.model_names import prepare
+from vllm_multilora.tenants.keys import stored
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
+from vllm_multilora.tenants.work_turns import take_turns
 
 from .engine import running_engine
 from .recipes import LLAVA_RECIPES, AdapterRecipe
@@ -205,6 +207,7 @@ def test_an_image_that_has_been_read_is_kept_for_its_tenant_alone(is_pooling: bo
     renderer._process_multimodal = process
     renderer._process_multimodal_async = process_async
     renderer._executor = ThreadPoolExecutor(1)
+    take_turns(renderer._executor, lambda *_: "")
     template = SimpleNamespace(
         chat_template=None, chat_template_content_format="auto", trust_request_chat_template=False
     )
@@ -388,3 +391,29 @@ def test_chats_with_images_are_answered_as_by_pefts_default(shown: Gallery, tmp_
         answered_by = question.adapter or ("image" if question.images else None)
         assert response.headers.get("x-multilora-adapter") == answered_by
         assert response.json().get("multilora", {}).get("adapter") == answered_by
+
+
+def test_tenants_images_are_bounded_where_vllm_computes_the_adapters(
+    shown: Gallery, tmp_path: Path
+) -> None:
+    tenants, key = tmp_path / "tenants.json", "a key of acme's that is long enough"
+    acme = {"keys": [stored(key)], "base_model": True}
+    tenants.write_text(json.dumps({"tenants": {"acme": acme}}))
+    # Python unpacks it, and nobody is answered meanwhile.
+    url = "data:image/png;base64," + base64.b64encode(b"P3 1 1 255 1 2 3 ").decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    with VllmServer(
+        shown.base,
+        *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "128", "--chat-template", TEMPLATE, "--enable-lora"),
+        *("--multilora-backend", "vllm", "--multilora-tenants", str(tenants)),
+        log=tmp_path / "vllm.log",
+    ) as server:
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json={"model": BASE, "messages": [{"role": "user", "content": content}]},
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=120,
+        )
+    assert answer.status_code == 400, answer.text
+    assert "expected an image in one of" in answer.text

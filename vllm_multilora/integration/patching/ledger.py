@@ -423,11 +423,10 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.entrypoints.pooling.base.io_processor:PoolingIOProcessor.__init__",
         takes=("self, vllm_config, renderer, chat_template_config",),
         handler="server.multimodal:init_pooling",
-        why="vLLM reads pooling requests on threads that do not know whose they are. Has them know "
-        "it, for ids-of-images-pooling, and reads tenants' chats as those that generate, for "
-        "downloads-pooling.",
+        why="vLLM fetches what pooling chats point to where downloads-pooling has it fetch nothing "
+        "for tenants. Reads theirs as those that generate.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As ids-of-images.",
+        until="As downloads-pooling.",
     ),
     Patch(
         name="downloads",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextvars import copy_context
 from functools import partial
 from http import HTTPStatus
 from io import BytesIO
@@ -90,14 +89,14 @@ def _of_tenant(prompt: Any) -> Any:
 
 def init_pooling(original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
     original(processor, *args, **kwargs)
+    render = processor.render_async
 
     async def render_async(params: Any) -> Any:
         # A chat that has `late_chunking` is not served; vLLM says why.
         is_chat = "conversations" in params and "late_chunking" not in params
         if is_chat and current_tenant() is not None:
             return await _render_chat(processor.renderer, params)
-        render = partial(copy_context().run, processor.render, params)
-        return await asyncio.get_running_loop().run_in_executor(processor._executor, render)
+        return await render(params)
 
     processor.render_async = render_async
 

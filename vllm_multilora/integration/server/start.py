@@ -32,8 +32,7 @@ _FILTERS = (RefusalsInOneLine(), PrintableLines())
 """Of what vLLM logs in an API server, the first that acts first."""
 _GUARDS = (
     *("middleware", "api-key", "model-names", "model-names-pooling", "models-list"),
-    *("engine-door", "stored-responses", "ids-of-images"),
-    *("ids-of-images-pooling", "caller-pooling"),
+    *("engine-door", "stored-responses", "ids-of-images", "ids-of-images-pooling"),
 )
 
 
@@ -102,9 +101,10 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
         registration.start(models)
         shared_names.start(models)
         metering.start(models)
-        if settings_of(models.engine_client.vllm_config).tenants is not None:
-            share_threads(models.engine_client.renderer)
-            multimodal.lift_limit_of_connections()
+    client = models.engine_client  # tenants are apart also where vLLM loads the adapters
+    if is_active_behind(client) and settings_of(client.vllm_config).tenants is not None:
+        share_threads(client.renderer)
+        multimodal.lift_limit_of_connections()
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)
