@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gc
 import io
+import socket
 import struct
 import threading
 import wave
@@ -65,7 +66,7 @@ def test_a_host_that_never_answers_one_tenant_keeps_no_others_waiting(
     async def fetch() -> bytes:
         server = await asyncio.start_server(answer, "127.0.0.1", backlog=200)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        multimodal.lift_limit_of_connections()
+        multimodal.share_connections()
         acme, zen = tenant("acme"), tenant("zen")
 
         def start(who: Caller, path: str) -> asyncio.Task[bytes]:
@@ -85,6 +86,55 @@ def test_a_host_that_never_answers_one_tenant_keeps_no_others_waiting(
         await connection._async_client.close()
         server.close()
         return found
+
+    assert asyncio.run(fetch()) == b"fine"
+
+
+def test_a_name_server_that_never_answers_one_tenant_keeps_no_others_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An event loop has few threads for lookups, and one stays busy when nobody waits any more."""
+    from vllm.connections import HTTPConnection
+
+    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
+    connection = HTTPConnection()
+    monkeypatch.setattr(multimodal, "global_http_connection", connection)
+    is_over, looked, look_up = threading.Event(), threading.Semaphore(0), socket.getaddrinfo
+
+    def slow_look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host == "never.example":
+            looked.release()
+            assert is_over.wait(LIMIT_S)
+        return look_up("127.0.0.1", *args, **kwargs)
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\nconnection: close\r\n\r\nfine")
+        writer.close()
+
+    async def fetch() -> bytes:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        server = await asyncio.start_server(answer, "127.0.0.1")
+        port = server.sockets[0].getsockname()[1]
+        monkeypatch.setattr(socket, "getaddrinfo", slow_look_up)
+        multimodal.share_connections()
+
+        def start(who: Caller, host: str) -> asyncio.Task[bytes]:
+            url = f"http://{host}:{port}/"
+            return as_caller(who, lambda: asyncio.ensure_future(connection.async_get_bytes(url)))
+
+        acme = tenant("acme")
+        slow = start(acme, "never.example")
+        while not looked.acquire(blocking=False):
+            await asyncio.sleep(0)
+        slow.cancel()
+        await asyncio.wait([slow])
+        try:
+            return await asyncio.wait_for(start(tenant("zen"), "zen.example"), LIMIT_S / 4)
+        finally:
+            is_over.set()
+            acme.account.lookups.shutdown()
+            await connection._async_client.close()
+            server.close()
 
     assert asyncio.run(fetch()) == b"fine"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import ClientSession, TCPConnector
+from aiohttp.resolver import ThreadedResolver
 from PIL import Image, UnidentifiedImageError
 from vllm.connections import global_http_connection
 from vllm.entrypoints.pooling.typing import PoolingEngineInput
@@ -137,15 +139,33 @@ def download_now(original: Callable[..., bytes], connection: Any, url: str, **kw
     return original(connection, url, **kwargs)
 
 
-def lift_limit_of_connections() -> None:
+class _Lookups:
+    """What aiohttp asks an event loop for, on threads of the tenant whose hosts it looks up.
+
+    An event loop has few for everybody's, uvloop four. A name server that does not answer keeps one
+    for half a minute, whether anybody waits for it or not.
+    """
+
+    async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
+        caller = current_caller.get()
+        threads = None if caller is None or caller.account is None else caller.account.lookups
+        look_up = partial(socket.getaddrinfo, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(threads, look_up)
+
+    async def getnameinfo(self, *args: Any) -> Any:
+        return socket.getnameinfo(*args)  # of numbers alone: nobody is asked
+
+
+def share_connections() -> None:
     """Has no tenant's downloads wait for those of others; on the event loop, before the first.
 
-    There are a hundred at a time otherwise, and those that wait are given up after seconds.
+    There are a hundred at a time otherwise, and those that wait are given up after seconds. Where
+    what is found is kept, those who look up the same host wait for the first of them.
     """
     if global_http_connection._async_client is None:
-        global_http_connection._async_client = ClientSession(
-            trust_env=True, connector=TCPConnector(limit=0)
-        )
+        lookups: Any = _Lookups()
+        connector = TCPConnector(limit=0, resolver=ThreadedResolver(lookups), use_dns_cache=False)
+        global_http_connection._async_client = ClientSession(trust_env=True, connector=connector)
 
 
 def unpack(original: Callable[..., Any], reader: Any, data: bytes) -> Any:

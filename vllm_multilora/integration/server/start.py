@@ -104,7 +104,7 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
     client = models.engine_client  # tenants are apart also where vLLM loads the adapters
     if is_active_behind(client) and settings_of(client.vllm_config).tenants is not None:
         share_threads(client.renderer)
-        multimodal.lift_limit_of_connections()
+        multimodal.share_connections()
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)
