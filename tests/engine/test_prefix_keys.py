@@ -276,6 +276,14 @@ def test_an_adapter_that_becomes_a_plain_one_acts_on_everything():
     assert request.block_hashes == arrived(lora(), Digests(_1="plain"), tokens=tokens).block_hashes
 
 
+@pytest.mark.parametrize(("by", "may_run"), [(INVOCATION, True), ((5,), False), ((), False)])
+def test_a_prompt_that_begins_again_is_activated_where_it_was_or_not_at_all(by, may_run):
+    request = activated([5] * (2 * BLOCK) + [*INVOCATION])
+    request.status = RequestStatus.PREEMPTED  # a worker knows from where its adapter acts
+    assert invocation.is_invoked(request, Digests(_1="e", invocation=by).version(1))
+    assert prefix_keys.set_version(request, "e") == may_run
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.sampled_from([0, 1, 256, 1 << 24, (1 << 31) - 1]), max_size=24),

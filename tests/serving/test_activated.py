@@ -1,7 +1,9 @@
 """Activated adapters answer as in PEFT, whatever else is in the batch, and share prefixes."""
 
 import random
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -187,6 +189,40 @@ def test_context_is_computed_once_for_six_activated_adapters_and_the_base_model(
     assert computed(prompt, loras[2]) == len(prompt) - shared
     twin = LoRARequest("twin", 200, str(activated.adapters[TWIN]))
     assert computed(prompt_of("check"), twin) == len(prompt_of("check"))
+
+
+@pytest.mark.parametrize(("before", "after"), [("check", TWIN), (TWIN, "check")])
+def test_a_prompt_that_begins_again_is_not_activated_where_the_version_before_was(
+    engine: "LLM", activated: Scenario, tmp_path: Path, before: str, after: str
+) -> None:
+    """Workers remember where. Nor does the base model find what an adapter has computed."""
+    from vllm.lora.request import LoRARequest
+
+    invoked = [case for case in invoking(activated) if case.adapter == "check"]
+    late = {case.prompt for case in invoked if _active_from(case) > BLOCK}
+    alone = next(case for case in activated.cases_of(None) if case.prompt in late)
+    folder = tmp_path / "changing"
+    lora = LoRARequest("changing", 300, str(folder), load_inplace=True)
+    core = engine.llm_engine
+    assert core.reset_prefix_cache()
+    shutil.copytree(activated.adapters[before], folder)
+    assert core.add_lora(lora)
+    prompt = {"prompt_token_ids": list(alone.prompt)}
+    core.add_request("r", prompt, greedy(), lora_request=LoRARequest("changing", 300, str(folder)))
+    scheduler = core.engine_core.engine_core.scheduler
+    while not any(request.num_computed_tokens for request in scheduler.running):
+        assert not core.step()
+    assert core.reset_prefix_cache(reset_running_requests=True)
+    shutil.rmtree(folder)
+    shutil.copytree(activated.adapters[after], folder)
+    assert core.add_lora(lora)
+    outputs = []
+    while core.has_unfinished_requests():
+        outputs += core.step()
+    (answer,) = outputs[-1].outputs
+    assert answer.finish_reason == "error"
+    assert "was reloaded while this request waited" in answer.stop_reason
+    assert_as_peft(ask(engine, activated, [alone]), [alone])
 
 
 @needs_ngram_drafts

@@ -54,14 +54,23 @@ def _find(request: Request, invocation: tuple[int, ...]) -> int | None:
     return last_occurrence(request.prompt_token_ids, invocation)
 
 
-def activate(request: Request, digest: str) -> None:
-    """Has a request's adapter act from its invocation on, in the version that it is to run on.
+def start_in(request: Request, digest: str) -> int | None:
+    """The first token that a version of a request's adapter acts on; None for plain ones.
 
     Args:
         request: Of which `is_invoked` has been asked for that version.
         digest: Of the version's weights.
     """
-    lora, known = request.lora_request, ACTIVATION.get(request)
-    if lora is not None:
-        start = known.start if known is not None and known.digest == digest else None
-        request.lora_request = from_token(lora, start)
+    known = ACTIVATION.get(request)
+    return known.start if known is not None and known.digest == digest else None
+
+
+def activate(request: Request, digest: str) -> None:
+    """Has a request's adapter act from its invocation on, in the version that it is to run on.
+
+    Args:
+        request: As of `start_in`.
+        digest: Of the version's weights.
+    """
+    if request.lora_request is not None:
+        request.lora_request = from_token(request.lora_request, start_in(request, digest))

@@ -55,7 +55,7 @@ def set_version(request: Request, digest: str) -> bool:
     known = VERSION.get(request)
     if known == digest:
         return True
-    if known is not None and _holds_results(request):
+    if known is not None and _holds_results(request, digest):
         return False
     VERSION.set(request, digest)
     invocation.activate(request, digest)
@@ -75,12 +75,15 @@ def use_stock_keys(request: Request) -> None:
         _hash_again(request)
 
 
-def _holds_results(request: Request) -> bool:
+def _holds_results(request: Request, digest: str) -> bool:
+    """Whether other weights than those of a digest have left something, here or in a worker."""
     if request.num_computed_tokens or request.num_output_tokens:
         return True
-    # A worker that has run a request may remember its images by their keys.
-    has_run = request.status is RequestStatus.PREEMPTED
-    return has_run and any(map(_depends_on_adapter, request.mm_features))
+    if request.status is not RequestStatus.PREEMPTED:
+        return False
+    # Workers that have run it may remember where its adapter begins to act, and images by keys.
+    is_moved = start_of(request.lora_request) != (invocation.start_in(request, digest) or 0)
+    return is_moved or any(map(_depends_on_adapter, request.mm_features))
 
 
 def _depends_on_adapter(feature: Any) -> bool:
