@@ -1332,6 +1332,40 @@ def test_tenants_take_turns_for_the_threads_that_unpack_images(monkeypatch):
     assert order.index("b") <= 1
 
 
+@pytest.mark.smoke
+def test_texts_do_not_wait_for_threads_that_vllm_has_given_up(monkeypatch):
+    """Where a chat's template takes too long, others have threads of their own from then on."""
+    from vllm.renderers import base, hf
+
+    if not hasattr(base, "_SwappableExecutor"):
+        pytest.skip("vLLM 0.31 waits for its threads")
+    monkeypatch.setattr(f"{share_threads.__module__}.global_thread_pool", ThreadPoolExecutor(1))
+    renderer = hf.HfRenderer.__new__(hf.HfRenderer)
+    renderer.model_config = SimpleNamespace(renderer_num_workers=1)
+    renderer._executor, renderer._mm_executor = base._SwappableExecutor(1), ThreadPoolExecutor(1)
+    share_threads(renderer)
+    stuck, held, order = threading.Event(), threading.Event(), []
+
+    def submit(who, work=order.append):
+        caller = Caller(Role.TENANT, account=Account(Tenant(who)))
+        return as_caller(caller, lambda: renderer._executor.submit(work, who))
+
+    try:
+        submit("a", lambda _: stuck.wait(60))
+        left = submit("a")
+        renderer._replace_executor()
+        submit("a", lambda _: held.wait(60))
+        asked = [submit(who) for who in "aab"]
+        held.set()
+        for each in asked:
+            each.result(20)
+        assert order == ["a", "b", "a"]
+        assert not left.done()
+    finally:
+        stuck.set()
+    left.result(20)
+
+
 def test_tenants_take_turns_for_the_threads_that_unpack_recordings(monkeypatch):
     """However many of them one sends, of ten minutes each."""
     from vllm.entrypoints.speech_to_text.base import serving as speech

@@ -62,8 +62,27 @@ def share_threads(renderer: Any) -> None:
     One thread does so unless `--renderer-num-workers` says otherwise, and takes a second for a
     million characters; a few threads unpack images, of which a request may have a thousand.
     """
-    for executor in (renderer._executor, renderer._mm_executor, global_thread_pool):
+    _share_replaceable(renderer._executor)
+    for executor in (renderer._mm_executor, global_thread_pool):
         take_turns(executor, _owner)
+
+
+def _share_replaceable(executor: Any) -> None:
+    """The same where vLLM may give threads up that do not come to an end, and begin with others.
+
+    What waits for those is not for these to do.
+    """
+    replace = getattr(executor, "replace_inner", None)
+    if replace is None:  # vLLM 0.31 waits
+        take_turns(executor, _owner)
+        return
+
+    def replace_inner() -> None:
+        replace()
+        take_turns(executor._inner, _owner)
+
+    take_turns(executor._inner, _owner)
+    executor.replace_inner = replace_inner
 
 
 def _owner(*_: Any, **__: Any) -> str:
