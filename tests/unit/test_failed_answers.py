@@ -298,10 +298,21 @@ def test_a_missing_invocation_is_told_where_the_tokenizer_does_not_know_the_toke
     assert "is activated by the tokens [32007], which" in output.stop_reason
 
 
+def state_of(lora: LoRARequest) -> SimpleNamespace:
+    """vLLM's, of a request of `LLM` that generates."""
+    return SimpleNamespace(
+        lora_request=lora,
+        detokenizer="",
+        queue=None,
+        external_req_id="0",
+        streaming_input=False,
+    )
+
+
 def test_a_failure_names_no_folder_that_its_request_may_not_see() -> None:
     acme = LoRARequest("acme", 1, "/srv/acme")
     failure = LoadFailure(FailureKind.GONE, "/srv/shared/keys.pem is gone")
-    state = SimpleNamespace(lora_request=acme, detokenizer="", queue=None, external_req_id="0")
+    state = state_of(acme)
     HIDDEN_FOLDERS.set(state, ("/srv",))
     output = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR)
     output.stop_reason = to_stop_reason(failure, acme)
@@ -320,7 +331,7 @@ def test_an_offline_beam_search_says_that_its_prompt_lacks_an_invocation(
     llm = SimpleNamespace(llm_engine=SimpleNamespace(output_processor=processor))
 
     def search(*_: Any) -> list[Any]:
-        state = SimpleNamespace(lora_request=acme, detokenizer="", queue=None, external_req_id="0")
+        state = state_of(acme)
         reason = uninvoked_stop_reason(acme, (5,))
         output = SimpleNamespace(
             request_id="r", finish_reason=FinishReason.ERROR, stop_reason=reason
@@ -357,7 +368,9 @@ def test_nothing_is_kept_of_a_session_that_has_failed_while_more_input_may_come(
     OutputProcessor.add_request(processor, request, None, None, 0, queue)
     reason = to_stop_reason(LoadFailure(FailureKind.GONE, "gone"), acme)
     failed = EngineCoreOutput("session", [], finish_reason=FinishReason.ERROR, stop_reason=reason)
-    process_outputs(OutputProcessor.process_outputs, processor, [failed])
+    processed = process_outputs(OutputProcessor.process_outputs, processor, [failed])
     with pytest.raises(GracefulHTTPError, match="'acme' could not be loaded"):
         queue.get_nowait()
     assert not processor.request_states
+    # The engine takes input that was on its way for that of a new one.
+    assert processed.reqs_to_abort == ["session"]

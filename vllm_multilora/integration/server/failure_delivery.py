@@ -31,7 +31,7 @@ def deliver_failures(
     request_states: dict[str, Any],
     on_failure: Callable[[LoRARequest, LoadFailure], None] | None = None,
     tokenizer: Any = None,
-) -> dict[str, LoadFailure]:
+) -> tuple[dict[str, LoadFailure], list[str]]:
     """Turns failures among a step's outputs into what their requests' readers understand.
 
     Args:
@@ -42,8 +42,9 @@ def deliver_failures(
 
     Returns:
         The failures of requests to `LLM`, by the ids of vLLM's answers to them: see `mark_failed`.
+        And the internal ids of requests that had not had all of their input.
     """
-    unmarked = {}
+    unmarked, sessions = {}, []
     for output in engine_core_outputs:
         if output.finish_reason is not FinishReason.ERROR:
             continue
@@ -63,13 +64,15 @@ def deliver_failures(
             # A pooling request. Without a result vLLM takes it for one that generates; then its
             # output task ends, and the whole server with it. Aborted ones get an empty one, too.
             output.pooling_output = torch.empty(0)
-        state.streaming_input = False  # vLLM would keep it for as long as more input may come
+        if state.streaming_input:
+            state.streaming_input = False  # vLLM would keep it for as long as more input may come
+            sessions.append(output.request_id)
         if state.queue is not None:
             # An exception in the queue is what the reader gets, before any output.
             state.queue.put(GracefulHTTPError(failure.message, STATUS[failure.kind]))
         else:
             unmarked[state.external_req_id] = failure
-    return unmarked
+    return unmarked, sessions
 
 
 def mark_failed(request_outputs: list[Any], failures: dict[str, LoadFailure]) -> None:
@@ -104,7 +107,7 @@ def process_outputs(
     **kwargs: Any,
 ) -> Any:
     metering.look(processor, engine_core_outputs)  # at failures too, as the engine has told of them
-    failures = deliver_failures(
+    failures, sessions = deliver_failures(
         engine_core_outputs,
         processor.request_states,
         ON_FAILURE.get(processor),
@@ -112,6 +115,8 @@ def process_outputs(
     )
     processed = original(processor, engine_core_outputs, *args, **kwargs)
     mark_failed(processed.request_outputs, failures)
+    # What was on its way to the engine has begun them again there, and nobody would end that.
+    processed.reqs_to_abort.extend(sessions)
     return processed
 
 
