@@ -7,14 +7,17 @@ import io
 import socket
 import struct
 import threading
+import tracemalloc
 import wave
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -267,6 +270,39 @@ def test_a_call_has_only_so_much_unpacked(
     for other in (None, Caller(Role.CLIENT)):
         for _ in range(3):
             as_caller(other, lambda: executor.submit(load, data)).result(LIMIT_S)
+
+
+def test_a_video_is_refused_before_its_frames_are_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte has hundreds, each of them of fifty."""
+    cv2 = pytest.importorskip("cv2")
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+
+    frames, file = 64, tmp_path / "video.mp4"
+    written = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 30, (SIDE, SIDE))
+    for _ in range(frames):
+        written.write(np.zeros((SIDE, SIDE, 3), np.uint8))
+    written.release()
+    size = 3 * SIDE**2 * frames
+    monkeypatch.setattr(callers, "MOST_UNPACKED", 2 * size)
+    who = tenant("acme")
+
+    def load() -> Any:
+        return VideoMediaIO(ImageMediaIO(), num_frames=-1).load_bytes(file.read_bytes())
+
+    for _ in range(2):
+        loaded, _ = as_caller(who, load).media
+        assert loaded.nbytes == size
+    del loaded
+    tracemalloc.start()
+    try:
+        with pytest.raises(GracefulHTTPError, match="bytes of unpacked images"):
+            as_caller(who, load)
+        assert tracemalloc.get_traced_memory()[1] < size / 2
+    finally:
+        tracemalloc.stop()
 
 
 def qoi() -> bytes:

@@ -17,10 +17,11 @@ from PIL import Image, UnidentifiedImageError
 from vllm.connections import global_http_connection
 from vllm.entrypoints.pooling.typing import PoolingEngineInput
 from vllm.exceptions import GracefulHTTPError
-from vllm.multimodal.media import ImageMediaIO
+from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 
 from vllm_multilora.integration.patching.activation import is_active, is_active_behind
 from vllm_multilora.integration.server.callers import (
+    Caller,
     current_caller,
     current_tenant,
     error_response,
@@ -28,6 +29,9 @@ from vllm_multilora.integration.server.callers import (
 
 if TYPE_CHECKING:
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+_WIDTH, _HEIGHT = 3, 4
+"""Of a video's frames, as OpenCV numbers what it knows of one; vLLM can do without OpenCV."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG2000")
 """Of tenants' images. Pillow has Python unpack many others, in which nobody is answered, or even
@@ -173,11 +177,30 @@ def unpack(original: Callable[..., Any], reader: Any, data: bytes) -> Any:
     caller = current_caller.get()
     if caller is None or caller.account is None:
         return original(reader, data)
+    if isinstance(reader, VideoMediaIO):
+        reader.video_loader = _counting(reader.video_loader, caller)
     told = _size_told(data) if isinstance(reader, ImageMediaIO) else 0
     caller.count_unpacked(told)
     media = original(reader, data)
     caller.count_unpacked(max(0, _size(media) - told))  # files in files do not tell
     return media
+
+
+def _counting(loader: Any, caller: Caller) -> Any:
+    """A loader of vLLM's that counts a video's frames before they are read, not when all are."""
+    kind: Any = type(loader)
+
+    class CountingLoader(kind):
+        @classmethod
+        def read_frames(cls, video: Any, wanted: list[int], *args: Any, **kwargs: Any) -> Any:
+            size = 3 * int(video.get(_WIDTH)) * int(video.get(_HEIGHT)) * len(wanted)
+            caller.count_unpacked(size)
+            try:
+                return super().read_frames(video, wanted, *args, **kwargs)
+            finally:
+                caller.count_unpacked(-size)  # `unpack` counts what there is of them
+
+    return CountingLoader()
 
 
 def _size_told(data: bytes) -> int:
