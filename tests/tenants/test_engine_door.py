@@ -29,6 +29,7 @@ from vllm.multimodal.inputs import (
     MultiModalKwargsItem,
     PlaceholderRange,
 )
+from vllm.renderers import TokenizeParams
 from vllm.sampling_params import (
     RepetitionDetectionParams,
     SamplingParams,
@@ -37,6 +38,7 @@ from vllm.sampling_params import (
 
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
+from vllm_multilora.integration.patching.ledger import apply_patches
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import (
     MOST_ANSWERS,
@@ -54,6 +56,7 @@ from vllm_multilora.integration.server.request_bounds import (
     MOST_LENGTH,
     MOST_SEED,
     MOST_STOPS,
+    MOST_TEXT,
     MOST_TOKENS,
     require_short,
 )
@@ -350,6 +353,30 @@ def test_of_what_a_tenants_request_asks_for_there_is_not_too_much(message, most,
         with pytest.raises(GracefulHTTPError, match=expected):
             send(who, processor, more)
         assert len(processor.request_states) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        ({"max_total_tokens": None}, MOST_TEXT),
+        ({"max_total_tokens": 128, "truncate_prompt_tokens": 10}, MOST_TEXT),
+        ({"max_total_tokens": 1 << 17}, 2 * MOST_TEXT),
+    ],
+    ids=("only-made-into-tokens", "truncated", "of-a-model-that-takes-long-ones"),
+)
+def test_a_tenants_text_is_short_enough_to_make_tokens_of_it(limits, most):
+    """vLLM needed nine gigabytes and half a minute for sixty megabytes."""
+    apply_patches()
+    params, tokenizer = TokenizeParams(**limits), SimpleNamespace(max_chars_per_token=128)
+
+    def taken(who, length):
+        text = "a" * length
+        return as_caller(who, lambda: len(params._text_len_check(tokenizer, text)))
+
+    assert [taken(who, most + 1) for who in (None, Caller(Role.CLIENT))] == [most + 1] * 2
+    assert taken(tenant("acme"), most) == most
+    with pytest.raises(GracefulHTTPError, match=f"found {most + 1}, expected {most} at most"):
+        taken(tenant("acme"), most + 1)
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,17 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM looks default adapters up in its configuration.",
     ),
     Patch(
+        name="length-of-texts",
+        target="vllm.renderers.params:TokenizeParams._text_len_check",
+        takes=("self, tokenizer, text",),
+        handler="server.request_bounds:check_length",
+        why="Texts of any length are made into tokens where nothing limits these, or only the "
+        "first are kept: sixty megabytes take half a minute, in which nobody is answered, and more "
+        "than nine gigabytes of memory. Bounds a tenant's texts.",
+        checked=(),
+        until="vLLM bounds texts that are truncated, or only made into tokens.",
+    ),
+    Patch(
         name="ids-of-images",
         target="vllm.renderers.base:BaseRenderer._process_tokens_async",
         takes=("self, prompt, *, skip_mm_cache=False",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from vllm.entrypoints.generate.base.protocol import LegacyStructuralTagResponseF
 from vllm.exceptions import GracefulHTTPError
 
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.integration.server.callers import encoded_size
+from vllm_multilora.integration.server.callers import current_tenant, encoded_size
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive
@@ -32,6 +32,13 @@ while nobody is answered."""
 
 MOST_NUMBERS = 4 << 20
 """Values in all: tokens of prompts are numbers."""
+
+MOST_TEXT = 1 << 20
+"""Characters of a text of which tokens are made. Each may take half a kilobyte of memory, and two
+microseconds in which nobody is answered."""
+
+MOST_TEXT_OF_TOKEN = 16
+"""More of them, for each token that the model takes."""
 
 MOST_ID = 1_024
 """Characters of its id, with which each of its tokens comes, and of its session's, which events of
@@ -185,6 +192,25 @@ def require_short(params: Any) -> None:
     """
     for field, most in MOST_BYTES_OF.items():
         _require(f"Bytes of `{field}`", encoded_size(getattr(params, field, None)), most)
+
+
+def check_length(original: Callable[..., str], params: Any, tokenizer: Any, text: str) -> str:
+    """What is made into tokens of a text, after a look at how long a tenant's is.
+
+    Args:
+        original: vLLM's, which may cut it.
+        params: vLLM's `TokenizeParams`.
+        tokenizer: What is to make tokens of it.
+        text: Anybody's.
+
+    Raises:
+        GracefulHTTPError: It is a tenant's, and too long.
+    """
+    text = original(params, tokenizer, text)
+    if current_tenant() is not None:
+        most = max(MOST_TEXT, MOST_TEXT_OF_TOKEN * (params.max_total_tokens or 0))
+        _require("Characters of a text", len(text), most)
+    return text
 
 
 def require_bounded(request: Any) -> None:
