@@ -194,10 +194,14 @@ def test_pooling_waits_for_no_host_on_the_thread_that_makes_prompts_for_all(kind
         as_caller(tenant("acme"), lambda: HTTPConnection().get_bytes("http://127.0.0.1:9/"))
 
 
-def png(side: int = SIDE) -> bytes:
+def image(form: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (side, side)).save(file, "png")
+    Image.new("RGB", (SIDE, SIDE)).save(file, form)
     return file.getvalue()
+
+
+def png() -> bytes:
+    return image("png")
 
 
 def icon() -> bytes:
@@ -311,8 +315,12 @@ def qoi() -> bytes:
     return head + b"\xfd" * (SIDE**2 // 62 + 1) + bytes(7) + b"\1"
 
 
-@pytest.mark.parametrize("data", [icon(), qoi(), b"P3 1 1 255 1 2 3 "], ids=["icon", "qoi", "text"])
-def test_python_unpacks_no_image_of_a_tenants(data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [icon(), qoi(), b"P3 1 1 255 1 2 3 ", image("jpeg2000")],
+    ids=["icon", "qoi", "text", "jpeg-2000"],
+)
+def test_no_image_of_a_tenants_is_unpacked_while_nobody_is_answered(data: bytes) -> None:
     """Twelve of three million pixels kept all others waiting for 10 of 53 seconds."""
     from vllm.exceptions import GracefulHTTPError
 

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT = 3, 4
 """Of a video's frames, as OpenCV numbers what it knows of one; vLLM can do without OpenCV."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF", "JPEG2000")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF")
 """Of tenants' images. Pillow has Python unpack many others, in which nobody is answered, or even
-read them for long to find out that they are broken; icons hold images that are larger than they
-say."""
+read them for long to find out that they are broken, and lets no thread go on while it unpacks
+JPEG 2000; icons hold images that are larger than they say."""
 
 
 def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:
