@@ -142,6 +142,47 @@ def test_a_name_server_that_never_answers_one_tenant_keeps_no_others_waiting(
     assert asyncio.run(fetch()) == b"fine"
 
 
+def test_nothing_is_fetched_or_unpacked_for_a_call_that_has_been_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several chats to embed vLLM refuses all for the first, and reads on in the others."""
+    from vllm.connections import HTTPConnection
+    from vllm.exceptions import GracefulHTTPError
+
+    asked: list[str] = []
+
+    async def never(_: Any, url: str, **__: Any) -> None:
+        asked.append(url)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(
+        HTTPConnection, "async_get_bytes", partial(multimodal.download, never, None)
+    )
+
+    async def fetch() -> None:
+        who = tenant("acme")
+        fetches = as_caller(
+            who,
+            lambda: [
+                asyncio.ensure_future(HTTPConnection.async_get_bytes(f"/{number}"))
+                for number in range(MOST_DOWNLOADS + 1)
+            ],
+        )
+        await asyncio.sleep(0)
+        who.ended()
+        fetches[0].cancel()
+        with pytest.raises(GracefulHTTPError, match="has been answered"):
+            await asyncio.wait_for(fetches[-1], LIMIT_S)
+        assert len(asked) == MOST_DOWNLOADS
+        with pytest.raises(GracefulHTTPError, match="has been answered"):
+            as_caller(who, lambda: load_image(png()))
+        for each in fetches:
+            each.cancel()
+        await asyncio.gather(*fetches, return_exceptions=True)
+
+    asyncio.run(fetch())
+
+
 @pytest.mark.parametrize("kind", ["base:PoolingIOProcessor", "embed:TokenEmbedIOProcessor"])
 def test_pooling_waits_for_no_host_on_the_thread_that_makes_prompts_for_all(kind: str) -> None:
     from vllm import PoolingParams

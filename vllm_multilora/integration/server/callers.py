@@ -237,6 +237,14 @@ class Caller:
         self._unpacked += size
         self._bound(self._unpacked, MOST_UNPACKED, "bytes of unpacked images and the like.")
 
+    def require_open(self) -> None:
+        """Raises GracefulHTTPError if the request has been answered, and what it wants is no use.
+
+        vLLM refuses a request for the first of its chats to embed, say, and reads on in the others.
+        """
+        if not self._users:
+            raise GracefulHTTPError("The call has been answered.", HTTPStatus.BAD_REQUEST)
+
     def _bound(self, wanted: int, most: int, what: str) -> None:
         if self.account is not None and wanted > most:
             raise GracefulHTTPError(f"One call may want {most} {what}", HTTPStatus.BAD_REQUEST)

@@ -130,6 +130,7 @@ async def download(original: Callable[..., Any], connection: Any, url: str, **kw
     if caller is None or caller.account is None:
         return await original(connection, url, **kwargs)
     async with caller.account.downloads:
+        caller.require_open()
         data: bytes = await original(connection, url, **kwargs)
     caller.count_unpacked(len(data))
     return data
@@ -177,6 +178,7 @@ def unpack(original: Callable[..., Any], reader: Any, data: bytes) -> Any:
     caller = current_caller.get()
     if caller is None or caller.account is None:
         return original(reader, data)
+    caller.require_open()
     if isinstance(reader, VideoMediaIO):
         reader.video_loader = _counting(reader.video_loader, caller)
     told = _size_told(data) if isinstance(reader, ImageMediaIO) else 0
