@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gc
 import io
+import itertools
 import socket
 import struct
 import threading
@@ -368,6 +369,43 @@ def test_no_image_of_a_tenants_is_unpacked_while_nobody_is_answered(data: bytes)
     assert load_image(data).media.size
     with pytest.raises(GracefulHTTPError, match="expected an image in one of"):
         as_caller(tenant("acme"), lambda: load_image(data))
+
+
+def jpeg(*, padding: int = 0, scans: int = 0) -> bytes:
+    """One with bytes that say nothing before its head, or scans that change nothing at its end."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "jpeg", progressive=True)
+    start, rest = file.getvalue()[:2], file.getvalue()[2:]
+    table = struct.pack(">BBHB16BB", 0xFF, 0xC4, 20, 0x10, 1, *[0] * 15, 0)  # ends a block by a bit
+    scan = struct.pack(">BBHBBBBBBB", 0xFF, 0xDA, 8, 1, 1, 0, 1, 63, 0, 0x7F)
+    end = rest.index(b"\xff\xda")
+    return start + b"\xff" * padding + rest[:end] + table + scan * scans + rest[end:]
+
+
+SECONDS = 12
+"""More than an image is read in pieces."""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [jpeg(padding=SECONDS), jpeg(scans=SECONDS << 13)],
+    ids=["padding", "scans"],
+)
+def test_a_call_has_its_images_read_for_so_long_only(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of a megabyte takes minutes, and vLLM has eight threads for all."""
+    from vllm.exceptions import GracefulHTTPError
+
+    seconds = itertools.count()  # one more for each piece
+    clock = SimpleNamespace(thread_time=lambda: float(next(seconds)))
+    monkeypatch.setattr(multimodal, "time", clock)
+    monkeypatch.setattr(callers, "MOST_READING_S", float(2 * SECONDS))
+    assert load_image(data).media.size  # nobody's
+    who = tenant("acme")
+    with pytest.raises(GracefulHTTPError, match="seconds of a processor"):
+        as_caller(who, lambda: load_image(data))
+    assert as_caller(tenant("acme"), lambda: load_image(png())).media.size
 
 
 BROKEN = b"no image"

@@ -478,6 +478,16 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM bounds it in all versions, as 0.33 does.",
     ),
     Patch(
+        name="files-of-images",
+        target="vllm.multimodal.media.image:BytesIO",
+        takes=("self, /, *args, **kwargs",),
+        handler="server.multimodal:image_file",
+        why="A JPEG of a megabyte takes minutes if most of it is scans or padding, on one of few "
+        "threads. Counts the time that a tenant's call has its images read.",
+        checked=(),
+        until="vLLM bounds the time for an image.",
+    ),
+    Patch(
         name="unpacked-videos",
         target="vllm.multimodal.media.video:VideoMediaIO.load_bytes",
         takes=("self, data",),

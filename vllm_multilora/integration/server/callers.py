@@ -60,6 +60,10 @@ MOST_UNPACKED = 1 << 30
 """Bytes that a tenant's call may have images, videos and recordings unpacked to: a few kilobytes
 become half a gigabyte, and all that are in a call are held until the last has come."""
 
+MOST_READING_S = 20.0
+"""Of a processor, that a tenant's call may take to have its images read, however small they are:
+some take minutes for a megabyte, on threads that others' images wait for."""
+
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
 
 
@@ -100,6 +104,7 @@ class Caller:
     _bytes: int = 0
     _tensors: int = 0
     _unpacked: int = 0
+    _reading_s: float = 0.0
     _users: int = 1
     _used: set[str] = field(default_factory=set)
 
@@ -245,7 +250,16 @@ class Caller:
         if not self._users:
             raise GracefulHTTPError("The call has been answered.", HTTPStatus.BAD_REQUEST)
 
-    def _bound(self, wanted: int, most: int, what: str) -> None:
+    def count_reading(self, seconds: float) -> None:
+        """The call has so much more of a processor taken to read its images, on any thread.
+
+        Raises:
+            GracefulHTTPError: A tenant's take too much: others' images wait for the threads.
+        """
+        self._reading_s += seconds
+        self._bound(self._reading_s, MOST_READING_S, "seconds of a processor to read its images.")
+
+    def _bound(self, wanted: float, most: float, what: str) -> None:
         if self.account is not None and wanted > most:
             raise GracefulHTTPError(f"One call may want {most} {what}", HTTPStatus.BAD_REQUEST)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -181,7 +182,7 @@ def unpack(original: Callable[..., Any], reader: Any, data: bytes) -> Any:
     caller.require_open()
     if isinstance(reader, VideoMediaIO):
         reader.video_loader = _counting(reader.video_loader, caller)
-    told = _size_told(data) if isinstance(reader, ImageMediaIO) else 0
+    told = _size_told(caller, data) if isinstance(reader, ImageMediaIO) else 0
     caller.count_unpacked(told)
     media = original(reader, data)
     caller.count_unpacked(max(0, _size(media) - told))  # files in files do not tell
@@ -205,14 +206,39 @@ def _counting(loader: Any, caller: Caller) -> Any:
     return CountingLoader()
 
 
-def _size_told(data: bytes) -> int:
+class _TimedFile(BytesIO):
+    """A tenant's image, while it is unpacked on one thread: what lies between reads is counted."""
+
+    def __init__(self, caller: Caller, *data: bytes) -> None:
+        super().__init__(*data)
+        self._caller = caller
+        self._since = time.thread_time()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        now = time.thread_time()
+        self._caller.count_reading(now - self._since)
+        self._since = now
+        return super().read(size)
+
+
+def image_file(original: Callable[..., BytesIO], *data: bytes) -> BytesIO:
+    """The file that vLLM makes of an image, to have it unpacked."""
+    caller = current_caller.get()
+    if caller is None or caller.account is None:
+        return original(*data)
+    return _TimedFile(caller, *data)
+
+
+def _size_told(caller: Caller, data: bytes) -> int:
     """Bytes that an image has, by what its file begins with; 0 where that says nothing.
 
     Raises:
-        GracefulHTTPError: It is of none of the formats that tenants may send.
+        GracefulHTTPError: It is of none of the formats that tenants may send, or takes too long.
     """
     try:
-        image = Image.open(BytesIO(data), formats=_FORMATS)
+        image = Image.open(_TimedFile(caller, data), formats=_FORMATS)
+    except GracefulHTTPError:
+        raise
     except UnidentifiedImageError as error:
         message = f"Found other data, expected an image in one of {', '.join(_FORMATS)}."
         raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST) from error
