@@ -7,6 +7,7 @@ import io
 import itertools
 import socket
 import struct
+import tempfile
 import threading
 import tracemalloc
 import wave
@@ -281,6 +282,16 @@ def load_recording(data: bytes) -> Any:
     return AudioMediaIO().load_bytes(data)
 
 
+def load_recording_from_file(data: bytes) -> Any:
+    """As one of the operator's, whose address a tenant has sent."""
+    from vllm.multimodal.media import AudioMediaIO
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return AudioMediaIO().load_file(Path(file.name))
+
+
 @pytest.fixture
 def executor() -> Iterator[ThreadPoolExecutor]:
     """As vLLM's for what it unpacks."""
@@ -295,6 +306,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
         pytest.param(load_image, png(), 1, id="image"),
         pytest.param(load_frames, png(), 2, id="video"),
         pytest.param(load_recording, recording(), 1, id="recording"),
+        pytest.param(load_recording_from_file, recording(), 1, id="recording-in-a-file"),
     ],
 )
 def test_a_call_has_only_so_much_unpacked(

@@ -506,6 +506,16 @@ PATCHES: tuple[Patch, ...] = (
         until="As unpacked-images.",
     ),
     Patch(
+        name="unpacked-files-of-recordings",
+        target="vllm.multimodal.media.audio:AudioMediaIO.load_file",
+        takes=("self, filepath",),
+        handler="server.multimodal:unpack",
+        why="As unpacked-recordings, for those that the operator has below "
+        "`--allowed-local-media-path`, which are not read by it.",
+        checked=(),
+        until="As unpacked-images.",
+    ),
+    Patch(
         name="errors-of-images",
         target="vllm.multimodal.media.connector:MediaConnector.load_from_url_async",
         takes=("self, url, media_io, *, fetch_timeout=None",),
