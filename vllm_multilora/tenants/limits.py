@@ -129,8 +129,8 @@ MOST_DOWNLOADS = 8
 """Images and the like that are fetched for a tenant at once, from hosts that may take minutes."""
 
 WITHOUT_TURN_PER_MINUTE = 3_000
-"""A tenant's requests that are answered without having a turn: those that are refused, and those
-that read or cancel stored responses; after a minute without any, so many at once."""
+"""A tenant's requests that are refused without having a turn; after a minute without any, so many
+at once."""
 
 SETTLING_SHARE = 0.02
 """Of the time, for reading what a tenant's requests have generated."""
@@ -152,7 +152,7 @@ class Account:
         downloads: To be held while something is fetched for one of its calls.
         lookups: Look up the hosts of that, which may take long after nobody waits any more.
         checking: To be held while one of its structured outputs is checked.
-        listing: How its models are listed, and its adapters.
+        listing: How its models are listed, and its adapters, and its stored responses told.
         without_turn: Its requests that limits do not count, since they have no turn.
     """
 

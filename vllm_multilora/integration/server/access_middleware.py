@@ -71,8 +71,11 @@ LONGEST_PAUSE_S = 5.0
 """Until a request that has no turn is answered, however many there are; and until a tenant's next
 list is begun."""
 
+_PACED = (Endpoint.MODELS, Endpoint.STATUS, Endpoint.STORED)
+
 LISTING_SHARE = 0.05
-"""Of the event loop's time, for one tenant's lists of models, and for those of adapters."""
+"""Of the event loop's time, for one tenant's lists of models, for those of adapters, and for its
+stored responses."""
 
 
 class PlainPathMiddleware:
@@ -160,10 +163,10 @@ class AccessMiddleware:
         return send_refusal
 
     async def _list(self, pace: Pace, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lists a tenant's models or adapters, one call after the other.
+        """Lists a tenant's models or adapters, or tells a stored response, one after the other.
 
-        However many it has, and however often it asks, nobody else waits for that for long. The
-        next list waits for neither this one's reader nor what is done for others meanwhile.
+        However much that is, and however often it asks, nobody else waits for it for long. The next
+        one waits for neither this one's reader nor what is done for others meanwhile.
 
         Raises:
             LimitReachedError: Too many lists were asked for before this one.
@@ -172,7 +175,7 @@ class AccessMiddleware:
             async with asyncio.timeout(2 * LONGEST_PAUSE_S):
                 await pace.begin()
         except TimeoutError:
-            raise LimitReachedError("lists are asked for faster than they are made") from None
+            raise LimitReachedError("it is asked for faster than it can be told") from None
         is_made = False
 
         def let_next_begin() -> None:
@@ -202,7 +205,7 @@ class AccessMiddleware:
     ) -> None:
         """Lets a tenant's request in; a call, or a list, when it has its turn.
 
-        What has no turn, as it is refused or reads a stored response, waits where there is much.
+        What is refused waits where there is much.
         """
         path = route_path(scope)
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in _NOT_OF_TENANTS]
@@ -225,9 +228,7 @@ class AccessMiddleware:
                         is_form=path.startswith(_FORMS),
                         is_of_any_kind=path == INVOCATIONS,
                     )
-            elif endpoint is Endpoint.STORED:
-                await _pause(account.without_turn)
-            if endpoint in (Endpoint.MODELS, Endpoint.STATUS):
+            if endpoint in _PACED:
                 await self._list(account.listing[endpoint], scope, receive, send_marked)
             else:
                 await self._app(scope, receive, send_marked)
