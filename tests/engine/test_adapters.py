@@ -733,6 +733,18 @@ def test_registering_anew_looks_at_the_files_again(engine):
     assert engine.adapters.state(1) is AdapterState.HOST
 
 
+def test_a_directorys_adapter_is_looked_at_again_when_its_folder_is_put_back(engine):
+    """Under its number, what has been in its place may have been read meanwhile."""
+    number = FIRST_NUMBER + 1
+    engine.fill(number, 10)
+    future = engine.adapters.register(lora(number))
+    assert engine.store.only().fresh
+    engine.store.loaded(pack_info(11))
+    engine.poll()
+    assert future.result(0) is True
+    assert engine.adapters.version(number).digest == "digest 11"
+
+
 def test_registering_anew_while_the_files_are_checked_looks_at_them_again(engine):
     """All that come meanwhile get the next check, and none waits for more than two."""
     first = engine.adapters.register(lora(1))

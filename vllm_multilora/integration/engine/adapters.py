@@ -277,7 +277,9 @@ class EngineAdapters:
         if failure is not None:
             return _done(error=AdapterRefusedError(request.lora_int_id, failure, []))
         entry = self._registrations.find(request)
-        future = self._registrations.register(entry, fresh=request.load_inplace)
+        # A directory's number stands for one version of its files; others may have been read since.
+        fresh = request.load_inplace or (entry.number >= FIRST_NUMBER and entry.pack is not None)
+        future = self._registrations.register(entry, fresh=fresh)
         if request.load_inplace or (entry is not known and entry.number < FIRST_NUMBER):  # anew
             future.add_done_callback(
                 lambda done: self.quarantine.lift(None if done.exception() else entry.serving)
