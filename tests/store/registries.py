@@ -139,10 +139,10 @@ class World:
     def failed(self, job: int, kind: FailureKind = FailureKind.INVALID) -> None:
         self.registry.loads.failed(job, Failure(kind, "it is broken", []), self.now)
 
-    def gone(self, job: int) -> None:
+    def gone(self, job: int, kind: FailureKind = FailureKind.INTERNAL) -> None:
         self.jobs.pop(job, None)
         self.dying.discard(job)
-        failure = Failure(FailureKind.INTERNAL, "it crashed", [])
+        failure = Failure(kind, "it crashed", [])
         self.registry.loads.gone(job, failure, self.now)
         self.registry.loads.tick(self.now)
 

@@ -783,6 +783,45 @@ def test_a_crashed_job_fails_its_adapter_and_frees_its_room(world):
     assert world.memory.totals().bytes == 0
 
 
+def until_reading(world: World, job: int, pages: int) -> None:
+    world.opened(job)
+    world.checked(job, pages)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_where_memory_is_used_up_below_the_budget_an_adapter_is_read_once_more(world, keep):
+    """The kernel has ended its job: others leave for a request's, and a registration keeps none."""
+    idle = [world.load(1, adapter, pages=2).pack.pack for adapter in (2, 3, 4)]
+    for pack in idle:
+        world.registry.release(1, pack, world.now)
+    ticket = world.want(1, keep=keep)
+    (job,) = world.jobs
+    until_reading(world, job, 3)
+    world.gone(job, FailureKind.NO_MEMORY)
+    assert list(world.evicted(1)) == (idle[:2] if keep else [])
+    world.settle(3)
+    loaded = world.answer(1, ticket)
+    assert isinstance(loaded, Loaded)
+    assert bool(loaded.pack.pack) == keep
+
+
+@pytest.mark.parametrize(("leased", "jobs"), [(True, 1), (False, 2)])
+def test_an_adapter_fails_whose_job_is_ended_again_or_for_which_nobody_can_leave(
+    world, leased, jobs
+):
+    pack = world.load(1, 2, pages=2).pack.pack
+    if not leased:
+        world.registry.release(1, pack, world.now)
+    ticket = world.want(1)
+    for _ in range(jobs):
+        assert not world.answers(1, ticket)
+        (job,) = world.jobs
+        until_reading(world, job, 2)
+        world.gone(job, FailureKind.NO_MEMORY)
+    assert world.answer(1, ticket).kind is FailureKind.NO_MEMORY
+    assert len(world.memory.packs) == leased
+
+
 def test_the_room_of_a_killed_job_is_free_only_when_it_cannot_write_any_more(world):
     ticket = world.want(1)
     (job,) = world.jobs

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.store.registries import PAGE, World
+from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.messages import Loaded
 
 ADAPTERS = st.integers(1, 5)
+KINDS = (FailureKind.INTERNAL, FailureKind.NO_MEMORY)
 LIMITS = {None: None, "acme": 1, "umbrella": 2}
 TENANTS = st.sampled_from(list(LIMITS))
 
@@ -102,10 +104,10 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.world.step(job, pages)
 
     @precondition(lambda self: "reading" in self.world.jobs.values())
-    @rule(which=st.integers(0, 20), crash=st.booleans())
-    def break_job(self, which, crash):
+    @rule(which=st.integers(0, 20), crash=st.booleans(), kind=st.sampled_from(KINDS))
+    def break_job(self, which, crash, kind):
         jobs = sorted(self.world.jobs)
-        (self.world.gone if crash else self.world.failed)(jobs[which % len(jobs)])
+        (self.world.gone if crash else self.world.failed)(jobs[which % len(jobs)], kind)
 
     @precondition(lambda self: self.world.dying)
     @rule(which=st.integers(0, 20))

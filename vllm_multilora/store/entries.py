@@ -112,6 +112,7 @@ class Load:
         blocks: int64 [n], bytes of the blocks.
         allocation: Where the job packs to; None: it only checks.
         tenant: The first that wants it; None: none does.
+        is_anew: Whether memory was used up when it was packed before.
     """
 
     number: int
@@ -130,6 +131,7 @@ class Load:
     blocks: NDArray[np.int64] | None = None
     allocation: Allocation | None = None
     tenant: Owner | None = None
+    is_anew: bool = False
 
     @property
     def has_begun(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -123,10 +124,9 @@ class Loads:
             self.queue.wait_for_room(number, now)
             self.give_room(now)
             return
-        try:
+        allocation = None
+        with contextlib.suppress(OSError):
             allocation = self._room.free_now(load)
-        except OSError:
-            allocation = None
         self._place(load, allocation)
 
     def done(
@@ -154,7 +154,7 @@ class Loads:
     def gone(self, number: int, failure: Failure, now: float) -> None:
         """A job cannot write any more; `failure` says how it ended if it has given no answer."""
         load = self._loads.get(number)
-        if load is not None and load.job:
+        if load is not None and load.job and not self._begins_anew(load, failure):
             self._fail(load, failure, now)
         allocation = self._dying.pop(number, None)
         if allocation is not None:
@@ -187,14 +187,31 @@ class Loads:
                 load.owners.append(owner)
                 self.queue.share(load.number, owner)
 
-    def _again(self, load: Load, tickets: list[Ticket]) -> None:
+    def _again(self, load: Load, tickets: list[Ticket], *, is_anew: bool = False) -> None:
         """Queues wants anew that the end of a load does not answer."""
         if tickets:
             client = self._clients[tickets[0].client]
             again = self.add(load.binding, load.path, load.owners, client, tickets)
-            again.tenant = load.tenant
+            again.tenant, again.is_anew = load.tenant, is_anew
             for ticket in tickets:
                 self._clients[ticket.client].loads[ticket.number] = again
+
+    def _begins_anew(self, leader: Load, failure: Failure) -> bool:
+        """Whether files are read once more, with room from others, that there was no memory for.
+
+        The system, or a container, has less than the budget allows: it has ended the packing job.
+        """
+        allocation = leader.allocation
+        if failure.kind is not FailureKind.NO_MEMORY or allocation is None or leader.is_anew:
+            return False
+        if leader.keep() and not self._memory.vacate(allocation.held_bytes):
+            return False
+        family = leader.family()
+        for load in family:
+            self._end(load)
+        for load in family:
+            self._again(load, load.tickets + load.later, is_anew=True)
+        return True
 
     def _follow(self, load: Load, leader: Load) -> None:
         """The same files are being read already: their load ends both."""

@@ -104,6 +104,15 @@ class HostMemory:
             if not evict or not self._evict_one():
                 return None
 
+    def vacate(self, nbytes: int) -> bool:
+        """Has packs without leases leave that take so many bytes; whether there are such packs."""
+        if sum(p.allocation.held_bytes for p in self.packs.values() if not p.leases) < nbytes:
+            return False
+        most = self.arena.held - nbytes
+        while self.arena.held > most and self._evict_one():
+            pass
+        return True
+
     def give_back(self, allocation: Allocation) -> None:
         """A job has ended, and what it packed is of no use."""
         self.staged -= 1

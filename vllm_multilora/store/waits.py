@@ -36,9 +36,11 @@ class Room:
         return None
 
     def free_now(self, load: Load) -> Allocation | None:
-        """Room that nobody has to leave for, and nobody waits for."""
+        """Room that nobody has to leave for, and nobody waits for, if there is memory for it."""
         assert load.blocks is not None
-        return None if self._waiting else self._memory.room(load.blocks, evict=False)
+        if self._waiting or load.is_anew:
+            return None
+        return self._memory.room(load.blocks, evict=False)
 
     def ask(self, load: Load) -> None:
         """Stands in line."""
