@@ -31,7 +31,7 @@ from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
 from vllm_multilora.tenants.work_turns import take_turns
 
-pytestmark = pytest.mark.serving  # imports vLLM
+pytestmark = [pytest.mark.serving, pytest.mark.smoke]  # imports vLLM
 
 LIMIT_S = 60.0
 SIDE = 100
@@ -263,6 +263,18 @@ def recording() -> bytes:
     return file.getvalue()
 
 
+def video() -> bytes:
+    """Of four frames, each of which has three bytes for a pixel."""
+    import cv2
+
+    with tempfile.NamedTemporaryFile(suffix=".avi") as file:
+        written = cv2.VideoWriter(file.name, cv2.VideoWriter.fourcc(*"MJPG"), 4, (SIDE, SIDE))
+        for _ in range(4):
+            written.write(np.zeros((SIDE, SIDE, 3), np.uint8))
+        written.release()
+        return file.read()
+
+
 def load_image(data: bytes) -> Any:
     from vllm.multimodal.media import ImageMediaIO
 
@@ -274,6 +286,12 @@ def load_frames(data: bytes) -> Any:
 
     frames = ",".join([base64.b64encode(data).decode()] * 2)
     return VideoMediaIO(ImageMediaIO()).load_base64("video/jpeg", frames)
+
+
+def load_video(data: bytes) -> Any:
+    from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+
+    return VideoMediaIO(ImageMediaIO()).load_bytes(data)
 
 
 def load_recording(data: bytes) -> Any:
@@ -301,17 +319,18 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.mark.parametrize(
-    ("load", "data", "each"),
+    ("load", "make", "each"),
     [
-        pytest.param(load_image, png(), 1, id="image"),
-        pytest.param(load_frames, png(), 2, id="video"),
-        pytest.param(load_recording, recording(), 1, id="recording"),
-        pytest.param(load_recording_from_file, recording(), 1, id="recording-in-a-file"),
+        pytest.param(load_image, png, 1, id="image"),
+        pytest.param(load_frames, png, 2, id="frames"),
+        pytest.param(load_video, video, 3, id="video"),
+        pytest.param(load_recording, recording, 1, id="recording"),
+        pytest.param(load_recording_from_file, recording, 1, id="recording-in-a-file"),
     ],
 )
 def test_a_call_has_only_so_much_unpacked(
     load: Callable[[bytes], Any],
-    data: bytes,
+    make: Callable[[], bytes],
     each: int,
     executor: ThreadPoolExecutor,
     monkeypatch: pytest.MonkeyPatch,
@@ -319,7 +338,7 @@ def test_a_call_has_only_so_much_unpacked(
     from vllm.exceptions import GracefulHTTPError
 
     monkeypatch.setattr(callers, "MOST_UNPACKED", 2 * each * UNPACKED)
-    who = tenant("acme")
+    who, data = tenant("acme"), make()
     for _ in range(2):
         as_caller(who, lambda: executor.submit(load, data)).result(LIMIT_S)
     with pytest.raises(GracefulHTTPError, match="bytes of unpacked images"):

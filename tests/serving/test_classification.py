@@ -189,6 +189,7 @@ def test_a_cross_encoders_scores_equal_pefts_beside_adapters_that_fail(tmp_path:
     assert len(seen) == len(PAIRS) * (1 + len(CLASSIFIER_RECIPES)), "a mix-up would show"
 
 
+@pytest.mark.smoke("classification of tokens")
 def test_tokens_classes_equal_pefts_and_heads_that_vllm_cannot_apply_are_refused(
     tmp_path: Path,
 ) -> None:

@@ -103,7 +103,7 @@ POISONS = {path: f"poison{number}" for number, path in enumerate(GENERATING)}
 """By route: an adapter that overflows in use. In quarantine it would harm no other route."""
 
 
-@pytest.mark.smoke("chat completions, responses and messages")
+@pytest.mark.smoke("chat completions, responses and messages", "vLLM's filesystem resolver")
 @pytest.mark.parametrize("path", GENERATING)
 def test_each_route_answers_as_peft_for_the_adapter_that_is_named(
     server: VllmServer, llama: Scenario, path: str
@@ -132,6 +132,7 @@ def test_each_route_answers_as_peft_for_the_adapter_that_is_named(
     assert unknown.status_code == 404, unknown.text
 
 
+@pytest.mark.smoke("`vllm run-batch` and `vllm bench serve`")
 def test_vllms_load_generator_gets_answers_of_all_adapters(
     server: VllmServer, llama: Scenario, tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_vllms_load_generator_gets_answers_of_all_adapters(
     assert sorted(counts) == [2, 2, 2] or sorted(counts) == [2, 2, 3], counts
 
 
+@pytest.mark.smoke("`vllm run-batch` and `vllm bench serve`")
 def test_a_batch_of_requests_is_answered_as_by_peft(llama: Scenario, tmp_path: Path) -> None:
     """Those that name an adapter that overflows or is unknown fail alone.
 
@@ -253,6 +255,7 @@ SCORING: Mapping[str, tuple[dict[str, Any], Callable[[dict[str, Any]], float]]] 
 }
 
 
+@pytest.mark.smoke("routes for scores, ranks, classes and pooled states")
 def test_scores_are_pefts_for_the_adapter_that_is_named(tmp_path: Path) -> None:
     """By its own head, for those that bring one."""
     model = classifier(tmp_path, labels=1)

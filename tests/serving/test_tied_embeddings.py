@@ -29,6 +29,7 @@ RECIPES_WITH_QUERIES = (
 )
 
 
+@pytest.mark.smoke("`embed_tokens` and `lm_head` that are tied")
 def test_answers_are_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
     tied = build_scenario(tmp_path, partial(write_llama, tied=True, seed=4), RECIPES, lengths=(7,))
     failing = {
@@ -47,6 +48,7 @@ def test_answers_are_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
     assert "quarantined" in poison
 
 
+@pytest.mark.smoke("`embed_tokens` and `lm_head` that are tied")
 def test_a_head_that_is_the_embedding_is_adapted_as_either(tmp_path: Path) -> None:
     scenario = build_scenario(
         tmp_path,

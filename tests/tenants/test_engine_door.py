@@ -554,6 +554,7 @@ def test_a_tenants_slow_schema_leaves_threads_to_what_vllm_does_on_them(monkeypa
     asyncio.run(ask())
 
 
+@pytest.mark.smoke
 def test_a_tenants_structural_tag_is_checked_with_its_schemas():
     """VLLM does so while it reads a body, on the event loop."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest

@@ -25,7 +25,6 @@ from vllm_multilora.integration.server.http_calls import (
     HttpCallMiddleware,
     current_call,
     init_entrypoints_middleware,
-    transform_request,
 )
 
 SAGEMAKER_HEADER = "x-amzn-sagemaker-adapter-identifier"
@@ -194,6 +193,7 @@ RUNS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("text", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("part", ["error_response", "handlers.validation"])
 def test_an_error_that_repeats_what_a_client_has_sent_takes_no_time(part, text):
@@ -265,6 +265,7 @@ def test_what_the_operator_adds_sees_a_request_before_it_is_checked_and_every_an
     assert names[at:] == [*ours, *["AuthenticationMiddleware"] * len(api_key), "CORSMiddleware"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("header", "model"),
     [(None, "zen-a"), ("", "zen-a"), (" \t", "zen-a"), ("acme-a", "acme-a")],
@@ -274,6 +275,7 @@ def test_sagemakers_header_names_a_model_unless_it_is_empty(header, model, monke
     module = pytest.importorskip(
         "model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body"
     )
+    assert not missing({"sagemaker-model"})
     transforming = module.InjectToBodyApiTransform({"model": f'headers."{SAGEMAKER_HEADER}"'})
 
     async def receive():
@@ -286,7 +288,7 @@ def test_sagemakers_header_names_a_model_unless_it_is_empty(header, model, monke
     request = Request({**scope, "app": app, "query_string": b""}, receive)
 
     async def check():
-        await transform_request(type(transforming).transform_request, transforming, request)
+        await transforming.transform_request(request)
         expected = {"model": model, "prompt": [7]}
         assert await request.json() == json.loads(await request.body()) == expected
 

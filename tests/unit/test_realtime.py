@@ -60,6 +60,7 @@ class Session:
         asyncio.run(self._connection.handle_event(event))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("model", [ADAPTER, "nobody", {"no": "name"}])
 @pytest.mark.parametrize("takes_any", ["0", "1"], ids=["known-names", "any-name"])
 def test_the_base_model_answers_only_who_has_named_it_last(

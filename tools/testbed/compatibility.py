@@ -36,8 +36,7 @@ ROWS = (
     Row(
         "`embed_tokens` and `lm_head` that are tied",
         SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner: adapters of either, and of "
-        "both.",
+        "Adapters of either, and of both.",
     ),
     Row("prefix caching"),
     Row("chunked prefill"),
@@ -83,7 +82,8 @@ ROWS = (
         SAME_PATH,
         "A Granite 4 with a Mamba 2 layer. Qwen3-Next and Qwen3.5, with Gated DeltaNet, need a GPU "
         "to have adapters: vLLM's CPU build refuses the one, and has no experts for the other. "
-        "That of 0.31 has Mamba layers in bfloat16 alone, where not all tokens are equal.",
+        "That of 0.31 has Mamba layers in bfloat16 alone: there, it is prompts' scores that are "
+        "compared.",
     ),
     Row("embeddings"),
     Row(
@@ -94,9 +94,8 @@ ROWS = (
     Row(
         "classification of tokens",
         SAME_PATH,
-        "With the base model's head, which `make test` tests with 0.32 and the first model runner. "
-        "Adapters with a head of their own are refused, except by 0.33 for a few models: its smoke "
-        "tests have a BERT with such adapters.",
+        "With the base model's head. Adapters with a head of their own are refused, except by 0.33 "
+        "for a few models: its smoke tests have a BERT with such adapters.",
     ),
     Row(
         "MoE formats",
@@ -143,17 +142,14 @@ ROWS = (
         "Of WAV files, which vLLM reads with `soundfile`. If a request does not say which language "
         "it is in, vLLM detects that with the base model, without the adapter.",
     ),
-    Row(
-        "routes for scores, ranks, classes and pooled states",
-        SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner.",
-    ),
+    Row("routes for scores, ranks, classes and pooled states", SAME_PATH),
     Row(
         "vLLM's filesystem resolver",
         SAME_PATH,
-        "As above; with `VLLM_PLUGINS` naming it and `multilora`, and without.",
+        "With `VLLM_PLUGINS` unset; `make test` also has it name the resolver and `multilora`, "
+        "with 0.32 and the first model runner.",
     ),
-    Row("`vllm run-batch` and `vllm bench serve`", SAME_PATH, "As above."),
+    Row("`vllm run-batch` and `vllm bench serve`", SAME_PATH),
     Row("reload beside running requests"),
     Row("default adapters for images and audio"),
     Row("pinning"),
