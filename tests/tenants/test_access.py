@@ -59,6 +59,7 @@ from vllm_multilora.integration.server.metering import ServerMeter, shutdown
 from vllm_multilora.integration.server.request_bounds import (
     MOST_BODY,
     MOST_NUMBERS,
+    MOST_TOLD,
     LargeBodyError,
     stop_at_first_errors,
     whole_body,
@@ -201,6 +202,12 @@ BODIES = {
     "messages": ("/v1/messages", b'{"messages": [%s{}]}' % (b"{}," * 20_000), 413),
     "fields": (CALLS, b'{%s"a": 0}' % (b'"a": 0,' * 40_000), 413),
     "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MOST_NUMBERS + 1)), 413),
+    "tokens-to-tell": ("/v1/completions/derender", b'{"a": [%s1]}' % (b"1," * MOST_TOLD), 200),
+    "more-tokens-to-tell": (
+        "/v1/completions/derender",
+        b'{"a": [%s1]}' % (b"1," * (MOST_TOLD + 1)),
+        413,
+    ),
     "numbers-of-any-kind": ("/invocations", b'{"messages": [%s]}' % TOKENS, 413),
     "bytes": (CALLS, b'"%s"' % bytes(MOST_BODY), 413),
     "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),

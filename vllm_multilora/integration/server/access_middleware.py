@@ -18,7 +18,12 @@ from vllm.entrypoints.anthropic.api_router import translate_error_response
 
 from vllm_multilora.integration.server.access_log import keep_refusals_few
 from vllm_multilora.integration.server.callers import Caller, current_caller, error_response
-from vllm_multilora.integration.server.request_bounds import LargeBodyError, whole_body
+from vllm_multilora.integration.server.request_bounds import (
+    MOST_NUMBERS,
+    MOST_TOLD,
+    LargeBodyError,
+    whole_body,
+)
 from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.limits import (
     Account,
@@ -57,6 +62,7 @@ _STATUS = {
 _ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
 _COHERES = "/cohere/v2/chat"
 _FORMS = "/v1/audio/"
+_DERENDERING = "/derender"
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
 _NOT_OF_TENANTS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
@@ -227,6 +233,7 @@ class AccessMiddleware:
                         receive,
                         is_form=path.startswith(_FORMS),
                         is_of_any_kind=path == INVOCATIONS,
+                        most_numbers=MOST_TOLD if path.endswith(_DERENDERING) else MOST_NUMBERS,
                     )
             if endpoint in _PACED:
                 await self._list(account.listing[endpoint], scope, receive, send_marked)
