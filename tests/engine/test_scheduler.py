@@ -17,7 +17,7 @@ from tests.engine.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.engine.parties import Engine, lora, pack_info
 from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.attached import ADAPTERS, TENANT
+from vllm_multilora.integration.attached import ADAPTERS, TENANT, VERSION
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.engine import scheduler as scheduler_module
 from vllm_multilora.integration.engine import users
@@ -336,6 +336,35 @@ def test_a_reload_that_fails_ends_the_request_that_asked_for_it_and_no_other(ser
     assert server.step() == {"running", "other"}
     server.ask("later", 1)
     assert server.step() == {"running", "other", "later"}
+
+
+def test_a_reload_that_fails_is_told_though_others_of_its_adapter_wait_for_a_slot(servers):
+    server = servers(1)
+    server.start("long", 2)
+    server.ask("other", 1)
+    for _ in range(2):
+        server.serve()
+    server.ask("reload", 1, inplace=True)
+    server.engine.store.failed()
+    server.step()
+    assert server.ended.keys() == {"reload"}
+    server.serve("long")
+    for _ in range(4):
+        server.serve()
+    assert server.names == {"other"}
+
+
+def test_requests_that_wait_for_a_slot_end_when_their_weights_are_quarantined(servers):
+    server = servers(1)
+    server.start("long", 2)
+    waiting = [server.ask(name, 1) for name in ("first", "second")]
+    for _ in range(2):
+        server.serve()
+    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
+    VERSION.set(ran := FakeRequest("r", lora(3)), server.engine.adapters.version(1).digest)
+    server.engine.adapters.take_quarantined(output, {"r": ran})
+    server.step()
+    assert server.ended.keys() == {request.request_id for request in waiting}
 
 
 def test_a_first_load_that_fails_ends_all_though_one_has_asked_for_a_reload(server):

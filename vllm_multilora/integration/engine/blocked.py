@@ -49,7 +49,7 @@ class BlockedAdapters:
         before, self.numbers, self.unready = self.numbers, set(), set()
         for number in () if adapters.asks_late else before:
             entry = adapters.known().find(number)
-            if entry is None or adapters.failure(number, reload=True) is not None:
+            if entry is None or adapters.failure(number) is not None:
                 continue
             if entry.is_leased and not entry.is_stale:
                 if self._turns.turns_away(number):

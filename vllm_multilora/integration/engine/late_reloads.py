@@ -52,7 +52,10 @@ class LateReloads:
         return lora is not None and request.request_id in self._held.get(lora.lora_int_id, ())
 
     def ask(self, requests: Mapping[str, Request], adapters: EngineAdapters) -> dict[str, str]:
-        """Asks for the reloads whose turn it is.
+        """Asks for the reloads whose turn it is, and ends what waits for one that has failed.
+
+        No step may look at such a request for long: others of its adapter, which the version before
+        serves, wait for a slot before it.
 
         Args:
             requests: All that have not ended.
@@ -64,13 +67,15 @@ class LateReloads:
         failing: dict[str, str] = {}
         if not self._held:
             return failing
-        awaited = {
-            request.lora_request.lora_int_id
-            for request in requests.values()
-            if request.lora_request is not None
-            and not has_begun(request)
-            and not self.holds(request)
-        }
+        awaited = set[int]()
+        for request in requests.values():
+            lora = request.lora_request
+            if lora is None or has_begun(request) or self.holds(request):
+                continue
+            awaited.add(lora.lora_int_id)
+            failure = adapters.failure(lora.lora_int_id, reload=True) if lora.load_inplace else None
+            if failure is not None:
+                failing[request.request_id] = to_stop_reason(failure, lora)
         for number in [n for n in self._held if n not in awaited and not adapters.is_reloading(n)]:
             held = self._held.pop(number)
             if held:
