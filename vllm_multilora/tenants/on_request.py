@@ -59,10 +59,11 @@ def without_tenant(headers: Mapping[str, str] | None) -> dict[str, str] | None:
 
 def tenant_in(headers: Mapping[str, str] | None) -> RequestTenant | None:
     """The tenant; None where the request is no tenant's."""
-    name = (headers or {}).get(TENANT_KEY)
-    if headers is None or name is None:
+    if headers is None or TENANT_KEY not in headers:
         return None
     resident = headers.get(RESIDENT_KEY)
     return RequestTenant(
-        name, float(headers.get(WEIGHT_KEY, "1")), None if resident is None else int(resident)
+        headers[TENANT_KEY],
+        float(headers[WEIGHT_KEY]),
+        None if resident is None else int(resident),
     )

@@ -66,7 +66,7 @@ class Names:
 
     @cached_property
     def _whole(self) -> frozenset[str]:
-        return frozenset(pattern for pattern in self.patterns if not pattern.endswith("*"))
+        return frozenset(self.patterns)  # what ends in * begins with what is before that, too
 
     @cached_property
     def _beginnings(self) -> tuple[str, ...]:

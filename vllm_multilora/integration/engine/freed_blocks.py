@@ -27,8 +27,7 @@ class FreedBlocks:
 
     def note(self, adapter: int, blocks: Collection[int]) -> None:
         """A request of an adapter gives blocks back."""
-        if blocks:
-            self._steps[-1][adapter].update(blocks)
+        self._steps[-1][adapter].update(blocks)
 
     def of(self, adapters: Collection[int]) -> set[int]:
         """What requests of these adapters have given back lately."""

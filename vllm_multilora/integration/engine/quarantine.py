@@ -144,7 +144,7 @@ def _unsound(output: Any) -> Iterable[str]:
     """The requests of a step for which something is not finite."""
     counts = output.num_nans_in_logits or {}
     yield from (request_id for request_id, count in counts.items() if count)
-    pooled = output.pooler_output or ()
+    pooled = output.pooler_output
     for request_id, result in zip(output.req_ids, pooled, strict=False) if pooled else ():
         if isinstance(result, torch.Tensor) and not torch.isfinite(result).all():
             yield request_id
