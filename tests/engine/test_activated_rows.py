@@ -105,6 +105,18 @@ def test_so_they_are_in_the_second_model_runner(requests):
         assert list(taken[-1][2]) == expected(requests, batch)
 
 
+@pytest.mark.parametrize("rows", [None, [0, 2]])
+def test_a_step_with_other_rows_of_the_base_model_is_another_step(rows):
+    def step(base_rows):
+        return BatchMapping(
+            np.array([3, 0]), np.array([4, 4]), None, LoRAMappingType.LANGUAGE, base_rows
+        )
+
+    base_rows = None if rows is None else np.array(rows)
+    assert step(base_rows) == step(base_rows)
+    assert step(np.array([2, 0])) != step(base_rows)
+
+
 @pytest.mark.parametrize("start", [0, 7, 70_000])
 def test_a_requests_adapter_reaches_workers_with_its_start(start):
     sent = pickle.loads(pickle.dumps(lora(3, start)))

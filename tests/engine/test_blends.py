@@ -202,6 +202,11 @@ def test_blends_that_overflow_put_no_adapter_out_of_mind(monkeypatch):
         assert quarantine.failure(pack) is not None
     assert quarantine.failure(bad) is not None
     assert quarantine.failure(msgspec.structs.replace(pack, digest="other")) is None
+    remembered = [
+        quarantine.failure(msgspec.structs.replace(pack, digest=f"blend {number}")) is not None
+        for number in range(10)
+    ]
+    assert remembered == [False] * 6 + [True] * 4, "no more than there is memory for"
 
 
 def test_a_blend_of_a_quarantined_part_is_served_again_with_the_part():

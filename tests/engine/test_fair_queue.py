@@ -297,7 +297,8 @@ def test_what_a_step_has_passed_over_is_not_shown_in_it_again():
 def test_all_requests_of_a_party_that_is_passed_over_are_known_to_be_skipped():
     scheduler = Scheduler()
     requests = {Waiting(number, number % 3) for number in range(1, 9)}
-    scheduler.add(*requests)
-    assert not scheduler.step(passed_parties={"everybody"})
-    assert len(scheduler.examined) == 1
+    others = [Waiting(number, 1, "others") for number in (11, 12)]
+    scheduler.add(*requests, *others)
+    assert scheduler.step(passed_parties={"everybody"}) == others
+    assert len(scheduler.examined) == 3
     assert scheduler.skipped == requests

@@ -372,7 +372,7 @@ def test_salts_differ_by_secret_tenant_and_the_clients_own():
         tenant_salt(secret, tenant, own)
         for secret in ("one", "two")
         for tenant in ("a", "ab")
-        for own in (None, "", "b", "a\n+b")
+        for own in (None, "", "b", "a\n+b", "\ud800")
     }
-    assert len(made) == 16
+    assert len(made) == 20
     assert tenant_salt("one", "a", "b") == tenant_salt("one", "a", "b")

@@ -75,6 +75,7 @@ def tenant(text):
         ("tenants: [a]", "found a list, expected tenants by name"),
         ("tenant: {}", "did you mean 'tenants'"),
         ("tenants: {}\ncache_salt: short", "cache_salt: found a text of 5 characters"),
+        ("tenants: {}\ncache_salt: 7", "cache_salt: found 7, expected at least 32"),
         ("tenants: {a b: {}}", "tenants.a b: found this name, expected 1 to 64 ASCII letters"),
         ("tenants: {../x: {}}", "expected 1 to 64 ASCII letters"),
         (f"tenants: {{{'a' * 65}: {{}}}}", "expected 1 to 64 ASCII letters"),

@@ -76,6 +76,7 @@ def test_with_tenants_nothing_else_is_open(path):
         ("/score", Endpoint.CALL),
         ("/inference/v1/abort_requests", Endpoint.OTHER),
         ("/abort_requests", Endpoint.OTHER),
+        ("/v1/models", Endpoint.OTHER),
         ("/collective_rpc", Endpoint.OTHER),
         ("/v1/brand/new", Endpoint.OTHER),
         ("/adaptersx", Endpoint.OTHER),
