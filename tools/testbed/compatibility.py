@@ -127,13 +127,8 @@ ROWS = (
     Row("Triton kernels", SAME_PATH, "In Triton's interpreter: see [GPUs](gpu.md)."),
     Row("TP 2"),
     Row("fully sharded"),
-    Row(
-        "DP 2",
-        SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner. vLLM's CPU worker of 0.33 "
-        "does not accept two engines on one NUMA node, so the smoke tests leave it out.",
-    ),
-    Row("several API servers", SAME_PATH, "As DP 2, with two engines."),
+    Row("DP 2", SAME_PATH, "With two API servers."),
+    Row("several API servers", SAME_PATH, "With two engines."),
     Row("registration over HTTP"),
     Row("chat completions, responses and messages"),
     Row(
