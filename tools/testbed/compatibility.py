@@ -106,24 +106,13 @@ ROWS = (
     Row(
         "activated LoRA",
         SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner; the second one's rows at the "
-        "interface of its inputs.",
+        "The second model runner's rows also at the interface of its inputs.",
     ),
-    Row("activated LoRA with TP 2 and drafted tokens", SAME_PATH, "As above."),
-    Row(
-        "DoRA",
-        SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner; the Triton kernels' "
-        "part in the interpreter.",
-    ),
-    Row("DoRA with TP 2", SAME_PATH, "As above."),
-    Row(
-        "blends of adapters",
-        SAME_PATH,
-        "Tested by `make test`, with 0.32 and the first model runner; once packed, a blend is an "
-        "adapter like others.",
-    ),
-    Row("blends of adapters with TP 2", SAME_PATH, "As above."),
+    Row("activated LoRA with TP 2 and drafted tokens", SAME_PATH),
+    Row("DoRA", SAME_PATH, "The Triton kernels' part in the interpreter."),
+    Row("DoRA with TP 2", SAME_PATH),
+    Row("blends of adapters", SAME_PATH, "Once packed, a blend is an adapter like others."),
+    Row("blends of adapters with TP 2", SAME_PATH),
     Row("Triton kernels", SAME_PATH, "In Triton's interpreter: see [GPUs](gpu.md)."),
     Row("TP 2"),
     Row("fully sharded"),

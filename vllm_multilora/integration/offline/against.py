@@ -74,7 +74,7 @@ def _problem(source: Source, module: str, name: str, takes: Sequence[str]) -> st
     found = source.find(module, name)
     if found is None:
         return f"{module} has no {name}"
-    if found.parameters in takes:
+    if found.is_imported or found.parameters in takes:
         return ""
     taken = "no parameters of its own" if found.parameters is None else f"({found.parameters})"
     return f"takes {taken}; expected " + " or ".join(f"({each})" for each in takes)

@@ -29,9 +29,11 @@ class Definition:
     Attributes:
         parameters: Those of a function, or of a class's `__init__`, as they are written, without
             annotations; None for anything else.
+        is_imported: Whether vLLM has it from another package, whose source is not here.
     """
 
     parameters: str | None
+    is_imported: bool = False
 
 
 class Source:
@@ -92,6 +94,8 @@ class Source:
             return Definition(None) if found is None else self._definition(*found)
         if isinstance(node, _Function):
             return Definition(_parameters(node.args))
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            return Definition(None, is_imported=(node.module or "").split(".")[0] != "vllm")
         return Definition(None)
 
     def _in_module(self, module: str, name: str, hops: int) -> tuple[str, ast.AST] | None:
