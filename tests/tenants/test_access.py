@@ -43,7 +43,7 @@ from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.integration.patching.patch import Patch
 from vllm_multilora.integration.server import access as access_module
-from vllm_multilora.integration.server import access_middleware
+from vllm_multilora.integration.server import access_middleware, stored_responses
 from vllm_multilora.integration.server.access import Access, access_for, read_admin_keys
 from vllm_multilora.integration.server.access_middleware import (
     AccessMiddleware,
@@ -924,6 +924,23 @@ def test_a_tenants_oldest_responses_give_way_to_new_ones(tenants):
     assert kept(ACME, MOST_KEPT + 2) == list(range(2, MOST_KEPT + 2))
     assert len(kept(ADMIN, MOST_KEPT + 2)) == MOST_KEPT + 2
     assert kept("sk-zen", 1) == [0]
+
+
+def test_a_tenants_oldest_responses_give_way_where_their_calls_were_large(tenants, monkeypatch):
+    """Of a thousand each may have 64 MiB of `metadata`, say, of which vLLM makes no tokens."""
+    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
+    access, store = Access(tenants_path=str(tenants)), BackgroundApp(tenants).response_store
+    kept = []
+
+    async def keep(scope, receive, send):
+        body = await Request(scope, receive).body()
+        store[f"resp_{len(kept)}"] = len(body)
+        kept.append(list(store.values()))
+        await App()(scope, receive, send)
+
+    for size in (10, 11, 12, 30, 1):
+        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(b"1" * size)))
+    assert kept == [[10], [10, 11], [11, 12], [30], [1]]
 
 
 def test_what_is_kept_of_a_tenants_responses_goes_with_the_tenant(tenants):

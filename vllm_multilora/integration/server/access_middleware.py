@@ -229,7 +229,7 @@ class AccessMiddleware:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
                 if scope["type"] == "http":
-                    receive = await whole_body(
+                    receive, caller.body_bytes = await whole_body(
                         receive,
                         is_form=path.startswith(_FORMS),
                         is_of_any_kind=path == INVOCATIONS,

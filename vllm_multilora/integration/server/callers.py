@@ -87,6 +87,7 @@ class Caller:
         retry_after_s: When a request over the tenant's limits may come again.
         has_turn: Whether it is one of the tenant's running calls.
         most_results: Numbers that the answer to a tenant's pooling call may hold.
+        body_bytes: Of a tenant's call.
     """
 
     role: Role
@@ -98,6 +99,7 @@ class Caller:
     retry_after_s: int | None = None
     has_turn: bool = False
     most_results: int = MOST_RESULTS
+    body_bytes: int = 0
     _answers: int = 0
     _scores: int = 0
     _results: int = 0

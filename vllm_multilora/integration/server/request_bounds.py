@@ -88,7 +88,7 @@ async def whole_body(
     is_form: bool,
     is_of_any_kind: bool = False,
     most_numbers: int = MOST_NUMBERS,
-) -> Receive:
+) -> tuple[Receive, int]:
     """Takes a tenant's call in, as vLLM would, and looks at it before vLLM does.
 
     Args:
@@ -102,6 +102,7 @@ async def whole_body(
         What the application receives from: the body in one piece, and then the rest. A form is in
         the parts in which it came, with others' turns between them: it is taken apart on the event
         loop, byte by byte where a client wants that, which takes half a minute for the largest.
+        And how many bytes the body has.
 
     Raises:
         LargeBodyError: There is too much in it.
@@ -126,7 +127,7 @@ async def whole_body(
             await asyncio.sleep(0)
         return parts.popleft() if parts else await receive()
 
-    return receive_whole
+    return receive_whole, size
 
 
 def _require_few_values(body: bytes, most_numbers: int, *, counts_numbers: bool) -> None:

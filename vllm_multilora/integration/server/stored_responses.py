@@ -20,28 +20,37 @@ from vllm_multilora.tenants.limits import Account
 MOST_KEPT = 1_024
 """Responses of one tenant that are kept: those that it asked for last."""
 
+MOST_KEPT_BYTES = 256 << 20
+"""Of the bodies of the calls that asked for them, which what is kept may hold all of."""
+
+_Kept = dict[str, tuple[Any, int]]
+"""Values by their keys, and how large the body of the call is that each is of."""
+
 
 class OwnedMapping(MutableMapping[str, Any]):
     """A mapping in which every tenant has keys of its own, as have all others together.
 
     Args:
-        most: Values that are kept for a tenant: its oldest gives way to a new one. None: all.
+        most: Values that are kept for a tenant, of calls with `MOST_KEPT_BYTES` in all or a single
+            one: its oldest give way to a new one. None: all.
     """
 
     def __init__(self, most: int | None = None) -> None:
-        self._of_tenants: WeakKeyDictionary[Account, dict[str, Any]] = WeakKeyDictionary()
-        self._of_others: dict[str, Any] = {}
+        self._of_tenants: WeakKeyDictionary[Account, _Kept] = WeakKeyDictionary()
+        self._of_others: _Kept = {}
         self._most = most
 
     def __getitem__(self, key: str) -> Any:
-        return self._own()[key]
+        return self._own()[key][0]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        values = self._own()
-        values[key] = value
-        is_full = self._most is not None and len(values) > self._most
-        if is_full and values is not self._of_others:
-            del values[next(iter(values))]
+        values, caller = self._own(), current_caller.get()
+        values[key] = value, 0 if caller is None else caller.body_bytes
+        if self._most is None or values is self._of_others:
+            return
+        held = sum(size for _, size in values.values())
+        while len(values) > self._most or (held > MOST_KEPT_BYTES and len(values) > 1):
+            held -= values.pop(next(iter(values)))[1]
 
     def __delitem__(self, key: str) -> None:
         del self._own()[key]
@@ -52,7 +61,7 @@ class OwnedMapping(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return len(self._own())
 
-    def _own(self) -> dict[str, Any]:
+    def _own(self) -> _Kept:
         caller = current_caller.get()
         if caller is None or caller.account is None:
             return self._of_others
