@@ -158,13 +158,11 @@ def test_a_folder_that_is_put_back_answers_with_its_own_weights_again(
     before = deployment.row("put-back")["int_id"]
     aside = folder.rename(deployment.directory / ".first")
     deployment.put(NAMES[4], "put-back")
-    assert deployment.serves("put-back", NAMES[4])
-    assert deployment.row("put-back")["int_id"] == before
+    assert deployment.serves("put-back", NAMES[4])  # under that number, unless a scan was quicker
     assert eventually(lambda: deployment.row("put-back")["int_id"] != before)
     shutil.rmtree(folder)
     aside.rename(folder)
     assert eventually(lambda: deployment.serves("put-back", NAMES[0]))
-    assert deployment.row("put-back")["int_id"] == before
 
 
 def test_a_removed_folder_is_not_found_and_its_memory_free(deployment: Deployment) -> None:
