@@ -382,7 +382,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM's WebSocket has the base model answer, and tells a session that names an adapter "
         "that there is none. One that has named the base model before goes on with it. Says what "
         "the WebSocket serves, and has nothing answer until that is named.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's WebSocket takes adapters.",
     ),
     Patch(
@@ -404,7 +404,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Texts of any length are made into tokens where nothing limits these, or only the "
         "first are kept: sixty megabytes take half a minute, in which nobody is answered, and more "
         "than nine gigabytes of memory. Bounds a tenant's texts.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds texts that are truncated, or only made into tokens.",
     ),
     Patch(
@@ -450,7 +450,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM has a hundred connections for all images and the like that requests point to: a "
         "request for a hundred of a host that does not answer has all others' fail. Gives each "
         "tenant a few.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM shares its connections among those who send requests.",
     ),
     Patch(
@@ -464,7 +464,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM fetches what pooling requests point to on the one thread that makes prompts of "
         "everybody's texts, which waits for minutes for a host that does not answer. Fetches "
         "nothing there for tenants; caller-pooling has chats be read elsewhere.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM waits for no host on its renderer's thread.",
     ),
     Patch(
@@ -474,7 +474,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.multimodal:unpack",
         why="An image of a few kilobytes is unpacked to half a gigabyte, and a request may have a "
         "thousand. Bounds what a tenant's call has unpacked.",
-        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds it in all versions, as 0.33 does.",
     ),
     Patch(
@@ -484,7 +484,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.multimodal:image_file",
         why="A JPEG of a megabyte takes minutes if most of it is scans or padding, on one of few "
         "threads. Counts the time that a tenant's call has its images read.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds the time for an image.",
     ),
     Patch(
@@ -493,7 +493,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, data",),
         handler="server.multimodal:unpack",
         why="As unpacked-images, for videos.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As unpacked-images.",
     ),
     Patch(
@@ -502,7 +502,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, data",),
         handler="server.multimodal:unpack",
         why="As unpacked-images, for recordings.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As unpacked-images.",
     ),
     Patch(
@@ -512,7 +512,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.multimodal:unpack",
         why="As unpacked-recordings, for those that the operator has below "
         "`--allowed-local-media-path`, which are not read by it.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As unpacked-images.",
     ),
     Patch(
@@ -522,7 +522,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.released_errors:release",
         why="Where an image or the like is refused, its error holds what it was unpacked from, and "
         "is held by it, until Python looks for circles. Has it held by nothing.",
-        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM keeps no error in a variable that the error holds.",
     ),
     Patch(
@@ -533,7 +533,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self",),
         handler="server.released_errors:release",
         why="As errors-of-images, of all that the prompt has: gigabytes after a few calls.",
-        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As errors-of-images.",
     ),
     Patch(
@@ -542,7 +542,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("handler_func",),
         handler="server.released_errors:with_cancellation",
         why="As errors-of-images, of all that a call has.",
-        checked=("0.31", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As errors-of-images.",
     ),
     Patch(
@@ -622,7 +622,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, engine_core_output, req_state, iteration_stats",),
         handler="server.tracing:do_tracing",
         why="A request's span says nothing of its adapter; finds out what it is to say.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's spans name adapters, or take a plugin's attributes.",
     ),
     Patch(
@@ -631,7 +631,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("span_name, start_time, end_time=None, attributes=None, context=None, kind=None",),
         handler="server.tracing:instrument_manual",
         why="As trace-request: makes the span, which nobody can add to afterwards.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As trace-request.",
     ),
     Patch(
@@ -798,7 +798,7 @@ PATCHES: tuple[Patch, ...] = (
         why="/invocations puts SageMaker's header in the place of the body's model, even if there "
         "is none: the base model then answers for an adapter that the body names. Keeps the body's "
         "model there.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's /invocations looks at the body's model.",
     ),
     Patch(
@@ -818,7 +818,7 @@ PATCHES: tuple[Patch, ...] = (
         takes=("message",),
         handler="server.http_calls:sanitize_message",
         why="As error-texts, of bodies that are wrong.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As error-texts.",
     ),
     Patch(
@@ -901,7 +901,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.schema_checks:validate_structural_tag",
         why="An API server checks a structural tag, with the schemas in it, as it reads a body, on "
         "its event loop. A tenant's is checked by parameters-checks alone.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As parameters-checks.",
     ),
     Patch(
@@ -1148,7 +1148,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.metrics:collect",
         why="With several API servers, /metrics shows what this collector finds in vLLM's folder, "
         "in a registry made anew for each answer. Has it find ours too.",
-        checked=(),
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As stat-loggers.",
     ),
     Patch(
