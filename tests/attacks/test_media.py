@@ -50,15 +50,19 @@ def tenant(name: str) -> Caller:
     return Caller(Role.TENANT, account=Account(Tenant(name, base_model=True)), secret="secret")
 
 
-def test_a_host_that_never_answers_one_tenant_keeps_no_others_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """vLLM has a hundred connections for all."""
+@pytest.fixture
+def connection(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """In the place of vLLM's, which fetches what all requests point to."""
     from vllm.connections import HTTPConnection
 
     monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
-    connection = HTTPConnection()
-    monkeypatch.setattr(multimodal, "global_http_connection", connection)
+    made = HTTPConnection()
+    monkeypatch.setattr(multimodal, "global_http_connection", made)
+    return made
+
+
+def test_a_host_that_never_answers_one_tenant_keeps_no_others_waiting(connection: Any) -> None:
+    """vLLM has a hundred connections for all."""
     asked: list[bytes] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -96,14 +100,9 @@ def test_a_host_that_never_answers_one_tenant_keeps_no_others_waiting(
 
 
 def test_a_name_server_that_never_answers_one_tenant_keeps_no_others_waiting(
-    monkeypatch: pytest.MonkeyPatch,
+    connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An event loop has few threads for lookups, and one stays busy when nobody waits any more."""
-    from vllm.connections import HTTPConnection
-
-    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
-    connection = HTTPConnection()
-    monkeypatch.setattr(multimodal, "global_http_connection", connection)
     is_over, looked, look_up = threading.Event(), threading.Semaphore(0), socket.getaddrinfo
 
     def slow_look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -263,13 +262,13 @@ def recording() -> bytes:
     return file.getvalue()
 
 
-def video() -> bytes:
-    """Of four frames, each of which has three bytes for a pixel."""
+def video(frames: int = 4) -> bytes:
+    """Each of its frames has three bytes for a pixel."""
     import cv2
 
     with tempfile.NamedTemporaryFile(suffix=".avi") as file:
         written = cv2.VideoWriter(file.name, cv2.VideoWriter.fourcc(*"MJPG"), 4, (SIDE, SIDE))
-        for _ in range(4):
+        for _ in range(frames):
             written.write(np.zeros((SIDE, SIDE, 3), np.uint8))
         written.release()
         return file.read()
@@ -349,25 +348,18 @@ def test_a_call_has_only_so_much_unpacked(
             as_caller(other, lambda: executor.submit(load, data)).result(LIMIT_S)
 
 
-def test_a_video_is_refused_before_its_frames_are_unpacked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_video_is_refused_before_its_frames_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A megabyte has hundreds, each of them of fifty."""
-    cv2 = pytest.importorskip("cv2")
     from vllm.exceptions import GracefulHTTPError
     from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 
-    frames, file = 64, tmp_path / "video.mp4"
-    written = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), 30, (SIDE, SIDE))
-    for _ in range(frames):
-        written.write(np.zeros((SIDE, SIDE, 3), np.uint8))
-    written.release()
-    size = 3 * SIDE**2 * frames
+    frames = 64
+    data, size = video(frames), 3 * SIDE**2 * frames
     monkeypatch.setattr(callers, "MOST_UNPACKED", 2 * size)
     who = tenant("acme")
 
     def load() -> Any:
-        return VideoMediaIO(ImageMediaIO(), num_frames=-1).load_bytes(file.read_bytes())
+        return VideoMediaIO(ImageMediaIO(), num_frames=-1).load_bytes(data)
 
     for _ in range(2):
         loaded, _ = as_caller(who, load).media

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vllm_multilora.integration
-from vllm_multilora.integration.offline.source import Source
+from vllm_multilora.integration.offline.source import Source, is_vllms
 from vllm_multilora.integration.patching.extended import EXTENDED
 from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.patching.patch import Patch
@@ -43,7 +43,7 @@ def judge(path: Path) -> int:
         ConfigError: There is no vLLM at `path`.
     """
     source = Source.open(path)
-    patches = [_of_patch(source, p) for p in PATCHES if p.module.split(".")[0] == "vllm"]
+    patches = [_of_patch(source, p) for p in PATCHES if is_vllms(p.module)]
     others = [*_of_extended(source), *_of_imports(source)]
     support = "supported" if is_supported(source.version) else f"supported: {SUPPORTED_TEXT}"
     print(f"vLLM            {source.version or 'of no known version'} ({support}), at {path}")
@@ -97,11 +97,11 @@ def _of_imports(source: Source) -> Iterator[Finding]:
         for node in _executed(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    if alias.name.split(".")[0] == "vllm":
+                    if is_vllms(alias.name):
                         known = source.has_module(alias.name)
                         problem = "" if known else f"there is no module {alias.name}"
                         yield Finding(what, alias.name, problem)
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+            elif isinstance(node, ast.ImportFrom) and is_vllms(node.module or ""):
                 module = node.module or ""
                 for alias in node.names:
                     known = source.find(module, alias.name) is not None

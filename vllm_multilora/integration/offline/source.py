@@ -95,7 +95,7 @@ class Source:
         if isinstance(node, _Function):
             return Definition(_parameters(node.args))
         if isinstance(node, ast.ImportFrom) and not node.level:
-            return Definition(None, is_imported=(node.module or "").split(".")[0] != "vllm")
+            return Definition(None, is_imported=not is_vllms(node.module or ""))
         return Definition(None)
 
     def _in_module(self, module: str, name: str, hops: int) -> tuple[str, ast.AST] | None:
@@ -121,7 +121,7 @@ class Source:
         return (module, tree) if found is None and is_lazy and _mentions(tree, name) else found
 
     def _imported(self, source: str, name: str, hops: int) -> tuple[str, ast.AST] | None:
-        if source.split(".")[0] != "vllm":
+        if not is_vllms(source):
             return None
         return self._in_module(source, name, hops)
 
@@ -154,6 +154,11 @@ class Source:
                     f"{platform.python_version()}, by which it is read, or older"
                 ) from error
         return None
+
+
+def is_vllms(module: str) -> bool:
+    """Whether a module, by its full name, is one of vLLM's."""
+    return module.split(".")[0] == "vllm"
 
 
 def _text(folder: Path, name: str) -> str | None:

@@ -324,11 +324,16 @@ current_caller: ContextVar[Caller | None] = ContextVar("multilora_caller", defau
 """Who sent the request that is being worked for; None outside of any, and where no keys are set."""
 
 
+def current_account() -> Account | None:
+    """That of the tenant whose request is being worked for; None where it is no tenant's."""
+    caller = current_caller.get()
+    return None if caller is None else caller.account
+
+
 def current_tenant() -> str | None:
     """The name of the tenant whose request is being worked for; None where it is nobody's."""
-    caller = current_caller.get()
-    tenant = caller.tenant if caller is not None else None
-    return tenant.name if tenant is not None else None
+    account = current_account()
+    return None if account is None else account.tenant.name
 
 
 def turn_to_read() -> AbstractAsyncContextManager[Any]:
@@ -336,8 +341,7 @@ def turn_to_read() -> AbstractAsyncContextManager[Any]:
 
     To be had before any lock: nobody waits for a name behind all that a tenant has asked for.
     """
-    caller = current_caller.get()
-    account = None if caller is None else caller.account
+    account = current_account()
     return nullcontext() if account is None else account.first_readings
 
 

@@ -23,6 +23,7 @@ from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 from vllm_multilora.integration.patching.activation import is_active, is_active_behind
 from vllm_multilora.integration.server.callers import (
     Caller,
+    current_account,
     current_caller,
     current_tenant,
     error_response,
@@ -153,8 +154,8 @@ class _Lookups:
     """
 
     async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
-        caller = current_caller.get()
-        threads = None if caller is None or caller.account is None else caller.account.lookups
+        account = current_account()
+        threads = None if account is None else account.lookups
         look_up = partial(socket.getaddrinfo, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(threads, look_up)
 

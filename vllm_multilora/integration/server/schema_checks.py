@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_multilora.integration.attached import CHECKED
-from vllm_multilora.integration.server.callers import current_caller
+from vllm_multilora.integration.server.callers import current_caller, current_tenant
 from vllm_multilora.integration.server.registration import to_its_end
 from vllm_multilora.integration.server.request_bounds import require_short
 
@@ -63,6 +63,5 @@ def validate_structural_tag(
     original: Callable[..., None], payload: Any, *args: Any, **kwargs: Any
 ) -> None:
     """Checks a structural tag as an endpoint reads it; a tenant's is checked with its schemas."""
-    caller = current_caller.get()
-    if caller is None or caller.account is None:
+    if current_tenant() is None:
         original(payload, *args, **kwargs)

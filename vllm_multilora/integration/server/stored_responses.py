@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server.callers import current_caller
+from vllm_multilora.integration.server.callers import current_account, current_caller
 from vllm_multilora.tenants.limits import Account
 
 MOST_KEPT = 1_024
@@ -62,10 +62,10 @@ class OwnedMapping(MutableMapping[str, Any]):
         return len(self._own())
 
     def _own(self) -> _Kept:
-        caller = current_caller.get()
-        if caller is None or caller.account is None:
+        account = current_account()
+        if account is None:
             return self._of_others
-        return self._of_tenants.setdefault(caller.account, {})
+        return self._of_tenants.setdefault(account, {})
 
 
 class BackgroundTasks(OwnedMapping):
