@@ -943,6 +943,26 @@ def test_a_tenants_oldest_responses_give_way_where_their_calls_were_large(tenant
     assert kept == [[10], [10, 11], [11, 12], [30], [1]]
 
 
+def test_messages_of_later_calls_leave_those_of_responses_that_are_kept(tenants, monkeypatch):
+    """VLLM keeps a call's messages before its response; without them, who goes on gets 500."""
+    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
+    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
+    names = iter(["first", "second", "third"])
+
+    async def begin(scope, receive, send):
+        stores.msg_store[name := next(names)] = await Request(scope, receive).body()
+        if name == "first":
+            stores.response_store[name] = name
+        await App()(scope, receive, send)
+
+    for _ in range(3):
+        asyncio.run(call(begin, access, "/v1/responses", ACME, bodies=parts_of(b"1" * 10)))
+    kept = as_caller(
+        access.caller(ACME), lambda: (set(stores.response_store), set(stores.msg_store))
+    )
+    assert kept == ({"first"}, {"first", "second", "third"})
+
+
 def test_what_is_kept_of_a_tenants_responses_goes_with_the_tenant(tenants):
     """Tenants come and go for as long as a server runs."""
     write(tenants, {}, zen={"keys": [stored("sk-zen")]})

@@ -20,8 +20,8 @@ from vllm_multilora.tenants.limits import Account
 MOST_KEPT = 1_024
 """Responses of one tenant that are kept: those that it asked for last."""
 
-MOST_KEPT_BYTES = 256 << 20
-"""Of the bodies of the calls that asked for them, which what is kept may hold all of."""
+MOST_KEPT_BYTES = 128 << 20
+"""Of the bodies of the calls that asked for them, all of which they may hold."""
 
 _Kept = dict[str, tuple[Any, int]]
 """Values by their keys, and how large the body of the call is that each is of."""
@@ -31,14 +31,14 @@ class OwnedMapping(MutableMapping[str, Any]):
     """A mapping in which every tenant has keys of its own, as have all others together.
 
     Args:
-        most: Values that are kept for a tenant, of calls with `MOST_KEPT_BYTES` in all or a single
-            one: its oldest give way to a new one. None: all.
+        most: Values that are kept for a tenant: its oldest give way to a new one. None: all.
+        most_bytes: Of their calls' bodies together; one value is kept in any case.
     """
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, most: int | None = None, most_bytes: int = 0) -> None:
         self._of_tenants: WeakKeyDictionary[Account, _Kept] = WeakKeyDictionary()
         self._of_others: _Kept = {}
-        self._most = most
+        self._most, self._most_bytes = most, most_bytes
 
     def __getitem__(self, key: str) -> Any:
         return self._own()[key][0]
@@ -49,7 +49,7 @@ class OwnedMapping(MutableMapping[str, Any]):
         if self._most is None or values is self._of_others:
             return
         held = sum(size for _, size in values.values())
-        while len(values) > self._most or (held > MOST_KEPT_BYTES and len(values) > 1):
+        while len(values) > self._most or (held > self._most_bytes and len(values) > 1):
             held -= values.pop(next(iter(values)))[1]
 
     def __delitem__(self, key: str) -> None:
@@ -84,8 +84,8 @@ def init_responses(
     vllm_config = getattr(engine_client, "vllm_config", None)
     if vllm_config is None or settings_of(vllm_config).tenants is None:
         return
-    self.response_store = OwnedMapping(MOST_KEPT)
+    self.response_store = OwnedMapping(MOST_KEPT, MOST_KEPT_BYTES)
     # A response's messages and events are kept before it is, and have to be there while it is.
-    self.msg_store = OwnedMapping(2 * MOST_KEPT)
-    self.event_store = OwnedMapping(2 * MOST_KEPT)
+    self.msg_store = OwnedMapping(2 * MOST_KEPT, 2 * MOST_KEPT_BYTES)
+    self.event_store = OwnedMapping(2 * MOST_KEPT, 2 * MOST_KEPT_BYTES)
     self.background_tasks = BackgroundTasks()
