@@ -1,18 +1,13 @@
 """A layer's products, prepared once and run per batch: what a serving engine calls.
 
 Weights are checked and described before the first batch. Compiled code calls all of them through
-one operator, `multilora::prepared`, and names them by a number, which comes in a tensor: compiled
-code that is kept from process to process, or shared by several engines of one, then holds no other
-engine's layers.
+one operator, `multilora::prepared`, and names them by numbers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import count
-from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +23,11 @@ from multilora_kernels.checks import (
     checked_shape,
 )
 from multilora_kernels.factors import OutputFactors
-from multilora_kernels.operators import register
+from multilora_kernels.operators import Numbered, register
 from multilora_kernels.plan import BatchPlan, PlanLayout
 from multilora_kernels.skipping import tokens_to_skip
 
-_numbers = count(1)  # none is used again
-_prepared: WeakValueDictionary[int, Prepared] = WeakValueDictionary()
+_numbered: Numbered[Prepared] = Numbered()
 
 
 class Prepared(ABC):
@@ -52,9 +46,7 @@ class Prepared(ABC):
         # Computes a batch, given as to `run`, if it is like the last one but for values and
         # addresses; returns whether it is. A backend's own, where it has one.
         self.run_again: Callable[..., bool] = _never
-        number = next(_numbers)
-        self._number = torch.tensor([number])
-        _prepared[number] = self
+        self._number = _numbered.number(self)
 
     def __call__(self, out: torch.Tensor, given: torch.Tensor, plan: BatchPlan) -> None:
         """Computes a batch in place on `out`.
@@ -277,13 +269,7 @@ def _run_prepared(
     host_plan: torch.Tensor,
     prepared: torch.Tensor,
 ) -> None:
-    number: Any = prepared.item()
-    found = _prepared.get(number)
-    if found is None:
-        raise RuntimeError(
-            f"compiled code asks for prepared layer {number}, which is gone: what was prepared "
-            "must be kept as long as the code that was compiled with it"
-        )
+    found = _numbered.layer(prepared)
     if not found.run_again(out, given, plan):
         found.run(out, given, plan, host_plan.numpy())
 

@@ -52,6 +52,25 @@ extern const int64_t multilora_call_bytes;
 int64_t multilora_scratch_floats(const struct lora_call *call, int64_t threads);
 void multilora_run(const struct lora_call *call);
 
+/* ---- packed_linear.c, called by packed_linear.py ---- */
+
+#define MOST_PACKED_ROWS 64
+
+struct packed_call {
+    int64_t weight, bias; /* addresses; bias 0: there is none */
+    int64_t columns, k;   /* outputs, whole blocks of them, and inputs, whole words */
+    int64_t dtype;        /* of all: F32 or BF16 */
+    int64_t x, y;         /* addresses of [rows, k] and [rows, columns] */
+    int64_t rows;         /* at most MOST_PACKED_ROWS */
+    int64_t x_row_stride, y_row_stride; /* in elements */
+    int64_t threads;
+};
+extern const int64_t multilora_packed_call_bytes;
+
+/* Columns of a block of weights of this type, 0 if they cannot be multiplied here. */
+int64_t multilora_packed_columns(int64_t dtype);
+void multilora_packed_linear(const struct packed_call *call);
+
 /* ---- scatter.c, called by scatter.py ---- */
 
 /* PIECE in pieces.py. All in bytes. */

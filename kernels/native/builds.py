@@ -69,9 +69,10 @@ def _files(*names: str) -> tuple[Path, ...]:
 
 KERNELS = Library(
     "kernels",
-    _files("segment_gemm.c", "scatter.c"),
+    _files("segment_gemm.c", "packed_linear.c", "scatter.c"),
     _files(
         "abi.h",
+        "threads.h",
         "vectors.h",
         "dot_products.h",
         "outer_products.h",

@@ -28,17 +28,8 @@
  */
 #include "dot_products.h"
 #include "outer_products.h"
+#include "threads.h"
 #include "word_products.h"
-
-#if defined(_OPENMP)
-int omp_get_thread_num(void);
-int omp_get_num_threads(void);
-#define THREAD_INDEX omp_get_thread_num()
-#define THREAD_COUNT omp_get_num_threads()
-#else
-#define THREAD_INDEX 0
-#define THREAD_COUNT 1
-#endif
 
 #define PANEL_ROWS 256 /* bounds the memory for h: rows * slices * R floats */
 #define MAX_TILE_ROWS 256

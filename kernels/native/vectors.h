@@ -242,6 +242,16 @@ INLINE f32v mul_add(f32v a, f32v b, f32v c) {
 
 INLINE f32v broadcast(float value) { return value - (f32v){0}; }
 
+/* A word in all lanes. */
+INLINE u32v in_all_lanes(uint32_t word) { return word - (u32v){0}; }
+
+#if defined(__AVX512BF16__)
+/* sums + the products of words of two elements of bfloat16, which a lane adds up. */
+INLINE f32v add_products(f32v sums, u32v a, u32v b) {
+    return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 #define SHUF(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 
 /* Eight lanes to four, the first addition of every sum of lanes. */

@@ -16,13 +16,6 @@
 #define PAIRS_AT_ONCE 4 /* of many rows, whose sums are read and written for each */
 #define ONE_PAIR_ROWS 4 /* up to which it is one: reading B takes the time, and has fewer streams */
 
-INLINE f32v add_products(f32v sums, u32v a, u32v b) {
-    return (f32v)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-}
-
-/* A word in all lanes. */
-INLINE u32v in_all_lanes(uint32_t word) { return word - (u32v){0}; }
-
 /* Words of a row of h: its first `rank` elements. */
 INLINE void words_of_h(uint32_t *words, const void *h, int64_t start, int64_t rank, int dtype) {
     uint16_t *out = (uint16_t *)words;

@@ -15,13 +15,6 @@ ROWS, COLUMNS = 300, 176
 ATTENTION = torch.bfloat16, 128, 64, "auto"
 
 
-@pytest.fixture
-def as_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(amx, "get_current_vllm_config_or_none", object)
-    monkeypatch.setattr(amx, "is_active", lambda _: True)
-
-
 def layer_of(dtype: torch.dtype) -> torch.nn.Module:
     layer = torch.nn.Linear(COLUMNS, ROWS, bias=False, dtype=dtype)
     layer.weight.requires_grad_(False)
@@ -30,12 +23,10 @@ def layer_of(dtype: torch.dtype) -> torch.nn.Module:
 
 @pytest.mark.parametrize("remove_weight", [True, False], ids=["packed", "kept"])
 @pytest.mark.parametrize("tokens", [1, 2, 17, 48])
-def test_a_row_that_is_not_finite_stays_alone(
-    as_with_amx: None, tokens: int, remove_weight: bool
-) -> None:
+def test_a_row_that_is_not_finite_stays_alone(tokens: int, remove_weight: bool) -> None:
     layer = layer_of(torch.bfloat16)
     weight = layer.weight.clone()
-    amx.dispatch_gemm(dispatch_cpu_unquantized_gemm, layer, remove_weight)
+    amx.fill_tiles(dispatch_cpu_unquantized_gemm, layer, remove_weight)
     assert remove_weight or torch.equal(layer.weight, weight)
     x = torch.randn(tokens, COLUMNS, dtype=torch.bfloat16)
     bias = torch.randn(ROWS, dtype=torch.bfloat16)
@@ -49,10 +40,10 @@ def test_a_row_that_is_not_finite_stays_alone(
         torch.testing.assert_close(y[others].float(), expected[others], rtol=0.02, atol=0.05)
 
 
-def test_rows_of_whole_tiles_are_left_to_vllm(as_with_amx: None) -> None:
+def test_rows_of_whole_tiles_are_left_to_vllm() -> None:
     layer = torch.nn.Linear(64, ROWS, bias=False, dtype=torch.bfloat16)
     seen = []
-    amx.dispatch_gemm(lambda *arguments: seen.append(arguments), layer, True)
+    amx.fill_tiles(lambda *arguments: seen.append(arguments), layer, True)
     assert seen == [(layer, True)]
     assert not hasattr(layer, "cpu_linear")
 

@@ -22,7 +22,7 @@ SETS = [each.name for each in builds.instruction_sets(platform.machine())]
 @pytest.mark.parametrize(
     ("tests", "library"),
     [
-        (("test_lora_linear.py", "test_native_memory.py"), "kernels"),
+        (("test_lora_linear.py", "test_native_base.py", "test_native_memory.py"), "kernels"),
         (("test_packing.py",), "packing"),
     ],
     ids=["kernels", "packing"],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from multilora_kernels.native.packed_linear import PackedLinear, pack
 from vllm_multilora.metrics.definitions import LOAD_DURATION, REQUEST_WAIT, REQUESTS
 
 from .cases import PROMPT_LENGTHS, Case, Scenario
@@ -111,6 +112,16 @@ def forwards_that_differ(worker: Any) -> tuple[int, list[str]]:
     return len(shortened), wrong
 
 
+def packed_layers(worker: Any) -> set[str]:
+    """The kinds of layers whose base products are the C kernels'."""
+    modules = worker.model_runner.lora_manager.model_manager.modules
+    return {
+        name.rpartition(".")[2]
+        for name, layer in modules.items()
+        if isinstance(getattr(layer.base_layer, "cpu_linear", None), PackedLinear)
+    }
+
+
 @pytest.mark.smoke("text generation", "`embed_tokens` and `lm_head`", "prefix caching")
 class TestLlama:
     """Nine adapters over four slots and six host places, prefix caching on."""
@@ -161,6 +172,14 @@ class TestQwen2:
         layers = AutoConfig.from_pretrained(qwen2.base).num_hidden_layers
         answer(qwen2_engine, qwen2, qwen2.cases[:3])
         assert qwen2_engine.collective_rpc(forwards_that_differ) == [(4 * layers, [])]
+
+    @pytest.mark.skipif(pack(torch.zeros(64, 64)) is None, reason="no AVX-512")
+    def test_base_layers_multiply_by_the_c_kernels(
+        self, qwen2_engine: "LLM", qwen2_answers: "Answers"
+    ) -> None:
+        # All but gate_up_proj, whose outputs are no whole blocks.
+        packed = {"qkv_proj", "o_proj", "down_proj"}
+        assert qwen2_engine.collective_rpc(packed_layers) == [packed]
 
 
 @pytest.mark.parametrize(

@@ -1013,14 +1013,15 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",
     ),
     Patch(
-        name="whole-tiles",
+        name="base-products",
         target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
         takes=("layer, remove_weight",),
-        handler="worker.amx:dispatch_gemm",
+        handler="worker.base_products:dispatch_gemm",
         why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
-        "tile, and makes NaN of them. Fills it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="oneDNN reads no more than a row has.",
+        "tile, and makes NaN of them: fills it. Without AMX, oneDNN reads weights and multiplies "
+        "in turn where rows are few: multiplies these by C kernels that do both at once.",
+        checked=(),
+        until="oneDNN reads no more than a row has, and multiplies few rows while it reads.",
     ),
     Patch(
         name="executor",

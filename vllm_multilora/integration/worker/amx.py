@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear, pad
-from vllm.config import get_current_vllm_config_or_none
 
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.patching.activation import is_active
 
 _TILE_COLUMNS = 32
 
@@ -29,10 +27,10 @@ def attention_isa(original: Callable[..., str], *args: Any, **kwargs: Any) -> st
     return "vec" if isa == "amx" and kv_blocks.empties_blocks else isa
 
 
-def dispatch_gemm(
+def fill_tiles(
     original: Callable[[torch.nn.Module, bool], None], layer: Any, remove_weight: bool
 ) -> None:
-    """Chooses how a CPU multiplies by a layer's weights; with rows that fill their tiles.
+    """Has vLLM choose how a layer multiplies rows that fill their tiles.
 
     Args:
         original: vLLM's, which sets `layer.cpu_linear`.
@@ -41,16 +39,7 @@ def dispatch_gemm(
     """
     weight = layer.weight
     excess = -weight.size(-1) % _TILE_COLUMNS
-    config = get_current_vllm_config_or_none()
-    if (
-        not excess
-        or weight.dim() != 2
-        or weight.is_meta
-        or weight.dtype.itemsize != 2
-        or not torch.cpu._is_amx_tile_supported()
-        or config is None
-        or not is_active(config)
-    ):
+    if not excess or weight.dtype.itemsize != 2:
         original(layer, remove_weight)
         return
     filled = pad(weight.detach(), (0, excess))
