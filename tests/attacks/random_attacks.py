@@ -51,7 +51,11 @@ class Attackers:
         self.source = self.sources[-1]
         self._numbers = count(first)
         self._key = key
-        self._corpus = {name: case.write(folder / f"corpus-{name}") for name, case in BAD.items()}
+        self._corpus = {
+            name: case.write(folder / f"corpus-{name}")
+            for name, case in BAD.items()
+            if not case.is_right_untied  # as the base models are that are attacked
+        }
 
     def attack(self) -> tuple[str, str | None]:
         """One attack; what it was, and what was wrong with the answers, if anything."""

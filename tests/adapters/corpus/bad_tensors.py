@@ -174,7 +174,11 @@ def a_module_that_is_excluded(draft: Draft) -> None:
     draft.config["exclude_modules"] = ["norm", "layers.0.self_attn.q_proj"]
 
 
-@bad_weights(Code.HALF_MISSING, words=("of the embedding alone", "the output head, too"))
+@bad_weights(
+    Code.HALF_MISSING,
+    words=("of the embedding alone", "the output head, too"),
+    is_right_untied=True,
+)
 def embedding_without_the_head_that_is_tied_to_it(draft: Draft) -> None:
     """PEFT would apply it to the head as well."""
     add_embedding(draft)

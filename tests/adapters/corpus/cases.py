@@ -21,6 +21,7 @@ class BadAdapter:
         words: What the first problem's message must contain, beside the file's name.
         file: The file that the message must name.
         change: Makes it out of a good one.
+        is_right_untied: Whether it is right for a base model whose head is not its embedding.
     """
 
     name: str
@@ -28,6 +29,7 @@ class BadAdapter:
     words: tuple[str, ...]
     file: str
     change: Change
+    is_right_untied: bool = False
 
     def write(self, folder: Path) -> Path:
         """Writes the adapter; returns where it lies, which may be no folder at all."""
@@ -62,14 +64,18 @@ VALID: dict[str, ValidAdapter] = {}
 
 
 def bad(
-    file: str, *codes: Code, words: tuple[str, ...] = (), of: dict[str, BadAdapter] = BAD
+    file: str,
+    *codes: Code,
+    words: tuple[str, ...] = (),
+    of: dict[str, BadAdapter] = BAD,
+    is_right_untied: bool = False,
 ) -> Callable[[Change], Change]:
     """Registers a bad adapter under its function's name."""
 
     def register(change: Change) -> Change:
         name = change.__name__.replace("_", "-")
         assert name not in of, f"{name} is there twice"
-        of[name] = BadAdapter(name, codes, words, file, change)
+        of[name] = BadAdapter(name, codes, words, file, change, is_right_untied)
         return change
 
     return register
@@ -80,9 +86,11 @@ def bad_config(*codes: Code, words: tuple[str, ...] = ()) -> Callable[[Change], 
     return bad(CONFIG, *codes, words=words)
 
 
-def bad_weights(*codes: Code, words: tuple[str, ...] = ()) -> Callable[[Change], Change]:
+def bad_weights(
+    *codes: Code, words: tuple[str, ...] = (), is_right_untied: bool = False
+) -> Callable[[Change], Change]:
     """Registers an adapter with a bad tensor file."""
-    return bad(WEIGHTS, *codes, words=words)
+    return bad(WEIGHTS, *codes, words=words, is_right_untied=is_right_untied)
 
 
 def valid(*, read_by_peft: bool = True) -> Callable[[Change], Change]:
