@@ -2,15 +2,19 @@
 
 import ast
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
+from benchmarks import soak
 from benchmarks.__main__ import main
 from benchmarks.harness import registry, report, results, revisions
 from benchmarks.harness.registry import Figure
 from benchmarks.harness.results import RESULTS, Record
 from benchmarks.harness.tables import table
+from tests.serving.cases import Case, Continuation, Scenario
 
 
 def test_what_runs_a_benchmark_needs_nothing_of_the_revision_that_is_measured():
@@ -134,3 +138,43 @@ def test_results_are_of_a_benchmark_and_on_the_page(file) -> None:
         assert set(record.options) <= set(registry.named(file.stem).options)
         assert not record.commit.endswith("+"), "measured with files that nobody else has"
     assert f"<!-- figures: {file.stem} -->" in report.PAGE.read_text()
+
+
+def test_a_long_run_has_pauses_in_which_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way: list[object] = []
+    rests: list[int] = []
+
+    @contextmanager
+    def call():
+        under_way.append(None)
+        yield
+        under_way.pop()
+
+    class Server:
+        pid = os.getpid()
+
+        def get(self, path):
+            return httpx.Response(200)
+
+        def post(self, path, json):
+            with call():
+                return httpx.Response(200, json={"choices": [{"token_ids": [7]}]})
+
+    class Attackers:
+        def attack(self):
+            with call():
+                return "attack", None
+
+    def rest(run: soak.Run) -> None:
+        rests.append(len(under_way))
+        if len(rests) == 3:
+            run._over.set()
+
+    monkeypatch.setattr(soak, "REST_EVERY_S", 0.0)
+    monkeypatch.setattr(soak.Run, "_let_rest", rest)
+    case = Case("a", (1,), Continuation((7,), (), (), ()))
+    findings = soak.Findings()
+    soak.Run(Server(), Scenario(Path(), {}, (case,)), findings).go(30.0, [Attackers(), Attackers()])
+    assert rests == [0, 0, 0]
+    assert findings.answers["right"]
+    assert not findings.wrong
