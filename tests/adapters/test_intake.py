@@ -1,6 +1,7 @@
 """Taking adapters in, against float64 arithmetic on the tensors that were written."""
 
 import json
+import threading
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from multilora_kernels import packing
 from multilora_kernels.native import load_packing_library
 from vllm_multilora.adapters import (
     AdapterFormatError,
+    AdapterReadError,
     ModelLayout,
     SliceLayout,
     SpecialShape,
@@ -21,6 +23,7 @@ from vllm_multilora.adapters import (
 )
 from vllm_multilora.adapters.layout import BLOCK_BYTES, LinearShape
 from vllm_multilora.adapters.naming import ModuleNaming, Renames, Replacement
+from vllm_multilora.failures import FailureKind, classify_failure
 
 from .checkpoints import MODULES, PREFIX, layout, weights, write
 from .packs import Pack, take
@@ -340,6 +343,22 @@ def test_where_spans_end_changes_nothing(tmp_path, monkeypatch, columns_first, s
         assert torch.equal(pack.raw(name), tensor)
     monkeypatch.undo()
     assert take(tmp_path, model).taken.digest == pack.taken.digest
+
+
+def test_a_file_that_no_thread_can_hash_now_is_a_later_trys(tmp_path, monkeypatch):
+    """As where a container may have no more processes."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    tensors = weights(ALL)
+    write(tmp_path, tensors, rank=4, alpha=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(AdapterReadError, match="can't start new thread") as refused:
+            take(tmp_path, layout())
+    assert classify_failure(refused.value) is FailureKind.UNREADABLE
+    assert_holds(take(tmp_path, layout()), tensors, dict.fromkeys(ALL, 1.5))
 
 
 def test_all_workers_of_a_machine_are_packed_at_once(tmp_path, backend):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from multilora_kernels.dtypes import KERNEL_DTYPES, DType
 from multilora_kernels.packing import CONVERT, PIECE, RAW, TRANSPOSE, PieceTable
+from vllm_multilora.adapters.errors import AdapterReadError
 from vllm_multilora.adapters.header import TensorInfo
 from vllm_multilora.adapters.tensor_file import TensorFile
 
@@ -71,7 +72,8 @@ def read_once(
         when it is scaled and rounded.
 
     Raises:
-        AdapterReadError: The file was truncated after it was opened, or cannot be read.
+        AdapterReadError: The file was truncated after it was opened, or cannot be read; or the
+            system gives no thread.
     """
     matrices = {part.tensor for part in parts if part.rows is not None}
     bounds = np.fromiter(_bounds(file, matrices), np.int64)
@@ -91,7 +93,7 @@ def read_once(
             if count < len(span):
                 raise file.ends_early(begin + count)
             if show is not None:
-                shown[index % 2] = beside.submit(show, span.data)
+                shown[index % 2] = _begin(beside, show, span.data)
             if first < last:
                 overflowing = table.pack(index, span)
                 if overflowing.any():
@@ -100,6 +102,15 @@ def read_once(
             if last_shown is not None:
                 last_shown.result()
     return bad
+
+
+def _begin(
+    beside: ThreadPoolExecutor, show: Callable[[memoryview], object], span: memoryview
+) -> Future[object]:
+    try:
+        return beside.submit(show, span)
+    except RuntimeError as error:  # as Python says it, whatever the system's error was
+        raise AdapterReadError(f"the system gives no thread to hash its files: {error}") from error
 
 
 def _bounds(file: TensorFile, matrices: set[str]) -> Iterator[int]:
