@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -12,14 +14,17 @@ from vllm_multilora.store.folder import FOLDER_VARIABLE, socket_path
 
 from . import template
 from .cases import Scenario
-from .completions import assert_serves
+from .completions import ask, assert_serves, token_ids
 from .engine import store_folder
 from .server import VllmServer
 from .stores import await_end, store_process
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
-NAME = "customer-1"
+NAME, OTHER, COLD = "customer-1", "customer-2", "customer-3"
+PLACES = 2
+"""In host memory: none for what is registered last."""
+
 EXIT_LIMIT_S = 60.0
 STORE_LIMIT_S = 5.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -32,14 +37,16 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def make_server(fleet: Scenario, folder: Path, log: Path) -> VllmServer:
+def make_server(fleet: Scenario, folder: Path, log: Path, *args: str) -> VllmServer:
     return VllmServer(
         fleet.base,
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
         *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64"),
-        *("--lora-modules", f"{NAME}={fleet.adapters[NAME]}"),
+        *("--max-cpu-loras", str(PLACES), "--lora-modules"),
+        *(f"{name}={fleet.adapters[name]}" for name in (NAME, OTHER, COLD)),
+        *args,
         log=log,
-        env={FOLDER_VARIABLE: str(folder)},
+        env={FOLDER_VARIABLE: str(folder), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     )
 
 
@@ -100,3 +107,50 @@ def test_a_server_that_is_stopped_takes_its_store_along_whatever_was_left_before
         store = store_process(socket_path(folder))
     await_end(store, STORE_LIMIT_S)
     assert not socket_path(folder).exists()
+
+
+def test_a_server_that_is_being_stopped_says_so_and_answers_what_waits_for_its_adapter(
+    fleet: Scenario, folder: Path, tmp_path: Path
+) -> None:
+    (case,) = fleet.cases_of(COLD)
+    limit_s = ("--shutdown-timeout", "60")
+    with (
+        make_server(fleet, folder, tmp_path / "vllm.log", *limit_s) as server,
+        ThreadPoolExecutor(1) as client,
+    ):
+        serve(server, fleet)
+        leader, store = psutil.Process(server.pid), store_process(socket_path(folder))
+        store.suspend()
+        try:
+            cold = client.submit(ask, server, COLD, case)
+            await_arrival(server)
+            os.kill(server.pid, signal.SIGTERM)
+            deadline = time.monotonic() + EXIT_LIMIT_S
+            while (listing := server.get("/v1/lora_adapters")).status_code == 200:
+                assert time.monotonic() < deadline, server.log_tail()
+            adapter = {"lora_name": "another", "lora_path": str(fleet.adapters[COLD])}
+            refusals = [
+                listing,
+                server.post("/v1/load_lora_adapter", adapter),
+                server.post("/v1/unload_lora_adapter", {"lora_name": NAME}),
+            ]
+        finally:
+            store.resume()
+        for refusal in refusals:
+            assert refusal.status_code == 503, refusal.text
+            assert "being stopped" in refusal.json()["error"]["message"]
+        assert token_ids(cold.result()) == case.expected.tokens
+        leader.wait(EXIT_LIMIT_S)
+    assert "Exception in ASGI application" not in server.log.read_text()
+
+
+def await_arrival(server: VllmServer) -> None:
+    """Returns when the engine has asked the store for the cold adapter."""
+    deadline = time.monotonic() + EXIT_LIMIT_S
+    while state_of(server, COLD) not in ("queued", "reading"):
+        assert time.monotonic() < deadline, state_of(server, COLD)
+
+
+def state_of(server: VllmServer, name: str) -> str:
+    (row,) = (r for r in server.get("/v1/lora_adapters").json()["data"] if r["id"] == name)
+    return str(row["state"])

@@ -3,10 +3,12 @@
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import GracefulHTTPError
 from vllm.utils.counter import AtomicCounter
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -16,6 +18,7 @@ from vllm_multilora.integration.server import engine_calls, registration
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 
 LIMIT_S = 5.0
+UNAVAILABLE = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +95,22 @@ def test_a_call_has_the_engines_error() -> None:
         during_a_call(fail)
 
 
-@pytest.mark.parametrize("error", [EngineDeadError(), Exception("Server shutting down")])
-def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(error: Exception) -> None:
+def test_a_call_of_an_engine_that_is_being_stopped_is_another_servers() -> None:
+    def refuse(client: Any, hearing: object) -> None:
+        (future,) = client.utility_results.values()
+        future.set_exception(Exception("Server shutting down"))
+
+    with pytest.raises(GracefulHTTPError, match="being stopped") as refused:
+        during_a_call(refuse)
+    assert refused.value.http_status == 503
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(EngineDeadError(), 500), (GracefulHTTPError("stops", UNAVAILABLE), 503)]
+)
+def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(
+    error: Exception, status: int
+) -> None:
     """A registration that is refused has the adapter removed from engines that have taken it."""
     asked: list[int] = []
     unheard: list[str] = []
@@ -128,6 +145,6 @@ def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(error: Exc
         _check_load_lora_adapter_request=is_fine,
     )
     request = SimpleNamespace(lora_name="acme", lora_path="/acme", is_3d_lora_weight=False)
-    assert asyncio.run(run()) == 500
+    assert asyncio.run(run()) == status
     assert asked == [1]
     assert not unheard

@@ -593,9 +593,10 @@ PATCHES: tuple[Patch, ...] = (
         takes=("self, method, *args, engine",),
         handler="server.engine_calls:call_utility",
         why="vLLM fails the requests of an engine that has died, but not the calls that wait for "
-        "its answers: a server whose engine died during a load would never end.",
+        "its answers: a server whose engine died during a load would never end. And it answers "
+        "calls of a server that is being stopped as if its software had failed.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM fails these calls too.",
+        until="vLLM fails these calls too, with 503 where the server is being stopped.",
     ),
     Patch(
         name="added-offline",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.integration.patching.activation import is_active
+
+_STOPPING = "Server shutting down"
+"""What vLLM's engine core answers all calls with once it has been told to stop."""
 
 
 async def call_utility(
@@ -21,6 +26,7 @@ async def call_utility(
 
     Raises:
         EngineDeadError: The engine's answers are not heard any more.
+        GracefulHTTPError: It answers the requests that it has, and then ends.
     """
     if not is_active(client.vllm_config):
         return await original(client, method, *args, engine=engine)
@@ -32,5 +38,12 @@ async def call_utility(
         if not call.done():
             raise EngineDeadError
         return call.result()
+    except Exception as error:
+        if str(error) != _STOPPING:
+            raise
+        raise GracefulHTTPError(
+            "the server is being stopped; ask another one, or this one when it has been started",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        ) from error
     finally:
         call.cancel()

@@ -178,7 +178,7 @@ async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
     try:
         await models.engine_client.add_lora(lora)
     except Exception as error:
-        return _refusal(lora, str(error))
+        return _refusal(lora, error)
     return None
 
 
@@ -282,12 +282,14 @@ async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
         raise
 
 
-def _refusal(lora: LoRARequest, text: str) -> AdapterErrorResponse:
-    """The answer to an adapter that the engine refused with a text."""
-    message, mark, fields = text.partition(REFUSAL_MARK)
+def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
+    """The answer to an adapter that the engine refused."""
+    message, mark, fields = str(error).partition(REFUSAL_MARK)
     if not mark:
-        message = f"adapter {lora.lora_name!r}: {text}"
-        return error_response(HTTPStatus.INTERNAL_SERVER_ERROR, message)
+        status = HTTPStatus.INTERNAL_SERVER_ERROR
+        if isinstance(error, GracefulHTTPError):
+            status = error.http_status
+        return error_response(status, f"adapter {lora.lora_name!r}: {message}")
     found = json.loads(fields)
     kind = FailureKind(found["kind"])
     problems = [
