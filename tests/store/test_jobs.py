@@ -71,6 +71,22 @@ def start_fake() -> tuple:
     return ForkRunner().start(load, FakeReader())
 
 
+def test_a_job_says_what_the_system_gives_it_no_memory_for(segments):
+    segments.create(0, PAGE)
+    places, too_large = np.zeros(1, np.int64), 1 << 47  # more than a process has addresses for
+    job, sock = start_fake()
+    sock.settimeout(PATIENT_S)
+    with closing(Channel(sock, FromJob)) as channel:
+        assert isinstance(next_of(channel), Opened)
+        channel.send(Go())
+        assert isinstance(next_of(channel), Checked)
+        channel.send(Place(places.tobytes(), [(0, 0, too_large)]), [segments.descriptor(0)])
+        failure = next_of(channel)
+    job.kill()
+    assert failure.kind is FailureKind.NO_MEMORY
+    assert f"{too_large} bytes of host memory cannot be mapped" in failure.message
+
+
 def held_by_a_job() -> set[str]:
     """The descriptors of one that has begun, those of standard streams left out."""
     job, sock = start_fake()

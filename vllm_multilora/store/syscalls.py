@@ -84,7 +84,7 @@ def call(number: int, *arguments: object) -> int:
 
 @contextmanager
 def mapped(descriptor: int, offset: int, size: int) -> Iterator[int]:
-    """Maps a range of a file to be written to, and gives its address; raises OSError.
+    """Maps a range of host memory to be written to, and gives its address; raises OSError.
 
     The descriptor may be closed at once. `mmap.mmap` would keep a copy of it for each mapping.
     """
@@ -92,7 +92,8 @@ def mapped(descriptor: int, offset: int, size: int) -> Iterator[int]:
     address = libc.mmap(None, size, protection, mmap.MAP_SHARED, descriptor, offset)
     if address == _MAP_FAILED:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        what = f"{size} bytes of host memory cannot be mapped: {os.strerror(code)}"
+        raise OSError(code, what)
     try:
         yield address
     finally:
