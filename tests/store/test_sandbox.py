@@ -1,5 +1,6 @@
 """What a job cannot do, whatever a hostile file makes of it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_multilora.store import sandbox
+from vllm_multilora.store.channel import MOST_DESCRIPTORS
 
 pytestmark = pytest.mark.waits
 
@@ -23,15 +25,16 @@ sandbox.enter(roots, 5.0)
 """
 
 
-def run(code: str, *roots: str) -> subprocess.CompletedProcess:
+def run(code: str, *roots: str, before: str = "") -> subprocess.CompletedProcess:
+    code = ENTER.replace("sandbox.enter", before + "sandbox.enter") + code
     return subprocess.run(
-        [sys.executable, "-c", ENTER + code, *roots], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *roots], capture_output=True, text=True, timeout=60
     )
 
 
-def refused(code: str, *roots: str) -> str:
+def refused(code: str, *roots: str, before: str = "") -> str:
     """The error that code ends with in the sandbox."""
-    done = run(code, *roots)
+    done = run(code, *roots, before=before)
     assert done.returncode == 1, done
     return done.stderr.strip().splitlines()[-1]
 
@@ -75,6 +78,12 @@ def test_without_roots_everything_can_be_read_and_nothing_written(root, tmp_path
 
 
 @needs_landlock
+@pytest.mark.skipif(sandbox.landlock_version() < 3, reason="no such Landlock here")
+def test_no_file_is_made_shorter(root):
+    assert "PermissionError" in refused("os.truncate(sys.argv[1] + '/file', 0)", root)
+
+
+@needs_landlock
 def test_what_is_written_to_nowhere_may_be_written(root):
     assert run("open(os.devnull, 'r+b').write(b'x'); print('written')", root).stdout == "written\n"
 
@@ -90,13 +99,7 @@ def test_pytorch_can_be_imported_late_wherever_it_is_installed(root, tmp_path):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("import beside_torch")
     (tmp_path / "elsewhere" / "beside_torch.py").write_text("print('imported')")
-    code = f"sys.path.insert(0, {str(package.parent)!r})\nsandbox.enter"
-    done = subprocess.run(
-        [sys.executable, "-c", ENTER.replace("sandbox.enter", code) + "import torch", root],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run("import torch", root, before=f"sys.path.insert(0, {str(package.parent)!r})\n")
     assert done.stdout == "imported\n", done.stderr
 
 
@@ -132,6 +135,43 @@ def test_no_connection_no_program_no_other_process(code):
 
 
 @needs_seccomp
+def test_other_tables_of_system_calls_are_no_way_around():
+    """That of x32, and that of 32 bits, which a kernel may not have."""
+    assert "PermissionError" in refused("syscalls.call(0x40000000 + 39)")
+    if os.uname().machine == "x86_64":
+        code = """
+import mmap
+page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+page.write(bytes.fromhex("b814000000 cd80 c3"))  # getpid, by `int 0x80`
+print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))())
+"""
+        done = run(code)
+        assert done.stdout == "-1\n" or done.returncode == -signal.SIGSEGV, done
+
+
+@needs_landlock
+@pytest.mark.parametrize(
+    ("since", "code"),
+    [
+        (4, "socket.socket().connect(('127.0.0.1', 9))"),
+        (4, "socket.socket().bind(('127.0.0.1', 0))"),
+        (6, "socket.socket(socket.AF_UNIX).connect(other.getsockname())"),
+        (6, "os.kill(os.getppid(), 0)"),
+    ],
+)
+def test_where_there_is_no_seccomp_landlock_holds(since, code):
+    if sandbox.landlock_version() < since:
+        pytest.skip("no such Landlock here")
+    before = """
+other = socket.socket(socket.AF_UNIX)
+other.bind("")  # to a name that is no file's
+other.listen()
+sandbox._enter_seccomp = lambda allowed: None
+"""
+    assert "PermissionError" in refused(code, before=before)
+
+
+@needs_seccomp
 def test_libraries_do_not_start_threads_by_what_would_start_processes_too():
     assert "Function not implemented" in refused("syscalls.call(syscalls.CLONE3, None, 0)")
 
@@ -146,8 +186,10 @@ import numpy; print(numpy.ones((300, 300)).dot(numpy.ones((300, 300))).sum())
     assert run(code).stdout == "b'x'\nthread\n27000000.0\n"
 
 
-def test_memory_is_limited():
-    assert "MemoryError" in refused(f"bytearray({sandbox.MOST_MEMORY} + (64 << 20))")
+def test_memory_is_limited_beside_what_the_store_had():
+    before = f"had = bytearray({sandbox.MOST_MEMORY})\n"
+    assert run(f"bytearray({sandbox.MOST_MEMORY} - (64 << 20))", before=before).returncode == 0
+    assert "MemoryError" in refused(f"bytearray({sandbox.MOST_MEMORY} + (64 << 20))", before=before)
 
 
 def test_processor_time_is_limited():
@@ -161,11 +203,22 @@ while True: pass
     assert done.returncode == -signal.SIGXCPU
 
 
-def test_files_and_core_dumps_are_limited():
-    code = (
-        "print([resource.getrlimit(n)[1] for n in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)])"
-    )
-    assert run(code).stdout == "[0, 0]\n"
+def test_files_core_dumps_and_descriptors_are_limited():
+    code = """
+limited = (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NOFILE)
+print([resource.getrlimit(number)[1] for number in limited])
+"""
+    assert run(code).stdout == f"[0, 0, {MOST_DESCRIPTORS + 64}]\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_a_job_ends_with_its_store():
+    code = """
+number = ctypes.c_int()
+syscalls.libc.prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+print(number.value)
+"""
+    assert run(code).stdout == f"{signal.SIGKILL.value}\n"
 
 
 def test_jobs_give_way_to_the_model():
