@@ -48,7 +48,7 @@ from vllm_multilora.integration.server.callers import (
     Caller,
     current_caller,
 )
-from vllm_multilora.integration.server.engine_door import add_request
+from vllm_multilora.integration.server.engine_door import add_request, send_request
 from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.server.request_bounds import (
     MOST_COMPARISONS,
@@ -69,6 +69,11 @@ from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Limits, Tenant
 
 ADAPTER = SimpleNamespace(lora_name="acme-a", lora_path="/data/acme-a")
+CONFIG = SimpleNamespace(
+    lora_config=object(),
+    additional_config={},
+    compilation_config=SimpleNamespace(cudagraph_mode=None),
+)
 
 
 @dataclass
@@ -127,8 +132,10 @@ def caller(*granted: str | None, **limits: Any) -> Caller:
     return Caller(Role.TENANT, ("/srv",), True, account, "secret", set(granted))
 
 
-def send(who: Caller | None, processor: Processor, request: Request, index: int = 0) -> None:
-    as_caller(who, lambda: add_request(Processor.add, processor, request, None, None, index))
+def send(
+    who: Caller | None, processor: Processor, request: Request, index: int = 0, parent: Any = None
+) -> None:
+    as_caller(who, lambda: add_request(Processor.add, processor, request, None, parent, index))
 
 
 @pytest.mark.parametrize("granted", [(), (None,), ("acme-b",)], ids=str)
@@ -162,18 +169,19 @@ def test_requests_of_others_stay_as_they_are():
 
 
 def test_several_answers_share_a_prompt_and_count_each():
-    who, processor = caller("acme-a", tokens_per_minute=100), Processor()
-    for index in range(2):
-        send(who, processor, Request(ADAPTER, request_id=str(index)), index)
+    who, processor = caller("acme-a", tokens_per_minute=100, answers=3), Processor()
+    parent = SimpleNamespace(sampling_params=SimpleNamespace(n=3))
+    for index in range(3):
+        send(who, processor, Request(ADAPTER, request_id=str(index)), index, parent)
     account = who.account
     assert account is not None
-    processor.tokens = 25
+    processor.tokens = 16
     account.settle()
-    account.charge(9)
+    account.charge(11)
     assert account._bucket is not None
-    assert account._bucket.wait_s() == 0  # 40 + 2 * 25 + 9
+    assert account._bucket.wait_s() == 0  # 40 + 3 * 16 + 11
     processor.request_states.clear()  # they have ended
-    processor.tokens = 26
+    processor.tokens = 17
     account.settle()
     assert account._bucket.wait_s() > 0
 
@@ -249,6 +257,7 @@ def test_a_tenants_answers_count_until_each_has_ended():
         ask(first, number)
         with pytest.raises(GracefulHTTPError, match="answers at a time"):
             ask(second, 9)
+        assert second.retry_after_s == 1
         processor.abort_requests([str(number)], internal=True)
     ask(second, 3)
     first.ended()
@@ -649,13 +658,8 @@ def test_a_request_that_cannot_be_sent_leaves_nothing(way):
 
     processor, who = OutputProcessor(None, log_stats=False), caller(None, tokens_per_minute=1)
     METER.set(processor, ServerMeter(None))
-    engine = SimpleNamespace(
-        lora_config=object(),
-        additional_config={},
-        compilation_config=SimpleNamespace(cudagraph_mode=None),
-    )
     client = SimpleNamespace(
-        vllm_config=engine,
+        vllm_config=CONFIG,
         output_processor=processor,
         engine_core=Core(),
         log_requests=False,
@@ -676,3 +680,13 @@ def test_a_request_that_cannot_be_sent_leaves_nothing(way):
     assert who.account is not None
     who.account.settle()
     assert not who.account._meters
+
+
+def test_a_request_that_is_not_taken_ends_none_that_has_its_id():
+    processor, abort = Processor(request_states={"1": object()}), AsyncMock()
+    client = SimpleNamespace(output_processor=processor, vllm_config=CONFIG, abort=abort)
+    refuse = AsyncMock(side_effect=OverflowError)
+    for known, ended in (("1", False), ("2", True)):
+        with pytest.raises(OverflowError):
+            asyncio.run(send_request(refuse, client, Request(request_id=known)))
+        assert bool(abort.await_count) is ended

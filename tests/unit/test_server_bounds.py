@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import threading
+from contextvars import copy_context
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +102,9 @@ def test_a_refused_adapter_is_tried_again_after_pauses_that_double_up_to_a_minut
             clock.now += 1
         pauses.append(clock.now - began)
     assert pauses == [FIRST_PAUSE_S, 4, 8, 16, 32, *[LONGEST_PAUSE_S] * 3]
+    assert refusals.last("acme") is ANSWER
     refusals.forget("acme")
+    assert refusals.last("acme") is None
     refusals.remember("acme", ANSWER)
     clock.now += FIRST_PAUSE_S
     assert refusals.find("acme") is None
@@ -513,6 +516,22 @@ def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay
         return engine.removed
 
     assert asyncio.run(scenario()) == [8, 9]
+
+
+def test_a_request_stays_with_the_weights_that_its_name_stood_for_first() -> None:
+    """However often vLLM looks its model up."""
+    models: Any = SimpleNamespace(engine_client=SimpleNamespace(), lora_requests={})
+    request = SimpleNamespace(model="acme")
+
+    def answered_by() -> int | None:
+        current_call.set(HttpCall({}))
+        for number in (1, 2):
+            models.lora_requests["acme"] = LoRARequest("acme", number, f"/adapters/{number}")
+            assert versions.bind(models, request, "") is None
+        lora = versions.bound(request)
+        return None if lora is None else lora.lora_int_id
+
+    assert copy_context().run(answered_by) == 1
 
 
 def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None:

@@ -122,6 +122,22 @@ def test_requests_on_their_way_find_what_was_reloaded_elsewhere_and_not_what_was
     run(scenario)
 
 
+def test_when_a_change_is_answered_all_api_servers_know_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared_names, "_SETTLE_LIMIT_S", 2 * PATIENT_S)
+
+    async def scenario(stores: Stores) -> None:
+        one, two = api_server(stores), api_server(stores)
+        async with asyncio.timeout(PATIENT_S):
+            await registration.serve(one, adapter(1))
+            assert served(two) == {"acme": 1}
+            await shared_names.retract(one, one.lora_requests.pop("acme"))
+            assert not served(two)
+
+    run(scenario)
+
+
 def test_an_api_server_that_finds_no_store_hears_of_changes_once_there_is_one() -> None:
     async def scenario(stores: Stores) -> None:
         one, two = api_server(stores), api_server(stores)
