@@ -114,10 +114,6 @@ class PackIndex:
         """
         view = memoryview(content)
         length = int.from_bytes(view[:_LENGTH_BYTES], "little")
-        if length > len(view) - _LENGTH_BYTES:
-            raise ValueError(
-                f"the index should have {length} bytes, found {len(view) - _LENGTH_BYTES}"
-            )
         text = view[_LENGTH_BYTES : _LENGTH_BYTES + length]
         try:
             ranks, entries, places, config = msgspec.msgpack.decode(text, type=_Wire)
