@@ -26,11 +26,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_paths_of_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "medical").mkdir()
+    (tmp_path / "acme" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert located("medical") == located("~/medical") == str(tmp_path / "medical")
     assert located("/not/there") == "/not/there"
     assert located("acme/medical") == "acme/medical"
+    assert located("acme/here") == str(tmp_path / "acme" / "here")
     assert located("../elsewhere") == f"{tmp_path}/../elsewhere"  # whether it exists or not
     assert Path(located("x" * 5000)).is_absolute()  # no file system has it: said when opened
     assert Path(located("~nobody-has-this-name/a")).is_absolute()  # likewise
