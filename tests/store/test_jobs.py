@@ -15,7 +15,7 @@ import pytest
 from tests.store.conftest import PATIENT_S
 from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.store import runner
+from vllm_multilora.store import runner, sandbox
 from vllm_multilora.store.arena import PAGE, PLACE_BITS
 from vllm_multilora.store.channel import MOST_DESCRIPTORS, Channel
 from vllm_multilora.store.entries import Binding, Load
@@ -121,6 +121,40 @@ def test_a_job_has_no_other_descriptor_where_the_system_does_not_list_them(monke
 
     monkeypatch.setattr(os, "listdir", fail)
     assert len(held_by_a_job()) == 1
+
+
+@pytest.mark.skipif(not sandbox.landlock_version(), reason="no Landlock here")
+def test_a_job_is_confined_before_it_opens_an_adapter(tmp_path):
+    class Reader(FakeReader):
+        def open(self, path, rules):
+            Path(path).read_text()
+            return super().open(path, rules)
+
+    def begin(name):
+        load = Load(1, Binding("server", None, 1), str(tmp_path / name), [], [], settings)
+        job, sock = ForkRunner().start(load, Reader())
+        sock.settimeout(PATIENT_S)
+        with closing(Channel(sock, FromJob)) as channel:
+            said = next_of(channel)
+            limited = (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)
+            limits = [resource.prlimit(job._pid, number) for number in limited]
+        job.kill()
+        return said, limits
+
+    for name in ("root", "directory", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    settings = StoreSettings(
+        allowed_roots=[str(tmp_path / "root")],
+        directories=[str(tmp_path / "directory")],
+        timeout_s=8.0,
+    )
+    for name in ("root", "directory"):
+        said, limits = begin(f"{name}/file")
+        assert isinstance(said, Opened)
+        assert limits == [(9, 10), (0, 0)]
+    said, _ = begin("elsewhere/file")
+    assert "Permission denied" in said.message
 
 
 def test_a_job_that_the_kernel_has_ended_has_failed_for_memory():
