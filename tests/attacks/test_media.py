@@ -11,6 +11,7 @@ import tempfile
 import threading
 import tracemalloc
 import wave
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -380,12 +381,24 @@ def qoi() -> bytes:
     return head + b"\xfd" * (SIDE**2 // 62 + 1) + bytes(7) + b"\1"
 
 
+def tiff() -> bytes:
+    """An image each of whose rows is unpacked from the whole file."""
+    row = zlib.compress(bytes(SIDE))
+    tags = [(256, 1, SIDE), (257, 1, SIDE), (258, 1, 8), (259, 1, 8), (262, 1, 1), (278, 1, 1)]
+    places = 8 + len(row)
+    tags += [(273, SIDE, places), (279, SIDE, places + 4 * SIDE)]  # where rows are, their bytes
+    listed = b"".join(struct.pack("<HHII", tag, 4, *rest) for tag, *rest in sorted(tags))
+    head = struct.pack("<2sHI", b"II", 42, places + 8 * SIDE) + row
+    rows = struct.pack("<I", 8) * SIDE + struct.pack("<I", len(row)) * SIDE
+    return head + rows + struct.pack("<H", len(tags)) + listed + bytes(4)
+
+
 @pytest.mark.parametrize(
     "data",
-    [icon(), qoi(), b"P3 1 1 255 1 2 3 ", image("jpeg2000")],
-    ids=["icon", "qoi", "text", "jpeg-2000"],
+    [icon(), qoi(), b"P3 1 1 255 1 2 3 ", image("jpeg2000"), tiff()],
+    ids=["icon", "qoi", "text", "jpeg-2000", "tiff"],
 )
-def test_no_image_of_a_tenants_is_unpacked_while_nobody_is_answered(data: bytes) -> None:
+def test_no_image_of_a_tenants_is_unpacked_that_takes_more_than_its_size(data: bytes) -> None:
     """Twelve of three million pixels kept all others waiting for 10 of 53 seconds."""
     from vllm.exceptions import GracefulHTTPError
 

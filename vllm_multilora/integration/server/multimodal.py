@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT = 3, 4
 """Of a video's frames, as OpenCV numbers what it knows of one; vLLM can do without OpenCV."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 """Of tenants' images. Pillow has Python unpack many others, in which nobody is answered, or even
 read them for long to find out that they are broken, and lets no thread go on while it unpacks
-JPEG 2000; icons hold images that are larger than they say."""
+JPEG 2000; icons hold images that are larger than they say; of a TIFF all rows may be the same part
+of the file, and a megabyte takes a quarter of an hour."""
 
 
 def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:
