@@ -444,6 +444,31 @@ def test_a_call_has_its_images_read_for_so_long_only(
     assert as_caller(tenant("acme"), lambda: load_image(png())).media.size
 
 
+def test_what_an_image_takes_after_it_was_read_counts_for_its_calls_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some formats are read whole, and unpacked then."""
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.multimodal.media import ImageMediaIO
+
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(multimodal, "time", SimpleNamespace(thread_time=lambda: clock.now))
+    monkeypatch.setattr(callers, "MOST_READING_S", 1.0)
+
+    def unpack_slowly(*_: Any) -> Any:
+        clock.now += 1
+        return Image.new("RGB", (1, 1))
+
+    def load() -> Any:
+        return multimodal.unpack(unpack_slowly, ImageMediaIO(), image("webp"))
+
+    who = tenant("acme")
+    assert as_caller(who, load).size
+    with pytest.raises(GracefulHTTPError, match="seconds of a processor"):
+        as_caller(who, load)
+    assert as_caller(tenant("acme"), load).size
+
+
 BROKEN = b"no image"
 
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from http import HTTPStatus
 from io import BytesIO
@@ -177,18 +178,32 @@ def share_connections() -> None:
 
 
 def unpack(original: Callable[..., Any], reader: Any, data: bytes) -> Any:
-    """Unpacks an image, a video or a recording, if its call has not too much of them."""
+    """Unpacks an image or the like; counts it for the tenant whose call it is in."""
     caller = current_caller.get()
     if caller is None or caller.account is None:
         return original(reader, data)
     caller.require_open()
+    if isinstance(reader, ImageMediaIO):
+        return _unpack_image(original, reader, data, caller)
     if isinstance(reader, VideoMediaIO):
         reader.video_loader = _counting(reader.video_loader, caller)
-    told = _size_told(caller, data) if isinstance(reader, ImageMediaIO) else 0
-    caller.count_unpacked(told)
     media = original(reader, data)
-    caller.count_unpacked(max(0, _size(media) - told))  # files in files do not tell
+    caller.count_unpacked(_size(media))
     return media
+
+
+def _unpack_image(original: Callable[..., Any], reader: Any, data: bytes, caller: Caller) -> Any:
+    clock = _Clock(caller)
+    token = _clock.set(clock)
+    try:
+        told = _size_told(clock, data)
+        caller.count_unpacked(told)
+        image = original(reader, data)
+        clock.count()
+        caller.count_unpacked(max(0, _size(image) - told))  # files in files do not tell
+        return image
+    finally:
+        _clock.reset(token)
 
 
 def _counting(loader: Any, caller: Caller) -> Any:
@@ -208,37 +223,49 @@ def _counting(loader: Any, caller: Caller) -> Any:
     return CountingLoader()
 
 
-class _TimedFile(BytesIO):
-    """A tenant's image, while it is unpacked on one thread: what lies between reads is counted."""
+class _Clock:
+    """Counts the time that one thread takes to read one of a tenant's images."""
 
-    def __init__(self, caller: Caller, *data: bytes) -> None:
-        super().__init__(*data)
+    def __init__(self, caller: Caller) -> None:
         self._caller = caller
         self._since = time.thread_time()
 
+    def count(self) -> None:
+        """Counts what has gone by since the last time."""
+        before, self._since = self._since, time.thread_time()
+        self._caller.count_reading(self._since - before)
+
+
+_clock: ContextVar[_Clock | None] = ContextVar("multilora_clock", default=None)
+"""That of the tenant's image that is being unpacked; None while none is."""
+
+
+class _TimedFile(BytesIO):
+    """A tenant's image, of which no more is read once its call has taken too long."""
+
+    def __init__(self, clock: _Clock, *data: bytes) -> None:
+        super().__init__(*data)
+        self._clock = clock
+
     def read(self, size: int | None = -1, /) -> bytes:
-        now = time.thread_time()
-        self._caller.count_reading(now - self._since)
-        self._since = now
+        self._clock.count()
         return super().read(size)
 
 
 def image_file(original: Callable[..., BytesIO], *data: bytes) -> BytesIO:
     """The file that vLLM makes of an image, to have it unpacked."""
-    caller = current_caller.get()
-    if caller is None or caller.account is None:
-        return original(*data)
-    return _TimedFile(caller, *data)
+    clock = _clock.get()
+    return original(*data) if clock is None else _TimedFile(clock, *data)
 
 
-def _size_told(caller: Caller, data: bytes) -> int:
+def _size_told(clock: _Clock, data: bytes) -> int:
     """Bytes that an image has, by what its file begins with; 0 where that says nothing.
 
     Raises:
         GracefulHTTPError: It is of none of the formats that tenants may send, or takes too long.
     """
     try:
-        image = Image.open(_TimedFile(caller, data), formats=_FORMATS)
+        image = Image.open(_TimedFile(clock, data), formats=_FORMATS)
     except GracefulHTTPError:
         raise
     except UnidentifiedImageError as error:
