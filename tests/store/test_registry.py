@@ -798,11 +798,28 @@ def test_where_memory_is_used_up_below_the_budget_an_adapter_is_read_once_more(w
     (job,) = world.jobs
     until_reading(world, job, 3)
     world.gone(job, FailureKind.NO_MEMORY)
-    assert list(world.evicted(1)) == (idle[:2] if keep else [])
     world.settle(3)
+    assert list(world.evicted(1)) == (idle[:2] if keep else [])
     loaded = world.answer(1, ticket)
     assert isinstance(loaded, Loaded)
     assert bool(loaded.pack.pack) == keep
+
+
+def test_a_request_that_joins_a_check_begun_anew_has_others_leave_for_it(world):
+    """The check had been packing, since there was room by the budget, and does so again now."""
+    idle = world.load(1, 2, pages=2).pack.pack
+    world.registry.release(1, idle, world.now)
+    world.want(1, keep=False)
+    (job,) = world.jobs
+    until_reading(world, job, 2)
+    world.gone(job, FailureKind.NO_MEMORY)
+    ticket = world.want(1)
+    (job,) = world.jobs
+    assert not list(world.evicted(1))
+    until_reading(world, job, 2)
+    assert list(world.evicted(1)) == [idle]
+    world.done(job)
+    assert isinstance(world.answer(1, ticket), Loaded)
 
 
 @pytest.mark.parametrize(("leased", "jobs"), [(True, 1), (False, 2)])

@@ -200,11 +200,12 @@ class Loads:
         """Whether files are read once more, with room from others, that there was no memory for.
 
         The system, or a container, has less than the budget allows: it has ended the packing job.
+        Others leave when the files have been checked, for what somebody then wants in memory.
         """
         allocation = leader.allocation
         if failure.kind is not FailureKind.NO_MEMORY or allocation is None or leader.is_anew:
             return False
-        if leader.keep() and not self._memory.vacate(allocation.held_bytes):
+        if leader.keep() and not self._memory.may_vacate(allocation.held_bytes):
             return False
         family = leader.family()
         for load in family:

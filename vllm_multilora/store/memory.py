@@ -104,14 +104,16 @@ class HostMemory:
             if not evict or not self._evict_one():
                 return None
 
-    def vacate(self, nbytes: int) -> bool:
-        """Has packs without leases leave that take so many bytes; whether there are such packs."""
-        if sum(p.allocation.held_bytes for p in self.packs.values() if not p.leases) < nbytes:
-            return False
+    def may_vacate(self, nbytes: int) -> bool:
+        """Whether there are packs without leases that take so many bytes."""
+        idle = (pack for pack in self.packs.values() if not pack.leases)
+        return sum(pack.allocation.held_bytes for pack in idle) >= nbytes
+
+    def vacate(self, nbytes: int) -> None:
+        """Has packs without leases leave that take so many bytes, as far as there are any."""
         most = self.arena.held - nbytes
         while self.arena.held > most and self._evict_one():
             pass
-        return True
 
     def give_back(self, allocation: Allocation) -> None:
         """A job has ended, and what it packed is of no use."""

@@ -69,6 +69,8 @@ class Room:
         allocation = self._memory.room(load.blocks, evict=True)
         if allocation is not None:
             self._waiting.popleft()
+            if load.is_anew:
+                self._memory.vacate(allocation.held_bytes)
         return allocation
 
     def leave(self, load: Load) -> bool:
