@@ -822,6 +822,22 @@ def test_a_request_that_joins_a_check_begun_anew_has_others_leave_for_it(world):
     assert isinstance(world.answer(1, ticket), Loaded)
 
 
+def test_the_system_gets_small_packs_pages_where_memory_is_used_up(world, monkeypatch):
+    """What they leave for may not fit in their places, and lies where no pages are yet."""
+    numbers = [world.load(1, adapter, pages=2).pack.pack for adapter in (2, 3, 4)]
+    (first,) = world.memory.packs[numbers[0]].allocation.extents
+    world.registry.release(1, numbers[0], world.now)
+    world.registry.release(1, numbers[2], world.now)
+    given = []
+    monkeypatch.setattr(world.memory.arena._memory, "give_back", lambda *run: given.append(run))
+    world.want(1)
+    (job,) = world.jobs
+    until_reading(world, job, 3)
+    world.gone(job, FailureKind.NO_MEMORY)
+    world.settle(3)
+    assert tuple(first) in given
+
+
 @pytest.mark.parametrize(("leased", "jobs"), [(True, 1), (False, 2)])
 def test_an_adapter_fails_whose_job_is_ended_again_or_for_which_nobody_can_leave(
     world, leased, jobs

@@ -105,6 +105,11 @@ class Arena:
                 self._memory.give_back(run.segment, run.offset, run.size)
         self._close_empty(spare=1)
 
+    def give_back_free(self) -> None:
+        """Gives the pages of all free runs back to the system, which has used its memory up."""
+        for run in self._free.largest_first():
+            self._memory.give_back(run.segment, run.offset, run.size)
+
     def _one_run(self, needed: int, count: int) -> list[_Part] | None:
         """The whole pack in one run: the smallest that is large enough, or a new segment's."""
         run = self._free.smallest(needed) or self._new_segment(needed)

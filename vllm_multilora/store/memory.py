@@ -110,10 +110,14 @@ class HostMemory:
         return sum(pack.allocation.held_bytes for pack in idle) >= nbytes
 
     def vacate(self, nbytes: int) -> None:
-        """Has packs without leases leave that take so many bytes, as far as there are any."""
+        """Has packs without leases leave that take so many bytes, as far as there are any.
+
+        The system gets their pages, also of small ones, in whose place nothing else may fit.
+        """
         most = self.arena.held - nbytes
         while self.arena.held > most and self._evict_one():
             pass
+        self.arena.give_back_free()
 
     def give_back(self, allocation: Allocation) -> None:
         """A job has ended, and what it packed is of no use."""
