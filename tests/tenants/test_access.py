@@ -525,6 +525,32 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, monkeypatch, pat
     asyncio.run(check())
 
 
+def test_a_tenants_stored_events_take_a_small_part_of_the_time(tenants, monkeypatch):
+    """A response of thousands of tokens has as many, and each may be told in a stream of its own."""
+    paused, clock = [], SimpleNamespace(now=0.0)
+    go_on = partial(asyncio.sleep, 0)
+
+    async def sleep(seconds):
+        paused.append(round(seconds, 6))
+        await go_on()
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(4):
+            clock.now += 0.01
+            await send({"type": "http.response.body", "body": b"event", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
+    thread = SimpleNamespace(thread_time=lambda: clock.now)
+    monkeypatch.setattr(access_middleware, "time", thread)
+    access = Access(tenants_path=str(tenants))
+    access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: clock.now + sum(paused)))
+    asyncio.run(call(app, access, "/v1/responses/resp_1", ACME, "GET"))
+    assert paused == [0.39, 0.19]  # twenty times what two events took, and one, less the next one
+
+
 def test_a_list_waits_for_no_reader_of_another_one(tenants):
     """One that has gone to sleep may not have been noticed for hours."""
     access = Access(tenants_path=str(tenants))

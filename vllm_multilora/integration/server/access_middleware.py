@@ -172,7 +172,8 @@ class AccessMiddleware:
         """Lists a tenant's models or adapters, or tells a stored response, one after the other.
 
         However much that is, and however often it asks, nobody else waits for it for long. The next
-        one waits for neither this one's reader nor what is done for others meanwhile.
+        one waits for neither this one's reader nor what is done for others meanwhile. Of what is
+        told in many pieces, each is one more.
 
         Raises:
             LimitReachedError: Too many lists were asked for before this one.
@@ -182,23 +183,29 @@ class AccessMiddleware:
                 await pace.begin()
         except TimeoutError:
             raise LimitReachedError("it is asked for faster than it can be told") from None
-        is_made = False
+        messages, told_s = 0, 0.0
 
         def let_next_begin() -> None:
-            nonlocal is_made
-            if not is_made:
-                is_made = True
-                pace.end(min(making.seconds / LISTING_SHARE, LONGEST_PAUSE_S))
+            nonlocal told_s
+            spent_s, told_s = making.seconds - told_s, making.seconds
+            pace.end(min(spent_s / LISTING_SHARE, LONGEST_PAUSE_S))
 
         async def send_made(message: Message) -> None:
-            let_next_begin()
+            nonlocal messages
+            messages += 1
+            is_more = messages > 2 and bool(message.get("body"))  # a list has a head and a body
+            if is_more:
+                await pace.begin()
+            if is_more or messages == 1:
+                let_next_begin()
             await send(message)
 
         making = _Timed(self._app(scope, receive, send_made))
         try:
             await making
         finally:
-            let_next_begin()
+            if not messages:
+                let_next_begin()
 
     async def _call(
         self,
