@@ -8,7 +8,7 @@ import threading
 import time
 import tracemalloc
 from argparse import Namespace
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
@@ -526,7 +526,7 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, monkeypatch, pat
 
 
 def test_a_tenants_stored_events_take_a_small_part_of_the_time(tenants, monkeypatch):
-    """A response of thousands of tokens has as many, and each may be told in a stream of its own."""
+    """A response of thousands of tokens has as many, and each reader has a stream of its own."""
     paused, clock = [], SimpleNamespace(now=0.0)
     go_on = partial(asyncio.sleep, 0)
 
@@ -928,8 +928,9 @@ def test_what_is_kept_of_responses_is_its_tenants_alone(tenants):
     def as_key(key, do):
         return as_caller(access.caller(key), lambda: [do(store) for store in stores])
 
-    as_key(ACME, lambda store: store.update(resp_1="acme's"))
-    for key, found in (("sk-zen", None), (ADMIN, None), (ACME, "acme's")):
+    own = deque(), "acme's"
+    as_key(ACME, lambda store: store.update(resp_1=own))
+    for key, found in (("sk-zen", None), (ADMIN, None), (ACME, own)):
         assert as_key(key, lambda store: store.get("resp_1")) == [found] * 3
 
 
@@ -969,6 +970,46 @@ def test_a_tenants_oldest_responses_give_way_where_their_calls_were_large(tenant
     assert kept == [[10], [10, 11], [11, 12], [30], [1]]
 
 
+def test_who_goes_on_with_a_response_keeps_what_was_said_before(tenants, monkeypatch):
+    """Each of a thousand calls of a few bytes may go on with another one that had megabytes."""
+    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
+    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
+    kept = []
+
+    async def keep(scope, receive, send):
+        name, _, before = (await Request(scope, receive).body()).decode().strip().partition("<")
+        said = [name, *(stores.msg_store[before] if before else [])]
+        stores.msg_store[name], stores.response_store[name] = said, name
+        kept.append((list(stores.msg_store), list(stores.response_store)))
+        await App()(scope, receive, send)
+
+    for body in (b"a".ljust(20), b"b<a", b"c".ljust(20), b"d<c"):
+        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(body)))
+    assert kept[1:] == [(["a", "b"], ["b"]), (["b", "c"], ["c"]), (["c", "d"], ["d"])]
+
+
+def response_of(tokens, logprobs=None):
+    usage = SimpleNamespace(output_tokens=tokens)
+    return SimpleNamespace(usage=usage, top_logprobs=logprobs)
+
+
+def test_a_tenants_oldest_responses_give_way_where_their_answers_are_large(tenants, monkeypatch):
+    """A few bytes of a call may ask for any number of tokens, each with twenty others."""
+    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 1 << 20)
+    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
+
+    def keep():
+        for number in range(4):
+            stores.response_store[number] = response_of(50, logprobs=20)
+            stores.event_store[number] = events, _ = deque(), asyncio.Event()
+            events.append(SimpleNamespace(response=response_of(0)))
+            events += [None] * 1_000
+        return list(stores.response_store), list(stores.event_store)
+
+    assert as_caller(access.caller(ACME), keep) == ([3], [2, 3])
+    assert as_caller(None, keep) == ([*range(4)], [*range(4)])
+
+
 def test_messages_of_later_calls_leave_those_of_responses_that_are_kept(tenants, monkeypatch):
     """VLLM keeps a call's messages before its response; without them, who goes on gets 500."""
     monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
@@ -998,7 +1039,7 @@ def test_what_is_kept_of_a_tenants_responses_goes_with_the_tenant(tenants):
     def keep(key):
         for store in (app.response_store, app.msg_store, app.event_store):
             kept.add(value := App())
-            as_caller(access.caller(key), partial(store.update, resp_1=value))
+            as_caller(access.caller(key), partial(store.update, resp_1=(deque(), value)))
 
     keep(ACME)
     keep("sk-zen")
@@ -1008,7 +1049,8 @@ def test_what_is_kept_of_a_tenants_responses_goes_with_the_tenant(tenants):
     assert access._file.refresh()
     access._take()
     assert len(kept) == 3
-    assert as_caller(access.caller(ACME), partial(app.response_store.get, "resp_1")) in kept
+    _, value = as_caller(access.caller(ACME), partial(app.response_store.get, "resp_1"))
+    assert value in kept
 
 
 def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants, monkeypatch):

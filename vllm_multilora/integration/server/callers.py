@@ -87,7 +87,7 @@ class Caller:
         retry_after_s: When a request over the tenant's limits may come again.
         has_turn: Whether it is one of the tenant's running calls.
         most_results: Numbers that the answer to a tenant's pooling call may hold.
-        body_bytes: Of a tenant's call.
+        body_bytes: Of a tenant's call, and of those that it goes on with.
     """
 
     role: Role
