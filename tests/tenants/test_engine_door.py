@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -39,7 +40,7 @@ from vllm.sampling_params import (
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
 from vllm_multilora.integration.patching.ledger import apply_patches
-from vllm_multilora.integration.server import metering
+from vllm_multilora.integration.server import metering, model_names
 from vllm_multilora.integration.server.callers import (
     MOST_ANSWERS,
     MOST_BYTES,
@@ -362,6 +363,42 @@ def test_of_what_a_tenants_request_asks_for_there_is_not_too_much(message, most,
         with pytest.raises(GracefulHTTPError, match=expected):
             send(who, processor, more)
         assert len(processor.request_states) == 1
+
+
+LONG = "a" * (MOST_TEXT + 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_refused"),
+    [
+        ({"query": "b", "documents": ["b", LONG]}, True),
+        ({"queries": [{"content": [{"type": "text", "text": LONG}]}]}, True),
+        ({"text_1": "b", "text_2": LONG}, True),
+        ({"query": [1], "items": [LONG[1:], "b"], "item_first": True}, True),
+        ({"query": [1], "items": [LONG[1:], [2]], "item_first": True}, False),
+        ({"query": "b", "documents": [LONG[1:]] * 2}, False),
+        ({"data_1": {"content": [{"type": "image_url", "image_url": {"url": LONG}}]}}, False),
+    ],
+    ids=("document", "content", "pair", "all-items", "item", "documents", "image"),
+)
+def test_a_tenants_texts_are_short_enough_to_be_scored(fields, is_refused):
+    """vLLM makes tokens of these without its own check, and of all items on its event loop."""
+    models = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=128), lora_requests={}, is_base_model=bool
+    )
+    serving = SimpleNamespace(models=models, _get_active_default_mm_loras=lambda request: None)
+    request = SimpleNamespace(model=None, **fields)
+
+    def prepare(who):
+        return as_caller(who, lambda: asyncio.run(model_names.prepare(serving, request)))
+
+    assert prepare(Caller(Role.CLIENT)) is None
+    with (
+        pytest.raises(GracefulHTTPError, match="expected 1048576 at most")
+        if is_refused
+        else (nullcontext())
+    ):
+        prepare(tenant("acme"))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from vllm_multilora.integration.server import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.http_calls import BLEND_FIELD, current_call, look_for_call
+from vllm_multilora.integration.server.request_bounds import require_short_scored
 
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
 
@@ -70,6 +71,7 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
         return _as_shown(refusal, caller, serving.models, request.model)
     if (refusal := multimodal.refuse_features(request)) is not None:
         return refusal
+    require_short_scored(request, serving.models.model_config.max_model_len)
     if _lacks_language(request):
         caller.grant(None)  # the base model says to vLLM which language a recording is in
     name = request.model

@@ -46,6 +46,9 @@ microseconds in which nobody is answered."""
 MOST_TEXT_OF_TOKEN = 16
 """More of them, for each token that the model takes."""
 
+_SCORED = ("query", "queries", "items", "documents", "data_1", "data_2", "text_1", "text_2")
+"""Fields of requests for scores, of whose texts vLLM makes tokens without `check_length`."""
+
 MOST_ID = 1_024
 """Characters of its id, with which each of its tokens comes, and of its session's, which events of
 the KV cache name with each block."""
@@ -224,9 +227,45 @@ def check_length(original: Callable[..., str], params: Any, tokenizer: Any, text
     """
     text = original(params, tokenizer, text)
     if current_tenant() is not None:
-        most = max(MOST_TEXT, MOST_TEXT_OF_TOKEN * (params.max_total_tokens or 0))
-        _require("Characters of a text", len(text), most)
+        _require("Characters of a text", len(text), _most_text(params.max_total_tokens or 0))
     return text
+
+
+def require_short_scored(request: Any, tokens: int) -> None:
+    """Looks at the texts that a tenant has scored.
+
+    vLLM scores those of `/generative_scoring` by what the model generates, and makes tokens of all
+    of them while nobody is answered.
+
+    Args:
+        request: One of vLLM's parsed requests, of any kind.
+        tokens: That the model takes.
+
+    Raises:
+        GracefulHTTPError: A text is too long; or all are together, there.
+    """
+    if current_tenant() is None:
+        return
+    lengths = [len(text) for field in _SCORED for text in _texts(getattr(request, field, None))]
+    if hasattr(request, "item_first"):
+        _require("Characters of all texts", sum(lengths), _most_text(tokens))
+    _require("Characters of a text", max(lengths, default=0), _most_text(tokens))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts among what is to be scored; images and the like are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts(value.get("text"))
+        yield from _texts(value.get("content"))
+    elif isinstance(value, list) and not (value and isinstance(value[0], int)):
+        for each in value:
+            yield from _texts(each)
+
+
+def _most_text(tokens: int) -> int:
+    return max(MOST_TEXT, MOST_TEXT_OF_TOKEN * tokens)
 
 
 def require_bounded(request: Any) -> None:
