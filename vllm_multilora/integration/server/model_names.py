@@ -71,7 +71,7 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
         return _as_shown(refusal, caller, serving.models, request.model)
     if (refusal := multimodal.refuse_features(request)) is not None:
         return refusal
-    require_short_scored(request, serving.models.model_config.max_model_len)
+    require_short_scored(request, serving.models)
     if _lacks_language(request):
         caller.grant(None)  # the base model says to vLLM which language a recording is in
     name = request.model

@@ -231,7 +231,7 @@ def check_length(original: Callable[..., str], params: Any, tokenizer: Any, text
     return text
 
 
-def require_short_scored(request: Any, tokens: int) -> None:
+def require_short_scored(request: Any, models: Any) -> None:
     """Looks at the texts that a tenant has scored.
 
     vLLM scores those of `/generative_scoring` by what the model generates, and makes tokens of all
@@ -239,7 +239,7 @@ def require_short_scored(request: Any, tokens: int) -> None:
 
     Args:
         request: One of vLLM's parsed requests, of any kind.
-        tokens: That the model takes.
+        models: vLLM's table of models.
 
     Raises:
         GracefulHTTPError: A text is too long; or all are together, there.
@@ -247,9 +247,12 @@ def require_short_scored(request: Any, tokens: int) -> None:
     if current_tenant() is None:
         return
     lengths = [len(text) for field in _SCORED for text in _texts(getattr(request, field, None))]
+    if not lengths:
+        return
+    most = _most_text(models.model_config.max_model_len)
     if hasattr(request, "item_first"):
-        _require("Characters of all texts", sum(lengths), _most_text(tokens))
-    _require("Characters of a text", max(lengths, default=0), _most_text(tokens))
+        _require("Characters of all texts", sum(lengths), most)
+    _require("Characters of a text", max(lengths), most)
 
 
 def _texts(value: Any) -> Iterator[str]:
