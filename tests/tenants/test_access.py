@@ -1494,18 +1494,20 @@ def test_texts_do_not_wait_for_threads_that_vllm_has_given_up(monkeypatch):
 
     try:
         submit("a", lambda _: stuck.wait(60))
-        left = submit("a")
+        left = [submit(who) for who in "ab"]
         renderer._replace_executor()
+        for each in left:
+            each.result(20)
         submit("a", lambda _: held.wait(60))
         asked = [submit(who) for who in "aab"]
         held.set()
         for each in asked:
             each.result(20)
-        assert order == ["a", "b", "a"]
-        assert not left.done()
+        assert sorted(order[:2]) == ["a", "b"]
+        assert order[2:].index("b") <= 1
     finally:
         stuck.set()
-    left.result(20)
+    renderer._executor.shutdown()
 
 
 def test_tenants_take_turns_for_the_threads_that_unpack_recordings(monkeypatch):

@@ -15,7 +15,7 @@ def take_turns(
     executor: Executor,
     owner_of: Callable[..., str],
     is_wanted: Callable[..., bool] = lambda *_, **__: True,
-) -> None:
+) -> Callable[[], None]:
     """Has an executor work for one owner after the other, and for each in the order of its work.
 
     Work has the context variables of who submits it.
@@ -24,9 +24,13 @@ def take_turns(
         executor: Takes work from any thread.
         owner_of: Whose work is, by its arguments; asked by who submits it.
         is_wanted: Whether it is still to be done, by the same; asked when it has its turn.
+
+    Returns:
+        To be called when the executor has other threads: has these do what none has begun.
     """
     turns = _WorkTurns(executor.submit, owner_of, is_wanted)
     executor.submit = turns.submit  # type: ignore[method-assign]
+    return turns.begin_again
 
 
 class _WorkTurns:
@@ -56,8 +60,17 @@ class _WorkTurns:
         self._submit(self._work)
         return result
 
+    def begin_again(self) -> None:
+        """As what `take_turns` returns."""
+        with self._lock:
+            left = sum(map(len, self._lines.values()))
+        for _ in range(left):
+            self._submit(self._work)
+
     def _work(self) -> None:
         with self._lock:
+            if not self._lines:
+                return  # other threads have done it all
             owner, line = next(iter(self._lines.items()))
             result, work, is_wanted = line.popleft()
             self._lines.move_to_end(owner)

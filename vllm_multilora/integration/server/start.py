@@ -68,20 +68,16 @@ def share_threads(renderer: Any) -> None:
 
 
 def _share_replaceable(executor: Any) -> None:
-    """The same where vLLM may give threads up that do not come to an end, and begin with others.
-
-    What waits for those is not for these to do.
-    """
+    """The same where vLLM may give threads up that do not come to an end, and begin with others."""
+    begin_again = take_turns(executor, _owner)
     replace = getattr(executor, "replace_inner", None)
     if replace is None:  # vLLM 0.31 waits
-        take_turns(executor, _owner)
         return
 
     def replace_inner() -> None:
         replace()
-        take_turns(executor._inner, _owner)
+        begin_again()
 
-    take_turns(executor._inner, _owner)
     executor.replace_inner = replace_inner
 
 
