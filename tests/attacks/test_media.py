@@ -375,6 +375,27 @@ def test_a_video_is_refused_before_its_frames_are_unpacked(monkeypatch: pytest.M
         tracemalloc.stop()
 
 
+def test_a_call_has_only_so_much_of_its_videos_gone_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two frames the second may be the last of any number, each of which is read before it."""
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+
+    frames = 64
+    data = video(frames)
+    monkeypatch.setattr(callers, "MOST_WATCHED", frames * SIDE**2)
+
+    def load() -> Any:
+        return VideoMediaIO(ImageMediaIO(), num_frames=2).load_bytes(data)
+
+    for who in (None, tenant("acme")):
+        loaded, _ = as_caller(who, load).media
+        assert len(loaded) == 2
+    with pytest.raises(GracefulHTTPError, match="pixels of videos"):
+        as_caller(who, load)
+
+
 def qoi() -> bytes:
     """An image that Python unpacks, all of one colour."""
     head = b"qoif" + struct.pack(">IIBB", SIDE, SIDE, 3, 0)

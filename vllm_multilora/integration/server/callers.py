@@ -64,6 +64,13 @@ MOST_READING_S = 20.0
 """Of a processor, that a tenant's call may take to have its images read, however small they are:
 some take minutes for a megabyte, on threads that others' images wait for."""
 
+MOST_WATCHED = 1 << 35
+"""Pixels of videos that a tenant's call may have gone through: nine minutes of full HD, of 30
+frames a second. All frames up to the last one that is used are, however few these are."""
+
+LEAST_FRAME = 1 << 12
+"""Pixels that a frame counts as, which may be none: a video need not have those that it tells."""
+
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
 
 
@@ -107,6 +114,7 @@ class Caller:
     _tensors: int = 0
     _unpacked: int = 0
     _reading_s: float = 0.0
+    _watched: int = 0
     _users: int = 1
     _used: set[str] = field(default_factory=set)
 
@@ -260,6 +268,15 @@ class Caller:
         """
         self._reading_s += seconds
         self._bound(self._reading_s, MOST_READING_S, "seconds of a processor to read its images.")
+
+    def count_watched(self, frames: int, pixels: int) -> None:
+        """The call has so many frames more gone through, of so many pixels each, on any thread.
+
+        Raises:
+            GracefulHTTPError: A tenant's are too many: others' images wait for the threads.
+        """
+        self._watched += frames * max(pixels, LEAST_FRAME)
+        self._bound(self._watched, MOST_WATCHED, "pixels of videos, up to the last frames used.")
 
     def _bound(self, wanted: float, most: float, what: str) -> None:
         if self.account is not None and wanted > most:

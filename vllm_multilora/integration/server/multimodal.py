@@ -213,7 +213,9 @@ def _counting(loader: Any, caller: Caller) -> Any:
     class CountingLoader(kind):
         @classmethod
         def read_frames(cls, video: Any, wanted: list[int], *args: Any, **kwargs: Any) -> Any:
-            size = 3 * int(video.get(_WIDTH)) * int(video.get(_HEIGHT)) * len(wanted)
+            pixels = int(video.get(_WIDTH)) * int(video.get(_HEIGHT))
+            caller.count_watched(1 + max(wanted, default=-1), pixels)
+            size = 3 * pixels * len(wanted)
             caller.count_unpacked(size)
             try:
                 return super().read_frames(video, wanted, *args, **kwargs)
