@@ -137,11 +137,29 @@ def test_a_name_server_that_never_answers_one_tenant_keeps_no_others_waiting(
             return await asyncio.wait_for(start(tenant("zen"), "zen.example"), LIMIT_S / 4)
         finally:
             is_over.set()
-            acme.account.lookups.shutdown()
             await connection._async_client.close()
             server.close()
 
     assert asyncio.run(fetch()) == b"fine"
+
+
+def test_no_thread_is_left_by_what_tenants_have_had_looked_up() -> None:
+    """There may be thousands of them."""
+    used: list[threading.Thread] = []
+
+    async def look_up() -> None:
+        lookups = multimodal._Lookups()
+        for name in ("acme", "zen"):
+            who = tenant(name)
+            await as_caller(who, lambda: asyncio.ensure_future(lookups.getaddrinfo("127.0.0.1", 9)))
+            kept.append(who)
+            used.extend(each for each in threading.enumerate() if "lookup" in each.name)
+
+    kept: list[Caller] = []
+    asyncio.run(look_up())
+    for each in used:
+        each.join(LIMIT_S / 6)
+    assert not [each for each in used if each.is_alive()]
 
 
 def test_nothing_is_fetched_or_unpacked_for_a_call_that_has_been_answered(

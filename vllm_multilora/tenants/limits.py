@@ -7,7 +7,6 @@ import math
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vllm_multilora.errors import MultiLoRAError
@@ -150,7 +149,7 @@ class Account:
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
         downloads: To be held while something is fetched for one of its calls.
-        lookups: Look up the hosts of that, which may take long after nobody waits any more.
+        lookups: To be held while a host of that is looked up, for long after nobody waits any more.
         checking: To be held while one of its structured outputs is checked.
         listing: How its models are listed, and its adapters, and its stored responses told.
         without_turn: Its requests that limits do not count, since they have no turn.
@@ -172,7 +171,7 @@ class Account:
         self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
         self.downloads = asyncio.Semaphore(MOST_DOWNLOADS)
-        self.lookups = ThreadPoolExecutor(MOST_DOWNLOADS, "multilora-lookups")
+        self.lookups = asyncio.Semaphore(MOST_DOWNLOADS)
         self.checking = asyncio.Semaphore(1)
         self.listing: defaultdict[Endpoint, Pace] = defaultdict(lambda: Pace(clock))
         self.without_turn = TokenBucket(WITHOUT_TURN_PER_MINUTE, clock)

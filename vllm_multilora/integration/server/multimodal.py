@@ -6,6 +6,8 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from http import HTTPStatus
@@ -149,17 +151,33 @@ def download_now(original: Callable[..., bytes], connection: Any, url: str, **kw
 
 
 class _Lookups:
-    """What aiohttp asks an event loop for, on threads of the tenant whose hosts it looks up.
+    """What aiohttp asks an event loop for, few at a time of the tenant whose hosts it looks up.
 
-    An event loop has few for everybody's, uvloop four. A name server that does not answer keeps one
-    for half a minute, whether anybody waits for it or not.
+    An event loop has few threads for everybody's, uvloop four. A name server that does not answer
+    keeps one for half a minute, whether anybody waits for it or not. A tenant's have threads of
+    their own, which end with them: there may be thousands of tenants.
     """
 
     async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
-        account = current_account()
-        threads = None if account is None else account.lookups
+        account, loop = current_account(), asyncio.get_running_loop()
         look_up = partial(socket.getaddrinfo, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(threads, look_up)
+        if account is None:
+            return await loop.run_in_executor(None, look_up)
+
+        def release(_: Any) -> None:
+            with suppress(RuntimeError):  # the event loop has ended
+                loop.call_soon_threadsafe(account.lookups.release)
+
+        await account.lookups.acquire()
+        thread = ThreadPoolExecutor(1, "multilora-lookup")
+        try:
+            looked = thread.submit(look_up)
+        except RuntimeError:  # the system gives no more threads
+            account.lookups.release()
+            raise
+        looked.add_done_callback(release)
+        thread.shutdown(wait=False)
+        return await asyncio.wrap_future(looked)
 
     async def getnameinfo(self, *args: Any) -> Any:
         return socket.getnameinfo(*args)  # of numbers alone: nobody is asked
