@@ -630,6 +630,22 @@ def test_an_adapter_gets_its_slot_in_the_turn_of_the_tenant_that_has_had_least(c
     assert steps.finished[:2] == ["running", "poor"]
 
 
+def test_a_session_gets_a_slot_again_beside_those_that_always_have_requests(configs):
+    """It holds blocks, and so it waits in a queue of vLLM's."""
+    steps = Steps(configs(places=8))
+    slots = Slots(steps, slots=1)
+    session = steps.ask("session", adapter=1, generate=2, resumable=True)
+    while session.status is not RequestStatus.WAITING_FOR_STREAMING_REQ:
+        slots.step()
+    for number in range(100):
+        steps.ask(f"other {number}", adapter=2 + number % 2, generate=20)
+    slots.step()
+    steps.ask("session", adapter=1, prompt=10, generate=2, resumable=True)
+    while session.status is not RequestStatus.WAITING_FOR_STREAMING_REQ:
+        slots.step()
+        assert len(steps.finished) < 50, "others go before it, however many there are"
+
+
 def test_only_those_that_lack_nothing_but_a_slot_wait_because_of_others(configs, monkeypatch):
     steps = Steps(configs(places=8))
     slots = Slots(steps, slots=1)

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.adapters.blends import is_blend
-from vllm_multilora.integration.engine.fair_queue import queue_of
+from vllm_multilora.integration.engine.fair_queue import adapter_of, queue_of
 from vllm_multilora.integration.engine.scheduler import COULD_RUN, AdapterAwareMixin
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.tenant_of_request import tenant_of
@@ -261,7 +261,7 @@ class FairSharesMixin(AdapterAwareMixin):
         return adapters.state(lora.lora_int_id) in AT_HAND
 
     def _slot_order(self) -> Callable[[int], float] | None:
-        shares, queue = self._shares, self.waiting
+        shares, queue, parties = self._shares, self.waiting, self._parties
         if not shares.is_contended:
             return None
         least: dict[int | None, float] = {}
@@ -271,10 +271,16 @@ class FairSharesMixin(AdapterAwareMixin):
             if not least:  # asked only where somebody has to make room
                 for request in reversed(self.running):
                     if request.lora_request is not None:
-                        party = self._parties[request.request_id]
+                        party = parties[request.request_id]
                         least[request.lora_request.lora_int_id] = shares.served(party)
-                for party in sorted(queue.parties, key=shares.served, reverse=True):
-                    least.update(dict.fromkeys(queue.adapters_of(party), shares.served(party)))
+                wanted = [(party, queue.adapters_of(party)) for party in queue.parties]
+                # Those that hold blocks, as sessions with new input do, wait in a queue of vLLM's.
+                apart = (r for r in self.kv_holding_waiting if r.status in COULD_RUN)  # type: ignore[attr-defined]
+                wanted += [(parties[each.request_id], {adapter_of(each)}) for each in apart]
+                for party, adapters in sorted(
+                    wanted, key=lambda each: shares.served(each[0]), reverse=True
+                ):
+                    least.update(dict.fromkeys(adapters, shares.served(party)))
             return least.get(adapter, math.inf)
 
         return had
