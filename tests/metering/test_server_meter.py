@@ -405,3 +405,29 @@ def test_an_engine_stops_at_a_request_that_began_with_another_version_than_was_a
     assert error.value.cause.http_status == 409
     abort_requests(OutputProcessor.abort_requests, processor, [state.request_id], internal=True)
     assert [usage.status for usage in log.lines] == [Status.FAILED]
+
+
+def test_a_call_fails_whose_parts_two_versions_of_its_adapter_have_computed() -> None:
+    """Choices or prompts, between which changed files were read again."""
+    processor, call = OutputProcessor(None, log_stats=False), HttpCall({})
+    meter = ServerMeter(None)
+    METER.set(processor, meter)
+    queues: list[RequestOutputCollector] = []
+    for number, digest in enumerate(("1234", "1234", "5678")):
+        request = request_for_acme(REQUEST)
+        request.request_id = str(number)
+        queues.append(RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id))
+        processor.add_request(request, None, queue=queues[-1])
+        token = current_call.set(call)
+        try:
+            meter.begin(processor.request_states[request.request_id])
+        finally:
+            current_call.reset(token)
+        told = {VERSION_KEY: digest * 16}
+        output = EngineCoreOutput(str(number), [7], trace_headers=told)
+        process_outputs(STOCK_OUTPUTS, processor, [output])
+    assert [queue.get_nowait() for queue in queues[:2]] == [None, None]
+    with pytest.raises(InputStreamError, match="'acme' was reloaded") as error:
+        queues[2].get_nowait()
+    assert isinstance(error.value.cause, GracefulHTTPError)
+    assert error.value.cause.http_status == 503

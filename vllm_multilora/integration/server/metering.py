@@ -180,14 +180,18 @@ class ServerMeter:
         call = prompt.call
         if call is None:
             return
-        call.ran = digest
-        if not digest.startswith(call.asked) and state.queue is not None:
+        first = call.ran = call.ran or digest
+        if state.queue is None:
+            return
+        if not digest.startswith(call.asked):
             error = GracefulHTTPError(
                 f"The model `{prompt.usage.adapter}` has become version "
                 f"{digest[:SHOWN_DIGITS]}; version {call.asked} was asked for.",
                 HTTPStatus.CONFLICT,
             )
             _refuse(prompt, state, error)
+        elif digest != first:
+            _refuse(prompt, state, replaced(str(prompt.usage.adapter)))
 
     def end(self, state: Any, status: Status | None = None) -> None:
         """A choice has ended; ending it again is no matter.
@@ -259,6 +263,15 @@ def _count_results(prompt: Prompt, caller: Caller, output: Any, state: Any) -> N
         if state.queue is not None:
             _refuse(prompt, state, error)
             output.pooling_output = output.pooling_output[:0]
+
+
+def replaced(adapter: str) -> GracefulHTTPError:
+    """What a call fails with of which another version of its adapter has computed a part."""
+    return GracefulHTTPError(
+        f"adapter {adapter!r} was reloaded or unloaded while this request was being answered; "
+        "send it again",
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
 
 
 def _refuse(prompt: Prompt, state: Any, error: GracefulHTTPError) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
-from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -232,11 +231,7 @@ def start(models: Any) -> None:
             # It was removed between two requests to the engine for one answer: steps of a beam
             # search, parts of a recording, what comes before and after the call of a tool. This
             # one would bring it back, with other weights perhaps than the answer's first part has.
-            raise GracefulHTTPError(
-                f"adapter {lora.lora_name!r} was reloaded or unloaded while this request was being "
-                "answered; send it again",
-                HTTPStatus.SERVICE_UNAVAILABLE,
-            )
+            raise metering.replaced(lora.lora_name)
         # Its name has gone while the request was on its way, maybe longer than an unload waits.
         without_waiting(remove_later(models, lora, LATE_GRACE_S))
 
