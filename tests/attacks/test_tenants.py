@@ -24,6 +24,7 @@ from vllm_multilora.integration.server.access_middleware import (
     LONGEST_PAUSE_S,
     STRANGERS_PER_MINUTE,
 )
+from vllm_multilora.integration.server.request_heads import MOST_PARTS
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 from vllm_multilora.store.launch import StoreProcess
@@ -136,11 +137,14 @@ HEADS = {
     "many": b"x: a\r\n" * 300,
     "name": b"x" * MANY + b": a\r\n",
     "headers-after-a-body": b"%s0\r\nx: %s" % (_CHUNKED, b"a" * MANY),
+    "short-parts": b"%s%s0" % (_CHUNKED, b"1\r\na\r\n" * 2 * MOST_PARTS),
 }
 
 
 @pytest.mark.parametrize("more", HEADS.values(), ids=HEADS)
-def test_a_request_has_no_endless_head(served: TenantServer, more: bytes) -> None:
+def test_a_request_has_neither_an_endless_head_nor_a_body_in_endless_parts(
+    served: TenantServer, more: bytes
+) -> None:
     """Anybody's, as nobody has looked for a key yet."""
     address = ("127.0.0.1", served.server.port)
     with socket.create_connection(address, timeout=LIMIT_S) as connection:
@@ -155,16 +159,18 @@ def test_a_request_has_no_endless_head(served: TenantServer, more: bytes) -> Non
 
 
 def test_a_body_in_many_short_parts_is_no_endless_head(served: TenantServer) -> None:
-    """More than a head may have is beside the parts, and no client has to send longer ones."""
-    body = b'{"model": "acme-a", "prompt": [5], "max_tokens": 1, "user": "%s"}' % (b"a" * (1 << 20))
+    """More than a head may have is beside the parts."""
+    body = b'{"model": "acme-a", "prompt": [5], "max_tokens": 1, "user": "%s"}' % (b"a" * 50_000)
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {KEYS['acme']}\r\n"
         f"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
+    extension = b"a" * 100
     address = ("127.0.0.1", served.server.port)
     with socket.create_connection(address, timeout=LIMIT_S) as connection:
         connection.sendall(head.encode())
-        connection.sendall(b"".join(b"1\r\n%c\r\n" % each for each in body) + b"0\r\n\r\n")
+        parts = b"".join(b"1;%s\r\n%c\r\n" % (extension, each) for each in body)
+        connection.sendall(parts + b"0\r\n\r\n")
         assert b"HTTP/1.1 200" in connection.recv(1 << 16)
 
 

@@ -786,7 +786,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         handler="server.request_heads:serve",
         why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
-        "has no httptools. Anybody's endless header holds up a server, or ends it.",
+        "has no httptools. Anybody's endless header, or body in endless parts, holds up a server.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's limits of headers act whatever reads them.",
     ),
