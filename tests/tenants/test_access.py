@@ -208,6 +208,7 @@ BODIES = {
         b'{"a": [%s1]}' % (b"1," * (MOST_TOLD + 1)),
         413,
     ),
+    "more-tokens-to-tell-at-once": ("/detokenize", b"[%s1]" % (b"1," * (MOST_TOLD + 1)), 413),
     "numbers-of-any-kind": ("/invocations", b'{"messages": [%s]}' % TOKENS, 413),
     "bytes": (CALLS, b'"%s"' % bytes(MOST_BODY), 413),
     "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),

@@ -62,7 +62,8 @@ _STATUS = {
 _ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
 _COHERES = "/cohere/v2/chat"
 _FORMS = "/v1/audio/"
-_DERENDERING = "/derender"
+_OF_TOKENS = ("/derender", "/detokenize")
+"""Ends of the paths of endpoints that make texts of tokens."""
 _HELD_LIMIT = 1 << 20  # bytes of a waiting request's body that are read to notice that it has gone
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
 _NOT_OF_TENANTS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
@@ -240,7 +241,7 @@ class AccessMiddleware:
                         receive,
                         is_form=path.startswith(_FORMS),
                         is_of_any_kind=path == INVOCATIONS,
-                        most_numbers=MOST_TOLD if path.endswith(_DERENDERING) else MOST_NUMBERS,
+                        most_numbers=MOST_TOLD if path.endswith(_OF_TOKENS) else MOST_NUMBERS,
                     )
             if endpoint in _PACED:
                 await self._list(account.listing[endpoint], scope, receive, send_marked)
