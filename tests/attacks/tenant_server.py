@@ -44,7 +44,7 @@ TENANTS: dict[str, Any] = {
     "picky": {"adapters": ["acme-*", "zen-a"], "limits": {"adapters": 1}},
 }
 ROUTES = {"routes": {"acme-route": "acme-b", "zen-route": "zen-a", "base-route": BASE}}
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] | trim }} {% endfor %}"
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,37 @@ def test_many_wrong_items_are_read_to_the_first(
     assert int(found[1]) < 400
 
 
+LONG = "a" * 100_000
+REPEATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "parameters": ("/v1/completions/render", {"prompt": [[5]] * 500, "stop": [LONG]}),
+    "message": (
+        "/v1/chat/completions",
+        {
+            # The template takes one character of it.
+            "messages": [{"role": "assistant", "content": "5" + " " * len(LONG)}],
+            "add_generation_prompt": False,
+            "echo": True,
+            "n": 500,
+            "max_tokens": 1,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), REPEATED.values(), ids=REPEATED)
+def test_no_answer_repeats_what_it_was_asked_without_end(
+    served: TenantServer, path: str, body: dict[str, Any]
+) -> None:
+    """Fifty megabytes here; 64 MiB of a body, for 2,048 answers, would end the server."""
+    answer = served.request("acme", "POST", path, {"model": "acme-a", **body})
+    assert answer.status_code == 400, f"{answer.status_code}: {len(answer.content)} bytes"
+    assert "would repeat" in answer.text
+    few = {"prompt": [[5]] * 2} if "prompt" in body else {"n": 2}
+    answer = served.request("acme", "POST", path, {"model": "acme-a", **body, **few})
+    assert_status(answer, 200, served)
+    assert len(answer.content) > 2 * len(LONG)
+
+
 RIGHTS = [
     ("acme", "acme-a", 200),
     ("acme", "acme-b", 200),

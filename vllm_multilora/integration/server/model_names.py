@@ -21,7 +21,10 @@ from vllm_multilora.integration.server import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.http_calls import BLEND_FIELD, current_call, look_for_call
-from vllm_multilora.integration.server.request_bounds import require_short_scored
+from vllm_multilora.integration.server.request_bounds import (
+    require_few_repeats,
+    require_short_scored,
+)
 
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
 
@@ -197,6 +200,8 @@ async def check_model(original: Callable[..., Any], serving: Any, request: Any) 
     if refusal is None:
         refusal = bind(serving, request, asked)
     if refusal is None:
+        call = current_call.get()
+        require_few_repeats(request, renders=call is not None and call.renders)
         _name_rendered(request, asked)
     return refusal
 

@@ -18,7 +18,11 @@ from vllm.entrypoints.generate.base.protocol import LegacyStructuralTagResponseF
 from vllm.exceptions import GracefulHTTPError
 
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.integration.server.callers import current_tenant, encoded_size
+from vllm_multilora.integration.server.callers import (
+    current_caller,
+    current_tenant,
+    encoded_size,
+)
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive
@@ -59,6 +63,9 @@ endpoints take four texts."""
 
 MOST_TOKENS = 1_024
 """Tokens that it may allow, or favour. With more, vLLM's second model runner ends its engine."""
+
+MOST_REPEATED = 16 << 20
+"""Bytes of a call that its answer repeats: nobody is answered while they are told."""
 
 MOST_BYTES_OF = {"bad_words": 16 << 10, "structured_outputs": 256 << 10}
 """In UTF-8, with what holds them together. vLLM tokenizes the first while nobody else is answered,
@@ -211,6 +218,33 @@ def require_short(params: Any) -> None:
     """
     for field, most in MOST_BYTES_OF.items():
         _require(f"Bytes of `{field}`", encoded_size(getattr(params, field, None)), most)
+
+
+def require_few_repeats(request: Any, *, renders: bool) -> None:
+    """Looks at what the answer to a tenant's call would repeat of it.
+
+    That is every parameter, for each prompt of a completion that is rendered, and with `echo` the
+    prompt or the last message for each answer, where a template may take little of a long message.
+
+    Args:
+        request: vLLM's, of an endpoint that takes a model name.
+        renders: Whether the answer is one or several requests for `/inference/v1/generate`.
+
+    Raises:
+        GracefulHTTPError: It is too much.
+    """
+    caller, prompts = current_caller.get(), getattr(request, "prompt", None)
+    if caller is None or caller.account is None:
+        return
+    size = again = 0
+    if renders and isinstance(prompts, list):
+        parameters = request.model_dump(exclude={"prompt"}, exclude_unset=True)
+        size = len(json.dumps(parameters, default=str))
+        again = sum(not isinstance(each, int) for each in prompts) - 1
+    elif getattr(request, "echo", False):
+        size, again = caller.body_bytes, (request.n or 1) - 1
+    what = "Bytes of the call that its answer would repeat, for more than one prompt or answer"
+    _require(what, size * again, MOST_REPEATED)
 
 
 def check_length(original: Callable[..., str], params: Any, tokenizer: Any, text: str) -> str:
