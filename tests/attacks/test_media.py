@@ -414,6 +414,18 @@ def test_a_call_has_only_so_much_of_its_videos_gone_through(
         as_caller(who, load)
 
 
+@pytest.mark.parametrize("load", [load_video, load_recording], ids=["video", "recording"])
+def test_no_ports_are_opened_to_wait_for_what_a_tenant_has_not_sent(
+    load: Callable[[bytes], Any],
+) -> None:
+    """Four hundred, in half a minute, for eight kilobytes."""
+    from vllm.exceptions import GracefulHTTPError
+
+    session = b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 7000 RTP/AVP 31\n"
+    with pytest.raises(GracefulHTTPError, match="SDP"):
+        as_caller(tenant("acme"), lambda: load(session))
+
+
 def qoi() -> bytes:
     """An image that Python unpacks, all of one colour."""
     head = b"qoif" + struct.pack(">IIBB", SIDE, SIDE, 3, 0)

@@ -44,6 +44,10 @@ read them for long to find out that they are broken, and lets no thread go on wh
 JPEG 2000; icons hold images that are larger than they say; of a TIFF all rows may be the same part
 of the file, and a megabyte takes a quarter of an hour."""
 
+_SESSION = b"c=IN IP"
+"""In a description of a session, at any place (RFC 8866): FFmpeg opens two ports for each of its
+media, and waits on them for ten seconds or thirty."""
+
 
 def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:
     """The adapter that the operator has set for what a base-model request holds, if it is one.
@@ -203,6 +207,9 @@ def unpack(original: Callable[..., Any], reader: Any, data: bytes) -> Any:
     caller.require_open()
     if isinstance(reader, ImageMediaIO):
         return _unpack_image(original, reader, data, caller)
+    if isinstance(data, bytes) and _SESSION in data:
+        message = "Expected a recording or a video, found where one would be sent to (SDP)."
+        raise GracefulHTTPError(message, HTTPStatus.BAD_REQUEST)
     if isinstance(reader, VideoMediaIO):
         reader.video_loader = _counting(reader.video_loader, caller)
     media = original(reader, data)
