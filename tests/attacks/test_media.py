@@ -103,11 +103,16 @@ def test_a_host_that_never_answers_one_tenant_keeps_no_others_waiting(connection
 def test_a_name_server_that_never_answers_one_tenant_keeps_no_others_waiting(
     connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An event loop has few threads for lookups, and one stays busy when nobody waits any more."""
+    """An event loop has few threads for lookups, and one stays busy when nobody waits any more.
+
+    Nor does the process wait at its end, as it does for threads that are no daemons.
+    """
     is_over, looked, look_up = threading.Event(), threading.Semaphore(0), socket.getaddrinfo
+    is_daemon: list[bool] = []
 
     def slow_look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
         if host == "never.example":
+            is_daemon.append(threading.current_thread().daemon)
             looked.release()
             assert is_over.wait(LIMIT_S)
         return look_up("127.0.0.1", *args, **kwargs)
@@ -141,6 +146,7 @@ def test_a_name_server_that_never_answers_one_tenant_keeps_no_others_waiting(
             server.close()
 
     assert asyncio.run(fetch()) == b"fine"
+    assert is_daemon == [True]
 
 
 def test_no_thread_is_left_by_what_tenants_have_had_looked_up() -> None:

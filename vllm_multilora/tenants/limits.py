@@ -149,7 +149,8 @@ class Account:
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
         downloads: To be held while something is fetched for one of its calls.
-        lookups: To be held while a host of that is looked up, for long after nobody waits any more.
+        lookups: To be held while a host of that is looked up, for as long as that takes, whether
+            anybody waits or not.
         checking: To be held while one of its structured outputs is checked.
         listing: How its models are listed, and its adapters, and its stored responses told.
         without_turn: Its requests that limits do not count, since they have no turn.

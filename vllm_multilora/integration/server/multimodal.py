@@ -6,12 +6,12 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future
 from contextvars import ContextVar
 from functools import partial
 from http import HTTPStatus
 from io import BytesIO
+from threading import Thread
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -159,32 +159,37 @@ class _Lookups:
 
     An event loop has few threads for everybody's, uvloop four. A name server that does not answer
     keeps one for half a minute, whether anybody waits for it or not. A tenant's have threads of
-    their own, which end with them: there may be thousands of tenants.
+    their own, which end with them, and for which a server's end does not wait.
     """
 
     async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
-        account, loop = current_account(), asyncio.get_running_loop()
+        account = current_account()
         look_up = partial(socket.getaddrinfo, *args, **kwargs)
         if account is None:
-            return await loop.run_in_executor(None, look_up)
-
-        def release(_: Any) -> None:
-            with suppress(RuntimeError):  # the event loop has ended
-                loop.call_soon_threadsafe(account.lookups.release)
-
+            return await asyncio.get_running_loop().run_in_executor(None, look_up)
         await account.lookups.acquire()
-        thread = ThreadPoolExecutor(1, "multilora-lookup")
-        try:
-            looked = thread.submit(look_up)
-        except RuntimeError:  # the system gives no more threads
-            account.lookups.release()
-            raise
-        looked.add_done_callback(release)
-        thread.shutdown(wait=False)
-        return await asyncio.wrap_future(looked)
+        return await asyncio.shield(asyncio.ensure_future(_look_up(account.lookups, look_up)))
 
     async def getnameinfo(self, *args: Any) -> Any:
         return socket.getnameinfo(*args)  # of numbers alone: nobody is asked
+
+
+async def _look_up(lookups: asyncio.Semaphore, look_up: Callable[[], Any]) -> Any:
+    """Looks up a host on a daemon thread; those of executors are joined when a process ends."""
+    found: Future[Any] = Future()
+    found.set_running_or_notify_cancel()  # nobody cancels it any more
+
+    def run() -> None:
+        try:
+            found.set_result(look_up())
+        except Exception as error:
+            found.set_exception(error)
+
+    try:
+        Thread(target=run, name="multilora-lookup", daemon=True).start()
+        return await asyncio.wrap_future(found)
+    finally:
+        lookups.release()
 
 
 def share_connections() -> None:
