@@ -15,11 +15,14 @@ Stock's time depends on the C library: its kernels allocate large blocks in ever
 returns to the system and asks for again. With `keep_memory`, the engines' environments make it keep
 them.
 
-`least` is what no kernel can go below here, on as many threads as vLLM's worker has: on two cores,
-one. A decoding step reads every adapter's weights once, as fast as the C library searches as many
-bytes in huge pages for one that is not there; the prompts take the arithmetic of their tokens, as
-fast as PyTorch multiplies matrices in float32 or in the slots' type. Nothing else is counted:
-neither activations, nor Python, nor that the base model's weights leave the caches meanwhile.
+`least` is the base model's time with what no kernel of adapters can go below here, on as many
+threads as vLLM's worker has: on two cores, one. A decoding step reads every adapter's weights once,
+as fast as the C library searches as many bytes in huge pages for one that is not there; the prompts
+take the arithmetic of their tokens, as fast as PyTorch multiplies matrices in float32 or in the
+slots' type. Nothing else is counted: neither activations, nor Python, nor that the base model's
+weights leave the caches meanwhile. The plugin can take less, where it multiplies by the base
+model's weights in less time than vLLM (see `base_products`): so `plugin` beside `base` is what a
+user sees, and not what adapters cost.
 """
 
 from __future__ import annotations
