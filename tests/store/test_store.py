@@ -22,7 +22,7 @@ import pytest
 
 import multilora_kernels
 import vllm_multilora
-from tests.store.conftest import FAKE, Engine, is_writable
+from tests.store.conftest import FAKE, PATIENT_S, Engine, is_writable
 from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.budget import CpuBudget
@@ -510,6 +510,22 @@ def test_few_descriptors_are_a_clear_failure_and_no_end(engines):
 
 def test_another_protocol_is_refused_with_what_to_do(engine, monkeypatch):
     monkeypatch.setattr("vllm_multilora.store.client.PROTOCOL", 99)
+    with pytest.raises(StoreUnavailableError, match="restart the client's server"):
+        Engine(StoreClient(StoreProcess(FAKE), "new"))
+
+
+def test_a_refusal_is_heard_by_who_still_speaks_when_the_store_has_closed(engine, monkeypatch):
+    send = Channel.send
+
+    def send_and_wait(channel, message, descriptors=()):
+        send(channel, message, descriptors)
+        if isinstance(message, Hello):
+            closed = select.poll()
+            closed.register(channel, 0)
+            assert closed.poll(PATIENT_S * 1000)
+
+    monkeypatch.setattr("vllm_multilora.store.client.PROTOCOL", 99)
+    monkeypatch.setattr(Channel, "send", send_and_wait)
     with pytest.raises(StoreUnavailableError, match="restart the client's server"):
         Engine(StoreClient(StoreProcess(FAKE), "new"))
 

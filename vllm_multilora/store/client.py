@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import operator
@@ -328,6 +329,8 @@ class StoreClient:
     def _lose(self, error: ChannelClosedError) -> None:
         """The store has gone: what it said is void, and the next one answers what is wanted."""
         assert self._channel is not None
+        if (refusal := _refusal(self._channel)) is not None:
+            self._take(refusal)
         says = f"; it says: {self._host.last_words()}" if self._pause > FIRST_PAUSE_S else ""
         logger.warning("The store has gone (%s); it is started again%s", error, says)
         self._poller.unregister(self._channel)
@@ -346,6 +349,16 @@ class StoreClient:
         if self._channel is not None:
             writes = select.POLLOUT if self._channel.pending else 0
             self._poller.modify(self._channel, select.POLLIN | writes)
+
+
+def _refusal(channel: Channel[FromStore]) -> Refused | None:
+    """Why a store that has closed a connection does not serve, if it has said so before."""
+    with contextlib.suppress(ChannelClosedError):
+        while messages := channel.receive():
+            for message, _ in messages:
+                if isinstance(message, Refused):
+                    return message
+    return None
 
 
 def _check(want: Want) -> None:
