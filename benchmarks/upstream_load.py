@@ -2,7 +2,9 @@
 
 `vllm bench serve --lora-modules ...` with random prompts, sixteen at a time, each for one of eight
 adapters of ranks 8 to 64 on all projections of SmolLM2-135M in bfloat16. One server at a time, the
-same seed; a short run before counts not.
+same seed; a short run before counts not. GuideLLM sends as many requests of the same lengths, if it
+is installed, in an environment of its own; it names one model a run, so that all of these are for
+the first adapter, which has rank 8.
 """
 
 from __future__ import annotations
@@ -38,9 +40,21 @@ MEASURES = {
     quick={"requests": 4, "rounds": 1, "engines": "plugin"},
 )
 def upstream_load(
-    requests: int = 32, rounds: int = 3, stock_rounds: int = 1, engines: str = "plugin,stock"
+    requests: int = 32,
+    rounds: int = 3,
+    stock_rounds: int = 1,
+    engines: str = "plugin,stock",
+    guidellm: str = "",
 ) -> Iterable[Figure]:
-    """The load generator of vLLM itself against a server with this plugin, and one without."""
+    """The load generator of vLLM itself against a server with this plugin, and one without.
+
+    Args:
+        requests: Of a run.
+        rounds: Runs with the plugin.
+        stock_rounds: Those without.
+        engines: With commas.
+        guidellm: The command of GuideLLM; empty: only vLLM's generator runs.
+    """
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         modules = {
@@ -58,12 +72,16 @@ def upstream_load(
                 log=scratch / f"{engine}.log",
             ) as server:
                 generate(server.url, list(modules), len(modules), scratch)  # each adapter once
-                found = [
-                    generate(server.url, list(modules), requests, scratch)
-                    for _ in range(stock_rounds if engine == "stock" else rounds)
-                ]
-            for key, measure in MEASURES.items():
-                yield Figure(engine, measure, [one[key] for one in found])
+                found: dict[str, list[dict[str, float]]] = {engine: []}
+                for _ in range(stock_rounds if engine == "stock" else rounds):
+                    of_all = generate(server.url, list(modules), requests, scratch)
+                    found[engine].append(of_all)
+                    if guidellm:
+                        of_one = guide(guidellm, server.url, min(modules), requests, scratch)
+                        found.setdefault(f"{engine}, GuideLLM, one adapter", []).append(of_one)
+            for case, results in found.items():
+                for key, measure in MEASURES.items():
+                    yield Figure(case, measure, [one[key] for one in results])
 
 
 def generate(url: str, adapters: list[str], requests: int, scratch: Path) -> dict[str, float]:
@@ -87,3 +105,34 @@ def generate(url: str, adapters: list[str], requests: int, scratch: Path) -> dic
     if found["completed"] != requests:
         raise RuntimeError(f"{found['completed']} of {requests} requests were answered")
     return found
+
+
+def guide(guidellm: str, url: str, adapter: str, requests: int, scratch: Path) -> dict[str, float]:
+    """What GuideLLM reports, by the names that vLLM's load generator has for it.
+
+    Raises:
+        RuntimeError: Not all requests were answered.
+    """
+    result = scratch / "guidellm.json"
+    result.unlink(missing_ok=True)
+    command = [
+        *(guidellm, "run", "--backend", f"kind=openai_http,target={url},model={adapter}"),
+        *("--profile", f"kind=concurrent,streams={CLIENTS}"),
+        *("--constraint", f"kind=max_requests,count={requests}"),
+        "--data",
+        f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},output_tokens={NEW_TOKENS}",
+        *("--tokenizer", f"kind=hf_auto,model={base_model()}"),
+        *("--output", f"kind=json,path={result}", "--disable-console"),
+    ]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    (run,) = json.loads(result.read_text())["benchmarks"]
+    metrics = run["metrics"]
+    if (answered := metrics["request_totals"]["successful"]) != requests:
+        raise RuntimeError(f"{answered} of {requests} requests were answered")
+    first = metrics["time_to_first_token_ms"]["successful"]
+    return {
+        "output_throughput": metrics["output_tokens_per_second"]["successful"]["mean"],
+        "median_ttft_ms": first["median"],
+        "p99_ttft_ms": first["percentiles"]["p99"],
+        "median_tpot_ms": metrics["inter_token_latency_ms"]["successful"]["median"],
+    }
