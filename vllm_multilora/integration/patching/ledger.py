@@ -1021,7 +1021,7 @@ PATCHES: tuple[Patch, ...] = (
         why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
         "tile, and makes NaN of them: fills it. Without AMX, oneDNN reads weights and multiplies "
         "in turn where rows are few: multiplies these by C kernels that do both at once.",
-        checked=("0.31", "0.33"),
+        checked=("0.31", "0.33", "0.33/2"),
         until="oneDNN reads no more than a row has, and multiplies few rows while it reads.",
     ),
     Patch(
