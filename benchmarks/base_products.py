@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from benchmarks.cpu_throughput import fastest_dtype
 from benchmarks.harness.registry import Figure, benchmark
+from benchmarks.harness.turns import paired
 
 LAYER = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 LAYERS, OUTPUTS = 30, (49152, 576)
@@ -62,13 +64,8 @@ def base_products(
 
     for count in map(int, rows.split(",")):
         xs = {k: torch.randn(count, k, dtype=kind) for _, k in LAYER}
-        milliseconds(ours, xs), milliseconds(theirs, xs)  # warms up
-        found: dict[str, list[float]] = {"C": [], "oneDNN": []}
-        for number in range(rounds):
-            for name in list(found)[:: -1 if number % 2 else 1]:
-                found[name].append(milliseconds(ours if name == "C" else theirs, xs))
-        case = f"{count} rows"
-        for name, times in found.items():
-            yield Figure(case, f"{name}, ms", times)
-        ratios = [a / b for a, b in zip(*found.values(), strict=True)]
-        yield Figure(case, "C / oneDNN", ratios)
+        acts = {"C": partial(milliseconds, ours, xs), "oneDNN": partial(milliseconds, theirs, xs)}
+        found, case = paired(acts, rounds), f"{count} rows"
+        for name in acts:
+            yield Figure(case, f"{name}, ms", [each[name] for each in found])
+        yield Figure(case, "C / oneDNN", [each["C"] / each["oneDNN"] for each in found])

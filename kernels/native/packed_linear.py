@@ -16,12 +16,12 @@ import torch
 
 from multilora_kernels.native.builds import NativeUnavailableError
 from multilora_kernels.native.compiler import check_size, load_library, load_releasing_library
+from multilora_kernels.native.segment_gemm import DTYPE_CODES
 from multilora_kernels.operators import Numbered, register_pure
 
 MOST_ROWS = 64
 """Of a batch that C multiplies, `MOST_PACKED_ROWS` there. Of more, oneDNN is about as fast."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WORD_BYTES = 4
 _CALL = struct.Struct("=11q")  # struct packed_call
 _RELEASING_BYTES = 8 << 20  # of weights: reading more takes long enough to let others run
@@ -103,7 +103,7 @@ class PackedLinear:
                 0 if bias is None else bias.data_ptr(),
                 self._columns,
                 self._k,
-                _DTYPES[self._dtype],
+                DTYPE_CODES[self._dtype],
                 x.data_ptr(),
                 y.data_ptr(),
                 rows,
@@ -151,10 +151,10 @@ def _is_in_blocks(weight: torch.Tensor) -> bool:
 
 def _block_columns(dtype: torch.dtype) -> int:
     """Outputs of a block of weights of a type; 0 if C cannot multiply them on this processor."""
-    if dtype not in _DTYPES:
+    if dtype not in DTYPE_CODES:
         return 0
     try:
-        columns: int = _library().multilora_packed_columns(_DTYPES[dtype])
+        columns: int = _library().multilora_packed_columns(DTYPE_CODES[dtype])
     except NativeUnavailableError:
         return 0
     return columns

@@ -22,7 +22,9 @@ from multilora_kernels.plan import PlanLayout
 
 MAX_SLICES = 16
 LINEAR, SHRINK, EXPAND = range(3)
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What C calls types of elements: `enum dtype`."""
+
 _INT_BYTES = 4
 
 # struct lora_call: what weights fix, the addresses of a batch's tensors and the rest of its
@@ -104,7 +106,7 @@ class Call:
             slices,
             k,
             max_rank,
-            _DTYPES[weights[0].dtype],
+            DTYPE_CODES[weights[0].dtype],
             layout.tile_rows,
             ranks.data_ptr(),
             *ranks.stride(),
@@ -166,10 +168,10 @@ class Call:
             self._threads,
             self._scratch.data_ptr(),
             x.size(0) if x is not None else h.size(1) if h is not None else 0,
-            *((0, 0) if x is None else (x.stride(0), _DTYPES[x.dtype])),
-            *((0, 0) if y is None else (y.stride(0), _DTYPES[y.dtype])),
+            *((0, 0) if x is None else (x.stride(0), DTYPE_CODES[x.dtype])),
+            *((0, 0) if y is None else (y.stride(0), DTYPE_CODES[y.dtype])),
             offset,
-            *((0, 0, 0) if h is None else (h.stride(0), h.stride(1), _DTYPES[h.dtype])),
+            *((0, 0, 0) if h is None else (h.stride(0), h.stride(1), DTYPE_CODES[h.dtype])),
             base,
             base + order,
             base + slot,

@@ -482,15 +482,30 @@ def test_ten_thousand_wrong_keys_cost_less_than_a_second_and_leave_nothing(tenan
     assert grown < 64 << 10
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters", "/v1/responses/resp_1"])
-def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, monkeypatch, path):
-    """Some have thousands of adapters, and list them on many connections at once."""
-    done, clock = [], SimpleNamespace(now=0.0)
-    go_on = partial(asyncio.sleep, 0)
+go_on = partial(asyncio.sleep, 0)
+"""Lets others work, also where sleep is told and not slept."""
 
-    async def sleep(seconds):
-        done.append(round(seconds, 6))
+
+@pytest.fixture
+def slept(monkeypatch):
+    """What is slept, in seconds, without taking any; and the clock of a thread, which stands."""
+    seconds, clock = [], SimpleNamespace(now=0.0)
+
+    async def sleep(duration):
+        seconds.append(round(duration, 6))
         await go_on()
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
+    thread = SimpleNamespace(thread_time=lambda: clock.now)
+    monkeypatch.setattr(access_middleware, "time", thread)
+    return seconds, clock
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters", "/v1/responses/resp_1"])
+def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
+    """Some have thousands of adapters, and list them on many connections at once."""
+    done, clock = slept
 
     async def app(scope, receive, send):
         clock.now += 0.004
@@ -504,10 +519,6 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, monkeypatch, pat
             clock.now += 100.0
             await go_on()
 
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
-    thread = SimpleNamespace(thread_time=lambda: clock.now)
-    monkeypatch.setattr(access_middleware, "time", thread)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
     access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: 0.0))
 
@@ -526,14 +537,9 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, monkeypatch, pat
     asyncio.run(check())
 
 
-def test_a_tenants_stored_events_take_a_small_part_of_the_time(tenants, monkeypatch):
+def test_a_tenants_stored_events_take_a_small_part_of_the_time(tenants, slept):
     """A response of thousands of tokens has as many, and each reader has a stream of its own."""
-    paused, clock = [], SimpleNamespace(now=0.0)
-    go_on = partial(asyncio.sleep, 0)
-
-    async def sleep(seconds):
-        paused.append(round(seconds, 6))
-        await go_on()
+    paused, clock = slept
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -542,10 +548,6 @@ def test_a_tenants_stored_events_take_a_small_part_of_the_time(tenants, monkeypa
             await send({"type": "http.response.body", "body": b"event", "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
-    thread = SimpleNamespace(thread_time=lambda: clock.now)
-    monkeypatch.setattr(access_middleware, "time", thread)
     access = Access(tenants_path=str(tenants))
     access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: clock.now + sum(paused)))
     asyncio.run(call(app, access, "/v1/responses/resp_1", ACME, "GET"))
