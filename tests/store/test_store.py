@@ -465,12 +465,12 @@ print(Engine(StoreClient(StoreProcess({FAKE!r}), "first")).describe().pid)
 
 
 @pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel does not group sessions")
-def test_a_session_of_its_own_gives_way_to_the_servers(engine):
+def test_store_session_gets_a_full_share_of_busy_processors(engine):
     # Empty for a process of the first session, which has no group.
     ours = AUTOGROUP.read_text().split()
     name, _, niceness = Path(f"/proc/{engine.store().pid}/autogroup").read_text().split()
     assert name not in ours
-    assert niceness == "6"
+    assert niceness == "0"
 
 
 def test_two_engines_that_start_at_once_start_one_store(engines):

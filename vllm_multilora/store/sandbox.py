@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import resource
 import signal
@@ -177,6 +178,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
         os.close(descriptor)
 
 
+@functools.cache
 def _code_paths() -> tuple[str, ...]:
     """Where code lies that Python may import late (PyTorch, for pickles); it is no secret."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
