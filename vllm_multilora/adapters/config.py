@@ -131,6 +131,8 @@ class AdapterConfig:
     def _match(
         self, key: str, matcher: PatternMatcher[_Value], module: str, default: _Value
     ) -> _Value:
+        if not matcher:
+            return default
         try:
             matched = f"{module}.weight" if self.is_named_by_weight(module) else module
             value = matcher.get(matched)

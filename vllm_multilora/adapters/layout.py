@@ -8,7 +8,14 @@ from enum import StrEnum
 from functools import cached_property
 
 from multilora_kernels.dtypes import FLOAT32, DType
-from vllm_multilora.adapters.names import FUSED_EXPERTS, HEADS, WRAPPED, WRAPPED_EXPERTS
+from vllm_multilora.adapters.names import (
+    FUSED_EXPERTS,
+    HEADS,
+    PARTS,
+    WRAPPED,
+    WRAPPED_EXPERTS,
+    TensorRole,
+)
 from vllm_multilora.adapters.naming import ModuleNaming
 
 BLOCK_BYTES = 64
@@ -150,6 +157,24 @@ class ModelLayout:
         for part in self.slices:
             found[part.name] = (*found.get(part.name, ()), part)
         return found
+
+    @cached_property
+    def by_tensor(self) -> Mapping[str, tuple[TensorRole, str]]:
+        """What PEFT calls A and B of plain modules: their roles, and the modules' names here.
+
+        Most tensors of most adapters are among them. Only modules that a checkpoint calls as the
+        running model does, and that slots have whole: other names have to be read part by part.
+        """
+        names = [
+            name
+            for name in self.by_name
+            if not self.is_special(name)
+            and name not in self.bypassed
+            and self.parts(name) == (name,)
+            and self.naming.rename(name) == name
+        ]
+        roles = [TensorRole(name, part) for name in names for part in PARTS]
+        return {role.of(role.module): (role, role.module) for role in roles}
 
     def parts(self, module: str) -> tuple[str, ...]:
         """The modules that slots have for one (its name here): itself, or those merged in it."""

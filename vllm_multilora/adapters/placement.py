@@ -58,7 +58,9 @@ class Placement:
         self._left_out: dict[str, str] = {}  # a tensor of each such module
         self._is_adapted_elsewhere = False
         for tensor in tensors:
-            if not is_unused(tensor):
+            if (plain := layout.by_tensor.get(tensor)) is not None:
+                self._add(*plain, tensor)
+            elif not is_unused(tensor):
                 self._place(tensor)
         require_companions(self.modules, config, layout, problems)
         self._report_unknown()
@@ -118,7 +120,9 @@ class Placement:
         )
 
     def _add(self, role: TensorRole, name: str, tensor: str) -> None:
-        key = self._targets.leaves_out(role.module) if self._targets else None
+        found = self.modules.get(name)
+        is_known = found is not None and found.module == role.module
+        key = self._targets.leaves_out(role.module) if self._targets and not is_known else None
         if key is not None:
             self._problems.add(
                 Code.UNKNOWN_TENSOR,
@@ -129,7 +133,7 @@ class Placement:
                 cause=key,
             )
             return
-        shape = self._layout.special_shapes.get(name)
+        shape = self._layout.special_shapes.get(name) if role.embedding else None
         if role.embedding and not (shape is not None and shape.embedding):
             self._problems.add(
                 Code.UNKNOWN_TENSOR,
@@ -141,8 +145,9 @@ class Placement:
             return
         self._require_activatable(name, tensor)
         self._require_multipliable(name, tensor)
-        outer = self._layout.outer_parameter(name.removesuffix(WRAPPED))
-        found = self.modules.setdefault(name, FoundModule(role.module, name, outer))
+        if found is None:
+            outer = self._layout.outer_parameter(name.removesuffix(WRAPPED))
+            found = self.modules[name] = FoundModule(role.module, name, outer)
         other = found.tensors.setdefault(role.part, tensor)
         if found.module != role.module or other != tensor:
             first = shown_name(found.tensors.get(role.part, found.module))

@@ -135,7 +135,7 @@ def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
     """The whole life of a child; never returns."""
     code = 1
     try:
-        gc.freeze()  # collections would touch, and so copy, all of the store's objects
+        gc.disable()  # a collection would touch, and so copy, the store's objects; a job ends soon
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         # Whatever a hostile file makes of this process, it holds nothing of the store's.
