@@ -583,7 +583,8 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.engine.async_llm:AsyncLLM.add_lora",
         takes=("self, lora_request",),
         handler="server.versions:add_lora",
-        why="Notes the digest that the engine answers a registration with.",
+        why="Notes the digest that the engine answers a registration with, and raises its refusal "
+        "as an exception with fields: vLLM sends the text of one alone.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM tells what it has loaded.",
     ),
@@ -603,8 +604,7 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.engine.llm_engine:LLMEngine.add_lora",
         takes=("self, lora_request",),
         handler="server.versions:add_lora_offline",
-        why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
-        "are told True by vLLM.",
+        why="As registered-version, for callers of LLM's engine, who get True from vLLM.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As registered-version.",
     ),
