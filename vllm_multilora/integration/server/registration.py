@@ -79,6 +79,8 @@ async def load_adapter(
 ) -> ErrorResponse | str:
     """`POST /v1/load_lora_adapter`: reads and checks an adapter, and serves it from now on.
 
+    A call that has waited while an equal one loaded the adapter succeeds with it.
+
     Answers 400 with all problems where the adapter is bad, 403 where its path is not allowed, 404
     where there is none, 503 where it could not be read.
     """
@@ -86,7 +88,11 @@ async def load_adapter(
     refusal = _refuse_text(models, name, path)
     if refusal is not None:
         return refusal
+    success = f"Success: LoRA adapter '{name}' added successfully."
+    before = models.lora_requests.get(name)
     async with models.lora_resolver_lock[name]:
+        if _has_loaded(models, request, before):
+            return success
         refusal = await models._check_load_lora_adapter_request(request)
         if refusal is not None:
             return refusal
@@ -105,7 +111,19 @@ async def load_adapter(
             return refusal
         await serve(models, lora)
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
-        return f"Success: LoRA adapter '{name}' added successfully."
+        return success
+
+
+def _has_loaded(models: Any, request: Any, before: LoRARequest | None) -> bool:
+    """Whether what a call is to load was loaded since its name led to `before`."""
+    loaded = models.lora_requests.get(request.lora_name)
+    return (
+        loaded is not None
+        and loaded is not before
+        and not request.load_inplace
+        and loaded.lora_path == request.lora_path
+        and loaded.is_3d_lora_weight == request.is_3d_lora_weight
+    )
 
 
 async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
