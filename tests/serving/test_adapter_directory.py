@@ -1,7 +1,6 @@
 """One API server's table of names follows its adapter directories; the engine is a stand-in."""
 
 import asyncio
-import json
 import threading
 import warnings
 from collections import defaultdict
@@ -17,8 +16,9 @@ from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
 from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.attached import DIRECTORY, ROUTES
-from vllm_multilora.integration.failures import REFUSAL_MARK
+from vllm_multilora.integration.failures import AdapterRefusedError
 from vllm_multilora.integration.server import (
     adapter_directory,
     model_names,
@@ -128,16 +128,16 @@ class StrictEngine(Engine):
         if self.codes is None:
             return await super().add_lora(lora)
         problems = [Problem.at(code, "f", "", "", "").as_dict() for code in self.codes]
-        fields = json.dumps({"kind": "invalid", "problems": problems})
-        raise RuntimeError(f"not now{REFUSAL_MARK}{fields}")
+        failure = LoadFailure(FailureKind.INVALID, "not now")
+        raise AdapterRefusedError(lora.lora_int_id, failure, problems)
 
 
 def refuse(content: str) -> None:
-    for text, kind in (("bad", "invalid"), ("away", "unreadable")):
+    for text, kind in (("bad", FailureKind.INVALID), ("away", FailureKind.UNREADABLE)):
         if content == text:
             problem = Problem(Code.NOT_FINITE, "f", "", "", "", f"{text} weights")
-            fields = json.dumps({"kind": kind, "problems": [problem.as_dict()]})
-            raise RuntimeError(f"{text} weights{REFUSAL_MARK}{fields}")
+            failure = LoadFailure(kind, problem.message)
+            raise AdapterRefusedError(1, failure, [problem.as_dict()])
 
 
 class Models:

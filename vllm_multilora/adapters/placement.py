@@ -211,8 +211,18 @@ class Placement:
             hint = "convert the adapter to PEFT's format with the tool that has trained it"
         elif tensor.endswith(".lora_B.bias"):
             kind, said = "a bias of lora_B", bool(raw.get("lora_bias"))
+        elif last == "bias" and self._config and self._config.bias != "none":
+            self._problems.add(
+                Code.UNSUPPORTED_FEATURE,
+                tensor,
+                "a bias of the base model",
+                "none: biases trained with an adapter are not supported",
+                hint="train with 'bias': 'none'",
+                cause="biases",
+            )
+            return
         elif last == "bias":
-            kind, said = "a bias of the base model", raw.get("bias", "none") != "none"
+            kind = "a bias of the base model"
         elif last == "weight":
             # Modules to save other than heads have been refused with the configuration.
             saved = self._config.modules_to_save if self._config else ()

@@ -33,8 +33,11 @@ _UNINVOKED = "multilora-uninvoked:"
 _MOST_LOGGED = 1000
 """Characters of a reason that are logged."""
 
-REFUSAL_MARK = "\nmultilora-refused:"
+_REFUSAL_MARK = "\nmultilora-refused:"
 """Separates a refusal's sentences from its fields."""
+
+_CALL_FAILED = "Call to add_lora method failed: "
+"""What vLLM puts before the text of an error that it sends to another process."""
 
 STATUS = {
     FailureKind.GONE: HTTPStatus.NOT_FOUND,
@@ -187,8 +190,6 @@ class RefusalsInOneLine(logging.Filter):
 class AdapterRefusedError(MultiLoRAError):
     """An adapter cannot be served; says all that is wrong, for people and for programs.
 
-    The text is all that reaches another process, so it carries the fields along at its end.
-
     Attributes:
         adapter_id: The adapter's number.
         failure: Why.
@@ -202,7 +203,6 @@ class AdapterRefusedError(MultiLoRAError):
         self.adapter_id = adapter_id
         self.failure = failure
         self.problems = problems
-        self._fields = json.dumps({"kind": failure.kind.value, "problems": problems})
 
     def in_one_line(self) -> str:
         """The first problem, shortened, and how many more there are."""
@@ -216,4 +216,25 @@ class AdapterRefusedError(MultiLoRAError):
             f"{problem['message']}; {problem['hint']}" if problem["hint"] else problem["message"]
             for problem in self.problems
         ]
-        return "\n".join(messages or [self.failure.message]) + REFUSAL_MARK + self._fields
+        return "\n".join(messages or [self.failure.message])
+
+
+class SentRefusalError(AdapterRefusedError):
+    """A refusal that leaves the engine core's process, of which vLLM sends the text alone.
+
+    So the text carries the fields at its end; `received_refusal` reads it.
+    """
+
+    def __str__(self) -> str:
+        fields = json.dumps({"kind": self.failure.kind.value, "problems": self.problems})
+        return super().__str__() + _REFUSAL_MARK + fields
+
+
+def received_refusal(error: Exception, adapter_id: int) -> AdapterRefusedError | None:
+    """The refusal in an error that an engine core has sent; None where it is any other error."""
+    message, mark, fields = str(error).partition(_REFUSAL_MARK)
+    if not mark:
+        return None
+    found = json.loads(fields)
+    failure = LoadFailure(FailureKind(found["kind"]), message.removeprefix(_CALL_FAILED))
+    return AdapterRefusedError(adapter_id, failure, found["problems"])

@@ -37,7 +37,11 @@ from vllm_multilora.integration.engine.parties import Store, Workers
 from vllm_multilora.integration.engine.reaching import reach
 from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
-from vllm_multilora.integration.failures import RefusalsInOneLine
+from vllm_multilora.integration.failures import (
+    AdapterRefusedError,
+    RefusalsInOneLine,
+    SentRefusalError,
+)
 from vllm_multilora.integration.fill_link import PATH_VARIABLE, FillLink
 from vllm_multilora.integration.metrics import server_of
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
@@ -327,12 +331,19 @@ def add_lora(
             version = adapters.version(request.lora_int_id)
             return True if version is None else _as_answer(version)
 
+        def tell(registered: Future[bool]) -> None:
+            error = registered.exception()
+            if isinstance(error, AdapterRefusedError) and hasattr(engine_core, "input_queue"):
+                read.set_exception(SentRefusalError(*error.args))
+            else:
+                _tell(read, what, registered)
+
         registered = adapters.register(request)
         if not (registered.done() and registered.exception()):
             # It may have been about to go, as one does whose folder is put back as it was.
             number = request.lora_int_id
             engine_core.scheduler.users.keep({number, *adapters.blends_with(number)})
-        registered.add_done_callback(partial(_tell, read, what))
+        registered.add_done_callback(tell)
         return read
 
     return _carry_out(engine_core, adapters, register)

@@ -583,7 +583,8 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.engine.async_llm:AsyncLLM.add_lora",
         takes=("self, lora_request",),
         handler="server.versions:add_lora",
-        why="Notes the digest that the engine answers a registration with.",
+        why="Notes the digest that the engine answers a registration with, and raises its refusal "
+        "as an exception with fields: vLLM sends the text of one alone.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM tells what it has loaded.",
     ),
@@ -603,8 +604,7 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.engine.llm_engine:LLMEngine.add_lora",
         takes=("self, lora_request",),
         handler="server.versions:add_lora_offline",
-        why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
-        "are told True by vLLM.",
+        why="As registered-version, for callers of LLM's engine, who get True from vLLM.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As registered-version.",
     ),
@@ -946,7 +946,8 @@ PATCHES: tuple[Patch, ...] = (
         takes=("app",),
         handler="server.status_route:attach_router",
         why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
-        "all others out. Adds GET /v1/lora_adapters, and the page /multilora that shows it.",
+        "all others out. Adds GET /v1/lora_adapters, the page /multilora that shows it and, with "
+        "several API servers, a /metrics that shows ours too.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
     ),
@@ -1142,16 +1143,6 @@ PATCHES: tuple[Patch, ...] = (
         "too, in LLM.get_metrics() and, with one API server, on /metrics.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM counts loads, evictions and requests by adapter.",
-    ),
-    Patch(
-        name="metrics-of-several-servers",
-        target="prometheus_client.multiprocess:MultiProcessCollector.collect",
-        takes=("self",),
-        handler="server.metrics:collect",
-        why="With several API servers, /metrics shows what this collector finds in vLLM's folder, "
-        "in a registry made anew for each answer. Has it find ours too.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As stat-loggers.",
     ),
     Patch(
         name="row-lengths",

@@ -10,12 +10,15 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import REGISTRY, Metric
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from starlette.responses import Response
+from starlette.routing import Route
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from vllm_multilora.integration.attached import LISTS
 from vllm_multilora.integration.metrics import folder_of, recorder
@@ -27,6 +30,8 @@ from vllm_multilora.metrics.request_lists import RequestLists, labels_of
 from vllm_multilora.metrics.server_counts import COUNTS
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.requests import Request
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
@@ -86,10 +91,22 @@ def _recorder(config: weakref.ref[VllmConfig], folder: Path) -> Recorder | None:
     return None if vllm_config is None else recorder(vllm_config, "server", folder)
 
 
-def shown_beside(collector: Any) -> Iterable[Metric]:
-    """What is shown beside the values of several API servers: nothing beside anybody else's."""
-    folder = os.environ.get(_MULTIPROCESS)
-    return _COLLECTOR.collect() if folder and collector._path == folder else ()
+def add_routes(app: FastAPI) -> None:
+    """Adds the LoRA metrics to `/metrics` of one of several API servers.
+
+    There vLLM's route reads the files of all servers into a new registry for each answer, which
+    nobody else can register with. So a route of ours comes before it.
+    """
+    if _MULTIPROCESS not in os.environ:
+        return  # vLLM shows the registry that the metrics are in
+    registry = get_prometheus_registry()
+    registry.register(_COLLECTOR)
+
+    def show_all(_: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    paths = "/metrics", "/metrics/"
+    app.routes[:0] = [Route(path, show_all, include_in_schema=False) for path in paths]
 
 
 def init_stat_loggers(
@@ -97,10 +114,6 @@ def init_stat_loggers(
 ) -> None:
     original(self, vllm_config, *args, **kwargs)
     show(vllm_config)
-
-
-def collect(original: Callable[..., Iterable[Metric]], self: Any) -> Iterable[Metric]:
-    return [*original(self), *shown_beside(self)]
 
 
 def record(

@@ -8,7 +8,6 @@ reload that fails leaves it serving.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
@@ -22,10 +21,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
-from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.attached import SEE_OFF
 from vllm_multilora.integration.blends import blend_of
-from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
+from vllm_multilora.integration.failures import STATUS, AdapterRefusedError, without_folder
 from vllm_multilora.integration.patching.activation import loads_adapters_behind
 from vllm_multilora.integration.server import metering, shared_names, versions
 from vllm_multilora.integration.server.callers import TYPES
@@ -81,6 +79,8 @@ async def load_adapter(
 ) -> ErrorResponse | str:
     """`POST /v1/load_lora_adapter`: reads and checks an adapter, and serves it from now on.
 
+    A call that has waited while an equal one loaded the adapter succeeds with it.
+
     Answers 400 with all problems where the adapter is bad, 403 where its path is not allowed, 404
     where there is none, 503 where it could not be read.
     """
@@ -88,7 +88,11 @@ async def load_adapter(
     refusal = _refuse_text(models, name, path)
     if refusal is not None:
         return refusal
+    success = f"Success: LoRA adapter '{name}' added successfully."
+    before = models.lora_requests.get(name)
     async with models.lora_resolver_lock[name]:
+        if _has_loaded(models, request, before):
+            return success
         refusal = await models._check_load_lora_adapter_request(request)
         if refusal is not None:
             return refusal
@@ -107,7 +111,19 @@ async def load_adapter(
             return refusal
         await serve(models, lora)
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
-        return f"Success: LoRA adapter '{name}' added successfully."
+        return success
+
+
+def _has_loaded(models: Any, request: Any, before: LoRARequest | None) -> bool:
+    """Whether what a call is to load was loaded since its name led to `before`."""
+    loaded = models.lora_requests.get(request.lora_name)
+    return (
+        loaded is not None
+        and loaded is not before
+        and not request.load_inplace
+        and loaded.lora_path == request.lora_path
+        and loaded.is_3d_lora_weight == request.is_3d_lora_weight
+    )
 
 
 async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
@@ -280,22 +296,18 @@ async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
 
 def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
     """The answer to an adapter that the engine refused."""
-    message, mark, fields = str(error).partition(REFUSAL_MARK)
-    if not mark:
+    if not isinstance(error, AdapterRefusedError):
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         if isinstance(error, GracefulHTTPError):
             status = error.http_status
-        return error_response(status, f"adapter {lora.lora_name!r}: {message}")
-    found = json.loads(fields)
-    kind = FailureKind(found["kind"])
+        return error_response(status, f"adapter {lora.lora_name!r}: {error}")
     problems = [
         Problem.from_dict(problem).with_texts(lambda text: without_folder(text, lora))
-        for problem in found["problems"]
+        for problem in error.problems
     ]
     is_forbidden = any(problem.code == Code.NOT_ALLOWED for problem in problems)
-    status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[kind]
-    # What vLLM's utility call puts before the message is of no use to a client.
-    message = without_folder(message.removeprefix("Call to add_lora method failed: "), lora)
+    status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[error.failure.kind]
+    message = without_folder(str(error), lora)
     return error_response(status, f"adapter {lora.lora_name!r}: {message}", problems)
 
 

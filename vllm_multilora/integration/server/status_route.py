@@ -21,7 +21,12 @@ from vllm.entrypoints.serve.lora import api_router
 
 from vllm_multilora.integration.attached import ACCESS, LISTING
 from vllm_multilora.integration.engine.adapter_status import METHOD, Report
-from vllm_multilora.integration.server import adapter_directory, registration, status_page
+from vllm_multilora.integration.server import (
+    adapter_directory,
+    metrics,
+    registration,
+    status_page,
+)
 from vllm_multilora.integration.server.access import settings_in
 from vllm_multilora.integration.server.adapter_listing import listing
 from vllm_multilora.integration.server.callers import Caller, current_caller
@@ -219,3 +224,4 @@ def attach_router(original: Callable[..., None], app: FastAPI) -> None:
     if acts:
         add_route(app)
         status_page.add_route(app)
+        metrics.add_routes(app)

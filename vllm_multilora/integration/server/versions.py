@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm_multilora.adapters.served_names import MOST_NAME_BYTES
 from vllm_multilora.integration.attached import VERSIONS
 from vllm_multilora.integration.blends import blend_of
+from vllm_multilora.integration.failures import received_refusal
 from vllm_multilora.integration.server.callers import error_response
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, current_call
 
@@ -146,7 +148,8 @@ def _not_served(
 
 
 async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest) -> Any:
-    answer = await original(client, lora)
+    with _refusals_of(lora):
+        answer = await original(client, lora)
     if not isinstance(answer, str):
         return answer
     if blend_of(lora) is not None:
@@ -157,7 +160,20 @@ async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest)
 
 
 def add_lora_offline(original: Callable[..., Any], engine: Any, lora: LoRARequest) -> bool:
-    return bool(original(engine, lora))
+    with _refusals_of(lora):
+        return bool(original(engine, lora))
+
+
+@contextmanager
+def _refusals_of(lora: LoRARequest) -> Iterator[None]:
+    """Raises an engine core's refusal of an adapter as what it is, without what carried it."""
+    try:
+        yield
+    except Exception as error:
+        refusal = received_refusal(error, lora.lora_int_id)
+        if refusal is None:
+            raise
+        raise refusal from None
 
 
 def maybe_get_adapters(
