@@ -75,7 +75,7 @@ class Found:
     control="the store on a thread, in the same round",
     figure="time until all are answered and time to the first token, over the thread store's",
     compares_to="stock vLLM with its filesystem resolver",
-    quick={"rounds": 1, "arms": "default,thread", "clients": "4", "adapters": 8},
+    quick={"rounds": 1, "stock_rounds": 0, "arms": "default", "clients": "4", "adapters": 8},
 )
 def cold_wave(
     arms: str = ",".join(ARMS),
