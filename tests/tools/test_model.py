@@ -9,13 +9,13 @@ import pytest
 
 from tools.kernels import model
 from tools.kernels.measure.batches import LAYERS
-from tools.kernels.modelled.cases import Batch, cases
-from tools.kernels.modelled.machine import CALIBRATED
+from tools.kernels.modelled.cases import RANKS, Batch, cases
+from tools.kernels.modelled.machine import CALIBRATED, GPUS
 from tools.kernels.modelled.ours import candidates_us, ours_us
 from tools.kernels.modelled.published import published
 
 ROOT = Path(__file__).parents[2]
-ALL_CASES = [batch for max_rank in model.RANKS for batch in cases(max_rank)]
+ALL_CASES = [batch for max_rank in RANKS for batch in cases(max_rank)]
 
 
 @pytest.mark.parametrize("each", list(published()), ids=lambda each: each.case)
@@ -31,7 +31,7 @@ def test_ten_published_times_are_modelled_and_most_within_15_percent():
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_no_time_is_below_that_of_the_least_bytes(layer):
-    for gpu in model.GPUS.values():
+    for gpu in GPUS.values():
         for batch in ALL_CASES:
             found = model.model(layer, batch, gpu)
             times = (*found.ours_us, *(time for both in found.others_us.values() for time in both))
@@ -39,7 +39,7 @@ def test_no_time_is_below_that_of_the_least_bytes(layer):
 
 
 def test_slower_memory_takes_more_time_where_bytes_count():
-    card = model.GPUS["H100"]
+    card = GPUS["H100"]
     slower = replace(card, bandwidth=card.bandwidth / 2)
     for layer in LAYERS.values():
         for batch in cases(64):
@@ -53,7 +53,7 @@ def test_slower_memory_takes_more_time_where_bytes_count():
 def test_the_pessimistic_end_of_a_ratio_is_never_the_better_one():
     for layer in LAYERS.values():
         for batch in ALL_CASES:
-            found = model.model(layer, batch, model.GPUS["H100"])
+            found = model.model(layer, batch, GPUS["H100"])
             for name in model.CONTENDERS:
                 calibrated, pessimistic = found.ratios(name)
                 assert calibrated < pessimistic
@@ -62,12 +62,12 @@ def test_the_pessimistic_end_of_a_ratio_is_never_the_better_one():
 def test_tuning_vllm_never_makes_it_slower():
     for layer in LAYERS.values():
         for batch in ALL_CASES:
-            others = model.model(layer, batch, model.GPUS["H100"]).others_us
+            others = model.model(layer, batch, GPUS["H100"]).others_us
             assert others["tuned"] <= others["default"]
 
 
 def test_the_command_gives_every_case_of_every_layer_as_modelled(capsys):
-    for max_rank in model.RANKS:
+    for max_rank in RANKS:
         assert model.main(["--json", "--card", "H200", "--max-rank", str(max_rank)]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(lines) == len(list(cases(max_rank))) * len(LAYERS)
@@ -76,14 +76,14 @@ def test_the_command_gives_every_case_of_every_layer_as_modelled(capsys):
 
 
 def test_the_table_keeps_what_was_measured_in_a_column_of_its_own():
-    heads, _, *rows = model.table(model.GPUS["H100"], 64)
+    heads, _, *rows = model.table(GPUS["H100"], 64)
     assert heads.endswith("| measured |")
     assert all(row.endswith("| nothing yet |") for row in rows)
 
 
 def test_ratios_below_the_least_that_is_quoted_are_not_printed(capsys):
     printed = []
-    for arguments in (["--losses"], *(["--max-rank", str(rank)] for rank in model.RANKS)):
+    for arguments in (["--losses"], *(["--max-rank", str(rank)] for rank in RANKS)):
         assert model.main(arguments) == 0
         printed += capsys.readouterr().out.splitlines()
     ratios = [float(found) for line in printed for found in re.findall(r"\b\d\.\d\d\b", line)]
@@ -95,11 +95,11 @@ def test_ratios_below_the_least_that_is_quoted_are_not_printed(capsys):
 def test_losses_are_all_cases_in_which_another_is_faster(capsys):
     assert model.main(["--losses"]) == 0
     _, _, *rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == len(model.RANKS) * len(model.CONTENDERS)
+    assert len(rows) == len(RANKS) * len(model.CONTENDERS)
     slower, layers = 0, set()
     for batch in cases(64):
         for layer in LAYERS.values():
-            found = model.model(layer, batch, model.GPUS["H100"])
+            found = model.model(layer, batch, GPUS["H100"])
             if found.ratios("tuned")[0] > 1:
                 slower += 1
                 layers.add(layer.name)
@@ -116,9 +116,9 @@ def test_readmes_quote_no_modelled_time():
         assert "modelled" not in text, name
 
 
-@pytest.mark.parametrize("card", model.GPUS)
+@pytest.mark.parametrize("card", GPUS)
 def test_rows_without_tensor_cores_gain_a_quarter_and_an_early_start_gains_less(card):
-    gpu = model.GPUS[card]
+    gpu = GPUS[card]
     gains: dict[str, list[float]] = {}
     for batch in cases(64):
         for layer in LAYERS.values():
@@ -129,7 +129,7 @@ def test_rows_without_tensor_cores_gain_a_quarter_and_an_early_start_gains_less(
 
 
 def test_rows_without_tensor_cores_are_for_few_rows_of_an_adapter():
-    gpu, layer = model.GPUS["H100"], LAYERS["8b.qkv"]
+    gpu, layer = GPUS["H100"], LAYERS["8b.qkv"]
     assert "vector_rows" in candidates_us(layer, Batch(32, 8, "64"), gpu)
     assert "vector_rows" not in candidates_us(layer, Batch(8, 1, "64"), gpu)
 

@@ -83,7 +83,7 @@ def expand_kernel(layer: Layer, batch: Batch, slots: int, columns: int) -> Kerne
         columns: Of a program.
     """
     slices, width = len(layer.outputs), sum(layer.outputs)
-    cycles = _EXPAND[slices] + (math.ceil(batch.max_rank / 32) - 1) * _EXPAND_STEP
+    cycles: float = _EXPAND[slices] + (math.ceil(batch.max_rank / 32) - 1) * _EXPAND_STEP
     grows = columns / _columns(layer)
     cycles *= 1 - _SHARE_OF_COLUMNS + _SHARE_OF_COLUMNS * grows
     live = sum(math.ceil(n / columns) for n in layer.outputs)
