@@ -180,8 +180,15 @@ class MultiLoRAModelManager(LoRAModelManager):
                 shorten_forward(layer)
         if self.device.type != "cpu":
             dtype: Any = config.model_config.dtype
-            warm_up(self.modules.values(), dtype)
-            self.slot_table.warm_up()
+            parallel = config.parallel_config
+            workers = parallel.local_world_size
+            warm_up(
+                self.modules.values(),
+                dtype,
+                self.slot_table,
+                workers=workers,
+                worker=parallel.rank % workers,
+            )
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()
 
