@@ -50,6 +50,10 @@ class OutputRows:
         """The plan's own buffer on the device."""
         return self._own_plan.buffer
 
+    def clear(self) -> None:
+        """The memory on the device was lost."""
+        self._own_plan.clear()
+
     def set_step(
         self,
         token_plan: BatchPlan,
