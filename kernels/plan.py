@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.slot_runs import write_slot_runs
+from multilora_kernels.slot_runs import SlotRuns
 from multilora_kernels.staging import StagingRing
 
 HEADER_INTS = 32
@@ -110,34 +110,14 @@ class PlanLayout:
         return slice(first, first + self.max_tokens)
 
     @cached_property
-    def run_slot(self) -> slice:
-        """int32 [max_loras + 1]: slots that have tokens, ascending; -1 behind them."""
-        return slice(self.order.stop, self.order.stop + self.max_loras + 1)
-
-    @cached_property
-    def run_length(self) -> slice:
-        """int32 [max_loras + 1]: how many tokens each of `run_slot` has."""
-        return slice(self.run_slot.stop, self.run_slot.stop + self.max_loras + 1)
-
-    @cached_property
-    def run_start(self) -> slice:
-        """int32 [max_loras + 2]: where each run begins in `by_slot`, and where the last ends."""
-        return slice(self.run_length.stop, self.run_length.stop + self.max_loras + 2)
-
-    @cached_property
-    def token_slot(self) -> slice:
-        """int32 [max_tokens]: the slot of each token; -1 for none."""
-        return slice(self.run_start.stop, self.run_start.stop + self.max_tokens)
-
-    @cached_property
-    def by_slot(self) -> slice:
-        """int32 [max_tokens]: tokens in ascending order of their slots."""
-        return slice(self.token_slot.stop, self.token_slot.stop + self.max_tokens)
+    def runs(self) -> SlotRuns:
+        """Where the slot runs lie, if there is room for them."""
+        return SlotRuns(self.order.stop, self.max_tokens, self.max_loras)
 
     @cached_property
     def size(self) -> int:
         """Length of the whole buffer in int32 elements."""
-        size: int = self.by_slot.stop if self.slot_runs else self.order.stop
+        size: int = self.runs.by_slot.stop if self.slot_runs else self.order.stop
         return size
 
 
@@ -174,7 +154,7 @@ class BatchPlan:
         """Makes the buffer on the device an empty plan's: it is new, or its memory was lost."""
         self.buffer.zero_()
         if self.layout.slot_runs:
-            self.buffer[self.layout.token_slot].fill_(-1)
+            self.buffer[self.layout.runs.token_slot].fill_(-1)
 
     @classmethod
     def build(
@@ -247,7 +227,7 @@ class BatchPlan:
             ints[PLAN_PARTS:HEADER_INTS] = 0
         ints[:5] = (tokens, rows, runs, tiles, own_graphs)
         if self.sends_slot_runs:
-            write_slot_runs(ints, layout, token_slots, by_slot, counts)
+            layout.runs.write(ints, token_slots, by_slot, counts)
         if self._staging is not None:
             self.header[:] = ints[:HEADER_INTS]
             self._staging.send(layout.size if self.sends_slot_runs else layout.order.stop)

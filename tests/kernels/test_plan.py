@@ -113,17 +113,17 @@ class TestSlotRuns:
     layout = PlanLayout(max_tokens=8, max_loras=3, slot_runs=True)
 
     def runs(self, plan: BatchPlan) -> dict[str, list[int]]:
-        names = ("run_slot", "run_length", "run_start", "token_slot", "by_slot")
-        return {name: plan.buffer[getattr(self.layout, name)].tolist() for name in names}
+        names = ("slot", "length", "start", "token_slot", "by_slot")
+        return {name: plan.buffer[getattr(self.layout.runs, name)].tolist() for name in names}
 
     def test_tokens_are_sorted_by_slot_without_adapter_first(self):
         plan = BatchPlan(self.layout)
         plan.sends_slot_runs = True
         plan.update(np.array([2, -1, 0, 2, 2]))
         found = self.runs(plan)
-        assert found["run_slot"] == [-1, 0, 2, -1]
-        assert found["run_length"] == [1, 1, 3, 0]
-        assert found["run_start"] == [0, 1, 2, 5, 0]
+        assert found["slot"] == [-1, 0, 2, -1]
+        assert found["length"] == [1, 1, 3, 0]
+        assert found["start"] == [0, 1, 2, 5, 0]
         assert found["token_slot"] == [2, -1, 0, 2, 2, -1, -1, -1]
         assert found["by_slot"][:5] == [1, 2, 0, 3, 4]
 
@@ -133,8 +133,8 @@ class TestSlotRuns:
         plan.update(np.array([2, 0]))
         plan.update(np.array([-1, -1]))
         found = self.runs(plan)
-        assert found["run_slot"] == [-1] * 4
-        assert found["run_length"] == [0] * 4
+        assert found["slot"] == [-1] * 4
+        assert found["length"] == [0] * 4
         assert found["token_slot"] == [-1] * 8
 
     def test_a_step_that_needs_none_sends_the_plan_alone(self):

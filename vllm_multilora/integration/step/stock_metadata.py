@@ -23,18 +23,18 @@ def step_metadata(plan: BatchPlan) -> LoRAKernelMeta:
     """
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta  # on GPUs only
 
-    layout, buffer = plan.layout, plan.buffer
-    every_slot = torch.tensor([layout.max_loras + 1], dtype=torch.int32)
+    buffer, runs = plan.buffer, plan.layout.runs
+    every_slot = torch.tensor([runs.max_loras + 1], dtype=torch.int32)
     return LoRAKernelMeta(
-        token_lora_mapping=buffer[layout.token_slot],
-        token_indices_sorted_by_lora_ids=buffer[layout.by_slot],
-        active_lora_ids=buffer[layout.run_slot],
-        num_tokens_per_lora=buffer[layout.run_length],
-        lora_token_start_loc=buffer[layout.run_start],
+        token_lora_mapping=buffer[runs.token_slot],
+        token_indices_sorted_by_lora_ids=buffer[runs.by_slot],
+        active_lora_ids=buffer[runs.slot],
+        num_tokens_per_lora=buffer[runs.length],
+        lora_token_start_loc=buffer[runs.start],
         no_lora_flag_cpu=torch.tensor([False]),
         num_active_loras_cpu=every_slot,
         default_num_active_loras_cpu=every_slot,
-        captured_lora_counts=[layout.max_loras + 1],
+        captured_lora_counts=[runs.max_loras + 1],
     )
 
 
@@ -48,10 +48,11 @@ def kernel_arguments(
         layout: Its layout, with slot runs.
         tokens: Rows of the activations.
     """
+    runs = layout.runs
     return (
-        plan[layout.token_slot][:tokens],
-        plan[layout.by_slot][:tokens],
-        plan[layout.run_length],
-        plan[layout.run_start],
-        plan[layout.run_slot],
+        plan[runs.token_slot][:tokens],
+        plan[runs.by_slot][:tokens],
+        plan[runs.length],
+        plan[runs.start],
+        plan[runs.slot],
     )
