@@ -15,6 +15,8 @@ from multilora_kernels.trial.clocks import Clock
 from multilora_kernels.trial.kinds import LayerKind
 from multilora_kernels.trial.problems import Batch, Problem, Weights
 
+MAX_ELEMENTS = 1 << 26
+"""Outputs of a case: beyond it, float32 copies of them would take gigabytes of the device."""
 MAX_PROBLEM_CHARACTERS = 300
 """An error of a compiler may be thousands of lines; a log line shows its beginning."""
 
@@ -74,7 +76,8 @@ def run_cases(
 ) -> None:
     """Tries all backends with all kinds and row counts.
 
-    A backend that fails in a case has no further ones of that kind.
+    A backend that fails in a case has no further ones of that kind. A kind with very wide outputs,
+    such as an output layer, is tried with fewer rows (`MAX_ELEMENTS`).
 
     Args:
         kinds: Kinds of layers.
@@ -85,30 +88,48 @@ def run_cases(
         max_tokens: The largest number of rows of the server's steps.
         clock: Times a call; None: cases are only checked.
         skip: Cases that are over already, as kind, backend and rows.
+
+    Raises:
+        torch.OutOfMemoryError: The device has no room for a case.
     """
     for place, kind in enumerate(kinds):
-        problem: Problem | None = None
-        for name, backend in backends.items():
-            left = [count for count in rows if (place, name, count) not in skip]
-            if not left:
-                continue
-            if problem is None:
-                problem = Problem(kind, device, max_tokens)
-            problem.fill_rests(0.0 if backend.reads_rests else math.nan)
-            prepared = _Once(backend.prepare)
-            for count in left:
-                report(Begun(place, name, count))
-                ended = _try(prepared, problem, place, name, count, clock)
-                report(ended)
-                if ended.problem:
-                    break
+        outputs = kind.columns or kind.slices * kind.a_rank
+        fitting = [count for count in rows if count == rows[0] or count * outputs <= MAX_ELEMENTS]
+        cases = {
+            name: [count for count in fitting if (place, name, count) not in skip]
+            for name in backends
+        }
+        if any(cases.values()):
+            problem = Problem(kind, device, max_tokens)
+            _run_kind(place, problem, cases, backends, report, clock)
+            del problem  # its memory is the next one's
+
+
+def _run_kind(
+    place: int,
+    problem: Problem,
+    cases: Mapping[str, Sequence[int]],
+    backends: Mapping[str, Backend],
+    report: Callable[[Begun | Ended], None],
+    clock: Clock | None,
+) -> None:
+    for name, rows in cases.items():
+        problem.fill_rests(0.0 if backends[name].reads_rests else math.nan)
+        prepared = _Once(backends[name].prepare)
+        for count in rows:
+            report(Begun(place, name, count))
+            ended = _try(prepared, problem, place, name, count, clock)
+            report(ended)
+            if ended.problem:
+                break
 
 
 class _Once:
     """Makes a kind's call when it is first needed, within the first case."""
 
     def __init__(self, prepare: Prepare) -> None:
-        self._prepare, self._call = prepare, None
+        self._prepare = prepare
+        self._call: Call | None = None
 
     def __call__(self, kind: LayerKind, weights: Weights, layout: PlanLayout) -> Call:
         if self._call is None:
@@ -126,6 +147,8 @@ def _try(
         seconds = None
         if clock is not None:
             seconds = sum(_timed(clock, call, batch) for batch in problem.timed_batches(rows))
+    except torch.OutOfMemoryError:  # which says nothing of the kernels
+        raise
     except Exception as error:  # whatever kernels and their compilers may raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Ended(place, name, rows, text[:MAX_PROBLEM_CHARACTERS])

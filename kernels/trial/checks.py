@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 RELATIVE_RMS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -11,6 +13,8 @@ Between the halves and at the end values are rounded to 16 bits, which explains 
 """
 WORST = 10
 """Error of the worst value, in those of the whole: rounding errors are near normal."""
+CHUNK_ELEMENTS = 1 << 22
+"""Values that are compared at a time, so that comparing takes little of the device's memory."""
 
 
 def tolerance(*dtypes: torch.dtype) -> float:
@@ -31,18 +35,28 @@ def problem_with(actual: torch.Tensor, expected: torch.Tensor, allowed: float) -
     if actual.shape != expected.shape:
         return f"found shape {list(actual.shape)}, expected {list(expected.shape)}"
     columns = expected.size(-1)
-    found, right = actual.float().reshape(-1, columns), expected.reshape(-1, columns)
-    if not bool(torch.isfinite(found).all()):
-        row = int((~torch.isfinite(found)).any(1).nonzero()[0])
-        return f"row {row} has values that are not finite"
-    error = (found - right).abs()
-    limit = allowed * right.square().mean(1).sqrt()
-    rms, worst = error.square().mean(1).sqrt(), error.amax(1)
-    excess = torch.maximum(rms, worst / WORST) - limit
-    row = int(excess.argmax())
-    if bool(excess[row] <= 0):
-        return ""
-    return (
-        f"row {row} of {len(found)} is off by {float(rms[row]):.2g} (RMS), {float(worst[row]):.2g} "
-        f"(worst); {float(limit[row]):.2g} is allowed"
-    )
+    found, right = actual.reshape(-1, columns), expected.reshape(-1, columns)
+    return next(filter(None, _problems(found, right, allowed)), "")
+
+
+def _problems(found: torch.Tensor, right: torch.Tensor, allowed: float) -> Iterator[str]:
+    """The worst problem of each chunk of rows; empty where there is none."""
+    step = max(1, CHUNK_ELEMENTS // right.size(1))
+    for first in range(0, len(right), step):
+        values, expected = found[first : first + step].float(), right[first : first + step]
+        finite = torch.isfinite(values).all(1)
+        if not bool(finite.all()):
+            yield f"row {first + int((~finite).nonzero()[0])} has values that are not finite"
+        error = (values - expected).abs()
+        limit = allowed * expected.square().mean(1).sqrt()
+        rms, worst = error.square().mean(1).sqrt(), error.amax(1)
+        excess = torch.maximum(rms, worst / WORST) - limit
+        row = int(excess.argmax())
+        yield (
+            ""
+            if bool(excess[row] <= 0)
+            else (
+                f"row {first + row} of {len(found)} is off by {float(rms[row]):.2g} (RMS), "
+                f"{float(worst[row]):.2g} (worst); {float(limit[row]):.2g} is allowed"
+            )
+        )

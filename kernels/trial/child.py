@@ -16,6 +16,10 @@ READY = "ready"
 """The line that says that imports and the device's context are done: what follows are cases."""
 
 
+OUT_OF_MEMORY = 3
+"""Exit status where the device has no room for a case."""
+
+
 def main() -> None:
     """Runs the request's cases."""
     # Libraries print what they like: the results have a descriptor of their own.
@@ -45,17 +49,20 @@ def main() -> None:
         if isinstance(event, Ended) and event.problem and not _works(device):
             os._exit(1)  # the parent begins again with the next case, on a new context
 
-    with torch.inference_mode():
-        run_cases(
-            asked.kinds,
-            asked.rows,
-            backends,
-            report,
-            device=device,
-            max_tokens=asked.max_tokens,
-            clock=clock,
-            skip=asked.skip,
-        )
+    try:
+        with torch.inference_mode():
+            run_cases(
+                asked.kinds,
+                asked.rows,
+                backends,
+                report,
+                device=device,
+                max_tokens=asked.max_tokens,
+                clock=clock,
+                skip=asked.skip,
+            )
+    except torch.OutOfMemoryError:
+        os._exit(OUT_OF_MEMORY)
     # At its end an interpreter waits for what may never come, as a lock of a thread.
     results.flush()
     os._exit(0)

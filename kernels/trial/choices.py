@@ -52,9 +52,7 @@ class Choice:
         return ", ".join([*texts, f"{last} above"])
 
 
-def choose(
-    kind: int, description: str, ended: Iterable[Ended], rows: Sequence[int], ours: str, stock: str
-) -> Choice:
+def choose(kind: int, description: str, ended: Iterable[Ended], ours: str, stock: str) -> Choice:
     """Chooses for one kind.
 
     Ours serve where they are right, unless the others are right as well and faster. A number of
@@ -64,7 +62,6 @@ def choose(
         kind: Its place among the trial's.
         description: Its name, for errors.
         ended: The trial's cases.
-        rows: Row counts that were tried, ascending.
         ours: Name of the kernels that serve where nothing speaks against them.
         stock: Name of the others.
 
@@ -93,7 +90,7 @@ def choose(
         return Choice(((None, right),), problems, microseconds)
     ours_us, stock_us = microseconds.get(ours, {}), microseconds.get(stock, {})
     faster = []
-    for count in rows:
+    for count in sorted({each.rows for each in cases}):
         is_timed = count in ours_us and count in stock_us
         stock_is_faster = is_timed and stock_us[count] < ours_us[count] * (1 - MARGIN)
         faster.append((count, stock if stock_is_faster else ours))

@@ -51,11 +51,11 @@ class GraphClock:
                 self._flood.zero_()
                 call()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        found = []
+        found: list[float] = []
         for _ in range(REPLAYS + 1):  # the first one warms up
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
             found.append(begin.elapsed_time(end) / 1_000)
-        return statistics.median(found[1:])
+        return float(statistics.median(found[1:]))

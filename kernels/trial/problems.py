@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.api import column_major
 from multilora_kernels.plan import BatchPlan, PlanLayout
 from multilora_kernels.trial.kinds import LayerKind
 
@@ -62,23 +61,31 @@ class Problem:
         self.layout = PlanLayout(max_tokens, kind.slots, slot_runs=True)
         self._generator = torch.Generator(device).manual_seed(0)
         self._ranks = _mixed_ranks(kind)
-        dtype = kind.dtypes[0]
-        a = [
-            self._random(kind.slots, 1, kind.a_rank, kind.inputs, scale=kind.inputs**-0.5)
-            for _ in range(kind.slices if kind.a_rank else 0)
-        ]
-        b = []
-        for i, width in enumerate(kind.widths):
-            weights = self._random(kind.slots, 1, width, kind.b_rank)
-            scales = np.maximum(self._ranks[i], 1) ** -0.5
-            weights *= torch.tensor(scales, device=device).view(-1, 1, 1, 1)
-            weights = weights.to(dtype)
-            b.append(column_major(weights).copy_(weights) if kind.by_column else weights)
+        a, b = [], []
+        for _ in range(kind.slices if kind.a_rank else 0):
+            shape = kind.slots, 1, kind.a_rank, kind.inputs
+            a.append(self._filled(self._empty(shape), np.full(kind.slots, kind.inputs)))
+        for ranks, width in zip(self._ranks, kind.widths, strict=bool(kind.widths)):
+            shape = kind.slots, 1, width, kind.b_rank
+            b.append(self._filled(self._empty(shape, by_column=kind.by_column), ranks))
         ranks = torch.tensor(self._ranks, dtype=torch.int32, device=device)
-        self.weights = Weights(tuple(each.to(dtype) for each in a), tuple(b), ranks)
+        self.weights = Weights(tuple(a), tuple(b), ranks)
 
-    def _random(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=self._generator, device=self.device) * scale
+    def _empty(self, shape: tuple[int, int, int, int], *, by_column: bool = False) -> torch.Tensor:
+        dtype = self.kind.dtypes[0]
+        if not by_column:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        slots, one, rows, columns = shape
+        return torch.empty(slots, one, columns, rows, dtype=dtype, device=self.device).mT
+
+    def _filled(self, weights: torch.Tensor, terms: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Random weights whose sums of so many terms, by slot, are about 1; one slot at a time."""
+        for slot, count in enumerate(terms.tolist()):
+            weights[slot].copy_(self._random(*weights[slot].shape) * max(count, 1) ** -0.5)
+        return weights
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator, device=self.device)
 
     def fill_rests(self, value: float) -> None:
         """Fills the weights past the true ranks: with zeros, or with what must not be read."""
@@ -148,6 +155,6 @@ def _mixed_ranks(kind: LayerKind) -> npt.NDArray[np.int64]:
     most = kind.max_rank
     levels = [most, max(1, most // 8), min(5, most), 0, max(1, most // 2)]
     slots, slices = np.arange(kind.slots), np.arange(kind.slices)[:, None]
-    ranks = np.array(levels)[(slots + slices) % len(levels)]
+    ranks: npt.NDArray[np.int64] = np.array(levels)[(slots + slices) % len(levels)]
     ranks[:, 0] = most
     return ranks

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from multilora_kernels.trial.cases import Begun, Ended
-from multilora_kernels.trial.child import READY
+from multilora_kernels.trial.child import OUT_OF_MEMORY, READY
 from multilora_kernels.trial.requests import TrialRequest, decode_event
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,8 @@ def _run_once(
                     process.wait(_KILL_SECONDS)
                     if process.returncode == 0:
                         return None
+                    if process.returncode == OUT_OF_MEMORY:
+                        raise TrialError("the device has no room for it")
                     if begun is None:
                         last = ended[-1] if ended else None
                         if last is None or not last.problem:

@@ -132,7 +132,7 @@ class Clock:
 class TestChoices:
     def test_the_faster_kernels_serve_each_range_of_rows(self):
         clock = Clock(ours=[3e-6, 2e-6, 2e-6, 5e-6, 5e-6], stock=[4e-6, 2e-6, 3e-6, 4e-6, 4e-6])
-        found = choices.choose(0, "o", clock.run([LINEAR], ROWS), ROWS, "ours", "stock")
+        found = choices.choose(0, "o", clock.run([LINEAR], ROWS), "ours", "stock")
         assert found.ranges == ((5, "ours"), (None, "stock"))
         assert found.microseconds["ours"] == pytest.approx({1: 3, 5: 4, 33: 10})
         assert [found.backend(rows) for rows in (1, 5, 6, 4096)] == [
@@ -143,19 +143,19 @@ class TestChoices:
 
     def test_a_difference_within_the_margin_changes_nothing(self):
         clock = Clock(ours=[1e-6] * 5, stock=[0.99e-6] * 5)
-        found = choices.choose(0, "o", clock.run([LINEAR], ROWS), ROWS, "ours", "stock")
+        found = choices.choose(0, "o", clock.run([LINEAR], ROWS), "ours", "stock")
         assert found.ranges == ((None, "ours"),)
 
     @pytest.mark.parametrize("failing", ["wrong", "raising"])
     def test_kernels_that_fail_serve_no_rows_of_that_kind(self, failing):
         events = run([LINEAR, BAD], ours=named(failing), stock=named("right"))
-        by_kind = [choices.choose(k, "o", ended(events), ROWS, "ours", "stock") for k in (0, 1)]
+        by_kind = [choices.choose(k, "o", ended(events), "ours", "stock") for k in (0, 1)]
         assert [each.ranges for each in by_kind] == [((None, "ours"),), ((None, "stock"),)]
         assert by_kind[1].problems["ours"].endswith(" rows)")
 
     def test_faster_kernels_that_are_wrong_are_not_taken(self):
         results = [Ended(0, "ours", 1, seconds=9e-6), Ended(0, "stock", 1, "row 0 is off")]
-        found = choices.choose(0, "o", results, (1,), "ours", "stock")
+        found = choices.choose(0, "o", results, "ours", "stock")
         assert found.ranges == ((None, "ours"),)
         assert found.problems == {"stock": "row 0 is off (with 1 rows)"}
 
@@ -164,7 +164,7 @@ class TestChoices:
         with pytest.raises(
             choices.NoRightKernelError, match=r"kind qkv .*ours: row.*stock: Runtime"
         ):
-            choices.choose(0, "qkv", ended(events), ROWS, "ours", "stock")
+            choices.choose(0, "qkv", ended(events), "ours", "stock")
 
 
 @pytest.mark.waits
@@ -197,6 +197,11 @@ class TestSupervisor:
     def test_a_process_that_cannot_begin_is_an_error_with_its_last_words(self):
         asked = request_for((LINEAR,), ours=named("no_such_function"))
         with pytest.raises(TrialError, match=r"ended before .*status 1.*no_such_function"):
+            supervisor.run_trial(asked)
+
+    def test_a_device_without_room_says_nothing_of_the_kernels(self):
+        asked = request_for((BAD,), ours=named("out_of_memory"))
+        with pytest.raises(TrialError, match="the device has no room for it"):
             supervisor.run_trial(asked)
 
     def test_a_trial_takes_no_longer_than_its_limit(self):

@@ -51,6 +51,11 @@ def fault(out: torch.Tensor, plan: BatchPlan) -> None:
     os.abort()
 
 
+def run_out_of_memory(out: torch.Tensor, plan: BatchPlan) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+out_of_memory = when_bad(run_out_of_memory)
 wrong, raising = when_bad(spoil_last_row), when_bad(raise_an_error)
 hanging, faulting = when_bad(hang), when_bad(fault)
 
