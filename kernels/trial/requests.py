@@ -86,4 +86,5 @@ def encode_event(event: Begun | Ended) -> str:
 def decode_event(text: str) -> Begun | Ended:
     """The event that `encode_event` wrote."""
     fields = json.loads(text)
-    return {"Begun": Begun, "Ended": Ended}[fields.pop("event")](**fields)
+    kind: type[Begun | Ended] = {"Begun": Begun, "Ended": Ended}[fields.pop("event")]
+    return kind(**fields)
