@@ -198,6 +198,16 @@ def test_an_output_layer_costs_a_copy_where_it_gets_other_rows_than_the_step(
     assert traffic.seen == [COPY] * copies
 
 
+def test_layers_that_vllms_kernels_serve_need_no_further_copy():
+    wrapper = make_wrapper("meta", "triton")
+    wrapper.adopt_layers([layer(LINEAR), layer(LOGITS)])
+    wrapper.for_layer(torch.zeros(1, 4).int(), torch.zeros(1, 4).int()).read_slot_runs()
+    for lengths, adapters in ([2, 1, 3], [9, 0, 5]), ([4], [0]):
+        with Traffic() as traffic:
+            step(wrapper, lengths, adapters)
+        assert traffic.seen == [COPY]
+
+
 def test_a_step_before_the_layers_are_known_prepares_for_all_of_them():
     wrapper = make_wrapper("meta", "triton")
     with Traffic() as traffic:

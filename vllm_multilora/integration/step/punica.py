@@ -83,7 +83,12 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         self.shrink_ranks = self.expand_ranks = self.factors = None
         self._slot_owners: list[int | None] = []
         self._slot_of = {0: -1}
-        self._prepared = {}
+        self._choices, self._prepared = {}, {}
+
+    def read_slot_runs(self) -> None:
+        """Has steps bring what vLLM's own kernels read, too, for all layers of this wrapper."""
+        self.plan.sends_slot_runs = True
+        self.output_rows.read_slot_runs()
 
     def adopt_layers(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
         """Learns which layers use this wrapper, so that a step prepares what they read and no more.
@@ -117,7 +122,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         """
         own = copy.copy(self)
         own.shrink_ranks, own.expand_ranks, own.factors = shrink_ranks, expand_ranks, factors
-        own._prepared = {}
+        own._choices, own._prepared = {}, {}
         return own
 
     @torch.inference_mode()  # PyTorch changes what was made in a step in this mode only
