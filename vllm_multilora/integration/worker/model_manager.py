@@ -26,7 +26,6 @@ from multilora_kernels import SlotTable, host_memory
 from multilora_kernels.trial.records import Record
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.pack_index import RankIndex
-from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.mapping import BatchMapping
@@ -185,7 +184,12 @@ class MultiLoRAModelManager(LoRAModelManager):
                 factors = self.factors.of_layer(number)
             layer.set_mapping(wrapper.for_layer(*ranks, factors))
         dtype: Any = config.model_config.dtype
-        self._choose_kernels(layers, settings_of(config), dtype)
+        wrapper = next(iter(self._wrappers()))
+        kernels = StartSettings(
+            settings_of(config).kernels, dtype, vllm_is_invariant=envs.VLLM_BATCH_INVARIANT
+        )
+        self.kernel_record = choose_kernels(self.modules, wrapper.backend, kernels)
+        self._rests = _slot_rests(layers)
         for layer, _ in layers:
             prepare(layer)
             if self.device.type == "cpu":
@@ -195,30 +199,6 @@ class MultiLoRAModelManager(LoRAModelManager):
             self.slot_table.warm_up()
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()
-
-    def _choose_kernels(
-        self, layers: Iterable[tuple[Any, slice]], settings: MultiLoRAConfig, dtype: torch.dtype
-    ) -> None:
-        """Has kernels serve that are right on this card; for layers with wrappers of their own."""
-        self.kernel_record = None
-        backends = {wrapper.backend for wrapper in self._wrappers()}
-        if backends & {"triton", "triton-invariant"}:
-            is_invariant = envs.VLLM_BATCH_INVARIANT
-            start = StartSettings(settings.kernels, dtype, vllm_is_invariant=is_invariant)
-            self.kernel_record = choose_kernels(self.modules, backends.pop(), start)
-        self._rests = SlotRests(
-            {
-                row: SlotWeights(a, b)
-                for layer, own in layers
-                if layer.punica_wrapper.reads_rests
-                for row, a, b in zip(
-                    range(own.start, own.stop),
-                    _stacked_a(layer),
-                    slices_of(layer.lora_b_stacked),
-                    strict=True,
-                )
-            }
-        )
 
     def _make_slots(self, packed: Sequence[Any], orders: Mapping[int, torch.Tensor]) -> None:
         """Makes the slots of linear layers, and what copies packed adapters into them."""
@@ -451,6 +431,20 @@ def _store_by_column(modules: Iterable[Any], dtype: Any, device: torch.device) -
     for module, (a_shapes, b_shapes) in zip(modules, shapes, strict=True):
         module.lora_a_stacked = tuple(next(slots) for _ in a_shapes)
         module.lora_b_stacked = tuple(next(slots).mT for _ in b_shapes)
+
+
+def _slot_rests(layers: Iterable[tuple[Any, slice]]) -> SlotRests:
+    """What is cleared when a slot is filled: of layers whose kernels read past the true ranks.
+
+    Args:
+        layers: Each with its slices' rows in the rank tables.
+    """
+    slices = {}
+    for layer, own in layers:
+        if layer.punica_wrapper.reads_rests:
+            weights = zip(_stacked_a(layer), slices_of(layer.lora_b_stacked), strict=True)
+            slices |= {own.start + i: SlotWeights(a, b) for i, (a, b) in enumerate(weights)}
+    return SlotRests(slices)
 
 
 def _stacked_a(module: BaseLayerWithLoRA) -> Sequence[torch.Tensor]:

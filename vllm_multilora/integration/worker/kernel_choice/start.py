@@ -75,7 +75,8 @@ def choose_kernels(
 
     Args:
         layers: LoRA layers by name, each ranked one with a wrapper of its own.
-        backend: Our kernels' backend: `triton` or `triton-invariant`.
+        backend: Our kernels' backend. Only those of GPUs, `triton` and `triton-invariant`, have
+            others to choose from.
         settings: How to choose.
 
     Returns:
@@ -84,8 +85,10 @@ def choose_kernels(
     Raises:
         ConfigError: No kernels that may serve are right on this card.
     """
+    if backend not in ("triton", "triton-invariant") or settings.kernels == OURS:
+        return None
     calls = _calls_by_kind(layers, settings.dtype)
-    if not calls or settings.kernels == OURS:
+    if not calls:
         return None
     wrapper: MultiLoRAPunicaWrapper = next(iter(calls.values()))[0].layer.punica_wrapper
     device = torch.device(wrapper.device)
