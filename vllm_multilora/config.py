@@ -29,6 +29,7 @@ def flag_of(setting: str) -> str:
 
 STORES = ("process", "thread")
 BACKENDS = ("auto", "native", "torch", "triton", "vllm")
+KERNELS = ("auto", "ours", "vllm")
 
 _NOT_INVARIANT = {
     "torch": "plain PyTorch's sums depend on the batch",
@@ -125,6 +126,13 @@ class MultiLoRAConfig:
         "What computes the LoRA products: native (C kernels, CPU), triton (NVIDIA and AMD "
         "GPUs), torch (plain PyTorch), vllm (stock, for comparison), or auto (the best one for "
         "the platform).",
+    )
+    kernels: str = _choice(
+        "auto",
+        KERNELS,
+        "On GPUs, which kernels compute LoRA products: ours, vllm (vLLM's own), or auto (the "
+        "default): at the first start on a card, both are checked and timed for each kind of "
+        "layer, and the faster right ones serve.",
     )
     batch_invariant: bool = _switch(
         False,

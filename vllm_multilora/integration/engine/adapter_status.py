@@ -74,6 +74,7 @@ def engine_report(
         "seconds": time.perf_counter() - begun,
         "slots": {"total": len(contents), "free": contents.count(None)},
         "store": adapters.store_address,
+        "kernels": adapters.observer.kernels,
         "cpu": {
             "adapters": memory.adapters if memory else 0,
             "bytes": memory.bytes if memory else 0,

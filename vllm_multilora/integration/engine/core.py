@@ -183,6 +183,7 @@ def _make_adapters(engine_core: Any) -> EngineAdapters | None:
         slots=lora_config.max_loras,
         max_rank=lora_config.max_lora_rank,
     )
+    observer.serves_with(executor.collective_rpc(calls.kernels_in_use)[0])
     slots = SlotAssignment(
         lora_config.max_loras,
         ContainedPolicy(make_policy(settings.cache_policy)),

@@ -31,6 +31,7 @@ class AdapterObserver(SlotEvents):
     Attributes:
         usage: Each adapter's use.
         host_memory: What the store has said last of host memory; None if nothing.
+        kernels: Which kernels serve which layers, where a worker has chosen; the first one's.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class AdapterObserver(SlotEvents):
     ) -> None:
         self.usage = AdapterUsage()
         self.host_memory: Totals | None = None
+        self.kernels: list[dict[str, str]] = []
         self._requests = requests
         self._names: dict[int, str] = {}
         self._metrics: AdapterMetrics | None = None
@@ -51,6 +53,12 @@ class AdapterObserver(SlotEvents):
                 recorder, self._names.get, self.usage.of, slots=slots, max_rank=max_rank
             )
         self._changed: set[int] = set()
+
+    def serves_with(self, kernels: list[dict[str, str]]) -> None:
+        """Takes what a worker says of its kernels; see `kernel_rows`."""
+        self.kernels = kernels
+        if self._metrics is not None:
+            self._metrics.kernels(kernels)
 
     def known(self, request: LoRARequest) -> None:
         """An adapter has come to be known."""

@@ -14,6 +14,11 @@ from multilora_kernels.native import load_library
 from vllm_multilora import __version__
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
+from vllm_multilora.integration.offline.gpu_tools import (
+    chosen_kernels,
+    triton_folder,
+    triton_problems,
+)
 from vllm_multilora.integration.patching.activation import choose_backend
 from vllm_multilora.integration.patching.version import (
     SUPPORTED_TEXT,
@@ -56,6 +61,12 @@ def diagnose() -> int:
     print(f"platform        {current_platform.device_name or current_platform.device_type}")
     device = "cuda" if current_platform.is_cuda_alike() else current_platform.device_type
     print(f"kernels         {_kernels(device, problems)}")
+    if device == "cuda":
+        problems += triton_problems()
+        print(f"Triton's cache  {triton_folder()}")
+    if chosen := [*chosen_kernels()]:
+        print("kernels chosen at earlier starts")
+        print("\n".join(f"  {line}" for line in chosen))
     print(f"store           {_store(problems)}")
     print(f"checks in it    {', '.join(sandbox.protection())}")
     print("patches")

@@ -144,6 +144,11 @@ def choose_backend(
                 "the backend 'torch' reads each batch's plan on the host, which CUDA graphs cannot "
                 "capture: choose --multilora-backend triton, or add --enforce-eager"
             )
+    if settings.kernels == "vllm" and resolved != "triton":
+        raise ConfigError(
+            f"--multilora-kernels vllm is for GPUs with Triton, and the backend here is "
+            f"{resolved!r}: leave it out, or use --multilora-backend vllm to leave LoRA to vLLM"
+        )
     if not invariant or resolved == "native":
         return resolved
     if resolved == "triton":

@@ -27,6 +27,7 @@ def listing(
     registration, by name; an old version that requests still end on is left out. With data
     parallelism an adapter's state is that of the engine that has it nearest to serving, counts add
     up, bytes do where engines have different stores, and `engines` says what each engine has.
+    `kernels` is there where an engine's workers have chosen kernels: the first engine's.
 
     Args:
         reports: Of all engines.
@@ -56,12 +57,14 @@ def listing(
             row["last_error"] = refused[row["int_id"]]
             if row["state"] == AdapterState.ABSENT.value:
                 row["state"] = AdapterState.FAILED.value
+    kernels = reports[0].get("kernels")
     return {
         "object": "list",
         "data": sorted(data, key=lambda row: (row["id"], row["int_id"])),
         "slots": _totals([report["slots"] for report in reports]),
         # Engines of one machine share their store, and each tells of all that it holds.
         "cpu": _totals(list({report["store"]: report["cpu"] for report in reports}.values())),
+        **({"kernels": kernels} if kernels else {}),
     }
 
 
