@@ -154,7 +154,7 @@ class Filling:
             return values.pin_memory() if on_gpu else values
 
         a = [matrix(rank, each.size(-1)) for each in batch.lora_a]
-        b = [matrix(each.size(-2), rank) for each in batch.lora_b]
+        b = [matrix(rank, each.size(-2)) for each in batch.lora_b]  # by column, as the slots
         ranks = np.full(len(a), rank, np.int32)
         index = SlotIndex(
             np.arange(len(a), dtype=np.int32),
@@ -168,7 +168,7 @@ class Filling:
             torch.cuda.current_stream().synchronize()
         for host_a, host_b, in_a, in_b in zip(a, b, batch.lora_a, batch.lora_b, strict=True):
             same = in_a[slot, 0, :rank].cpu().equal(host_a)
-            self.wrong += not (same and in_b[slot, 0, :, :rank].cpu().equal(host_b))
+            self.wrong += not (same and in_b[slot, 0, :, :rank].mT.cpu().equal(host_b))
 
 
 def main(arguments: list[str] | None = None) -> int:
