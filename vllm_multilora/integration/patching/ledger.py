@@ -126,59 +126,6 @@ PATCHES: tuple[Patch, ...] = (
         until="As batch-mapping.",
     ),
     Patch(
-        name="encoder-step",
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._execute_mm_encoder",
-        takes=("self, scheduler_output",),
-        handler="worker.encoders:execute_mm_encoder",
-        why="Where adapters act in encoders, vLLM spells the rows of a step's images out in "
-        "numbers of 32 bits, too few for those of adapter directories: the engine dies. It "
-        "collects their adapters in a set, as with batch-inputs, and takes all groups of images "
-        "for one. In models with encoder and decoder it takes the encoder's rows for the "
-        "decoder's. Maps each group when it comes.",
-        checked=("0.31", "0.32", "0.33"),
-        until="vLLM maps encoders' rows group by group, by numbers of 64 bits.",
-    ),
-    Patch(
-        name="encoder-step-2",
-        target="vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
-        takes=(
-            "model, lora_manager, encoder_cache, req_id_to_index, lora_state, "
-            "scheduled_encoder_inputs",
-        ),
-        handler="worker.encoders:set_active_mm_loras",
-        why="As encoder-step, for vLLM's second model runner, which also maps rows of images that "
-        "it has encoded before and does not encode.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-items-2",
-        target="vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs",
-        takes=("self, scheduled_encoder_inputs",),
-        handler="worker.encoders:prepare_mm_inputs",
-        why="Says what the groups of encoder-step-2 are made of, and in which order.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-groups",
-        target="vllm.v1.worker.gpu_model_runner:group_and_batch_mm_kwargs",
-        takes=("mm_kwargs, *, device=None, pin_memory=False",),
-        handler="worker.encoders:grouped_items",
-        why="Says when a group of encoder-step comes.",
-        checked=("0.31", "0.32", "0.33"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-groups-2",
-        target="vllm.v1.worker.gpu.mm.encoder_runner:group_and_batch_mm_kwargs",
-        takes=("mm_kwargs, *, device=None, pin_memory=False",),
-        handler="worker.encoders:grouped_items",
-        why="As encoder-groups, for vLLM's second model runner.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
         name="prompt-logprobs-2",
         target="vllm.v1.worker.gpu.sample.prompt_logprob:"
         "PromptLogprobsWorker.compute_prompt_logprobs",
@@ -557,16 +504,6 @@ PATCHES: tuple[Patch, ...] = (
         "seconds for one: one tenant's many hold up all others'. Has tenants take turns.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM shares its threads among those who send requests.",
-    ),
-    Patch(
-        name="encoder-cache-keys",
-        target="vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier",
-        takes=("self, mm_hash, lora_request",),
-        handler="server.multimodal:encoder_output_key",
-        why="As prefix-cache-keys, for the encodings of images and the like, where adapters act "
-        "in their encoders.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's keys tell versions of an adapter apart.",
     ),
     Patch(
         name="one-look-up",
