@@ -156,10 +156,6 @@ async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest)
     return True
 
 
-def add_lora_offline(original: Callable[..., Any], engine: Any, lora: LoRARequest) -> bool:
-    return bool(original(engine, lora))
-
-
 def maybe_get_adapters(
     original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
 ) -> Any:
