@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.server.shared_names import SharedNames
     from vllm_multilora.integration.server.status_route import RecentListing
     from vllm_multilora.integration.server.versions import Version
-    from vllm_multilora.metering.usage import Usage
     from vllm_multilora.store.client import StoreClient
     from vllm_multilora.tenants.on_request import RequestTenant
 
@@ -148,9 +147,6 @@ own metric does, as it is."""
 
 METER: Attached[ServerMeter] = Attached("meter")
 """Of an API server's `OutputProcessor`: what follows its requests to their ends."""
-
-ENDED: Attached[Usage] = Attached("ended")
-"""Of a `RequestState` that has ended: what its prompt has used so far."""
 
 UNREAD_SCORES: Attached[int] = Attached("unread-scores")
 """Of what collects a stream's outputs: log probabilities that its client has not been told yet."""

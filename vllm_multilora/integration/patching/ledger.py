@@ -126,59 +126,6 @@ PATCHES: tuple[Patch, ...] = (
         until="As batch-mapping.",
     ),
     Patch(
-        name="encoder-step",
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._execute_mm_encoder",
-        takes=("self, scheduler_output",),
-        handler="worker.encoders:execute_mm_encoder",
-        why="Where adapters act in encoders, vLLM spells the rows of a step's images out in "
-        "numbers of 32 bits, too few for those of adapter directories: the engine dies. It "
-        "collects their adapters in a set, as with batch-inputs, and takes all groups of images "
-        "for one. In models with encoder and decoder it takes the encoder's rows for the "
-        "decoder's. Maps each group when it comes.",
-        checked=("0.31", "0.32", "0.33"),
-        until="vLLM maps encoders' rows group by group, by numbers of 64 bits.",
-    ),
-    Patch(
-        name="encoder-step-2",
-        target="vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
-        takes=(
-            "model, lora_manager, encoder_cache, req_id_to_index, lora_state, "
-            "scheduled_encoder_inputs",
-        ),
-        handler="worker.encoders:set_active_mm_loras",
-        why="As encoder-step, for vLLM's second model runner, which also maps rows of images that "
-        "it has encoded before and does not encode.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-items-2",
-        target="vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs",
-        takes=("self, scheduled_encoder_inputs",),
-        handler="worker.encoders:prepare_mm_inputs",
-        why="Says what the groups of encoder-step-2 are made of, and in which order.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-groups",
-        target="vllm.v1.worker.gpu_model_runner:group_and_batch_mm_kwargs",
-        takes=("mm_kwargs, *, device=None, pin_memory=False",),
-        handler="worker.encoders:grouped_items",
-        why="Says when a group of encoder-step comes.",
-        checked=("0.31", "0.32", "0.33"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-groups-2",
-        target="vllm.v1.worker.gpu.mm.encoder_runner:group_and_batch_mm_kwargs",
-        takes=("mm_kwargs, *, device=None, pin_memory=False",),
-        handler="worker.encoders:grouped_items",
-        why="As encoder-groups, for vLLM's second model runner.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
         name="prompt-logprobs-2",
         target="vllm.v1.worker.gpu.sample.prompt_logprob:"
         "PromptLogprobsWorker.compute_prompt_logprobs",
@@ -559,16 +506,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM shares its threads among those who send requests.",
     ),
     Patch(
-        name="encoder-cache-keys",
-        target="vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier",
-        takes=("self, mm_hash, lora_request",),
-        handler="server.multimodal:encoder_output_key",
-        why="As prefix-cache-keys, for the encodings of images and the like, where adapters act "
-        "in their encoders.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's keys tell versions of an adapter apart.",
-    ),
-    Patch(
         name="one-look-up",
         target="vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters",
         takes=("self, request, supports_default_mm_loras=False",),
@@ -618,24 +555,6 @@ PATCHES: tuple[Patch, ...] = (
         until="As engine-door.",
     ),
     Patch(
-        name="trace-request",
-        target="vllm.v1.engine.output_processor:OutputProcessor.do_tracing",
-        takes=("self, engine_core_output, req_state, iteration_stats",),
-        handler="server.tracing:do_tracing",
-        why="A request's span says nothing of its adapter; finds out what it is to say.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's spans name adapters, or take a plugin's attributes.",
-    ),
-    Patch(
-        name="trace-attributes",
-        target="vllm.v1.engine.output_processor:instrument_manual",
-        takes=("span_name, start_time, end_time=None, attributes=None, context=None, kind=None",),
-        handler="server.tracing:instrument_manual",
-        why="As trace-request: makes the span, which nobody can add to afterwards.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As trace-request.",
-    ),
-    Patch(
         name="meter-abort",
         target="vllm.v1.engine.output_processor:OutputProcessor.abort_requests",
         takes=("self, request_ids, internal",),
@@ -667,49 +586,6 @@ PATCHES: tuple[Patch, ...] = (
         why="A beam search is many requests to the engine. Counts it as what its answer says.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
-    ),
-    Patch(
-        name="offline-beams",
-        target="vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
-        takes=(
-            "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None",
-            "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None, "
-            "priority=None",
-        ),
-        handler="server.failure_delivery:beam_search",
-        why="A search whose adapter has failed ends all of the call with an IndexError. Has it end "
-        "with a sequence that says why.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's beam search looks at its requests' finish reasons.",
-    ),
-    Patch(
-        name="failed-embedding",
-        target="vllm.outputs:EmbeddingRequestOutput.from_base",
-        takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
-        why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
-        "request: it ends the call of all others with a ValueError or drops the reason. Has that "
-        "request's answer carry the reason, as later versions do.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM 0.31 is supported no longer.",
-    ),
-    Patch(
-        name="failed-classification",
-        target="vllm.outputs:ClassificationRequestOutput.from_base",
-        takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
-        why="As failed-embedding, for classes.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As failed-embedding.",
-    ),
-    Patch(
-        name="failed-score",
-        target="vllm.outputs:ScoringRequestOutput.from_base",
-        takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
-        why="As failed-embedding, for scores.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As failed-embedding.",
     ),
     Patch(
         name="waiting-adapters",
@@ -871,20 +747,6 @@ PATCHES: tuple[Patch, ...] = (
         "client can fill it with such. Ends it.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM forgets requests that it has not sent.",
-    ),
-    Patch(
-        name="unsent-offline",
-        target="vllm.v1.engine.llm_engine:LLMEngine.add_request",
-        takes=(
-            "self, request_id, prompt, params, arrival_time=None, lora_request=None, "
-            "tokenization_kwargs=None, trace_headers=None, priority=0, session_id=None, "
-            "prompt_text=None, kv_hints=None",
-        ),
-        handler="server.engine_door:add_offline",
-        why="A request of `LLM` that its engine does not take, with an adapter's path that is none "
-        "for instance, is waited for by every call after that. Ends it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As unsent-requests.",
     ),
     Patch(
         name="schema-checks",
@@ -1084,17 +946,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM sends `response.failed`, with a reason.",
     ),
     Patch(
-        name="failed-background-response",
-        target="vllm.entrypoints.openai.responses.serving:"
-        "OpenAIServingResponses._run_background_request",
-        takes=("self, request, *args, **kwargs",),
-        handler="server.failed_answers:run_in_background",
-        why="A response in the background stays `queued` for ever where its request fails. Has it "
-        "say so, and why.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM stores a response's error.",
-    ),
-    Patch(
         name="failed-background-stream",
         target="vllm.entrypoints.openai.responses.serving:"
         "OpenAIServingResponses.responses_background_stream_generator",
@@ -1104,32 +955,6 @@ PATCHES: tuple[Patch, ...] = (
         "else. Ends them with failed-response-stream's last event, too.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-response-stream.",
-    ),
-    Patch(
-        name="failed-message-stream",
-        target="vllm.entrypoints.anthropic.serving:"
-        "AnthropicServingMessages.message_stream_converter",
-        takes=("self, generator",),
-        handler="server.failed_answers:stream_message",
-        why="Before version 0.33, vLLM takes the error that ends a stream of chat completions for "
-        "a completion that it cannot read, and sends /v1/messages what is wrong with that. Sends "
-        "the error itself.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM 0.32 is supported no longer.",
-    ),
-    Patch(
-        name="failed-cohere-stream",
-        target="vllm.entrypoints.openai.chat_completion.serving:"
-        "OpenAIServingChat.chat_completion_stream_generator",
-        takes=(
-            "self, request, result_generator, request_id, model_name, conversation, tokenizer, "
-            "request_metadata, chat_template_kwargs=None, mm_token_counts=None",
-        ),
-        handler="server.failed_answers:stream_chat",
-        why="As failed-message-stream: before version 0.33, a stream of /cohere/v2/chat ends "
-        "without a reason. What vLLM makes it of ends so that it tells one.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As failed-message-stream.",
     ),
     Patch(
         name="stat-loggers",

@@ -17,7 +17,7 @@ from vllm import envs
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError, WatchedFile, read_file
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.activation import is_enabled
+from vllm_multilora.integration.patching.activation import adapts_towers, is_enabled
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.tenants.keys import (
     MAX_KEY_LENGTH,
@@ -48,8 +48,9 @@ MIN_ADMIN_KEY = 16
 
 UNGUARDED = (
     f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect nothing "
-    f"here, because vllm-multilora is not active: it needs --enable-lora, a supported vLLM and "
-    f"vLLM's Python front end. Provide these, or leave all three out"
+    f"here, because vllm-multilora is not active: it needs --enable-lora without "
+    f"--enable-tower-connector-lora, a supported vLLM and vLLM's Python front end. Provide these, "
+    f"or leave all three out"
 )
 """Why a server with keys does not start."""
 
@@ -278,7 +279,8 @@ def parse_admin_keys(where: str, text: str) -> list[str]:
 def settings_in(args: Namespace) -> MultiLoRAConfig | None:
     """The settings in a server's arguments; None where the plugin does not act."""
     settings = _settings_given(args)
-    return settings if getattr(args, "enable_lora", False) and is_enabled(settings) else None
+    serves_adapters = getattr(args, "enable_lora", False) and not adapts_towers(args)
+    return settings if serves_adapters and is_enabled(settings) else None
 
 
 def require_no_keys(args: Namespace) -> None:

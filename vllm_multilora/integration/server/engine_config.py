@@ -135,8 +135,9 @@ def require_nothing_to_check(settings: MultiLoRAConfig) -> None:
         raise ConfigError(
             f"{checks} would check no adapter here, because vLLM's own code loads "
             f"them: vllm-multilora is not active, or has been told to leave them to vLLM. Leave "
-            f"out --no-multilora and --multilora-backend vllm, and use vLLM {SUPPORTED_TEXT} on a "
-            f"platform that vllm-multilora has kernels for; or leave these flags out"
+            f"out --no-multilora, --multilora-backend vllm and --enable-tower-connector-lora, and "
+            f"use vLLM {SUPPORTED_TEXT} on a platform that vllm-multilora has kernels for; or "
+            f"leave these flags out"
         )
 
 

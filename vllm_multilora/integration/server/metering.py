@@ -25,7 +25,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.attached import (
-    ENDED,
     METER,
     PROMPT,
     UNREAD_SCORES,
@@ -206,7 +205,6 @@ class ServerMeter:
         PROMPT.set(state, None)
         prompt.choices -= 1
         usage = prompt.usage
-        ENDED.set(state, usage)
         if status is not None and usage.status is Status.OK:
             usage.status = status
         if prompt.is_beam:

@@ -30,7 +30,6 @@ from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.worker.encoder_rows import ENCODER
 from vllm_multilora.integration.worker.experts import experts_left_alone
 from vllm_multilora.integration.worker.module_naming import (
-    is_of_other_part,
     module_naming,
     refused_layers,
 )
@@ -234,14 +233,7 @@ def _of_first_source(outputs: Sequence[int], sources: Sequence[str]) -> int:
 def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     """Layers on which adapters would not act, by checkpoints' names, and why."""
     for name in refused_layers(manager):  # such as an embedding model's last one
-        if is_of_other_part(manager, name):
-            part = f"this part of {type(manager.model).__name__}"
-            yield (
-                name,
-                f"vLLM has no adapters of {part}, whatever --enable-tower-connector-lora says",
-            )
-        else:
-            yield name, "vLLM adapts no layers of its kind"
+        yield name, "vLLM adapts no layers of its kind"
     for name in _reordered_layers(manager):
         yield name, _REORDERED
     reason = "vLLM does not say whose images its rows are of"
@@ -286,16 +278,6 @@ def _layers_held_by_attention(manager: LoRAModelManager) -> list[str]:
     return [name for name, base in bases if base is not None and id(base) in held]
 
 
-# What runs before a token is added for the whole image, with padding between sounds, or for one
-# image after the other (Keye).
-_UNCOUNTED = {
-    "Llama4VisionModel": ("patch_embedding",),
-    "Qwen3OmniMoeAudioEncoder": ("conv_out",),
-    "Projector": ("linear_1", "linear_2"),
-    "KeyeVL1_5Projector": ("linear_1", "linear_2"),
-}
-
-
 def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
     """Beginnings of the names of layers that have other rows than the step's, and why.
 
@@ -304,8 +286,6 @@ def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]
     for block, part in model.named_modules():
         if getattr(part, "is_sequence_parallel", False):
             yield f"{block}.", "each of vLLM's ranks computes some of its rows only"
-        for kind in _UNCOUNTED.get(type(part).__name__, ()):
-            yield f"{block}.{kind}", "vLLM counts other rows of images and sounds than it has"
         if hasattr(part, "vision_experts"):  # of Ernie 4.5 VL
             yield f"{block}.", "vLLM computes rows of texts apart from those of images"
         if isinstance(part, MambaMixer):
