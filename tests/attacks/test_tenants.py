@@ -20,10 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serving.cases import Scenario
 from tests.serving.engine import store_folder
 from tests.serving.faulty_reader import FAULT, FAULTY_READER
-from vllm_multilora.integration.server.access_middleware import (
-    LONGEST_PAUSE_S,
-    STRANGERS_PER_MINUTE,
-)
+from vllm_multilora.gateway.limits.pauses import LONGEST_PAUSE_S, STRANGERS_PER_MINUTE
 from vllm_multilora.integration.server.request_heads import MOST_PARTS
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import FOLDER_VARIABLE

@@ -39,30 +39,33 @@ from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.gateway.body import (
+    MAX_BODY_BYTES,
+    MAX_NUMBERS,
+    MAX_TOKENS_TOLD,
+    LargeBodyError,
+    whole_body,
+)
+from vllm_multilora.gateway.errors import error_answer
+from vllm_multilora.gateway.keys import access as access_module
+from vllm_multilora.gateway.keys import middleware
+from vllm_multilora.gateway.keys.access import Access, access_for
+from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_key
+from vllm_multilora.gateway.limits import listing
+from vllm_multilora.gateway.limits.turns import turn_of
+from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.failures import without_folders
+from vllm_multilora.integration.patching import flags
+from vllm_multilora.integration.patching.flags import mount_gateway
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.server import access as access_module
-from vllm_multilora.integration.server import access_middleware, stored_responses
-from vllm_multilora.integration.server.access import Access, access_for, read_admin_keys
-from vllm_multilora.integration.server.access_middleware import (
-    AccessMiddleware,
-    error_answer,
-    presented_key,
-    route_path,
-    turn_of,
-)
+from vllm_multilora.integration.server import start, stored_responses
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
-from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
+from vllm_multilora.integration.server.key_settings import SALT_VARIABLE, read_admin_keys
 from vllm_multilora.integration.server.metering import ServerMeter, shutdown
 from vllm_multilora.integration.server.request_bounds import (
-    MOST_BODY,
-    MOST_NUMBERS,
-    MOST_TOLD,
-    LargeBodyError,
     stop_at_first_errors,
-    whole_body,
 )
 from vllm_multilora.integration.server.start import (
     init_speech,
@@ -72,7 +75,7 @@ from vllm_multilora.integration.server.start import (
 from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
 from vllm_multilora.plugin import register
 from vllm_multilora.store.launch import environment
-from vllm_multilora.tenants.keys import KeyRing, stored
+from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
 from vllm_multilora.tenants.rules import Endpoint, Role
 from vllm_multilora.tenants.tenant import Limits, Tenant, Tenants
@@ -201,18 +204,22 @@ BODIES = {
     "tokens-in-utf-16": (CALLS, (b'{"prompt": [%s]}' % TOKENS).decode().encode("utf-16"), 200),
     "messages": ("/v1/messages", b'{"messages": [%s{}]}' % (b"{}," * 20_000), 413),
     "fields": (CALLS, b'{%s"a": 0}' % (b'"a": 0,' * 40_000), 413),
-    "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MOST_NUMBERS + 1)), 413),
-    "tokens-to-tell": ("/v1/completions/derender", b'{"a": [%s1]}' % (b"1," * MOST_TOLD), 200),
+    "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MAX_NUMBERS + 1)), 413),
+    "tokens-to-tell": (
+        "/v1/completions/derender",
+        b'{"a": [%s1]}' % (b"1," * MAX_TOKENS_TOLD),
+        200,
+    ),
     "more-tokens-to-tell": (
         "/v1/completions/derender",
-        b'{"a": [%s1]}' % (b"1," * (MOST_TOLD + 1)),
+        b'{"a": [%s1]}' % (b"1," * (MAX_TOKENS_TOLD + 1)),
         413,
     ),
-    "more-tokens-to-tell-at-once": ("/detokenize", b"[%s1]" % (b"1," * (MOST_TOLD + 1)), 413),
+    "more-tokens-to-tell-at-once": ("/detokenize", b"[%s1]" % (b"1," * (MAX_TOKENS_TOLD + 1)), 413),
     "numbers-of-any-kind": ("/invocations", b'{"messages": [%s]}' % TOKENS, 413),
-    "bytes": (CALLS, b'"%s"' % bytes(MOST_BODY), 413),
+    "bytes": (CALLS, b'"%s"' % bytes(MAX_BODY_BYTES), 413),
     "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),
-    "recording": ("/v1/audio/transcriptions", bytes(MOST_BODY + 1), 413),
+    "recording": ("/v1/audio/transcriptions", bytes(MAX_BODY_BYTES + 1), 413),
 }
 
 
@@ -383,7 +390,7 @@ def test_many_wrong_keys_wait_for_their_answers_and_others_do_not(tenants, monke
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
-    monkeypatch.setattr(access_middleware, "TokenBucket", still)
+    monkeypatch.setattr(middleware, "TokenBucket", still)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
     app = App()
     door = AccessMiddleware(app, access, strangers_per_minute=60)
@@ -410,8 +417,8 @@ def test_wrong_keys_that_vllm_itself_refuses_wait_and_are_counted_like_all_other
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
-    monkeypatch.setattr(access_middleware, "TokenBucket", still)
-    monkeypatch.setattr(access_middleware.COUNTS, "count_refused", lambda *who: counted.append(who))
+    monkeypatch.setattr(middleware, "TokenBucket", still)
+    monkeypatch.setattr(middleware.COUNTS, "count_refused", lambda *who: counted.append(who))
     access = Access(api_keys=[CLIENT], admin_keys=[ADMIN])
     app = AuthenticationMiddleware(App(), tokens=[CLIENT])
     door = AccessMiddleware(app, access, strangers_per_minute=60)
@@ -498,7 +505,7 @@ def slept(monkeypatch):
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     thread = SimpleNamespace(thread_time=lambda: clock.now)
-    monkeypatch.setattr(access_middleware, "time", thread)
+    monkeypatch.setattr(listing, "time", thread)
     return seconds, clock
 
 
@@ -579,7 +586,7 @@ def test_a_list_waits_for_no_reader_of_another_one(tenants):
 
 def test_a_list_that_would_wait_for_long_is_refused(tenants, monkeypatch):
     """Else those whose clients have long gone would be made before it, and a server not end."""
-    monkeypatch.setattr(access_middleware, "LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(listing, "LONGEST_PAUSE_S", 0.001)
     access = Access(tenants_path=str(tenants))
     app = App()
 
@@ -1294,10 +1301,12 @@ def test_a_server_without_an_engine_that_would_guard_nothing_does_not_start(tena
     """`vllm launch render`, whose engine's configuration nobody has to check."""
     args = arguments(tenants=str(tenants))
     args.enable_lora = False
+    args.middleware = ["an.operators.own"]
     with pytest.raises(ConfigError, match="protect nothing here"):
-        init_entrypoints_middleware(lambda *rest: None, args, SimpleNamespace(user_middleware=[]))
+        mount_gateway(args)
     args.additional_config = None
-    init_entrypoints_middleware(lambda *rest: None, args, SimpleNamespace(user_middleware=[]))
+    mount_gateway(args)
+    assert args.middleware == ["an.operators.own"]
 
 
 def test_a_batch_says_that_keys_have_no_effect(tenants, caplog):
@@ -1340,18 +1349,33 @@ def models(lora=True, **settings):
 
 @pytest.mark.parametrize("setting", ["tenants", "admin_key_file"])
 def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch, setting):
-    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
+    mounted(monkeypatch)
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
     require_guards(models())
-    with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
+    with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
         require_guards(models(**{setting: "file"}))
     monkeypatch.setattr(Patch, "apply", lambda self: True)
     require_guards(models(**{setting: "file"}))
 
 
+def mounted(monkeypatch):
+    monkeypatch.setattr(flags, "GATEWAY_IS_MOUNTED", threading.Event())
+    monkeypatch.setattr(start, "GATEWAY_IS_MOUNTED", flags.GATEWAY_IS_MOUNTED)
+    mount_gateway(Namespace(middleware=[], enable_lora=True))
+
+
+def test_keys_whose_server_has_no_gateway_stop_the_start(monkeypatch):
+    monkeypatch.setattr(start, "GATEWAY_IS_MOUNTED", threading.Event())
+    require_guards(models())
+    with pytest.raises(ConfigError, match="lacks the middleware vllm_multilora"):
+        require_guards(models(tenants="file"))
+
+
 def test_an_admin_key_of_the_environment_stops_no_server_without_adapters(monkeypatch):
-    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
+    mounted(monkeypatch)
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
     monkeypatch.setenv("MULTILORA_ADMIN_KEY", ADMIN)
-    with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
+    with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
         require_guards(models())
     require_guards(models(lora=False))
     monkeypatch.setenv("MULTILORA_ADMIN_KEY", " ")
@@ -1393,7 +1417,7 @@ def test_no_tenants_request_chooses_the_grammars_of_all(tenants, monkeypatch):
 
 def test_a_store_is_started_without_the_keys_of_servers(monkeypatch):
     """Its jobs inherit what it has, and may be made to say it by the files that they read."""
-    for name in (access_module.ADMIN_KEY_VARIABLE, access_module.SALT_VARIABLE, "VLLM_API_KEY"):
+    for name in (ADMIN_KEY_VARIABLE, SALT_VARIABLE, "VLLM_API_KEY"):
         monkeypatch.setenv(name, "secret-0123456789")
     assert "secret-0123456789" not in environment().values()
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
     from vllm_multilora.failures import LoadFailure
+    from vllm_multilora.gateway.keys.access import Access
     from vllm_multilora.integration.engine.adapters import EngineAdapters
     from vllm_multilora.integration.engine.invocation import Activation
     from vllm_multilora.integration.engine.reaching import RemoteMachine
     from vllm_multilora.integration.fill_link import FillLink
-    from vllm_multilora.integration.server.access import Access
     from vllm_multilora.integration.server.adapter_directory import DirectoryServer
     from vllm_multilora.integration.server.metering import Prompt, ServerMeter
     from vllm_multilora.integration.server.refusals import Refusals

@@ -767,17 +767,6 @@ PATCHES: tuple[Patch, ...] = (
         until="As models-list.",
     ),
     Patch(
-        name="middleware",
-        target="vllm.entrypoints.launchers.app:init_entrypoints_middleware",
-        takes=("args, app, supported_tasks",),
-        handler="server.http_calls:init_entrypoints_middleware",
-        why="vLLM looks model names up without HTTP at hand. Brings the request's headers to the "
-        "routes, and the adapter and its version into the answer. Looks at keys, where there are "
-        "any: vLLM guards /v1, but not SageMaker's routes, and knows no operators or tenants.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
-    ),
-    Patch(
         name="request-heads",
         target="vllm.entrypoints.launchers.api_server.entry:serve_http",
         takes=(
@@ -789,18 +778,6 @@ PATCHES: tuple[Patch, ...] = (
         "has no httptools. Anybody's endless header, or body in endless parts, holds up a server.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's limits of headers act whatever reads them.",
-    ),
-    Patch(
-        name="sagemaker-model",
-        target="model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:"
-        "InjectToBodyApiTransform.transform_request",
-        takes=("self, raw_request",),
-        handler="server.http_calls:transform_request",
-        why="/invocations puts SageMaker's header in the place of the body's model, even if there "
-        "is none: the base model then answers for an adapter that the body names. Keeps the body's "
-        "model there.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's /invocations looks at the body's model.",
     ),
     Patch(
         name="error-texts",
@@ -821,17 +798,6 @@ PATCHES: tuple[Patch, ...] = (
         why="As error-texts, of bodies that are wrong.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As error-texts.",
-    ),
-    Patch(
-        name="api-key",
-        target="vllm.entrypoints.serve.middleware.authenticate:"
-        "AuthenticationMiddleware.verify_token",
-        takes=("self, headers",),
-        handler="server.access_middleware:verify_token",
-        why="vLLM knows API keys that may do everything. Lets in who has an operator's or a "
-        "tenant's key, which `middleware` has looked at.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM has keys of several kinds.",
     ),
     Patch(
         name="parameters-checks",

@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 from fastapi import APIRouter
 from starlette.routing import Mount
 
-from vllm_multilora.integration.server import access_middleware
+from vllm_multilora.gateway.keys import middleware
 from vllm_multilora.tenants.keys import stored
 
 ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
@@ -160,7 +160,7 @@ def served(request, tmp_path_factory):
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
         patch.setenv("MULTILORA_ADMIN_KEY", ADMIN if "admin" in locks else "")
         patch.setattr(api_router, "router", APIRouter())  # vLLM has one for all servers
-        patch.setattr(access_middleware, "_pause", no_pause)
+        patch.setattr(middleware, "pause", no_pause)
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
         merge_flags(args, args)
         level = logging.root.level
