@@ -125,7 +125,7 @@ class Site:
             answered.append(message.get("status", HTTPStatus.FORBIDDEN))
 
         async def receive():
-            return {"type": "http.request", "body": b""}
+            return {"type": "http.request", "body": b"{}"}
 
         with contextlib.suppress(RuntimeError):  # of a middleware that has seen no answer
             await self.app(scope, receive, send)

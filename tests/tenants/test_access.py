@@ -1,7 +1,6 @@
 """The door of an API server, without the server behind it."""
 
 import asyncio
-import itertools
 import json
 import os
 import threading
@@ -35,17 +34,11 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import connector
 from vllm.usage.usage_lib import UsageContext
 
+from tests.gateway.calls import ACME, ADMIN, CLIENT, App, call, parts_of, write
 from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.gateway.body import (
-    MAX_BODY_BYTES,
-    MAX_NUMBERS,
-    MAX_TOKENS_TOLD,
-    LargeBodyError,
-    whole_body,
-)
 from vllm_multilora.gateway.errors import error_answer
 from vllm_multilora.gateway.keys import access as access_module
 from vllm_multilora.gateway.keys import middleware
@@ -80,50 +73,12 @@ from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, To
 from vllm_multilora.tenants.rules import Endpoint, Role
 from vllm_multilora.tenants.tenant import Limits, Tenant, Tenants
 
-ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
-
 
 @pytest.fixture
 def tenants(tmp_path):
     path = tmp_path / "tenants.json"
-    write(path, {})
+    write(path, {}, allow=["stored_responses"])
     return path
-
-
-def write(path, limits, **others):
-    acme = {"keys": [stored(ACME)], "adapters": ["acme-*"], "limits": limits}
-    path.write_text(json.dumps({"tenants": {"acme": acme, **others}}))
-
-
-class App:
-    """Remembers who called it."""
-
-    def __init__(self):
-        self.callers = []
-
-    async def __call__(self, scope, receive, send):
-        self.callers.append(current_caller.get())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-
-NO_BODY = {"type": "http.request", "body": b"", "more_body": False}
-
-
-async def call(app, access, path, key=None, method="POST", door=None, more=(), bodies=(NO_BODY,)):
-    """The answer's start; through a door of its own, if it is told none."""
-    sent, held = [], [dict(body) for body in bodies]
-
-    async def receive():
-        return held.pop(0) if held else await asyncio.Event().wait()
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    scope = {"type": "http", "method": method, "path": path, "headers": [*headers, *more]}
-    await (door or AccessMiddleware(app, access))(scope, receive, send)
-    return sent[0]
 
 
 @pytest.mark.parametrize(
@@ -178,51 +133,6 @@ def test_whoever_may_not_load_adapters_is_told_which_key_may(tenants, key):
     assert "expected an admin key" in answer.json()["error"]["message"]
 
 
-def parts_of(body):
-    """As a server gives it, in parts that end anywhere."""
-    middle = len(body) // 2
-    return [
-        {"type": "http.request", "body": body[:middle], "more_body": True},
-        {"type": "http.request", "body": body[middle:], "more_body": False},
-    ]
-
-
-TOKENS = b",".join([b"1"] * 100_000)
-CALLS = "/v1/completions"
-BODIES = {
-    "tokens": (CALLS, b'{"prompt": [%s]}' % TOKENS, 200),
-    "text": (CALLS, b'{"prompt": "%s"}' % (rb"{,[\"" * 40_000), 200),
-    "text-without-end": (CALLS, b'{"prompt": "%s' % (b"," * 40_000), 200),
-    "lists": (CALLS, b'{"prompt": [%s[]]}' % (b"[]," * 20_000), 413),
-    "texts": (CALLS, b'{"prompt": [%s""]}' % (b'"",' * 40_000), 413),
-    "lists-in-utf-16": (
-        CALLS,
-        # A byte of this character is a quotation mark.
-        ('{"user": "\u2200", "prompt": [%s[]]}' % ("[]," * 20_000)).encode("utf-16"),
-        413,
-    ),
-    "tokens-in-utf-16": (CALLS, (b'{"prompt": [%s]}' % TOKENS).decode().encode("utf-16"), 200),
-    "messages": ("/v1/messages", b'{"messages": [%s{}]}' % (b"{}," * 20_000), 413),
-    "fields": (CALLS, b'{%s"a": 0}' % (b'"a": 0,' * 40_000), 413),
-    "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MAX_NUMBERS + 1)), 413),
-    "tokens-to-tell": (
-        "/v1/completions/derender",
-        b'{"a": [%s1]}' % (b"1," * MAX_TOKENS_TOLD),
-        200,
-    ),
-    "more-tokens-to-tell": (
-        "/v1/completions/derender",
-        b'{"a": [%s1]}' % (b"1," * (MAX_TOKENS_TOLD + 1)),
-        413,
-    ),
-    "more-tokens-to-tell-at-once": ("/detokenize", b"[%s1]" % (b"1," * (MAX_TOKENS_TOLD + 1)), 413),
-    "numbers-of-any-kind": ("/invocations", b'{"messages": [%s]}' % TOKENS, 413),
-    "bytes": (CALLS, b'"%s"' % bytes(MAX_BODY_BYTES), 413),
-    "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),
-    "recording": ("/v1/audio/transcriptions", bytes(MAX_BODY_BYTES + 1), 413),
-}
-
-
 def test_a_server_starts_where_fastapi_is_another(caplog):
     route = SimpleNamespace(dependant=SimpleNamespace(body_params=[object()]))
     stop_at_first_errors(SimpleNamespace(routes=[object(), route, route]))
@@ -239,80 +149,6 @@ def test_a_structural_tag_is_read_to_what_is_wrong_first():
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(AnyStructuralTagResponseFormat).validate_python(tag)
     assert caught.value.error_count() == 3  # one of each list, and that it is of no other kind
-
-
-@pytest.mark.parametrize(("path", "body", "status"), BODIES.values(), ids=BODIES)
-def test_a_tenants_body_holds_so_much(tenants, path, body, status):
-    """vLLM reads bodies whole, and nobody is answered while it looks at one's values."""
-    access, seen = Access(api_keys=[CLIENT], tenants_path=str(tenants)), []
-
-    async def reading(scope, receive, send):
-        seen.append(await Request(scope, receive).body())
-        await App()(scope, receive, send)
-
-    for key, expected in ((CLIENT, 200), (ACME, status)):
-        start = asyncio.run(call(reading, access, path, key, bodies=parts_of(body)))
-        assert start["status"] == expected
-    if status == HTTPStatus.OK:
-        assert seen[-1] == body
-
-
-@pytest.mark.parametrize("short", [b'""', b'1""'], ids=["texts", "numbers-and-texts"])
-def test_a_tenants_body_is_looked_at_as_a_whole_and_not_for_each_text_or_number(short):
-    """Nobody is answered meanwhile: half a minute, for 64 MiB of the shortest."""
-
-    def seconds(body):
-        async def receive():
-            return {"type": "http.request", "body": b"[{}," * 40_000 + body}
-
-        begun = time.process_time()
-        with pytest.raises(LargeBodyError):
-            asyncio.run(whole_body(receive, is_form=False))
-        return time.process_time() - begun
-
-    size = 16 << 20
-    assert seconds(short * (size // len(short))) < 5 * seconds(b'"%s"' % (b"a" * size))
-
-
-def test_a_tenants_client_that_goes_before_its_body_has_come_is_gone(tenants):
-    access, seen = Access(tenants_path=str(tenants)), []
-
-    async def reading(scope, receive, send):
-        seen.append(await receive())
-        await App()(scope, receive, send)
-
-    bodies = [parts_of(b"ab")[0], {"type": "http.disconnect"}]
-    asyncio.run(call(reading, access, CALLS, ACME, bodies=bodies))
-    assert seen == [{"type": "http.disconnect"}]
-
-
-def test_others_have_their_turns_while_a_tenants_form_is_taken_apart(tenants):
-    """By Starlette, which may look at each byte: 64 MiB took it twenty seconds."""
-    part = {"type": "http.request", "body": b"&" * 100, "more_body": True}
-    headers = ((b"content-type", b"application/x-www-form-urlencoded"),)
-    found = []
-
-    async def app(scope, receive, send):
-        turns = itertools.count()
-
-        async def others():
-            while True:
-                next(turns)
-                await asyncio.sleep(0)
-
-        other = asyncio.create_task(others())
-        await asyncio.sleep(0)
-        before = next(turns)
-        await Request(scope, receive).form()
-        found.append(next(turns) - before)
-        other.cancel()
-        await App()(scope, receive, send)
-
-    bodies, path = [part] * 9 + [NO_BODY], "/v1/audio/transcriptions"
-    asyncio.run(
-        call(app, Access(tenants_path=str(tenants)), path, ACME, more=headers, bodies=bodies)
-    )
-    assert found[0] > len(bodies)
 
 
 @pytest.mark.parametrize("header", ["endpoint-load-metrics-format", "x-data-parallel-rank"])
@@ -660,7 +496,8 @@ class BackgroundApp(App):
 
 @pytest.mark.parametrize("way", ["done", "failed", "cancelled"])
 def test_a_response_in_the_background_counts_until_it_is_made(tenants, way):
-    write(tenants, {"running": 1, "waiting": 0, "adapters": 1 if way == "failed" else 2})
+    limits = {"running": 1, "waiting": 0, "adapters": 1 if way == "failed" else 2}
+    write(tenants, limits, allow=["stored_responses"])
     access = Access(tenants_path=str(tenants))
 
     async def check():
@@ -975,25 +812,27 @@ def test_a_tenants_oldest_responses_give_way_where_their_calls_were_large(tenant
         kept.append(list(store.values()))
         await App()(scope, receive, send)
 
-    for size in (10, 11, 12, 30, 1):
-        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(b"1" * size)))
-    assert kept == [[10], [10, 11], [11, 12], [30], [1]]
+    for size in (10, 11, 12, 30, 2):
+        bodies = parts_of(b"{}".ljust(size))
+        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=bodies))
+    assert kept == [[10], [10, 11], [11, 12], [30], [2]]
 
 
 def test_who_goes_on_with_a_response_keeps_what_was_said_before(tenants, monkeypatch):
     """Each of a thousand calls of a few bytes may go on with another one that had megabytes."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
+    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 70)
     access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
     kept = []
 
     async def keep(scope, receive, send):
-        name, _, before = (await Request(scope, receive).body()).decode().strip().partition("<")
+        name, _, before = (await Request(scope, receive).json())["input"].partition("<")
         said = [name, *(stores.msg_store[before] if before else [])]
         stores.msg_store[name], stores.response_store[name] = said, name
         kept.append((list(stores.msg_store), list(stores.response_store)))
         await App()(scope, receive, send)
 
-    for body in (b"a".ljust(20), b"b<a", b"c".ljust(20), b"d<c"):
+    for said, size in (("a", 50), ("b<a", 0), ("c", 50), ("d<c", 0)):
+        body = json.dumps({"input": said}).encode().ljust(size)
         asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(body)))
     assert kept[1:] == [(["a", "b"], ["b"]), (["b", "c"], ["c"]), (["c", "d"], ["d"])]
 
@@ -1033,7 +872,7 @@ def test_messages_of_later_calls_leave_those_of_responses_that_are_kept(tenants,
         await App()(scope, receive, send)
 
     for _ in range(3):
-        asyncio.run(call(begin, access, "/v1/responses", ACME, bodies=parts_of(b"1" * 10)))
+        asyncio.run(call(begin, access, "/v1/responses", ACME, bodies=parts_of(b"{}".ljust(10))))
     kept = as_caller(
         access.caller(ACME), lambda: (set(stores.response_store), set(stores.msg_store))
     )

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
-from vllm_multilora.gateway.body import MAX_NUMBERS, MAX_TOKENS_TOLD, LargeBodyError, whole_body
+from vllm_multilora.gateway.body import LargeBodyError, read_body
+from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word
 from vllm_multilora.gateway.errors import error_answer
+from vllm_multilora.gateway.fields import FieldError, needs
 from vllm_multilora.gateway.keys.access_log import keep_refusals_few
 from vllm_multilora.gateway.limits.listing import list_in_turn
 from vllm_multilora.gateway.limits.pauses import STRANGERS_PER_MINUTE, pause
@@ -29,11 +31,9 @@ from vllm_multilora.tenants.limits import (
     TokenBucket,
 )
 from vllm_multilora.tenants.rules import (
-    INVOCATIONS,
     OF_TENANTS,
     Endpoint,
     Role,
-    endpoint_of,
     refusal,
 )
 
@@ -52,10 +52,8 @@ _STATUS = {
     LimitReachedError: HTTPStatus.TOO_MANY_REQUESTS,
     ServerStoppedError: HTTPStatus.SERVICE_UNAVAILABLE,
     LargeBodyError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    FieldError: HTTPStatus.BAD_REQUEST,
 }
-_FORMS = "/v1/audio/"
-_DECODING = ("/derender", "/detokenize")
-"""Ends of the paths of endpoints that make text of tokens."""
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
 _DROPPED_HEADERS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
 """Headers that tenants' requests lose. The first has vLLM collect all metrics for one answer, while
@@ -95,13 +93,18 @@ class AccessMiddleware:
         endpoint = endpoint_of(scope.get("method", "GET"), path)
         caller = self._access.caller(presented_key(headers))
         status = refusal(self._access.locks, caller.role, endpoint, path)
-        if status is not None:
+        message = None if status is None else _MESSAGES[status]
+        if caller.tenant is not None and status is None:
+            word = refused_word(endpoint, path, caller.tenant.allow)
+            if word is not None:
+                status, message = HTTPStatus.FORBIDDEN, f"This path is {needs(word)}."
+        if status is not None and message is not None:
             COUNTS.count_refused(None if caller.tenant is None else caller.tenant.name, status)
             if caller.account is not None:
                 await pause(caller.account.without_turn)
             elif status is HTTPStatus.UNAUTHORIZED:
                 await pause(self._strangers)
-            await _refuse(status, scope, receive, send)
+            await _refuse(status, message, scope, receive, send)
             return
         if caller.role is not Role.STRANGER:
             scope = self._with_server_key(scope)
@@ -167,31 +170,29 @@ class AccessMiddleware:
             if endpoint is Endpoint.CALL:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
-                if scope["type"] == "http":
-                    receive, caller.body_bytes = await whole_body(
-                        receive,
-                        is_form=path.startswith(_FORMS),
-                        is_of_any_kind=path == INVOCATIONS,
-                        most_numbers=MAX_TOKENS_TOLD if path.endswith(_DECODING) else MAX_NUMBERS,
-                    )
+                route, allow = called_route(path), account.tenant.allow
+                receive, caller.body_bytes = await read_body(receive, route, allow)
             if endpoint in _PACED:
                 await list_in_turn(
                     self._app, account.listing[endpoint], scope, receive, send_marked
                 )
             else:
                 await self._app(scope, receive, send_marked)
-        except (LimitReachedError, ServerStoppedError, LargeBodyError) as error:
+        except (LimitReachedError, ServerStoppedError, LargeBodyError, FieldError) as error:
             if isinstance(error, LimitReachedError):
                 caller.retry_after_s = error.retry_after_s
                 await pause(account.without_turn)
-            answer = error_answer(_STATUS[type(error)], str(error), path=path)
+            param = error.param if isinstance(error, FieldError) else None
+            answer = error_answer(_STATUS[type(error)], str(error), path=path, param=param)
             await answer(scope, receive, send_marked)
         except ClientGoneError:  # operators' middlewares expect an answer
             await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)
 
 
-async def _refuse(status: HTTPStatus, scope: Scope, receive: Receive, send: Send) -> None:
-    answer = error_answer(status, _MESSAGES[status], path=route_path(scope))
+async def _refuse(
+    status: HTTPStatus, message: str, scope: Scope, receive: Receive, send: Send
+) -> None:
+    answer = error_answer(status, message, path=route_path(scope))
     if status is HTTPStatus.UNAUTHORIZED:
         answer.headers["www-authenticate"] = "Bearer"
     await answer(scope, receive, send)
