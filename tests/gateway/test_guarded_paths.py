@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from fastapi import APIRouter
+from fastapi.testclient import TestClient
 from starlette.routing import Mount
 
 from vllm_multilora.gateway.keys import middleware
@@ -165,7 +166,9 @@ def served(request, tmp_path_factory):
         merge_flags(args, args)
         level = logging.root.level
         try:
-            yield Site(build_app(args, ("generate",))), locks, keys
+            app = build_app(args, ("generate",))
+            TestClient(app).get("/no/such/path")  # the gateway adds its routes before it answers
+            yield Site(app), locks, keys
         finally:
             logging.root.setLevel(level)  # vLLM hides what is not an error, of everybody
 

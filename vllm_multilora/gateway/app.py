@@ -15,8 +15,8 @@ from vllm_multilora.gateway.errors import error_answer
 from vllm_multilora.gateway.invocations import InvocationsMiddleware
 from vllm_multilora.gateway.keys.access import access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
+from vllm_multilora.gateway.own_routes import add_routes
 from vllm_multilora.gateway.paths import route_path
-from vllm_multilora.integration.attached import ACCESS
 from vllm_multilora.integration.server.request_bounds import stop_at_first_errors
 from vllm_multilora.wording import CONTROLS
 
@@ -62,8 +62,8 @@ class Gateway:
         if self._inner is None:
             inner: ASGIApp = HttpCallMiddleware(InvocationsMiddleware(self._app))
             access = access_for(server.state.args)
+            add_routes(server, access)
             if access is not None:
-                ACCESS.set(server, access)
                 inner = AccessMiddleware(inner, access)
                 if access.locks.tenants:
                     stop_at_first_errors(server)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
     from vllm_multilora.failures import LoadFailure
-    from vllm_multilora.gateway.keys.access import Access
     from vllm_multilora.integration.engine.adapters import EngineAdapters
     from vllm_multilora.integration.engine.invocation import Activation
     from vllm_multilora.integration.engine.reaching import RemoteMachine
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.server.refusals import Refusals
     from vllm_multilora.integration.server.routes import ServerRoutes
     from vllm_multilora.integration.server.shared_names import SharedNames
-    from vllm_multilora.integration.server.status_route import RecentListing
     from vllm_multilora.integration.server.versions import Version
     from vllm_multilora.metering.usage import Usage
     from vllm_multilora.store.client import StoreClient
@@ -97,12 +95,6 @@ DIRECTORY: Attached[DirectoryServer] = Attached("directory")
 
 REFUSALS: Attached[Refusals] = Attached("refusals")
 """Of an API server's `OpenAIServingModels`: what vLLM's resolvers have found and the engine not."""
-
-ACCESS: Attached[Access] = Attached("access")
-"""Of an API server's application: its keys and tenants; not set where it has neither."""
-
-LISTING: Attached[RecentListing] = Attached("listing")
-"""Of an API server's `OpenAIServingModels`: what was last told of all adapters."""
 
 ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attached("on-failure")
 """Of an `OutputProcessor`: is told of every request with an adapter that has failed."""

@@ -738,25 +738,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM removes its series of what has passed.",
     ),
     Patch(
-        name="models-list",
-        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
-        takes=("self",),
-        handler="server.routes:show_available_models",
-        why="Lists the routes beside the adapters, and the adapters' digests.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM has model aliases that lead to adapters.",
-    ),
-    Patch(
-        name="base-models-list",
-        target="vllm.entrypoints.openai.models.serving:OpenAIModelRegistry.show_available_models",
-        takes=("self",),
-        handler="server.routes:show_available_models",
-        why="As models-list, in a server without an engine, which has the base model alone: its "
-        "folder is the operator's affair, and some tenants may not use it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
-    ),
-    Patch(
         name="registration-names",
         target="vllm.entrypoints.openai.models.serving:"
         "OpenAIServingModels._check_load_lora_adapter_request",
@@ -764,7 +745,7 @@ PATCHES: tuple[Patch, ...] = (
         handler="server.routes:check_load_request",
         why="Refuses to register an adapter under a route's name, where it could not be reached.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
+        until="vLLM has model aliases that lead to adapters.",
     ),
     Patch(
         name="request-heads",
@@ -907,25 +888,15 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM keeps them in 64 bits, as its first model runner does.",
     ),
     Patch(
-        name="status-route",
-        target="vllm.entrypoints.serve.lora.api_router:attach_router",
-        takes=("app",),
-        handler="server.status_route:attach_router",
-        why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
-        "all others out. Adds GET /v1/lora_adapters, and the page /multilora that shows it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
-    ),
-    Patch(
         name="adapter-status",
         target="vllm.v1.engine.core:EngineCore.collective_rpc",
         takes=("self, method, timeout=None, args=(), kwargs=None",),
         handler="engine.adapter_status:collective_rpc",
         why="An API server can send workers nothing but the names of their own methods. Answers "
-        "one more name, for status-route, with what the workers tell of their adapters. Notes when "
-        "the base model gets other weights, which may be sound where the last ones were not.",
+        "one more name, for the status route, with what the workers say of their adapters. Notes "
+        "when the base model gets other weights, which may be sound where the last ones were not.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As status-route.",
+        until="vLLM tells of its adapters itself.",
     ),
     Patch(
         name="prefix-cache-keys",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,18 +57,37 @@ class AdapterErrorResponse(ErrorResponse):
     error: AdapterErrorInfo
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status.value: {"model": AdapterErrorResponse, "description": description}
-    for status, description in (
-        (HTTPStatus.UNAUTHORIZED, "The request has no valid key."),
-        (HTTPStatus.BAD_REQUEST, "The name, the path or the adapter itself is wrong."),
-        (HTTPStatus.FORBIDDEN, "The path is outside the allowed folders, or the key too weak."),
-        (HTTPStatus.NOT_FOUND, "There is no such adapter."),
-        (HTTPStatus.INTERNAL_SERVER_ERROR, "The server has failed."),
-        (HTTPStatus.SERVICE_UNAVAILABLE, "The storage failed, or memory or time ran out."),
-    )
-}
-"""The answers of vLLM's routes for adapters other than 200, as `/openapi.json` describes them."""
+def _described(
+    model: type[ErrorResponse], texts: Mapping[HTTPStatus, str]
+) -> dict[int | str, dict[str, Any]]:
+    return {
+        status.value: {"model": model, "description": description}
+        for status, description in texts.items()
+    }
+
+
+REFUSALS = _described(
+    AdapterErrorResponse,
+    {
+        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
+        HTTPStatus.BAD_REQUEST: "The name, the path or the adapter itself is wrong.",
+        HTTPStatus.FORBIDDEN: "The path is outside the allowed folders, or the key too weak.",
+        HTTPStatus.NOT_FOUND: "There is no such adapter.",
+        HTTPStatus.INTERNAL_SERVER_ERROR: "The server has failed.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The storage failed, or memory or time ran out.",
+    },
+)
+"""Answers other than 200 of vLLM's routes for adapters, as `/openapi.json` describes them."""
+
+STATUS_REFUSALS = _described(
+    ErrorResponse,
+    {
+        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
+        HTTPStatus.NOT_FOUND: "The plugin is off, or LoRA is.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The engine did not answer in time.",
+    },
+)
+"""The same for `GET /v1/lora_adapters`."""
 
 
 def acts_for(models: OpenAIServingModels) -> bool:

@@ -17,12 +17,12 @@ from vllm_multilora.integration.patching.flags import GATEWAY, GATEWAY_IS_MOUNTE
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
     adapter_directory,
+    engine_calls,
     metering,
     multimodal,
     registration,
     routes,
     shared_names,
-    status_route,
 )
 from vllm_multilora.integration.server.callers import current_tenant
 from vllm_multilora.integration.server.key_settings import key_in
@@ -33,7 +33,7 @@ from vllm_multilora.tenants.work_turns import take_turns
 _FILTERS = (RefusalsInOneLine(), PrintableLines())
 """Of what vLLM logs in an API server, the first that acts first."""
 _GUARDS = (
-    *("flag-values", "model-names", "model-names-pooling", "models-list"),
+    *("flag-values", "model-names", "model-names-pooling"),
     *("engine-door", "stored-responses", "ids-of-images", "ids-of-images-pooling"),
 )
 
@@ -119,7 +119,7 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
         for lines in _FILTERS:
             add_filter(lines)
         # The engines find their store and show their metrics now, not with their first request.
-        await status_route.engine_reports(models.engine_client.engine_core, [])
+        await engine_calls.engine_reports(models.engine_client.engine_core, [])
     await original(models)
     if registration.acts_for(models):
         registration.start(models)
