@@ -1,8 +1,10 @@
 """The door of an API server, without the server behind it."""
 
 import asyncio
+import importlib
 import json
 import os
+import sys
 import threading
 import time
 import tracemalloc
@@ -49,10 +51,9 @@ from vllm_multilora.gateway.limits.turns import turn_of
 from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.failures import without_folders
-from vllm_multilora.integration.patching import flags
 from vllm_multilora.integration.patching.flags import mount_gateway
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.server import start, stored_responses
+from vllm_multilora.integration.server import stored_responses
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.integration.server.key_settings import SALT_VARIABLE, read_admin_keys
@@ -1188,7 +1189,7 @@ def models(lora=True, **settings):
 
 @pytest.mark.parametrize("setting", ["tenants", "admin_key_file"])
 def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch, setting):
-    mounted(monkeypatch)
+    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
     monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
     require_guards(models())
     with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
@@ -1197,21 +1198,15 @@ def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch,
     require_guards(models(**{setting: "file"}))
 
 
-def mounted(monkeypatch):
-    monkeypatch.setattr(flags, "GATEWAY_IS_MOUNTED", threading.Event())
-    monkeypatch.setattr(start, "GATEWAY_IS_MOUNTED", flags.GATEWAY_IS_MOUNTED)
-    mount_gateway(Namespace(middleware=[], enable_lora=True))
-
-
 def test_keys_whose_server_has_no_gateway_stop_the_start(monkeypatch):
-    monkeypatch.setattr(start, "GATEWAY_IS_MOUNTED", threading.Event())
+    monkeypatch.delitem(sys.modules, "vllm_multilora.gateway.app", raising=False)
     require_guards(models())
     with pytest.raises(ConfigError, match="lacks the middleware vllm_multilora"):
         require_guards(models(tenants="file"))
 
 
 def test_an_admin_key_of_the_environment_stops_no_server_without_adapters(monkeypatch):
-    mounted(monkeypatch)
+    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
     monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
     monkeypatch.setenv("MULTILORA_ADMIN_KEY", ADMIN)
     with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import threading
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 GATEWAY = "vllm_multilora.gateway.app.Gateway"
 """The class that vLLM's `--middleware` is given, by its name: nothing here imports it."""
-
-GATEWAY_IS_MOUNTED = threading.Event()
-"""Set once the arguments of this process's server name the gateway."""
 
 UNGUARDED = (
     f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect nothing "
@@ -103,7 +100,15 @@ def mount_gateway(args: argparse.Namespace) -> None:
         return
     if GATEWAY not in args.middleware:
         args.middleware = [GATEWAY, *args.middleware]
-    GATEWAY_IS_MOUNTED.set()
+
+
+def is_gateway_mounted() -> bool:
+    """Whether vLLM has made an application with the gateway in this process.
+
+    With several API servers vLLM reads each one's arguments before it loads its plugins, so nothing
+    of ours has seen them there. vLLM imports each middleware when it makes its application.
+    """
+    return GATEWAY.rpartition(".")[0] in sys.modules
 
 
 def settings_in(args: argparse.Namespace) -> MultiLoRAConfig | None:

@@ -13,7 +13,7 @@ from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
 from vllm_multilora.integration.logs import PrintableLines, add_filter
 from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
-from vllm_multilora.integration.patching.flags import GATEWAY, GATEWAY_IS_MOUNTED, has_keys
+from vllm_multilora.integration.patching.flags import GATEWAY, has_keys, is_gateway_mounted
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
     adapter_directory,
@@ -50,7 +50,7 @@ def require_guards(models: Any) -> None:
     settings = settings_of(models.engine_client.vllm_config)
     if not has_keys(settings) and not key_in(os.environ):
         return
-    if not GATEWAY_IS_MOUNTED.is_set():
+    if not is_gateway_mounted():
         raise ConfigError(
             f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
             f"enforced: this server was not started from arguments that vLLM has read, so its "
