@@ -738,16 +738,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM removes its series of what has passed.",
     ),
     Patch(
-        name="registration-names",
-        target="vllm.entrypoints.openai.models.serving:"
-        "OpenAIServingModels._check_load_lora_adapter_request",
-        takes=("self, request",),
-        handler="server.routes:check_load_request",
-        why="Refuses to register an adapter under a route's name, where it could not be reached.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM has model aliases that lead to adapters.",
-    ),
-    Patch(
         name="request-heads",
         target="vllm.entrypoints.launchers.api_server.entry:serve_http",
         takes=(

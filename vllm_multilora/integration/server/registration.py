@@ -23,7 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.attached import SEE_OFF
+from vllm_multilora.integration.attached import ROUTES, SEE_OFF
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
 from vllm_multilora.integration.patching.activation import loads_adapters_behind
@@ -163,6 +163,18 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
             f"adapter {name!r}: '{shown_name(path)}' is no path, since it {fault}",
         )
     return one_too_many(models, name, "lora_name")
+
+
+def _route_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
+    """The answer where a name is a route's, under which no adapter could be reached."""
+    if name not in (ROUTES.get(models) or ()):
+        return None
+    return error_response(
+        HTTPStatus.BAD_REQUEST,
+        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
+        f"the routes file",
+        param="lora_name",
+    )
 
 
 def one_too_many(models: Any, name: str, param: str) -> AdapterErrorResponse | None:
@@ -339,6 +351,8 @@ def error_response(
 async def load_lora_adapter(
     original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None = None
 ) -> Any:
+    if (refusal := _route_refusal(models, request.lora_name)) is not None:
+        return refusal
     if acts_for(models):
         # Whole, for a caller too that gives up meanwhile: else nobody frees what the engine has.
         return await asyncio.shield(in_background(load_adapter(models, request, base_model_name)))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -342,16 +342,3 @@ def _facts(request: Any) -> RequestFacts:
 
 def _error(status: HTTPStatus, message: str) -> ErrorResponse:
     return error_response(status, message, "model")
-
-
-async def check_load_request(original: Callable[..., Any], models: Any, request: Any) -> Any:
-    refusal = await original(models, request)
-    name = request.lora_name
-    if refusal is not None or name not in (ROUTES.get(models) or ()):
-        return refusal
-    return error_response(
-        HTTPStatus.BAD_REQUEST,
-        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
-        f"the routes file",
-        "lora_name",
-    )
