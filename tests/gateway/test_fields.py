@@ -369,6 +369,15 @@ def test_tools_in_messages_need_the_word_for_tools():
     assert fault(MESSAGES, body, {"grammars"}) is None
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(RESPONSES, {"text": {"verbosity": LONG}}), (MESSAGES, {"output_config": {"effort": LONG}})],
+    ids=["responses", "messages"],
+)
+def test_harmless_value_of_a_gated_field_has_short_texts(path, body):
+    assert "found a text of 1025 characters" in fault(path, body)[0]
+
+
 def test_no_route_is_both_allowed_and_refused():
     assert not TENANT_ROUTES.keys() & REFUSED_ROUTES
 

@@ -71,7 +71,7 @@ class Route:
 
 
 def _is_text_format(value: Any) -> bool:
-    return value == {"type": "text"}
+    return bool(value == {"type": "text"})
 
 
 def _has_no_format(value: Any) -> bool:
