@@ -348,7 +348,7 @@ def test_tenants_images_are_bounded_where_vllm_computes_the_adapters(
     shown: Gallery, tmp_path: Path
 ) -> None:
     tenants, key = tmp_path / "tenants.json", "a key of acme's that is long enough"
-    acme = {"keys": [stored(key)], "base_model": True}
+    acme = {"keys": [stored(key)], "base_model": True, "allow": ["media"]}
     tenants.write_text(json.dumps({"tenants": {"acme": acme}}))
     # Python unpacks it, and nobody is answered meanwhile.
     url = "data:image/png;base64," + base64.b64encode(b"P3 1 1 255 1 2 3 ").decode()

@@ -614,46 +614,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM removes its series of what has passed.",
     ),
     Patch(
-        name="models-list",
-        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
-        takes=("self",),
-        handler="server.routes:show_available_models",
-        why="Lists the routes beside the adapters, and the adapters' digests.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM has model aliases that lead to adapters.",
-    ),
-    Patch(
-        name="base-models-list",
-        target="vllm.entrypoints.openai.models.serving:OpenAIModelRegistry.show_available_models",
-        takes=("self",),
-        handler="server.routes:show_available_models",
-        why="As models-list, in a server without an engine, which has the base model alone: its "
-        "folder is the operator's affair, and some tenants may not use it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
-    ),
-    Patch(
-        name="registration-names",
-        target="vllm.entrypoints.openai.models.serving:"
-        "OpenAIServingModels._check_load_lora_adapter_request",
-        takes=("self, request",),
-        handler="server.routes:check_load_request",
-        why="Refuses to register an adapter under a route's name, where it could not be reached.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
-    ),
-    Patch(
-        name="middleware",
-        target="vllm.entrypoints.launchers.app:init_entrypoints_middleware",
-        takes=("args, app, supported_tasks",),
-        handler="server.http_calls:init_entrypoints_middleware",
-        why="vLLM looks model names up without HTTP at hand. Brings the request's headers to the "
-        "routes, and the adapter and its version into the answer. Looks at keys, where there are "
-        "any: vLLM guards /v1, but not SageMaker's routes, and knows no operators or tenants.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
-    ),
-    Patch(
         name="request-heads",
         target="vllm.entrypoints.launchers.api_server.entry:serve_http",
         takes=(
@@ -665,18 +625,6 @@ PATCHES: tuple[Patch, ...] = (
         "has no httptools. Anybody's endless header, or body in endless parts, holds up a server.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's limits of headers act whatever reads them.",
-    ),
-    Patch(
-        name="sagemaker-model",
-        target="model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:"
-        "InjectToBodyApiTransform.transform_request",
-        takes=("self, raw_request",),
-        handler="server.http_calls:transform_request",
-        why="/invocations puts SageMaker's header in the place of the body's model, even if there "
-        "is none: the base model then answers for an adapter that the body names. Keeps the body's "
-        "model there.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's /invocations looks at the body's model.",
     ),
     Patch(
         name="error-texts",
@@ -697,17 +645,6 @@ PATCHES: tuple[Patch, ...] = (
         why="As error-texts, of bodies that are wrong.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As error-texts.",
-    ),
-    Patch(
-        name="api-key",
-        target="vllm.entrypoints.serve.middleware.authenticate:"
-        "AuthenticationMiddleware.verify_token",
-        takes=("self, headers",),
-        handler="server.access_middleware:verify_token",
-        why="vLLM knows API keys that may do everything. Lets in who has an operator's or a "
-        "tenant's key, which `middleware` has looked at.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM has keys of several kinds.",
     ),
     Patch(
         name="parameters-checks",
@@ -803,26 +740,15 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM keeps them in 64 bits, as its first model runner does.",
     ),
     Patch(
-        name="status-route",
-        target="vllm.entrypoints.serve.lora.api_router:attach_router",
-        takes=("app",),
-        handler="server.status_route:attach_router",
-        why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
-        "all others out. Adds GET /v1/lora_adapters, the page /multilora that shows it and, with "
-        "several API servers, a /metrics that shows ours too.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
-    ),
-    Patch(
         name="adapter-status",
         target="vllm.v1.engine.core:EngineCore.collective_rpc",
         takes=("self, method, timeout=None, args=(), kwargs=None",),
         handler="engine.adapter_status:collective_rpc",
         why="An API server can send workers nothing but the names of their own methods. Answers "
-        "one more name, for status-route, with what the workers tell of their adapters. Notes when "
-        "the base model gets other weights, which may be sound where the last ones were not.",
+        "one more name, for the status route, with what the workers say of their adapters. Notes "
+        "when the base model gets other weights, which may be sound where the last ones were not.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As status-route.",
+        until="vLLM tells of its adapters itself.",
     ),
     Patch(
         name="prefix-cache-keys",

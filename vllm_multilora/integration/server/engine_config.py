@@ -28,18 +28,16 @@ from vllm_multilora.integration.patching.cache_settings import (
     check_cache_settings,
     lift_default_count,
 )
-from vllm_multilora.integration.patching.flags import checks_in
+from vllm_multilora.integration.patching.flags import UNGUARDED, checks_in, has_keys
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.patching.version import (
     SUPPORTED_TEXT,
     installed_version,
     is_supported,
 )
-from vllm_multilora.integration.server.access import (
+from vllm_multilora.integration.server.key_settings import (
     COUNT_VARIABLE,
     SALT_VARIABLE,
-    UNGUARDED,
-    has_keys,
     key_in,
     read_admin_keys,
 )

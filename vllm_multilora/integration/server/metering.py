@@ -31,9 +31,9 @@ from vllm_multilora.integration.attached import (
 )
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server.access import stop_waiting
 from vllm_multilora.integration.server.callers import Caller, current_caller, current_tenant
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
+from vllm_multilora.integration.server.key_settings import stop_waiting
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
 from vllm_multilora.metrics.names import BLENDS
