@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 
+from vllm_multilora.gateway import own_routes
 from vllm_multilora.integration.server import metrics
 from vllm_multilora.metrics import definitions as defined
 
