@@ -24,6 +24,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 
 from vllm_multilora.integration.patching.activation import is_active, is_active_behind
+from vllm_multilora.integration.server import invoked_prompts
 from vllm_multilora.integration.server.callers import (
     Caller,
     current_account,
@@ -85,6 +86,7 @@ def encoder_output_key(
 
 
 def process_tokens(original: Callable[..., Any], renderer: Any, prompt: Any, **kwargs: Any) -> Any:
+    invoked_prompts.require(prompt, renderer)
     return original(renderer, _of_tenant(prompt), **kwargs)
 
 
