@@ -77,11 +77,26 @@ CALLS = (
 
 
 def assert_fails(
-    server: VllmServer, call: Call, model: str, status: HTTPStatus, reason: str
+    server: VllmServer,
+    call: Call,
+    model: str,
+    status: HTTPStatus,
+    reason: str,
+    *,
+    streams_begin: bool = True,
 ) -> None:
-    """A call for an adapter fails with a status and a reason."""
+    """A call for an adapter fails with a status and a reason.
+
+    Args:
+        server: Where to send it.
+        call: The call.
+        model: The adapter's name.
+        status: What the status is, or what a stream or response says that it would be.
+        reason: What the message contains.
+        streams_begin: Whether a stream has begun by the time that the call fails.
+    """
     response = call.send(server, model)
-    if not call.streams:
+    if not (call.streams and (streams_begin or call.is_background)):
         assert response.status_code == status, response.text
         assert reason in response.json()["error"]["message"]
         return

@@ -37,6 +37,7 @@ class HttpCall:
         adapter: What the answer names: the adapter, or what a route has led to; None: nothing.
         lora: The adapter in the version that its name stood for; None for the base model.
         digest: The digest of that version, if it is known.
+        invocation: Tokens of which each prompt is refused that lacks them; see `invoked_prompts`.
         asked: The digits of the digest that the client asked for; empty for any version.
         ran: The digest of the weights that have computed the answer; None before that.
         drops_blend: Whether the body asks for a blend, which the endpoint does not see.
@@ -49,6 +50,7 @@ class HttpCall:
     adapter: str | None = None
     lora: LoRARequest | None = None
     digest: str | None = None
+    invocation: tuple[int, ...] = ()
     asked: str = ""
     ran: str | None = None
     drops_blend: bool = False

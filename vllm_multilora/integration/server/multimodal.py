@@ -24,6 +24,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 
 from vllm_multilora.integration.patching.activation import is_active_behind
+from vllm_multilora.integration.server import invoked_prompts
 from vllm_multilora.integration.server.callers import (
     Caller,
     current_account,
@@ -75,6 +76,7 @@ def default_adapters(serving: Any, request: Any) -> set[str]:
 
 
 def process_tokens(original: Callable[..., Any], renderer: Any, prompt: Any, **kwargs: Any) -> Any:
+    invoked_prompts.require(prompt, renderer)
     return original(renderer, _of_tenant(prompt), **kwargs)
 
 

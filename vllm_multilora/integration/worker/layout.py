@@ -22,6 +22,10 @@ from vllm.lora.layers.column_parallel_linear import (
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models import supports_multimodal
 
 from multilora_kernels.dtypes import of_torch
@@ -121,7 +125,9 @@ def running_layout(manager: LoRAModelManager, *, dora: bool) -> RunningLayout:
         naming=module_naming(manager, names, bypassed),
         special=special_names,
         special_shapes={
-            name: shape for name, module in special.items() if (shape := _special_shape(module))
+            name: shape
+            for name, module in (*special.items(), *unadapted_embeddings(manager))
+            if (shape := _special_shape(module))
         },
         linear_shapes=dict(_linear_shapes(manager, special, repeated)),
         tied=bool(getattr(text_config, "tie_word_embeddings", False)),
@@ -236,6 +242,8 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
         yield name, "vLLM adapts no layers of its kind"
     for name in _reordered_layers(manager):
         yield name, _REORDERED
+    reason = f"vLLM adapts no embeddings and output heads of {type(manager.model).__name__}"
+    yield from ((name, reason) for name, _ in unadapted_embeddings(manager))
     reason = "vLLM does not say whose images its rows are of"
     yield from _with_sources(manager, _tower_layers(manager), reason)
     for start, reason in _without_the_steps_rows(manager.model):
@@ -341,8 +349,22 @@ def _tower_layers(manager: LoRAModelManager) -> Iterator[str]:
     yield from (name for name, module in manager.modules.items() if module not in language)
 
 
-def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
+def unadapted_embeddings(
+    manager: LoRAModelManager,
+) -> Iterator[tuple[str, VocabParallelEmbedding]]:
+    """Embeddings and output heads that the model has, and that vLLM does not adapt in it."""
+    for name, part in manager.model.named_modules(remove_duplicate=False):
+        is_wrapped = name in manager.modules or name.endswith(".base_layer")
+        if isinstance(part, VocabParallelEmbedding) and not is_wrapped:
+            yield name, part
+
+
+def _special_shape(module: torch.nn.Module) -> SpecialShape | None:
     """Sizes of an embedding or a head in the whole model; None for other layers."""
+    if isinstance(module, ParallelLMHead):
+        return SpecialShape(module.embedding_dim, module.org_vocab_size, embedding=False)
+    if isinstance(module, VocabParallelEmbedding):
+        return SpecialShape(module.org_vocab_size, module.embedding_dim, embedding=True)
     if isinstance(module, VocabParallelEmbeddingWithLoRA):
         base: Any = module.base_layer
         return SpecialShape(base.org_vocab_size, base.embedding_dim, embedding=True)
