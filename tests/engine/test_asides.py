@@ -146,7 +146,7 @@ def test_calls_are_carried_out_in_their_order(server, engine_core):
 
 @pytest.mark.parametrize(
     ("contents", "answer"),
-    [({}, "d1"), ({"dora": True}, "d1:dora"), ({"invocation_tokens": (1, 2)}, "d1:alora")],
+    [({}, "d1"), ({"dora": True}, "d1:dora"), ({"invocation_tokens": (1, 2)}, "d1:alora:1,2")],
     ids=["plain", "dora", "activated"],
 )
 def test_a_registration_is_answered_with_what_was_read(server, engine_core, contents, answer):

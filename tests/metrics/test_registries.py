@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 
-from vllm_multilora.integration.server import metrics, status_route
+from vllm_multilora.gateway import own_routes
+from vllm_multilora.integration.server import metrics
 from vllm_multilora.metrics import definitions as defined
 
 from .readings import recorder
@@ -76,8 +76,7 @@ def test_one_of_several_api_servers_shows_each_series_once(
     monkeypatch.setenv(MULTIPROCESS, str(tmp_path))
     show_slots(str(tmp_path))
     app = FastAPI()
-    app.state.args = Namespace(enable_lora=True, additional_config={})
     register_instrumentator_api_routers(app)
-    status_route.attach_router(lambda app: None, app)
+    own_routes.add_routes(app, access=None)
     answer = TestClient(app).get(path)
     assert list(series(answer.text).values()) == [1]

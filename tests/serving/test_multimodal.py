@@ -1,12 +1,8 @@
-"""A default adapter sees images that no adapter is named for; a mere name makes it no default.
-
-Encodings of images are those of one version of an adapter.
-"""
+"""A default adapter sees images that no adapter is named for; a mere name makes it no default."""
 
 import asyncio
 import base64
 import copy
-import io
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -30,26 +26,21 @@ from vllm_multilora.tenants.tenant import Tenant
 from vllm_multilora.tenants.work_turns import take_turns
 
 from .engine import running_engine
-from .recipes import LLAVA_RECIPES, AdapterRecipe
+from .recipes import LANGUAGE_RECIPES, AdapterRecipe
 from .server import VllmServer
 from .test_classification import text
 from .test_prefix_keys import changed_by_a_byte
 from .test_vision_language import ask, assert_as_peft, generate
-from .tiny_vision import IMAGE_TOKEN, write_llava
-from .vision import NEW_TOKENS, Gallery, Question, gallery, picture
+from .tiny_vision import write_llava
+from .vision import NEW_TOKENS, TEMPLATE, Gallery, Question, chat, gallery, picture
 
 pytestmark = pytest.mark.serving  # imports vLLM
 
 BASE, GONE, POISON = "base", "gone", "poison"
-LANGUAGE, BOTH = (recipe.name for recipe in (LLAVA_RECIPES[0], LLAVA_RECIPES[-1]))
-"""Adapters: one of language, and one that sees too, which is the operator's default for images."""
+LANGUAGE, DEFAULT = (recipe.name for recipe in LANGUAGE_RECIPES)
+"""Adapters; the second is the operator's default for images."""
 OTHER = "other"
 """Pushes others out of host memory."""
-TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<vision> <image> </vision>{% else %}{{ part['text'] }}"
-    "{% endif %} {% endfor %}{% endfor %}"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -156,25 +147,6 @@ def test_the_default_adapter_is_named_by_the_answers_that_it_has_made():
     assert named(PARTS, takes_defaults=False) == (None, None)
 
 
-@pytest.mark.smoke("reload beside running requests")
-def test_encodings_of_two_versions_of_an_adapter_are_two():
-    from vllm.lora.request import LoRARequest
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    processor: Any = object.__new__(InputProcessor)
-    processor.lora_config = SimpleNamespace(enable_tower_connector_lora=True)
-    processor.vllm_config = config()
-
-    def key(lora: LoRARequest | None) -> str:
-        return processor._get_mm_identifier("hash", lora)
-
-    one, two = (key(LoRARequest("acme", number, "/acme")) for number in (1, 2))
-    assert len({one, two, key(None)}) == 3
-    assert key(None) == "hash"
-    processor.lora_config.enable_tower_connector_lora = False
-    assert key(LoRARequest("acme", 1, "/acme")) == "hash"
-
-
 @pytest.mark.smoke("images")
 @pytest.mark.parametrize("is_pooling", [False, True], ids=["generate", "pooling"])
 def test_an_image_that_has_been_read_is_kept_for_its_tenant_alone(is_pooling: bool) -> None:
@@ -266,7 +238,8 @@ def test_tenants_have_images_processed_by_the_server() -> None:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
     """Questions with an image, and without."""
-    recipes = (LLAVA_RECIPES[0], LLAVA_RECIPES[-1], AdapterRecipe(OTHER, ("k_proj", "o_proj")))
+    other = AdapterRecipe(OTHER, ("k_proj", "o_proj"), within="language_model")
+    recipes = (*LANGUAGE_RECIPES, other)
     return gallery(tmp_path_factory.mktemp("shown"), write_llava, recipes, [(1,), ()])
 
 
@@ -280,7 +253,7 @@ def by_default(shown: Gallery) -> list[Question]:
     return [
         of_base(question)
         for question in shown.questions
-        if question.adapter == (BOTH if question.images else None)
+        if question.adapter == (DEFAULT if question.images else None)
     ]
 
 
@@ -324,8 +297,7 @@ def test_images_that_name_no_adapter_are_answered_as_by_pefts_default(
         skip_tokenizer_init=False,
         max_loras=2,
         max_cpu_loras=2,
-        enable_tower_connector_lora=True,
-        default_mm_loras={"image": str(shown.adapters[BOTH])},
+        default_mm_loras={"image": str(shown.adapters[DEFAULT])},
     ) as llm:
         assert_as_peft(questions, ask(llm, questions, adapters))
         by_one = generate(llm, [image, other], [None, same_number])
@@ -333,27 +305,6 @@ def test_images_that_name_no_adapter_are_answered_as_by_pefts_default(
     assert by_one[0][0] == image.answer
     assert "number 1 is that of adapter 'image'" in by_one[1][1]
     assert alone[0][0] == other.answer
-
-
-def data_url(number: int) -> str:
-    file = io.BytesIO()
-    picture(number).save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def chat(question: Question) -> list[dict[str, Any]]:
-    """A question's message, its image where it stands in the prompt."""
-    words = question.prompt
-    if not question.images:
-        return [{"role": "user", "content": [{"type": "text", "text": text(words)}]}]
-    place = words.index(IMAGE_TOKEN)
-    (number,) = question.images
-    parts = [
-        {"type": "text", "text": text(words[: place - 1])},
-        {"type": "image_url", "image_url": {"url": data_url(number)}},
-        {"type": "text", "text": text(words[place + 2 :])},
-    ]
-    return [{"role": "user", "content": parts}]
 
 
 @pytest.mark.smoke("default adapters for images and audio")
@@ -364,10 +315,10 @@ def test_chats_with_images_are_answered_as_by_pefts_default(shown: Gallery, tmp_
         shown.base,
         *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
         *("--max-model-len", "128", "--max-num-seqs", "16", "--block-size", "32"),
-        *("--chat-template", TEMPLATE, "--enable-lora", "--enable-tower-connector-lora"),
+        *("--chat-template", TEMPLATE, "--enable-lora"),
         *("--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", "64"),
         *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
-        *("--default-mm-loras", json.dumps({"image": str(shown.adapters[BOTH])})),
+        *("--default-mm-loras", json.dumps({"image": str(shown.adapters[DEFAULT])})),
         log=tmp_path / "vllm.log",
     ) as server:
 
@@ -397,7 +348,7 @@ def test_tenants_images_are_bounded_where_vllm_computes_the_adapters(
     shown: Gallery, tmp_path: Path
 ) -> None:
     tenants, key = tmp_path / "tenants.json", "a key of acme's that is long enough"
-    acme = {"keys": [stored(key)], "base_model": True}
+    acme = {"keys": [stored(key)], "base_model": True, "allow": ["media"]}
     tenants.write_text(json.dumps({"tenants": {"acme": acme}}))
     # Python unpacks it, and nobody is answered meanwhile.
     url = "data:image/png;base64," + base64.b64encode(b"P3 1 1 255 1 2 3 ").decode()

@@ -1,9 +1,10 @@
 """The door of an API server, without the server behind it."""
 
 import asyncio
-import itertools
+import importlib
 import json
 import os
+import sys
 import threading
 import time
 import tracemalloc
@@ -35,34 +36,30 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import connector
 from vllm.usage.usage_lib import UsageContext
 
+from tests.gateway.calls import ACME, ADMIN, CLIENT, App, call, parts_of, write
 from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.gateway.errors import error_answer
+from vllm_multilora.gateway.keys import access as access_module
+from vllm_multilora.gateway.keys import middleware
+from vllm_multilora.gateway.keys.access import Access, access_for
+from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_key
+from vllm_multilora.gateway.limits import listing
+from vllm_multilora.gateway.limits.turns import turn_of
+from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.failures import without_folders
+from vllm_multilora.integration.patching.flags import mount_gateway
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.server import access as access_module
-from vllm_multilora.integration.server import access_middleware, stored_responses
-from vllm_multilora.integration.server.access import Access, access_for, read_admin_keys
-from vllm_multilora.integration.server.access_middleware import (
-    AccessMiddleware,
-    error_answer,
-    presented_key,
-    route_path,
-    turn_of,
-)
+from vllm_multilora.integration.server import stored_responses
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
-from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
+from vllm_multilora.integration.server.key_settings import SALT_VARIABLE, read_admin_keys
 from vllm_multilora.integration.server.metering import ServerMeter, shutdown
 from vllm_multilora.integration.server.request_bounds import (
-    MOST_BODY,
-    MOST_NUMBERS,
-    MOST_TOLD,
-    LargeBodyError,
     stop_at_first_errors,
-    whole_body,
 )
 from vllm_multilora.integration.server.start import (
     init_speech,
@@ -72,55 +69,17 @@ from vllm_multilora.integration.server.start import (
 from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
 from vllm_multilora.plugin import register
 from vllm_multilora.store.launch import environment
-from vllm_multilora.tenants.keys import KeyRing, stored
+from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
 from vllm_multilora.tenants.rules import Endpoint, Role
 from vllm_multilora.tenants.tenant import Limits, Tenant, Tenants
-
-ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
 
 
 @pytest.fixture
 def tenants(tmp_path):
     path = tmp_path / "tenants.json"
-    write(path, {})
+    write(path, {}, allow=["stored_responses"])
     return path
-
-
-def write(path, limits, **others):
-    acme = {"keys": [stored(ACME)], "adapters": ["acme-*"], "limits": limits}
-    path.write_text(json.dumps({"tenants": {"acme": acme, **others}}))
-
-
-class App:
-    """Remembers who called it."""
-
-    def __init__(self):
-        self.callers = []
-
-    async def __call__(self, scope, receive, send):
-        self.callers.append(current_caller.get())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-
-NO_BODY = {"type": "http.request", "body": b"", "more_body": False}
-
-
-async def call(app, access, path, key=None, method="POST", door=None, more=(), bodies=(NO_BODY,)):
-    """The answer's start; through a door of its own, if it is told none."""
-    sent, held = [], [dict(body) for body in bodies]
-
-    async def receive():
-        return held.pop(0) if held else await asyncio.Event().wait()
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    scope = {"type": "http", "method": method, "path": path, "headers": [*headers, *more]}
-    await (door or AccessMiddleware(app, access))(scope, receive, send)
-    return sent[0]
 
 
 @pytest.mark.parametrize(
@@ -175,47 +134,6 @@ def test_whoever_may_not_load_adapters_is_told_which_key_may(tenants, key):
     assert "expected an admin key" in answer.json()["error"]["message"]
 
 
-def parts_of(body):
-    """As a server gives it, in parts that end anywhere."""
-    middle = len(body) // 2
-    return [
-        {"type": "http.request", "body": body[:middle], "more_body": True},
-        {"type": "http.request", "body": body[middle:], "more_body": False},
-    ]
-
-
-TOKENS = b",".join([b"1"] * 100_000)
-CALLS = "/v1/completions"
-BODIES = {
-    "tokens": (CALLS, b'{"prompt": [%s]}' % TOKENS, 200),
-    "text": (CALLS, b'{"prompt": "%s"}' % (rb"{,[\"" * 40_000), 200),
-    "text-without-end": (CALLS, b'{"prompt": "%s' % (b"," * 40_000), 200),
-    "lists": (CALLS, b'{"prompt": [%s[]]}' % (b"[]," * 20_000), 413),
-    "texts": (CALLS, b'{"prompt": [%s""]}' % (b'"",' * 40_000), 413),
-    "lists-in-utf-16": (
-        CALLS,
-        # A byte of this character is a quotation mark.
-        ('{"user": "\u2200", "prompt": [%s[]]}' % ("[]," * 20_000)).encode("utf-16"),
-        413,
-    ),
-    "tokens-in-utf-16": (CALLS, (b'{"prompt": [%s]}' % TOKENS).decode().encode("utf-16"), 200),
-    "messages": ("/v1/messages", b'{"messages": [%s{}]}' % (b"{}," * 20_000), 413),
-    "fields": (CALLS, b'{%s"a": 0}' % (b'"a": 0,' * 40_000), 413),
-    "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MOST_NUMBERS + 1)), 413),
-    "tokens-to-tell": ("/v1/completions/derender", b'{"a": [%s1]}' % (b"1," * MOST_TOLD), 200),
-    "more-tokens-to-tell": (
-        "/v1/completions/derender",
-        b'{"a": [%s1]}' % (b"1," * (MOST_TOLD + 1)),
-        413,
-    ),
-    "more-tokens-to-tell-at-once": ("/detokenize", b"[%s1]" % (b"1," * (MOST_TOLD + 1)), 413),
-    "numbers-of-any-kind": ("/invocations", b'{"messages": [%s]}' % TOKENS, 413),
-    "bytes": (CALLS, b'"%s"' % bytes(MOST_BODY), 413),
-    "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),
-    "recording": ("/v1/audio/transcriptions", bytes(MOST_BODY + 1), 413),
-}
-
-
 def test_a_server_starts_where_fastapi_is_another(caplog):
     route = SimpleNamespace(dependant=SimpleNamespace(body_params=[object()]))
     stop_at_first_errors(SimpleNamespace(routes=[object(), route, route]))
@@ -232,80 +150,6 @@ def test_a_structural_tag_is_read_to_what_is_wrong_first():
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(AnyStructuralTagResponseFormat).validate_python(tag)
     assert caught.value.error_count() == 3  # one of each list, and that it is of no other kind
-
-
-@pytest.mark.parametrize(("path", "body", "status"), BODIES.values(), ids=BODIES)
-def test_a_tenants_body_holds_so_much(tenants, path, body, status):
-    """vLLM reads bodies whole, and nobody is answered while it looks at one's values."""
-    access, seen = Access(api_keys=[CLIENT], tenants_path=str(tenants)), []
-
-    async def reading(scope, receive, send):
-        seen.append(await Request(scope, receive).body())
-        await App()(scope, receive, send)
-
-    for key, expected in ((CLIENT, 200), (ACME, status)):
-        start = asyncio.run(call(reading, access, path, key, bodies=parts_of(body)))
-        assert start["status"] == expected
-    if status == HTTPStatus.OK:
-        assert seen[-1] == body
-
-
-@pytest.mark.parametrize("short", [b'""', b'1""'], ids=["texts", "numbers-and-texts"])
-def test_a_tenants_body_is_looked_at_as_a_whole_and_not_for_each_text_or_number(short):
-    """Nobody is answered meanwhile: half a minute, for 64 MiB of the shortest."""
-
-    def seconds(body):
-        async def receive():
-            return {"type": "http.request", "body": b"[{}," * 40_000 + body}
-
-        begun = time.process_time()
-        with pytest.raises(LargeBodyError):
-            asyncio.run(whole_body(receive, is_form=False))
-        return time.process_time() - begun
-
-    size = 16 << 20
-    assert seconds(short * (size // len(short))) < 5 * seconds(b'"%s"' % (b"a" * size))
-
-
-def test_a_tenants_client_that_goes_before_its_body_has_come_is_gone(tenants):
-    access, seen = Access(tenants_path=str(tenants)), []
-
-    async def reading(scope, receive, send):
-        seen.append(await receive())
-        await App()(scope, receive, send)
-
-    bodies = [parts_of(b"ab")[0], {"type": "http.disconnect"}]
-    asyncio.run(call(reading, access, CALLS, ACME, bodies=bodies))
-    assert seen == [{"type": "http.disconnect"}]
-
-
-def test_others_have_their_turns_while_a_tenants_form_is_taken_apart(tenants):
-    """By Starlette, which may look at each byte: 64 MiB took it twenty seconds."""
-    part = {"type": "http.request", "body": b"&" * 100, "more_body": True}
-    headers = ((b"content-type", b"application/x-www-form-urlencoded"),)
-    found = []
-
-    async def app(scope, receive, send):
-        turns = itertools.count()
-
-        async def others():
-            while True:
-                next(turns)
-                await asyncio.sleep(0)
-
-        other = asyncio.create_task(others())
-        await asyncio.sleep(0)
-        before = next(turns)
-        await Request(scope, receive).form()
-        found.append(next(turns) - before)
-        other.cancel()
-        await App()(scope, receive, send)
-
-    bodies, path = [part] * 9 + [NO_BODY], "/v1/audio/transcriptions"
-    asyncio.run(
-        call(app, Access(tenants_path=str(tenants)), path, ACME, more=headers, bodies=bodies)
-    )
-    assert found[0] > len(bodies)
 
 
 @pytest.mark.parametrize("header", ["endpoint-load-metrics-format", "x-data-parallel-rank"])
@@ -383,7 +227,7 @@ def test_many_wrong_keys_wait_for_their_answers_and_others_do_not(tenants, monke
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
-    monkeypatch.setattr(access_middleware, "TokenBucket", still)
+    monkeypatch.setattr(middleware, "TokenBucket", still)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
     app = App()
     door = AccessMiddleware(app, access, strangers_per_minute=60)
@@ -410,8 +254,8 @@ def test_wrong_keys_that_vllm_itself_refuses_wait_and_are_counted_like_all_other
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
-    monkeypatch.setattr(access_middleware, "TokenBucket", still)
-    monkeypatch.setattr(access_middleware.COUNTS, "count_refused", lambda *who: counted.append(who))
+    monkeypatch.setattr(middleware, "TokenBucket", still)
+    monkeypatch.setattr(middleware.COUNTS, "count_refused", lambda *who: counted.append(who))
     access = Access(api_keys=[CLIENT], admin_keys=[ADMIN])
     app = AuthenticationMiddleware(App(), tokens=[CLIENT])
     door = AccessMiddleware(app, access, strangers_per_minute=60)
@@ -498,7 +342,7 @@ def slept(monkeypatch):
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     thread = SimpleNamespace(thread_time=lambda: clock.now)
-    monkeypatch.setattr(access_middleware, "time", thread)
+    monkeypatch.setattr(listing, "time", thread)
     return seconds, clock
 
 
@@ -579,7 +423,7 @@ def test_a_list_waits_for_no_reader_of_another_one(tenants):
 
 def test_a_list_that_would_wait_for_long_is_refused(tenants, monkeypatch):
     """Else those whose clients have long gone would be made before it, and a server not end."""
-    monkeypatch.setattr(access_middleware, "LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(listing, "LONGEST_PAUSE_S", 0.001)
     access = Access(tenants_path=str(tenants))
     app = App()
 
@@ -653,7 +497,8 @@ class BackgroundApp(App):
 
 @pytest.mark.parametrize("way", ["done", "failed", "cancelled"])
 def test_a_response_in_the_background_counts_until_it_is_made(tenants, way):
-    write(tenants, {"running": 1, "waiting": 0, "adapters": 1 if way == "failed" else 2})
+    limits = {"running": 1, "waiting": 0, "adapters": 1 if way == "failed" else 2}
+    write(tenants, limits, allow=["stored_responses"])
     access = Access(tenants_path=str(tenants))
 
     async def check():
@@ -968,25 +813,27 @@ def test_a_tenants_oldest_responses_give_way_where_their_calls_were_large(tenant
         kept.append(list(store.values()))
         await App()(scope, receive, send)
 
-    for size in (10, 11, 12, 30, 1):
-        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(b"1" * size)))
-    assert kept == [[10], [10, 11], [11, 12], [30], [1]]
+    for size in (10, 11, 12, 30, 2):
+        bodies = parts_of(b"{}".ljust(size))
+        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=bodies))
+    assert kept == [[10], [10, 11], [11, 12], [30], [2]]
 
 
 def test_who_goes_on_with_a_response_keeps_what_was_said_before(tenants, monkeypatch):
     """Each of a thousand calls of a few bytes may go on with another one that had megabytes."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
+    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 70)
     access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
     kept = []
 
     async def keep(scope, receive, send):
-        name, _, before = (await Request(scope, receive).body()).decode().strip().partition("<")
+        name, _, before = (await Request(scope, receive).json())["input"].partition("<")
         said = [name, *(stores.msg_store[before] if before else [])]
         stores.msg_store[name], stores.response_store[name] = said, name
         kept.append((list(stores.msg_store), list(stores.response_store)))
         await App()(scope, receive, send)
 
-    for body in (b"a".ljust(20), b"b<a", b"c".ljust(20), b"d<c"):
+    for said, size in (("a", 50), ("b<a", 0), ("c", 50), ("d<c", 0)):
+        body = json.dumps({"input": said}).encode().ljust(size)
         asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(body)))
     assert kept[1:] == [(["a", "b"], ["b"]), (["b", "c"], ["c"]), (["c", "d"], ["d"])]
 
@@ -1026,7 +873,7 @@ def test_messages_of_later_calls_leave_those_of_responses_that_are_kept(tenants,
         await App()(scope, receive, send)
 
     for _ in range(3):
-        asyncio.run(call(begin, access, "/v1/responses", ACME, bodies=parts_of(b"1" * 10)))
+        asyncio.run(call(begin, access, "/v1/responses", ACME, bodies=parts_of(b"{}".ljust(10))))
     kept = as_caller(
         access.caller(ACME), lambda: (set(stores.response_store), set(stores.msg_store))
     )
@@ -1294,10 +1141,12 @@ def test_a_server_without_an_engine_that_would_guard_nothing_does_not_start(tena
     """`vllm launch render`, whose engine's configuration nobody has to check."""
     args = arguments(tenants=str(tenants))
     args.enable_lora = False
+    args.middleware = ["an.operators.own"]
     with pytest.raises(ConfigError, match="protect nothing here"):
-        init_entrypoints_middleware(lambda *rest: None, args, SimpleNamespace(user_middleware=[]))
+        mount_gateway(args)
     args.additional_config = None
-    init_entrypoints_middleware(lambda *rest: None, args, SimpleNamespace(user_middleware=[]))
+    mount_gateway(args)
+    assert args.middleware == ["an.operators.own"]
 
 
 def test_a_batch_says_that_keys_have_no_effect(tenants, caplog):
@@ -1340,18 +1189,27 @@ def models(lora=True, **settings):
 
 @pytest.mark.parametrize("setting", ["tenants", "admin_key_file"])
 def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch, setting):
-    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
+    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
     require_guards(models())
-    with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
+    with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
         require_guards(models(**{setting: "file"}))
     monkeypatch.setattr(Patch, "apply", lambda self: True)
     require_guards(models(**{setting: "file"}))
 
 
+def test_keys_whose_server_has_no_gateway_stop_the_start(monkeypatch):
+    monkeypatch.delitem(sys.modules, "vllm_multilora.gateway.app", raising=False)
+    require_guards(models())
+    with pytest.raises(ConfigError, match="lacks the middleware vllm_multilora"):
+        require_guards(models(tenants="file"))
+
+
 def test_an_admin_key_of_the_environment_stops_no_server_without_adapters(monkeypatch):
-    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
+    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
     monkeypatch.setenv("MULTILORA_ADMIN_KEY", ADMIN)
-    with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
+    with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
         require_guards(models())
     require_guards(models(lora=False))
     monkeypatch.setenv("MULTILORA_ADMIN_KEY", " ")
@@ -1393,7 +1251,7 @@ def test_no_tenants_request_chooses_the_grammars_of_all(tenants, monkeypatch):
 
 def test_a_store_is_started_without_the_keys_of_servers(monkeypatch):
     """Its jobs inherit what it has, and may be made to say it by the files that they read."""
-    for name in (access_module.ADMIN_KEY_VARIABLE, access_module.SALT_VARIABLE, "VLLM_API_KEY"):
+    for name in (ADMIN_KEY_VARIABLE, SALT_VARIABLE, "VLLM_API_KEY"):
         monkeypatch.setenv(name, "secret-0123456789")
     assert "secret-0123456789" not in environment().values()
 

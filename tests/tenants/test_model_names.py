@@ -21,12 +21,12 @@ from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
 from tests.tenants.callers import as_caller
+from vllm_multilora.gateway.names.models_list import card_for, models_for
 from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.patching.ledger import apply_patches
 from vllm_multilora.integration.server import adapter_directory, blends, registration, versions
 from vllm_multilora.integration.server.callers import (
     Caller,
-    card_for,
     current_caller,
     error_response,
 )
@@ -37,7 +37,7 @@ from vllm_multilora.integration.server.model_names import (
     check_pooling_model,
     prepare,
 )
-from vllm_multilora.integration.server.routes import ServerRoutes, show_available_models
+from vllm_multilora.integration.server.routes import ServerRoutes
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Names, Tenant
@@ -83,10 +83,9 @@ def test_a_server_that_only_renders_prompts_lists_its_model_as_any_other():
     registry = OpenAIModelRegistry(
         SimpleNamespace(max_model_len=128), [BaseModelPath("base", "/folder/base")]
     )
-    apply_patches()
 
     def listed(who: Caller | None) -> dict[str, str]:
-        shown = as_caller(who, lambda: asyncio.run(registry.show_available_models()))
+        shown = asyncio.run(models_for(who, registry))
         return {card.id: card.root for card in shown.data}
 
     of_tenant = tenant(adapters=("*",))
@@ -311,13 +310,16 @@ def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):
     """Each line takes the event loop's time, and nobody limits how often a tenant may ask."""
     made = []
 
-    async def original(seen):
+    async def show_available_models(seen):
         made.append(set(seen.lora_requests))
         cards = [ModelCard(id="base"), *(ModelCard(id=name) for name in seen.lora_requests)]
         return SimpleNamespace(data=cards)
 
+    methods = {"show_available_models": show_available_models}
+    models = type("Models", (SimpleNamespace,), methods)(**vars(models))
+
     def listed(who: Caller | None) -> set[str]:
-        shown = as_caller(who, lambda: asyncio.run(show_available_models(original, models)))
+        shown = asyncio.run(models_for(who, models))
         return {card.id for card in shown.data}
 
     everything = {"acme-a", "zen-a", "help-yourself"}

@@ -34,13 +34,14 @@ LAYERS = (
         "vllm_multilora.operations",
     ),
     ("vllm_multilora.integration",),
+    ("vllm_multilora.gateway",),
     ("vllm_multilora.plugin", "vllm_multilora.commands"),
     ("vllm_multilora.cli",),
     ("tools",),
 )
 """The lowest first. A module imports from its own layer and from those below it."""
 
-VLLM_IMPORTERS = ("vllm_multilora.integration", "tools")
+VLLM_IMPORTERS = ("vllm_multilora.integration", "vllm_multilora.gateway", "tools")
 
 Graph = dict[str, set[str]]
 
@@ -98,6 +99,17 @@ def test_modules_import_only_what_their_floor_allows():
         if not any(is_in(name, importer) for importer in VLLM_IMPORTERS):
             wrong += [f"{name} imports {i}" for i in imported if is_in(i, "vllm")]
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_the_gateway_imports_of_vllm_lora_requests_alone():
+    wrong = {
+        name: {each for each in imported if is_in(each, "vllm")}
+        for name, imported in imports().items()
+        if is_in(name, "vllm_multilora.gateway")
+    }
+    assert len(wrong) > 5
+    allowed = {"vllm.lora.request.LoRARequest"}
+    assert not {name: found for name, found in wrong.items() if not found <= allowed}
 
 
 def test_nothing_imports_in_circles():

@@ -17,6 +17,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.counter import AtomicCounter
 
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
+from vllm_multilora.gateway.status.adapters import MAX_SHARE, NEW_S, RecentListing
 from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.failures import from_stop_reason, to_stop_reason
@@ -33,7 +34,6 @@ from vllm_multilora.integration.server.metering import ServerMeter
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
-from vllm_multilora.integration.server.status_route import MOST_SHARE, NEW_S, RecentListing
 from vllm_multilora.metering.usage import Status
 
 ANSWER: Any = SimpleNamespace()
@@ -250,7 +250,7 @@ def test_a_routes_file_on_storage_that_hangs_keeps_nobody_waiting_for_ever(
     assert asyncio.run(scenario()) == ["help"]
 
 
-@pytest.mark.parametrize("cost_s", [0.0, 0.99 * MOST_SHARE * NEW_S], ids=["free", "cheap"])
+@pytest.mark.parametrize("cost_s", [0.0, 0.99 * MAX_SHARE * NEW_S], ids=["free", "cheap"])
 def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks(cost_s: float) -> None:
     async def scenario() -> None:
         clock, calls = Clock(), 0
@@ -293,7 +293,7 @@ def test_listings_take_a_small_share_of_the_time_however_long_each_takes(coming:
             many = (listing.get([coming * (2 * number + i)], ask) for i in range(2))
             await asyncio.gather(*many)
             clock.now += 0.1
-        assert 1 < calls <= 60 * MOST_SHARE / cost_s + 1
+        assert 1 < calls <= 60 * MAX_SHARE / cost_s + 1
 
     asyncio.run(scenario())
 
@@ -324,7 +324,7 @@ def test_what_somebody_sees_of_a_listing_is_in_what_it_costs() -> None:
             return {}, 0.0
 
         def show() -> dict[str, Any]:
-            clock.now += 2 * NEW_S * MOST_SHARE
+            clock.now += 2 * NEW_S * MAX_SHARE
             return {}
 
         for who in ("acme", "zen"):

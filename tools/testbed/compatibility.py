@@ -67,10 +67,11 @@ ROWS = (
         "as a client may bring numbers of its own.",
     ),
     Row(
-        "adapters of towers and connectors",
-        SAME_PATH,
-        "With `--enable-tower-connector-lora`. Without it, adapters of these parts alone "
-        "are refused, and of those that adapt the language model too that part acts, as in vLLM.",
+        "`--enable-tower-connector-lora`",
+        NO,
+        "A server with this flag is left to stock vLLM, and its log says so. Without the flag, "
+        "adapters of towers and connectors alone are refused. Of those that adapt the language "
+        "model too, that part acts, as in vLLM.",
     ),
     Row(
         "speech (Whisper)",

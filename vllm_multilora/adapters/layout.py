@@ -123,7 +123,7 @@ class ModelLayout:
         naming: From modules' names in a checkpoint to their names here.
         special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
             experts): they are no part of a packed adapter.
-        special_shapes: Of embeddings and output heads among the special modules.
+        special_shapes: Of embeddings and output heads, those included that vLLM does not adapt.
         linear_shapes: Of experts and linear layers among them; of experts that are held as one,
             under the names that PEFT has for both of their parameters.
         tied: Whether the output head has the embedding's weights.
@@ -191,10 +191,12 @@ class ModelLayout:
             module = module.removesuffix(WRAPPED)
         return module in self.special
 
-    def kind_of_special(self, module: str) -> SpecialKind:
-        """What a special module (its name here) is."""
+    def kind_of_special(self, module: str) -> SpecialKind | None:
+        """What a module (its name here) is that packed adapters do not fill; None for others."""
         if (shape := self.special_shapes.get(module)) is not None:
             return SpecialKind.EMBEDDING if shape.embedding else SpecialKind.OUTPUT_HEAD
+        if not self.is_special(module):
+            return None
         if f"{FUSED_EXPERTS}." in f"{module}.":
             return SpecialKind.EXPERTS
         if set(HEADS) & set(module.split(".")):

@@ -20,15 +20,12 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.engine.invocation import Activation
     from vllm_multilora.integration.engine.reaching import RemoteMachine
     from vllm_multilora.integration.fill_link import FillLink
-    from vllm_multilora.integration.server.access import Access
     from vllm_multilora.integration.server.adapter_directory import DirectoryServer
     from vllm_multilora.integration.server.metering import Prompt, ServerMeter
     from vllm_multilora.integration.server.refusals import Refusals
     from vllm_multilora.integration.server.routes import ServerRoutes
     from vllm_multilora.integration.server.shared_names import SharedNames
-    from vllm_multilora.integration.server.status_route import RecentListing
     from vllm_multilora.integration.server.versions import Version
-    from vllm_multilora.metering.usage import Usage
     from vllm_multilora.store.client import StoreClient
     from vllm_multilora.tenants.on_request import RequestTenant
 
@@ -98,12 +95,6 @@ DIRECTORY: Attached[DirectoryServer] = Attached("directory")
 REFUSALS: Attached[Refusals] = Attached("refusals")
 """Of an API server's `OpenAIServingModels`: what vLLM's resolvers have found and the engine not."""
 
-ACCESS: Attached[Access] = Attached("access")
-"""Of an API server's application: its keys and tenants; not set where it has neither."""
-
-LISTING: Attached[RecentListing] = Attached("listing")
-"""Of an API server's `OpenAIServingModels`: what was last told of all adapters."""
-
 ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attached("on-failure")
 """Of an `OutputProcessor`: is told of every request with an adapter that has failed."""
 
@@ -148,9 +139,6 @@ own metric does, as it is."""
 
 METER: Attached[ServerMeter] = Attached("meter")
 """Of an API server's `OutputProcessor`: what follows its requests to their ends."""
-
-ENDED: Attached[Usage] = Attached("ended")
-"""Of a `RequestState` that has ended: what its prompt has used so far."""
 
 UNREAD_SCORES: Attached[int] = Attached("unread-scores")
 """Of what collects a stream's outputs: log probabilities that its client has not been told yet."""

@@ -144,7 +144,8 @@ def from_stop_reason(stop_reason: Any, tokenizer: Any = None) -> LoadFailure | N
     if not isinstance(stop_reason, str):
         return None
     if stop_reason.startswith(_UNINVOKED):
-        return _uninvoked(stop_reason.removeprefix(_UNINVOKED), tokenizer)
+        name, *tokens = json.loads(stop_reason.removeprefix(_UNINVOKED))
+        return uninvoked(name, tokens, tokenizer)
     if not stop_reason.startswith((_PREFIX, _REQUESTS)):
         return None
     prefix, kind, message = stop_reason.split(":", 2)
@@ -152,10 +153,15 @@ def from_stop_reason(stop_reason: Any, tokenizer: Any = None) -> LoadFailure | N
     return made(FailureKind(kind), message)
 
 
-def _uninvoked(fields: str, tokenizer: Any) -> RequestFailure:
-    """What `uninvoked_stop_reason` says, with the tokens' text where there is a tokenizer."""
-    name, *tokens = json.loads(fields)
-    text = ""
+def uninvoked(name: str, invocation: Sequence[int], tokenizer: Any) -> RequestFailure:
+    """The failure of a request whose prompt does not activate its adapter.
+
+    Args:
+        name: The adapter's.
+        invocation: The token ids that activate it.
+        tokenizer: The model's, for the tokens' text; None where there is none.
+    """
+    tokens, text = list(invocation), ""
     if tokenizer is not None:
         # Tokenizers may know fewer ids than the model has room for, and some raise for the rest.
         with suppress(Exception):

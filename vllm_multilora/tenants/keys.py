@@ -11,6 +11,9 @@ from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
+ADMIN_KEY_VARIABLE = "MULTILORA_ADMIN_KEY"
+"""The environment variable that may hold the operator's key."""
+
 MAX_KEY_LENGTH = 512
 """Longer keys are wrong, and not worth hashing."""
 

@@ -313,9 +313,10 @@ def add_lora(
     """Registers an adapter: vLLM's `add_lora`, with the reading done by the store.
 
     Returns:
-        What was read: its digest, and after a colon its kind if it is not a plain one; true, as
-        vLLM's own answer is. A future where vLLM's engine core process answers a client's call
-        with it; the result itself in an engine core that is called directly.
+        What was read: its digest, and after colons its kind, if it is not a plain one, and the
+        tokens that activate it, if any do; true, as vLLM's own answer is. A future where vLLM's
+        engine core process answers a client's call with it; the result itself in an engine core
+        that is called directly.
 
     Raises:
         AdapterRefusedError: The adapter cannot be served; the future holds it likewise.
@@ -351,7 +352,10 @@ def add_lora(
 
 
 def _as_answer(version: PackInfo) -> str:
-    return version.digest if version.kind == "lora" else f"{version.digest}:{version.kind}"
+    if version.kind == "lora":
+        return version.digest
+    tokens = ",".join(map(str, version.invocation_tokens))
+    return ":".join(filter(None, (version.digest, version.kind, tokens)))
 
 
 def remove_lora(

@@ -37,8 +37,18 @@ def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def is_active(vllm_config: VllmConfig) -> bool:
-    """Whether the plugin acts for this engine: LoRA is on, and so is the plugin."""
-    return vllm_config.lora_config is not None and is_enabled(settings_of(vllm_config))
+    """Whether the plugin acts for this engine: it is on, LoRA is on, and not for towers."""
+    lora = vllm_config.lora_config
+    return lora is not None and not adapts_towers(lora) and is_enabled(settings_of(vllm_config))
+
+
+def adapts_towers(given: Any) -> bool:
+    """Whether adapters act in towers and connectors: such servers are left to vLLM.
+
+    Args:
+        given: vLLM's `LoRAConfig`, or the arguments of a server.
+    """
+    return bool(getattr(given, "enable_tower_connector_lora", False))
 
 
 def is_active_behind(client: Any) -> bool:
@@ -180,8 +190,15 @@ def announce(vllm_config: VllmConfig) -> None:
             SUPPORTED_TEXT,
             installed or "no version",
         )
-    elif not is_active(vllm_config):
+    elif not is_enabled(settings):
         logger.info("vllm-multilora is switched off (--no-multilora).")
+    elif adapts_towers(vllm_config.lora_config):
+        logger.warning(
+            "vllm-multilora %s leaves this server to vLLM's own LoRA, because it serves no "
+            "adapters of towers and connectors (--enable-tower-connector-lora).%s",
+            __version__,
+            f" These flags have no effect: {_as_flags(given)}." if given else "",
+        )
     elif (backend := kernel_backend(vllm_config)) == "vllm" and settings.backend == "auto":
         logger.info(
             "vllm-multilora %s has no kernels for this platform: vLLM's own compute its adapters.",

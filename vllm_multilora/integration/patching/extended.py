@@ -34,8 +34,6 @@ EXTENDED: dict[str, dict[str, str]] = {
     "vllm.lora.model_manager:LoRAModelManager": {
         "_init_punica_wrapper": "self, max_num_batched_tokens, vllm_config",
         "_get_punica_wrapper": "self, module_name",
-        "_set_adapter_mapping": "self, mapping",
-        "_maybe_init_mm": "self, vllm_config, max_num_batched_tokens",
         "_create_lora_modules": "self",
         "set_adapter_mapping": "self, mapping",
         "_get_lora_layer_weights": "self, lora_model, module_name",

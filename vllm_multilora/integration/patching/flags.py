@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, flag_of, given_settings
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.activation import adapts_towers, is_enabled
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.patching.version import SUPPORTED_TEXT
+from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
+GATEWAY = "vllm_multilora.gateway.app.Gateway"
+"""The class that vLLM's `--middleware` is given, by its name: nothing here imports it."""
+
+UNGUARDED = (
+    f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect nothing "
+    f"here, because vllm-multilora is not active: it needs --enable-lora without "
+    f"--enable-tower-connector-lora, a supported vLLM and vLLM's Python front end. Provide these, "
+    f"or leave all three out"
+)
+"""Why a server with keys does not start."""
 
 _CHECKS = ("allowed_roots", "require_digest", "signing_keys")
 """Settings that say which adapters may be served."""
@@ -49,6 +62,8 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
     The arguments' own is changed too: with several API servers vLLM sends the arguments to each,
     which reads them before it has loaded its plugins.
 
+    An HTTP server's arguments also get the gateway; see `mount_gateway`.
+
     Raises:
         ConfigError: Keys are to guard a server that knows none, or what is there is no mapping.
     """
@@ -67,6 +82,54 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
             "--multilora-tenants and --multilora-admin-key-file protect HTTP servers, and this is "
             "vLLM's gRPC server (--grpc): serve HTTP, or leave these flags out"
         )
+    if hasattr(args, "middleware"):
+        mount_gateway(args)
+
+
+def mount_gateway(args: argparse.Namespace) -> None:
+    """Puts the gateway first among the middlewares in an HTTP server's arguments, once.
+
+    vLLM calls the first one last. So the gateway is in front of all of vLLM, and behind the
+    operator's own middlewares: paths and keys are checked as those have left them.
+
+    Raises:
+        ConfigError: The settings name keys, and the plugin is not active.
+    """
+    if settings_in(args) is None:
+        if has_keys(settings_given(args)):
+            raise ConfigError(UNGUARDED)
+        return
+    if GATEWAY not in args.middleware:
+        args.middleware = [GATEWAY, *args.middleware]
+
+
+def is_gateway_mounted() -> bool:
+    """Whether vLLM has made an application with the gateway in this process.
+
+    With several API servers vLLM reads each one's arguments before it loads its plugins, so nothing
+    of ours has seen them there. vLLM imports each middleware when it makes its application.
+    """
+    return GATEWAY.rpartition(".")[0] in sys.modules
+
+
+def settings_in(args: argparse.Namespace) -> MultiLoRAConfig | None:
+    """The settings in a server's arguments; None where the plugin does not act."""
+    settings = settings_given(args)
+    serves_adapters = getattr(args, "enable_lora", False) and not adapts_towers(args)
+    return settings if serves_adapters and is_enabled(settings) else None
+
+
+def settings_given(args: argparse.Namespace) -> MultiLoRAConfig:
+    """The settings in a server's arguments, whether the plugin acts or not."""
+    additional = getattr(args, "additional_config", None)
+    return MultiLoRAConfig.from_additional_config(
+        additional if isinstance(additional, Mapping) else None
+    )
+
+
+def has_keys(settings: MultiLoRAConfig) -> bool:
+    """Whether the settings name keys of operators or of tenants."""
+    return settings.tenants is not None or settings.admin_key_file is not None
 
 
 def _serves_grpc(args: argparse.Namespace) -> bool:

@@ -126,59 +126,6 @@ PATCHES: tuple[Patch, ...] = (
         until="As batch-mapping.",
     ),
     Patch(
-        name="encoder-step",
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._execute_mm_encoder",
-        takes=("self, scheduler_output",),
-        handler="worker.encoders:execute_mm_encoder",
-        why="Where adapters act in encoders, vLLM spells the rows of a step's images out in "
-        "numbers of 32 bits, too few for those of adapter directories: the engine dies. It "
-        "collects their adapters in a set, as with batch-inputs, and takes all groups of images "
-        "for one. In models with encoder and decoder it takes the encoder's rows for the "
-        "decoder's. Maps each group when it comes.",
-        checked=("0.31", "0.32", "0.33"),
-        until="vLLM maps encoders' rows group by group, by numbers of 64 bits.",
-    ),
-    Patch(
-        name="encoder-step-2",
-        target="vllm.v1.worker.gpu.model_runner:set_active_mm_loras",
-        takes=(
-            "model, lora_manager, encoder_cache, req_id_to_index, lora_state, "
-            "scheduled_encoder_inputs",
-        ),
-        handler="worker.encoders:set_active_mm_loras",
-        why="As encoder-step, for vLLM's second model runner, which also maps rows of images that "
-        "it has encoded before and does not encode.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-items-2",
-        target="vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs",
-        takes=("self, scheduled_encoder_inputs",),
-        handler="worker.encoders:prepare_mm_inputs",
-        why="Says what the groups of encoder-step-2 are made of, and in which order.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-groups",
-        target="vllm.v1.worker.gpu_model_runner:group_and_batch_mm_kwargs",
-        takes=("mm_kwargs, *, device=None, pin_memory=False",),
-        handler="worker.encoders:grouped_items",
-        why="Says when a group of encoder-step comes.",
-        checked=("0.31", "0.32", "0.33"),
-        until="As encoder-step.",
-    ),
-    Patch(
-        name="encoder-groups-2",
-        target="vllm.v1.worker.gpu.mm.encoder_runner:group_and_batch_mm_kwargs",
-        takes=("mm_kwargs, *, device=None, pin_memory=False",),
-        handler="worker.encoders:grouped_items",
-        why="As encoder-groups, for vLLM's second model runner.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As encoder-step.",
-    ),
-    Patch(
         name="prompt-logprobs-2",
         target="vllm.v1.worker.gpu.sample.prompt_logprob:"
         "PromptLogprobsWorker.compute_prompt_logprobs",
@@ -559,16 +506,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM shares its threads among those who send requests.",
     ),
     Patch(
-        name="encoder-cache-keys",
-        target="vllm.v1.engine.input_processor:InputProcessor._get_mm_identifier",
-        takes=("self, mm_hash, lora_request",),
-        handler="server.multimodal:encoder_output_key",
-        why="As prefix-cache-keys, for the encodings of images and the like, where adapters act "
-        "in their encoders.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's keys tell versions of an adapter apart.",
-    ),
-    Patch(
         name="one-look-up",
         target="vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters",
         takes=("self, request, supports_default_mm_loras=False",),
@@ -618,24 +555,6 @@ PATCHES: tuple[Patch, ...] = (
         until="As engine-door.",
     ),
     Patch(
-        name="trace-request",
-        target="vllm.v1.engine.output_processor:OutputProcessor.do_tracing",
-        takes=("self, engine_core_output, req_state, iteration_stats",),
-        handler="server.tracing:do_tracing",
-        why="A request's span says nothing of its adapter; finds out what it is to say.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's spans name adapters, or take a plugin's attributes.",
-    ),
-    Patch(
-        name="trace-attributes",
-        target="vllm.v1.engine.output_processor:instrument_manual",
-        takes=("span_name, start_time, end_time=None, attributes=None, context=None, kind=None",),
-        handler="server.tracing:instrument_manual",
-        why="As trace-request: makes the span, which nobody can add to afterwards.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As trace-request.",
-    ),
-    Patch(
         name="meter-abort",
         target="vllm.v1.engine.output_processor:OutputProcessor.abort_requests",
         takes=("self, request_ids, internal",),
@@ -669,49 +588,6 @@ PATCHES: tuple[Patch, ...] = (
         until="As engine-door.",
     ),
     Patch(
-        name="offline-beams",
-        target="vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
-        takes=(
-            "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None",
-            "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None, "
-            "priority=None",
-        ),
-        handler="server.failure_delivery:beam_search",
-        why="A search whose adapter has failed ends all of the call with an IndexError. Has it end "
-        "with a sequence that says why.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's beam search looks at its requests' finish reasons.",
-    ),
-    Patch(
-        name="failed-embedding",
-        target="vllm.outputs:EmbeddingRequestOutput.from_base",
-        takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
-        why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
-        "request: it ends the call of all others with a ValueError or drops the reason. Has that "
-        "request's answer carry the reason, as later versions do.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM 0.31 is supported no longer.",
-    ),
-    Patch(
-        name="failed-classification",
-        target="vllm.outputs:ClassificationRequestOutput.from_base",
-        takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
-        why="As failed-embedding, for classes.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As failed-embedding.",
-    ),
-    Patch(
-        name="failed-score",
-        target="vllm.outputs:ScoringRequestOutput.from_base",
-        takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
-        why="As failed-embedding, for scores.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As failed-embedding.",
-    ),
-    Patch(
         name="waiting-adapters",
         target="vllm.v1.engine.output_processor:OutputProcessor.update_scheduler_stats",
         takes=("self, scheduler_stats",),
@@ -738,46 +614,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM removes its series of what has passed.",
     ),
     Patch(
-        name="models-list",
-        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
-        takes=("self",),
-        handler="server.routes:show_available_models",
-        why="Lists the routes beside the adapters, and the adapters' digests.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM has model aliases that lead to adapters.",
-    ),
-    Patch(
-        name="base-models-list",
-        target="vllm.entrypoints.openai.models.serving:OpenAIModelRegistry.show_available_models",
-        takes=("self",),
-        handler="server.routes:show_available_models",
-        why="As models-list, in a server without an engine, which has the base model alone: its "
-        "folder is the operator's affair, and some tenants may not use it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
-    ),
-    Patch(
-        name="registration-names",
-        target="vllm.entrypoints.openai.models.serving:"
-        "OpenAIServingModels._check_load_lora_adapter_request",
-        takes=("self, request",),
-        handler="server.routes:check_load_request",
-        why="Refuses to register an adapter under a route's name, where it could not be reached.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
-    ),
-    Patch(
-        name="middleware",
-        target="vllm.entrypoints.launchers.app:init_entrypoints_middleware",
-        takes=("args, app, supported_tasks",),
-        handler="server.http_calls:init_entrypoints_middleware",
-        why="vLLM looks model names up without HTTP at hand. Brings the request's headers to the "
-        "routes, and the adapter and its version into the answer. Looks at keys, where there are "
-        "any: vLLM guards /v1, but not SageMaker's routes, and knows no operators or tenants.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As models-list.",
-    ),
-    Patch(
         name="request-heads",
         target="vllm.entrypoints.launchers.api_server.entry:serve_http",
         takes=(
@@ -789,18 +625,6 @@ PATCHES: tuple[Patch, ...] = (
         "has no httptools. Anybody's endless header, or body in endless parts, holds up a server.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's limits of headers act whatever reads them.",
-    ),
-    Patch(
-        name="sagemaker-model",
-        target="model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:"
-        "InjectToBodyApiTransform.transform_request",
-        takes=("self, raw_request",),
-        handler="server.http_calls:transform_request",
-        why="/invocations puts SageMaker's header in the place of the body's model, even if there "
-        "is none: the base model then answers for an adapter that the body names. Keeps the body's "
-        "model there.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's /invocations looks at the body's model.",
     ),
     Patch(
         name="error-texts",
@@ -821,17 +645,6 @@ PATCHES: tuple[Patch, ...] = (
         why="As error-texts, of bodies that are wrong.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As error-texts.",
-    ),
-    Patch(
-        name="api-key",
-        target="vllm.entrypoints.serve.middleware.authenticate:"
-        "AuthenticationMiddleware.verify_token",
-        takes=("self, headers",),
-        handler="server.access_middleware:verify_token",
-        why="vLLM knows API keys that may do everything. Lets in who has an operator's or a "
-        "tenant's key, which `middleware` has looked at.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM has keys of several kinds.",
     ),
     Patch(
         name="parameters-checks",
@@ -871,20 +684,6 @@ PATCHES: tuple[Patch, ...] = (
         "client can fill it with such. Ends it.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM forgets requests that it has not sent.",
-    ),
-    Patch(
-        name="unsent-offline",
-        target="vllm.v1.engine.llm_engine:LLMEngine.add_request",
-        takes=(
-            "self, request_id, prompt, params, arrival_time=None, lora_request=None, "
-            "tokenization_kwargs=None, trace_headers=None, priority=0, session_id=None, "
-            "prompt_text=None, kv_hints=None",
-        ),
-        handler="server.engine_door:add_offline",
-        why="A request of `LLM` that its engine does not take, with an adapter's path that is none "
-        "for instance, is waited for by every call after that. Ends it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As unsent-requests.",
     ),
     Patch(
         name="schema-checks",
@@ -941,26 +740,15 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM keeps them in 64 bits, as its first model runner does.",
     ),
     Patch(
-        name="status-route",
-        target="vllm.entrypoints.serve.lora.api_router:attach_router",
-        takes=("app",),
-        handler="server.status_route:attach_router",
-        why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
-        "all others out. Adds GET /v1/lora_adapters, the page /multilora that shows it and, with "
-        "several API servers, a /metrics that shows ours too.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
-    ),
-    Patch(
         name="adapter-status",
         target="vllm.v1.engine.core:EngineCore.collective_rpc",
         takes=("self, method, timeout=None, args=(), kwargs=None",),
         handler="engine.adapter_status:collective_rpc",
         why="An API server can send workers nothing but the names of their own methods. Answers "
-        "one more name, for status-route, with what the workers tell of their adapters. Notes when "
-        "the base model gets other weights, which may be sound where the last ones were not.",
+        "one more name, for the status route, with what the workers say of their adapters. Notes "
+        "when the base model gets other weights, which may be sound where the last ones were not.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As status-route.",
+        until="vLLM tells of its adapters itself.",
     ),
     Patch(
         name="prefix-cache-keys",
@@ -1084,17 +872,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM sends `response.failed`, with a reason.",
     ),
     Patch(
-        name="failed-background-response",
-        target="vllm.entrypoints.openai.responses.serving:"
-        "OpenAIServingResponses._run_background_request",
-        takes=("self, request, *args, **kwargs",),
-        handler="server.failed_answers:run_in_background",
-        why="A response in the background stays `queued` for ever where its request fails. Has it "
-        "say so, and why.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM stores a response's error.",
-    ),
-    Patch(
         name="failed-background-stream",
         target="vllm.entrypoints.openai.responses.serving:"
         "OpenAIServingResponses.responses_background_stream_generator",
@@ -1104,32 +881,6 @@ PATCHES: tuple[Patch, ...] = (
         "else. Ends them with failed-response-stream's last event, too.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-response-stream.",
-    ),
-    Patch(
-        name="failed-message-stream",
-        target="vllm.entrypoints.anthropic.serving:"
-        "AnthropicServingMessages.message_stream_converter",
-        takes=("self, generator",),
-        handler="server.failed_answers:stream_message",
-        why="Before version 0.33, vLLM takes the error that ends a stream of chat completions for "
-        "a completion that it cannot read, and sends /v1/messages what is wrong with that. Sends "
-        "the error itself.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM 0.32 is supported no longer.",
-    ),
-    Patch(
-        name="failed-cohere-stream",
-        target="vllm.entrypoints.openai.chat_completion.serving:"
-        "OpenAIServingChat.chat_completion_stream_generator",
-        takes=(
-            "self, request, result_generator, request_id, model_name, conversation, tokenizer, "
-            "request_metadata, chat_template_kwargs=None, mm_token_counts=None",
-        ),
-        handler="server.failed_answers:stream_chat",
-        why="As failed-message-stream: before version 0.33, a stream of /cohere/v2/chat ends "
-        "without a reason. What vLLM makes it of ends so that it tells one.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As failed-message-stream.",
     ),
     Patch(
         name="stat-loggers",

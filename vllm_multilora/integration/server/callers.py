@@ -360,13 +360,3 @@ def turn_to_read() -> AbstractAsyncContextManager[Any]:
     """
     account = current_account()
     return nullcontext() if account is None else account.first_readings
-
-
-def card_for(caller: Caller | None, card: Any, *, is_base: bool, is_route: bool) -> Any | None:
-    """A line of `/v1/models` as a caller may see it; None where it may not."""
-    if caller is None:
-        return card
-    if not caller.may_use(card.id, is_base=is_base, is_route=is_route):
-        return None
-    # `root` is the folder of an adapter, and often of the base model.
-    return card.model_copy(update={"root": card.id}) if caller.hides_folders else card

@@ -10,6 +10,7 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_multilora.integration.engine.adapter_status import METHOD, Report
 from vllm_multilora.integration.patching.activation import is_active
 
 _STOPPING = "Server shutting down"
@@ -47,3 +48,16 @@ async def call_utility(
         ) from error
     finally:
         call.cancel()
+
+
+async def engine_reports(client: Any, asked: list[int]) -> list[Report]:
+    """Asks each engine for its report; vLLM's own `collective_rpc` returns that of the first."""
+    answers = await asyncio.gather(
+        *(
+            client._call_utility_async(
+                "collective_rpc", METHOD, None, (asked,), None, engine=engine
+            )
+            for engine in client.core_engines
+        )
+    )
+    return [report for answer in answers for report in answer]

@@ -28,18 +28,16 @@ from vllm_multilora.integration.patching.cache_settings import (
     check_cache_settings,
     lift_default_count,
 )
-from vllm_multilora.integration.patching.flags import checks_in
+from vllm_multilora.integration.patching.flags import UNGUARDED, checks_in, has_keys
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.patching.version import (
     SUPPORTED_TEXT,
     installed_version,
     is_supported,
 )
-from vllm_multilora.integration.server.access import (
+from vllm_multilora.integration.server.key_settings import (
     COUNT_VARIABLE,
     SALT_VARIABLE,
-    UNGUARDED,
-    has_keys,
     key_in,
     read_admin_keys,
 )
@@ -135,8 +133,9 @@ def require_nothing_to_check(settings: MultiLoRAConfig) -> None:
         raise ConfigError(
             f"{checks} would check no adapter here, because vLLM's own code loads "
             f"them: vllm-multilora is not active, or has been told to leave them to vLLM. Leave "
-            f"out --no-multilora and --multilora-backend vllm, and use vLLM {SUPPORTED_TEXT} on a "
-            f"platform that vllm-multilora has kernels for; or leave these flags out"
+            f"out --no-multilora, --multilora-backend vllm and --enable-tower-connector-lora, and "
+            f"use vLLM {SUPPORTED_TEXT} on a platform that vllm-multilora has kernels for; or "
+            f"leave these flags out"
         )
 
 

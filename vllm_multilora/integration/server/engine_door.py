@@ -95,17 +95,6 @@ async def send_request(
         raise
 
 
-def add_offline(original: Callable[..., str], engine: Any, *args: Any, **kwargs: Any) -> str:
-    """Adds a request of `LLM`; where its engine does not take it, nobody waits for it."""
-    states = engine.output_processor.request_states
-    known = len(states)
-    try:
-        return original(engine, *args, **kwargs)
-    except BaseException:
-        engine.abort_request([*states][known:], internal=True)
-        raise
-
-
 def mark(request: Any, caller: Caller) -> None:
     """Says whose a request is, and keeps its cached prefixes among its tenant's.
 

@@ -6,14 +6,13 @@ an answer that says why it has failed, so that the call's other requests end as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import outputs
-from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
@@ -91,7 +90,7 @@ def mark_failed(request_outputs: list[Any], failures: dict[str, LoadFailure]) ->
             continue
         if isinstance(output, outputs.RequestOutput):
             for completion in output.outputs:
-                # vLLM's beam search looks at the first token of any that has a list of them.
+                # LLM.beam_search takes the first token's from a list, and ends if that is empty.
                 completion.logprobs = completion.logprobs or None
         else:
             # vLLM 0.31 has neither the class nor the field.
@@ -118,57 +117,3 @@ def process_outputs(
     # What was on its way to the engine has begun them again there, and nobody would end that.
     processed.reqs_to_abort.extend(sessions)
     return processed
-
-
-def offline_answer(original: Callable[..., Any], request_output: Any) -> Any:
-    """Offline: what `LLM.embed`, `classify` or `score` returns for one request.
-
-    Of a failed one, in vLLM 0.31, as later versions have it: no numbers or a score of 0, and an
-    `error`, which answers to others lack there.
-    """
-    error = getattr(request_output, "error", None)
-    if error is None or hasattr(outputs, "RequestError"):
-        return original(request_output)
-    is_score = original.__qualname__.startswith("ScoringRequestOutput")
-    answer = original(
-        SimpleNamespace(
-            **vars(request_output)
-            | {"outputs": outputs.PoolingOutput(torch.zeros(() if is_score else 0))}
-        )
-    )
-    answer.error = error
-    return answer
-
-
-def beam_search(
-    original: Callable[..., Any],
-    llm: Any,
-    prompts: Sequence[Any],
-    params: Any,
-    lora_request: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Offline: a search that an adapter has failed ends with a sequence that says so."""
-    failures: dict[int, LoadFailure] = {}
-
-    def note(lora: LoRARequest, failure: LoadFailure) -> None:
-        failures[lora.lora_int_id] = failure
-
-    processor = llm.llm_engine.output_processor
-    ON_FAILURE.set(processor, note)
-    try:
-        searches = original(llm, prompts, params, lora_request, *args, **kwargs)
-    finally:
-        ON_FAILURE.set(processor, None)
-    if failures:
-        are_many = isinstance(lora_request, Sequence)
-        loras = lora_request if are_many else [lora_request] * len(searches)
-        for prompt, lora, search in zip(prompts, loras, searches, strict=True):
-            failure = None if lora is None else failures.get(lora.lora_int_id)
-            if failure is not None and len(search.sequences) < params.beam_width:
-                failed = BeamSearchSequence(
-                    prompt, [], [], lora, finish_reason="error", stop_reason=failure.message
-                )
-                search.sequences.append(failed)
-    return searches

@@ -25,16 +25,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.attached import (
-    ENDED,
     METER,
     PROMPT,
     UNREAD_SCORES,
 )
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server.access import stop_waiting
 from vllm_multilora.integration.server.callers import Caller, current_caller, current_tenant
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
+from vllm_multilora.integration.server.key_settings import stop_waiting
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
 from vllm_multilora.metrics.names import BLENDS
@@ -206,7 +205,6 @@ class ServerMeter:
         PROMPT.set(state, None)
         prompt.choices -= 1
         usage = prompt.usage
-        ENDED.set(state, usage)
         if status is not None and usage.status is Status.OK:
             usage.status = status
         if prompt.is_beam:

@@ -23,7 +23,8 @@ from vllm.entrypoints.pooling.typing import PoolingEngineInput
 from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 
-from vllm_multilora.integration.patching.activation import is_active, is_active_behind
+from vllm_multilora.integration.patching.activation import is_active_behind
+from vllm_multilora.integration.server import invoked_prompts
 from vllm_multilora.integration.server.callers import (
     Caller,
     current_account,
@@ -74,17 +75,8 @@ def default_adapters(serving: Any, request: Any) -> set[str]:
     return {lora.lora_name for lora in found if lora is not None}
 
 
-def encoder_output_key(
-    original: Callable[..., str], processor: Any, mm_hash: str, lora_request: Any
-) -> str:
-    """The key of an image's cached encoding: each version of an adapter has its own."""
-    key = original(processor, mm_hash, lora_request)
-    if key == mm_hash or not is_active(processor.vllm_config):
-        return key
-    return f"{lora_request.lora_int_id}:{key}"
-
-
 def process_tokens(original: Callable[..., Any], renderer: Any, prompt: Any, **kwargs: Any) -> Any:
+    invoked_prompts.require(prompt, renderer)
     return original(renderer, _of_tenant(prompt), **kwargs)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
-from vllm_multilora.integration.attached import SEE_OFF
+from vllm_multilora.integration.attached import ROUTES, SEE_OFF
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import STATUS, AdapterRefusedError, without_folder
 from vllm_multilora.integration.patching.activation import loads_adapters_behind
@@ -55,18 +55,37 @@ class AdapterErrorResponse(ErrorResponse):
     error: AdapterErrorInfo
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status.value: {"model": AdapterErrorResponse, "description": description}
-    for status, description in (
-        (HTTPStatus.UNAUTHORIZED, "The request has no valid key."),
-        (HTTPStatus.BAD_REQUEST, "The name, the path or the adapter itself is wrong."),
-        (HTTPStatus.FORBIDDEN, "The path is outside the allowed folders, or the key too weak."),
-        (HTTPStatus.NOT_FOUND, "There is no such adapter."),
-        (HTTPStatus.INTERNAL_SERVER_ERROR, "The server has failed."),
-        (HTTPStatus.SERVICE_UNAVAILABLE, "The storage failed, or memory or time ran out."),
-    )
-}
-"""The answers of vLLM's routes for adapters other than 200, as `/openapi.json` describes them."""
+def _described(
+    model: type[ErrorResponse], texts: Mapping[HTTPStatus, str]
+) -> dict[int | str, dict[str, Any]]:
+    return {
+        status.value: {"model": model, "description": description}
+        for status, description in texts.items()
+    }
+
+
+REFUSALS = _described(
+    AdapterErrorResponse,
+    {
+        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
+        HTTPStatus.BAD_REQUEST: "The name, the path or the adapter itself is wrong.",
+        HTTPStatus.FORBIDDEN: "The path is outside the allowed folders, or the key too weak.",
+        HTTPStatus.NOT_FOUND: "There is no such adapter.",
+        HTTPStatus.INTERNAL_SERVER_ERROR: "The server has failed.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The storage failed, or memory or time ran out.",
+    },
+)
+"""Answers other than 200 of vLLM's routes for adapters, as `/openapi.json` describes them."""
+
+STATUS_REFUSALS = _described(
+    ErrorResponse,
+    {
+        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
+        HTTPStatus.NOT_FOUND: "The plugin is off, or LoRA is.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The engine did not answer in time.",
+    },
+)
+"""The same for `GET /v1/lora_adapters`."""
 
 
 def acts_for(models: OpenAIServingModels) -> bool:
@@ -160,6 +179,18 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
             f"adapter {name!r}: '{shown_name(path)}' is no path, since it {fault}",
         )
     return one_too_many(models, name, "lora_name")
+
+
+def _route_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
+    """The answer where a name is a route's, under which no adapter could be reached."""
+    if name not in (ROUTES.get(models) or ()):
+        return None
+    return error_response(
+        HTTPStatus.BAD_REQUEST,
+        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
+        f"the routes file",
+        param="lora_name",
+    )
 
 
 def one_too_many(models: Any, name: str, param: str) -> AdapterErrorResponse | None:
@@ -332,6 +363,8 @@ def error_response(
 async def load_lora_adapter(
     original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None = None
 ) -> Any:
+    if (refusal := _route_refusal(models, request.lora_name)) is not None:
+        return refusal
     if acts_for(models):
         # Whole, for a caller too that gives up meanwhile: else nobody frees what the engine has.
         return await asyncio.shield(in_background(load_adapter(models, request, base_model_name)))

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from vllm_multilora.integration.attached import ACCESS
+from vllm_multilora.integration.server.key_settings import locks_in
 
 _REFUSED = "Invalid HTTP request received."
 """As uvicorn says it."""
@@ -28,7 +28,7 @@ async def serve(
     and a gigabyte of short ones ends the server. vLLM's two limits are h11's alone, which uvicorn
     takes where it has no httptools.
     """
-    if ACCESS.get(app) is not None and importlib.util.find_spec("httptools") is not None:
+    if locks_in(app.state.args).any and importlib.util.find_spec("httptools") is not None:
         kwargs.setdefault("http", _bounded_protocol())
     return await original(app, *args, **kwargs)
 

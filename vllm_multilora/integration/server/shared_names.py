@@ -62,6 +62,7 @@ class SharedNames:
                 "digest": version.digest,
                 "loaded": str(version.loaded),
                 "kind": version.kind,
+                "invocation": version.invocation_text,
             }
         await self._settle(
             self._client.publish(lora.lora_name, lora.lora_int_id, lora.lora_path, details)
@@ -123,7 +124,8 @@ class SharedNames:
         digest = message.details.get("digest")
         if isinstance(digest, str):
             loaded, kind = float(message.details["loaded"]), str(message.details["kind"])
-            version = versions.Version(digest, loaded, kind)
+            tokens = versions.read_invocation(str(message.details["invocation"]))
+            version = versions.Version(digest, loaded, kind, tokens)
             versions.note(self._models.engine_client, message.adapter, version)
         table[message.name] = LoRARequest(
             lora_name=message.name,

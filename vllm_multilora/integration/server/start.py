@@ -13,25 +13,27 @@ from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
 from vllm_multilora.integration.logs import PrintableLines, add_filter
 from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
+from vllm_multilora.integration.patching.flags import GATEWAY, has_keys, is_gateway_mounted
 from vllm_multilora.integration.patching.ledger import missing
 from vllm_multilora.integration.server import (
     adapter_directory,
+    engine_calls,
     metering,
     multimodal,
     registration,
     routes,
     shared_names,
-    status_route,
 )
-from vllm_multilora.integration.server.access import ADMIN_KEY_VARIABLE, has_keys, key_in
 from vllm_multilora.integration.server.callers import current_tenant
+from vllm_multilora.integration.server.key_settings import key_in
 from vllm_multilora.integration.server.names_in_use import LocksInUse
+from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE
 from vllm_multilora.tenants.work_turns import take_turns
 
 _FILTERS = (RefusalsInOneLine(), PrintableLines())
 """Of what vLLM logs in an API server, the first that acts first."""
 _GUARDS = (
-    *("middleware", "api-key", "model-names", "model-names-pooling", "models-list"),
+    *("flag-values", "model-names", "model-names-pooling"),
     *("engine-door", "stored-responses", "ids-of-images", "ids-of-images-pooling"),
 )
 
@@ -48,6 +50,13 @@ def require_guards(models: Any) -> None:
     settings = settings_of(models.engine_client.vllm_config)
     if not has_keys(settings) and not key_in(os.environ):
         return
+    if not is_gateway_mounted():
+        raise ConfigError(
+            f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
+            f"enforced: this server was not started from arguments that vLLM has read, so its "
+            f"application lacks the middleware {GATEWAY}. Start it with `vllm serve`, or leave "
+            f"all three out"
+        )
     if lacking := missing(_GUARDS):
         raise ConfigError(
             f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
@@ -110,7 +119,7 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
         for lines in _FILTERS:
             add_filter(lines)
         # The engines find their store and show their metrics now, not with their first request.
-        await status_route.engine_reports(models.engine_client.engine_core, [])
+        await engine_calls.engine_reports(models.engine_client.engine_core, [])
     await original(models)
     if registration.acts_for(models):
         registration.start(models)

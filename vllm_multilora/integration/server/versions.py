@@ -21,6 +21,7 @@ from vllm_multilora.adapters.served_names import MOST_NAME_BYTES
 from vllm_multilora.integration.attached import VERSIONS
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import received_refusal
+from vllm_multilora.integration.server import invoked_prompts
 from vllm_multilora.integration.server.callers import error_response
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, current_call
 
@@ -42,11 +43,23 @@ class Version:
         digest: Of the weights.
         loaded: When they were registered, in seconds since 1970.
         kind: As of `PackInfo`.
+        invocation: Token ids that activate an activated adapter; none for others.
     """
 
     digest: str
     loaded: float
     kind: str
+    invocation: tuple[int, ...] = ()
+
+    @property
+    def invocation_text(self) -> str:
+        """The invocation as `read_invocation` reads it."""
+        return ",".join(map(str, self.invocation))
+
+
+def read_invocation(text: str) -> tuple[int, ...]:
+    """Token ids from a text."""
+    return tuple(map(int, text.split(","))) if text else ()
 
 
 def note(client: Any, adapter: int, version: Version) -> None:
@@ -115,6 +128,8 @@ def bind(models: Any, request: Any, asked: str) -> ErrorResponse | None:
         return _not_served(request.model, asked, version, is_adapter=lora is not None)
     if lora is not None:
         _answers(models, lora, asked)
+        if (call := current_call.get()) is not None:
+            invoked_prompts.expect(call, request, version)
     return None
 
 
@@ -154,8 +169,9 @@ async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest)
         return answer
     if blend_of(lora) is not None:
         return True
-    digest, _, kind = answer.partition(":")
-    note(client, lora.lora_int_id, Version(digest, time.time(), kind or "lora"))
+    digest, kind, invocation, *_ = [*answer.split(":"), "", ""]
+    version = Version(digest, time.time(), kind or "lora", read_invocation(invocation))
+    note(client, lora.lora_int_id, version)
     return True
 
 

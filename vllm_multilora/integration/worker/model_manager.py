@@ -36,7 +36,6 @@ from vllm_multilora.integration.step.short_forward import shorten_forward
 from vllm_multilora.integration.step.stock_kernels import restore_tables
 from vllm_multilora.integration.worker.encoder_rows import (
     ENCODER,
-    count_all_tower_tokens,
     encoder_wrapper,
     reads_encoder,
 )
@@ -117,8 +116,8 @@ class MultiLoRAModelManager(LoRAModelManager):
     and activating adapters, inherited from the base class, are not used.
 
     Attributes:
-        encoder_wrapper: For what has the rows of an encoder, in a model with encoder and decoder;
-            None in others, where encoders are vLLM's towers.
+        encoder_wrapper: Maps the encoder's rows in a model with encoder and decoder; None in
+            other models, where encoders are towers, which have no adapters.
         layout: What the model accepts of an adapter.
         factors: What DoRA adapters multiply outputs by; None where they are not served.
         repeated_rows: As of `RunningLayout`.
@@ -146,17 +145,17 @@ class MultiLoRAModelManager(LoRAModelManager):
             return None
         return super()._get_punica_wrapper(module_name)
 
-    def _set_adapter_mapping(self, mapping: Any) -> None:
-        wrapper = self.encoder_wrapper
-        if wrapper is None or mapping.type is not LoRAMappingType.TOWER:
-            super()._set_adapter_mapping(mapping)
-            return
-        slots = self.lora_slots + 1
-        wrapper.update_metadata(mapping, self.lora_index_to_id, slots, self.vocab_size)
+    def map_encoder(self, ids: npt.NDArray[np.integer], rows: npt.NDArray[np.integer]) -> None:
+        """Maps the rows that the encoder computes in this step to adapters.
 
-    def _maybe_init_mm(self, vllm_config: VllmConfig, max_num_batched_tokens: int) -> None:
-        count_all_tower_tokens(self.model)
-        super()._maybe_init_mm(vllm_config, max_num_batched_tokens)
+        Args:
+            ids: int64 [items], the adapter of each item's request; 0 for none.
+            rows: int64 [items], how many rows each item has.
+        """
+        assert self.encoder_wrapper is not None, "a model without an encoder before its decoder"
+        mapping = BatchMapping(ids, rows, None, LoRAMappingType.TOWER)
+        slots = self.lora_slots + 1
+        self.encoder_wrapper.update_metadata(mapping, self.lora_index_to_id, slots, self.vocab_size)
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()

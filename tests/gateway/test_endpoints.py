@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 
-from vllm_multilora.tenants.rules import Endpoint, Locks, Role, endpoint_of, refusal
+from vllm_multilora.gateway.endpoints import endpoint_of
+from vllm_multilora.tenants.rules import Endpoint, Locks, Role, refusal
 
 API = Locks(api_key=True, admin_key=False, tenants=False)
 ADMIN = Locks(api_key=False, admin_key=True, tenants=False)
@@ -71,9 +72,11 @@ def test_with_tenants_nothing_else_is_open(path):
     ("path", "endpoint"),
     [
         ("/v1/responses/resp_1/cancel", Endpoint.STORED),
-        ("/v1/responses/resp_1/cancel/again", Endpoint.CALL),
-        ("/v1/responses/brand-new", Endpoint.CALL),
+        ("/v1/responses/resp_1/cancel/again", Endpoint.OTHER),
+        ("/v1/responses/brand-new", Endpoint.OTHER),
         ("/score", Endpoint.CALL),
+        ("/generative_scoring", Endpoint.OTHER),
+        ("/v1/completions/render", Endpoint.OTHER),
         ("/inference/v1/abort_requests", Endpoint.OTHER),
         ("/abort_requests", Endpoint.OTHER),
         ("/v1/models", Endpoint.OTHER),

@@ -1,4 +1,4 @@
-"""The keys of an API server and whose they are; the middleware asks here for every request."""
+"""Finds out whose a key is; the middleware asks here for every request."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ import logging
 import operator
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
-from vllm import envs
-
-from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.documents import DocumentError, WatchedFile, read_file
-from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.activation import is_enabled
+from vllm_multilora.documents import DocumentError, WatchedFile
 from vllm_multilora.integration.server.callers import Caller
-from vllm_multilora.tenants.keys import (
-    MAX_KEY_LENGTH,
-    KeyRing,
-    can_be_sent,
-    digest_of,
-    is_stored,
+from vllm_multilora.integration.server.key_settings import (
+    COUNT_VARIABLE,
+    SALT_VARIABLE,
+    STOPPED_WITH_SERVER,
+    api_keys_in,
+    parse_admin_keys,
+    read_admin_keys,
+    settings_in,
+    warn_of_open_updates,
 )
+from vllm_multilora.tenants.keys import KeyRing, digest_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.parsing import parse_tenants
 from vllm_multilora.tenants.rules import Locks, Role
@@ -35,26 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ADMIN_KEY_VARIABLE = "MULTILORA_ADMIN_KEY"
-SALT_VARIABLE = "MULTILORA_CACHE_SALT"
-"""Tells the API servers of one `vllm serve` the secret of their tenants' salts."""
-COUNT_VARIABLE = "MULTILORA_API_SERVERS"
-"""Tells them how many they are."""
-
 REFRESH_S = 1.0
 """Between two looks at the files of keys."""
-
-MIN_ADMIN_KEY = 16
-
-UNGUARDED = (
-    f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect nothing "
-    f"here, because vllm-multilora is not active: it needs --enable-lora, a supported vLLM and "
-    f"vLLM's Python front end. Provide these, or leave all three out"
-)
-"""Why a server with keys does not start."""
-
-_IN_FORCE: WeakSet[Access] = WeakSet()
-"""What guards this process's server."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +62,10 @@ class Access:
         secret: Of the tenants' salts, where the file has none.
         servers: How many API servers share the tenants' limits.
 
+    Attributes:
+        locks: Which kinds of keys there are.
+        forwarded_key: The key that vLLM's own check of `--api-key` accepts; None where it has none.
+
     Raises:
         DocumentError: A file of keys cannot be used.
     """
@@ -103,6 +87,7 @@ class Access:
         self._secret = secret
         self._servers = servers
         self._api_keys, self._admin_keys = api_keys, admin_keys
+        self.forwarded_key = api_keys[0] if api_keys else None
         self._accounts: dict[str, Account] = {}
         self._watching: asyncio.Task[None] | None = None
         self._admin: WatchedFile[list[str]] | None = None
@@ -114,7 +99,7 @@ class Access:
         self._take()
 
     def caller(self, key: str | None) -> Caller:
-        """Who has a key; a stranger where it is nobody's, or there is none."""
+        """The owner of a key; a stranger where it is nobody's, or there is none."""
         identity = None if key is None else self._ring.owner(key)
         if identity is None:
             identity = Identity(Role.STRANGER)
@@ -221,93 +206,13 @@ class Access:
         return tenants
 
 
-def has_keys(settings: MultiLoRAConfig) -> bool:
-    """Whether the settings name keys of operators or of tenants."""
-    return settings.tenants is not None or settings.admin_key_file is not None
-
-
-def key_in(environment: Mapping[str, str]) -> str:
-    """The admin key that the environment has; empty: none."""
-    return environment.get(ADMIN_KEY_VARIABLE, "").strip()
-
-
-def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -> list[str]:
-    """The operators' keys: those in their file, or the variable's value.
-
-    Raises:
-        ConfigError: The file cannot be read or holds no key, or one is short, a hash or cannot be
-            sent.
-    """
-    if settings.admin_key_file is not None:
-        return read_file(settings.admin_key_file, parse_admin_keys, "admin keys")
-    found = key_in(environment)
-    return parse_admin_keys(ADMIN_KEY_VARIABLE, found) if found else []
-
-
-def parse_admin_keys(where: str, text: str) -> list[str]:
-    """Operators' keys: every line that is not empty.
-
-    Args:
-        where: The file's name, for messages, which never show a key.
-        text: What it holds.
-
-    Raises:
-        DocumentError: There is no key, or one is short, a hash or cannot be sent.
-    """
-    lines = map(str.strip, text.removeprefix("\ufeff").splitlines())
-    if not (found := [line for line in lines if line]):
-        raise DocumentError(f"{where}: found no admin key, expected one per line")
-    if any(len(key) < MIN_ADMIN_KEY for key in found):
-        raise DocumentError(
-            f"{where}: found an admin key of fewer than {MIN_ADMIN_KEY} characters, expected a "
-            f"random one (vllm-multilora tenants new makes one)"
-        )
-    if any(map(is_stored, found)):
-        raise DocumentError(
-            f"{where}: found a key's hash, expected keys alone, as in the first line of what "
-            f"vllm-multilora tenants new prints"
-        )
-    if not all(map(can_be_sent, found)):
-        raise DocumentError(
-            f"{where}: found an admin key that HTTP cannot carry, expected up to {MAX_KEY_LENGTH} "
-            f"printable ASCII characters"
-        )
-    return found
-
-
-def settings_in(args: Namespace) -> MultiLoRAConfig | None:
-    """The settings in a server's arguments; None where the plugin does not act."""
-    settings = _settings_given(args)
-    return settings if getattr(args, "enable_lora", False) and is_enabled(settings) else None
-
-
-def require_no_keys(args: Namespace) -> None:
-    """Refuses keys in the arguments of a server where the plugin does not act.
-
-    Where there is no engine (`vllm launch render`), nobody has looked at them before.
-
-    Raises:
-        ConfigError: There are keys.
-    """
-    if has_keys(_settings_given(args)):
-        raise ConfigError(UNGUARDED)
-
-
-def _settings_given(args: Namespace) -> MultiLoRAConfig:
-    additional = getattr(args, "additional_config", None)
-    return MultiLoRAConfig.from_additional_config(
-        additional if isinstance(additional, Mapping) else None
-    )
-
-
 def access_for(args: Namespace) -> Access | None:
     """What guards a server with these arguments; None where it has no keys."""
     settings = settings_in(args)
     if settings is None:
         return None
-    api_keys = [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
     access = Access(
-        api_keys=api_keys,
+        api_keys=api_keys_in(args),
         admin_keys=read_admin_keys(settings, os.environ),
         admin_path=settings.admin_key_file,
         tenants_path=settings.tenants,
@@ -315,32 +220,14 @@ def access_for(args: Namespace) -> Access | None:
         secret=os.environ.get(SALT_VARIABLE, ""),
         servers=int(os.environ.get(COUNT_VARIABLE, "1")),
     )
-    _tell(access.locks)
+    warn_of_open_updates(access.locks)
     if not access.locks.any:
         return None
-    _IN_FORCE.add(access)
+    STOPPED_WITH_SERVER.add(access)
     return access
-
-
-def stop_waiting() -> None:
-    """Ends what waits for its turn: the engine is being stopped, and the server waits for all."""
-    for access in _IN_FORCE:
-        access.stop()
 
 
 def _as_named(*folders: str) -> tuple[str, ...]:
     """Folders as messages name them: by their absolute paths, and by where links lead."""
     paths = (*map(os.path.abspath, folders), *map(os.path.realpath, folders))
     return tuple(dict.fromkeys(paths))
-
-
-def _tell(locks: Locks) -> None:
-    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and not locks.admin_key:
-        who = "Everybody with the API key" if locks.api_key else "Everybody"
-        if locks.tenants and not locks.api_key:
-            who = "Nobody"
-        logger.warning(
-            "%s can load and unload adapters: there is no admin key "
-            "(--multilora-admin-key-file or MULTILORA_ADMIN_KEY).",
-            who,
-        )

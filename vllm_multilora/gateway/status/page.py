@@ -25,7 +25,7 @@ from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import registration
 from vllm_multilora.tenants.rules import STATUS_PAGE
 
-_FILE = Path(__file__).with_name("status_page.html")
+_FILE = Path(__file__).with_name("page.html")
 
 
 def add_route(app: FastAPI) -> None:

@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from fastapi import APIRouter
+from fastapi.testclient import TestClient
 from starlette.routing import Mount
 
-from vllm_multilora.integration.server import access_middleware
+from vllm_multilora.gateway.keys import middleware
 from vllm_multilora.tenants.keys import stored
 
 ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
@@ -125,7 +126,7 @@ class Site:
             answered.append(message.get("status", HTTPStatus.FORBIDDEN))
 
         async def receive():
-            return {"type": "http.request", "body": b""}
+            return {"type": "http.request", "body": b"{}"}
 
         with contextlib.suppress(RuntimeError):  # of a middleware that has seen no answer
             await self.app(scope, receive, send)
@@ -160,12 +161,14 @@ def served(request, tmp_path_factory):
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
         patch.setenv("MULTILORA_ADMIN_KEY", ADMIN if "admin" in locks else "")
         patch.setattr(api_router, "router", APIRouter())  # vLLM has one for all servers
-        patch.setattr(access_middleware, "_pause", no_pause)
+        patch.setattr(middleware, "pause", no_pause)
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
         merge_flags(args, args)
         level = logging.root.level
         try:
-            yield Site(build_app(args, ("generate",))), locks, keys
+            app = build_app(args, ("generate",))
+            TestClient(app).get("/no/such/path")  # the gateway adds its routes before it answers
+            yield Site(app), locks, keys
         finally:
             logging.root.setLevel(level)  # vLLM hides what is not an error, of everybody
 

@@ -10,16 +10,16 @@ pytest.importorskip("vllm")
 import uvicorn
 import uvloop
 
-from vllm_multilora.integration.server import access_middleware
-from vllm_multilora.integration.server.access import Access
-from vllm_multilora.integration.server.access_log import (
+from vllm_multilora.gateway.keys.access import Access
+from vllm_multilora.gateway.keys.access_log import (
     MOST_LINES,
     PERIOD_S,
     FewRefusals,
     NoGoneClients,
     keep_refusals_few,
 )
-from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+from vllm_multilora.gateway.keys.middleware import AccessMiddleware
+from vllm_multilora.gateway.limits import pauses
 
 
 def line(status: int) -> logging.LogRecord:
@@ -76,7 +76,7 @@ def test_uvicorns_loggers_have_one_filter_however_often_it_is_asked_for(loggers)
 
 def test_a_client_that_has_gone_before_its_answers_is_no_traceback(loggers, monkeypatch):
     """Of requests that wait: with others of its own in line uvicorn writes to it all the same."""
-    monkeypatch.setattr(access_middleware, "LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr(pauses, "LONGEST_PAUSE_S", 0.2)
     said: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = said.append
