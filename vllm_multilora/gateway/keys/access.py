@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.documents import DocumentError, WatchedFile
+from vllm_multilora.integration.patching.flags import settings_in
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.integration.server.key_settings import (
     COUNT_VARIABLE,
@@ -20,7 +21,6 @@ from vllm_multilora.integration.server.key_settings import (
     api_keys_in,
     parse_admin_keys,
     read_admin_keys,
-    settings_in,
     warn_of_open_updates,
 )
 from vllm_multilora.tenants.keys import KeyRing, digest_of
