@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import time
 
 import pytest
@@ -20,8 +21,14 @@ from vllm_multilora.gateway.body import (
     LargeBodyError,
     read_body,
 )
+from vllm_multilora.gateway.fields import MAX_TEXT
 from vllm_multilora.gateway.keys.access import Access
+from vllm_multilora.gateway.stored import UnknownResponseError, new_id, require_own
 from vllm_multilora.gateway.table import TENANT_ROUTES
+from vllm_multilora.integration.server.callers import Caller
+from vllm_multilora.tenants.limits import Account
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Tenant
 
 
 @pytest.fixture
@@ -29,6 +36,11 @@ def tenants(tmp_path):
     path = tmp_path / "tenants.json"
     write(path, {})
     return path
+
+
+def tenant(name, *allow):
+    account = Account(Tenant(name, allow=frozenset(allow)))
+    return Caller(Role.TENANT, account=account, secret="a secret")
 
 
 TOKENS = b",".join([b"1"] * 100_000)
@@ -59,8 +71,13 @@ BODIES = {
     "more-bytes": (CALLS, b'{"prompt": "%s"}' % (b"a" * (MAX_BODY_BYTES - 13)), 413),
     "many-more-bytes": (CALLS, bytes(MAX_BODY_BYTES * DROPPED_BODIES), 413),
 }
+CHATS = "/v1/chat/completions"
+IMAGE = b'{"messages": [{"role": "user", "content": [{"image_url": {"url": "data:%s"}}]}]}'
 MEDIA_BODIES = {
-    "image": (CALLS, b'{"prompt": "%s"}' % (b"a" * (MAX_MEDIA_BODY_BYTES - 14)), 200),
+    "image": (CHATS, IMAGE % (b"a" * (MAX_MEDIA_BODY_BYTES - len(IMAGE) + 2)), 200),
+    "more-of-an-image": (CHATS, IMAGE % (b"a" * (MAX_MEDIA_BODY_BYTES - len(IMAGE) + 3)), 413),
+    "text": (CALLS, b'{"prompt": "%s"}' % (b"a" * MAX_TEXT), 200),
+    "longer-text": (CALLS, b'{"prompt": "%s"}' % (b"a" * (MAX_TEXT + 1)), 400),
     "more-bytes": (CALLS, bytes(MAX_MEDIA_BODY_BYTES + 1), 413),
     "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MAX_NUMBERS + 1)), 413),
     "commas-in-a-recording": (AUDIO, b"," * 40_000, 200),
@@ -105,7 +122,7 @@ def test_rest_of_a_large_body_is_dropped_up_to_a_limit(parts):
         return {"type": "http.request", "body": bytes(MAX_BODY_BYTES), "more_body": given < parts}
 
     with pytest.raises(LargeBodyError):
-        asyncio.run(read_body(receive, TENANT_ROUTES[CALLS], frozenset()))
+        asyncio.run(read_body(receive, TENANT_ROUTES[CALLS], tenant("acme")))
     assert given == min(parts, DROPPED_BODIES + 1)
 
 
@@ -119,7 +136,7 @@ def test_many_short_values_take_no_longer_than_one_long_one(short):
 
         begun = time.process_time()
         with pytest.raises(LargeBodyError):
-            asyncio.run(read_body(receive, TENANT_ROUTES[CALLS], frozenset({"media"})))
+            asyncio.run(read_body(receive, TENANT_ROUTES[CALLS], tenant("acme", "media")))
         return time.process_time() - begun
 
     size = 16 << 20
@@ -135,9 +152,8 @@ RESPONSES = "/v1/responses"
         (b'{"input": "a"}', [], b'{"input": "a", "store": false}'),
         (b'{"input": "a", "store": null}', [], b'{"input": "a", "store": false}'),
         (b'{"input":  "a", "store": false}', [], b'{"input":  "a", "store": false}'),
-        (b'{"input":  "a"}', ["stored_responses"], b'{"input":  "a"}'),
     ],
-    ids=["left-out", "null", "false", "allowed"],
+    ids=["left-out", "null", "false"],
 )
 def test_tenants_response_is_not_stored_unless_that_is_allowed(tenants, body, allow, expected):
     write(tenants, {}, allow=allow)
@@ -150,6 +166,59 @@ def test_tenants_response_is_not_stored_unless_that_is_allowed(tenants, body, al
     access = Access(tenants_path=str(tenants))
     start = asyncio.run(call(reading, access, RESPONSES, ACME, bodies=parts_of(body)))
     assert (start["status"], seen) == (200, [expected])
+
+
+def test_stored_response_has_an_id_of_its_tenants():
+    def sent(who, body):
+        async def receive():
+            return {"type": "http.request", "body": json.dumps(body).encode()}
+
+        async def read():
+            return await (await read_body(receive, TENANT_ROUTES[RESPONSES], who))()
+
+        return json.loads(asyncio.run(read())["body"])
+
+    acme, zen = (tenant(name, "stored_responses") for name in ("acme", "zen"))
+    first, second = (sent(acme, {"input": "a"})["request_id"] for _ in range(2))
+    assert first != second
+    assert (
+        sent(acme, {"input": "b", "previous_response_id": first})["previous_response_id"] == first
+    )
+    assert sent(acme, {"input": "b", "previous_response_id": None})["request_id"] != first
+    for other in (first, first[:-1], f"{first}0", "resp_", "", "resp_\ud800", new_id(acme)):
+        with pytest.raises(UnknownResponseError):
+            sent(zen, {"input": "b", "previous_response_id": other})
+        with pytest.raises(UnknownResponseError):
+            require_own(zen, other)
+
+
+REPEATS = b'{"echo": %s, "n": %s, "prompt": "%s"}'
+
+
+@pytest.mark.parametrize(
+    ("echo", "answers", "status"),
+    [
+        (b"true", b"16", 200),
+        (b"true", b"18", 400),
+        (b'"yes"', b"18.0", 400),
+        (b"1", b'"18"', 400),
+        (b"false", b"18", 200),
+        (b"null", b"18", 200),
+        (b"true", b"null", 200),
+    ],
+    ids=["few", "many", "words", "text", "no-echo", "null", "one-answer"],
+)
+def test_answer_repeats_little_of_its_body(tenants, echo, answers, status):
+    body = REPEATS % (echo, answers, b"a" * (1 << 20))
+    assert_answered(tenants, CALLS, body, status)
+
+
+@pytest.mark.parametrize("name", [b"x-request-id", b"traceparent", b"tracestate"])
+def test_header_that_comes_back_with_each_token_is_short(tenants, name):
+    access = Access(api_keys=[CLIENT], tenants_path=str(tenants))
+    for key, length, status in ((CLIENT, 9_999, 200), (ACME, 1_024, 200), (ACME, 1_025, 400)):
+        more = ((name, b"a" * length),)
+        assert asyncio.run(call(App(), access, CALLS, key, more=more))["status"] == status
 
 
 def test_a_tenants_client_that_goes_before_its_body_has_come_is_gone(tenants):

@@ -183,6 +183,32 @@ REFUSED = {
         "keys that are not allowed for this tenant: `author`.",
         "messages",
     ),
+    "many-stops": (COMPLETIONS, {"stop": ["a"] * 65}, "found 65 items, expected 64", "stop"),
+    "many-stop-sequences": (MESSAGES, {"stop_sequences": ["a"] * 65}, "65 items", "stop_sequences"),
+    "many-stop-tokens": (CHAT, {"stop_token_ids": [1] * 65}, "65 items", "stop_token_ids"),
+    "much-bias": (
+        CHAT,
+        {"logit_bias": {str(token): 1 for token in range(1_025)}},
+        "found 1025 items, expected 1024",
+        "logit_bias",
+    ),
+    "long-answer": (CHAT, {"max_tokens": (1 << 30) + 1}, "1073741824 at most", "max_tokens"),
+    "longer-answer": (
+        RESPONSES,
+        {"max_output_tokens": 1e300},
+        "found a larger one, expected a number, 1073741824 at most",
+        "max_output_tokens",
+    ),
+    "number-in-a-text": (
+        CHAT,
+        {"max_completion_tokens": "9" * 20},
+        "found a string, expected a number",
+        "max_completion_tokens",
+    ),
+    "large-seed": (COMPLETIONS, {"seed": 1 << 63}, "expected a number", "seed"),
+    "no-number": (COMPLETIONS, {"seed": float("nan")}, "expected a number", "seed"),
+    "many-answers": (COMPLETIONS, {"n": 2_049}, "2048 at most", "n"),
+    "chosen-id": (RESPONSES, {"request_id": "resp_1"}, "here: `request_id`.", "request_id"),
     "deep": (COMPLETIONS, {"prompt": nested(65)}, "expected 64 at most", "prompt"),
     "deep-setting": (COMPLETIONS, {"metadata": {"a": nested(64)}}, "expected 64", "metadata"),
     "deep-arguments": (
@@ -202,6 +228,13 @@ def test_what_no_tenant_may_send_is_named(path, body, message, param, allow):
     assert message in found[0]
     assert found[1] == param
     assert len(found[0]) < 1_000
+
+
+def test_numbers_and_items_are_counted_to_their_limits():
+    bias = {str(token): 1 for token in range(1_024)}
+    most = {"n": 2_048, "max_tokens": 1 << 30, "seed": (1 << 63) - 1, "logit_bias": bias}
+    assert fault(COMPLETIONS, {**most, "stop": ["a"] * 64, "stop_token_ids": [1] * 64}) is None
+    assert fault(COMPLETIONS, {"n": None, "seed": -5, "stop": "a", "max_tokens": 1.0}) is None
 
 
 def test_depth_is_counted_to_its_limit():

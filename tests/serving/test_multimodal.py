@@ -1,8 +1,6 @@
 """A default adapter sees images that no adapter is named for; a mere name makes it no default."""
 
 import asyncio
-import base64
-import copy
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +17,9 @@ from vllm_multilora.integration.server import versions
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.model_names import prepare
-from vllm_multilora.tenants.keys import stored
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
-from vllm_multilora.tenants.work_turns import take_turns
 
 from .engine import running_engine
 from .recipes import LANGUAGE_RECIPES, AdapterRecipe
@@ -32,7 +28,7 @@ from .test_classification import text
 from .test_prefix_keys import changed_by_a_byte
 from .test_vision_language import ask, assert_as_peft, generate
 from .tiny_vision import write_llava
-from .vision import NEW_TOKENS, TEMPLATE, Gallery, Question, chat, gallery, picture
+from .vision import NEW_TOKENS, TEMPLATE, Gallery, Question, chat, gallery
 
 pytestmark = pytest.mark.serving  # imports vLLM
 
@@ -147,94 +143,6 @@ def test_the_default_adapter_is_named_by_the_answers_that_it_has_made():
     assert named(PARTS, takes_defaults=False) == (None, None)
 
 
-@pytest.mark.smoke("images")
-@pytest.mark.parametrize("is_pooling", [False, True], ids=["generate", "pooling"])
-def test_an_image_that_has_been_read_is_kept_for_its_tenant_alone(is_pooling: bool) -> None:
-    """Under a name that its client has given it, too.
-
-    What vLLM has under a name, whoever has sent it, it takes for what another one sends. It takes
-    the engine to have it even where the request was refused: the other one's request then fails.
-    """
-    from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
-    from vllm.multimodal.parse import MultiModalDataParser
-    from vllm.multimodal.processing.inputs import ProcessorInputs
-    from vllm.renderers.base import BaseRenderer
-
-    def process(prompt: Any, data: Any, *, mm_uuids: Any, media_io_kwargs: Any, **_: Any) -> Any:
-        items = MultiModalDataParser().parse_mm_data(data)
-        inputs = ProcessorInputs(prompt, items, mm_uuids, media_io_kwargs=media_io_kwargs or {})
-        return {"type": "multimodal", "ids": inputs.get_mm_hashes("model", "blake3")["image"]}
-
-    async def process_async(*args: Any, **kwargs: Any) -> Any:
-        return process(*args, **kwargs)
-
-    class Renderer(BaseRenderer):
-        __init__ = render_messages = lambda *_: None
-
-    class Pooling(PoolingIOProcessor):
-        def render(self, prompt: Any) -> Any:
-            return self.renderer._process_tokens(prompt)
-
-    renderer: Any = Renderer()
-    renderer._process_multimodal = process
-    renderer._process_multimodal_async = process_async
-    renderer._executor = ThreadPoolExecutor(1)
-    take_turns(renderer._executor, lambda *_: "")
-    template = SimpleNamespace(
-        chat_template=None, chat_template_content_format="auto", trust_request_chat_template=False
-    )
-    pooling: Any = Pooling(SimpleNamespace(model_config=None), renderer, template)
-
-    async def read(prompt: Any) -> Any:
-        return await (pooling.render_async if is_pooling else renderer._process_tokens_async)(
-            prompt
-        )
-
-    def ids(who: Caller | None, size: int = 32) -> list[str]:
-        prompt = {
-            "prompt_token_ids": [1],
-            "multi_modal_data": {"image": [picture(0), picture(0)]},
-            "multi_modal_uuids": {"image": ["photo-1", None]},
-            "media_io_kwargs": {"image": {"size": size}} if size != 32 else {},
-        }
-        before = copy.deepcopy({**prompt, "multi_modal_data": None})
-        found = as_caller(who, lambda: asyncio.run(read(prompt)))["ids"]
-        assert {**prompt, "multi_modal_data": None} == before
-        return found
-
-    acme, zen = ids(tenant("acme")), ids(tenant("zen"))
-    assert ids(tenant("acme")) == acme
-    assert len({*acme, *zen, *ids(tenant("acme"), 16), *ids(None)}) == 8
-    for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT)):
-        assert ids(who) == ids(None)
-    assert ids(None)[0] == "photo-1"
-    renderer._executor.shutdown()
-
-
-@pytest.mark.smoke("images")
-def test_tenants_have_images_processed_by_the_server() -> None:
-    """What clients process themselves reaches the model unchecked, and may end the engine."""
-    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
-
-    serving = serving_with(None)
-    features = {
-        "mm_hashes": {"image": ["hash"]},
-        "mm_placeholders": {"image": [{"offset": 0, "length": 1}]},
-    }
-
-    def answer(who: Caller | None, **fields: Any) -> Any:
-        request = GenerateRequest.model_validate(
-            {"token_ids": [1, 2], "sampling_params": {}, **fields}
-        )
-        refusal = as_caller(who, lambda: asyncio.run(prepare(serving, request)))
-        return refusal and (refusal.error.code, refusal.error.param)
-
-    assert answer(tenant("acme"), features=features) == (403, "features")
-    assert answer(tenant("acme")) is None
-    for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT)):
-        assert answer(who, features=features) is None
-
-
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
     """Questions with an image, and without."""
@@ -342,29 +250,3 @@ def test_chats_with_images_are_answered_as_by_pefts_default(shown: Gallery, tmp_
         answered_by = question.adapter or ("image" if question.images else None)
         assert response.headers.get("x-multilora-adapter") == answered_by
         assert response.json().get("multilora", {}).get("adapter") == answered_by
-
-
-def test_tenants_images_are_bounded_where_vllm_computes_the_adapters(
-    shown: Gallery, tmp_path: Path
-) -> None:
-    tenants, key = tmp_path / "tenants.json", "a key of acme's that is long enough"
-    acme = {"keys": [stored(key)], "base_model": True, "allow": ["media"]}
-    tenants.write_text(json.dumps({"tenants": {"acme": acme}}))
-    # Python unpacks it, and nobody is answered meanwhile.
-    url = "data:image/png;base64," + base64.b64encode(b"P3 1 1 255 1 2 3 ").decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}]
-    with VllmServer(
-        shown.base,
-        *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"),
-        *("--max-model-len", "128", "--chat-template", TEMPLATE, "--enable-lora"),
-        *("--multilora-backend", "vllm", "--multilora-tenants", str(tenants)),
-        log=tmp_path / "vllm.log",
-    ) as server:
-        answer = httpx.post(
-            f"{server.url}/v1/chat/completions",
-            json={"model": BASE, "messages": [{"role": "user", "content": content}]},
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=120,
-        )
-    assert answer.status_code == 400, answer.text
-    assert "expected an image in one of" in answer.text

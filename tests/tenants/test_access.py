@@ -9,34 +9,25 @@ import threading
 import time
 import tracemalloc
 from argparse import Namespace
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from types import SimpleNamespace
 from unittest.mock import AsyncMock
-from weakref import WeakSet
 
 import httpx
 import pytest
 
 pytest.importorskip("vllm")
 
-from pydantic import FailFast, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
 from vllm.config import StructuredOutputsConfig
-from vllm.entrypoints.generate.base.protocol import (
-    AnyStructuralTagResponseFormat,
-    LegacyStructuralTagResponseFormat,
-)
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-from vllm.exceptions import GracefulHTTPError
-from vllm.multimodal.media import connector
 from vllm.usage.usage_lib import UsageContext
 
-from tests.gateway.calls import ACME, ADMIN, CLIENT, App, call, parts_of, write
+from tests.gateway.calls import ACME, ADMIN, CLIENT, App, call, write
 from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
@@ -49,25 +40,19 @@ from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_k
 from vllm_multilora.gateway.limits import listing
 from vllm_multilora.gateway.limits.turns import turn_of
 from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.stored import new_id
 from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.integration.patching.flags import mount_gateway
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.server import stored_responses
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.integration.server.key_settings import SALT_VARIABLE, read_admin_keys
 from vllm_multilora.integration.server.metering import ServerMeter, shutdown
-from vllm_multilora.integration.server.request_bounds import (
-    stop_at_first_errors,
-)
 from vllm_multilora.integration.server.start import (
-    init_speech,
     require_guards,
     share_threads,
 )
-from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
-from vllm_multilora.plugin import register
 from vllm_multilora.store.launch import environment
 from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
@@ -132,24 +117,6 @@ def test_whoever_may_not_load_adapters_is_told_which_key_may(tenants, key):
     answer = asyncio.run(load())
     assert answer.status_code == HTTPStatus.FORBIDDEN
     assert "expected an admin key" in answer.json()["error"]["message"]
-
-
-def test_a_server_starts_where_fastapi_is_another(caplog):
-    route = SimpleNamespace(dependant=SimpleNamespace(body_params=[object()]))
-    stop_at_first_errors(SimpleNamespace(routes=[object(), route, route]))
-    assert caplog.text.count("FastAPI") == 1
-
-
-def test_a_structural_tag_is_read_to_what_is_wrong_first():
-    """vLLM reads it by itself, before the rest of a body."""
-    for _ in range(2):  # of one process's servers
-        stop_at_first_errors(SimpleNamespace(routes=[]))
-    for name in ("structures", "triggers"):
-        assert LegacyStructuralTagResponseFormat.model_fields[name].metadata == [FailFast()]
-    tag = {"type": "structural_tag", "structures": [0] * 9, "triggers": [0] * 9}
-    with pytest.raises(ValidationError) as caught:
-        TypeAdapter(AnyStructuralTagResponseFormat).validate_python(tag)
-    assert caught.value.error_count() == 3  # one of each list, and that it is of no other kind
 
 
 @pytest.mark.parametrize("header", ["endpoint-load-metrics-format", "x-data-parallel-rank"])
@@ -346,7 +313,7 @@ def slept(monkeypatch):
     return seconds, clock
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters", "/v1/responses/resp_1"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters", "/v1/responses/{}"])
 def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
     """Some have thousands of adapters, and list them on many connections at once."""
     done, clock = slept
@@ -365,10 +332,11 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
 
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
     access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: 0.0))
+    place = path.format(new_id(access.caller(ACME)))
 
     async def ask(*keys):
         others = asyncio.create_task(work())
-        await asyncio.gather(*(call(app, access, path, key, "GET") for key in keys))
+        await asyncio.gather(*(call(app, access, place, key, "GET") for key in keys))
         others.cancel()
 
     async def check():
@@ -394,7 +362,8 @@ def test_a_tenants_stored_events_take_a_small_part_of_the_time(tenants, slept):
 
     access = Access(tenants_path=str(tenants))
     access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: clock.now + sum(paused)))
-    asyncio.run(call(app, access, "/v1/responses/resp_1", ACME, "GET"))
+    place = f"/v1/responses/{new_id(access.caller(ACME))}"
+    asyncio.run(call(app, access, place, ACME, "GET"))
     assert paused == [0.39, 0.19]  # twenty times what two events took, and one, less the next one
 
 
@@ -468,58 +437,6 @@ def test_a_tenants_calls_end_where_the_application_fails(tenants):
             with pytest.raises(RuntimeError, match="failed"):
                 await call(fail, access, "/v1/completions", ACME)
         assert access.caller(ACME).account.running == 0
-
-    asyncio.run(check())
-
-
-class BackgroundApp(App):
-    """Answers as vLLM does where a response is wanted in the background."""
-
-    def __init__(self, tenants):
-        super().__init__()
-        client = SimpleNamespace(vllm_config=engine(tenants))
-        init_responses(lambda *given: None, self, client)
-        self.done = asyncio.Event()
-
-    async def __call__(self, scope, receive, send):
-        if scope["path"] == "/v1/responses":
-            assert current_caller.get().grant("acme-a") is None
-            self.background_tasks["resp_1"] = self.task = asyncio.create_task(self.work())
-        elif scope["path"] == "/v1/responses/resp_1/cancel":
-            self.background_tasks["resp_1"].cancel()
-        await super().__call__(scope, receive, send)
-
-    async def work(self):
-        await self.done.wait()
-        if current_caller.get().grant("acme-b") is not None:
-            raise RuntimeError("too many adapters")
-
-
-@pytest.mark.parametrize("way", ["done", "failed", "cancelled"])
-def test_a_response_in_the_background_counts_until_it_is_made(tenants, way):
-    limits = {"running": 1, "waiting": 0, "adapters": 1 if way == "failed" else 2}
-    write(tenants, limits, allow=["stored_responses"])
-    access = Access(tenants_path=str(tenants))
-
-    async def check():
-        app, account = BackgroundApp(tenants), access.caller(ACME).account
-
-        async def status(path, method="POST"):
-            return (await call(app, access, path, ACME, method))["status"]
-
-        assert await status("/v1/responses") == 200
-        assert (account.running, account.adapters_in_use) == (1, 1)
-        assert await status("/v1/responses") == await status("/v1/completions") == 429
-        assert await status("/v1/responses/resp_1", "GET") == 200
-        if way == "cancelled":
-            assert await status("/v1/responses/resp_1/cancel") == 200
-        else:
-            app.done.set()
-        await asyncio.wait({app.task})
-        await settled()
-        assert (account.running, account.adapters_in_use) == (0, 0)
-        assert await status("/v1/completions") == 200
-        assert account.running == 0
 
     asyncio.run(check())
 
@@ -765,142 +682,6 @@ def test_an_operators_key_is_replaced_in_a_server_that_runs(tenants, tmp_path, m
         assert access.caller(CLIENT).role is Role.CLIENT
 
     asyncio.run(check())
-
-
-def test_what_is_kept_of_responses_is_its_tenants_alone(tenants):
-    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
-    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
-    app = BackgroundApp(tenants)
-    stores = (app.response_store, app.msg_store, app.event_store)
-
-    def as_key(key, do):
-        return as_caller(access.caller(key), lambda: [do(store) for store in stores])
-
-    own = deque(), "acme's"
-    as_key(ACME, lambda store: store.update(resp_1=own))
-    for key, found in (("sk-zen", None), (ADMIN, None), (ACME, own)):
-        assert as_key(key, lambda store: store.get("resp_1")) == [found] * 3
-
-
-def test_a_tenants_oldest_responses_give_way_to_new_ones(tenants):
-    """vLLM keeps all for ever, with their prompts."""
-    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
-    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
-    store = BackgroundApp(tenants).response_store
-
-    def kept(key, count):
-        def keep():
-            store.update({f"resp_{number}": number for number in range(count)})
-            return list(store.values())
-
-        return as_caller(access.caller(key), keep)
-
-    assert kept("sk-zen", 1) == [0]
-    assert kept(ACME, MOST_KEPT + 2) == list(range(2, MOST_KEPT + 2))
-    assert len(kept(ADMIN, MOST_KEPT + 2)) == MOST_KEPT + 2
-    assert kept("sk-zen", 1) == [0]
-
-
-def test_a_tenants_oldest_responses_give_way_where_their_calls_were_large(tenants, monkeypatch):
-    """Of a thousand each may have 64 MiB of `metadata`, say, of which vLLM makes no tokens."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
-    access, store = Access(tenants_path=str(tenants)), BackgroundApp(tenants).response_store
-    kept = []
-
-    async def keep(scope, receive, send):
-        body = await Request(scope, receive).body()
-        store[f"resp_{len(kept)}"] = len(body)
-        kept.append(list(store.values()))
-        await App()(scope, receive, send)
-
-    for size in (10, 11, 12, 30, 2):
-        bodies = parts_of(b"{}".ljust(size))
-        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=bodies))
-    assert kept == [[10], [10, 11], [11, 12], [30], [2]]
-
-
-def test_who_goes_on_with_a_response_keeps_what_was_said_before(tenants, monkeypatch):
-    """Each of a thousand calls of a few bytes may go on with another one that had megabytes."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 70)
-    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
-    kept = []
-
-    async def keep(scope, receive, send):
-        name, _, before = (await Request(scope, receive).json())["input"].partition("<")
-        said = [name, *(stores.msg_store[before] if before else [])]
-        stores.msg_store[name], stores.response_store[name] = said, name
-        kept.append((list(stores.msg_store), list(stores.response_store)))
-        await App()(scope, receive, send)
-
-    for said, size in (("a", 50), ("b<a", 0), ("c", 50), ("d<c", 0)):
-        body = json.dumps({"input": said}).encode().ljust(size)
-        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(body)))
-    assert kept[1:] == [(["a", "b"], ["b"]), (["b", "c"], ["c"]), (["c", "d"], ["d"])]
-
-
-def response_of(tokens, logprobs=None):
-    usage = SimpleNamespace(output_tokens=tokens)
-    return SimpleNamespace(usage=usage, top_logprobs=logprobs)
-
-
-def test_a_tenants_oldest_responses_give_way_where_their_answers_are_large(tenants, monkeypatch):
-    """A few bytes of a call may ask for any number of tokens, each with twenty others."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 1 << 20)
-    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
-
-    def keep():
-        for number in range(4):
-            stores.response_store[number] = response_of(50, logprobs=20)
-            stores.event_store[number] = events, _ = deque(), asyncio.Event()
-            events.append(SimpleNamespace(response=response_of(0)))
-            events += [None] * 1_000
-        return list(stores.response_store), list(stores.event_store)
-
-    assert as_caller(access.caller(ACME), keep) == ([3], [2, 3])
-    assert as_caller(None, keep) == ([*range(4)], [*range(4)])
-
-
-def test_messages_of_later_calls_leave_those_of_responses_that_are_kept(tenants, monkeypatch):
-    """VLLM keeps a call's messages before its response; without them, who goes on gets 500."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
-    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
-    names = iter(["first", "second", "third"])
-
-    async def begin(scope, receive, send):
-        stores.msg_store[name := next(names)] = await Request(scope, receive).body()
-        if name == "first":
-            stores.response_store[name] = name
-        await App()(scope, receive, send)
-
-    for _ in range(3):
-        asyncio.run(call(begin, access, "/v1/responses", ACME, bodies=parts_of(b"{}".ljust(10))))
-    kept = as_caller(
-        access.caller(ACME), lambda: (set(stores.response_store), set(stores.msg_store))
-    )
-    assert kept == ({"first"}, {"first", "second", "third"})
-
-
-def test_what_is_kept_of_a_tenants_responses_goes_with_the_tenant(tenants):
-    """Tenants come and go for as long as a server runs."""
-    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
-    access, app = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
-    kept = WeakSet()
-
-    def keep(key):
-        for store in (app.response_store, app.msg_store, app.event_store):
-            kept.add(value := App())
-            as_caller(access.caller(key), partial(store.update, resp_1=(deque(), value)))
-
-    keep(ACME)
-    keep("sk-zen")
-    assert len(kept) == 6
-    write(tenants, {})
-    access._file._seen = None
-    assert access._file.refresh()
-    access._take()
-    assert len(kept) == 3
-    _, value = as_caller(access.caller(ACME), partial(app.response_store.get, "resp_1"))
-    assert value in kept
 
 
 def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants, monkeypatch):
@@ -1307,45 +1088,16 @@ def test_few_adapters_of_a_tenant_are_read_for_the_first_time_at_once():
     }
 
 
-def test_tenants_take_turns_for_the_threads_that_unpack_images(monkeypatch):
-    """However many images one of them sends."""
-    register()
-    pools = [ThreadPoolExecutor(1) for _ in range(3)]
-    for module in (connector.__name__, share_threads.__module__):
-        monkeypatch.setattr(f"{module}.global_thread_pool", pools[2])
-    share_threads(SimpleNamespace(_executor=pools[0], _mm_executor=pools[1]))
-    access = {name: Caller(Role.TENANT, account=Account(Tenant(name))) for name in "ab"}
-    order = []
-
-    async def unpack(who):
-        current_caller.set(access[who])
-        with pytest.raises(GracefulHTTPError, match="expected an image in one of"):
-            await connector.MediaConnector().fetch_image_async("data:image/png;base64,aaaa")
-        order.append(who)
-
-    async def unpack_all():
-        held = threading.Event()
-        pools[2].submit(held.wait, 60)
-        waiting = [asyncio.create_task(unpack(who)) for who in "aaaaaaaab"]
-        await asyncio.sleep(0)  # until all have asked
-        held.set()
-        await asyncio.gather(*waiting)
-
-    asyncio.run(unpack_all())
-    assert order.index("b") <= 1
-
-
 @pytest.mark.smoke
-def test_texts_do_not_wait_for_threads_that_vllm_has_given_up(monkeypatch):
+def test_texts_do_not_wait_for_threads_that_vllm_has_given_up():
     """Where a chat's template takes too long, others have threads of their own from then on."""
     from vllm.renderers import base, hf
 
     if not hasattr(base, "_SwappableExecutor"):
         pytest.skip("vLLM 0.31 waits for its threads")
-    monkeypatch.setattr(f"{share_threads.__module__}.global_thread_pool", ThreadPoolExecutor(1))
     renderer = hf.HfRenderer.__new__(hf.HfRenderer)
     renderer.model_config = SimpleNamespace(renderer_num_workers=1)
-    renderer._executor, renderer._mm_executor = base._SwappableExecutor(1), ThreadPoolExecutor(1)
+    renderer._executor = base._SwappableExecutor(1)
     share_threads(renderer)
     stuck, held, order = threading.Event(), threading.Event(), []
 
@@ -1369,36 +1121,3 @@ def test_texts_do_not_wait_for_threads_that_vllm_has_given_up(monkeypatch):
     finally:
         stuck.set()
     renderer._executor.shutdown()
-
-
-def test_tenants_take_turns_for_the_threads_that_unpack_recordings(monkeypatch):
-    """However many of them one sends, of ten minutes each."""
-    from vllm.entrypoints.speech_to_text.base import serving as speech
-
-    held, order = threading.Event(), []
-    serving = speech.SpeechToTextBaseServing.__new__(speech.SpeechToTextBaseServing)
-    config = SimpleNamespace(additional_config={"multilora": {"tenants": "tenants.yaml"}})
-
-    def init(serving, engine_client, *_):
-        serving._preprocess_executor = ThreadPoolExecutor(1)
-        serving._decode_and_chunk_speech = lambda who: held.wait(60) and order.append(who)
-        serving._decode_and_chunk_speech_async = speech.make_async_with_semaphore(
-            serving._decode_and_chunk_speech, executor=serving._preprocess_executor
-        )
-
-    async def unpack(who):
-        current_caller.set(Caller(Role.TENANT, account=Account(Tenant(who))))
-        await serving._decode_and_chunk_speech_async(who)
-
-    async def unpack_all():
-        init_speech(init, serving, SimpleNamespace(vllm_config=config), None)
-        waiting = [asyncio.create_task(unpack(who)) for who in "aaaaaaaab"]
-        await asyncio.sleep(0)  # until all have asked
-        waiting[3].cancel()
-        await asyncio.wait(waiting[3:4])
-        held.set()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-    asyncio.run(unpack_all())
-    assert order.index("b") <= 2
-    assert len(order) == 8

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.answers import HttpCallMiddleware
 from vllm_multilora.gateway.errors import error_answer
+from vllm_multilora.gateway.first_errors import stop_at_first_errors
 from vllm_multilora.gateway.invocations import InvocationsMiddleware
 from vllm_multilora.gateway.keys.access import access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 from vllm_multilora.gateway.own_routes import add_routes
 from vllm_multilora.gateway.paths import route_path
-from vllm_multilora.integration.server.request_bounds import stop_at_first_errors
+from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.wording import CONTROLS
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Gateway:
 
     async def _start(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Reads the keys when the server starts, and stops the server where they cannot be used."""
+        join_vllm_logging()  # uvicorn has taken its logging configuration just before
         try:
             inner = self._for(scope["app"])
         except MultiLoRAError as error:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.fields import FieldError, check_body
+from vllm_multilora.gateway.stored import ID_FIELD, PREVIOUS_FIELD, new_id, require_own
 from vllm_multilora.gateway.table import Route
-from vllm_multilora.tenants.tenant import MEDIA
+from vllm_multilora.tenants.tenant import MEDIA, STORED_RESPONSES
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive
+
+    from vllm_multilora.integration.server.callers import Caller
 
 MAX_BODY_BYTES = 4 << 20
 """Bytes of a call's body: some seconds of a thread that makes tokens of text, at worst."""
@@ -34,6 +36,9 @@ MAX_NUMBERS = 4 << 20
 MAX_TOKENS_TOLD = 128 << 10
 """Values in all where text is made of tokens: 20 us each, on the thread that all texts share."""
 
+MAX_REPEATED_BYTES = 16 << 20
+"""Bytes of a body that its answer repeats, while nobody else is answered."""
+
 _NUMBER_BYTES = b"0123456789+-.eE \t\r\n"
 
 
@@ -41,7 +46,7 @@ class LargeBodyError(MultiLoRAError):
     """A call's body is too large, or has too many values."""
 
 
-async def read_body(receive: Receive, route: Route, allow: Collection[str]) -> tuple[Receive, int]:
+async def read_body(receive: Receive, route: Route, caller: Caller) -> Receive:
     """Reads a tenant's call whole, as vLLM would, and checks it before vLLM does.
 
     A form is not checked, and is passed on in the parts in which it came, with others' turns
@@ -50,36 +55,41 @@ async def read_body(receive: Receive, route: Route, allow: Collection[str]) -> t
     Args:
         receive: Gives the client's messages.
         route: What the path allows.
-        allow: What the tenants file allows the tenant besides.
+        caller: A tenant's.
 
     Returns:
-        What vLLM receives from: the body, and then whatever the client still sends. And the bytes
-        that the client's body has.
+        What vLLM receives from: the body, and then whatever the client still sends.
 
     Raises:
         LargeBodyError: There is too much in the body.
         FieldError: Something in it is not allowed.
+        UnknownResponseError: It goes on with a response that is not the tenant's.
     """
-    max_bytes = MAX_MEDIA_BODY_BYTES if MEDIA in allow else MAX_BODY_BYTES
-    parts, size = await _read_parts(receive, max_bytes)
+    max_bytes = MAX_MEDIA_BODY_BYTES if MEDIA in allowed(caller) else MAX_BODY_BYTES
+    parts = await _read_parts(receive, max_bytes)
     if (last := parts[-1])["type"] != "http.request":
         parts = deque([last])  # the client has gone
     elif not route.is_form:
         body = b"".join(part.get("body", b"") for part in parts)
         max_numbers = MAX_TOKENS_TOLD if route.is_decoding else MAX_NUMBERS
         _require_few_values(body, max_numbers, counts_numbers=route.is_of_any_kind)
-        parts = deque([{**last, "body": _checked(body, route, allow)}])
+        parts = deque([{**last, "body": _checked(body, route, caller)}])
 
     async def receive_read() -> Message:
         if route.is_form:
             await asyncio.sleep(0)
         return parts.popleft() if parts else await receive()
 
-    return receive_read, size
+    return receive_read
 
 
-async def _read_parts(receive: Receive, max_bytes: int) -> tuple[deque[Message], int]:
-    """A body's parts and its size; of one that is too large, some more is read and dropped.
+def allowed(caller: Caller) -> frozenset[str]:
+    """What the tenants file allows a caller's tenant besides text."""
+    return frozenset() if caller.tenant is None else caller.tenant.allow
+
+
+async def _read_parts(receive: Receive, max_bytes: int) -> deque[Message]:
+    """A body's parts; of one that is too large, some more is read and dropped.
 
     An answer before the whole body has been read resets the connection of most clients, which then
     never see why they were refused.
@@ -96,11 +106,12 @@ async def _read_parts(receive: Receive, max_bytes: int) -> tuple[deque[Message],
         has_more = message.get("more_body", False)
     if size > max_bytes:
         raise LargeBodyError(f"Bytes of the body: expected {max_bytes} at most.")
-    return parts, size
+    return parts
 
 
-def _checked(body: bytes, route: Route, allow: Collection[str]) -> bytes:
+def _checked(body: bytes, route: Route, caller: Caller) -> bytes:
     """A body that the table allows, with what the gateway sets in it."""
+    allow = allowed(caller)
     try:
         content = json.loads(body)
     except RecursionError:
@@ -108,7 +119,27 @@ def _checked(body: bytes, route: Route, allow: Collection[str]) -> bytes:
     except ValueError:
         raise FieldError("The body is not JSON.") from None
     changes = check_body(content, route, allow)
+    _require_few_repeats(content, len(body))
+    if STORED_RESPONSES in allow and PREVIOUS_FIELD in route.gated:
+        require_own(caller, content.get(PREVIOUS_FIELD))
+        changes[ID_FIELD] = new_id(caller)
     return json.dumps({**content, **changes}).encode() if changes else body
+
+
+def _require_few_repeats(content: dict[str, Any], size: int) -> None:
+    """Looks at what an answer repeats: with `echo`, the prompt or the last message each time.
+
+    Args:
+        content: A body that the table allows.
+        size: Its bytes, of which a template may take few.
+    """
+    repeated = size * ((content.get("n") or 1) - 1)
+    if content.get("echo") and repeated > MAX_REPEATED_BYTES:
+        raise FieldError(
+            f"Bytes of the body that its answer would repeat, for all answers but the first: found "
+            f"{repeated}, expected {MAX_REPEATED_BYTES} at most.",
+            "echo",
+        )
 
 
 def _require_few_values(body: bytes, most_numbers: int, *, counts_numbers: bool) -> None:

@@ -11,6 +11,8 @@ from vllm_multilora.gateway.table import (
     GRAMMAR_KEYS,
     GRAMMAR_TYPES,
     LONG_KEYS,
+    MAX_ITEMS,
+    MAX_NUMBERS,
     MEDIA_KEYS,
     MEDIA_TYPES,
     MESSAGE_KEYS,
@@ -26,6 +28,9 @@ MAX_DEPTH = 64
 MAX_SHORT_TEXT = 1_024
 """Characters of a text that is neither prompt nor content, and of any key. Errors repeat such
 texts, and vLLM searches errors in a time that grows with the cube of their length."""
+
+MAX_TEXT = 4 << 20
+"""Characters of any other text but media: some seconds of a thread that makes tokens of texts."""
 
 MAX_NAMED = 8
 """Unknown fields that a refusal names."""
@@ -76,6 +81,7 @@ def check_body(body: Any, route: Route, allow: Collection[str]) -> dict[str, Any
         gate = route.gated.get(name)
         if gate is not None and gate.word not in allow and not gate.asks_nothing(value):
             raise FieldError(f"`{name}` is {needs(gate.word)}.", name)
+        _require_few(name, value)
         check = _Check(name, allow)
         if name in route.contents:
             check.content(value, 1, is_long=True)
@@ -87,6 +93,22 @@ def check_body(body: Any, route: Route, allow: Collection[str]) -> dict[str, Any
         for name, gate in route.gated.items()
         if gate.written is not None and gate.word not in allow and body.get(name) is None
     }
+
+
+def _require_few(name: str, value: Any) -> None:
+    """Looks at how many items a field has, or how large a number it is."""
+    most = MAX_ITEMS.get(name)
+    if most is not None and isinstance(value, (list, dict)) and len(value) > most:
+        raise FieldError(
+            f"`{name}`: found {len(value)} items, expected {most} at most.", _shortened(name)
+        )
+    largest = MAX_NUMBERS.get(name)
+    if largest is None or value is None:
+        return
+    is_number = isinstance(value, (int, float))  # vLLM would also take a text that has one in it
+    if not (is_number and value <= largest):
+        found = "a larger one" if is_number else _kind(value)
+        raise FieldError(f"`{name}`: found {found}, expected a number, {largest} at most.", name)
 
 
 class _Check:
@@ -156,7 +178,7 @@ class _Check:
         for key, item in value.items():
             if key in FREE_KEYS:
                 self.any(item, depth + 1, is_long=True, is_url=False)
-            else:
+            elif key != "data" or not isinstance(item, str):  # that is a recording, say
                 self.content(item, depth + 1, is_long=key in LONG_KEYS, is_url=key in URL_KEYS)
 
     def _enter(self, depth: int) -> None:
@@ -182,10 +204,10 @@ class _Check:
                 f"and the like in the request itself.",
                 self._name,
             )
-        if not is_long and len(text) > MAX_SHORT_TEXT:
+        most = MAX_TEXT if is_long else MAX_SHORT_TEXT
+        if not is_url and len(text) > most:
             raise FieldError(
-                f"`{self._name}`: found a text of {len(text)} characters, expected "
-                f"{MAX_SHORT_TEXT} at most.",
+                f"`{self._name}`: found a text of {len(text)} characters, expected {most} at most.",
                 self._name,
             )
 

@@ -134,7 +134,7 @@ TENANT_ROUTES: Mapping[str, Route] = {
     "/v1/chat/completions": _CHATS,
     "/v1/chat/completions/batch": _CHATS,
     "/v1/responses": Route(
-        _SAMPLING
+        _SAMPLING - _words("request_id")  # the gateway chooses the ids of responses
         | _words(
             "include max_output_tokens max_tool_calls parallel_tool_calls reasoning",
             "include_reasoning service_tier top_logprobs truncation prompt_cache_key",
@@ -224,6 +224,25 @@ REFUSED_ROUTES = _words(
 
 Nothing reads this at run time: a path that is in neither list is refused as well.
 """
+
+MAX_ITEMS: Mapping[str, int] = {
+    "stop": 64,
+    "stop_sequences": 64,
+    "stop_token_ids": 64,
+    "logit_bias": 1_024,
+}
+"""Items that a field may have. Those that end an answer are looked for after each token; with more
+tokens to favour, vLLM's second model runner ends its engine."""
+
+_MAX_TOKENS = 1 << 30
+MAX_NUMBERS: Mapping[str, int] = {
+    "n": 2_048,
+    "max_tokens": _MAX_TOKENS,
+    "max_completion_tokens": _MAX_TOKENS,
+    "max_output_tokens": _MAX_TOKENS,
+    "seed": (1 << 63) - 1,
+}
+"""The largest value that a field may have. Engines end at what their 32 or 64 bits do not hold."""
 
 MESSAGE_KEYS = _words(
     "role content name type text id call_id tool_call_id tool_use_id tool_calls function",

@@ -105,19 +105,6 @@ raises if it is not to go there."""
 TENANT: Attached[RequestTenant] = Attached("tenant")
 """Of an engine core's `Request`: its tenant; see `tenant_of_request`."""
 
-GRAMMAR_TIME: Attached[float] = Attached("grammar-time")
-"""Of a grammar of vLLM's: seconds that it may take for its next token; see `engine.grammars`."""
-
-SLOW_GRAMMARS: Attached[list[Any]] = Attached("slow-grammars")
-"""Of a `StructuredOutputManager`: grammars that have taken too long, and were not looked at yet;
-not set where nobody looks."""
-
-STUCK_GRAMMARS: Attached[list[Any]] = Attached("stuck-grammars")
-"""Of the same: grammars that have allowed no token, and whose requests have got none since."""
-
-CHECKED: Attached[bool] = Attached("checked")
-"""Of a request's `StructuredOutputsParams`: set once they have been checked before vLLM would."""
-
 HIDDEN_FOLDERS: Attached[tuple[str, ...]] = Attached("hidden-folders")
 """Of an API server's `RequestState`: folders that its client is not told."""
 

@@ -82,26 +82,6 @@ def replaced_stop_reason(adapter: LoRARequest) -> str:
     )
 
 
-def slow_grammar_stop_reason() -> str:
-    """The text of a request that nobody is to wait for any longer."""
-    return _stop_reason(
-        _REQUESTS,
-        FailureKind.INVALID,
-        "the structured output takes too long to compute: ask for a simpler schema, regular "
-        "expression or grammar",
-    )
-
-
-def stuck_grammar_stop_reason() -> str:
-    """The text of a request whose grammar allows no token."""
-    return _stop_reason(
-        _REQUESTS,
-        FailureKind.INVALID,
-        "the structured output cannot be continued: its schema, regular expression or grammar "
-        "allows none of the tokens that the model has; ask for characters that these hold",
-    )
-
-
 def uninvoked_stop_reason(adapter: LoRARequest, tokens: Sequence[int]) -> str:
     """What travels with a request whose prompt lacks the tokens that activate its adapter."""
     return f"{_UNINVOKED}{json.dumps([adapter.lora_name, *tokens])}"

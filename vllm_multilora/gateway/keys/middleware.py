@@ -16,12 +16,13 @@ from starlette.responses import Response
 from vllm_multilora.gateway.body import LargeBodyError, read_body
 from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word
 from vllm_multilora.gateway.errors import error_answer
-from vllm_multilora.gateway.fields import FieldError, needs
+from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, needs
 from vllm_multilora.gateway.keys.access_log import keep_refusals_few
 from vllm_multilora.gateway.limits.listing import list_in_turn
 from vllm_multilora.gateway.limits.pauses import STRANGERS_PER_MINUTE, pause
 from vllm_multilora.gateway.limits.turns import ClientGoneError, turn_of
 from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.stored import UnknownResponseError, require_own_path
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.limits import (
@@ -53,6 +54,7 @@ _STATUS = {
     ServerStoppedError: HTTPStatus.SERVICE_UNAVAILABLE,
     LargeBodyError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     FieldError: HTTPStatus.BAD_REQUEST,
+    UnknownResponseError: HTTPStatus.NOT_FOUND,
 }
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
 _DROPPED_HEADERS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
@@ -60,6 +62,7 @@ _DROPPED_HEADERS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
 nobody else is answered. The second chooses the engine, where one tenant's requests would then hold
 up others'."""
 
+_ECHOED_HEADERS = (b"x-request-id", b"traceparent", b"tracestate")
 _PACED = (Endpoint.MODELS, Endpoint.STATUS, Endpoint.STORED)
 
 
@@ -167,18 +170,26 @@ class AccessMiddleware:
             await send(message)
 
         try:
+            _require_short(headers)
             if endpoint is Endpoint.CALL:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
-                route, allow = called_route(path), account.tenant.allow
-                receive, caller.body_bytes = await read_body(receive, route, allow)
+                receive = await read_body(receive, called_route(path), caller)
+            if endpoint is Endpoint.STORED:
+                require_own_path(caller, path)
             if endpoint in _PACED:
                 await list_in_turn(
                     self._app, account.listing[endpoint], scope, receive, send_marked
                 )
             else:
                 await self._app(scope, receive, send_marked)
-        except (LimitReachedError, ServerStoppedError, LargeBodyError, FieldError) as error:
+        except (
+            LimitReachedError,
+            ServerStoppedError,
+            LargeBodyError,
+            FieldError,
+            UnknownResponseError,
+        ) as error:
             if isinstance(error, LimitReachedError):
                 caller.retry_after_s = error.retry_after_s
                 await pause(account.without_turn)
@@ -187,6 +198,20 @@ class AccessMiddleware:
             await answer(scope, receive, send_marked)
         except ClientGoneError:  # operators' middlewares expect an answer
             await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)
+
+
+def _require_short(headers: list[tuple[bytes, bytes]]) -> None:
+    """Looks at what goes to the engine with a request and comes back with each of its tokens.
+
+    Raises:
+        FieldError: There is too much of it.
+    """
+    for name, value in headers:
+        if name in _ECHOED_HEADERS and len(value) > MAX_SHORT_TEXT:
+            raise FieldError(
+                f"Header `{name.decode()}`: found {len(value)} characters, expected "
+                f"{MAX_SHORT_TEXT} at most."
+            )
 
 
 async def _refuse(

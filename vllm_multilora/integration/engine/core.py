@@ -29,7 +29,7 @@ from vllm_multilora.integration.attached import (
     SERVER,
     Attached,
 )
-from vllm_multilora.integration.engine import grammars, invocation, prefix_keys
+from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
 from vllm_multilora.integration.engine.observer import AdapterObserver
@@ -43,6 +43,7 @@ from vllm_multilora.integration.failures import (
     SentRefusalError,
 )
 from vllm_multilora.integration.fill_link import PATH_VARIABLE, FillLink
+from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.metrics import server_of
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
@@ -82,6 +83,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
             the store up as its `EARLY_STORE`, and its server's name as its `SERVER`.
         vllm_config: Of the engine.
     """
+    join_vllm_logging()
     server = server_of(vllm_config)
     SERVER.set(executor, server)
     link = _make_link(vllm_config)
@@ -161,7 +163,6 @@ def adapters_of(engine_core: Any) -> EngineAdapters | None:
         ADAPTERS.set(engine_core, adapters)
         if adapters is not None:
             engine_core.scheduler.attach_adapters(adapters)
-            grammars.keep_apart(engine_core.structured_output_manager)
     return ADAPTERS.get(engine_core)
 
 

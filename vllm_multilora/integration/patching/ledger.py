@@ -207,30 +207,6 @@ PATCHES: tuple[Patch, ...] = (
         "steps among tenants.",
     ),
     Patch(
-        name="grammar-time",
-        target="vllm.v1.structured_output:StructuredOutputManager._fill_bitmasks",
-        takes=("self, batch",),
-        handler="engine.grammars:fill_bitmasks",
-        why="Nothing bounds how long the grammar of a structured output takes for a token, and no "
-        "step is taken meanwhile: one of sixty characters takes seconds for each. Notes it, so "
-        "that the requests of tenants end whose grammars take too long. And where a grammar allows "
-        "no token, vLLM chooses one all the same, logs two errors and fails the request with 500. "
-        "Notes that, too: requests end with 400 then.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM bounds what grammars take, and says that one allows no token.",
-    ),
-    Patch(
-        name="grammar-time-of-answers",
-        target="vllm.v1.structured_output:StructuredOutputManager.accept_tokens",
-        takes=("self, request, new_token_ids",),
-        handler="engine.grammars:accept_tokens",
-        why="Nor does anything bound how long a grammar takes to go on by a token of the answer: "
-        "one of forty characters takes milliseconds to say what it allows next, and seconds for "
-        "this. Notes it, too.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM bounds what grammars take.",
-    ),
-    Patch(
         name="pin",
         target="vllm.v1.engine.core:EngineCore.pin_lora",
         takes=("self, lora_id",),
@@ -344,166 +320,14 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM looks default adapters up in its configuration.",
     ),
     Patch(
-        name="length-of-texts",
-        target="vllm.renderers.params:TokenizeParams._text_len_check",
-        takes=("self, tokenizer, text",),
-        handler="server.request_bounds:check_length",
-        why="Texts of any length are made into tokens where nothing limits these, or only the "
-        "first are kept: sixty megabytes take half a minute, in which nobody is answered, and more "
-        "than nine gigabytes of memory. Bounds a tenant's texts.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM bounds texts that are truncated, or only made into tokens.",
-    ),
-    Patch(
-        name="ids-of-images",
+        name="invoked-prompts",
         target="vllm.renderers.base:BaseRenderer._process_tokens_async",
         takes=("self, prompt, *, skip_mm_cache=False",),
-        handler="server.multimodal:process_tokens",
-        why="A client may give an image a `uuid`, and later the `uuid` alone: vLLM then takes the "
-        "image that anybody has sent with it, and even before one that is sent. It takes the "
-        "engine to have all images that requests have come with, those that are refused after "
-        "they have been read included: the next one who sends the same image gets an error. Has "
-        "each tenant's images kept apart.",
+        handler="server.invoked_prompts:process_tokens",
+        why="A stream has begun, with status 200, before the engine core sees that a prompt lacks "
+        "the tokens that its activated adapter acts from. Answers 400 once the prompt has tokens.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM keeps the images of clients with different cache salts apart.",
-    ),
-    Patch(
-        name="ids-of-images-pooling",
-        target="vllm.renderers.base:BaseRenderer._process_tokens",
-        takes=("self, prompt, *, skip_mm_cache=False",),
-        handler="server.multimodal:process_tokens",
-        why="As ids-of-images, for embeddings, classes, scores and other pooled answers.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As ids-of-images.",
-    ),
-    Patch(
-        name="caller-pooling",
-        target="vllm.entrypoints.pooling.base.io_processor:PoolingIOProcessor.__init__",
-        takes=("self, vllm_config, renderer, chat_template_config",),
-        handler="server.multimodal:init_pooling",
-        why="vLLM fetches what pooling chats point to where downloads-pooling has it fetch nothing "
-        "for tenants. Reads theirs as those that generate.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As downloads-pooling.",
-    ),
-    Patch(
-        name="downloads",
-        target="vllm.connections:HTTPConnection.async_get_bytes",
-        takes=(
-            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None",
-            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None, request_budget=None",
-        ),
-        handler="server.multimodal:download",
-        why="vLLM has a hundred connections for all images and the like that requests point to: a "
-        "request for a hundred of a host that does not answer has all others' fail. Gives each "
-        "tenant a few.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM shares its connections among those who send requests.",
-    ),
-    Patch(
-        name="downloads-pooling",
-        target="vllm.connections:HTTPConnection.get_bytes",
-        takes=(
-            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None",
-            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None, request_budget=None",
-        ),
-        handler="server.multimodal:download_now",
-        why="vLLM fetches what pooling requests point to on the one thread that makes prompts of "
-        "everybody's texts, which waits for minutes for a host that does not answer. Fetches "
-        "nothing there for tenants; caller-pooling has chats be read elsewhere.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM waits for no host on its renderer's thread.",
-    ),
-    Patch(
-        name="unpacked-images",
-        target="vllm.multimodal.media.image:ImageMediaIO.load_bytes",
-        takes=("self, data",),
-        handler="server.multimodal:unpack",
-        why="An image of a few kilobytes is unpacked to half a gigabyte, and a request may have a "
-        "thousand. Bounds what a tenant's call has unpacked.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM bounds it in all versions, as 0.33 does.",
-    ),
-    Patch(
-        name="files-of-images",
-        target="vllm.multimodal.media.image:BytesIO",
-        takes=("self, /, *args, **kwargs",),
-        handler="server.multimodal:image_file",
-        why="A JPEG of a megabyte takes minutes if most of it is scans or padding, on one of few "
-        "threads. Counts the time that a tenant's call has its images read.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM bounds the time for an image.",
-    ),
-    Patch(
-        name="unpacked-videos",
-        target="vllm.multimodal.media.video:VideoMediaIO.load_bytes",
-        takes=("self, data",),
-        handler="server.multimodal:unpack",
-        why="As unpacked-images, for videos.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As unpacked-images.",
-    ),
-    Patch(
-        name="unpacked-recordings",
-        target="vllm.multimodal.media.audio:AudioMediaIO.load_bytes",
-        takes=("self, data",),
-        handler="server.multimodal:unpack",
-        why="As unpacked-images, for recordings.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As unpacked-images.",
-    ),
-    Patch(
-        name="unpacked-files-of-recordings",
-        target="vllm.multimodal.media.audio:AudioMediaIO.load_file",
-        takes=("self, filepath",),
-        handler="server.multimodal:unpack",
-        why="As unpacked-recordings, for those that the operator has below "
-        "`--allowed-local-media-path`, which are not read by it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As unpacked-images.",
-    ),
-    Patch(
-        name="errors-of-images",
-        target="vllm.multimodal.media.connector:MediaConnector.load_from_url_async",
-        takes=("self, url, media_io, *, fetch_timeout=None",),
-        handler="server.released_errors:release",
-        why="Where an image or the like is refused, its error holds what it was unpacked from, and "
-        "is held by it, until Python looks for circles. Has it held by nothing.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM keeps no error in a variable that the error holds.",
-    ),
-    Patch(
-        name="errors-of-prompts",
-        # Not where the class is defined, which differs between versions.
-        target="vllm.entrypoints.scale_out.token_in_token_out.serving:"
-        "AsyncMultiModalItemTracker.resolve_items",
-        takes=("self",),
-        handler="server.released_errors:release",
-        why="As errors-of-images, of all that the prompt has: gigabytes after a few calls.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As errors-of-images.",
-    ),
-    Patch(
-        name="errors-of-calls",
-        target="vllm.entrypoints.serve.utils.api_utils:with_cancellation",
-        takes=("handler_func",),
-        handler="server.released_errors:with_cancellation",
-        why="As errors-of-images, of all that a call has.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As errors-of-images.",
-    ),
-    Patch(
-        name="turns-for-recordings",
-        target="vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing.__init__",
-        takes=(
-            "self, engine_client, models, *, request_logger, return_tokens_as_token_ids=False, "
-            "task_type='transcribe', enable_force_include_usage=False",
-        ),
-        handler="server.start:init_speech",
-        why="Two threads of vLLM's unpack recordings in the order in which they come, and take "
-        "seconds for one: one tenant's many hold up all others'. Has tenants take turns.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM shares its threads among those who send requests.",
+        until="vLLM lets a request be refused between its tokens and its stream.",
     ),
     Patch(
         name="one-look-up",
@@ -614,19 +438,6 @@ PATCHES: tuple[Patch, ...] = (
         until="vLLM removes its series of what has passed.",
     ),
     Patch(
-        name="request-heads",
-        target="vllm.entrypoints.launchers.api_server.entry:serve_http",
-        takes=(
-            "app, sock, enable_ssl_refresh=False, **uvicorn_kwargs",
-            "app, sock, enable_ssl_refresh=False, peer_loads=None, **uvicorn_kwargs",
-        ),
-        handler="server.request_heads:serve",
-        why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
-        "has no httptools. Anybody's endless header, or body in endless parts, holds up a server.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's limits of headers act whatever reads them.",
-    ),
-    Patch(
         name="error-texts",
         target="vllm.entrypoints.serve.exception_handling.error_response:sanitize_message",
         takes=("message",),
@@ -645,23 +456,6 @@ PATCHES: tuple[Patch, ...] = (
         why="As error-texts, of bodies that are wrong.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As error-texts.",
-    ),
-    Patch(
-        name="parameters-checks",
-        target="vllm.v1.engine.async_llm:AsyncLLM.add_request",
-        takes=(
-            "self, request_id, prompt, params, arrival_time=None, lora_request=None, "
-            "tokenization_kwargs=None, trace_headers=None, priority=0, data_parallel_rank=None, "
-            "session_id=None, prompt_text=None, reasoning_ended=None, "
-            "reasoning_parser_kwargs=None, kv_hints=None",
-        ),
-        handler="server.schema_checks:add_request",
-        why="vLLM tokenizes bad_words, and checks structured outputs, on the event loop: nobody is "
-        "answered for 40 s where a request has ten megabytes of the first, and for seconds for "
-        "some schemas of a line. Refuses what is that long of a tenant's, and has its schemas "
-        "checked on a thread, one by one, before vLLM looks at the request.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM bounds both, and does neither on the event loop.",
     ),
     Patch(
         name="engine-door",
@@ -684,50 +478,6 @@ PATCHES: tuple[Patch, ...] = (
         "client can fill it with such. Ends it.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM forgets requests that it has not sent.",
-    ),
-    Patch(
-        name="schema-checks",
-        target="vllm.sampling_params:SamplingParams._validate_structured_outputs",
-        takes=("self, model_config, structured_outputs_config, tokenizer",),
-        handler="server.schema_checks:check_structured_outputs",
-        why="As parameters-checks. Checks no schema again that has been checked there.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As parameters-checks.",
-    ),
-    Patch(
-        name="structural-tags",
-        target="vllm.entrypoints.generate.base.protocol:validate_structural_tag_payload",
-        takes=("payload, *, parameter",),
-        handler="server.schema_checks:validate_structural_tag",
-        why="An API server checks a structural tag, with the schemas in it, as it reads a body, on "
-        "its event loop. A tenant's is checked by parameters-checks alone.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As parameters-checks.",
-    ),
-    Patch(
-        name="stored-responses",
-        target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.__init__",
-        takes=(
-            "self, engine_client, models, online_renderer, *, request_logger, chat_template, "
-            "chat_template_content_format, return_tokens_as_token_ids=False, reasoning_parser='', "
-            "enable_auto_tools=False, tool_parser=None, tool_strict_level='auto', "
-            "tool_server=None, enable_prompt_tokens_details=False, "
-            "enable_force_include_usage=False, "
-            "enable_per_request_metrics=False, enable_log_outputs=False, "
-            "default_chat_template_kwargs=None",
-            "self, engine_client, models, online_renderer, *, request_logger, chat_template, "
-            "chat_template_content_format, return_tokens_as_token_ids=False, reasoning_parser='', "
-            "enable_auto_tools=False, tool_parser=None, tool_strict_level=None, "
-            "tool_server=None, enable_prompt_tokens_details=False, "
-            "enable_force_include_usage=False, "
-            "enable_per_request_metrics=False, enable_log_outputs=False, "
-            "default_chat_template_kwargs=None",
-        ),
-        handler="server.stored_responses:init_responses",
-        why="Stored responses are found by whoever has their id. Keeps each tenant's apart, and "
-        "has those that are made in the background count in their tenant's limits.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As engine-door.",
     ),
     Patch(
         name="lora-ids",
@@ -905,18 +655,6 @@ PATCHES: tuple[Patch, ...] = (
         "lengths of their rows before, which DoRA adapters need.",
         checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM serves DoRA adapters.",
-    ),
-    Patch(
-        name="loggers",
-        target="logging.config:DictConfigurator.configure",
-        takes=("self",),
-        handler="logs:configure_loggers",
-        why="A file in VLLM_LOGGING_CONFIG_PATH or --log-config-file silences all loggers that are "
-        "there and that it does not name, unless it says otherwise, as no example of vLLM's does. "
-        "vLLM takes it when a process starts, and API servers have uvicorn take it again. Has ours "
-        "go on.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM sets disable_existing_loggers where a file leaves it out.",
     ),
     Patch(
         name="sleep",

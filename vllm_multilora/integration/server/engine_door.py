@@ -16,7 +16,6 @@ from vllm_multilora.integration.attached import HIDDEN_FOLDERS, SEE_OFF
 from vllm_multilora.integration.patching.activation import loads_adapters
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller, current_caller
-from vllm_multilora.integration.server.request_bounds import require_bounded
 from vllm_multilora.integration.tenant_of_request import set_tenant
 from vllm_multilora.tenants.limits import Meter
 from vllm_multilora.tenants.on_request import RequestTenant
@@ -42,7 +41,6 @@ def add_request(
             answers = 1 if parent is None else parent.sampling_params.n
             caller.count_answers(answers)
             caller.count_bytes((request.prompt_token_ids, request.sampling_params), answers)
-            caller.count_tensors((request.mm_features, request.prompt_embeds), answers - 1)
     if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
         see_off(request.lora_request)
     original(processor, request, prompt, parent, index, *args, **kwargs)
@@ -100,12 +98,10 @@ def mark(request: Any, caller: Caller) -> None:
 
     Raises:
         VLLMNotFoundError: Nobody has granted the request what would answer it.
-        GracefulHTTPError: There is too much of something in it.
     """
     tenant = caller.tenant
     if tenant is None:
         return
-    require_bounded(request)
     adapter = request.lora_request
     name = None if adapter is None else adapter.lora_name
     if name not in caller.granted:

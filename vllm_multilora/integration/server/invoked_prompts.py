@@ -6,6 +6,7 @@ prompt. Other answers wait for the engine, and so do prompts that are not all to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm.exceptions import GracefulHTTPError
@@ -33,6 +34,11 @@ def expect(call: HttpCall, request: Any, version: Version | None) -> None:
     call.invocation = version.invocation if begins and version and not call.renders else ()
     if call.invocation and getattr(request, "prompt_embeds", None) is not None:
         _refuse(call, None)
+
+
+def process_tokens(original: Callable[..., Any], renderer: Any, prompt: Any, **kwargs: Any) -> Any:
+    require(prompt, renderer)
+    return original(renderer, prompt, **kwargs)
 
 
 def require(prompt: Any, renderer: Any) -> None:

@@ -6,9 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vllm.multimodal.media.connector import global_thread_pool
-from vllm.utils.async_utils import make_async
-
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
 from vllm_multilora.integration.logs import PrintableLines, add_filter
@@ -19,7 +16,6 @@ from vllm_multilora.integration.server import (
     adapter_directory,
     engine_calls,
     metering,
-    multimodal,
     registration,
     routes,
     shared_names,
@@ -32,10 +28,7 @@ from vllm_multilora.tenants.work_turns import take_turns
 
 _FILTERS = (RefusalsInOneLine(), PrintableLines())
 """Of what vLLM logs in an API server, the first that acts first."""
-_GUARDS = (
-    *("flag-values", "model-names", "model-names-pooling"),
-    *("engine-door", "stored-responses", "ids-of-images", "ids-of-images-pooling"),
-)
+_GUARDS = ("flag-values", "model-names", "model-names-pooling", "engine-door")
 
 
 def require_guards(models: Any) -> None:
@@ -66,21 +59,15 @@ def require_guards(models: Any) -> None:
 
 
 def share_threads(renderer: Any) -> None:
-    """Has tenants take turns where vLLM makes prompts of their texts and images.
+    """Lets tenants take turns where vLLM makes tokens of their texts.
 
-    One thread does so unless `--renderer-num-workers` says otherwise, and takes a second for a
-    million characters; a few threads unpack images, of which a request may have a thousand.
+    One thread does so unless `--renderer-num-workers` says otherwise, and takes a second for half a
+    million characters.
     """
-    _share_replaceable(renderer._executor)
-    for executor in (renderer._mm_executor, global_thread_pool):
-        take_turns(executor, _owner)
-
-
-def _share_replaceable(executor: Any) -> None:
-    """The same where vLLM may give threads up that do not come to an end, and begin with others."""
-    begin_again = take_turns(executor, _owner)
+    executor = renderer._executor
+    begin_again = take_turns(executor, lambda *_, **__: current_tenant() or "")
     replace = getattr(executor, "replace_inner", None)
-    if replace is None:  # vLLM 0.31 waits
+    if replace is None:  # vLLM 0.31 has no threads that it gives up
         return
 
     def replace_inner() -> None:
@@ -88,28 +75,6 @@ def _share_replaceable(executor: Any) -> None:
         begin_again()
 
     executor.replace_inner = replace_inner
-
-
-def _owner(*_: Any, **__: Any) -> str:
-    return current_tenant() or ""
-
-
-def init_speech(
-    original: Callable[..., None], serving: Any, engine_client: Any, *args: Any, **kwargs: Any
-) -> None:
-    """Has tenants take turns where recordings are unpacked to be transcribed or translated.
-
-    Two threads do so, and take seconds for one of ten minutes.
-    """
-    original(serving, engine_client, *args, **kwargs)
-    vllm_config = getattr(engine_client, "vllm_config", None)
-    if vllm_config is None or settings_of(vllm_config).tenants is None:
-        return
-    take_turns(serving._preprocess_executor, _owner)
-    # In vLLM they wait for a semaphore before, in the order in which they come.
-    serving._decode_and_chunk_speech_async = make_async(
-        serving._decode_and_chunk_speech, serving._preprocess_executor
-    )
 
 
 async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
@@ -128,7 +93,6 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
     client = models.engine_client  # tenants are apart also where vLLM loads the adapters
     if is_active_behind(client) and settings_of(client.vllm_config).tenants is not None:
         share_threads(client.renderer)
-        multimodal.share_connections()
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)

@@ -27,6 +27,7 @@ from vllm_multilora.integration.fill_link import (
     WorkerLink,
     attach_worker,
 )
+from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.orders import Order
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
@@ -360,6 +361,7 @@ def _not_by_workers(verb: str) -> str:
 def make_worker_manager(
     original: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any
 ) -> LRUCacheWorkerLoRAManager:
+    join_vllm_logging()
     # Our manager fills slots for our kernels; stock ones need stock's cleared slots.
     if not loads_adapters(vllm_config) or not PUNICA_WRAPPER.is_applied():
         return original(vllm_config, *args, **kwargs)
