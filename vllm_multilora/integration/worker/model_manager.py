@@ -196,8 +196,8 @@ class MultiLoRAModelManager(LoRAModelManager):
         if self.device.type != "cpu":
             parallel = config.parallel_config
             count = parallel.local_world_size
-            own = {"workers": count, "worker": parallel.rank % count}
-            warm_up(self.modules.values(), dtype, self.slot_table, **own)
+            share = {"workers": count, "worker": parallel.rank % count}
+            warm_up(self.modules.values(), dtype, self.slot_table, **share)
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()
 
