@@ -440,7 +440,7 @@ def _slot_rests(layers: Iterable[tuple[Any, slice]]) -> SlotRests:
     Args:
         layers: Each with its slices' rows in the rank tables.
     """
-    slices = {}
+    slices: dict[int, SlotWeights] = {}
     for layer, own in layers:
         if layer.punica_wrapper.reads_rests:
             weights = zip(_stacked_a(layer), slices_of(layer.lora_b_stacked), strict=True)
