@@ -1,0 +1,731 @@
+"""What HTTP, names, keys, tenants, media, grammars and metering replace in vLLM.
+
+This is the gateway's part of the seam table; mends of vLLM that serve no adapter are in it, too.
+"""
+
+from __future__ import annotations
+
+from vllm_multilora.integration.patching.patch import Patch
+
+GATEWAY: tuple[Patch, ...] = (
+    Patch(
+        name="grammar-time",
+        target="vllm.v1.structured_output:StructuredOutputManager._fill_bitmasks",
+        takes=("self, batch",),
+        handler="engine.grammars:fill_bitmasks",
+        why="Nothing bounds how long the grammar of a structured output takes for a token, and no "
+        "step is taken meanwhile: one of sixty characters takes seconds for each. Notes it, so "
+        "that the requests of tenants end whose grammars take too long. And where a grammar allows "
+        "no token, vLLM chooses one all the same, logs two errors and fails the request with 500. "
+        "Notes that, too: requests end with 400 then.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM bounds what grammars take, and says that one allows no token.",
+    ),
+    Patch(
+        name="grammar-time-of-answers",
+        target="vllm.v1.structured_output:StructuredOutputManager.accept_tokens",
+        takes=("self, request, new_token_ids",),
+        handler="engine.grammars:accept_tokens",
+        why="Nor does anything bound how long a grammar takes to go on by a token of the answer: "
+        "one of forty characters takes milliseconds to say what it allows next, and seconds for "
+        "this. Notes it, too.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM bounds what grammars take.",
+    ),
+    Patch(
+        name="load-route",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+        takes=("self, request, base_model_name=None",),
+        handler="server.registration:load_lora_adapter",
+        why="vLLM answers a bad adapter with HTTP 500 and a reload with a mixture of old and new "
+        "weights. Answers with the right status and all problems, and gives every version a "
+        "number of its own.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM validates adapters at registration and versions reloads.",
+    ),
+    Patch(
+        name="unload-route",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter",
+        takes=("self, request",),
+        handler="server.registration:unload_lora_adapter",
+        why="vLLM forgets the name and keeps slot and memory. Frees them.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's unload removes the adapter from the workers.",
+    ),
+    Patch(
+        name="server-start",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.init_static_loras",
+        takes=("self",),
+        handler="server.start:init_static_loras",
+        why="vLLM has no hook in an API server that is about to serve; looks at the adapter "
+        "directories and reads the routes there, and puts locks that go when nobody holds them in "
+        "the place of vLLM's, which keeps one for every name that was ever asked for.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM calls plugins when an API server starts.",
+    ),
+    Patch(
+        name="model-names",
+        target="vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+        takes=("self, request",),
+        handler="server.model_names:check_model",
+        why="vLLM's resolvers are asked for names that it does not know, but only where clients "
+        "may load adapters too, and their failures lose status and reason. Asks them in vLLM's "
+        "place, finds adapters of the adapter directories, and answers as a registration would; "
+        "before that, puts an adapter's name in the place of a route's.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's resolvers work without VLLM_ALLOW_RUNTIME_LORA_UPDATING and may refuse.",
+    ),
+    Patch(
+        name="model-names-pooling",
+        target="vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
+        takes=("self, request",),
+        handler="server.model_names:check_pooling_model",
+        why="As model-names, for embeddings, scores and the like.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As model-names.",
+    ),
+    Patch(
+        name="realtime-model",
+        target="vllm.entrypoints.speech_to_text.realtime.connection:RealtimeConnection._check_model",
+        takes=("self, model",),
+        handler="server.model_names:check_realtime_model",
+        why="vLLM's WebSocket has the base model answer, and tells a session that names an adapter "
+        "that there is none. One that has named the base model before goes on with it. Says what "
+        "the WebSocket serves, and has nothing answer until that is named.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's WebSocket takes adapters.",
+    ),
+    Patch(
+        name="default-adapters",
+        target="vllm.entrypoints.serve.engine.serving:BaseServing._get_active_default_mm_loras",
+        takes=("self, request",),
+        handler="server.multimodal:active_default_adapter",
+        why="vLLM applies an adapter that is named like a part of a chat message, `text` or "
+        "`image`, to base-model requests that have such a part, whoever has registered it. Does "
+        "so for the operator's `default_mm_loras` alone.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM looks default adapters up in its configuration.",
+    ),
+    Patch(
+        name="length-of-texts",
+        target="vllm.renderers.params:TokenizeParams._text_len_check",
+        takes=("self, tokenizer, text",),
+        handler="server.request_bounds:check_length",
+        why="Texts of any length are made into tokens where nothing limits these, or only the "
+        "first are kept: sixty megabytes take half a minute, in which nobody is answered, and more "
+        "than nine gigabytes of memory. Bounds a tenant's texts.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM bounds texts that are truncated, or only made into tokens.",
+    ),
+    Patch(
+        name="ids-of-images",
+        target="vllm.renderers.base:BaseRenderer._process_tokens_async",
+        takes=("self, prompt, *, skip_mm_cache=False",),
+        handler="server.multimodal:process_tokens",
+        why="A client may give an image a `uuid`, and later the `uuid` alone: vLLM then takes the "
+        "image that anybody has sent with it, and even before one that is sent. It takes the "
+        "engine to have all images that requests have come with, those that are refused after "
+        "they have been read included: the next one who sends the same image gets an error. Has "
+        "each tenant's images kept apart.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM keeps the images of clients with different cache salts apart.",
+    ),
+    Patch(
+        name="ids-of-images-pooling",
+        target="vllm.renderers.base:BaseRenderer._process_tokens",
+        takes=("self, prompt, *, skip_mm_cache=False",),
+        handler="server.multimodal:process_tokens",
+        why="As ids-of-images, for embeddings, classes, scores and other pooled answers.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As ids-of-images.",
+    ),
+    Patch(
+        name="caller-pooling",
+        target="vllm.entrypoints.pooling.base.io_processor:PoolingIOProcessor.__init__",
+        takes=("self, vllm_config, renderer, chat_template_config",),
+        handler="server.multimodal:init_pooling",
+        why="vLLM fetches what pooling chats point to where downloads-pooling has it fetch nothing "
+        "for tenants. Reads theirs as those that generate.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As downloads-pooling.",
+    ),
+    Patch(
+        name="downloads",
+        target="vllm.connections:HTTPConnection.async_get_bytes",
+        takes=(
+            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None",
+            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None, request_budget=None",
+        ),
+        handler="server.multimodal:download",
+        why="vLLM has a hundred connections for all images and the like that requests point to: a "
+        "request for a hundred of a host that does not answer has all others' fail. Gives each "
+        "tenant a few.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM shares its connections among those who send requests.",
+    ),
+    Patch(
+        name="downloads-pooling",
+        target="vllm.connections:HTTPConnection.get_bytes",
+        takes=(
+            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None",
+            "self, url, *, timeout=None, allow_redirects=True, max_bytes=None, request_budget=None",
+        ),
+        handler="server.multimodal:download_now",
+        why="vLLM fetches what pooling requests point to on the one thread that makes prompts of "
+        "everybody's texts, which waits for minutes for a host that does not answer. Fetches "
+        "nothing there for tenants; caller-pooling has chats be read elsewhere.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM waits for no host on its renderer's thread.",
+    ),
+    Patch(
+        name="unpacked-images",
+        target="vllm.multimodal.media.image:ImageMediaIO.load_bytes",
+        takes=("self, data",),
+        handler="server.multimodal:unpack",
+        why="An image of a few kilobytes is unpacked to half a gigabyte, and a request may have a "
+        "thousand. Bounds what a tenant's call has unpacked.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM bounds it in all versions, as 0.33 does.",
+    ),
+    Patch(
+        name="files-of-images",
+        target="vllm.multimodal.media.image:BytesIO",
+        takes=("self, /, *args, **kwargs",),
+        handler="server.multimodal:image_file",
+        why="A JPEG of a megabyte takes minutes if most of it is scans or padding, on one of few "
+        "threads. Counts the time that a tenant's call has its images read.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM bounds the time for an image.",
+    ),
+    Patch(
+        name="unpacked-videos",
+        target="vllm.multimodal.media.video:VideoMediaIO.load_bytes",
+        takes=("self, data",),
+        handler="server.multimodal:unpack",
+        why="As unpacked-images, for videos.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As unpacked-images.",
+    ),
+    Patch(
+        name="unpacked-recordings",
+        target="vllm.multimodal.media.audio:AudioMediaIO.load_bytes",
+        takes=("self, data",),
+        handler="server.multimodal:unpack",
+        why="As unpacked-images, for recordings.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As unpacked-images.",
+    ),
+    Patch(
+        name="unpacked-files-of-recordings",
+        target="vllm.multimodal.media.audio:AudioMediaIO.load_file",
+        takes=("self, filepath",),
+        handler="server.multimodal:unpack",
+        why="As unpacked-recordings, for those that the operator has below "
+        "`--allowed-local-media-path`, which are not read by it.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As unpacked-images.",
+    ),
+    Patch(
+        name="errors-of-images",
+        target="vllm.multimodal.media.connector:MediaConnector.load_from_url_async",
+        takes=("self, url, media_io, *, fetch_timeout=None",),
+        handler="server.released_errors:release",
+        why="Where an image or the like is refused, its error holds what it was unpacked from, and "
+        "is held by it, until Python looks for circles. Has it held by nothing.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM keeps no error in a variable that the error holds.",
+    ),
+    Patch(
+        name="errors-of-prompts",
+        # Not where the class is defined, which differs between versions.
+        target="vllm.entrypoints.scale_out.token_in_token_out.serving:"
+        "AsyncMultiModalItemTracker.resolve_items",
+        takes=("self",),
+        handler="server.released_errors:release",
+        why="As errors-of-images, of all that the prompt has: gigabytes after a few calls.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As errors-of-images.",
+    ),
+    Patch(
+        name="errors-of-calls",
+        target="vllm.entrypoints.serve.utils.api_utils:with_cancellation",
+        takes=("handler_func",),
+        handler="server.released_errors:with_cancellation",
+        why="As errors-of-images, of all that a call has.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As errors-of-images.",
+    ),
+    Patch(
+        name="turns-for-recordings",
+        target="vllm.entrypoints.speech_to_text.base.serving:SpeechToTextBaseServing.__init__",
+        takes=(
+            "self, engine_client, models, *, request_logger, return_tokens_as_token_ids=False, "
+            "task_type='transcribe', enable_force_include_usage=False",
+        ),
+        handler="server.start:init_speech",
+        why="Two threads of vLLM's unpack recordings in the order in which they come, and take "
+        "seconds for one: one tenant's many hold up all others'. Has tenants take turns.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM shares its threads among those who send requests.",
+    ),
+    Patch(
+        name="one-look-up",
+        target="vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters",
+        takes=("self, request, supports_default_mm_loras=False",),
+        handler="server.versions:maybe_get_adapters",
+        why="vLLM looks a name up twice, and a reload may come between. Keeps a request to the "
+        "version that its answer's headers name.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM resolves a model name once.",
+    ),
+    Patch(
+        name="engine-calls",
+        target="vllm.v1.engine.core_client:AsyncMPClient._call_utility_async",
+        takes=("self, method, *args, engine",),
+        handler="server.engine_calls:call_utility",
+        why="vLLM fails the requests of an engine that has died, but not the calls that wait for "
+        "its answers: a server whose engine died during a load would never end. And it answers "
+        "calls of a server that is being stopped as if its software had failed.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM fails these calls too, with 503 where the server is being stopped.",
+    ),
+    Patch(
+        name="added-offline",
+        target="vllm.v1.engine.llm_engine:LLMEngine.add_lora",
+        takes=("self, lora_request",),
+        handler="server.versions:add_lora_offline",
+        why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
+        "are told True by vLLM.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As registered-version.",
+    ),
+    Patch(
+        name="meter-end",
+        target="vllm.v1.engine.output_processor:OutputProcessor._finish_request",
+        takes=("self, req_state",),
+        handler="server.metering:finish_request",
+        why="As engine-door.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As engine-door.",
+    ),
+    Patch(
+        name="trace-request",
+        target="vllm.v1.engine.output_processor:OutputProcessor.do_tracing",
+        takes=("self, engine_core_output, req_state, iteration_stats",),
+        handler="server.tracing:do_tracing",
+        why="A request's span says nothing of its adapter; finds out what it is to say.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's spans name adapters, or take a plugin's attributes.",
+    ),
+    Patch(
+        name="trace-attributes",
+        target="vllm.v1.engine.output_processor:instrument_manual",
+        takes=("span_name, start_time, end_time=None, attributes=None, context=None, kind=None",),
+        handler="server.tracing:instrument_manual",
+        why="As trace-request: makes the span, which nobody can add to afterwards.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As trace-request.",
+    ),
+    Patch(
+        name="meter-abort",
+        target="vllm.v1.engine.output_processor:OutputProcessor.abort_requests",
+        takes=("self, request_ids, internal",),
+        handler="server.metering:abort_requests",
+        why="As engine-door.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As engine-door.",
+    ),
+    Patch(
+        name="meter-shutdown",
+        target="vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+        takes=("self, timeout=None",),
+        handler="server.metering:shutdown",
+        why="Most requests that a server is stopped amidst end nowhere: their clients wait, and "
+        "the server for them, until it is killed. Ends them, and counts what they have used.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM ends all requests before it stops.",
+    ),
+    Patch(
+        name="meter-beams",
+        target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
+        takes=(
+            "self, prompt, request_id, params, lora_request=None, trace_headers=None, "
+            "session_id=None",
+            "self, prompt, request_id, params, lora_request=None, trace_headers=None, "
+            "session_id=None, priority=0",
+        ),
+        handler="server.metering:beam_search",
+        why="A beam search is many requests to the engine. Counts it as what its answer says.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As engine-door.",
+    ),
+    Patch(
+        name="offline-beams",
+        target="vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
+        takes=(
+            "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None",
+            "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None, "
+            "priority=None",
+        ),
+        handler="server.failure_delivery:beam_search",
+        why="A search whose adapter has failed ends all of the call with an IndexError. Has it end "
+        "with a sequence that says why.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's beam search looks at its requests' finish reasons.",
+    ),
+    Patch(
+        name="failed-embedding",
+        target="vllm.outputs:EmbeddingRequestOutput.from_base",
+        takes=("request_output",),
+        handler="server.failure_delivery:offline_answer",
+        why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
+        "request: it ends the call of all others with a ValueError or drops the reason. Has that "
+        "request's answer carry the reason, as later versions do.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM 0.31 is supported no longer.",
+    ),
+    Patch(
+        name="failed-classification",
+        target="vllm.outputs:ClassificationRequestOutput.from_base",
+        takes=("request_output",),
+        handler="server.failure_delivery:offline_answer",
+        why="As failed-embedding, for classes.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As failed-embedding.",
+    ),
+    Patch(
+        name="failed-score",
+        target="vllm.outputs:ScoringRequestOutput.from_base",
+        takes=("request_output",),
+        handler="server.failure_delivery:offline_answer",
+        why="As failed-embedding, for scores.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As failed-embedding.",
+    ),
+    Patch(
+        name="waiting-adapters",
+        target="vllm.v1.engine.output_processor:OutputProcessor.update_scheduler_stats",
+        takes=("self, scheduler_stats",),
+        handler="server.metering:update_scheduler_stats",
+        why="vllm:lora_requests_info never names an adapter whose requests wait, since an API "
+        "server hears of a request with its first output, and names adapters that have none. "
+        "Leaves it at what the engine core has said.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's scheduler says which adapters have waiting requests.",
+    ),
+    Patch(
+        name="newest-lists",
+        target="vllm.v1.metrics.loggers:PrometheusStatLogger.record",
+        takes=(
+            "self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=None",
+            "self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0",
+        ),
+        handler="server.metrics:record",
+        why="vllm:lora_requests_info has a series for every set of adapters that ever had requests "
+        "at once: an API server's memory, its /metrics and Prometheus' load grow for as long as it "
+        "lives, and of several API servers the times are added up. Shows the newest alone, which "
+        "routers read.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM removes its series of what has passed.",
+    ),
+    Patch(
+        name="models-list",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
+        takes=("self",),
+        handler="server.routes:show_available_models",
+        why="Lists the routes beside the adapters, and the adapters' digests.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM has model aliases that lead to adapters.",
+    ),
+    Patch(
+        name="base-models-list",
+        target="vllm.entrypoints.openai.models.serving:OpenAIModelRegistry.show_available_models",
+        takes=("self",),
+        handler="server.routes:show_available_models",
+        why="As models-list, in a server without an engine, which has the base model alone: its "
+        "folder is the operator's affair, and some tenants may not use it.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As models-list.",
+    ),
+    Patch(
+        name="registration-names",
+        target="vllm.entrypoints.openai.models.serving:"
+        "OpenAIServingModels._check_load_lora_adapter_request",
+        takes=("self, request",),
+        handler="server.routes:check_load_request",
+        why="Refuses to register an adapter under a route's name, where it could not be reached.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As models-list.",
+    ),
+    Patch(
+        name="middleware",
+        target="vllm.entrypoints.launchers.app:init_entrypoints_middleware",
+        takes=("args, app, supported_tasks",),
+        handler="server.http_calls:init_entrypoints_middleware",
+        why="vLLM looks model names up without HTTP at hand. Brings the request's headers to the "
+        "routes, and the adapter and its version into the answer. Looks at keys, where there are "
+        "any: vLLM guards /v1, but not SageMaker's routes, and knows no operators or tenants.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As models-list.",
+    ),
+    Patch(
+        name="request-heads",
+        target="vllm.entrypoints.launchers.api_server.entry:serve_http",
+        takes=(
+            "app, sock, enable_ssl_refresh=False, **uvicorn_kwargs",
+            "app, sock, enable_ssl_refresh=False, peer_loads=None, **uvicorn_kwargs",
+        ),
+        handler="server.request_heads:serve",
+        why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
+        "has no httptools. Anybody's endless header, or body in endless parts, holds up a server.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's limits of headers act whatever reads them.",
+    ),
+    Patch(
+        name="sagemaker-model",
+        target="model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body:"
+        "InjectToBodyApiTransform.transform_request",
+        takes=("self, raw_request",),
+        handler="server.http_calls:transform_request",
+        why="/invocations puts SageMaker's header in the place of the body's model, even if there "
+        "is none: the base model then answers for an adapter that the body names. Keeps the body's "
+        "model there.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's /invocations looks at the body's model.",
+    ),
+    Patch(
+        name="error-texts",
+        target="vllm.entrypoints.serve.exception_handling.error_response:sanitize_message",
+        takes=("message",),
+        handler="server.http_calls:sanitize_message",
+        why="vLLM looks for paths in errors' texts, which may repeat what clients send, and takes "
+        "the third power of their length for that: minutes for twenty kilobytes, in which nobody "
+        "is answered. Shortens them before.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM bounds what an error repeats.",
+    ),
+    Patch(
+        name="validation-error-texts",
+        target="vllm.entrypoints.serve.exception_handling.handlers.validation:sanitize_message",
+        takes=("message",),
+        handler="server.http_calls:sanitize_message",
+        why="As error-texts, of bodies that are wrong.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As error-texts.",
+    ),
+    Patch(
+        name="api-key",
+        target="vllm.entrypoints.serve.middleware.authenticate:"
+        "AuthenticationMiddleware.verify_token",
+        takes=("self, headers",),
+        handler="server.access_middleware:verify_token",
+        why="vLLM knows API keys that may do everything. Lets in who has an operator's or a "
+        "tenant's key, which `middleware` has looked at.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM has keys of several kinds.",
+    ),
+    Patch(
+        name="parameters-checks",
+        target="vllm.v1.engine.async_llm:AsyncLLM.add_request",
+        takes=(
+            "self, request_id, prompt, params, arrival_time=None, lora_request=None, "
+            "tokenization_kwargs=None, trace_headers=None, priority=0, data_parallel_rank=None, "
+            "session_id=None, prompt_text=None, reasoning_ended=None, "
+            "reasoning_parser_kwargs=None, kv_hints=None",
+        ),
+        handler="server.schema_checks:add_request",
+        why="vLLM tokenizes bad_words, and checks structured outputs, on the event loop: nobody is "
+        "answered for 40 s where a request has ten megabytes of the first, and for seconds for "
+        "some schemas of a line. Refuses what is that long of a tenant's, and has its schemas "
+        "checked on a thread, one by one, before vLLM looks at the request.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM bounds both, and does neither on the event loop.",
+    ),
+    Patch(
+        name="engine-door",
+        target="vllm.v1.engine.output_processor:OutputProcessor.add_request",
+        takes=("self, request, prompt, parent_req=None, request_index=0, queue=None",),
+        handler="server.engine_door:add_request",
+        why="All requests come by here on their way to the engine, in their client's context. "
+        "Says whose each is, gives it its tenant's salt, refuses what no check of the model's name "
+        "has granted, and follows each prompt to its end: vLLM counts tokens of whole servers.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM's requests carry who sent them, and it counts tokens by adapter.",
+    ),
+    Patch(
+        name="unsent-requests",
+        target="vllm.v1.engine.async_llm:AsyncLLM._add_request",
+        takes=("self, request, prompt, parent_req, index, queue",),
+        handler="server.engine_door:send_request",
+        why="An API server keeps a request that it cannot send to its engine for as long as it "
+        "lives, prompt and all, and counts it among those that --max-num-queued-reqs bounds: any "
+        "client can fill it with such. Ends it.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM forgets requests that it has not sent.",
+    ),
+    Patch(
+        name="unsent-offline",
+        target="vllm.v1.engine.llm_engine:LLMEngine.add_request",
+        takes=(
+            "self, request_id, prompt, params, arrival_time=None, lora_request=None, "
+            "tokenization_kwargs=None, trace_headers=None, priority=0, session_id=None, "
+            "prompt_text=None, kv_hints=None",
+        ),
+        handler="server.engine_door:add_offline",
+        why="A request of `LLM` that its engine does not take, with an adapter's path that is none "
+        "for instance, is waited for by every call after that. Ends it.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As unsent-requests.",
+    ),
+    Patch(
+        name="schema-checks",
+        target="vllm.sampling_params:SamplingParams._validate_structured_outputs",
+        takes=("self, model_config, structured_outputs_config, tokenizer",),
+        handler="server.schema_checks:check_structured_outputs",
+        why="As parameters-checks. Checks no schema again that has been checked there.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As parameters-checks.",
+    ),
+    Patch(
+        name="structural-tags",
+        target="vllm.entrypoints.generate.base.protocol:validate_structural_tag_payload",
+        takes=("payload, *, parameter",),
+        handler="server.schema_checks:validate_structural_tag",
+        why="An API server checks a structural tag, with the schemas in it, as it reads a body, on "
+        "its event loop. A tenant's is checked by parameters-checks alone.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As parameters-checks.",
+    ),
+    Patch(
+        name="stored-responses",
+        target="vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.__init__",
+        takes=(
+            "self, engine_client, models, online_renderer, *, request_logger, chat_template, "
+            "chat_template_content_format, return_tokens_as_token_ids=False, reasoning_parser='', "
+            "enable_auto_tools=False, tool_parser=None, tool_strict_level='auto', "
+            "tool_server=None, enable_prompt_tokens_details=False, "
+            "enable_force_include_usage=False, "
+            "enable_per_request_metrics=False, enable_log_outputs=False, "
+            "default_chat_template_kwargs=None",
+            "self, engine_client, models, online_renderer, *, request_logger, chat_template, "
+            "chat_template_content_format, return_tokens_as_token_ids=False, reasoning_parser='', "
+            "enable_auto_tools=False, tool_parser=None, tool_strict_level=None, "
+            "tool_server=None, enable_prompt_tokens_details=False, "
+            "enable_force_include_usage=False, "
+            "enable_per_request_metrics=False, enable_log_outputs=False, "
+            "default_chat_template_kwargs=None",
+        ),
+        handler="server.stored_responses:init_responses",
+        why="Stored responses are found by whoever has their id. Keeps each tenant's apart, and "
+        "has those that are made in the background count in their tenant's limits.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As engine-door.",
+    ),
+    Patch(
+        name="status-route",
+        target="vllm.entrypoints.serve.lora.api_router:attach_router",
+        takes=("app",),
+        handler="server.status_route:attach_router",
+        why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
+        "all others out. Adds GET /v1/lora_adapters, and the page /multilora that shows it.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
+    ),
+    Patch(
+        name="failed-response-stream",
+        target="vllm.entrypoints.openai.responses.serving:"
+        "OpenAIServingResponses.responses_stream_generator",
+        takes=(
+            "self, request, sampling_params, result_generator, context, model_name, tokenizer, "
+            "request_metadata, created_time=None",
+        ),
+        handler="server.failed_answers:stream_response",
+        why="A stream of /v1/responses breaks off where its request fails, and one in the "
+        "background never ends. Ends it with `response.failed` and the reason.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM sends `response.failed`, with a reason.",
+    ),
+    Patch(
+        name="failed-background-response",
+        target="vllm.entrypoints.openai.responses.serving:"
+        "OpenAIServingResponses._run_background_request",
+        takes=("self, request, *args, **kwargs",),
+        handler="server.failed_answers:run_in_background",
+        why="A response in the background stays `queued` for ever where its request fails. Has it "
+        "say so, and why.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM stores a response's error.",
+    ),
+    Patch(
+        name="failed-background-stream",
+        target="vllm.entrypoints.openai.responses.serving:"
+        "OpenAIServingResponses.responses_background_stream_generator",
+        takes=("self, response_id, starting_after=None",),
+        handler="server.failed_answers:stream_from_background",
+        why="The events of a response in the background end when it is complete, and with nothing "
+        "else. Ends them with failed-response-stream's last event, too.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As failed-response-stream.",
+    ),
+    Patch(
+        name="failed-message-stream",
+        target="vllm.entrypoints.anthropic.serving:"
+        "AnthropicServingMessages.message_stream_converter",
+        takes=("self, generator",),
+        handler="server.failed_answers:stream_message",
+        why="Before version 0.33, vLLM takes the error that ends a stream of chat completions for "
+        "a completion that it cannot read, and sends /v1/messages what is wrong with that. Sends "
+        "the error itself.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM 0.32 is supported no longer.",
+    ),
+    Patch(
+        name="failed-cohere-stream",
+        target="vllm.entrypoints.openai.chat_completion.serving:"
+        "OpenAIServingChat.chat_completion_stream_generator",
+        takes=(
+            "self, request, result_generator, request_id, model_name, conversation, tokenizer, "
+            "request_metadata, chat_template_kwargs=None, mm_token_counts=None",
+        ),
+        handler="server.failed_answers:stream_chat",
+        why="As failed-message-stream: before version 0.33, a stream of /cohere/v2/chat ends "
+        "without a reason. What vLLM makes it of ends so that it tells one.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As failed-message-stream.",
+    ),
+    Patch(
+        name="stat-loggers",
+        target="vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        takes=(
+            "self, vllm_config, engine_idxs=None, custom_stat_loggers=None, "
+            "enable_default_loggers=True, aggregate_engine_logging=False, client_count=1",
+        ),
+        handler="server.metrics:init_stat_loggers",
+        why="vLLM has one LoRA metric. Has the process that shows an engine's metrics show ours "
+        "too, in LLM.get_metrics() and, with one API server, on /metrics.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM counts loads, evictions and requests by adapter.",
+    ),
+    Patch(
+        name="metrics-of-several-servers",
+        target="prometheus_client.multiprocess:MultiProcessCollector.collect",
+        takes=("self",),
+        handler="server.metrics:collect",
+        why="With several API servers, /metrics shows what this collector finds in vLLM's folder, "
+        "in a registry made anew for each answer. Has it find ours too.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="As stat-loggers.",
+    ),
+    Patch(
+        name="loggers",
+        target="logging.config:DictConfigurator.configure",
+        takes=("self",),
+        handler="logs:configure_loggers",
+        why="A file in VLLM_LOGGING_CONFIG_PATH or --log-config-file silences all loggers that are "
+        "there and that it does not name, unless it says otherwise, as no example of vLLM's does. "
+        "vLLM takes it when a process starts, and API servers have uvicorn take it again. Has ours "
+        "go on.",
+        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        until="vLLM sets disable_existing_loggers where a file leaves it out.",
+    ),
+)
