@@ -108,6 +108,6 @@ def test_the_recorder_notes_a_first_call(tmp_path, monkeypatch):
     monkeypatch.setenv(module.FOLDER_VARIABLE, str(tmp_path))
     for _ in range(2):
         module.start()
-    patch = Patch("a-patch", "m:f", "path:join", "why", (), "never", package="os")
+    patch = Patch("a-patch", "m:f", "path:join", "why", "never", package="os")
     assert patch.load_handler() is __import__("os.path").path.join
     assert [file.name for file in tmp_path.iterdir()] == ["a-patch"]

@@ -23,6 +23,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.api_server.failure_delivery import (
+    beam_search,
+    deliver_failures,
+    process_outputs,
+)
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
@@ -31,11 +36,6 @@ from vllm_multilora.integration.failures import (
 )
 from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.server import failed_answers
-from vllm_multilora.integration.server.failure_delivery import (
-    beam_search,
-    deliver_failures,
-    process_outputs,
-)
 
 HANDLERS = "server.failed_answers:"
 LIMIT_S = 20.0

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.api_server import engine_settings
 from vllm_multilora.integration.patching.flags import (
     add_cli_args,
     add_flags,
@@ -19,7 +20,6 @@ from vllm_multilora.integration.patching.flags import (
     merge_flags,
 )
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.server import engine_config
 from vllm_multilora.slots.policy import PolicyError
 from vllm_multilora.store.folder import StoreUnavailableError
 
@@ -163,7 +163,7 @@ def configure(tmp_path, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm_multilora.integration.server.engine_config import create_engine_config
+    from vllm_multilora.integration.engine_config import create_engine_config
 
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))  # for what it makes
     model = {
@@ -243,7 +243,7 @@ def test_more_pins_than_slots_stop_the_start(configure):
 def test_roots_that_are_no_folders_are_warned_of(configure, tmp_path, monkeypatch):
     """They may be mounted later."""
     warnings = []
-    monkeypatch.setattr(engine_config.logger, "warning", lambda *args: warnings.append(args[1:]))
+    monkeypatch.setattr(engine_settings.logger, "warning", lambda *args: warnings.append(args[1:]))
     (tmp_path / "file").touch()
     roots = [str(tmp_path / name) for name in (".", "nowhere", "file")]
     configure(allowed_roots=roots)

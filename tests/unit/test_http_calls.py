@@ -15,7 +15,7 @@ pytest.importorskip("starlette")
 from starlette.middleware import Middleware
 from starlette.requests import Request
 
-from vllm_multilora.integration.patching.ledger import missing
+from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
 from vllm_multilora.integration.server import http_calls
 from vllm_multilora.integration.server.access_middleware import PlainPathMiddleware
 from vllm_multilora.integration.server.http_calls import (
@@ -199,7 +199,7 @@ RUNS = {
 def test_an_error_that_repeats_what_a_client_has_sent_takes_no_time(part, text):
     """vLLM looks for paths in it, by expressions that take the third power of its length."""
     vllm = importlib.import_module(f"vllm.entrypoints.serve.exception_handling.{part}")
-    assert not missing({"error-texts", "validation-error-texts"})
+    assert not GATEWAY_SEAMS.missing({"error-texts", "validation-error-texts"})
     begun = time.thread_time()
     shown = behind(lambda: vllm.sanitize_message(f"No such thing: {text} (/home/me/secret)"))
     assert time.thread_time() - begun < 1.0
@@ -275,13 +275,13 @@ def test_sagemakers_header_names_a_model_unless_it_is_empty(header, model, monke
     module = pytest.importorskip(
         "model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body"
     )
-    assert not missing({"sagemaker-model"})
+    assert not GATEWAY_SEAMS.missing({"sagemaker-model"})
     transforming = module.InjectToBodyApiTransform({"model": f'headers."{SAGEMAKER_HEADER}"'})
 
     async def receive():
         return {"type": "http.request", "body": b'{"model": "zen-a", "prompt": [7]}'}
 
-    monkeypatch.setattr(http_calls, "loads_adapters_behind", lambda client: True)
+    monkeypatch.setattr(http_calls, "manages_adapters_behind", lambda client: True)
     app = SimpleNamespace(state=SimpleNamespace())
     headers = [] if header is None else [(SAGEMAKER_HEADER.encode(), header.encode())]
     scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}

@@ -225,6 +225,12 @@ def _lines(results: Mapping[str, Result]) -> Iterator[str]:
         "extends or imports is there, with the"
     )
     yield "same parameters as in the versions above."
+    yield ""
+    yield (
+        "The plugin asks the same of a newer vLLM when a server starts. LoRA serving is active "
+        "there if all that it needs is as known, and so"
+    )
+    yield "is the gateway (HTTP, names, keys, tenants): each decides for itself."
 
 
 def _title(run: str) -> str:

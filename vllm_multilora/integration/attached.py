@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import torch
     from vllm.lora.request import LoRARequest
@@ -106,6 +106,9 @@ LISTING: Attached[RecentListing] = Attached("listing")
 
 ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attached("on-failure")
 """Of an `OutputProcessor`: is told of every request with an adapter that has failed."""
+
+ON_OUTPUTS: Attached[Callable[[Iterable[Any], dict[str, Any]], None]] = Attached("on-outputs")
+"""Of an `OutputProcessor`: gets each step's outputs before vLLM does, and all requests' states."""
 
 SEE_OFF: Attached[Callable[[LoRARequest], None]] = Attached("see-off")
 """Of an `OutputProcessor`: is told of the adapter of every request that goes to the engine, and

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from vllm_multilora.integration.patching.overrides import OVERRIDES
+from vllm_multilora.integration.patching.parts import CORE
 from vllm_multilora.integration.patching.patch import Patch
+from vllm_multilora.integration.patching.seams import Seams
 
 PUNICA_WRAPPER = Patch(
     name="punica-wrapper",
@@ -11,18 +14,16 @@ PUNICA_WRAPPER = Patch(
     handler="step.punica:get_punica_wrapper",
     why="The wrapper class is the platform's choice; an out-of-tree wrapper has no way in. "
     "Returns ours when the plugin is active and has kernels for the platform.",
-    checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
     until="vLLM selects punica wrappers through a registry.",
 )
 
-CORE: tuple[Patch, ...] = (
+_PATCHES: tuple[Patch, ...] = (
     Patch(
         name="flags",
         target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         takes=("parser",),
         handler="patching.flags:add_cli_args",
         why="vLLM has no hook for a plugin's own flags on `vllm serve`; adds the --multilora ones.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins add arguments.",
     ),
     Patch(
@@ -32,17 +33,15 @@ CORE: tuple[Patch, ...] = (
         handler="patching.flags:from_cli_args",
         why="Unknown flags are dropped there; moves ours into additional_config, which reaches "
         "every process.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins add arguments.",
     ),
     Patch(
         name="settings-check",
         target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
         takes=("self, usage_context=None, headless=False",),
-        handler="server.engine_config:create_engine_config",
+        handler="engine_config:create_engine_config",
         why="additional_config is not validated by vLLM; a wrong setting must be one clear "
         "sentence at start-up, for `vllm serve` and `LLM(...)` alike.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins validate their part of additional_config.",
     ),
     PUNICA_WRAPPER,
@@ -53,7 +52,6 @@ CORE: tuple[Patch, ...] = (
         handler="worker.manager:make_worker_manager",
         why="The manager class is imported by name and not configurable. Ours fills slots as the "
         "engine core orders and tells the kernels the true rank of every module and slot.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM makes the LoRA manager class configurable.",
     ),
     Patch(
@@ -113,7 +111,6 @@ CORE: tuple[Patch, ...] = (
         ),
         handler="worker.manager:set_active_loras_from_inputs",
         why="Takes what batch-inputs makes; spells it out for stock managers.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As batch-mapping.",
     ),
     Patch(
@@ -246,7 +243,6 @@ CORE: tuple[Patch, ...] = (
         "others' requests keep coming. It takes requests in the order in which they come: a tenant "
         "with many long ones stands before all others. See `engine.scheduler` and "
         "`engine.fair_scheduler`.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's scheduler knows which adapters are ready and who has slots, and shares its "
         "steps among tenants.",
     ),
@@ -256,7 +252,6 @@ CORE: tuple[Patch, ...] = (
         takes=("self, lora_id",),
         handler="engine.core:pin_lora",
         why="Slots are decided in the engine core, and so are pins.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As scheduler-class.",
     ),
     Patch(
@@ -265,7 +260,6 @@ CORE: tuple[Patch, ...] = (
         takes=("self",),
         handler="engine.core:list_loras",
         why="Workers know only what is in their slots. Adds the adapters in host memory.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As scheduler-class.",
     ),
     Patch(
@@ -276,7 +270,6 @@ CORE: tuple[Patch, ...] = (
         why="Sleep mode may discard the slots' memory. Has adapters brought into slots again "
         "before their requests go on; also after a sleep of level 1, which discards nothing: vLLM "
         "does not say on waking which it was, and what it brings back then is far larger.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM restores adapter slots after a sleep.",
     ),
     Patch(
@@ -286,7 +279,6 @@ CORE: tuple[Patch, ...] = (
         handler="engine.core:remove_lora",
         why="vLLM takes an adapter away from requests that use it, which then read it again. "
         "Waits until they have ended, for a limited time.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's remove_lora waits for running requests.",
     ),
     Patch(
@@ -296,16 +288,14 @@ CORE: tuple[Patch, ...] = (
         handler="server.multimodal:encoder_output_key",
         why="As prefix-cache-keys, for the encodings of images and the like, where adapters act "
         "in their encoders.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's keys tell versions of an adapter apart.",
     ),
     Patch(
         name="registered-version",
         target="vllm.v1.engine.async_llm:AsyncLLM.add_lora",
         takes=("self, lora_request",),
-        handler="server.versions:add_lora",
+        handler="api_server.registered_versions:add_lora",
         why="Notes the digest that the engine answers a registration with.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM tells what it has loaded.",
     ),
     Patch(
@@ -326,7 +316,6 @@ CORE: tuple[Patch, ...] = (
         why="An API server can send workers nothing but the names of their own methods. Answers "
         "one more name, for status-route, with what the workers tell of their adapters. Notes when "
         "the base model gets other weights, which may be sound where the last ones were not.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As status-route.",
     ),
     Patch(
@@ -337,7 +326,6 @@ CORE: tuple[Patch, ...] = (
         why="Cached prefixes are found by an adapter's name and path, so that new weights at the "
         "same path get blocks of the old ones, and equal weights elsewhere get none. Has the "
         "digest of the weights in their place.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's keys go by what adapters contain.",
     ),
     Patch(
@@ -347,7 +335,6 @@ CORE: tuple[Patch, ...] = (
         handler="engine.prefix_keys:block_hash_keys",
         why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
         "activated adapter does not act on to the base model, which has computed them.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM serves activated LoRA.",
     ),
     Patch(
@@ -357,7 +344,6 @@ CORE: tuple[Patch, ...] = (
         handler="engine.core:preprocess_add_request",
         why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
         "known yet. Hashes them once it is.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As prefix-cache-keys.",
     ),
     Patch(
@@ -368,7 +354,6 @@ CORE: tuple[Patch, ...] = (
         why="What one tenant's adapter leaves in a block of the KV cache, NaN for instance, is "
         "multiplied by zero for the next one who has the block, and is NaN there. Has blocks "
         "emptied before they are used again, as vLLM does for models with states.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's attention reads nothing beyond a request's own tokens.",
     ),
     Patch(
@@ -378,7 +363,6 @@ CORE: tuple[Patch, ...] = (
         handler="worker.amx:attention_isa",
         why="With AMX, vLLM's attention on CPUs lets NaN of one request into the answers of others "
         "in its step. Takes the kernels that do not.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",
     ),
     Patch(
@@ -398,7 +382,6 @@ CORE: tuple[Patch, ...] = (
         takes=("self, vllm_config",),
         handler="engine.core:init_executor",
         why="Opens the socket on which workers answer the engine core's orders, before they start.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As scheduler-class.",
     ),
     Patch(
@@ -408,7 +391,6 @@ CORE: tuple[Patch, ...] = (
         handler="engine.core:add_request",
         why="Connects the store, the workers and the scheduler, before the first request. Takes a "
         "request's tenant out of its trace headers, which vLLM sends back with every output.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As scheduler-class.",
     ),
     Patch(
@@ -418,7 +400,6 @@ CORE: tuple[Patch, ...] = (
         handler="engine.core:add_lora",
         why="Registering an adapter reads it in the workers while no step runs. Has the store read "
         "it and answers when that is done.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM loads adapters in the background.",
     ),
     Patch(
@@ -429,11 +410,10 @@ CORE: tuple[Patch, ...] = (
             "self, engine_core_outputs, engine_core_timestamp=None, iteration_stats=None, "
             "weight_version=None",
         ),
-        handler="server.failure_delivery:process_outputs",
+        handler="api_server.failure_delivery:process_outputs",
         why="vLLM answers a request that fails in the engine with HTTP 500 and no reason. Puts "
         "the status and the reason of a failed load in their place, and notes which version of "
         "its adapter each request runs on.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM carries a status and a reason with a failed request.",
     ),
     Patch(
@@ -444,7 +424,6 @@ CORE: tuple[Patch, ...] = (
         handler="worker.output_factors:process_weights_after_loading",
         why="On CPUs vLLM repacks weights when they are loaded and keeps nothing else. Notes the "
         "lengths of their rows before, which DoRA adapters need.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM serves DoRA adapters.",
     ),
     Patch(
@@ -468,3 +447,5 @@ CORE: tuple[Patch, ...] = (
         until="vLLM restores adapter slots after a sleep.",
     ),
 )
+
+CORE_SEAMS = Seams(CORE, _PATCHES, OVERRIDES)

@@ -5,9 +5,15 @@ This is the gateway's part of the seam table; mends of vLLM that serve no adapte
 
 from __future__ import annotations
 
-from vllm_multilora.integration.patching.patch import Patch
+from functools import partial
 
-GATEWAY: tuple[Patch, ...] = (
+from vllm_multilora.integration.patching import patch
+from vllm_multilora.integration.patching.parts import GATEWAY
+from vllm_multilora.integration.patching.seams import Seams
+
+Patch = partial(patch.Patch, part=GATEWAY)
+
+_PATCHES: tuple[patch.Patch, ...] = (
     Patch(
         name="grammar-time",
         target="vllm.v1.structured_output:StructuredOutputManager._fill_bitmasks",
@@ -18,7 +24,6 @@ GATEWAY: tuple[Patch, ...] = (
         "that the requests of tenants end whose grammars take too long. And where a grammar allows "
         "no token, vLLM chooses one all the same, logs two errors and fails the request with 500. "
         "Notes that, too: requests end with 400 then.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds what grammars take, and says that one allows no token.",
     ),
     Patch(
@@ -29,7 +34,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="Nor does anything bound how long a grammar takes to go on by a token of the answer: "
         "one of forty characters takes milliseconds to say what it allows next, and seconds for "
         "this. Notes it, too.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds what grammars take.",
     ),
     Patch(
@@ -40,7 +44,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM answers a bad adapter with HTTP 500 and a reload with a mixture of old and new "
         "weights. Answers with the right status and all problems, and gives every version a "
         "number of its own.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM validates adapters at registration and versions reloads.",
     ),
     Patch(
@@ -49,7 +52,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, request",),
         handler="server.registration:unload_lora_adapter",
         why="vLLM forgets the name and keeps slot and memory. Frees them.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's unload removes the adapter from the workers.",
     ),
     Patch(
@@ -60,7 +62,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM has no hook in an API server that is about to serve; looks at the adapter "
         "directories and reads the routes there, and puts locks that go when nobody holds them in "
         "the place of vLLM's, which keeps one for every name that was ever asked for.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM calls plugins when an API server starts.",
     ),
     Patch(
@@ -72,7 +73,6 @@ GATEWAY: tuple[Patch, ...] = (
         "may load adapters too, and their failures lose status and reason. Asks them in vLLM's "
         "place, finds adapters of the adapter directories, and answers as a registration would; "
         "before that, puts an adapter's name in the place of a route's.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's resolvers work without VLLM_ALLOW_RUNTIME_LORA_UPDATING and may refuse.",
     ),
     Patch(
@@ -81,7 +81,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, request",),
         handler="server.model_names:check_pooling_model",
         why="As model-names, for embeddings, scores and the like.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As model-names.",
     ),
     Patch(
@@ -92,7 +91,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM's WebSocket has the base model answer, and tells a session that names an adapter "
         "that there is none. One that has named the base model before goes on with it. Says what "
         "the WebSocket serves, and has nothing answer until that is named.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's WebSocket takes adapters.",
     ),
     Patch(
@@ -103,7 +101,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM applies an adapter that is named like a part of a chat message, `text` or "
         "`image`, to base-model requests that have such a part, whoever has registered it. Does "
         "so for the operator's `default_mm_loras` alone.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM looks default adapters up in its configuration.",
     ),
     Patch(
@@ -114,7 +111,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="Texts of any length are made into tokens where nothing limits these, or only the "
         "first are kept: sixty megabytes take half a minute, in which nobody is answered, and more "
         "than nine gigabytes of memory. Bounds a tenant's texts.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds texts that are truncated, or only made into tokens.",
     ),
     Patch(
@@ -127,7 +123,6 @@ GATEWAY: tuple[Patch, ...] = (
         "engine to have all images that requests have come with, those that are refused after "
         "they have been read included: the next one who sends the same image gets an error. Has "
         "each tenant's images kept apart.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM keeps the images of clients with different cache salts apart.",
     ),
     Patch(
@@ -136,7 +131,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, prompt, *, skip_mm_cache=False",),
         handler="server.multimodal:process_tokens",
         why="As ids-of-images, for embeddings, classes, scores and other pooled answers.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As ids-of-images.",
     ),
     Patch(
@@ -146,7 +140,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.multimodal:init_pooling",
         why="vLLM fetches what pooling chats point to where downloads-pooling has it fetch nothing "
         "for tenants. Reads theirs as those that generate.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As downloads-pooling.",
     ),
     Patch(
@@ -160,7 +153,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM has a hundred connections for all images and the like that requests point to: a "
         "request for a hundred of a host that does not answer has all others' fail. Gives each "
         "tenant a few.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM shares its connections among those who send requests.",
     ),
     Patch(
@@ -174,7 +166,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM fetches what pooling requests point to on the one thread that makes prompts of "
         "everybody's texts, which waits for minutes for a host that does not answer. Fetches "
         "nothing there for tenants; caller-pooling has chats be read elsewhere.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM waits for no host on its renderer's thread.",
     ),
     Patch(
@@ -184,7 +175,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.multimodal:unpack",
         why="An image of a few kilobytes is unpacked to half a gigabyte, and a request may have a "
         "thousand. Bounds what a tenant's call has unpacked.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds it in all versions, as 0.33 does.",
     ),
     Patch(
@@ -194,7 +184,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.multimodal:image_file",
         why="A JPEG of a megabyte takes minutes if most of it is scans or padding, on one of few "
         "threads. Counts the time that a tenant's call has its images read.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds the time for an image.",
     ),
     Patch(
@@ -203,7 +192,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, data",),
         handler="server.multimodal:unpack",
         why="As unpacked-images, for videos.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As unpacked-images.",
     ),
     Patch(
@@ -212,7 +200,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, data",),
         handler="server.multimodal:unpack",
         why="As unpacked-images, for recordings.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As unpacked-images.",
     ),
     Patch(
@@ -222,7 +209,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.multimodal:unpack",
         why="As unpacked-recordings, for those that the operator has below "
         "`--allowed-local-media-path`, which are not read by it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As unpacked-images.",
     ),
     Patch(
@@ -232,7 +218,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.released_errors:release",
         why="Where an image or the like is refused, its error holds what it was unpacked from, and "
         "is held by it, until Python looks for circles. Has it held by nothing.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM keeps no error in a variable that the error holds.",
     ),
     Patch(
@@ -243,7 +228,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self",),
         handler="server.released_errors:release",
         why="As errors-of-images, of all that the prompt has: gigabytes after a few calls.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As errors-of-images.",
     ),
     Patch(
@@ -252,7 +236,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("handler_func",),
         handler="server.released_errors:with_cancellation",
         why="As errors-of-images, of all that a call has.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As errors-of-images.",
     ),
     Patch(
@@ -265,7 +248,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.start:init_speech",
         why="Two threads of vLLM's unpack recordings in the order in which they come, and take "
         "seconds for one: one tenant's many hold up all others'. Has tenants take turns.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM shares its threads among those who send requests.",
     ),
     Patch(
@@ -275,7 +257,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.versions:maybe_get_adapters",
         why="vLLM looks a name up twice, and a reload may come between. Keeps a request to the "
         "version that its answer's headers name.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM resolves a model name once.",
     ),
     Patch(
@@ -286,17 +267,15 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM fails the requests of an engine that has died, but not the calls that wait for "
         "its answers: a server whose engine died during a load would never end. And it answers "
         "calls of a server that is being stopped as if its software had failed.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM fails these calls too, with 503 where the server is being stopped.",
     ),
     Patch(
         name="added-offline",
         target="vllm.v1.engine.llm_engine:LLMEngine.add_lora",
         takes=("self, lora_request",),
-        handler="server.versions:add_lora_offline",
+        handler="api_server.registered_versions:add_lora_offline",
         why="Keeps the digest that registered-version is about from callers of LLM's engine, who "
         "are told True by vLLM.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As registered-version.",
     ),
     Patch(
@@ -305,7 +284,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, req_state",),
         handler="server.metering:finish_request",
         why="As engine-door.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -314,7 +292,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, engine_core_output, req_state, iteration_stats",),
         handler="server.tracing:do_tracing",
         why="A request's span says nothing of its adapter; finds out what it is to say.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's spans name adapters, or take a plugin's attributes.",
     ),
     Patch(
@@ -323,7 +300,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("span_name, start_time, end_time=None, attributes=None, context=None, kind=None",),
         handler="server.tracing:instrument_manual",
         why="As trace-request: makes the span, which nobody can add to afterwards.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As trace-request.",
     ),
     Patch(
@@ -332,7 +308,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, request_ids, internal",),
         handler="server.metering:abort_requests",
         why="As engine-door.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -342,7 +317,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.metering:shutdown",
         why="Most requests that a server is stopped amidst end nowhere: their clients wait, and "
         "the server for them, until it is killed. Ends them, and counts what they have used.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM ends all requests before it stops.",
     ),
     Patch(
@@ -356,7 +330,6 @@ GATEWAY: tuple[Patch, ...] = (
         ),
         handler="server.metering:beam_search",
         why="A beam search is many requests to the engine. Counts it as what its answer says.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -367,39 +340,35 @@ GATEWAY: tuple[Patch, ...] = (
             "self, prompts, params, lora_request=None, use_tqdm=False, concurrency_limit=None, "
             "priority=None",
         ),
-        handler="server.failure_delivery:beam_search",
+        handler="api_server.failure_delivery:beam_search",
         why="A search whose adapter has failed ends all of the call with an IndexError. Has it end "
         "with a sequence that says why.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's beam search looks at its requests' finish reasons.",
     ),
     Patch(
         name="failed-embedding",
         target="vllm.outputs:EmbeddingRequestOutput.from_base",
         takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
+        handler="api_server.failure_delivery:offline_answer",
         why="vLLM 0.31 reads an embedding, classes or a score from the empty result of a failed "
         "request: it ends the call of all others with a ValueError or drops the reason. Has that "
         "request's answer carry the reason, as later versions do.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM 0.31 is supported no longer.",
     ),
     Patch(
         name="failed-classification",
         target="vllm.outputs:ClassificationRequestOutput.from_base",
         takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
+        handler="api_server.failure_delivery:offline_answer",
         why="As failed-embedding, for classes.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-embedding.",
     ),
     Patch(
         name="failed-score",
         target="vllm.outputs:ScoringRequestOutput.from_base",
         takes=("request_output",),
-        handler="server.failure_delivery:offline_answer",
+        handler="api_server.failure_delivery:offline_answer",
         why="As failed-embedding, for scores.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-embedding.",
     ),
     Patch(
@@ -410,7 +379,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vllm:lora_requests_info never names an adapter whose requests wait, since an API "
         "server hears of a request with its first output, and names adapters that have none. "
         "Leaves it at what the engine core has said.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's scheduler says which adapters have waiting requests.",
     ),
     Patch(
@@ -425,7 +393,6 @@ GATEWAY: tuple[Patch, ...] = (
         "at once: an API server's memory, its /metrics and Prometheus' load grow for as long as it "
         "lives, and of several API servers the times are added up. Shows the newest alone, which "
         "routers read.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM removes its series of what has passed.",
     ),
     Patch(
@@ -434,7 +401,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self",),
         handler="server.routes:show_available_models",
         why="Lists the routes beside the adapters, and the adapters' digests.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM has model aliases that lead to adapters.",
     ),
     Patch(
@@ -444,7 +410,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.routes:show_available_models",
         why="As models-list, in a server without an engine, which has the base model alone: its "
         "folder is the operator's affair, and some tenants may not use it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As models-list.",
     ),
     Patch(
@@ -454,7 +419,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, request",),
         handler="server.routes:check_load_request",
         why="Refuses to register an adapter under a route's name, where it could not be reached.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As models-list.",
     ),
     Patch(
@@ -465,7 +429,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM looks model names up without HTTP at hand. Brings the request's headers to the "
         "routes, and the adapter and its version into the answer. Looks at keys, where there are "
         "any: vLLM guards /v1, but not SageMaker's routes, and knows no operators or tenants.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As models-list.",
     ),
     Patch(
@@ -478,7 +441,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.request_heads:serve",
         why="vLLM's limits of a request's headers act with h11 alone, which uvicorn takes where it "
         "has no httptools. Anybody's endless header, or body in endless parts, holds up a server.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's limits of headers act whatever reads them.",
     ),
     Patch(
@@ -490,7 +452,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="/invocations puts SageMaker's header in the place of the body's model, even if there "
         "is none: the base model then answers for an adapter that the body names. Keeps the body's "
         "model there.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's /invocations looks at the body's model.",
     ),
     Patch(
@@ -501,7 +462,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="vLLM looks for paths in errors' texts, which may repeat what clients send, and takes "
         "the third power of their length for that: minutes for twenty kilobytes, in which nobody "
         "is answered. Shortens them before.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds what an error repeats.",
     ),
     Patch(
@@ -510,7 +470,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("message",),
         handler="server.http_calls:sanitize_message",
         why="As error-texts, of bodies that are wrong.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As error-texts.",
     ),
     Patch(
@@ -521,7 +480,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.access_middleware:verify_token",
         why="vLLM knows API keys that may do everything. Lets in who has an operator's or a "
         "tenant's key, which `middleware` has looked at.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM has keys of several kinds.",
     ),
     Patch(
@@ -538,7 +496,6 @@ GATEWAY: tuple[Patch, ...] = (
         "answered for 40 s where a request has ten megabytes of the first, and for seconds for "
         "some schemas of a line. Refuses what is that long of a tenant's, and has its schemas "
         "checked on a thread, one by one, before vLLM looks at the request.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds both, and does neither on the event loop.",
     ),
     Patch(
@@ -549,7 +506,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="All requests come by here on their way to the engine, in their client's context. "
         "Says whose each is, gives it its tenant's salt, refuses what no check of the model's name "
         "has granted, and follows each prompt to its end: vLLM counts tokens of whole servers.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's requests carry who sent them, and it counts tokens by adapter.",
     ),
     Patch(
@@ -560,7 +516,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="An API server keeps a request that it cannot send to its engine for as long as it "
         "lives, prompt and all, and counts it among those that --max-num-queued-reqs bounds: any "
         "client can fill it with such. Ends it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM forgets requests that it has not sent.",
     ),
     Patch(
@@ -574,7 +529,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.engine_door:add_offline",
         why="A request of `LLM` that its engine does not take, with an adapter's path that is none "
         "for instance, is waited for by every call after that. Ends it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As unsent-requests.",
     ),
     Patch(
@@ -583,7 +537,6 @@ GATEWAY: tuple[Patch, ...] = (
         takes=("self, model_config, structured_outputs_config, tokenizer",),
         handler="server.schema_checks:check_structured_outputs",
         why="As parameters-checks. Checks no schema again that has been checked there.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As parameters-checks.",
     ),
     Patch(
@@ -593,7 +546,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.schema_checks:validate_structural_tag",
         why="An API server checks a structural tag, with the schemas in it, as it reads a body, on "
         "its event loop. A tenant's is checked by parameters-checks alone.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As parameters-checks.",
     ),
     Patch(
@@ -618,7 +570,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.stored_responses:init_responses",
         why="Stored responses are found by whoever has their id. Keeps each tenant's apart, and "
         "has those that are made in the background count in their tenant's limits.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-door.",
     ),
     Patch(
@@ -628,7 +579,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.status_route:attach_router",
         why="vLLM loads a plugin's routes only where VLLM_PLUGINS names the plugin, which shuts "
         "all others out. Adds GET /v1/lora_adapters, and the page /multilora that shows it.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM loads the routes of every plugin, or tells of its adapters itself.",
     ),
     Patch(
@@ -642,7 +592,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.failed_answers:stream_response",
         why="A stream of /v1/responses breaks off where its request fails, and one in the "
         "background never ends. Ends it with `response.failed` and the reason.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM sends `response.failed`, with a reason.",
     ),
     Patch(
@@ -653,7 +602,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.failed_answers:run_in_background",
         why="A response in the background stays `queued` for ever where its request fails. Has it "
         "say so, and why.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM stores a response's error.",
     ),
     Patch(
@@ -664,7 +612,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.failed_answers:stream_from_background",
         why="The events of a response in the background end when it is complete, and with nothing "
         "else. Ends them with failed-response-stream's last event, too.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-response-stream.",
     ),
     Patch(
@@ -676,7 +623,6 @@ GATEWAY: tuple[Patch, ...] = (
         why="Before version 0.33, vLLM takes the error that ends a stream of chat completions for "
         "a completion that it cannot read, and sends /v1/messages what is wrong with that. Sends "
         "the error itself.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM 0.32 is supported no longer.",
     ),
     Patch(
@@ -690,7 +636,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.failed_answers:stream_chat",
         why="As failed-message-stream: before version 0.33, a stream of /cohere/v2/chat ends "
         "without a reason. What vLLM makes it of ends so that it tells one.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As failed-message-stream.",
     ),
     Patch(
@@ -703,7 +648,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.metrics:init_stat_loggers",
         why="vLLM has one LoRA metric. Has the process that shows an engine's metrics show ours "
         "too, in LLM.get_metrics() and, with one API server, on /metrics.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM counts loads, evictions and requests by adapter.",
     ),
     Patch(
@@ -713,7 +657,6 @@ GATEWAY: tuple[Patch, ...] = (
         handler="server.metrics:collect",
         why="With several API servers, /metrics shows what this collector finds in vLLM's folder, "
         "in a registry made anew for each answer. Has it find ours too.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As stat-loggers.",
     ),
     Patch(
@@ -725,7 +668,8 @@ GATEWAY: tuple[Patch, ...] = (
         "there and that it does not name, unless it says otherwise, as no example of vLLM's does. "
         "vLLM takes it when a process starts, and API servers have uvicorn take it again. Has ours "
         "go on.",
-        checked=("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM sets disable_existing_loggers where a file leaves it out.",
     ),
 )
+
+GATEWAY_SEAMS = Seams(GATEWAY, _PATCHES)

@@ -17,14 +17,18 @@ from vllm import envs
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError, WatchedFile, read_file
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.activation import is_enabled
+from vllm_multilora.integration.server.activation import is_enabled
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.tenants.keys import (
+    ADMIN_KEY_VARIABLE,
     MAX_KEY_LENGTH,
+    UNGUARDED,
     KeyRing,
     can_be_sent,
     digest_of,
+    has_keys,
     is_stored,
+    key_in,
 )
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.parsing import parse_tenants
@@ -35,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ADMIN_KEY_VARIABLE = "MULTILORA_ADMIN_KEY"
 SALT_VARIABLE = "MULTILORA_CACHE_SALT"
 """Tells the API servers of one `vllm serve` the secret of their tenants' salts."""
 COUNT_VARIABLE = "MULTILORA_API_SERVERS"
@@ -45,13 +48,6 @@ REFRESH_S = 1.0
 """Between two looks at the files of keys."""
 
 MIN_ADMIN_KEY = 16
-
-UNGUARDED = (
-    f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect nothing "
-    f"here, because vllm-multilora is not active: it needs --enable-lora, a supported vLLM and "
-    f"vLLM's Python front end. Provide these, or leave all three out"
-)
-"""Why a server with keys does not start."""
 
 _IN_FORCE: WeakSet[Access] = WeakSet()
 """What guards this process's server."""
@@ -219,16 +215,6 @@ class Access:
                 f"server's admin key or API key, expected a different one"
             )
         return tenants
-
-
-def has_keys(settings: MultiLoRAConfig) -> bool:
-    """Whether the settings name keys of operators or of tenants."""
-    return settings.tenants is not None or settings.admin_key_file is not None
-
-
-def key_in(environment: Mapping[str, str]) -> str:
-    """The admin key that the environment has; empty: none."""
-    return environment.get(ADMIN_KEY_VARIABLE, "").strip()
 
 
 def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_multilora.integration.patching.activation import is_active
+from vllm_multilora.integration.server.activation import is_active
 
 _STOPPING = "Server shutting down"
 """What vLLM's engine core answers all calls with once it has been told to stop."""

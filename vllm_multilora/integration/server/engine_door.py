@@ -13,8 +13,8 @@ from vllm.exceptions import VLLMNotFoundError
 
 from vllm_multilora.adapters.blends import folders_of
 from vllm_multilora.integration.attached import HIDDEN_FOLDERS, SEE_OFF
-from vllm_multilora.integration.patching.activation import loads_adapters
 from vllm_multilora.integration.server import metering
+from vllm_multilora.integration.server.activation import manages_adapters
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller, current_caller
 from vllm_multilora.integration.server.request_bounds import require_bounded
 from vllm_multilora.integration.tenant_of_request import set_tenant
@@ -90,7 +90,7 @@ async def send_request(
     try:
         await original(client, request, *args, **kwargs)
     except BaseException:
-        if is_new and loads_adapters(client.vllm_config):
+        if is_new and manages_adapters(client.vllm_config):
             await client.abort(request.request_id, internal=True)
         raise
 

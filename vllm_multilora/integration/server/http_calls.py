@@ -31,7 +31,6 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from vllm_multilora.integration.attached import ACCESS
-from vllm_multilora.integration.patching.activation import loads_adapters_behind
 from vllm_multilora.integration.server.access import (
     access_for,
     require_no_keys,
@@ -41,6 +40,7 @@ from vllm_multilora.integration.server.access_middleware import (
     AccessMiddleware,
     PlainPathMiddleware,
 )
+from vllm_multilora.integration.server.activation import manages_adapters_behind
 from vllm_multilora.integration.server.request_bounds import stop_at_first_errors
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def sanitize_message(original: Callable[[str], str], message: str) -> str:
 
 async def transform_request(original: Callable[..., Any], transform: Any, raw_request: Any) -> Any:
     """Of a call to `/invocations`: puts the model that SageMaker's header names into the body."""
-    if not loads_adapters_behind(getattr(raw_request.app.state, "engine_client", None)):
+    if not manages_adapters_behind(getattr(raw_request.app.state, "engine_client", None)):
         return await original(transform, raw_request)
     body = await raw_request.body()
     transformed = await original(transform, raw_request)

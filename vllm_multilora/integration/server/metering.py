@@ -27,6 +27,7 @@ from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.integration.attached import (
     ENDED,
     METER,
+    ON_OUTPUTS,
     PROMPT,
     UNREAD_SCORES,
 )
@@ -313,7 +314,13 @@ def start(models: Any) -> None:
         has_latencies=settings.latency_metrics,
         takes_prefills=client.vllm_config.kv_transfer_config is not None,
     )
-    METER.set(client.output_processor, meter)
+    attach(client.output_processor, meter)
+
+
+def attach(processor: Any, meter: ServerMeter) -> None:
+    """Has a meter follow the requests of vLLM's `OutputProcessor`."""
+    METER.set(processor, meter)
+    ON_OUTPUTS.set(processor, meter.look)
 
 
 def begin(processor: Any, state: Any) -> None:
@@ -325,17 +332,6 @@ def begin(processor: Any, state: Any) -> None:
     """
     if (meter := METER.get(processor)) is not None:
         meter.begin(state)
-
-
-def look(processor: Any, outputs: Iterable[Any]) -> None:
-    """A step has outputs, which vLLM has not seen yet.
-
-    Args:
-        processor: vLLM's `OutputProcessor`.
-        outputs: vLLM's `EngineCoreOutput`s.
-    """
-    if (meter := METER.get(processor)) is not None:
-        meter.look(outputs, processor.request_states)
 
 
 # What vLLM calls

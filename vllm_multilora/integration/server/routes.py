@@ -35,14 +35,15 @@ from vllm_multilora.adapters.blends import folders_of, is_blend
 from vllm_multilora.documents import WatchedFile
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration import failures
+from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
-from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
+from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import (
     blends,
     registration,
     resolvers,
-    versions,
 )
+from vllm_multilora.integration.server.activation import is_active_behind
 from vllm_multilora.integration.server.callers import (
     Caller,
     card_for,
@@ -352,7 +353,7 @@ async def show_available_models(original: Callable[..., Any], models: Any) -> An
     shown = await original(_as_seen(models, caller))
     for card in shown.data:
         lora = models.lora_requests.get(card.id)
-        version = None if lora is None else versions.find(models.engine_client, lora)
+        version = None if lora is None else registered_versions.find(models.engine_client, lora)
         if version is not None:
             card.digest, card.created = version.digest, int(version.loaded)
             card.kind = version.kind

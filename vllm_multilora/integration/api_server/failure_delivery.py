@@ -18,9 +18,8 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
 from vllm_multilora.failures import LoadFailure
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
+from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE, ON_OUTPUTS
 from vllm_multilora.integration.failures import STATUS, from_stop_reason, without_folders
-from vllm_multilora.integration.server import metering
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -106,7 +105,8 @@ def process_outputs(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    metering.look(processor, engine_core_outputs)  # at failures too, as the engine has told of them
+    if (look := ON_OUTPUTS.get(processor)) is not None:
+        look(engine_core_outputs, processor.request_states)  # at failures too, as they came
     failures, sessions = deliver_failures(
         engine_core_outputs,
         processor.request_states,

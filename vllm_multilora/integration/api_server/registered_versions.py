@@ -1,0 +1,82 @@
+"""Which version of its weights each registered adapter is, in an engine's client.
+
+The engine answers a registration with the digest of what it has read, and with the adapter's kind
+if it is not a plain one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.integration.attached import VERSIONS
+from vllm_multilora.integration.blends import blend_of
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+
+@dataclass(frozen=True)
+class Version:
+    """What is known of an adapter's weights.
+
+    Attributes:
+        digest: Of the weights.
+        loaded: When they were registered, in seconds since 1970.
+        kind: As of `PackInfo`.
+    """
+
+    digest: str
+    loaded: float
+    kind: str
+
+
+def note(client: Any, adapter: int, version: Version) -> None:
+    """An adapter was registered; registering the same again changes nothing.
+
+    Args:
+        client: vLLM's `EngineClient` of this server.
+        adapter: Its number.
+        version: What was read.
+    """
+    known = VERSIONS.get_or_make(client, dict)
+    if adapter not in known or known[adapter].digest != version.digest:
+        known[adapter] = version
+
+
+def forget(client: Any, adapter: int) -> None:
+    """An adapter is gone."""
+    (VERSIONS.get(client) or {}).pop(adapter, None)
+
+
+def find(client: Any, lora: LoRARequest) -> Version | None:
+    """The version that an adapter was registered in; None if no engine has read it yet.
+
+    That of a blend follows from those of its parts.
+    """
+    known = VERSIONS.get(client) or {}
+    blend = blend_of(lora)
+    if blend is None:
+        return known.get(lora.lora_int_id)
+    parts = [known[part.number] for part in blend.parts if part.number in known]
+    if len(parts) < len(blend.parts):
+        return None
+    loaded = max(part.loaded for part in parts)
+    return Version(blend.digest([part.digest for part in parts]), loaded, "blend")
+
+
+async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest) -> Any:
+    answer = await original(client, lora)
+    if not isinstance(answer, str):
+        return answer
+    if blend_of(lora) is not None:
+        return True
+    digest, _, kind = answer.partition(":")
+    note(client, lora.lora_int_id, Version(digest, time.time(), kind or "lora"))
+    return True
+
+
+def add_lora_offline(original: Callable[..., Any], engine: Any, lora: LoRARequest) -> bool:
+    return bool(original(engine, lora))
