@@ -34,6 +34,7 @@ def serve(scenario: Scenario, folder: Path, environment: dict[str, str], *args: 
         *("--lora-modules", modules, *args),
         log=folder / "vllm.log",
         env=environment,
+        start_timeout=900.0,  # each process reads vLLM's files before it decides
         new_interpreter=True,
     )
 

@@ -15,10 +15,10 @@ pytest.importorskip("vllm")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from vllm_multilora.integration.attached import ACCESS, LISTING
 from vllm_multilora.integration.server import registration, status_page, status_route
-from vllm_multilora.integration.server.access import Access
+from vllm_multilora.integration.server.access import ACCESS, Access
 from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+from vllm_multilora.integration.server.status_route import LISTING
 from vllm_multilora.states import AdapterState
 from vllm_multilora.tenants.keys import stored
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE

@@ -39,7 +39,6 @@ from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.engine_config import check_access
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.integration.patching.patch import Patch
@@ -55,7 +54,7 @@ from vllm_multilora.integration.server.access_middleware import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
-from vllm_multilora.integration.server.metering import ServerMeter, shutdown
+from vllm_multilora.integration.server.metering import METER, ServerMeter, shutdown
 from vllm_multilora.integration.server.request_bounds import (
     MOST_BODY,
     MOST_NUMBERS,

@@ -23,7 +23,6 @@ from vllm.lora.request import LoRARequest
 from tests.tenants.callers import as_caller
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.registered_versions import Version
-from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.patching.ledger import apply_patches
 from vllm_multilora.integration.server import adapter_directory, blends, registration
 from vllm_multilora.integration.server.callers import (
@@ -33,13 +32,13 @@ from vllm_multilora.integration.server.callers import (
     error_response,
 )
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 from vllm_multilora.integration.server.model_names import (
     check_model,
     check_pooling_model,
     prepare,
 )
-from vllm_multilora.integration.server.routes import ServerRoutes, show_available_models
+from vllm_multilora.integration.server.routes import ROUTES, ServerRoutes, show_available_models
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Names, Tenant

@@ -24,11 +24,12 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.api_server.failure_delivery import (
+    HIDDEN_FOLDERS,
+    ON_FAILURE,
     beam_search,
     deliver_failures,
     process_outputs,
 )
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
 from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
     to_stop_reason,

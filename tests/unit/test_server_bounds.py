@@ -19,7 +19,6 @@ from vllm.utils.counter import AtomicCounter
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.registered_versions import Version
-from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.failures import from_stop_reason, to_stop_reason
 from vllm_multilora.integration.server import (
@@ -31,7 +30,7 @@ from vllm_multilora.integration.server import (
     versions,
 )
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals

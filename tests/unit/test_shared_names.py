@@ -14,9 +14,8 @@ from tests.store.names_only import Stores
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.registered_versions import Version
-from vllm_multilora.integration.attached import NAMES
 from vllm_multilora.integration.server import registration, shared_names, versions
-from vllm_multilora.integration.server.shared_names import SharedNames
+from vllm_multilora.integration.server.shared_names import NAMES, SharedNames
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.names_client import NamesClient

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.integration.attached import VERSIONS
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+VERSIONS: Attached[dict[int, Version]] = Attached("versions")
+"""The version of each registered adapter of an engine client, by the adapter's number."""
 
 
 @dataclass(frozen=True)

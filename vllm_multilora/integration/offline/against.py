@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vllm_multilora.integration.patching.attributes import TOOL_ATTRIBUTES
 from vllm_multilora.integration.patching.ledger import SEAMS
+from vllm_multilora.integration.patching.parts import TOOLS
 from vllm_multilora.integration.patching.seams import Finding, Seams
 from vllm_multilora.integration.patching.source import Source
+
+_ALL = (*SEAMS, Seams(TOOLS, (), attributes=TOOL_ATTRIBUTES))
 
 
 def judge(path: Path) -> int:
@@ -23,14 +27,14 @@ def judge(path: Path) -> int:
     """
     source = Source.open(path)
     print(f"vLLM            {source.version or 'of no known version'}, at {path}")
-    are_whole = [_judge_part(source, seams) for seams in SEAMS]
+    are_whole = [_judge_part(source, seams) for seams in _ALL]
     if all(are_whole):
         print("\nEverything that the plugin changes or uses is as in the versions that it knows.")
         return 0
     print()
-    for seams, is_whole in zip(SEAMS, are_whole, strict=True):
+    for seams, is_whole in zip(_ALL, are_whole, strict=True):
         if not is_whole:
-            print(f"With this vLLM, if it is newer, {seams.part.what} would be inactive.")
+            print(f"With this vLLM, if it is newer, {seams.part.what} would not act.")
     return 1
 
 
@@ -41,7 +45,7 @@ def _judge_part(source: Source, seams: Seams) -> bool:
     print(f"{part.name}: {part.what} ({state})")
     replaced, others = seams.findings_of_patches(source), seams.other_findings(source)
     _show("patches", replaced, with_known=True)
-    _show("methods and imports", others, with_known=False)
+    _show("methods, imports and private attributes", others, with_known=False)
     return not any(finding.problem for finding in (*replaced, *others))
 
 

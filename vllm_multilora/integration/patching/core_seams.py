@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_multilora.integration.patching.attributes import CORE_ATTRIBUTES
 from vllm_multilora.integration.patching.overrides import OVERRIDES
 from vllm_multilora.integration.patching.parts import CORE
 from vllm_multilora.integration.patching.patch import Patch
@@ -448,4 +449,4 @@ _PATCHES: tuple[Patch, ...] = (
     ),
 )
 
-CORE_SEAMS = Seams(CORE, _PATCHES, OVERRIDES)
+CORE_SEAMS = Seams(CORE, _PATCHES, OVERRIDES, CORE_ATTRIBUTES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from vllm_multilora.integration.patching import patch
+from vllm_multilora.integration.patching.attributes import GATEWAY_ATTRIBUTES
 from vllm_multilora.integration.patching.parts import GATEWAY
 from vllm_multilora.integration.patching.seams import Seams
 
@@ -672,4 +673,4 @@ _PATCHES: tuple[patch.Patch, ...] = (
     ),
 )
 
-GATEWAY_SEAMS = Seams(GATEWAY, _PATCHES)
+GATEWAY_SEAMS = Seams(GATEWAY, _PATCHES, attributes=GATEWAY_ATTRIBUTES)

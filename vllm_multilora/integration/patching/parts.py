@@ -1,4 +1,4 @@
-"""The two parts of the plugin that change vLLM, the versions of each, and which module is whose."""
+"""The parts of the plugin, the vLLM versions that each was tested with, and its modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the plugin that changes vLLM.
+    """A part of the plugin.
 
     Attributes:
         name: Short name, unique.
@@ -60,37 +60,37 @@ GATEWAY = Part(
     ),
 )
 
-_BOTH = (
-    "capacity",
-    "cli",
-    "commands",
-    "integration.engine_config",
-    "integration.offline",
-    "integration.patching.ledger",
-    "operations",
-    "planning",
-    "plugin",
+TOOLS = Part(
+    "tools",
+    "what the commands do without an engine",
+    (0, 31),
+    (0, 33),
+    modules=(
+        "capacity",
+        "cli",
+        "commands",
+        "integration.engine_config",
+        "integration.offline",
+        "integration.patching.ledger",
+        "operations",
+        "planning",
+        "plugin",
+    ),
 )
-"""Modules that put the two parts together, and the tools: neither part imports them."""
+"""The commands, and what puts the other two parts together: neither of them imports it."""
 
 
-def part_of(module: str) -> Part | None:
+def part_of(module: str) -> Part:
     """The part that a module belongs to: the core, unless a list says otherwise.
 
     Args:
         module: Its full name, such as `vllm_multilora.store.client`.
-
-    Returns:
-        None for a module that puts the parts together.
     """
-    if _is_in(module, GATEWAY.modules):
-        return GATEWAY
-    return None if _is_in(module, _BOTH) else CORE
-
-
-def _is_in(module: str, packages: tuple[str, ...]) -> bool:
     name = module.removeprefix("vllm_multilora.")
-    return any(name == each or name.startswith(f"{each}.") for each in packages)
+    for part in (GATEWAY, TOOLS):
+        if any(name == each or name.startswith(f"{each}.") for each in part.modules):
+            return part
+    return CORE
 
 
 def _minor(version: str | None) -> tuple[int, int] | None:

@@ -36,18 +36,20 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Seams:
-    """Everything of vLLM's that one part of the plugin replaces, overrides or imports.
+    """Everything of vLLM's that one part of the plugin replaces, overrides, imports or reads.
 
     Attributes:
         part: The part.
         patches: What it replaces.
         overrides: By class of vLLM's, its methods that classes of ours override or call, and the
             methods' parameters.
+        attributes: Private attributes that it reads, as `module:Class.attribute`.
     """
 
     part: Part
     patches: tuple[Patch, ...]
     overrides: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    attributes: tuple[str, ...] = ()
 
     def missing(self, names: Container[str]) -> list[str]:
         """Which of some patches cannot be put in place; imports the modules of their targets."""
@@ -62,8 +64,12 @@ class Seams:
         ]
 
     def other_findings(self, source: Source) -> list[Finding]:
-        """How a vLLM's source has what is overridden and what is imported."""
-        return [*self._of_overrides(source), *self._of_imports(source)]
+        """How a vLLM's source has what is overridden, imported and read."""
+        return [
+            *self._of_overrides(source),
+            *self._of_imports(source),
+            *self._of_attributes(source),
+        ]
 
     def problems(self, source: Source) -> list[Finding]:
         """Everything that is not as this part knows it."""
@@ -76,6 +82,12 @@ class Seams:
             for method, parameters in methods.items():
                 problem = _problem(source, f"{target}.{method}", (parameters,))
                 yield Finding(owner, f"{target}.{method}", problem)
+
+    def _of_attributes(self, source: Source) -> Iterator[Finding]:
+        for target in self.attributes:
+            module, _, name = target.partition(":")
+            problem = "" if source.has(module, name) else f"{module} has no {name}"
+            yield Finding("private attribute", target, problem)
 
     def _of_imports(self, source: Source) -> Iterator[Finding]:
         """Every name that this part's modules import from vLLM, but for type checkers alone."""

@@ -17,6 +17,7 @@ from vllm import envs
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError, WatchedFile, read_file
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.activation import is_enabled
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.tenants.keys import (
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from vllm_multilora.tenants.tenant import Tenants
 
 logger = logging.getLogger(__name__)
+
+ACCESS: Attached[Access] = Attached("access")
+"""The keys and tenants of an API server's application; not set where it has neither."""
 
 SALT_VARIABLE = "MULTILORA_CACHE_SALT"
 """Tells the API servers of one `vllm serve` the secret of their tenants' salts."""

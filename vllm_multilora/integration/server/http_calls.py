@@ -30,8 +30,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from vllm_multilora.integration.attached import ACCESS
 from vllm_multilora.integration.server.access import (
+    ACCESS,
     access_for,
     require_no_keys,
     settings_in,

@@ -24,13 +24,8 @@ from vllm.v1.engine.async_llm import InputStreamError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.blends import is_blend
-from vllm_multilora.integration.attached import (
-    ENDED,
-    METER,
-    ON_OUTPUTS,
-    PROMPT,
-    UNREAD_SCORES,
-)
+from vllm_multilora.integration.api_server.failure_delivery import ON_OUTPUTS
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.access import stop_waiting
@@ -46,6 +41,19 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
+
+METER: Attached[ServerMeter] = Attached("meter")
+"""What follows the requests of an API server's `OutputProcessor` to their ends."""
+
+ENDED: Attached[Usage] = Attached("ended")
+"""What the prompt of a `RequestState` that has ended has used."""
+
+UNREAD_SCORES: Attached[int] = Attached("unread-scores")
+"""Log probabilities that a stream's client has not read yet, by what collects its outputs."""
+
+PROMPT: Attached[Prompt | None] = Attached("prompt")
+"""What the prompt of a `RequestState`, or of the `ParentRequest` of several, has used so far; None
+once it has ended."""
 
 _ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, Metric
 
-from vllm_multilora.integration.attached import LISTS
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.metrics import FOLDER_VARIABLE, folder_of, recorder
 from vllm_multilora.integration.server.activation import is_active, manages_adapters
 from vllm_multilora.metrics.collector import LoRACollector
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
+
+LISTS: Attached[Callable[[int, Any], None] | None] = Attached("lists")
+"""What takes the lists of adapters in an engine's statistics, of a `PrometheusStatLogger`; None
+where vLLM's own metric does, as it is."""
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 """Where vLLM's API servers keep the values of their metrics, if they share them."""

@@ -24,12 +24,12 @@ from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.api_server import registered_versions
-from vllm_multilora.integration.attached import SEE_OFF
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
 from vllm_multilora.integration.server import metering, shared_names
 from vllm_multilora.integration.server.activation import manages_adapters_behind
 from vllm_multilora.integration.server.callers import TYPES
+from vllm_multilora.integration.server.engine_door import SEE_OFF
 from vllm_multilora.integration.server.versions import GRACE_S
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from vllm_multilora.integration.attached import ACCESS
+from vllm_multilora.integration.server.access import ACCESS
 
 _REFUSED = "Invalid HTTP request received."
 """As uvicorn says it."""

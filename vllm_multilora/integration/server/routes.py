@@ -36,9 +36,11 @@ from vllm_multilora.documents import WatchedFile
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration import failures
 from vllm_multilora.integration.api_server import registered_versions
-from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
+from vllm_multilora.integration.api_server.failure_delivery import ON_FAILURE
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import (
+    adapter_directory,
     blends,
     registration,
     resolvers,
@@ -68,6 +70,9 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
+
+ROUTES: Attached[ServerRoutes] = Attached("routes")
+"""The routes of vLLM's `OpenAIServingModels`."""
 
 REFRESH_S = 1.0
 """Least time between two looks at the file while only known names are asked for."""
@@ -324,6 +329,7 @@ def start(models: Any) -> None:
     if path is not None:
         routes = ServerRoutes(models, path)
         ROUTES.set(models, routes)
+        adapter_directory.ROUTE_NAMES.set(models, routes)
         ON_FAILURE.set(models.engine_client.output_processor, routes.note_failure)
 
 

@@ -17,7 +17,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.integration.api_server import registered_versions
-from vllm_multilora.integration.attached import NAMES
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.versions import GRACE_S
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.folder import StoreUnavailableError
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
+
+NAMES: Attached[SharedNames] = Attached("names")
+"""What shares the names of vLLM's `OpenAIServingModels` with other API servers."""
 
 _SETTLE_LIMIT_S = 5.0
 

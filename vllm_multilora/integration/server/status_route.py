@@ -19,13 +19,16 @@ from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora import api_router
 
-from vllm_multilora.integration.attached import ACCESS, LISTING
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.adapter_status import METHOD, Report
 from vllm_multilora.integration.server import adapter_directory, registration, status_page
-from vllm_multilora.integration.server.access import settings_in
+from vllm_multilora.integration.server.access import ACCESS, settings_in
 from vllm_multilora.integration.server.adapter_listing import listing
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.tenants.rules import STATUS, Role
+
+LISTING: Attached[RecentListing] = Attached("listing")
+"""The last list of all adapters, of vLLM's `OpenAIServingModels`."""
 
 Listing = dict[str, Any]
 

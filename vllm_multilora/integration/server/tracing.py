@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.integration.attached import ENDED
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS
+from vllm_multilora.integration.server.metering import ENDED
 
 if TYPE_CHECKING:
     from vllm_multilora.metering.usage import Usage
