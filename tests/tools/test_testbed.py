@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tools.testbed import compatibility
-from tools.testbed.results import RUNS, SEAM_TABLES, Result, checked, load, with_checked
+from tools.testbed.results import SEAM_TABLES, Result, checked, load, with_checked
 from vllm_multilora.integration.patching.ledger import PATCHES
+from vllm_multilora.integration.patching.patch import RUNS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = load()

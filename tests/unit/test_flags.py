@@ -12,7 +12,9 @@ pytest.importorskip("vllm")
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration import flag_values
 from vllm_multilora.integration.api_server import engine_settings
+from vllm_multilora.integration.patching import decision
 from vllm_multilora.integration.patching.flags import (
     add_cli_args,
     add_flags,
@@ -141,6 +143,16 @@ def test_settings_that_nobody_would_check_are_refused(monkeypatch):
         from_cli_args(made(additional), SimpleNamespace, args)
     with pytest.raises(ConfigError, match="cannot be checked with this vLLM"):
         from_cli_args(made({"multilora": {"tenants": "file"}}), SimpleNamespace, args)
+
+
+def test_keys_are_refused_where_vllm_lacks_what_the_gateway_needs(monkeypatch):
+    def made(cls, args):
+        return SimpleNamespace(additional_config={"multilora": {"tenants": "file"}})
+
+    flag_values.from_cli_args(made, SimpleNamespace, SimpleNamespace())
+    monkeypatch.setattr(decision, "installed_version", lambda: "0.30.0")
+    with pytest.raises(ConfigError, match="protect nothing here"):
+        flag_values.from_cli_args(made, SimpleNamespace, SimpleNamespace())
 
 
 @pytest.mark.parametrize("flag", ["--multilora-tenants", "--multilora-admin-key-file"])

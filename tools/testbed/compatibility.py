@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.testbed.results import RUNS, Result, load
+from tools.testbed.results import Result, load
 from vllm_multilora.integration.patching.ledger import PATCHES
+from vllm_multilora.integration.patching.patch import RUNS
 
 FILE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 

@@ -31,7 +31,7 @@ _PATCHES: tuple[Patch, ...] = (
         name="flag-values",
         target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
         takes=("cls, args",),
-        handler="patching.flags:from_cli_args",
+        handler="flag_values:from_cli_args",
         why="Unknown flags are dropped there; moves ours into additional_config, which reaches "
         "every process.",
         until="vLLM lets plugins add arguments.",

@@ -70,6 +70,7 @@ TOOLS = Part(
         "cli",
         "commands",
         "integration.engine_config",
+        "integration.flag_values",
         "integration.offline",
         "integration.patching.ledger",
         "operations",
