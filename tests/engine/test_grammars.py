@@ -12,7 +12,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.engine.fake_scheduler import FakeOutput, FakeRequest
 from vllm_multilora.failures import FailureKind, RequestFailure
-from vllm_multilora.integration.attached import TENANT
 from vllm_multilora.integration.engine import grammars
 from vllm_multilora.integration.engine.grammars import (
     ALLOWED_PER_TOKEN_S,
@@ -21,8 +20,8 @@ from vllm_multilora.integration.engine.grammars import (
     take_bad,
 )
 from vllm_multilora.integration.failures import from_stop_reason
+from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
 from vllm_multilora.plugin import register
-from vllm_multilora.tenants.on_request import RequestTenant
 
 from .test_scheduler import no_naps, server, servers
 

@@ -38,7 +38,7 @@ from vllm.sampling_params import (
 )
 
 from tests.tenants.callers import as_caller
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
+from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
 from vllm_multilora.integration.patching.ledger import apply_patches
 from vllm_multilora.integration.server import metering, model_names
 from vllm_multilora.integration.server.callers import (
@@ -50,7 +50,7 @@ from vllm_multilora.integration.server.callers import (
     current_caller,
 )
 from vllm_multilora.integration.server.engine_door import add_request, send_request
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 from vllm_multilora.integration.server.request_bounds import (
     MOST_COMPARISONS,
     MOST_ID,

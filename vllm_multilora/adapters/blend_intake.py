@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -253,7 +252,7 @@ def _weighted(applied: Applied, weight: float) -> Applied:
     """What is applied of a part, with its weight in the scale of B."""
     of_b = {module.b_name for module in applied.modules}
     return Applied(
-        tuple(replace(module, scaling=module.scaling * weight) for module in applied.modules),
+        tuple(module._replace(scaling=module.scaling * weight) for module in applied.modules),
         applied.raw,
         tuple(
             (name, factor * weight if name in of_b else factor) for name, factor in applied.factors

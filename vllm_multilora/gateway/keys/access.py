@@ -20,9 +20,9 @@ from vllm_multilora.integration.server.key_settings import (
     api_keys_in,
     parse_admin_keys,
     read_admin_keys,
-    settings_in,
     warn_of_open_updates,
 )
+from vllm_multilora.integration.server.mounting import settings_in
 from vllm_multilora.tenants.keys import KeyRing, digest_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.parsing import parse_tenants

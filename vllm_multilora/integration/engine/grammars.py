@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.integration.attached import GRAMMAR_TIME, SLOW_GRAMMARS, STUCK_GRAMMARS
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.failures import (
     slow_grammar_stop_reason,
     stuck_grammar_stop_reason,
@@ -30,6 +30,17 @@ from vllm_multilora.tenants.work_turns import take_turns
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+GRAMMAR_TIME: Attached[float] = Attached("grammar-time")
+"""The seconds that a grammar of vLLM's may take for its next token."""
+
+SLOW_GRAMMARS: Attached[list[Any]] = Attached("slow-grammars")
+"""Grammars of a `StructuredOutputManager` that have taken too long and were not looked at yet; not
+set where nobody looks."""
+
+STUCK_GRAMMARS: Attached[list[Any]] = Attached("stuck-grammars")
+"""Grammars of a `StructuredOutputManager` that have allowed no token, and whose requests have got
+none since."""
 
 ALLOWED_S = 0.5
 """Of processor time, that a grammar may take for one token after it has taken little."""

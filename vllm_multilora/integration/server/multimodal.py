@@ -23,8 +23,8 @@ from vllm.entrypoints.pooling.typing import PoolingEngineInput
 from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 
-from vllm_multilora.integration.patching.activation import is_active_behind
 from vllm_multilora.integration.server import invoked_prompts
+from vllm_multilora.integration.server.activation import is_active_behind
 from vllm_multilora.integration.server.callers import (
     Caller,
     current_account,

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vllm_multilora.integration.attached import CHECKED
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.callers import current_caller, current_tenant
 from vllm_multilora.integration.server.registration import to_its_end
 from vllm_multilora.integration.server.request_bounds import require_short
+
+CHECKED: Attached[bool] = Attached("checked")
+"""Set for a request's `StructuredOutputsParams` that were checked before vLLM would check them."""
 
 # Not asyncio's own, with which vLLM looks up hosts: there may be a slow schema for each tenant.
 _THREADS = ThreadPoolExecutor(thread_name_prefix="multilora-schemas")
