@@ -115,8 +115,9 @@ class MultiLoRAConfig:
 
     enabled: bool | None = _setting(
         None,
-        "Use vllm-multilora for LoRA. On by default with supported vLLM versions; --multilora "
-        "forces it on with others that have what it needs, --no-multilora leaves vLLM as it is.",
+        "Use vllm-multilora for LoRA. On by default with the vLLM versions that were tested, and "
+        "with newer ones that have what it needs; --multilora forces LoRA serving on with others, "
+        "--no-multilora leaves vLLM as it is.",
         lambda value: value is None or isinstance(value, bool),
         "true, false or null",
     )

@@ -10,10 +10,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tests.engine.parties import FakeStore, lora, pack_info
 from tests.engine.test_scheduler import Server, config
-from vllm_multilora.integration.attached import ADAPTERS, LINK, SERVER
 from vllm_multilora.integration.engine import core, scheduler
+from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.integration.engine.asides import Asides
-from vllm_multilora.integration.engine.core import add_lora, pin_lora, remove_lora
+from vllm_multilora.integration.engine.core import SERVER, add_lora, pin_lora, remove_lora
+from vllm_multilora.integration.fill_link import LINK
 
 
 def test_it_is_said_in_order_and_what_follows_from_it_too():

@@ -21,8 +21,8 @@ from tests.engine.fake_scheduler import AwareScheduler
 from tests.engine.parties import pack_info
 from tests.engine.test_scheduler import config
 from vllm_multilora.integration.activated import ActivatedLoRARequest, last_occurrence
-from vllm_multilora.integration.attached import ADAPTERS
 from vllm_multilora.integration.engine import core, invocation, prefix_keys
+from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.store.messages import PackInfo
 
 BLOCK = 4

@@ -14,7 +14,8 @@ from starlette.requests import Request
 
 from vllm_multilora.gateway.app import Gateway
 from vllm_multilora.gateway.invocations import InvocationsMiddleware
-from vllm_multilora.integration.patching.flags import GATEWAY, merge_flags
+from vllm_multilora.integration.patching.flags import merge_flags
+from vllm_multilora.integration.server.mounting import GATEWAY, mount_gateway
 from vllm_multilora.tenants.keys import stored
 
 SAGEMAKER_HEADER = "x-amzn-sagemaker-adapter-identifier"
@@ -28,6 +29,7 @@ def arguments(*flags: str) -> Namespace:
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([*flags])
     merge_flags(args, args)
+    mount_gateway(args)
     return args
 
 
@@ -53,7 +55,7 @@ def test_gateway_is_in_front_of_vllm_and_behind_operators_middlewares():
         *("--middleware", gzip, "--middleware", gzip),
     )
     assert args.middleware == [GATEWAY, gzip, gzip]
-    merge_flags(args, args)  # each of several API servers does so once more
+    mount_gateway(args)  # each of several API servers does so once more
     assert args.middleware == [GATEWAY, gzip, gzip]
     names = [each.cls.__name__ for each in application(args).user_middleware]
     assert names[:3] == ["GZipMiddleware", "GZipMiddleware", "Gateway"]

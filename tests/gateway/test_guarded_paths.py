@@ -142,6 +142,7 @@ def served(request, tmp_path_factory):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_multilora.integration.patching.flags import merge_flags
+    from vllm_multilora.integration.server.mounting import mount_gateway
 
     locks, keys = LOCKS[request.param]
     tenants = tmp_path_factory.mktemp("tenants") / "tenants.json"
@@ -164,6 +165,7 @@ def served(request, tmp_path_factory):
         patch.setattr(middleware, "pause", no_pause)
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
         merge_flags(args, args)
+        mount_gateway(args)
         level = logging.root.level
         try:
             app = build_app(args, ("generate",))

@@ -17,7 +17,6 @@ from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
 from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import FailureKind, LoadFailure
-from vllm_multilora.integration.attached import DIRECTORY, ROUTES
 from vllm_multilora.integration.failures import AdapterRefusedError
 from vllm_multilora.integration.server import (
     adapter_directory,
@@ -26,9 +25,10 @@ from vllm_multilora.integration.server import (
     routes,
     start,
 )
-from vllm_multilora.integration.server.adapter_directory import SCAN_S, DirectoryServer
+from vllm_multilora.integration.server.adapter_directory import DIRECTORY, SCAN_S, DirectoryServer
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.refusals import Refusals
+from vllm_multilora.integration.server.routes import ROUTES
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant

@@ -13,7 +13,8 @@ import pytest
 
 from tests.attacks.poison import poisoned
 from tests.tenants.callers import as_caller
-from vllm_multilora.integration.server import versions
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.model_names import prepare
@@ -126,7 +127,7 @@ def test_who_may_use_the_base_model_may_use_it_with_its_default_adapter():
 @pytest.mark.smoke("default adapters for images and audio")
 def test_the_default_adapter_is_named_by_the_answers_that_it_has_made():
     serving = serving_with({"image": "/image"}, "image")
-    versions.note(serving.models.engine_client, 1, versions.Version("abc", 1.0, "lora"))
+    registered_versions.note(serving.models.engine_client, 1, Version("abc", 1.0, "lora"))
 
     def named(content: list[Any], *, takes_defaults: bool) -> Any:
         call = HttpCall({})

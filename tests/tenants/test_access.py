@@ -41,14 +41,13 @@ from vllm_multilora.gateway.limits import listing
 from vllm_multilora.gateway.limits.turns import turn_of
 from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.gateway.stored import new_id
-from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.engine_config import check_access
 from vllm_multilora.integration.failures import without_folders
-from vllm_multilora.integration.patching.flags import mount_gateway
 from vllm_multilora.integration.patching.patch import Patch
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
-from vllm_multilora.integration.server.engine_config import check_access
 from vllm_multilora.integration.server.key_settings import SALT_VARIABLE, read_admin_keys
-from vllm_multilora.integration.server.metering import ServerMeter, shutdown
+from vllm_multilora.integration.server.metering import METER, ServerMeter, shutdown
+from vllm_multilora.integration.server.mounting import mount_gateway
 from vllm_multilora.integration.server.start import (
     require_guards,
     share_threads,

@@ -24,7 +24,7 @@ from vllm.sampling_params import (
 
 from tests.tenants.callers import as_caller
 from vllm_multilora.gateway.table import MAX_ITEMS
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
+from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
 from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import (
     MOST_ANSWERS,
@@ -34,7 +34,7 @@ from vllm_multilora.integration.server.callers import (
     current_caller,
 )
 from vllm_multilora.integration.server.engine_door import add_request, send_request
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.tenants.limits import Account

@@ -20,7 +20,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from vllm_multilora.failures import FailureKind, LoadFailure
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS
+from vllm_multilora.integration.api_server.failure_delivery import (
+    HIDDEN_FOLDERS,
+    deliver_failures,
+    process_outputs,
+)
 from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
     to_stop_reason,
@@ -28,10 +32,6 @@ from vllm_multilora.integration.failures import (
 )
 from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.server import failed_answers
-from vllm_multilora.integration.server.failure_delivery import (
-    deliver_failures,
-    process_outputs,
-)
 
 HANDLERS = "server.failed_answers:"
 LIMIT_S = 20.0

@@ -13,7 +13,7 @@ pytest.importorskip("starlette")
 
 
 from vllm_multilora.gateway.answers import DROPPING_JSON, HttpCallMiddleware
-from vllm_multilora.integration.patching.ledger import missing
+from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
 from vllm_multilora.integration.server.http_calls import MOST_ERROR, HttpCall, current_call
 
 DIGEST = "0123456789abcdef" * 4
@@ -187,7 +187,7 @@ RUNS = {
 def test_an_error_that_repeats_what_a_client_has_sent_takes_no_time(part, text):
     """vLLM looks for paths in it, by expressions that take the third power of its length."""
     vllm = importlib.import_module(f"vllm.entrypoints.serve.exception_handling.{part}")
-    assert not missing({"error-texts", "validation-error-texts"})
+    assert not GATEWAY_SEAMS.missing({"error-texts", "validation-error-texts"})
     begun = time.thread_time()
     shown = behind(lambda: vllm.sanitize_message(f"No such thing: {text} (/home/me/secret)"))
     assert time.thread_time() - begun < 1.0

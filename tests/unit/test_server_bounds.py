@@ -18,7 +18,8 @@ from vllm.utils.counter import AtomicCounter
 
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.gateway.status.adapters import MAX_SHARE, NEW_S, RecentListing
-from vllm_multilora.integration.attached import METER
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.failures import from_stop_reason, to_stop_reason
 from vllm_multilora.integration.server import (
@@ -30,7 +31,7 @@ from vllm_multilora.integration.server import (
     versions,
 )
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
@@ -539,7 +540,7 @@ def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None
     engine, acme, used = Engine(), lora_of("acme", 7), []
     engine.output_processor = SimpleNamespace(request_states={})
     models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
-    versions.note(engine, 7, versions.Version("abc", 1.0, "lora"))
+    registered_versions.note(engine, 7, Version("abc", 1.0, "lora"))
     log: Any = SimpleNamespace(write=used.append)
     METER.set(engine.output_processor, ServerMeter(log))
 
@@ -578,7 +579,7 @@ def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_
     engine, acme = Engine(), lora_of("acme", 7)
     engine.output_processor = SimpleNamespace(request_states={})
     models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
-    versions.note(engine, 7, versions.Version("abc", 1.0, "lora"))
+    registered_versions.note(engine, 7, Version("abc", 1.0, "lora"))
 
     def add(processor: Any, request: Any, *_: Any) -> None:
         processor.request_states[request.request_id] = request

@@ -3,7 +3,7 @@
 The engine core ends the request with vLLM's own finish reason for errors. The reason travels as the
 output's stop reason, which vLLM passes on unread. The process that answers takes it out again: as
 an HTTP status and message in a server, as finish reason and text for `LLM.generate` (see
-`server/failure_delivery.py`).
+`api_server/failure_delivery.py`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.documents import DocumentError, WatchedFile
-from vllm_multilora.integration.patching.flags import settings_in
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.integration.server.key_settings import (
     COUNT_VARIABLE,
@@ -23,6 +22,7 @@ from vllm_multilora.integration.server.key_settings import (
     read_admin_keys,
     warn_of_open_updates,
 )
+from vllm_multilora.integration.server.mounting import settings_in
 from vllm_multilora.tenants.keys import KeyRing, digest_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.parsing import parse_tenants

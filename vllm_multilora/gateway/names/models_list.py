@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from vllm_multilora.integration.attached import ROUTES
-from vllm_multilora.integration.server import versions
+from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.routes import ROUTES
 
 MODELS = "/v1/models"
 
@@ -42,7 +42,7 @@ async def models_for(caller: Caller | None, models: Any) -> Any:
     shown = await _as_seen(models, caller).show_available_models()
     for card in shown.data:
         lora = models.lora_requests.get(card.id)
-        version = None if lora is None else versions.find(models.engine_client, lora)
+        version = None if lora is None else registered_versions.find(models.engine_client, lora)
         if version is not None:
             card.digest, card.created = version.digest, int(version.loaded)
             card.kind = version.kind

@@ -21,20 +21,13 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.attached import (
-    ADAPTERS,
-    EARLY_STORE,
-    LINK,
-    REACHED,
-    SERVER,
-    Attached,
-)
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine import invocation, prefix_keys
-from vllm_multilora.integration.engine.adapters import EngineAdapters
+from vllm_multilora.integration.engine.adapters import ADAPTERS, EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
 from vllm_multilora.integration.engine.observer import AdapterObserver
 from vllm_multilora.integration.engine.parties import Store, Workers
-from vllm_multilora.integration.engine.reaching import reach
+from vllm_multilora.integration.engine.reaching import REACHED, reach
 from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
 from vllm_multilora.integration.failures import (
@@ -42,7 +35,7 @@ from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
     SentRefusalError,
 )
-from vllm_multilora.integration.fill_link import PATH_VARIABLE, FillLink
+from vllm_multilora.integration.fill_link import LINK, PATH_VARIABLE, FillLink
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.metrics import server_of
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
@@ -70,6 +63,12 @@ _IDLE_S = 0.001
 _REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
 _D = TypeVar("_D")
 _T = TypeVar("_T")
+
+SERVER: Attached[str] = Attached("server")
+"""What an executor's server was called when its workers started."""
+
+EARLY_STORE: Attached[StoreClient | None] = Attached("early-store")
+"""What keeps this machine's store up until an executor's engine core has connected to it."""
 
 
 @contextmanager

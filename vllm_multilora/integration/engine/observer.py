@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.blends import label_of
@@ -16,7 +16,17 @@ from vllm_multilora.store.messages import Loaded, Totals
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from vllm_multilora.integration.engine.adapters import EngineAdapters
+    from vllm_multilora.slots.assignment import SlotAssignment
+    from vllm_multilora.states import AdapterState
+
+
+class ObservedAdapters(Protocol):
+    """What an observer asks of an engine's adapters; `EngineAdapters` has it."""
+
+    slots: SlotAssignment
+
+    def state(self, adapter_id: int) -> AdapterState:
+        """Where an adapter is."""
 
 
 class AdapterObserver(SlotEvents):
@@ -160,7 +170,7 @@ class AdapterObserver(SlotEvents):
         self._names.pop(adapter_id, None)
         self._changed.add(adapter_id)  # it may have left a slot
 
-    def settle(self, adapters: EngineAdapters) -> None:
+    def settle(self, adapters: ObservedAdapters) -> None:
         """What was begun is complete; costs next to nothing where nothing has changed."""
         if not self._changed:
             return

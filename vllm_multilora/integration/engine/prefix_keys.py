@@ -27,11 +27,17 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.request import RequestStatus
 
 from vllm_multilora.integration.activated import start_of
-from vllm_multilora.integration.attached import HASHER, VERSION
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine import invocation
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+HASHER: Attached[Callable[[Any], list[Any]] | None] = Attached("hasher")
+"""What hashes the blocks of a `Request` with an adapter; None where nothing is cached."""
+
+VERSION: Attached[str] = Attached("version")
+"""The digest of the weights that a `Request` runs on; not set before they are known."""
 
 
 def withhold(request: Request, hasher: Callable[[Any], list[Any]] | None) -> None:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, flag_of, given_settings
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.activation import adapts_towers, is_enabled
-from vllm_multilora.integration.patching.ledger import missing
-from vllm_multilora.integration.patching.version import SUPPORTED_TEXT
-from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE
+from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
+from vllm_multilora.integration.patching.parts import CORE
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
-GATEWAY = "vllm_multilora.gateway.app.Gateway"
-"""The class that vLLM's `--middleware` is given, by its name: nothing here imports it."""
-
-UNGUARDED = (
-    f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect nothing "
-    f"here, because vllm-multilora is not active: it needs --enable-lora without "
-    f"--enable-tower-connector-lora, a supported vLLM and vLLM's Python front end. Provide these, "
-    f"or leave all three out"
-)
-"""Why a server with keys does not start."""
 
 _CHECKS = ("allowed_roots", "require_digest", "signing_keys")
 """Settings that say which adapters may be served."""
@@ -62,8 +49,6 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
     The arguments' own is changed too: with several API servers vLLM sends the arguments to each,
     which reads them before it has loaded its plugins.
 
-    An HTTP server's arguments also get the gateway; see `mount_gateway`.
-
     Raises:
         ConfigError: Keys are to guard a server that knows none, or what is there is no mapping.
     """
@@ -82,54 +67,6 @@ def merge_flags(args: argparse.Namespace, engine_args: EngineArgs) -> None:
             "--multilora-tenants and --multilora-admin-key-file protect HTTP servers, and this is "
             "vLLM's gRPC server (--grpc): serve HTTP, or leave these flags out"
         )
-    if hasattr(args, "middleware"):
-        mount_gateway(args)
-
-
-def mount_gateway(args: argparse.Namespace) -> None:
-    """Puts the gateway first among the middlewares in an HTTP server's arguments, once.
-
-    vLLM calls the first one last. So the gateway is in front of all of vLLM, and behind the
-    operator's own middlewares: paths and keys are checked as those have left them.
-
-    Raises:
-        ConfigError: The settings name keys, and the plugin is not active.
-    """
-    if settings_in(args) is None:
-        if has_keys(settings_given(args)):
-            raise ConfigError(UNGUARDED)
-        return
-    if GATEWAY not in args.middleware:
-        args.middleware = [GATEWAY, *args.middleware]
-
-
-def is_gateway_mounted() -> bool:
-    """Whether vLLM has made an application with the gateway in this process.
-
-    With several API servers vLLM reads each one's arguments before it loads its plugins, so nothing
-    of ours has seen them there. vLLM imports each middleware when it makes its application.
-    """
-    return GATEWAY.rpartition(".")[0] in sys.modules
-
-
-def settings_in(args: argparse.Namespace) -> MultiLoRAConfig | None:
-    """The settings in a server's arguments; None where the plugin does not act."""
-    settings = settings_given(args)
-    serves_adapters = getattr(args, "enable_lora", False) and not adapts_towers(args)
-    return settings if serves_adapters and is_enabled(settings) else None
-
-
-def settings_given(args: argparse.Namespace) -> MultiLoRAConfig:
-    """The settings in a server's arguments, whether the plugin acts or not."""
-    additional = getattr(args, "additional_config", None)
-    return MultiLoRAConfig.from_additional_config(
-        additional if isinstance(additional, Mapping) else None
-    )
-
-
-def has_keys(settings: MultiLoRAConfig) -> bool:
-    """Whether the settings name keys of operators or of tenants."""
-    return settings.tenants is not None or settings.admin_key_file is not None
 
 
 def _serves_grpc(args: argparse.Namespace) -> bool:
@@ -146,7 +83,7 @@ def _own_settings(additional_config: Any) -> Mapping[str, Any]:
 def add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     parser = original(parser)
     # A flag that nobody reads would promise something: without it vLLM refuses it.
-    if not missing(("flag-values", "settings-check")):
+    if not CORE_SEAMS.missing(("flag-values", "settings-check")):
         add_flags(parser)
     return parser
 
@@ -154,9 +91,9 @@ def add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
 def from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     engine_args = original(cls, args)
     merge_flags(args, engine_args)
-    if _own_settings(engine_args.additional_config) and missing(("settings-check",)):
+    if _own_settings(engine_args.additional_config) and CORE_SEAMS.missing(("settings-check",)):
         raise ConfigError(
             f"the settings of {CONFIG_KEY} in --additional-config cannot be checked with this "
-            f"vLLM: leave them out, or install vLLM {SUPPORTED_TEXT}"
+            f"vLLM: leave them out, or install vLLM {CORE.tested}"
         )
     return engine_args

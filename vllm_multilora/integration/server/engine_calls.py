@@ -11,7 +11,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.integration.engine.adapter_status import METHOD, Report
-from vllm_multilora.integration.patching.activation import is_active
+from vllm_multilora.integration.server.activation import is_active
 
 _STOPPING = "Server shutting down"
 """What vLLM's engine core answers all calls with once it has been told to stop."""

@@ -7,19 +7,26 @@ is refused, whatever let it through before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMNotFoundError
 
 from vllm_multilora.adapters.blends import folders_of
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, SEE_OFF
-from vllm_multilora.integration.patching.activation import loads_adapters
+from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server import metering
+from vllm_multilora.integration.server.activation import manages_adapters
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller, current_caller
-from vllm_multilora.integration.tenant_of_request import set_tenant
+from vllm_multilora.integration.tenant_of_request import RequestTenant, set_tenant
 from vllm_multilora.tenants.limits import Meter
-from vllm_multilora.tenants.on_request import RequestTenant
 from vllm_multilora.tenants.salts import tenant_salt
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+SEE_OFF: Attached[Callable[[LoRARequest], None]] = Attached("see-off")
+"""What an `OutputProcessor` calls with the adapter of every request that goes to the engine. It
+raises if the request is not to go there."""
 
 
 def add_request(
@@ -88,7 +95,7 @@ async def send_request(
     try:
         await original(client, request, *args, **kwargs)
     except BaseException:
-        if is_new and loads_adapters(client.vllm_config):
+        if is_new and manages_adapters(client.vllm_config):
             await client.abort(request.request_id, internal=True)
         raise
 

@@ -17,7 +17,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_multilora.integration.patching.activation import is_active_behind
+from vllm_multilora.integration.server.activation import is_active_behind
 
 _FAILURES = (GracefulHTTPError, EngineDeadError)
 """What ends a request without an output; the latter where the server is stopped, too."""

@@ -16,7 +16,7 @@ from vllm_multilora.integration.failures import STATUS, uninvoked
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 
 if TYPE_CHECKING:
-    from vllm_multilora.integration.server.versions import Version
+    from vllm_multilora.integration.api_server.registered_versions import Version
 
 
 def expect(call: HttpCall, request: Any, version: Version | None) -> None:

@@ -16,12 +16,13 @@ from vllm import envs
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError, read_file
-from vllm_multilora.integration.patching.flags import settings_in
+from vllm_multilora.integration.server.mounting import settings_in
 from vllm_multilora.tenants.keys import (
     ADMIN_KEY_VARIABLE,
     MAX_KEY_LENGTH,
     can_be_sent,
     is_stored,
+    key_in,
 )
 from vllm_multilora.tenants.rules import Locks
 
@@ -50,11 +51,6 @@ def stop_waiting() -> None:
     """Refuses requests that wait for their turn: the engine stops, and the server waits for all."""
     for each in STOPPED_WITH_SERVER:
         each.stop()
-
-
-def key_in(environment: Mapping[str, str]) -> str:
-    """The admin key that the environment has; empty: none."""
-    return environment.get(ADMIN_KEY_VARIABLE, "").strip()
 
 
 def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -> list[str]:

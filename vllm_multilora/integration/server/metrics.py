@@ -20,11 +20,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from vllm_multilora.integration.attached import LISTS
-from vllm_multilora.integration.metrics import folder_of, recorder
-from vllm_multilora.integration.patching.activation import is_active, loads_adapters
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.metrics import FOLDER_VARIABLE, folder_of, recorder
+from vllm_multilora.integration.server.activation import is_active, manages_adapters
 from vllm_multilora.metrics.collector import LoRACollector
-from vllm_multilora.metrics.folder import create_folder, parent_folder, remove_folder
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.request_lists import RequestLists, labels_of
 from vllm_multilora.metrics.server_counts import COUNTS
@@ -36,9 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "MULTILORA_METRICS_FOLDER"
-"""Tells several API servers of one `vllm serve` where the folder is: each has made a
-configuration of its own, with another instance in it than the engines'."""
+LISTS: Attached[Callable[[int, Any], None] | None] = Attached("lists")
+"""What takes the lists of adapters in an engine's statistics, of a `PrometheusStatLogger`; None
+where vLLM's own metric does, as it is."""
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 """Where vLLM's API servers keep the values of their metrics, if they share them."""
@@ -46,32 +45,9 @@ _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _COLLECTOR = LoRACollector()
 
 
-def make_folder(vllm_config: VllmConfig) -> None:
-    """Makes the folder of an engine that this process is about to start.
-
-    It is removed with the configuration, at the latest when this process ends.
-    """
-    parallel = vllm_config.parallel_config
-    if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
-        return  # one of several API servers; the process that started them has made it
-    try:
-        folder = create_folder(vllm_config.instance_id, parent_folder())
-    except OSError as error:
-        logger.warning("There will be no LoRA metrics: no folder for them can be made: %s", error)
-        return
-    weakref.finalize(vllm_config, _remove, folder, os.getpid())
-    os.environ[FOLDER_VARIABLE] = str(folder)
-
-
-def _remove(folder: Path, maker: int) -> None:
-    # Not in a forked child, which has the maker's finalizers too.
-    if os.getpid() == maker:
-        remove_folder(folder)
-
-
 def show(vllm_config: VllmConfig) -> None:
     """Shows an engine's metrics in this process, its client; the newest engine's are shown."""
-    if not loads_adapters(vllm_config):
+    if not manages_adapters(vllm_config):
         return
     folder = folder_of(vllm_config)
     if folder is None and (path := os.environ.get(FOLDER_VARIABLE)):

@@ -11,7 +11,6 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 from vllm_multilora.adapters.served_names import name_fault
-from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.server import (
     blends,
     multimodal,
@@ -21,6 +20,8 @@ from vllm_multilora.integration.server import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.http_calls import BLEND_FIELD, current_call, look_for_call
+from vllm_multilora.integration.server.metering import METER
+from vllm_multilora.integration.server.routes import ROUTES
 
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_multilora.integration.patching.activation import is_active_behind
+from vllm_multilora.integration.server.activation import is_active_behind
 
 
 def active_default_adapter(original: Callable[..., Any], serving: Any, request: Any) -> Any:

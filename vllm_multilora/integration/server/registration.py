@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,12 +21,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
-from vllm_multilora.integration.attached import ROUTES, SEE_OFF
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failures import STATUS, AdapterRefusedError, without_folder
-from vllm_multilora.integration.patching.activation import loads_adapters_behind
-from vllm_multilora.integration.server import metering, shared_names, versions
+from vllm_multilora.integration.server import metering, shared_names
+from vllm_multilora.integration.server.activation import manages_adapters_behind
 from vllm_multilora.integration.server.callers import TYPES
+from vllm_multilora.integration.server.engine_door import SEE_OFF
+from vllm_multilora.integration.server.versions import GRACE_S
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -35,10 +38,13 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+ROUTE_NAMES: Attached[Container[str]] = Attached("route-names")
+"""The names of the routes of vLLM's `OpenAIServingModels`, which no adapter may have."""
+
 MOST_ADAPTERS = 65_536
 """That an API server serves at a time: as many as an engine knows."""
 
-LATE_GRACE_S = 3 * versions.GRACE_S
+LATE_GRACE_S = 3 * GRACE_S
 """How long an adapter stays that a request has brought back after that. By then other API servers,
 which look at adapter directories for themselves, know too that its version is an old one."""
 
@@ -90,7 +96,7 @@ STATUS_REFUSALS = _described(
 
 def acts_for(models: OpenAIServingModels) -> bool:
     """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
-    return loads_adapters_behind(getattr(models, "engine_client", None))
+    return manages_adapters_behind(getattr(models, "engine_client", None))
 
 
 async def load_adapter(
@@ -183,7 +189,7 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
 
 def _route_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
     """The answer where a name is a route's, under which no adapter could be reached."""
-    if name not in (ROUTES.get(models) or ()):
+    if name not in (ROUTE_NAMES.get(models) or ()):
         return None
     return error_response(
         HTTPStatus.BAD_REQUEST,
@@ -255,11 +261,11 @@ async def serve(models: Any, lora: LoRARequest) -> None:
 
 async def remove(models: Any, lora: LoRARequest) -> None:
     """Frees an adapter's slot and host memory; returns when its running requests have ended."""
-    versions.forget(models.engine_client, lora.lora_int_id)
+    registered_versions.forget(models.engine_client, lora.lora_int_id)
     await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
 
 
-async def remove_later(models: Any, lora: LoRARequest, delay_s: float = versions.GRACE_S) -> None:
+async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S) -> None:
     """Removes an adapter when requests that had found its name have reached the engine."""
     await asyncio.sleep(delay_s)
     # A folder that was put back as it was has the number that it had.
@@ -274,7 +280,7 @@ def start(models: Any) -> None:
         if is_current(models, lora):
             return
         if metering.goes_on_with_an_answer():
-            if versions.find(models.engine_client, lora) is not None:
+            if registered_versions.find(models.engine_client, lora) is not None:
                 return  # whoever has taken the name away will remove the adapter
             # It was removed between two requests to the engine for one answer: steps of a beam
             # search, parts of a recording, what comes before and after the call of a tool. This

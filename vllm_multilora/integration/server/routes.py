@@ -34,13 +34,15 @@ from vllm_multilora.adapters.blends import folders_of, is_blend
 from vllm_multilora.documents import WatchedFile
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration import failures
-from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
-from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
+from vllm_multilora.integration.api_server.failure_delivery import ON_FAILURE
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import (
     blends,
     registration,
     resolvers,
 )
+from vllm_multilora.integration.server.activation import is_active_behind
 from vllm_multilora.integration.server.callers import (
     Caller,
     current_caller,
@@ -64,6 +66,9 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
+
+ROUTES: Attached[ServerRoutes] = Attached("routes")
+"""The routes of vLLM's `OpenAIServingModels`."""
 
 REFRESH_S = 1.0
 """Least time between two looks at the file while only known names are asked for."""
@@ -320,6 +325,7 @@ def start(models: Any) -> None:
     if path is not None:
         routes = ServerRoutes(models, path)
         ROUTES.set(models, routes)
+        registration.ROUTE_NAMES.set(models, routes)
         ON_FAILURE.set(models.engine_client.output_processor, routes.note_failure)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
 from vllm_multilora.integration.logs import PrintableLines, add_filter
-from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
-from vllm_multilora.integration.patching.flags import GATEWAY, has_keys, is_gateway_mounted
-from vllm_multilora.integration.patching.ledger import missing
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
 from vllm_multilora.integration.server import (
     adapter_directory,
     engine_calls,
@@ -20,10 +19,11 @@ from vllm_multilora.integration.server import (
     routes,
     shared_names,
 )
+from vllm_multilora.integration.server.activation import is_active_behind
 from vllm_multilora.integration.server.callers import current_tenant
-from vllm_multilora.integration.server.key_settings import key_in
+from vllm_multilora.integration.server.mounting import GATEWAY, is_gateway_mounted
 from vllm_multilora.integration.server.names_in_use import LocksInUse
-from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE
+from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, has_keys, key_in
 from vllm_multilora.tenants.work_turns import take_turns
 
 _FILTERS = (RefusalsInOneLine(), PrintableLines())
@@ -32,7 +32,7 @@ _GUARDS = ("flag-values", "model-names", "model-names-pooling", "engine-door")
 
 
 def require_guards(models: Any) -> None:
-    """Sees to it that no server with keys serves without the patches that enforce them.
+    """Stops a server with keys that lacks a patch that enforces them.
 
     Raises:
         ConfigError: This vLLM lacks what a guard replaces.
@@ -50,7 +50,7 @@ def require_guards(models: Any) -> None:
             f"application lacks the middleware {GATEWAY}. Start it with `vllm serve`, or leave "
             f"all three out"
         )
-    if lacking := missing(_GUARDS):
+    if lacking := GATEWAY_SEAMS.missing(_GUARDS):
         raise ConfigError(
             f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
             f"enforced with this vLLM, which lacks what the patches {', '.join(lacking)} need: "

@@ -31,8 +31,8 @@ from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.orders import Order
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
+from vllm_multilora.integration.patching.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.patching.flags import checks_in
-from vllm_multilora.integration.patching.ledger import PUNICA_WRAPPER
 from vllm_multilora.integration.remote_link import Address, dial
 from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
 from vllm_multilora.integration.worker.activated_rows import base_rows_of

@@ -6,7 +6,7 @@ doctor --against` compares these methods, as it does the ledger's targets.
 
 from __future__ import annotations
 
-EXTENDED: dict[str, dict[str, str]] = {
+OVERRIDES: dict[str, dict[str, str]] = {
     "vllm.v1.core.sched.scheduler:Scheduler": {
         "add_request": "self, request",
         "schedule": "self, throttle_prefills=False",

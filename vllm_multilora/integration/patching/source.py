@@ -88,6 +88,30 @@ class Source:
             found = self._in_class(where, node, attribute, _MOST_HOPS)
         return None if found is None else self._definition(*found)
 
+    def has(self, module: str, name: str) -> bool:
+        """Whether there is such a name, or a class has such an attribute, set by its methods."""
+        if self.find(module, name) is not None:
+            return True
+        owner, _, attribute = name.partition(".")
+        found = self._in_module(module, owner, _MOST_HOPS) if attribute else None
+        return found is not None and self._sets(*found, attribute, _MOST_HOPS)
+
+    def _sets(self, module: str, owner: ast.AST, attribute: str, hops: int) -> bool:
+        """Whether a method of a class, or of a class that it extends, assigns an attribute."""
+        if not isinstance(owner, ast.ClassDef) or not hops:
+            return False
+        if any(
+            isinstance(node, ast.Attribute)
+            and node.attr == attribute
+            and isinstance(node.ctx, ast.Store)
+            and ast.unparse(node.value) == "self"
+            for node in ast.walk(owner)
+        ):
+            return True
+        bases = (ast.unparse(base).split("[")[0] for base in owner.bases)
+        found = filter(None, (self._in_module(module, base, hops - 1) for base in bases))
+        return any(self._sets(*base, attribute, hops - 1) for base in found)
+
     def _definition(self, module: str, node: ast.AST) -> Definition:
         if isinstance(node, ast.ClassDef):
             found = self._in_class(module, node, "__init__", _MOST_HOPS)

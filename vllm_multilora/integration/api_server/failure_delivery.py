@@ -6,7 +6,7 @@ an answer that says why it has failed, so that the call's other requests end as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,20 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
 from vllm_multilora.failures import LoadFailure
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.failures import STATUS, from_stop_reason, without_folders
-from vllm_multilora.integration.server import metering
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attached("on-failure")
+"""What an `OutputProcessor` calls for every request with an adapter that has failed."""
+
+ON_OUTPUTS: Attached[Callable[[Iterable[Any], dict[str, Any]], None]] = Attached("on-outputs")
+"""What an `OutputProcessor` calls first with each step's outputs and its requests' states."""
+
+HIDDEN_FOLDERS: Attached[tuple[str, ...]] = Attached("hidden-folders")
+"""Folders that the client of an API server's `RequestState` may not see."""
 
 
 def deliver_failures(
@@ -105,7 +113,8 @@ def process_outputs(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    metering.look(processor, engine_core_outputs)  # at failures too, as the engine has told of them
+    if (look := ON_OUTPUTS.get(processor)) is not None:
+        look(engine_core_outputs, processor.request_states)  # at failures too, as they came
     failures, sessions = deliver_failures(
         engine_core_outputs,
         processor.request_states,
