@@ -216,7 +216,7 @@ def behind(work):
 
 
 def test_a_call_is_bound_to_nothing_at_first():
-    assert HttpCall({}) == HttpCall({}, None, None, None, None, "", None)
+    assert HttpCall({}) == HttpCall({}, None, None, None, None, (), "", None)
 
 
 @pytest.mark.parametrize(
