@@ -172,9 +172,11 @@ def _per_processor(workload: Workload, *, is_short: bool) -> int:
 
 def _per_processor_second(workload: Workload, *, is_short: bool) -> int:
     # A rank of more than one block takes more registers, and a compute unit has fewer.
-    is_crowded = workload.max_rank > _LARGEST_BLOCK_R or workload.architecture.startswith("gfx")
-    if workload.max_rank > _HIGH_RANK:
-        return 1  # all of h's blocks are in registers
+    is_amd = workload.architecture.startswith("gfx")
+    is_crowded = workload.max_rank > _LARGEST_BLOCK_R or is_amd
+    # All of h's blocks are in registers.
+    if workload.max_rank > (_HIGH_RANK // 2 if is_amd else _HIGH_RANK):
+        return 1
     if not is_short:
         return 1 if is_crowded else 2
     # So do narrow accesses to y's rows.
