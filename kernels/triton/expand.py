@@ -216,9 +216,11 @@ def expand_kernel(
                         factor = factors + slot * FACTORS_SLOT + before
                         if bias is not None:
                             kept = bias + before
-                    # One body per power of two up to the highest rank.
+                    # One body per power of two up to the highest rank; for float32 just one.
                     for halvings in tl.static_range(0, 12):
-                        if halvings == 11 or _MIN_BLOCK << (11 - halvings) < 2 * R:
+                        if halvings == 11 or (
+                            _MIN_BLOCK << (11 - halvings) < 2 * R and BLOCK_R > _MIN_BLOCK
+                        ):
                             _expand_blocks(
                                 y_rows + before,
                                 planes + (slice_id.to(tl.int64) * tokens + token) * R,
@@ -311,7 +313,9 @@ def _expand_blocks(
     FITS: tl.constexpr = _MOST_SUMS // (BLOCK_M * BLOCK_N)
     WIDER: tl.constexpr = FITS if FITS < BLOCK_R // BLOCK else BLOCK_R // BLOCK
     COLUMNS: tl.constexpr = BLOCK_N * WIDER if WIDER > 1 else BLOCK_N
-    if (rank > HALF) & (rank <= BODY):
+    # Blocks are as narrow as this for float32; several of them would not fit into registers.
+    LOOPED: tl.constexpr = R > BODY and BLOCK_R == _MIN_BLOCK
+    if (rank > HALF) & (LOOPED or rank <= BODY):
         lane = tl.arange(0, COLUMNS)
         end = tl.minimum(to * BLOCK_N, width)
         weights = _load_b(b, b_row, b_column, first * BLOCK_N, end, rank, GRAIN, COLUMNS, BLOCK)
@@ -345,6 +349,13 @@ def _expand_blocks(
                     product = _add_product(
                         product, sums[i - _AHEAD], loaded[i - _AHEAD], left, GRAIN, BLOCK
                     )
+            if LOOPED:
+                for r in range(BLOCK, rank, BLOCK):
+                    own, left = b + tl.cast(b_column, tl.int64) * r, rank - r
+                    more = _load_b(own, b_row, b_column, done, end, left, GRAIN, COLUMNS, BLOCK)
+                    total = sum_planes(h + r, live, left, tokens, SLICES, R, SPLIT_K, BLOCK, 1)[0]
+                    total = _as_factor(total, left, b, OUT, BLOCK)
+                    product = _add_product(product, total, more, left, GRAIN, BLOCK)
             if not OVERWRITE:
                 product += tl.load(at, mask=mask, other=0.0).to(tl.float32)
             if factor is not None:  # noqa: SIM102 (known when it is compiled)
